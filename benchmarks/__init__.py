@@ -1,0 +1,1 @@
+"""Suites on real checkpoints and data; run from the checkout, not installed."""

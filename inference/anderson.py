@@ -1,0 +1,49 @@
+"""Anderson extrapolation of many small fixed-point iterations at once.
+
+Walker and Ni (2011), Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49(4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-12
+"""Relative ridge on the least-squares problem; also gives forgotten differences (zero columns) zero weight."""
+
+
+class Anderson:
+    """Type-II Anderson extrapolation of ``v -> g(v)`` for ``M`` independent iterations of ``E`` numbers.
+
+    Args:
+        depth: how many past differences to use.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._outputs: list[Tensor] = []
+        self._residuals: list[Tensor] = []
+
+    def propose(self, point: Tensor, output: Tensor) -> Tensor:
+        """The next point from ``v`` and ``g(v)``, both ``(M, E)``; the first call returns ``g(v)``."""
+        residual = output - point
+        if self._last is not None:
+            self._outputs = [*self._outputs, output - self._last[0]][-self.depth :]
+            self._residuals = [*self._residuals, residual - self._last[1]][-self.depth :]
+        self._last = (output, residual)
+        if not self._residuals:
+            return output
+        differences = torch.stack(self._residuals, -1)  # (M, E, depth)
+        normal = differences.mT @ differences
+        size = normal.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] * RIDGE + torch.finfo(normal.dtype).tiny
+        normal = normal + size * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+        gamma, _ = torch.linalg.solve_ex(normal, differences.mT @ residual.unsqueeze(-1))
+        proposal = output - (torch.stack(self._outputs, -1) @ gamma).squeeze(-1)
+        return torch.where(proposal.isfinite().all(-1, keepdim=True), proposal, output)
+
+    def forget(self, where: Tensor) -> None:
+        """Drop the history of some iterations, ``(M,)`` boolean: theirs led uphill."""
+        keep = (~where).unsqueeze(-1)
+        self._outputs = [torch.where(keep, d, torch.zeros_like(d)) for d in self._outputs]
+        self._residuals = [torch.where(keep, d, torch.zeros_like(d)) for d in self._residuals]

@@ -1,0 +1,79 @@
+"""MAP of any differentiable posterior by L-BFGS: for factor experts, which have no weights to iterate on.
+
+>>> from poe_models.experts import FactorExpert, ProductOfExperts
+>>> from poe_models.span import span_posterior, span_statistics
+>>> updates = torch.eye(2, dtype=torch.float64).unsqueeze(1)                     # two experts, (2, 1, 2)
+>>> small = FactorExpert("small", lambda c: c.square().sum(-1), coordinates="span")
+>>> poe = ProductOfExperts.of(["a", "b"]) * small
+>>> posterior, span = span_posterior(poe, span_statistics(poe, updates))
+>>> solution = minimize(posterior)
+>>> solution.converged, span.coefficients(solution.value)[0, :2] < 0.7
+(True, tensor([True, True]))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inference.solution import MinimizeInfo, Solution, Status
+from poe_models.posterior import Posterior
+from poe_models.program import log_density
+
+
+def minimize(
+    posterior: Posterior, start: Tensor | None = None, max_steps: int = 1000, tolerance: float = 1e-6
+) -> Solution[MinimizeInfo]:
+    """MAP in the posterior's own coordinates, all modules together, from the program's log density.
+
+    Args:
+        posterior: usually in Span coordinates; with factor experts always.
+        start: where to start, ``(M, *event)``; by default the average of the experts' updates.
+        max_steps: evaluations of the energy.
+        tolerance: on the gradient's norm relative to its norm at the start (or at the origin of a latent that starts at
+            a stationary point).
+
+    Returns:
+        The solution; ``value`` is ``(M, *event)`` in float64.
+    """
+    if start is None:
+        start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
+    density = log_density(posterior, joint=True)
+    x = start.detach().to(torch.float64).clone().requires_grad_(True)
+
+    def energy() -> Tensor:
+        return -posterior.temperature * density(x)
+
+    reference = _gradient(energy(), x).norm().clamp(min=torch.finfo(torch.float64).tiny)
+    optimizer = torch.optim.LBFGS(
+        [x],
+        lr=1.0,
+        max_iter=max_steps,
+        max_eval=max_steps,
+        history_size=20,
+        tolerance_grad=float(reference) * tolerance / max(x.numel(), 1) ** 0.5,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        value = energy()
+        (x.grad,) = torch.autograd.grad(value, x)
+        return value
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    gradient = _gradient(energy(), x).flatten(1).norm(dim=1) / reference
+    status = tuple(Status.CONVERGED if value <= tolerance else Status.MAX_STEPS for value in gradient.tolist())
+    value = x.detach()
+    info = MinimizeInfo(
+        joint_energy=posterior.joint_energy(value),
+        energy=posterior.energy(value),
+        gradient_norm=gradient,
+        steps=int(optimizer.state[x]["func_evals"]),
+    )
+    return Solution(value, status, info)
+
+
+def _gradient(value: Tensor, x: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(value, x)
+    return gradient

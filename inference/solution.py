@@ -1,0 +1,151 @@
+"""What a solver returns: the value, whether to trust it, and how it got there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+
+class Status(Enum):
+    """How a module's solve ended; the text says what to do about it."""
+
+    CONVERGED = "converged"
+    CONVERGED_LINE_SEARCH = (
+        "converged by line search: the energy is not concave in q, so reweighting alone need not decrease it"
+    )
+    ROUNDING = (
+        "stopped at the rounding of its dtype: the energy no longer changes but the gradient is above the tolerance; "
+        "compute in float64 or raise the tolerance"
+    )
+    MAX_STEPS = "not converged: raise max_steps, or the scale or the anchor's precision, which make the energy easier"
+
+    @property
+    def converged(self) -> bool:
+        """Whether the tolerance was reached."""
+        return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH)
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPointInfo:
+    """What a reader of a reweighted MAP wants to know; tensors are float64, one entry per module ``(M, ...)``.
+
+    Attributes:
+        experts: names of the experts, the order of the last dimension of ``weights``.
+        energy: ``E`` at the solution in nats, ``(M,)``.
+        energy_trace: ``E`` after every step of the winning start, ``(M, steps + 1)``; constant once converged.
+        start: name of the start that reached the lowest energy.
+        start_energies: final energy of every start, ``(M, S)``: different values are different local minima.
+        weights: effective weights ``w_i`` at the solution, ``(M, E)``.
+        weight_spread: largest over smallest ``w_i / w_i(q = 0)`` of the active experts, ``(M,)``; 1 means that the
+            merge is a Gaussian's.
+        inactive: experts that say nothing because their update is zero, ``(M, E)``.
+        residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
+        steps: reweighted solves until convergence, ``(M,)``.
+        rejected: accelerated or full steps that were taken back, ``(M,)``.
+        gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
+        weight_change: largest change of a log-weight in the last step, ``(M,)``.
+        contraction_rate: spectral radius of the log-weight map at the solution, ``(M,)``; below 1 iff the
+            solution is a strict local minimum.
+        contraction_bound: [PoE] Eq. 26's ``L``, generalised to any map and energy, ``(M,)``.
+        anchor_precision: ``eta``, ``(M,)``.
+        coefficients: ``c`` on the updates and the centre, ``(M, N + 1)``; Span coordinates only.
+    """
+
+    experts: tuple[str, ...]
+    energy: Tensor
+    energy_trace: Tensor
+    start: tuple[str, ...]
+    start_energies: Tensor
+    weights: Tensor
+    weight_spread: Tensor
+    inactive: Tensor
+    residuals: Tensor
+    steps: Tensor
+    rejected: Tensor
+    gradient_norm: Tensor
+    weight_change: Tensor
+    contraction_rate: Tensor
+    contraction_bound: Tensor
+    anchor_precision: Tensor
+    coefficients: Tensor | None = None
+
+    def record(self, module: int) -> dict[str, Any]:
+        """One module's numbers, ready for JSON."""
+        return {
+            "steps": int(self.steps[module]),
+            "rejected": int(self.rejected[module]),
+            "start": self.start[module],
+            "start_energies": self.start_energies[module].tolist(),
+            "energy": float(self.energy[module]),
+            "gradient_norm": float(self.gradient_norm[module]),
+            "weight_change": float(self.weight_change[module]),
+            "contraction_rate": float(self.contraction_rate[module]),
+            "contraction_bound": float(self.contraction_bound[module]),
+            "anchor_precision": float(self.anchor_precision[module]),
+            "weights": dict(zip(self.experts, self.weights[module].tolist(), strict=True)),
+            "weight_spread": float(self.weight_spread[module]),
+            "residuals": dict(zip(self.experts, self.residuals[module].tolist(), strict=True)),
+            "inactive": [n for n, silent in zip(self.experts, self.inactive[module].tolist(), strict=True) if silent],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class MinimizeInfo:
+    """What a reader of a generic MAP wants to know.
+
+    Attributes:
+        joint_energy: energy of all modules together in nats.
+        energy: per module, ``(M,)``, without the factors that couple modules.
+        gradient_norm: norm of the energy's gradient per module over its norm at the start, ``(M,)``.
+        steps: evaluations of the energy.
+    """
+
+    joint_energy: Tensor
+    energy: Tensor
+    gradient_norm: Tensor
+    steps: int
+
+    def record(self, module: int) -> dict[str, Any]:
+        """One module's numbers, ready for JSON."""
+        return {
+            "steps": self.steps,
+            "energy": float(self.energy[module]),
+            "gradient_norm": float(self.gradient_norm[module]),
+        }
+
+
+InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution(Generic[InfoT]):
+    """A MAP with its status.
+
+    Attributes:
+        value: merged updates, ``(M, d_out, d_in)``, without ``M`` if the updates came without it.
+        status: one per module.
+        info: how it got there.
+    """
+
+    value: Tensor
+    status: tuple[Status, ...]
+    info: InfoT
+
+    @property
+    def converged(self) -> bool:
+        """Whether every module converged."""
+        return all(status.converged for status in self.status)
+
+    def record(self, module: int = 0) -> dict[str, Any]:
+        """One module's convergence as plain numbers and strings, ready for JSON.
+
+        Args:
+            module: its position in the batch.
+        """
+        return {"status": self.status[module].name.lower(), **self.info.record(module)}

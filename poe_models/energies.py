@@ -1,0 +1,452 @@
+"""Expert energies: how much a scaled squared residual costs, in nats.
+
+An energy is one non-decreasing function ``rho(q)`` of the squared residual ``q >= 0`` in units of the
+expert's scale, with ``rho(0) = 0``. Everything else follows from it: the half-quadratic weight ``rho'``
+(how strongly the fixed point still listens to the expert), the curvature ``rho''`` (what Laplace's
+method adds), the normaliser (what evidence needs) and the Gaussian twin.
+
+A new energy is one method:
+
+>>> class GemanMcClure(Energy):
+...     def rho(self, q):
+...         return q / (1 + q)
+>>> q = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+>>> GemanMcClure().weight(q)
+tensor([1.0000, 0.2500, 0.0625], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+Exponent = float | Tensor | Literal["multivariate"]
+Parameter = float | Tensor
+"""A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
+
+
+class Energy(ABC):
+    """The energy ``rho(q)`` of one expert as a function of its scaled squared residual.
+
+    Subclasses define :meth:`rho`; :meth:`weight` and :meth:`curvature` default to autograd and may be
+    overridden by closed forms. Shapes are free: every method maps ``(...,)`` to ``(...,)``.
+
+    Attributes:
+        concave: whether ``rho`` is concave in ``q``. Then reweighting majorises the energy and every
+            step of the fixed point decreases it; otherwise the solver line-searches.
+        convex: whether ``r -> rho(r**2)`` is convex. Then the MAP is unique and one start is enough.
+    """
+
+    concave: ClassVar[bool] = False
+    convex: ClassVar[bool] = False
+
+    @abstractmethod
+    def rho(self, q: Tensor) -> Tensor:
+        """Energy in nats of squared residuals ``q`` of shape ``(...,)`` in units of the squared scale."""
+
+    @property
+    def is_concave(self) -> bool:
+        """Whether this instance is concave in ``q`` (:class:`GeneralizedGaussian` depends on its power)."""
+        return self.concave
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether this instance is convex in the residual ``sqrt(q)``."""
+        return self.convex
+
+    def weight(self, q: Tensor) -> Tensor:
+        """Half-quadratic weight ``rho'(q)``, shape ``(...,)``."""
+        return _derivative(self.rho, q)
+
+    def curvature(self, q: Tensor) -> Tensor:
+        """Second derivative ``rho''(q)``, shape ``(...,)``."""
+        return _derivative(lambda point: _derivative(self.rho, point, create_graph=True), q)
+
+    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
+        r"""Log of ``Z = \int exp(-importance * rho(|x|^2 / scale^2)) dx`` over ``x`` in ``dim`` dimensions.
+
+        ``x`` is the residual in the coordinates in which the expert's operator is the identity on its
+        range, so ``dim`` is the rank of ``P_i`` on ``vec(Z)``.
+
+        Args:
+            scale: the expert's scale ``s``, a number or a tensor.
+            dim: number of dimensions, ``rank(P_i)``.
+            importance: the expert's importance over the temperature, ``a / T``.
+
+        The value is in nats, float64, of the broadcast shape of ``scale`` and ``dim``.
+
+        Raises:
+            ValueError: this energy has none.
+        """
+        raise ValueError(
+            f"`{type(self).__name__}.log_normalizer(...)`: this energy has no normaliser, so its density is not "
+            "proper on its own. Evidence, hierarchical scales and log likelihoods need one: use Gaussian, Huber, "
+            "GeneralizedGaussian, or Cauchy / StudentT with exponent='multivariate', or define `log_normalizer`."
+        )
+
+    def for_dimension(self, dim: Tensor) -> Energy:
+        """This energy on residuals of ``dim`` dimensions; only ``exponent="multivariate"`` depends on it."""
+        return self
+
+    def twin(self) -> Gaussian:
+        """The Gaussian with the same weight at ``q = 0``.
+
+        Heavy tails at equal scale also regularise differently; against the twin only the tail differs.
+
+        >>> Cauchy().twin()
+        Gaussian(precision=2.0)
+        """
+        at_zero = self.weight(torch.zeros((), dtype=torch.float64))
+        return Gaussian(precision=2.0 * float(at_zero))
+
+
+@dataclass(frozen=True)
+class Gaussian(Energy):
+    """``rho(q) = precision * q / 2``.
+
+    Args:
+        precision: multiplies the energy; 1 is the standard Gaussian, other values are twins.
+    """
+
+    concave: ClassVar[bool] = True
+    convex: ClassVar[bool] = True
+    precision: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("Gaussian", precision=self.precision)
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return 0.5 * self.precision * q
+
+    @override
+    def weight(self, q: Tensor) -> Tensor:
+        return torch.full_like(q, 0.5 * self.precision)
+
+    @override
+    def curvature(self, q: Tensor) -> Tensor:
+        return torch.zeros_like(q)
+
+    @override
+    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
+        scale, dim = _f64(scale), _f64(dim)
+        return 0.5 * dim * (math.log(2 * math.pi / (importance * self.precision)) + 2 * torch.log(scale))
+
+
+@dataclass(frozen=True)
+class StudentT(Energy):
+    r"""``rho(q) = k log(1 + q / df)``.
+
+    Args:
+        df: degrees of freedom ``nu > 0``.
+        exponent: ``k``; by default ``(nu + 1) / 2`` ([PoE]'s choice). ``"multivariate"`` makes it
+            ``(nu + D) / 2`` with ``D = rank(P_i)``, a normalised ``D``-variate Student-t.
+    """
+
+    concave: ClassVar[bool] = True
+    df: Parameter
+    exponent: Exponent | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("StudentT", df=self.df, exponent=self.exponent)
+
+    @property
+    def k(self) -> Parameter:
+        """The exponent as a number.
+
+        Raises:
+            ValueError: the exponent is ``"multivariate"`` and no dimension is known yet.
+        """
+        if self.exponent is None:
+            return (self.df + 1) / 2
+        return _known_exponent(self, self.exponent)
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return self.k * torch.log1p(q / self.df)
+
+    @override
+    def weight(self, q: Tensor) -> Tensor:
+        return self.k / (self.df + q)
+
+    @override
+    def curvature(self, q: Tensor) -> Tensor:
+        return -self.k / (self.df + q).square()
+
+    @override
+    def for_dimension(self, dim: Tensor) -> Energy:
+        return replace(self, exponent=(self.df + dim) / 2) if _is_multivariate(self.exponent) else self
+
+    @override
+    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
+        energy = self.for_dimension(_f64(dim))
+        assert isinstance(energy, StudentT)
+        shape = importance * _f64(energy.k)
+        return _student_log_normalizer(self, shape, _f64(scale).square() * energy.df, _f64(dim))
+
+
+@dataclass(frozen=True)
+class Cauchy(Energy):
+    r"""``rho(q) = k log(1 + q)``.
+
+    Args:
+        exponent: ``k``, 1 in [PoE]; ``"multivariate"`` makes it ``(1 + D) / 2`` with ``D = rank(P_i)``,
+            a normalised ``D``-variate Cauchy.
+    """
+
+    concave: ClassVar[bool] = True
+    exponent: Exponent = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("Cauchy", exponent=self.exponent)
+
+    @property
+    def k(self) -> Parameter:
+        """The exponent as a number.
+
+        Raises:
+            ValueError: the exponent is ``"multivariate"`` and no dimension is known yet.
+        """
+        return _known_exponent(self, self.exponent)
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return self.k * torch.log1p(q)
+
+    @override
+    def weight(self, q: Tensor) -> Tensor:
+        return self.k / (1 + q)
+
+    @override
+    def curvature(self, q: Tensor) -> Tensor:
+        return -self.k / (1 + q).square()
+
+    @override
+    def for_dimension(self, dim: Tensor) -> Energy:
+        return replace(self, exponent=(1 + dim) / 2) if _is_multivariate(self.exponent) else self
+
+    @override
+    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
+        energy = self.for_dimension(_f64(dim))
+        assert isinstance(energy, Cauchy)
+        return _student_log_normalizer(self, importance * _f64(energy.k), _f64(scale).square(), _f64(dim))
+
+
+@dataclass(frozen=True)
+class Welsch(Energy):
+    """``rho(q) = (1 - exp(-q)) / 2``: bounded, so it redescends to no influence at all; no normaliser."""
+
+    concave: ClassVar[bool] = True
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return -0.5 * torch.expm1(-q)
+
+    @override
+    def weight(self, q: Tensor) -> Tensor:
+        return 0.5 * torch.exp(-q)
+
+    @override
+    def curvature(self, q: Tensor) -> Tensor:
+        return -0.5 * torch.exp(-q)
+
+
+@dataclass(frozen=True)
+class Huber(Energy):
+    """``q / 2`` up to ``delta**2``, then ``delta * sqrt(q) - delta**2 / 2``.
+
+    Args:
+        delta: residual (in scales) at which the quadratic becomes linear.
+    """
+
+    concave: ClassVar[bool] = True
+    convex: ClassVar[bool] = True
+    delta: float
+
+    def __post_init__(self) -> None:
+        _require_positive("Huber", delta=self.delta)
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        # The clamp keeps sqrt away from 0, where its derivative would poison autograd through `where`.
+        root = q.clamp(min=self.delta**2).sqrt()
+        return torch.where(q <= self.delta**2, 0.5 * q, self.delta * root - 0.5 * self.delta**2)
+
+    @override
+    def weight(self, q: Tensor) -> Tensor:
+        return 0.5 * self.delta * q.clamp(min=self.delta**2).rsqrt()
+
+    @override
+    def curvature(self, q: Tensor) -> Tensor:
+        tail = -0.25 * self.delta * q.clamp(min=self.delta**2) ** -1.5
+        return torch.where(q <= self.delta**2, torch.zeros_like(q), tail)
+
+    @override
+    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
+        # Radial integral in two pieces: a Gaussian up to delta, an exponential beyond it.
+        scale, dim = _f64(scale), _f64(dim)
+        a, knot = importance, torch.tensor(importance * self.delta**2, dtype=torch.float64)
+        inner = (
+            (dim / 2 - 1) * math.log(2)
+            - dim / 2 * math.log(a)
+            + torch.lgamma(dim / 2)
+            + torch.special.gammainc(dim / 2, knot / 2).log()
+        )
+        outer = knot / 2 - dim * math.log(a * self.delta) + torch.lgamma(dim) + torch.special.gammaincc(dim, knot).log()
+        return _log_sphere(dim) + dim * torch.log(scale) + torch.logaddexp(inner, outer)
+
+
+@dataclass(frozen=True)
+class GeneralizedGaussian(Energy):
+    """``((q + epsilon)**(power / 2) - epsilon**(power / 2)) / power``; ``power = 2`` is the Gaussian.
+
+    Args:
+        power: tail power; 1 is the Laplace density of the residual norm. Above 2 the energy is convex in
+            ``q`` and the fixed point line-searches.
+        epsilon: rounds the corner at ``q = 0`` (in squared scales), where powers below 2 would have an
+            infinite weight. Residuals well above ``sqrt(epsilon)`` scales do not notice it.
+    """
+
+    power: float
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require_positive("GeneralizedGaussian", power=self.power, epsilon=self.epsilon)
+
+    @property
+    @override
+    def is_concave(self) -> bool:
+        return self.power <= 2
+
+    @property
+    @override
+    def is_convex(self) -> bool:
+        return self.power >= 1
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return ((q + self.epsilon) ** (self.power / 2) - self.epsilon ** (self.power / 2)) / self.power
+
+    @override
+    def weight(self, q: Tensor) -> Tensor:
+        return 0.5 * (q + self.epsilon) ** (self.power / 2 - 1)
+
+    @override
+    def curvature(self, q: Tensor) -> Tensor:
+        return 0.5 * (self.power / 2 - 1) * (q + self.epsilon) ** (self.power / 2 - 2)
+
+    @override
+    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
+        scale, dim = _f64(scale), _f64(dim)
+        return _log_sphere(dim) + dim * torch.log(scale) + _radial_log_integral(self, dim, importance)
+
+
+@dataclass(frozen=True)
+class Custom(Energy):
+    """An energy from a function, for trying something out without a subclass.
+
+    Args:
+        function: ``rho``; maps ``q`` of shape ``(...,)`` to nats of the same shape, differentiable.
+
+    >>> Custom(lambda q: q.sqrt()).rho(torch.tensor(4.0))
+    tensor(2.)
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return self.function(q)
+
+
+ENERGIES: dict[str, type[Energy]] = {
+    cls.__name__: cls for cls in (Gaussian, Cauchy, StudentT, Welsch, Huber, GeneralizedGaussian)
+}
+
+
+def _derivative(function: Callable[[Tensor], Tensor], point: Tensor, create_graph: bool = False) -> Tensor:
+    """Elementwise derivative by autograd; zero where ``function`` does not depend on ``point``."""
+    with torch.enable_grad():
+        if not (create_graph and point.requires_grad):
+            point = point.detach().requires_grad_(True)
+        value = function(point).sum()
+        if not value.requires_grad:
+            return torch.zeros_like(point)
+        (slope,) = torch.autograd.grad(value, point, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(point) if slope is None else slope
+
+
+def _f64(value: Parameter) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def _is_multivariate(exponent: Exponent | None) -> bool:
+    return isinstance(exponent, str)
+
+
+def _known_exponent(energy: Energy, exponent: Exponent) -> Parameter:
+    if isinstance(exponent, str):
+        raise ValueError(
+            f"`{energy!r}`: the exponent depends on the dimension of the residual, which is not known here. "
+            "Bind the expert to updates first, or call `for_dimension(dim)`."
+        )
+    return exponent
+
+
+def _require_positive(owner: str, **values: Exponent | None) -> None:
+    for name, value in values.items():
+        if isinstance(value, str) and value != "multivariate":
+            raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
+        if isinstance(value, int | float) and not (0 < value < math.inf):
+            raise ValueError(f"`{owner}({name}={value})`: must be a positive finite number.")
+
+
+def _log_sphere(dim: Tensor) -> Tensor:
+    """Log surface area of the unit sphere in ``dim`` dimensions: turns a radial integral into a volume."""
+    return math.log(2) + dim / 2 * math.log(math.pi) - torch.lgamma(dim / 2)
+
+
+def _student_log_normalizer(energy: Energy, shape: Tensor, scale_squared: Tensor, dim: Tensor) -> Tensor:
+    """Log integral of ``(1 + |x|^2 / scale_squared)**-shape`` over ``dim`` dimensions; finite above ``dim / 2``."""
+    if bool((shape <= dim / 2).any()):
+        raise ValueError(
+            f"`{energy!r}.log_normalizer(...)`: the exponent times importance over temperature is "
+            f"{float(shape.min()):g}, which must exceed dim / 2 = {float(dim.max()) / 2:g} for the density to have "
+            "a finite integral. Use exponent='multivariate'."
+        )
+    constant = dim / 2 * (math.log(math.pi) + torch.log(scale_squared))
+    return constant + torch.lgamma(shape - dim / 2) - torch.lgamma(shape)
+
+
+def _radial_log_integral(energy: Energy, dim: Tensor, importance: float, points: int = 4001) -> Tensor:
+    """Log of ``int_0^inf r**(dim-1) exp(-importance * rho(r**2)) dr`` by the trapezoid rule in ``u = log r``.
+
+    In ``u`` the integrand is smooth, unimodal and decays at both ends, where the trapezoid rule converges
+    exponentially. The window is where the log integrand is within 50 nats of its peak.
+    """
+
+    def log_integrand(u: Tensor) -> Tensor:
+        return dim.unsqueeze(-1) * u - importance * energy.rho(torch.exp(2 * u))
+
+    dim = torch.atleast_1d(dim)
+    coarse = torch.linspace(-60.0, 60.0, 24001, dtype=torch.float64)
+    peak = coarse[log_integrand(coarse).argmax(-1)].unsqueeze(-1)
+    floor = log_integrand(peak) - 50.0
+    ends = []
+    for direction in (-1.0, 1.0):
+        near, far = torch.zeros_like(peak), torch.full_like(peak, 120.0)
+        for _ in range(60):  # bisection for the edge of the window
+            middle = (near + far) / 2
+            inside = log_integrand(peak + direction * middle) > floor
+            near, far = torch.where(inside, middle, near), torch.where(inside, far, middle)
+        ends.append(peak + direction * far)
+    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64)
+    step = (ends[1] - ends[0]).squeeze(-1) / (points - 1)
+    return (torch.logsumexp(log_integrand(u), -1) + torch.log(step)).squeeze()

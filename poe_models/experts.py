@@ -1,0 +1,218 @@
+"""Experts, the anchor and their product: the design of a merge, before it meets any weights.
+
+>>> a, b = (Expert(name, residual_map=InputGram(), energy=Cauchy()) for name in ("mnist", "emoji"))
+>>> poe = a * b * Anchor(precision=RelativePrecision(0.1))
+>>> [expert.name for expert in poe.experts]
+['mnist', 'emoji']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from poe_models.energies import Cauchy, Energy
+from poe_models.residual_maps import InputGram, ResidualMap
+from poe_models.scales import AnchorPrecision, Relative, RelativePrecision, Scale
+
+CenterRule = Callable[[Tensor], Tensor]
+"""A centre computed from the updates ``(..., N, d_out, d_in)``, of shape ``(..., d_out, d_in)``."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One fine-tuned model's energy ``a * rho(q(Z) / s^2)`` over the merged update.
+
+    Args:
+        name: unique in the product; the Pyro site is ``expert/<name>``.
+        residual_map: which directions of ``Z - U`` count.
+        energy: how much a residual costs.
+        scale: the unit of the residual.
+        importance: ``a > 0``; multiplies the energy.
+        update: name of the task vector this expert is about; by default its own name. Two experts may
+            be about the same one, for instance one on each side of the matrix.
+    """
+
+    name: str
+    residual_map: ResidualMap = field(default_factory=InputGram)
+    energy: Energy = field(default_factory=Cauchy)
+    scale: Scale = field(default_factory=Relative)
+    importance: float = 1.0
+    update: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.importance > 0:
+            raise ValueError(
+                f"`Expert({self.name!r}, importance={self.importance})`: importance must be positive; "
+                "leave the expert out of the product to ignore it."
+            )
+
+    @property
+    def update_name(self) -> str:
+        """Name of the task vector the expert is about."""
+        return self.name if self.update is None else self.update
+
+    def twin(self) -> Expert:
+        """The same expert with the Gaussian of equal weight at a zero residual."""
+        return replace(self, energy=self.energy.twin())
+
+    def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
+        return ProductOfExperts((self,)) * other
+
+
+@dataclass(frozen=True)
+class FactorExpert:
+    """Any differentiable energy, for what does not fit ``rho(q)``.
+
+    Args:
+        name: unique in the product; the Pyro site is ``expert/<name>``.
+        function: energy in nats. What it is given depends on the next two arguments.
+        coordinates: ``"update"`` gives the merged updates, ``"span"`` the coefficients ``(..., M, N + 1)`` on
+            the experts' updates and the anchor's centre, so that no weights are needed.
+        scope: ``"module"`` calls the function once per module with ``(..., d_out, d_in)`` (or ``(..., N + 1)``) and
+            sums; ``"model"`` calls it once with all modules: a dict from module name to ``(..., d_out, d_in)``
+            (or the whole ``(..., M, N + 1)``), for instance for the loss of a small batch.
+
+    Leading dimensions are independent draws; the result has exactly those. A product with a factor expert
+    runs in Span coordinates.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    coordinates: Literal["update", "span"] = "update"
+    scope: Literal["module", "model"] = "module"
+
+    def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
+        return ProductOfExperts((), factors=(self,)) * other
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The Gaussian ``eta * |Z - Z_0|^2`` that makes the product proper.
+
+    Args:
+        center: ``Z_0``: ``None`` for zero (the base model), a tensor ``(..., d_out, d_in)``, or a rule such as
+            :func:`average` that computes it from the updates.
+        precision: ``eta``, absolute or relative to the experts' curvature.
+    """
+
+    center: Tensor | CenterRule | None = None
+    precision: AnchorPrecision = field(default_factory=RelativePrecision)
+
+
+@dataclass(frozen=True)
+class ProductOfExperts:
+    """A product of expert densities: the sum of their energies, over a temperature.
+
+    Args:
+        experts: experts with a residual map and an energy.
+        anchor: the Gaussian that keeps the product proper.
+        temperature: ``T``; the posterior is ``exp(-E / T)``.
+        factors: experts given by any differentiable function.
+    """
+
+    experts: tuple[Expert, ...]
+    anchor: Anchor = field(default_factory=Anchor)
+    temperature: float = 1.0
+    factors: tuple[FactorExpert, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [expert.name for expert in self.experts] + [factor.name for factor in self.factors]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"`ProductOfExperts(...)`: names must be unique, but {', '.join(map(repr, repeated))} occurs more than "
+                "once. For two experts about one update give them names of their own and the same `update=`."
+            )
+        if not names:
+            raise ValueError("`ProductOfExperts(())`: no experts. Give at least one `Expert`.")
+        if not self.temperature > 0:
+            raise ValueError(f"`ProductOfExperts(temperature={self.temperature})`: must be positive.")
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        residual_map: ResidualMap | Sequence[ResidualMap] | None = None,
+        energy: Energy | None = None,
+        scale: Scale | None = None,
+        importance: float | Sequence[float] = 1.0,
+        anchor: Anchor | None = None,
+        temperature: float = 1.0,
+    ) -> ProductOfExperts:
+        """The usual product: the same kind of expert for every task vector.
+
+        Args:
+            names: names of the task vectors, in the order of ``updates``.
+            residual_map: one map, or several (for instance both sides), each making an expert per update.
+            energy: shared energy, Cauchy by default.
+            scale: shared scale, ``Relative(1.0)`` by default.
+            importance: one number, or one per task vector.
+            anchor: the anchor; zero centre and relative precision 0.1 by default.
+            temperature: of the posterior.
+
+        Returns:
+            The product; with several maps an expert is named ``<update>/<map>``.
+        """
+        one_map = residual_map is None or isinstance(residual_map, ResidualMap)
+        maps = [residual_map] if isinstance(residual_map, ResidualMap) else list(residual_map or [InputGram()])
+        weights = [importance] * len(names) if isinstance(importance, int | float) else list(importance)
+        experts = tuple(
+            Expert(
+                name=name if one_map else f"{name}/{type(each).__name__}",
+                residual_map=each,
+                energy=energy or Cauchy(),
+                scale=scale or Relative(),
+                importance=weight,
+                update=name,
+            )
+            for each in maps
+            for name, weight in zip(names, weights, strict=True)
+        )
+        return cls(experts, anchor or Anchor(), temperature)
+
+    @property
+    def update_names(self) -> tuple[str, ...]:
+        """Names of the task vectors in order of first appearance: the order of ``updates``."""
+        return tuple(dict.fromkeys(expert.update_name for expert in self.experts))
+
+    def twin(self) -> ProductOfExperts:
+        """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""
+        return replace(self, experts=tuple(expert.twin() for expert in self.experts))
+
+    def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
+        if isinstance(other, Anchor):
+            return replace(self, anchor=other)
+        if isinstance(other, Expert):
+            return replace(self, experts=(*self.experts, other))
+        if isinstance(other, FactorExpert):
+            return replace(self, factors=(*self.factors, other))
+        if (other.anchor, other.temperature) != (self.anchor, self.temperature):
+            raise ValueError(
+                "`product * product`: the two have different anchors or temperatures, and a product has one of each. "
+                "Multiply the experts first, then the anchor."
+            )
+        return replace(self, experts=(*self.experts, *other.experts), factors=(*self.factors, *other.factors))
+
+
+def average(updates: Tensor) -> Tensor:
+    """The mean update, as an anchor's centre: ``(..., N, d_out, d_in)`` to ``(..., d_out, d_in)``."""
+    return updates.mean(-3)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """``scale * sum_i U_i``, as an anchor's centre (Ilharco et al., 2023, arXiv 2212.04089).
+
+    Args:
+        scale: the task-arithmetic coefficient.
+    """
+
+    scale: float = 0.3
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        """The centre ``(..., d_out, d_in)`` from the updates ``(..., N, d_out, d_in)``."""
+        return self.scale * updates.sum(-3)

@@ -1,0 +1,184 @@
+"""Positive semi-definite operators ``P`` on matrices: what a residual map makes of an update.
+
+Each operator acts on ``(..., d_out, d_in)`` and keeps a factor ``L`` with ``P = L^T L`` rather than ``P``
+itself, so that ``q = |L x|^2`` can never be negative. Leading dimensions are modules of equal shape.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+class Operator(ABC):
+    """A positive semi-definite operator on matrices of shape ``(d_out, d_in)``, batched over modules."""
+
+    @abstractmethod
+    def root(self, x: Tensor) -> Tensor:
+        """``L x`` for ``x`` of shape ``(..., d_out, d_in)``; the result has two trailing dimensions."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """``P x``, shape ``(..., d_out, d_in)``."""
+
+    @abstractmethod
+    def mean_curvature(self, num_updates: int) -> Tensor:
+        """``tr(P) / d`` in float64, shape ``(...,)``, what a relative anchor precision is relative to.
+
+        For a Gram map trace and ``d`` are the Gram's; for diagonal maps ``d`` is the number of entries; for a
+        rank-one map it is the number of updates, because they span the only directions it can act on.
+        """
+
+    @abstractmethod
+    def dimension(self) -> Tensor:
+        """Rank of ``P`` on ``vec(Z)`` in float64, shape ``(...,)``: the dimension of the residual."""
+
+    def quadratic(self, x: Tensor) -> Tensor:
+        """``<x, P x>``, summed in float64, shape ``(...,)``."""
+        return sum_of_squares(self.root(x))
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledIdentity(Operator):
+    """``P = I`` on matrices of a given shape.
+
+    Args:
+        shape: ``(d_out, d_in)``.
+        like: any tensor of the module batch, for its leading shape and device, ``(..., d_out, d_in)``.
+    """
+
+    shape: tuple[int, int]
+    like: Tensor
+
+    @override
+    def root(self, x: Tensor) -> Tensor:
+        return x
+
+    @override
+    def apply(self, x: Tensor) -> Tensor:
+        return x
+
+    @override
+    def mean_curvature(self, num_updates: int) -> Tensor:
+        return self.like.new_ones(self.like.shape[:-2], dtype=torch.float64)
+
+    @override
+    def dimension(self) -> Tensor:
+        return self.mean_curvature(1) * (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Operator):
+    """``P x = values * x`` elementwise, ``values >= 0`` of shape ``(..., d_out, d_in)``."""
+
+    values: Tensor
+
+    @override
+    def root(self, x: Tensor) -> Tensor:
+        return self.values.sqrt() * x
+
+    @override
+    def apply(self, x: Tensor) -> Tensor:
+        return self.values * x
+
+    @override
+    def mean_curvature(self, num_updates: int) -> Tensor:
+        return self.values.double().mean((-2, -1))
+
+    @override
+    def dimension(self) -> Tensor:
+        return (self.values > 0).double().sum((-2, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Gram(Operator):
+    """``P x = F F^T x`` (``side="left"``) or ``x F F^T`` (``side="right"``).
+
+    Args:
+        factor: ``F`` of shape ``(..., d, r)`` with ``d`` the side it acts on; kept at ``r <= d`` columns by a
+            QR decomposition, which changes neither ``P`` nor ``q``.
+        side: which side of the matrix it acts on.
+        shape: ``(d_out, d_in)``.
+    """
+
+    factor: Tensor
+    side: Literal["left", "right"]
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        side_length = self.shape[0] if self.side == "left" else self.shape[1]
+        if self.factor.shape[-2] != side_length:
+            raise ValueError(
+                f"`Gram(factor={tuple(self.factor.shape)}, side={self.side!r})`: the factor needs {side_length} rows "
+                f"to act on matrices of shape {self.shape} from the {self.side}."
+            )
+        object.__setattr__(self, "factor", thin(self.factor))
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``F F^T``, ``(..., d, d)``; made once, on first use."""
+        return self.factor @ self.factor.mT
+
+    @override
+    def root(self, x: Tensor) -> Tensor:
+        return self.factor.mT @ x if self.side == "left" else x @ self.factor
+
+    @override
+    def apply(self, x: Tensor) -> Tensor:
+        return self.factor @ self.root(x) if self.side == "left" else self.root(x) @ self.factor.mT
+
+    @override
+    def mean_curvature(self, num_updates: int) -> Tensor:
+        return sum_of_squares(self.factor) / self.factor.shape[-2]
+
+    @override
+    def dimension(self) -> Tensor:
+        other_side = self.shape[1] if self.side == "left" else self.shape[0]
+        return torch.linalg.matrix_rank(self.factor).double() * other_side
+
+
+@dataclass(frozen=True, eq=False)
+class RankOne(Operator):
+    """``P x = v <v, x>`` with ``v`` of shape ``(..., d_out, d_in)``; never a matrix on ``vec(x)``."""
+
+    vector: Tensor
+
+    @override
+    def root(self, x: Tensor) -> Tensor:
+        product = self.vector.to(torch.float64) * x.to(torch.float64)
+        return product.sum((-2, -1))[..., None, None]
+
+    @override
+    def apply(self, x: Tensor) -> Tensor:
+        return (self.vector.to(torch.float64) * self.root(x)).to(x.dtype)
+
+    @override
+    def mean_curvature(self, num_updates: int) -> Tensor:
+        return sum_of_squares(self.vector) / num_updates
+
+    @override
+    def dimension(self) -> Tensor:
+        return (sum_of_squares(self.vector) > 0).double()
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Squared Frobenius norm over the last two dimensions, summed in float64, shape ``(...,)``."""
+    return x.to(torch.float64).square().sum((-2, -1))
+
+
+def thin(factor: Tensor) -> Tensor:
+    """A factor with the same Gram matrix ``F F^T`` and at most as many columns as rows.
+
+    >>> wide = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> thin(wide).shape, torch.allclose(thin(wide) @ thin(wide).mT, wide @ wide.mT)
+    (torch.Size([3, 3]), True)
+    """
+    if factor.shape[-1] <= factor.shape[-2]:
+        return factor
+    return torch.linalg.qr(factor.mT, mode="r").R.mT

@@ -1,0 +1,238 @@
+r"""Span coordinates: the merged update as a combination of the experts' updates and the anchor's centre.
+
+With ``Z = sum_j c_j B_j``, ``B = (U_1, ..., U_N, Z_0)``, every squared residual is a quadratic form in ``N + 1``
+numbers, ``q_i(c) = (c - e_i)^T K_i (c - e_i)`` with ``K_i[j, k] = <B_j, P_i B_k>``. One pass over the weights
+gives ``K`` and the Gram matrix ``G[j, k] = <B_j, B_k>``; after it any energy, solver or sampler is small.
+
+The latents are not ``c`` itself but coordinates ``x`` in an orthonormal basis of the span, ``c = T x``: identical
+or zero experts make ``G`` singular, and an orthonormal basis keeps the anchor isotropic. Directions that the
+span does not have are padded with zeros, so that all modules have ``N + 1`` coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from poe_models.experts import FactorExpert, ProductOfExperts
+from poe_models.operators import Gram
+from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
+
+RANK_TOLERANCE = 1e-10
+"""Eigenvalues of ``G`` below this share of the largest are not directions of the span but rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpanStatistics:
+    """What Span coordinates need of the weights, for ``M`` modules of any shapes; all float64.
+
+    Attributes:
+        modules: module names.
+        updates: names of the task vectors, in the order of the first ``N`` coordinates.
+        residual_maps: ``repr`` of each expert's residual map: ``forms`` belong to these.
+        gram: ``G``, ``(M, N + 1, N + 1)``.
+        forms: ``K``, ``(M, E, N + 1, N + 1)``, one form per expert.
+        mean_curvature: ``tr(P_i) / d_i``, ``(M, E)``.
+        dimension: rank of ``P_i``, ``(M, E)``.
+    """
+
+    modules: tuple[str, ...]
+    updates: tuple[str, ...]
+    residual_maps: tuple[str, ...]
+    gram: Tensor
+    forms: Tensor
+    mean_curvature: Tensor
+    dimension: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SpanCoordinates:
+    """The change of variables ``c = T x`` between coefficients and orthonormal coordinates.
+
+    Attributes:
+        transform: ``T``, ``(M, N + 1, N + 1)``, with zero columns where the span has fewer dimensions.
+        inverse: ``x = S c``, ``(M, N + 1, N + 1)``.
+    """
+
+    transform: Tensor
+    inverse: Tensor
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """``c`` of latents ``x``, ``(*S, M, N + 1, 1)`` to ``(*S, M, N + 1)``."""
+        return (self.transform @ x).squeeze(-1)
+
+    def latents(self, c: Tensor) -> Tensor:
+        """``x`` of coefficients ``c``, ``(*S, M, N + 1)`` to ``(*S, M, N + 1, 1)``."""
+        return self.inverse @ c.unsqueeze(-1)
+
+
+def span_statistics(poe: ProductOfExperts, updates: Tensor, modules: Sequence[str] | None = None) -> SpanStatistics:
+    """One pass over a batch of modules of equal shape.
+
+    Args:
+        poe: the design; only its residual maps and its centre matter here.
+        updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``.
+        modules: names of the modules; numbered if not given.
+
+    Returns:
+        Statistics, to be joined over shapes with :func:`concatenate`.
+
+    Raises:
+        ValueError: the product has no expert with an update, or the updates do not fit it.
+    """
+    names = poe.update_names
+    if not names:
+        raise ValueError(
+            "`span_statistics(...)`: the product has factor experts only, and nothing names the task vectors that span "
+            "the coordinates. Add an `Expert` for each."
+        )
+    updates = check_updates(updates, names)
+    basis = span_basis(poe, updates)
+    position = {name: i for i, name in enumerate(names)}
+    operators = [e.residual_map.operator(updates[:, position[e.update_name]]) for e in poe.experts]
+    labels = tuple(modules) if modules is not None else tuple(str(i) for i in range(len(updates)))
+    return SpanStatistics(
+        modules=labels,
+        updates=names,
+        residual_maps=tuple(repr(expert.residual_map) for expert in poe.experts),
+        gram=_gram([basis[:, j] for j in range(basis.shape[1])]),
+        forms=torch.stack(
+            [_gram([operator.root(basis[:, j]) for j in range(basis.shape[1])]) for operator in operators], 1
+        ),
+        mean_curvature=torch.stack([operator.mean_curvature(len(names)) for operator in operators], 1),
+        dimension=torch.stack([operator.dimension() for operator in operators], 1),
+    )
+
+
+def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
+    """Statistics of several batches of modules as one.
+
+    Raises:
+        ValueError: the parts are about different task vectors or residual maps.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.updates, part.residual_maps) != (first.updates, first.residual_maps):
+            raise ValueError(
+                f"`concatenate(...)`: one part is about {part.updates} under {part.residual_maps}, another about "
+                f"{first.updates} under {first.residual_maps}. Make all parts with one design."
+            )
+    return SpanStatistics(
+        modules=tuple(name for part in parts for name in part.modules),
+        updates=first.updates,
+        residual_maps=first.residual_maps,
+        gram=torch.cat([part.gram for part in parts]),
+        forms=torch.cat([part.forms for part in parts]),
+        mean_curvature=torch.cat([part.mean_curvature for part in parts]),
+        dimension=torch.cat([part.dimension for part in parts]),
+    )
+
+
+def span_coordinates(statistics: SpanStatistics) -> SpanCoordinates:
+    """Orthonormal coordinates of each module's span, by a rank-revealing eigendecomposition of ``G``."""
+    eigenvalues, vectors = torch.linalg.eigh(statistics.gram)
+    kept = eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)
+    root = torch.where(kept, eigenvalues, 0.0).sqrt()
+    inverse_root = torch.where(kept, eigenvalues, torch.inf).rsqrt()
+    return SpanCoordinates(vectors * inverse_root.unsqueeze(-2), (vectors * root.unsqueeze(-2)).mT)
+
+
+def span_posterior(
+    poe: ProductOfExperts, statistics: SpanStatistics, bases: Sequence[Tensor] | None = None
+) -> tuple[Posterior, SpanCoordinates]:
+    """The posterior restricted to the span, from statistics alone.
+
+    Args:
+        poe: the design; its residual maps must be those of the statistics.
+        statistics: of all modules, whatever their shapes.
+        bases: ``B`` of each module, ``(N + 1, d_out, d_in)``; needed only by factor experts that see updates.
+
+    Returns:
+        The posterior over ``x``, ``(M, N + 1, 1)``, and its coordinates.
+
+    Raises:
+        ValueError: the residual maps differ, or a factor expert needs ``bases``.
+    """
+    maps = tuple(repr(expert.residual_map) for expert in poe.experts)
+    if maps != statistics.residual_maps:
+        raise ValueError(
+            f"`span_posterior(...)`: the statistics were made under {statistics.residual_maps}, the design has {maps}. "
+            "Make the statistics again with this design."
+        )
+    coordinates = span_coordinates(statistics)
+    size = statistics.gram.shape[-1]
+    position = {name: i for i, name in enumerate(statistics.updates)}
+    index = [position[expert.update_name] for expert in poe.experts]
+    units = torch.eye(size, dtype=torch.float64, device=statistics.gram.device)
+    num_modules = len(statistics.gram)
+    experts, precision = bind(
+        poe,
+        operators=[Gram(_root(coordinates, statistics.forms[:, i]), "left", (size, 1)) for i in range(len(index))],
+        updates=[coordinates.latents(units[j].expand(num_modules, size)) for j in index],
+        norms=[statistics.gram[:, j, j] for j in index],
+        mean_curvatures=list(statistics.mean_curvature.unbind(-1)),
+        dimensions=[partial(statistics.dimension.select, -1, i) for i in range(len(index))],
+    )
+    center = coordinates.latents(units[-1].expand(num_modules, size))
+    factors = tuple(_bind_factor(factor, coordinates, statistics, bases) for factor in poe.factors)
+    return Posterior(experts, center, precision, poe.temperature, (size, 1), factors), coordinates
+
+
+def span_basis(poe: ProductOfExperts, updates: Tensor) -> Tensor:
+    """``B = (U_1, ..., U_N, Z_0)``, ``(M, N + 1, d_out, d_in)``; the last is zero for a zero centre."""
+    center = center_of(poe.anchor, updates)
+    last = torch.zeros_like(updates[:, 0]) if center is None else center
+    return torch.cat([updates, last.unsqueeze(1)], 1)
+
+
+def _gram(vectors: list[Tensor]) -> Tensor:
+    """Inner products over the last two dimensions, summed in float64: N tensors ``(M, a, b)`` to ``(M, N, N)``."""
+    size = len(vectors)
+    result = vectors[0].new_zeros((len(vectors[0]), size, size), dtype=torch.float64)
+    for j in range(size):
+        left = vectors[j].to(torch.float64)
+        for k in range(j + 1):
+            result[:, j, k] = result[:, k, j] = (left * vectors[k].to(torch.float64)).sum((-2, -1))
+    return result
+
+
+def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
+    """A factor ``F`` with ``F F^T = T^T K T``, ``(M, N + 1, N + 1)``; rounding below zero is clipped."""
+    projected = coordinates.transform.mT @ form @ coordinates.transform
+    eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+    return vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
+
+
+def _bind_factor(
+    factor: FactorExpert, coordinates: SpanCoordinates, statistics: SpanStatistics, bases: Sequence[Tensor] | None
+) -> BoundFactor:
+    joint = factor.scope == "model"
+    if factor.coordinates == "span":
+        return BoundFactor(factor.name, lambda x: factor.function(coordinates.coefficients(x)), joint)
+    if bases is None:
+        raise ValueError(
+            f"`span_posterior(...)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "
+            "cannot give. Pass `bases`, or write it with coordinates='span'."
+        )
+    updates = _update_functions(coordinates, bases)
+    if joint:
+        return BoundFactor(
+            factor.name,
+            lambda x: factor.function({n: f(x) for n, f in zip(statistics.modules, updates, strict=True)}),
+            joint,
+        )
+    return BoundFactor(factor.name, lambda x: torch.stack([factor.function(f(x)) for f in updates], -1), joint)
+
+
+def _update_functions(coordinates: SpanCoordinates, bases: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:
+    """One function per module from latents ``(*S, M, N + 1, 1)`` to its merged update ``(*S, d_out, d_in)``."""
+
+    def update_of(module: int) -> Callable[[Tensor], Tensor]:
+        basis = bases[module]
+        return lambda x: torch.tensordot(coordinates.coefficients(x)[..., module, :].to(basis), basis, dims=1)
+
+    return [update_of(module) for module in range(len(bases))]

@@ -1,0 +1,192 @@
+"""How a tensor is seen as a list of matrices (d_out, d_in), and put together again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a list of matrices (d_out, d_in); `join` is the exact inverse of `split`.
+
+    First a stack is taken apart, then each part is transposed and flattened to a matrix, then the matrix is cut into row
+    blocks, in at most one of four ways.
+
+    Args:
+        transpose: the tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
+        stacked: the first axis counts matrices, as in 3-D mixture-of-experts weights.
+        flatten: a convolution (out, in, kh, kw), seen as (out, in*kh*kw). Set by `fitted` where the shape asks for it.
+        blocks: number of equal row blocks, 3 for a fused [q; k; v].
+        rows: heights of the row blocks of a fused projection, for instance (4096, 1024, 1024).
+        square: row blocks of height d_in, as in the released vision code of [PoE]. That code drops the rows beyond
+            floor(d_out/d_in)*d_in and cannot treat wide matrices; here the remaining rows are a last, lower block, and a
+            wide matrix is one block.
+        groups: number of groups of a grouped convolution; each is one block (out/groups, in/groups*kh*kw).
+
+    >>> view = View(blocks=3).fitted((6, 2))
+    >>> [tuple(block.shape) for block in view.split(torch.zeros(6, 2))]
+    [(2, 2), (2, 2), (2, 2)]
+    >>> print(view)
+    split into 3 equal row blocks
+    """
+
+    transpose: bool = False
+    stacked: bool = False
+    flatten: bool = False
+    blocks: int = 1
+    rows: tuple[int, ...] = ()
+    square: bool = False
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        cuts = [name for name in ("blocks", "rows", "square", "groups") if getattr(self, name) not in {1, (), False}]
+        if len(cuts) > 1:
+            raise ValueError(f"`View(...)`: {' and '.join(cuts)} are two ways to cut the same rows. Give one of them.")
+        for name in ("blocks", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`View({name}={getattr(self, name)})`: got a number below 1. Give how many blocks there are."
+                )
+        if any(height < 1 for height in self.rows):
+            raise ValueError(
+                f"`View(rows={self.rows})`: got a height below 1. Give the heights of the blocks, top first."
+            )
+
+    def fitted(self, shape: Sequence[int]) -> View:
+        """Set `flatten` as the shape asks, and check that the view can see a tensor of this shape.
+
+        Args:
+            shape: shape of the tensor.
+
+        Returns:
+            The view to use for this shape.
+
+        Raises:
+            ValueError: if the tensor is no matrix, or its rows cannot be cut as asked.
+        """
+        axes = len(shape) - self.stacked
+        if axes < 2:
+            wanted = "a stack of matrices" if self.stacked else "a matrix"
+            raise ValueError(f"shape {tuple(shape)} is not {wanted}; use `action: average` or `action: base`")
+        fitted = dataclasses.replace(self, flatten=axes > 2)
+        fitted._heights(*fitted._matrix_shape(shape))
+        return fitted
+
+    def block_shapes(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the shapes of the matrices that `split` gives.
+
+        Args:
+            shape: shape of the tensor.
+
+        Returns:
+            One (d_out, d_in) for each matrix.
+        """
+        rows, cols = self._matrix_shape(shape)
+        return [(height, cols) for height in self._heights(rows, cols)] * (shape[0] if self.stacked else 1)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Take a tensor apart into matrices.
+
+        Args:
+            tensor: a tensor of the shape that the view was fitted to.
+
+        Returns:
+            Matrices (d_out, d_in), top row block first, which may share memory with `tensor`.
+        """
+        parts = tensor.unbind(0) if self.stacked else (tensor,)
+        oriented = [part.transpose(0, 1) if self.transpose else part for part in parts]
+        matrices = [part.reshape(part.shape[0], -1) for part in oriented]
+        return [block for matrix in matrices for block in matrix.split(self._heights(*matrix.shape))]
+
+    def join(self, blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """Put the matrices together again; the inverse of `split`.
+
+        Args:
+            blocks: matrices (d_out, d_in) in the order of `split`.
+            shape: shape of the tensor they came from.
+
+        Returns:
+            A new tensor of this shape.
+
+        Raises:
+            ValueError: if there are not as many matrices, or of other shapes, than `split` gives.
+        """
+        expected = self.block_shapes(shape)
+        if [tuple(block.shape) for block in blocks] != expected:
+            raise ValueError(
+                f"`View.join`: got blocks {[tuple(b.shape) for b in blocks]}, a tensor {tuple(shape)} seen as '{self}' has "
+                f"{expected}. Give the blocks as `split` returned them."
+            )
+        part_shape = list(shape[1:] if self.stacked else shape)
+        if self.transpose:
+            part_shape[:2] = part_shape[1::-1]
+        count = len(blocks) // (shape[0] if self.stacked else 1)
+        parts = [torch.cat(list(blocks[i : i + count])).reshape(part_shape) for i in range(0, len(blocks), count)]
+        parts = [part.transpose(0, 1) if self.transpose else part for part in parts]
+        return torch.stack(parts) if self.stacked else parts[0].contiguous()
+
+    def split_factors(self, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Take a low-rank tensor apart without multiplying it out.
+
+        Args:
+            left: (shape[0], r) factor of the tensor as stored.
+            right: (r, the product of the other axes) factor; `(left @ right).reshape(shape)` is the tensor.
+
+        Returns:
+            For each matrix of `split` its factors (d_out, r) and (r, d_in).
+
+        Raises:
+            ValueError: for stacks and transposed convolutions, which have no such factors.
+        """
+        if self.stacked or (self.transpose and self.flatten):
+            raise ValueError(
+                f"`View.split_factors`: a tensor seen as '{self}' has no two factors. Multiply it out and split that."
+            )
+        if self.transpose:
+            left, right = right.T, left.T
+        return [(block, right) for block in left.split(self._heights(left.shape[0], right.shape[1]))]
+
+    def _matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        axes = list(shape[1:] if self.stacked else shape)
+        if self.transpose:
+            axes[:2] = axes[1::-1]
+        cols = 1
+        for axis in axes[1:]:
+            cols *= axis
+        return axes[0], cols
+
+    def _heights(self, rows: int, cols: int) -> list[int]:
+        if self.rows:
+            if sum(self.rows) != rows:
+                raise ValueError(
+                    f"row blocks {self.rows} sum to {sum(self.rows)}, the matrix has {rows} rows; give heights that add up"
+                )
+            return list(self.rows)
+        if self.square:
+            remainder = [rows % cols] if rows % cols else []
+            return [cols] * (rows // cols) + remainder
+        count = max(self.blocks, self.groups)
+        if rows % count:
+            what = "groups" if self.groups > 1 else "equal row blocks"
+            raise ValueError(f"{rows} rows cannot be cut into {count} {what}; give their heights as `rows`")
+        return [rows // count] * count
+
+    def __str__(self) -> str:
+        cuts = {
+            "": self.blocks > 1 and f"split into {self.blocks} equal row blocks",
+            "rows": self.rows and f"split into row blocks of {', '.join(map(str, self.rows))}",
+            "square": self.square and "square row blocks of height d_in",
+            "groups": self.groups > 1 and f"per group ({self.groups} groups)",
+        }
+        words = [
+            "stacked: a batch of matrices" if self.stacked else "",
+            "transposed" if self.transpose else "",
+            "conv flattened (out, in*kh*kw)" if self.flatten else "",
+            *(text for text in cuts.values() if text),
+        ]
+        return ", ".join(word for word in words if word) or "as it is"
