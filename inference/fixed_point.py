@@ -236,6 +236,30 @@ class _Problem:
         norm = sum_of_squares(self.half_gradient(point)).sqrt()
         return torch.where(norm > 0, norm / scale, norm)
 
+    def uphill(self, point: _Point, candidate: _Point) -> Tensor:
+        """Whether a step raises the energy, ``(M,)``.
+
+        Where the energy cannot tell two points apart any more, an energy that is not concave, whose plain steps may
+        overshoot, is judged by the gradient.
+        """
+        slack = self.slack(point.energy)
+        rises = ~(candidate.energy <= point.energy + slack)
+        if all(expert.rho.is_concave for expert in self.posterior.experts):
+            return rises
+        level = (candidate.energy - point.energy).abs() <= slack
+        return rises | (level & (self.gradient_norm(candidate) > self.gradient_norm(point)))
+
+    def line_minimum(self, point: _Point, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope of the energy along a direction, and the step to the minimum of its second-order model, ``(M,)`` each."""
+        weights, curvatures = self.posterior.weights(point.q), self.posterior.curvatures(point.q)
+        forces = self.quadratic.forces(point.x)
+        bend = self.shift * sum_of_squares(direction)
+        for i, (operator, force) in enumerate(zip(self.quadratic.operators, forces, strict=True)):
+            along = (force.double() * direction.double()).sum((-2, -1))
+            bend = bend + weights[:, i] * operator.quadratic(direction) + 2 * curvatures[:, i] * along.square()
+        slope = 2 * (self.half_gradient(point).double() * direction.double()).sum((-2, -1))
+        return slope, torch.where(bend > 0, (-slope / (2 * bend)).clamp(max=1.0), 0.5)
+
     def slack(self, energy: Tensor) -> Tensor:
         """Differences of energies that are only rounding."""
         return 8 * torch.finfo(self.dtype).eps * energy.abs()
@@ -297,13 +321,13 @@ def _run(problem: _Problem, weights: Tensor, options: SolverOptions) -> _Run:
         plain_log = point.log_weights
         proposed = anderson.propose(used, plain_log) if options.acceleration else plain_log
         candidate = problem.solve(proposed.exp())
-        worse = ~(candidate.energy <= point.energy + problem.slack(point.energy)) & ~done
+        worse = problem.uphill(point, candidate) & ~done
         if options.acceleration and bool(worse.any()):
             anderson.forget(worse)
             proposed = torch.where(worse.unsqueeze(-1), plain_log, proposed)
             candidate = _choose(worse, problem.solve(plain_log.exp()), candidate)
             rejected = rejected + worse
-            worse = ~(candidate.energy <= point.energy + problem.slack(point.energy)) & ~done
+            worse = problem.uphill(point, candidate) & ~done
         if bool(worse.any()):
             anderson.forget(worse)
             candidate = _choose(worse, _line_search(problem, point, candidate, worse), candidate)
@@ -320,18 +344,18 @@ def _run(problem: _Problem, weights: Tensor, options: SolverOptions) -> _Run:
 
 
 def _line_search(problem: _Problem, point: _Point, candidate: _Point, worse: Tensor) -> _Point:
-    """Backtrack from a plain step to Armijo's sufficient decrease; where there is none, stay."""
+    """Backtrack along a plain step to Armijo's sufficient decrease; where there is none, stay."""
     direction = candidate.x - point.x
-    slope = 2 * (problem.half_gradient(point).double() * direction.double()).sum((-2, -1))
-    best, size = point, 1.0
-    pending = worse
+    slope, size = problem.line_minimum(point, direction)
+    slack = problem.slack(point.energy)
+    best, pending = point, worse
     for _ in range(40):
-        size /= 2
-        trial = problem.at(point.x + size * direction)
-        enough = pending & (trial.energy <= point.energy + 1e-4 * size * slope)
+        trial = problem.at(point.x + size.to(direction.dtype)[:, None, None] * direction)
+        enough = pending & (trial.energy <= point.energy + 1e-4 * size * slope + slack)
         best, pending = _choose(enough, trial, best), pending & ~enough
         if not bool(pending.any()):
             break
+        size = size / 2
     return best
 
 

@@ -45,9 +45,11 @@ def custom_class(what: str, where: str, name: str, base: type, folders: Sequence
         known = ", ".join(key for key in classes if key != base.__name__) or f"no class derived from {base.__name__}"
         raise SpecError(f"{what}: {at} has no `{name}`; it has {known}.")
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise SpecError(f"{what}: `{name}` in {at} is not a {base.__name__}. Write `class {name}({base.__name__}): ...`.")
+        raise SpecError(
+            f"{what}: `{name}` in {at} is not a {base.__name__}. Write `class {name}({base.__name__}): ...`."
+        )
     if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise SpecError(f"{what}: `{name}` in {at} lacks {missing}. Define it.")
     return found
 
@@ -98,8 +100,8 @@ def _from_name(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
     loaded = getattr(module, "__file__", None)
     if file is not None and (loaded is None or Path(loaded).resolve() != file):
         raise SpecError(
-            f"{what}: another module called `{where}` is loaded already ({loaded or 'built in'}). Rename {file}, or write "
-            f"`{file.name}:...` with its path."
+            f"{what}: another module called `{where}` is loaded already ({loaded or 'built in'}). Rename {file}, or "
+            f"write `{file.name}:...` with its path."
         )
     return module
 

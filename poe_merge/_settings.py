@@ -153,7 +153,9 @@ def choice(*options: Any) -> Parser:
 
     def parse(raw: Any, folders: Sequence[Path]) -> Any:
         if type(raw) is not type(options[0]) or raw not in options:
-            raise ValueError(f"{raw!r}: {nearest(str(raw), map(str, options))}Choose from {', '.join(map(repr, options))}")
+            raise ValueError(
+                f"{raw!r}: {nearest(str(raw), map(str, options))}Choose from {', '.join(map(repr, options))}"
+            )
         return raw
 
     return parse
@@ -189,7 +191,9 @@ def anchor(raw: Any, folders: Sequence[Path]) -> str:
     if Path(found).exists() or _HUB_ID.fullmatch(text):
         return found
     known = ["zero", "average", "task_arithmetic(0.3)"]
-    raise ValueError(f"{raw!r}: {nearest(text, known)}Write {', '.join(known)}, or the path of a checkpoint that exists")
+    raise ValueError(
+        f"{raw!r}: {nearest(text, known)}Write {', '.join(known)}, or the path of a checkpoint that exists"
+    )
 
 
 def source(text: str, folders: Sequence[Path]) -> str:

@@ -73,9 +73,9 @@ def _origins(node: yaml.Node, place: Place, path: str) -> Iterator[tuple[Place, 
             yield (*place, index), _where(item, path)
             yield from _origins(item, (*place, index), path)
     elif isinstance(node, yaml.MappingNode):
-        seen: dict[Any, str] = {}
+        seen: dict[str, str] = {}
         for key, value in node.value:
-            name = getattr(key, "value", None)
+            name = str(getattr(key, "value", ""))
             if name in seen and name != "<<":
                 raise ConfigError(f"{_where(key, path)}: `{name}` is given twice, first at {seen[name]}. Keep one.")
             seen[name] = _where(key, path)

@@ -18,23 +18,28 @@ Relative paths are relative to the YAML file; any parameter may be a list of val
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from inference._plan import BATCH_BYTES
+from inference.fixed_point import TOLERANCE
 from poe_merge import _settings as s
 from poe_merge._yaml import ConfigError, Document, Place, merged, read_yaml
 from poe_merge.presets import DEFAULTS, PRESETS
 from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, nearest
-from poe_models.treatments import Rule
+from poe_models.treatments import DEFAULT_RULES, RuleTable
 
 __all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config"]
 
 Number = s.Setting[float] | None
 Text = s.Setting[str] | None
 Texts = s.Setting[tuple[str, ...]] | None
+DType = Literal["float32", "float64", "bfloat16", "float16"]
 _MERGEKIT_ONLY = {
     "slices": "experts share the base's layers",
     "modules": "one merge handles one checkpoint",
@@ -53,7 +58,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @classmethod
-    def keys(cls) -> list[str]:
+    def valid_keys(cls) -> list[str]:
         """The keys as they are written in YAML."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
@@ -61,10 +66,11 @@ class _Section(BaseModel):
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
         for key in data if isinstance(data, Mapping) else ():
-            if key in cls.keys():
+            if key in cls.valid_keys():
                 continue
+            valid = cls.valid_keys()
             why = f"mergekit's key has no use here: {_MERGEKIT_ONLY[key]}. " if key in _MERGEKIT_ONLY else ""
-            message = f"unknown key `{key}`; {why or nearest(str(key), cls.keys())}Valid keys: {', '.join(cls.keys())}"
+            message = f"unknown key `{key}`; {why or nearest(str(key), valid)}Valid keys: {', '.join(valid)}"
             raise PydanticCustomError("unknown_key", "{message}", {"message": message, "key": key})
         return data
 
@@ -86,21 +92,28 @@ class ModelParameters(_Section):
 class Parameters(ModelParameters):
     """The design shared by all models, and the solver's settings."""
 
-    lambda_: Annotated[Number, s.SettingOf(s.number())] = Field(None, alias="lambda")
+    lambda_: Annotated[Number, s.SettingOf(s.number())] = Field(default=None, alias="lambda")
     eta: Annotated[Text, s.SettingOf(s.eta)] = None
     anchor: Annotated[Text, s.SettingOf(s.anchor)] = None
     coordinates: Annotated[Text, s.SettingOf(s.choice("full", "span"))] = None
-    starts: Annotated[Texts, s.SettingOf(s.choices("twin", "experts"))] = None
+    starts: Annotated[Texts, s.SettingOf(s.choices("ones", "twin", "experts", "center"))] = None
     max_steps: Annotated[s.Setting[int] | None, s.SettingOf(s.number(1, whole=True))] = None
     tolerance: Annotated[Number, s.SettingOf(s.number(0.0, above=True))] = None
+    step_tolerance: Annotated[Number, s.SettingOf(s.number(0.0, above=True))] = None
     acceleration: Annotated[s.Setting[bool] | None, s.SettingOf(s.choice(True, False))] = None
+
+    @model_validator(mode="after")
+    def _one_tolerance(self) -> Parameters:
+        if self.tolerance and self.step_tolerance and self.tolerance.complete and self.step_tolerance.complete:
+            raise ValueError("`tolerance` and `step_tolerance` are two ways to stop; give one of them")
+        return self
 
 
 class ModelEntry(_Section):
     """One expert: where it is, what it is called, and what is particular to it."""
 
     model: str
-    name: str | None = Field(None, min_length=1)
+    name: str | None = Field(default=None, min_length=1)
     parameters: ModelParameters = ModelParameters()
 
     @field_validator("model")
@@ -111,7 +124,9 @@ class ModelEntry(_Section):
     @property
     def label(self) -> str:
         """The name of the expert: as given, or from its path."""
-        path = Path(self.model.partition("@")[0] if not Path(self.model).exists() else self.model)
+        path = Path(self.model)
+        if not path.exists():
+            path = Path(self.model.partition("@")[0])
         generic = path.stem in ("model", "pytorch_model", "adapter_model")
         return self.name or (path.parent.name if generic else path.stem if path.is_file() else path.name)
 
@@ -121,12 +136,170 @@ class MergeConfig(_Section):
 
     merge_method: Literal["poe"] = "poe"
     base_model: str
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...]
     parameters: Parameters = Parameters()
     preset: str | None = None
     rules: tuple[dict[str, Any], ...] = ()
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    out_dtype: Literal["base", "float32", "float64", "bfloat16", "float16"] | None = None
+    dtype: DType | None = None
+    out_dtype: Literal["base"] | DType | None = None
     device: str = "cpu"
-    seed: int = 0
-    batch_bytes: int = Field(256 * 2**20, gt=0)
+    seed: int = Field(default=0, ge=0)
+    batch_bytes: int = Field(default=BATCH_BYTES, gt=0)
+
+    @field_validator("base_model")
+    @classmethod
+    def _absolute(cls, value: str, info: ValidationInfo) -> str:
+        return s.source(value, s.folders_of(info))
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"unknown preset `{value}`; {nearest(value, PRESETS)}Known: {', '.join(PRESETS)}")
+        return value
+
+    @field_validator("rules")
+    @classmethod
+    def _valid_rules(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple(RuleTable.from_dicts(value).to_dicts())
+
+    @field_validator("device")
+    @classmethod
+    def _usable_device(cls, value: str) -> str:
+        try:
+            torch.empty(0, device=value)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device `{value}` cannot be used: {str(error).splitlines()[0]}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _distinct_models(self) -> MergeConfig:
+        if not self.models:
+            raise ValueError("`models` is empty; list at least one expert, `- model: PATH`")
+        labels = [entry.label for entry in self.models]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"two models are called `{twice[0]}`; give each a `name` of its own")
+        if any(entry.model == self.base_model for entry in self.models):
+            raise ValueError(
+                f"the base {self.base_model} is also listed as an expert; remove it from `models` (mergekit lists it "
+                "there for some methods, this one does not)"
+            )
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts."""
+        return tuple(entry.label for entry in self.models)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """Dtype of the merged weights: `out_dtype`, else `dtype`, else (None) that of each tensor of the base."""
+        name = self.out_dtype or self.dtype or "base"
+        return None if name == "base" else getattr(torch, name)
+
+    def shared(self) -> dict[str, s.Setting[Any]]:
+        """Every shared parameter: what the configuration says, then its preset, then the defaults."""
+        given = self.parameters.settings()
+        preset = _parameters(PRESETS[self.preset].parameters if self.preset else {})
+        if "tolerance" in given:
+            preset.pop("step_tolerance", None)
+        default = _parameters({**DEFAULTS, "tolerance": TOLERANCE[self.compute_dtype]})
+        keys = {**default, **preset, **given}
+        layers = [[layer[key] for layer in (given, preset, default) if key in layer] for key in keys]
+        return dict(zip(keys, (reduce(s.Setting.otherwise, layer) for layer in layers), strict=True))
+
+    def rule_table(self) -> RuleTable:
+        """Treatments: the configuration's rules, then its preset's, then the defaults."""
+        return DEFAULT_RULES.extended([*self.rules, *(PRESETS[self.preset].rules if self.preset else ())])
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration with presets and defaults filled in, as plain data that reproduces the run."""
+        shared = {key: setting.plain() for key, setting in self.shared().items()}
+        if "step_tolerance" in shared and self.shared()["step_tolerance"].complete:
+            del shared["tolerance"]
+        models = [
+            {
+                "model": entry.model,
+                "name": entry.label,
+                "parameters": {key: setting.plain() for key, setting in entry.parameters.settings().items()},
+            }
+            for entry in self.models
+        ]
+        return {
+            "merge_method": self.merge_method,
+            "base_model": self.base_model,
+            "models": models,
+            "parameters": shared,
+            "rules": [*self.rules, *(map(dict, PRESETS[self.preset].rules) if self.preset else ())],
+            "dtype": str(self.compute_dtype).removeprefix("torch."),
+            "out_dtype": "base" if self.output_dtype is None else str(self.output_dtype).removeprefix("torch."),
+            "device": self.device,
+            "seed": self.seed,
+            "batch_bytes": self.batch_bytes,
+        }
+
+
+def load_config(path: Path | None, overrides: Document | None = None) -> MergeConfig:
+    """Read a configuration, from a YAML file, from overrides (the command line), or both.
+
+    Args:
+        path: The YAML file; None for overrides alone.
+        overrides: Values that go before the file's, and where each came from.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: One message with the place of the mistake and the nearest valid name.
+    """
+    document = Document() if path is None else read_yaml(path)
+    overrides = overrides or Document()
+    document = Document(merged(document.data, overrides.data), {**document.origins, **overrides.origins})
+    folder = Path.cwd() if path is None else path.absolute().parent
+    return parse_config(document, (folder, Path.cwd()) if folder != Path.cwd() else (folder,))
+
+
+def parse_config(document: Document, folders: Sequence[Path] = ()) -> MergeConfig:
+    """Validate configuration data.
+
+    Args:
+        document: The data and where its parts were written.
+        folders: What relative paths and module names refer to; the current folder if empty.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: One message with the place of the mistake and the nearest valid name.
+    """
+    try:
+        return MergeConfig.model_validate(document.data, context={"folders": tuple(folders) or (Path.cwd(),)})
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        raise ConfigError(_one_line(problems[0], document) + more) from error
+
+
+def _one_line(problem: Any, document: Document) -> str:
+    place: Place = tuple(problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    context = problem.get("ctx", {})
+    if problem["type"] == "unknown_key":
+        place = (*place, context["key"])
+    elif problem["type"] == "missing":
+        message = f"`{place[-1]}` is missing"
+    elif not isinstance(context.get("error"), ValueError):
+        message = f"{message}, got {problem['input']!r}"
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    origin = document.origin(place)
+    return ": ".join(part for part in (origin, dotted, message.rstrip(".") + ".") if part)
+
+
+def _parameters(values: Mapping[str, Any]) -> dict[str, s.Setting[Any]]:
+    return Parameters.model_validate(values).settings()

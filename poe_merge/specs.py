@@ -1,8 +1,8 @@
 """Energies, residual maps, scales and precisions as text.
 
 A *spec* is a call with literal arguments: ``Cauchy``, ``StudentT(df=4.0)``, ``my_module:MyEnergy(3.0)``,
-``path/to/file.py:MyEnergy``. It is read with :mod:`ast`, literals only: nothing in a spec is ever evaluated. Names before
-a colon are imported, so a configuration that names your own module runs your own module, and nothing else does.
+``path/to/file.py:MyEnergy``. It is read with :mod:`ast`, literals only: nothing in a spec is ever evaluated. Names
+before a colon are imported: a configuration that names your module runs your module, and no other code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from poe_models.energies import ENERGIES, Energy
 from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap
 from poe_models.scales import PRECISIONS, SCALES, AnchorPrecision, Scale
 
-__all__ = ["ENERGY", "PRECISION", "RESIDUAL_MAP", "SCALE", "Kind", "SpecError", "canonical", "format_spec", "parse_spec"]
+__all__ = [
+    "ENERGY",
+    "PRECISION",
+    "RESIDUAL_MAP",
+    "SCALE",
+    "Kind",
+    "SpecError",
+    "canonical",
+    "format_spec",
+    "parse_spec",
+]
 
 T = TypeVar("T")
 _SPEC = re.compile(r"^(?:(?P<where>.+?\.py|[A-Za-z_][\w.]*):)?(?P<call>[A-Za-z_]\w*\s*(?:\(.*\))?)$", re.DOTALL)
@@ -37,7 +47,7 @@ class Kind(Generic[T]):
     """
 
     noun: str
-    base: type[T]
+    base: Any  # type[T], which mypy wants concrete
     registry: Mapping[str, type[T]]
 
 
@@ -70,8 +80,8 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         An instance of ``kind.base``.
 
     Raises:
-        SpecError: If the text is no spec, the name is unknown, its file does not import, the class is of another kind, or
-            its arguments are refused.
+        SpecError: If the text is no spec, the name is unknown, its file does not import, the class is of another
+            kind, or its arguments are refused.
 
     >>> parse_spec("StudentT(4.0)", ENERGY)
     StudentT(df=4.0, exponent=None)
@@ -111,7 +121,7 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
     """
     value = parse_spec(text, kind, folders)
     if dataclasses.is_dataclass(value):
-        return format_spec(value)
+        return format_spec(value)  # type: ignore[arg-type]
     _, name, args, kwargs = _read(text, kind)
     return f"{custom_prefix(type(value))}{name}({_arguments(args, kwargs)})"
 
@@ -133,15 +143,14 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision) -> str:
     """
     known = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION)
     prefix = "" if any(type(value) in kind.registry.values() for kind in known) else custom_prefix(type(value))
+    shown: dict[str, Any] = {}
     if dataclasses.is_dataclass(value):
         shown = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
     elif vars(value):
         raise SpecError(
-            f"`format_spec({type(value).__name__})`: the arguments of a class that is no dataclass cannot be read back. "
-            "Put `@dataclass(frozen=True)` above it."
+            f"`format_spec({type(value).__name__})`: the arguments of a class that is no dataclass cannot be read "
+            "back. Put `@dataclass(frozen=True)` above it."
         )
-    else:
-        shown = {}
     return f"{prefix}{type(value).__name__}({_arguments([], shown)})"
 
 

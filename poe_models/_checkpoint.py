@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 class CheckpointError(ValueError):
@@ -101,6 +102,7 @@ class Checkpoint(ABC):
         canonical = self.aliases.get(name, name)
         return (canonical, *(alias for alias, target in self.aliases.items() if target == canonical))
 
+    @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self.tensors)} tensors)"
 

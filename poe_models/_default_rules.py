@@ -15,8 +15,8 @@ _CONV1D = r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)
 _CONV1D_FUSED = r"(^|\.)h\.\d+\.attn\.c_attn\.weight$"
 _FUSED = r"(^|\.)(in_proj_weight|((c_attn|qkv|qkv_proj|Wqkv|to_qkv)\.weight))$"
 _EMBEDDING = (
-    r"(^|\.)(wte|wpe|shared|embed|embed_in|embed_tokens|embed_positions|relative_attention_bias|(?!\w*patch)\w*embeddings?"
-    r"|\w*pos_embed)(\.weight)?$"
+    r"(^|\.)(wte|wpe|shared|embs?|embed|embed_in|embed_tokens|embed_positions|relative_attention_bias|\w*pos_embed"
+    r"|(?!\w*patch)\w*embeddings?)(\.weight)?$"
 )
 
 RULES: tuple[Rule, ...] = (

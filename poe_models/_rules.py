@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from poe_models._checkpoint import TensorInfo
 from poe_models.views import View
@@ -38,8 +38,8 @@ class Rule:
         view: how a merged tensor is seen as matrices; None leaves that to the first later rule that says it.
         model_types: `model_type` of the config; empty for any. A model without a config fits too, unless `known`.
         shape: condition on the shape. `"vector"` fewer than two axes (or all but one of length 1, from three axes on);
-            `"matrix"` two axes; `"stack"` three; `"kernel"` three to five; `"depthwise"` a kernel with one input channel
-            and several outputs; `"three_in_rows"` d_out = 3 d_in; `"three_in_columns"` the transpose of it.
+            `"matrix"` two axes; `"stack"` three; `"kernel"` three to five; `"depthwise"` a kernel with one input
+            channel and several outputs; `"three_in_rows"` d_out = 3 d_in; `"three_in_columns"` the transpose of it.
         known: the model type must be known to be one of `model_types`.
         note: what the tensors are, for the reason that `plan` prints.
 
@@ -60,14 +60,15 @@ class Rule:
             re.compile(self.match)
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"`Rule(match={self.match!r})`: not a regular expression ({error}). Escape special characters with a backslash."
+                f"`Rule(match={self.match!r})`: not a regular expression ({error}). Escape special characters with a "
+                "backslash."
             ) from error
         _one_of("action", self.action, get_args(Action))
         _one_of("shape", self.shape, get_args(Shape))
         if self.view is not None and self.action != "merge":
             raise ValueError(
-                f"`Rule(action={self.action!r}, view=...)`: only merged tensors are seen as matrices. Leave `view` out, or "
-                "use `action: merge`."
+                f"`Rule(action={self.action!r}, view=...)`: only merged tensors are seen as matrices. Leave `view` "
+                "out, or use `action: merge`."
             )
         if self.known and not self.model_types:
             raise ValueError(
@@ -166,5 +167,5 @@ def _one_of(key: str, value: object, valid: tuple[str, ...]) -> None:
 
 
 def _nearest(word: object, valid: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(cast(str, str(word)), valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}"

@@ -7,6 +7,7 @@ file would in the end hold a whole model; the map is therefore dropped and made 
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ from typing_extensions import override
 
 from poe_models._checkpoint import CheckpointError, TensorInfo, find_aliases
 
-RESIDENT_BYTES = 64 * 2**20
+RESIDENT_BYTES = 16 * 2**20
 
 _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -66,11 +67,22 @@ class WeightFile(ABC):
     def _get(self, mapped: Any, name: str) -> Tensor:
         """Read one tensor from the map."""
 
+    def info(self, name: str) -> TensorInfo:
+        """Return the header of a tensor.
+
+        Args:
+            name: a name in `tensors` or `aliases`.
+
+        Returns:
+            Its header, under its canonical name.
+        """
+        return self.tensors[self.aliases.get(name, name)]
+
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
         Args:
-            name: a name in `tensors`.
+            name: a name in `tensors` or `aliases`.
 
         Returns:
             The tensor, on the CPU; it may share memory with the map.
@@ -78,7 +90,8 @@ class WeightFile(ABC):
         Raises:
             CheckpointError: if the data is not what the header said when the file was opened.
         """
-        info = self.tensors[name]
+        info = self.info(name)
+        name = info.name
         if self._resident > RESIDENT_BYTES:
             self.release()
         if self._map is None:
@@ -91,8 +104,8 @@ class WeightFile(ABC):
             ) from error
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype} and was {info.shape} {info.dtype} "
-                "when the file was opened. The file changed while it was in use; open it again."
+                f"{self.path}: tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype} and was {info.shape} "
+                f"{info.dtype} when the file was opened. The file changed while it was in use; open it again."
             )
         self._resident += info.nbytes
         return tensor
@@ -129,14 +142,26 @@ class SafetensorsFile(WeightFile):
             raise CheckpointError(
                 f"{self.path}: not a complete safetensors file ({error}). It is truncated or corrupt: copy it anew."
             ) from error
+        except RuntimeError as error:
+            return self._open_unmapped(error)
+
+    def _open_unmapped(self, cause: RuntimeError) -> Any:
+        """Open a file that is too large to be mapped: the map is private, which the system counts as memory."""
+        try:
+            return safe_open(self.path, framework="pt", device="cpu", backend="pread")
+        except TypeError:
+            raise CheckpointError(
+                f"{self.path}: too large to be mapped into this machine's memory ({cause}). Install safetensors 0.8 or "
+                "later, which can read it without a map, or save the model in smaller shards."
+            ) from cause
 
     def _info(self, handle: Any, name: str) -> TensorInfo:
         header = handle.get_slice(name)
         dtype = _SAFETENSORS_DTYPES.get(header.get_dtype())
         if dtype is None:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has dtype {header.get_dtype()}, which is not supported: sub-byte and packed "
-                "dtypes hold quantised weights. Give the checkpoint in float32, bfloat16 or float16."
+                f"{self.path}: tensor {name!r} has dtype {header.get_dtype()}, which is not supported: sub-byte and "
+                "packed dtypes hold quantised weights. Give the checkpoint in float32, bfloat16 or float16."
             )
         return TensorInfo(name, tuple(header.get_shape()), dtype, self.path)
 
@@ -148,8 +173,8 @@ class SafetensorsFile(WeightFile):
 class TorchFile(WeightFile):
     """One PyTorch state dict: a flat dict of tensors, or one nested under `"state_dict"` or `"model"`.
 
-    Loaded with `weights_only=True`, so that no code in the file ever runs. Files of the zip format (torch 1.6 and later)
-    are memory-mapped; older ones have no index and are read whole.
+    Loaded with `weights_only=True`, so that no code in the file ever runs. Files of the zip format (torch 1.6 and
+    later) are memory-mapped; older ones have no index and are read whole.
 
     Args:
         path: the file.
@@ -197,16 +222,31 @@ def _load(path: Path, mmap: bool) -> Any:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in text:
             called = re.search(r"GLOBAL (\S+)", text)
             raise _holds_code(path, f"it calls `{called[1] if called else 'a function'}`") from error
+        if isinstance(error, pickle.UnpicklingError) and _pickled_objects(path):
+            raise _holds_code(path, "it builds Python objects") from error
+        if "unable to mmap" in text:
+            raise CheckpointError(
+                f"{path}: too large to be mapped into this machine's memory. Convert it to safetensors shards."
+            ) from error
         raise CheckpointError(
-            f"{path}: cannot be read as a PyTorch state dict ({type(error).__name__}: {text.splitlines()[0] if text else ''}). "
-            "It is truncated, corrupt, or not written by `torch.save`: copy it anew."
+            f"{path}: cannot be read as a PyTorch state dict ({type(error).__name__}: "
+            f"{text.splitlines()[0] if text else ''}). It is truncated, corrupt, or not written by `torch.save`: copy "
+            "it anew."
         ) from error
+
+
+def _pickled_objects(path: Path) -> bool:
+    """Say, without running it, whether a plain pickle of a newer protocol than torch reads builds objects."""
+    try:
+        return any(op.name in {"REDUCE", "STACK_GLOBAL"} for op, _, _ in pickletools.genops(path.read_bytes()))
+    except ValueError:  # no pickle at all
+        return False
 
 
 def _holds_code(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: this pickle holds code ({what}), not only tensors, and is not loaded: loading it would run that code. "
-        "Its author should convert it to safetensors."
+        f"{path}: this pickle holds code ({what}), not only tensors, and is not loaded: loading it would run that "
+        "code. Its author should convert it to safetensors."
     )
 
 
@@ -237,12 +277,13 @@ def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
         return check_plain(loaded[inner[0]], source)
     if len(inner) > 1:
         raise CheckpointError(
-            f"{source}: holds more than one state dict ({', '.join(map(repr, inner))}). Save the one to merge by itself."
+            f"{source}: holds more than one state dict ({', '.join(map(repr, inner))}). Save the one to merge by "
+            "itself."
         )
     odd = [f"{key!r} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
     raise CheckpointError(
-        f"{source}: not a state dict: {', '.join(odd[:5]) or 'it is empty'}{', ...' if len(odd) > 5 else ''}. Expected a "
-        "dict of tensors, or one under 'state_dict' or 'model' whose every leaf is a tensor."
+        f"{source}: not a state dict: {', '.join(odd[:5]) or 'it is empty'}{', ...' if len(odd) > 5 else ''}. Expected "
+        "a dict of tensors, or one under 'state_dict' or 'model' whose every leaf is a tensor."
     )
 
 
@@ -274,7 +315,7 @@ def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]
         ):
             kind = f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, device {tensor.device}"
             raise CheckpointError(
-                f"{source}: tensor {name!r} is not an ordinary dense tensor with a name ({kind}). Quantised, sparse and "
-                "meta tensors cannot be merged: give dense floating weights."
+                f"{source}: tensor {name!r} is not an ordinary dense tensor with a name ({kind}). Quantised, sparse "
+                "and meta tensors cannot be merged: give dense floating weights."
             )
     return dict(tensors)

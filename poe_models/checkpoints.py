@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models._checkpoint import Checkpoint, CheckpointError, TensorInfo, find_aliases
+from poe_models._json import read_json
 from poe_models._quantised import refuse_quantised
 from poe_models._weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
 
-__all__ = ["Checkpoint", "CheckpointError", "FileCheckpoint", "MemoryCheckpoint", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "FileCheckpoint",
+    "MemoryCheckpoint",
+    "TensorInfo",
+    "open_checkpoint",
+    "same_weights",
+]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -48,8 +56,8 @@ def open_checkpoint(
         The checkpoint.
 
     Raises:
-        CheckpointError: if `source` does not exist, is incomplete, corrupt, quantised, holds code, or is an adapter of an
-            unsupported kind.
+        CheckpointError: if `source` does not exist, is incomplete, corrupt, quantised, holds code, or is an adapter of
+            an unsupported kind.
 
     >>> import torch
     >>> checkpoint = open_checkpoint({"fc.weight": torch.zeros(2, 3)})
@@ -132,8 +140,8 @@ class MemoryCheckpoint(Checkpoint):
         odd = [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not isinstance(value, Tensor)]
         if odd or not tensors:
             raise CheckpointError(
-                f"`open_checkpoint(mapping)`: {', '.join(odd[:5]) or 'the mapping is empty'}: every value must be a tensor, "
-                "as in `model.state_dict()`. Pass the inner dict if the state dict is nested."
+                f"`open_checkpoint(mapping)`: {', '.join(odd[:5]) or 'the mapping is empty'}: every value must be a "
+                "tensor, as in `model.state_dict()`. Pass the inner dict if the state dict is nested."
             )
         self._tensors = {name: tensor.detach() for name, tensor in check_plain(tensors, self.source).items()}
         self.config = config
@@ -148,30 +156,32 @@ class MemoryCheckpoint(Checkpoint):
         self.layout = {"model.safetensors": tuple(self.tensors)}
         refuse_quantised(self.source, self.tensors.values(), config)
 
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where in memory each tensor with data begins."""
+        return {name: tensor.data_ptr() for name, tensor in self._tensors.items() if tensor.numel()}
+
     @override
     def _read(self, name: str) -> Tensor:
         return self._tensors[name].cpu()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Say whether two checkpoints are the same one: the same files, or the same memory.
 
     Args:
-        path: the file.
+        one: a checkpoint.
+        other: another.
 
     Returns:
-        The object.
-
-    Raises:
-        CheckpointError: if the file is no JSON object.
+        False also for copies: contents are not compared.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Copy the file anew.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. Copy the file anew.")
-    return value
+    if one is other:
+        return True
+    if isinstance(one, MemoryCheckpoint) and isinstance(other, MemoryCheckpoint):
+        return one.addresses == other.addresses
+    plain = isinstance(one, FileCheckpoint) and isinstance(other, FileCheckpoint)
+    return plain and {path.resolve() for path in one.files} == {path.resolve() for path in other.files}
 
 
 def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
@@ -181,8 +191,8 @@ def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
 
         if weights is not None:
             raise CheckpointError(
-                f"{folder}: holds both an adapter (adapter_config.json) and a whole model ({weights.name}). Move one of them "
-                "to a folder of its own."
+                f"{folder}: holds both an adapter (adapter_config.json) and a whole model ({weights.name}). Move one "
+                "of them to a folder of its own."
             )
         if base is None:
             raise CheckpointError(
@@ -194,8 +204,8 @@ def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
         found = sorted(entry.name for entry in folder.iterdir())
         raise CheckpointError(
             f"{folder}: no weights: looked for {', '.join(_WEIGHTS)} and adapter_config.json, found "
-            f"{', '.join(found[:10]) or 'an empty folder'}{', ...' if len(found) > 10 else ''}. Name the weight file itself "
-            "if it has another name."
+            f"{', '.join(found[:10]) or 'an empty folder'}{', ...' if len(found) > 10 else ''}. Name the weight file "
+            "itself if it has another name."
         )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if weights.suffix == ".json":
@@ -211,8 +221,8 @@ def _open_shards(index: Path) -> list[WeightFile]:
     missing = [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index}: lists {len(missing)} of {len(shards)} shards that are not in the folder: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Download the missing files."
+            f"{index}: lists {len(missing)} of {len(shards)} shards that are not in the folder: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download the missing files."
         )
     parts = {name: _weight_file(index.parent / name) for name in shards}
     absent = [
@@ -235,8 +245,8 @@ def _weight_file(path: Path) -> WeightFile:
         return TorchFile(path)
     kind = "GGUF files hold quantised weights" if path.suffix == ".gguf" else f"unknown suffix {path.suffix!r}"
     raise CheckpointError(
-        f"`open_checkpoint({str(path)!r})`: {kind}. Supported are .safetensors and {', '.join(_TORCH_SUFFIXES)} files, and "
-        "folders of them."
+        f"`open_checkpoint({str(path)!r})`: {kind}. Supported are .safetensors and {', '.join(_TORCH_SUFFIXES)} files, "
+        "and folders of them."
     )
 
 
@@ -244,7 +254,8 @@ def _download(source: str) -> Path:
     hub = _HUB_ID.fullmatch(source)
     if hub is None:
         raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id 'org/name'."
+            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id "
+            "'org/name'."
         )
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
@@ -254,8 +265,8 @@ def _download(source: str) -> Path:
     except Exception as error:  # network, cache, authorisation: one message for all
         raise CheckpointError(
             f"`open_checkpoint({source!r})`: no such file or folder here, and downloading it from the hub failed: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check the id "
-            "and the connection."
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check "
+            "the id and the connection."
         ) from error
     return folder
 

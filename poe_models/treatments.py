@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from poe_models._checkpoint import Checkpoint, TensorInfo
 from poe_models._default_rules import CONV1D_TYPES, RULES
 from poe_models._rules import Action, Rule
@@ -41,6 +43,7 @@ class Treatment:
     view: View | None
     reason: str
 
+    @override
     def __str__(self) -> str:
         return (
             f"{self.action}, {self.view} ({self.reason})" if self.view is not None else f"{self.action} ({self.reason})"

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
 class View:
     """A tensor as a list of matrices (d_out, d_in); `join` is the exact inverse of `split`.
 
-    First a stack is taken apart, then each part is transposed and flattened to a matrix, then the matrix is cut into row
-    blocks, in at most one of four ways.
+    First a stack is taken apart, then each part is transposed and flattened to a matrix, then the matrix is cut into
+    row blocks, in at most one of four ways.
 
     Args:
         transpose: the tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
@@ -24,8 +25,8 @@ class View:
         blocks: number of equal row blocks, 3 for a fused [q; k; v].
         rows: heights of the row blocks of a fused projection, for instance (4096, 1024, 1024).
         square: row blocks of height d_in, as in the released vision code of [PoE]. That code drops the rows beyond
-            floor(d_out/d_in)*d_in and cannot treat wide matrices; here the remaining rows are a last, lower block, and a
-            wide matrix is one block.
+            floor(d_out/d_in)*d_in and cannot treat wide matrices; here the remaining rows are a last, lower block, and
+            a wide matrix is one block.
         groups: number of groups of a grouped convolution; each is one block (out/groups, in/groups*kh*kw).
 
     >>> view = View(blocks=3).fitted((6, 2))
@@ -44,7 +45,7 @@ class View:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        cuts = [name for name in ("blocks", "rows", "square", "groups") if getattr(self, name) not in {1, (), False}]
+        cuts = [name for name in ("blocks", "rows", "square", "groups") if getattr(self, name) != getattr(View, name)]
         if len(cuts) > 1:
             raise ValueError(f"`View(...)`: {' and '.join(cuts)} are two ways to cut the same rows. Give one of them.")
         for name in ("blocks", "groups"):
@@ -119,8 +120,8 @@ class View:
         expected = self.block_shapes(shape)
         if [tuple(block.shape) for block in blocks] != expected:
             raise ValueError(
-                f"`View.join`: got blocks {[tuple(b.shape) for b in blocks]}, a tensor {tuple(shape)} seen as '{self}' has "
-                f"{expected}. Give the blocks as `split` returned them."
+                f"`View.join`: got blocks {[tuple(b.shape) for b in blocks]}, a tensor {tuple(shape)} seen as '{self}' "
+                f"has {expected}. Give the blocks as `split` returned them."
             )
         part_shape = list(shape[1:] if self.stacked else shape)
         if self.transpose:
@@ -129,6 +130,11 @@ class View:
         parts = [torch.cat(list(blocks[i : i + count])).reshape(part_shape) for i in range(0, len(blocks), count)]
         parts = [part.transpose(0, 1) if self.transpose else part for part in parts]
         return torch.stack(parts) if self.stacked else parts[0].contiguous()
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether blocks of a low-rank tensor keep its factors: not those of stacks and transposed convolutions."""
+        return not (self.stacked or (self.transpose and self.flatten))
 
     def split_factors(self, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Take a low-rank tensor apart without multiplying it out.
@@ -143,7 +149,7 @@ class View:
         Raises:
             ValueError: for stacks and transposed convolutions, which have no such factors.
         """
-        if self.stacked or (self.transpose and self.flatten):
+        if not self.has_factors:
             raise ValueError(
                 f"`View.split_factors`: a tensor seen as '{self}' has no two factors. Multiply it out and split that."
             )
@@ -164,7 +170,8 @@ class View:
         if self.rows:
             if sum(self.rows) != rows:
                 raise ValueError(
-                    f"row blocks {self.rows} sum to {sum(self.rows)}, the matrix has {rows} rows; give heights that add up"
+                    f"row blocks {self.rows} sum to {sum(self.rows)}, the matrix has {rows} rows; give heights that "
+                    "add up"
                 )
             return list(self.rows)
         if self.square:
@@ -176,6 +183,7 @@ class View:
             raise ValueError(f"{rows} rows cannot be cut into {count} {what}; give their heights as `rows`")
         return [rows // count] * count
 
+    @override
     def __str__(self) -> str:
         cuts = {
             "": self.blocks > 1 and f"split into {self.blocks} equal row blocks",

@@ -1,0 +1,249 @@
+"""The main job on real input: merge four fine-tuned SqueezeNets with every method and compare them on test images.
+
+`python -m benchmarks.vision.demo` makes or loads the suite, chooses scale and anchor precision of every method on
+validation with one budget, and prints, per task and on average, how good the merges are and what they cost. The output
+folder gets the numbers (`results.csv`, `results.md`), a plot (`results.png`) and the best product of experts as an
+ordinary checkpoint folder (`merged`), which is loaded again and evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
+from benchmarks.vision.memory import PeakMemory
+from benchmarks.vision.methods import FINAL_STARTS, METHODS, SEARCH_STARTS, Merge, Method, solve
+from benchmarks.vision.plot import bar_plot
+from benchmarks.vision.report import (
+    EXPERTS,
+    MEAN,
+    Row,
+    device_table,
+    markdown,
+    paired_difference,
+    tail_table,
+    task_table,
+    write_csv,
+)
+from benchmarks.vision.search import Settings, search
+from benchmarks.vision.train import Suite, accuracy_table, make_suite
+from inference.design import Design
+from inference.fixed_point import SolverOptions
+from inference.streaming import merge_checkpoint
+from poe_models import TaskVectors
+
+TRIALS = 12
+MERGED = "merged"
+
+
+def judge(name: str, suite: Suite, logits: Mapping[str, Tensor]) -> Row:
+    """A row without costs from test logits of every task."""
+    labels = {task: suite.tasks[task].splits["test"].labels for task in logits}
+    scores = {task: score(logits[task], labels[task]) for task in logits}
+    return Row(name, name, "", scores, {task: logits[task].argmax(1) == labels[task] for task in logits})
+
+
+def reference_rows(suite: Suite) -> list[Row]:
+    """The base on every task, and every expert on its own."""
+    own = {
+        task: suite.heads[task](features(backbone(folder), suite.tasks[task].splits["test"].images))
+        for task, folder in suite.experts.items()
+    }
+    base = task_logits(suite.base, suite.tasks, suite.heads, "test")
+    return [judge("base", suite, base), judge(EXPERTS, suite, own)]
+
+
+def choose(method: Method, suite: Suite, vectors: TaskVectors, trials: int, seed: int) -> tuple[Settings, float]:
+    """Settings of one method and their mean validation accuracy.
+
+    Args:
+        method: The method.
+        suite: Tasks and heads.
+        vectors: The task vectors.
+        trials: Budget.
+        seed: Of the search.
+
+    Returns:
+        The best settings and the accuracy.
+    """
+    merges: dict[float, Merge] = {}
+
+    def validation(settings: Settings) -> Scores:
+        if settings.eta not in merges:  # another scale alone needs no other solve
+            merges[settings.eta] = solve(method, vectors, settings.eta, SEARCH_STARTS)
+        state = merges[settings.eta].state(settings.scale)
+        return mean_scores(evaluate(state, suite.tasks, suite.heads, "validation"))
+
+    best, _ = search(validation, method.tuned, trials, seed)
+    return best.settings, best.scores.accuracy
+
+
+def merge_row(method: Method, suite: Suite, settings: Settings) -> Row:
+    """Merge with given settings from the checkpoint folders, measure that, and test."""
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        merge = solve(method, TaskVectors(suite.base, suite.experts), settings.eta, FINAL_STARTS)
+        state = merge.state(settings.scale)
+        seconds = time.perf_counter() - started
+    return replace(
+        judge(method.name, suite, task_logits(state, suite.tasks, suite.heads, "test")),
+        family=method.family,
+        energy=method.energy_name,
+        settings=settings,
+        merge_seconds=seconds,
+        peak_mib=memory.mib,
+        weight_spread=merge.weight_spread,
+        unconverged=merge.unconverged,
+        other_starts=merge.other_starts,
+    )
+
+
+def compare(suite: Suite, methods: Sequence[Method], trials: int, seed: int, tell: Callable[[str], None]) -> list[Row]:
+    """One row for each method, its settings chosen on validation.
+
+    Args:
+        suite: What to merge and to judge by.
+        methods: The methods.
+        trials: Settings each may try.
+        seed: Of every search.
+        tell: Called with each method's name when its turn comes.
+
+    Returns:
+        The rows, in order.
+    """
+    vectors = TaskVectors(suite.base, suite.experts)
+    rows = []
+    for method in methods:
+        tell(method.name)
+        started = time.perf_counter()
+        settings, accuracy = choose(method, suite, vectors, trials, seed)
+        searched = time.perf_counter() - started
+        row = merge_row(method, suite, settings)
+        rows.append(replace(row, validation=accuracy, search_seconds=searched))
+    return rows
+
+
+def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> None:
+    """Write one merge as a checkpoint folder, in the place of an earlier demo's.
+
+    Args:
+        method: The method, a product of experts.
+        settings: Its settings.
+        suite: Base and experts.
+        out: The folder to make or replace.
+
+    Raises:
+        FileExistsError: If `out` is something else than a merged model.
+    """
+    if out.exists() and not (out / "poe_merge.json").is_file():
+        raise FileExistsError(f"`save_merge(out={str(out)!r})`: it is not a merged model. Give another --out folder.")
+    design = Design(
+        method.design(tuple(suite.experts), settings.eta), settings.scale, options=SolverOptions(starts=FINAL_STARTS)
+    )
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary:
+        merge_checkpoint(TaskVectors(suite.base, suite.experts), design, Path(temporary) / MERGED)
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(Path(temporary) / MERGED, out)
+
+
+def device_seconds(method: Method, settings: Settings, suite: Suite) -> dict[str, float]:
+    """Seconds of one merge on the CPU and on each CUDA device, the second time it is run there."""
+    devices = {f"CPU, {torch.get_num_threads()} threads": torch.device("cpu")}
+    devices |= {torch.cuda.get_device_name(i): torch.device("cuda", i) for i in range(torch.cuda.device_count())}
+    seconds = {}
+    for name, device in devices.items():
+        for _ in range(2):
+            started = time.perf_counter()
+            vectors = TaskVectors(suite.base, suite.experts, device=device)
+            solve(method, vectors, settings.eta).state(settings.scale)  # the state dict is on the CPU
+            seconds[name] = time.perf_counter() - started
+    return seconds
+
+
+def best_of(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[Method, Row]:
+    """The method with the highest validation accuracy among products of experts, and its row."""
+    pairs = [(method, row) for method, row in zip(methods, rows, strict=True) if method.energy is not None]
+    return max(pairs, key=lambda pair: pair[1].validation or 0.0)
+
+
+def run(suite: Suite, out: Path, trials: int, seed: int, console: Console) -> None:
+    """Compare all methods, print and save everything.
+
+    Args:
+        suite: What to merge and to judge by.
+        out: Folder for the numbers, the plot and the best merge.
+        trials: Settings each method may try.
+        seed: Of every search.
+        console: Where to print.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=console) as progress:
+        bar = progress.add_task("merging", total=len(METHODS))
+        merged = compare(suite, METHODS, trials, seed, lambda name: progress.update(bar, description=name, advance=1))
+        progress.update(bar, description="Gaussian twins")
+        heavy = [(method, row) for method, row in zip(METHODS, merged, strict=True) if method.heavy_tailed]
+        tails = [(row, merge_row(method.twin(), suite, row.settings)) for method, row in heavy if row.settings]
+    rows = [*reference_rows(suite), *merged]
+    for task in (*suite.tasks, MEAN):
+        console.print(task_table(rows, task))
+    console.print(tail_table(tails))
+    report_best(rows, merged, suite, out, console)
+    write_csv(out / "results.csv", rows)
+    (out / "results.md").write_text(markdown(rows), encoding="utf-8")
+    bar_plot(rows).savefig(out / "results.png", dpi=150)
+    console.print(f"numbers, plot and merged model: {out}", highlight=False)
+
+
+def report_best(rows: Sequence[Row], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> None:
+    """Save the best merge, load it again, and say how it compares with task arithmetic."""
+    method, best = best_of(merged, METHODS)
+    assert best.settings is not None
+    save_merge(method, best.settings, suite, out / MERGED)
+    again = evaluate(out / MERGED, suite.tasks, suite.heads, "test")
+    console.print(f"{best.name}, best on validation, saved and loaded again: test {mean_scores(again).accuracy:.3f}")
+    arithmetic = next(row for row in rows if row.name == "task arithmetic")
+    gap, error = paired_difference(best, arithmetic)
+    console.print(f"against task arithmetic: {100 * gap:+.1f} ± {100 * error:.1f} points of mean test accuracy")
+    if torch.cuda.is_available():
+        console.print(device_table(best.name, device_seconds(method, best.settings, suite)))
+    for row in merged:
+        if row.unconverged:
+            console.print(f"{row.name}: did not converge in {', '.join(row.unconverged)}", style="yellow")
+        if row.other_starts:
+            console.print(f"{row.name}: another start than the twin won in {', '.join(row.other_starts)}")
+
+
+def main() -> None:
+    """Merge and compare."""
+    parser = argparse.ArgumentParser(description="Merge four fine-tuned SqueezeNets with every method and compare.")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for numbers, plot and merged model")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="settings that each method may try on validation")
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
+    arguments = parser.parse_args()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    started = time.perf_counter()
+    suite = make_suite(cache=arguments.cache, console=console)
+    console.print(accuracy_table(suite))
+    made = time.perf_counter()
+    run(suite, arguments.out, arguments.trials, arguments.seed, console)
+    ended = time.perf_counter()
+    console.print(f"suite {made - started:.0f} s, merges {ended - made:.0f} s, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The merges that the demo compares, each as one function of the updates, on one table of tensor treatments."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.fixed_point import Start, fixed_point
+from inference.solution import FixedPointInfo, Solution
+from poe_models import (
+    Anchor,
+    Cauchy,
+    Directional,
+    Energy,
+    Gaussian,
+    InputGram,
+    ModuleUpdates,
+    OutputGram,
+    ProductOfExperts,
+    RelativePrecision,
+    ResidualMap,
+    StudentT,
+    TaskArithmetic,
+    TaskVectors,
+    average,
+)
+from poe_models.experts import CenterRule
+
+SEARCH_STARTS: tuple[Start, ...] = ("twin",)
+FINAL_STARTS: tuple[Start, ...] = ("twin", "experts")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to merge.
+
+    Args:
+        name: Row of the table.
+        family: Methods that differ in the energy alone share it.
+        rule: The merged update as a function of the updates (..., N, d_out, d_in); or
+        residual_map: the experts' map, or several for several sides, with
+        energy: their energy.
+        tuned: Which settings the search chooses.
+    """
+
+    name: str
+    family: str
+    rule: CenterRule | None = None
+    residual_map: ResidualMap | tuple[ResidualMap, ...] | None = None
+    energy: Energy | None = None
+    tuned: tuple[str, ...] = ("scale", "eta")
+
+    def design(self, names: Sequence[str], eta: float) -> ProductOfExperts:
+        """The product of experts with a relative anchor precision `eta`.
+
+        Raises:
+            ValueError: If the method is no product of experts.
+        """
+        if self.residual_map is None or self.energy is None:
+            raise ValueError(f"`Method.design`: {self.name} has no experts. Call its `rule` on the updates.")
+        anchor = Anchor(precision=RelativePrecision(eta))
+        return ProductOfExperts.of(names, self.residual_map, self.energy, anchor=anchor)
+
+    @property
+    def energy_name(self) -> str:
+        """The part of the name that says the energy; empty without one."""
+        return self.name.removeprefix(f"{self.family}, ") if self.energy is not None else ""
+
+    @property
+    def heavy_tailed(self) -> bool:
+        """Whether the energy is another than a Gaussian."""
+        return self.energy is not None and not isinstance(self.energy, Gaussian)
+
+    def twin(self) -> Method:
+        """The same method with the Gaussian of equal weight at a zero residual.
+
+        Raises:
+            ValueError: If the method has no energy.
+        """
+        if self.energy is None:
+            raise ValueError(f"`Method.twin`: {self.name} has no energy, so it has no Gaussian twin.")
+        return Method(f"{self.family}, twin", self.family, None, self.residual_map, self.energy.twin())
+
+
+_MAPS: dict[str, ResidualMap | tuple[ResidualMap, ...]] = {
+    "Directional": Directional(),
+    "OutputGram": OutputGram(),
+    "InputGram": InputGram(),
+    "both sides": (InputGram(), OutputGram()),
+}
+# The Gaussian is Cauchy's twin. Student-t's differs from it by a factor that the tuned eta absorbs.
+_ENERGIES: dict[str, Energy] = {"Gaussian": Cauchy().twin(), "Cauchy": Cauchy(), "Student-t(4)": StudentT(4.0)}
+
+BASELINES = (
+    Method("average", "average", average, tuned=()),
+    Method("task arithmetic", "task arithmetic", TaskArithmetic(1.0), tuned=("scale",)),
+)
+MAPS = tuple(
+    Method(f"{map_name}, {energy_name}", map_name, None, residual_map, energy)
+    for map_name, residual_map in _MAPS.items()
+    for energy_name, energy in _ENERGIES.items()
+)
+METHODS = (*BASELINES, *MAPS)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A solved merge, before its scale is chosen.
+
+    Args:
+        base: Base tensors of the merged updates, by name.
+        updates: Merged updates in the tensors' own shapes.
+        others: Finished tensors that the scale does not touch: averages, and what stays the base's.
+        weight_spread: Largest over smallest effective expert weight, one entry a module; empty without experts.
+        unconverged: Modules whose solve did not converge.
+        other_starts: Modules in which another start than the twin found a lower energy.
+    """
+
+    base: dict[str, Tensor]
+    updates: dict[str, Tensor]
+    others: dict[str, Tensor]
+    weight_spread: tuple[float, ...] = ()
+    unconverged: tuple[str, ...] = ()
+    other_starts: tuple[str, ...] = ()
+
+    def state(self, scale: float) -> dict[str, Tensor]:
+        """State dict with `W_0 + scale * Z`; averaged tensors are not scaled."""
+        merged = {name: self.base[name] + scale * update for name, update in self.updates.items()}
+        return {name: value.cpu() for name, value in (merged | self.others).items()}
+
+
+def solve(method: Method, vectors: TaskVectors, eta: float, starts: tuple[Start, ...] = FINAL_STARTS) -> Merge:
+    """Merge every tensor; matrices of one shape are solved as one batch.
+
+    Args:
+        method: What to do.
+        vectors: The task vectors.
+        eta: Relative precision of the anchor; methods without experts have none and must be given 0.
+        starts: Where the fixed point starts; the lowest energy wins.
+
+    Returns:
+        The merge.
+
+    Raises:
+        ValueError: If `eta` is given to a method that has no anchor.
+    """
+    if method.rule is not None and eta != 0:
+        raise ValueError(f"`solve({method.name!r}, eta={eta})`: it has no anchor. Give eta=0.")
+    modules = list(vectors)
+    batches: dict[torch.Size, list[ModuleUpdates]] = defaultdict(list)
+    for module in modules:
+        batches[module.updates.shape].append(module)
+    values: dict[str, Tensor] = {}
+    solutions: list[tuple[list[ModuleUpdates], Solution[FixedPointInfo]]] = []
+    for batch in batches.values():
+        updates = torch.stack([module.updates for module in batch])
+        if method.rule is not None:
+            merged = method.rule(updates)
+        else:
+            solution = fixed_point(method.design(vectors.names, eta), updates, starts=starts)
+            merged = solution.value
+            solutions.append((batch, solution))
+        values |= {module.name: value for module, value in zip(batch, merged, strict=True)}
+    return _assemble(vectors, modules, values, solutions)
+
+
+def _assemble(
+    vectors: TaskVectors,
+    modules: list[ModuleUpdates],
+    values: dict[str, Tensor],
+    solutions: list[tuple[list[ModuleUpdates], Solution[FixedPointInfo]]],
+) -> Merge:
+    base, updates, others = {}, {}, {}
+    for tensor, treatment in vectors.treatments.items():
+        if treatment.view is not None:
+            parts = [values[module.name] for module in modules if module.tensor == tensor]
+            base[tensor] = vectors.base.read(tensor).to(parts[0])
+            updates[tensor] = treatment.view.join(parts, base[tensor].shape)
+        else:
+            others[tensor] = vectors.average(tensor) if treatment.action == "average" else vectors.base.read(tensor)
+    spread = [value for _, solution in solutions for value in solution.info.weight_spread.tolist()]
+    unconverged, moved = [], []
+    for batch, solution in solutions:
+        unconverged += [m.name for m, status in zip(batch, solution.status, strict=True) if not status.converged]
+        moved += [m.name for m, start in zip(batch, solution.info.start, strict=True) if start != "twin"]
+    return Merge(base, updates, others, tuple(spread), tuple(unconverged), tuple(moved))

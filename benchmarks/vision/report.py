@@ -1,0 +1,175 @@
+"""Rows of the comparison as rich tables, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.vision.evaluate import Scores, mean_scores
+from benchmarks.vision.search import Settings
+
+MEAN = "mean"
+EXPERTS = "own experts"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on every task's test images.
+
+    Args:
+        name: Name of the method.
+        family: Methods that differ in the energy alone share it.
+        energy: Name of the energy; empty without one.
+        scores: Task -> scores.
+        correct: Task -> (n,) bool, which test images it got right.
+        settings: Chosen scale and anchor precision, if anything was merged.
+        validation: Mean validation accuracy at these settings.
+        merge_seconds: One merge at these settings, from files to a state dict.
+        search_seconds: Choosing the settings.
+        peak_mib: Peak memory of that one merge.
+        weight_spread: Per module, largest over smallest effective expert weight.
+        unconverged: Modules whose solve did not converge.
+        other_starts: Modules in which another start than the twin found a lower energy.
+    """
+
+    name: str
+    family: str
+    energy: str
+    scores: Mapping[str, Scores]
+    correct: Mapping[str, Tensor]
+    settings: Settings | None = None
+    validation: float | None = None
+    merge_seconds: float | None = None
+    search_seconds: float | None = None
+    peak_mib: float | None = None
+    weight_spread: tuple[float, ...] = ()
+    unconverged: tuple[str, ...] = ()
+    other_starts: tuple[str, ...] = ()
+
+    def on(self, task: str) -> Scores:
+        """Scores on a task, or their mean over tasks for `MEAN`."""
+        return mean_scores(self.scores) if task == MEAN else self.scores[task]
+
+
+def normalised(row: Row, own: Row, task: str) -> float:
+    """Accuracy over the own expert's; for `MEAN` the mean of the tasks' ratios."""
+    ratios = {name: row.scores[name].accuracy / own.scores[name].accuracy for name in row.scores}
+    return sum(ratios.values()) / len(ratios) if task == MEAN else ratios[task]
+
+
+def paired_difference(one: Row, other: Row) -> tuple[float, float]:
+    """Mean test accuracy of `one` minus `other`, and the standard error of that over the test images."""
+    gaps = [one.correct[task].double() - other.correct[task].double() for task in one.correct]
+    variance = sum(float(gap.var()) / len(gap) for gap in gaps)
+    return sum(float(gap.mean()) for gap in gaps) / len(gaps), variance**0.5 / len(gaps)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+COLUMNS = ("method", "λ", "η", "accuracy", "normalised", "NLL", "Brier", "ECE")
+COSTS = ("spread", "merge s", "search s", "peak MiB")
+
+
+def cells(row: Row, own: Row, task: str) -> list[str]:
+    """The row's cells for a task; for `MEAN` with `COSTS`."""
+    scores, settings = row.on(task), row.settings
+    scale, eta = (settings.scale, settings.eta or None) if settings else (None, None)
+    quality = (scores.accuracy, normalised(row, own, task), scores.nll, scores.brier, scores.ece)
+    found = [
+        row.name,
+        _number(scale, 2),
+        "" if eta is None else f"{eta:.3g}",
+        *(_number(value, 3) for value in quality),
+    ]
+    if task != MEAN:
+        return found
+    spread = max(row.weight_spread) if row.weight_spread else None
+    costs = ((spread, 2), (row.merge_seconds, 2), (row.search_seconds, 1), (row.peak_mib, 0))
+    return found + [_number(value, digits) for value, digits in costs]
+
+
+def task_table(rows: Sequence[Row], task: str) -> Table:
+    """All methods on one task, or on average for `MEAN`, with what they cost."""
+    own = next(row for row in rows if row.name == EXPERTS)
+    title = "test, mean over tasks" if task == MEAN else f"test, {task}"
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate((*COLUMNS, *(COSTS if task == MEAN else ()))):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row, own, task))
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of means, for a README."""
+    own = next(row for row in rows if row.name == EXPERTS)
+    header = (*COLUMNS, *COSTS)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(cells(row, own, MEAN)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def tail_table(pairs: Sequence[tuple[Row, Row]]) -> Table:
+    """Each heavy-tailed merge beside its Gaussian twin at the same λ and η: what the tail alone changed.
+
+    Args:
+        pairs: The heavy-tailed row and its twin's.
+    """
+    table = Table(title="tails alone: each merge against its Gaussian twin at the same λ and η", title_justify="left")
+    for i, column in enumerate(
+        ("method", "spread, median", "spread, max", "accuracy", "minus twin", "NLL", "minus twin")
+    ):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row, twin in pairs:
+        gap, error = paired_difference(row, twin)
+        scores = row.on(MEAN)
+        spreads = (_number(median(row.weight_spread), 3), _number(max(row.weight_spread), 3))
+        difference = (f"{gap:+.4f} ± {error:.4f}", f"{scores.nll:.3f}", f"{scores.nll - twin.on(MEAN).nll:+.4f}")
+        table.add_row(row.name, *spreads, f"{scores.accuracy:.3f}", *difference)
+    return table
+
+
+def device_table(method: str, seconds: Mapping[str, float]) -> Table:
+    """Seconds of one merge by device, the hardware in words."""
+    table = Table("device", "seconds", title=f"one merge, {method}", title_justify="left")
+    for device, value in seconds.items():
+        table.add_row(device, f"{value:.2f}")
+    return table
+
+
+FIELDS = (
+    *("method", "family", "energy", "task", "scale", "eta"),
+    *("accuracy", "normalised_accuracy", "nll", "brier", "ece", "validation_accuracy"),
+    *("merge_seconds", "search_seconds", "peak_mib", "weight_spread_median", "weight_spread_max"),
+)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line for each method and task, and one for the mean.
+
+    Args:
+        path: The file to write.
+        rows: The methods; one of them must be the own experts.
+    """
+    own = next(row for row in rows if row.name == EXPERTS)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        for row in rows:
+            settings = (row.settings.scale, row.settings.eta) if row.settings else ("", "")
+            spread = (median(row.weight_spread), max(row.weight_spread)) if row.weight_spread else ("", "")
+            costs = (row.merge_seconds, row.search_seconds, row.peak_mib)
+            for task in (*row.scores, MEAN):
+                s = row.on(task)
+                quality = (s.accuracy, normalised(row, own, task), s.nll, s.brier, s.ece)
+                validation = row.validation if task == MEAN else None
+                line = (row.name, row.family, row.energy, task, *settings, *quality, validation, *costs, *spread)
+                writer.writerow(["" if value is None else value for value in line])

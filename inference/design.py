@@ -1,0 +1,147 @@
+"""The design of a merge: which product of experts is solved for a tensor, how, and by how much its MAP is added."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inference.fixed_point import SolverOptions, fixed_point
+from inference.solution import FixedPointInfo, Solution
+from poe_models.checkpoints import Checkpoint, CheckpointError
+from poe_models.experts import ProductOfExperts
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """How the matrices of one tensor are merged. Tensors that share one `Design` object are solved as a batch.
+
+    Args:
+        poe: The product of experts; `update_names` are names of task vectors.
+        scaling: λ in ``W = W_0 + λ Z``.
+        coordinates: Solve for the merged update (``"full"``) or its coefficients on the experts' (``"span"``).
+        options: Settings of the solver.
+        center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to `poe.anchor`.
+    """
+
+    poe: ProductOfExperts
+    scaling: float = 1.0
+    coordinates: Literal["full", "span"] = "full"
+    options: SolverOptions = field(default_factory=SolverOptions)
+    center: Checkpoint | None = None
+
+    def solve(
+        self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None, center: Tensor | None = None
+    ) -> Solution[FixedPointInfo]:
+        """Solve a batch of modules.
+
+        Args:
+            updates: ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``.
+            low_rank: Factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)``, if they are adapters.
+            center: ``Z_0``, ``(M, d_out, d_in)``, where the centre is a checkpoint.
+
+        Returns:
+            The MAP, ``value`` of shape ``(M, d_out, d_in)``.
+        """
+        poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
+        options = {item.name: getattr(self.options, item.name) for item in fields(self.options)}
+        return fixed_point(poe, updates, coordinates=self.coordinates, low_rank=low_rank, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """The design as plain data, for the record of a merge."""
+        anchor = self.poe.anchor
+        center = shown(anchor.center) if self.center is None else self.center.source
+        experts = [
+            {item.name: shown(getattr(expert, item.name)) for item in fields(expert)} for expert in self.poe.experts
+        ]
+        return {
+            "experts": experts,
+            "anchor": {"center": center, "precision": shown(anchor.precision)},
+            "temperature": self.poe.temperature,
+            "scaling": self.scaling,
+            "coordinates": self.coordinates,
+            "solver": {item.name: shown(getattr(self.options, item.name)) for item in fields(self.options)},
+        }
+
+    def check(self, names: Sequence[str]) -> None:
+        """Find out before anything is read whether this design can be solved at all.
+
+        Args:
+            names: Names of the task vectors.
+
+        Raises:
+            ValueError: If it is about other task vectors, or cannot be solved in these coordinates.
+        """
+        missing = [name for name in self.poe.update_names if name not in names]
+        if missing:
+            raise ValueError(
+                f"`Design(...)`: the product is about {missing[0]!r}, but the task vectors are {', '.join(names)}. "
+                "Give the experts these names, or set `update=`."
+            )
+        if self.poe.factors:
+            raise ValueError(
+                f"`Design(...)`: {self.poe.factors[0].name!r} is a FactorExpert, which whole checkpoints cannot be "
+                "merged with. Use `minimize` on the modules it is about."
+            )
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
+        tensor_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None
+        replace(self, options=replace(self.options, max_steps=1, tolerance=None)).solve(
+            probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if tensor_center else None
+        )
+
+
+Designs = ProductOfExperts | Design | Callable[[str], Design]
+"""One design for all tensors, or a function from the tensor's name."""
+
+
+def as_function(designs: Designs) -> Callable[[str], Design]:
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
+
+    Args:
+        designs: What the caller gave.
+
+    Returns:
+        The function.
+    """
+    if callable(designs):
+        return designs
+    design = designs if isinstance(designs, Design) else Design(designs)
+    return lambda tensor: design
+
+
+def check_center(design: Design, base: Checkpoint, tensor: str) -> None:
+    """Check from headers that the anchor's checkpoint has a tensor of the base's shape.
+
+    Args:
+        design: The design of the tensor.
+        base: The base.
+        tensor: Name of the tensor.
+
+    Raises:
+        CheckpointError: If it has none, or another shape.
+    """
+    if design.center is None:
+        return
+    found = design.center.tensors.get(design.center.aliases.get(tensor, tensor))
+    if found is None or found.shape != base.tensors[tensor].shape:
+        what = "is missing" if found is None else f"is {found.shape}, the base's {base.tensors[tensor].shape}"
+        raise CheckpointError(
+            f"anchor {design.center.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
+        )
+
+
+def shown(value: Any) -> Any:
+    """A setting as plain data that does not change from run to run."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return [shown(item) for item in value]
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}"
+    text = repr(value) if is_dataclass(value) else getattr(value, "__qualname__", f"{type(value).__qualname__}()")
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from poe_models.checkpoints import MemoryCheckpoint, TensorInfo
+from poe_models.treatments import DEFAULT_RULES, Rule, RuleTable, View, model_type_of
+
+# ------------------------------------------------------------------------------------------------ views
+
+VIEWS: list[tuple[View, tuple[int, ...], list[tuple[int, int]], str]] = [
+    (View(), (5, 3), [(5, 3)], "as it is"),
+    (View(transpose=True), (5, 3), [(3, 5)], "transposed"),
+    (View(), (4, 3, 2, 2), [(4, 12)], "conv flattened (out, in*kh*kw)"),
+    (View(), (4, 3, 2), [(4, 6)], "conv flattened (out, in*kh*kw)"),
+    (View(), (4, 3, 2, 1, 2), [(4, 12)], "conv flattened (out, in*kh*kw)"),
+    (View(transpose=True), (4, 3, 2, 2), [(3, 16)], "transposed, conv flattened (out, in*kh*kw)"),
+    (View(blocks=3), (6, 2), [(2, 2)] * 3, "split into 3 equal row blocks"),
+    (View(blocks=3, transpose=True), (2, 6), [(2, 2)] * 3, "transposed, split into 3 equal row blocks"),
+    (View(rows=(4, 1, 1)), (6, 2), [(4, 2), (1, 2), (1, 2)], "split into row blocks of 4, 1, 1"),
+    (View(square=True), (7, 3), [(3, 3), (3, 3), (1, 3)], "square row blocks of height d_in"),
+    (View(square=True), (6, 3), [(3, 3), (3, 3)], "square row blocks of height d_in"),
+    (View(square=True), (2, 5), [(2, 5)], "square row blocks of height d_in"),
+    (View(groups=2), (6, 2, 3, 3), [(3, 18)] * 2, "conv flattened (out, in*kh*kw), per group (2 groups)"),
+    (View(stacked=True), (3, 4, 2), [(4, 2)] * 3, "stacked: a batch of matrices"),
+    (View(stacked=True, transpose=True), (2, 4, 3), [(3, 4)] * 2, "stacked: a batch of matrices, transposed"),
+    (
+        View(stacked=True, rows=(1, 3)),
+        (2, 4, 3),
+        [(1, 3), (3, 3)] * 2,
+        "stacked: a batch of matrices, split into row blocks of 1, 3",
+    ),
+    (View(stacked=True), (2, 4, 3, 2), [(4, 6)] * 2, "stacked: a batch of matrices, conv flattened (out, in*kh*kw)"),
+]
+
+
+@pytest.mark.parametrize(("view", "shape", "blocks", "text"), VIEWS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_join_is_the_exact_inverse_of_split(
+    view: View, shape: tuple[int, ...], blocks: list[tuple[int, int]], text: str, strided: bool
+) -> None:
+    fitted = view.fitted(shape)
+    tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    if strided:
+        tensor = tensor.flip(0).transpose(0, -1).contiguous().transpose(0, -1)
+    parts = fitted.split(tensor)
+    assert [tuple(part.shape) for part in parts] == fitted.block_shapes(shape) == blocks
+    assert sum(part.numel() for part in parts) == tensor.numel()
+    joined = fitted.join(parts, shape)
+    assert torch.equal(joined, tensor)
+    assert joined.is_contiguous()
+    assert joined.data_ptr() != tensor.data_ptr()
+    assert str(fitted) == text
+
+
+def test_what_the_views_mean() -> None:
+    weight = torch.randn(6, 4, dtype=torch.float64)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    (matrix,) = View(transpose=True).fitted((6, 4)).split(weight)
+    assert torch.equal(matrix @ x.T, (x @ weight).T)  # Conv1D computes x W with W (in, out)
+
+    query, key, value = View(blocks=3).fitted((6, 2)).split(weight.reshape(6, 4)[:, :2])
+    assert torch.equal(torch.cat([query, key, value]), weight[:, :2])
+
+    kernel = torch.randn(3, 2, 2, 2, dtype=torch.float64)
+    patch = torch.randn(2, 2, 2, dtype=torch.float64)
+    (matrix,) = View().fitted(kernel.shape).split(kernel)
+    torch.testing.assert_close(matrix @ patch.flatten(), torch.conv2d(patch[None], kernel).flatten())
+
+    grouped = torch.randn(4, 2, 1, 1, dtype=torch.float64)
+    pixels = torch.randn(1, 4, 1, 1, dtype=torch.float64)
+    top, bottom = View(groups=2).fitted(grouped.shape).split(grouped)
+    expected = torch.conv2d(pixels, grouped, groups=2).flatten()
+    torch.testing.assert_close(torch.cat([top @ pixels[0, :2, 0, 0], bottom @ pixels[0, 2:, 0, 0]]), expected)
+
+
+@pytest.mark.parametrize(("view", "shape", "blocks", "text"), [case for case in VIEWS if case[0].has_factors])
+def test_factors_are_split_like_their_product(
+    view: View, shape: tuple[int, ...], blocks: list[tuple[int, int]], text: str, generator: torch.Generator
+) -> None:
+    if view.transpose and len(shape) > 2:
+        with pytest.raises(ValueError, match="no two factors"):
+            view.fitted(shape).split_factors(torch.zeros(4, 1), torch.zeros(1, 12))
+        return
+    columns = torch.Size(shape).numel() // shape[0]
+    left = torch.randn(shape[0], 2, generator=generator, dtype=torch.float64)
+    right = torch.randn(2, columns, generator=generator, dtype=torch.float64)
+    fitted = view.fitted(shape)
+    pairs = fitted.split_factors(left, right)
+    assert [(b.shape[0], a.shape[1]) for b, a in pairs] == blocks
+    for (b, a), block in zip(pairs, fitted.split((left @ right).reshape(shape)), strict=True):
+        torch.testing.assert_close(b @ a, block)
+
+
+def test_views_that_do_not_fit_say_why() -> None:
+    for view, shape, words in [
+        (View(), (5,), r"shape \(5,\) is not a matrix"),
+        (View(stacked=True), (5, 2), r"shape \(5, 2\) is not a stack of matrices"),
+        (View(blocks=3), (7, 2), r"7 rows cannot be cut into 3 equal row blocks"),
+        (View(groups=2), (5, 2, 3, 3), r"5 rows cannot be cut into 2 groups"),
+        (View(rows=(4, 2)), (7, 2), r"\(4, 2\) sum to 6, the matrix has 7 rows"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            view.fitted(shape)
+    for wrong, words in [
+        ({"blocks": 2, "square": True}, "blocks and square are two ways"),
+        ({"blocks": 0}, "below 1"),
+        ({"rows": (3, 0)}, "height below 1"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            View(**wrong)
+    with pytest.raises(ValueError, match="Give the blocks as `split` returned them"):
+        View(blocks=2).fitted((4, 2)).join([torch.zeros(4, 2)], (4, 2))
+
+
+# ------------------------------------------------------------------------------------------------ default rules
+
+THIRDS = "split into 3 equal row blocks"
+DEFAULTS: list[tuple[str, tuple[int, ...], str | None, str, str | None]] = [
+    # Conv1D and its namesakes
+    ("transformer.h.0.attn.c_attn.weight", (8, 24), "gpt2", "merge", f"transposed, {THIRDS}"),
+    ("h.0.attn.c_attn.weight", (8, 24), None, "merge", f"transposed, {THIRDS}"),
+    ("transformer.h.11.attn.c_proj.weight", (8, 8), "gpt2", "merge", "transposed"),
+    ("transformer.h.0.mlp.c_fc.weight", (8, 32), "gpt2", "merge", "transposed"),
+    ("transformer.h.0.mlp.c_fc.weight", (8, 32), None, "merge", "transposed"),
+    ("transformer.h.0.crossattention.c_attn.weight", (8, 16), "gpt2", "merge", "transposed"),
+    ("transformer.h.0.crossattention.q_attn.weight", (8, 8), "gpt2", "merge", "transposed"),
+    ("lm_head.weight", (50, 8), "gpt2", "merge", "as it is"),
+    ("transformer.h.0.attn.c_attn.weight", (10, 8), "gpt_bigcode", "merge", "as it is"),
+    ("transformer.h.0.attn.c_attn.weight", (24, 8), "gpt_bigcode", "merge", "as it is"),
+    ("transformer.h.0.attn.c_proj.weight", (8, 8), "gpt_bigcode", "merge", "as it is"),
+    ("transformer.h.0.mlp.c_fc.weight", (32, 8), "gpt_bigcode", "merge", "as it is"),
+    ("transformer.h.0.attn.c_attn.weight", (24, 8), None, "merge", THIRDS),
+    ("transformer.h.0.attn.c_attn.weight", (24, 8), "qwen", "merge", THIRDS),
+    ("visual.transformer.resblocks.0.mlp.c_fc.weight", (32, 8), None, "merge", "as it is"),
+    ("transformer.resblocks.0.mlp.c_proj.weight", (8, 32), None, "merge", "as it is"),
+    # fused projections
+    ("visual.transformer.resblocks.0.attn.in_proj_weight", (24, 8), None, "merge", THIRDS),
+    ("blocks.0.attn.qkv.weight", (24, 8), None, "merge", THIRDS),
+    ("model.layers.0.self_attn.qkv_proj.weight", (24, 8), "phi3", "merge", THIRDS),
+    ("model.layers.0.self_attn.qkv_proj.weight", (12, 8), "phi3", "merge", "as it is"),  # 12 = 3 * 4, but not thirds
+    ("transformer.h.0.attn.qkv_proj.weight", (24, 8), "codegen", "merge", "as it is"),
+    ("gpt_neox.layers.0.attention.query_key_value.weight", (24, 8), "gpt_neox", "merge", "as it is"),
+    ("h.0.self_attention.query_key_value.weight", (24, 8), None, "merge", "as it is"),
+    # matrices
+    ("encoder.layer.0.attention.self.query.weight", (8, 8), "bert", "merge", "as it is"),
+    ("patch_embed.proj.weight", (8, 3), None, "merge", "as it is"),
+    ("time_embedding.linear_1.weight", (8, 3), None, "merge", "as it is"),
+    ("blocks.0.norm1.linear.weight", (8, 3), None, "merge", "as it is"),
+    ("mixer.experts.3.w1.weight", (8, 3), "mixtral", "merge", "as it is"),
+    ("visual.proj", (8, 4), None, "merge", "transposed"),
+    ("text_projection", (8, 4), None, "merge", "transposed"),
+    ("text_projection.weight", (8, 4), "clip", "merge", "as it is"),
+    # convolutions
+    ("features.0.weight", (8, 3, 3, 3), None, "merge", "conv flattened (out, in*kh*kw)"),
+    ("vision_model.embeddings.patch_embedding.weight", (8, 3, 4, 4), "clip", "merge", "conv flattened (out, in*kh*kw)"),
+    ("encoder.conv1.weight", (8, 3, 3), "whisper", "merge", "conv flattened (out, in*kh*kw)"),
+    ("video.weight", (8, 3, 2, 3, 3), None, "merge", "conv flattened (out, in*kh*kw)"),
+    ("features.1.depthwise.weight", (8, 1, 3, 3), None, "average", None),
+    ("mixer.conv1d.weight", (8, 1, 4), "mamba", "average", None),
+    # stacked experts
+    ("model.layers.0.mlp.experts.gate_up_proj", (4, 16, 8), "mixtral", "merge", "stacked: a batch of matrices"),
+    ("layers.0.experts.down_proj", (4, 8, 16), None, "merge", "stacked: a batch of matrices"),
+    (
+        "layers.0.block_sparse_moe.input_linear.weight",
+        (4, 8, 16),
+        "granitemoe",
+        "merge",
+        "stacked: a batch of matrices",
+    ),
+    ("layers.0.mlp.experts.gate_up_proj", (4, 8, 16), "gpt_oss", "merge", "stacked: a batch of matrices, transposed"),
+    # averaged
+    ("wte.weight", (50, 8), "gpt2", "average", None),
+    ("transformer.wpe.weight", (50, 8), "gpt2", "average", None),
+    ("bert.embeddings.word_embeddings.weight", (50, 8), "bert", "average", None),
+    ("bert.embeddings.position_embeddings.weight", (50, 8), "bert", "average", None),
+    ("bert.embeddings.token_type_embeddings.weight", (2, 8), "bert", "average", None),
+    ("model.embed_tokens.weight", (50, 8), "llama", "average", None),
+    ("shared.weight", (50, 8), "t5", "average", None),
+    ("gpt_neox.embed_in.weight", (50, 8), "gpt_neox", "average", None),
+    ("token_embedding.weight", (50, 8), None, "average", None),
+    ("positional_embedding", (77, 8), None, "average", None),
+    ("class_embedding", (8,), None, "average", None),
+    ("pos_embed", (1, 17, 8), None, "average", None),
+    ("embeddings.position_embeddings", (1, 17, 8), "vit", "average", None),
+    ("cls_token", (1, 1, 8), None, "average", None),
+    ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 4), "t5", "average", None),
+    ("layers.0.attn.relative_position_bias_table", (169, 4), "swin", "average", None),
+    ("fc.bias", (8,), None, "average", None),
+    ("attn.in_proj_bias", (24,), None, "average", None),
+    ("h.0.attn.bias", (1, 1, 4, 4), "gpt2", "average", None),
+    ("ln_1.weight", (8,), None, "average", None),
+    ("q_norm.weight", (4, 8), None, "average", None),
+    ("ln_pre.weight", (8,), None, "average", None),
+    ("bn1.running_mean", (8,), None, "average", None),
+    ("bn1.running_var", (8,), None, "average", None),
+    ("logit_scale", (), None, "average", None),
+    ("odd", (2, 2, 2, 2, 2, 2), None, "average", None),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "model_type", "action", "view"), DEFAULTS)
+def test_default_treatments(
+    name: str, shape: tuple[int, ...], model_type: str | None, action: str, view: str | None
+) -> None:
+    treatment = DEFAULT_RULES.treat(TensorInfo(name, shape, torch.bfloat16), model_type)
+    assert treatment.action == action, treatment
+    assert (str(treatment.view) if treatment.view else None) == view, treatment
+    assert treatment.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_buffers_stay_the_bases_whatever_the_rules_say(dtype: torch.dtype) -> None:
+    table = DEFAULT_RULES.extended([{"match": "", "action": "merge"}])
+    for rules in (DEFAULT_RULES, table):
+        treatment = rules.treat(TensorInfo("position_ids", (1, 8), dtype))
+        assert (treatment.action, treatment.view) == ("base", None)
+        assert str(dtype).removeprefix("torch.") in treatment.reason
+
+
+def test_reasons_are_printed() -> None:
+    def text(name: str, shape: tuple[int, ...], model_type: str | None = None) -> str:
+        return str(DEFAULT_RULES.treat(TensorInfo(name, shape, torch.float32), model_type))
+
+    assert "heads interleaved" in text("query_key_value.weight", (24, 8))
+    assert "d_out is not 3*d_in: merged whole; give the heights" in text("qkv_proj.weight", (12, 8))
+    assert text("h.0.mlp.c_fc.weight", (8, 32), "gpt2") == "merge, transposed (Conv1D, stored (in, out))"
+    assert text("wte.weight", (8, 32)) == "average (embedding)"
+
+
+def treat_model(model: torch.nn.Module) -> dict[str, str]:
+    checkpoint = MemoryCheckpoint(model.state_dict(), model.config.to_dict())
+    kind = model_type_of(checkpoint)
+    return {name: str(DEFAULT_RULES.treat(info, kind)) for name, info in checkpoint.tensors.items()}
+
+
+def test_conv1d_is_exactly_what_transformers_says() -> None:
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    config.add_cross_attention = True
+    model = transformers.GPT2LMHeadModel(config)
+    conv1d = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, transformers.pytorch_utils.Conv1D)}
+    treatments = treat_model(model)
+    assert conv1d == {name for name, text in treatments.items() if "transposed" in text}
+    assert len(conv1d) == 7
+
+
+def test_linear_layers_of_real_models_are_merged_as_they_are() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    t5 = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    for model in (
+        transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **sizes)),
+        transformers.ViTForImageClassification(vision),
+        transformers.T5ForConditionalGeneration(t5),
+    ):
+        treatments = treat_model(model)
+        for name, module in model.named_modules():
+            text = treatments.get(f"{name}.weight", "")
+            if isinstance(module, torch.nn.Linear) and text:
+                assert text == "merge, as it is (matrix)" or name == "lm_head", (name, text)
+            if isinstance(module, torch.nn.Embedding) and text:
+                assert text == "average (embedding)", (name, text)
+            if isinstance(module, torch.nn.Conv2d):
+                assert text.startswith("merge, conv flattened"), (name, text)
+
+
+def test_model_type_of_checkpoints() -> None:
+    def guess(tensors: dict[str, tuple[int, ...]], config: dict[str, Any] | None = None) -> str | None:
+        return model_type_of(MemoryCheckpoint({name: torch.zeros(shape) for name, shape in tensors.items()}, config))
+
+    fc = "transformer.h.0.mlp.c_fc.weight"
+    assert guess({fc: (8, 32)}, {"model_type": "bert"}) == "bert"
+    assert guess({"w": (2, 2)}) is None
+    assert guess({fc: (8, 32)}) == "gpt2"
+    nano = guess({fc: (32, 8)})  # nanoGPT: linear layers under GPT-2's names
+    square = TensorInfo("transformer.h.0.attn.c_proj.weight", (8, 8), torch.float32)
+    assert str(DEFAULT_RULES.treat(square, nano).view) == "as it is"
+    assert str(DEFAULT_RULES.treat(square, "gpt2").view) == "transposed"
+    composite = {
+        "model_type": "vision-encoder-decoder",
+        "encoder": {"model_type": "vit"},
+        "decoder": {"model_type": "gpt2"},
+    }
+    assert guess({"w": (2, 2)}, composite) == "gpt2"
+    assert guess({"w": (2, 2)}, {"model_type": "clip", "text_config": {"model_type": "clip_text_model"}}) == "clip"
+
+
+# ------------------------------------------------------------------------------------------------ users' rules
+
+
+def test_users_rules_come_first_and_the_first_decides() -> None:
+    table = DEFAULT_RULES.extended([
+        {"match": r"layers\.0\.", "action": "base"},
+        Rule(r"embed_tokens", "merge"),
+        {"match": r"\.weight$", "action": "average"},
+    ])  # fmt: skip
+    info = TensorInfo("layers.0.fc.weight", (4, 4), torch.float32)
+    assert str(table.treat(info)) == "base (rule {match: 'layers\\\\.0\\\\.', action: base})"
+    assert table.treat(TensorInfo("layers.1.fc.weight", (4, 4), torch.float32)).action == "average"
+    assert str(table.treat(TensorInfo("embed_tokens.weight", (9, 4), torch.float32)).view) == "as it is"
+    assert DEFAULT_RULES.treat(info).action == "merge"  # extending makes a new table
+
+
+def test_a_rule_without_a_view_keeps_the_default_view() -> None:
+    info = TensorInfo("h.0.attn.c_attn.weight", (8, 24), torch.float32)
+    plain = DEFAULT_RULES.extended([{"match": "attn", "action": "merge"}]).treat(info, "gpt2")
+    assert str(plain.view) == f"transposed, {THIRDS}"
+    explicit = DEFAULT_RULES.extended([{"match": "attn", "action": "merge", "view": {}}]).treat(info, "gpt2")
+    assert str(explicit.view) == "as it is"
+    convolution = TensorInfo("dw.weight", (8, 1, 3, 3), torch.float32)
+    table = DEFAULT_RULES.extended([{"match": "dw", "action": "merge", "view": {"groups": 8}}])
+    assert table.treat(convolution).view == View(groups=8, flatten=True)
+    wide = DEFAULT_RULES.extended([{"match": "dw", "action": "merge"}]).treat(convolution)
+    assert str(wide.view) == "conv flattened (out, in*kh*kw)"
+
+
+def test_fused_projections_with_given_heights() -> None:
+    rule = {"match": r"qkv_proj\.weight", "action": "merge", "view": {"rows": [8, 2, 2]}, "model_types": ["phi3"]}
+    info = TensorInfo("l.qkv_proj.weight", (12, 8), torch.float32)
+    table = DEFAULT_RULES.extended([rule])
+    assert str(table.treat(info, "phi3").view) == "split into row blocks of 8, 2, 2"
+    assert str(table.treat(info, "llama").view) == "as it is"
+    assert str(table.treat(info, None).view) == "split into row blocks of 8, 2, 2"
+
+
+def test_tied_names_share_one_treatment() -> None:
+    info = TensorInfo("wte.weight", (9, 4), torch.float32)
+    assert DEFAULT_RULES.treat(info, None, ["lm_head.weight"]).action == "average"
+    table = DEFAULT_RULES.extended([{"match": "lm_head", "action": "base"}])
+    assert table.treat(info, None, ["lm_head.weight"]).action == "base"
+    assert table.treat(info).action == "average"
+
+
+def test_tables_survive_plain_values() -> None:
+    table = DEFAULT_RULES.extended([
+        Rule("a", "merge", View(rows=(1, 2), transpose=True), ("gpt2",), "matrix", known=True, note="note"),
+        Rule("b", "base"),
+        Rule("c", "merge", View()),
+    ])  # fmt: skip
+    plain = json.loads(json.dumps(table.to_dicts()))
+    assert RuleTable.from_dicts(plain) == table
+    assert plain[0] == {
+        "match": "a",
+        "action": "merge",
+        "view": {"rows": [1, 2], "transpose": True},
+        "model_types": ["gpt2"],
+        "shape": "matrix",
+        "known": True,
+        "note": "note",
+    }
+    assert plain[1] == {"match": "b", "action": "base"}
+    assert plain[2]["view"] == {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"match": "(", "action": "base"}, r"rules\[1\].*not a regular expression"),
+        ({"match": "a", "action": "bsae"}, r"unknown action; did you mean 'base'\?"),
+        ({"match": "a", "action": "drop"}, r"unknown action; valid are merge, average, base"),
+        ({"match": "a", "acton": "base"}, r"unknown key 'acton'; did you mean 'action'\?"),
+        ({"match": "a"}, r"`action` is missing"),
+        ({"action": "base"}, r"`match` is missing"),
+        ({"match": "a", "action": "merge", "view": {"row": [1]}}, r"unknown key 'row'; did you mean 'rows'\?"),
+        ({"match": "a", "action": "merge", "view": {"flatten": True}}, r"unknown key 'flatten'"),
+        ({"match": "a", "action": "merge", "view": "square"}, r"`view` is 'square'"),
+        ({"match": "a", "action": "merge", "view": {"rows": 3}}, r"`rows` is 3. Write a list of whole numbers"),
+        ({"match": "a", "action": "merge", "view": {"rows": [1.5]}}, r"`rows` is \[1.5\]"),
+        ({"match": "a", "action": "merge", "view": {"blocks": "3"}}, r"`blocks` is '3'"),
+        ({"match": "a", "action": "merge", "view": {"square": "no"}}, r"`square` is 'no'. Write true or false"),
+        ({"match": "a", "action": "merge", "view": {"square": True, "blocks": 2}}, r"two ways to cut"),
+        ({"match": "a", "action": "average", "view": {}}, r"only merged tensors are seen as matrices"),
+        ({"match": "a", "action": "merge", "shape": "matrx"}, r"unknown shape; did you mean 'matrix'\?"),
+        ({"match": "a", "action": "merge", "model_types": "gpt2"}, r"`model_types` is 'gpt2'. Write a list of names"),
+        ({"match": "a", "action": "merge", "known": True}, r"no model types to know"),
+        ({"match": 3, "action": "base"}, r"not a regular expression"),
+        ("lm_head", r"expected a mapping"),
+    ],
+)
+def test_malformed_rules_are_one_error(rule: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=r"rules\[1\]: ") as caught:
+        DEFAULT_RULES.extended([{"match": "ok", "action": "base"}, rule])
+    assert re.search(words, str(caught.value)), str(caught.value)
+
+
+def test_rules_that_do_not_fit_a_tensor_name_it() -> None:
+    table = DEFAULT_RULES.extended([{"match": "bias", "action": "merge"}])
+    with pytest.raises(
+        ValueError, match=r"'fc\.bias': rule \{match: 'bias', action: merge\} merges it, but shape \(4,\)"
+    ):
+        table.treat(TensorInfo("fc.bias", (4,), torch.float32))
+    with pytest.raises(ValueError, match=r"'w': no rule applies"):
+        RuleTable(()).treat(TensorInfo("w", (4,), torch.float32))
