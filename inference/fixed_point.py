@@ -35,6 +35,9 @@ turn, the anchor's centre, or a given point ``(M, *event)``."""
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Default relative tolerance per dtype; in float32 the gradient's rounding floor is about 5e-7."""
 
+SAME_BASIN = 0.02
+"""Largest difference of a log-weight at which a run counts as on its way to a known strict local minimum."""
+
 
 def fixed_point(
     poe: ProductOfExperts,
@@ -128,16 +131,21 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
     starts = list(_initial_weights(problem, options.starts))
     if all(expert.rho.is_convex for expert in posterior.experts):
         starts = starts[:1]
-    runs = [_run(problem, weights, options) for _, weights in starts]
-    best, winner = runs[0], torch.zeros_like(runs[0].steps, dtype=torch.long)
-    for i, run in enumerate(runs[1:], 1):
+    best = _run(problem, starts[0][1], options)
+    contraction = _contraction(problem, best.point)
+    energies = [best.point.energy]
+    winner = torch.zeros_like(best.steps, dtype=torch.long)
+    for i, (_, weights) in enumerate(starts[1:], 1):
+        run = _run(problem, weights, options, known=replace(best, converged=best.converged & (contraction[0] < 1)))
+        energies.append(run.point.energy)
         lower = run.point.energy < best.point.energy - problem.slack(best.point.energy)
-        best, winner = _select(lower, run, best), torch.where(lower, i, winner)
-    energies = torch.stack([run.point.energy for run in runs], -1)
+        if bool(lower.any()):
+            best, winner = _select(lower, run, best), torch.where(lower, i, winner)
+            contraction = _contraction(problem, best.point)
     names = tuple(starts[i][0] for i in winner.tolist())
     displacement = problem.quadratic.lift(best.point.x)
     value = displacement if posterior.center is None else posterior.center + displacement
-    return Solution(value, _statuses(best), _info(problem, best, names, energies))
+    return Solution(value, _statuses(best), _info(problem, best, contraction, names, torch.stack(energies, -1)))
 
 
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
@@ -224,8 +232,13 @@ class _Problem:
 
     def half_gradient(self, point: _Point) -> Tensor:
         """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
-        forces = self._weighted(point.log_weights.exp(), self.quadratic.forces(point.x))
-        return forces + self.shift.to(self.dtype)[:, None, None] * point.x
+        weights = point.log_weights.exp()
+        return self.quadratic.apply(weights, self.shift, point.x) - self._weighted(weights, self.pulls)
+
+    def same_basin(self, point: _Point, known: _Point) -> Tensor:
+        """Whether the log-weights of the active experts are close to a known solution's, ``(M,)``."""
+        distance = (point.log_weights - known.log_weights).abs()
+        return torch.where(self.posterior.active, distance, 0.0).amax(-1) < SAME_BASIN
 
     def gradient_norm(self, point: _Point) -> Tensor:
         """``|H x - b| / |b|``; 0 where both vanish. Where pulls cancel to rounding, relative to their sum instead."""
@@ -250,7 +263,7 @@ class _Problem:
         return rises | (level & (self.gradient_norm(candidate) > self.gradient_norm(point)))
 
     def line_minimum(self, point: _Point, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope of the energy along a direction, and the step to the minimum of its second-order model, ``(M,)`` each."""
+        """Slope of the energy along a direction and the step to the minimum of its quadratic model, ``(M,)`` each."""
         weights, curvatures = self.posterior.weights(point.q), self.posterior.curvatures(point.q)
         forces = self.quadratic.forces(point.x)
         bend = self.shift * sum_of_squares(direction)
@@ -294,28 +307,36 @@ def _initial_weights(problem: _Problem, starts: Sequence[Start]) -> Iterator[tup
             )
 
 
-def _run(problem: _Problem, weights: Tensor, options: SolverOptions) -> _Run:
-    """Iterate from initial weights until every module has converged; finished modules stay as they are."""
+def _run(problem: _Problem, weights: Tensor, options: SolverOptions, known: _Run | None = None) -> _Run:
+    """Iterate from initial weights until every module has converged; finished modules stay as they are.
+
+    A module whose weights come within ``SAME_BASIN`` of a known strict local minimum's is on its way there: it stops
+    and takes the known result.
+    """
     tolerance = TOLERANCE[problem.dtype] if options.tolerance is None else options.tolerance
     used = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
     point = problem.solve(weights)
     trace = [point.energy]
     flags = torch.zeros_like(point.energy, dtype=torch.bool)
-    converged, rounding, searched = flags, flags, flags
+    converged, rounding, searched, arrived = flags, flags, flags, flags
     steps, rejected = torch.ones_like(point.energy), torch.zeros_like(point.energy)
     stalled, moved = torch.zeros_like(point.energy), torch.full_like(point.energy, torch.inf)
     lowest = torch.full_like(point.energy, torch.inf)
     anderson = Anderson(depth=min(5, weights.shape[-1]))
     while True:
         change = (point.log_weights - used).abs().amax(-1)
-        gradient = problem.gradient_norm(point)
+        # The gradient costs as much as a solve, and only matters once the weights have settled.
+        settled = bool((change <= tolerance).any()) or len(trace) >= options.max_steps
+        gradient = problem.gradient_norm(point) if settled else torch.full_like(change, torch.inf)
         if options.step_tolerance is None:
             small = (gradient <= tolerance) & (change <= tolerance)
         else:
             small = moved <= options.step_tolerance
         converged = converged | (small & ~rounding)
         rounding = rounding | (~converged & (stalled >= 10))
-        done = converged | rounding
+        if known is not None:
+            arrived = arrived | (known.converged & problem.same_basin(point, known.point) & ~converged)
+        done = converged | rounding | arrived
         if bool(done.all()) or len(trace) >= options.max_steps:
             break
         plain_log = point.log_weights
@@ -333,14 +354,15 @@ def _run(problem: _Problem, weights: Tensor, options: SolverOptions) -> _Run:
             candidate = _choose(worse, _line_search(problem, point, candidate, worse), candidate)
             rejected, searched = rejected + worse, searched | worse
         moved = torch.where(done, moved, sum_of_squares(candidate.x - point.x).sqrt())
-        no_progress = (point.energy - candidate.energy <= problem.slack(point.energy)) & (gradient >= lowest)
+        no_progress = (point.energy - candidate.energy <= problem.slack(point.energy)) & (change >= lowest)
         stalled = torch.where(no_progress, stalled + 1, torch.zeros_like(stalled))
-        lowest = torch.minimum(lowest, gradient)
+        lowest = torch.minimum(lowest, change)
         point = _choose(done, point, candidate)
         used = torch.where(done.unsqueeze(-1), used, proposed)
         steps = steps + ~done
         trace.append(point.energy)
-    return _Run(point, torch.stack(trace, -1), steps, rejected, gradient, change, converged, rounding, searched)
+    run = _Run(point, torch.stack(trace, -1), steps, rejected, gradient, change, converged, rounding, searched)
+    return run if known is None else _select(arrived, known, run)
 
 
 def _line_search(problem: _Problem, point: _Point, candidate: _Point, worse: Tensor) -> _Point:
@@ -371,15 +393,19 @@ def _choose(where: Tensor, one: _Point, other: _Point) -> _Point:
 
 
 def _select(where: Tensor, one: _Run, other: _Run) -> _Run:
+    """Per module, ``one`` where true and ``other`` elsewhere."""
     length = max(one.trace.shape[-1], other.trace.shape[-1])
     traces = [torch.cat([t, t[:, -1:].expand(-1, length - t.shape[-1])], -1) for t in (one.trace, other.trace)]
     return _Run(
-        _choose(where, one.point, other.point),
-        torch.where(where.unsqueeze(-1), *traces),
-        *(
-            torch.where(where, getattr(one, name), getattr(other, name))
-            for name in ("steps", "rejected", "gradient_norm", "weight_change", "converged", "rounding", "searched")
-        ),
+        point=_choose(where, one.point, other.point),
+        trace=torch.where(where.unsqueeze(-1), *traces),
+        steps=torch.where(where, one.steps, other.steps),
+        rejected=torch.where(where, one.rejected, other.rejected),
+        gradient_norm=torch.where(where, one.gradient_norm, other.gradient_norm),
+        weight_change=torch.where(where, one.weight_change, other.weight_change),
+        converged=torch.where(where, one.converged, other.converged),
+        rounding=torch.where(where, one.rounding, other.rounding),
+        searched=torch.where(where, one.searched, other.searched),
     )
 
 
@@ -395,14 +421,16 @@ def _statuses(run: _Run) -> tuple[Status, ...]:
     return tuple(outcome)
 
 
-def _info(problem: _Problem, run: _Run, names: tuple[str, ...], energies: Tensor) -> FixedPointInfo:
+def _info(
+    problem: _Problem, run: _Run, contraction: tuple[Tensor, Tensor], names: tuple[str, ...], energies: Tensor
+) -> FixedPointInfo:
     posterior, point = problem.posterior, run.point
     weights = posterior.weights(point.q)
     relative = weights / posterior.weights(torch.zeros_like(point.q))
     active = posterior.active
     top = torch.where(active, relative, -torch.inf).amax(-1)
     bottom = torch.where(active, relative, torch.inf).amin(-1)
-    rate, bound = _contraction(problem, point)
+    rate, bound = contraction
     scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
     return FixedPointInfo(
         experts=tuple(expert.name for expert in posterior.experts),

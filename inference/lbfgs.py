@@ -61,7 +61,7 @@ def minimize(
         (x.grad,) = torch.autograd.grad(value, x)
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     gradient = _gradient(energy(), x).flatten(1).norm(dim=1) / reference
     status = tuple(Status.CONVERGED if value <= tolerance else Status.MAX_STEPS for value in gradient.tolist())
     value = x.detach()

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+from typing_extensions import override
 
 
 class Status(Enum):
@@ -27,6 +28,7 @@ class Status(Enum):
         """Whether the tolerance was reached."""
         return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH)
 
+    @override
     def __str__(self) -> str:
         return self.value
 

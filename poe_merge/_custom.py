@@ -91,19 +91,12 @@ def _from_file(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
 
 
 def _from_name(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
-    inner = Path(*where.split("."))
-    local = [folder / path for folder in folders for path in (inner.with_suffix(".py"), inner / "__init__.py")]
-    file = next((path.resolve() for path in local if path.is_file()), None)
-    with _first_on_path(folders), _one_error(what, file or Path(where)):
+    file = next((folder / f"{where}.py" for folder in folders if (folder / f"{where}.py").is_file()), None)
+    if file is not None:  # by its path: whatever else is called so does not matter
+        return _from_file(what, str(file), folders)
+    with _first_on_path(folders), _one_error(what, Path(where)):
         importlib.invalidate_caches()
-        module = importlib.import_module(where)
-    loaded = getattr(module, "__file__", None)
-    if file is not None and (loaded is None or Path(loaded).resolve() != file):
-        raise SpecError(
-            f"{what}: another module called `{where}` is loaded already ({loaded or 'built in'}). Rename {file}, or "
-            f"write `{file.name}:...` with its path."
-        )
-    return module
+        return importlib.import_module(where)
 
 
 @contextmanager

@@ -35,6 +35,10 @@ class Document:
                 return self.origins[place[:length]]
         return ""
 
+    def overridden(self, over: Document) -> Document:
+        """This document with the values of another in place, section by section."""
+        return Document(merged(self.data, over.data), {**self.origins, **over.origins})
+
 
 def read_yaml(path: Path) -> Document:
     """Read one YAML file.

@@ -17,7 +17,7 @@ Relative paths are relative to the YAML file; any parameter may be a list of val
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,12 +29,12 @@ from pydantic_core import PydanticCustomError
 from inference._plan import BATCH_BYTES
 from inference.fixed_point import TOLERANCE
 from poe_merge import _settings as s
-from poe_merge._yaml import ConfigError, Document, Place, merged, read_yaml
+from poe_merge._yaml import ConfigError, Document, Place, read_yaml
 from poe_merge.presets import DEFAULTS, PRESETS
 from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, nearest
 from poe_models.treatments import DEFAULT_RULES, RuleTable
 
-__all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config"]
+__all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config", "parse_config"]
 
 Number = s.Setting[float] | None
 Text = s.Setting[str] | None
@@ -124,11 +124,7 @@ class ModelEntry(_Section):
     @property
     def label(self) -> str:
         """The name of the expert: as given, or from its path."""
-        path = Path(self.model)
-        if not path.exists():
-            path = Path(self.model.partition("@")[0])
-        generic = path.stem in ("model", "pytorch_model", "adapter_model")
-        return self.name or (path.parent.name if generic else path.stem if path.is_file() else path.name)
+        return label_of(self.name, self.model)
 
 
 class MergeConfig(_Section):
@@ -245,12 +241,26 @@ class MergeConfig(_Section):
         }
 
 
-def load_config(path: Path | None, overrides: Document | None = None) -> MergeConfig:
-    """Read a configuration, from a YAML file, from overrides (the command line), or both.
+def label_of(name: str | None, model: str) -> str:
+    """The name of an expert: as given, or from its path.
+
+    >>> label_of(None, "runs/mnist/model.safetensors"), label_of(None, "org/emoji@v2")
+    ('mnist', 'emoji')
+    """
+    path = Path(model)
+    if not path.exists():
+        path = Path(model.partition("@")[0])
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+        generic = path.stem in ("model", "pytorch_model", "adapter_model")
+        path = path.parent if generic else path.with_suffix("")
+    return name or path.name
+
+
+def load_config(path: Path) -> MergeConfig:
+    """Read a configuration from a YAML file.
 
     Args:
-        path: The YAML file; None for overrides alone.
-        overrides: Values that go before the file's, and where each came from.
+        path: The file.
 
     Returns:
         The validated configuration.
@@ -258,14 +268,10 @@ def load_config(path: Path | None, overrides: Document | None = None) -> MergeCo
     Raises:
         ConfigError: One message with the place of the mistake and the nearest valid name.
     """
-    document = Document() if path is None else read_yaml(path)
-    overrides = overrides or Document()
-    document = Document(merged(document.data, overrides.data), {**document.origins, **overrides.origins})
-    folder = Path.cwd() if path is None else path.absolute().parent
-    return parse_config(document, (folder, Path.cwd()) if folder != Path.cwd() else (folder,))
+    return parse_config(read_yaml(path), dict.fromkeys((path.absolute().parent, Path.cwd())))
 
 
-def parse_config(document: Document, folders: Sequence[Path] = ()) -> MergeConfig:
+def parse_config(document: Document, folders: Iterable[Path] = ()) -> MergeConfig:
     """Validate configuration data.
 
     Args:
@@ -294,11 +300,16 @@ def _one_line(problem: Any, document: Document) -> str:
         place = (*place, context["key"])
     elif problem["type"] == "missing":
         message = f"`{place[-1]}` is missing"
+        if len(place) == 1:
+            message += (
+                f": write it in the YAML file, or give --{str(place[0]).replace('_', '-').replace('models', 'model')}"
+            )
     elif not isinstance(context.get("error"), ValueError):
         message = f"{message}, got {problem['input']!r}"
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     origin = document.origin(place)
-    return ": ".join(part for part in (origin, dotted, message.rstrip(".") + ".") if part)
+    known = (origin,) if origin.startswith("--") else (origin, dotted)
+    return ": ".join(part for part in (*known, message.rstrip(".") + ".") if part)
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, s.Setting[Any]]:

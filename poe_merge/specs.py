@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from poe_merge._custom import SpecError, custom_class, custom_prefix
 from poe_models.energies import ENERGIES, Energy
 from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap
@@ -81,7 +83,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
 
     Raises:
         SpecError: If the text is no spec, the name is unknown, its file does not import, the class is of another
-            kind, or its arguments are refused.
+            kind, its arguments are refused, or it is no valid energy.
 
     >>> parse_spec("StudentT(4.0)", ENERGY)
     StudentT(df=4.0, exponent=None)
@@ -97,9 +99,12 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     else:
         found = custom_class(f"{kind.noun} `{text}`", where, name, kind.base, folders or [Path.cwd()])
     try:
-        return found(*args, **kwargs)
+        value = found(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise SpecError(f"{kind.noun} `{text}`: {error}") from error
+    if isinstance(value, Energy):
+        _check_energy(f"{kind.noun} `{text}`", value)
+    return value
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
@@ -152,6 +157,22 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision) -> str:
             "back. Put `@dataclass(frozen=True)` above it."
         )
     return f"{prefix}{type(value).__name__}({_arguments([], shown)})"
+
+
+def _check_energy(what: str, energy: Energy) -> None:
+    """An energy must be 0 at 0, finite and non-decreasing; found out now rather than in the middle of a merge."""
+    q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
+    try:
+        rho = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64)).rho(q)
+        fine = isinstance(rho, torch.Tensor) and rho.shape == q.shape and bool(rho.isfinite().all())
+    except Exception as error:  # whatever a user's function raises
+        raise SpecError(f"{what}: `rho` fails on {q.tolist()}: {type(error).__name__}: {error}") from error
+    if not fine or abs(float(rho[0])) > 1e-9 or bool((rho.diff() < 0).any()):
+        shown = rho.tolist() if isinstance(rho, torch.Tensor) else rho
+        raise SpecError(
+            f"{what}: `rho({q.tolist()})` is {shown}. It must give one finite number for each q, 0 at q = 0, and never "
+            "decrease."
+        )
 
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

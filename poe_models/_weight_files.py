@@ -12,7 +12,6 @@ import re
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models._checkpoint import CheckpointError, TensorInfo, find_aliases
+from poe_models._state_dicts import state_dict_of
 
 RESIDENT_BYTES = 16 * 2**20
 
@@ -238,8 +238,9 @@ def _load(path: Path, mmap: bool) -> Any:
 def _pickled_objects(path: Path) -> bool:
     """Say, without running it, whether a plain pickle of a newer protocol than torch reads builds objects."""
     try:
-        return any(op.name in {"REDUCE", "STACK_GLOBAL"} for op, _, _ in pickletools.genops(path.read_bytes()))
-    except ValueError:  # no pickle at all
+        with path.open("rb") as file:
+            return any(op.name in {"REDUCE", "STACK_GLOBAL"} for op, _, _ in pickletools.genops(file))
+    except Exception:  # no pickle at all, which can fail in any way
         return False
 
 
@@ -248,74 +249,3 @@ def _holds_code(path: Path, what: str) -> CheckpointError:
         f"{path}: this pickle holds code ({what}), not only tensors, and is not loaded: loading it would run that "
         "code. Its author should convert it to safetensors."
     )
-
-
-def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
-    """Find the state dict in what a PyTorch file holds.
-
-    Either the object itself maps names to tensors, or its entry `"state_dict"` or `"model"` does, every leaf of it a
-    tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and are left alone.
-
-    Args:
-        loaded: the unpickled object.
-        source: what to call the file in messages.
-
-    Returns:
-        Name to tensor.
-
-    Raises:
-        CheckpointError: if there is no such mapping, or more than one.
-    """
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{source}: holds a {type(loaded).__name__}, not a state dict. Save `model.state_dict()` with `torch.save`."
-        )
-    if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-        return check_plain(loaded, source)
-    inner = [key for key, value in loaded.items() if _is_state_dict(value)]
-    if len(inner) == 1 and inner[0] in {"state_dict", "model"}:
-        return check_plain(loaded[inner[0]], source)
-    if len(inner) > 1:
-        raise CheckpointError(
-            f"{source}: holds more than one state dict ({', '.join(map(repr, inner))}). Save the one to merge by "
-            "itself."
-        )
-    odd = [f"{key!r} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
-    raise CheckpointError(
-        f"{source}: not a state dict: {', '.join(odd[:5]) or 'it is empty'}{', ...' if len(odd) > 5 else ''}. Expected "
-        "a dict of tensors, or one under 'state_dict' or 'model' whose every leaf is a tensor."
-    )
-
-
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
-
-
-def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]:
-    """Refuse tensors that have no ordinary dense data.
-
-    Args:
-        tensors: name to tensor.
-        source: what to call their origin in messages.
-
-    Returns:
-        The same tensors as a dict.
-
-    Raises:
-        CheckpointError: naming the first tensor that is quantised, sparse, without data, or of a foreign subclass.
-    """
-    for name, tensor in tensors.items():
-        plain = type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
-        if (
-            not isinstance(name, str)
-            or not plain
-            or tensor.is_quantized
-            or tensor.is_meta
-            or tensor.layout != torch.strided
-        ):
-            kind = f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, device {tensor.device}"
-            raise CheckpointError(
-                f"{source}: tensor {name!r} is not an ordinary dense tensor with a name ({kind}). Quantised, sparse "
-                "and meta tensors cannot be merged: give dense floating weights."
-            )
-    return dict(tensors)

@@ -14,19 +14,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from torch import Tensor
 from typing_extensions import override
 
 from poe_models._checkpoint import Checkpoint, CheckpointError, TensorInfo, find_aliases
+from poe_models._hub import download
 from poe_models._json import read_json
 from poe_models._quantised import refuse_quantised
-from poe_models._weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
+from poe_models._state_dicts import check_plain
+from poe_models._weight_files import SafetensorsFile, TorchFile, WeightFile
 
 __all__ = [
     "Checkpoint",
@@ -40,7 +40,6 @@ __all__ = [
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def open_checkpoint(
@@ -75,7 +74,7 @@ def open_checkpoint(
         )
     path = Path(source).expanduser()
     if not path.exists():
-        path = _download(str(source))
+        path = download(str(source))
     if path.is_file():
         return FileCheckpoint(path, [_weight_file(path)])
     return _open_folder(path, base)
@@ -248,28 +247,3 @@ def _weight_file(path: Path) -> WeightFile:
         f"`open_checkpoint({str(path)!r})`: {kind}. Supported are .safetensors and {', '.join(_TORCH_SUFFIXES)} files, "
         "and folders of them."
     )
-
-
-def _download(source: str) -> Path:
-    hub = _HUB_ID.fullmatch(source)
-    if hub is None:
-        raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id "
-            "'org/name'."
-        )
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        folder = Path(_snapshot(hub["repo"], hub["revision"], patterns))
-        if not any((folder / name).is_file() for name in (*_WEIGHTS[:2], "adapter_model.safetensors")):
-            folder = Path(_snapshot(hub["repo"], hub["revision"], [*patterns, "*.bin"]))
-    except Exception as error:  # network, cache, authorisation: one message for all
-        raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder here, and downloading it from the hub failed: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check "
-            "the id and the connection."
-        ) from error
-    return folder
-
-
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
-    return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])

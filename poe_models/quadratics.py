@@ -49,26 +49,39 @@ class Quadratic:
         return [operator.apply(target) for operator, target in zip(self.operators, self.targets, strict=True)]
 
     def precision(self, weights: Tensor, shift: Tensor) -> Precision:
-        """``H = sum_i w_i P_i + shift I`` for weights ``(M, E)`` and a shift ``(M,)``."""
-        like = self.targets[0]
+        """``H = sum_i w_i P_i + shift I``, factored, for weights ``(M, E)`` and a shift ``(M,)``."""
+        left, right, diagonal = self._assemble(weights, shift)
+        if left is not None and right is not None:
+            return KroneckerSum(left, right, diagonal.flatten())
+        if left is not None:
+            return GramPrecision(_add_diagonal(left, diagonal), "left")
+        if right is not None:
+            return GramPrecision(_add_diagonal(right, diagonal), "right")
+        return DiagonalPrecision(diagonal)
+
+    def apply(self, weights: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+        """``H x`` for the same ``H``, ``(M, a, b)`` to ``(M, a, b)``."""
+        left, right, diagonal = self._assemble(weights, shift)
+        result = diagonal * x
+        if left is not None:
+            result = result + left @ x
+        return result if right is None else result + x @ right
+
+    def _assemble(self, weights: Tensor, shift: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The weighted sums of what acts on the left, on the right and elementwise."""
+        dtype = self.targets[0].dtype
         sides: dict[str, Tensor] = {}
-        diagonal: Tensor = shift.to(like.dtype)[:, None, None]
+        diagonal = shift.to(dtype)[:, None, None]
         for i, operator in enumerate(self.operators):
-            weight = weights[:, i].to(like.dtype)[:, None, None]
+            weight = weights[:, i].to(dtype)[:, None, None]
             if isinstance(operator, Gram):
                 term = weight * operator.gram
-                sides[operator.side] = sides[operator.side] + term if operator.side in sides else term
+                sides[operator.side] = sides[operator.side].add_(term) if operator.side in sides else term
             elif isinstance(operator, Diagonal):
                 diagonal = diagonal + weight * operator.values
             else:
                 diagonal = diagonal + weight
-        if not sides:
-            return DiagonalPrecision(diagonal)
-        if len(sides) == 2:
-            return KroneckerSum(sides["left"], sides["right"], diagonal.flatten())
-        ((side, matrix),) = sides.items()
-        matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(-1))
-        return GramPrecision(matrix, side)
+        return sides.get("left"), sides.get("right"), diagonal
 
 
 def quadratic_of(posterior: Posterior) -> Quadratic:
@@ -161,6 +174,11 @@ def _basis(
     if sum(column.shape[-1] for column in columns) >= length:
         return None
     return orthonormal(torch.cat(columns, -1))
+
+
+def _add_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:
+    matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(-1))
+    return matrix
 
 
 def orthonormal(columns: Tensor) -> Tensor:

@@ -100,7 +100,9 @@ class TaskVectors:
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
 
     def __iter__(self) -> Iterator[ModuleUpdates]:
-        yield from [m for t, r in self.treatments.items() if r.action == 'merge' for m in self.modules(t)]
+        for tensor, treatment in self.treatments.items():
+            if treatment.action == "merge":
+                yield from self.modules(tensor)
 
     def modules(self, tensor: str) -> list[ModuleUpdates]:
         """Read one tensor of every model and take it apart into matrices.

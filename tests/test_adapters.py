@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 told wrongly": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "r": 3, "fan_in_fan_out": False}),
     "gpt2 rslora": ("gpt2", {"target_modules": ["c_proj"], "use_rslora": True, "alpha_pattern": {"mlp.c_proj": 3}}),
     "gpt2 embedding": ("gpt2", {"target_modules": ["wpe", "c_attn"], "r": 3}),
+    "gpt2 tied embedding": ("gpt2", {"target_modules": ["wte"], "r": 3}),
     "mixed": ("mixed", {"target_modules": MIXED_TARGETS, "r": 2, "lora_alpha": 5}),
     "mixed all": ("mixed", {"target_modules": MIXED_TARGETS, "r": 2, "bias": "all", "modules_to_save": ["head"]}),
     "mixed by index": ("bert", {"target_modules": ["query"], "layers_to_transform": [1], "lora_dropout": 0.1}),
@@ -296,6 +297,15 @@ def test_square_matrices_without_a_config_follow_fan_in_fan_out(tmp_path: Path) 
     update = plain.read("fc.weight") - base.read("fc.weight")
     torch.testing.assert_close(turned.read("fc.weight") - base.read("fc.weight"), update.T)
     assert not torch.equal(update, update.T)
+
+
+def test_square_conv1d_is_known_from_the_model_whatever_the_adapter_says(tmp_path: Path) -> None:
+    model, base, folder = build("gpt2", tmp_path, target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    name = "transformer.h.0.attn.c_proj.weight"
+    change_config(folder, fan_in_fan_out=False)  # as adapters of old versions of PEFT say
+    lora = open_checkpoint(folder, base=base)
+    change_config(folder, fan_in_fan_out=True)
+    torch.testing.assert_close(lora.read(name), merged_by_peft(model, folder)[name])
 
 
 def test_a_stored_copy_of_an_embedding(tmp_path: Path) -> None:

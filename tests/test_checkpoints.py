@@ -185,7 +185,7 @@ def test_only_headers_are_read_at_opening(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     assert checkpoint.tensors["big"].nbytes == 64 * 2**30
     assert torch.equal(checkpoint.read("small"), torch.zeros(2))
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
     assert os.stat(path).st_blocks * 512 < 2**20
 
 

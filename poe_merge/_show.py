@@ -1,0 +1,159 @@
+"""What the command line prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
+
+from inference.solution import Status
+from inference.streaming import MergeReport, Plan
+from poe_merge.presets import Preset
+from poe_models.task_vectors import TaskVectors
+
+_PIPED_WIDTH = 200
+_SHOWN = 3
+
+
+def _console(stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)
+
+
+def error(message: str) -> None:
+    """Print an error to stderr: one line unless it lists several things; the terminal's width breaks it."""
+    _print("red", "error", message)
+
+
+def warning(message: str) -> None:
+    """Print a warning to stderr."""
+    _print("yellow", "warning", message)
+
+
+def _print(colour: str, word: str, message: str) -> None:
+    console = _console(stderr=True)
+    console.print(f"[{colour}]{word}:[/{colour}] {escape(message.strip())}", soft_wrap=not console.is_terminal)
+
+
+def plan(planned: Plan, task_vectors: TaskVectors) -> None:
+    """Print each tensor's treatment, and what the merge takes."""
+    table = Table("tensor", "shape", "treatment", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.columns[0].overflow = "fold"
+    table.columns[1].no_wrap = True
+    for tensor in planned.tensors:
+        tied = "".join(f" = {escape(alias)}" for alias in tensor.aliases)
+        table.add_row(escape(tensor.name) + tied, "x".join(map(str, tensor.shape)), escape(str(tensor.treatment)))
+    console = _console()
+    console.print(table)
+    facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    rows = {
+        "base": task_vectors.base.source,
+        "experts": ", ".join(task_vectors.names),
+        "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
+        f"{planned.count('base')} kept from the base",
+        "matrices": f"{planned.modules} in {sum(group.modules > 0 for group in planned.groups)} batches",
+        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
+        "to read": f"{size(planned.read_bytes)} (checksums included)",
+        "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",
+        "free disk": f"{size(planned.disk_bytes)} needed while merging",
+    }
+    for key, value in rows.items():
+        facts.add_row(f"[bold]{key}[/bold]", escape(value))
+    console.print()
+    console.print(facts)
+
+
+def report(done: MergeReport) -> None:
+    """Print what a merge did, and what did not converge."""
+    console = _console()
+    counts = ", ".join(
+        f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
+    )
+    resumed = f", {done.resumed_groups} groups from before" if done.resumed_groups else ""
+    console.print(
+        f"{escape(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
+        f"{done.seconds:.1f} s{resumed}."
+    )
+    if done.updated:
+        share = done.rounded_back / done.updated
+        console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")
+    for name, count in done.status.items():
+        status = Status[name.upper()]
+        if not status.converged:
+            warning(f"{count} of {done.modules} matrices {status}.")
+    if done.not_converged:
+        more = ", ..." if len(done.not_converged) > _SHOWN else ""
+        warning(f"not converged: {', '.join(done.not_converged[:_SHOWN])}{more}; poe_merge.json lists all.")
+
+
+def presets(known: Mapping[str, Preset]) -> None:
+    """Print the presets."""
+    table = Table("preset", "what it reproduces", "lambda", "scale", "eta", box=None, padding=(0, 1, 0, 0))
+    for name, preset in known.items():
+        values = preset.parameters
+        table.add_row(name, escape(preset.about), str(values["lambda"]), values["scale"], values["eta"])
+    _console().print(table)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> size(0), size(1536), size(3 * 10**9)
+    ('0 bytes', '1.5 kB', '3.0 GB')
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+class _Modules(ProgressColumn):
+    """How many matrices are solved."""
+
+    @override
+    def render(self, task: Task) -> Text:
+        total = task.fields["modules"]
+        return Text(f"{task.fields['solved']}/{total} matrices" if total else "")
+
+
+class Bars:
+    """Progress bars on stderr; a context manager and an `inference.streaming.Progress`."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            _Modules(),
+            DownloadColumn(),
+            TimeRemainingColumn(compact=True),
+            console=_console(stderr=True),
+        )
+        self._solved = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, stage: str, modules: int, nbytes: int) -> None:
+        """Add the bar of a stage; the first one makes them appear."""
+        self._progress.start()
+        self._solved = 0
+        self._task = self._progress.add_task(stage, total=nbytes, modules=modules, solved=0)
+
+    def advance(self, modules: int, nbytes: int) -> None:
+        """Move the newest bar on."""
+        self._solved += modules
+        self._progress.update(self._task, advance=nbytes, solved=self._solved)

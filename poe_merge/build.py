@@ -1,0 +1,143 @@
+"""From a configuration to the objects it describes: task vectors, and a design for each tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from inference.design import Design
+from inference.fixed_point import SolverOptions
+from poe_merge._custom import source_file
+from poe_merge._settings import Setting
+from poe_merge.config import ConfigError, MergeConfig
+from poe_merge.specs import ENERGY, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from poe_models.checkpoints import Checkpoint, open_checkpoint
+from poe_models.experts import Anchor, Expert, ProductOfExperts, TaskArithmetic, average
+from poe_models.task_vectors import TaskVectors
+
+_SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
+_PER_EXPERT = ("weight", "residual_map", "energy", "scale")
+
+
+def open_task_vectors(config: MergeConfig) -> TaskVectors:
+    """Open base and experts by their headers.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The task vectors, in the compute dtype, with the configuration's rules.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be opened, or an expert does not fit the base.
+    """
+    return TaskVectors(
+        config.base_model,
+        [(entry.label, entry.model) for entry in config.models],
+        rules=config.rule_table(),
+        dtype=config.compute_dtype,
+        device=config.device,
+    )
+
+
+class DesignTable:
+    """The design of each tensor; tensors with the same settings share one `Design`, and so are solved as batches.
+
+    Args:
+        config: The configuration.
+        base: The open base, which an adapter as the anchor's centre is opened on.
+    """
+
+    def __init__(self, config: MergeConfig, base: Checkpoint) -> None:
+        self._shared = config.shared()
+        self._experts = [(entry.label, entry.parameters.settings()) for entry in config.models]
+        self._base = base
+        self._designs: dict[tuple[Any, ...], Design] = {}
+        self._centers: dict[str, Checkpoint] = {}
+
+    def __call__(self, tensor: str) -> Design:
+        """The design for one tensor.
+
+        Args:
+            tensor: Name of the tensor.
+
+        Returns:
+            The design, the same object for the same settings.
+        """
+        own = tuple(
+            (name, *(self._value(settings, key, tensor) for key in _PER_EXPERT)) for name, settings in self._experts
+        )
+        shared = {key: setting.get(tensor) for key, setting in self._shared.items() if key not in _PER_EXPERT}
+        key = (own, tuple(sorted(shared.items())))
+        if key not in self._designs:
+            self._designs[key] = self._build(tensor, own, shared)
+        return self._designs[key]
+
+    def _value(self, settings: dict[str, Setting[Any]], key: str, tensor: str) -> Any:
+        own = settings[key].get(tensor) if key in settings else None
+        return self._shared[key].get(tensor) if own is None else own
+
+    def _build(self, tensor: str, own: Iterable[tuple[Any, ...]], shared: dict[str, Any]) -> Design:
+        experts = [
+            Expert(
+                name=name if len(maps) == 1 else f"{name}/{spec.partition('(')[0]}",
+                residual_map=parse_spec(spec, RESIDUAL_MAP),
+                energy=parse_spec(energy, ENERGY),
+                scale=parse_spec(scale, SCALE),
+                importance=weight,
+                update=name,
+            )
+            for name, weight, maps, energy, scale in own
+            if weight > 0
+            for spec in maps
+        ]
+        if not experts:
+            raise ConfigError(
+                f"tensor {tensor!r}: every model has weight 0. Give one of them a weight, or keep the base's tensor "
+                "with the rule {match: ..., action: base}."
+            )
+        center, checkpoint = self._center(shared["anchor"])
+        options = {key: shared[key] for key in _SOLVER if shared.get(key) is not None}
+        if "step_tolerance" in options:
+            options.pop("tolerance", None)
+        return Design(
+            ProductOfExperts(tuple(experts), Anchor(center, parse_spec(shared["eta"], PRECISION))),
+            scaling=shared["lambda"],
+            coordinates=shared["coordinates"],
+            options=SolverOptions(**options),
+            center=checkpoint,
+        )
+
+    def _center(self, anchor: str) -> tuple[Callable[..., Any] | None, Checkpoint | None]:
+        if anchor == "zero":
+            return None, None
+        if anchor == "average":
+            return average, None
+        if anchor.startswith("task_arithmetic("):
+            return TaskArithmetic(float(anchor[len("task_arithmetic(") : -1])), None
+        if anchor not in self._centers:
+            self._centers[anchor] = open_checkpoint(anchor, base=self._base)
+        return None, self._centers[anchor]
+
+
+def custom_sources(config: MergeConfig) -> list[Path]:
+    """Source files of the user's own classes that a configuration names.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        Each file once.
+    """
+    kinds: dict[str, Kind[Any]] = {"residual_map": RESIDUAL_MAP, "energy": ENERGY, "scale": SCALE, "eta": PRECISION}
+    files = set()
+    for settings in (config.shared(), *(entry.parameters.settings() for entry in config.models)):
+        for key, kind in kinds.items():
+            for _, value in settings[key].cases if key in settings else ():
+                for spec in value if isinstance(value, tuple) else (value,):
+                    found = type(parse_spec(spec, kind))
+                    file = None if found in kind.registry.values() else source_file(found)
+                    files |= {file} if file else set()
+    return sorted(files)

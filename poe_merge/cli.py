@@ -1,0 +1,160 @@
+"""The command line: `poe-merge plan`, `poe-merge merge`, `poe-merge presets`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from inference.streaming import OutputError, merge_checkpoint
+from inference.streaming import plan as plan_merge
+from poe_merge import _show as show
+from poe_merge._flags import overrides, with_flags
+from poe_merge._yaml import Document, read_yaml
+from poe_merge.build import DesignTable, custom_sources, open_task_vectors
+from poe_merge.config import MergeConfig, parse_config
+from poe_merge.presets import PRESETS
+from poe_merge.specs import nearest
+from poe_models.task_vectors import TaskVectors
+
+app = typer.Typer(
+    name="poe-merge",
+    help="Merge fine-tuned models as a product of experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+INTERRUPTED = 130
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Debug = False,
+) -> None:
+    if show_version:
+        print(f"poe-merge {version('poe-merge')}")
+        raise typer.Exit
+
+
+@app.command()
+@with_flags
+def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
+    """Say what a merge would do: each tensor's treatment, memory, bytes. Reads headers only."""
+    settings, task_vectors, designs = _opened(config, flags)
+    planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
+    show.plan(planned, task_vectors)
+
+
+@app.command()
+@with_flags
+def merge(
+    flags: Mapping[str, Any],
+    config: Config = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge, and write a Hugging Face folder."""
+    if out is None:
+        raise ValueError("`poe-merge merge`: give the folder to make, --out DIR.")
+    settings, task_vectors, designs = _opened(config, flags)
+    try:
+        with show.Bars() as bars:
+            report = merge_checkpoint(
+                task_vectors,
+                designs,
+                out,
+                out_dtype=settings.output_dtype,
+                batch_bytes=settings.batch_bytes,
+                seed=settings.seed,
+                settings={"preset": settings.preset, "config": settings.resolved()},
+                code=custom_sources(settings),
+                resume=resume,
+                progress=bars,
+            )
+    except KeyboardInterrupt:
+        show.warning(f"interrupted. Go on with the same command and --resume; what is done so far is in {out}.partial.")
+        raise typer.Exit(INTERRUPTED) from None
+    show.report(report)
+
+
+@app.command()
+def presets(debug: Debug = False) -> None:
+    """List the named settings of the paper."""
+    show.presets(PRESETS)
+
+
+def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors, DesignTable]:
+    """Read the configuration and open what it names."""
+    document = Document() if path is None else read_yaml(path)
+    cwd = Path.cwd()
+    folder = cwd if path is None else path.absolute().parent
+    settings = parse_config(document.overridden(overrides(flags, document)), dict.fromkeys((folder, cwd)))
+    task_vectors = open_task_vectors(settings)
+    for rule in task_vectors.unused_rules:
+        if rule.to_dict() in settings.rules:
+            show.warning(f"the rule {{match: {rule.match}, action: {rule.action}}} fits no tensor of the base.")
+    return settings, task_vectors, DesignTable(settings, task_vectors.base)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What was typed after `poe-merge`.
+
+    Returns:
+        The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.
+    """
+    try:
+        result = get_command(app).main(args=list(arguments), prog_name="poe-merge", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        usage = hasattr(error, "format_message")  # typer's own, which come from either of two libraries
+        wrong_input = usage or isinstance(error, ValueError | OutputError)
+        show.error(_usage(error, arguments) if usage else _text(error, wrong_input))
+        return 2 if wrong_input else 1
+
+
+def _text(error: Exception, wrong_input: bool) -> str:
+    if wrong_input:
+        return str(error)
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    """A mistyped command or option, with the nearest that exists."""
+    message = error.format_message()
+    command = get_command(app)
+    commands = getattr(command, "commands", {})
+    if unknown := re.match(r"No such command '(.*?)'", message):
+        return f"no command `{unknown[1]}`; {nearest(unknown[1], commands)}Commands: {', '.join(commands)}."
+    if option := getattr(error, "option_name", None):
+        used = next((commands[word] for word in arguments if word in commands), command)
+        valid = [name for parameter in used.params for name in [*parameter.opts, *parameter.secondary_opts]]
+        if option not in valid:
+            where = f"poe-merge {used.name}" if used is not command else "poe-merge"
+            return (
+                f"no option `{option}`; {nearest(option, [v for v in valid if v.startswith('-')])}See `{where} --help`."
+            )
+    return message
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
