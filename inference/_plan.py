@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from inference._digest import nbytes_of
+from inference._memory import averaged_bytes, merged_bytes
 from inference.design import Design, Designs, as_function, check_center
 from poe_models._fitting import keys_of
 from poe_models.adapters import LoraCheckpoint
@@ -255,4 +256,13 @@ def _read_bytes(task_vectors: TaskVectors, designs: Sequence[Design], tensors: S
 
 
 def _peak_bytes(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> int:
-    return 0
+    """Predicted peak while a group is made; its finished tensors are held until all of them are saved."""
+    design, itemsize = tensors[0].design, task_vectors.dtype.itemsize
+    finished = sum(tensor.nbytes for tensor in tensors)
+    if design is not None:
+        work = merged_bytes(design, len(task_vectors.names), [tensor.matrices for tensor in tensors], itemsize)
+        entries = max(math.prod(tensor.shape) for tensor in tensors)
+        return max(work, sum(math.prod(t.shape) for t in tensors) * itemsize + finished + 2 * entries)
+    if tensors[0].treatment.action == "average":
+        return finished + averaged_bytes(max(math.prod(tensor.shape) for tensor in tensors), itemsize)
+    return finished

@@ -398,7 +398,7 @@ def _select(where: Tensor, one: _Run, other: _Run) -> _Run:
     traces = [torch.cat([t, t[:, -1:].expand(-1, length - t.shape[-1])], -1) for t in (one.trace, other.trace)]
     return _Run(
         point=_choose(where, one.point, other.point),
-        trace=torch.where(where.unsqueeze(-1), *traces),
+        trace=torch.where(where.unsqueeze(-1), traces[0], traces[1]),
         steps=torch.where(where, one.steps, other.steps),
         rejected=torch.where(where, one.rejected, other.rejected),
         gradient_norm=torch.where(where, one.gradient_norm, other.gradient_norm),

@@ -1,4 +1,4 @@
-"""Shared fixtures: explicit randomness, nothing left behind in Pyro, and one comparison that shows the worst entries."""
+"""Shared fixtures: explicit randomness, nothing left behind in Pyro, no GPU tests without a GPU."""
 
 from __future__ import annotations
 

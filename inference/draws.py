@@ -1,0 +1,104 @@
+"""Posterior draws: what every sampler returns.
+
+Leading dimensions are ``(chain, draw)``, as ArviZ has them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from typing_extensions import override
+
+
+class Draws(ABC):
+    """Draws of a posterior over ``M`` modules, in the posterior's own coordinates."""
+
+    @property
+    @abstractmethod
+    def num_chains(self) -> int:
+        """Number of chains ``C``."""
+
+    @property
+    @abstractmethod
+    def num_draws(self) -> int:
+        """Draws per chain ``S``."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> Mapping[str, Tensor]:
+        """Statistics of the sampler by ArviZ's names (``lp``, ``diverging``, ...), ``(C, S, M)`` each."""
+
+    @abstractmethod
+    def latents(self, chain: int, draw: int) -> Tensor:
+        """One draw of all modules, ``(M, *event)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredDraws(Draws):
+    """Draws that are kept as they are: Span coordinates, where each is a few numbers.
+
+    Attributes:
+        values: ``(C, S, M, *event)``.
+        statistics: see :attr:`Draws.stats`.
+    """
+
+    values: Tensor
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    @override
+    def num_chains(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    @override
+    def num_draws(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    @override
+    def stats(self) -> Mapping[str, Tensor]:
+        return self.statistics
+
+    @override
+    def latents(self, chain: int, draw: int) -> Tensor:
+        return self.values[chain, draw]
+
+
+@dataclass(frozen=True, eq=False)
+class RegeneratedDraws(Draws):
+    """Draws that are made again when needed: Full coordinates, where each is as large as the modules.
+
+    Attributes:
+        weights: mixture weights ``w_i`` of every draw, ``(C, S, M, E)``.
+        seeds: seed of every draw's noise, ``(C, S)`` int64.
+        regenerate: maps weights ``(M, E)`` and a seed to ``Z``, ``(M, d_out, d_in)``.
+        statistics: see :attr:`Draws.stats`.
+    """
+
+    weights: Tensor
+    seeds: Tensor
+    regenerate: Callable[[Tensor, int], Tensor]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    @override
+    def num_chains(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    @override
+    def num_draws(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    @override
+    def stats(self) -> Mapping[str, Tensor]:
+        return self.statistics
+
+    @override
+    def latents(self, chain: int, draw: int) -> Tensor:
+        return self.regenerate(self.weights[chain, draw], int(self.seeds[chain, draw]))
