@@ -20,8 +20,8 @@ import torch
 from inference._digest import Progress, Silent, digest_inputs, files_of, refuse_copies
 from inference._folder import companion_files, rounding_of, write_companions
 from inference._groups import merge_group
-from inference._plan import BATCH_BYTES, Plan, inputs_of, plan
 from inference._output import OutputError, check_output, check_space
+from inference._plan import BATCH_BYTES, Plan, inputs_of, plan
 from inference._staging import Staging
 from inference.design import Design, Designs
 from inference.solution import Status

@@ -46,7 +46,7 @@ def custom_class(what: str, where: str, name: str, base: type, folders: Sequence
         raise SpecError(f"{what}: {at} has no `{name}`; it has {known}.")
     if not (isinstance(found, type) and issubclass(found, base)):
         raise SpecError(
-            f"{what}: `{name}` in {at} is not a {base.__name__}. Write `class {name}({base.__name__}): ...`."
+            f"{what}: `{name}` in {at} is no {base.__name__}. Write `class {name}({base.__name__}): ...`."
         )
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))

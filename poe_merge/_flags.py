@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from poe_merge._sections import label_of
 from poe_merge._settings import source
 from poe_merge._yaml import ConfigError, Document, Place
-from poe_merge._sections import label_of
 from poe_merge.presets import PRESETS
 from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, nearest
 

@@ -32,6 +32,19 @@ Parameter = float | Tensor
 """A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
 
 
+@dataclass(frozen=True)
+class ScaleMixture:
+    r"""``exp(-c rho(q)) = E[exp(-tau q / unit)]`` over ``tau ~ Gamma(c * shape, 1)``, for every power ``c > 0``.
+
+    Attributes:
+        shape: shape of the Gamma at ``c = 1``; None for a Gaussian, whose ``tau`` is ``c`` itself.
+        unit: what divides ``q``.
+    """
+
+    shape: Parameter | None
+    unit: Parameter
+
+
 class Energy(ABC):
     """The energy ``rho(q)`` of one expert as a function of its scaled squared residual.
 
@@ -91,6 +104,17 @@ class Energy(ABC):
             "GeneralizedGaussian, or Cauchy / StudentT with exponent='multivariate', or define `log_normalizer`."
         )
 
+    def scale_mixture(self) -> ScaleMixture:
+        """This energy's density as a mixture of Gaussians over their scale, for Gibbs sampling.
+
+        Raises:
+            ValueError: none is known.
+        """
+        raise ValueError(
+            f"`{self!r}`: this energy has no known Gaussian scale mixture, so Gibbs sampling does not apply. "
+            "Use `hmc` or `nuts`, which need only a gradient."
+        )
+
     def for_dimension(self, dim: Tensor) -> Energy:
         """This energy on residuals of ``dim`` dimensions; only ``exponent="multivariate"`` depends on it."""
         return self
@@ -133,6 +157,10 @@ class Gaussian(Energy):
     @override
     def curvature(self, q: Tensor) -> Tensor:
         return torch.zeros_like(q)
+
+    @override
+    def scale_mixture(self) -> ScaleMixture:
+        return ScaleMixture(shape=None, unit=2.0 / self.precision)
 
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
@@ -181,6 +209,10 @@ class StudentT(Energy):
         return -self.k / (self.df + q).square()
 
     @override
+    def scale_mixture(self) -> ScaleMixture:
+        return ScaleMixture(shape=self.k, unit=self.df)
+
+    @override
     def for_dimension(self, dim: Tensor) -> Energy:
         return replace(self, exponent=(self.df + dim) / 2) if _is_multivariate(self.exponent) else self
 
@@ -227,6 +259,10 @@ class Cauchy(Energy):
     @override
     def curvature(self, q: Tensor) -> Tensor:
         return -self.k / (1 + q).square()
+
+    @override
+    def scale_mixture(self) -> ScaleMixture:
+        return ScaleMixture(shape=self.k, unit=1.0)
 
     @override
     def for_dimension(self, dim: Tensor) -> Energy:

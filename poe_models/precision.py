@@ -8,6 +8,7 @@ dimensions ``(...)`` are modules and, in samplers, chains. Every class has a squ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +18,10 @@ from typing_extensions import override
 
 class Precision(ABC):
     """A symmetric positive definite operator on matrices ``(..., a, b)``."""
+
+    shape: tuple[int, int]
+    """``(a, b)``."""
+    dtype: torch.dtype
 
     @abstractmethod
     def solve(self, b: Tensor) -> Tensor:
@@ -29,6 +34,10 @@ class Precision(ABC):
     @abstractmethod
     def sample(self, noise: Tensor) -> Tensor:
         """``L^-T noise``, ``(..., a, b)``: a draw of ``N(0, H^-1)`` from standard normal noise."""
+
+    @abstractmethod
+    def standardize(self, x: Tensor) -> Tensor:
+        """``L^T x``, ``(..., a, b)``: white if ``x`` has covariance ``H^-1``; its squared norm is ``<x, H x>``."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
@@ -53,7 +62,7 @@ class GramPrecision(Precision):
 
     def __init__(self, matrix: Tensor, side: Literal["left", "right"], shape: tuple[int, int]) -> None:
         self.side = side
-        self.shape = shape
+        self.shape, self.dtype = shape, matrix.dtype
         self.factor, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed.any()):
             raise ValueError(
@@ -75,15 +84,23 @@ class GramPrecision(Precision):
         return self._turn(torch.linalg.solve_triangular(self.factor.mT, self._turn(noise), upper=True))
 
     @override
+    def standardize(self, x: Tensor) -> Tensor:
+        return self._turn(self.factor.mT @ self._turn(x))
+
+    @override
     def logdet(self) -> Tensor:
         copies = self.shape[1] if self.side == "left" else self.shape[0]
         return 2 * copies * self.factor.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
 
     @override
     def inverse_diagonal(self) -> Tensor:
-        one_side = torch.cholesky_inverse(self.factor).diagonal(dim1=-2, dim2=-1)
+        one_side = self.side_covariance().diagonal(dim1=-2, dim2=-1)
         column = one_side.unsqueeze(-1) if self.side == "left" else one_side.unsqueeze(-2)
         return column.expand(*one_side.shape[:-1], *self.shape)
+
+    def side_covariance(self) -> Tensor:
+        """``A^-1``, ``(..., d, d)``."""
+        return torch.cholesky_inverse(self.factor)
 
     def _turn(self, x: Tensor) -> Tensor:
         return x if self.side == "left" else x.mT
@@ -105,6 +122,7 @@ class KroneckerSum(Precision):
         left_values, self.left = torch.linalg.eigh(left)
         right_values, self.right = torch.linalg.eigh(right)
         self.values = left_values.clamp(min=0).unsqueeze(-1) + right_values.clamp(min=0).unsqueeze(-2) + shift
+        self.shape, self.dtype = (int(left.shape[-1]), int(right.shape[-1])), left.dtype
         if not bool((self.values > 0).all()):
             raise ValueError(
                 "the precision is not positive definite: the experts leave some direction undetermined. "
@@ -122,6 +140,10 @@ class KroneckerSum(Precision):
     @override
     def sample(self, noise: Tensor) -> Tensor:
         return self.left @ (noise / self.values.sqrt()) @ self.right.mT
+
+    @override
+    def standardize(self, x: Tensor) -> Tensor:
+        return (self.left.mT @ x @ self.right) * self.values.sqrt()
 
     @override
     def logdet(self) -> Tensor:
@@ -145,6 +167,7 @@ class DiagonalPrecision(Precision):
 
     def __init__(self, values: Tensor, shape: tuple[int, int]) -> None:
         self.values = values.expand(*values.shape[:-2], *shape)
+        self.shape, self.dtype = shape, values.dtype
         if not bool((values > 0).all()):
             raise ValueError(
                 "the precision is not positive definite: some entry has neither an expert nor an anchor. "
@@ -164,9 +187,82 @@ class DiagonalPrecision(Precision):
         return noise / self.values.sqrt()
 
     @override
+    def standardize(self, x: Tensor) -> Tensor:
+        return x * self.values.sqrt()
+
+    @override
     def logdet(self) -> Tensor:
         return self.values.double().log().sum((-2, -1))
 
     @override
     def inverse_diagonal(self) -> Tensor:
         return self.values.reciprocal()
+
+
+class LowRankUpdate(Precision):
+    """``H = H_0 + sum_k c_k v_k v_k^T``: another precision with a few rank-one terms of either sign.
+
+    With ``H_0 = L L^T`` and ``L^-1 [v_1 ... v_E] = Q R``, ``H = L (I + Q R C R^T Q^T) L^T``: an ``E x E`` eigenproblem.
+
+    Args:
+        base: ``H_0``.
+        vectors: ``v_k``, ``(..., a, b)`` each.
+        coefficients: ``c_k``, ``(..., E)`` float64.
+
+    Raises:
+        ValueError: ``H`` is not positive definite.
+    """
+
+    def __init__(self, base: Precision, vectors: list[Tensor], coefficients: Tensor) -> None:
+        self.base = base
+        self.shape, self.dtype = base.shape, base.dtype
+        white = torch.stack([base.whiten(v).flatten(-2) for v in vectors], -1).double()  # (..., a b, E)
+        directions, triangle = torch.linalg.qr(white)
+        small = triangle @ (coefficients.unsqueeze(-1) * triangle.mT)
+        self.values, rotation = torch.linalg.eigh(small + torch.eye(small.shape[-1]).to(small))
+        self.directions = directions @ rotation
+        if not bool((self.values > 0).all()):
+            worst = self.values.amin(-1).flatten()
+            raise ValueError(
+                f"module {int(worst.argmin())} of the batch is not at a minimum: the Hessian there has a negative "
+                f"direction (relative curvature {float(worst.min()):.3g}). Converge the fixed point first, or start it "
+                "elsewhere."
+            )
+
+    @override
+    def solve(self, b: Tensor) -> Tensor:
+        return self.sample(self.whiten(b))
+
+    @override
+    def whiten(self, x: Tensor) -> Tensor:
+        return self._scale(self.base.whiten(x), -0.5)
+
+    @override
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.base.sample(self._scale(noise, -0.5))
+
+    @override
+    def standardize(self, x: Tensor) -> Tensor:
+        return self._scale(self.base.standardize(x), 0.5)
+
+    @override
+    def logdet(self) -> Tensor:
+        return self.base.logdet() + self.values.log().sum(-1)
+
+    @override
+    def inverse_diagonal(self) -> Tensor:
+        return self.base.inverse_diagonal() + self.inverse_diagonal_change(lambda x: x)
+
+    def inverse_diagonal_change(self, lift: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the rank-one terms add to the marginal variances, in coordinates that ``lift`` leads to."""
+        terms = []
+        for direction, value in zip(self.directions.unbind(-1), self.values.unbind(-1), strict=True):
+            moved = lift(self.base.sample(direction.unflatten(-1, self.shape).to(self.dtype)))
+            terms.append((1 / value - 1)[..., None, None] * moved.double().square())
+        return torch.stack(terms).sum(0)
+
+    def _scale(self, x: Tensor, power: float) -> Tensor:
+        """``(I + Q (values^power - 1) Q^T) x``: the symmetric power of the middle factor."""
+        along = self.directions.mT @ x.flatten(-2).unsqueeze(-1).double()
+        change = self.directions @ ((self.values**power - 1).unsqueeze(-1) * along)
+        return x + change.squeeze(-1).to(x.dtype).unflatten(-1, x.shape[-2:])

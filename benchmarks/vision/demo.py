@@ -178,7 +178,9 @@ def best_of(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[Method, Row
     return max(pairs, key=lambda pair: pair[1].validation or 0.0)
 
 
-def run(suite: Suite, out: Path, trials: int, seed: int, console: Console) -> None:
+def run(
+    suite: Suite, out: Path, trials: int, seed: int, console: Console, methods: Sequence[Method] = METHODS
+) -> list[Row]:
     """Compare all methods, print and save everything.
 
     Args:
@@ -187,33 +189,38 @@ def run(suite: Suite, out: Path, trials: int, seed: int, console: Console) -> No
         trials: Settings each method may try.
         seed: Of every search.
         console: Where to print.
+        methods: What to compare: task arithmetic and at least one product of experts among them.
+
+    Returns:
+        The rows that were printed.
     """
     out.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
-        bar = progress.add_task("merging", total=len(METHODS))
-        merged = compare(suite, METHODS, trials, seed, lambda name: progress.update(bar, description=name, advance=1))
+        bar = progress.add_task("merging", total=len(methods) + 1)
+        merged = compare(suite, methods, trials, seed, lambda name: progress.update(bar, description=name, advance=1))
         progress.update(bar, description="Gaussian twins")
-        heavy = [(method, row) for method, row in zip(METHODS, merged, strict=True) if method.heavy_tailed]
+        heavy = [(method, row) for method, row in zip(methods, merged, strict=True) if method.heavy_tailed]
         tails = [(row, merge_row(method.twin(), suite, row.settings)) for method, row in heavy if row.settings]
     rows = [*reference_rows(suite), *merged]
     for task in (*suite.tasks, MEAN):
         console.print(task_table(rows, task))
     console.print(tail_table(tails))
-    report_best(rows, merged, suite, out, console)
+    report_best(methods, merged, suite, out, console)
     write_csv(out / "results.csv", rows)
     (out / "results.md").write_text(markdown(rows), encoding="utf-8")
     bar_plot(rows).savefig(out / "results.png", dpi=150)
     console.print(f"numbers, plot and merged model: {out}", highlight=False)
+    return rows
 
 
-def report_best(rows: Sequence[Row], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> None:
+def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> None:
     """Save the best merge, load it again, and say how it compares with task arithmetic."""
-    method, best = best_of(merged, METHODS)
+    method, best = best_of(merged, methods)
     assert best.settings is not None
     save_merge(method, best.settings, suite, out / MERGED)
     again = evaluate(out / MERGED, suite.tasks, suite.heads, "test")
     console.print(f"{best.name}, best on validation, saved and loaded again: test {mean_scores(again).accuracy:.3f}")
-    arithmetic = next(row for row in rows if row.name == "task arithmetic")
+    arithmetic = next(row for row in merged if row.name == "task arithmetic")
     gap, error = paired_difference(best, arithmetic)
     console.print(f"against task arithmetic: {100 * gap:+.1f} ± {100 * error:.1f} points of mean test accuracy")
     if torch.cuda.is_available():

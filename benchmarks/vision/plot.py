@@ -72,5 +72,5 @@ def draw_bars(axes: Axes, rows: Sequence[Row], values: Sequence[float]) -> None:
             continue
         bars = axes.bar(places, heights, width, color=color, hatch=hatch, edgecolor="black", linewidth=0.6)
         bars.set_label(energy or "no experts")
-        axes.bar_label(bars, [f"{value:.2f}" for value in heights], fontsize=8, padding=2)
+        axes.bar_label(bars, [f"{value:.3f}" for value in heights], fontsize=7, padding=2)
     axes.set_xticks(np.arange(len(families)), families)

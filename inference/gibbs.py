@@ -1,0 +1,247 @@
+r"""Exact Gibbs sampling of heavy-tailed products by Gaussian scale mixtures: no tuning, no rejections.
+
+``(1 + q / s^2)^(-kappa / T) = E[exp(-tau q / s^2)]`` over ``tau ~ Gamma(kappa / T, 1)``, so with one ``tau`` per expert
+the posterior alternates between two exact draws (Andrews and Mallows, 1974, JRSS B 36(1); West, 1987, Biometrika 74(3)):
+
+    tau_i | Z ~ Gamma(kappa_i / T, rate 1 + q_i / s_i^2)
+    Z | tau   ~ N(H^-1 b, H^-1 / 2),   H = sum_i (tau_i / s_i^2) P_i + (eta / T) I
+
+with ``kappa_i = a_i k`` and, for a Student-t, ``nu s_i^2`` in the place of ``s_i^2``. The fixed point is its EM shadow:
+the same ``H`` and ``b`` with the expected weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.draws import RegeneratedDraws, StoredDraws
+from inference.propriety import require_proper
+from poe_models.experts import ProductOfExperts
+from poe_models.operators import sum_of_squares
+from poe_models.posterior import Posterior, full_posterior
+from poe_models.quadratics import quadratic_of
+
+
+def gibbs(
+    poe: ProductOfExperts,
+    updates: Tensor,
+    num_samples: int,
+    *,
+    generator: torch.Generator,
+    chains: int = 4,
+    warmup: int = 200,
+    thin: int = 1,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RegeneratedDraws:
+    """Draws of the merged update itself (Full coordinates), kept as mixture weights and seeds.
+
+    Args:
+        poe: the design; every energy must be Gaussian, Cauchy or Student-t.
+        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``.
+        num_samples: draws kept per chain.
+        generator: source of all randomness.
+        chains: independent chains, from overdispersed starts.
+        warmup: steps per chain before the first kept draw.
+        thin: steps per kept draw.
+        low_rank: factors of the updates, if they are adapters.
+        progress: called with the number of finished steps and their total.
+
+    Returns:
+        Draws whose ``latents(chain, draw)`` are merged updates ``(M, d_out, d_in)``.
+
+    Raises:
+        ValueError: an energy has no scale mixture, or the posterior is improper.
+    """
+    posterior = full_posterior(poe, updates, low_rank)
+    kernel = GibbsKernel(posterior, regenerable=True)
+    weights, seeds, energies = [], [], []
+    for state in _kept(kernel, num_samples, chains, warmup, thin, generator, progress):
+        weights.append(state.weights)
+        seeds.append(state.seeds)
+        energies.append(state.energy)
+    statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
+    return RegeneratedDraws(torch.stack(weights, 1), torch.stack(seeds, 1), kernel.regenerate, statistics)
+
+
+def gibbs_posterior(
+    posterior: Posterior,
+    num_samples: int,
+    *,
+    generator: torch.Generator,
+    chains: int = 4,
+    warmup: int = 200,
+    thin: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoredDraws:
+    """Draws of a bound posterior in its own coordinates, stored as they are; meant for Span coordinates.
+
+    Args:
+        posterior: in Full or Span coordinates.
+        num_samples: draws kept per chain.
+        generator: source of all randomness.
+        chains: independent chains, from overdispersed starts.
+        warmup: steps per chain before the first kept draw.
+        thin: steps per kept draw.
+        progress: called with the number of finished steps and their total.
+
+    Returns:
+        Draws of the latents, ``(C, S, M, *event)``.
+    """
+    kernel = GibbsKernel(posterior, regenerable=False)
+    values, energies = [], []
+    for state in _kept(kernel, num_samples, chains, warmup, thin, generator, progress):
+        values.append(state.z)
+        energies.append(state.energy)
+    statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
+    return StoredDraws(torch.stack(values, 1), statistics)
+
+
+def _kept(
+    kernel: GibbsKernel,
+    num_samples: int,
+    chains: int,
+    warmup: int,
+    thin: int,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[GibbsState]:
+    """Run all chains.
+
+    Yields:
+        The states that are kept.
+    """
+    total = warmup + num_samples * thin
+    state = kernel.init(chains, generator)
+    for step in range(1, total + 1):
+        state = kernel.step(state, generator)
+        if progress is not None:
+            progress(step, total)
+        if step > warmup and (step - warmup) % thin == 0:
+            yield state
+
+
+@dataclass(frozen=True, eq=False)
+class GibbsState:
+    """What ``C`` chains of ``M`` modules need.
+
+    Attributes:
+        z: the latents, ``(C, M, *event)``; empty where they can be regenerated.
+        residuals: ``q_i``, ``(C, M, E)``.
+        energy: ``E(Z)`` in nats, ``(C, M)``.
+        weights: the mixture weights that ``Z`` was drawn with, ``(C, M, E)``.
+        seeds: seed of each chain's noise, ``(C,)`` int64; empty where latents are kept.
+    """
+
+    z: Tensor
+    residuals: Tensor
+    energy: Tensor
+    weights: Tensor
+    seeds: Tensor
+
+
+class GibbsKernel:
+    """One exact Gibbs step for all chains and modules of a posterior.
+
+    Args:
+        posterior: in Full or Span coordinates.
+        regenerable: give every chain's noise a seed of its own, so that a latent can be made again from its mixture
+            weights and seed instead of being kept.
+
+    Raises:
+        ValueError: an energy has no scale mixture, the posterior is improper, or its modules' operators do not share a
+            factorisation.
+    """
+
+    def __init__(self, posterior: Posterior, regenerable: bool) -> None:
+        if posterior.factors:
+            raise ValueError(
+                f"`gibbs(...)`: {posterior.factors[0].name!r} is a FactorExpert, which has no Gaussian scale mixture. "
+                "Use `hmc` or `nuts` in Span coordinates."
+            )
+        self.mixtures = [expert.rho.scale_mixture() for expert in posterior.experts]
+        require_proper(posterior)
+        self.posterior = posterior
+        self.regenerable = regenerable
+        self.quadratic = quadratic_of(posterior, for_draws=True)
+        self.pulls = self.quadratic.pulls()
+        self.shift = posterior.anchor_precision / posterior.temperature
+
+    def init(self, chains: int, generator: torch.Generator) -> GibbsState:
+        """Overdispersed start: mixture weights from their priors, then ``Z`` given them."""
+        shape = (chains, self.posterior.num_modules, len(self.mixtures))
+        zeros = torch.zeros(shape, dtype=torch.float64, device=self.shift.device)
+        return self._draw(self._draw_weights(zeros, generator), generator)
+
+    def step(self, state: GibbsState, generator: torch.Generator) -> GibbsState:
+        """``tau | Z``, then ``Z | tau``."""
+        return self._draw(self._draw_weights(state.residuals, generator), generator)
+
+    def regenerate(self, weights: Tensor, seed: int) -> Tensor:
+        """``Z`` from mixture weights ``(M, E)`` and a seed, ``(M, *event)``."""
+        noise = self._noise(seed)
+        white = self.quadratic.compression.compress(noise)
+        return self._latent(self._conditional(weights, white), noise, white)
+
+    def _draw_weights(self, residuals: Tensor, generator: torch.Generator) -> Tensor:
+        """Mixture weights ``tau_i / (unit s_i^2)`` given residuals, ``(C, M, E)`` to ``(C, M, E)``."""
+        columns = []
+        for i, (expert, mixture) in enumerate(zip(self.posterior.experts, self.mixtures, strict=True)):
+            power = expert.importance / self.posterior.temperature
+            scale = torch.as_tensor(mixture.unit, device=residuals.device) * expert.scale_squared
+            if mixture.shape is None:
+                columns.append((power / scale).expand(residuals.shape[:-1]))
+                continue
+            rate = 1 + residuals[..., i] / scale
+            shape = torch.as_tensor(power * mixture.shape, dtype=rate.dtype, device=rate.device).expand_as(rate)
+            # The distribution objects take no generator; this is the kernel beneath torch.distributions.Gamma.
+            columns.append(torch._standard_gamma(shape.contiguous(), generator=generator) / rate / scale)
+        return torch.stack(columns, -1)
+
+    def _draw(self, weights: Tensor, generator: torch.Generator) -> GibbsState:
+        """``Z | tau`` for all chains at once."""
+        chains = len(weights)
+        if self.regenerable:
+            seeds = torch.randint(2**62, (chains,), generator=generator, device=generator.device).cpu()
+            noise = torch.stack([self._noise(int(seed)) for seed in seeds])
+        else:
+            seeds = torch.empty(0, dtype=torch.int64)
+            like = self.posterior.like
+            noise = torch.randn(
+                (chains, self.posterior.num_modules, *self.posterior.event_shape),
+                generator=generator, dtype=like.dtype, device=like.device,
+            )  # fmt: skip
+        white = self.quadratic.compression.compress(noise)
+        x = self._conditional(weights, white)
+        residuals = self.quadratic.residuals(x)
+        # Outside the compressed coordinates Z is white noise of variance 1 / (2 shift), which costs T / 2 per unit.
+        outside = (sum_of_squares(noise) - sum_of_squares(white)) * self.posterior.temperature / 2
+        energy = self.posterior.energy_of(residuals) + self.posterior.anchor_precision * sum_of_squares(x) + outside
+        z = noise.new_empty(0) if self.regenerable else self._latent(x, noise, white)
+        return GibbsState(z, residuals, energy, weights, seeds)
+
+    def _conditional(self, weights: Tensor, white: Tensor) -> Tensor:
+        """``H^-1 b + L^-T white / sqrt 2``: weights ``(*C, M, E)`` and noise ``(*C, M, a, b)`` to ``(*C, M, a, b)``."""
+        precision = self.quadratic.precision(weights, self.shift)
+        b = torch.zeros_like(white)
+        for i, pull in enumerate(self.pulls):
+            b = b + weights[..., i].to(pull.dtype)[..., None, None] * pull
+        return precision.solve(b) + precision.sample(white) * 0.5**0.5
+
+    def _latent(self, x: Tensor, noise: Tensor, white: Tensor) -> Tensor:
+        """The latent of compressed ``x``, with the anchor's own noise where no expert sees anything."""
+        z = self.quadratic.lift(x)
+        if not self.quadratic.compression.trivial:
+            outside = noise - self.quadratic.lift(white)
+            z = z + outside * (2 * self.shift).rsqrt().to(z.dtype)[:, None, None]
+        return z if self.posterior.center is None else self.posterior.center + z
+
+    def _noise(self, seed: int) -> Tensor:
+        like = self.posterior.like
+        generator = torch.Generator(like.device).manual_seed(seed)
+        shape = (self.posterior.num_modules, *self.posterior.event_shape)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

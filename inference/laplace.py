@@ -1,0 +1,191 @@
+r"""Laplace's approximation with the exact Hessian, in the structure it has.
+
+At ``Z`` the energy's Hessian is ``2 (sum_i w_i P_i + eta I) + sum_i c_i g_i g_i^T`` with ``g_i = 2 P_i (Z - U_i)`` and
+``c_i = a_i rho''_i / s_i^4``: a Gram, Kronecker-sum or diagonal matrix and one rank-one term per expert, negative for
+heavy tails. Sampling, densities and determinants need the factors of the small side and an ``E x E`` correction. The
+approximation is ``N(Z*, T Hessian^-1)`` (MacKay, 1992, Neural Computation 4(3)).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from inference.draws import RegeneratedDraws
+from inference.propriety import require_proper
+from inference.solution import FixedPointInfo, Solution
+from poe_models.experts import ProductOfExperts
+from poe_models.operators import sum_of_squares
+from poe_models.posterior import Posterior, full_posterior
+from poe_models.precision import DiagonalPrecision, GramPrecision, LowRankUpdate
+from poe_models.program import log_density
+from poe_models.quadratics import quadratic_of
+
+
+def laplace(
+    poe: ProductOfExperts,
+    updates: Tensor,
+    at: Solution[FixedPointInfo],
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Laplace:
+    """Laplace's approximation of the merged update itself (Full coordinates).
+
+    Args:
+        poe: the design.
+        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``.
+        at: the MAP of the same design and updates.
+        low_rank: factors of the updates, if they are adapters.
+
+    Returns:
+        The approximation. In Span coordinates: ``Laplace(span_posterior, latents)``.
+    """
+    posterior = full_posterior(poe, updates, low_rank)
+    return Laplace(posterior, at.value.to(posterior.dtype).reshape(posterior.num_modules, *posterior.event_shape))
+
+
+class Laplace:
+    """``N(Z*, T Hessian^-1)`` of a bound posterior.
+
+    Args:
+        posterior: in Full or Span coordinates. With factor experts (Span only) the Hessian is autograd's.
+        mode: ``Z*``, ``(M, *event)``.
+
+    Raises:
+        ValueError: the Hessian is not positive definite at the mode, or the posterior is improper.
+    """
+
+    def __init__(self, posterior: Posterior, mode: Tensor) -> None:
+        if posterior.factors:
+            raise ValueError(
+                f"`Laplace(...)`: {posterior.factors[0].name!r} is a FactorExpert; its Hessian has no structure: "
+                "use `DenseLaplace`, which differentiates the Pyro program."
+            )
+        require_proper(posterior)
+        self.posterior = posterior
+        self.mode = mode
+        self.quadratic = quadratic_of(posterior, for_draws=True)
+        x = self.quadratic.compression.compress(mode if posterior.center is None else mode - posterior.center)
+        q = self.quadratic.residuals(x)
+        self.hessian = LowRankUpdate(
+            self.quadratic.precision(2 * posterior.weights(q), 2 * posterior.anchor_precision),
+            [2 * force for force in self.quadratic.forces(x)],
+            posterior.curvatures(q),
+        )
+
+    def sample(self, num_samples: int, generator: torch.Generator) -> RegeneratedDraws:
+        """Independent draws in one chain, kept as seeds.
+
+        Args:
+            num_samples: number of draws.
+            generator: source of the seeds.
+        """
+        seeds = torch.randint(2**62, (1, num_samples), generator=generator, device=generator.device).cpu()
+        nothing = torch.zeros(1, num_samples, self.posterior.num_modules, 0, dtype=torch.float64)
+        return RegeneratedDraws(nothing, seeds, lambda _, seed: self.draw(seed))
+
+    def draw(self, seed: int) -> Tensor:
+        """One draw from a seed, ``(M, *event)``."""
+        like, compression = self.mode, self.quadratic.compression
+        generator = torch.Generator(like.device).manual_seed(seed)
+        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        white = compression.compress(noise)
+        z = self.quadratic.lift(self.hessian.sample(white))
+        if not compression.trivial:
+            outside = noise - self.quadratic.lift(white)
+            z = z + outside * (2 * self.posterior.anchor_precision).rsqrt().to(z.dtype)[:, None, None]
+        return self.mode + self.posterior.temperature**0.5 * z
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """Normalised log density of the approximation in nats, ``(*S, M, *event)`` to ``(*S, M)``."""
+        displacement = z - self.mode
+        x = self.quadratic.compression.compress(displacement)
+        distance = sum_of_squares(self.hessian.standardize(x))
+        if not self.quadratic.compression.trivial:
+            outside = sum_of_squares(displacement) - sum_of_squares(x)
+            distance = distance + 2 * self.posterior.anchor_precision * outside
+        return -distance / (2 * self.posterior.temperature) - self._log_volume()
+
+    def log_integral(self) -> Tensor:
+        """Approximate log of the integral of ``exp(-E(Z) / T)`` in nats, ``(M,)``; exact for Gaussian energies."""
+        return self._log_volume() - self.posterior.energy(self.mode) / self.posterior.temperature
+
+    def standard_deviations(self) -> Tensor:
+        """Marginal standard deviations of the latents, ``(M, *event)`` float64."""
+        variance = self._base_variance().double() + self.hessian.inverse_diagonal_change(self.quadratic.lift)
+        return (self.posterior.temperature * variance).sqrt()
+
+    def _log_volume(self) -> Tensor:
+        """Log of the Gaussian's integral, ``log sqrt(det(2 pi T Hessian^-1))``, ``(M,)``."""
+        entries, inside = math.prod(self.posterior.event_shape), math.prod(self.quadratic.event_shape)
+        log_determinant = self.hessian.logdet()
+        if entries > inside:
+            log_determinant = log_determinant + (entries - inside) * torch.log(2 * self.posterior.anchor_precision)
+        return entries / 2 * math.log(2 * math.pi * self.posterior.temperature) - log_determinant / 2
+
+    def _base_variance(self) -> Tensor:
+        """Marginal variances without the rank-one terms, in the posterior's own coordinates."""
+        compression, base = self.quadratic.compression, self.hessian.base
+        bases = [b for b in (compression.left, compression.right, compression.flat) if b is not None]
+        if not bases:
+            return base.inverse_diagonal()
+        # Draws compress at most one side, and then every expert acts on it: one small covariance, the anchor elsewhere.
+        (basis,) = bases
+        assert isinstance(base, GramPrecision)
+        inside = ((basis @ base.side_covariance()) * basis).sum(-1)
+        outside = (1 - basis.square().sum(-1)) / (2 * self.posterior.anchor_precision).to(basis.dtype)[:, None]
+        variance = inside + outside
+        if compression.flat is not None:
+            return variance.unflatten(-1, self.posterior.event_shape)
+        column = variance.unsqueeze(-1) if compression.left is not None else variance.unsqueeze(-2)
+        return column.expand(-1, *self.posterior.event_shape)
+
+
+class DenseLaplace:
+    """``N(x*, T Hessian^-1)`` over all modules together, from the Pyro program by autograd; for a few coordinates.
+
+    Args:
+        posterior: in Span coordinates; may have factor experts, also such that couple modules.
+        mode: ``x*``, ``(M, *event)``.
+
+    Raises:
+        ValueError: the Hessian is not positive definite at the mode.
+    """
+
+    def __init__(self, posterior: Posterior, mode: Tensor) -> None:
+        self.posterior = posterior
+        self.mode = mode
+        density = log_density(posterior, joint=True)
+        flat = torch.func.hessian(lambda x: -density(x.view(mode.shape)))(mode.double().flatten())
+        values, self.vectors = torch.linalg.eigh((flat + flat.mT) / 2)
+        if not bool((values > 0).all()):
+            raise ValueError(
+                f"`DenseLaplace(...)`: not at a minimum: the Hessian has the eigenvalue {float(values.min()):.3g}. "
+                "Converge `minimize` first, or start it elsewhere."
+            )
+        self.precision = DiagonalPrecision(values.unsqueeze(-1), (len(values), 1))
+
+    def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Independent draws of all latents, ``(num_samples, M, *event)``."""
+        shape = (num_samples, len(self.vectors), 1)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=self.vectors.device)
+        return self.mode + (self.vectors @ self.precision.sample(noise)).view(num_samples, *self.mode.shape)
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """Normalised log density in nats, ``(*S, M, *event)`` to ``(*S)``."""
+        displacement = (x - self.mode).flatten(-3).unsqueeze(-1)
+        distance = sum_of_squares(self.precision.standardize(self.vectors.mT @ displacement))
+        return -distance / 2 - self._log_volume()
+
+    def log_integral(self) -> Tensor:
+        """Approximate log of the integral of ``exp(-E / T)`` over all latents in nats, a scalar."""
+        return self._log_volume() - self.posterior.joint_energy(self.mode) / self.posterior.temperature
+
+    def standard_deviations(self) -> Tensor:
+        """Marginal standard deviations, ``(M, *event)``."""
+        variance = self.vectors.square() @ self.precision.inverse_diagonal()
+        return variance.sqrt().view(self.mode.shape)
+
+    def _log_volume(self) -> Tensor:
+        return len(self.vectors) / 2 * math.log(2 * math.pi) - self.precision.logdet() / 2

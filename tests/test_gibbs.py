@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference.gibbs import gibbs, gibbs_posterior
+from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Directional,
+    FactorExpert,
+    Gaussian,
+    Huber,
+    Identity,
+    InputGram,
+    OutputGram,
+    ProductOfExperts,
+    Relative,
+    RelativePrecision,
+    StudentT,
+    average,
+    full_posterior,
+    span_posterior,
+    span_statistics,
+)
+from poe_models.posterior import Posterior
+from tests.helpers import assert_close, name_of, random_updates
+
+NAMES = ["a", "b", "c"]
+
+
+def grid_moments(posterior: Posterior, half_width: float, points: int = 1201) -> tuple[Tensor, Tensor]:
+    """Mean and second moments of a two-dimensional posterior of one module by brute force on a grid."""
+    axis = torch.linspace(-half_width, half_width, points, dtype=torch.float64)
+    first, second = torch.meshgrid(axis, axis, indexing="ij")
+    z = torch.stack([first.flatten(), second.flatten()], -1).view(-1, 1, *posterior.event_shape)
+    log_density = -posterior.energy(z).squeeze(-1) / posterior.temperature
+    weights = torch.softmax(log_density, 0)
+    flat = z.flatten(1)
+    edge = weights[(flat.abs() > 0.98 * half_width).any(-1)].sum()
+    assert float(edge) < 1e-6, "the grid cuts the posterior off"
+    return weights @ flat, flat.mT @ (weights.unsqueeze(-1) * flat)
+
+
+def standard_error(chain_values: Tensor) -> Tensor:
+    """Standard error of the mean of `(C, S, ...)` values from the spread of batch means (20 per chain)."""
+    chains, draws = chain_values.shape[:2]
+    batches = chain_values.view(chains * 20, draws // 20, *chain_values.shape[2:]).mean(1)
+    return batches.std(0) / math.sqrt(chains * 20)
+
+
+@pytest.mark.parametrize(
+    ("energy", "temperature"),
+    [(Cauchy(), 1.0), (Cauchy(2.5), 0.5), (StudentT(2.0), 1.0), (StudentT(5.0, 3.0), 2.0), (Gaussian(2.0), 0.7)],
+    ids=name_of,
+)
+def test_agrees_with_a_grid_in_two_dimensions(energy: object, temperature: float, generator: torch.Generator) -> None:
+    # A skewed target: three experts of different importance, off the centre.
+    updates = torch.tensor([[[[1.0, 0.2]], [[2.0, -1.5]], [[-0.5, 2.5]]]], dtype=torch.float64)
+    poe = ProductOfExperts.of(
+        NAMES, Identity(), energy, Absolute(0.6), [1.0, 0.6, 2.0],
+        Anchor(precision=AbsolutePrecision(0.05)), temperature,
+    )  # type: ignore[arg-type]  # fmt: skip
+    posterior = full_posterior(poe, updates)
+    mean, second = grid_moments(posterior, 40.0, 2001)
+    draws = gibbs_posterior(posterior, 10_000, generator=generator, chains=8, warmup=200)
+    values = draws.values.flatten(2)
+    products = values.unsqueeze(-1) * values.unsqueeze(-2)
+    assert bool(((values.mean((0, 1)) - mean).abs() < 5 * standard_error(values)).all())
+    assert bool(((products.mean((0, 1)) - second).abs() < 5 * standard_error(products)).all())
+
+
+def test_a_wrong_temperature_would_be_noticed(generator: torch.Generator) -> None:
+    updates = torch.tensor([[[[1.0, 0.2]], [[2.0, -1.5]]]], dtype=torch.float64)
+    poe = ProductOfExperts.of(
+        NAMES[:2], Identity(), Cauchy(), Absolute(0.6), anchor=Anchor(precision=AbsolutePrecision(0.05))
+    )
+    _, second = grid_moments(full_posterior(poe, updates), 40.0)
+    warm = full_posterior(ProductOfExperts(poe.experts, poe.anchor, 1.1), updates)
+    values = gibbs_posterior(warm, 10_000, generator=generator, chains=8).values.flatten(2)
+    products = values.square()
+    gap = (products.mean((0, 1)) - second.diagonal()).abs()
+    assert bool((gap > 5 * standard_error(products)).any())
+
+
+@pytest.mark.parametrize(
+    "residual_map", [Identity(), Directional(), OutputGram(), InputGram(), (OutputGram(), InputGram())], ids=name_of
+)
+@pytest.mark.parametrize("shape", [(2, 3), (1, 8), (8, 1)])
+def test_gaussian_draws_are_the_exact_normal(
+    residual_map: object, shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    updates = random_updates(generator, 2, 3, *shape)
+    poe = ProductOfExperts.of(
+        NAMES, residual_map, Gaussian(), Relative(1.0), anchor=Anchor(average, RelativePrecision(0.3)), temperature=0.5
+    )  # type: ignore[arg-type]
+    posterior = full_posterior(poe, updates)
+    draws = gibbs(poe, updates, 3000, generator=generator, chains=2, warmup=0)
+    for module in range(2):
+        z = torch.stack([draws.latents(c, s)[module].flatten() for c in range(2) for s in range(1500)])
+
+        def energy(flat: Tensor, module: int = module) -> Tensor:
+            whole = torch.zeros(2, *shape, dtype=torch.float64)
+            return posterior.energy(torch.stack([flat.view(shape) if m == module else whole[m] for m in range(2)]))[
+                module
+            ]
+
+        origin = torch.zeros(math.prod(shape), dtype=torch.float64)
+        hessian = torch.func.hessian(energy)(origin)
+        mean = -torch.linalg.solve(hessian, torch.func.grad(energy)(origin))
+        white = torch.linalg.cholesky(hessian / 0.5).mT @ (z - mean).mT
+        assert float(white.mean(1).abs().max()) < 5 / math.sqrt(3000)
+        assert float((white @ white.mT / 3000 - torch.eye(len(white))).abs().max()) < 5 * math.sqrt(2 / 3000)
+
+
+def test_compression_and_span_do_not_change_the_distribution(generator: torch.Generator) -> None:
+    # One row: InputGram compresses 12 inputs to 3 directions; the energy along the way must have the same law.
+    updates = random_updates(generator, 1, 3, 1, 12)
+    poe = ProductOfExperts.of(
+        NAMES, InputGram(), StudentT(3.0), Relative(1.0), anchor=Anchor(precision=RelativePrecision(1.0))
+    )
+    posterior = full_posterior(poe, updates)
+    draws = gibbs(poe, updates, 4000, generator=generator, chains=4)
+    z = torch.stack([torch.stack([draws.latents(c, s) for s in range(0, 4000, 4)]) for c in range(4)])
+    recomputed = -posterior.energy(z)
+    assert_close(recomputed, draws.stats["lp"][:, ::4], 1e-8)
+    # Outside the span of the updates the posterior is the anchor's: variance T / (2 eta).
+    basis = torch.linalg.svd(updates[0, :, 0], full_matrices=True).Vh[3:]
+    outside = (z.flatten(2) @ basis.mT).flatten()
+    truth = float(1 / (2 * posterior.anchor_precision))
+    assert abs(float(outside.square().mean()) / truth - 1) < 5 * math.sqrt(2 / outside.numel())
+
+
+@pytest.mark.slow
+def test_simulation_based_calibration(generator: torch.Generator) -> None:
+    """Talts et al. (2018), arXiv 1804.06788: with U_i ~ p(U_i | Z), ranks of the true Z among draws are uniform.
+
+    Identity experts with the multivariate exponent are Student-t densities of U_i given Z, and P does not depend on U_i.
+    """
+    simulations, kept, eta, df, scale = 300, 15, 0.5, 3.0, 0.8
+    truth = torch.randn(simulations, 2, 2, generator=generator, dtype=torch.float64) / math.sqrt(2 * eta)
+    gamma = torch.distributions.Gamma(df / 2, 0.5)
+    torch.manual_seed(7)
+    mixing = gamma.sample((simulations, 3)).double()[..., None, None]
+    noise = torch.randn(simulations, 3, 2, 2, generator=generator, dtype=torch.float64)
+    updates = truth.unsqueeze(1) + scale * noise * (df / mixing).sqrt()
+    poe = ProductOfExperts.of(
+        NAMES,
+        Identity(),
+        StudentT(df, "multivariate"),
+        Absolute(scale),
+        anchor=Anchor(precision=AbsolutePrecision(eta)),
+    )
+    draws = gibbs_posterior(full_posterior(poe, updates), kept, generator=generator, chains=1, warmup=200, thin=20)
+    ranks = (draws.values[0] < truth).sum(0).flatten()
+    counts = torch.bincount(ranks, minlength=kept + 1).double()
+    expected = ranks.numel() / (kept + 1)
+    chi_squared = float(((counts - expected).square() / expected).sum())
+    # Entries of one simulation are dependent, so the statistic is compared with a wide band around kept = 15.
+    assert chi_squared < 45
+    overconfident = (
+        (truth + 0.5 * (draws.values[0] - truth) < truth).sum(0).flatten()
+    )  # same ranks: control of the test
+    assert torch.equal(overconfident, ranks)
+    shifted = torch.bincount((draws.values[0] + 0.3 < truth).sum(0).flatten(), minlength=kept + 1).double()
+    assert float(((shifted - expected).square() / expected).sum()) > 45
+
+
+def test_seeds_decide_everything_and_draws_regenerate_bit_for_bit(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 6, 4)
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
+    runs = [gibbs(poe, updates, 5, generator=torch.Generator().manual_seed(3), chains=2, warmup=3) for _ in range(2)]
+    assert torch.equal(runs[0].seeds, runs[1].seeds)
+    assert torch.equal(runs[0].latents(1, 4), runs[1].latents(1, 4))
+    assert torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 4))
+    assert not torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 3))
+
+
+def test_modules_of_a_batch_are_independent_of_each_other(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 3, 2, 3, 3)
+    poe = ProductOfExperts.of(["a", "b"], OutputGram(), Cauchy(), Relative(0.5))
+    posterior, _ = span_posterior(poe, span_statistics(poe, updates))
+    alone, _ = span_posterior(poe, span_statistics(poe, updates[1:2]))
+    together = gibbs_posterior(posterior, 6000, generator=generator).values[:, :, 1].flatten(2)
+    single = gibbs_posterior(alone, 6000, generator=generator).values[:, :, 0].flatten(2)
+    error = (standard_error(together).square() + standard_error(single).square()).sqrt().clamp(min=1e-12)
+    difference = together.mean((0, 1)) - single.mean((0, 1))
+    assert float((difference / error).abs().max()) < 5
+
+
+def test_progress_is_reported(generator: torch.Generator) -> None:
+    seen: list[tuple[int, int]] = []
+    poe = ProductOfExperts.of(NAMES)
+    gibbs(
+        poe,
+        random_updates(generator, 1, 3, 2, 2),
+        3,
+        generator=generator,
+        warmup=2,
+        thin=2,
+        progress=lambda i, n: seen.append((i, n)),
+    )
+    assert seen == [(i, 8) for i in range(1, 9)]
+
+
+def test_energies_without_a_mixture_name_the_way_out(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 2, 2)
+    with pytest.raises(ValueError, match="Huber.*`hmc` or `nuts`"):
+        gibbs(ProductOfExperts.of(NAMES, InputGram(), Huber(1.0)), updates, 1, generator=generator)
+    poe = ProductOfExperts.of(NAMES) * FactorExpert("f", lambda c: c.sum(-1), "span")
+    posterior, _ = span_posterior(poe, span_statistics(poe, updates))
+    with pytest.raises(ValueError, match="FactorExpert"):
+        gibbs_posterior(posterior, 1, generator=generator)
+    improper = ProductOfExperts.of(NAMES, InputGram(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
+    with pytest.raises(ValueError, match="improper"):
+        gibbs(improper, random_updates(generator, 1, 3, 4, 4), 1, generator=generator)

@@ -1,0 +1,260 @@
+"""The vision demo: merges against closed forms, the search, the report, and a small run from end to end."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.vision import demo, report
+from benchmarks.vision.evaluate import Head, Scores, evaluate, mean_scores
+from benchmarks.vision.memory import PeakMemory
+from benchmarks.vision.methods import BASELINES, MAPS, METHODS, Method, solve
+from benchmarks.vision.model import SqueezeNet, build
+from benchmarks.vision.plot import bar_plot
+from benchmarks.vision.report import EXPERTS, MEAN, Row
+from benchmarks.vision.search import ETA_HALF_DECADES, Settings, search
+from benchmarks.vision.tasks import Split, Task
+from benchmarks.vision.train import Suite, save_folder
+from poe_models import TaskVectors
+
+AVERAGE, ARITHMETIC = BASELINES
+BY_NAME = {method.name: method for method in METHODS}
+
+
+def toy_vectors() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], TaskVectors]:
+    """Two convolutions, one of them twice, and their biases; three experts, float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (4, 3, 3, 3), "b.weight": (4, 3, 3, 3), "c.weight": (6, 4, 1, 1), "a.bias": (4,)}
+
+    def draw(scale: float) -> dict[str, Tensor]:
+        normal = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        return {name: scale * value for name, value in normal.items()}
+
+    base = draw(1.0)
+    experts = {name: {n: base[n] + d for n, d in draw(0.1).items()} for name in ("x", "y", "z")}
+    return base, experts, TaskVectors(base, experts, dtype=torch.float64)
+
+
+class TestMethods:
+    def test_every_map_has_gaussian_cauchy_and_student(self) -> None:
+        assert len(METHODS) == len(BY_NAME) == 14
+        assert [sum(m.family == family for m in MAPS) for family in dict.fromkeys(m.family for m in MAPS)] == [3] * 4
+
+    def test_average_and_task_arithmetic(self) -> None:
+        base, experts, vectors = toy_vectors()
+        for method, factor in ((AVERAGE, 1 / 3), (ARITHMETIC, 1.0)):
+            state = solve(method, vectors, 0.0).state(0.7)
+            for name in base:
+                total = torch.stack([expert[name] - base[name] for expert in experts.values()]).sum(0)
+                weight = 0.7 * factor if name.endswith("weight") else 1 / 3  # the scale does not touch averages
+                torch.testing.assert_close(state[name], base[name] + weight * total)
+
+    def test_input_gram_is_the_closed_form(self) -> None:
+        base, experts, vectors = toy_vectors()
+        merge = solve(BY_NAME["InputGram, Gaussian"], vectors, 0.3)
+        state = merge.state(0.9)
+        for name in ("a.weight", "b.weight", "c.weight"):
+            updates = torch.stack([(expert[name] - base[name]).flatten(1) for expert in experts.values()])
+            grams = updates.mT @ updates
+            scaled = grams / (updates @ updates.mT).square().sum((1, 2))[:, None, None]  # q(0) = |U U^T|^2
+            eta = 0.3 * scaled.sum(0).trace() / updates.shape[-1]
+            left = (updates @ scaled).sum(0)
+            merged = torch.linalg.solve(scaled.sum(0) + eta * torch.eye(updates.shape[-1]), left, left=False)
+            torch.testing.assert_close(state[name], base[name] + 0.9 * merged.reshape(base[name].shape))
+        assert merge.weight_spread == pytest.approx((1.0, 1.0, 1.0))
+        assert merge.unconverged == merge.other_starts == ()
+
+    @pytest.mark.parametrize("method", [method for method in MAPS if method.heavy_tailed], ids=lambda m: m.name)
+    def test_twin_is_the_limit_of_small_residuals(self, method: Method) -> None:
+        """With one expert repeated, every residual vanishes: tail and twin give the same merge."""
+        base, experts, _ = toy_vectors()
+        vectors = TaskVectors(base, {"x": experts["x"], "y": experts["x"]}, dtype=torch.float64)
+        tail, twin = (solve(each, vectors, 1e-6).state(1.0) for each in (method, method.twin()))
+        for name in base:
+            torch.testing.assert_close(tail[name], twin[name], rtol=1e-7, atol=1e-9)
+        _, _, mixed = toy_vectors()
+        assert max(solve(method, mixed, 0.1).weight_spread) > 1.0001
+
+    def test_eta_without_an_anchor_is_refused(self) -> None:
+        _, _, vectors = toy_vectors()
+        with pytest.raises(ValueError, match="it has no anchor. Give eta=0"):
+            solve(AVERAGE, vectors, 0.1)
+        with pytest.raises(ValueError, match="no experts"):
+            AVERAGE.design(["x"], 0.1)
+        with pytest.raises(ValueError, match="no Gaussian twin"):
+            AVERAGE.twin()
+
+
+def bowl(settings: Settings) -> Scores:
+    """Best at scale 0.5 and eta 1."""
+    off = abs(settings.scale - 0.5) + (abs(settings.eta - 1.0) if settings.eta else 0.0)
+    return Scores(1 - off, off, 0.0, 0.0)
+
+
+class TestSearch:
+    @pytest.mark.parametrize(
+        ("tuned", "first"), [(("scale",), Settings(0.3, 0.0)), (("scale", "eta"), Settings(1, 0.1))]
+    )
+    def test_budget_first_trial_and_best(self, tuned: tuple[str, ...], first: Settings) -> None:
+        best, trials = search(bowl, tuned, 9, seed=0)
+        assert len(trials) == 9
+        assert trials[0].settings == first
+        assert best.scores.accuracy == max(trial.scores.accuracy for trial in trials)
+        grid = {0.0, *(10 ** (k / 2) for k in range(ETA_HALF_DECADES[0], ETA_HALF_DECADES[1] + 1))}
+        assert {trial.settings.eta for trial in trials} <= grid
+
+    def test_seed_decides(self) -> None:
+        one, same, other = (search(bowl, ("scale", "eta"), 6, seed)[1] for seed in (1, 1, 2))
+        assert one == same
+        assert one != other
+
+    def test_nothing_to_tune_takes_one_trial(self) -> None:
+        best, trials = search(bowl, (), 9, seed=0)
+        assert (best.settings, len(trials)) == (Settings(1.0, 0.0), 1)
+
+    def test_ties_go_to_the_lower_nll(self) -> None:
+        def tied(settings: Settings) -> Scores:
+            return Scores(0.5, settings.scale, 0.0, 0.0)
+
+        best, trials = search(tied, ("scale",), 9, seed=0)
+        assert best.settings.scale == min(trial.settings.scale for trial in trials)
+
+
+def row(name: str, accuracies: tuple[float, float], **kwargs: object) -> Row:
+    scores = {task: Scores(a, 1 - a, 0.5, 0.25) for task, a in zip(("s", "t"), accuracies, strict=True)}
+    correct = {task: torch.arange(100) < 100 * score.accuracy for task, score in scores.items()}
+    return dataclasses.replace(Row(name, name, "", scores, correct), **kwargs)  # type: ignore[arg-type]
+
+
+class TestReport:
+    own = row(EXPERTS, (1.0, 0.8))
+    best = row("InputGram, Cauchy", (0.5, 0.6), family="InputGram", energy="Cauchy", settings=Settings(0.7, 0.1))
+    best = dataclasses.replace(best, weight_spread=(1.5, 3.0, 2.0), validation=0.6, merge_seconds=1.25)
+    rows = (row("base", (0.25, 0.3)), own, best)
+
+    def test_normalised_accuracy(self) -> None:
+        assert report.normalised(self.best, self.own, "s") == pytest.approx(0.5)
+        assert report.normalised(self.best, self.own, MEAN) == pytest.approx((0.5 / 1.0 + 0.6 / 0.8) / 2)
+
+    def test_paired_difference(self) -> None:
+        gap, error = report.paired_difference(self.best, self.rows[0])
+        assert gap == pytest.approx(0.275)
+        variances = [p * (1 - p) / 99 for p in (0.25, 0.3)]  # of 0/1 differences, unbiased, over 100
+        assert error == pytest.approx(sum(variances) ** 0.5 / 2)
+        assert report.paired_difference(self.best, self.best) == (0.0, 0.0)
+
+    def test_csv(self, tmp_path: Path) -> None:
+        report.write_csv(tmp_path / "results.csv", self.rows)
+        with (tmp_path / "results.csv").open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert [(line["method"], line["task"]) for line in lines[-3:]] == [
+            ("InputGram, Cauchy", "s"),
+            ("InputGram, Cauchy", "t"),
+            ("InputGram, Cauchy", MEAN),
+        ]
+        last = lines[-1]
+        assert float(last["accuracy"]) == pytest.approx(0.55)
+        assert float(last["nll"]) == pytest.approx(0.45)
+        assert (last["scale"], last["eta"]) == ("0.7", "0.1")
+        assert (last["weight_spread_median"], last["weight_spread_max"]) == ("2.0", "3.0")
+        assert lines[0]["scale"] == lines[0]["merge_seconds"] == ""
+
+    def test_tables(self) -> None:
+        lines = report.markdown(self.rows).splitlines()
+        assert len(lines) == 5
+        assert "| InputGram, Cauchy | 0.70 | 0.1 | 0.550 | 0.625 |" in lines[-1]
+        assert len({line.count("|") for line in lines}) == 1
+        console = Console(width=160, record=True, quiet=True)
+        for table in (report.task_table(self.rows, "s"), report.task_table(self.rows, MEAN)):
+            console.print(table)
+        console.print(report.tail_table([(self.best, self.rows[0])]))
+        console.print(report.device_table("m", {"CPU": 0.5}))
+        assert report.task_table(self.rows, MEAN).row_count == 3
+
+    def test_plot(self) -> None:
+        other = dataclasses.replace(self.best, name="average", family="average", energy="")
+        figure = bar_plot((*self.rows, other))
+        above, below = figure.axes
+        heights = sorted(patch.get_height() for patch in above.patches)  # type: ignore[attr-defined]
+        assert heights == pytest.approx([0.55, 0.55])
+        assert [patch.get_height() for patch in below.patches] == pytest.approx([0.25, 0.25])  # type: ignore[attr-defined]
+        assert [text.get_text() for text in below.get_xticklabels()] == ["InputGram", "average"]
+        assert len(above.lines) == 2
+
+
+class TestMemory:
+    def test_peak_is_what_the_block_took(self) -> None:
+        with PeakMemory() as memory:
+            block = torch.ones(16 * 2**20)  # 64 MiB
+            block += 1
+            del block
+        assert 60 < memory.mib < 100
+        with PeakMemory() as idle:
+            pass
+        assert idle.mib < 16
+
+
+def toy_suite(folder: Path) -> Suite:
+    """A random SqueezeNet, two experts near it and two tasks of two classes."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: value.shape for name, value in SqueezeNet().state_dict().items()}
+    base = {n: torch.randn(s, generator=generator) * (2 / max(1, s[1:].numel())) ** 0.5 for n, s in shapes.items()}
+    save_folder(folder / "base", base)
+    tasks, heads, experts = {}, {}, {}
+    for task in ("one", "two"):
+        noise = {name: 0.02 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        save_folder(folder / task, {name: value + noise[name] for name, value in base.items()})
+        images = torch.randint(0, 256, (12, 1, 28, 28), generator=generator).to(torch.uint8)
+        index = torch.arange(12)
+        split = Split(images, index % 2, index, index)
+        tasks[task] = Task(task, ("a", "b"), {"validation": split, "test": split}, 0, "toy")
+        heads[task] = Head(torch.randn(2, 512, generator=generator) * 0.01, torch.zeros(2))
+        experts[task] = folder / task
+    return Suite(folder / "base", experts, tasks, heads, {}, {})
+
+
+class TestDemo:
+    methods = (*BASELINES, BY_NAME["Directional, Cauchy"], BY_NAME["InputGram, Gaussian"])
+
+    def test_from_end_to_end(self, tmp_path: Path) -> None:
+        suite, out = toy_suite(tmp_path), tmp_path / "out"
+        console = Console(width=140, quiet=True)
+        rows = demo.run(suite, out, 2, 0, console, self.methods)
+        assert [row.name for row in rows] == ["base", EXPERTS, *(method.name for method in self.methods)]
+        assert sorted(path.name for path in out.iterdir()) == ["merged", "results.csv", "results.md", "results.png"]
+        method, best = demo.best_of(rows[2:], self.methods)
+        merged = load_file(out / "merged" / "model.safetensors")
+        build(merged)
+        got = mean_scores(evaluate(merged, suite.tasks, suite.heads, "test"))
+        assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(best.on(MEAN)), abs=1e-4)
+        assert method.energy is not None
+        again = demo.run(suite, out, 2, 0, console, self.methods)  # the earlier demo's folder is replaced
+        assert [row.scores for row in again] == [row.scores for row in rows]
+
+    def test_a_folder_of_somebody_else_is_kept(self, tmp_path: Path) -> None:
+        suite = toy_suite(tmp_path)
+        with pytest.raises(FileExistsError, match="not a merged model"):
+            demo.save_merge(BY_NAME["InputGram, Gaussian"], Settings(1.0, 0.1), suite, tmp_path / "one")
+        assert (tmp_path / "one" / "model.safetensors").is_file()
+
+    def test_the_scale_alone_needs_no_other_solve(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        suite = toy_suite(tmp_path)
+        asked: list[float] = []
+
+        def counting(method: Method, vectors: TaskVectors, eta: float, starts: object) -> object:
+            asked.append(eta)
+            return solve(method, vectors, eta)
+
+        monkeypatch.setattr(demo, "solve", counting)
+        vectors = TaskVectors(suite.base, suite.experts)
+        demo.choose(ARITHMETIC, suite, vectors, 5, 0)
+        assert asked == [0.0]
+        demo.choose(BY_NAME["Directional, Cauchy"], suite, vectors, 6, 0)
+        assert len(asked[1:]) == len(set(asked[1:])) <= 6
