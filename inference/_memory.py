@@ -77,7 +77,7 @@ def merged_bytes(design: Design, experts: int, matrices: Sequence[Sequence[tuple
 
 
 def averaged_bytes(shape_entries: int, itemsize: int) -> int:
-    """Peak memory of averaging one tensor: base, sum, one weight, one update.
+    """Peak memory of averaging one tensor beside the result: base, sum, one update.
 
     Args:
         shape_entries: Number of its entries.
@@ -86,4 +86,4 @@ def averaged_bytes(shape_entries: int, itemsize: int) -> int:
     Returns:
         Bytes.
     """
-    return 5 * shape_entries * itemsize
+    return 3 * shape_entries * itemsize

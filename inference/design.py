@@ -90,9 +90,9 @@ class Design:
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
         tensor_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None
-        replace(self, options=replace(self.options, max_steps=1, tolerance=None)).solve(
-            probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if tensor_center else None
-        )
+        once = replace(self, options=replace(self.options, max_steps=1))
+        with torch.random.fork_rng(devices=[]):  # a centre may draw
+            once.solve(probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if tensor_center else None)
 
 
 Designs = ProductOfExperts | Design | Callable[[str], Design]

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -73,15 +74,15 @@ class RegeneratedDraws(Draws):
     """Draws that are made again when needed: Full coordinates, where each is as large as the modules.
 
     Attributes:
-        weights: mixture weights ``w_i`` of every draw, ``(C, S, M, E)``.
-        seeds: seed of every draw's noise, ``(C, S)`` int64.
-        regenerate: maps weights ``(M, E)`` and a seed to ``Z``, ``(M, d_out, d_in)``.
+        weights: mixture weights ``w_i`` of every draw, ``(C, S, M, E)``; ``E = 0`` where a seed is enough (Laplace).
+        seeds: seed of every draw's noise, ``(C, S, M)`` int64.
+        regenerate: maps a module's index, its weights ``(E,)`` and a seed to its ``Z``, ``(d_out, d_in)``.
         statistics: see :attr:`Draws.stats`.
     """
 
     weights: Tensor
     seeds: Tensor
-    regenerate: Callable[[Tensor, int], Tensor]
+    regenerate: Callable[[int, Tensor, int], Tensor]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -101,4 +102,5 @@ class RegeneratedDraws(Draws):
 
     @override
     def latents(self, chain: int, draw: int) -> Tensor:
-        return self.regenerate(self.weights[chain, draw], int(self.seeds[chain, draw]))
+        weights, seeds = self.weights[chain, draw], self.seeds[chain, draw].tolist()
+        return torch.stack([self.regenerate(m, weights[m], seed) for m, seed in enumerate(seeds)])

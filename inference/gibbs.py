@@ -1,7 +1,7 @@
 r"""Exact Gibbs sampling of heavy-tailed products by Gaussian scale mixtures: no tuning, no rejections.
 
 ``(1 + q / s^2)^(-kappa / T) = E[exp(-tau q / s^2)]`` over ``tau ~ Gamma(kappa / T, 1)``, so with one ``tau`` per expert
-the posterior alternates between two exact draws (Andrews and Mallows, 1974, JRSS B 36(1); West, 1987, Biometrika 74(3)):
+two exact draws alternate (Andrews and Mallows, 1974, JRSS B 36(1); West, 1987, Biometrika 74(3)):
 
     tau_i | Z ~ Gamma(kappa_i / T, rate 1 + q_i / s_i^2)
     Z | tau   ~ N(H^-1 b, H^-1 / 2),   H = sum_i (tau_i / s_i^2) P_i + (eta / T) I
@@ -59,13 +59,18 @@ def gibbs(
     """
     posterior = full_posterior(poe, updates, low_rank)
     kernel = GibbsKernel(posterior, regenerable=True)
+    singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in range(posterior.num_modules)]
     weights, seeds, energies = [], [], []
     for state in _kept(kernel, num_samples, chains, warmup, thin, generator, progress):
         weights.append(state.weights)
         seeds.append(state.seeds)
         energies.append(state.energy)
+
+    def regenerate(module: int, weight: Tensor, seed: int) -> Tensor:
+        return singles[module].regenerate(weight, seed)
+
     statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
-    return RegeneratedDraws(torch.stack(weights, 1), torch.stack(seeds, 1), kernel.regenerate, statistics)
+    return RegeneratedDraws(torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics)
 
 
 def gibbs_posterior(
@@ -134,7 +139,7 @@ class GibbsState:
         residuals: ``q_i``, ``(C, M, E)``.
         energy: ``E(Z)`` in nats, ``(C, M)``.
         weights: the mixture weights that ``Z`` was drawn with, ``(C, M, E)``.
-        seeds: seed of each chain's noise, ``(C,)`` int64; empty where latents are kept.
+        seeds: seed of the noise of each chain and module, ``(C, M)`` int64; empty where latents are kept.
     """
 
     z: Tensor
@@ -149,8 +154,8 @@ class GibbsKernel:
 
     Args:
         posterior: in Full or Span coordinates.
-        regenerable: give every chain's noise a seed of its own, so that a latent can be made again from its mixture
-            weights and seed instead of being kept.
+        regenerable: give the noise of every chain and module a seed of its own, so that a latent can be made again from
+            its mixture weights and seed instead of being kept.
 
     Raises:
         ValueError: an energy has no scale mixture, the posterior is improper, or its modules' operators do not share a
@@ -182,10 +187,13 @@ class GibbsKernel:
         return self._draw(self._draw_weights(state.residuals, generator), generator)
 
     def regenerate(self, weights: Tensor, seed: int) -> Tensor:
-        """``Z`` from mixture weights ``(M, E)`` and a seed, ``(M, *event)``."""
-        noise = self._noise(seed)
+        """``Z`` of a posterior of one module from its mixture weights ``(E,)`` and seed, ``(*event)``.
+
+        One module at a time, whatever batch it was drawn in, because batched linear algebra may round differently.
+        """
+        noise = self._noise(torch.tensor([seed]))
         white = self.quadratic.compression.compress(noise)
-        return self._latent(self._conditional(weights, white), noise, white)
+        return self._latent(self._conditional(weights.unsqueeze(0), white), noise, white).squeeze(0)
 
     def _draw_weights(self, residuals: Tensor, generator: torch.Generator) -> Tensor:
         """Mixture weights ``tau_i / (unit s_i^2)`` given residuals, ``(C, M, E)`` to ``(C, M, E)``."""
@@ -206,8 +214,9 @@ class GibbsKernel:
         """``Z | tau`` for all chains at once."""
         chains = len(weights)
         if self.regenerable:
-            seeds = torch.randint(2**62, (chains,), generator=generator, device=generator.device).cpu()
-            noise = torch.stack([self._noise(int(seed)) for seed in seeds])
+            size = (chains, self.posterior.num_modules)
+            seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
+            noise = torch.stack([self._noise(row) for row in seeds])
         else:
             seeds = torch.empty(0, dtype=torch.int64)
             like = self.posterior.like
@@ -240,8 +249,12 @@ class GibbsKernel:
             z = z + outside * (2 * self.shift).rsqrt().to(z.dtype)[:, None, None]
         return z if self.posterior.center is None else self.posterior.center + z
 
-    def _noise(self, seed: int) -> Tensor:
-        like = self.posterior.like
-        generator = torch.Generator(like.device).manual_seed(seed)
-        shape = (self.posterior.num_modules, *self.posterior.event_shape)
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    def _noise(self, seeds: Tensor) -> Tensor:
+        """Standard normal noise of one chain from a seed per module, ``(M,)`` to ``(M, *event)``."""
+        return torch.stack([seeded_noise(int(seed), self.posterior.event_shape, self.posterior.like) for seed in seeds])
+
+
+def seeded_noise(seed: int, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Standard normal noise that a seed alone decides, on the device and in the dtype of ``like``."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

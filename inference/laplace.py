@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from inference.draws import RegeneratedDraws
+from inference.gibbs import seeded_noise
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, Solution
 from poe_models.experts import ProductOfExperts
@@ -81,21 +82,22 @@ class Laplace:
             num_samples: number of draws.
             generator: source of the seeds.
         """
-        seeds = torch.randint(2**62, (1, num_samples), generator=generator, device=generator.device).cpu()
-        nothing = torch.zeros(1, num_samples, self.posterior.num_modules, 0, dtype=torch.float64)
-        return RegeneratedDraws(nothing, seeds, lambda _, seed: self.draw(seed))
+        modules = self.posterior.num_modules
+        size = (1, num_samples, modules)
+        seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
+        singles = [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
+        return RegeneratedDraws(torch.zeros(*size, 0), seeds, lambda m, _, seed: singles[m].draw(seed))
 
     def draw(self, seed: int) -> Tensor:
-        """One draw from a seed, ``(M, *event)``."""
-        like, compression = self.mode, self.quadratic.compression
-        generator = torch.Generator(like.device).manual_seed(seed)
-        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        """One draw of a posterior of one module from a seed, ``(*event)``."""
+        compression = self.quadratic.compression
+        noise = seeded_noise(seed, self.posterior.event_shape, self.mode).unsqueeze(0)
         white = compression.compress(noise)
         z = self.quadratic.lift(self.hessian.sample(white))
         if not compression.trivial:
             outside = noise - self.quadratic.lift(white)
             z = z + outside * (2 * self.posterior.anchor_precision).rsqrt().to(z.dtype)[:, None, None]
-        return self.mode + self.posterior.temperature**0.5 * z
+        return (self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Normalised log density of the approximation in nats, ``(*S, M, *event)`` to ``(*S, M)``."""

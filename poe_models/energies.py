@@ -20,8 +20,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -118,6 +118,12 @@ class Energy(ABC):
     def for_dimension(self, dim: Tensor) -> Energy:
         """This energy on residuals of ``dim`` dimensions; only ``exponent="multivariate"`` depends on it."""
         return self
+
+    def module(self, one: slice) -> Energy:
+        """This energy for some modules of a batch; differs only where a setting is a tensor over modules."""
+        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
+        sliced = {name: value[one] for name, value in settings.items() if isinstance(value, Tensor) and value.ndim}
+        return replace(self, **sliced) if sliced else self  # type: ignore[type-var]
 
     def twin(self) -> Gaussian:
         """The Gaussian with the same weight at ``q = 0``.

@@ -39,6 +39,10 @@ class Operator(ABC):
     def dimension(self) -> Tensor:
         """Rank of ``P`` on ``vec(Z)`` in float64, shape ``(...,)``: the dimension of the residual."""
 
+    @abstractmethod
+    def module(self, one: slice) -> Operator:
+        """The operator of some modules of the batch."""
+
     def quadratic(self, x: Tensor) -> Tensor:
         """``<x, P x>``, summed in float64, shape ``(...,)``."""
         return sum_of_squares(self.root(x))
@@ -55,6 +59,10 @@ class ScaledIdentity(Operator):
 
     shape: tuple[int, int]
     like: Tensor
+
+    @override
+    def module(self, one: slice) -> ScaledIdentity:
+        return ScaledIdentity(self.shape, self.like[one])
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -78,6 +86,10 @@ class Diagonal(Operator):
     """``P x = values * x`` elementwise, ``values >= 0`` of shape ``(..., d_out, d_in)``."""
 
     values: Tensor
+
+    @override
+    def module(self, one: slice) -> Diagonal:
+        return Diagonal(self.values[one])
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -126,6 +138,10 @@ class Gram(Operator):
         return self.factor @ self.factor.mT
 
     @override
+    def module(self, one: slice) -> Gram:
+        return Gram(self.factor[one], self.side, self.shape)
+
+    @override
     def root(self, x: Tensor) -> Tensor:
         return self.factor.mT @ x if self.side == "left" else x @ self.factor
 
@@ -148,6 +164,10 @@ class RankOne(Operator):
     """``P x = v <v, x>`` with ``v`` of shape ``(..., d_out, d_in)``; never a matrix on ``vec(x)``."""
 
     vector: Tensor
+
+    @override
+    def module(self, one: slice) -> RankOne:
+        return RankOne(self.vector[one])
 
     @override
     def root(self, x: Tensor) -> Tensor:

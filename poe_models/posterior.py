@@ -56,6 +56,18 @@ class BoundExpert:
         """``a_i rho(q_i(Z) / s_i^2)`` in nats, ``(*S, M, d_out, d_in)`` to ``(*S, M)``."""
         return self.energy_of(self.residual(z))
 
+    def module(self, one: slice) -> BoundExpert:
+        """The expert of some modules of the batch."""
+        return replace(
+            self,
+            operator=self.operator.module(one),
+            update=self.update[one],
+            rho=self.rho.module(one),
+            scale_squared=self.scale_squared[one],
+            active=self.active[one],
+            low_rank=None if self.low_rank is None else (self.low_rank[0][one], self.low_rank[1][one]),
+        )
+
     def energy_of(self, q: Tensor) -> Tensor:
         """Energy in nats of squared residuals ``q``, ``(*S, M)``."""
         return self.importance * self.rho.rho(q / self.scale_squared)
@@ -159,6 +171,19 @@ class Posterior:
             if factor.joint:
                 total = total + factor.energy(z)
         return total
+
+    def module(self, index: int) -> Posterior:
+        """The posterior of one module of the batch alone.
+
+        Raises:
+            ValueError: factor experts are functions of the whole batch.
+        """
+        if self.factors:
+            raise ValueError(f"`Posterior.module(...)`: {self.factors[0].name!r} sees the whole batch of modules.")
+        one = slice(index, index + 1)
+        experts = tuple(expert.module(one) for expert in self.experts)
+        center = None if self.center is None else self.center[one]
+        return replace(self, experts=experts, center=center, anchor_precision=self.anchor_precision[one])
 
     @property
     def active(self) -> Tensor:

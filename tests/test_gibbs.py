@@ -140,7 +140,7 @@ def test_compression_and_span_do_not_change_the_distribution(generator: torch.Ge
 def test_simulation_based_calibration(generator: torch.Generator) -> None:
     """Talts et al. (2018), arXiv 1804.06788: with U_i ~ p(U_i | Z), ranks of the true Z among draws are uniform.
 
-    Identity experts with the multivariate exponent are Student-t densities of U_i given Z, and P does not depend on U_i.
+    Identity experts with the multivariate exponent are Student-t densities of U_i given Z; P does not depend on U_i.
     """
     simulations, kept, eta, df, scale = 300, 15, 0.5, 3.0, 0.8
     truth = torch.randn(simulations, 2, 2, generator=generator, dtype=torch.float64) / math.sqrt(2 * eta)
@@ -178,6 +178,9 @@ def test_seeds_decide_everything_and_draws_regenerate_bit_for_bit(generator: tor
     assert torch.equal(runs[0].seeds, runs[1].seeds)
     assert torch.equal(runs[0].latents(1, 4), runs[1].latents(1, 4))
     assert torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 4))
+    # A draw has the energy that the chain had, though it is made again module by module.
+    z = runs[0].latents(1, 4)
+    assert_close(-full_posterior(poe, updates).energy(z), runs[0].stats["lp"][1, 4], 1e-10)
     assert not torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 3))
 
 

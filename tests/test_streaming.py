@@ -611,7 +611,7 @@ def test_predicted_peak_memory_is_within_a_factor_of_1_6(
 
 # --- interruptions ---
 
-POINTS = range(9)
+POINTS = range(6)
 
 
 @pytest.fixture
@@ -764,10 +764,12 @@ def test_centres_that_draw_are_reproduced_by_a_resumed_run(models: Any, tmp_path
 
 
 def refused(vectors: TaskVectors, out: Path, message: str) -> None:
-    before = contents(out.anchor and Path(vectors.base.source).parent.parent)
+    folder = Path(vectors.base.source).parent
+    before = contents(folder)
     with pytest.raises(OutputError, match=message):
         merge_checkpoint(vectors, poe(vectors), out)
-    assert contents(Path(vectors.base.source).parent.parent) == before
+    assert contents(folder) == before
+    assert not out.with_name(f"{out.name}.partial").exists()
 
 
 def test_outputs_that_would_overwrite_something(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -845,7 +847,7 @@ def test_too_little_space_is_found_before_anything_is_written(models: Any, out: 
     ],
     ids=["python", "safetensors"],
 )
-@pytest.mark.parametrize("at", [0, 4, 12])
+@pytest.mark.parametrize("at", [0, 4, 8])
 def test_a_disk_that_fills_up(error: Exception, at: int, uninterrupted: Any, out: Path, monkeypatch: Any) -> None:
     vectors, whole = uninterrupted
     saved = 0

@@ -1,0 +1,72 @@
+"""Overdispersed starting points for Markov chains: around the MAP and around every task vector.
+
+Chains that start in different places disagree for as long as they have not mixed; from one mode they would not notice
+another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.fixed_point import solve_posterior
+from inference.lbfgs import minimize
+from poe_models.posterior import Posterior
+from poe_models.quadratics import quadratic_of
+
+SPREAD = 2.0
+"""Standard deviation of the starts around their centres, in those of the posterior's Gaussian approximation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Starts:
+    """Starting points.
+
+    Attributes:
+        points: one per chain, ``(C, M, *event)``.
+        scale: rough standard deviations of the posterior, ``(M, *event)``, positive.
+    """
+
+    points: Tensor
+    scale: Tensor
+
+
+def overdispersed_starts(posterior: Posterior, chains: int, generator: torch.Generator) -> Starts:
+    """Chain 0 starts at the MAP, the next ones at every task vector in turn, and so on, all with noise.
+
+    The noise is Gaussian with twice the standard deviations of the quadratic that majorises the energy at the MAP.
+
+    Args:
+        posterior: in Full or Span coordinates, proper without its factor experts.
+        chains: ``C``.
+        generator: source of the noise.
+
+    Returns:
+        The starts.
+
+    Raises:
+        ValueError: the modules' operators do not share a factorisation (Full coordinates only).
+    """
+    mode = (minimize(posterior) if posterior.factors else solve_posterior(posterior)).value.to(posterior.dtype)
+    by_update = {expert.update_name: expert.update for expert in posterior.experts}
+    centers = [mode, *by_update.values()]
+    noise = _noise(posterior, mode, chains, generator)
+    points = torch.stack([centers[chain % len(centers)] for chain in range(chains)]) + SPREAD * noise
+    return Starts(points, noise.square().mean(0).sqrt())
+
+
+def _noise(posterior: Posterior, mode: Tensor, chains: int, generator: torch.Generator) -> Tensor:
+    """Draws of ``N(0, T H^-1 / 2)`` with ``H = sum_i w_i P_i + eta I`` at the mode, ``(C, M, *event)``."""
+    quadratic = quadratic_of(posterior, for_draws=True)
+    weights = posterior.weights(posterior.residuals(mode))
+    precision = quadratic.precision(weights, posterior.anchor_precision)
+    shape = (chains, posterior.num_modules, *posterior.event_shape)
+    noise = torch.randn(shape, generator=generator, dtype=mode.dtype, device=mode.device)
+    white = quadratic.compression.compress(noise)
+    draws = quadratic.lift(precision.sample(white))
+    if not quadratic.compression.trivial:
+        outside = noise - quadratic.lift(white)
+        draws = draws + outside * posterior.anchor_precision.rsqrt().to(noise.dtype)[:, None, None]
+    return draws * (posterior.temperature / 2) ** 0.5
