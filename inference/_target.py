@@ -119,4 +119,3 @@ class _Stack:
         pulled = (residual * posterior.weights(q).unsqueeze(-1)).flatten(-2)
         gradient = torch.einsum("mkd,...mk->...md", self.roots, pulled).unsqueeze(-1)
         return energy, 2 * (gradient + posterior.anchor_precision[:, None, None] * away)
-

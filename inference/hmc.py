@@ -12,13 +12,14 @@ that it fits a batch where NUTS does not. Groups whose trajectories are shorter 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inference._adaptation import RESCALE_AT, Adaptation, Tuning, chees_gradient
+from inference._adaptation import RESCALE_AT, TARGET_ACCEPTANCE, Adaptation, Tuning, chees_gradient
 from inference._starts import Starts, overdispersed_starts
 from inference._target import Density, Target
 from inference.draws import StoredDraws
@@ -27,6 +28,9 @@ from poe_models.posterior import Posterior
 
 DIVERGENT = 1000.0
 """Energy error in nats above which a trajectory counts as diverged, as in Stan and Pyro."""
+
+SHORTEST_WARMUP = 50
+MOST_DOUBLINGS = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +110,41 @@ def hmc(
     state = init(target.states(starts.points), target)
     scale = target.states(starts.scale)
     adaptation = Adaptation.start(_first_log_step(state, target, scale, generator), scale, max_steps)
+    positions, statistics = [], []
+    for kept, info, tuning in _kept(state, target, adaptation, num_samples, warmup, generator, progress):
+        positions.append(kept.position)
+        statistics.append(_statistics(kept, info, tuning, target))
+    stacked = {name: torch.stack([each[name] for each in statistics], 1) for name in statistics[0]}
+    return StoredDraws(target.latents(torch.stack(positions, 1)), stacked)
+
+
+def _kept(
+    state: HMCState,
+    density: Density,
+    adaptation: Adaptation,
+    num_samples: int,
+    warmup: int,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[HMCState, HMCInfo, Tuning]]:
+    """Run all chains: tune, then sample.
+
+    Yields:
+        The states that are kept, what happened, and the settings.
+    """
+    total = warmup + num_samples
     rescale_at = {round(share * warmup) for share in RESCALE_AT}
-    positions, records = [], []
-    for count in range(1, warmup + num_samples + 1):
+    for count in range(1, total + 1):
         tuning = adaptation.tuning if count <= warmup else adaptation.settled
         before = state
-        state, info = step(state, target, tuning, van_der_corput(count), generator)
+        state, info = step(state, density, tuning, van_der_corput(count), generator)
         if count <= warmup:
             adaptation = _learn(adaptation, before, state, info, tuning)
             adaptation = adaptation.rescaled() if count in rescale_at else adaptation
-        else:
-            positions.append(state.position)
-            records.append((state.log_density, info))
         if progress is not None:
-            progress(count, warmup + num_samples)
-    values = target.latents(torch.stack(positions, 1))
-    return StoredDraws(values, _statistics(records, adaptation.settled.step_size, target))
+            progress(count, total)
+        if count > warmup:
+            yield state, info, tuning
 
 
 def init(position: Tensor, density: Density) -> HMCState:
@@ -194,16 +217,17 @@ def leapfrog(
         Where they end, and the velocities there.
     """
     pace = tuning.step_size.unsqueeze(-1) * tuning.scale
-    shortest, longest = int(steps.min()), int(steps.max())
-    position = state.position
+    pace = tuning.step_size.unsqueeze(-1) * tuning.scale
+    end = state
+    longest = int(steps.max())
+    # 1 while a group moves and 0 after: its last kick is a half one, and then it stands still.
+    moving = (steps > torch.arange(longest + 1, device=steps.device).unsqueeze(-1)).to(pace.dtype).unsqueeze(-1)
     velocity = velocity + 0.5 * pace * state.gradient
-    for i in range(1, longest + 1):
-        moved = position + pace * velocity
-        position = moved if i <= shortest else torch.where((steps >= i).unsqueeze(-1), moved, position)
-        log_density, gradient = density(position)
-        kick = pace if i < shortest else pace * _share_of_kick(steps, i)
-        velocity = velocity + kick * gradient if i <= shortest else _kicked(velocity, kick, gradient, steps >= i)
-    return HMCState(position, log_density, gradient), velocity
+    for i in range(longest):
+        position = end.position + pace * moving[i] * velocity
+        end = HMCState(position, *density(position))
+        velocity = velocity + pace * (0.5 * (moving[i] + moving[i + 1])) * end.gradient
+    return end, velocity
 
 
 def van_der_corput(index: int) -> float:
@@ -218,3 +242,88 @@ def van_der_corput(index: int) -> float:
         index >>= 1
         digit /= 2
     return value
+
+
+def _learn(adaptation: Adaptation, before: HMCState, after: HMCState, info: HMCInfo, tuning: Tuning) -> Adaptation:
+    """Feed one step of all chains to the adaptation, in units of the scales."""
+    criterion = chees_gradient(
+        before=before.position / tuning.scale,
+        proposal=info.proposal / tuning.scale,
+        velocity=info.velocity,
+        acceptance=info.acceptance,
+        time=info.steps * tuning.step_size,
+    )
+    return adaptation.update(info.acceptance, criterion, after.position)
+
+
+def _first_log_step(state: HMCState, density: Density, scale: Tensor, generator: torch.Generator) -> Tensor:
+    """Log step size at which one leapfrog step is accepted about as often as it should be, by doubling, ``(G,)``."""
+    velocity = torch.randn(state.position.shape, generator=generator, dtype=scale.dtype, device=scale.device)
+    log_step = torch.zeros_like(scale[:, 0])
+    once = torch.ones_like(log_step, dtype=torch.long)
+    direction, searching = torch.zeros_like(log_step), torch.ones_like(log_step, dtype=torch.bool)
+    for _ in range(MOST_DOUBLINGS):
+        end, end_velocity = leapfrog(state, velocity, density, Tuning(log_step.exp(), log_step.exp(), scale), once)
+        error = _kinetic(end_velocity) - end.log_density - _kinetic(velocity) + state.log_density
+        acceptance = torch.exp(-torch.where(error.isnan(), torch.inf, error).clamp(min=0)).mean(0)
+        towards = torch.where(acceptance > TARGET_ACCEPTANCE, 1.0, -1.0).to(log_step)
+        direction = torch.where(direction == 0, towards, direction)
+        searching = searching & (towards == direction)
+        if not bool(searching.any()):
+            break
+        log_step = log_step + math.log(2) * direction * searching
+    return log_step
+
+
+def _statistics(state: HMCState, info: HMCInfo, tuning: Tuning, target: Target) -> dict[str, Tensor]:
+    """ArviZ's names, ``(C, M)`` each."""
+    shape = state.log_density.shape
+    by_group = {
+        "lp": state.log_density,
+        "acceptance_rate": info.acceptance,
+        "step_size": tuning.step_size.expand(shape),
+        "n_steps": info.steps.expand(shape),
+        "energy": info.energy,
+        "diverging": info.diverging,
+    }
+    return {name: target.per_module(value) for name, value in by_group.items()}
+
+
+def _given(posterior: Posterior, start: Tensor, chains: int) -> Starts:
+    """A start from the caller, with the anchor's standard deviation (1 without an anchor) as a first scale.
+
+    Raises:
+        ValueError: it has the wrong shape.
+    """
+    shape = (chains, posterior.num_modules, *posterior.event_shape)
+    if tuple(start.shape) != shape:
+        raise ValueError(
+            f"`hmc(start=...)`: has shape {tuple(start.shape)}, but {chains} chains of this posterior have {shape}. "
+            "Give one point per chain, for instance `point.expand(chains, *point.shape)`."
+        )
+    eta = posterior.anchor_precision
+    spread = torch.where(eta > 0, (posterior.temperature / (2 * eta)).sqrt(), torch.ones_like(eta))
+    return Starts(start, spread[:, None, None].expand(shape[1:]))
+
+
+def _check_settings(num_samples: int, chains: int, warmup: int, max_steps: int) -> None:
+    if num_samples < 1 or chains < 2 or warmup < SHORTEST_WARMUP or max_steps < 1:
+        raise ValueError(
+            f"`hmc(num_samples={num_samples}, chains={chains}, warmup={warmup}, max_steps={max_steps})`: at least "
+            f"1 sample, 2 chains (trajectory lengths are learnt from differences between chains), {SHORTEST_WARMUP} "
+            "steps of warm-up and 1 leapfrog step."
+        )
+
+
+def _kinetic(velocity: Tensor) -> Tensor:
+    return 0.5 * velocity.square().sum(-1)
+
+
+def _choose(where: Tensor, one: HMCState, other: HMCState) -> HMCState:
+    """Per chain and group, ``one`` where true and ``other`` elsewhere."""
+    wide = where.unsqueeze(-1)
+    return HMCState(
+        torch.where(wide, one.position, other.position),
+        torch.where(where, one.log_density, other.log_density),
+        torch.where(wide, one.gradient, other.gradient),
+    )
