@@ -4,8 +4,9 @@
 ``minimize(posterior)`` serves experts that are only a function.
 """
 
-from inference.fixed_point import SolverOptions, fixed_point, solve_posterior
+from inference.fixed_point import fixed_point, solve_posterior
 from inference.lbfgs import minimize
+from inference.reweighting import SolverOptions
 from inference.solution import Solution, Status
 
 __all__ = ["Solution", "SolverOptions", "Status", "fixed_point", "minimize", "solve_posterior"]

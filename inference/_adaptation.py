@@ -35,7 +35,8 @@ class Tuning:
 
 @dataclass(frozen=True, eq=False)
 class StepSize:
-    """Dual averaging (Hoffman and Gelman, 2014, JMLR 15, Section 3.2) with Stan's constants.
+    """Dual averaging (Hoffman and Gelman, 2014, JMLR 15, Section 3.2) with Stan's constants, but for
+    its pull towards ten times the first guess: a guess is made from all chains here, and need not be doubted.
 
     Attributes:
         log_value: current log step size, ``(G,)``.
@@ -54,7 +55,7 @@ class StepSize:
     @classmethod
     def start(cls, log_value: Tensor) -> StepSize:
         """At a first guess, ``(G,)``."""
-        return cls(log_value, log_value, log_value + math.log(10), torch.zeros_like(log_value))
+        return cls(log_value, log_value, log_value, torch.zeros_like(log_value))
 
     def update(self, acceptance: Tensor) -> StepSize:
         """One step with the chains' acceptance rate, ``(G,)``."""
@@ -157,7 +158,7 @@ class Adaptation:
         Args:
             acceptance: Metropolis acceptance probabilities, ``(C, G)``. Their harmonic mean is held at the target, so
                 that a few chains that are stuck weigh as much as they should.
-            criterion_gradient: :func:`chees_gradient`, ``(G,)``.
+            criterion_gradient: :func:`chees_rate_gradient`, ``(G,)``.
             positions: the chains after the step, ``(C, G, D)``.
 
         Returns:
@@ -166,7 +167,7 @@ class Adaptation:
         tiny = torch.finfo(acceptance.dtype).tiny
         harmonic = 1 / (1 / acceptance.clamp(min=tiny)).mean(0)
         step_size = self.step_size.update(harmonic)
-        log_step = step_size.log_value
+        log_step = step_size.log_mean  # the current one still swings
         trajectory = self.trajectory.update(criterion_gradient, log_step, log_step + math.log(self.max_steps))
         return replace(self, step_size=step_size, trajectory=trajectory, moments=self.moments.update(positions))
 
@@ -186,13 +187,17 @@ class Adaptation:
         )
 
 
-def chees_gradient(before: Tensor, proposal: Tensor, velocity: Tensor, acceptance: Tensor, time: Tensor) -> Tensor:
-    r"""Gradient of ChEES in the log trajectory length, estimated from one step of all chains.
+def chees_rate_gradient(before: Tensor, proposal: Tensor, velocity: Tensor, acceptance: Tensor, time: Tensor) -> Tensor:
+    r"""Gradient of the ChEES rate in the log trajectory length, estimated from one step of all chains.
 
-    ``ChEES = E[(|x' - m|^2 - |x - m|^2)^2] / 4`` is the change of the squared distance from the centre: a trajectory
-    that only mirrors the chain does not count. Its gradient is ``t (|x' - m|^2 - |x - m|^2) <x' - m, v'>`` (Hoffman,
-    Radul and Sountsov, 2021, AISTATS, PMLR 130). The criterion is not invariant to units: here all
-    lengths are in those of the scales.
+    ``ChEES = E[(|x' - m|^2 - |x - m|^2)^2] / 4`` is the squared change of the squared distance from the centre: a
+    trajectory that only mirrors the chain earns nothing (Hoffman, Radul and Sountsov, 2021, AISTATS, PMLR 130). Its
+    derivative in the log time is ``t (|x' - m|^2 - |x - m|^2) <x' - m, v'>``. On nearly Gaussian posteriors it is
+    periodic, and ascent drifts to trajectories many turns long; so it is divided by the time spent, as in SNAPER
+    (Sountsov and Hoffman, 2021, arXiv 2110.11576), which takes ``ChEES`` itself off the derivative. SNAPER's principal
+    component is not used: scaled by their standard deviations a module's few coordinates have no dominant one.
+
+    The criterion is not invariant to units: here all lengths are in those of the scales.
 
     Args:
         before: where the trajectories started, ``(C, G, D)``.
@@ -211,4 +216,5 @@ def chees_gradient(before: Tensor, proposal: Tensor, velocity: Tensor, acceptanc
     from_center = before - before.mean(0)
     to_center = proposal - (weight.unsqueeze(-1) * proposal).sum(0)
     change = to_center.square().sum(-1) - from_center.square().sum(-1)
-    return time * (weight * change * (to_center * velocity).sum(-1)).sum(0)
+    gain = time * change * (to_center * velocity).sum(-1)
+    return (weight * (gain - 0.25 * change.square())).sum(0)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inference.fixed_point import SolverOptions, fixed_point
+from inference.fixed_point import fixed_point
+from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
 from poe_models.checkpoints import Checkpoint, CheckpointError
 from poe_models.experts import ProductOfExperts

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference._adaptation import RESCALE_AT, TARGET_ACCEPTANCE, Adaptation, Tuning, chees_gradient
+from inference._adaptation import RESCALE_AT, TARGET_ACCEPTANCE, Adaptation, Tuning, chees_rate_gradient
 from inference._starts import Starts, overdispersed_starts
 from inference._target import Density, Target
 from inference.draws import StoredDraws
@@ -246,7 +246,7 @@ def van_der_corput(index: int) -> float:
 
 def _learn(adaptation: Adaptation, before: HMCState, after: HMCState, info: HMCInfo, tuning: Tuning) -> Adaptation:
     """Feed one step of all chains to the adaptation, in units of the scales."""
-    criterion = chees_gradient(
+    criterion = chees_rate_gradient(
         before=before.position / tuning.scale,
         proposal=info.proposal / tuning.scale,
         velocity=info.velocity,

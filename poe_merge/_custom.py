@@ -45,9 +45,7 @@ def custom_class(what: str, where: str, name: str, base: type, folders: Sequence
         known = ", ".join(key for key in classes if key != base.__name__) or f"no class derived from {base.__name__}"
         raise SpecError(f"{what}: {at} has no `{name}`; it has {known}.")
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise SpecError(
-            f"{what}: `{name}` in {at} is no {base.__name__}. Write `class {name}({base.__name__}): ...`."
-        )
+        raise SpecError(f"{what}: `{name}` in {at} is no {base.__name__}. Write `class {name}({base.__name__}): ...`.")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise SpecError(f"{what}: `{name}` in {at} lacks {missing}. Define it.")

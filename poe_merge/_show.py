@@ -95,12 +95,19 @@ def report(done: MergeReport) -> None:
 
 
 def presets(known: Mapping[str, Preset]) -> None:
-    """Print the presets."""
-    table = Table("preset", "what it reproduces", "lambda", "scale", "eta", box=None, padding=(0, 1, 0, 0))
+    """Print the presets: what they are for, and what they set."""
+    table = Table("preset", "lambda", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.columns[0].no_wrap = True
+    common = set.intersection(*({*map(str, preset.parameters.items())} for preset in known.values()))
     for name, preset in known.items():
         values = preset.parameters
-        table.add_row(name, escape(preset.about), str(values["lambda"]), values["scale"], values["eta"])
-    _console().print(table)
+        table.add_row(name, str(values["lambda"]), values["scale"], escape(preset.about))
+    console = _console()
+    console.print("Bui et al. (2026), arXiv 2607.01689, Table 5:\n")
+    console.print(table)
+    first = next(iter(known.values())).parameters
+    shared = ", ".join(f"{key}: {value}" for key, value in first.items() if str((key, value)) in common)
+    console.print(f"\nAll of them: {escape(shared)}.")
 
 
 def size(nbytes: float) -> str:
@@ -136,6 +143,7 @@ class Bars:
             DownloadColumn(),
             TimeRemainingColumn(compact=True),
             console=_console(stderr=True),
+            disable=not sys.stderr.isatty(),
         )
         self._solved = 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.design import Design
-from inference.fixed_point import SolverOptions
+from inference.reweighting import SolverOptions
 from poe_merge._custom import source_file
 from poe_merge._settings import Setting
 from poe_merge.config import ConfigError, MergeConfig

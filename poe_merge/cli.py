@@ -26,7 +26,6 @@ from poe_models.task_vectors import TaskVectors
 app = typer.Typer(
     name="poe-merge",
     help="Merge fine-tuned models as a product of experts.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -44,13 +43,14 @@ def _root(
 ) -> None:
     if show_version:
         print(f"poe-merge {version('poe-merge')}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
 @with_flags
 def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
-    """Say what a merge would do: each tensor's treatment, memory, bytes. Reads headers only."""
+    """Say what a merge would do, from headers alone."""
     settings, task_vectors, designs = _opened(config, flags)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)

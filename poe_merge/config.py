@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from inference._plan import BATCH_BYTES
-from inference.fixed_point import TOLERANCE
+from inference.reweighting import TOLERANCE
 from poe_merge import _settings as s
 from poe_merge._sections import ModelEntry, ModelParameters, Parameters, Section
 from poe_merge._yaml import ConfigError, Document, Place, read_yaml

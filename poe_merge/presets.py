@@ -69,7 +69,7 @@ def _table_5(about: str, scale: float, lambda_: float = 1.0, rules: tuple[Mappin
         "step_tolerance": 1e-5,
         "acceleration": False,
     }
-    return Preset(f"[PoE] Table 5, {about}", parameters, rules)
+    return Preset(about, parameters, rules)
 
 
 PRESETS: Mapping[str, Preset] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -163,8 +164,10 @@ def _check_energy(what: str, energy: Energy) -> None:
     """An energy must be 0 at 0, finite and non-decreasing; found out now rather than in the middle of a merge."""
     q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
     try:
-        rho = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64)).rho(q)
+        energy = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64))
+        rho = energy.rho(q)
         fine = isinstance(rho, torch.Tensor) and rho.shape == q.shape and bool(rho.isfinite().all())
+        slope = float(energy.weight(q)[0]) if fine else 0.0
     except Exception as error:  # whatever a user's function raises
         raise SpecError(f"{what}: `rho` fails on {q.tolist()}: {type(error).__name__}: {error}") from error
     if not fine or abs(float(rho[0])) > 1e-9 or bool((rho.diff() < 0).any()):
@@ -172,6 +175,11 @@ def _check_energy(what: str, energy: Energy) -> None:
         raise SpecError(
             f"{what}: `rho({q.tolist()})` is {shown}. It must give one finite number for each q, 0 at q = 0, and never "
             "decrease."
+        )
+    if not math.isfinite(slope):
+        raise SpecError(
+            f"{what}: the derivative of `rho` at q = 0 is {slope}, where it must be finite. Round the corner, for "
+            "instance with q + 1e-6 in place of q."
         )
 
 

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models._normalizers import log_sphere, radial_log_integral, student_log_normalizer
+
 Exponent = float | Tensor | Literal["multivariate"]
 Parameter = float | Tensor
 """A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
@@ -227,7 +229,7 @@ class StudentT(Energy):
         energy = self.for_dimension(_f64(dim))
         assert isinstance(energy, StudentT)
         shape = importance * _f64(energy.k)
-        return _student_log_normalizer(self, shape, _f64(scale).square() * energy.df, _f64(dim))
+        return student_log_normalizer(self, shape, _f64(scale).square() * energy.df, _f64(dim))
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class Cauchy(Energy):
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
         energy = self.for_dimension(_f64(dim))
         assert isinstance(energy, Cauchy)
-        return _student_log_normalizer(self, importance * _f64(energy.k), _f64(scale).square(), _f64(dim))
+        return student_log_normalizer(self, importance * _f64(energy.k), _f64(scale).square(), _f64(dim))
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ class Huber(Energy):
             + torch.special.gammainc(dim / 2, knot / 2).log()
         )
         outer = knot / 2 - dim * math.log(a * self.delta) + torch.lgamma(dim) + torch.special.gammaincc(dim, knot).log()
-        return _log_sphere(dim) + dim * torch.log(scale) + torch.logaddexp(inner, outer)
+        return log_sphere(dim) + dim * torch.log(scale) + torch.logaddexp(inner, outer)
 
 
 @dataclass(frozen=True)
@@ -387,7 +389,7 @@ class GeneralizedGaussian(Energy):
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
         scale, dim = _f64(scale), _f64(dim)
-        return _log_sphere(dim) + dim * torch.log(scale) + _radial_log_integral(self, dim, importance)
+        return log_sphere(dim) + dim * torch.log(scale) + radial_log_integral(self.rho, dim, importance)
 
 
 @dataclass(frozen=True)
@@ -448,47 +450,3 @@ def _require_positive(owner: str, **values: Exponent | None) -> None:
             raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
         if isinstance(value, int | float) and not (0 < value < math.inf):
             raise ValueError(f"`{owner}({name}={value})`: must be a positive finite number.")
-
-
-def _log_sphere(dim: Tensor) -> Tensor:
-    """Log surface area of the unit sphere in ``dim`` dimensions: turns a radial integral into a volume."""
-    return math.log(2) + dim / 2 * math.log(math.pi) - torch.lgamma(dim / 2)
-
-
-def _student_log_normalizer(energy: Energy, shape: Tensor, scale_squared: Tensor, dim: Tensor) -> Tensor:
-    """Log integral of ``(1 + |x|^2 / scale_squared)**-shape`` over ``dim`` dimensions; finite above ``dim / 2``."""
-    if bool((shape <= dim / 2).any()):
-        raise ValueError(
-            f"`{energy!r}.log_normalizer(...)`: the exponent times importance over temperature is "
-            f"{float(shape.min()):g}, which must exceed dim / 2 = {float(dim.max()) / 2:g} for the density to have "
-            "a finite integral. Use exponent='multivariate'."
-        )
-    constant = dim / 2 * (math.log(math.pi) + torch.log(scale_squared))
-    return constant + torch.lgamma(shape - dim / 2) - torch.lgamma(shape)
-
-
-def _radial_log_integral(energy: Energy, dim: Tensor, importance: float, points: int = 4001) -> Tensor:
-    """Log of ``int_0^inf r**(dim-1) exp(-importance * rho(r**2)) dr`` by the trapezoid rule in ``u = log r``.
-
-    In ``u`` the integrand is smooth, unimodal and decays at both ends, where the trapezoid rule converges
-    exponentially. The window is where the log integrand is within 50 nats of its peak.
-    """
-
-    def log_integrand(u: Tensor) -> Tensor:
-        return dim.unsqueeze(-1) * u - importance * energy.rho(torch.exp(2 * u))
-
-    dim = torch.atleast_1d(dim)
-    coarse = torch.linspace(-60.0, 60.0, 24001, dtype=torch.float64)
-    peak = coarse[log_integrand(coarse).argmax(-1)].unsqueeze(-1)
-    floor = log_integrand(peak) - 50.0
-    ends = []
-    for direction in (-1.0, 1.0):
-        near, far = torch.zeros_like(peak), torch.full_like(peak, 120.0)
-        for _ in range(60):  # bisection for the edge of the window
-            middle = (near + far) / 2
-            inside = log_integrand(peak + direction * middle) > floor
-            near, far = torch.where(inside, middle, near), torch.where(inside, far, middle)
-        ends.append(peak + direction * far)
-    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64)
-    step = (ends[1] - ends[0]).squeeze(-1) / (points - 1)
-    return (torch.logsumexp(log_integrand(u), -1) + torch.log(step)).squeeze()

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from inference.fixed_point import SolverOptions
+from inference.reweighting import SolverOptions
 from poe_merge._yaml import Document
 from poe_merge.build import DesignTable, custom_sources, open_task_vectors
 from poe_merge.config import ConfigError, MergeConfig, load_config, parse_config

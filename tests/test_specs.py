@@ -60,6 +60,10 @@ class Falling(Energy):
     def rho(self, q):
         return -q
 
+class Sharp(Energy):
+    def rho(self, q):
+        return q.sqrt()
+
 class Summed(Energy):
     def rho(self, q):
         return q.sum()
@@ -193,6 +197,7 @@ def test_installed_modules_count_too() -> None:
         ("Rot", "{path} has no `Rot`; it has Root, Scaled, Stateful"),
         ("Unfinished", "`Unfinished` in {path} lacks rho. Define it."),
         ("Falling", "It must give one finite number for each q, 0 at q = 0, and never decrease."),
+        ("Sharp", "the derivative of `rho` at q = 0 is inf, where it must be finite. Round the corner"),
         ("Summed", "It must give one finite number for each q"),
         ("Broken", "`rho` fails on [0.0, 0.5, 1.0, 4.0]: NameError: name 'missing' is not defined"),
     ],

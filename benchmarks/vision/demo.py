@@ -40,7 +40,7 @@ from benchmarks.vision.report import (
 from benchmarks.vision.search import Settings, search
 from benchmarks.vision.train import Suite, accuracy_table, make_suite
 from inference.design import Design
-from inference.fixed_point import SolverOptions
+from inference.reweighting import SolverOptions
 from inference.streaming import merge_checkpoint
 from poe_models import TaskVectors
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.fixed_point import Start, fixed_point
+from inference.fixed_point import fixed_point
+from inference.reweighting import Start
 from inference.solution import FixedPointInfo, Solution
 from poe_models import (
     Anchor,

@@ -1,0 +1,245 @@
+"""The loop beneath the fixed point: reweighted solves with safeguarded extrapolation, for modules in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from inference.anderson import Anderson
+from poe_models.operators import sum_of_squares
+from poe_models.posterior import Posterior
+from poe_models.quadratics import Quadratic
+
+Start = Literal["ones", "twin", "experts", "center"] | Tensor
+"""Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
+turn, the anchor's centre, or a given point ``(M, *event)``."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Default relative tolerance per dtype; in float32 the gradient's rounding floor is about 5e-7."""
+
+SAME_BASIN = 0.02
+"""Largest difference of a log-weight at which a run counts as on its way to a known strict local minimum."""
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Settings of the fixed point; see :func:`fixed_point`."""
+
+    starts: tuple[Start, ...] = ("twin", "experts")
+    max_steps: int = 100
+    tolerance: float | None = None
+    step_tolerance: float | None = None
+    acceleration: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.starts or self.max_steps < 1:
+            raise ValueError(
+                f"`fixed_point(starts={self.starts}, max_steps={self.max_steps})`: at least one start and one step."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where the iteration is: ``x`` ``(M, a, b)``, ``q`` ``(M, E)``, energy ``(M,)``, log-weights there ``(M, E)``."""
+
+    x: Tensor
+    q: Tensor
+    energy: Tensor
+    log_weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run from one start."""
+
+    point: Point
+    trace: Tensor
+    steps: Tensor
+    rejected: Tensor
+    gradient_norm: Tensor
+    weight_change: Tensor
+    converged: Tensor
+    rounding: Tensor
+    searched: Tensor
+
+
+class Problem:
+    """A posterior with its least-squares problem: everything that one step needs."""
+
+    def __init__(self, posterior: Posterior, quadratic: Quadratic) -> None:
+        self.posterior = posterior
+        self.quadratic = quadratic
+        self.pulls = quadratic.pulls()
+        # A module that nobody changed and nothing anchors stays where it is whatever the shift.
+        silent = ~posterior.active.any(-1) & (posterior.anchor_precision == 0)
+        self.shift = torch.where(silent, 1.0, posterior.anchor_precision)
+        self.dtype = quadratic.targets[0].dtype
+
+    def solve(self, weights: Tensor) -> Point:
+        """Minimise the quadratic with these weights, ``(M, E)``."""
+        return self.at(self.quadratic.precision(weights, self.shift).solve(self._weighted(weights, self.pulls)))
+
+    def at(self, x: Tensor) -> Point:
+        """The point at ``x``, ``(M, a, b)``."""
+        q = self.quadratic.residuals(x)
+        energy = self.posterior.energy_of(q) + self.shift * sum_of_squares(x)
+        weights = self.posterior.weights(q)
+        return Point(x, q, energy, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
+
+    def half_gradient(self, point: Point) -> Tensor:
+        """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
+        weights = point.log_weights.exp()
+        return self.quadratic.apply(weights, self.shift, point.x) - self._weighted(weights, self.pulls)
+
+    def same_basin(self, point: Point, known: Point) -> Tensor:
+        """Whether the log-weights of the active experts are close to a known solution's, ``(M,)``."""
+        distance = (point.log_weights - known.log_weights).abs()
+        return torch.where(self.posterior.active, distance, 0.0).amax(-1) < SAME_BASIN
+
+    def gradient_norm(self, point: Point) -> Tensor:
+        """``|H x - b| / |b|``; 0 where both vanish. Where pulls cancel to rounding, relative to their sum instead."""
+        weights = point.log_weights.exp()
+        b = sum_of_squares(self._weighted(weights, self.pulls)).sqrt()
+        parts = [weights[:, i] * sum_of_squares(pull).sqrt() for i, pull in enumerate(self.pulls)]
+        scale = torch.maximum(b, torch.finfo(self.dtype).eps * sum(parts, torch.zeros_like(b)))
+        norm = sum_of_squares(self.half_gradient(point)).sqrt()
+        return torch.where(norm > 0, norm / scale, norm)
+
+    def uphill(self, point: Point, candidate: Point) -> Tensor:
+        """Whether a step raises the energy, ``(M,)``.
+
+        Where the energy cannot tell two points apart any more, an energy that is not concave, whose plain steps may
+        overshoot, is judged by the gradient.
+        """
+        slack = self.slack(point.energy)
+        rises = ~(candidate.energy <= point.energy + slack)
+        if all(expert.rho.is_concave for expert in self.posterior.experts):
+            return rises
+        level = (candidate.energy - point.energy).abs() <= slack
+        return rises | (level & (self.gradient_norm(candidate) > self.gradient_norm(point)))
+
+    def line_minimum(self, point: Point, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope of the energy along a direction and the step to the minimum of its quadratic model, ``(M,)`` each."""
+        weights, curvatures = self.posterior.weights(point.q), self.posterior.curvatures(point.q)
+        forces = self.quadratic.forces(point.x)
+        bend = self.shift * sum_of_squares(direction)
+        for i, (operator, force) in enumerate(zip(self.quadratic.operators, forces, strict=True)):
+            along = (force.double() * direction.double()).sum((-2, -1))
+            bend = bend + weights[:, i] * operator.quadratic(direction) + 2 * curvatures[:, i] * along.square()
+        slope = 2 * (self.half_gradient(point).double() * direction.double()).sum((-2, -1))
+        return slope, torch.where(bend > 0, (-slope / (2 * bend)).clamp(max=1.0), 0.5)
+
+    def slack(self, energy: Tensor) -> Tensor:
+        """Differences of energies that are only rounding."""
+        return 8 * torch.finfo(self.dtype).eps * energy.abs()
+
+    def _weighted(self, weights: Tensor, terms: list[Tensor]) -> Tensor:
+        total = torch.zeros_like(terms[0])
+        for i, term in enumerate(terms):
+            total = total + weights[:, i].to(term.dtype)[:, None, None] * term
+        return total
+
+
+def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: Run | None = None) -> Run:
+    """Iterate from initial weights until every module has converged; finished modules stay as they are.
+
+    A module whose weights come within ``SAME_BASIN`` of a known strict local minimum's is on its way there: it stops
+    and takes the known result.
+    """
+    tolerance = TOLERANCE[problem.dtype] if options.tolerance is None else options.tolerance
+    used = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+    point = problem.solve(weights)
+    trace = [point.energy]
+    flags = torch.zeros_like(point.energy, dtype=torch.bool)
+    converged, rounding, searched, arrived = flags, flags, flags, flags
+    steps, rejected = torch.ones_like(point.energy), torch.zeros_like(point.energy)
+    stalled, moved = torch.zeros_like(point.energy), torch.full_like(point.energy, torch.inf)
+    lowest = torch.full_like(point.energy, torch.inf)
+    anderson = Anderson(depth=min(5, weights.shape[-1]))
+    while True:
+        change = (point.log_weights - used).abs().amax(-1)
+        # The gradient costs as much as a solve, and only matters once the weights have settled.
+        settled = bool((change <= tolerance).any()) or len(trace) >= options.max_steps
+        gradient = problem.gradient_norm(point) if settled else torch.full_like(change, torch.inf)
+        if options.step_tolerance is None:
+            small = (gradient <= tolerance) & (change <= tolerance)
+        else:
+            small = moved <= options.step_tolerance
+        converged = converged | (small & ~rounding)
+        rounding = rounding | (~converged & (stalled >= 10))
+        if known is not None:
+            arrived = arrived | (known.converged & problem.same_basin(point, known.point) & ~converged)
+        done = converged | rounding | arrived
+        if bool(done.all()) or len(trace) >= options.max_steps:
+            break
+        plain_log = point.log_weights
+        proposed = anderson.propose(used, plain_log) if options.acceleration else plain_log
+        candidate = problem.solve(proposed.exp())
+        worse = problem.uphill(point, candidate) & ~done
+        if options.acceleration and bool(worse.any()):
+            anderson.forget(worse)
+            proposed = torch.where(worse.unsqueeze(-1), plain_log, proposed)
+            candidate = choose(worse, problem.solve(plain_log.exp()), candidate)
+            rejected = rejected + worse
+            worse = problem.uphill(point, candidate) & ~done
+        if bool(worse.any()):
+            anderson.forget(worse)
+            candidate = choose(worse, _line_search(problem, point, candidate, worse), candidate)
+            rejected, searched = rejected + worse, searched | worse
+        moved = torch.where(done, moved, sum_of_squares(candidate.x - point.x).sqrt())
+        no_progress = (point.energy - candidate.energy <= problem.slack(point.energy)) & (change >= lowest)
+        stalled = torch.where(no_progress, stalled + 1, torch.zeros_like(stalled))
+        lowest = torch.minimum(lowest, change)
+        point = choose(done, point, candidate)
+        used = torch.where(done.unsqueeze(-1), used, proposed)
+        steps = steps + ~done
+        trace.append(point.energy)
+    run = Run(point, torch.stack(trace, -1), steps, rejected, gradient, change, converged, rounding, searched)
+    return run if known is None else select(arrived, known, run)
+
+
+def _line_search(problem: Problem, point: Point, candidate: Point, worse: Tensor) -> Point:
+    """Backtrack along a plain step to Armijo's sufficient decrease; where there is none, stay."""
+    direction = candidate.x - point.x
+    slope, size = problem.line_minimum(point, direction)
+    slack = problem.slack(point.energy)
+    best, pending = point, worse
+    for _ in range(40):
+        trial = problem.at(point.x + size.to(direction.dtype)[:, None, None] * direction)
+        enough = pending & (trial.energy <= point.energy + 1e-4 * size * slope + slack)
+        best, pending = choose(enough, trial, best), pending & ~enough
+        if not bool(pending.any()):
+            break
+        size = size / 2
+    return best
+
+
+def choose(where: Tensor, one: Point, other: Point) -> Point:
+    """Per module, ``one`` where true and ``other`` elsewhere."""
+    wide, matrix = where.unsqueeze(-1), where[:, None, None]
+    return Point(
+        torch.where(matrix, one.x, other.x),
+        torch.where(wide, one.q, other.q),
+        torch.where(where, one.energy, other.energy),
+        torch.where(wide, one.log_weights, other.log_weights),
+    )
+
+
+def select(where: Tensor, one: Run, other: Run) -> Run:
+    """Per module, ``one`` where true and ``other`` elsewhere."""
+    length = max(one.trace.shape[-1], other.trace.shape[-1])
+    traces = [torch.cat([t, t[:, -1:].expand(-1, length - t.shape[-1])], -1) for t in (one.trace, other.trace)]
+    return Run(
+        point=choose(where, one.point, other.point),
+        trace=torch.where(where.unsqueeze(-1), traces[0], traces[1]),
+        steps=torch.where(where, one.steps, other.steps),
+        rejected=torch.where(where, one.rejected, other.rejected),
+        gradient_norm=torch.where(where, one.gradient_norm, other.gradient_norm),
+        weight_change=torch.where(where, one.weight_change, other.weight_change),
+        converged=torch.where(where, one.converged, other.converged),
+        rounding=torch.where(where, one.rounding, other.rounding),
+        searched=torch.where(where, one.searched, other.searched),
+    )

@@ -1,0 +1,53 @@
+"""Log integrals of radial densities, behind `Energy.log_normalizer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def log_sphere(dim: Tensor) -> Tensor:
+    """Log surface area of the unit sphere in ``dim`` dimensions: turns a radial integral into a volume."""
+    return math.log(2) + dim / 2 * math.log(math.pi) - torch.lgamma(dim / 2)
+
+
+def student_log_normalizer(energy: object, shape: Tensor, scale_squared: Tensor, dim: Tensor) -> Tensor:
+    """Log integral of ``(1 + |x|^2 / scale_squared)**-shape`` over ``dim`` dimensions; finite above ``dim / 2``."""
+    if bool((shape <= dim / 2).any()):
+        raise ValueError(
+            f"`{energy!r}.log_normalizer(...)`: the exponent times importance over temperature is "
+            f"{float(shape.min()):g}, which must exceed dim / 2 = {float(dim.max()) / 2:g} for the density to have "
+            "a finite integral. Use exponent='multivariate'."
+        )
+    constant = dim / 2 * (math.log(math.pi) + torch.log(scale_squared))
+    return constant + torch.lgamma(shape - dim / 2) - torch.lgamma(shape)
+
+
+def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance: float, points: int = 4001) -> Tensor:
+    """Log of ``int_0^inf r**(dim-1) exp(-importance * rho(r**2)) dr`` by the trapezoid rule in ``u = log r``.
+
+    In ``u`` the integrand is smooth, unimodal and decays at both ends, where the trapezoid rule converges
+    exponentially. The window is where the log integrand is within 50 nats of its peak.
+    """
+
+    def log_integrand(u: Tensor) -> Tensor:
+        return dim.unsqueeze(-1) * u - importance * rho(torch.exp(2 * u))
+
+    dim = torch.atleast_1d(dim)
+    coarse = torch.linspace(-60.0, 60.0, 24001, dtype=torch.float64)
+    peak = coarse[log_integrand(coarse).argmax(-1)].unsqueeze(-1)
+    floor = log_integrand(peak) - 50.0
+    ends = []
+    for direction in (-1.0, 1.0):
+        near, far = torch.zeros_like(peak), torch.full_like(peak, 120.0)
+        for _ in range(60):  # bisection for the edge of the window
+            middle = (near + far) / 2
+            inside = log_integrand(peak + direction * middle) > floor
+            near, far = torch.where(inside, middle, near), torch.where(inside, far, middle)
+        ends.append(peak + direction * far)
+    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64)
+    step = (ends[1] - ends[0]).squeeze(-1) / (points - 1)
+    return (torch.logsumexp(log_integrand(u), -1) + torch.log(step)).squeeze()
