@@ -29,7 +29,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.demo
 
 bench: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.bench
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.solver
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,9 @@ from torch import Tensor
 TARGET_ACCEPTANCE = 0.651
 """Optimal acceptance rate of HMC as the dimension grows (Beskos et al., 2013, Bernoulli 19(5A))."""
 
+QUARTER_TURN = math.log(math.pi / 2)
+"""Log time in which a standard Gaussian forgets where it started."""
+
 RESCALE_AT = (0.1, 0.2, 0.4, 0.8)
 """Shares of the warm-up at which the scales are renewed from the draws since the last time."""
 
@@ -134,11 +137,12 @@ class Adaptation:
     moments: Moments
     scale: Tensor
     max_steps: int
+    renewed: bool = False
 
     @classmethod
     def start(cls, log_step: Tensor, scale: Tensor, max_steps: int) -> Adaptation:
         """From first guesses ``(G,)`` and ``(G, D)``: a quarter turn of a standard Gaussian, or eight steps."""
-        length = torch.minimum(torch.full_like(log_step, math.log(math.pi / 2)), log_step + math.log(8))
+        length = torch.minimum(torch.full_like(log_step, QUARTER_TURN), log_step + math.log(8))
         moments = Moments(torch.zeros_like(scale), torch.zeros_like(scale))
         return cls(StepSize.start(log_step), Trajectory.start(length), moments, scale, max_steps)
 
@@ -172,18 +176,23 @@ class Adaptation:
         return replace(self, step_size=step_size, trajectory=trajectory, moments=self.moments.update(positions))
 
     def rescaled(self) -> Adaptation:
-        """Renew the scales; step size and trajectory keep their lengths in the units of the posterior."""
+        """Renew the scales.
+
+        The step size keeps its length in the units of the posterior. The trajectory starts again from a quarter turn
+        at the first renewal, when what it learnt was in wrong units, and keeps its number of turns later.
+        """
         count = self.moments.count
         variance = (self.moments.squares + 5 * self.scale.square()) / (count + 5)
         scale = variance.sqrt()
         longer = (self.scale.log() - scale.log()).mean(-1)
-        length = self.trajectory.log_value + longer
+        turns = self.trajectory.log_value if self.renewed else torch.full_like(longer, QUARTER_TURN)
         return Adaptation(
             StepSize.start(self.step_size.log_mean + longer),
-            replace(self.trajectory, log_value=length, log_mean=length, averaged=0),
+            replace(self.trajectory, log_value=turns, log_mean=turns, averaged=0),
             Moments(torch.zeros_like(scale), torch.zeros_like(scale)),
             scale,
             self.max_steps,
+            renewed=True,
         )
 
 

@@ -40,6 +40,13 @@ class Operator(ABC):
         """Rank of ``P`` on ``vec(Z)`` in float64, shape ``(...,)``: the dimension of the residual."""
 
     @abstractmethod
+    def log_pseudo_determinant(self) -> Tensor:
+        """Log of the product of the nonzero eigenvalues of ``P`` on ``vec(Z)`` in float64, shape ``(...,)``.
+
+        These are the eigenvalues that :meth:`dimension` counts; the value is 0 where ``P = 0``.
+        """
+
+    @abstractmethod
     def module(self, one: slice) -> Operator:
         """The operator of some modules of the batch."""
 
@@ -80,6 +87,10 @@ class ScaledIdentity(Operator):
     def dimension(self) -> Tensor:
         return self.mean_curvature(1) * (self.shape[0] * self.shape[1])
 
+    @override
+    def log_pseudo_determinant(self) -> Tensor:
+        return torch.zeros_like(self.mean_curvature(1))
+
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Operator):
@@ -106,6 +117,10 @@ class Diagonal(Operator):
     @override
     def dimension(self) -> Tensor:
         return (self.values > 0).double().sum((-2, -1))
+
+    @override
+    def log_pseudo_determinant(self) -> Tensor:
+        return torch.where(self.values > 0, self.values, 1).double().log().sum((-2, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +173,13 @@ class Gram(Operator):
         other_side = self.shape[1] if self.side == "left" else self.shape[0]
         return torch.linalg.matrix_rank(self.factor).double() * other_side
 
+    @override
+    def log_pseudo_determinant(self) -> Tensor:
+        other_side = self.shape[1] if self.side == "left" else self.shape[0]
+        singular = torch.linalg.svdvals(self.factor.double())  # in descending order
+        counted = torch.arange(singular.shape[-1]).to(singular) < torch.linalg.matrix_rank(self.factor).unsqueeze(-1)
+        return 2 * other_side * torch.where(counted, singular, 1.0).log().sum(-1)
+
 
 @dataclass(frozen=True, eq=False)
 class RankOne(Operator):
@@ -185,6 +207,11 @@ class RankOne(Operator):
     @override
     def dimension(self) -> Tensor:
         return (sum_of_squares(self.vector) > 0).double()
+
+    @override
+    def log_pseudo_determinant(self) -> Tensor:
+        length_squared = sum_of_squares(self.vector)
+        return torch.where(length_squared > 0, length_squared, 1.0).log()
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -41,6 +41,30 @@ def test_operator_is_the_map_of_the_paper(
     assert_close(operator.dimension(), torch.linalg.matrix_rank(matrix).double())
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("residual_map", SINGLE, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pseudo_determinant_is_that_of_the_dense_matrix(
+    residual_map: ResidualMap, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    update = random_updates(generator, 2, 1, *shape)[:, 0]
+    if min(shape) > 1:
+        update[1, 1:] = update[1, :1] * torch.tensor([[2.0]])  # rank one: a null space on either side
+    operator = residual_map.operator(update.to(dtype))
+    eigenvalues = torch.linalg.eigvalsh(dense(residual_map.operator(update), shape))
+    kept = eigenvalues > 1e-10 * eigenvalues[:, -1:]
+    assert_close(operator.dimension(), kept.sum(-1).double())
+    expected = torch.where(kept, eigenvalues, 1.0).log().sum(-1)
+    assert operator.log_pseudo_determinant().dtype == torch.float64
+    assert_close(operator.log_pseudo_determinant(), expected, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("residual_map", SINGLE[1:], ids=name_of)
+def test_pseudo_determinant_of_a_zero_operator_is_one(residual_map: ResidualMap) -> None:
+    operator = residual_map.operator(torch.zeros(2, 3, 4, dtype=torch.float64))
+    assert_close(operator.log_pseudo_determinant(), torch.zeros(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("residual_map", SINGLE, ids=name_of)
 def test_mean_curvature_is_a_trace_over_a_side(residual_map: ResidualMap, generator: torch.Generator) -> None:
     update = random_updates(generator, 2, 1, 4, 3)[:, 0]
@@ -68,6 +92,8 @@ def test_diagonal_is_elementwise(generator: torch.Generator) -> None:
     assert_close(operator.quadratic(x), (values * x * x).sum((-2, -1)))
     assert_close(dense(operator, (3, 4)).diagonal(dim1=-2, dim2=-1), values.flatten(1))
     assert_close(operator.mean_curvature(1), values.mean((-2, -1)))
+    assert_close(operator.log_pseudo_determinant(), values.log().sum((-2, -1)))
+    assert_close(Diagonal(values * torch.eye(3, 4)).log_pseudo_determinant(), values.diagonal(0, 1, 2).log().sum(-1))
 
 
 def test_residuals_are_summed_in_float64() -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import pickle
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -351,7 +352,9 @@ class TestTraining:
         base, task = random_state(), toy_task()
         head = train.fit_head(base, task, 1e-6)  # a weak head: there is something to learn
         one, same, other = (
-            train.fine_tune(base, head, task, dataclasses.replace(RECIPE, seed=seed), Progress(console=QUIET))
+            train.fine_tune(
+                base, head, task, dataclasses.replace(RECIPE, seed=seed), Progress(console=QUIET), threading.Event()
+            )
             for seed in (1, 1, 2)
         )
         assert all(torch.equal(base[name], value) for name, value in random_state().items())

@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
 from benchmarks.vision.methods import FINAL_STARTS, METHODS, SEARCH_STARTS, Merge, Method, solve
+from benchmarks.vision.parallel import cores
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import (
     EXPERTS,
@@ -160,7 +161,7 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> N
 
 def device_seconds(method: Method, settings: Settings, suite: Suite) -> dict[str, float]:
     """Seconds of one merge on the CPU and on each CUDA device, the second time it is run there."""
-    devices = {f"CPU, {torch.get_num_threads()} threads": torch.device("cpu")}
+    devices = {f"CPU, {cores()} cores": torch.device("cpu")}
     devices |= {torch.cuda.get_device_name(i): torch.device("cuda", i) for i in range(torch.cuda.device_count())}
     seconds = {}
     for name, device in devices.items():
@@ -243,13 +244,14 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
+    torch.set_num_threads(1)  # see `parallel`
     started = time.perf_counter()
     suite = make_suite(cache=arguments.cache, console=console)
     console.print(accuracy_table(suite))
     made = time.perf_counter()
     run(suite, arguments.out, arguments.trials, arguments.seed, console)
     ended = time.perf_counter()
-    console.print(f"suite {made - started:.0f} s, merges {ended - made:.0f} s, {torch.get_num_threads()} threads")
+    console.print(f"suite {made - started:.0f} s, merges {ended - made:.0f} s, {cores()} cores")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.vision import metrics
-from benchmarks.vision.model import FEATURES, SqueezeNet, build, preprocess
+from benchmarks.vision.model import SqueezeNet, build, preprocess
+from benchmarks.vision.parallel import run_all
 from benchmarks.vision.tasks import Task
 
 
@@ -67,9 +68,8 @@ def backbone(source: Mapping[str, Tensor] | Path) -> SqueezeNet:
     return build(state).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-@torch.inference_mode()
-def features(model: SqueezeNet, images: Tensor, batch_size: int = 100) -> Tensor:
-    """Features of stored images.
+def features(model: SqueezeNet, images: Tensor, batch_size: int = 50) -> Tensor:
+    """Features of stored images, batches side by side.
 
     Args:
         model: The backbone.
@@ -79,10 +79,12 @@ def features(model: SqueezeNet, images: Tensor, batch_size: int = 100) -> Tensor
     Returns:
         (n, 512) float32.
     """
-    if len(images) == 0:
-        return torch.empty(0, FEATURES)
-    batches = (preprocess(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(batch_size))
-    return torch.cat([model(batch) for batch in batches])
+
+    @torch.inference_mode()
+    def of_batch(batch: Tensor) -> Tensor:
+        return model(preprocess(batch).contiguous(memory_format=torch.channels_last))
+
+    return torch.cat(run_all(of_batch, images.split(batch_size)))
 
 
 def task_logits(

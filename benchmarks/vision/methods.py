@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.vision.parallel import run_all
 from inference.fixed_point import fixed_point
 from inference.reweighting import Start
 from inference.solution import FixedPointInfo, Solution
@@ -155,26 +156,28 @@ def solve(method: Method, vectors: TaskVectors, eta: float, starts: tuple[Start,
     batches: dict[torch.Size, list[ModuleUpdates]] = defaultdict(list)
     for module in modules:
         batches[module.updates.shape].append(module)
-    values: dict[str, Tensor] = {}
-    solutions: list[tuple[list[ModuleUpdates], Solution[FixedPointInfo]]] = []
-    for batch in batches.values():
-        updates = torch.stack([module.updates for module in batch])
-        if method.rule is not None:
-            merged = method.rule(updates)
-        else:
-            solution = fixed_point(method.design(vectors.names, eta), updates, starts=starts)
-            merged = solution.value
-            solutions.append((batch, solution))
-        values |= {module.name: value for module, value in zip(batch, merged, strict=True)}
-    return _assemble(vectors, modules, values, solutions)
+    largest_first = sorted(batches.values(), key=lambda batch: -len(batch) * batch[0].updates.numel())
+    solved = run_all(lambda batch: _solve_batch(method, vectors.names, eta, starts, batch), largest_first)
+    return _assemble(vectors, modules, list(zip(largest_first, solved, strict=True)))
+
+
+def _solve_batch(
+    method: Method, names: Sequence[str], eta: float, starts: tuple[Start, ...], batch: list[ModuleUpdates]
+) -> tuple[Tensor, Solution[FixedPointInfo] | None]:
+    """Merged updates (M, d_out, d_in) of modules of one shape, and the solution they are from."""
+    updates = torch.stack([module.updates for module in batch])
+    if method.rule is not None:
+        return method.rule(updates), None
+    solution = fixed_point(method.design(names, eta), updates, starts=starts)
+    return solution.value, solution
 
 
 def _assemble(
     vectors: TaskVectors,
     modules: list[ModuleUpdates],
-    values: dict[str, Tensor],
-    solutions: list[tuple[list[ModuleUpdates], Solution[FixedPointInfo]]],
+    solved: list[tuple[list[ModuleUpdates], tuple[Tensor, Solution[FixedPointInfo] | None]]],
 ) -> Merge:
+    values = {m.name: value for batch, (merged, _) in solved for m, value in zip(batch, merged, strict=True)}
     base, updates, others = {}, {}, {}
     for tensor, treatment in vectors.treatments.items():
         if treatment.view is not None:
@@ -183,9 +186,12 @@ def _assemble(
             updates[tensor] = treatment.view.join(parts, base[tensor].shape)
         else:
             others[tensor] = vectors.average(tensor) if treatment.action == "average" else vectors.base.read(tensor)
-    spread = [value for _, solution in solutions for value in solution.info.weight_spread.tolist()]
+    spread: dict[str, float] = {}
     unconverged, moved = [], []
-    for batch, solution in solutions:
-        unconverged += [m.name for m, status in zip(batch, solution.status, strict=True) if not status.converged]
-        moved += [m.name for m, start in zip(batch, solution.info.start, strict=True) if start != "twin"]
-    return Merge(base, updates, others, tuple(spread), tuple(unconverged), tuple(moved))
+    for batch, (_, solution) in solved:
+        if solution is not None:
+            spread |= dict(zip((m.name for m in batch), solution.info.weight_spread.tolist(), strict=True))
+            unconverged += [m.name for m, status in zip(batch, solution.status, strict=True) if not status.converged]
+            moved += [m.name for m, start in zip(batch, solution.info.start, strict=True) if start != "twin"]
+    in_order = tuple(spread[module.name] for module in modules if module.name in spread)
+    return Merge(base, updates, others, in_order, tuple(unconverged), tuple(moved))

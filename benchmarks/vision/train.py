@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.vision.evaluate import Head, backbone, features, score
 from benchmarks.vision.model import CONFIG, base_state, preprocess
+from benchmarks.vision.parallel import run_all
 from benchmarks.vision.sources import SQUEEZENET, cache_folder
 from benchmarks.vision.tasks import SplitSizes, Task, load_tasks
 
@@ -96,7 +98,7 @@ def fit_head(state: Mapping[str, Tensor], task: Task, c: float) -> Head:
 
 
 def fine_tune(
-    state: Mapping[str, Tensor], head: Head, task: Task, recipe: Recipe, progress: Progress
+    state: Mapping[str, Tensor], head: Head, task: Task, recipe: Recipe, progress: Progress, stop: threading.Event
 ) -> dict[str, Tensor]:
     """Tune the whole backbone under a frozen head.
 
@@ -106,9 +108,13 @@ def fine_tune(
         task: The task.
         recipe: Epochs, step size and so on.
         progress: Where to show the steps.
+        stop: Ends the training early once it is set.
 
     Returns:
         State dict of the expert.
+
+    Raises:
+        KeyboardInterrupt: If `stop` was set.
     """
     examples = task.splits["train"]
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -117,6 +123,8 @@ def fine_tune(
     orders = [torch.randperm(len(examples), generator=generator) for _ in range(recipe.epochs)]
     batches = [batch for order in orders for batch in order.split(recipe.batch_size)]
     for batch in progress.track(batches, description=f"fine-tuning on {task.name}"):
+        if stop.is_set():
+            raise KeyboardInterrupt
         inputs = preprocess(examples.images[batch]).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(head(model(inputs)), examples.labels[batch])
         optimizer.zero_grad()
@@ -159,12 +167,14 @@ def _make_base(root: Path, cache: Path) -> Path:
     return folder
 
 
-def _make_expert(folder: Path, base: Path, task: Task, recipe: Recipe, progress: Progress) -> None:
+def _make_expert(
+    folder: Path, base: Path, task: Task, recipe: Recipe, progress: Progress, stop: threading.Event
+) -> None:
     started = time.perf_counter()
     state = load_file(base / "model.safetensors")
     head = fit_head(state, task, recipe.head_c)
-    expert = fine_tune(state, head, task, recipe, progress)
-    record: dict[str, Any] = {"task": task.name, "recipe": asdict(recipe), "threads": torch.get_num_threads()}
+    expert = fine_tune(state, head, task, recipe, progress, stop)
+    record: dict[str, Any] = {"task": task.name, "recipe": asdict(recipe)}
     for model_name, weights in (("base", state), ("expert", expert)):
         model = backbone(weights)
         for split in ("validation", "test"):
@@ -204,10 +214,13 @@ def make_suite(recipe: Recipe | None = None, cache: Path | None = None, console:
     if not tasks:
         raise RuntimeError("`make_suite`: no task could be loaded, for the reasons above. Check the network.")
     folders = {name: root / f"{name}-{_key(base.name, task.key, asdict(recipe))}" for name, task in tasks.items()}
+    stop = threading.Event()
     with Progress(console=console) as progress:
-        for name, folder in folders.items():
-            if not folder.exists():
-                _make_expert(folder, base, tasks[name], recipe, progress)
+
+        def make(name: str) -> None:
+            _make_expert(folders[name], base, tasks[name], recipe, progress, stop)
+
+        run_all(make, [name for name, folder in folders.items() if not folder.exists()], stop)
     return Suite(
         base,
         {name: folder / "expert" for name, folder in folders.items()},
@@ -234,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="order of the training images")
     parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # see `parallel`
     console = Console()
     suite = make_suite(Recipe(seed=arguments.seed), arguments.cache, console)
     console.print(accuracy_table(suite))
