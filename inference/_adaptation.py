@@ -38,8 +38,9 @@ class Tuning:
 
 @dataclass(frozen=True, eq=False)
 class StepSize:
-    """Dual averaging (Hoffman and Gelman, 2014, JMLR 15, Section 3.2) with Stan's constants, but for
-    its pull towards ten times the first guess: a guess is made from all chains here, and need not be doubted.
+    """Dual averaging (Hoffman and Gelman, 2014, JMLR 15, Section 3.2) with Stan's constants.
+
+    Only its pull towards ten times the first guess is left out: here the guess comes from all chains.
 
     Attributes:
         log_value: current log step size, ``(G,)``.
@@ -162,7 +163,7 @@ class Adaptation:
         Args:
             acceptance: Metropolis acceptance probabilities, ``(C, G)``. Their harmonic mean is held at the target, so
                 that a few chains that are stuck weigh as much as they should.
-            criterion_gradient: :func:`chees_rate_gradient`, ``(G,)``.
+            criterion_gradient: :func:`chees_gradient`, ``(G,)``.
             positions: the chains after the step, ``(C, G, D)``.
 
         Returns:
@@ -179,7 +180,8 @@ class Adaptation:
         """Renew the scales.
 
         The step size keeps its length in the units of the posterior. The trajectory starts again from a quarter turn
-        at the first renewal, when what it learnt was in wrong units, and keeps its number of turns later.
+        at the first renewal, when what it learnt was in wrong units, and keeps its number of turns later: on a
+        nearly Gaussian posterior ChEES is periodic in the length, with equally good maxima many turns away.
         """
         count = self.moments.count
         variance = (self.moments.squares + 5 * self.scale.square()) / (count + 5)
@@ -196,17 +198,13 @@ class Adaptation:
         )
 
 
-def chees_rate_gradient(before: Tensor, proposal: Tensor, velocity: Tensor, acceptance: Tensor, time: Tensor) -> Tensor:
-    r"""Gradient of the ChEES rate in the log trajectory length, estimated from one step of all chains.
+def chees_gradient(before: Tensor, proposal: Tensor, velocity: Tensor, acceptance: Tensor, time: Tensor) -> Tensor:
+    r"""Gradient of ChEES in the log trajectory length, estimated from one step of all chains.
 
-    ``ChEES = E[(|x' - m|^2 - |x - m|^2)^2] / 4`` is the squared change of the squared distance from the centre: a
-    trajectory that only mirrors the chain earns nothing (Hoffman, Radul and Sountsov, 2021, AISTATS, PMLR 130). Its
-    derivative in the log time is ``t (|x' - m|^2 - |x - m|^2) <x' - m, v'>``. On nearly Gaussian posteriors it is
-    periodic, and ascent drifts to trajectories many turns long; so it is divided by the time spent, as in SNAPER
-    (Sountsov and Hoffman, 2021, arXiv 2110.11576), which takes ``ChEES`` itself off the derivative. SNAPER's principal
-    component is not used: scaled by their standard deviations a module's few coordinates have no dominant one.
-
-    The criterion is not invariant to units: here all lengths are in those of the scales.
+    ``ChEES = E[(|x' - m|^2 - |x - m|^2)^2] / 4`` is the squared change of the squared distance from the centre ``m``: a
+    trajectory that only mirrors the chain earns nothing. Its gradient is ``t (|x' - m|^2 - |x - m|^2) <x' - m, v'>``
+    (Hoffman, Radul and Sountsov, 2021, AISTATS, PMLR 130). The criterion is not invariant to units: here all lengths
+    are in those of the scales.
 
     Args:
         before: where the trajectories started, ``(C, G, D)``.
@@ -225,5 +223,4 @@ def chees_rate_gradient(before: Tensor, proposal: Tensor, velocity: Tensor, acce
     from_center = before - before.mean(0)
     to_center = proposal - (weight.unsqueeze(-1) * proposal).sum(0)
     change = to_center.square().sum(-1) - from_center.square().sum(-1)
-    gain = time * change * (to_center * velocity).sum(-1)
-    return (weight * (gain - 0.25 * change.square())).sum(0)
+    return time * (weight * change * (to_center * velocity).sum(-1)).sum(0)

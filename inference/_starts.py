@@ -67,6 +67,7 @@ def _noise(posterior: Posterior, mode: Tensor, chains: int, generator: torch.Gen
     white = quadratic.compression.compress(noise)
     draws = quadratic.lift(precision.sample(white))
     if not quadratic.compression.trivial:
-        outside = noise - quadratic.lift(white)
-        draws = draws + outside * posterior.anchor_precision.rsqrt().to(noise.dtype)[:, None, None]
+        eta = posterior.anchor_precision
+        alone = torch.where(eta > 0, eta.rsqrt(), torch.zeros_like(eta))  # directions that only the anchor holds
+        draws = draws + (noise - quadratic.lift(white)) * alone.to(noise.dtype)[:, None, None]
     return draws * (posterior.temperature / 2) ** 0.5

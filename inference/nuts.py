@@ -1,0 +1,146 @@
+"""Pyro's NUTS on the very same program: the reference sampler, and the door for people who write Pyro models.
+
+It sees all modules as one state with one step size and one trajectory, and runs chain after chain. For many modules
+:func:`inference.hmc.hmc` does the same job much faster; this one shares no code with it but the energies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import Tensor
+
+from inference._starts import overdispersed_starts
+from inference._target import Target
+from inference.draws import StoredDraws
+from inference.propriety import require_proper
+from poe_models.posterior import Posterior
+from poe_models.program import program
+
+
+def nuts(
+    posterior: Posterior,
+    num_samples: int,
+    *,
+    generator: torch.Generator,
+    chains: int = 4,
+    warmup: int = 500,
+    max_tree_depth: int = 10,
+    target_acceptance: float = 0.8,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoredDraws:
+    """Draws of a posterior in its own coordinates by the No-U-Turn Sampler.
+
+    Hoffman and Gelman, 2014, JMLR 15; Pyro's multinomial version with a diagonal mass matrix.
+
+    Args:
+        posterior: in Full or Span coordinates, with or without factor experts.
+        num_samples: draws kept per chain.
+        generator: gives the starts, and one seed per chain. Pyro draws from torch's global generator: that is seeded
+            for each chain and put back afterwards.
+        chains: run one after the other in this process, from overdispersed starts.
+        warmup: steps per chain before the first kept draw.
+        max_tree_depth: a trajectory has at most ``2**max_tree_depth - 1`` leapfrog steps.
+        target_acceptance: of the step size adaptation.
+        progress: called with the number of finished steps and their total over all chains.
+
+    Returns:
+        Draws ``(C, S, M, *event)``. ``stats`` has ``lp`` (``-E / T``, of all modules together where a factor expert
+        couples them), and, of all modules together, ``step_size``, ``n_steps``, ``diverging`` and
+        ``reached_max_treedepth``.
+
+    Raises:
+        ValueError: the posterior is improper, or a setting cannot be used.
+    """
+    if num_samples < 1 or chains < 1 or warmup < 1:
+        raise ValueError(
+            f"`nuts(num_samples={num_samples}, chains={chains}, warmup={warmup})`: at least one of each is needed."
+        )
+    require_proper(posterior)
+    starts = overdispersed_starts(posterior, chains, generator).points
+    seeds = torch.randint(2**62, (chains,), generator=generator, device=generator.device).tolist()
+    total = chains * (warmup + num_samples)
+    values, records = [], []
+    for chain, seed in enumerate(seeds):
+        record = _Record(program(posterior), chain * (warmup + num_samples), total, progress)
+        kernel = NUTS(
+            record.model,
+            init_strategy=init_to_value(values={"update": starts[chain]}),
+            max_plate_nesting=1,  # Pyro would find it out by sampling the anchor, which may be improper
+            max_tree_depth=max_tree_depth,
+            target_accept_prob=target_acceptance,
+        )
+        mcmc = MCMC(kernel, num_samples, warmup_steps=warmup, hook_fn=record.after_step, disable_progbar=True)
+        with _global_seed(seed):
+            mcmc.run()
+        values.append(mcmc.get_samples()["update"])
+        records.append(record)
+    return _collect(posterior, torch.stack(values), records, max_tree_depth)
+
+
+class _Record:
+    """Watches one chain: counts the leapfrog steps of every draw and notes what Pyro says about it.
+
+    Args:
+        model: the program; every evaluation of it is a leapfrog step.
+        finished: steps of the chains before this one.
+        total: steps of all chains.
+        progress: see :func:`nuts`.
+    """
+
+    def __init__(
+        self, model: Callable[[], Tensor], finished: int, total: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._model = model
+        self._evaluations = 0
+        self.finished = finished
+        self.total = total
+        self.progress = progress
+        self.step_size: list[float] = []
+        self.n_steps: list[int] = []
+        self.diverging: list[bool] = []
+
+    def model(self) -> Tensor:
+        """The program, counted."""
+        self._evaluations += 1
+        return self._model()
+
+    def after_step(self, kernel: NUTS, params: dict[str, Tensor], stage: str, index: int) -> None:
+        """Pyro's hook, called after every step of warm-up and sampling."""
+        if stage == "Sample":
+            self.step_size.append(float(kernel.step_size))
+            self.n_steps.append(self._evaluations)
+            self.diverging.append(index in kernel.diagnostics()["divergences"][-1:])
+        self._evaluations = 0
+        self.finished += 1
+        if self.progress is not None:
+            self.progress(self.finished, self.total)
+
+
+@contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    """Seed torch's global generators and put them back."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_tree_depth: int) -> StoredDraws:
+    target = Target(posterior)
+    n_steps = torch.tensor([record.n_steps for record in records])
+    of_all = {
+        "step_size": torch.tensor([record.step_size for record in records], dtype=torch.float64),
+        "n_steps": n_steps,
+        "diverging": torch.tensor([record.diverging for record in records]),
+        "reached_max_treedepth": n_steps >= 2**max_tree_depth - 1,
+    }
+    statistics = {
+        "lp": target.per_module(target(target.states(values).flatten(0, 1))[0].unflatten(0, values.shape[:2]))
+    }
+    for name, value in of_all.items():
+        statistics[name] = value.unsqueeze(-1).expand(*value.shape, posterior.num_modules).to(values.device)
+    return StoredDraws(values.to(torch.float64), statistics)

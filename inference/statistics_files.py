@@ -1,0 +1,200 @@
+"""Span statistics of a whole model: one pass over the weights, and a small file that stands for them afterwards.
+
+>>> import tempfile
+>>> from poe_models.experts import ProductOfExperts
+>>> base, tuned = {"fc.weight": torch.zeros(2, 3)}, {"fc.weight": torch.ones(2, 3)}
+>>> vectors = TaskVectors(base, {"tuned": tuned})
+>>> statistics = collect_statistics(vectors, ProductOfExperts.of(vectors.names))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     _ = save_statistics(statistics, f"{folder}/stats")
+...     same = load_statistics(f"{folder}/stats")
+>>> same.modules, statistics_digest(same) == statistics_digest(statistics)
+(('fc.weight',), True)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference._artifacts import read_artifact, write_artifact
+from inference._digest import Progress, Silent
+from inference._modules import checked_names, module_names, read_modules
+from inference.design import Design, Designs, as_function
+from poe_models.checkpoints import CheckpointError
+from poe_models.span import SpanStatistics, concatenate, span_statistics
+from poe_models.task_vectors import TaskVectors
+
+__all__ = ["collect_statistics", "load_statistics", "save_statistics", "statistics_digest"]
+
+_KIND = "statistics"
+_TENSORS = ("gram", "forms", "mean_curvature", "dimension")
+
+
+def collect_statistics(
+    task_vectors: TaskVectors, design: Designs, *, progress: Progress | None = None
+) -> SpanStatistics:
+    """One pass over the weights, a tensor at a time.
+
+    Args:
+        task_vectors: Base and experts.
+        design: One product or design for all tensors, or a function from the tensor's name. Only the residual maps and
+            the anchor's centre matter here, and the maps must be the same for all tensors.
+        progress: Told how far the pass is.
+
+    Returns:
+        Statistics of every merged module, on the CPU: all that Span coordinates need.
+
+    Raises:
+        CheckpointError: If an input has values that are not finite.
+        ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
+    """
+    progress = progress or Silent()
+    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    if not tensors:
+        raise ValueError(
+            "`collect_statistics(...)`: no tensor of the base is merged, so there is no module. `poe-merge plan` (or "
+            "`TaskVectors.treatments`) says what happens to each and why; a rule can merge it."
+        )
+    designs = _one_family(task_vectors, tensors, design)
+    nbytes = {name: task_vectors.base.tensors[name].nbytes for name in tensors}
+    modules = sum(len(module_names(task_vectors, name)) for name in tensors)
+    progress.begin("statistics", modules, sum(nbytes.values()))
+    parts = []
+    for name in tensors:
+        read = read_modules(task_vectors, name, designs[name])
+        parts += [_on_cpu(span_statistics(each.poe, each.updates, [each.name])) for each in read]
+        progress.advance(len(read), nbytes[name])
+    return concatenate(parts)
+
+
+def statistics_digest(statistics: SpanStatistics) -> str:
+    """Sha256 of the names, maps and every number: two statistics with the same digest are the same.
+
+    Statistics made again with another number of threads or another library may differ in their last digits, and then
+    have another digest.
+
+    Args:
+        statistics: Of all modules.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr((statistics.modules, statistics.updates, statistics.residual_maps)).encode())
+    for name in _TENSORS:
+        values: Tensor = getattr(statistics, name)
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().to(torch.float64).contiguous().numpy().astype("<f8").tobytes())
+    return digest.hexdigest()
+
+
+def save_statistics(
+    statistics: SpanStatistics,
+    path: str | Path,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save statistics as a new folder, whole or not at all.
+
+    Args:
+        statistics: Of all modules.
+        path: The folder to make, with `statistics.safetensors` and `statistics.json`.
+        inputs: Digests of the checkpoints they were made from, for the record.
+        settings: What they were configured with, for the record.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: If the folder exists.
+    """
+    record = {
+        "modules": list(statistics.modules),
+        "updates": list(statistics.updates),
+        "residual_maps": list(statistics.residual_maps),
+        "digest": statistics_digest(statistics),
+        "inputs": None if inputs is None else dict(inputs),
+        "settings": None if settings is None else dict(settings),
+    }
+    return write_artifact(path, _KIND, {name: getattr(statistics, name) for name in _TENSORS}, record)
+
+
+def load_statistics(path: str | Path) -> SpanStatistics:
+    """Load what `save_statistics` saved.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The statistics, bit for bit.
+
+    Raises:
+        CheckpointError: If the folder is missing, corrupt, or holds something else.
+    """
+    tensors, record = read_artifact(path, _KIND)
+    try:
+        statistics = SpanStatistics(
+            modules=tuple(record["modules"]),
+            updates=tuple(record["updates"]),
+            residual_maps=tuple(record["residual_maps"]),
+            **{name: tensors[name] for name in _TENSORS},
+        )
+        _check(statistics)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: incomplete statistics ({type(error).__name__}: {error}). Make them again."
+        ) from error
+    if statistics_digest(statistics) != record.get("digest"):
+        raise CheckpointError(f"{path}: statistics.json is not about these numbers. Make the statistics again.")
+    return statistics
+
+
+def _one_family(task_vectors: TaskVectors, tensors: list[str], designs: Designs) -> dict[str, Design]:
+    """The design of each tensor, once all are known to be about the same updates under the same maps."""
+    for_tensor = as_function(designs)
+    found = {name: for_tensor(name) for name in tensors}
+    kinds = {
+        name: (checked_names(task_vectors, name, each), tuple(repr(e.residual_map) for e in each.poe.experts))
+        for name, each in found.items()
+    }
+    first = tensors[0]
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            raise ValueError(
+                f"`collect_statistics(...)`: tensor {name!r} has {_shown(kind)}; tensor {first!r} has "
+                f"{_shown(kinds[first])}. One set of statistics has one kind of expert: give all tensors the same, or "
+                "make two sets, each with a rule that keeps the other tensors."
+            )
+    return found
+
+
+def _shown(kind: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+    return f"{', '.join(kind[1])} on {', '.join(kind[0])}"
+
+
+def _on_cpu(part: SpanStatistics) -> SpanStatistics:
+    values = {name: getattr(part, name).cpu() for name in _TENSORS}
+    return SpanStatistics(part.modules, part.updates, part.residual_maps, **values)
+
+
+def _check(statistics: SpanStatistics) -> None:
+    """Raise ValueError unless all shapes fit the names and all values are finite."""
+    modules, size, experts = len(statistics.modules), len(statistics.updates) + 1, len(statistics.residual_maps)
+    shapes = {
+        "gram": (modules, size, size),
+        "forms": (modules, experts, size, size),
+        "mean_curvature": (modules, experts),
+        "dimension": (modules, experts),
+    }
+    for name, shape in shapes.items():
+        values: Tensor = getattr(statistics, name)
+        if tuple(values.shape) != shape or values.dtype != torch.float64:
+            raise ValueError(f"{name} is {tuple(values.shape)} {values.dtype}, expected {shape} torch.float64")
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
