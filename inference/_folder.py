@@ -200,6 +200,17 @@ def _statuses(modules: Sequence[Mapping[str, Any]]) -> Counter[str]:
     return Counter(module["status"] for module in modules)
 
 
+def summary_of(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts over the records of all tensors: per action, per status of the solver, and what rounding took back."""
+    actions = Counter(record["action"] for record in tensors)
+    updated, rounded_back = rounding_of(tensors)
+    summary: dict[str, Any] = {
+        "tensors": {action: actions[action] for action in ("merge", "average", "base")},
+        "matrices": dict(_statuses([module for record in tensors for module in record.get("modules", ())])),
+    }
+    return summary | ({"rounding": {"updated": updated, "rounded_back": rounded_back}} if updated else {})
+
+
 def rounding_of(tensors: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """How many entries the merge changed in half-precision tensors, and how many of them rounding took back."""
     rounded = [record["rounding"] for record in tensors if "rounding" in record]

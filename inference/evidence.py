@@ -4,25 +4,26 @@ With every expert and the anchor normalised, a design is a generative model of t
 and what an expert sees of ``U_i`` scatters around ``Z``. Its evidence is the density of the updates under it,
 
     p(U | design) = int N(Z; Z_0, T / (2 eta) I) prod_i exp(-E_i(Z) / T) / Z_i dZ
-    log Z_i = log_normalizer(s_i, D_i, a_i / T) - 1/2 log pdet(P_i)
+    log Z_i = log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2
 
 where ``D_i`` is the rank of ``P_i`` and ``pdet`` the product of its nonzero eigenvalues: ``Z_i`` integrates over the
-``D_i`` directions that the expert sees. Everything is taken in the posterior's own coordinates: in Span ones the operator
-is its restriction to the span, and an exponent that was set from the full rank stays as it is.
+``D_i`` directions that the expert sees. Everything is taken in the posterior's own coordinates: in Span ones the
+operator is its restriction to the span (the exponent stays what the full rank made it).
 
 **What can be compared.** The operators ``P_i``, the units of :class:`~poe_models.scales.Relative` scales and a relative
-``eta`` are computed from the updates and then held fixed, so that differences are log Bayes factors given these.
+``eta`` are computed from the updates and then held fixed: differences are log Bayes factors given these.
 
 - *Energies, scales, importances, temperatures, anchors:* comparable wherever the residual maps are the same.
-- *Maps and sides:* only where both see the same directions of every update, because a density of ``r d_out`` numbers
-  and one of ``r d_in`` have different units. In Full coordinates that means operators of full rank. In Span coordinates
-  the Gram maps and Identity all see the same ``N`` numbers (the rank of the span) of every update; Directional sees one.
+- *Maps and sides:* only where they see the same directions of every update, because densities of ``r d_out`` and of
+  ``r d_in`` numbers have different units. In Full coordinates that means operators of full rank. In Span coordinates
+  the Gram maps and Identity see the same numbers of every update, as many as the span has dimensions; Directional one.
 - *Full and Span:* never; they are densities of different numbers.
-- *Several experts about one update* (both sides) are normalised one by one: that is a composite likelihood, in which the
-  update counts twice, comparable with others of its kind only.
+- *Several experts about one update* (both sides) are normalised one by one. That is a composite likelihood, in which
+  the update counts more than once: comparable with others of its kind only.
 
-:func:`compare_designs` refuses the rest. Two estimators: Laplace's (:func:`log_evidence`), exact for Gaussian energies,
-and annealed importance sampling (:func:`annealed_evidence`), which never looks at the mode and knows its own error.
+:func:`compare_designs` refuses the rest. There are two estimators: Laplace's (:func:`log_evidence`), exact for Gaussian
+energies, and annealed importance sampling (:func:`annealed_evidence`), which knows nothing of the mode and states its
+own error.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from inference.fixed_point import solve_posterior
 from inference.laplace import Laplace
@@ -45,7 +46,7 @@ from poe_models.quadratics import quadratic_of
 from poe_models.span import RANK_TOLERANCE
 
 MODE_SLACK = 0.01
-"""Most nats that Laplace's integral may change by a Newton step from the given mode; beyond it is no mode."""
+"""Most nats that a Newton step may gain from what is said to be the mode."""
 
 FEWEST_EFFECTIVE = 0.1
 """Share of effective among all particles below which a standard error is not to be trusted."""
@@ -61,12 +62,12 @@ class Evidence:
 
     Attributes:
         value: ``log p(U | design)`` in nats, ``(M,)`` float64.
-        dimension: how many numbers of its update each expert sees, ``(M, E)``: ``value`` is a density of all of them.
-        standard_error: of ``value`` by the spread of the particles, ``(M,)``; None for Laplace, whose error is
+        dimension: how many numbers of its update each expert sees, ``(M, E)``; ``value`` is a density of all of them.
+        standard_error: of ``value``, from the spread of the particles, ``(M,)``; None for Laplace, whose error is
             systematic.
         effective_samples: Kish's effective number of particles, ``(M,)``; None for Laplace.
-        path_length: thermodynamic length of the annealing path: the log weights have a variance of about its square over
-            the number of steps, ``(M,)``; None for Laplace.
+        path_length: thermodynamic length of the annealing path, ``(M,)``: the log weights have a variance of about its
+            square over the number of steps; None for Laplace.
     """
 
     value: Tensor
@@ -77,7 +78,7 @@ class Evidence:
 
     @property
     def total(self) -> float:
-        """Log evidence of all modules together, in nats: modules are independent."""
+        """Log evidence of all modules together in nats; they are independent."""
         return float(self.value.sum())
 
     @property
@@ -97,13 +98,14 @@ def log_evidence(posterior: Posterior, mode: Tensor) -> Evidence:
         The evidence, without a standard error: what Laplace misses (tails, other modes) it cannot know.
 
     Raises:
-        ValueError: some expert or the anchor has no normaliser, or ``mode`` is not a mode.
+        ValueError: an expert or the anchor has no normaliser, or ``mode`` is not a mode.
     """
+    _require_anchor(posterior)
     normalizers = log_normalizers(posterior)
     approximation = Laplace(posterior, mode)
     _require_mode(approximation)
     value = approximation.log_integral() + log_constant(posterior) - normalizers.sum(-1)
-    return Evidence(value, _dimensions(posterior))
+    return Evidence(value, dimensions(posterior))
 
 
 def log_normalizers(posterior: Posterior) -> Tensor:
@@ -113,18 +115,22 @@ def log_normalizers(posterior: Posterior) -> Tensor:
         posterior: in Full or Span coordinates, without factor experts.
 
     Returns:
-        ``log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2``, zero where an expert sees nothing.
+        ``log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2``; zero where an expert sees nothing.
 
     Raises:
-        ValueError: an expert or the anchor has no normaliser; says which.
+        ValueError: an expert has no normaliser; names it.
     """
-    _require_anchor(posterior)
     if posterior.factors:
         raise ValueError(
-            f"`log_normalizers(...)`: {posterior.factors[0].name!r} is a FactorExpert, a function without a normaliser. "
-            "Leave it out to compare designs; the anchor and the other experts have evidence."
+            f"`log_normalizers(...)`: {posterior.factors[0].name!r} is a FactorExpert, a function without a "
+            "normaliser. Designs can be compared without it."
         )
     return torch.stack([_log_normalizer(expert, posterior.temperature) for expert in posterior.experts], -1)
+
+
+def dimensions(posterior: Posterior) -> Tensor:
+    """``D_i``, the ranks of the experts' operators in the posterior's own coordinates, ``(M, E)``."""
+    return torch.stack([_without_rounding(expert.operator).dimension() for expert in posterior.experts], -1)
 
 
 def annealed_evidence(
@@ -134,38 +140,36 @@ def annealed_evidence(
     particles: int = 256,
     steps: int = 200,
     sweeps: int = 1,
-    around: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evidence:
-    r"""Log evidence by annealed importance sampling (Neal, 2001, Statistics and Computing 11(2)).
+    """Log evidence by annealed importance sampling (Neal, 2001, Statistics and Computing 11(2)).
 
-    Particles start as exact draws of a Gaussian and move to the posterior along ``gaussian^(1-b) posterior^b``, by steps
-    that leave each bridge invariant: exact Gibbs steps where every energy has a Gaussian scale mixture, which holds for
-    every power ``b kappa / T`` of it, and otherwise elliptical slice sampling (Murray, Adams and MacKay, 2010, AISTATS,
-    PMLR 9), which has nothing to tune and is exact for a Gaussian times anything. The mean weight is an unbiased estimate
-    of the evidence whether or not the particles mix; where they do not, the weights spread and the error shows it.
-    A pilot run of separate particles places the bridges at equal thermodynamic length, separately for every module (Gelman and
-    Meng, 1998, Statistical Science 13(2)).
+    Particles start as exact draws of the anchor and move to the posterior along ``anchor * prod_i exp(-b E_i / T)``, by
+    steps that leave each of these bridges invariant: exact Gibbs steps where every energy has a Gaussian scale mixture,
+    for then ``exp(-b E_i / T)`` has one too, with the shape ``b kappa_i / T``; otherwise elliptical slice sampling
+    (Murray, Adams and MacKay, 2010, AISTATS, PMLR 9), exact for a Gaussian times anything and without settings.
 
-    Only directions that some expert sees are simulated: elsewhere the posterior is the anchor, which integrates to one.
-    The cost grows with their number; in Full coordinates of more than a few thousand, expect to need many steps.
+    The mean weight is an unbiased estimate of the evidence even if the particles do not mix; then the weights spread,
+    and its logarithm is low by about half the squared error. A pilot run of other particles places the bridges at equal
+    thermodynamic length, for every module by itself (Gelman and Meng, 1998, Statistical Science 13(2)).
+
+    Only directions that some expert sees are simulated; elsewhere the posterior is the anchor, which integrates to one.
+    The path grows with their number and with the distance of the updates from the anchor's centre in its standard
+    deviations ``sqrt(T / (2 eta))``: cold posteriors and large modules in Full coordinates need many steps.
 
     Args:
         posterior: in Full or Span coordinates.
         generator: source of all randomness, on the posterior's device.
         particles: independent runs per module.
-        steps: bridges from start to end.
+        steps: bridges from the anchor to the posterior.
         sweeps: transitions at every bridge.
-        around: a mode ``(M, *event)``: start from the Gaussian that the fixed point's last step minimised there. A shorter
-            path, wanted at low temperatures, that depends on having found the mode that matters. By default particles
-            start from the anchor.
         progress: called with the number of finished steps and their total.
 
     Returns:
         The evidence with its standard error (delta method), effective number of particles and path length.
 
     Raises:
-        ValueError: some expert or the anchor has no normaliser, or the path is too long to follow.
+        ValueError: an expert or the anchor has no normaliser, or the path is too long to follow.
     """
     if particles < 2 or steps < 1 or sweeps < 1:
         raise ValueError(
@@ -173,70 +177,58 @@ def annealed_evidence(
             "(for the standard error), one step and one sweep."
         )
     normalizers = log_normalizers(posterior)
-    path = _Path(posterior, around, generator)
+    path = _Path(posterior, generator)
     knots, length = _pilot(path, sweeps)
     schedule = _schedule(knots, length, steps)
     x, q = path.start(particles)
     log_weights = torch.zeros_like(q[..., 0])
     for k in range(steps):
         log_weights = log_weights + (schedule[k + 1] - schedule[k]) * path.tilt(q)
-        if k + 1 < steps:  # draws of the posterior itself would not enter the weights any more
+        if k + 1 < steps:  # draws of the posterior itself would enter no weight
             for _ in range(sweeps):
                 x, q = path.move(x, q, schedule[k + 1])
         if progress is not None:
             progress(k + 1, steps)
     log_mean, error, effective = _summary(log_weights)
     _warn_if_poor(effective, particles, length, steps)
-    value = path.log_start() + log_mean - normalizers.sum(-1)
-    return Evidence(value, _dimensions(posterior), error, effective, length)
+    return Evidence(log_mean - normalizers.sum(-1), dimensions(posterior), error, effective, length)
 
 
 class _Path:
-    """The bridges ``N(x; anchor) prod_i exp(-(1-b) w_i q_i - b E_i / T)`` between a Gaussian and a posterior.
+    """The bridges ``N(x; anchor) prod_i exp(-b E_i / T)``, ``b`` between 0 and 1 for each module, ``(M,)``.
 
-    The Gaussian has fixed weights ``w``: zero (the anchor alone) or those at a mode. Particles ``x`` are ``(P, M, a, b)``
-    in the compressed coordinates of the least-squares problem, ``b`` is one number per module, ``(M,)``.
+    Particles ``x`` are ``(P, M, a, b)``: displacements from the centre in the compressed coordinates of the
+    least-squares problem.
     """
 
-    def __init__(self, posterior: Posterior, around: Tensor | None, generator: torch.Generator) -> None:
+    def __init__(self, posterior: Posterior, generator: torch.Generator) -> None:
+        _require_anchor(posterior)
         self.posterior = posterior
         self.generator = generator
         self.quadratic = quadratic_of(posterior, for_draws=True)
         self.pulls = self.quadratic.pulls()
         self.shift = posterior.anchor_precision / posterior.temperature
-        self.weights = torch.zeros_like(posterior.active, dtype=torch.float64)
-        if around is not None:
-            self.weights = posterior.weights(posterior.residuals(around)) / posterior.temperature
-        self.precision = self.quadratic.precision(self.weights, self.shift)
-        self.center = self.precision.solve(self._weighted(self.weights))
-        self.gibbs = all(_has_mixture(expert) for expert in posterior.experts)
+        self.has_mixtures = all(_has_mixture(expert) for expert in posterior.experts)
 
     def start(self, particles: int) -> tuple[Tensor, Tensor]:
-        """Exact draws of the Gaussian and their residuals ``(P, M, E)``."""
-        x = self.center + self._noise(particles)
+        """Exact draws of the anchor and their residuals, ``(P, M, E)``."""
+        x = self._anchor_noise(particles)
         return x, self.quadratic.residuals(x)
 
-    def log_start(self) -> Tensor:
-        """Log integral of the Gaussian's unnormalised density (the normalised anchor times the rest), ``(M,)``."""
-        size = math.prod(self.quadratic.event_shape)
-        least = (self.weights * self.quadratic.residuals(self.center)).sum(-1)
-        least = least + self.shift * sum_of_squares(self.center)
-        return (size * self.shift.log() - self.precision.logdet()) / 2 - least
-
     def tilt(self, q: Tensor) -> Tensor:
-        """Log ratio of the two ends at residuals ``(P, M, E)``: what a bridge is tilted by, ``(P, M)``."""
-        return (self.weights * q).sum(-1) - self.posterior.energy_of(q) / self.posterior.temperature
+        """``-sum_i E_i / T`` at residuals ``(P, M, E)``, ``(P, M)``."""
+        return -self.posterior.energy_of(q) / self.posterior.temperature
 
     def move(self, x: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """One transition that leaves bridge ``b > 0`` invariant."""
-        return self._gibbs_step(q, b) if self.gibbs else self._slice_step(x, q, b)
+        """One transition that leaves the bridges at ``b > 0`` invariant."""
+        return self._gibbs_step(q, b) if self.has_mixtures else self._slice_step(x, q, b)
 
     def _gibbs_step(self, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``tau_i | x ~ Gamma(b kappa_i / T, 1 + q_i / s_i^2)``, then ``x | tau``, with the Gaussian's share of weights."""
-        weights = (1 - b).unsqueeze(-1) * self.weights + self._mixture_weights(q, b)
+        """``tau_i | x ~ Gamma(b kappa_i / T, rate 1 + q_i / s_i^2)``, then ``x | tau``; see :mod:`inference.gibbs`."""
+        weights = self._mixture_weights(q, b)
         precision = self.quadratic.precision(weights, self.shift)
-        noise = self._white(len(q))
-        x = precision.solve(self._weighted(weights)) + precision.sample(noise) * 0.5**0.5
+        pulls = [weights[..., i].to(pull.dtype)[..., None, None] * pull for i, pull in enumerate(self.pulls)]
+        x = precision.solve(torch.stack(pulls).sum(0)) + precision.sample(self._white(len(q))) * 0.5**0.5
         return x, self.quadratic.residuals(x)
 
     def _mixture_weights(self, q: Tensor, b: Tensor) -> Tensor:
@@ -255,15 +247,15 @@ class _Path:
         return torch.stack(columns, -1)
 
     def _slice_step(self, x: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Elliptical slice sampling: a point on the ellipse through ``x`` and a draw of the Gaussian, above a level."""
-        along, across = x - self.center, self._noise(len(x))
+        """Elliptical slice sampling: a point above a level, on the ellipse through ``x`` and a draw of the anchor."""
+        across = self._anchor_noise(len(x))
         level = b * self.tilt(q) + self._uniform(q).log()
         angle = 2 * math.pi * self._uniform(q)
         low, high = angle - 2 * math.pi, angle
-        waiting = torch.ones_like(level, dtype=torch.bool)
-        for _ in range(MOST_SHRINKS):
+        start, waiting = x, torch.ones_like(level, dtype=torch.bool)
+        for _ in range(MOST_SHRINKS):  # a bracket that shrank to nothing leaves x where it is
             turn = angle.to(x.dtype)[..., None, None]
-            proposal = self.center + along * turn.cos() + across * turn.sin()
+            proposal = start * turn.cos() + across * turn.sin()
             proposed = self.quadratic.residuals(proposal)
             taken = waiting & (b * self.tilt(proposed) > level)
             x = torch.where(taken[..., None, None], proposal, x)
@@ -273,15 +265,11 @@ class _Path:
                 break
             low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)
             angle = low + (high - low) * self._uniform(q)
-        return x, q  # brackets that shrank to nothing around x itself leave it where it is
+        return x, q
 
-    def _weighted(self, weights: Tensor) -> Tensor:
-        terms = [weights[..., i].to(pull.dtype)[..., None, None] * pull for i, pull in enumerate(self.pulls)]
-        return torch.stack(terms).sum(0)
-
-    def _noise(self, particles: int) -> Tensor:
-        """Draws of the Gaussian about its centre."""
-        return self.precision.sample(self._white(particles)) * 0.5**0.5
+    def _anchor_noise(self, particles: int) -> Tensor:
+        white = self._white(particles)
+        return white * (2 * self.shift).rsqrt().to(white.dtype)[:, None, None]
 
     def _white(self, particles: int) -> Tensor:
         like = self.pulls[0]
@@ -304,9 +292,9 @@ def _pilot(path: _Path, sweeps: int) -> tuple[Tensor, Tensor]:
         if len(knots) > MOST_UNITS:
             worst = int(knots[-1].argmin())
             raise ValueError(
-                f"`annealed_evidence(...)`: the path of module {worst} of the batch is longer than {MOST_UNITS} units (at "
-                f"b = {float(knots[-1][worst]):.2g}): the posterior is too far from where the particles start. Pass "
-                "`around=` a mode, raise the temperature, or use Span coordinates."
+                f"`annealed_evidence(...)`: the path of module {worst} of the batch is longer than {MOST_UNITS} units "
+                f"(at b = {float(knots[-1][worst]):.2g}): the anchor is too far from the posterior in its own standard "
+                "deviations. Lower its precision, raise the temperature, or use Span coordinates."
             )
         deviation = path.tilt(q).std(0)
         reach = knots[-1] + 1 / deviation
@@ -318,7 +306,7 @@ def _pilot(path: _Path, sweeps: int) -> tuple[Tensor, Tensor]:
 
 
 def _schedule(knots: Tensor, length: Tensor, steps: int) -> Tensor:
-    """Bridges at equal thermodynamic length between knots one unit apart, ``(steps + 1, M)``."""
+    """Bridges at equal thermodynamic length, between knots one unit apart, ``(steps + 1, M)``."""
     share = torch.linspace(0, 1, steps + 1, dtype=length.dtype, device=length.device).unsqueeze(-1)
     position = share * length
     below = position.floor().long().clamp(max=len(knots) - 2)
@@ -331,9 +319,10 @@ def _schedule(knots: Tensor, length: Tensor, steps: int) -> Tensor:
 
 def _summary(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log mean, its standard error and the effective number of weights, ``(P, M)`` to ``(M,)`` each."""
-    log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+    count = len(log_weights)
+    log_mean = torch.logsumexp(log_weights, 0) - math.log(count)
     relative = (log_weights - log_mean).exp()
-    return log_mean, relative.std(0) / math.sqrt(len(relative)), len(relative) ** 2 / relative.square().sum(0)
+    return log_mean, relative.std(0) / math.sqrt(count), count**2 / relative.square().sum(0)
 
 
 def _warn_if_poor(effective: Tensor, particles: int, length: Tensor, steps: int) -> None:
@@ -341,9 +330,8 @@ def _warn_if_poor(effective: Tensor, particles: int, length: Tensor, steps: int)
         worst = int(effective.argmin())
         warnings.warn(
             f"`annealed_evidence(steps={steps})`: only {float(effective[worst]):.1f} of {particles} particles are "
-            f"effective in module {worst} of the batch, so neither its value nor its standard error can be trusted. Its "
-            f"path is {float(length[worst]):.0f} units long, which takes about {math.ceil(float(length[worst]) ** 2)} "
-            "steps; or start `around=` a mode.",
+            f"effective in module {worst} of the batch, so that neither its value nor its standard error can be "
+            f"trusted. Its path is {float(length[worst]):.0f} units long and needs about as many steps as the square.",
             stacklevel=3,
         )
 
@@ -365,7 +353,7 @@ class DesignEvidence:
 
 @dataclass(frozen=True, eq=False)
 class EvidenceTable:
-    """Designs by log evidence, the best first; printable.
+    """Designs by log evidence, the best first; prints as a table.
 
     Attributes:
         rows: one per design.
@@ -373,18 +361,18 @@ class EvidenceTable:
 
     rows: tuple[DesignEvidence, ...]
 
+    @override
     def __str__(self) -> str:
         width = max(len("design"), *(len(row.name) for row in self.rows))
-        head = f"{'design':<{width}}  {'log evidence':>14}  {'s.e.':>7}  {'below best':>11}  {'Laplace':>14}  {'least ESS':>9}"
-        best = self.rows[0].annealed.total
-        lines = [head]
+        titles = ("log evidence", "s.e.", "below best", "Laplace", "least ESS")
+        lines = [f"{'design':<{width}}" + "".join(f"{title:>14}" for title in titles)]
         for row in self.rows:
-            assert row.annealed.effective_samples is not None
-            lines.append(
-                f"{row.name:<{width}}  {row.annealed.total:>14.2f}  {row.annealed.total_error:>7.2f}  "
-                f"{best - row.annealed.total:>11.2f}  {row.laplace.total:>14.2f}  "
-                f"{float(row.annealed.effective_samples.min()):>9.1f}"
-            )
+            annealed = row.annealed
+            assert annealed.effective_samples is not None
+            least = float(annealed.effective_samples.min())
+            below = self.rows[0].annealed.total - annealed.total
+            numbers = (annealed.total, annealed.total_error, below, row.laplace.total, least)
+            lines.append(f"{row.name:<{width}}" + "".join(f"{number:>14.2f}" for number in numbers))
         return "\n".join(lines)
 
 
@@ -394,41 +382,35 @@ def compare_designs(
     generator: torch.Generator,
     particles: int = 256,
     steps: int = 200,
-    start: Literal["anchor", "mode"] = "anchor",
 ) -> EvidenceTable:
-    """Evidence of several designs of the same merge, by both estimators, the best first.
+    """Evidence of several designs for the same merge, by both estimators, the best first.
 
     Args:
-        posteriors: name to a design that has met its updates, all in the same coordinates: for a whole model
+        posteriors: name to a design that has met its updates, all in the same coordinates. For a whole model,
             ``span_posterior(poe, statistics)[0]`` with the statistics of that design's residual maps.
         generator: source of all randomness.
         particles: see :func:`annealed_evidence`.
         steps: see :func:`annealed_evidence`.
-        start: where the particles start; ``"mode"`` has shorter paths and depends on the MAP.
 
     Returns:
-        The table, in nats summed over modules, with the standard errors of annealed importance sampling.
+        The table, in nats summed over modules, sorted by annealed importance sampling.
 
     Raises:
-        ValueError: two designs cannot be compared, a design has no evidence, or its MAP was not found; names the design.
+        ValueError: two designs cannot be compared, or one has no evidence or no MAP; names the design.
     """
     _require_comparable(posteriors)
     rows = []
     for name, posterior in posteriors.items():
         try:
-            mode = _mode(posterior)
-            around = mode if start == "mode" else None
-            annealed = annealed_evidence(
-                posterior, generator=generator, particles=particles, steps=steps, around=around
-            )
-            rows.append(DesignEvidence(name, annealed, log_evidence(posterior, mode)))
+            log_normalizers(posterior)  # refuse before anything takes time
+            annealed = annealed_evidence(posterior, generator=generator, particles=particles, steps=steps)
+            rows.append(DesignEvidence(name, annealed, log_evidence(posterior, _mode(posterior))))
         except ValueError as error:
             raise ValueError(f"`compare_designs(...)`: design {name!r}: {error}") from error
     return EvidenceTable(tuple(sorted(rows, key=lambda row: row.annealed.total, reverse=True)))
 
 
 def _mode(posterior: Posterior) -> Tensor:
-    log_normalizers(posterior)  # refuse before solving
     solution = solve_posterior(posterior)
     lost = [i for i, status in enumerate(solution.status) if not status.converged]
     if lost:
@@ -437,7 +419,7 @@ def _mode(posterior: Posterior) -> Tensor:
 
 
 def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:
-    """Raise unless all designs are densities of the same numbers, as far as shapes, ranks and lengths tell."""
+    """Raise unless all evidences are densities of the same numbers, as far as shapes, ranks and lengths tell."""
     if not posteriors:
         raise ValueError("`compare_designs({})`: no designs. Give at least one.")
     (first, reference), *others = posteriors.items()
@@ -445,45 +427,39 @@ def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:
         reason = _difference(reference, posterior)
         if reason is not None:
             raise ValueError(
-                f"`compare_designs(...)`: {first!r} and {name!r} cannot be compared: {reason}. Their evidences are densities "
-                "of different numbers. Compare designs of the same updates and coordinates; Gram maps on different sides "
-                "can be compared in Span coordinates."
+                f"`compare_designs(...)`: {first!r} and {name!r} cannot be compared, because their evidences are "
+                f"densities of different numbers: {reason}. Compare designs of the same updates in the same "
+                "coordinates; Gram maps on different sides can be compared in Span coordinates."
             )
 
 
 def _difference(one: Posterior, other: Posterior) -> str | None:
-    """What makes two evidences densities of different numbers; None if nothing does."""
-    if (one.num_modules, one.event_shape) != (other.num_modules, other.event_shape):
-        return f"the latents are {one.num_modules} of {one.event_shape} and {other.num_modules} of {other.event_shape}"
-    if sorted(e.update_name for e in one.experts) != sorted(e.update_name for e in other.experts):
+    """What makes two evidences densities of different numbers; None if nothing is seen to."""
+    shapes = [(each.num_modules, *each.event_shape) for each in (one, other)]
+    if shapes[0] != shapes[1]:
+        return f"the latents are {shapes[0]} and {shapes[1]}"
+    pairs = [sorted(enumerate(each.experts), key=lambda pair: pair[1].update_name) for each in (one, other)]
+    if [e.update_name for _, e in pairs[0]] != [e.update_name for _, e in pairs[1]]:
         return "their experts are not about the same updates, one by one"
-    by_update = sorted(range(len(one.experts)), key=lambda i: one.experts[i].update_name)
-    by_other = sorted(range(len(other.experts)), key=lambda i: other.experts[i].update_name)
-    ranks, other_ranks = _dimensions(one)[:, by_update], _dimensions(other)[:, by_other]
-    whole = math.prod(one.event_shape)
-    for i, j, k in zip(by_update, by_other, range(len(by_update)), strict=True):
-        a, b = one.experts[i], other.experts[j]
-        if not torch.allclose(sum_of_squares(a.update), sum_of_squares(b.update).to(a.scale_squared), rtol=1e-4):
-            return f"the updates {a.update_name!r} differ in length"
-        if not torch.equal(ranks[:, k], other_ranks[:, k]):
-            return f"expert {a.name!r} sees {_some(ranks[:, k])} numbers of its update, {b.name!r} {_some(other_ranks[:, k])}"
-        if _kind(a.operator) != _kind(b.operator) and bool((ranks[:, k] < whole).any()):
-            return f"experts {a.name!r} and {b.name!r} see different directions of {a.update_name!r}"
+    ranks, other_ranks = dimensions(one), dimensions(other)
+    for (i, a), (j, b) in zip(*pairs, strict=True):
+        left, right = ranks[:, i], other_ranks[:, j]
+        if not torch.allclose(sum_of_squares(a.update), sum_of_squares(b.update), rtol=1e-4):
+            return f"the two updates {a.update_name!r} differ in length"
+        if not torch.equal(left, right):
+            return f"{a.name!r} sees {_range(left)} numbers of an update, {b.name!r} {_range(right)}"
+        if _kind(a.operator) != _kind(b.operator) and bool((left < math.prod(one.event_shape)).any()):
+            return f"{a.name!r} and {b.name!r} see different directions of {a.update_name!r}"
     return None
 
 
-def _some(ranks: Tensor) -> str:
-    values = sorted({int(rank) for rank in ranks})
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+def _range(ranks: Tensor) -> str:
+    least, most = int(ranks.min()), int(ranks.max())
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _kind(operator: Operator) -> tuple[type[Operator], str]:
     return type(operator), operator.side if isinstance(operator, Gram) else ""
-
-
-def _dimensions(posterior: Posterior) -> Tensor:
-    """Ranks of the operators in these coordinates, ``(M, E)``."""
-    return torch.stack([_without_rounding(expert.operator).dimension() for expert in posterior.experts], -1)
 
 
 def _log_normalizer(expert: BoundExpert, temperature: float) -> Tensor:
@@ -492,17 +468,13 @@ def _log_normalizer(expert: BoundExpert, temperature: float) -> Tensor:
     try:
         value = expert.rho.log_normalizer(expert.scale_squared.sqrt(), dimension, expert.importance / temperature)
     except ValueError as error:
-        raise ValueError(f"expert {expert.name!r} has no evidence: {error}") from error
+        raise ValueError(f"expert {expert.name!r} is not a density: {error}") from error
     return torch.where(dimension > 0, value - operator.log_pseudo_determinant() / 2, torch.zeros_like(dimension))
 
 
 def _without_rounding(operator: Operator) -> Operator:
-    """Span forms are differences of inner products: their eigenvalues below ``RANK_TOLERANCE`` are rounding, not rank."""
-    if (
-        not isinstance(operator, Gram)
-        or operator.shape[1] != 1
-        or operator.factor.shape[-1] != operator.factor.shape[-2]
-    ):
+    """A Span form without eigenvalues that are rounding: forms are differences of inner products of the weights."""
+    if not isinstance(operator, Gram) or operator.shape[1] != 1 or operator.factor.shape[-1] != operator.shape[0]:
         return operator
     left, singular, _ = torch.linalg.svd(operator.factor)
     kept = singular.square() > RANK_TOLERANCE * singular[..., :1].square()
@@ -521,27 +493,29 @@ def _require_anchor(posterior: Posterior) -> None:
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     if loose:
         raise ValueError(
-            f"modules {loose} of the batch have no anchor (eta = 0): a flat prior has no normaliser, and the evidence would "
-            "be known only up to a constant that differs between designs. Give the anchor a positive precision; leave "
-            "out modules whose updates are all zero, where a relative precision is zero too."
+            f"modules {loose} of the batch have no anchor (eta = 0): a flat prior has no normaliser, so that the "
+            "evidence would be known only up to a constant, another one for every design. Give the anchor a positive "
+            "precision, and leave out modules whose updates are all zero: a relative precision is zero there."
         )
 
 
 def _require_mode(approximation: Laplace) -> None:
-    """Raise if a Newton step from the mode would lower ``E / T`` by more than :data:`MODE_SLACK` nats."""
+    """Raise if a Newton step from the mode would lower ``E / T`` by more than :data:`MODE_SLACK` nats and rounding."""
     posterior, quadratic = approximation.posterior, approximation.quadratic
-    mode = approximation.mode if posterior.center is None else approximation.mode - posterior.center
-    x = quadratic.compression.compress(mode)
-    weights = posterior.weights(quadratic.residuals(x))
-    gradient = 2 * posterior.anchor_precision.to(x.dtype)[:, None, None] * x
-    for i, force in enumerate(quadratic.forces(x)):
-        gradient = gradient + 2 * weights[:, i].to(x.dtype)[:, None, None] * force
-    outside = posterior.anchor_precision * (sum_of_squares(mode) - sum_of_squares(x))
+    displacement = approximation.mode if posterior.center is None else approximation.mode - posterior.center
+    x = quadratic.compression.compress(displacement)
+    weights, shift = posterior.weights(quadratic.residuals(x)), posterior.anchor_precision
+    pulls = [weights[:, i].to(pull.dtype)[:, None, None] * pull for i, pull in enumerate(quadratic.pulls())]
+    gradient = 2 * (quadratic.apply(weights, shift, x) - torch.stack(pulls).sum(0))
+    # Where no expert sees anything the step leads to the centre and gains the whole anchor energy.
+    outside = shift * (sum_of_squares(displacement) - sum_of_squares(x))
     gain = (gradient * approximation.hessian.solve(gradient)).double().sum((-2, -1)) / 2 + outside
-    gain = gain / posterior.temperature
-    if bool((gain > MODE_SLACK).any()):
-        worst = int(gain.argmax())
+    rounding = 100 * torch.finfo(x.dtype).eps * posterior.energy(approximation.mode)
+    excess = (gain - rounding) / posterior.temperature
+    if bool((excess > MODE_SLACK).any()):
+        worst = int(excess.argmax())
         raise ValueError(
-            f"`log_evidence(posterior, mode)`: module {worst} of the batch is not at its mode: a Newton step gains "
-            f"{float(gain[worst]):.3g} nats. Pass the value of a converged `solve_posterior(posterior)`."
+            f"`log_evidence(posterior, mode)`: module {worst} of the batch is not at its mode, a Newton step gains "
+            f"{float(gain[worst]) / posterior.temperature:.3g} nats. Pass the value of a converged "
+            "`solve_posterior(posterior)`."
         )

@@ -19,11 +19,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from inference._modules import Module
 from inference.draws import Draws
@@ -119,10 +119,10 @@ class ModelDraws(ABC):
         return self._only(*torch.tensor(places).unbind(-1))
 
     def restrict(self, pattern: str) -> Self:
-        """The draws of the modules whose names a regular expression finds.
+        r"""The draws of the modules whose names a regular expression finds.
 
         Args:
-            pattern: for instance ``r"layers\\.11\\.mlp"``.
+            pattern: for instance ``r"layers\.11\.mlp"``.
 
         Raises:
             ValueError: it finds none.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from inference._digest import Progress, Silent, digest_inputs, files_of, refuse_copies
-from inference._folder import companion_files, rounding_of, write_companions
+from inference._folder import companion_files, rounding_of, summary_of, write_companions
 from inference._groups import merge_group
 from inference._output import OutputError, check_output, check_space
 from inference._plan import BATCH_BYTES, Plan, inputs_of, plan
@@ -124,7 +124,8 @@ def merge_checkpoint(
         try:
             resumed = _write_shards(task_vectors, planned, staging, seed, progress)
             records = staging.records()
-            write_companions(staging, task_vectors.base, planned, out_dtype, {**state, "tensors": records})
+            record = {**state, "summary": summary_of(records), "tensors": records}
+            write_companions(staging, task_vectors.base, planned, out_dtype, record)
         except CheckpointError:
             staging.discard()  # the inputs are at fault: there is nothing to go on with
             raise

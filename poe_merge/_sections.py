@@ -47,7 +47,9 @@ class Section(BaseModel):
             why = f"mergekit's key has no use here: {_MERGEKIT_ONLY[key]}. " if key in _MERGEKIT_ONLY else ""
             message = f"unknown key `{key}`; {why or nearest(str(key), valid)}Valid keys: {', '.join(valid)}"
             raise PydanticCustomError("unknown_key", "{message}", {"message": message, "key": key})
-        return data
+        if not isinstance(data, Mapping):
+            return data
+        return {key: value for key, value in data.items() if value is not None}  # an empty `parameters:` says nothing
 
     def settings(self) -> dict[str, s.Setting[Any]]:
         """The settings that are given, by their YAML key."""

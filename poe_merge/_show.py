@@ -54,12 +54,13 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
     console = _console()
     console.print(table)
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    batches = [group.modules for group in planned.groups if group.modules]
     rows = {
         "base": task_vectors.base.source,
         "experts": ", ".join(task_vectors.names),
         "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
         f"{planned.count('base')} kept from the base",
-        "matrices": f"{planned.modules} in {sum(group.modules > 0 for group in planned.groups)} batches",
+        "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
         "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
         "to read": f"{size(planned.read_bytes)} (checksums included)",
         "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",

@@ -126,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             raise
         usage = hasattr(error, "format_message")  # typer's own, which come from either of two libraries
-        wrong_input = usage or isinstance(error, ValueError | OutputError)
+        wrong_input = usage or isinstance(error, ValueError | OutputError | OSError)
         show.error(_usage(error, arguments) if usage else _text(error, wrong_input))
         return 2 if wrong_input else 1
 
@@ -134,6 +134,8 @@ def run(arguments: Sequence[str]) -> int:
 def _text(error: Exception, wrong_input: bool) -> str:
     if wrong_input:
         return str(error)
+    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        return f"out of memory ({str(error).partition('.')[0]}). Lower --batch-bytes, and go on with --resume."
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 

@@ -99,7 +99,7 @@ def test_plan_prints_every_tensor(cli: Cli, here: Path) -> None:
         assert re.search(rf"^{name} +{'x'.join(map(str, shape))} +{re.escape(treatment)}", out, re.MULTILINE)
     assert re.search(r"experts +mnist, emoji", out)
     assert re.search(r"tensors +3 merged, 1 averaged, 0 kept from the base", out)
-    assert re.search(r"matrices +3 in 2 batches", out)
+    assert re.search(r"matrices +3 in 2 batches of at most 2", out)
     assert re.search(r"peak memory +\d+\.\d kB predicted", out)
     written = sum(4 * torch.Size(shape).numel() for shape in SHAPES.values())
     assert re.search(rf"to write +{written} bytes in 1 files", out)
@@ -364,6 +364,21 @@ def test_a_copy_of_the_base(fails: Any, here: Path) -> None:
 def test_a_full_disk(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inference._output.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     assert "the merge needs" in fails("merge", "config.yaml", "--out", "out")
+
+
+def test_out_of_memory_says_what_helps(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("poe_merge.cli.merge_checkpoint", full)
+    status, _, err = cli("merge", "config.yaml", "--out", "out")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "out of memory (CUDA out of memory). Lower --batch-bytes, and go on with --resume." in err
+
+
+def test_a_place_that_cannot_be_written(fails: Any, here: Path) -> None:
+    (here / "file").write_text("x")
+    assert "Not a directory" in fails("merge", "config.yaml", "--out", "file/out")
 
 
 def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli, monkeypatch: Any) -> None:

@@ -178,6 +178,11 @@ def test_paths_are_relative_to_the_file(
     assert custom_sources(made) == [folder / "mine.py"]
 
 
+def test_empty_sections_say_nothing(folder: Path) -> None:
+    text = "base_model: base\nmodels:\n- model: one\n  parameters:\n- model: two\nparameters:\nrules:\npreset:\n"
+    assert load_config(write(folder, text)).resolved() == config(folder).resolved()
+
+
 def test_model_ids_pass_through(folder: Path) -> None:
     made = config(folder, base_model="org/model@main", models=[{"model": "org/tuned-1.0"}])
     assert (made.base_model, made.models[0].model, made.names) == ("org/model@main", "org/tuned-1.0", ("tuned-1.0",))

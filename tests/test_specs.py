@@ -64,6 +64,10 @@ class Sharp(Energy):
     def rho(self, q):
         return q.sqrt()
 
+class Offset(Energy):
+    def rho(self, q):
+        return q + 1
+
 class Summed(Energy):
     def rho(self, q):
         return q.sum()
@@ -198,6 +202,7 @@ def test_installed_modules_count_too() -> None:
         ("Unfinished", "`Unfinished` in {path} lacks rho. Define it."),
         ("Falling", "It must give one finite number for each q, 0 at q = 0, and never decrease."),
         ("Sharp", "the derivative of `rho` at q = 0 is inf, where it must be finite. Round the corner"),
+        ("Offset", "is [1.0, 1.5, 2.0, 5.0]. It must give one finite number for each q, 0 at q = 0"),
         ("Summed", "It must give one finite number for each q"),
         ("Broken", "`rho` fails on [0.0, 0.5, 1.0, 4.0]: NameError: name 'missing' is not defined"),
     ],

@@ -244,6 +244,21 @@ def test_tied_weights_are_written_under_both_names(out: Path, generator: torch.G
     assert next(r for r in record_of(out)["tensors"] if r["tensor"] == "embed.weight")["aliases"] == ["lm_head.weight"]
 
 
+def test_tied_weights_of_a_sharded_base(tmp_path: Path, out: Path, generator: torch.Generator) -> None:
+    made = states(generator)
+    folder = save_folder(tmp_path / "base", made["base"], shards=2)
+    first = folder / "model-00001-of-00002.safetensors"
+    save_file(
+        load_file(first), first, metadata={"lm_head.weight": "embed.weight"}
+    )  # as safetensors' save_model notes it
+    vectors = TaskVectors(folder, {"mnist": made["mnist"]})
+    merge_checkpoint(vectors, poe(vectors), out)
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map["lm_head.weight"] == weight_map["embed.weight"] == first.name
+    merged = load_file(out / first.name)
+    assert torch.equal(merged["lm_head.weight"], merged["embed.weight"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_and_its_rounding_is_counted(dtype: torch.dtype, models: Any, out: Path) -> None:
     vectors = models(dtype)
@@ -259,6 +274,7 @@ def test_half_precision_stays_and_its_rounding_is_counted(dtype: torch.dtype, mo
     assert 0 < back < updated
     share = f"{(back + averaged) / updated:.1%}"
     assert f"Rounding left {share} of the {updated:,} changed weights" in (out / "README.md").read_text()
+    assert record_of(out)["summary"]["rounding"] == {"updated": updated, "rounded_back": back + averaged}
     (record,) = (r for r in record_of(out)["tensors"] if r["tensor"] == "head.weight")
     assert record["rounding"] == {
         "updated": 40,
@@ -346,6 +362,7 @@ def test_the_record(models: Any, out: Path) -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert record["inputs"][role]["sha256"]["model.safetensors"] == digest
         assert record["inputs"][role]["source"] == checkpoint.source
+    assert record["summary"] == {"tensors": {"merge": 6, "average": 2, "base": 1}, "matrices": {"converged": 10}}
     by_name = {each["tensor"]: each for each in record["tensors"]}
     assert by_name.keys() == {*SHAPES, "position_ids"}
     fused = by_name["layers.1.attn.in_proj_weight"]

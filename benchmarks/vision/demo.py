@@ -202,6 +202,7 @@ def run(
         progress.update(bar, description="Gaussian twins")
         heavy = [(method, row) for method, row in zip(methods, merged, strict=True) if method.heavy_tailed]
         tails = [(row, merge_row(method.twin(), suite, row.settings)) for method, row in heavy if row.settings]
+        progress.update(bar, completed=len(methods) + 1)
     rows = [*reference_rows(suite), *merged]
     for task in (*suite.tasks, MEAN):
         console.print(task_table(rows, task))

@@ -1,0 +1,203 @@
+"""Run a model many times with changing weights behind a cut, computing what is before the cut once.
+
+The first pass records the inputs of the module at the cut. Later passes give it those inputs again, and modules called
+before it are not computed: they return NaN of the right shape. Whatever uses something from before the cut by another
+way than the cut's own inputs (a skip connection across it, say) therefore shows as NaN, and is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+class CutError(ValueError):
+    """Features before a cut cannot be reused; the message says why."""
+
+
+def structural_cut(model: nn.Module, changing: Collection[str]) -> str | None:
+    """Find a cut that the model's containers give.
+
+    That is the first element with changing weights of an `nn.Sequential` or `nn.ModuleList`; inside that element the
+    search goes on only through containers, because a module's own code may use its input twice.
+
+    Args:
+        model: The model.
+        changing: Names of tensors that differ between runs.
+
+    Returns:
+        The name of a submodule, or None if nothing comes before the first changing one.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), nn.Linear(2, 2))
+    >>> structural_cut(model, ["1.1.weight", "2.weight"])
+    '1.1'
+    """
+    path, module, best = "", model, None
+    while True:
+        children = [name for name, _ in module.named_children()]
+        owners = {name.removeprefix(path).split(".")[0] for name in changing if name.startswith(path)}
+        touched = [name for name in children if name in owners]
+        is_container = isinstance(module, nn.Sequential | nn.ModuleList)
+        if not touched or not owners <= set(children) or (best is not None and not is_container):
+            return best
+        if is_container and touched[0] != children[0]:
+            best = path + touched[0]
+        module = module.get_submodule(touched[0])
+        path += touched[0] + "."
+
+
+class Cut:
+    """Features at one submodule of a model, for every batch of a loader.
+
+    Args:
+        model: The model.
+        name: The submodule; what comes before its first call is the same in every run.
+        changing: Names of tensors that differ between runs.
+
+    Raises:
+        CutError: The model has no such submodule.
+    """
+
+    def __init__(self, model: nn.Module, name: str, changing: Collection[str]) -> None:
+        modules = dict(model.named_modules())
+        if not name or name not in modules:
+            raise CutError(f"the model has no submodule {name!r}; `model.named_modules()` lists them")
+        self.name = name
+        self._target = modules[name]
+        self._modules = modules
+        self._ancestors = {parent for parent in modules if parent == "" or f"{name}.".startswith(f"{parent}.")}
+        self._changing = {owner for tensor in changing for owner in modules if _owns(owner, tensor)}
+        self._features: list[tuple[Any, Any]] = []
+        self._stubs: list[dict[str, list[Any]]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record one batch while the model runs in full.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            CutError: The submodule was not called, or a changing module was called before it.
+        """
+        called: dict[str, list[Any]] = {}
+        features: list[tuple[Any, Any]] = []
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if features:
+                    return
+                if name == self.name:
+                    features.append(tree_map(_kept, (args, kwargs)))
+                else:
+                    called.setdefault(name, [])
+
+            return hook
+
+        def after(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if not features:
+                    called[name].append(tree_map(_outlined, output))
+
+            return hook
+
+        handles = []
+        for name, module in self._modules.items():
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not features:
+            raise CutError(f"{self.name!r} is not called when the model runs")
+        early = [name for name in called if name not in self._ancestors and name in self._changing]
+        if early:
+            raise CutError(f"{early[0]!r}, which is sampled, is called before {self.name!r}")
+        outputs = {name: given for name, given in called.items() if name not in self._ancestors}
+        outermost = {name: given for name, given in outputs.items() if not _inside(name, outputs)}
+        self._features.append(features[0])
+        self._stubs.append(outermost)
+
+    @contextmanager
+    def replaying(self, batch: int, device: torch.device) -> Iterator[None]:
+        """Run one batch from the cut on.
+
+        Args:
+            batch: Its number.
+            device: Where the model is.
+
+        Yields:
+            Nothing.
+        """
+        reached = False
+
+        def substitute(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            nonlocal reached
+            if reached:
+                return None
+            reached = True
+            given: tuple[Any, Any] = tree_map(
+                lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, self._features[batch]
+            )
+            return given
+
+        def stub(original: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
+            remaining = iter(outputs)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if reached:
+                    return original(*args, **kwargs)
+                return tree_map(lambda x: x.filled(device) if isinstance(x, _Outline) else x, next(remaining))
+
+            return forward
+
+        replaced = {}
+        for name, outputs in self._stubs[batch].items():
+            module = self._modules[name]
+            replaced[name] = module.__dict__.get("forward")
+            module.forward = stub(module.forward, outputs)
+        handle = self._target.register_forward_pre_hook(substitute, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for name, own in replaced.items():
+                if own is None:
+                    del self._modules[name].forward
+                else:
+                    self._modules[name].forward = own
+
+
+class _Outline:
+    """Shape and dtype of a floating tensor that is not computed again."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def filled(self, device: torch.device) -> Tensor:
+        return torch.full(self.shape, torch.nan, dtype=self.dtype, device=device)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _outlined(value: Any) -> Any:
+    """Masks and indices stay: they are small, and NaN does not fit in them."""
+    return _Outline(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _owns(module: str, tensor: str) -> bool:
+    return module == "" or tensor.startswith(f"{module}.")
+
+
+def _inside(name: str, others: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in others for depth in range(1, len(parts)))

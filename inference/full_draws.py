@@ -1,0 +1,202 @@
+"""Draws of a whole model in Full coordinates, a module at a time, and where they can be made again bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inference._digest import Progress, Silent
+from inference._modules import Module, module_names, read_modules
+from inference.design import Design, Designs, as_function
+from inference.draws import RegeneratedDraws
+from inference.fixed_point import solve_posterior
+from inference.gibbs import gibbs, seeded_noise
+from inference.laplace import Laplace
+from inference.model_draws import FullDraws
+from poe_models.task_vectors import TaskVectors
+
+__all__ = ["TOLERANCE", "RegenerationWarning", "design_text", "environment", "sample_full"]
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
+"""How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
+_PROBES = ((1, 5), (7, 9))  # torch fills short and long tensors by different routines
+
+
+class RegenerationWarning(UserWarning):
+    """Full draws are made again somewhere else than where they were drawn; the message says what still holds."""
+
+
+def sample_full(
+    task_vectors: TaskVectors,
+    design: Designs,
+    num_samples: int,
+    *,
+    generator: torch.Generator,
+    method: Literal["gibbs", "laplace"] = "gibbs",
+    chains: int = 4,
+    warmup: int = 200,
+    thin: int = 1,
+    pattern: str = "",
+    progress: Progress | None = None,
+) -> FullDraws:
+    """Draw merged updates themselves, one module in memory at a time.
+
+    Args:
+        task_vectors: Base and experts.
+        design: One product or design for all tensors, or a function from the tensor's name.
+        num_samples: Draws kept per chain.
+        generator: Source of all randomness.
+        method: Exact Gibbs sampling, or independent draws of Laplace's approximation in one chain.
+        chains: Chains of Gibbs sampling.
+        warmup: Its steps per chain before the first kept draw.
+        thin: Its steps per kept draw.
+        pattern: Regular expression; only modules whose names it finds are drawn.
+        progress: Told how far it is.
+
+    Returns:
+        The draws, as small as a few numbers per module and expert.
+
+    Raises:
+        ValueError: If the pattern fits no merged module, an energy has no scale mixture (Gibbs), a mode has a Hessian
+            that is not positive definite (Laplace), or a posterior is improper.
+    """
+    progress, for_tensor = progress or Silent(), as_function(design)
+    wanted = {
+        tensor: [name for name in module_names(task_vectors, tensor) if re.search(pattern, name)]
+        for tensor, treatment in task_vectors.treatments.items()
+        if treatment.action == "merge"
+    }
+    count = sum(len(names) for names in wanted.values())
+    if count == 0:
+        raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")
+    nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor, names in wanted.items() if names}
+    progress.begin("sampling", count, sum(nbytes.values()))
+    names, texts, norms, parts = [], [], [], []
+    digest = hashlib.sha256()
+    for tensor in nbytes:
+        here = for_tensor(tensor)
+        modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in wanted[tensor]]
+        for module in modules:
+            parts.append(_draw(module, num_samples, generator, method, chains, warmup, thin))
+            names.append(module.name)
+            texts.append(design_text(here))
+            norms.append(module.squared_norms)
+            _feed(digest, module)
+        progress.advance(len(modules), nbytes[tensor])
+    return FullDraws(
+        modules=tuple(names),
+        squared_norms=torch.nn.utils.rnn.pad_sequence(norms, batch_first=True),
+        source=digest.hexdigest(),
+        stats={name: torch.cat([part.stats[name] for part in parts], -1).cpu() for name in parts[0].stats},
+        method=method,
+        weights=_joined([part.weights for part in parts]),
+        seeds=torch.cat([part.seeds for part in parts], -1).cpu(),
+        designs=tuple(texts),
+        environment=environment(task_vectors.device, task_vectors.dtype),
+    )
+
+
+def design_text(design: Design) -> str:
+    """What of a design decides a Full draw, as text: experts, anchor, temperature; not how its MAP is solved or scaled.
+
+    Args:
+        design: The design.
+
+    Returns:
+        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
+    """
+    described = design.describe()
+    if design.center is not None:
+        described["anchor"] = {**described["anchor"], "center": "checkpoint"}
+    return json.dumps({key: described[key] for key in ("experts", "anchor", "temperature")}, sort_keys=True)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What decides the digits of a draw besides its seed.
+
+    Args:
+        device: Where it is computed.
+        dtype: The compute dtype.
+
+    Returns:
+        Plain data: device type, torch version, threads, dtype, and a few random numbers of a known seed.
+    """
+    return {
+        "device": device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "noise": _noise(device, dtype),
+    }
+
+
+def warn_of_changes(recorded: Mapping[str, Any]) -> None:
+    """Warn if draws recorded elsewhere will not be the same bits here.
+
+    Args:
+        recorded: What `environment` gave where they were made.
+    """
+    device, dtype = torch.device(recorded["device"]), getattr(torch, recorded["dtype"])
+    available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    here = environment(device if available else torch.device("cpu"), dtype)
+    changed = [
+        f"{key} {recorded[key]} -> {here[key]}" for key in ("device", "torch", "threads") if recorded[key] != here[key]
+    ]
+    if not changed:
+        return
+    if torch.allclose(torch.tensor(here["noise"]), torch.tensor(recorded["noise"]), atol=1e-4):
+        what = f"the draws are made again within {TOLERANCE[dtype]:g} of their largest entry, not bit for bit"
+    else:
+        what = "the seeds give other noise here: these will be other draws of the same posterior, equally good"
+    warnings.warn(f"Full draws from elsewhere ({', '.join(changed)}): {what}.", RegenerationWarning, stacklevel=3)
+
+
+def _draw(
+    module: Module,
+    num_samples: int,
+    generator: torch.Generator,
+    method: str,
+    chains: int,
+    warmup: int,
+    thin: int,
+) -> RegeneratedDraws:
+    if method == "laplace":
+        posterior = module.posterior
+        return Laplace(posterior, solve_posterior(posterior).value).sample(num_samples, generator)
+    return gibbs(
+        module.poe,
+        module.updates.unsqueeze(0),
+        num_samples,
+        generator=generator,
+        chains=chains,
+        warmup=warmup,
+        thin=thin,
+        low_rank=module.low_rank,
+    )
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    """Weights of several modules ``(C, S, 1, E_m)`` as one, filled up with zeros."""
+    most = max(part.shape[-1] for part in weights)
+    return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[-1])) for part in weights], -2).cpu()
+
+
+def _feed(digest: Any, module: Module) -> None:
+    """Add a module's name, updates and centre to a checksum."""
+    center = module.center
+    for tensor in (module.updates, *(() if center is None else (center,))):
+        digest.update(f"{module.name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+
+
+def _noise(device: torch.device, dtype: torch.dtype) -> list[float]:
+    like = torch.empty(0, device=device, dtype=dtype)
+    noise = [seeded_noise(seed, shape, like).flatten() for seed, shape in enumerate(_PROBES)]
+    return [round(value, 6) for value in torch.cat(noise)[::4].tolist()]
