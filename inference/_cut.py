@@ -75,6 +75,11 @@ class Cut:
         self._features: list[tuple[Any, Any]] = []
         self._stubs: list[dict[str, list[Any]]] = []
 
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._features.clear()
+        self._stubs.clear()
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record one batch while the model runs in full.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ class Runner:
         model: The model; put into evaluation mode while it runs.
         loader: The batches; the same ones in every pass.
         fixed: Tensors that replace the model's in every pass, by the model's names.
-        changing: Names of those that each pass brings.
+        changing: Names and shapes of those that each pass brings.
         forward: Logits of a batch; by default the model is called with the batch, or with its first element.
         cut: A submodule whose inputs do not depend on the changing tensors.
 
@@ -40,7 +40,7 @@ class Runner:
         model: nn.Module,
         loader: Iterable[Any],
         fixed: Mapping[str, Tensor],
-        changing: Iterable[str],
+        changing: Mapping[str, Sequence[int]],
         forward: Forward | None,
         cut: str | None,
     ) -> None:
@@ -54,8 +54,9 @@ class Runner:
         self._own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         first = next(iter(self._own.values()), torch.empty(0))
         self._device = first.device
+        self._check({name: tensor.shape for name, tensor in fixed.items()} | dict(changing))
         self._fixed = self._fitted(fixed)
-        self._fingerprint: list[float] | None = None
+        self._fingerprint: list[str] | None = None
         self._passes = 0
         self._named = cut is not None
         self._cut = self._first_cut(cut, self._with_ties(changing))
@@ -82,10 +83,12 @@ class Runner:
         """
         state = {f"model.{name}": value for name, value in {**self._fixed, **self._fitted(changing)}.items()}
         results, fingerprint = [], []
+        if self._cut is not None and self._passes == 0:
+            self._cut.clear()
         with _evaluating(self._model):
             for index, batch in enumerate(self._loader):
                 fingerprint.append(_fingerprint(batch))
-                if self._fingerprint is not None and fingerprint != self._fingerprint[: index + 1]:
+                if self._fingerprint is not None and fingerprint[-1:] != self._fingerprint[index : index + 1]:
                     raise _other_batches(index)
                 moved = tree_map(lambda x: x.to(self._device) if isinstance(x, Tensor) else x, batch)
                 results.append(_log_probabilities(self._run(state, moved, index)))
@@ -137,8 +140,8 @@ class Runner:
         if self._named:
             assert self._cut is not None
             raise ValueError(
-                f"`predict(cut={self._cut.name!r})`: features cannot be reused: {why}. Name a submodule that everything "
-                "flows through and that comes before all sampled modules, or leave `cut` out."
+                f"`predict(cut={self._cut.name!r})`: features cannot be reused: {why}. Name a submodule that "
+                "everything flows through and that comes before all sampled modules, or leave `cut` out."
             )
         self._cut = None
         _log.info("full forward for every member: %s", why)
@@ -161,18 +164,26 @@ class Runner:
         given = {id(self._own[name]) for name in names}
         return {name for name, tensor in self._own.items() if id(tensor) in given}
 
-    def _fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in the dtype and on the device of the model's own."""
-        fitted = {}
-        for name, tensor in tensors.items():
+    def _check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        for name, shape in shapes.items():
             own = self._own.get(name)
-            if own is None or own.shape != tensor.shape:
+            if own is None or tuple(own.shape) != tuple(shape):
                 has = "has no such tensor" if own is None else f"has {tuple(own.shape)}"
                 raise ValueError(
-                    f"`predict(model=...)`: the members have {name!r} of shape {tuple(tensor.shape)}, the model {has}. "
-                    "Give a model of the base's architecture, or say where in it the checkpoint is: `submodule=`."
+                    f"`predict(model=...)`: the members have {name!r} of shape {tuple(shape)}, the model {has}. Give a "
+                    "model of the base's architecture, or say where in it the checkpoint is: `submodule=`."
                 )
+
+    def _fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in the dtype and on the device of the model's own."""
+        fitted: dict[str, Tensor] = {}
+        first: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            own = self._own[name]
             fitted[name] = tensor.to(device=own.device, dtype=own.dtype)
+            twin = first.setdefault(id(own), name)  # the model may tie what the files hold twice
+            if twin != name and torch.equal(fitted[twin], fitted[name]):
+                fitted[name] = fitted[twin]
         return fitted
 
 
@@ -192,8 +203,8 @@ class _Caller(nn.Module):
 def _call(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         raise ValueError(
-            f"`predict(...)`: the batches are mappings with {', '.join(map(str, batch))}; how does the model take them? "
-            "Give `forward=lambda model, batch: model(**batch).logits`, or what fits."
+            f"`predict(...)`: the batches are mappings with {', '.join(map(str, batch))}, and it is not clear how the "
+            "model takes them. Give `forward=lambda model, batch: model(**batch).logits`, or what fits."
         )
     result: Tensor = model(batch[0] if isinstance(batch, tuple | list) else batch)
     return result
@@ -225,18 +236,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _fingerprint(batch: Any) -> float:
+def _fingerprint(batch: Any) -> str:
     """A number that another batch hardly has."""
     total = 0.0
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().reshape(-1)[:4096].double()
             total += float((flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum()) + leaf.numel()
-    return total
+    return repr(total)
 
 
 def _other_batches(index: int) -> ValueError:
     return ValueError(
-        f"`predict(loader=...)`: batch {index} differs from the one in the first pass, and members are averaged example "
-        "by example. Turn shuffling and random augmentation off."
+        f"`predict(loader=...)`: batch {index} differs from the one in the first pass, and members are averaged "
+        "example by example. Turn shuffling and random augmentation off."
     )

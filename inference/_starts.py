@@ -33,6 +33,34 @@ class Starts:
     scale: Tensor
 
 
+def starts_of(posterior: Posterior, chains: int, generator: torch.Generator, start: Tensor | None) -> Starts:
+    """The caller's start, with the anchor's standard deviation (1 without an anchor) as a first scale, or our own.
+
+    Args:
+        posterior: in Full or Span coordinates, proper without its factor experts.
+        chains: ``C``.
+        generator: source of the noise.
+        start: ``(C, M, *event)``, or None for :func:`overdispersed_starts`.
+
+    Returns:
+        The starts.
+
+    Raises:
+        ValueError: ``start`` has the wrong shape.
+    """
+    if start is None:
+        return overdispersed_starts(posterior, chains, generator)
+    shape = (chains, posterior.num_modules, *posterior.event_shape)
+    if tuple(start.shape) != shape:
+        raise ValueError(
+            f"`start` has shape {tuple(start.shape)}, but {chains} chains of this posterior have {shape}. "
+            "Give one point per chain, for instance `point.expand(chains, *point.shape)`."
+        )
+    eta = posterior.anchor_precision
+    spread = torch.where(eta > 0, (posterior.temperature / (2 * eta)).sqrt(), torch.ones_like(eta))
+    return Starts(start, spread[:, None, None].expand(shape[1:]))
+
+
 def overdispersed_starts(posterior: Posterior, chains: int, generator: torch.Generator) -> Starts:
     """Chain 0 starts at the MAP, the next ones at every task vector in turn, and so on, all with noise.
 

@@ -40,17 +40,16 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
         "modules": list(draws.modules),
         "source": draws.source,
     }
-    tensors = {"squared_norms": draws.squared_norms} | {_STATS + name: value for name, value in draws.stats.items()}
+    stats = {_STATS + name: value for name, value in draws.stats.items()}
+    tensors = {"squared_norms": draws.squared_norms, **draws.numbers, **stats}
     if isinstance(draws, SpanDraws):
         record["updates"] = list(draws.updates)
-        tensors["coefficients"] = draws.coefficients
     elif isinstance(draws, FullDraws):
         distinct = list(dict.fromkeys(draws.designs))
         record["designs"] = distinct
         record["design_of_module"] = [distinct.index(text) for text in draws.designs]
         record["method"] = draws.method
         record["environment"] = dict(draws.environment)
-        tensors |= {"weights": draws.weights, "seeds": draws.seeds}
     else:
         raise TypeError(
             f"`save_draws({type(draws).__name__})`: give `SpanDraws` or `FullDraws`; `SpanDraws.of(draws, coordinates, "
@@ -113,11 +112,14 @@ def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
             method=record["method"],
             weights=tensors["weights"],
             seeds=tensors["seeds"],
+            temperature=tensors["temperature"],
             designs=tuple(record["designs"][index] for index in record["design_of_module"]),
             environment=record["environment"],
         )
         start = draws.weights.shape[:2]
-        shapes = {"weights": (*start, len(modules), draws.weights.shape[-1]), "seeds": (*start, len(modules))}
+        experts = draws.weights.shape[-1]
+        shapes = {"weights": (*start, len(modules), experts), "seeds": (*start, len(modules))}
+        shapes["temperature"] = (len(modules),)
     shapes |= {name: (draws.num_chains, draws.num_draws, len(modules)) for name in tensors if name.startswith(_STATS)}
     for name, shape in shapes.items():
         finite = name.startswith(_STATS) or bool(torch.isfinite(tensors[name]).all())

@@ -78,7 +78,7 @@ def sample_full(
         raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")
     nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor, names in wanted.items() if names}
     progress.begin("sampling", count, sum(nbytes.values()))
-    names, texts, norms, parts = [], [], [], []
+    names, texts, norms, parts, temperatures = [], [], [], [], []
     digest = hashlib.sha256()
     for tensor in nbytes:
         here = for_tensor(tensor)
@@ -88,6 +88,7 @@ def sample_full(
             names.append(module.name)
             texts.append(design_text(here))
             norms.append(module.squared_norms)
+            temperatures.append(module.poe.temperature)
             _feed(digest, module)
         progress.advance(len(modules), nbytes[tensor])
     return FullDraws(
@@ -98,13 +99,14 @@ def sample_full(
         method=method,
         weights=_joined([part.weights for part in parts]),
         seeds=torch.cat([part.seeds for part in parts], -1).cpu(),
+        temperature=torch.tensor(temperatures, dtype=torch.float64),
         designs=tuple(texts),
         environment=environment(task_vectors.device, task_vectors.dtype),
     )
 
 
 def design_text(design: Design) -> str:
-    """What of a design decides a Full draw, as text: experts, anchor, temperature; not how its MAP is solved or scaled.
+    """What of a design decides a Full draw besides its temperature, as text: experts and anchor.
 
     Args:
         design: The design.
@@ -115,7 +117,7 @@ def design_text(design: Design) -> str:
     described = design.describe()
     if design.center is not None:
         described["anchor"] = {**described["anchor"], "center": "checkpoint"}
-    return json.dumps({key: described[key] for key in ("experts", "anchor", "temperature")}, sort_keys=True)
+    return json.dumps({key: described[key] for key in ("experts", "anchor")}, sort_keys=True)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inference._adaptation import RESCALE_AT, TARGET_ACCEPTANCE, Adaptation, Tuning, chees_gradient
 from inference._leapfrog import HMCInfo, HMCState, init, kinetic, leapfrog, step, van_der_corput
-from inference._starts import Starts, overdispersed_starts
+from inference._starts import starts_of
 from inference._target import Density, Target
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
@@ -69,7 +69,7 @@ def hmc(
     _check_settings(num_samples, chains, warmup, max_steps)
     require_proper(posterior)
     target = Target(posterior)
-    starts = overdispersed_starts(posterior, chains, generator) if start is None else _given(posterior, start, chains)
+    starts = starts_of(posterior, chains, generator, start)
     state = init(target.states(starts.points), target)
     scale = target.states(starts.scale)
     adaptation = Adaptation.start(_first_log_step(state, target, scale, generator), scale, max_steps)
@@ -153,23 +153,6 @@ def _statistics(state: HMCState, info: HMCInfo, tuning: Tuning, target: Target) 
         "diverging": info.diverging,
     }
     return {name: target.per_module(value) for name, value in by_group.items()}
-
-
-def _given(posterior: Posterior, start: Tensor, chains: int) -> Starts:
-    """A start from the caller, with the anchor's standard deviation (1 without an anchor) as a first scale.
-
-    Raises:
-        ValueError: it has the wrong shape.
-    """
-    shape = (chains, posterior.num_modules, *posterior.event_shape)
-    if tuple(start.shape) != shape:
-        raise ValueError(
-            f"`hmc(start=...)` has shape {tuple(start.shape)}, but {chains} chains of this posterior have {shape}. "
-            "Give one point per chain, for instance `point.expand(chains, *point.shape)`."
-        )
-    eta = posterior.anchor_precision
-    spread = torch.where(eta > 0, (posterior.temperature / (2 * eta)).sqrt(), torch.ones_like(eta))
-    return Starts(start, spread[:, None, None].expand(shape[1:]))
 
 
 def _check_settings(num_samples: int, chains: int, warmup: int, max_steps: int) -> None:

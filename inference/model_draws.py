@@ -15,6 +15,7 @@ A sampler's :class:`~inference.draws.Draws` are latents of one batch. Here they 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,11 @@ class ModelDraws(ABC):
     @abstractmethod
     def num_draws(self) -> int:
         """Draws per chain ``S``."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> dict[str, Tensor]:
+        """What decides the draws, by name: the tensors that a file keeps."""
 
     @abstractmethod
     def update(self, module: Module, member: int) -> Tensor:
@@ -135,6 +141,14 @@ class ModelDraws(ABC):
             )
         return self._modules(kept)
 
+    def digest(self) -> str:
+        """Sha256 of what the draws are about and of every number: draws with the same digest are the same."""
+        digest = hashlib.sha256(repr((self.modules, self.source)).encode())
+        for name, values in self.numbers.items():
+            digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+            digest.update(values.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def index(self, module: str) -> int:
         """Position of a module among the draws.
 
@@ -196,6 +210,11 @@ class SpanDraws(ModelDraws):
     def num_draws(self) -> int:
         return self.coefficients.shape[1]
 
+    @property
+    @override
+    def numbers(self) -> dict[str, Tensor]:
+        return {"coefficients": self.coefficients}
+
     @override
     def update(self, module: Module, member: int) -> Tensor:
         """``sum_j c_j U_j + c_0 Z_0``."""
@@ -229,6 +248,7 @@ class FullDraws(ModelDraws):
         method: ``"gibbs"``, or ``"laplace"``, whose draws need no weights but solve for the mode again.
         weights: ``(C, S, M, E)``, filled up with zeros where a module has fewer experts; ``E = 0`` for Laplace.
         seeds: ``(C, S, M)`` int64.
+        temperature: of each module's posterior, ``(M,)`` float64.
         designs: for each module what its design is, as text; draws are refused under another one.
         environment: where they were made: device type, torch version, threads, compute dtype.
     """
@@ -236,6 +256,7 @@ class FullDraws(ModelDraws):
     method: Literal["gibbs", "laplace"]
     weights: Tensor
     seeds: Tensor
+    temperature: Tensor
     designs: tuple[str, ...]
     environment: Mapping[str, str]
 
@@ -254,11 +275,17 @@ class FullDraws(ModelDraws):
     def num_draws(self) -> int:
         return self.weights.shape[1]
 
+    @property
+    @override
+    def numbers(self) -> dict[str, Tensor]:
+        return {"weights": self.weights, "seeds": self.seeds, "temperature": self.temperature}
+
     @override
     def update(self, module: Module, member: int) -> Tensor:
         """The draw, made again from its weights and its seed."""
-        place = (member // self.num_draws, member % self.num_draws, self.index(module.name))
-        posterior, seed = module.posterior, int(self.seeds[place])
+        index = self.index(module.name)
+        place = (member // self.num_draws, member % self.num_draws, index)
+        posterior, seed = replace(module.posterior, temperature=float(self.temperature[index])), int(self.seeds[place])
         if self.method == "laplace":
             return Laplace(posterior, solve_posterior(posterior).value).draw(seed)
         weights = self.weights[place][: len(posterior.experts)].to(posterior.anchor_precision)
@@ -279,5 +306,6 @@ class FullDraws(ModelDraws):
             stats={name: value[:, :, kept] for name, value in self.stats.items()},
             weights=self.weights[:, :, kept],
             seeds=self.seeds[:, :, kept],
+            temperature=self.temperature[kept],
             designs=tuple(self.designs[index] for index in kept),
         )

@@ -14,7 +14,8 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from inference._starts import overdispersed_starts
+from inference._leapfrog import init
+from inference._starts import starts_of
 from inference._target import Target
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
@@ -29,6 +30,7 @@ def nuts(
     generator: torch.Generator,
     chains: int = 4,
     warmup: int = 500,
+    start: Tensor | None = None,
     max_tree_depth: int = 10,
     target_acceptance: float = 0.8,
     progress: Callable[[int, int], None] | None = None,
@@ -42,8 +44,9 @@ def nuts(
         num_samples: draws kept per chain.
         generator: gives the starts, and one seed per chain. Pyro draws from torch's global generator: that is seeded
             for each chain and put back afterwards.
-        chains: run one after the other in this process, from overdispersed starts.
+        chains: run one after the other in this process.
         warmup: steps per chain before the first kept draw.
+        start: ``(C, M, *event)``; by default overdispersed around the MAP and all task vectors.
         max_tree_depth: a trajectory has at most ``2**max_tree_depth - 1`` leapfrog steps.
         target_acceptance: of the step size adaptation.
         progress: called with the number of finished steps and their total over all chains.
@@ -54,14 +57,16 @@ def nuts(
         ``reached_max_treedepth``.
 
     Raises:
-        ValueError: the posterior is improper, or a setting cannot be used.
+        ValueError: the posterior is improper, or a setting or the start cannot be used.
     """
     if num_samples < 1 or chains < 1 or warmup < 1:
         raise ValueError(
             f"`nuts(num_samples={num_samples}, chains={chains}, warmup={warmup})`: at least one of each is needed."
         )
     require_proper(posterior)
-    starts = overdispersed_starts(posterior, chains, generator).points
+    target = Target(posterior)
+    starts = starts_of(posterior, chains, generator, start).points
+    init(target.states(starts), target)  # Pyro's own message on a bad start does not say what is wrong
     seeds = torch.randint(2**62, (chains,), generator=generator, device=generator.device).tolist()
     total = chains * (warmup + num_samples)
     values, records = [], []
@@ -69,7 +74,7 @@ def nuts(
         record = _Record(program(posterior), chain * (warmup + num_samples), total, progress)
         kernel = NUTS(
             record.model,
-            init_strategy=init_to_value(values={"update": starts[chain]}),
+            init_strategy=init_to_value(values={"update": starts[chain].to(posterior.dtype)}),
             max_plate_nesting=1,  # Pyro would find it out by sampling the anchor, which may be improper
             max_tree_depth=max_tree_depth,
             target_accept_prob=target_acceptance,
@@ -79,7 +84,7 @@ def nuts(
             mcmc.run()
         values.append(mcmc.get_samples()["update"])
         records.append(record)
-    return _collect(posterior, torch.stack(values), records, max_tree_depth)
+    return _collect(target, torch.stack(values), records, max_tree_depth)
 
 
 class _Record:
@@ -129,8 +134,7 @@ def _global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_tree_depth: int) -> StoredDraws:
-    target = Target(posterior)
+def _collect(target: Target, values: Tensor, records: list[_Record], max_tree_depth: int) -> StoredDraws:
     n_steps = torch.tensor([record.n_steps for record in records])
     of_all = {
         "step_size": torch.tensor([record.step_size for record in records], dtype=torch.float64),
@@ -142,5 +146,5 @@ def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_t
         "lp": target.per_module(target(target.states(values).flatten(0, 1))[0].unflatten(0, values.shape[:2]))
     }
     for name, value in of_all.items():
-        statistics[name] = value.unsqueeze(-1).expand(*value.shape, posterior.num_modules).to(values.device)
+        statistics[name] = value.unsqueeze(-1).expand(*value.shape, target.posterior.num_modules).to(values.device)
     return StoredDraws(values.to(torch.float64), statistics)

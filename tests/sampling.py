@@ -50,7 +50,7 @@ def assert_same_mean(
     max_rhat: float = 1.02,
     errors: float = 5.0,
 ) -> None:
-    """Draws `(C, S, M, *event)` mix, and the means of all functionals are within `errors` Monte Carlo errors of the truth.
+    """Draws `(C, S, M, *event)` mix, and the means of all functionals are within `errors` Monte Carlo errors of truth.
 
     `truth` is either exact, as means `(F,)` by the names of :func:`functionals`, or other draws, which must mix too.
     """
@@ -119,9 +119,9 @@ def gaussian_means(posterior: Posterior) -> dict[str, Tensor]:
 
 
 def grid_means(posterior: Posterior, active: list[int], points: int = 401, width: float = 7.0) -> dict[str, Tensor]:
-    """Means of one module by quadrature over the two coordinates that any expert sees; the anchor alone has the others.
+    """Means of one module by quadrature over the two coordinates that experts see; the anchor alone has the others.
 
-    The density is smooth and negligible at the edges, `width` standard deviations of the anchor away, where the trapezoid
+    The density is smooth, and negligible at the edges, `width` standard deviations of the anchor away: the trapezoid
     rule converges exponentially.
     """
     assert posterior.num_modules == 1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from inference._adaptation import Adaptation, StepSize, Tuning, chees_gradient
 from inference._leapfrog import HMCState, init, leapfrog, step, van_der_corput
+from inference._starts import overdispersed_starts
 from inference._target import Density, Target
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
@@ -198,77 +199,102 @@ def test_a_factor_expert_that_couples_modules(generator: torch.Generator) -> Non
 # Samplers that are wrong on purpose
 
 
+Move = Callable[[HMCState, Density, Tuning, int, torch.Generator], HMCState]
+
+
+def right(state: HMCState, density: Density, tuning: Tuning, index: int, generator: torch.Generator) -> HMCState:
+    return step(state, density, tuning, van_der_corput(index), generator)[0]
+
+
+def without_decision(
+    state: HMCState, density: Density, tuning: Tuning, index: int, generator: torch.Generator
+) -> HMCState:
+    velocity = torch.randn(state.position.shape, generator=generator, dtype=torch.float64)
+    return leapfrog(state, velocity, density, tuning, torch.tensor([2]))[0]
+
+
 def chain(
-    posterior: Posterior,
-    move: Callable[[HMCState, Density, Tuning, int], HMCState],
-    density: Density,
-    generator: torch.Generator,
-    step_size: float,
-    num_samples: int = 2500,
+    density: Density, generator: torch.Generator, move: Move = right, step_size: float = 0.8, num_samples: int = 1500
 ) -> Tensor:
-    """Draws of 16 chains under any move, started from their own posterior."""
+    """States `(16, S, 1, 3)` of 16 chains under any move."""
     state = init(torch.randn(16, 1, 3, generator=generator, dtype=torch.float64), density)
     ones = torch.ones(1, dtype=torch.float64)
     tuning = Tuning(step_size * ones, 4 * step_size * ones, torch.ones(1, 3, dtype=torch.float64))
     positions = []
-    for index in range(1, num_samples + 501):
-        state = move(state, density, tuning, index)
+    for index in range(1, num_samples + 101):
+        state = move(state, density, tuning, index, generator)
         positions.append(state.position)
-    return Target(posterior).latents(torch.stack(positions[500:], 1))
+    return torch.stack(positions[100:], 1)
 
 
 @pytest.fixture
 def skewed(generator: torch.Generator) -> Posterior:
-    """One module, in units in which its standard deviations are about 1."""
-    updates = random_updates(generator, 1, 2, 2, 3)
-    poe = ProductOfExperts.of(
-        ["a", "b"], InputGram(), Cauchy(), Absolute(1.0), anchor=Anchor(precision=AbsolutePrecision(0.05))
-    )
-    return span_of(poe, 0.7 * updates)
+    """One module, in units in which its standard deviations are between 1 and 3."""
+    anchor = Anchor(precision=AbsolutePrecision(0.05))
+    poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Absolute(1.0), anchor=anchor)
+    return span_of(poe, 0.7 * random_updates(generator, 1, 2, 2, 3))
 
 
-def test_the_helper_passes_a_correct_chain_and_catches_wrong_ones(
-    skewed: Posterior, generator: torch.Generator
-) -> None:
-    truth = grid_means(skewed, [1, 2])
-    target = Target(skewed)
+def large_steps_without_a_decision(target: Target, generator: torch.Generator) -> Tensor:
+    return chain(target, generator, without_decision, step_size=1.2)
 
-    def right(state: HMCState, density: Density, tuning: Tuning, index: int) -> HMCState:
-        return step(state, density, tuning, van_der_corput(index), generator)[0]
 
-    def without_decision(state: HMCState, density: Density, tuning: Tuning, index: int) -> HMCState:
-        velocity = torch.randn(state.position.shape, generator=generator, dtype=torch.float64)
-        return leapfrog(state, velocity, density, tuning, torch.tensor([2]))[0]
-
+def a_temperature_of_1_2(target: Target, generator: torch.Generator) -> Tensor:
     def hot(x: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = target(x)
         return value / 1.2, gradient / 1.2
 
-    def without_jacobian(y: Tensor) -> Tensor:
-        return -skewed.energy(target.latents(torch.sinh(y))) / skewed.temperature
+    return chain(hot, generator)
 
-    def wrong_sign(x: Tensor) -> tuple[Tensor, Tensor]:
-        return target(-x)[0], -target(-x)[1]
 
-    draws = chain(skewed, right, target, generator, 0.8)
-    assert_same_mean(skewed, draws, truth)
-    wrong = {
-        "no Metropolis decision at a large step": chain(skewed, without_decision, target, generator, 1.2),
-        "a temperature of 1.2": chain(skewed, right, hot, generator, 0.8),
-        "a change of variables without its Jacobian": torch.sinh(
-            chain(skewed, right, value_and_gradient(without_jacobian), generator, 0.4)
-        ),
-        "a mirrored target": chain(skewed, right, wrong_sign, generator, 0.8),
-        "draws mirrored at their mean": 2 * draws.mean((0, 1)) - draws,
-    }
-    for name, values in wrong.items():
-        with pytest.raises(IsBiased):
-            assert_same_mean(skewed, values, truth)
-            print(name)  # shown by pytest if it was not noticed
+def no_jacobian(target: Target, generator: torch.Generator) -> Tensor:
+    posterior = target.posterior
+
+    def density(y: Tensor) -> Tensor:
+        return -posterior.energy(target.latents(torch.sinh(y))) / posterior.temperature
+
+    return torch.sinh(chain(value_and_gradient(density), generator, step_size=0.4))
+
+
+def a_mirrored_target(target: Target, generator: torch.Generator) -> Tensor:
+    def mirrored(x: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = target(-x)
+        return value, -gradient
+
+    return chain(mirrored, generator)
+
+
+def mirrored_at_the_mean(target: Target, generator: torch.Generator) -> Tensor:
+    draws = chain(target, generator)
+    return 2 * draws.mean((0, 1)) - draws
+
+
+WRONG = [large_steps_without_a_decision, a_temperature_of_1_2, no_jacobian, a_mirrored_target, mirrored_at_the_mean]
+
+
+def test_the_helper_passes_a_correct_sampler(skewed: Posterior, generator: torch.Generator) -> None:
+    target = Target(skewed)
+    assert_same_mean(skewed, target.latents(chain(target, generator)), grid_means(skewed, [1, 2]))
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+def test_the_helper_catches_a_wrong_sampler(
+    wrong: Callable[[Target, torch.Generator], Tensor], skewed: Posterior, generator: torch.Generator
+) -> None:
+    target = Target(skewed)
+    draws = target.latents(wrong(target, generator))
+    with pytest.raises(IsBiased):
+        assert_same_mean(skewed, draws, grid_means(skewed, [1, 2]))
+
+
+def test_the_helper_asks_first_whether_the_chains_mix(skewed: Posterior, generator: torch.Generator) -> None:
+    target, truth = Target(skewed), grid_means(skewed, [1, 2])
+    stuck = target.latents(chain(target, generator, step_size=0.005, num_samples=500))
     with pytest.raises(DoesNotMix):
-        assert_same_mean(skewed, chain(skewed, right, target, generator, 0.005), truth)
+        assert_same_mean(skewed, stuck, truth)
+    short = target.latents(chain(target, generator, num_samples=20))
     with pytest.raises(DoesNotMix):
-        assert_same_mean(skewed, draws[:, :20], truth)
+        assert_same_mean(skewed, short, truth)
 
 
 # The parts
@@ -423,8 +449,6 @@ def test_starts_lie_around_the_map_and_every_task_vector(generator: torch.Genera
     updates = random_updates(generator, 2, 2, 3, 4)
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian(), Relative(0.4), temperature=0.3)
     posterior = span_of(poe, updates)
-    from inference._starts import overdispersed_starts
-
     starts = overdispersed_starts(posterior, 1500, generator)
     truth = gaussian_means(posterior)
     spread = (truth["x^2"] - truth["x"].square()).sqrt().view(2, 3, 1)
@@ -445,10 +469,10 @@ def test_bad_settings_are_one_clear_error(generator: torch.Generator) -> None:
         hmc(posterior, 10, warmup=10, generator=generator)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 1\), but 16 chains .* \(16, 2, 3, 1\)"):
         hmc(posterior, 10, generator=generator, start=torch.zeros(2, 3, 1))
+    start = torch.zeros(16, 2, 3, 1)
+    start[0, 1] = math.nan
     with pytest.raises(ValueError, match="group 1 .* not finite where chain 0 starts"):
-        start = torch.zeros(16, 2, 3, 1)
-        start[0, 1] = math.nan
         hmc(posterior, 10, generator=generator, start=start)
+    improper = ProductOfExperts.of(["a", "b"], energy=Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
-        improper = ProductOfExperts.of(["a", "b"], energy=Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
         hmc(span_of(improper, updates), 10, generator=generator)

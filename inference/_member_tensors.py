@@ -1,0 +1,225 @@
+"""The tensors of an ensemble's members, one at a time: drawn, the MAP, averaged or the base's."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from inference._modules import Module, module_names, read_modules
+from inference.design import Design, Designs, as_function
+from inference.full_draws import design_text
+from inference.model_draws import FullDraws, ModelDraws
+from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from poe_models.task_vectors import Source, TaskVectors
+
+_SAME_NORM = 1e-3
+
+
+class MemberTensors:
+    """Makes any tensor of any member.
+
+    Args:
+        task_vectors: Base and experts.
+        design: One product or design for all tensors, or a function from the tensor's name.
+        draws: Draws of some of its modules; modules and weights are checked against them.
+        out_dtype: Dtype of floating tensors; the base's own by default.
+        elsewhere: A merged checkpoint that gives everything the draws do not.
+
+    Attributes:
+        base: The open base.
+        sampled: Names of the tensors that differ between members, in the order of the base.
+        shared: Names of the others.
+
+    Raises:
+        CheckpointError: If `elsewhere` lacks a tensor.
+        ValueError: If the draws have modules that are not merged here, or belong to another design or dtype.
+    """
+
+    def __init__(
+        self,
+        task_vectors: TaskVectors,
+        design: Designs,
+        draws: ModelDraws,
+        out_dtype: torch.dtype | None,
+        elsewhere: Source | None,
+    ) -> None:
+        self.task_vectors, self.draws, self.out_dtype = task_vectors, draws, out_dtype
+        self.base = task_vectors.base
+        self.design_of = as_function(design)
+        self.elsewhere = None if elsewhere is None else self._opened(elsewhere)
+        merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+        self._modules = {tensor: module_names(task_vectors, tensor) for tensor in merged}
+        own = set(draws.modules)
+        self.sampled = tuple(tensor for tensor, names in self._modules.items() if own.intersection(names))
+        self.shared = tuple(name for name in task_vectors.treatments if name not in self.sampled)
+        self._check_draws()
+        self._checked: set[str] = set()
+        self._shared_tensors: dict[str, Tensor] | None = None
+        self._shared_blocks: dict[str, Tensor] = {}
+
+    def all_shared(self) -> dict[str, Tensor]:
+        """All tensors that members share, in their output dtype; made once and kept."""
+        if self._shared_tensors is None:
+            self._shared_tensors = {name: self.rounded(name, self.value(name, None)) for name in self.shared}
+        return self._shared_tensors
+
+    def all_sampled(self, draw: ModelDraws) -> dict[str, Tensor]:
+        """All sampled tensors of one member, in their output dtype."""
+        return {name: self.rounded(name, self.value(name, draw)) for name in self.sampled}
+
+    def value(self, tensor: str, draw: ModelDraws | None) -> Tensor:
+        """One tensor before rounding to the output's dtype.
+
+        Args:
+            tensor: Its name in the base.
+            draw: One draw, for a sampled tensor.
+
+        Returns:
+            The tensor on the CPU, in the compute dtype; in its own if it is the base's or given by `elsewhere`.
+        """
+        treatment = self.task_vectors.treatments[tensor]
+        if tensor not in self.sampled:
+            if self.elsewhere is not None:
+                return self.elsewhere.read(tensor).clone()
+            if treatment.action == "base":
+                return self.base.read(tensor).clone()
+            if treatment.action == "average":
+                return self.task_vectors.average(tensor).cpu()
+        assert treatment.view is not None
+        design = self.design_of(tensor)
+        blocks = []
+        for module in read_modules(self.task_vectors, tensor, design):
+            if module.name not in self.draws.modules:
+                blocks.append(self._block(module, tensor, design))
+                continue
+            assert draw is not None
+            self._check_weights(module)
+            blocks.append(module.base + design.scaling * draw.update(module, 0))
+        return treatment.view.join(blocks, self.base.tensors[tensor].shape).cpu()
+
+    def dtype_of(self, tensor: str) -> torch.dtype:
+        """Output dtype of a tensor."""
+        own = self.base.tensors[tensor].dtype
+        return self.out_dtype if self.out_dtype is not None and own.is_floating_point else own
+
+    def rounded(self, tensor: str, value: Tensor) -> Tensor:
+        """A tensor in its output dtype, contiguous.
+
+        Args:
+            tensor: Its name.
+            value: The tensor.
+
+        Raises:
+            CheckpointError: If a value is not finite in that dtype.
+        """
+        dtype = self.dtype_of(tensor)
+        result = value.to(dtype).contiguous()
+        if dtype.is_floating_point and not bool(result.isfinite().all()):
+            raise CheckpointError(
+                f"tensor {tensor!r} of a member has values that are not finite as {dtype}. Ask for float32 or bfloat16 "
+                "(`out_dtype`), or lower the temperature."
+            )
+        return result
+
+    def check_draw(self, draw: ModelDraws) -> None:
+        """Refuse what is not one draw of the same modules and weights.
+
+        Args:
+            draw: It may be from another temperature.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        same = (draw.modules, draw.source, draw.coordinates) == (
+            self.draws.modules,
+            self.draws.source,
+            self.draws.coordinates,
+        )
+        if len(draw) != 1 or not same or (isinstance(draw, FullDraws) and draw.designs != self._own_designs()):
+            raise ValueError(
+                f"expected one draw of the ensemble's {len(self.draws.modules)} modules, got {len(draw)} draws of "
+                f"{len(draw.modules)}{'' if same else ' that are about other modules or statistics'}. Iterate over the "
+                "draws; `draws.restrict(pattern)` takes the modules of a restricted ensemble."
+            )
+
+    def _own_designs(self) -> tuple[str, ...]:
+        return self.draws.designs if isinstance(self.draws, FullDraws) else ()
+
+    def _block(self, module: Module, tensor: str, design: Design) -> Tensor:
+        """The weights of a module that is not sampled."""
+        if tensor not in self.sampled:
+            return _map(module, design, self.draws)  # kept as a whole tensor
+        if module.name not in self._shared_blocks:
+            view = self.task_vectors.treatments[tensor].view
+            if self.elsewhere is not None and view is not None:
+                index = self._modules[tensor].index(module.name)
+                block = view.split(self.elsewhere.read(tensor))[index].to(module.base)
+            else:
+                block = _map(module, design, self.draws)
+            self._shared_blocks[module.name] = block
+        return self._shared_blocks[module.name]
+
+    def _check_draws(self) -> None:
+        draws, known = self.draws, {name: tensor for tensor, names in self._modules.items() for name in names}
+        unknown = [name for name in draws.modules if name not in known]
+        if unknown:
+            raise ValueError(
+                f"`MergedEnsemble(...)`: the draws have {unknown[0]!r}, which these task vectors do not merge. Give "
+                "the base, experts and rules that the draws were made with, or `draws.restrict(pattern)`."
+            )
+        if not isinstance(draws, FullDraws):
+            return
+        dtype = str(self.task_vectors.dtype).removeprefix("torch.")
+        if draws.environment["dtype"] != dtype:
+            raise ValueError(
+                f"`MergedEnsemble(...)`: Full draws made in {draws.environment['dtype']} are other draws in {dtype}. "
+                f"Open the task vectors with `dtype=torch.{draws.environment['dtype']}`."
+            )
+        for name, text in zip(draws.modules, draws.designs, strict=True):
+            if design_text(self.design_of(known[name])) != text:
+                raise ValueError(
+                    f"`MergedEnsemble(...)`: {name!r} was drawn under another design (experts or anchor), and Full "
+                    "draws are made again under the one they have. Give the design that they were drawn with."
+                )
+
+    def _check_weights(self, module: Module) -> None:
+        """Refuse draws about other weights, once per module."""
+        if module.name in self._checked:
+            return
+        expected, found = self.draws.squared_norms[self.draws.index(module.name)], module.squared_norms
+        if len(found) > len(expected) or not torch.allclose(found, expected[: len(found)], rtol=_SAME_NORM, atol=0.0):
+            raise ValueError(
+                f"`MergedEnsemble(...)`: the draws of {module.name!r} are about updates and a centre of norm "
+                f"{_shown(expected)}, these have {_shown(found)}. Give the base, experts and anchor that the draws "
+                "were made with, or draw again."
+            )
+        self._checked.add(module.name)
+
+    def _opened(self, elsewhere: Source) -> Checkpoint:
+        checkpoint = open_checkpoint(elsewhere, base=self.base)
+        for name, info in self.base.tensors.items():
+            found = checkpoint.tensors.get(checkpoint.aliases.get(name, name))
+            if found is None or found.shape != info.shape:
+                what = "is missing" if found is None else f"is {found.shape}, the base's {info.shape}"
+                raise CheckpointError(
+                    f"elsewhere ({checkpoint.source}): tensor {name!r} {what}. Give a merge of the same base."
+                )
+        return checkpoint
+
+
+def _map(module: Module, design: Design, draws: ModelDraws) -> Tensor:
+    """``W_0 + λ Z`` at the MAP, in the coordinates of the draws."""
+    alone = replace(design, poe=module.poe, center=None, coordinates=draws.coordinates)
+    factors = module.low_rank
+    low_rank = None if factors is None else (factors[0].unsqueeze(0), factors[1].unsqueeze(0))
+    solution = alone.solve(module.updates.unsqueeze(0), low_rank)
+    if not solution.status[0].converged:
+        warnings.warn(f"the MAP of {module.name!r}, which is not sampled: {solution.status[0]}", stacklevel=2)
+    return module.base + design.scaling * solution.value[0]
+
+
+def _shown(squared: Tensor) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in squared.sqrt().tolist()) + ")"
