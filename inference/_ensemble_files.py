@@ -200,16 +200,15 @@ class _Writer:
 
     def _needed(self) -> int:
         """Bytes on the disk, the parts of one folder included."""
-        width = {
-            name: self.tensors.dtype_of(name).itemsize if self.kind == "checkpoints" else 4
-            for name in self.base.tensors
+        checkpoints, dtype_of = self.kind == "checkpoints", self.tensors.dtype_of
+        nbytes = {
+            name: math.prod(info.shape) * (dtype_of(name).itemsize if checkpoints else 4)
+            for name, info in self.base.tensors.items()
         }
-        nbytes = {name: math.prod(info.shape) * width[name] for name, info in self.base.tensors.items()}
-        sampled = sum(nbytes[name] for name in self.sampled)
         copies = len(self.tensors.draws) + 1
-        if self.kind == "checkpoints":
+        if checkpoints:
             return copies * sum(size * len(self.base.tied_names(name)) for name, size in nbytes.items())
-        return sum(nbytes[name] for name in self.changed) + copies * sampled
+        return sum(nbytes[name] for name in self.changed) + copies * sum(nbytes[name] for name in self.sampled)
 
 
 def _file_name(file: str) -> str:

@@ -61,8 +61,8 @@ def init(position: Tensor, density: Density) -> HMCState:
     if not bool(finite.all()):
         chain, group = (~finite).nonzero()[0].tolist()
         raise ValueError(
-            f"the log density of group {group} (module, unless a factor expert couples them) or its gradient is not finite "
-            f"where chain {chain} starts. Give another `start`, or look at the experts' energies there."
+            f"the log density of group {group} (a module, unless a factor expert couples them) or its gradient is not "
+            f"finite where chain {chain} starts. Give another `start`, or look at the experts' energies there."
         )
     return HMCState(position, log_density, gradient)
 

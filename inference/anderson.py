@@ -11,6 +11,9 @@ from torch import Tensor
 RIDGE = 1e-12
 """Relative ridge on the least-squares problem; also gives forgotten differences (zero columns) zero weight."""
 
+LONGEST_STEP = 5.0
+"""Most that extrapolation may change a number beyond the plain step: a log-weight by 5 nats, a weight by 150 times."""
+
 
 class Anderson:
     """Type-II Anderson extrapolation of ``v -> g(v)`` for ``M`` independent iterations of ``E`` numbers.
@@ -39,8 +42,9 @@ class Anderson:
         size = normal.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] * RIDGE + torch.finfo(normal.dtype).tiny
         normal = normal + size * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
         gamma, _ = torch.linalg.solve_ex(normal, differences.mT @ residual.unsqueeze(-1))
-        proposal = output - (torch.stack(self._outputs, -1) @ gamma).squeeze(-1)
-        return torch.where(proposal.isfinite().all(-1, keepdim=True), proposal, output)
+        change = -(torch.stack(self._outputs, -1) @ gamma).squeeze(-1)
+        change = change.clamp(-LONGEST_STEP, LONGEST_STEP)
+        return torch.where(change.isfinite().all(-1, keepdim=True), output + change, output)
 
     def forget(self, where: Tensor) -> None:
         """Drop the history of some iterations, ``(M,)`` boolean: theirs led uphill."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference._artifacts import read_artifact, write_artifact
-from inference.full_draws import warn_of_changes
+from inference.full_draws import check_environment, warn_of_changes
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.statistics_files import statistics_digest
 from poe_models.checkpoints import CheckpointError
@@ -35,6 +35,11 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
         OutputError: If the folder exists.
         TypeError: If the draws are neither Span nor Full draws.
     """
+    if not isinstance(draws, SpanDraws | FullDraws):
+        raise TypeError(
+            f"`save_draws({type(draws).__name__})`: give `SpanDraws` or `FullDraws`; `SpanDraws.of(draws, coordinates, "
+            "statistics)` names the draws of a sampler."
+        )
     record: dict[str, Any] = {
         "coordinates": draws.coordinates,
         "modules": list(draws.modules),
@@ -44,17 +49,12 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
     tensors = {"squared_norms": draws.squared_norms, **draws.numbers, **stats}
     if isinstance(draws, SpanDraws):
         record["updates"] = list(draws.updates)
-    elif isinstance(draws, FullDraws):
+    else:
         distinct = list(dict.fromkeys(draws.designs))
         record["designs"] = distinct
         record["design_of_module"] = [distinct.index(text) for text in draws.designs]
         record["method"] = draws.method
         record["environment"] = dict(draws.environment)
-    else:
-        raise TypeError(
-            f"`save_draws({type(draws).__name__})`: give `SpanDraws` or `FullDraws`; `SpanDraws.of(draws, coordinates, "
-            "statistics)` names the draws of a sampler."
-        )
     return write_artifact(path, _KIND, tensors, record)
 
 
@@ -116,6 +116,7 @@ def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
             designs=tuple(record["designs"][index] for index in record["design_of_module"]),
             environment=record["environment"],
         )
+        check_environment(draws.environment)
         start = draws.weights.shape[:2]
         experts = draws.weights.shape[-1]
         shapes = {"weights": (*start, len(modules), experts), "seeds": (*start, len(modules))}

@@ -8,7 +8,8 @@ and what an expert sees of ``U_i`` scatters around ``Z``. Its evidence is the de
 
 where ``D_i`` is the rank of ``P_i`` and ``pdet`` the product of its nonzero eigenvalues: ``Z_i`` integrates over the
 ``D_i`` directions that the expert sees. Everything is taken in the posterior's own coordinates: in Span ones the
-operator is its restriction to the span (the exponent stays what the full rank made it).
+operator is its restriction to the span, and ``exponent="multivariate"`` should be as well:
+:func:`with_restricted_exponents`.
 
 **What can be compared.** The operators ``P_i``, the units of :class:`~poe_models.scales.Relative` scales and a relative
 ``eta`` are computed from the updates and then held fixed: differences are log Bayes factors given these.
@@ -31,7 +32,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from typing_extensions import override
 
 from inference.fixed_point import solve_posterior
 from inference.laplace import Laplace
+from poe_models.experts import ProductOfExperts
 from poe_models.operators import Gram, Operator, sum_of_squares
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.program import log_constant
@@ -131,6 +133,29 @@ def log_normalizers(posterior: Posterior) -> Tensor:
 def dimensions(posterior: Posterior) -> Tensor:
     """``D_i``, the ranks of the experts' operators in the posterior's own coordinates, ``(M, E)``."""
     return torch.stack([_without_rounding(expert.operator).dimension() for expert in posterior.experts], -1)
+
+
+def with_restricted_exponents(poe: ProductOfExperts, posterior: Posterior) -> Posterior:
+    """The posterior with ``exponent="multivariate"`` set from the ranks in its own coordinates.
+
+    In Span coordinates that makes such an expert the marginal of its Student-t on what it sees of the span, again a
+    Student-t with the same scale and degrees of freedom. The exponent that :func:`~poe_models.span.span_posterior` sets
+    comes from the rank on all of ``vec(Z)``: that is the whole density along the span, far narrower and nearly Gaussian.
+    In Full coordinates nothing changes.
+
+    Args:
+        poe: the design.
+        posterior: the same design bound to updates, in Full or Span coordinates.
+
+    Returns:
+        The posterior with the other exponents.
+    """
+    ranks = dimensions(posterior)
+    experts = tuple(
+        replace(bound, rho=expert.energy.for_dimension(ranks[:, i]))
+        for i, (expert, bound) in enumerate(zip(poe.experts, posterior.experts, strict=True))
+    )
+    return replace(posterior, experts=experts)
 
 
 def annealed_evidence(

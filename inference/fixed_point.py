@@ -13,12 +13,13 @@ And where an energy is not concave, the plain step is a descent direction and is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from inference.inputs import unpack
 from inference.reweighting import Point, Problem, Run, SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.experts import ProductOfExperts
@@ -64,11 +65,19 @@ def fixed_point(
     Raises:
         ValueError: shapes, names or values do not fit, or the design cannot be solved in these coordinates.
     """
+    if coordinates not in ("full", "span"):
+        raise ValueError(f"`fixed_point(coordinates={coordinates!r})`: 'full' or 'span'.")
+    if coordinates == "span" and low_rank is not None:
+        raise ValueError(
+            "`fixed_point(coordinates='span', low_rank=...)`: factors save nothing in Span. Leave them out."
+        )
     if isinstance(updates, ModuleUpdates):
-        updates, low_rank = in_order_of(poe, updates)
+        updates, low_rank = unpack(poe, updates, low_rank)
     single, dtype = updates.ndim == 3, updates.dtype
     updates = check_updates(updates, poe.update_names)
-    options = SolverOptions(tuple(starts), max_steps, tolerance, step_tolerance, acceleration)
+    options = SolverOptions(
+        starts if isinstance(starts, str) else tuple(starts), max_steps, tolerance, step_tolerance, acceleration
+    )
     if coordinates == "full":
         solution = solve_posterior(full_posterior(poe, updates, low_rank), options)
         value = solution.value
@@ -102,6 +111,7 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
         )
     problem = Problem(posterior, quadratic_of(posterior))
     starts = list(_initial_weights(problem, options.starts))
+    _require_finite(posterior, starts)
     if all(expert.rho.is_convex for expert in posterior.experts):
         starts = starts[:1]
     best = run_from(problem, starts[0][1], options)
@@ -109,7 +119,7 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
     energies = [best.point.energy]
     winner = torch.zeros_like(best.steps, dtype=torch.long)
     for i, (_, weights) in enumerate(starts[1:], 1):
-        run = run_from(problem, weights, options, known=replace(best, converged=best.converged & (contraction[0] < 1)))
+        run = run_from(problem, weights, options, known=replace(best, converged=best.converged & contraction.strict))
         energies.append(run.point.energy)
         lower = run.point.energy < best.point.energy - problem.slack(best.point.energy)
         if bool(lower.any()):
@@ -139,21 +149,13 @@ def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
         weights = point.log_weights.exp()
 
 
-def in_order_of(poe: ProductOfExperts, module: ModuleUpdates) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """A module's updates, and low-rank factors if it has them, in the order of ``poe.update_names``.
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """Spectral radius of the log-weight map, [PoE] Eq. 26's bound, and whether it is a strict minimum; ``(M,)``."""
 
-    Raises:
-        ValueError: the product is about a task vector that the module does not have.
-    """
-    missing = [name for name in poe.update_names if name not in module.names]
-    if missing:
-        raise ValueError(
-            f"`fixed_point(poe, {module.name!r})`: the product is about {missing[0]!r}, but the task vectors are "
-            f"{', '.join(module.names)}. Give the experts these names, or set `update=`."
-        )
-    index = [module.names.index(name) for name in poe.update_names]
-    low_rank = None if module.low_rank is None else (module.low_rank[0][index], module.low_rank[1][index])
-    return module.updates[index], low_rank
+    rate: Tensor
+    bound: Tensor
+    strict: Tensor
 
 
 def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tuple[str, Tensor]]:
@@ -179,6 +181,18 @@ def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tupl
             )
 
 
+def _require_finite(posterior: Posterior, starts: Sequence[tuple[str, Tensor]]) -> None:
+    for name, weights in starts:
+        bad = (~weights.isfinite()).nonzero().tolist()
+        if bad:
+            module, expert = bad[0]
+            raise ValueError(
+                f"`fixed_point(...)`: expert {posterior.experts[expert].name!r} has a weight that is not finite at the "
+                f"start {name!r} in module {module} of the batch. Its energy needs a finite slope at q = 0, and the "
+                "updates a size that their dtype can hold: rescale them, or compute in float64."
+            )
+
+
 def _statuses(run: Run) -> tuple[Status, ...]:
     outcome = []
     for converged, rounding, searched in zip(
@@ -192,7 +206,7 @@ def _statuses(run: Run) -> tuple[Status, ...]:
 
 
 def _info(
-    problem: Problem, run: Run, contraction: tuple[Tensor, Tensor], names: tuple[str, ...], energies: Tensor
+    problem: Problem, run: Run, contraction: Contraction, names: tuple[str, ...], energies: Tensor
 ) -> FixedPointInfo:
     posterior, point = problem.posterior, run.point
     weights = posterior.weights(point.q)
@@ -200,7 +214,6 @@ def _info(
     active = posterior.active
     top = torch.where(active, relative, -torch.inf).amax(-1)
     bottom = torch.where(active, relative, torch.inf).amin(-1)
-    rate, bound = contraction
     scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
     return FixedPointInfo(
         experts=tuple(expert.name for expert in posterior.experts),
@@ -216,17 +229,21 @@ def _info(
         rejected=run.rejected.long(),
         gradient_norm=run.gradient_norm,
         weight_change=run.weight_change,
-        contraction_rate=rate,
-        contraction_bound=bound,
+        forward_error=run.forward_error,
+        strict_minimum=contraction.strict,
+        contraction_rate=contraction.rate,
+        contraction_bound=contraction.bound,
         anchor_precision=posterior.anchor_precision,
     )
 
 
-def _contraction(problem: Problem, point: Point) -> tuple[Tensor, Tensor]:
-    """Spectral radius of the log-weight map's Jacobian, and [PoE] Eq. 26's bound, ``(M,)`` each.
+def _contraction(problem: Problem, point: Point) -> Contraction:
+    """How the plain iteration contracts at a solution.
 
-    With ``f_i = P_i (Z - U_i)``: ``d log w_i / d log w_j = -2 (rho''_i / rho'_i s_i^2) w_j <f_i, H^-1 f_j>``, and
-    ``L = 2 sum_i a_i |rho''_i| / s_i^4 |f_i| |H^-1 f_i|``.
+    With ``f_i = P_i (Z - U_i)`` the Jacobian of the log-weight map is
+    ``d log w_i / d log w_j = -2 (rho''_i / rho'_i s_i^2) w_j <f_i, H^-1 f_j>``: a diagonal matrix times the Gram matrix
+    ``<f_i, H^-1 f_j>``, whose spectrum is real. The energy's Hessian is positive definite iff its largest eigenvalue is
+    below 1. ``L = 2 sum_i a_i |rho''_i| / s_i^4 |f_i| |H^-1 f_i|``.
     """
     weights = problem.posterior.weights(point.q)
     precision = problem.quadratic.precision(weights, problem.shift)
@@ -236,7 +253,9 @@ def _contraction(problem: Problem, point: Point) -> tuple[Tensor, Tensor]:
         [torch.stack([(f.double() * s.double()).sum((-2, -1)) for s in solved], -1) for f in forces], -2
     )
     curvature = problem.posterior.curvatures(point.q)
-    jacobian = -2 * inner * curvature.unsqueeze(-2)  # similar to the Jacobian: both are diagonal times symmetric
-    rate = torch.linalg.eigvals(jacobian).abs().amax(-1)
     lengths = [sum_of_squares(f).sqrt() * sum_of_squares(s).sqrt() for f, s in zip(forces, solved, strict=True)]
-    return rate, 2 * (curvature.abs() * torch.stack(lengths, -1)).sum(-1)
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    spectrum = torch.linalg.eigvalsh(root.mT @ (-2 * curvature.unsqueeze(-1) * root))
+    bound = 2 * (curvature.abs() * torch.stack(lengths, -1)).sum(-1)
+    return Contraction(spectrum.abs().amax(-1), bound, spectrum[..., -1] < 1)

@@ -139,6 +139,21 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def check_environment(recorded: Mapping[str, Any]) -> None:
+    """Raise unless this is what `environment` gives, as a file should have it.
+
+    Args:
+        recorded: Plain data.
+
+    Raises:
+        ValueError: Something is missing, or is not known here.
+    """
+    keys = {"device", "torch", "threads", "dtype", "noise"}
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
+    if set(recorded) != keys or recorded["dtype"] not in dtypes or recorded["device"] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown environment {dict(recorded)}")
+
+
 def warn_of_changes(recorded: Mapping[str, Any]) -> None:
     """Warn if draws recorded elsewhere will not be the same bits here.
 

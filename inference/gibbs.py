@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from inference.draws import RegeneratedDraws, StoredDraws
+from inference.inputs import unpack
 from inference.propriety import require_proper
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior, full_posterior
 from poe_models.quadratics import quadratic_of
+from poe_models.task_vectors import ModuleUpdates
 
 
 def gibbs(
     poe: ProductOfExperts,
-    updates: Tensor,
+    updates: Tensor | ModuleUpdates,
     num_samples: int,
     *,
     generator: torch.Generator,
@@ -42,9 +44,10 @@ def gibbs(
 
     Args:
         poe: the design; every energy must be Gaussian, Cauchy or Student-t.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``.
+        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one module of
+            a :class:`~poe_models.task_vectors.TaskVectors`.
         num_samples: draws kept per chain.
-        generator: source of all randomness.
+        generator: source of all randomness, on the updates' device.
         chains: independent chains, from overdispersed starts.
         warmup: steps per chain before the first kept draw.
         thin: steps per kept draw.
@@ -57,7 +60,7 @@ def gibbs(
     Raises:
         ValueError: an energy has no scale mixture, or the posterior is improper.
     """
-    posterior = full_posterior(poe, updates, low_rank)
+    posterior = full_posterior(poe, *unpack(poe, updates, low_rank))
     kernel = GibbsKernel(posterior, regenerable=True)
     singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in range(posterior.num_modules)]
     weights, seeds, energies = [], [], []
@@ -119,7 +122,15 @@ def _kept(
 
     Yields:
         The states that are kept.
+
+    Raises:
+        ValueError: a count cannot be used.
     """
+    if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
+        raise ValueError(
+            f"`gibbs(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least one draw, "
+            "one chain and one step per draw are needed, and no negative warmup."
+        )
     total = warmup + num_samples * thin
     state = kernel.init(chains, generator)
     for step in range(1, total + 1):
@@ -200,7 +211,7 @@ class GibbsKernel:
         columns = []
         for i, (expert, mixture) in enumerate(zip(self.posterior.experts, self.mixtures, strict=True)):
             power = expert.importance / self.posterior.temperature
-            scale = torch.as_tensor(mixture.unit, device=residuals.device) * expert.scale_squared
+            scale = torch.as_tensor(mixture.unit, dtype=residuals.dtype, device=residuals.device) * expert.scale_squared
             if mixture.shape is None:
                 columns.append((power / scale).expand(residuals.shape[:-1]))
                 continue

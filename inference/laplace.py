@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference.draws import RegeneratedDraws
 from inference.gibbs import seeded_noise
+from inference.inputs import unpack
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, Solution
 from poe_models.experts import ProductOfExperts
@@ -23,11 +24,12 @@ from poe_models.posterior import Posterior, full_posterior
 from poe_models.precision import DiagonalPrecision, GramPrecision, LowRankUpdate
 from poe_models.program import log_density
 from poe_models.quadratics import quadratic_of
+from poe_models.task_vectors import ModuleUpdates
 
 
 def laplace(
     poe: ProductOfExperts,
-    updates: Tensor,
+    updates: Tensor | ModuleUpdates,
     at: Solution[FixedPointInfo],
     low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Laplace:
@@ -35,14 +37,15 @@ def laplace(
 
     Args:
         poe: the design.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``.
+        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one module of
+            a :class:`~poe_models.task_vectors.TaskVectors`.
         at: the MAP of the same design and updates.
         low_rank: factors of the updates, if they are adapters.
 
     Returns:
         The approximation. In Span coordinates: ``Laplace(span_posterior, latents)``.
     """
-    posterior = full_posterior(poe, updates, low_rank)
+    posterior = full_posterior(poe, *unpack(poe, updates, low_rank))
     return Laplace(posterior, at.value.to(posterior.dtype).reshape(posterior.num_modules, *posterior.event_shape))
 
 

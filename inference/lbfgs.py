@@ -30,28 +30,27 @@ def minimize(
         posterior: usually in Span coordinates; with factor experts always.
         start: where to start, ``(M, *event)``; by default the average of the experts' updates.
         max_steps: evaluations of the energy.
-        tolerance: on the gradient's norm relative to its norm at the start (or at the origin of a latent that starts at
-            a stationary point).
+        tolerance: on each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
+            factors, which balance each other at a minimum.
 
     Returns:
-        The solution; ``value`` is ``(M, *event)`` in float64.
+        The solution; ``value`` is ``(M, *event)`` in the posterior's dtype.
     """
     if start is None:
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
     density = log_density(posterior, joint=True)
-    x = start.detach().to(torch.float64).clone().requires_grad_(True)
+    x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
 
     def energy() -> Tensor:
         return -posterior.temperature * density(x)
 
-    reference = _gradient(energy(), x).norm().clamp(min=torch.finfo(torch.float64).tiny)
     optimizer = torch.optim.LBFGS(
         [x],
         lr=1.0,
         max_iter=max_steps,
         max_eval=max_steps,
         history_size=20,
-        tolerance_grad=float(reference) * tolerance / max(x.numel(), 1) ** 0.5,
+        tolerance_grad=0.1 * tolerance * float(_scales(posterior, x).min()) / max(x.numel(), 1) ** 0.5,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
@@ -62,7 +61,8 @@ def minimize(
         return value
 
     optimizer.step(closure)
-    gradient = _gradient(energy(), x).flatten(1).norm(dim=1) / reference
+    norm = _gradient(energy(), x).flatten(1).norm(dim=1).double()
+    gradient = torch.where(norm > 0, norm / _scales(posterior, x), norm)
     status = tuple(Status.CONVERGED if value <= tolerance else Status.MAX_STEPS for value in gradient.tolist())
     value = x.detach()
     info = MinimizeInfo(
@@ -72,6 +72,14 @@ def minimize(
         steps=int(optimizer.state[x]["func_evals"]),
     )
     return Solution(value, status, info)
+
+
+def _scales(posterior: Posterior, x: Tensor) -> Tensor:
+    """Summed norms of the gradients of all terms of the energy, ``(M,)``."""
+    terms = [expert.energy(x).sum() for expert in posterior.experts]
+    terms += [posterior.anchor_energy(x).sum(), *(factor.energy(x).sum() for factor in posterior.factors)]
+    norms = [_gradient(term, x).flatten(1).norm(dim=1).double() for term in terms if term.requires_grad]
+    return torch.stack(norms).sum(0)
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ def require_proper(posterior: Posterior) -> None:
     """
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     for module in loose:
+        if not bool(posterior.active[module].any()):
+            raise ValueError(
+                f"module {module} of the batch has updates that are all zero, so that its relative anchor precision is "
+                "zero, too: nothing is to be inferred there. Leave the module out, or give an absolute precision."
+            )
         reason = _improper(posterior, module)
         if reason is not None:
             raise ValueError(

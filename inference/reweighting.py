@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from inference.anderson import Anderson
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
+from poe_models.precision import NotPositiveDefiniteError
 from poe_models.quadratics import Quadratic
 
 Start = Literal["ones", "twin", "experts", "center"] | Tensor
@@ -20,6 +22,11 @@ turn, the anchor's centre, or a given point ``(M, *event)``."""
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Default relative tolerance per dtype; in float32 the gradient's rounding floor is about 5e-7."""
 
+FORWARD_ERROR = {torch.float32: 1e-4, torch.float64: 1e-7}
+"""Relative error of ``Z`` by rounding above which a solution does not count as converged, per dtype."""
+
+REFINEMENTS = 5
+
 SAME_BASIN = 0.02
 """Largest difference of a log-weight at which a run counts as on its way to a known strict local minimum."""
 
@@ -28,16 +35,17 @@ SAME_BASIN = 0.02
 class SolverOptions:
     """Settings of the fixed point; see :func:`fixed_point`."""
 
-    starts: tuple[Start, ...] = ("twin", "experts")
+    starts: Sequence[Start] = ("twin", "experts")
     max_steps: int = 100
     tolerance: float | None = None
     step_tolerance: float | None = None
     acceleration: bool = True
 
     def __post_init__(self) -> None:
-        if not self.starts or self.max_steps < 1:
+        if isinstance(self.starts, str) or not self.starts or self.max_steps < 1:
             raise ValueError(
-                f"`fixed_point(starts={self.starts}, max_steps={self.max_steps})`: at least one start and one step."
+                f"`fixed_point(starts={self.starts!r}, max_steps={self.max_steps})`: a sequence of starts and at least "
+                "one step."
             )
 
 
@@ -64,6 +72,7 @@ class Run:
     converged: Tensor
     rounding: Tensor
     searched: Tensor
+    forward_error: Tensor
 
 
 class Problem:
@@ -88,6 +97,36 @@ class Problem:
         energy = self.posterior.energy_of(q) + self.shift * sum_of_squares(x)
         weights = self.posterior.weights(q)
         return Point(x, q, energy, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
+
+    def refine(self, run: Run) -> Run:
+        """Iterative refinement of the converged modules: residuals in float64, corrections from the factored ``H``.
+
+        The normal equations are formed in the compute dtype, and where the anchor is small beside the experts their
+        rounding moves ``Z`` in directions that no residual sees. The last correction, relative to ``Z``, is the error
+        that is left; modules in which it does not become small are marked as stopped by rounding.
+        """
+        point = run.point
+        weights = point.log_weights.exp()
+        precision = self.quadratic.precision(weights, self.shift)
+        exact = self.quadratic.to(torch.float64)
+        x, error = point.x.double(), torch.full_like(point.energy, torch.inf)
+        for _ in range(REFINEMENTS):
+            residual = self._weighted(weights, exact.forces(x)) + self.shift[:, None, None] * x
+            step = precision.solve(residual.to(self.dtype)).double()
+            x = x - step
+            size = sum_of_squares(step).sqrt() / sum_of_squares(x).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            error = torch.where(sum_of_squares(step) > 0, size, torch.zeros_like(size))
+            if bool((error <= torch.finfo(self.dtype).eps).all()):
+                break
+        refined = choose(run.converged & error.isfinite(), self.at(x.to(self.dtype)), point)
+        failed = run.converged & ~(error <= FORWARD_ERROR[self.dtype])
+        return replace(
+            run,
+            point=refined,
+            converged=run.converged & ~failed,
+            rounding=run.rounding | failed,
+            forward_error=torch.where(run.converged, error, torch.nan),
+        )
 
     def half_gradient(self, point: Point) -> Tensor:
         """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
@@ -142,6 +181,13 @@ class Problem:
             total = total + weights[:, i].to(term.dtype)[:, None, None] * term
         return total
 
+    def extrapolated(self, proposed: Tensor, plain: Tensor) -> tuple[Tensor, Point]:
+        """The point of extrapolated log-weights; of the plain ones where these have no solution."""
+        try:
+            return proposed, self.solve(proposed.exp())
+        except NotPositiveDefiniteError:
+            return plain, self.solve(plain.exp())
+
 
 def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: Run | None = None) -> Run:
     """Iterate from initial weights until every module has converged; finished modules stay as they are.
@@ -177,7 +223,7 @@ def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: R
             break
         plain_log = point.log_weights
         proposed = anderson.propose(used, plain_log) if options.acceleration else plain_log
-        candidate = problem.solve(proposed.exp())
+        proposed, candidate = problem.extrapolated(proposed, plain_log)
         worse = problem.uphill(point, candidate) & ~done
         if options.acceleration and bool(worse.any()):
             anderson.forget(worse)
@@ -197,7 +243,20 @@ def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: R
         used = torch.where(done.unsqueeze(-1), used, proposed)
         steps = steps + ~done
         trace.append(point.energy)
-    run = Run(point, torch.stack(trace, -1), steps, rejected, gradient, change, converged, rounding, searched)
+    run = Run(
+        point,
+        torch.stack(trace, -1),
+        steps,
+        rejected,
+        problem.gradient_norm(point),
+        change,
+        converged,
+        rounding,
+        searched,
+        forward_error=torch.full_like(change, torch.nan),
+    )
+    if options.step_tolerance is None:  # which asks for [PoE]'s iterate as it is
+        run = problem.refine(run)
     return run if known is None else select(arrived, known, run)
 
 
@@ -242,4 +301,5 @@ def select(where: Tensor, one: Run, other: Run) -> Run:
         converged=torch.where(where, one.converged, other.converged),
         rounding=torch.where(where, one.rounding, other.rounding),
         searched=torch.where(where, one.searched, other.searched),
+        forward_error=torch.where(where, one.forward_error, other.forward_error),
     )

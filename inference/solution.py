@@ -18,8 +18,8 @@ class Status(Enum):
         "converged by line search: the energy is not concave in q, so reweighting alone need not decrease it"
     )
     ROUNDING = (
-        "stopped at the rounding of its dtype: the energy no longer changes but the gradient is above the tolerance; "
-        "compute in float64 or raise the tolerance"
+        "stopped at the rounding of its dtype, with the gradient or the error of Z above the tolerance: compute in "
+        "float64, or raise the anchor's precision or the tolerance"
     )
     MAX_STEPS = "not converged: raise max_steps, or the scale or the anchor's precision, which make the energy easier"
 
@@ -40,7 +40,7 @@ class FixedPointInfo:
     Attributes:
         experts: names of the experts, the order of the last dimension of ``weights``.
         energy: ``E`` at the solution in nats, ``(M,)``.
-        energy_trace: ``E`` after every step of the winning start, ``(M, steps + 1)``; constant once converged.
+        energy_trace: ``E`` after every solve of the winning start, ``(M, steps)``; constant once converged.
         start: name of the start that reached the lowest energy.
         start_energies: final energy of every start, ``(M, S)``: different values are different local minima.
         weights: effective weights ``w_i`` at the solution, ``(M, E)``.
@@ -48,12 +48,14 @@ class FixedPointInfo:
             merge is a Gaussian's.
         inactive: experts that say nothing because their update is zero, ``(M, E)``.
         residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
-        steps: reweighted solves until convergence, ``(M,)``.
+        steps: reweighted solves until convergence, ``(M,)``; steps that were taken back are not among them.
         rejected: accelerated or full steps that were taken back, ``(M,)``.
         gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
         weight_change: largest change of a log-weight in the last step, ``(M,)``.
-        contraction_rate: spectral radius of the log-weight map at the solution, ``(M,)``; below 1 iff the
-            solution is a strict local minimum.
+        forward_error: last correction of the iterative refinement relative to ``Z``, ``(M,)``: the error that rounding
+            leaves; nan where nothing was refined.
+        strict_minimum: whether the energy's Hessian is positive definite at the solution, ``(M,)``.
+        contraction_rate: spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
         contraction_bound: [PoE] Eq. 26's ``L``, generalised to any map and energy, ``(M,)``.
         anchor_precision: ``eta``, ``(M,)``.
         coefficients: ``c`` on the updates and the centre, ``(M, N + 1)``; Span coordinates only.
@@ -72,6 +74,8 @@ class FixedPointInfo:
     rejected: Tensor
     gradient_norm: Tensor
     weight_change: Tensor
+    forward_error: Tensor
+    strict_minimum: Tensor
     contraction_rate: Tensor
     contraction_bound: Tensor
     anchor_precision: Tensor
@@ -87,6 +91,8 @@ class FixedPointInfo:
             "energy": float(self.energy[module]),
             "gradient_norm": float(self.gradient_norm[module]),
             "weight_change": float(self.weight_change[module]),
+            "forward_error": None if self.forward_error[module].isnan() else float(self.forward_error[module]),
+            "strict_minimum": bool(self.strict_minimum[module]),
             "contraction_rate": float(self.contraction_rate[module]),
             "contraction_bound": float(self.contraction_bound[module]),
             "anchor_precision": float(self.anchor_precision[module]),
@@ -104,7 +110,7 @@ class MinimizeInfo:
     Attributes:
         joint_energy: energy of all modules together in nats.
         energy: per module, ``(M,)``, without the factors that couple modules.
-        gradient_norm: norm of the energy's gradient per module over its norm at the start, ``(M,)``.
+        gradient_norm: norm of the energy's gradient over the summed norms of its terms' gradients, ``(M,)``.
         steps: evaluations of the energy.
     """
 

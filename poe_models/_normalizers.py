@@ -31,14 +31,23 @@ def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance
 
     In ``u`` the integrand is smooth, unimodal and decays at both ends, where the trapezoid rule converges
     exponentially. The window is where the log integrand is within 50 nats of its peak.
+
+    Raises:
+        ValueError: the peak is beyond ``exp(60)`` scales.
     """
 
     def log_integrand(u: Tensor) -> Tensor:
         return dim.unsqueeze(-1) * u - importance * rho(torch.exp(2 * u))
 
+    scalar = dim.ndim == 0
     dim = torch.atleast_1d(dim)
-    coarse = torch.linspace(-60.0, 60.0, 24001, dtype=torch.float64)
+    coarse = torch.linspace(-60.0, 60.0, 24001, dtype=torch.float64, device=dim.device)
     peak = coarse[log_integrand(coarse).argmax(-1)].unsqueeze(-1)
+    if bool((peak.abs() > 59.0).any()):
+        raise ValueError(
+            f"the normaliser's integrand peaks beyond exp(60) scales in {float(dim.max()):g} dimensions, where it "
+            "cannot be integrated. Use a larger power."
+        )
     floor = log_integrand(peak) - 50.0
     ends = []
     for direction in (-1.0, 1.0):
@@ -48,6 +57,7 @@ def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance
             inside = log_integrand(peak + direction * middle) > floor
             near, far = torch.where(inside, middle, near), torch.where(inside, far, middle)
         ends.append(peak + direction * far)
-    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64)
+    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64, device=dim.device)
     step = (ends[1] - ends[0]).squeeze(-1) / (points - 1)
-    return (torch.logsumexp(log_integrand(u), -1) + torch.log(step)).squeeze()
+    result = torch.logsumexp(log_integrand(u), -1) + torch.log(step)
+    return result.squeeze(0) if scalar else result

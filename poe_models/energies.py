@@ -127,16 +127,30 @@ class Energy(ABC):
         sliced = {name: value[one] for name, value in settings.items() if isinstance(value, Tensor) and value.ndim}
         return replace(self, **sliced) if sliced else self  # type: ignore[type-var]
 
-    def twin(self) -> Gaussian:
+    @property
+    def needs_dimension(self) -> bool:
+        """Whether the energy depends on the rank of the expert's operator, see :meth:`for_dimension`."""
+        return getattr(self, "exponent", None) == "multivariate"
+
+    def twin(self) -> Energy:
         """The Gaussian with the same weight at ``q = 0``.
 
-        Heavy tails at equal scale also regularise differently; against the twin only the tail differs.
+        Heavy tails at equal scale also regularise differently; against the twin only the tail differs. Where the
+        energy depends on the dimension, so does the twin. That of :class:`GeneralizedGaussian` is set by ``epsilon``
+        alone and says little.
 
         >>> Cauchy().twin()
         Gaussian(precision=2.0)
+
+        Raises:
+            ValueError: the weight at 0 is not a positive finite number.
         """
-        at_zero = self.weight(torch.zeros((), dtype=torch.float64))
-        return Gaussian(precision=2.0 * float(at_zero))
+        if self.needs_dimension:
+            return TwinOf(self)
+        at_zero = float(self.weight(torch.zeros((), dtype=torch.float64)))
+        if not 0 < at_zero < math.inf:
+            raise ValueError(f"`{self!r}.twin()`: its weight at q = 0 is {at_zero:g}, which no Gaussian has.")
+        return Gaussian(precision=2.0 * at_zero)
 
 
 @dataclass(frozen=True)
@@ -149,7 +163,7 @@ class Gaussian(Energy):
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
-    precision: float = 1.0
+    precision: Parameter = 1.0
 
     def __post_init__(self) -> None:
         _require_positive("Gaussian", precision=self.precision)
@@ -160,7 +174,7 @@ class Gaussian(Energy):
 
     @override
     def weight(self, q: Tensor) -> Tensor:
-        return torch.full_like(q, 0.5 * self.precision)
+        return torch.zeros_like(q) + 0.5 * self.precision
 
     @override
     def curvature(self, q: Tensor) -> Tensor:
@@ -173,7 +187,34 @@ class Gaussian(Energy):
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
         scale, dim = _f64(scale), _f64(dim)
-        return 0.5 * dim * (math.log(2 * math.pi / (importance * self.precision)) + 2 * torch.log(scale))
+        return 0.5 * dim * (torch.log(2 * math.pi / (importance * _f64(self.precision))) + 2 * torch.log(scale))
+
+
+@dataclass(frozen=True)
+class TwinOf(Energy):
+    """The Gaussian twin of an energy that depends on the dimension of the residual; becomes one once it is known.
+
+    Args:
+        energy: an energy with ``exponent="multivariate"``.
+    """
+
+    concave: ClassVar[bool] = True
+    convex: ClassVar[bool] = True
+    energy: Energy
+
+    @property
+    @override
+    def needs_dimension(self) -> bool:
+        return True
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        raise ValueError(f"`{self!r}`: the dimension of the residual is not known here. Call `for_dimension(dim)`.")
+
+    @override
+    def for_dimension(self, dim: Tensor) -> Energy:
+        at_zero = self.energy.for_dimension(dim).weight(torch.zeros_like(dim))
+        return Gaussian(precision=2.0 * at_zero)
 
 
 @dataclass(frozen=True)
@@ -448,5 +489,8 @@ def _require_positive(owner: str, **values: Exponent | None) -> None:
     for name, value in values.items():
         if isinstance(value, str) and value != "multivariate":
             raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
-        if isinstance(value, int | float) and not (0 < value < math.inf):
-            raise ValueError(f"`{owner}({name}={value})`: must be a positive finite number.")
+        number = value if isinstance(value, int | float) else None
+        if isinstance(value, Tensor) and value.numel() and not bool(((value > 0) & value.isfinite()).all()):
+            number = float(value.min())
+        if number is not None and not (0 < number < math.inf):
+            raise ValueError(f"`{owner}({name}={number})`: must be a positive finite number.")

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,6 +21,12 @@ from poe_models.scales import AnchorPrecision, Relative, RelativePrecision, Scal
 
 CenterRule = Callable[[Tensor], Tensor]
 """A centre computed from the updates ``(..., N, d_out, d_in)``, of shape ``(..., d_out, d_in)``."""
+
+
+def _require_kind(owner: str, name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        hint = f"; an instance is wanted: `{value.__name__}(...)`" if isinstance(value, type) else ""
+        raise TypeError(f"`{owner}({name}={value!r})`: not a {kind.__name__}{hint}.")
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,11 @@ class Expert:
     update: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.importance > 0:
+        for name, kind in (("residual_map", ResidualMap), ("energy", Energy), ("scale", Scale)):
+            _require_kind("Expert", name, getattr(self, name), kind)
+        if not 0 < self.importance < math.inf:
             raise ValueError(
-                f"`Expert({self.name!r}, importance={self.importance})`: importance must be positive; "
+                f"`Expert({self.name!r}, importance={self.importance})`: importance must be positive and finite; "
                 "leave the expert out of the product to ignore it."
             )
 
@@ -72,18 +81,25 @@ class FactorExpert:
         function: energy in nats. What it is given depends on the next two arguments.
         coordinates: ``"update"`` gives the merged updates, ``"span"`` the coefficients ``(..., M, N + 1)`` on
             the experts' updates and the anchor's centre, so that no weights are needed.
-        scope: ``"module"`` calls the function once per module with ``(..., d_out, d_in)`` (or ``(..., N + 1)``) and
-            sums; ``"model"`` calls it once with all modules: a dict from module name to ``(..., d_out, d_in)``
-            (or the whole ``(..., M, N + 1)``), for instance for the loss of a small batch.
+        scope: ``"module"``: an energy for each module. The function is called per module with ``(..., d_out, d_in)``
+            and gives ``(...)``, or once with ``(..., M, N + 1)`` and gives ``(..., M)``. ``"model"``: one energy of all
+            modules, for instance the loss of a small batch. The function is called once, with a dict from module
+            name to ``(..., d_out, d_in)`` or with ``(..., M, N + 1)``, and gives ``(...)``.
 
-    Leading dimensions are independent draws; the result has exactly those. A product with a factor expert
-    runs in Span coordinates.
+    Leading dimensions ``...`` are independent draws. A product with a factor expert runs in Span coordinates.
     """
 
     name: str
     function: Callable[..., Tensor]
     coordinates: Literal["update", "span"] = "update"
     scope: Literal["module", "model"] = "module"
+
+    def __post_init__(self) -> None:
+        if self.coordinates not in ("update", "span") or self.scope not in ("module", "model"):
+            raise ValueError(
+                f"`FactorExpert({self.name!r}, coordinates={self.coordinates!r}, scope={self.scope!r})`: coordinates "
+                "are 'update' or 'span', scope is 'module' or 'model'."
+            )
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
         return ProductOfExperts((), factors=(self,)) * other
@@ -102,6 +118,16 @@ class Anchor:
     center: Tensor | CenterRule | None = None
     precision: AnchorPrecision = field(default_factory=RelativePrecision)
 
+    def __post_init__(self) -> None:
+        _require_kind("Anchor", "precision", self.precision, AnchorPrecision)
+
+    def __mul__(self, other: Expert | FactorExpert | ProductOfExperts) -> ProductOfExperts:
+        return other * self
+
+
+DEFAULT_ANCHOR = Anchor()
+"""The anchor of a product that was not given one: zero centre, relative precision 0.1."""
+
 
 @dataclass(frozen=True)
 class ProductOfExperts:
@@ -115,7 +141,7 @@ class ProductOfExperts:
     """
 
     experts: tuple[Expert, ...]
-    anchor: Anchor = field(default_factory=Anchor)
+    anchor: Anchor = DEFAULT_ANCHOR
     temperature: float = 1.0
     factors: tuple[FactorExpert, ...] = ()
 
@@ -129,8 +155,8 @@ class ProductOfExperts:
             )
         if not names:
             raise ValueError("`ProductOfExperts(())`: no experts. Give at least one `Expert`.")
-        if not self.temperature > 0:
-            raise ValueError(f"`ProductOfExperts(temperature={self.temperature})`: must be positive.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`ProductOfExperts(temperature={self.temperature})`: must be positive and finite.")
 
     @classmethod
     def of(
@@ -157,6 +183,8 @@ class ProductOfExperts:
         Returns:
             The product; with several maps an expert is named ``<update>/<map>``.
         """
+        if isinstance(residual_map, type):
+            _require_kind("ProductOfExperts.of", "residual_map", residual_map, ResidualMap)
         one_map = residual_map is None or isinstance(residual_map, ResidualMap)
         maps = [residual_map] if isinstance(residual_map, ResidualMap) else list(residual_map or [InputGram()])
         weights = [importance] * len(names) if isinstance(importance, int | float) else list(importance)
@@ -172,7 +200,7 @@ class ProductOfExperts:
             for each in maps
             for name, weight in zip(names, weights, strict=True)
         )
-        return cls(experts, anchor or Anchor(), temperature)
+        return cls(experts, anchor or DEFAULT_ANCHOR, temperature)
 
     @property
     def update_names(self) -> tuple[str, ...]:
@@ -190,10 +218,12 @@ class ProductOfExperts:
             return replace(self, experts=(*self.experts, other))
         if isinstance(other, FactorExpert):
             return replace(self, factors=(*self.factors, other))
-        if (other.anchor, other.temperature) != (self.anchor, self.temperature):
+        if self.anchor is DEFAULT_ANCHOR and self.temperature == 1.0:
+            return replace(other, experts=(*self.experts, *other.experts), factors=(*self.factors, *other.factors))
+        if other.anchor is not DEFAULT_ANCHOR or other.temperature != 1.0:
             raise ValueError(
-                "`product * product`: the two have different anchors or temperatures, and a product has one of each. "
-                "Multiply the experts first, then the anchor."
+                "`product * product`: both have an anchor or a temperature of their own, and a product has one of "
+                "each. Multiply the experts first, then the anchor."
             )
         return replace(self, experts=(*self.experts, *other.experts), factors=(*self.factors, *other.factors))
 

@@ -50,6 +50,10 @@ class Operator(ABC):
     def module(self, one: slice) -> Operator:
         """The operator of some modules of the batch."""
 
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Operator:
+        """The operator in another dtype."""
+
     def quadratic(self, x: Tensor) -> Tensor:
         """``<x, P x>``, summed in float64, shape ``(...,)``."""
         return sum_of_squares(self.root(x))
@@ -70,6 +74,10 @@ class ScaledIdentity(Operator):
     @override
     def module(self, one: slice) -> ScaledIdentity:
         return ScaledIdentity(self.shape, self.like[one])
+
+    @override
+    def to(self, dtype: torch.dtype) -> ScaledIdentity:
+        return ScaledIdentity(self.shape, self.like.to(dtype))
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -101,6 +109,10 @@ class Diagonal(Operator):
     @override
     def module(self, one: slice) -> Diagonal:
         return Diagonal(self.values[one])
+
+    @override
+    def to(self, dtype: torch.dtype) -> Diagonal:
+        return Diagonal(self.values.to(dtype))
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -157,6 +169,10 @@ class Gram(Operator):
         return Gram(self.factor[one], self.side, self.shape)
 
     @override
+    def to(self, dtype: torch.dtype) -> Gram:
+        return Gram(self.factor.to(dtype), self.side, self.shape)
+
+    @override
     def root(self, x: Tensor) -> Tensor:
         return self.factor.mT @ x if self.side == "left" else x @ self.factor
 
@@ -190,6 +206,10 @@ class RankOne(Operator):
     @override
     def module(self, one: slice) -> RankOne:
         return RankOne(self.vector[one])
+
+    @override
+    def to(self, dtype: torch.dtype) -> RankOne:
+        return RankOne(self.vector.to(dtype))
 
     @override
     def root(self, x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class BoundExpert:
         rho: the energy of the scaled squared residual.
         scale_squared: ``s_i^2``, ``(M,)`` float64.
         importance: ``a_i``.
-        active: ``(M,)``; false where ``P_i = 0`` (a zero update under a map made from it): the expert drops out.
+        active: ``(M,)``; false where ``P_i`` vanishes (a zero update under a map made from it, or one that is zero to
+            rounding beside the others): the expert drops out.
         low_rank: factors of the update, ``(M, d_out, r)`` and ``(M, r, d_in)``, where it is an adapter's.
     """
 
@@ -70,15 +71,18 @@ class BoundExpert:
 
     def energy_of(self, q: Tensor) -> Tensor:
         """Energy in nats of squared residuals ``q``, ``(*S, M)``."""
-        return self.importance * self.rho.rho(q / self.scale_squared)
+        return self._if_active(self.importance * self.rho.rho(q / self.scale_squared))
 
     def weight(self, q: Tensor) -> Tensor:
         """``a_i rho'(q / s_i^2) / s_i^2``: the weight of ``P_i`` in the reweighted normal equations."""
-        return self.importance * self.rho.weight(q / self.scale_squared) / self.scale_squared
+        return self._if_active(self.importance * self.rho.weight(q / self.scale_squared) / self.scale_squared)
 
     def curvature(self, q: Tensor) -> Tensor:
         """``a_i rho''(q / s_i^2) / s_i^4``: the coefficient of the rank-one term of the Hessian."""
-        return self.importance * self.rho.curvature(q / self.scale_squared) / self.scale_squared.square()
+        return self._if_active(self.importance * self.rho.curvature(q / self.scale_squared) / self.scale_squared**2)
+
+    def _if_active(self, value: Tensor) -> Tensor:
+        return torch.where(self.active, value, torch.zeros_like(value))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,6 @@ class BoundFactor:
 
     Attributes:
         name: name of the expert.
-        update_name: name of the task vector it is about.
         energy: maps ``(*S, M, *event)`` to nats: ``(*S, M)``, or ``(*S)`` when ``joint``.
         joint: whether it couples all modules.
     """
@@ -260,24 +263,24 @@ def bind(
         The bound experts and ``eta``, ``(M,)``.
     """
     at_zero = [operator.quadratic(update) for operator, update in zip(operators, updates, strict=True)]
-    active = [curvature > 0 for curvature in mean_curvatures]
+    active = _active(poe.experts, mean_curvatures, updates[0].dtype)
     by_rule = [e.scale.squared(n, q) for e, n, q in zip(poe.experts, norms, at_zero, strict=True)]
-    scales = _with_fallback(torch.stack(by_rule, -1), torch.stack(active, -1))
+    scales = _with_fallback(poe.experts, torch.stack(by_rule, -1), active)
     experts = tuple(
         BoundExpert(
             name=expert.name,
             update_name=expert.update_name,
             operator=operators[i],
             update=updates[i],
-            rho=expert.energy.for_dimension(dimensions[i]()) if _needs_dimension(expert) else expert.energy,
+            rho=expert.energy.for_dimension(dimensions[i]()) if expert.energy.needs_dimension else expert.energy,
             scale_squared=scales[..., i],
             importance=expert.importance,
-            active=active[i],
+            active=active[..., i],
         )
         for i, expert in enumerate(poe.experts)
     )
-    curvature = sum(e.importance * t / e.scale_squared for e, t in zip(experts, mean_curvatures, strict=True))
-    assert isinstance(curvature, Tensor)
+    terms = [e.importance * t / e.scale_squared for e, t in zip(experts, mean_curvatures, strict=True)]
+    curvature = torch.where(active, torch.stack(terms, -1), 0.0).sum(-1)
     return experts, poe.anchor.precision.value(curvature)
 
 
@@ -294,6 +297,8 @@ def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
             f"`updates` has shape {tuple(updates.shape)}, but the product is about {len(names)} task vectors "
             f"({', '.join(names)}). Give (N, d_out, d_in) or (M, N, d_out, d_in) with N = {len(names)}."
         )
+    if not updates.is_floating_point():
+        raise ValueError(f"`updates` are {updates.dtype}. Give floating-point updates, W_i - W_0.")
     if updates.dtype not in (torch.float32, torch.float64):
         updates = updates.float()
     finite = torch.isfinite(updates).flatten(2).all(-1)
@@ -318,6 +323,8 @@ def center_of(anchor: Anchor, updates: Tensor) -> Tensor | None:
     center = center.to(updates)
     if center.ndim == 2:
         center = center.unsqueeze(0)
+    if not bool(center.isfinite().all()):
+        raise ValueError("`Anchor(center=...)` has NaN or infinite values. Look at where it comes from.")
     expected = (updates.shape[0], *updates.shape[2:])
     if tuple(center.shape) != expected:
         raise ValueError(
@@ -325,11 +332,6 @@ def center_of(anchor: Anchor, updates: Tensor) -> Tensor | None:
             "Give one centre per module of the batch, or a function of the updates."
         )
     return center
-
-
-def _needs_dimension(expert: Expert) -> bool:
-    """Whether the expert's energy depends on the rank of its operator, which costs a decomposition."""
-    return getattr(expert.energy, "exponent", None) == "multivariate"
 
 
 def _check_factors(low_rank: tuple[Tensor, Tensor], updates: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,10 +346,30 @@ def _check_factors(low_rank: tuple[Tensor, Tensor], updates: Tensor) -> tuple[Te
     return left.to(updates), right.to(updates)
 
 
-def _with_fallback(scales: Tensor, active: Tensor) -> Tensor:
-    """Replace zero scales ``(M, E)``: by the module's median positive scale, or 1 where an expert says nothing."""
-    positive = scales > 0
-    known = torch.where(positive, scales, torch.nan)
-    median = known.nanmedian(-1, keepdim=True).values
-    fallback = torch.where(active & median.isfinite(), median, torch.ones_like(scales))
-    return torch.where(positive, scales, fallback)
+def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Which experts say anything, ``(M, E)``: those whose ``P_i`` is not zero, nor rounding beside its map's others.
+
+    Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
+    """
+    curvatures = torch.stack(list(mean_curvatures), -1)
+    columns = []
+    for i, group in enumerate(_same_map(experts)):
+        largest = curvatures[..., group].amax(-1)
+        columns.append(curvatures[..., i] > torch.finfo(dtype).eps ** 2 * largest)
+    return torch.stack(columns, -1)
+
+
+def _with_fallback(experts: Sequence[Expert], scales: Tensor, active: Tensor) -> Tensor:
+    """Replace zero scales ``(M, E)``: by the median of the same map's positive scales in the module, else by 1."""
+    known = torch.where(scales > 0, scales, torch.nan)
+    columns = []
+    for i, group in enumerate(_same_map(experts)):
+        median = known[..., group].nanmedian(-1).values
+        fallback = torch.where(active[..., i] & median.isfinite(), median, torch.ones_like(median))
+        columns.append(torch.where(scales[..., i] > 0, scales[..., i], fallback))
+    return torch.stack(columns, -1)
+
+
+def _same_map(experts: Sequence[Expert]) -> list[list[int]]:
+    """For every expert the experts with the same residual map, whose residuals have the same units."""
+    return [[j for j, other in enumerate(experts) if other.residual_map == e.residual_map] for e in experts]

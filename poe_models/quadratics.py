@@ -93,6 +93,11 @@ class Quadratic:
         """Displacement ``Z - Z_0`` of ``x``, ``(*S, M, a, b)`` to ``(*S, M, d_out, d_in)``."""
         return self.compression.lift(x, self.shape)
 
+    def to(self, dtype: torch.dtype) -> Quadratic:
+        """The same problem in another dtype, without the way back to the merged update."""
+        operators = tuple(operator.to(dtype) for operator in self.operators)
+        return Quadratic(operators, tuple(target.to(dtype) for target in self.targets), Compression(), self.event_shape)
+
     def residuals(self, x: Tensor) -> Tensor:
         """Squared residuals ``q_i``, ``(*S, M, E)`` float64."""
         pairs = zip(self.operators, self.targets, strict=True)
@@ -137,8 +142,13 @@ class Quadratic:
                 sides[operator.side] = sides[operator.side].add_(term) if operator.side in sides else term
             elif isinstance(operator, Diagonal):
                 diagonal = diagonal + weight * operator.values
-            else:
+            elif isinstance(operator, ScaledIdentity):
                 diagonal = diagonal + weight
+            else:
+                raise TypeError(
+                    f"`{type(operator).__name__}` is an operator that no factorisation in Full coordinates knows. "
+                    "Return a Gram, Diagonal, RankOne or ScaledIdentity, or use coordinates='span'."
+                )
         return sides.get("left"), sides.get("right"), diagonal
 
 

@@ -27,6 +27,11 @@ from poe_models.operators import Gram, Operator, RankOne, ScaledIdentity, thin
 class ResidualMap(ABC):
     """Makes the operator ``P_i`` of an expert from its update."""
 
+    @override
+    def __repr__(self) -> str:
+        """The map and its settings; statistics remember by it what they were made with."""
+        return f"{type(self).__qualname__}()"
+
     @abstractmethod
     def operator(self, update: Tensor) -> Operator:
         """``P_i`` from ``U_i`` of shape ``(..., d_out, d_in)``, leading dimensions being modules."""

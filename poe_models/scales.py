@@ -107,7 +107,10 @@ class RelativePrecision(AnchorPrecision):
     """``eta`` times the experts' mean curvature, so that one number suits modules of every size.
 
     It is computed once from the updates and not from the current weights: the posterior is one fixed
-    density. With :class:`Relative` scales the merge of ``c U_i`` is ``c`` times the merge of ``U_i``.
+    density. With :class:`Relative` scales the merge of ``c U_i`` is ``c`` times the merge of ``U_i``. The mean is a sum
+    over experts and, with those scales, an expert counts as one over its squared size: an expert that hardly changed a
+    module strengthens the anchor there, and draws the other experts' merge to the centre. Watch ``anchor_precision``
+    in the solution's info where updates differ much in size.
     """
 
     eta: float = 0.1

@@ -23,7 +23,7 @@ from poe_models.operators import Gram
 from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
 
 RANK_TOLERANCE = 1e-10
-"""Eigenvalues of ``G`` below this share of the largest are not directions of the span but rounding."""
+"""Eigenvalues of the normalised ``G`` below this share of the largest are rounding and no directions of the span."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +134,17 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
 
 def span_coordinates(statistics: SpanStatistics) -> SpanCoordinates:
     """Orthonormal coordinates of each module's span, by a rank-revealing eigendecomposition of ``G``."""
-    eigenvalues, vectors = torch.linalg.eigh(statistics.gram)
+    # Of unit vectors, so that a small update counts as a direction of its own as much as a large one.
+    lengths = statistics.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    eigenvalues, vectors = torch.linalg.eigh(statistics.gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
     kept = eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)
     root = torch.where(kept, eigenvalues, 0.0).sqrt()
     inverse_root = torch.where(kept, eigenvalues, torch.inf).rsqrt()
-    return SpanCoordinates(vectors * inverse_root.unsqueeze(-2), (vectors * root.unsqueeze(-2)).mT)
+    return SpanCoordinates(
+        vectors * inverse_root.unsqueeze(-2) / lengths.unsqueeze(-1),
+        (vectors * root.unsqueeze(-2) * lengths.unsqueeze(-1)).mT,
+    )
 
 
 def span_posterior(
@@ -163,6 +169,7 @@ def span_posterior(
             f"`span_posterior(...)`: the statistics were made under {statistics.residual_maps}, the design has {maps}. "
             "Make the statistics again with this design."
         )
+    _require_same_center(poe, statistics)
     coordinates = span_coordinates(statistics)
     size = statistics.gram.shape[-1]
     position = {name: i for i, name in enumerate(statistics.updates)}
@@ -177,9 +184,34 @@ def span_posterior(
         mean_curvatures=list(statistics.mean_curvature.unbind(-1)),
         dimensions=[partial(statistics.dimension.select, -1, i) for i in range(len(index))],
     )
+    if bool((precision == 0).logical_and(torch.stack([e.active for e in experts]).any(0)).any()):
+        raise ValueError(
+            "`span_posterior(...)`: the anchor's precision is zero, and Span coordinates need one to hold directions "
+            "that the updates do not have. Give a small one, or use Full coordinates."
+        )
     center = coordinates.latents(units[-1].expand(num_modules, size))
     factors = tuple(_bind_factor(factor, coordinates, statistics, bases) for factor in poe.factors)
     return Posterior(experts, center, precision, poe.temperature, (size, 1), factors), coordinates
+
+
+def _require_same_center(poe: ProductOfExperts, statistics: SpanStatistics) -> None:
+    has_center = bool((statistics.gram[:, -1, -1] > 0).any())
+    unknown = sorted(set(poe.update_names) - set(statistics.updates))
+    if unknown:
+        raise ValueError(
+            f"`span_posterior(...)`: the design is about {unknown[0]!r}, the statistics about "
+            f"{', '.join(statistics.updates)}. Make the statistics again with this design."
+        )
+    if has_center and poe.anchor.center is None:
+        raise ValueError(
+            "`span_posterior(...)`: the statistics were made with an anchor's centre and the design has none. "
+            "Make the statistics again with this design."
+        )
+    if isinstance(poe.anchor.center, Tensor) and not has_center and bool((poe.anchor.center != 0).any()):
+        raise ValueError(
+            "`span_posterior(...)`: the design's anchor has a centre and the statistics were made without. "
+            "Make the statistics again with this design."
+        )
 
 
 def span_basis(poe: ProductOfExperts, updates: Tensor) -> Tensor:
@@ -211,21 +243,36 @@ def _bind_factor(
     factor: FactorExpert, coordinates: SpanCoordinates, statistics: SpanStatistics, bases: Sequence[Tensor] | None
 ) -> BoundFactor:
     joint = factor.scope == "model"
+
+    def checked(energy: Tensor, shape: torch.Size) -> Tensor:
+        if energy.shape != shape:
+            raise ValueError(
+                f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "
+                f"independent draws: expected {tuple(shape)}. Sum over the trailing dimensions only."
+            )
+        return energy
+
     if factor.coordinates == "span":
-        return BoundFactor(factor.name, lambda x: factor.function(coordinates.coefficients(x)), joint)
+
+        def of_coefficients(x: Tensor) -> Tensor:
+            return checked(factor.function(coordinates.coefficients(x)), x.shape[:-3] if joint else x.shape[:-2])
+
+        return BoundFactor(factor.name, of_coefficients, joint)
     if bases is None:
         raise ValueError(
             f"`span_posterior(...)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "
             "cannot give. Pass `bases`, or write it with coordinates='span'."
         )
     updates = _update_functions(coordinates, bases)
-    if joint:
-        return BoundFactor(
-            factor.name,
-            lambda x: factor.function({n: f(x) for n, f in zip(statistics.modules, updates, strict=True)}),
-            joint,
-        )
-    return BoundFactor(factor.name, lambda x: torch.stack([factor.function(f(x)) for f in updates], -1), joint)
+
+    def of_model(x: Tensor) -> Tensor:
+        named = {name: update(x) for name, update in zip(statistics.modules, updates, strict=True)}
+        return checked(factor.function(named), x.shape[:-3])
+
+    def of_modules(x: Tensor) -> Tensor:
+        return torch.stack([checked(factor.function(update(x)), x.shape[:-3]) for update in updates], -1)
+
+    return BoundFactor(factor.name, of_model if joint else of_modules, joint)
 
 
 def _update_functions(coordinates: SpanCoordinates, bases: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:

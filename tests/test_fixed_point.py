@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import resource
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ from poe_models import (
     AbsolutePrecision,
     Anchor,
     Cauchy,
+    Custom,
     Diagonal,
     Directional,
     Energy,
@@ -362,7 +362,18 @@ def test_contraction_rate_below_one_is_a_positive_definite_hessian(generator: to
     posterior = full_posterior(poe, updates)
     solution = fixed_point(poe, updates)
     hessian = torch.func.hessian(lambda z: posterior.energy(z.view(1, 2, 3)).sum())(solution.value.flatten())
-    assert bool((torch.linalg.eigvalsh(hessian) > 0).all()) == bool(solution.info.contraction_rate < 1)
+    assert bool((torch.linalg.eigvalsh(hessian) > 0).all())
+    assert bool(solution.info.strict_minimum)
+    # At a saddle between two opposed experts the same numbers say the opposite.
+    opposed = torch.tensor([[[[3.0]], [[-3.0]]]], dtype=torch.float64)
+    saddle = ProductOfExperts.of(
+        ["a", "b"], Identity(), Welsch(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(1e-3))
+    )
+    middle = fixed_point(saddle, opposed, starts=[torch.zeros(1, 1, 1, dtype=torch.float64)], max_steps=1)
+    assert not bool(middle.info.strict_minimum)
+    steep = fixed_point(ProductOfExperts.of(NAMES, InputGram(), GeneralizedGaussian(6.0)), updates, max_steps=2000)
+    assert bool(steep.info.strict_minimum)
+    assert float(steep.info.contraction_rate) > 1  # plain steps overshoot at a minimum of an energy convex in q
 
 
 def test_convex_energies_in_q_say_that_they_searched(generator: torch.Generator) -> None:
@@ -472,7 +483,124 @@ def test_an_embedding_of_30000_rows_merges_in_ordinary_memory(residual_map: str)
     )
     grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert grown < 700_000  # kB; the updates themselves are 23,000
-    assert resource.getpagesize() > 0
+
+
+@pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
+def test_small_scales_in_float32_do_not_break_the_acceleration(energy: Energy) -> None:
+    for seed in range(4):
+        updates = torch.randn(4, 3, 12, 16, generator=torch.Generator().manual_seed(seed))
+        for residual_map in (InputGram(), OutputGram(), Directional()):
+            poe = ProductOfExperts.of(NAMES, residual_map, energy, Relative(0.05))
+            solution = fixed_point(poe, updates, max_steps=500)
+            assert bool(solution.value.isfinite().all())
+            assert bool((solution.info.energy_trace.diff() <= 1e-5 * solution.info.energy_trace[:, 1:].abs()).all())
+
+
+@pytest.mark.parametrize("residual_map", [InputGram(), OutputGram()], ids=name_of)
+@pytest.mark.parametrize("eta", [1e-2, 1e-4, 1e-5])
+def test_low_rank_updates_in_float32_are_right_or_say_so(
+    residual_map: ResidualMap, eta: float, generator: torch.Generator
+) -> None:
+    left = torch.randn(1, 4, 64, 4, generator=generator, dtype=torch.float64)
+    right = torch.randn(1, 4, 4, 96, generator=generator, dtype=torch.float64)
+    updates = (left @ right).float()
+    poe = ProductOfExperts.of(list("abcd"), residual_map, anchor=Anchor(precision=RelativePrecision(eta)))
+    single, double = fixed_point(poe, updates), fixed_point(poe, updates.double())
+    assert double.converged
+    error = float((single.value - double.value).norm() / double.value.norm())
+    assert error < 1e-4 or not single.converged
+    if eta >= 1e-4:
+        assert single.converged
+
+
+def test_identical_experts_without_an_anchor_are_refused_and_not_answered_with_noise(
+    generator: torch.Generator,
+) -> None:
+    updates = random_updates(generator, 1, 1, 12, 16).expand(1, 2, 12, 16)
+    poe = ProductOfExperts.of(["a", "b"], Directional(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
+    with pytest.raises(ValueError, match="Raise the anchor's precision"):
+        fixed_point(poe, updates)
+
+
+def test_an_update_that_is_rounding_beside_the_others_drops_out(generator: torch.Generator) -> None:
+    updates = 0.01 * random_updates(generator, 1, 3, 12, 16).float()
+    updates[0, 0] = 0
+    without = fixed_point(ProductOfExperts.of(NAMES), updates)
+    updates[0, 0, 0, 0] = 2e-10
+    solution = fixed_point(ProductOfExperts.of(NAMES), updates)
+    assert solution.record()["inactive"] == ["a"]
+    assert_close(solution.value, without.value, 1e-5)
+
+
+def test_scaling_holds_with_a_zero_expert_on_both_sides(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 4, 5)
+    updates[:, 1] = 0
+    poe = ProductOfExperts.of(NAMES, (Identity(), InputGram()), Cauchy(), Relative(0.5))
+    assert_close(fixed_point(poe, 1e-3 * updates).value, 1e-3 * fixed_point(poe, updates).value, 1e-7)
+
+
+def test_span_keeps_small_updates_as_directions(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 4, 5)
+    updates[:, 0] *= 1e-6
+    poe = ProductOfExperts.of(NAMES, Directional(), Cauchy(), Relative(0.5))
+    assert_close(fixed_point(poe, updates, coordinates="span").value, fixed_point(poe, updates).value, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinates": "Full"}, "'full' or 'span'"),
+        ({"coordinates": "span", "low_rank": (torch.ones(1), torch.ones(1))}, "save nothing in Span"),
+        ({"starts": "twin"}, "a sequence of starts"),
+        ({"starts": ["nowhere"]}, "no start is called 'nowhere'"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: dict[str, object], message: str, generator: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=message):
+        fixed_point(ProductOfExperts.of(NAMES), random_updates(generator, 1, 3, 4, 5), **arguments)  # type: ignore[arg-type]
+
+
+def test_an_energy_with_an_infinite_weight_is_named(generator: torch.Generator) -> None:
+    poe = ProductOfExperts.of(NAMES, InputGram(), Custom(lambda q: q.sqrt()))
+    with pytest.raises(ValueError, match="finite slope at q = 0"):
+        fixed_point(poe, random_updates(generator, 1, 3, 4, 5))
+
+
+def test_an_unknown_operator_is_not_taken_for_another(generator: torch.Generator) -> None:
+    class Other(Operator):
+        def __init__(self, update: Tensor) -> None:
+            self.update = update
+
+        def root(self, x: Tensor) -> Tensor:
+            return x.cumsum(-1)
+
+        def apply(self, x: Tensor) -> Tensor:
+            return x.cumsum(-1).flip(-1).cumsum(-1).flip(-1)
+
+        def mean_curvature(self, num_updates: int) -> Tensor:
+            return torch.ones(len(self.update), dtype=torch.float64)
+
+        def dimension(self) -> Tensor:
+            return torch.full((len(self.update),), 20.0, dtype=torch.float64)
+
+        def log_pseudo_determinant(self) -> Tensor:
+            return torch.zeros(len(self.update), dtype=torch.float64)
+
+        def module(self, one: slice) -> Operator:
+            return Other(self.update[one])
+
+        def to(self, dtype: torch.dtype) -> Operator:
+            return Other(self.update.to(dtype))
+
+    class Cumulative(ResidualMap):
+        def operator(self, update: Tensor) -> Operator:
+            return Other(update)
+
+    updates = random_updates(generator, 1, 3, 4, 5)
+    poe = ProductOfExperts.of(NAMES, Cumulative())
+    with pytest.raises(TypeError, match="no factorisation"):
+        fixed_point(poe, updates)
+    assert fixed_point(poe, updates, coordinates="span").converged
 
 
 @pytest.mark.gpu

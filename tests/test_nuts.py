@@ -40,11 +40,11 @@ def test_nuts_hmc_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Genera
     anchor = Anchor(precision=RelativePrecision(0.1))
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.6), [1.0, 2.0], anchor)
     posterior, coordinates = span_posterior(poe, span_statistics(poe, random_updates(generator, 1, 2, 2, 3)))
-    by_nuts = nuts(posterior, 300, chains=2, warmup=120, generator=generator)
+    by_nuts = nuts(posterior, 250, chains=2, warmup=100, generator=generator)
     active = coordinates.transform[0].abs().sum(0).nonzero().flatten().tolist()
-    assert_same_mean(posterior, by_nuts, grid_means(posterior, active), min_ess=100, max_rhat=1.05)
+    assert_same_mean(posterior, by_nuts, grid_means(posterior, active), min_ess=80, max_rhat=1.05)
     by_hmc = hmc(posterior, 400, warmup=300, generator=generator)
-    assert_same_mean(posterior, by_nuts, by_hmc, min_ess=100, max_rhat=1.05)
+    assert_same_mean(posterior, by_nuts, by_hmc, min_ess=80, max_rhat=1.05)
 
 
 def test_nuts_on_modules_that_a_factor_expert_couples(generator: torch.Generator) -> None:
@@ -54,7 +54,7 @@ def test_nuts_on_modules_that_a_factor_expert_couples(generator: torch.Generator
     ridge = FactorExpert("ridge", lambda c: c.square().sum(-1), coordinates="span")
     posterior = span_of(GAUSSIAN * tie * ridge, random_updates(generator, 2, 2, 3, 4))
     draws = nuts(posterior, 200, chains=2, warmup=100, generator=generator)
-    assert_same_mean(posterior, draws, gaussian_means(posterior), min_ess=100, max_rhat=1.05)
+    assert_same_mean(posterior, draws, gaussian_means(posterior), min_ess=80, max_rhat=1.05)
     assert_close(draws.stats["lp"], -posterior.joint_energy(draws.values).unsqueeze(-1) / 0.5, 1e-12)
 
 
@@ -63,8 +63,8 @@ def test_nuts_without_an_anchor(generator: torch.Generator) -> None:
         ["a", "b"], Identity(), Gaussian(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.0))
     )
     posterior = full_posterior(poe, random_updates(generator, 1, 2, 1, 2))
-    draws = nuts(posterior, 300, chains=2, warmup=150, generator=generator)
-    assert_same_mean(posterior, draws, gaussian_means(posterior), min_ess=100, max_rhat=1.05)
+    draws = nuts(posterior, 250, chains=2, warmup=80, generator=generator)
+    assert_same_mean(posterior, draws, gaussian_means(posterior), min_ess=80, max_rhat=1.05)
     assert_same_mean(posterior, hmc(posterior, 300, warmup=300, generator=generator), gaussian_means(posterior))
     improper = ProductOfExperts.of(["a", "b"], Identity(), Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
@@ -116,9 +116,11 @@ def test_divergences_are_collected(generator: torch.Generator) -> None:
     )
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian(), Relative(50.0)) * funnel
     posterior = span_of(poe, random_updates(generator, 1, 2, 3, 4))
-    start = torch.zeros(2, 1, 3, 1, dtype=torch.float64)
-    draws = nuts(posterior, 150, chains=2, warmup=80, start=start, generator=generator, target_acceptance=0.5)
-    assert 0 < int(draws.stats["diverging"].sum()) < 300
+    draws = nuts(
+        posterior, 40, chains=1, warmup=30, generator=generator, max_tree_depth=6, target_acceptance=0.5,
+        start=torch.zeros(1, 1, 3, 1, dtype=torch.float64),
+    )  # fmt: skip
+    assert 0 < int(draws.stats["diverging"].sum()) < 40
 
 
 def test_an_interruption_puts_the_global_generator_back_and_bad_settings_are_clear_errors(
@@ -136,7 +138,7 @@ def test_an_interruption_puts_the_global_generator_back_and_bad_settings_are_cle
     assert torch.equal(torch.random.get_rng_state(), before)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 1\), but 4 chains"):
         nuts(posterior, 5, generator=generator, start=torch.zeros(2, 3, 1))
-    with pytest.raises(ValueError, match="not finite where chain 0 starts"):
+    with pytest.raises(ValueError, match="finite where chain 0 starts"):
         nuts(posterior, 5, generator=generator, start=torch.full((4, 1, 3, 1), torch.nan))
     with pytest.raises(ValueError, match="warmup=0"):
         nuts(posterior, 5, warmup=0, generator=generator)

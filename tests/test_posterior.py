@@ -212,8 +212,17 @@ def test_products_compose_and_refuse_what_is_ambiguous() -> None:
     assert ((a * b) * (b.__class__("d") * c)).update_names == ("a", "b", "d", "c")
     with pytest.raises(ValueError, match="occurs more than once"):
         a * a
-    with pytest.raises(ValueError, match="different anchors"):
-        (a * anchor) * ProductOfExperts((b,))
+    for product in ((a * anchor) * ProductOfExperts((b,)), a * (b * anchor), anchor * (a * b)):
+        assert product.anchor is anchor
+        assert set(product.update_names) == {"a", "b"}
+    with pytest.raises(ValueError, match="an anchor or a temperature of their own"):
+        (a * anchor) * (b * Anchor(precision=AbsolutePrecision(1.0)))
+    with pytest.raises(TypeError, match=r"an instance is wanted: `InputGram\(...\)`"):
+        ProductOfExperts.of(["a"], InputGram)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not a AnchorPrecision"):
+        Anchor(precision=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="coordinates are 'update' or 'span'"):
+        FactorExpert("f", lambda c: c, coordinates="Span")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no experts"):
         ProductOfExperts(())
     with pytest.raises(ValueError, match="temperature=0"):
@@ -242,3 +251,28 @@ def test_statistics_of_another_design_are_refused(generator: torch.Generator) ->
     statistics = span_statistics(ProductOfExperts.of(NAMES, InputGram()), random_updates(generator, 1, 3, 2, 2))
     with pytest.raises(ValueError, match="Make the statistics again"):
         span_posterior(ProductOfExperts.of(NAMES, OutputGram()), statistics)
+
+
+def test_a_factor_that_sums_over_draws_is_refused(generator: torch.Generator) -> None:
+    poe = ProductOfExperts.of(["a", "b"]) * FactorExpert("all", lambda c: c.square().sum(), coordinates="span")
+    posterior, _ = span_posterior(poe, span_statistics(poe, random_updates(generator, 2, 2, 3, 4)))
+    with pytest.raises(ValueError, match="'all' returned shape"):
+        posterior.energy(torch.zeros(5, 2, 3, 1, dtype=torch.float64))
+
+
+def test_a_centre_of_other_statistics_is_refused(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 2, 3, 4)
+    poe = ProductOfExperts.of(["a", "b"])
+    with pytest.raises(ValueError, match="centre and the design has none"):
+        span_posterior(poe, span_statistics(poe * Anchor(average), updates))
+    with pytest.raises(ValueError, match="about 'c'"):
+        span_posterior(ProductOfExperts.of(["a", "c"]), span_statistics(poe, updates))
+
+
+def test_the_twin_of_a_multivariate_energy_waits_for_the_dimension(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 2, 3, 4)
+    poe = ProductOfExperts.of(["a", "b"], InputGram(), StudentT(3.0, "multivariate"))
+    heavy, gaussian = full_posterior(poe, updates), full_posterior(poe.twin(), updates)
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    assert_close(gaussian.weights(zero), heavy.weights(zero), 1e-12)
+    assert_close(gaussian.weights(zero + 9.0), heavy.weights(zero), 1e-12)

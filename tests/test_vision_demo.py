@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -167,10 +168,12 @@ class TestReport:
         assert lines[0]["scale"] == lines[0]["merge_seconds"] == ""
 
     def test_tables(self) -> None:
-        lines = report.markdown(self.rows).splitlines()
-        assert len(lines) == 5
-        assert "| InputGram, Cauchy | 0.70 | 0.1 | 0.550 | 0.625 |" in lines[-1]
-        assert len({line.count("|") for line in lines}) == 1
+        lines = report.markdown(self.rows, [(self.best, self.rows[0])], "a note").splitlines()
+        assert len(lines) == 11
+        assert "| InputGram, Cauchy | 0.70 | 0.1 | 0.550 | 0.625 |" in lines[4]
+        assert lines[6] == "a note"
+        assert lines[-1].startswith("| InputGram, Cauchy | 2.000 | 3.000 | 0.550 | +0.2750 ± ")
+        assert len({line.count("|") for line in lines[:5]}) == len({line.count("|") for line in lines[8:]}) == 1
         console = Console(width=160, record=True, quiet=True)
         for table in (report.task_table(self.rows, "s"), report.task_table(self.rows, MEAN)):
             console.print(table)
@@ -178,15 +181,22 @@ class TestReport:
         console.print(report.device_table("m", {"CPU": 0.5}))
         assert report.task_table(self.rows, MEAN).row_count == 3
 
+    def test_selection_note(self) -> None:
+        error = (0.6 * 0.4 / 300 + 0.6 * 0.4 / 150) ** 0.5 / 2
+        assert f"standard error of {100 * error:.1f} points" in report.selection_note(self.best, (300, 150))
+
     def test_plot(self) -> None:
         other = dataclasses.replace(self.best, name="average", family="average", energy="")
-        figure = bar_plot((*self.rows, other))
+        figure = bar_plot((*self.rows, other), [(self.best, self.rows[0])])
         above, below = figure.axes
         heights = sorted(patch.get_height() for patch in above.patches)  # type: ignore[attr-defined]
         assert heights == pytest.approx([0.55, 0.55])
         assert [patch.get_height() for patch in below.patches] == pytest.approx([0.25, 0.25])  # type: ignore[attr-defined]
         assert [text.get_text() for text in below.get_xticklabels()] == ["InputGram", "average"]
-        assert len(above.lines) == 2
+        lines = {line.get_label(): np.asarray(line.get_ydata())[0] for line in above.lines}
+        assert lines == pytest.approx(
+            {"base (0.28)": 0.275, f"{EXPERTS} (0.90)": 0.9, "Gaussian twin, same λ and η": 0.275}
+        )
 
 
 class TestMemory:

@@ -34,6 +34,7 @@ from benchmarks.vision.report import (
     device_table,
     markdown,
     paired_difference,
+    selection_note,
     tail_table,
     task_table,
     write_csv,
@@ -206,11 +207,14 @@ def run(
     rows = [*reference_rows(suite), *merged]
     for task in (*suite.tasks, MEAN):
         console.print(task_table(rows, task))
+    _, best = best_of(merged, methods)
+    note = selection_note(best, [len(task.splits["validation"]) for task in suite.tasks.values()])
+    console.print(note, highlight=False)
     console.print(tail_table(tails))
     report_best(methods, merged, suite, out, console)
-    write_csv(out / "results.csv", rows)
-    (out / "results.md").write_text(markdown(rows), encoding="utf-8")
-    bar_plot(rows).savefig(out / "results.png", dpi=150)
+    write_csv(out / "results.csv", [*rows, *(twin for _, twin in tails)])
+    (out / "results.md").write_text(markdown(rows, tails, note), encoding="utf-8")
+    bar_plot(rows, tails).savefig(out / "results.png", dpi=150)
     console.print(f"numbers, plot and merged model: {out}", highlight=False)
     return rows
 

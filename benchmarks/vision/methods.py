@@ -85,7 +85,9 @@ class Method:
         """
         if self.energy is None:
             raise ValueError(f"`Method.twin`: {self.name} has no energy, so it has no Gaussian twin.")
-        return Method(f"{self.family}, twin", self.family, None, self.residual_map, self.energy.twin())
+        return Method(
+            f"{self.family}, twin of {self.energy_name}", self.family, None, self.residual_map, self.energy.twin()
+        )
 
 
 _MAPS: dict[str, ResidualMap | tuple[ResidualMap, ...]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,11 +21,12 @@ STYLES = {
 LINES = {"base": ":", EXPERTS: "--"}
 
 
-def bar_plot(rows: Sequence[Row]) -> Figure:
+def bar_plot(rows: Sequence[Row], tails: Sequence[tuple[Row, Row]] = ()) -> Figure:
     """Mean test accuracy and calibration error of every merge, with base and own experts as lines.
 
     Args:
         rows: The methods, base and own experts among them.
+        tails: Heavy-tailed rows, each with its Gaussian twin's, which is marked on the bar.
 
     Returns:
         The figure, not shown and not saved.
@@ -34,8 +35,10 @@ def bar_plot(rows: Sequence[Row]) -> Figure:
     FigureCanvasAgg(figure)
     merged = [row for row in rows if row.settings is not None]
     above, below = figure.subplots(2, 1, sharex=True)
-    draw_bars(above, merged, [row.on(MEAN).accuracy for row in merged])
-    draw_bars(below, merged, [row.on(MEAN).ece for row in merged])
+    twins = {row.name: twin for row, twin in tails}
+    for axes, metric in ((above, "accuracy"), (below, "ece")):
+        values = {row.name: getattr(row.on(MEAN), metric) for row in merged}
+        draw_bars(axes, merged, values, {name: getattr(twin.on(MEAN), metric) for name, twin in twins.items()})
     for row in rows:
         if row.name not in LINES:
             continue
@@ -51,26 +54,30 @@ def bar_plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_bars(axes: Axes, rows: Sequence[Row], values: Sequence[float]) -> None:
+def draw_bars(axes: Axes, rows: Sequence[Row], values: Mapping[str, float], twins: Mapping[str, float]) -> None:
     """One group of bars for each family, one bar for each energy in it, each with its value on top.
 
     Args:
         axes: Where to draw.
         rows: The methods.
-        values: Heights, one for each row.
+        values: Heights by name of the row.
+        twins: Values of Gaussian twins at the same settings, by name of the row.
     """
     families = list(dict.fromkeys(row.family for row in rows))
     width = 0.27
+    places: dict[str, float] = {}
+    for i, family in enumerate(families):
+        members = [row.name for row in rows if row.family == family]
+        places |= {name: i + width * (j - (len(members) - 1) / 2) for j, name in enumerate(members)}
     for energy, (color, hatch) in STYLES.items():
-        chosen = [(row, value) for row, value in zip(rows, values, strict=True) if row.energy == energy]
-        places = []
-        for row, _ in chosen:
-            members = [other.energy for other in rows if other.family == row.family]
-            places.append(families.index(row.family) + width * (members.index(energy) - (len(members) - 1) / 2))
-        heights = [value for _, value in chosen]
-        if not heights:
+        names = [row.name for row in rows if row.energy == energy]
+        if not names:
             continue
-        bars = axes.bar(places, heights, width, color=color, hatch=hatch, edgecolor="black", linewidth=0.6)
+        heights = [values[name] for name in names]
+        bars = axes.bar([places[n] for n in names], heights, width, color=color, hatch=hatch, edgecolor="black", lw=0.6)
         bars.set_label(energy or "no experts")
-        axes.bar_label(bars, [f"{value:.3f}" for value in heights], fontsize=7, padding=2)
+        axes.bar_label(bars, [f"{height:.3f}" for height in heights], fontsize=7, padding=3)
+    if twins:
+        x, y = [places[name] for name in twins], list(twins.values())
+        axes.plot(x, y, "D", color="white", markeredgecolor="black", markersize=5, label="Gaussian twin, same λ and η")
     axes.set_xticks(np.arange(len(families)), families)

@@ -108,33 +108,59 @@ def task_table(rows: Sequence[Row], task: str) -> Table:
     return table
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table of means, for a README."""
-    own = next(row for row in rows if row.name == EXPERTS)
-    header = (*COLUMNS, *COSTS)
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(cells(row, own, MEAN)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+TAIL_COLUMNS = ("method", "spread, median", "spread, max", "accuracy", "minus twin", "NLL", "minus twin")
+
+
+def tail_cells(row: Row, twin: Row) -> list[str]:
+    """A heavy-tailed merge beside its Gaussian twin at the same λ and η."""
+    gap, error = paired_difference(row, twin)
+    nll = row.on(MEAN).nll
+    spreads = [_number(value, 3) for value in (median(row.weight_spread), max(row.weight_spread))]
+    accuracy = [_number(row.on(MEAN).accuracy, 3), f"{gap:+.4f} ± {error:.4f}"]
+    return [row.name, *spreads, *accuracy, _number(nll, 3), f"{nll - twin.on(MEAN).nll:+.4f}"]
 
 
 def tail_table(pairs: Sequence[tuple[Row, Row]]) -> Table:
-    """Each heavy-tailed merge beside its Gaussian twin at the same λ and η: what the tail alone changed.
+    """What the tail alone changed.
 
     Args:
-        pairs: The heavy-tailed row and its twin's.
+        pairs: Heavy-tailed rows, each with its twin's.
     """
     table = Table(title="tails alone: each merge against its Gaussian twin at the same λ and η", title_justify="left")
-    for i, column in enumerate(
-        ("method", "spread, median", "spread, max", "accuracy", "minus twin", "NLL", "minus twin")
-    ):
+    for i, column in enumerate(TAIL_COLUMNS):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for row, twin in pairs:
-        gap, error = paired_difference(row, twin)
-        scores = row.on(MEAN)
-        spreads = (_number(median(row.weight_spread), 3), _number(max(row.weight_spread), 3))
-        difference = (f"{gap:+.4f} ± {error:.4f}", f"{scores.nll:.3f}", f"{scores.nll - twin.on(MEAN).nll:+.4f}")
-        table.add_row(row.name, *spreads, f"{scores.accuracy:.3f}", *difference)
+        table.add_row(*tail_cells(row, twin))
     return table
+
+
+def selection_note(row: Row, validation_sizes: Sequence[int]) -> str:
+    """How well validation can tell two settings apart: the binomial standard error of its mean accuracy."""
+    p = row.validation or 0.0
+    error = sum(p * (1 - p) / size for size in validation_sizes) ** 0.5 / len(validation_sizes)
+    return (
+        f"λ and η were chosen by validation accuracies with a standard error of {100 * error:.1f} points, so rows may "
+        "differ by their settings more than by their method. Twins are merged at the same settings."
+    )
+
+
+def markdown(rows: Sequence[Row], pairs: Sequence[tuple[Row, Row]], note: str) -> str:
+    """The table of means and the table of tails, for a README.
+
+    Args:
+        rows: The methods; one of them must be the own experts.
+        pairs: Heavy-tailed rows, each with its twin's.
+        note: What stands between the two.
+    """
+    own = next(row for row in rows if row.name == EXPERTS)
+    means = _markdown_table((*COLUMNS, *COSTS), [cells(row, own, MEAN) for row in rows])
+    tails = _markdown_table(TAIL_COLUMNS, [tail_cells(row, twin) for row, twin in pairs])
+    return "\n".join([*means, "", note, "", *tails]) + "\n"
+
+
+def _markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *body)]
+    return [lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]]
 
 
 def device_table(method: str, seconds: Mapping[str, float]) -> Table:

@@ -1,0 +1,271 @@
+"""Draws as ArviZ's InferenceData: the one file that knows ArviZ (0.x; 1.x has another data structure)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import arviz as az
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference.draws import Draws, StoredDraws
+from inference.statistics_files import statistics_digest
+from poe_models.posterior import BoundExpert, Posterior
+from poe_models.span import SpanCoordinates, SpanStatistics
+
+__all__ = ["TooFewDraws", "to_inference_data"]
+
+CENTER = "center"
+"""Name of the last entry of the basis: the coefficient of the anchor's centre."""
+FEWEST_CHAINS, FEWEST_DRAWS = 4, 100
+
+
+class TooFewDraws(UserWarning):
+    """Too few draws for R-hat and effective sample sizes to be trusted; they are computed all the same.
+
+    Attributes:
+        chains: how many chains there are.
+        draws: how many draws per chain.
+    """
+
+    def __init__(self, chains: int, draws: int) -> None:
+        super().__init__(
+            f"{chains} chains of {draws} draws are too few to trust R-hat and effective sample sizes: {FEWEST_CHAINS} "
+            f"chains of {FEWEST_DRAWS} are the least (50 per half chain; Vehtari et al., 2021, arXiv 1903.08008)."
+        )
+        self.chains = chains
+        self.draws = draws
+
+
+def to_inference_data(
+    draws: Draws,
+    posterior: Posterior,
+    coordinates: SpanCoordinates | None = None,
+    statistics: SpanStatistics | None = None,
+    *,
+    modules: Sequence[str] | None = None,
+    include_update: bool = False,
+) -> az.InferenceData:
+    r"""Everything that ArviZ can use, with named coordinates; `az.summary`, `az.loo`, `to_netcdf` take it as it is.
+
+    Groups:
+        ``posterior``: ``coefficients`` (module, basis) in Span coordinates; in any ``residual`` ``q_i / s_i^2``
+        (module, expert) and ``distance`` ``|Z - Z_0|`` (module), on which chains of Full draws can be judged.
+        ``sample_stats``: what the sampler reports (module).
+        ``log_likelihood``: ``updates`` (module, expert), ``-E_i / T - log Z_i`` in nats with ``Z_i`` the integral of
+        ``exp(-E_i / T)`` over residuals of ``rank(P_i)`` dimensions. Energies, scales, importances and temperatures
+        can be compared by it, residual maps cannot: they measure different things. Left out, with a warning, if an
+        energy has no normaliser. An expert with a zero update adds a zero.
+        ``constant_data``: ``scale_squared``, ``dimension``, ``importance``, ``anchor_precision``, ``temperature``, and
+        in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
+
+    Args:
+        draws: of any sampler.
+        posterior: what they are draws of.
+        coordinates: of a Span posterior.
+        statistics: of a Span posterior; always together with `coordinates`.
+        modules: names of the modules of a Full posterior; numbered if not given.
+        include_update: put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
+
+    Returns:
+        An `arviz.InferenceData`.
+
+    Raises:
+        ValueError: Coordinates and statistics are not given together, or do not fit the posterior.
+    """
+    _check(posterior, coordinates, statistics, modules)
+    if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
+        warnings.warn(TooFewDraws(draws.num_chains, draws.num_draws), stacklevel=2)
+    names = statistics.modules if statistics is not None else tuple(modules or map(str, range(posterior.num_modules)))
+    residuals, variables = _posterior(draws, posterior, coordinates, statistics, include_update)
+    dimension = _dimensions(posterior, statistics)
+    coords: dict[str, Any] = {
+        "module": list(names),
+        "expert": [expert.name for expert in posterior.experts],
+        "basis": _basis(statistics),
+    }
+    data = az.from_dict(
+        posterior={name: _array(value) for name, value in variables.items()},
+        sample_stats={name: _array(value) for name, value in draws.stats.items()},
+        log_likelihood=_log_likelihood(posterior, residuals, dimension),
+        constant_data=_constants(posterior, statistics, dimension),
+        coords={key: value for key, value in coords.items() if value},
+        dims=_dims(draws),
+    )
+    data.attrs |= _attributes(posterior, statistics)
+    return data
+
+
+def _posterior(
+    draws: Draws,
+    posterior: Posterior,
+    coordinates: SpanCoordinates | None,
+    statistics: SpanStatistics | None,
+    include_update: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Residuals ``(C, S, M, E)`` and the variables of the posterior group; Full draws are made again one at a time."""
+    parts: dict[str, list[Tensor]] = {"residuals": [], "distance": []}
+    whole = coordinates is not None or include_update
+    for z in _latents(draws):
+        if coordinates is not None:  # coordinates that only pad the span have draws of their own, which are no update
+            z = z * (coordinates.transform != 0).any(-2).unsqueeze(-1)
+        parts["residuals"].append(posterior.residuals(z.to(posterior.like)))
+        away = z if posterior.center is None else z - posterior.center
+        parts["distance"].append(away.double().flatten(-2).norm(dim=-1))
+        if whole:
+            parts.setdefault("latents", []).append(z)
+    stacked = {name: _by_chain(values, draws) for name, values in parts.items()}
+    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
+    variables = {"residual": stacked["residuals"] / scales, "distance": stacked["distance"]}
+    if coordinates is not None:
+        assert statistics is not None
+        coefficients = coordinates.coefficients(stacked["latents"])
+        variables = {"coefficients": coefficients[..., : len(_basis(statistics))], **variables}
+    elif include_update:
+        variables = {"update": stacked["latents"], **variables}
+    return stacked["residuals"], variables
+
+
+def _latents(draws: Draws) -> list[Tensor] | Any:
+    """Draws chain after chain; stored ones all at once per chain."""
+    if isinstance(draws, StoredDraws):
+        return draws.values
+    return (draws.latents(chain, draw) for chain in range(draws.num_chains) for draw in range(draws.num_draws))
+
+
+def _by_chain(values: list[Tensor], draws: Draws) -> Tensor:
+    joined = torch.stack(values)
+    return joined if isinstance(draws, StoredDraws) else joined.unflatten(0, (draws.num_chains, draws.num_draws))
+
+
+def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) -> dict[str, np.ndarray] | None:
+    """Normalised log densities of the experts' updates ``(C, S, M, E)``, or None with a warning."""
+    columns = []
+    for i, expert in enumerate(posterior.experts):
+        try:
+            normalizer = _log_normalizer(expert, dimension[..., i], posterior.temperature)
+        except ValueError as error:
+            warnings.warn(
+                f"the log_likelihood group is left out: expert {expert.name!r} has the energy {_plain(expert)}, whose "
+                f"density is not normalised at temperature {posterior.temperature:g} ({error})",
+                stacklevel=3,
+            )
+            return None
+        density = -expert.energy_of(residuals[..., i]) / posterior.temperature - normalizer
+        columns.append(torch.where(expert.active, density, 0.0))
+    if posterior.factors:
+        warnings.warn(
+            f"the log_likelihood group leaves out {posterior.factors[0].name!r}: a FactorExpert has no normaliser.",
+            stacklevel=3,
+        )
+    return {"updates": _array(torch.stack(columns, -1))}
+
+
+def _log_normalizer(expert: BoundExpert, dimension: Tensor, temperature: float) -> Tensor:
+    """``log Z_i``, ``(M,)``; where the expert says nothing, any finite number."""
+    scale, importance = expert.scale_squared.sqrt(), expert.importance / temperature
+    if bool(expert.active.all()):
+        return expert.rho.log_normalizer(scale, dimension, importance).expand_as(dimension)
+    result = torch.zeros_like(dimension)
+    for module in expert.active.nonzero().flatten().tolist():
+        rho = expert.rho.module(slice(module, module + 1))
+        result[module] = rho.log_normalizer(scale[module], dimension[module], importance).squeeze()
+    return result
+
+
+def _dimensions(posterior: Posterior, statistics: SpanStatistics | None) -> Tensor:
+    """Rank of ``P_i`` on the merged update itself, ``(M, E)``."""
+    if statistics is not None:
+        return statistics.dimension
+    return torch.stack([expert.operator.dimension() for expert in posterior.experts], -1)
+
+
+def _constants(posterior: Posterior, statistics: SpanStatistics | None, dimension: Tensor) -> dict[str, np.ndarray]:
+    constants = {
+        "scale_squared": torch.stack([expert.scale_squared for expert in posterior.experts], -1),
+        "importance": torch.tensor([expert.importance for expert in posterior.experts], dtype=torch.float64),
+        "dimension": dimension,
+        "anchor_precision": posterior.anchor_precision,
+        "temperature": torch.tensor(posterior.temperature, dtype=torch.float64),
+    }
+    if statistics is not None:
+        size = len(_basis(statistics))
+        constants["gram"] = statistics.gram[:, :size, :size]
+        constants["forms"] = statistics.forms[..., :size, :size]
+        constants["mean_curvature"] = statistics.mean_curvature
+    return {name: _array(value) for name, value in constants.items()}
+
+
+def _dims(draws: Draws) -> dict[str, list[str]]:
+    dims = {
+        "coefficients": ["module", "basis"],
+        "update": ["module", "row", "column"],
+        "residual": ["module", "expert"],
+        "distance": ["module"],
+        "updates": ["module", "expert"],
+        "scale_squared": ["module", "expert"],
+        "importance": ["expert"],
+        "dimension": ["module", "expert"],
+        "anchor_precision": ["module"],
+        "temperature": [],
+        "gram": ["module", "basis", "basis_too"],
+        "forms": ["module", "expert", "basis", "basis_too"],
+        "mean_curvature": ["module", "expert"],
+    }
+    return dims | {name: ["module"] for name in draws.stats}
+
+
+def _basis(statistics: SpanStatistics | None) -> list[str]:
+    """Names of the coefficients; a centre that is zero everywhere has none, for its coefficient is always zero."""
+    if statistics is None:
+        return []
+    centered = bool((statistics.gram[:, -1, -1] > 0).any())
+    return [*statistics.updates, *([CENTER] if centered else [])]
+
+
+def _attributes(posterior: Posterior, statistics: SpanStatistics | None) -> dict[str, str]:
+    """What netCDF can keep: text."""
+    attributes = {
+        "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
+        "energies": "; ".join(f"{expert.name}: {_plain(expert)}" for expert in posterior.experts),
+    }
+    if statistics is not None:
+        attributes["residual_maps"] = "; ".join(statistics.residual_maps)
+        attributes["statistics_digest"] = statistics_digest(statistics)
+    return attributes
+
+
+def _plain(expert: BoundExpert) -> str:
+    """An energy as text; settings that are tensors over modules by their shape."""
+    names = [field.name for field in fields(expert.rho)] if is_dataclass(expert.rho) else []
+    shown = {name: getattr(expert.rho, name) for name in names}
+    texts = [f"{k}={f'tensor {tuple(v.shape)}' if isinstance(v, Tensor) else v!r}" for k, v in shown.items()]
+    return f"{type(expert.rho).__name__}({', '.join(texts)})"
+
+
+def _array(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.detach().cpu().numpy()
+    return array
+
+
+def _check(
+    posterior: Posterior,
+    coordinates: SpanCoordinates | None,
+    statistics: SpanStatistics | None,
+    modules: Sequence[str] | None,
+) -> None:
+    if (coordinates is None) != (statistics is None):
+        raise ValueError(
+            "`to_inference_data(...)`: a Span posterior needs both `coordinates` and `statistics`: what "
+            "`span_posterior` returned beside it, and what it was made from. A Full posterior needs neither."
+        )
+    names = statistics.modules if statistics is not None else modules
+    if names is not None and len(names) != posterior.num_modules:
+        raise ValueError(
+            f"`to_inference_data(...)`: {len(names)} names for {posterior.num_modules} modules of the posterior. Give "
+            "the statistics that it was made from, or one name for each module."
+        )

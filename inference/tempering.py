@@ -1,0 +1,319 @@
+r"""The posterior's temperature chosen on validation, and the calibration baseline that it has to beat.
+
+A posterior at ``T = 1`` is not calibrated: its energies are in the experts' own units. ``(1 + q / s^2)^(-kappa / T)``
+in ``D`` dimensions has a finite integral only if ``2 kappa / T > D``, so the experts hold the merged update by
+themselves only below ``T = 2 sum_i kappa_i / D``; above it one samples the anchor. The search goes from there down to
+a thousandth of it, where the ensemble is the MAP. In Full coordinates ``D`` counts the directions that experts act on
+(thousands); in Span coordinates it is the dimension of the span, at most ``N + 1``.
+
+>>> labels = torch.tensor([0, 1, 1])
+>>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
+>>> round(fit_logit_temperature(logits, labels), 4)               # two thirds right: logit gap log 2 instead of 4
+5.7708
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from inference.model_draws import ModelDraws
+from poe_models.energies import Cauchy, StudentT
+from poe_models.posterior import Posterior
+from poe_models.quadratics import quadratic_of
+from poe_models.span import SpanCoordinates
+
+__all__ = ["TemperaturePoint", "Tempering", "fit_logit_temperature", "temper", "temperature_range"]
+
+COLDEST = 1e-3
+"""The lowest temperature of a search as a share of the highest."""
+LOGIT_TEMPERATURES = (0.01, 100.0)
+"""Where a logit temperature is looked for."""
+ECE_BINS = 20
+
+Draw = TypeVar("Draw")
+PerTask = Tensor | Mapping[str, Tensor]
+"""A tensor, or one for each of several tasks, whose scores are averaged."""
+
+
+@dataclass(frozen=True)
+class TemperaturePoint:
+    """Scores of the ensemble at one temperature; with several tasks their unweighted means.
+
+    Attributes:
+        temperature: of the posterior.
+        nll: negative log-likelihood of the labels under the members' mean probabilities, nats per example.
+        accuracy: share of correct predictions.
+        ece: expected calibration error over 20 equal-width bins of the largest probability (Naeini et al., 2015).
+        num_members: how many members were averaged.
+    """
+
+    temperature: float
+    nll: float
+    accuracy: float
+    ece: float
+    num_members: int
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """The whole path of a search.
+
+    Attributes:
+        temperature: the one with the lowest validation NLL.
+        path: every temperature that was tried, ascending.
+        status: what to make of it, in words.
+        num_evaluations: members that were evaluated, those from the cache not counted.
+    """
+
+    temperature: float
+    path: tuple[TemperaturePoint, ...]
+    status: str
+    num_evaluations: int
+
+    @property
+    def best(self) -> TemperaturePoint:
+        """The chosen point of the path."""
+        return next(point for point in self.path if point.temperature == self.temperature)
+
+
+def temperature_range(posterior: Posterior, coordinates: SpanCoordinates | None = None) -> tuple[float, float]:
+    r"""Where to look for a temperature: from a thousandth of ``2 sum_i kappa_i / D`` up to it.
+
+    ``kappa_i = a_i k`` for Cauchy and Student-t. For other energies it is ``a_i rho(q_i(0) / s_i^2)``, what the expert
+    pays if nothing is merged: there the thermal energy ``D T / 2`` (equipartition, for a quadratic energy) is as large
+    as that of leaving the model at the base. Experts with a zero update do not count.
+
+    Args:
+        posterior: in Full or Span coordinates; its own temperature does not matter.
+        coordinates: of a Span posterior, which pads every module to ``N + 1`` coordinates.
+
+    Returns:
+        The lowest and the highest temperature, over all modules.
+
+    Raises:
+        ValueError: no expert has anything to say.
+    """
+    at_zero = posterior.residuals(posterior.like.new_zeros(posterior.num_modules, *posterior.event_shape))
+    strengths = []
+    for i, expert in enumerate(posterior.experts):
+        if isinstance(expert.rho, Cauchy | StudentT):
+            strength = torch.as_tensor(expert.importance * expert.rho.k, dtype=torch.float64)
+        else:
+            strength = expert.energy_of(at_zero[..., i])
+        strengths.append(torch.where(expert.active.cpu(), strength.cpu(), 0.0))
+    total, dimension = torch.stack(strengths).sum(0), _dimension(posterior, coordinates)
+    told = (total > 0) & (dimension > 0)
+    if not bool(told.any()):
+        raise ValueError(
+            "`temperature_range(...)`: every update is zero, so that there is nothing to be uncertain about."
+        )
+    highest = 2 * total[told] / dimension[told]
+    return COLDEST * float(highest.min()), float(highest.max())
+
+
+def temper(
+    sample: Callable[[float], Iterable[Draw]],
+    predict: Callable[[Draw], PerTask],
+    labels: PerTask,
+    temperatures: tuple[float, float],
+    *,
+    num_temperatures: int = 10,
+    refinements: int = 1,
+    cache: MutableMapping[str, Mapping[str, Tensor]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tempering:
+    """Choose the posterior's temperature by the ensemble's negative log-likelihood on validation.
+
+    A grid over the log temperature, then points halfway to the neighbours of the best one, as often as asked for.
+
+    Args:
+        sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs_posterior(
+            replace(posterior, temperature=t), ...), coordinates, statistics).thinned(10)``. The same seed at every
+            temperature makes the path smoother.
+        predict: Maps a draw to the log probabilities of its member on validation, ``(n, classes)``, or to a dict of
+            these by task; `MergedEnsemble.predictor` makes such functions.
+        labels: ``(n,)`` integers, or a dict of these by task.
+        temperatures: The lowest and the highest, as `temperature_range` gives them.
+        num_temperatures: Size of the grid.
+        refinements: How often the grid is refined around the best point.
+        cache: Evaluated members by the digest of their draw; hand the same dict to several searches on the same
+            validation data to evaluate nothing twice.
+        progress: Called with the number of finished temperatures and their total.
+
+    Returns:
+        The chosen temperature with the whole path.
+
+    Raises:
+        ValueError: The range is empty, there are no members, or a prediction is no table of log probabilities.
+    """
+    low, high = temperatures
+    if not 0 < low < high < math.inf or num_temperatures < 2 or refinements < 0:
+        raise ValueError(
+            f"`temper(temperatures=({low:g}, {high:g}), num_temperatures={num_temperatures}, "
+            f"refinements={refinements})`: give 0 < lowest < highest, at least 2 temperatures, and 0 or more "
+            "refinements."
+        )
+    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache)
+    total, step = num_temperatures + 2 * refinements, math.log(high / low) / (num_temperatures - 1)
+    for index in range(num_temperatures):
+        search.visit(low * math.exp(index * step) if index + 1 < num_temperatures else high)
+        if progress is not None:
+            progress(index + 1, total)
+    for round_ in range(refinements):
+        step /= 2
+        best = search.best.temperature
+        for side, sign in enumerate((-1, 1)):
+            nearby = best * math.exp(sign * step)
+            if low <= nearby <= high:
+                search.visit(nearby)
+            if progress is not None:
+                progress(num_temperatures + 2 * round_ + side + 1, total)
+    return search.result(low, high)
+
+
+def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The calibration baseline: one number that divides the logits (Guo et al., 2017, arXiv 1706.04599).
+
+    The negative log-likelihood is convex in its inverse, so that the root of the derivative is the minimum.
+
+    Args:
+        logits: ``(n, classes)`` on validation.
+        labels: ``(n,)`` integers.
+
+    Returns:
+        The logit temperature, between 0.01 (predictions that are all right have no better one) and 100 (logits that say
+        less than nothing).
+
+    Raises:
+        ValueError: Shapes do not fit.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"`fit_logit_temperature(...)`: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; give "
+            "(n, classes) and (n,) of validation examples."
+        )
+    z = logits.detach().double().cpu()
+    own = z.gather(1, labels.detach().cpu().long().unsqueeze(1)).squeeze(1)
+
+    def slope(inverse: float) -> float:
+        """Derivative of the mean negative log-likelihood in the inverse temperature: expected less observed logit."""
+        return float(((inverse * z).softmax(1) * z).sum(1).sub(own).mean())
+
+    coldest, hottest = LOGIT_TEMPERATURES
+    if slope(1 / coldest) <= 0:
+        return coldest
+    if slope(1 / hottest) >= 0:
+        return hottest
+    return 1 / float(brentq(slope, 1 / hottest, 1 / coldest, xtol=1e-12, rtol=1e-12))
+
+
+class _Search(Generic[Draw]):
+    """The points of a path, each evaluated once."""
+
+    def __init__(
+        self,
+        sample: Callable[[float], Iterable[Draw]],
+        predict: Callable[[Draw], PerTask],
+        labels: Mapping[str, Tensor],
+        cache: MutableMapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        self._sample, self._predict, self._labels, self._cache = sample, predict, labels, cache
+        self._points: dict[float, TemperaturePoint] = {}
+        self._evaluations = 0
+
+    @property
+    def best(self) -> TemperaturePoint:
+        return min(self._points.values(), key=lambda point: (point.nll, point.temperature))
+
+    def visit(self, temperature: float) -> None:
+        """Sample and score one temperature."""
+        if temperature in self._points:
+            return
+        total: dict[str, Tensor] = {}
+        members = 0
+        for draw in self._sample(temperature):
+            found = self._member(draw)
+            total = {task: torch.logaddexp(total[task], found[task]) for task in found} if total else dict(found)
+            members += 1
+        if members == 0:
+            raise ValueError(f"`temper(sample=...)`: no members at temperature {temperature:g}. Return some draws.")
+        scores = [_scores(total[task] - math.log(members), labels) for task, labels in self._labels.items()]
+        nll, accuracy, ece = (sum(column) / len(scores) for column in zip(*scores, strict=True))
+        self._points[temperature] = TemperaturePoint(temperature, nll, accuracy, ece, members)
+
+    def result(self, low: float, high: float) -> Tempering:
+        path = tuple(self._points[temperature] for temperature in sorted(self._points))
+        best = self.best.temperature
+        status = "the best temperature is inside the range"
+        if best <= low:
+            status = "the lowest temperature is the best: no ensemble here is better than a point estimate"
+        elif best >= high:
+            status = "the highest temperature is the best: look further up, or use energies that hold the update there"
+        return Tempering(best, path, status, self._evaluations)
+
+    def _member(self, draw: Draw) -> Mapping[str, Tensor]:
+        key = _key(draw)
+        if key is not None and key in self._cache:
+            return self._cache[key]
+        found = {task: _checked(values, self._labels, task) for task, values in _by_task(self._predict(draw)).items()}
+        if found.keys() != self._labels.keys():
+            raise ValueError(
+                f"`temper(predict=...)`: predictions are about {', '.join(found)}; labels about "
+                f"{', '.join(self._labels)}. Give both for the same tasks."
+            )
+        self._evaluations += 1
+        if key is not None:
+            self._cache[key] = found
+        return found
+
+
+def _by_task(values: PerTask) -> dict[str, Tensor]:
+    return {"all": values} if isinstance(values, Tensor) else dict(values)
+
+
+def _key(draw: object) -> str | None:
+    """Digest of a draw; None for an object of unknown kind, which is not cached."""
+    if isinstance(draw, ModelDraws):
+        return draw.digest()
+    if isinstance(draw, Tensor):
+        values = draw.detach().cpu().contiguous()
+        return hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode() + values.numpy().tobytes()).hexdigest()
+    return None
+
+
+def _checked(log_probabilities: Tensor, labels: Mapping[str, Tensor], task: str) -> Tensor:
+    values = log_probabilities.detach().double().cpu()
+    count = len(labels[task]) if task in labels else len(values)
+    if values.ndim != 2 or len(values) != count or not bool((values.exp().sum(1) - 1).abs().max() < 1e-3):
+        raise ValueError(
+            f"`temper(predict=...)`: expected log probabilities ({count}, classes) whose exponentials sum to 1 in each "
+            f"row, got {tuple(values.shape)}. Return `logits.log_softmax(-1)`."
+        )
+    return values
+
+
+def _scores(log_probabilities: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """NLL, accuracy and ECE of log probabilities ``(n, classes)``."""
+    labels = labels.detach().cpu().long()
+    nll = -log_probabilities.gather(1, labels.unsqueeze(1)).mean()
+    confidence, predicted = log_probabilities.exp().max(1)
+    right = (predicted == labels).double()
+    place = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
+    gap = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, place, right - confidence)
+    return float(nll), float(right.mean()), float(gap.abs().sum()) / len(labels)
+
+
+def _dimension(posterior: Posterior, coordinates: SpanCoordinates | None) -> Tensor:
+    """Number of directions that experts act on, ``(M,)`` float64."""
+    if coordinates is not None:
+        return (coordinates.transform != 0).any(-2).sum(-1).double().cpu()
+    size = math.prod(quadratic_of(posterior, for_draws=True).event_shape)
+    return torch.full((posterior.num_modules,), float(size), dtype=torch.float64)
