@@ -75,9 +75,7 @@ def fixed_point(
         updates, low_rank = unpack(poe, updates, low_rank)
     single, dtype = updates.ndim == 3, updates.dtype
     updates = check_updates(updates, poe.update_names)
-    options = SolverOptions(
-        starts if isinstance(starts, str) else tuple(starts), max_steps, tolerance, step_tolerance, acceleration
-    )
+    options = SolverOptions(_as_tuple(starts), max_steps, tolerance, step_tolerance, acceleration)
     if coordinates == "full":
         solution = solve_posterior(full_posterior(poe, updates, low_rank), options)
         value = solution.value
@@ -156,6 +154,12 @@ class Contraction:
     rate: Tensor
     bound: Tensor
     strict: Tensor
+
+
+def _as_tuple(starts: Sequence[Start]) -> tuple[Start, ...]:
+    if isinstance(starts, str):
+        raise ValueError(f"`fixed_point(starts={starts!r})`: a sequence of starts is wanted: ({starts!r},).")
+    return tuple(starts)
 
 
 def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tuple[str, Tensor]]:

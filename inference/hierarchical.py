@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import pyro
@@ -36,13 +36,14 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
+from typing_extensions import override
 
 from inference.draws import StoredDraws
 from inference.evidence import dimensions, log_normalizers, with_restricted_exponents
 from inference.fixed_point import solve_posterior
 from poe_models.energies import Energy, StudentT
 from poe_models.experts import ProductOfExperts
-from poe_models.operators import Gram, sum_of_squares
+from poe_models.operators import Gram, Operator
 from poe_models.posterior import Posterior
 from poe_models.scales import Absolute, NormScaled, Relative, Scale
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
@@ -90,8 +91,8 @@ def hierarchical(
     *,
     seed: int,
     shared: Shared = "model",
-    gamma_prior: dist.Distribution | None = None,
-    df_prior: dist.Distribution | None = None,
+    gamma_prior: dist.TorchDistribution | None = None,
+    df_prior: dist.TorchDistribution | None = None,
     chains: int = 4,
     warmup: int = 500,
     target_acceptance: float = 0.8,
@@ -179,8 +180,8 @@ class HierarchicalModel:
         poe: ProductOfExperts,
         statistics: SpanStatistics,
         shared: Shared = "model",
-        gamma_prior: dist.Distribution | None = None,
-        df_prior: dist.Distribution | None = None,
+        gamma_prior: dist.TorchDistribution | None = None,
+        df_prior: dist.TorchDistribution | None = None,
     ) -> None:
         if shared not in get_args(Shared):
             raise ValueError(f"`hierarchical(shared={shared!r})`: is one of {', '.join(map(repr, get_args(Shared)))}.")
@@ -188,16 +189,13 @@ class HierarchicalModel:
         self.posterior = with_restricted_exponents(poe, bound)
         self.shared = shared
         self.has_df = _check_energies(poe)
-        self.reference_normalizer = log_normalizers(self.posterior)  # refuses experts that are not densities
+        normalizers = log_normalizers(self.posterior)  # refuses experts that are not densities
         _check_anchor(self.posterior)
         self._prepare()
-        self.power, own = _check_scales(poe, shared)
-        reference = torch.tensor(own).to(self.shift)
-        self.unit = self.reference_scale / reference**self.power
-        self.constant = self.reference_normalizer
-        if self.has_df:  # what is left without the part that depends on nu
-            df = torch.tensor([float(expert.rho.df) for expert in self.posterior.experts]).to(self.shift)
-            
+        self.scale_power, own = _check_scales(poe, shared)
+        reference = self.shift.new_tensor(own)
+        self.unit = self.reference_scale / reference**self.scale_power
+        self.constant = normalizers - self._normalizers_at_unit_scale() if self.has_df else normalizers
         self._prepare_priors(reference, gamma_prior, df_prior)
 
     def __call__(self) -> Tensor:
@@ -238,7 +236,7 @@ class HierarchicalModel:
 
     def scale_squared(self, gamma: Tensor) -> Tensor:
         """``s_i^2``, ``(*S, M, E)``."""
-        return self.unit * self.spread(gamma) ** self.power
+        return self.unit * self.spread(gamma) ** self.scale_power
 
     def spread(self, shared: Tensor) -> Tensor:
         """A shared quantity as one per module and expert, broadcastable to ``(*S, M, E)``."""
@@ -252,15 +250,14 @@ class HierarchicalModel:
         if self.has_df:
             priors["nu"] = self.df_prior
         values = {name: prior.sample().to(self.shift) for name, prior in priors.items()}
-        return {name: dist.biject_to(priors[name].support).inv(value) for name, value in values.items()}
+        return {name: torch.distributions.biject_to(priors[name].support).inv(value) for name, value in values.items()}
 
     def _energy(self, nu: Tensor | None) -> Energy:
         """``a_i rho / T`` of all experts at once, on ``(*S, M, E)``."""
-        power = self.importance / self.posterior.temperature
         if nu is None:
-            return _Columns([expert.rho for expert in self.posterior.experts], power)
+            return _Columns([expert.rho for expert in self.posterior.experts], self.power)
         df = self.spread(nu)
-        return StudentT(df=df, exponent=power * (df + self.rank) / 2)
+        return StudentT(df=df, exponent=self.power * (df + self.rank) / 2)
 
     def _normalizer(self, nu: Tensor | None) -> Tensor:
         """``log Z_i`` at the reference scale, ``(*S, M, E)``; it grows by ``r_i log s_i`` with the scale."""
@@ -279,7 +276,7 @@ class HierarchicalModel:
         targets = targets if posterior.center is None else targets - posterior.center.unsqueeze(1)
         self.rank = dimensions(posterior)
         self.shift = posterior.anchor_precision / posterior.temperature
-        self.importance = torch.tensor([expert.importance for expert in posterior.experts]).to(self.shift)
+        self.power = self.shift.new_tensor([expert.importance for expert in posterior.experts]) / posterior.temperature
         self.reference_scale = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
         self.reference_residuals = posterior.residuals(solve_posterior(posterior).value)
         weights = posterior.weights(self.reference_residuals) / posterior.temperature
@@ -294,8 +291,16 @@ class HierarchicalModel:
         zero = torch.zeros_like(self.eigenvalues)
         self.white_prior = dist.Normal(zero, torch.ones_like(zero)).to_event(2)
 
+    def _normalizers_at_unit_scale(self) -> Tensor:
+        """What of ``log Z_i`` depends on ``nu``, at the design's own, ``(M, E)``."""
+        columns = [
+            expert.rho.log_normalizer(1.0, self.rank[:, i], expert.importance / self.posterior.temperature)
+            for i, expert in enumerate(self.posterior.experts)
+        ]
+        return torch.stack(columns, -1)
+
     def _prepare_priors(
-        self, reference: Tensor, gamma_prior: dist.Distribution | None, df_prior: dist.Distribution | None
+        self, reference: Tensor, gamma_prior: dist.TorchDistribution | None, df_prior: dist.TorchDistribution | None
     ) -> None:
         posterior = self.posterior
         size = {"model": (), "expert": (len(posterior.experts),), "module": (posterior.num_modules,)}[self.shared]
@@ -347,7 +352,7 @@ def _factor(operator: Operator) -> Tensor:
     return operator.factor
 
 
-def _shared_prior(name: str, prior: dist.Distribution, size: tuple[int, ...]) -> dist.Distribution:
+def _shared_prior(name: str, prior: dist.TorchDistribution, size: tuple[int, ...]) -> dist.TorchDistribution:
     """A scalar prior for each of the shared quantities."""
     if prior.batch_shape or prior.event_shape:
         raise ValueError(

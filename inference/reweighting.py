@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,17 +34,16 @@ SAME_BASIN = 0.02
 class SolverOptions:
     """Settings of the fixed point; see :func:`fixed_point`."""
 
-    starts: Sequence[Start] = ("twin", "experts")
+    starts: tuple[Start, ...] = ("twin", "experts")
     max_steps: int = 100
     tolerance: float | None = None
     step_tolerance: float | None = None
     acceleration: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.starts, str) or not self.starts or self.max_steps < 1:
+        if not self.starts or self.max_steps < 1:
             raise ValueError(
-                f"`fixed_point(starts={self.starts!r}, max_steps={self.max_steps})`: a sequence of starts and at least "
-                "one step."
+                f"`fixed_point(starts={self.starts!r}, max_steps={self.max_steps})`: at least one start and one step."
             )
 
 
