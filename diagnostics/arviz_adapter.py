@@ -96,6 +96,7 @@ def to_inference_data(
         coords={key: value for key, value in coords.items() if value},
         dims=_dims(draws),
     )
+    data.constant_data["temperature"] = posterior.temperature  # `from_dict` makes an array of a number
     data.attrs |= _attributes(posterior, statistics)
     return data
 
@@ -190,7 +191,6 @@ def _constants(posterior: Posterior, statistics: SpanStatistics | None, dimensio
         "importance": torch.tensor([expert.importance for expert in posterior.experts], dtype=torch.float64),
         "dimension": dimension,
         "anchor_precision": posterior.anchor_precision,
-        "temperature": torch.tensor(posterior.temperature, dtype=torch.float64),
     }
     if statistics is not None:
         size = len(_basis(statistics))
@@ -211,7 +211,6 @@ def _dims(draws: Draws) -> dict[str, list[str]]:
         "importance": ["expert"],
         "dimension": ["module", "expert"],
         "anchor_precision": ["module"],
-        "temperature": [],
         "gram": ["module", "basis", "basis_too"],
         "forms": ["module", "expert", "basis", "basis_too"],
         "mean_curvature": ["module", "expert"],
@@ -241,7 +240,7 @@ def _attributes(posterior: Posterior, statistics: SpanStatistics | None) -> dict
 
 def _plain(expert: BoundExpert) -> str:
     """An energy as text; settings that are tensors over modules by their shape."""
-    names = [field.name for field in fields(expert.rho)] if is_dataclass(expert.rho) else []
+    names: list[str] = [field.name for field in fields(expert.rho)] if is_dataclass(expert.rho) else []
     shown = {name: getattr(expert.rho, name) for name in names}
     texts = [f"{k}={f'tensor {tuple(v.shape)}' if isinstance(v, Tensor) else v!r}" for k, v in shown.items()]
     return f"{type(expert.rho).__name__}({', '.join(texts)})"

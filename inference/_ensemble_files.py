@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from poe_models.checkpoints import Checkpoint, open_checkpoint
 _INDEX = "model.safetensors.index.json"
 _STATE, _BEGUN = "ensemble.json", "ensemble_state.json"
 _DELTA = "delta.safetensors"
+_PART_BYTES = 32 * 2**20
 _HALF = (torch.bfloat16, torch.float16)
 _Make = Callable[[str], tuple[Tensor, dict[str, Any]]]
 
@@ -141,12 +142,14 @@ class _Writer:
         with staging.begin({**self.state, "folder": name}):
             for shard, (file, names) in enumerate(layout.items()):
                 if not staging.has_shard(shard, file):
-                    for group, tensor in enumerate(names):
-                        if not staging.has_part(shard, group, [tensor]):
-                            value, record = make(tensor)
-                            staging.save_part(shard, group, {tensor: value}, [record])
+                    groups = self._groups(names)
+                    for number, group in enumerate(groups):
+                        if not staging.has_part(shard, number, group):
+                            made = {tensor: make(tensor) for tensor in group}
+                            values = {tensor: value for tensor, (value, _) in made.items()}
+                            staging.save_part(shard, number, values, [record for _, record in made.values()])
                     own = {alias: target for alias, target in aliases.items() if target in names}
-                    staging.finish_shard(shard, file, len(names), own)
+                    staging.finish_shard(shard, file, len(groups), own)
                 staging.drop_parts(shard)
             if self.kind == "checkpoints":
                 self._companions(staging, layout)
@@ -194,6 +197,19 @@ class _Writer:
         if rounded := [each for each in staging.records() if each]:
             record["rounding"] = {key: sum(each[key] for each in rounded) for key in rounded[0]}
         staging.write_json(RECORD, record)
+
+    def _groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Tensors that are made and saved together: one, or several small ones."""
+        groups: list[list[str]] = []
+        room = 0
+        for name in names:
+            size = self.base.tensors[name].nbytes
+            if size > room:
+                groups.append([])
+                room = _PART_BYTES
+            groups[-1].append(name)
+            room -= size
+        return groups
 
     def _layout(self) -> dict[str, tuple[str, ...]]:
         return {_file_name(file): names for file, names in self.base.layout.items()}

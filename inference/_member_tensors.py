@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference._modules import Module, module_names, read_modules
 from inference.design import Design, Designs, as_function
-from inference.full_draws import design_text
+from inference.full_draws import design_text, warn_of_changes
 from inference.model_draws import FullDraws, ModelDraws
 from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from poe_models.task_vectors import Source, TaskVectors
@@ -178,6 +178,8 @@ class MemberTensors:
                 f"`MergedEnsemble(...)`: Full draws made in {draws.environment['dtype']} are other draws in {dtype}. "
                 f"Open the task vectors with `dtype=torch.{draws.environment['dtype']}`."
             )
+        if draws.environment["device"] != self.task_vectors.device.type:
+            warn_of_changes(draws.environment, self.task_vectors.device)
         for name, text in zip(draws.modules, draws.designs, strict=True):
             if design_text(self.design_of(known[name])) != text:
                 raise ValueError(

@@ -140,8 +140,8 @@ def with_restricted_exponents(poe: ProductOfExperts, posterior: Posterior) -> Po
 
     In Span coordinates that makes such an expert the marginal of its Student-t on what it sees of the span, again a
     Student-t with the same scale and degrees of freedom. The exponent that :func:`~poe_models.span.span_posterior` sets
-    comes from the rank on all of ``vec(Z)``: that is the whole density along the span, far narrower and nearly Gaussian.
-    In Full coordinates nothing changes.
+    comes from the rank on all of ``vec(Z)``: that is the whole density along the span, far narrower and nearly
+    Gaussian. In Full coordinates nothing changes.
 
     Args:
         poe: the design.

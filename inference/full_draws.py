@@ -154,15 +154,18 @@ def check_environment(recorded: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown environment {dict(recorded)}")
 
 
-def warn_of_changes(recorded: Mapping[str, Any]) -> None:
+def warn_of_changes(recorded: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Warn if draws recorded elsewhere will not be the same bits here.
 
     Args:
         recorded: What `environment` gave where they were made.
+        device: Where they will be made again; by default the same kind of device, or the CPU if there is none.
     """
-    device, dtype = torch.device(recorded["device"]), getattr(torch, recorded["dtype"])
-    available = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
-    here = environment(device if available else torch.device("cpu"), dtype)
+    dtype = getattr(torch, recorded["dtype"])
+    if device is None:
+        available = recorded["device"] == "cpu" or (recorded["device"] == "cuda" and torch.cuda.is_available())
+        device = torch.device(recorded["device"] if available else "cpu")
+    here = environment(device, dtype)
     changed = [
         f"{key} {recorded[key]} -> {here[key]}" for key in ("device", "torch", "threads") if recorded[key] != here[key]
     ]
@@ -172,7 +175,7 @@ def warn_of_changes(recorded: Mapping[str, Any]) -> None:
         what = f"the draws are made again within {TOLERANCE[dtype]:g} of their largest entry, not bit for bit"
     else:
         what = "the seeds give other noise here: these will be other draws of the same posterior, equally good"
-    warnings.warn(f"Full draws from elsewhere ({', '.join(changed)}): {what}.", RegenerationWarning, stacklevel=3)
+    warnings.warn(f"Full draws from elsewhere ({', '.join(changed)}): {what}.", RegenerationWarning, stacklevel=4)
 
 
 def _draw(

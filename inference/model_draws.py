@@ -74,6 +74,11 @@ class ModelDraws(ABC):
     def numbers(self) -> dict[str, Tensor]:
         """What decides the draws, by name: the tensors that a file keeps."""
 
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[str, ...]:
+        """What decides the draws besides numbers."""
+
     @abstractmethod
     def update(self, module: Module, member: int) -> Tensor:
         """The merged update of one module in one draw, ``(d_out, d_in)``.
@@ -143,7 +148,7 @@ class ModelDraws(ABC):
 
     def digest(self) -> str:
         """Sha256 of what the draws are about and of every number: draws with the same digest are the same."""
-        digest = hashlib.sha256(repr((self.modules, self.source)).encode())
+        digest = hashlib.sha256(repr((self.modules, self.source, self.labels)).encode())
         for name, values in self.numbers.items():
             digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
             digest.update(values.detach().cpu().contiguous().numpy().tobytes())
@@ -215,6 +220,11 @@ class SpanDraws(ModelDraws):
     def numbers(self) -> dict[str, Tensor]:
         return {"coefficients": self.coefficients}
 
+    @property
+    @override
+    def labels(self) -> tuple[str, ...]:
+        return self.updates
+
     @override
     def update(self, module: Module, member: int) -> Tensor:
         """``sum_j c_j U_j + c_0 Z_0``."""
@@ -279,6 +289,11 @@ class FullDraws(ModelDraws):
     @override
     def numbers(self) -> dict[str, Tensor]:
         return {"weights": self.weights, "seeds": self.seeds, "temperature": self.temperature}
+
+    @property
+    @override
+    def labels(self) -> tuple[str, ...]:
+        return (self.method, *self.designs)
 
     @override
     def update(self, module: Module, member: int) -> Tensor:

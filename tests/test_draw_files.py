@@ -373,15 +373,39 @@ def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tm
     assert torch.equal(loaded.update(module, 7), own.latents(3, 1)[0])
 
 
-def test_adapters_draw_with_their_factors(generator: torch.Generator) -> None:
-    """A low-rank module is compressed by its factors, when it is drawn and when it is made again."""
-    base = {"a.weight": torch.randn(12, 40, generator=generator)}
-    vectors = TaskVectors(base, {"x": {"a.weight": base["a.weight"] + 1}}, dtype=torch.float64)
-    (module,) = read_modules(vectors, "a.weight", Design(poe_of(vectors)))
-    factors = (torch.ones(1, 12, 1, dtype=torch.float64), torch.ones(1, 1, 40, dtype=torch.float64))
-    low = replace(module, low_rank=factors)
-    draws = sample_full(vectors, poe_of(vectors), 1, generator=torch.Generator().manual_seed(0), chains=1, warmup=3)
-    assert_close(draws.update(low, 0), draws.update(module, 0), 1e-4)
+def save_adapter(folder: Path, generator: torch.Generator) -> None:
+    folder.mkdir()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["a"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    factors = {"A": torch.randn(2, 40, generator=generator), "B": torch.randn(12, 2, generator=generator)}
+    tensors = {f"base_model.model.a.lora_{side}.weight": factor for side, factor in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("residual_map", [InputGram(), OutputGram()], ids=name_of)
+def test_adapters_are_drawn_with_their_factors(residual_map: Any, generator: torch.Generator, tmp_path: Path) -> None:
+    """An adapter's module is compressed by its factors when it is drawn, and so it must be when it is made again."""
+    save_file({"a.weight": torch.randn(12, 40, generator=generator)}, tmp_path / "base.safetensors")
+    for name in ("x", "y"):
+        save_adapter(tmp_path / name, generator)
+    vectors = TaskVectors(
+        tmp_path / "base.safetensors", {name: tmp_path / name for name in ("x", "y")}, dtype=torch.float64
+    )
+    poe = poe_of(vectors, residual_map=residual_map)
+    draws = sample_full(vectors, poe, 1, generator=torch.Generator().manual_seed(0), chains=1, warmup=3)
+    (module,) = read_modules(vectors, "a.weight", Design(poe))
+    assert module.low_rank is not None
+    energy = replace(module, low_rank=None).posterior.energy(draws.update(module, 0).unsqueeze(0))
+    assert_close(draws.stats["lp"][0, 0], -energy, 1e-9)
+    loaded = load_draws(save_draws(draws, tmp_path / "draws"), draws.source)
+    assert torch.equal(loaded.update(module, 0), draws.update(module, 0))
 
 
 # --- refusals and warnings ---

@@ -398,6 +398,13 @@ def test_tuning_finds_scales_that_the_start_does_not_know(generator: torch.Gener
     assert_same_mean(posterior, draws, gaussian_means(posterior))
     rates = draws.stats["acceptance_rate"].mean((0, 1))
     assert bool(((rates > 0.6) & (rates < 0.99)).all())
+    assert float(draws.stats["n_steps"].double().mean()) < 6  # in the units of the start it takes over 20
+
+
+def test_sampling_uses_averaged_settings(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 2, 3, 4).expand(8, 2, 3, 4)  # eight times the same module
+    step_size = hmc(span_of(SKEWED, updates), 1, generator=generator).stats["step_size"][0, 0]
+    assert 1 < float(step_size.max() / step_size.min()) < 1.3  # the last ones of the warm-up differ by 1.5 and more
 
 
 # The interface
@@ -477,4 +484,4 @@ def test_bad_settings_are_one_clear_error(generator: torch.Generator) -> None:
         hmc(posterior, 10, generator=generator, start=start)
     improper = ProductOfExperts.of(["a", "b"], energy=Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
-        hmc(span_of(improper, updates), 10, generator=generator)
+        hmc(full_posterior(improper, updates), 10, generator=generator)

@@ -43,14 +43,14 @@ def bar_plot(rows: Sequence[Row], tails: Sequence[tuple[Row, Row]] = ()) -> Figu
         if row.name not in LINES:
             continue
         for axes, value in ((above, row.on(MEAN).accuracy), (below, row.on(MEAN).ece)):
-            label = f"{row.name} ({value:.2f})"
-            axes.axhline(value, color="black", linestyle=LINES[row.name], linewidth=1.2, label=label, zorder=0)
+            axes.axhline(value, color="black", linestyle=LINES[row.name], linewidth=1.2, label=row.name, zorder=0)
+            axes.annotate(f"{value:.3f}", (1, value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     tasks = ", ".join(merged[0].scores)
     above.set(ylabel="mean test accuracy", ylim=(0, 1), title=f"SqueezeNet v1.1 merged over {tasks}")
     below.set(ylabel="mean ECE, 20 bins (lower is better)")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -76,7 +76,7 @@ def draw_bars(axes: Axes, rows: Sequence[Row], values: Mapping[str, float], twin
         heights = [values[name] for name in names]
         bars = axes.bar([places[n] for n in names], heights, width, color=color, hatch=hatch, edgecolor="black", lw=0.6)
         bars.set_label(energy or "no experts")
-        axes.bar_label(bars, [f"{height:.3f}" for height in heights], fontsize=7, padding=3)
+        axes.bar_label(bars, [f"{height:.3f}".lstrip("0") for height in heights], fontsize=8, padding=4)
     if twins:
         x, y = [places[name] for name in twins], list(twins.values())
         axes.plot(x, y, "D", color="white", markeredgecolor="black", markersize=5, label="Gaussian twin, same λ and η")

@@ -1,0 +1,360 @@
+"""The ArviZ adapter: values against formulas of their own, and ArviZ's functions on what it returns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
+from inference.draws import StoredDraws
+from inference.gibbs import gibbs, gibbs_posterior
+from inference.hmc import hmc
+from inference.statistics_files import statistics_digest
+from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Directional,
+    Energy,
+    FactorExpert,
+    Gaussian,
+    GeneralizedGaussian,
+    Huber,
+    Identity,
+    InputGram,
+    ProductOfExperts,
+    SpanCoordinates,
+    SpanStatistics,
+    StudentT,
+    Welsch,
+    average,
+    full_posterior,
+    span_posterior,
+    span_statistics,
+)
+from poe_models.posterior import Posterior
+from tests.helpers import assert_close, name_of, random_updates
+
+NAMES = ["mnist", "emoji", "animals"]
+MODULES = ["a.weight", "b.weight"]
+# ArviZ 0.x calls what newer versions of its own dependencies announce to change.
+ARVIZ_IS_OLD = pytest.mark.filterwarnings(
+    "ignore:Passing a dict or None as alias_mapping", "ignore:The inplace keyword in DataFrame.sort_values"
+)
+
+
+@pytest.fixture
+def updates(generator: torch.Generator) -> Tensor:
+    return random_updates(generator, 2, 3, 4, 5)
+
+
+def span(
+    poe: ProductOfExperts, updates: Tensor, count: int = 150, chains: int = 4
+) -> tuple[StoredDraws, Posterior, SpanCoordinates, SpanStatistics]:
+    statistics = span_statistics(poe, updates, MODULES[: len(updates)])
+    posterior, coordinates = span_posterior(poe, statistics)
+    draws = gibbs_posterior(posterior, count, generator=torch.Generator().manual_seed(0), chains=chains, warmup=50)
+    return draws, posterior, coordinates, statistics
+
+
+def normalised(**options: Any) -> ProductOfExperts:
+    return ProductOfExperts.of(NAMES, InputGram(), StudentT(4.0, "multivariate"), **options)
+
+
+def test_coefficients_have_named_coordinates_and_are_those_of_the_draws(updates: Tensor) -> None:
+    draws, posterior, coordinates, statistics = span(normalised(anchor=Anchor(average)), updates)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    coefficients = data.posterior["coefficients"]
+    assert coefficients.dims == ("chain", "draw", "module", "basis")
+    assert list(coefficients.module.values) == MODULES
+    assert list(coefficients.basis.values) == [*NAMES, "center"]
+    one = coefficients.sel(chain=2, draw=7, module="b.weight", basis="emoji")
+    assert float(one) == float(coordinates.coefficients(draws.values)[2, 7, 1, 1])
+    assert data.attrs["statistics_digest"] == statistics_digest(statistics)
+
+
+def test_a_zero_centre_has_no_coefficient(updates: Tensor) -> None:
+    draws, posterior, coordinates, statistics = span(normalised(), updates)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    assert list(data.posterior.basis.values) == NAMES
+    assert data.constant_data["gram"].shape == (2, 3, 3)
+    assert bool(az.summary(data, var_names=["coefficients"])["r_hat"].notna().all())
+
+
+def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor) -> None:
+    poe = normalised(anchor=Anchor(average), temperature=0.5)
+    draws, posterior, coordinates, statistics = span(poe, updates, count=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    full = full_posterior(poe, updates)
+    basis = torch.cat([updates, updates.mean(1, keepdim=True)], 1)
+    z = torch.einsum("csmj,mjab->csmab", coordinates.coefficients(draws.values), basis)
+    q = torch.stack([e.residual(z) / e.scale_squared for e in full.experts], -1)
+    assert_close(torch.from_numpy(data.posterior["residual"].values), q, 1e-8)
+    distance = (z - updates.mean(1)).flatten(-2).norm(dim=-1)
+    assert_close(torch.from_numpy(data.posterior["distance"].values), distance, 1e-8)
+
+
+def test_sample_stats_keep_the_samplers_names(updates: Tensor) -> None:
+    _, posterior, coordinates, statistics = span(normalised(), updates)
+    draws = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    assert {"lp", "diverging", "acceptance_rate", "energy", "n_steps", "step_size"} <= set(data.sample_stats)
+    assert data.sample_stats["diverging"].dims == ("chain", "draw", "module")
+    assert data.sample_stats["diverging"].dtype == bool
+    assert np.array_equal(data.sample_stats["lp"].values, draws.stats["lp"].numpy())
+
+
+# --- log likelihood ---
+
+NORMALISED: list[Energy] = [
+    Gaussian(2.0),
+    StudentT(4.0, "multivariate"),
+    Cauchy("multivariate"),
+    Huber(0.7),
+    GeneralizedGaussian(1.0),
+]
+
+
+@pytest.mark.parametrize("energy", NORMALISED, ids=name_of)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("coordinates", ["span", "full"])
+def test_log_likelihoods_are_normalised_densities_of_the_residual(
+    energy: Energy, temperature: float, coordinates: str, updates: Tensor
+) -> None:
+    """Of one-dimensional residuals: the integral over the residual is 1, at the scale and temperature in force."""
+    poe = ProductOfExperts.of(NAMES, Directional(), energy, Absolute(0.6), [1.0, 2.0, 1.5], temperature=temperature)
+    statistics = span_statistics(poe, updates, MODULES)
+    posterior, change = span_posterior(poe, statistics)
+    given: dict[str, Any] = {"coordinates": change, "statistics": statistics}
+    if coordinates == "full":
+        posterior, given = full_posterior(poe, updates), {"modules": MODULES}
+    # Draws along a line through U_i: q_i = r^2 for r = t |U_i|^2, so the density of r can be integrated over t.
+    t = torch.linspace(-400, 400, 80_001, dtype=torch.float64)
+    t = t.sign() * (t.abs() / 400) ** 3 * 400  # dense where the density is
+    for i, expert in enumerate(posterior.experts):
+        line = (1 + t[:, None, None, None] / full_norm(updates)[:, i][None, :, None, None]) * expert.update
+        draws = StoredDraws(line.unsqueeze(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TooFewDraws)
+            data = to_inference_data(draws, posterior, **given)
+        density = np.exp(data.log_likelihood["updates"].sel(expert=expert.name).values[0])
+        for module in range(2):
+            mass = np.trapezoid(density[:, module], t.numpy())
+            assert abs(mass - 1) < 2e-3
+
+
+def full_norm(updates: Tensor) -> Tensor:
+    """``|U|^2`` per module and expert: what a step of 1 along U changes a Directional residual by."""
+    return updates.square().sum((-2, -1))
+
+
+def test_a_gaussian_log_likelihood_is_scipys(updates: Tensor) -> None:
+    poe = ProductOfExperts.of(NAMES, Identity(), Gaussian(), Absolute(0.8), temperature=0.5)
+    draws, posterior, coordinates, statistics = span(poe, updates, count=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    c = coordinates.coefficients(draws.values)[3, 11, 1, :3]
+    z = torch.einsum("j,jab->ab", c, updates[1]).flatten().numpy()
+    oracle = scipy.stats.multivariate_normal(updates[1, 2].flatten().numpy(), 0.5 * 0.8**2 * np.eye(20)).logpdf(z)
+    assert math.isclose(float(data.log_likelihood["updates"][3, 11, 1, 2]), oracle, rel_tol=1e-10)
+
+
+def test_a_student_log_likelihood_is_scipys(updates: Tensor) -> None:
+    poe = ProductOfExperts.of(NAMES, Identity(), StudentT(3.0, "multivariate"), Absolute(0.8))
+    draws, posterior, coordinates, statistics = span(poe, updates, count=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    c = coordinates.coefficients(draws.values)[0, 5, 0, :3]
+    z = torch.einsum("j,jab->ab", c, updates[0]).flatten().numpy()
+    oracle = scipy.stats.multivariate_t(updates[0, 1].flatten().numpy(), 0.8**2 * np.eye(20), df=3).logpdf(z)
+    assert math.isclose(float(data.log_likelihood["updates"][0, 5, 0, 1]), oracle, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("energy", [Welsch(), Cauchy(), StudentT(4.0)], ids=name_of)
+def test_energies_without_a_normaliser_are_named(energy: Energy, updates: Tensor) -> None:
+    poe = ProductOfExperts.of(NAMES, InputGram(), energy)
+    statistics = span_statistics(poe, updates, MODULES)
+    posterior, coordinates = span_posterior(poe, statistics)
+    values = torch.randn(4, 100, 2, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match=rf"log_likelihood group is left out: expert 'mnist' .*{type(energy).__name__}"
+    ):
+        data = to_inference_data(StoredDraws(values), posterior, coordinates, statistics)
+    assert "log_likelihood" not in data.groups()
+    assert {"posterior", "constant_data"} <= set(data.groups())
+
+
+def test_a_factor_expert_is_left_out_by_name(updates: Tensor) -> None:
+    poe = normalised() * FactorExpert("prior", lambda c: c.square().sum(-1), "span")
+    statistics = span_statistics(poe, updates, MODULES)
+    posterior, coordinates = span_posterior(poe, statistics)
+    values = torch.randn(4, 100, 2, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.warns(UserWarning, match="leaves out 'prior'"):
+        data = to_inference_data(StoredDraws(values), posterior, coordinates, statistics)
+    assert list(data.log_likelihood.expert.values) == NAMES
+
+
+def test_an_expert_with_nothing_to_say_adds_nothing(updates: Tensor) -> None:
+    updates[1, 2] = 0.0
+    draws, posterior, coordinates, statistics = span(normalised(), updates, count=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    values = data.log_likelihood["updates"]
+    assert bool((values.sel(module="b.weight", expert="animals") == 0).all())
+    assert bool((values.sel(module="b.weight", expert="mnist") != 0).all())
+    others = to_inference_data(*_without(draws, posterior, coordinates, statistics))
+    assert np.allclose(values.sel(module="a.weight"), others.log_likelihood["updates"].sel(module="a.weight"))
+
+
+def _without(
+    draws: StoredDraws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics
+) -> tuple[StoredDraws, Posterior, SpanCoordinates, SpanStatistics]:
+    """The first module alone, where every expert speaks."""
+    one = slice(0, 1)
+    names = ("gram", "forms", "mean_curvature", "dimension")
+    return (
+        StoredDraws(draws.values[:, :, one]),
+        posterior.module(0),
+        SpanCoordinates(coordinates.transform[one], coordinates.inverse[one]),
+        replace(
+            statistics, modules=statistics.modules[one], **{name: getattr(statistics, name)[one] for name in names}
+        ),
+    )
+
+
+# --- ArviZ ---
+
+
+@ARVIZ_IS_OLD
+def test_arviz_takes_it_as_it_is(updates: Tensor) -> None:
+    mpl.use("agg")
+    draws, posterior, coordinates, statistics = span(normalised(anchor=Anchor(average)), updates, count=400)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    summary = az.summary(data)
+    assert summary.loc["coefficients[a.weight, emoji]", "r_hat"] < 1.02
+    assert summary.loc["distance[b.weight]", "ess_bulk"] > 400
+    mean = coordinates.coefficients(draws.values)[:, :, 0, 1].mean()
+    exact = az.summary(data, var_names=["coefficients"], round_to="none")
+    assert math.isclose(exact.loc["coefficients[a.weight, emoji]", "mean"], float(mean), rel_tol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # large Pareto shapes: six observations of twenty dimensions
+        loo = az.loo(data, pointwise=True)
+        assert loo.loo_i.dims == ("module", "expert")
+        assert np.isfinite(loo.elpd_loo)
+        wrong = ProductOfExperts.of(
+            NAMES, InputGram(), StudentT(4.0, "multivariate"), Absolute(50.0), anchor=Anchor(average)
+        )
+        table = az.compare({"fitting": data, "far too wide": to_inference_data(*span(wrong, updates, count=400))})
+    assert list(table.index) == ["fitting", "far too wide"]
+    for axes in (az.plot_forest(data, var_names=["coefficients"]), az.plot_trace(data, var_names=["distance"])):
+        assert axes.size > 0
+    plt.close("all")
+
+
+@pytest.mark.parametrize("energy", [StudentT(4.0, "multivariate"), Gaussian()], ids=name_of)
+def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path) -> None:
+    poe = ProductOfExperts.of(NAMES, InputGram(), energy, anchor=Anchor(average))
+    _, posterior, coordinates, statistics = span(poe, updates)
+    draws = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics)
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    back = az.from_netcdf(str(tmp_path / "draws.nc"))
+    assert back.groups() == data.groups()
+    for group in data.groups():
+        for name, variable in data[group].data_vars.items():
+            assert np.array_equal(variable.values, back[group][name].values)
+            assert variable.dims == back[group][name].dims
+    assert list(back.posterior.basis.values) == [*NAMES, "center"]
+    assert back.attrs["statistics_digest"] == statistics_digest(statistics)
+    assert energy.__class__.__name__ in back.attrs["energies"]
+    assert float(back.constant_data["temperature"]) == 1.0
+
+
+def test_constants_are_those_of_the_posterior(updates: Tensor) -> None:
+    poe = normalised(anchor=Anchor(average), importance=[1.0, 2.0, 3.0], temperature=0.7)
+    draws, posterior, coordinates, statistics = span(poe, updates, count=100)
+    data = to_inference_data(draws, posterior, coordinates, statistics).constant_data
+    assert np.array_equal(data["anchor_precision"].values, posterior.anchor_precision.numpy())
+    assert float(data["scale_squared"].sel(module="b.weight", expert="emoji")) == float(
+        posterior.experts[1].scale_squared[1]
+    )
+    assert data["importance"].values.tolist() == [1.0, 2.0, 3.0]
+    assert float(data["temperature"]) == 0.7
+    assert np.array_equal(data["gram"].values, statistics.gram.numpy())
+    assert np.array_equal(data["forms"].values, statistics.forms.numpy())
+    assert np.array_equal(data["dimension"].values, np.full((2, 3), 16.0))  # rank 4 times 4 rows
+
+
+# --- Full draws ---
+
+
+@pytest.mark.parametrize("include_update", [False, True])
+def test_full_draws_are_judged_by_residuals_and_distance(include_update: bool, updates: Tensor) -> None:
+    poe = normalised(anchor=Anchor(average, AbsolutePrecision(0.3)))
+    draws = gibbs(poe, updates, 100, generator=torch.Generator().manual_seed(0), warmup=20)
+    posterior = full_posterior(poe, updates)
+    data = to_inference_data(draws, posterior, modules=MODULES, include_update=include_update)
+    assert ("update" in data.posterior) == include_update
+    z = draws.latents(3, 42)
+    if include_update:
+        assert data.posterior["update"].dims == ("chain", "draw", "module", "row", "column")
+        assert np.array_equal(data.posterior["update"].values[3, 42], z.numpy())
+    q = posterior.residuals(z)[1, 2] / posterior.experts[2].scale_squared[1]
+    assert math.isclose(float(data.posterior["residual"][3, 42, 1, 2]), float(q), rel_tol=1e-12)
+    distance = (z - updates.mean(1))[0].norm()
+    assert math.isclose(float(data.posterior["distance"][3, 42, 0]), float(distance), rel_tol=1e-12)
+    expected = draws.stats["lp"][3, 42, 0]
+    anchor = -posterior.anchor_precision[0] * distance**2
+    experts = sum(-e.energy_of(posterior.residuals(z)[..., i])[0] for i, e in enumerate(posterior.experts))
+    assert_close(expected, anchor + experts, 1e-8)
+    assert az.summary(data, var_names=["distance"])["r_hat"].max() < 1.1
+    numbered = to_inference_data(draws, posterior)
+    assert list(numbered.posterior.module.values) == ["0", "1"]
+
+
+# --- too few draws, wrong arguments ---
+
+
+@pytest.mark.parametrize(("chains", "count"), [(4, 99), (3, 100), (1, 5), (4, 100)])
+def test_too_few_draws_warn_and_carry_the_number(chains: int, count: int, updates: Tensor) -> None:
+    given = span(normalised(), updates, count, chains)
+    if (chains, count) == (4, 100):
+        to_inference_data(*given)
+        return
+    with pytest.warns(TooFewDraws, match=f"{chains} chains of {count} draws") as caught:
+        data = to_inference_data(*given)
+    warning = caught[0].message
+    assert isinstance(warning, TooFewDraws)
+    assert (warning.chains, warning.draws) == (chains, count)
+    assert data.posterior["coefficients"].shape == (chains, count, 2, 3)
+
+
+def test_arguments_that_do_not_go_together_are_named(updates: Tensor) -> None:
+    draws, posterior, coordinates, statistics = span(normalised(), updates)
+    for given in ((coordinates, None), (None, statistics)):
+        with pytest.raises(ValueError, match="needs both `coordinates` and `statistics`"):
+            to_inference_data(draws, posterior, *given)
+    with pytest.raises(ValueError, match="1 names for 2 modules"):
+        to_inference_data(draws, posterior, coordinates, replace(statistics, modules=("a",)))
+    full = full_posterior(normalised(), updates)
+    with pytest.raises(ValueError, match="3 names for 2 modules"):
+        to_inference_data(StoredDraws(torch.zeros(4, 100, 2, 4, 5)), full, modules=["a", "b", "c"])
+
+
+def test_only_the_adapter_knows_arviz() -> None:
+    root = Path(__file__).parents[1]
+    files = itertools.chain.from_iterable(
+        (root / p).glob("**/*.py") for p in ("poe_models", "inference", "diagnostics")
+    )
+    assert [path.name for path in files if "import arviz" in path.read_text()] == ["arviz_adapter.py"]

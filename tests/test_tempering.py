@@ -1,0 +1,301 @@
+"""Temperatures: the range against propriety, the search against a closed form, the baseline against a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from inference.ensemble import MergedEnsemble
+from inference.gibbs import gibbs_posterior
+from inference.model_draws import SpanDraws
+from inference.propriety import require_proper
+from inference.statistics_files import collect_statistics
+from inference.tempering import COLDEST, Tempering, fit_logit_temperature, temper, temperature_range
+from poe_models import (
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Directional,
+    Energy,
+    Gaussian,
+    Huber,
+    Identity,
+    ProductOfExperts,
+    Relative,
+    StudentT,
+    TaskVectors,
+    average,
+    full_posterior,
+    span_posterior,
+    span_statistics,
+)
+from poe_models.posterior import Posterior
+from tests.helpers import name_of, random_updates
+
+NAMES = ["a", "b", "c"]
+
+
+# --- the range ---
+
+
+POWERS: list[tuple[Energy, float]] = [(Cauchy(), 1.0), (Cauchy(2.5), 2.5), (StudentT(4.0), 2.5)]
+IMPORTANCE = [1.0, 2.0, 0.5]
+
+
+def assert_edge(posterior: Posterior, temperature: float) -> None:
+    """Without an anchor there is a posterior just below this temperature, and none at it."""
+    require_proper(replace(posterior, temperature=0.999 * temperature))
+    with pytest.raises(ValueError, match="improper"):
+        require_proper(replace(posterior, temperature=temperature))
+
+
+@pytest.mark.parametrize(("energy", "k"), [*POWERS, (StudentT(3.0, "multivariate"), 5.5)], ids=name_of)
+def test_the_highest_temperature_is_where_the_experts_stop_to_hold_the_update(
+    energy: Energy, k: float, generator: torch.Generator
+) -> None:
+    updates = random_updates(generator, 2, 3, 2, 4)
+    bare = Anchor(average, AbsolutePrecision(0.0))
+    posterior = full_posterior(
+        ProductOfExperts.of(NAMES, Identity(), energy, importance=IMPORTANCE, anchor=bare), updates
+    )
+    low, high = temperature_range(posterior)
+    assert math.isclose(high, 2 * 3.5 * k / 8, rel_tol=1e-12)
+    assert math.isclose(low, COLDEST * high, rel_tol=1e-12)
+    assert_edge(posterior, high)
+
+
+@pytest.mark.parametrize(("energy", "k"), POWERS, ids=name_of)
+def test_in_the_span_it_is_the_spans_dimension_that_counts(
+    energy: Energy, k: float, generator: torch.Generator
+) -> None:
+    updates = random_updates(generator, 1, 3, 4, 5)
+    poe = ProductOfExperts.of(NAMES, Identity(), energy, importance=IMPORTANCE)
+    posterior, coordinates = span_posterior(poe, span_statistics(poe, updates))
+    _, high = temperature_range(posterior, coordinates)
+    assert math.isclose(high, 2 * 3.5 * k / 3, rel_tol=1e-12)
+    # The same experts in the three coordinates of the span, as updates of their own.
+    inside = (coordinates.transform[0] != 0).any(0)
+    own = torch.stack([expert.update[0, inside] for expert in posterior.experts])
+    bare = replace(poe, anchor=Anchor(precision=AbsolutePrecision(0.0)))
+    assert_edge(full_posterior(bare, own), high)
+
+
+@pytest.mark.parametrize("energy", [Gaussian(2.0), Huber(0.7)], ids=name_of)
+def test_other_energies_are_measured_by_what_the_base_costs(energy: Energy, generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 4, 2)
+    posterior = full_posterior(ProductOfExperts.of(NAMES, Identity(), energy, Relative(0.5)), updates)
+    _, high = temperature_range(posterior)
+    cost = 3 * float(energy.rho(torch.tensor(4.0, dtype=torch.float64)))  # q(0) / s^2 = 1 / 0.5^2
+    assert math.isclose(high, 2 * cost / 8, rel_tol=1e-12)
+
+
+def test_directions_that_no_expert_sees_do_not_count(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 1, 12)
+    assert math.isclose(temperature_range(full_posterior(ProductOfExperts.of(NAMES), updates))[1], 2 * 3 / 3)
+    directional = full_posterior(ProductOfExperts.of(NAMES, Directional()), random_updates(generator, 1, 3, 4, 5))
+    assert math.isclose(temperature_range(directional)[1], 2 * 3 / 3)
+
+
+def test_modules_of_different_rank_span_the_range(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 3, 3, 4, 5)
+    updates[1, 2] = updates[1, 1]  # two experts agree: a plane
+    updates[2] = 0.0  # nothing to say
+    poe = ProductOfExperts.of(NAMES)
+    posterior, coordinates = span_posterior(poe, span_statistics(poe, updates))
+    low, high = temperature_range(posterior, coordinates)
+    assert math.isclose(high, 2 * 3 / 2)
+    assert math.isclose(low, COLDEST * 2 * 3 / 3)
+    nothing, coordinates = span_posterior(poe, span_statistics(poe, updates[2:]))
+    with pytest.raises(ValueError, match="every update is zero"):
+        temperature_range(nothing, coordinates)
+
+
+# --- the search ---
+
+
+def wobbling(log_temperature_star: float, n: int = 400) -> tuple[Any, Any, Tensor]:
+    """A made-up ensemble of two members with validation labels whose best temperature is known by symmetry.
+
+    At log temperature ``t`` the members' logits for class 1 are ``exp(t - t*) - 1`` apart from the truth.
+    """
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(n, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(n, generator=generator, dtype=torch.float64) < truth.sigmoid()).long()
+
+    def sample(temperature: float) -> list[Tensor]:
+        return [torch.tensor([math.log(temperature) - log_temperature_star, sign]).double() for sign in (-1.0, 1.0)]
+
+    def predict(draw: Tensor) -> Tensor:
+        logit = truth + 3 * draw[1] * draw[0].abs() + draw[0]
+        return torch.stack([torch.zeros_like(logit), logit], 1).log_softmax(1)
+
+    return sample, predict, labels
+
+
+def test_the_best_temperature_is_found_with_its_whole_path() -> None:
+    sample, predict, labels = wobbling(math.log(0.05))
+    ticks: list[tuple[int, int]] = []
+    found = temper(
+        sample, predict, labels, (1e-3, 1.0), num_temperatures=7, refinements=4,
+        progress=lambda i, n: ticks.append((i, n)),
+    )  # fmt: skip
+    assert isinstance(found, Tempering)
+    assert abs(math.log(found.temperature / 0.05)) < 0.12
+    assert found.best.nll == min(point.nll for point in found.path)
+    temperatures = [point.temperature for point in found.path]
+    assert temperatures == sorted(set(temperatures))
+    assert temperatures[0] == 1e-3
+    assert temperatures[-1] == 1.0
+    assert 7 <= len(found.path) <= 15
+    assert found.status == "the best temperature is inside the range"
+    assert ticks == [(i, 15) for i in range(1, 16)]
+    assert found.num_evaluations == 2 * len(found.path)
+
+
+def test_every_score_is_that_of_the_mean_probabilities() -> None:
+    sample, predict, labels = wobbling(0.0)
+    found = temper(sample, predict, labels, (0.5, 2.0), num_temperatures=3, refinements=0)
+    for point in found.path:
+        mean = torch.stack([predict(draw).exp() for draw in sample(point.temperature)]).mean(0)
+        assert math.isclose(point.nll, float(nn.functional.nll_loss(mean.log(), labels)), rel_tol=1e-12)
+        assert math.isclose(point.accuracy, float((mean.argmax(1) == labels).double().mean()))
+        oracle = multiclass_calibration_error(mean, labels, num_classes=2, n_bins=20, norm="l1")
+        assert math.isclose(point.ece, float(oracle), rel_tol=1e-5)
+        assert point.num_members == 2
+
+
+@pytest.mark.parametrize(("star", "word"), [(1e-6, "lowest temperature is the best"), (1e6, "highest temperature is")])
+def test_the_end_of_the_range_is_said(star: float, word: str) -> None:
+    sample, predict, labels = wobbling(math.log(star))
+    found = temper(sample, predict, labels, (0.1, 1.0), num_temperatures=4)
+    assert word in found.status
+
+
+def test_nothing_is_evaluated_twice() -> None:
+    sample, predict, labels = wobbling(math.log(0.3))
+    calls: list[Tensor] = []
+
+    def counting(draw: Tensor) -> Tensor:
+        calls.append(draw)
+        return predict(draw)
+
+    cache: dict[str, Any] = {}
+    first = temper(sample, counting, labels, (0.1, 1.0), num_temperatures=4, cache=cache)
+    assert len(calls) == first.num_evaluations == len(cache)
+    again = temper(sample, counting, labels, (0.1, 1.0), num_temperatures=4, cache=cache)
+    assert again.num_evaluations == 0
+    assert again.path == first.path
+    assert len(calls) == len(cache)
+    # Draws of an unknown kind are not cached, for they have no digest.
+    temper(
+        lambda t: [object()], lambda draw: predict(sample(1.0)[0]), labels, (0.1, 1.0), num_temperatures=2, cache=cache
+    )
+    assert len(cache) == len(calls)
+
+
+def test_several_tasks_count_alike(generator: torch.Generator) -> None:
+    sample, predict, labels = wobbling(0.0)
+    sizes = {"small": 50, "large": 400}
+
+    def both(draw: Tensor) -> dict[str, Tensor]:
+        return {task: predict(draw)[:n] for task, n in sizes.items()}
+
+    tasks = {task: labels[:n] for task, n in sizes.items()}
+    found = temper(sample, both, tasks, (0.5, 1.0), num_temperatures=2, refinements=0)
+    for task in sizes:
+        alone = temper(
+            sample, lambda draw, task=task: both(draw)[task], tasks[task], (0.5, 1.0), num_temperatures=2, refinements=0
+        )
+        tasks[task] = alone.path[0].nll  # type: ignore[assignment]
+    assert math.isclose(found.path[0].nll, sum(map(float, tasks.values())) / 2, rel_tol=1e-12)
+
+
+def test_bad_arguments_are_named() -> None:
+    sample, predict, labels = wobbling(0.0)
+    for bounds in ((1.0, 1.0), (0.0, 1.0), (1.0, math.inf)):
+        with pytest.raises(ValueError, match="give 0 < lowest < highest"):
+            temper(sample, predict, labels, bounds)
+    with pytest.raises(ValueError, match="no members at temperature 0.1"):
+        temper(lambda temperature: [], predict, labels, (0.1, 1.0))
+    with pytest.raises(ValueError, match=r"expected log probabilities \(400, classes\).*log_softmax"):
+        temper(sample, lambda draw: predict(draw).exp(), labels, (0.1, 1.0))
+    with pytest.raises(ValueError, match=r"expected log probabilities \(400, classes\)"):
+        temper(sample, lambda draw: predict(draw)[:7], labels, (0.1, 1.0))
+    with pytest.raises(ValueError, match="predictions are about all; labels about one"):
+        temper(sample, predict, {"one": labels}, (0.1, 1.0))
+
+
+def test_from_weights_to_a_temperature(generator: torch.Generator) -> None:
+    """The whole way on a real model: at the chosen temperature the ensemble is what `predict` says."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    experts = {
+        name: {k: w + 0.4 * torch.randn(w.shape, generator=generator, dtype=torch.float64) for k, w in base.items()}
+        for name in NAMES
+    }
+    vectors = TaskVectors(base, experts, dtype=torch.float64)
+    poe = ProductOfExperts.of(NAMES)
+    statistics = collect_statistics(vectors, poe)
+    posterior, coordinates = span_posterior(poe, statistics)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (60,), generator=generator)
+
+    def sample(temperature: float) -> SpanDraws:
+        tempered = replace(posterior, temperature=temperature)
+        draws = gibbs_posterior(tempered, 20, generator=torch.Generator().manual_seed(1), warmup=20)
+        return SpanDraws.of(draws, coordinates, statistics).thinned(5).restrict(r"2\.weight")
+
+    def members(draws: SpanDraws) -> Iterator[SpanDraws]:
+        return iter(draws)
+
+    low, high = temperature_range(posterior, coordinates)
+    ensemble = MergedEnsemble(vectors, poe, sample(high))
+    predictor = ensemble.predictor(model, [x])
+    found = temper(lambda t: members(sample(t)), predictor, labels, (low, high), num_temperatures=5)
+    assert predictor.reused == "2"
+    # Labels are random, so the most spread-out predictions are the best ones, and the status says where they are.
+    assert found.temperature > 10 * low
+    chosen = MergedEnsemble(vectors, poe, sample(found.temperature)).predict(model, [x])
+    nll = nn.functional.nll_loss(chosen.probabilities.log(), labels)
+    assert math.isclose(found.best.nll, float(nll), rel_tol=1e-10)
+
+
+# --- the calibration baseline ---
+
+
+def test_the_logit_temperature_is_the_minimum_of_the_nll(generator: torch.Generator) -> None:
+    logits = 4 * torch.randn(300, 5, generator=generator, dtype=torch.float64)
+    labels = torch.distributions.Categorical(logits=logits / 2.5).sample()
+    found = fit_logit_temperature(logits, labels)
+    grid = torch.linspace(0.2, 10, 100_001, dtype=torch.float64)
+    losses = torch.stack([nn.functional.cross_entropy(logits / t, labels) for t in grid[::100]])
+    assert abs(found - float(grid[::100][losses.argmin()])) < 0.011
+    t = torch.tensor(found, dtype=torch.float64, requires_grad=True)
+    nn.functional.cross_entropy(logits / t, labels).backward()
+    assert t.grad is not None
+    assert abs(float(t.grad)) < 1e-9
+    assert abs(found - 2.5) < 0.5
+
+
+def test_the_logit_temperature_scales_with_the_logits_and_takes_any_dtype(generator: torch.Generator) -> None:
+    logits = 3 * torch.randn(200, 4, generator=generator)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    one, two = fit_logit_temperature(logits, labels), fit_logit_temperature(2 * logits, labels)
+    assert math.isclose(two, 2 * one, rel_tol=1e-9)
+
+
+def test_logits_that_are_all_right_or_all_wrong_hit_the_bounds() -> None:
+    logits = torch.eye(3, dtype=torch.float64)
+    assert fit_logit_temperature(logits, torch.arange(3)) == 0.01
+    assert fit_logit_temperature(-logits, torch.arange(3)) == 100.0
+    for bad in ((torch.zeros(3), torch.arange(3)), (logits, torch.arange(2)), (logits[:0], torch.arange(0))):
+        with pytest.raises(ValueError, match="fit_logit_temperature"):
+            fit_logit_temperature(*bad)
