@@ -123,6 +123,8 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
         if bool(lower.any()):
             best, winner = select(lower, run, best), torch.where(lower, i, winner)
             contraction = _contraction(problem, best.point)
+    if options.step_tolerance is None:  # which asks for [PoE]'s iterate as it is
+        best = problem.refine(best)
     names = tuple(starts[i][0] for i in winner.tolist())
     displacement = problem.quadratic.lift(best.point.x)
     value = displacement if posterior.center is None else posterior.center + displacement

@@ -114,7 +114,7 @@ class Problem:
             x = x - step
             size = sum_of_squares(step).sqrt() / sum_of_squares(x).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
             error = torch.where(sum_of_squares(step) > 0, size, torch.zeros_like(size))
-            if bool((error <= torch.finfo(self.dtype).eps).all()):
+            if bool((error <= 0.01 * FORWARD_ERROR[self.dtype]).all()):
                 break
         refined = choose(run.converged & error.isfinite(), self.at(x.to(self.dtype)), point)
         failed = run.converged & ~(error <= FORWARD_ERROR[self.dtype])
@@ -253,8 +253,6 @@ def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: R
         searched,
         forward_error=torch.full_like(change, torch.nan),
     )
-    if options.step_tolerance is None:  # which asks for [PoE]'s iterate as it is
-        run = problem.refine(run)
     return run if known is None else select(arrived, known, run)
 
 

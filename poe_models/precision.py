@@ -116,6 +116,9 @@ class GramPrecision(Precision):
 class KroneckerSum(Precision):
     """``H x = A x + x B + shift x``, by an eigendecomposition of each side.
 
+    Its root is the symmetric one, which does not depend on the signs and bases of eigenvectors: a draw made again from
+    its seed is the same draw.
+
     Args:
         left: ``A``, ``(..., a, a)``.
         right: ``B``, ``(..., b, b)``.
@@ -138,19 +141,19 @@ class KroneckerSum(Precision):
 
     @override
     def solve(self, b: Tensor) -> Tensor:
-        return self.left @ ((self.left.mT @ b @ self.right) / self.values) @ self.right.mT
+        return self._scaled(b, self.values.reciprocal())
 
     @override
     def whiten(self, x: Tensor) -> Tensor:
-        return (self.left.mT @ x @ self.right) / self.values.sqrt()
+        return self._scaled(x, self.values.rsqrt())
 
     @override
     def sample(self, noise: Tensor) -> Tensor:
-        return self.left @ (noise / self.values.sqrt()) @ self.right.mT
+        return self._scaled(noise, self.values.rsqrt())
 
     @override
     def standardize(self, x: Tensor) -> Tensor:
-        return (self.left.mT @ x @ self.right) * self.values.sqrt()
+        return self._scaled(x, self.values.sqrt())
 
     @override
     def logdet(self) -> Tensor:
@@ -159,6 +162,10 @@ class KroneckerSum(Precision):
     @override
     def inverse_diagonal(self) -> Tensor:
         return self.left.square() @ self.values.reciprocal() @ self.right.mT.square()
+
+    def _scaled(self, x: Tensor, factors: Tensor) -> Tensor:
+        """``x`` with its coordinates in the eigenbasis multiplied by factors, ``(..., a, b)``."""
+        return self.left @ ((self.left.mT @ x @ self.right) * factors) @ self.right.mT
 
 
 class DiagonalPrecision(Precision):
