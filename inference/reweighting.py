@@ -106,11 +106,9 @@ class Problem:
         point = run.point
         weights = point.log_weights.exp()
         precision = self.quadratic.precision(weights, self.shift)
-        exact = self.quadratic.to(torch.float64)
         x, error = point.x.double(), torch.full_like(point.energy, torch.inf)
         for _ in range(REFINEMENTS):
-            residual = self._weighted(weights, exact.forces(x)) + self.shift[:, None, None] * x
-            step = precision.solve(residual.to(self.dtype)).double()
+            step = precision.solve(self._exact_half_gradient(weights, x).to(self.dtype)).double()
             x = x - step
             size = sum_of_squares(step).sqrt() / sum_of_squares(x).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
             error = torch.where(sum_of_squares(step) > 0, size, torch.zeros_like(size))
@@ -125,6 +123,14 @@ class Problem:
             rounding=run.rounding | failed,
             forward_error=torch.where(run.converged, error, torch.nan),
         )
+
+    def _exact_half_gradient(self, weights: Tensor, x: Tensor) -> Tensor:
+        """``H x - b`` in float64, expert by expert, so that only one of them is held in float64 at a time."""
+        total = self.shift[:, None, None] * x
+        for i, (operator, target) in enumerate(zip(self.quadratic.operators, self.quadratic.targets, strict=True)):
+            force = operator.to(torch.float64).apply(x - target)
+            total.add_(force.mul_(weights[:, i, None, None]))
+        return total
 
     def half_gradient(self, point: Point) -> Tensor:
         """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""

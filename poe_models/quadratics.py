@@ -93,11 +93,6 @@ class Quadratic:
         """Displacement ``Z - Z_0`` of ``x``, ``(*S, M, a, b)`` to ``(*S, M, d_out, d_in)``."""
         return self.compression.lift(x, self.shape)
 
-    def to(self, dtype: torch.dtype) -> Quadratic:
-        """The same problem in another dtype, without the way back to the merged update."""
-        operators = tuple(operator.to(dtype) for operator in self.operators)
-        return Quadratic(operators, tuple(target.to(dtype) for target in self.targets), Compression(), self.event_shape)
-
     def residuals(self, x: Tensor) -> Tensor:
         """Squared residuals ``q_i``, ``(*S, M, E)`` float64."""
         pairs = zip(self.operators, self.targets, strict=True)
