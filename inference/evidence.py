@@ -69,7 +69,7 @@ class Evidence:
             systematic.
         effective_samples: Kish's effective number of particles, ``(M,)``; None for Laplace.
         path_length: thermodynamic length of the annealing path, ``(M,)``: the log weights have a variance of about its
-            square over the number of steps; None for Laplace.
+            square over the number of steps where particles mix at once, and more where they do not; None for Laplace.
     """
 
     value: Tensor
@@ -356,7 +356,8 @@ def _warn_if_poor(effective: Tensor, particles: int, length: Tensor, steps: int)
         warnings.warn(
             f"`annealed_evidence(steps={steps})`: only {float(effective[worst]):.1f} of {particles} particles are "
             f"effective in module {worst} of the batch, so that neither its value nor its standard error can be "
-            f"trusted. Its path is {float(length[worst]):.0f} units long and needs about as many steps as the square.",
+            f"trusted. Raise `steps` or `sweeps`: its path is {float(length[worst]):.0f} units long, which even for "
+            f"particles that mix at once takes about {math.ceil(float(length[worst]) ** 2)} steps.",
             stacklevel=3,
         )
 
