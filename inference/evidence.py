@@ -413,7 +413,8 @@ def compare_designs(
 
     Args:
         posteriors: name to a design that has met its updates, all in the same coordinates. For a whole model,
-            ``span_posterior(poe, statistics)[0]`` with the statistics of that design's residual maps.
+            ``with_restricted_exponents(poe, span_posterior(poe, statistics)[0])`` with the statistics of that design's
+            residual maps.
         generator: source of all randomness.
         particles: see :func:`annealed_evidence`.
         steps: see :func:`annealed_evidence`.
