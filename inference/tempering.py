@@ -24,6 +24,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from inference import scores
 from inference.model_draws import ModelDraws
 from poe_models.energies import Cauchy, StudentT
 from poe_models.posterior import Posterior
@@ -36,7 +37,6 @@ COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
 LOGIT_TEMPERATURES = (0.01, 100.0)
 """Where a logit temperature is looked for."""
-ECE_BINS = 20
 
 Draw = TypeVar("Draw")
 PerTask = Tensor | Mapping[str, Tensor]
@@ -245,8 +245,11 @@ class _Search(Generic[Draw]):
             members += 1
         if members == 0:
             raise ValueError(f"`temper(sample=...)`: no members at temperature {temperature:g}. Return some draws.")
-        scores = [_scores(total[task] - math.log(members), labels) for task, labels in self._labels.items()]
-        nll, accuracy, ece = (sum(column) / len(scores) for column in zip(*scores, strict=True))
+        mean = {task: values - math.log(members) for task, values in total.items()}
+        nll, accuracy, ece = (
+            sum(score(mean[task], labels.detach().cpu()) for task, labels in self._labels.items()) / len(mean)
+            for score in (scores.nll, scores.accuracy, scores.ece)
+        )
         self._points[temperature] = TemperaturePoint(temperature, nll, accuracy, ece, members)
 
     def result(self, low: float, high: float) -> Tempering:
@@ -298,17 +301,6 @@ def _checked(log_probabilities: Tensor, labels: Mapping[str, Tensor], task: str)
             f"row, got {tuple(values.shape)}. Return `logits.log_softmax(-1)`."
         )
     return values
-
-
-def _scores(log_probabilities: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """NLL, accuracy and ECE of log probabilities ``(n, classes)``."""
-    labels = labels.detach().cpu().long()
-    nll = -log_probabilities.gather(1, labels.unsqueeze(1)).mean()
-    confidence, predicted = log_probabilities.exp().max(1)
-    right = (predicted == labels).double()
-    place = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
-    gap = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, place, right - confidence)
-    return float(nll), float(right.mean()), float(gap.abs().sum()) / len(labels)
 
 
 def _dimension(posterior: Posterior, coordinates: SpanCoordinates | None) -> Tensor:
