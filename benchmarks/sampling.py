@@ -135,7 +135,7 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sampling.md"))
-    parser.add_argument("--nuts-draws", type=int, default=500, help="draws per NUTS chain")
+    parser.add_argument("--nuts-draws", type=int, default=1000, help="draws per NUTS chain")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
