@@ -15,6 +15,7 @@ from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
 from poe_models.checkpoints import Checkpoint, CheckpointError
 from poe_models.experts import ProductOfExperts
+from poe_models.span import stored_center
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,16 @@ class Design:
     options: SolverOptions = field(default_factory=SolverOptions)
     center: Checkpoint | None = None
 
+    @property
+    def span_product(self) -> ProductOfExperts:
+        """The product for `span_posterior` and whatever else runs from statistics alone.
+
+        There a checkpoint as the centre is what the statistics carry.
+        """
+        if self.center is None:
+            return self.poe
+        return replace(self.poe, anchor=replace(self.poe.anchor, center=stored_center))
+
     def solve(
         self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None, center: Tensor | None = None
     ) -> Solution[FixedPointInfo]:
@@ -51,6 +62,17 @@ class Design:
         poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
         options = {item.name: getattr(self.options, item.name) for item in fields(self.options)}
         return fixed_point(poe, updates, coordinates=self.coordinates, low_rank=low_rank, **options)
+
+    def for_modules(self, modules: Sequence[str]) -> Design:
+        """The design in named modules, for residual maps on given statistics.
+
+        Args:
+            modules: Names of the modules of a batch, in its order.
+
+        Returns:
+            A design for the updates of this batch.
+        """
+        return replace(self, poe=self.poe.for_modules(modules))
 
     def describe(self) -> dict[str, Any]:
         """The design as plain data, for the record of a merge."""
@@ -91,7 +113,9 @@ class Design:
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
         tensor_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None
-        once = replace(self, options=replace(self.options, max_steps=1))
+        experts = tuple(replace(each, residual_map=each.residual_map.stand_in()) for each in self.poe.experts)
+        poe = replace(self.poe, experts=experts)
+        once = replace(self, poe=poe, options=replace(self.options, max_steps=1))
         with torch.random.fork_rng(devices=[]):  # a centre may draw
             once.solve(probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if tensor_center else None)
 

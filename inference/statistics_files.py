@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from inference._digest import Progress, Silent
 from inference._modules import checked_names, module_names, read_modules
 from inference.design import Design, Designs, as_function
 from poe_models.checkpoints import CheckpointError
-from poe_models.span import SpanStatistics, concatenate, span_statistics
+from poe_models.span import SpanStatistics, center_label, concatenate, span_statistics
 from poe_models.task_vectors import TaskVectors
 
 __all__ = ["collect_statistics", "load_statistics", "save_statistics", "statistics_digest"]
@@ -118,6 +119,7 @@ def save_statistics(
         "modules": list(statistics.modules),
         "updates": list(statistics.updates),
         "residual_maps": list(statistics.residual_maps),
+        "center": statistics.center,
         "digest": statistics_digest(statistics),
         "inputs": None if inputs is None else dict(inputs),
         "settings": None if settings is None else dict(settings),
@@ -143,6 +145,7 @@ def load_statistics(path: str | Path) -> SpanStatistics:
             modules=tuple(record["modules"]),
             updates=tuple(record["updates"]),
             residual_maps=tuple(record["residual_maps"]),
+            center=str(record["center"]),
             **{name: tensors[name] for name in _TENSORS},
         )
         _check(statistics)
@@ -160,7 +163,11 @@ def _one_family(task_vectors: TaskVectors, tensors: list[str], designs: Designs)
     for_tensor = as_function(designs)
     found = {name: for_tensor(name) for name in tensors}
     kinds = {
-        name: (checked_names(task_vectors, name, each), tuple(repr(e.residual_map) for e in each.poe.experts))
+        name: (
+            checked_names(task_vectors, name, each),
+            tuple(repr(e.residual_map) for e in each.poe.experts),
+            center_label(each.span_product.anchor.center),
+        )
         for name, each in found.items()
     }
     first = tensors[0]
@@ -174,13 +181,13 @@ def _one_family(task_vectors: TaskVectors, tensors: list[str], designs: Designs)
     return found
 
 
-def _shown(kind: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
-    return f"{', '.join(kind[1])} on {', '.join(kind[0])}"
+def _shown(kind: tuple[tuple[str, ...], tuple[str, ...], str]) -> str:
+    return f"{', '.join(kind[1])} on {', '.join(kind[0])} around the centre {kind[2]}"
 
 
 def _on_cpu(part: SpanStatistics) -> SpanStatistics:
     values = {name: getattr(part, name).cpu() for name in _TENSORS}
-    return SpanStatistics(part.modules, part.updates, part.residual_maps, **values)
+    return replace(part, **values)
 
 
 def _check(statistics: SpanStatistics) -> None:

@@ -6,6 +6,7 @@ merged update is an :class:`Expert`: a residual map, an energy and a scale. Thei
 """
 
 from poe_models.adapters import LoraCheckpoint
+from poe_models.anchors import METHODS, Average, MergingMethod, MetaGPT, ModuleBatch, TaskArithmetic, TaskData, average
 from poe_models.checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from poe_models.energies import (
     ENERGIES,
@@ -18,11 +19,22 @@ from poe_models.energies import (
     StudentT,
     Welsch,
 )
-from poe_models.experts import Anchor, Expert, FactorExpert, ProductOfExperts, TaskArithmetic, average
+from poe_models.experts import Anchor, Expert, FactorExpert, ProductOfExperts
+from poe_models.module_statistics import ModuleStatistics, open_statistics
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import Posterior, full_posterior
 from poe_models.program import log_density, program
-from poe_models.residual_maps import RESIDUAL_MAPS, Directional, Identity, InputGram, OutputGram, ResidualMap
+from poe_models.residual_maps import (
+    RESIDUAL_MAPS,
+    Activation,
+    Directional,
+    Fisher,
+    Identity,
+    InputGram,
+    Mixed,
+    OutputGram,
+    ResidualMap,
+)
 from poe_models.scales import (
     PRECISIONS,
     SCALES,
@@ -34,7 +46,7 @@ from poe_models.scales import (
     RelativePrecision,
     Scale,
 )
-from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior, span_statistics
+from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior, span_statistics, stored_center
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.views import View
@@ -42,13 +54,16 @@ from poe_models.views import View
 __all__ = [
     "DEFAULT_RULES",
     "ENERGIES",
+    "METHODS",
     "PRECISIONS",
     "RESIDUAL_MAPS",
     "SCALES",
     "Absolute",
     "AbsolutePrecision",
+    "Activation",
     "Anchor",
     "AnchorPrecision",
+    "Average",
     "Cauchy",
     "Checkpoint",
     "CheckpointError",
@@ -58,6 +73,7 @@ __all__ = [
     "Energy",
     "Expert",
     "FactorExpert",
+    "Fisher",
     "Gaussian",
     "GeneralizedGaussian",
     "Gram",
@@ -65,6 +81,11 @@ __all__ = [
     "Identity",
     "InputGram",
     "LoraCheckpoint",
+    "MergingMethod",
+    "MetaGPT",
+    "Mixed",
+    "ModuleBatch",
+    "ModuleStatistics",
     "ModuleUpdates",
     "NormScaled",
     "Operator",
@@ -83,6 +104,7 @@ __all__ = [
     "SpanStatistics",
     "StudentT",
     "TaskArithmetic",
+    "TaskData",
     "TaskVectors",
     "TensorInfo",
     "Treatment",
@@ -92,7 +114,9 @@ __all__ = [
     "full_posterior",
     "log_density",
     "open_checkpoint",
+    "open_statistics",
     "program",
     "span_posterior",
     "span_statistics",
+    "stored_center",
 ]

@@ -12,13 +12,13 @@ span does not have are padded with zeros, so that all modules have ``N + 1`` coo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from poe_models.experts import FactorExpert, ProductOfExperts
+from poe_models.experts import CenterRule, FactorExpert, ProductOfExperts
 from poe_models.operators import Gram
 from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
 
@@ -34,19 +34,37 @@ class SpanStatistics:
         modules: module names.
         updates: names of the task vectors, in the order of the first ``N`` coordinates.
         residual_maps: ``repr`` of each expert's residual map: ``forms`` belong to these.
+        center: what the anchor's centre was: "zero", the text of a rule, or "tensor" for values of its own.
         gram: ``G``, ``(M, N + 1, N + 1)``.
         forms: ``K``, ``(M, E, N + 1, N + 1)``, one form per expert.
         mean_curvature: ``tr(P_i) / d_i``, ``(M, E)``.
-        dimension: rank of ``P_i``, ``(M, E)``.
+        dimension: rank of ``P_i``, ``(M, E)``; nan if it was not asked for.
     """
 
     modules: tuple[str, ...]
     updates: tuple[str, ...]
     residual_maps: tuple[str, ...]
+    center: str
     gram: Tensor
     forms: Tensor
     mean_curvature: Tensor
     dimension: Tensor
+
+    def select(self, kept: Sequence[int]) -> SpanStatistics:
+        """The statistics of some modules.
+
+        Args:
+            kept: their positions.
+        """
+        places = list(kept)
+        return replace(
+            self,
+            modules=tuple(self.modules[place] for place in places),
+            gram=self.gram[places],
+            forms=self.forms[places],
+            mean_curvature=self.mean_curvature[places],
+            dimension=self.dimension[places],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +88,35 @@ class SpanCoordinates:
         return self.inverse @ c.unsqueeze(-1)
 
 
-def span_statistics(poe: ProductOfExperts, updates: Tensor, modules: Sequence[str] | None = None) -> SpanStatistics:
+def stored_center(updates: Tensor) -> Tensor:
+    """The anchor's centre that statistics carry as a tensor, for instance a checkpoint's, whatever its values.
+
+    ``Anchor(stored_center)`` makes of the design that such statistics were made with one for Span coordinates, where
+    the values themselves are not needed again.
+
+    Args:
+        updates: ``(..., N, d_out, d_in)``.
+
+    Raises:
+        ValueError: always: the updates do not tell it.
+    """
+    raise ValueError(
+        "`Anchor(stored_center)` stands for the centre that Span statistics carry, and the updates "
+        f"{tuple(updates.shape)} do not tell its values. Give the centre itself, as a tensor or a `Design.center`."
+    )
+
+
+def span_statistics(
+    poe: ProductOfExperts, updates: Tensor, modules: Sequence[str] | None = None, *, ranks: bool = True
+) -> SpanStatistics:
     """One pass over a batch of modules of equal shape.
 
     Args:
         poe: the design; only its residual maps and its centre matter here.
         updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``.
         modules: names of the modules; numbered if not given.
+        ranks: find the rank of every ``P_i``, by singular values of the updates; without, only energies whose exponent
+            does not depend on it can be used, and nothing that needs normalised experts.
 
     Returns:
         Statistics, to be joined over shapes with :func:`concatenate`.
@@ -91,6 +131,7 @@ def span_statistics(poe: ProductOfExperts, updates: Tensor, modules: Sequence[st
             "the coordinates. Add an `Expert` for each."
         )
     updates = check_updates(updates, names)
+    poe = poe if modules is None else poe.for_modules(modules)
     basis = span_basis(poe, updates)
     position = {name: i for i, name in enumerate(names)}
     operators = [e.residual_map.operator(updates[:, position[e.update_name]]) for e in poe.experts]
@@ -99,12 +140,15 @@ def span_statistics(poe: ProductOfExperts, updates: Tensor, modules: Sequence[st
         modules=labels,
         updates=names,
         residual_maps=tuple(repr(expert.residual_map) for expert in poe.experts),
+        center=center_label(poe.anchor.center),
         gram=_gram([basis[:, j] for j in range(basis.shape[1])]),
         forms=torch.stack(
             [_gram([operator.root(basis[:, j]) for j in range(basis.shape[1])]) for operator in operators], 1
         ),
-        mean_curvature=torch.stack([operator.mean_curvature(len(names)) for operator in operators], 1),
-        dimension=torch.stack([operator.dimension() for operator in operators], 1),
+        mean_curvature=(curvature := torch.stack([operator.mean_curvature(len(names)) for operator in operators], 1)),
+        dimension=torch.stack([operator.dimension() for operator in operators], 1)
+        if ranks
+        else torch.full_like(curvature, torch.nan),
     )
 
 
@@ -112,19 +156,22 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
     """Statistics of several batches of modules as one.
 
     Raises:
-        ValueError: the parts are about different task vectors or residual maps.
+        ValueError: the parts are about different task vectors, residual maps or centres.
     """
     first = parts[0]
     for part in parts[1:]:
-        if (part.updates, part.residual_maps) != (first.updates, first.residual_maps):
+        kinds = [(each.updates, each.residual_maps, each.center) for each in (part, first)]
+        if kinds[0] != kinds[1]:
+            shown = [f"{updates} under {maps} with the centre {center}" for updates, maps, center in kinds]
             raise ValueError(
-                f"`concatenate(...)`: one part is about {part.updates} under {part.residual_maps}, another about "
-                f"{first.updates} under {first.residual_maps}. Make all parts with one design."
+                f"`concatenate(...)`: one part is about {shown[0]}, another about {shown[1]}. Make all parts with one "
+                "design."
             )
     return SpanStatistics(
         modules=tuple(name for part in parts for name in part.modules),
         updates=first.updates,
         residual_maps=first.residual_maps,
+        center=first.center,
         gram=torch.cat([part.gram for part in parts]),
         forms=torch.cat([part.forms for part in parts]),
         mean_curvature=torch.cat([part.mean_curvature for part in parts]),
@@ -182,7 +229,7 @@ def span_posterior(
         updates=[coordinates.latents(units[j].expand(num_modules, size)) for j in index],
         norms=[statistics.gram[:, j, j] for j in index],
         mean_curvatures=list(statistics.mean_curvature.unbind(-1)),
-        dimensions=[partial(statistics.dimension.select, -1, i) for i in range(len(index))],
+        dimensions=[partial(_known_rank, statistics, i) for i in range(len(index))],
     )
     if bool((precision == 0).logical_and(torch.stack([e.active for e in experts]).any(0)).any()):
         raise ValueError(
@@ -195,23 +242,41 @@ def span_posterior(
 
 
 def _require_same_center(poe: ProductOfExperts, statistics: SpanStatistics) -> None:
-    has_center = bool((statistics.gram[:, -1, -1] > 0).any())
     unknown = sorted(set(poe.update_names) - set(statistics.updates))
     if unknown:
         raise ValueError(
             f"`span_posterior(...)`: the design is about {unknown[0]!r}, the statistics about "
             f"{', '.join(statistics.updates)}. Make the statistics again with this design."
         )
-    if has_center and poe.anchor.center is None:
+    center = poe.anchor.center
+    label = center_label(center)
+    nowhere = isinstance(center, Tensor) and not bool((center != 0).any())
+    if label != statistics.center and not (nowhere and statistics.center == "zero"):
         raise ValueError(
-            "`span_posterior(...)`: the statistics were made with an anchor's centre and the design has none. "
-            "Make the statistics again with this design."
+            f"`span_posterior(...)`: the design's anchor has the centre {label}, the statistics were made with the "
+            f"centre {statistics.center}. Make the statistics again with this design"
+            + (", or give `Anchor(stored_center)` to take theirs." if statistics.center == "tensor" else ".")
         )
-    if isinstance(poe.anchor.center, Tensor) and not has_center and bool((poe.anchor.center != 0).any()):
+
+
+def center_label(center: Tensor | CenterRule | None) -> str:
+    """What `SpanStatistics.center` says: the kind of a centre, without its values."""
+    if center is None:
+        return "zero"
+    if isinstance(center, Tensor) or center is stored_center:
+        return "tensor"
+    return repr(center) if is_dataclass(center) else getattr(center, "__qualname__", type(center).__qualname__)
+
+
+def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
+    """Rank of one expert's operator in every module, ``(M,)``."""
+    ranks = statistics.dimension[..., expert]
+    if bool(ranks.isnan().any()):
         raise ValueError(
-            "`span_posterior(...)`: the design's anchor has a centre and the statistics were made without. "
-            "Make the statistics again with this design."
+            "`span_posterior(...)`: an energy depends on the rank of its expert's operator, and the statistics were "
+            "made without. Make them with `ranks=True`."
         )
+    return ranks
 
 
 def span_basis(poe: ProductOfExperts, updates: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from inference._modules import read_modules
 from inference.design import Design
 from inference.draw_files import load_draws, save_draws
 from inference.draws import StoredDraws
+from inference.fixed_point import fixed_point, solve_posterior
 from inference.full_draws import TOLERANCE, RegenerationWarning, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
@@ -100,9 +101,18 @@ def test_a_checkpoint_as_the_centre_counts_as_the_last_basis_vector(
 ) -> None:
     base = {name: vectors.base.read(name) for name in SHAPES}
     center = {name: value + torch.randn(value.shape, generator=generator) for name, value in base.items()}
-    statistics = collect_statistics(vectors, Design(poe_of(vectors), center=open_checkpoint(center)))
+    design = Design(poe_of(vectors), center=open_checkpoint(center))
+    statistics = collect_statistics(vectors, design)
     displacement = (center["a.weight"].double() - base["a.weight"].double()).square().sum()
     assert_close(statistics.gram[0, -1, -1], displacement, 1e-12)
+    posterior, coordinates = span_posterior(design.span_product, statistics)
+    for index, module in enumerate(read_modules(vectors, "a.weight", design)):  # the MAP is that of the weights
+        alone = fixed_point(module.poe, module.updates, coordinates="span")
+        coefficients = coordinates.coefficients(solve_posterior(posterior).value)[index]
+        assert_close(coefficients, alone.info.coefficients[0], 1e-6)
+        assert float(coefficients[-1]) > 0.01
+    with pytest.raises(ValueError, match="has the centre zero, the statistics were made with the centre tensor"):
+        span_posterior(design.poe, statistics)
 
 
 def test_the_order_of_the_products_names_decides(vectors: TaskVectors) -> None:

@@ -26,6 +26,7 @@ from poe_models import (
     RelativePrecision,
     Scale,
     StudentT,
+    TaskArithmetic,
     average,
     full_posterior,
     log_density,
@@ -34,7 +35,7 @@ from poe_models import (
     span_statistics,
 )
 from poe_models.program import log_constant
-from poe_models.span import span_basis
+from poe_models.span import concatenate, span_basis, stored_center
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
 
 NAMES = ["a", "b", "c"]
@@ -149,8 +150,6 @@ def test_factor_experts_in_their_three_forms(generator: torch.Generator) -> None
     on_model = FactorExpert("sum", lambda zs: sum(z.sum((-2, -1)) for z in zs.values()).square(), scope="model")
     poe = ProductOfExperts.of(["a", "b"]) * on_update * on_span * on_model
     parts = [span_statistics(poe, u, [name]) for name, u in updates.items()]
-    from poe_models.span import concatenate
-
     bases = [span_basis(poe, u)[0] for u in updates.values()]
     posterior, span = span_posterior(poe, concatenate(parts), bases)
     c = torch.randn(4, 2, 3, generator=generator, dtype=torch.float64)
@@ -263,10 +262,51 @@ def test_a_factor_that_sums_over_draws_is_refused(generator: torch.Generator) ->
 def test_a_centre_of_other_statistics_is_refused(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 2, 3, 4)
     poe = ProductOfExperts.of(["a", "b"])
-    with pytest.raises(ValueError, match="centre and the design has none"):
-        span_posterior(poe, span_statistics(poe * Anchor(average), updates))
+    averaged = span_statistics(poe * Anchor(average), updates)
+    with pytest.raises(ValueError, match="has the centre zero, the statistics were made with the centre Average"):
+        span_posterior(poe, averaged)
+    with pytest.raises(ValueError, match=r"has the centre TaskArithmetic\(scale=0.3\), the .* centre average"):
+        span_posterior(poe * Anchor(TaskArithmetic()), averaged)
+    with pytest.raises(ValueError, match="has the centre average, the statistics were made with the centre zero"):
+        span_posterior(poe * Anchor(average), span_statistics(poe, updates))
+    with pytest.raises(ValueError, match="one part is about .* the centre zero, another about .* the centre average"):
+        concatenate([averaged, span_statistics(poe, updates)])
     with pytest.raises(ValueError, match="about 'c'"):
         span_posterior(ProductOfExperts.of(["a", "c"]), span_statistics(poe, updates))
+
+
+def test_a_stored_centre_is_that_of_the_statistics(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 2, 3, 4)
+    center = random_updates(generator, 2, 1, 3, 4)[:, 0]
+    poe = ProductOfExperts.of(["a", "b"])
+    statistics = span_statistics(poe * Anchor(center), updates)
+    known, _ = span_posterior(poe * Anchor(center), statistics)
+    stored, _ = span_posterior(poe * Anchor(stored_center), statistics)
+    x = torch.randn(5, 2, 3, 1, generator=generator, dtype=torch.float64)
+    assert torch.equal(known.energy(x), stored.energy(x))
+    with pytest.raises(ValueError, match="do not tell its values"):
+        full_posterior(poe * Anchor(stored_center), updates)
+
+
+def test_modules_are_selected_from_statistics(generator: torch.Generator) -> None:
+    poe = ProductOfExperts.of(["a", "b"], energy=StudentT(3.0, "multivariate"))
+    statistics = span_statistics(poe, random_updates(generator, 3, 2, 3, 4), ["one", "two", "three"])
+    some = statistics.select([2, 0])
+    assert some.modules == ("three", "one")
+    x = torch.randn(3, 3, 1, generator=generator, dtype=torch.float64)
+    whole, part = span_posterior(poe, statistics)[0], span_posterior(poe, some)[0]
+    assert_close(part.energy(x[[2, 0]]), whole.energy(x)[[2, 0]], 1e-12)
+
+
+def test_ranks_are_found_only_where_they_are_asked_for(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 2, 3, 4)
+    plain = ProductOfExperts.of(["a", "b"])
+    with_ranks, without = span_statistics(plain, updates), span_statistics(plain, updates, ranks=False)
+    x = torch.randn(2, 3, 1, generator=generator, dtype=torch.float64)
+    assert torch.equal(span_posterior(plain, with_ranks)[0].energy(x), span_posterior(plain, without)[0].energy(x))
+    multivariate = ProductOfExperts.of(["a", "b"], energy=StudentT(3.0, "multivariate"))
+    with pytest.raises(ValueError, match="statistics were made without"):
+        span_posterior(multivariate, without)
 
 
 def test_the_twin_of_a_multivariate_energy_waits_for_the_dimension(generator: torch.Generator) -> None:
