@@ -114,6 +114,7 @@ def bootstrap(
     strata: Tensor | None = None,
     interval: Interval = "percentile",
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    warnings: Sequence[str] = (),
 ) -> Estimate:
     """Interval of a statistic of weighted examples.
 
@@ -126,6 +127,7 @@ def bootstrap(
         strata: ``(n,)`` integers; every stratum keeps its size.
         interval: See `estimate_of`.
         bounds: See `estimate_of`.
+        warnings: See `estimate_of`; that there are few examples is added.
 
     Returns:
         The estimate.
@@ -136,8 +138,8 @@ def bootstrap(
     """
     value = float(statistic(torch.ones(1, size, dtype=torch.float64)))
     replicates = torch.cat([statistic(w) for w in resamples(size, num_resamples, seed=seed, strata=strata)])
-    warnings = (f"only {size} examples",) if size < FEWEST else ()
-    return estimate_of(value, replicates, confidence, interval=interval, bounds=bounds, warnings=warnings)
+    doubts = [*warnings, *([f"only {size} examples"] if size < FEWEST else [])]
+    return estimate_of(value, replicates, confidence, interval=interval, bounds=bounds, warnings=doubts)
 
 
 def bootstrap_mean(values: Tensor, *, seed: int, num_resamples: int = 1000, confidence: float = 0.95) -> Estimate:

@@ -1,25 +1,25 @@
-r"""Scores of class probabilities: log probabilities and labels in, one number for each example or in all out.
+r"""Scores of class probabilities: probabilities and labels in, one number for each example or for all of them out.
 
-Everything is float64 and stays on the device of its input. Intervals, other bins and checks of the input are in
+The negative log-likelihood takes log probabilities, which do not underflow. Everything is float64 and stays on the
+device of its input. Intervals, other bins and checks of the input are in
 `diagnostics.calibration`, which builds on these.
 
->>> log_probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).double().log()
+>>> import torch
+>>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6]], dtype=torch.float64)
 >>> labels = torch.tensor([0, 0])
->>> round(nll(log_probabilities, labels), 4), round(brier(log_probabilities, labels), 4)
+>>> round(nll(probabilities.log(), labels), 4), round(brier(probabilities, labels), 4)
 (0.5108, 0.37)
->>> accuracy(log_probabilities, labels), round(ece(log_probabilities, labels), 4)
+>>> accuracy(probabilities, labels), round(ece(probabilities, labels), 4)
 (0.5, 0.35)
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = [
     "ECE_BINS",
     "accuracy",
-    "binned_gap",
     "brier",
     "brier_each",
     "ece",
@@ -38,16 +38,16 @@ def nll_each(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return -log_probabilities.double().gather(1, labels.long().unsqueeze(1)).squeeze(1)
 
 
-def brier_each(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+def brier_each(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Squared distance of each row of probabilities from its one-hot label, ``(n,)``, summed over classes: 0 to 2."""
-    difference = log_probabilities.double().exp()
-    difference[torch.arange(len(labels), device=labels.device), labels.long()] -= 1.0
-    return difference.square().sum(1)
+    values = probabilities.double()
+    own = values.gather(1, labels.long().unsqueeze(1)).squeeze(1)
+    return values.square().sum(1) - 2 * own + 1
 
 
-def top_label(log_probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def top_label(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Largest probability of each example, ``(n,)``, and whether its class is the label, ``(n,)`` of 0.0 and 1.0."""
-    confidence, predicted = log_probabilities.double().exp().max(1)
+    confidence, predicted = probabilities.double().max(1)
     return confidence, (predicted == labels).double()
 
 
@@ -56,14 +56,9 @@ def equal_width_bins(probabilities: Tensor, bins: int = ECE_BINS) -> Tensor:
     return (probabilities * bins).long().clamp(0, bins - 1)
 
 
-def binned_gap(gap: Tensor, bin_of: Tensor, bins: int) -> Tensor:
-    """``|sum of gap|`` in each bin, ``(bins,)``; its sum over n is a calibration error."""
-    return gap.new_zeros(bins).index_add_(0, bin_of, gap).abs()
-
-
-def accuracy(log_probabilities: Tensor, labels: Tensor) -> float:
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Share of examples ``(n, classes)`` whose largest probability is that of the label ``(n,)``."""
-    return float(top_label(log_probabilities, labels)[1].mean())
+    return float(top_label(probabilities, labels)[1].mean())
 
 
 def nll(log_probabilities: Tensor, labels: Tensor) -> float:
@@ -71,23 +66,24 @@ def nll(log_probabilities: Tensor, labels: Tensor) -> float:
     return float(nll_each(log_probabilities, labels).mean())
 
 
-def brier(log_probabilities: Tensor, labels: Tensor) -> float:
+def brier(probabilities: Tensor, labels: Tensor) -> float:
     """Mean Brier score, summed over classes: 0 to 2 (Brier, 1950)."""
-    return float(brier_each(log_probabilities, labels).mean())
+    return float(brier_each(probabilities, labels).mean())
 
 
-def ece(log_probabilities: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
+def ece(probabilities: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
     """Expected calibration error of the largest probability: ``sum_b (n_b / n) |accuracy_b - confidence_b|``.
 
     Reference: Naeini et al., *Obtaining well calibrated probabilities using Bayesian binning*, 2015.
 
     Args:
-        log_probabilities: ``(n, classes)``.
+        probabilities: ``(n, classes)``.
         labels: ``(n,)``.
         bins: Number of bins of equal width.
 
     Returns:
         The error, 0 to 1.
     """
-    confidence, right = top_label(log_probabilities, labels)
-    return float(binned_gap(right - confidence, equal_width_bins(confidence, bins), bins).sum()) / len(labels)
+    confidence, right = top_label(probabilities, labels)
+    gap = confidence.new_zeros(bins).index_add_(0, equal_width_bins(confidence, bins), right - confidence)
+    return float(gap.abs().sum()) / len(labels)

@@ -246,9 +246,11 @@ class _Search(Generic[Draw]):
         if members == 0:
             raise ValueError(f"`temper(sample=...)`: no members at temperature {temperature:g}. Return some draws.")
         mean = {task: values - math.log(members) for task, values in total.items()}
-        nll, accuracy, ece = (
-            sum(score(mean[task], labels.detach().cpu()) for task, labels in self._labels.items()) / len(mean)
-            for score in (scores.nll, scores.accuracy, scores.ece)
+        pairs = [(mean[task], labels.detach().cpu()) for task, labels in self._labels.items()]
+        nll = sum(scores.nll(values, labels) for values, labels in pairs) / len(pairs)
+        accuracy, ece = (
+            sum(score(values.exp(), labels) for values, labels in pairs) / len(pairs)
+            for score in (scores.accuracy, scores.ece)
         )
         self._points[temperature] = TemperaturePoint(temperature, nll, accuracy, ece, members)
 
