@@ -13,8 +13,9 @@ from poe_merge._custom import source_file
 from poe_merge._settings import Setting
 from poe_merge.config import ConfigError, MergeConfig
 from poe_merge.specs import ENERGY, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from poe_models.anchors import TaskArithmetic, average
 from poe_models.checkpoints import Checkpoint, open_checkpoint
-from poe_models.experts import Anchor, Expert, ProductOfExperts, TaskArithmetic, average
+from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.task_vectors import TaskVectors
 
 _SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))

@@ -110,8 +110,8 @@ class Anchor:
     """The Gaussian ``eta * |Z - Z_0|^2`` that makes the product proper.
 
     Args:
-        center: ``Z_0``: ``None`` for zero (the base model), a tensor ``(..., d_out, d_in)``, or a rule such as
-            :func:`average` that computes it from the updates.
+        center: ``Z_0``: ``None`` for zero (the base model), a tensor ``(..., d_out, d_in)``, or a function of the
+            updates, such as a :class:`poe_models.anchors.MergingMethod`.
         precision: ``eta``, absolute or relative to the experts' curvature.
     """
 
@@ -226,23 +226,3 @@ class ProductOfExperts:
                 "each. Multiply the experts first, then the anchor."
             )
         return replace(self, experts=(*self.experts, *other.experts), factors=(*self.factors, *other.factors))
-
-
-def average(updates: Tensor) -> Tensor:
-    """The mean update, as an anchor's centre: ``(..., N, d_out, d_in)`` to ``(..., d_out, d_in)``."""
-    return updates.mean(-3)
-
-
-@dataclass(frozen=True)
-class TaskArithmetic:
-    """``scale * sum_i U_i``, as an anchor's centre (Ilharco et al., 2023, arXiv 2212.04089).
-
-    Args:
-        scale: the task-arithmetic coefficient.
-    """
-
-    scale: float = 0.3
-
-    def __call__(self, updates: Tensor) -> Tensor:
-        """The centre ``(..., d_out, d_in)`` from the updates ``(..., N, d_out, d_in)``."""
-        return self.scale * updates.sum(-3)

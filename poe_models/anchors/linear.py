@@ -1,0 +1,112 @@
+"""Weighted sums of the updates: averaging, task arithmetic, MetaGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.operators import sum_of_squares
+from poe_models.task_vectors import ModuleUpdates
+
+
+@dataclass(frozen=True)
+class Average(MergingMethod):
+    """``mean_i U_i`` (Wortsman et al., 2022, model soups).
+
+    >>> Average()(torch.tensor([1.0, 3.0])[:, None, None])
+    tensor([[2.]])
+    """
+
+    about = About("weight averaging", "Wortsman et al., 2022, Model soups, arXiv 2203.05482")
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        return batch.updates.mean(1)
+
+
+average = Average()
+"""The mean update."""
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(MergingMethod):
+    """``scale * sum_i U_i`` (Ilharco et al., 2023).
+
+    Args:
+        scale: the task-arithmetic coefficient.
+
+    >>> TaskArithmetic(0.5)(torch.tensor([1.0, 3.0])[:, None, None])
+    tensor([[2.]])
+    """
+
+    about = About("task arithmetic", "Ilharco et al., 2023, Editing models with task arithmetic, arXiv 2212.04089")
+
+    scale: float = 0.3
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        return self.scale * batch.updates.sum(1)
+
+
+@dataclass(frozen=True)
+class MetaGPT(MergingMethod):
+    """``sum_i c_i U_i`` with ``c_i = |U_i|^2 / sum_k |U_k|^2``, norms over the whole model (Zhou et al., 2024, Eq. 12).
+
+    The coefficients minimise an upper bound on the average loss difference to the experts, for updates that are
+    orthogonal and a loss that is linear around the base.
+
+    Args:
+        coefficients: ``c_i``, in the order of the experts; filled in by `prepare`.
+
+    >>> MetaGPT((0.25, 0.75))(torch.tensor([1.0, 2.0])[:, None, None])
+    tensor([[1.7500]])
+    """
+
+    about = About("MetaGPT", "Zhou et al., 2024, Model-exclusive task arithmetic, arXiv 2406.11385", scope="model")
+
+    coefficients: tuple[float, ...] | None = None
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.coefficients is not None
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> MetaGPT:
+        squares = sum((sum_of_squares(module.updates).cpu() for module in modules), torch.zeros(()))
+        shares = squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return replace(self, coefficients=tuple(shares.tolist()))
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        weights = per_expert(self, "coefficients", self.coefficients, batch)
+        return torch.einsum("n,mnij->mij", weights, batch.updates)
+
+
+def per_expert(method: MergingMethod, name: str, values: tuple[float, ...] | None, batch: ModuleBatch) -> Tensor:
+    """Numbers that `prepare` found for each expert, as a tensor like the updates.
+
+    Args:
+        method: whose they are.
+        name: of the field.
+        values: one for each expert.
+        batch: what is to be merged.
+
+    Returns:
+        ``(N,)`` in the dtype of the updates.
+
+    Raises:
+        ValueError: if there is not one for each expert.
+    """
+    count = batch.updates.shape[1]
+    if values is None or len(values) != count:
+        raise ValueError(
+            f"`{method!r}`: {name} are for {len(values or ())} experts, but the updates are of {count}. Prepare the "
+            "method on the experts it merges, in the same order."
+        )
+    return torch.tensor(values, dtype=batch.updates.dtype, device=batch.updates.device)
