@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import arviz as az
@@ -17,7 +17,16 @@ from inference.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
 
-__all__ = ["TooFewDraws", "to_inference_data"]
+__all__ = [
+    "ChainStatistics",
+    "LeaveOneOut",
+    "TooFewDraws",
+    "chain_statistics",
+    "compare_leave_one_out",
+    "energy_fraction",
+    "leave_one_out",
+    "to_inference_data",
+]
 
 CENTER = "center"
 """Name of the last entry of the basis: the coefficient of the anchor's centre."""
@@ -268,3 +277,137 @@ def _check(
             f"`to_inference_data(...)`: {len(names)} names for {posterior.num_modules} modules of the posterior. Give "
             "the statistics that it was made from, or one name for each module."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ChainStatistics:
+    """What ArviZ says about chains of each quantity; float64 arrays of the quantities' shape.
+
+    Attributes:
+        r_hat: rank-normalised split R-hat (Vehtari et al., 2021); nan with one chain or for a constant.
+        ess_bulk: effective sample size of the bulk.
+        ess_tail: that of the 5 % and 95 % quantiles.
+        mean: mean over all draws.
+        sd: standard deviation over all draws.
+        mcse_mean: Monte Carlo standard error of the mean.
+    """
+
+    r_hat: np.ndarray
+    ess_bulk: np.ndarray
+    ess_tail: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    mcse_mean: np.ndarray
+
+
+def chain_statistics(values: np.ndarray) -> ChainStatistics:
+    """R-hat, effective sample sizes and Monte Carlo errors.
+
+    Args:
+        values: ``(chain, draw, *shape)``.
+
+    Returns:
+        One number for each quantity; nan where ArviZ gives none (constants, values that are not finite, one chain).
+
+    >>> draws = np.random.default_rng(0).normal(size=(4, 500, 2))
+    >>> bool((chain_statistics(draws).r_hat < 1.01).all())
+    True
+    """
+    data = az.convert_to_dataset({"x": values})
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of constants, whose nan says it
+        r_hat = az.rhat(data)["x"].values if len(values) > 1 else np.full(values.shape[2:], np.nan)
+        bulk, tail = (az.ess(data, method=method)["x"].values for method in ("bulk", "tail"))
+        error = az.mcse(data, method="mean")["x"].values
+    constant = np.ptp(values, axis=(0, 1)) == 0
+    bulk, tail = (np.where(constant, np.nan, size) for size in (bulk, tail))
+    return ChainStatistics(r_hat, bulk, tail, values.mean((0, 1)), values.std((0, 1), ddof=1), error)
+
+
+def energy_fraction(energy: np.ndarray) -> np.ndarray:
+    """E-BFMI of each chain, the energy's fraction of missing information (Betancourt, 2016, arXiv 1604.00695).
+
+    Args:
+        energy: of the Hamiltonian, ``(chain, draw)``.
+
+    Returns:
+        ``(chain,)``; nan for constant energies.
+
+    >>> energy_fraction(np.random.default_rng(0).normal(size=(2, 1000))).round()
+    array([2., 2.])
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(az.bfmi(energy), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveOneOut:
+    """Pareto-smoothed importance sampling leave-one-out (Vehtari et al., 2017, arXiv 1507.04544), in nats.
+
+    Attributes:
+        pointwise: expected log predictive density of every value given the others, ``(n,)``.
+        pareto_k: shape of the tail of every value's importance weights, ``(n,)``.
+        good_k: above it a value's density is not reliable with so many draws.
+        parameters: effective number of parameters.
+    """
+
+    pointwise: np.ndarray
+    pareto_k: np.ndarray
+    good_k: float
+    parameters: float
+    source: az.ELPDData
+
+    @property
+    def elpd(self) -> float:
+        """Summed expected log predictive density."""
+        return float(self.pointwise.sum())
+
+    @property
+    def unreliable(self) -> int:
+        """How many values have a Pareto k above `good_k`."""
+        return int((self.pareto_k > self.good_k).sum())
+
+
+def leave_one_out(log_likelihood: np.ndarray) -> LeaveOneOut:
+    """PSIS-LOO of independent draws.
+
+    Args:
+        log_likelihood: Nats of every draw and value, ``(draws, n)``.
+
+    Returns:
+        The leave-one-out densities.
+
+    >>> flat = leave_one_out(np.full((200, 3), -1.0) + 1e-3 * np.random.default_rng(0).normal(size=(200, 3)))
+    >>> round(flat.elpd, 2)
+    -3.0
+    """
+    nothing = np.zeros((1, len(log_likelihood)))
+    data = az.from_dict(posterior={"draw_of": nothing}, log_likelihood={"value": log_likelihood[None]})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto")  # `unreliable` says it
+        result = az.loo(data, pointwise=True, reff=1.0)
+    pointwise, k = (np.asarray(result[name].values, dtype=np.float64) for name in ("loo_i", "pareto_k"))
+    return LeaveOneOut(pointwise, k, float(result.good_k), float(result.p_loo), result)
+
+
+def compare_leave_one_out(results: Mapping[str, LeaveOneOut]) -> dict[str, dict[str, float]]:
+    """`az.compare` of models of the same values, the best first.
+
+    Args:
+        results: Name to leave-one-out densities.
+
+    Returns:
+        Name to ``elpd``, its standard error ``error``, the ``difference`` to the best (zero or above), the standard
+        error of that ``difference_error``, and the stacking ``weight``.
+    """
+    if len(results) == 1:
+        ((name, only),) = results.items()
+        error = float(np.sqrt(len(only.pointwise) * only.pointwise.var()))
+        return {name: {"elpd": only.elpd, "error": error, "difference": 0.0, "difference_error": 0.0, "weight": 1.0}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The inplace keyword")  # ArviZ 0.x on a newer pandas
+        table = az.compare({name: result.source for name, result in results.items()})
+    columns = {
+        "elpd": "elpd_loo", "error": "se", "difference": "elpd_diff", "difference_error": "dse", "weight": "weight",
+    }  # fmt: skip
+    return {str(name): {new: float(row[old]) for new, old in columns.items()} for name, row in table.iterrows()}

@@ -228,6 +228,7 @@ def _info(
         start=names,
         start_energies=energies,
         weights=weights,
+        relative_weights=relative,
         weight_spread=torch.where(active.any(-1), top / bottom, torch.ones_like(top)),
         inactive=~active,
         residuals=point.q / scales,

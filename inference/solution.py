@@ -44,8 +44,9 @@ class FixedPointInfo:
         start: name of the start that reached the lowest energy.
         start_energies: final energy of every start, ``(M, S)``: different values are different local minima.
         weights: effective weights ``w_i`` at the solution, ``(M, E)``.
-        weight_spread: largest over smallest ``w_i / w_i(q = 0)`` of the active experts, ``(M,)``; 1 means that the
-            merge is a Gaussian's.
+        relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``: the weight relative to the Gaussian twin's.
+        weight_spread: largest over smallest relative weight of the active experts, ``(M,)``; 1 means that the merge is
+            a Gaussian's.
         inactive: experts that say nothing because their update is zero, ``(M, E)``.
         residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
         steps: reweighted solves until convergence, ``(M,)``; steps that were taken back are not among them.
@@ -67,6 +68,7 @@ class FixedPointInfo:
     start: tuple[str, ...]
     start_energies: Tensor
     weights: Tensor
+    relative_weights: Tensor
     weight_spread: Tensor
     inactive: Tensor
     residuals: Tensor
@@ -89,6 +91,7 @@ class FixedPointInfo:
             "start": self.start[module],
             "start_energies": self.start_energies[module].tolist(),
             "energy": float(self.energy[module]),
+            "energy_trace": self.energy_trace[module, : int(self.steps[module])].tolist(),
             "gradient_norm": float(self.gradient_norm[module]),
             "weight_change": float(self.weight_change[module]),
             "forward_error": None if self.forward_error[module].isnan() else float(self.forward_error[module]),
@@ -97,10 +100,16 @@ class FixedPointInfo:
             "contraction_bound": float(self.contraction_bound[module]),
             "anchor_precision": float(self.anchor_precision[module]),
             "weights": dict(zip(self.experts, self.weights[module].tolist(), strict=True)),
+            "relative_weights": self._active(self.relative_weights, module),
             "weight_spread": float(self.weight_spread[module]),
             "residuals": dict(zip(self.experts, self.residuals[module].tolist(), strict=True)),
             "inactive": [n for n, silent in zip(self.experts, self.inactive[module].tolist(), strict=True) if silent],
         }
+
+    def _active(self, values: Tensor, module: int) -> dict[str, float]:
+        """One module's values of the experts that say anything."""
+        rows = zip(self.experts, values[module].tolist(), self.inactive[module].tolist(), strict=True)
+        return {name: value for name, value, silent in rows if not silent}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,362 @@
+"""Convergence: records against solutions, verdicts that can go either way, chains against formulas of their own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.arviz_adapter import chain_statistics, energy_fraction
+from diagnostics.chains import ChainConvergence, chain_convergence, rank_histogram
+from diagnostics.convergence import FixedPointConvergence, fixed_point_convergence, solution_records
+from diagnostics.sensitivity import gamma_sensitivity, with_gamma
+from diagnostics.verdicts import Level, Verdict, worst
+from inference import SolverOptions, Status, fixed_point, hmc, merge_checkpoint
+from inference.design import Design
+from inference.full_draws import sample_full
+from inference.model_draws import SpanDraws
+from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Gaussian,
+    InputGram,
+    ModuleUpdates,
+    NormScaled,
+    ProductOfExperts,
+    Relative,
+    Scale,
+    StudentT,
+    TaskVectors,
+    average,
+    span_posterior,
+    span_statistics,
+)
+from tests.helpers import assert_close, random_updates
+
+NAMES = ("mnist", "emoji", "animals")
+MODULES = ["a.weight", "b.weight"]
+
+
+@pytest.fixture
+def updates(generator: torch.Generator) -> Tensor:
+    return random_updates(generator, 2, 3, 4, 5)
+
+
+def product(**options: Any) -> ProductOfExperts:
+    return ProductOfExperts.of(NAMES, InputGram(), options.pop("energy", Cauchy()), **options)
+
+
+def convergence(updates: Tensor, poe: ProductOfExperts | None = None, **options: Any) -> FixedPointConvergence:
+    solution = fixed_point(poe or product(), updates, **options)
+    return fixed_point_convergence(solution_records(solution, MODULES))
+
+
+# --- fixed point ---
+
+
+def test_records_and_solution_say_the_same(updates: Tensor) -> None:
+    solution = fixed_point(product(), updates)
+    found, info = fixed_point_convergence(solution_records(solution, MODULES)), solution.info
+    assert found.modules == tuple(MODULES)
+    assert found.experts == NAMES
+    assert found.status == solution.status
+    for name in ("weight_spread", "gradient_norm"):
+        assert_close(torch.from_numpy(getattr(found, name)), getattr(info, name))
+    assert_close(torch.from_numpy(found.rate), info.contraction_rate)
+    assert_close(torch.from_numpy(found.bound), info.contraction_bound)
+    assert_close(torch.from_numpy(found.relative_weights), info.relative_weights)
+    for trace, steps, full in zip(found.traces, info.steps.tolist(), info.energy_trace, strict=True):
+        assert len(trace) == steps
+        assert_close(torch.from_numpy(trace), full[:steps])
+        assert bool((full[steps:] == full[steps - 1]).all())
+
+
+def test_relative_weights_are_those_over_the_twins(updates: Tensor) -> None:
+    info = fixed_point(product(), updates).info
+    assert_close(info.relative_weights, 1 / (1 + info.residuals), 1e-8)  # Cauchy: rho'(q) / rho'(0)
+    assert_close(info.relative_weights.amax(-1) / info.relative_weights.amin(-1), info.weight_spread)
+
+
+def test_a_gaussian_has_relative_weights_of_one(updates: Tensor) -> None:
+    found = convergence(updates, product(energy=Gaussian()))
+    assert np.allclose(found.relative_weights, 1)
+    assert "as by a Gaussian" in found.verdicts[2].text
+
+
+def test_a_silent_expert_has_no_relative_weight(updates: Tensor) -> None:
+    updates[0, 1] = 0.0
+    found = convergence(updates)
+    assert np.isnan(found.relative_weights).tolist() == [[False, True, False], [False, False, False]]
+    assert worst(found.verdicts) is Level.GOOD
+
+
+def test_experts_of_one_module_alone(updates: Tensor) -> None:
+    first = solution_records(fixed_point(product(), updates[:1]), ["a.weight"])
+    second = solution_records(fixed_point(ProductOfExperts.of(NAMES[:2]), updates[1:, :2]), ["b.weight"])
+    found = fixed_point_convergence([*first, *second])
+    assert found.experts == NAMES
+    assert np.isnan(found.relative_weights[1, 2])
+    assert [len(trace) for trace in found.traces] == found.steps.tolist()
+
+
+def test_the_record_of_a_merged_folder(tmp_path: Path, updates: Tensor) -> None:
+    states = {name: {"a.weight": updates[0, i], "b.weight": updates[1, i]} for i, name in enumerate(NAMES)}
+    vectors = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
+    merge_checkpoint(vectors, product(), tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "poe_merge.json").read_text())
+    found = fixed_point_convergence(m for tensor in record["tensors"] for m in tensor.get("modules", ()))
+    assert found.modules == tuple(MODULES)
+    for trace in found.traces:
+        assert (np.diff(trace) <= 1e-5 * abs(trace[0])).all()
+
+
+def test_verdicts_tell_what_did_not_converge(updates: Tensor) -> None:
+    found = convergence(updates, product(scale=Relative(0.05)), max_steps=1, starts=("ones",))
+    verdict = found.verdicts[0]
+    assert verdict.level is Level.BAD
+    assert "0 of 2 modules converged; a.weight, b.weight: not converged: raise max_steps" in verdict.text
+    rounding = replace(found, status=(Status.CONVERGED, Status.ROUNDING))
+    assert rounding.verdicts[0].level is Level.CAUTION
+    assert "float64" in rounding.verdicts[0].text
+
+
+def test_a_point_that_is_no_minimum_is_a_caution(updates: Tensor) -> None:
+    found = replace(convergence(updates), strict_minimum=np.array([True, False]), rate=np.array([0.5, 1.2]))
+    assert [verdict.level for verdict in found.verdicts] == [Level.CAUTION, Level.CAUTION, Level.GOOD]
+    assert "b.weight" in found.verdicts[0].text
+
+
+def test_the_bound_is_no_smaller_than_the_rate(updates: Tensor) -> None:
+    found = convergence(updates, product(scale=Relative(0.3)))
+    assert (found.bound >= found.rate).all()
+    assert found.rate.max() > 0.01
+
+
+@pytest.mark.parametrize(("records", "words"), [([], "only averages"), ([{"module": "a"}], "incomplete")])
+def test_records_that_are_none(records: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fixed_point_convergence(records)
+
+
+def test_names_that_do_not_fit(updates: Tensor) -> None:
+    with pytest.raises(ValueError, match="1 names for 2 modules"):
+        solution_records(fixed_point(product(), updates), ["a"])
+
+
+# --- gamma ---
+
+
+def modules_of(updates: Tensor) -> list[ModuleUpdates]:
+    base = torch.zeros_like(updates[0, 0])
+    return [ModuleUpdates(n, n, NAMES, base, u) for n, u in zip(MODULES, updates, strict=True)]
+
+
+def test_gamma_sensitivity_against_solves_of_its_own(updates: Tensor) -> None:
+    poe, gammas = product(energy=StudentT(3.0)), [0.1, 1.0, 10.0]
+    found = gamma_sensitivity(poe, modules_of(updates), gammas[::-1])
+    z = torch.stack([fixed_point(with_gamma(poe, gamma), updates).value for gamma in gammas])
+    twins = torch.stack([fixed_point(with_gamma(poe, gamma).twin(), updates).value for gamma in gammas])
+    norm = z.flatten(-2).norm(dim=-1)
+    assert_close(torch.from_numpy(found.distance), (z - z[1]).flatten(-2).norm(dim=-1) / norm[1], 1e-7)
+    expected = (z - twins).flatten(-2).norm(dim=-1) / twins.flatten(-2).norm(dim=-1)
+    assert_close(torch.from_numpy(found.from_twin), expected, 1e-7)
+    assert found.gammas.tolist() == gammas
+    assert found.converged.all()
+    assert found.scores is None
+
+
+def test_gamma_does_nothing_to_a_gaussian_with_a_relative_anchor(updates: Tensor) -> None:
+    found = gamma_sensitivity(product(energy=Gaussian()), modules_of(updates), [0.1, 1.0, 10.0])
+    assert found.distance.max() < 1e-8
+    assert found.verdict.level is Level.GOOD
+
+
+def test_scores_see_the_whole_merge(updates: Tensor) -> None:
+    poe, seen = product(), []
+
+    def score(merged: Any) -> float:
+        seen.append(sorted(merged))
+        return -float(sum(each.norm() for each in merged.values()))
+
+    found = gamma_sensitivity(poe, modules_of(updates), [0.3, 3.0], score, reference=0)
+    assert seen == [MODULES, MODULES]
+    assert found.scores is not None
+    sizes = [fixed_point(with_gamma(poe, gamma), updates).value.flatten(-2).norm(dim=-1).sum() for gamma in (0.3, 3.0)]
+    assert np.allclose(found.scores, [-float(size) for size in sizes])
+    assert found.distance[0].tolist() == [0, 0]
+    assert "best at" in found.verdict.text
+
+
+@pytest.mark.parametrize("scale", [Relative(2.0), NormScaled(2.0), Absolute(2.0)])
+def test_gamma_of_any_scale(scale: Scale) -> None:
+    assert with_gamma(product(scale=scale), 2.0) == product(scale=scale)
+    assert with_gamma(product(scale=scale), 1.0) != product(scale=scale)
+
+
+def test_gammas_that_do_not_make_a_grid(updates: Tensor) -> None:
+    modules = modules_of(updates)
+    for bad in ([1.0], [1.0, 1.0]):
+        with pytest.raises(ValueError, match="two or more"):
+            gamma_sensitivity(product(), modules, bad)
+    with pytest.raises(ValueError, match="iterator"):
+        gamma_sensitivity(product(), iter(modules), [0.5, 1.0])
+    with pytest.raises(ValueError, match="nothing to merge"):
+        gamma_sensitivity(product(), [], [0.5, 1.0])
+    with pytest.raises(ValueError, match="position"):
+        gamma_sensitivity(product(), modules, [0.5, 1.0], reference=2)
+
+
+# --- chains ---
+
+
+def independent(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def chains(values: np.ndarray, **stats: Any) -> ChainConvergence:
+    draws = SpanDraws(
+        ("m",),
+        torch.tensor([[1.0] * (values.shape[-1] + 1)]),
+        "digest",
+        tuple("abc"[: values.shape[-1]]),
+        torch.from_numpy(np.concatenate([values, np.zeros((*values.shape[:-1], 1))], -1)),
+        stats={name: torch.as_tensor(value) for name, value in stats.items()},
+    )
+    return chain_convergence(
+        replace(draws, squared_norms=draws.squared_norms * torch.tensor([1.0] * values.shape[-1] + [0]))
+    )
+
+
+def test_independent_draws_are_good() -> None:
+    found = chains(
+        independent((4, 500, 1, 2)), energy=independent((4, 500, 1), 1), diverging=np.zeros((4, 500, 1), bool)
+    )
+    assert [verdict.level for verdict in found.verdicts] == [Level.GOOD] * 4
+    size = found.statistics.ess_bulk
+    assert ((size > 1400) & (size < 2800)).all()  # 2000 independent draws
+    assert_close(torch.from_numpy(found.statistics.mcse_mean), torch.tensor(2000**-0.5).double(), 0.15)
+
+
+def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
+    rho, noise = 0.8, independent((8, 4000, 1, 1))
+    for t in range(1, noise.shape[1]):
+        noise[:, t] = rho * noise[:, t - 1] + (1 - rho**2) ** 0.5 * noise[:, t]
+    expected = 8 * 4000 * (1 - rho) / (1 + rho)
+    assert float(chains(noise).statistics.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.15)
+
+
+def test_chains_apart_are_bad() -> None:
+    values = independent((4, 500, 1, 2))
+    values[0, ..., 1] += 3
+    found = chains(values)
+    assert [verdict.level for verdict in found.verdicts] == [Level.BAD, Level.BAD]
+    assert "b in m" in found.verdicts[0].text
+    ranks = rank_histogram(values[..., 0, 1])
+    assert ranks.counts[0, -1] > ranks.high > ranks.expected > ranks.low > ranks.counts[0, 0]
+
+
+def test_slow_chains_are_a_caution() -> None:
+    assert chains(independent((4, 75, 1, 1))).verdicts[1].level is Level.CAUTION
+
+
+def test_divergences_and_energies_speak_up() -> None:
+    diverging = np.zeros((4, 500, 1), bool)
+    diverging[1, :5] = True
+    walk = independent((4, 500, 1), 2).cumsum(1)
+    found = chains(independent((4, 500, 1, 1)), energy=walk, diverging=diverging)
+    assert [verdict.level for verdict in found.verdicts[2:]] == [Level.CAUTION, Level.CAUTION]
+    assert "5 of 2000" in found.verdicts[3].text
+    diverging[:, :100] = True
+    assert chains(independent((4, 500, 1, 1)), diverging=diverging).verdicts[-1].level is Level.BAD
+
+
+def test_one_chain_or_constants_cannot_be_judged() -> None:
+    found = chains(independent((1, 500, 1, 1)))
+    assert found.verdicts[0].level is Level.UNKNOWN
+    assert "one chain" in found.verdicts[0].text
+    assert found.verdicts[1].level is Level.GOOD  # within one chain, it can
+    constant = chains(np.ones((4, 500, 1, 1)))
+    assert [verdict.level for verdict in constant.verdicts] == [Level.UNKNOWN, Level.UNKNOWN]
+
+
+def test_a_constant_does_not_hide_the_others() -> None:
+    values = independent((4, 500, 1, 2))
+    values[..., 0] = 1.0
+    found = chains(values)
+    assert np.isnan(found.statistics.r_hat[0, 0])
+    assert [verdict.level for verdict in found.verdicts] == [Level.GOOD, Level.GOOD]
+
+
+def test_draws_of_hmc(updates: Tensor) -> None:
+    statistics = span_statistics(product(anchor=Anchor(average)), updates, MODULES)
+    posterior, coordinates = span_posterior(product(anchor=Anchor(average)), statistics)
+    draws = SpanDraws.of(
+        hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100), coordinates, statistics
+    )
+    found = chain_convergence(draws)
+    assert found.quantities == (*NAMES, "center")
+    assert found.statistics.r_hat.shape == (2, 4)
+    assert found.energy_fraction is not None
+    assert found.energy_fraction.shape == (16, 2)
+    assert found.divergences is not None
+    assert found.divergences.shape == (2,)
+    assert_close(torch.from_numpy(found.values), draws.coefficients)
+
+
+def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
+    states = {name: {"a.weight": updates[0, i], "b.weight": updates[1, i]} for i, name in enumerate(NAMES)}
+    vectors = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
+    poe = product(anchor=Anchor(precision=AbsolutePrecision(0.1)))
+    generator = torch.Generator().manual_seed(0)
+    found = chain_convergence(sample_full(vectors, poe, 100, generator=generator))
+    assert found.quantities == ("lp", "log weight 1", "log weight 2", "log weight 3")
+    assert found.statistics.r_hat.shape == (2, 4)
+    with pytest.raises(ValueError, match="independent"):
+        chain_convergence(sample_full(vectors, poe, 5, generator=generator, method="laplace"))
+
+
+def test_ranks_of_alike_chains_are_flat() -> None:
+    ranks = rank_histogram(independent((4, 2000)), bins=10)
+    assert ranks.counts.sum(1).tolist() == [2000] * 4
+    inside = (ranks.counts >= ranks.low) & (ranks.counts <= ranks.high)
+    assert inside.mean() >= 0.85
+    assert rank_histogram(np.zeros((2, 40)), bins=4).counts.sum() == 80  # all ties
+
+
+@pytest.mark.parametrize("values", [np.zeros(10), np.full((2, 20), np.nan), np.zeros((2, 3))])
+def test_draws_that_cannot_be_ranked(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="rank_histogram"):
+        rank_histogram(values, bins=10)
+
+
+def test_statistics_of_draws_that_are_not_finite() -> None:
+    values = independent((4, 100, 2))
+    values[0, 0, 0] = np.nan
+    found = chain_statistics(values)
+    assert np.isnan(found.r_hat[0])
+    assert np.isfinite(found.r_hat[1])
+    assert np.isnan(energy_fraction(np.ones((2, 50)))).all()
+
+
+def test_verdicts_have_an_order() -> None:
+    assert worst([]) is Level.GOOD
+    assert (
+        worst([Verdict("a", Level.UNKNOWN, ""), Verdict("b", Level.CAUTION, ""), Verdict("c", Level.GOOD, "")])
+        is Level.CAUTION
+    )
+
+
+def test_designs_keep_their_options(updates: Tensor) -> None:
+    """The trace that is recorded is the winning start's."""
+    solution = Design(product(scale=Relative(0.2)), options=SolverOptions(starts=("twin", "experts"))).solve(updates)
+    found = fixed_point_convergence(solution_records(solution, MODULES))
+    for trace, energies in zip(found.traces, found.start_energies, strict=True):
+        assert trace[-1] == pytest.approx(energies.min(), rel=1e-9)
