@@ -148,7 +148,7 @@ def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: Design) -> l
 
 def _solve(batch: _Batch, design: Design) -> tuple[list[Tensor], list[dict[str, Any]]]:
     center = torch.stack(batch.centers) if batch.centers else None
-    solution = design.solve(batch.updates, _stacked(batch.factors), center)
+    solution = design.for_modules(batch.labels).solve(batch.updates, _stacked(batch.factors), center)
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
     records = [
         {"module": label, "status": status.name.lower(), **solution.info.record(index)}

@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inference.design import Design
-from poe_models.residual_maps import Directional, Identity, InputGram, OutputGram, ResidualMap
+from poe_models.residual_maps import (
+    Activation,
+    Directional,
+    Fisher,
+    Identity,
+    InputGram,
+    Mixed,
+    OutputGram,
+    ResidualMap,
+)
 
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
 
@@ -32,6 +41,8 @@ def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
     maps = [expert.residual_map for expert in design.poe.experts]
     if design.coordinates == "span":
         return (3 * experts + 6) * entries
+    if any(isinstance(each, Fisher) for each in maps):
+        return (4 * len(maps) + 7) * entries
     if all(isinstance(each, Identity | Directional) for each in maps):
         directional = any(isinstance(each, Directional) for each in maps)
         return max(4 + len(maps), 2 * len(maps)) * entries if directional else (2 * len(maps) + 7) * entries
@@ -40,12 +51,13 @@ def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
 
 def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
     """Gram experts, or a user's maps, which are taken for Grams of both sides."""
-    left = sum(not isinstance(each, InputGram | Identity) for each in maps)
+    given = sum(isinstance(each, Activation | Mixed) for each in maps)
+    left = sum(not isinstance(each, InputGram | Identity | Activation | Mixed) for each in maps)
     right = sum(not isinstance(each, OutputGram | Identity) for each in maps)
     columns = len(maps) * min(d_out, d_in)
     rows, cols = (
         min(d_out, len(maps) * d_in if not left else columns),
-        min(d_in, len(maps) * d_out if not right else columns),
+        d_in if given else min(d_in, len(maps) * d_out if not right else columns),
     )
     grams = left * rows**2 + right * cols**2
     bases = (rows < d_out) * d_out * rows + (cols < d_in) * d_in * cols
@@ -53,7 +65,8 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
     targets = len(maps) * compressed if bases else 0
     sums = 2 * (rows**2 * (left > 0) + cols**2 * (right > 0))
     iteration = grams + sums + (3 * len(maps) + _TEMPORARIES) * compressed + targets + bases
-    return max(iteration, 4 * d_out * d_in + 2 * bases) + d_out * d_in
+    decomposing = given * d_in**2 + 8 * d_in**2 * (given > 0)  # one root at a time, in float64
+    return max(iteration, 4 * d_out * d_in + 2 * bases, decomposing) + d_out * d_in
 
 
 def merged_bytes(design: Design, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from inference.design import Design, check_center
+from inference.fixed_point import solve_posterior
 from poe_models.checkpoints import CheckpointError
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior, center_of, full_posterior
-from poe_models.task_vectors import TaskVectors
+from poe_models.task_vectors import TaskVectors, block_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,7 @@ class Module:
         base: ``W_0``, ``(d_out, d_in)``.
         updates: ``(N, d_out, d_in)`` in the order of ``poe.update_names``.
         low_rank: factors of the updates in the same order, if all are adapters'.
+        known_mode: the MAP in Full coordinates, if it has been solved for before.
     """
 
     name: str
@@ -32,6 +35,12 @@ class Module:
     base: Tensor
     updates: Tensor
     low_rank: tuple[Tensor, Tensor] | None
+    known_mode: Tensor | None = None
+
+    @cached_property
+    def mode(self) -> Tensor:
+        """The MAP in Full coordinates, ``(d_out, d_in)``; it is the same at every temperature."""
+        return solve_posterior(self.posterior).value[0] if self.known_mode is None else self.known_mode
 
     @property
     def center(self) -> Tensor | None:
@@ -75,7 +84,7 @@ def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list
         anchor = design.poe.anchor
         if centers is not None:
             anchor = replace(anchor, center=centers[index] - each.base)
-        poe = replace(design.poe, anchor=anchor)
+        poe = replace(design.poe, anchor=anchor).for_modules([each.name])
         low_rank = None if each.low_rank is None else (each.low_rank[0][order], each.low_rank[1][order])
         updates = each.updates if order == list(range(len(each.names))) else each.updates[order]
         modules.append(Module(each.name, poe, each.base, updates, low_rank))
@@ -120,8 +129,7 @@ def module_names(task_vectors: TaskVectors, tensor: str) -> list[str]:
     view = task_vectors.treatments[tensor].view
     if view is None:
         return []
-    count = len(view.block_shapes(task_vectors.base.tensors[tensor].shape))
-    return [tensor] if count == 1 else [f"{tensor}[{index}]" for index in range(count)]
+    return block_names(tensor, len(view.block_shapes(task_vectors.base.tensors[tensor].shape)))
 
 
 def _centers(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Tensor] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from inference.design import Design, Designs, as_function, check_center
 from poe_models._fitting import keys_of
 from poe_models.adapters import LoraCheckpoint
 from poe_models.checkpoints import Checkpoint
-from poe_models.task_vectors import TaskVectors
+from poe_models.task_vectors import TaskVectors, block_names
 from poe_models.treatments import Treatment
 
 BATCH_BYTES = 256 * 2**20
@@ -169,6 +169,7 @@ def plan(
     designs = tuple({id(t.design): t.design for t in tensors.values() if t.design is not None}.values())
     for each in designs:
         each.check(task_vectors.names)
+    _statistics(designs, _modules_by_design(list(tensors.values())))
     shards = tuple(
         Shard(_safetensors_name(file), tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
         for file, names in task_vectors.base.layout.items()
@@ -188,7 +189,19 @@ def inputs_of(task_vectors: TaskVectors, designs: Sequence[Design]) -> dict[str,
     """Every checkpoint that is read, by its role."""
     centers = {f"anchor {d.center.source}": d.center for d in designs if d.center is not None}
     experts = {f"expert {name}": checkpoint for name, checkpoint in task_vectors.experts.items()}
-    return {"base": task_vectors.base, **experts, **centers}
+    return {"base": task_vectors.base, **experts, **centers, **_statistics(designs, {})}
+
+
+def _statistics(
+    designs: Sequence[Design], modules: Mapping[int, Mapping[str, tuple[int, int]]]
+) -> dict[str, Checkpoint]:
+    """What residual maps read, by its role; checked for the modules given by the `id` of their design."""
+    return {
+        role: checkpoint
+        for design in designs
+        for expert in design.poe.experts
+        for role, checkpoint in expert.residual_map.inputs(expert.update_name, modules.get(id(design), {})).items()
+    }
 
 
 def _tensor_plan(
@@ -208,6 +221,16 @@ def _tensor_plan(
         dtype=out_dtype if out_dtype is not None and info.dtype.is_floating_point else info.dtype,
         design=design,
     )
+
+
+def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tuple[int, int]]]:
+    """Names and shapes of the modules of each design, by its `id`."""
+    modules: dict[int, dict[str, tuple[int, int]]] = {}
+    for tensor in tensors:
+        if tensor.design is not None:
+            names = block_names(tensor.name, len(tensor.matrices))
+            modules.setdefault(id(tensor.design), {}).update(zip(names, tensor.matrices, strict=True))
+    return modules
 
 
 def _safetensors_name(file: str) -> str:
@@ -249,7 +272,7 @@ def _read_bytes(task_vectors: TaskVectors, designs: Sequence[Design], tensors: S
     for role, checkpoint in checkpoints.items():
         if isinstance(checkpoint, LoraCheckpoint):
             total += nbytes_of(checkpoint)
-        elif role != "base":
+        elif role.startswith(("expert ", "anchor ")):
             keys = [key for name in used for key in keys_of(base, checkpoint, name)]
             total += sum(checkpoint.tensors[key].nbytes for key in keys)
     return total

@@ -72,7 +72,7 @@ def fixed_point(
             "`fixed_point(coordinates='span', low_rank=...)`: factors save nothing in Span. Leave them out."
         )
     if isinstance(updates, ModuleUpdates):
-        updates, low_rank = unpack(poe, updates, low_rank)
+        poe, updates, low_rank = unpack(poe, updates, low_rank)
     single, dtype = updates.ndim == 3, updates.dtype
     updates = check_updates(updates, poe.update_names)
     options = SolverOptions(_as_tuple(starts), max_steps, tolerance, step_tolerance, acceleration)

@@ -60,7 +60,7 @@ def gibbs(
     Raises:
         ValueError: an energy has no scale mixture, or the posterior is improper.
     """
-    posterior = full_posterior(poe, *unpack(poe, updates, low_rank))
+    posterior = full_posterior(*unpack(poe, updates, low_rank))
     kernel = GibbsKernel(posterior, regenerable=True)
     singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in range(posterior.num_modules)]
     weights, seeds, energies = [], [], []

@@ -10,8 +10,8 @@ from poe_models.task_vectors import ModuleUpdates
 
 def unpack(
     poe: ProductOfExperts, updates: Tensor | ModuleUpdates, low_rank: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Updates, and low-rank factors if there are any, in the order of ``poe.update_names``.
+) -> tuple[ProductOfExperts, Tensor, tuple[Tensor, Tensor] | None]:
+    """The product in this module, updates, and low-rank factors if there are any, in the order of ``poe.update_names``.
 
     Args:
         poe: the design.
@@ -19,13 +19,14 @@ def unpack(
         low_rank: factors beside a tensor.
 
     Returns:
-        Updates ``(..., N, d_out, d_in)`` and factors or None.
+        The product, with residual maps on given statistics bound to the module's; updates ``(..., N, d_out, d_in)``;
+        factors or None.
 
     Raises:
         ValueError: the product is about a task vector that the module does not have, or factors are given twice.
     """
     if isinstance(updates, Tensor):
-        return updates, low_rank
+        return poe, updates, low_rank
     if low_rank is not None:
         raise ValueError(f"`low_rank=...` beside {updates.name!r}: a module brings its own factors. Leave them out.")
     missing = [name for name in poe.update_names if name not in updates.names]
@@ -36,4 +37,5 @@ def unpack(
         )
     index = [updates.names.index(name) for name in poe.update_names]
     factors = updates.low_rank
-    return updates.updates[index], None if factors is None else (factors[0][index], factors[1][index])
+    here = poe.for_modules([updates.name])
+    return here, updates.updates[index], None if factors is None else (factors[0][index], factors[1][index])

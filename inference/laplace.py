@@ -45,7 +45,7 @@ def laplace(
     Returns:
         The approximation. In Span coordinates: ``Laplace(span_posterior, latents)``.
     """
-    posterior = full_posterior(poe, *unpack(poe, updates, low_rank))
+    posterior = full_posterior(*unpack(poe, updates, low_rank))
     return Laplace(posterior, at.value.to(posterior.dtype).reshape(posterior.num_modules, *posterior.event_shape))
 
 

@@ -207,6 +207,21 @@ class ProductOfExperts:
         """Names of the task vectors in order of first appearance: the order of ``updates``."""
         return tuple(dict.fromkeys(expert.update_name for expert in self.experts))
 
+    def for_modules(self, modules: Sequence[str]) -> ProductOfExperts:
+        """The product in named modules, for residual maps on given statistics; for others it is the same.
+
+        Args:
+            modules: names of the ``M`` modules of the updates it will meet.
+
+        Returns:
+            A product for updates ``(M, N, d_out, d_in)`` of these modules.
+        """
+        experts = tuple(
+            replace(each, residual_map=each.residual_map.for_modules(each.update_name, modules))
+            for each in self.experts
+        )
+        return replace(self, experts=experts)
+
     def twin(self) -> ProductOfExperts:
         """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""
         return replace(self, experts=tuple(expert.twin() for expert in self.experts))

@@ -249,3 +249,32 @@ def thin(factor: Tensor) -> Tensor:
     if factor.shape[-1] <= factor.shape[-2]:
         return factor
     return torch.linalg.qr(factor.mT, mode="r").R.mT
+
+
+def root_of(matrix: Tensor) -> Tensor:
+    """A factor ``F`` with ``F F^T`` equal to positive semi-definite matrices ``(..., d, d)``, computed in float64.
+
+    By Cholesky where every matrix is well within rank ``d``, by eigenvalues where some are not: those within rounding
+    of zero are dropped.
+
+    Raises:
+        ValueError: an eigenvalue is clearly negative.
+
+    >>> root_of(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+    tensor([[0., 2.],
+            [0., 0.]], dtype=torch.float64)
+    """
+    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    matrix = matrix.to(torch.float64)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    if not bool(failed.any()) and bool((pivots.amin(-1) > rounding * pivots.amax(-1)).all()):
+        return factor
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    largest = eigenvalues[..., -1:].clamp(min=0)
+    if bool((eigenvalues[..., :1] < -1e3 * rounding * largest).any()) or bool((eigenvalues[..., -1] < 0).any()):
+        raise ValueError(
+            f"a matrix of second moments has the eigenvalue {float(eigenvalues.amin()):.2e}, beside a largest one of "
+            f"{float(eigenvalues.amax()):.2e}: it is not positive semi-definite. Collect the statistics again."
+        )
+    return vectors * torch.where(eigenvalues > rounding * largest, eigenvalues, 0.0).sqrt().unsqueeze(-2)

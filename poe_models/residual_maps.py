@@ -15,13 +15,19 @@ tensor(12., dtype=torch.float64)
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.operators import Gram, Operator, RankOne, ScaledIdentity, thin
+from poe_models._checkpoint import Checkpoint
+from poe_models.module_statistics import Kind, ModuleStatistics, open_statistics
+from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, root_of, thin
 
 
 class ResidualMap(ABC):
@@ -39,6 +45,34 @@ class ResidualMap(ABC):
     def operator_of_factors(self, left: Tensor, right: Tensor) -> Operator:
         """``P_i`` of ``U_i = left @ right``, ``(..., d_out, r)`` and ``(..., r, d_in)``; cheaper for some maps."""
         return self.operator(left @ right)
+
+    def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
+        """The map of one expert in named modules; only a map on given statistics differs from module to module.
+
+        Args:
+            update: name of the task vector.
+            modules: names of the modules of a batch.
+
+        Returns:
+            A map for updates of exactly this batch, equal to this one.
+        """
+        return self
+
+    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        """What the map of one expert reads besides the updates, once it is known to be there; only headers are read.
+
+        Args:
+            update: name of the task vector.
+            modules: names and shapes ``(d_out, d_in)`` of all modules it will be asked about.
+
+        Returns:
+            Checkpoints by what they are; none, but for maps on given statistics.
+        """
+        return {}
+
+    def stand_in(self) -> ResidualMap:
+        """A map with the same kind of operator that needs nothing but updates, to try a design with."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -89,9 +123,225 @@ class InputGram(ResidualMap):
         return Gram(right.mT @ thin(left.mT), "right", (left.shape[-2], right.shape[-1]))
 
 
+@dataclass(frozen=True, repr=False)
+class StatisticsMap(ResidualMap):
+    """A residual map on given statistics, which it looks up by the names of expert and modules.
+
+    Args:
+        statistics: of every expert, in memory or as a folder.
+    """
+
+    statistics: ModuleStatistics | str
+
+    kind: ClassVar[Kind]
+    """Of the statistics."""
+
+    @override
+    def __repr__(self) -> str:
+        values = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in fields(self))
+        return f"{type(self).__qualname__}({values})"
+
+    @abstractmethod
+    def operator_from(self, given: Tensor, update: Tensor) -> Operator:
+        """``P_i`` from the statistics of a batch of modules and ``U_i``.
+
+        Args:
+            given: ``(M, d_out, d_in)`` of Fisher information or ``(M, d_in, d_in)`` of activations, nonnegative.
+            update: ``U_i``, ``(M, d_out, d_in)``.
+        """
+
+    def source(self, update: str) -> ModuleStatistics:
+        """The statistics; of a folder the expert's, whose header is read anew.
+
+        Args:
+            update: name of the expert.
+
+        Raises:
+            TypeError: they are something else, or of another kind.
+        """
+        if isinstance(self.statistics, str):
+            return open_statistics(self.statistics, self.kind, [update])
+        if not isinstance(self.statistics, ModuleStatistics) or self.statistics.kind != self.kind:
+            raise TypeError(
+                f"`{type(self).__name__}({self.statistics!r})`: {self.kind} statistics are wanted: "
+                f"`ModuleStatistics({self.kind!r}, ...)`, or the folder of some."
+            )
+        return self.statistics
+
+    @override
+    def operator(self, update: Tensor) -> Operator:
+        raise ValueError(
+            f"`{type(self).__name__}(...)`: got updates without the names of their modules, and statistics go by name. "
+            "Give a `ModuleUpdates`, or name the modules of the batch: `poe.for_modules([...])`."
+        )
+
+    @override
+    def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
+        return _OfModules(self, update, tuple(modules), self.source(update))
+
+    @override
+    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        source = self.source(update)
+        for module, shape in modules.items():
+            source.check(update, module, shape)
+        return {f"{self.kind} statistics {update}": source.experts[update]}
+
+
+@dataclass(frozen=True, repr=False)
+class _OfModules(ResidualMap):
+    """A map on given statistics in named modules; equal to, and written as, the map without them."""
+
+    map: StatisticsMap
+    update: str = field(compare=False)
+    modules: tuple[str, ...] = field(compare=False)
+    source: ModuleStatistics = field(compare=False)
+
+    @override
+    def __repr__(self) -> str:
+        return repr(self.map)
+
+    @override
+    def operator(self, update: Tensor) -> Operator:
+        if update.ndim != 3 or len(update) != len(self.modules):
+            raise ValueError(
+                f"`for_modules(...)`: got updates {tuple(update.shape)} for the {len(self.modules)} modules "
+                f"{', '.join(self.modules)}. Name each module of the batch once."
+            )
+        given = self.source.read(self.update, self.modules, update.shape[-2:])
+        try:
+            return self.map.operator_from(given.to(update.device), update)
+        except ValueError as error:
+            raise ValueError(f"expert {self.update!r}, modules {', '.join(self.modules)}: {error}") from error
+
+    @override
+    def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
+        return self.map.for_modules(update, modules)
+
+    @override
+    def stand_in(self) -> ResidualMap:
+        return self.map.stand_in()
+
+
+@dataclass(frozen=True, repr=False)
+class Fisher(StatisticsMap):
+    """``q = sum F_i (Z - U_i)^2`` entry by entry: the diagonal Fisher information ([PoE] Eq. 14).
+
+    With Gaussian experts at an absolute scale and a vanishing anchor the MAP is Fisher-weighted averaging (Matena &
+    Raffel, 2022, arXiv 2111.09832, Eq. 6).
+
+    Args:
+        statistics: Fisher information of every expert, in memory or as a folder.
+        floor: added to every entry, so that entries that no example depends on are averaged.
+    """
+
+    floor: float = 0.0
+
+    kind: ClassVar[Kind] = "fisher"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"`Fisher(floor={self.floor})`: a floor must be a finite number, zero or above.")
+
+    @override
+    def operator_from(self, given: Tensor, update: Tensor) -> Operator:
+        return Diagonal(given.to(update.dtype) + self.floor)
+
+    @override
+    def stand_in(self) -> ResidualMap:
+        return _Squares()
+
+
+@dataclass(frozen=True, repr=False)
+class Activation(StatisticsMap):
+    """``q = |(Z - U) X|^2 / n``: what changes on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
+
+    With Gaussian experts at an absolute scale and a vanishing anchor the MAP is RegMean's (Jin et al., 2023,
+    arXiv 2212.09849, Eq. 2).
+
+    Args:
+        statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.
+        off_diagonal: factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
+    """
+
+    off_diagonal: float = 1.0
+
+    kind: ClassVar[Kind] = "activations"
+
+    def __post_init__(self) -> None:
+        _require_share("Activation", "off_diagonal", self.off_diagonal)
+
+    @override
+    def operator_from(self, given: Tensor, update: Tensor) -> Operator:
+        factor = root_of(scaled_off_diagonal(given, self.off_diagonal))
+        return Gram(factor.to(update.dtype), "right", _shape(update))
+
+    @override
+    def stand_in(self) -> ResidualMap:
+        return InputGram()
+
+
+@dataclass(frozen=True, repr=False)
+class Mixed(StatisticsMap):
+    """``share * Activation + (1 - share) * InputGram``: data where there are some, updates elsewhere ([BMM] Eq. 35).
+
+    Args:
+        statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.
+        share: of the activations, between 0 and 1.
+        off_diagonal: factor on the off-diagonal entries of the activations.
+        unit_trace: scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
+    """
+
+    share: float = 0.5
+    off_diagonal: float = 1.0
+    unit_trace: bool = True
+
+    kind: ClassVar[Kind] = "activations"
+
+    def __post_init__(self) -> None:
+        _require_share("Mixed", "share", self.share)
+        _require_share("Mixed", "off_diagonal", self.off_diagonal)
+
+    @override
+    def operator_from(self, given: Tensor, update: Tensor) -> Operator:
+        activations = scaled_off_diagonal(given.double(), self.off_diagonal)
+        gram = update.double().mT @ update.double()
+        if self.unit_trace:
+            activations, gram = _unit_trace(activations), _unit_trace(gram)
+        factor = root_of(self.share * activations + (1 - self.share) * gram)
+        return Gram(factor.to(update.dtype), "right", _shape(update))
+
+    @override
+    def stand_in(self) -> ResidualMap:
+        return InputGram()
+
+
+@dataclass(frozen=True)
+class _Squares(ResidualMap):
+    """A diagonal map that needs no statistics, to try a design with."""
+
+    @override
+    def operator(self, update: Tensor) -> Operator:
+        return Diagonal(update.square())
+
+
+def scaled_off_diagonal(matrix: Tensor, factor: float) -> Tensor:
+    """A matrix ``(..., d, d)`` with its off-diagonal entries scaled, as RegMean regularises its Gram matrices."""
+    return factor * matrix + (1 - factor) * torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
+
+
 RESIDUAL_MAPS: dict[str, type[ResidualMap]] = {
-    cls.__name__: cls for cls in (Identity, Directional, OutputGram, InputGram)
+    cls.__name__: cls for cls in (Identity, Directional, OutputGram, InputGram, Fisher, Activation, Mixed)
 }
+
+
+def _unit_trace(gram: Tensor) -> Tensor:
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return gram / torch.where(mean > 0, mean, 1.0)
+
+
+def _require_share(owner: str, name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{owner}({name}={value})`: expected a number between 0 and 1.")
 
 
 def _shape(update: Tensor) -> tuple[int, int]:

@@ -132,8 +132,7 @@ class TaskVectors:
                 block[index].copy_(part)
         bases = [block.to(self.device).clone(memory_format=torch.contiguous_format) for block in view.split(base)]
         low_rank = self._low_rank(name, view, len(shapes))
-        labels = [name] if len(shapes) == 1 else [f"{name}[{i}]" for i in range(len(shapes))]
-        parts = zip(labels, bases, updates, low_rank, strict=True)
+        parts = zip(block_names(name, len(shapes)), bases, updates, low_rank, strict=True)
         return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
 
     def average(self, tensor: str) -> Tensor:
@@ -160,6 +159,11 @@ class TaskVectors:
         for expert in self.names:
             total += self._update(expert, name, base)
         return (base + total / len(self.names)).to(self.device)
+
+    @property
+    def views(self) -> dict[str, View]:
+        """How each merged tensor is seen as matrices: what statistics of its modules are collected for."""
+        return {name: treatment.view for name, treatment in self.treatments.items() if treatment.view is not None}
 
     @property
     def unused_rules(self) -> tuple[Rule, ...]:
@@ -248,6 +252,22 @@ class TaskVectors:
                 return [None] * blocks
             factors.append(view.split_factors(*(factor.to(self.device, self.dtype) for factor in pair)))
         return [_padded([parts[i] if parts else None for parts in factors]) for i in range(blocks)]
+
+
+def block_names(tensor: str, count: int) -> list[str]:
+    """Names of the matrices that a tensor is seen as.
+
+    Args:
+        tensor: name of the tensor.
+        count: how many matrices.
+
+    Returns:
+        The tensor's name, with the number of the block if there are several.
+
+    >>> block_names("attn.qkv", 3)
+    ['attn.qkv[0]', 'attn.qkv[1]', 'attn.qkv[2]']
+    """
+    return [tensor] if count == 1 else [f"{tensor}[{i}]" for i in range(count)]
 
 
 def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) -> dict[str, Source]:
