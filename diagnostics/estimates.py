@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ FEWEST = 20
 BATCH = 1 << 22
 """Entries of a batch of counts: 32 MB."""
 
-Interval = Literal["percentile", "basic"]
+Interval = Literal["percentile", "normal"]
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,11 @@ def estimate_of(
 ) -> Estimate:
     r"""The estimate that bootstrap replicates give.
 
-    The percentile interval is ``[Q(a/2), Q(1 - a/2)]`` of the replicates. The basic interval reflects it at the value,
-    ``[2 v - Q(1 - a/2), 2 v - Q(a/2)]``: for statistics that noise pushes to one side, as it does ECE, whose replicates
-    lie as far above the value as the value above the truth. Reference: Davison and Hinkley, *Bootstrap Methods and
-    their Application*, 1997, section 5.2.
+    The percentile interval is ``[Q(a/2), Q(1 - a/2)]`` of the replicates; the normal interval is ``value`` plus and
+    minus ``z`` standard errors. Noise pushes statistics such as ECE to one side, and resampling adds noise to data that
+    have some: their replicates lie to the side of the value, and only the normal interval covers what the statistic
+    is on average over data of this size. Reference: Davison and Hinkley, *Bootstrap Methods and their Application*,
+    1997, chapter 5.
 
     Args:
         value: The statistic of the data.
@@ -222,8 +224,8 @@ def estimate_of(
     Raises:
         ValueError: If the level is not between 0 and 1.
 
-    >>> estimate_of(1.0, torch.tensor([1.0, 2.0, 3.0]), 0.5, interval="basic").low
-    -0.5
+    >>> print(estimate_of(1.0, torch.tensor([1.0, 2.0, 3.0]), 0.5, interval="normal"))
+    1.0 [0.3, 1.7]
     """
     if not 0 < confidence < 1:
         raise ValueError(f"`estimate_of(confidence={confidence})`: give a level between 0 and 1, such as 0.95.")
@@ -234,8 +236,11 @@ def estimate_of(
         doubts.append(f"undefined in {len(replicates) - len(finite)} of {len(replicates)} resamples")
     if len(finite) < 2 or not math.isfinite(value):
         return Estimate(value, math.nan, math.nan, math.nan, confidence, tuple(doubts or ["undefined"]))
-    tail = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = finite.quantile(tail).clamp(*bounds).tolist()
-    if interval == "basic":
-        low, high = (min(max(2 * value - end, bounds[0]), bounds[1]) for end in (high, low))
-    return Estimate(value, low, high, float(finite.std()), confidence, tuple(doubts))
+    error = float(finite.std())
+    if interval == "normal":
+        reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        low, high = (min(max(end, bounds[0]), bounds[1]) for end in (value - reach, value + reach))
+    else:
+        ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+        low, high = finite.quantile(ends).clamp(*bounds).tolist()
+    return Estimate(value, low, high, error, confidence, tuple(doubts))

@@ -52,7 +52,7 @@ def test_error_of_a_mean_is_the_closed_form(generator: torch.Generator) -> None:
     assert found.trusted
 
 
-@pytest.mark.parametrize("interval", ["percentile", "basic"])
+@pytest.mark.parametrize("interval", ["percentile", "normal"])
 def test_coverage_of_a_mean(generator: torch.Generator, interval: str) -> None:
     hits = 0
     for seed in range(300):
@@ -76,12 +76,13 @@ def test_weights_and_samples_are_two_routes(generator: torch.Generator) -> None:
     assert (first.low, first.high, first.error) == pytest.approx((second.low, second.high, second.error))
 
 
-def test_basic_interval_reflects_and_is_cut() -> None:
+def test_normal_interval_is_about_the_value_and_cut() -> None:
     replicates = torch.linspace(0.2, 0.6, 41, dtype=torch.float64)
     percentile = estimate_of(0.3, replicates, 0.9)
-    basic = estimate_of(0.3, replicates, 0.9, interval="basic", bounds=(0.1, 1.0))
+    normal = estimate_of(0.3, replicates, 0.9, interval="normal", bounds=(0.15, 1.0))
     assert (percentile.low, percentile.high) == pytest.approx((0.22, 0.58))
-    assert (basic.low, basic.high) == pytest.approx((0.1, 0.38))
+    assert normal.error == pytest.approx(0.01 * math.sqrt(41 * 42 / 12))
+    assert (normal.low, normal.high) == pytest.approx((0.15, 0.3 + 1.644854 * normal.error))
 
 
 def test_doubts_are_told_and_the_number_kept() -> None:

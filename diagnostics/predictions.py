@@ -1,0 +1,131 @@
+"""Probabilities and labels checked at the door: what every score here is computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Array", "Labelled", "checked_labels", "checked_probabilities", "labelled"]
+
+Array = Tensor | NDArray[Any]
+TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
+"""How far rows may sum from one; the second for 16-bit floats, whose rounding adds up over classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Class probabilities with their labels.
+
+    Attributes:
+        probabilities: ``(n, classes)`` float64; rows sum to one.
+        labels: ``(n,)`` int64 on the same device.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why scores of these may not be trusted."""
+        return ("all labels are of one class",) if len(self) > 1 and len(self.labels.unique()) == 1 else ()
+
+
+def checked_probabilities(probabilities: Array, called: str) -> Tensor:
+    """Probabilities in float64 on their own device, each row divided by its sum, which rounding moved from one.
+
+    Args:
+        probabilities: ``(n, classes)``, not logits.
+        called: The public call, for the message.
+
+    Returns:
+        ``(n, classes)`` float64.
+
+    Raises:
+        ValueError: If they are no table of at least one row and two classes, have NaN or negative entries, or have
+            rows that do not sum to one.
+
+    >>> checked_probabilities(torch.tensor([[2.0, 1.0]]), "score")
+    Traceback (most recent call last):
+        ...
+    ValueError: `score(probabilities=...)`: row 0 sums to 3, not to 1. Give probabilities: `logits.softmax(-1)`.
+    """
+    table = torch.as_tensor(probabilities).detach()
+    tolerance = HALF_TOLERANCE if table.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
+    table = table.double()
+    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
+        raise ValueError(
+            f"`{called}(probabilities=...)`: shape {tuple(table.shape)}. Give (n, classes) with one example and two "
+            "classes at least; for one sigmoid output stack `1 - p` and `p`."
+        )
+    wrong = (~(table >= 0)).any(1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"`{called}(probabilities=...)`: row {row} has NaN or a negative entry ({int(wrong.sum())} rows do). "
+            "Give probabilities: `logits.softmax(-1)` of finite logits."
+        )
+    total = table.sum(1, keepdim=True)
+    off = ~((total - 1).abs() <= tolerance)
+    if bool(off.any()):
+        row = int(off.nonzero()[0, 0])
+        raise ValueError(
+            f"`{called}(probabilities=...)`: row {row} sums to {float(total[row]):.4g}, not to 1. Give probabilities: "
+            "`logits.softmax(-1)`."
+        )
+    return table / total
+
+
+def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor:
+    """Labels as int64.
+
+    Args:
+        labels: ``(n,)`` integers in ``0 ... classes - 1``.
+        shape: ``(n, classes)`` of the probabilities.
+        called: The public call, for the message.
+
+    Returns:
+        ``(n,)`` int64.
+
+    Raises:
+        ValueError: If they are no integers, not n, or out of range.
+    """
+    values = torch.as_tensor(labels).detach()
+    size, classes = shape
+    if values.shape != (size,) or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(
+            f"`{called}(labels=...)`: {values.dtype} of shape {tuple(values.shape)} for {size} rows of probabilities. "
+            "Give one integer for each row."
+        )
+    outside = (values < 0) | (values >= classes)
+    if bool(outside.any()):
+        raise ValueError(
+            f"`{called}(labels=...)`: label {int(values[outside][0])} with {classes} classes. Give 0 to {classes - 1}; "
+            "leave out examples without a label."
+        )
+    return values.long()
+
+
+def labelled(probabilities: Array, labels: Array, called: str) -> Labelled:
+    """Both, checked.
+
+    Args:
+        probabilities: ``(n, classes)``.
+        labels: ``(n,)``.
+        called: The public call, for the message.
+
+    Returns:
+        The checked pair, on the device of the probabilities.
+
+    >>> len(labelled(torch.tensor([[0.5, 0.5]]), torch.tensor([1]), "score"))
+    1
+    """
+    table = checked_probabilities(probabilities, called)
+    own = checked_labels(labels, (table.shape[0], table.shape[1]), called)
+    return Labelled(table, own.to(table.device))
