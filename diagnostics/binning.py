@@ -9,7 +9,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-__all__ = ["Binning", "equal_mass_bins"]
+__all__ = ["Binning", "check_bins", "equal_mass_bins", "equal_mass_edges"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,5 +80,35 @@ def equal_mass_bins(values: Tensor, bins: int) -> Tensor:
     >>> equal_mass_bins(torch.tensor([0.1, 0.9, 0.2, 0.9, 0.8, 0.3]), 3)
     tensor([0, 2, 0, 2, 1, 1])
     """
+    return torch.searchsorted(equal_mass_edges(values, bins)[1:-1], values.contiguous(), right=True)
+
+
+def equal_mass_edges(values: Tensor, bins: int) -> Tensor:
+    """Edges of these bins of values ``(n,)`` between 0 and 1; ``(bins + 1,)``, the first 0 and the last 1.
+
+    Args:
+        values: ``(n,)``.
+        bins: Number of bins.
+
+    Returns:
+        Ascending edges; a bin has its left edge.
+
+    >>> equal_mass_edges(torch.tensor([0.2, 0.9, 0.5, 0.8]), 2)
+    tensor([0.0000, 0.8000, 1.0000])
+    """
     place = torch.arange(1, bins, device=values.device) * len(values) // bins
-    return torch.searchsorted(values.sort().values[place], values, right=True)
+    return torch.cat([values.new_zeros(1), values.sort().values[place], values.new_ones(1)])
+
+
+def check_bins(bins: int, called: str) -> None:
+    """Refuse to have no bins.
+
+    Args:
+        bins: Number of bins.
+        called: The public call, for the message.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if bins < 1:
+        raise ValueError(f"`{called}(bins={bins})`: give at least one bin; 20 is usual.")
