@@ -8,6 +8,7 @@ merged update is an :class:`Expert`: a residual map, an energy and a scale. Thei
 from poe_models.adapters import LoraCheckpoint
 from poe_models.anchors import METHODS, Average, MergingMethod, MetaGPT, ModuleBatch, TaskArithmetic, TaskData, average
 from poe_models.checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from poe_models.collecting import collect_activations, collect_fisher
 from poe_models.energies import (
     ENERGIES,
     Cauchy,
@@ -111,6 +112,8 @@ __all__ = [
     "View",
     "Welsch",
     "average",
+    "collect_activations",
+    "collect_fisher",
     "full_posterior",
     "log_density",
     "open_checkpoint",
