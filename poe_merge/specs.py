@@ -20,7 +20,7 @@ import torch
 
 from poe_merge._custom import SpecError, custom_class, custom_prefix
 from poe_models.energies import ENERGIES, Energy
-from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap
+from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap, StatisticsMap
 from poe_models.scales import PRECISIONS, SCALES, AnchorPrecision, Scale
 
 __all__ = [
@@ -105,6 +105,8 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{kind.noun} `{text}`: {error}") from error
     if isinstance(value, Energy):
         _check_energy(f"{kind.noun} `{text}`", value)
+    if isinstance(value, StatisticsMap):
+        return _located(value, folders or [Path.cwd()])
     return value
 
 
@@ -158,6 +160,12 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision) -> str:
             "back. Put `@dataclass(frozen=True)` above it."
         )
     return f"{prefix}{type(value).__name__}({_arguments([], shown)})"
+
+
+def _located(value: Any, folders: Sequence[Path]) -> Any:
+    """A map on statistics with the folder of its statistics as an absolute path."""
+    paths = [folder.absolute() / Path(value.statistics).expanduser() for folder in folders]
+    return dataclasses.replace(value, statistics=str(next((path for path in paths if path.exists()), paths[0])))
 
 
 def _check_energy(what: str, energy: Energy) -> None:

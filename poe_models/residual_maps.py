@@ -227,7 +227,7 @@ class Fisher(StatisticsMap):
     """``q = sum F_i (Z - U_i)^2`` entry by entry: the diagonal Fisher information ([PoE] Eq. 14).
 
     With Gaussian experts at an absolute scale and a vanishing anchor the MAP is Fisher-weighted averaging (Matena &
-    Raffel, 2022, arXiv 2111.09832, Eq. 6).
+    Raffel, 2022, arXiv 2111.09832).
 
     Args:
         statistics: Fisher information of every expert, in memory or as a folder.
@@ -256,7 +256,7 @@ class Activation(StatisticsMap):
     """``q = |(Z - U) X|^2 / n``: what changes on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
 
     With Gaussian experts at an absolute scale and a vanishing anchor the MAP is RegMean's (Jin et al., 2023,
-    arXiv 2212.09849, Eq. 2).
+    arXiv 2212.09849).
 
     Args:
         statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference import Design, fixed_point, gibbs, laplace, merge_checkpoint, plan
 from inference.statistics_files import collect_statistics
+from poe_merge.cli import run
+from poe_merge.specs import RESIDUAL_MAP, SpecError, canonical, format_spec, parse_spec
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -350,3 +353,30 @@ def test_half_precision_statistics_and_updates(dtype: torch.dtype, generator: to
     expected = fixed_point(reference.for_modules(MODULES), updates.double()).value
     assert value.dtype == dtype
     assert_close(value.double(), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_specs_find_statistics_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ModuleStatistics("fisher", {"x": {"a.weight": torch.ones(2, 3)}}).save(tmp_path / "here" / "f")
+    monkeypatch.chdir(tmp_path)
+    found = parse_spec("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
+    assert found == Fisher(str(tmp_path / "here" / "f"), 1e-3)
+    text = format_spec(found)
+    assert parse_spec(text, RESIDUAL_MAP, [tmp_path / "elsewhere"]) == found
+    assert text == canonical(text, RESIDUAL_MAP)
+    with pytest.raises(SpecError, match="floor must be"):
+        parse_spec("Fisher('f', floor=-1)", RESIDUAL_MAP)
+
+
+def test_command_line_merges_with_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"a.weight": torch.zeros(2, 3)}
+    experts = {"x": {"a.weight": torch.ones(2, 3)}, "y": {"a.weight": -torch.ones(2, 3)}}
+    for name, state in {"base": base, **experts}.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    ModuleStatistics("activations", {n: {"a.weight": torch.eye(3) * (1 + 2 * (n == "x"))} for n in "xy"}).save(
+        tmp_path / "inputs"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--base-model", "base.safetensors", "--model", "x=x.safetensors", "--model", "y=y.safetensors"]
+    arguments += ["--residual-map", "Activation('inputs')", "--energy", "Gaussian", "--scale", "Absolute(1.0)"]
+    assert run(["merge", *arguments, "--eta", "AbsolutePrecision(1e-9)", "--out", "out"]) == 0
+    assert_close(load_file(tmp_path / "out" / "model.safetensors")["a.weight"], torch.full((2, 3), 0.5), 1e-5)
