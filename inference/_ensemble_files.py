@@ -29,7 +29,14 @@ _HALF = (torch.bfloat16, torch.float16)
 _Make = Callable[[str], tuple[Tensor, dict[str, Any]]]
 
 
-def save_members(tensors: MemberTensors, out: Path, kind: str, resume: bool, progress: Progress | None) -> Path:
+def save_members(
+    tensors: MemberTensors,
+    out: Path,
+    kind: str,
+    resume: bool,
+    progress: Progress | None,
+    extras: Callable[[Path], None] | None,
+) -> Path:
     """Write all members; see `MergedEnsemble.save`.
 
     Args:
@@ -38,6 +45,7 @@ def save_members(tensors: MemberTensors, out: Path, kind: str, resume: bool, pro
         kind: "checkpoints" or "deltas".
         resume: Go on with an interrupted save.
         progress: Told how far it is.
+        extras: Writes further files into the folder before the first member is made.
 
     Returns:
         The folder.
@@ -47,7 +55,24 @@ def save_members(tensors: MemberTensors, out: Path, kind: str, resume: bool, pro
     """
     if kind not in ("checkpoints", "deltas"):
         raise ValueError(f"`save(format={kind!r})`: unknown. Give 'checkpoints' or 'deltas'.")
-    return _Writer(tensors, out, kind, progress or Silent()).write(resume)
+    return _Writer(tensors, out, kind, progress or Silent()).write(resume, extras)
+
+
+def check_begun(partial: Path, resume: bool) -> None:
+    """Refuse to run over an interrupted save unasked.
+
+    Args:
+        partial: `OUT.partial`.
+        resume: Whether to go on with it.
+
+    Raises:
+        OutputError: If it is there and `resume` is false.
+    """
+    if partial.exists() and not resume:
+        raise OutputError(
+            f"{partial} is left from an interrupted save. Go on with it (`resume=True`, or `--resume` on the command "
+            "line), or remove that folder to start again."
+        )
 
 
 class _Writer:
@@ -81,9 +106,11 @@ class _Writer:
             "versions": versions(),
         }
 
-    def write(self, resume: bool) -> Path:
+    def write(self, resume: bool, extras: Callable[[Path], None] | None) -> Path:
         """Write everything, then move it into place."""
         self._begin(resume)
+        if extras is not None:
+            extras(self.partial)
         draws, nbytes = self.tensors.draws, sum(self.base.tensors[name].nbytes for name in self.sampled)
         self.progress.begin("members", len(draws) * len(draws.modules), len(draws) * nbytes)
         if self.kind == "deltas" and self.changed:
@@ -107,17 +134,12 @@ class _Writer:
     def _begin(self, resume: bool) -> None:
         """Start the folder, or go on with one that is about the same ensemble."""
         begun = self.partial / _BEGUN
-        if self.partial.exists():
-            if not resume:
-                raise OutputError(
-                    f"{self.partial} is left from an interrupted save. Go on with it (`resume=True`, or `--resume` on "
-                    "the command line), or remove that folder to start again."
-                )
-            if not begun.exists() or json.loads(begun.read_text(encoding="utf-8")) != self.state:
-                raise OutputError(
-                    f"{self.partial} was begun with another ensemble, format or library. Remove that folder to start "
-                    "again."
-                )
+        check_begun(self.partial, resume)
+        same = begun.exists() and json.loads(begun.read_text(encoding="utf-8")) == self.state
+        if self.partial.exists() and not same:
+            raise OutputError(
+                f"{self.partial} was begun with another ensemble, format or library. Remove that folder to start again."
+            )
         there = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
         check_space(self.partial, self._needed() - there)
         self.partial.mkdir(parents=True, exist_ok=True)

@@ -230,6 +230,7 @@ class MergedEnsemble:
         format: Literal["checkpoints", "deltas"] = "checkpoints",
         resume: bool = False,
         progress: Progress | None = None,
+        extras: Callable[[Path], None] | None = None,
     ) -> Path:
         """Write all members into a new folder, a few tensors in memory at a time.
 
@@ -243,6 +244,8 @@ class MergedEnsemble:
             format: What to write.
             resume: Go on with an interrupted save of the same ensemble.
             progress: Told how far it is.
+            extras: Writes further files into the folder, for instance the draws. Called with it before the first member
+                is made, again when an interrupted save goes on; what it writes is in place once all is done.
 
         Returns:
             The folder.
@@ -251,7 +254,7 @@ class MergedEnsemble:
             OutputError: If the folder exists, the disk is full, or an interrupted save is there and `resume` is false.
             ValueError: If `format` is unknown.
         """
-        return save_members(self._tensors, Path(out), format, resume, progress)
+        return save_members(self._tensors, Path(out), format, resume, progress, extras)
 
 
 class MemberPredictor:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from inference._artifacts import read_artifact, write_artifact
 from inference._digest import Progress, Silent
-from inference._modules import checked_names, module_names, read_modules
-from inference.design import Design, Designs, as_function
+from inference._modules import module_names, read_modules
+from inference._statistics_record import family_of
+from inference.design import Designs
 from poe_models.checkpoints import CheckpointError
-from poe_models.span import SpanStatistics, center_label, concatenate, span_statistics
+from poe_models.span import SpanStatistics, concatenate, span_statistics
 from poe_models.task_vectors import TaskVectors
 
 __all__ = ["collect_statistics", "load_statistics", "save_statistics", "statistics_digest"]
@@ -56,19 +57,13 @@ def collect_statistics(
         ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
     """
     progress = progress or Silent()
-    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    if not tensors:
-        raise ValueError(
-            "`collect_statistics(...)`: no tensor of the base is merged, so there is no module. `poe-merge plan` (or "
-            "`TaskVectors.treatments`) says what happens to each and why; a rule can merge it."
-        )
-    designs = _one_family(task_vectors, tensors, design)
-    nbytes = {name: task_vectors.base.tensors[name].nbytes for name in tensors}
-    modules = sum(len(module_names(task_vectors, name)) for name in tensors)
+    designs = family_of(task_vectors, design)
+    nbytes = {name: task_vectors.base.tensors[name].nbytes for name in designs}
+    modules = sum(len(module_names(task_vectors, name)) for name in designs)
     progress.begin("statistics", modules, sum(nbytes.values()))
     parts = []
-    for name in tensors:
-        read = read_modules(task_vectors, name, designs[name])
+    for name, each_design in designs.items():
+        read = read_modules(task_vectors, name, each_design)
         parts += [_on_cpu(span_statistics(each.poe, each.updates, [each.name])) for each in read]
         progress.advance(len(read), nbytes[name])
     return concatenate(parts)
@@ -98,6 +93,7 @@ def save_statistics(
     statistics: SpanStatistics,
     path: str | Path,
     *,
+    about: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -106,7 +102,8 @@ def save_statistics(
     Args:
         statistics: Of all modules.
         path: The folder to make, with `statistics.safetensors` and `statistics.json`.
-        inputs: Digests of the checkpoints they were made from, for the record.
+        about: What decides them besides the checkpoints, as `describe` gives it.
+        inputs: Digests of the checkpoints they were made from, as `digest_inputs` gives them.
         settings: What they were configured with, for the record.
 
     Returns:
@@ -121,6 +118,7 @@ def save_statistics(
         "residual_maps": list(statistics.residual_maps),
         "center": statistics.center,
         "digest": statistics_digest(statistics),
+        "about": None if about is None else dict(about),
         "inputs": None if inputs is None else dict(inputs),
         "settings": None if settings is None else dict(settings),
     }
@@ -156,33 +154,6 @@ def load_statistics(path: str | Path) -> SpanStatistics:
     if statistics_digest(statistics) != record.get("digest"):
         raise CheckpointError(f"{path}: statistics.json is not about these numbers. Make the statistics again.")
     return statistics
-
-
-def _one_family(task_vectors: TaskVectors, tensors: list[str], designs: Designs) -> dict[str, Design]:
-    """The design of each tensor, once all are known to be about the same updates under the same maps."""
-    for_tensor = as_function(designs)
-    found = {name: for_tensor(name) for name in tensors}
-    kinds = {
-        name: (
-            checked_names(task_vectors, name, each),
-            tuple(repr(e.residual_map) for e in each.poe.experts),
-            center_label(each.span_product.anchor.center),
-        )
-        for name, each in found.items()
-    }
-    first = tensors[0]
-    for name, kind in kinds.items():
-        if kind != kinds[first]:
-            raise ValueError(
-                f"`collect_statistics(...)`: tensor {name!r} has {_shown(kind)}; tensor {first!r} has "
-                f"{_shown(kinds[first])}. One set of statistics has one kind of expert: give all tensors the same, or "
-                "make two sets, each with a rule that keeps the other tensors."
-            )
-    return found
-
-
-def _shown(kind: tuple[tuple[str, ...], tuple[str, ...], str]) -> str:
-    return f"{', '.join(kind[1])} on {', '.join(kind[0])} around the centre {kind[2]}"
 
 
 def _on_cpu(part: SpanStatistics) -> SpanStatistics:

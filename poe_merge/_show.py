@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,8 +16,12 @@ from typing_extensions import override
 
 from inference.solution import Status
 from inference.streaming import MergeReport, Plan
+from poe_merge._stats import StatisticsReport
 from poe_merge.presets import Preset
 from poe_models.task_vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from poe_merge._ensemble import SampleReport  # with ArviZ, which takes seconds to import
 
 _PIPED_WIDTH = 200
 _SHOWN = 3
@@ -95,6 +99,45 @@ def report(done: MergeReport) -> None:
         warning(f"not converged: {', '.join(done.not_converged[:_SHOWN])}{more}; poe_merge.json lists all.")
 
 
+def statistics(done: StatisticsReport) -> None:
+    """Print what statistics are about."""
+    _console().print(
+        escape(
+            f"{done.out}: {done.modules} modules, {len(done.updates)} experts ({', '.join(done.updates)}), "
+            f"{', '.join(done.residual_maps)} around the centre {done.center}; {size(done.nbytes)} in "
+            f"{done.seconds:.1f} s; digest {done.digest[:12]}."
+        ),
+        soft_wrap=True,
+    )
+
+
+def sample(done: SampleReport) -> None:
+    """Print what was drawn, whether the chains agree, and what to know about it."""
+    what, console = done.what, _console()
+    rest = f", {done.shared} more tensors at the MAP" if done.shared else ""
+    console.print(
+        escape(
+            f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s; "
+            f"{done.modules} modules drawn by {what.method} in {what.coordinates.capitalize()} coordinates at "
+            f"temperature {what.temperature:g}{rest}."
+        ),
+        soft_wrap=True,
+    )
+    if done.convergence is None:
+        console.print("Independent draws of Laplace's approximation: there are no chains to judge.")
+    else:
+        r_hat, ess = (
+            "unknown" if value is None else f"{value:{form}}"
+            for value, form in ((done.convergence["r_hat"], ".3f"), (done.convergence["ess"], ".0f"))
+        )
+        chains = "1 chain" if what.chains == 1 else f"{what.chains} chains"
+        console.print(f"{chains} of {what.draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
+        for text in done.convergence["warnings"]:
+            warning(text)
+    for text in done.warnings:
+        warning(text)
+
+
 def presets(known: Mapping[str, Preset]) -> None:
     """Print the presets: what they are for, and what they set."""
     table = Table("preset", "lambda", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -133,6 +176,15 @@ class _Modules(ProgressColumn):
         return Text(f"{task.fields['solved']}/{total} matrices" if total else "")
 
 
+class _Amount(DownloadColumn):
+    """Bytes, or a sampler's steps."""
+
+    @override
+    def render(self, task: Task) -> Text:
+        counted = task.fields.get("steps")
+        return Text(f"{task.completed:.0f}/{task.total or 0:.0f} steps") if counted else super().render(task)
+
+
 class Bars:
     """Progress bars on stderr; a context manager and an `inference.streaming.Progress`."""
 
@@ -141,7 +193,7 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             _Modules(),
-            DownloadColumn(),
+            _Amount(),
             TimeRemainingColumn(compact=True),
             console=_console(stderr=True),
             disable=not sys.stderr.isatty(),
@@ -161,6 +213,12 @@ class Bars:
         self._progress.start()
         self._solved = 0
         self._task = self._progress.add_task(stage, total=nbytes, modules=modules, solved=0)
+
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """Add the bar of a sampler; what is returned moves it on."""
+        self._progress.start()
+        task = self._progress.add_task(stage, total=None, modules=0, solved=0, steps=True)
+        return lambda finished, total: self._progress.update(task, completed=finished, total=total)
 
     def advance(self, modules: int, nbytes: int) -> None:
         """Move the newest bar on."""

@@ -1,4 +1,4 @@
-"""The command line: `poe-merge plan`, `poe-merge merge`, `poe-merge presets`."""
+"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `presets`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from inference.streaming import OutputError, merge_checkpoint
 from inference.streaming import plan as plan_merge
 from poe_merge import _show as show
 from poe_merge._flags import overrides, with_flags
+from poe_merge._sampling import sampling_of
+from poe_merge._stats import make_statistics
 from poe_merge._yaml import Document, read_yaml
 from poe_merge.build import DesignTable, custom_sources, open_task_vectors
 from poe_merge.config import MergeConfig, parse_config
@@ -33,6 +35,7 @@ app = typer.Typer(
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 INTERRUPTED = 130
+_WARMUP = "Steps per chain before the first kept draw; 200, or 500 for hmc and nuts."
 
 
 @app.callback(invoke_without_command=True)
@@ -87,6 +90,73 @@ def merge(
         show.warning(f"interrupted. Go on with the same command and --resume; what is done so far is in {out}.partial.")
         raise typer.Exit(INTERRUPTED) from None
     show.report(report)
+
+
+@app.command()
+@with_flags
+def stats(
+    flags: Mapping[str, Any],
+    config: Config = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """Read the weights once, and save all that Span coordinates need."""
+    if out is None:
+        raise ValueError("`poe-merge stats`: give the folder to make, --out DIR.")
+    settings, task_vectors, designs = _opened(config, flags)
+    try:
+        with show.Bars() as bars:
+            report = make_statistics(settings, task_vectors, designs, out, bars)
+    except KeyboardInterrupt:
+        show.warning("interrupted; nothing was written.")
+        raise typer.Exit(INTERRUPTED) from None
+    show.statistics(report)
+
+
+@app.command()
+@with_flags
+def sample(
+    flags: Mapping[str, Any],
+    config: Config = None,
+    members: Annotated[int, typer.Option("-n", "--members", min=1, help="How many merged models.")] = 10,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="What `poe-merge stats` made of the same merge.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="gibbs, laplace, hmc or nuts.")] = "gibbs",
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the posterior.")] = 1.0,
+    pattern: Annotated[str, typer.Option("--pattern", help="Regular expression: draw only these modules.")] = "",
+    format: Annotated[str, typer.Option("--format", help="checkpoints, or deltas in float32.")] = "checkpoints",
+    chains: Annotated[
+        int | None, typer.Option("--chains", min=1, help="How many; 4, or 16 for hmc.", show_default=False)
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option("--draws", min=1, help="Kept per chain; 250.", show_default=False)
+    ] = None,
+    warmup: Annotated[int | None, typer.Option("--warmup", min=0, help=_WARMUP, show_default=False)] = None,
+    thin: Annotated[
+        int | None, typer.Option("--thin", min=1, help="Steps per kept draw of gibbs.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Draw merged models from the posterior, in Span coordinates unless told otherwise."""
+    from poe_merge._ensemble import sample as draw_members  # with ArviZ, which takes seconds to import
+
+    if out is None:
+        raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
+    settings, task_vectors, designs = _opened(config, flags)
+    given = {"chains": chains, "draws": draws, "warmup": warmup, "thin": thin}
+    what = sampling_of(settings, members, method, temperature, pattern, format, given)
+    try:
+        with show.Bars() as bars:
+            report = draw_members(settings, task_vectors, designs, out, what, bars, statistics=stats, resume=resume)
+    except KeyboardInterrupt:
+        begun = out.with_name(out.name + ".partial")
+        left = f"Go on with the same command and --resume; what is done so far is in {begun}."
+        show.warning(f"interrupted. {left if begun.exists() else 'Nothing was written.'}")
+        raise typer.Exit(INTERRUPTED) from None
+    show.sample(report)
 
 
 @app.command()

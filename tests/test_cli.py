@@ -252,7 +252,7 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mrege"], "no command `mrege`; did you mean `merge`? Commands: plan, merge, presets."),
+        (["mrege"], "no command `mrege`; did you mean `merge`? Commands: plan, merge, stats, sample, presets."),
         (["merge", "config.yaml", "--enrgy", "Cauchy"], "no option `--enrgy`; did you mean `--energy`?"),
         (["merge", "config.yaml", "--residual_map", "x"], "no option `--residual_map`; did you mean `--residual-map`?"),
         (["plan", "config.yaml", "--out", "out"], "no option `--out`"),

@@ -1,0 +1,249 @@
+"""Draws of a whole model by any method, whose designs may differ between tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
+from inference._digest import Progress
+from inference._modules import module_names
+from inference.design import Design
+from inference.draws import Draws, StoredDraws
+from inference.fixed_point import solve_posterior
+from inference.full_draws import sample_full
+from inference.gibbs import gibbs_posterior
+from inference.hmc import hmc
+from inference.laplace import Laplace
+from inference.model_draws import FullDraws, SpanDraws
+from inference.nuts import nuts
+from inference.statistics_files import statistics_digest
+from inference.tempering import temperature_range
+from poe_merge._sampling import Sampling
+from poe_merge._stats import Table
+from poe_models.energies import Cauchy, StudentT
+from poe_models.posterior import Posterior
+from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
+from poe_models.task_vectors import TaskVectors
+
+Steps = Callable[[str], Callable[[int, int], None]]
+"""A stage's name to a function that is told the finished steps and their total."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Draws with what belongs beside them.
+
+    Attributes:
+        draws: Of all modules.
+        data: ArviZ's InferenceData, one for each distinct design; Span only.
+        warnings: What a reader should know.
+    """
+
+    draws: SpanDraws | FullDraws
+    data: tuple[Any, ...]
+    warnings: tuple[str, ...]
+
+
+def draw_span(
+    statistics: SpanStatistics, task_vectors: TaskVectors, designs: Table, what: Sampling, steps: Steps
+) -> Drawn:
+    """Draw coefficients, the modules of one design at a time.
+
+    Args:
+        statistics: Of all merged modules.
+        task_vectors: Base and experts; only headers are used.
+        designs: The design of each tensor.
+        what: Settings.
+        steps: Makes the progress of a stage.
+
+    Returns:
+        The draws.
+
+    Raises:
+        ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
+    """
+    groups = _groups(task_vectors, designs, statistics.modules, what.pattern)
+    generator = what.generator()
+    digest = statistics_digest(statistics)
+    parts, data, notes = [], [], []
+    for number, (design, places) in enumerate(groups):
+        some = statistics.select(places)
+        posterior, coordinates = _posterior(design, some, what)
+        step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
+        draws = _run(posterior, what, generator, step)
+        made, said = _inference_data(draws, posterior, coordinates, some)
+        made.attrs["statistics_digest"] = digest
+        data.append(made)
+        notes += said if what.method != "laplace" else []
+        if bool(posterior.active.any()):
+            notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
+        parts.append(SpanDraws.of(draws, coordinates, some))
+    order = [place for _, places in groups for place in places]
+    return Drawn(_joined(parts, order, digest), tuple(data), tuple(dict.fromkeys(notes)))
+
+
+def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progress: Progress) -> Drawn:
+    """Draw merged updates themselves, one module in memory at a time.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: The design of each tensor.
+        what: Settings.
+        progress: Told how far it is.
+
+    Returns:
+        The draws.
+
+    Raises:
+        ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
+    """
+    modules = [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+    groups = _groups(task_vectors, designs, modules, what.pattern)
+    hot: dict[int, Design] = {}
+    for design, _ in groups:
+        _check_method(design, what)
+        hot[id(design)] = dataclasses.replace(design, poe=dataclasses.replace(design.poe, temperature=what.temperature))
+    draws = sample_full(
+        task_vectors,
+        lambda tensor: hot.get(id(designs(tensor)), designs(tensor)),
+        what.draws,
+        generator=what.generator(task_vectors.device),
+        method="laplace" if what.method == "laplace" else "gibbs",
+        chains=what.chains,
+        warmup=what.warmup,
+        thin=what.thin,
+        pattern=what.pattern,
+        progress=progress,
+    )
+    notes = []
+    if what.method != "laplace" and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
+        notes = [str(TooFewDraws(draws.num_chains, draws.num_draws))]
+    return Drawn(draws, (), tuple(notes + _too_hot(what.temperature, _hottest(task_vectors, groups, modules))))
+
+
+def _groups(
+    task_vectors: TaskVectors, designs: Table, modules: Sequence[str], pattern: str
+) -> list[tuple[Design, list[int]]]:
+    """Positions of the modules to draw, by design."""
+    tensor_of = {name: tensor for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)}
+    groups: dict[int, tuple[Design, list[int]]] = {}
+    for place, name in enumerate(modules):
+        if re.search(pattern, name):
+            design = designs(tensor_of[name])
+            groups.setdefault(id(design), (design, []))[1].append(place)
+    if not groups:
+        shown = f"{', '.join(modules[:3])}{', ...' if len(modules) > 3 else ''}"
+        raise ValueError(
+            f"--pattern {pattern!r}: fits none of the {len(modules)} merged modules ({shown}). `poe-merge plan` lists "
+            "the tensors."
+        )
+    return list(groups.values())
+
+
+def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> tuple[Posterior, SpanCoordinates]:
+    _check_method(design, what)
+    poe = dataclasses.replace(design.span_product, temperature=what.temperature)
+    return span_posterior(poe, statistics)
+
+
+def _check_method(design: Design, what: Sampling) -> None:
+    """Refuse Gibbs sampling of an energy that has no scale mixture, with options instead of functions."""
+    if what.method != "gibbs":
+        return
+    for expert in design.poe.experts:
+        try:
+            expert.energy.for_dimension(torch.ones((), dtype=torch.float64)).scale_mixture()
+        except ValueError:
+            raise ValueError(
+                f"--method gibbs: the energy {expert.energy!r} of {expert.name!r} has no known Gaussian scale mixture. "
+                "Use --method hmc or --method nuts, with --coordinates span."
+            ) from None
+
+
+def _run(posterior: Posterior, what: Sampling, generator: torch.Generator, step: Callable[[int, int], None]) -> Draws:
+    if what.method == "laplace":
+        approximation = Laplace(posterior, solve_posterior(posterior).value)
+        made = approximation.sample(what.draws, generator)
+        values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
+        return StoredDraws(values)
+    settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
+    if what.method == "gibbs":
+        return gibbs_posterior(posterior, what.draws, generator=generator, thin=what.thin, **settings)
+    sampler = hmc if what.method == "hmc" else nuts
+    return sampler(posterior, what.draws, generator=generator, **settings)
+
+
+def _inference_data(
+    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics
+) -> tuple[Any, list[str]]:
+    """ArviZ's InferenceData, and what it says about chains and densities."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        data = to_inference_data(draws, posterior, coordinates, statistics)
+    notes = [str(each.message) for each in caught if each.category is TooFewDraws]
+    if "log_likelihood" not in data.groups():
+        energies = ", ".join(dict.fromkeys(type(expert.rho).__name__ for expert in posterior.experts))
+        notes.append(
+            f"no log_likelihood for ArviZ: {energies} experts are no normalised densities here, at temperature "
+            f"{posterior.temperature:g}; exponent='multivariate' makes them so for Cauchy and StudentT at 1 and below."
+        )
+    return data, notes
+
+
+def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> SpanDraws:
+    """The draws of several groups of modules as one, in the order of the statistics."""
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+
+    def join(values: Sequence[Tensor], dim: int) -> Tensor:
+        return torch.cat(list(values), dim).index_select(dim, back)
+
+    modules = [name for part in parts for name in part.modules]
+    return dataclasses.replace(
+        parts[0],
+        modules=tuple(modules[place] for place in back.tolist()),
+        squared_norms=join([part.squared_norms for part in parts], 0),
+        source=digest,
+        stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
+        coefficients=join([part.coefficients for part in parts], 2),
+    )
+
+
+def _too_hot(temperature: float, highest: float) -> list[str]:
+    if temperature <= highest:
+        return []
+    return [
+        f"temperature {temperature:g}: above about {highest:.2g} draws are the anchor's rather than the experts'. Give "
+        "a lower --temperature, or choose it on validation data (`inference.tempering.temper`)."
+    ]
+
+
+def _hottest(task_vectors: TaskVectors, groups: Sequence[tuple[Design, list[int]]], modules: Sequence[str]) -> float:
+    """The largest ``2 sum_i kappa_i / D`` of any module; infinite where an energy's exponent is not a number."""
+    entries = {
+        name: rows * columns
+        for tensor, treatment in task_vectors.treatments.items()
+        if treatment.view is not None
+        for name, (rows, columns) in zip(
+            module_names(task_vectors, tensor),
+            treatment.view.block_shapes(task_vectors.base.tensors[tensor].shape),
+            strict=True,
+        )
+    }
+    highest = 0.0
+    for design, places in groups:
+        strength = 0.0
+        for expert in design.poe.experts:
+            if not isinstance(expert.energy, Cauchy | StudentT) or expert.energy.needs_dimension:
+                return math.inf
+            strength += expert.importance * float(expert.energy.k)
+        highest = max(highest, *(2 * strength / entries[modules[place]] for place in places))
+    return highest

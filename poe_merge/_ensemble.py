@@ -1,0 +1,201 @@
+"""`poe-merge sample`: draw, then write the members with the draws they came from; or go on where that was interrupted.
+
+OUT/member-000, ...    the members, OUT/shared their common part (deltas only), OUT/ensemble.json what everything is
+OUT/sample.json        settings, and whether the chains agree
+OUT/draws              every draw, not only the members': `inference.draw_files.load_draws`
+OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where designs differ between tensors
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from diagnostics.chains import chain_convergence
+from diagnostics.verdicts import Level
+from inference._artifacts import versions
+from inference._digest import Progress
+from inference._ensemble_files import check_begun
+from inference._output import OutputError
+from inference._statistics_record import difference
+from inference.draw_files import load_draws, save_draws
+from inference.ensemble import MergedEnsemble
+from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.statistics_files import collect_statistics
+from poe_merge._drawing import Drawn, draw_full, draw_span
+from poe_merge._sampling import Sampling
+from poe_merge._stats import Table, check_apart, checked_statistics, checkpoints_of
+from poe_merge.config import MergeConfig
+from poe_models.task_vectors import TaskVectors
+
+RECORD, DRAWS = "sample.json", "draws"
+
+
+class Bars(Progress, Protocol):
+    """Progress in modules and bytes, and in steps of a sampler."""
+
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """A sampler begins.
+
+        Args:
+            stage: Its name.
+
+        Returns:
+            What is told the finished steps and their total.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What `poe-merge sample` did.
+
+    Attributes:
+        out: The folder.
+        what: The settings.
+        modules: Number of modules that were drawn.
+        shared: Number of merged modules that were not, and are the MAP.
+        nbytes: Bytes of all files.
+        convergence: R-hat, effective sample size and verdicts; None for independent draws.
+        warnings: What a reader should know.
+        seconds: Wall time of this run.
+    """
+
+    out: Path
+    what: Sampling
+    modules: int
+    shared: int
+    nbytes: int
+    convergence: Mapping[str, Any] | None
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+def sample(
+    settings: MergeConfig,
+    task_vectors: TaskVectors,
+    designs: Table,
+    out: Path,
+    what: Sampling,
+    bars: Bars,
+    *,
+    statistics: Path | None,
+    resume: bool,
+) -> SampleReport:
+    """Draw merged models and write them.
+
+    Args:
+        settings: The configuration.
+        task_vectors: Base and experts.
+        designs: The design of each tensor.
+        out: The folder to make.
+        what: What to draw.
+        bars: Told how far it is.
+        statistics: Folder of Span statistics, instead of a pass over the weights.
+        resume: Go on with an interrupted run of the same settings.
+
+    Returns:
+        What was done.
+
+    Raises:
+        OutputError: If the folder exists, the disk is full, or the interrupted run was another one.
+        CheckpointError: If an input cannot be used, or the statistics are about something else.
+        ValueError: If something cannot be drawn; says what.
+    """
+    began = time.monotonic()
+    partial = check_apart(out, checkpoints_of(task_vectors, designs))
+    partial = partial.with_name(partial.name + ".partial")
+    check_begun(partial, resume)
+    if statistics is not None and what.coordinates == "full":
+        raise ValueError(
+            "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
+        )
+    asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved()}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if resume and (partial / DRAWS).is_dir():
+            drawn, convergence = _drawn_before(partial, asked)
+        else:
+            drawn = _draw(task_vectors, designs, what, statistics, bars)
+            convergence = _convergence(drawn.draws, what)
+        ensemble = MergedEnsemble(
+            task_vectors, designs, drawn.draws.thinned(what.members), out_dtype=settings.output_dtype
+        )
+        record = {**asked, "source": drawn.draws.source, "convergence": convergence, "warnings": drawn.warnings}
+
+        def extras(folder: Path) -> None:
+            _write(folder, drawn, {"kind": "sample", **record, "versions": versions()})
+
+        folder = ensemble.save(out, format=what.format, resume=resume, progress=bars, extras=extras)
+    merged = sum(1 for treatment in task_vectors.treatments.values() if treatment.action == "merge")
+    return SampleReport(
+        out=folder,
+        what=what,
+        modules=len(drawn.draws.modules),
+        shared=merged - len(ensemble.sampled),
+        nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        convergence=convergence,
+        warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _draw(task_vectors: TaskVectors, designs: Table, what: Sampling, statistics: Path | None, bars: Bars) -> Drawn:
+    if what.coordinates == "full":
+        return draw_full(task_vectors, designs, what, bars)
+    if statistics is None:
+        found = collect_statistics(task_vectors, designs, progress=bars)
+    else:
+        found = checked_statistics(statistics, task_vectors, designs, bars)
+    return draw_span(found, task_vectors, designs, what, bars.steps)
+
+
+def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[str, Any] | None]:
+    """The draws of an interrupted run, if they are what is asked for now."""
+    record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
+    where = difference({key: record[key] for key in asked}, asked)
+    if where is not None:
+        raise OutputError(
+            f"{partial} was begun with {where[0]} = {where[1]}, now it is {where[2]}. Restore what it was, or remove "
+            "that folder to start again."
+        )
+    draws = load_draws(partial / DRAWS, record["source"])
+    assert isinstance(draws, SpanDraws | FullDraws)
+    return Drawn(draws, (), tuple(record["warnings"])), record["convergence"]
+
+
+def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
+    """Write everything beside the members; the draws last, for they say that the rest is there."""
+    if (folder / DRAWS).is_dir():
+        return
+    for number, data in enumerate(drawn.data):
+        name = "draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc"
+        data.to_netcdf(str(folder / f"{name}.tmp"))
+        (folder / f"{name}.tmp").replace(folder / name)
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_draws(drawn.draws, folder / DRAWS)
+
+
+def _convergence(draws: ModelDraws, what: Sampling) -> dict[str, Any] | None:
+    """Whether the chains agree, as plain data."""
+    if what.method == "laplace":
+        return None
+    found = chain_convergence(draws)
+    sizes = np.fmin(found.statistics.ess_bulk, found.statistics.ess_tail)
+    return {
+        "r_hat": _extreme(found.statistics.r_hat, np.max),
+        "ess": _extreme(sizes, np.min),
+        "warnings": [f"{each.about}: {each.text}" for each in found.verdicts if each.level != Level.GOOD],
+    }
+
+
+def _extreme(values: np.ndarray, reduce: Any) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(reduce(known)) if known.size else None

@@ -1,0 +1,144 @@
+"""What `poe-merge sample` is to draw: its options with every number filled in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+
+from poe_merge.config import MergeConfig
+from poe_merge.specs import nearest
+
+Method = Literal["gibbs", "laplace", "hmc", "nuts"]
+Coordinates = Literal["span", "full"]
+Format = Literal["checkpoints", "deltas"]
+CHAINS = {"gibbs": 4, "hmc": 16, "nuts": 4}
+WARMUP = {"gibbs": 200, "hmc": 500, "nuts": 500}
+DRAWS = 250
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to draw, with every number filled in.
+
+    Args:
+        members: How many merged models.
+        method: The sampler.
+        coordinates: Coefficients on the experts' updates, or the merged updates themselves.
+        temperature: Of the posterior.
+        pattern: Regular expression; modules whose names it does not find stay at the MAP.
+        chains: How many; 1 for Laplace's independent draws.
+        draws: Kept per chain.
+        warmup: Steps per chain before the first kept draw.
+        thin: Steps per kept draw.
+        seed: Of the generator.
+        format: What the members are written as.
+    """
+
+    members: int
+    method: Method
+    coordinates: Coordinates
+    temperature: float
+    pattern: str
+    chains: int
+    draws: int
+    warmup: int
+    thin: int
+    seed: int
+    format: Format
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """The source of all randomness."""
+        return torch.Generator(device).manual_seed(self.seed)
+
+
+def sampling_of(
+    settings: MergeConfig,
+    members: int,
+    method: str,
+    temperature: float,
+    pattern: str,
+    format: str,
+    given: Mapping[str, int | None],
+) -> Sampling:
+    """Fill in what was not given, and refuse what does not go together.
+
+    Args:
+        settings: The configuration: its seed, and its coordinates if it says any; Span otherwise.
+        members: How many merged models.
+        method: Name of the sampler.
+        temperature: Of the posterior.
+        pattern: Regular expression of module names.
+        format: What the members are written as.
+        given: `chains`, `draws`, `warmup` and `thin`, None where they were not given.
+
+    Returns:
+        What to draw.
+
+    Raises:
+        ValueError: An option cannot be used, or not with another; says which.
+    """
+    for option, value, valid in (("method", method, get_args(Method)), ("format", format, get_args(Format))):
+        if value not in valid:
+            raise ValueError(f"--{option} {value}: {nearest(value, valid)}Choose from {', '.join(valid)}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--pattern {pattern!r}: no regular expression: {error}. Write it like 'mlp.*fc2'.") from None
+    coordinates = _coordinates(settings)
+    if coordinates == "full" and method in ("hmc", "nuts"):
+        raise ValueError(
+            f"--method {method}: runs in Span coordinates only, not on whole updates. Add --coordinates span, or use "
+            "--method gibbs or laplace."
+        )
+    numbers = _numbers(members, method, given)
+    return Sampling(
+        members,
+        cast(Method, method),
+        coordinates,
+        temperature,
+        pattern,
+        seed=settings.seed,
+        format=cast(Format, format),
+        **numbers,
+    )
+
+
+def _coordinates(settings: MergeConfig) -> Coordinates:
+    said = settings.parameters.settings().get("coordinates")
+    values = {value for _, value in said.cases} if said is not None else {"span"}
+    if len(values) > 1 or (said is not None and not said.complete):
+        raise ValueError(
+            "`coordinates` differ between tensors, and draws have one kind. Give --coordinates span or --coordinates "
+            "full."
+        )
+    return "full" if values == {"full"} else "span"
+
+
+def _numbers(members: int, method: str, given: Mapping[str, int | None]) -> dict[str, Any]:
+    """Chains, draws, warm-up and thinning."""
+    if method == "laplace":
+        _refuse(given, ("chains", "draws", "warmup", "thin"), "its draws are independent, one for each member")
+        return {"chains": 1, "draws": members, "warmup": 0, "thin": 1}
+    _refuse(given, () if method == "gibbs" else ("thin",), "it keeps every step; ask for --draws")
+    chains = CHAINS[method] if given["chains"] is None else given["chains"]
+    draws = max(DRAWS, -(-members // chains)) if given["draws"] is None else given["draws"]
+    if draws * chains < members:
+        raise ValueError(
+            f"--members {members}: {chains} chains of {draws} draws are only {chains * draws}. Ask for fewer members "
+            "or more --draws."
+        )
+    warmup = WARMUP[method] if given["warmup"] is None else given["warmup"]
+    return {"chains": chains, "draws": draws, "warmup": warmup, "thin": given["thin"] or 1}
+
+
+def _refuse(given: Mapping[str, int | None], names: Sequence[str], why: str) -> None:
+    for name in names:
+        if given[name] is not None:
+            raise ValueError(f"--{name} {given[name]}: the method has no use for it: {why}.")
