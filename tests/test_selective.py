@@ -1,0 +1,154 @@
+"""Selective prediction and soft labels against loops and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.selective import aurc_difference, risk_coverage
+from diagnostics.soft_labels import soft_label_scores
+from inference import scores
+
+
+def scored(size: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(size, generator=generator, dtype=torch.float64)
+    return score, (torch.rand(size, generator=generator) > 0.3 + 0.6 * score).long()
+
+
+def test_area_is_the_mean_of_running_risks() -> None:
+    score, wrong = scored()
+    found = risk_coverage(score, wrong, seed=0, num_resamples=20)
+    ordered = wrong[score.argsort(descending=True)].double()
+    running = ordered.cumsum(0) / torch.arange(1, 201)
+    assert found.aurc.value == pytest.approx(float(running.mean()))
+    assert torch.allclose(found.risk, running)
+    assert torch.allclose(found.coverage, torch.arange(1, 201).double() / 200)
+    best = wrong.sort().values.double().cumsum(0) / torch.arange(1, 201)
+    assert found.aurc_of_perfect.value == pytest.approx(float(best.mean()))
+    assert found.aurc_of_chance.value == pytest.approx(float(wrong.double().mean()))
+    assert found.aurc_of_perfect.value < found.aurc.value < found.aurc_of_chance.value
+    assert bool((found.low <= found.risk + 1e-9).float().mean() > 0.9)
+
+
+def test_any_loss_and_its_perfect_order(generator: torch.Generator) -> None:
+    loss = torch.rand(50, generator=generator, dtype=torch.float64)
+    found = risk_coverage(-loss, loss, seed=0, num_resamples=10)
+    assert found.aurc.value == pytest.approx(found.aurc_of_perfect.value)
+
+
+def test_ties_are_kept_together_in_any_order() -> None:
+    score = torch.tensor([0.9, 0.9, 0.9, 0.5])
+    losses = torch.tensor([1, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+    found = [risk_coverage(score, loss, seed=0, num_resamples=10) for loss in losses]
+    assert found[0].coverage.tolist() == [0.75, 1.0]
+    assert found[0].risk.tolist() == pytest.approx([1 / 3, 1 / 2])
+    assert found[0].aurc.value == found[1].aurc.value == pytest.approx(0.75 / 3 + 0.25 / 2)
+    constant = risk_coverage(torch.zeros(4), losses[0], seed=0, num_resamples=10)
+    assert constant.aurc.value == pytest.approx(0.5)
+
+
+def test_few_points_of_a_long_curve() -> None:
+    whole, thin = (risk_coverage(*scored(), seed=0, num_resamples=20, points=points) for points in (500, 7))
+    places = [whole.thresholds.tolist().index(each) for each in thin.thresholds.tolist()]
+    assert len(places) == 7
+    assert places[-1] == 199
+    assert torch.equal(thin.risk, whole.risk[places])
+    assert torch.equal(thin.high, whole.high[places])
+    assert thin.aurc == whole.aurc
+    assert risk_coverage(*scored(), seed=0, num_resamples=2, points=1).coverage.tolist() == [1.0]
+
+
+def test_risk_at_a_coverage() -> None:
+    curve = risk_coverage(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 0, 1]), seed=0, num_resamples=10)
+    assert curve.risk_at(0.25) == 0.0
+    assert curve.risk_at(0.3) == 0.5
+    assert curve.risk_at(1.0) == 0.5
+    with pytest.raises(ValueError, match="share of examples"):
+        curve.risk_at(0.0)
+
+
+def test_area_covers_its_mean() -> None:
+    every = [risk_coverage(*scored(100, seed), seed=seed, num_resamples=100).aurc for seed in range(100, 160)]
+    truth = risk_coverage(*scored(40000, 7), seed=0, num_resamples=2).aurc.value
+    assert sum(each.low <= truth <= each.high for each in every) >= 52
+
+
+def test_paired_difference_of_areas() -> None:
+    score, wrong = scored()
+    noisy = score + 0.05 * torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = aurc_difference(score, wrong, noisy, wrong, seed=0, num_resamples=100)
+    one, two = (risk_coverage(each, wrong, seed=0, num_resamples=100).aurc for each in (score, noisy))
+    assert found.value == pytest.approx(one.value - two.value)
+    assert found.error < one.error
+    with pytest.raises(ValueError, match="same examples"):
+        aurc_difference(score, wrong, noisy[:9], wrong[:9], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("score", "loss", "message"),
+    [
+        (torch.zeros(3), torch.zeros(4), "of both"),
+        (torch.zeros(0), torch.zeros(0), "of both"),
+        (torch.tensor([math.nan]), torch.zeros(1), "NaN"),
+        (torch.zeros(1), torch.tensor([math.nan]), "NaN"),
+        (torch.zeros(1), torch.tensor([-1.0]), "negative"),
+    ],
+)
+def test_refused(score: Tensor, loss: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        risk_coverage(score, loss, seed=0)
+
+
+def raters(size: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions, true shares and votes."""
+    generator = torch.Generator().manual_seed(seed)
+    p, truth = torch.randn(2, size, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    votes = torch.nn.functional.one_hot(torch.multinomial(truth, number, replacement=True, generator=generator), 3)
+    return p, truth, votes.sum(1)
+
+
+def test_one_rater_is_an_ordinary_label() -> None:
+    p, _, votes = raters(100, 1)
+    found = soft_label_scores(p, votes, seed=0, num_resamples=10)
+    labels = votes.argmax(1)
+    assert found.cross_entropy.value == pytest.approx(scores.nll(p.log(), labels))
+    assert found.divergence.value == pytest.approx(found.cross_entropy.value)
+    assert found.ece.value == pytest.approx(scores.ece(p, labels))
+    assert math.isnan(found.squared_distance.value)
+    assert not found.squared_distance.trusted
+    assert found.fewest_raters == 1
+
+
+def test_against_scipy_and_numpy() -> None:
+    p, _, votes = raters(80, 5)
+    v = (votes / 5).numpy()
+    found = soft_label_scores(p.float(), votes.numpy(), seed=0, num_resamples=10)
+    q = p.numpy()
+    safe = np.where(v > 0, v, 1)
+    assert found.divergence.value == pytest.approx((v * np.log(safe / q)).sum(1).mean(), rel=1e-5)
+    assert found.total_variation.value == pytest.approx(np.abs(v - q).sum(1).mean() / 2, rel=1e-5)
+    entropies = -(q * np.log(q)).sum(1) + (v * np.log(safe)).sum(1)
+    assert found.entropy_gap.value == pytest.approx(entropies.mean(), rel=1e-4)
+
+
+def test_squared_distance_is_unbiased_in_the_number_of_raters() -> None:
+    p, truth, votes = raters(20000, 2)
+    found = soft_label_scores(p, votes, seed=0, num_resamples=50).squared_distance
+    expected = float((p - truth).square().sum(1).mean())
+    assert abs(found.value - expected) < 4 * found.error
+    assert found.error < 0.01 < float((p - votes / 2).square().sum(1).mean()) - expected
+
+
+def test_votes_are_counts() -> None:
+    p, _, votes = raters(4, 3)
+    for wrong in (votes / 3, votes - 1, votes[:2], torch.zeros_like(votes), votes * math.nan):
+        with pytest.raises(ValueError, match="counts of raters"):
+            soft_label_scores(p, wrong, seed=0)
+    impossible = soft_label_scores(torch.eye(3)[:1], torch.tensor([[0, 2, 0]]), seed=0, num_resamples=10)
+    assert impossible.cross_entropy.value == math.inf
+    assert not impossible.cross_entropy.trusted
