@@ -8,19 +8,54 @@ of tensor treatments as a product of experts; ``METHODS`` lists them.
 'Ilharco et al., 2023, Editing models with task arithmetic, arXiv 2212.04089'
 """
 
+from poe_models.anchors.dare import Dare, DareTies
+from poe_models.anchors.doge import DogeTA
+from poe_models.anchors.knots import KnotsDareTies, KnotsTies
 from poe_models.anchors.linear import Average, MetaGPT, TaskArithmetic, average
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.anchors.spectral import TSVM, IsoC, IsoCTS
+from poe_models.anchors.ties import Ties
+from poe_models.anchors.wudi import Wudi, WudiAdam
 
-METHODS: dict[str, type[MergingMethod]] = {cls.__name__: cls for cls in (Average, TaskArithmetic, MetaGPT)}
+METHODS: dict[str, type[MergingMethod]] = {
+    cls.__name__: cls
+    for cls in (
+        Average,
+        TaskArithmetic,
+        MetaGPT,
+        Ties,
+        Dare,
+        DareTies,
+        KnotsTies,
+        KnotsDareTies,
+        TSVM,
+        IsoC,
+        IsoCTS,
+        Wudi,
+        WudiAdam,
+        DogeTA,
+    )
+}
 
 __all__ = [
     "METHODS",
+    "TSVM",
     "About",
     "Average",
+    "Dare",
+    "DareTies",
+    "DogeTA",
+    "IsoC",
+    "IsoCTS",
+    "KnotsDareTies",
+    "KnotsTies",
     "MergingMethod",
     "MetaGPT",
     "ModuleBatch",
     "TaskArithmetic",
     "TaskData",
+    "Ties",
+    "Wudi",
+    "WudiAdam",
     "average",
 ]

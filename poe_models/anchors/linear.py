@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.anchors._checks import for_each_expert
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.operators import sum_of_squares
 from poe_models.task_vectors import ModuleUpdates
@@ -55,7 +56,7 @@ class TaskArithmetic(MergingMethod):
 
 @dataclass(frozen=True)
 class MetaGPT(MergingMethod):
-    """``sum_i c_i U_i`` with ``c_i = |U_i|^2 / sum_k |U_k|^2``, norms over the whole model (Zhou et al., 2024, Eq. 12).
+    """``sum_i c_i U_i`` with ``c_i = |U_i|^2 / sum_k |U_k|^2``, norms over the whole model (Zhou et al., 2024).
 
     The coefficients minimise an upper bound on the average loss difference to the experts, for updates that are
     orthogonal and a loss that is linear around the base.
@@ -84,29 +85,6 @@ class MetaGPT(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        weights = per_expert(self, "coefficients", self.coefficients, batch)
+        values = for_each_expert(self, "coefficients", self.coefficients, batch)
+        weights = torch.tensor(values, dtype=batch.updates.dtype, device=batch.updates.device)
         return torch.einsum("n,mnij->mij", weights, batch.updates)
-
-
-def per_expert(method: MergingMethod, name: str, values: tuple[float, ...] | None, batch: ModuleBatch) -> Tensor:
-    """Numbers that `prepare` found for each expert, as a tensor like the updates.
-
-    Args:
-        method: whose they are.
-        name: of the field.
-        values: one for each expert.
-        batch: what is to be merged.
-
-    Returns:
-        ``(N,)`` in the dtype of the updates.
-
-    Raises:
-        ValueError: if there is not one for each expert.
-    """
-    count = batch.updates.shape[1]
-    if values is None or len(values) != count:
-        raise ValueError(
-            f"`{method!r}`: {name} are for {len(values or ())} experts, but the updates are of {count}. Prepare the "
-            "method on the experts it merges, in the same order."
-        )
-    return torch.tensor(values, dtype=batch.updates.dtype, device=batch.updates.device)

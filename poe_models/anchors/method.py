@@ -18,6 +18,7 @@ gives a method that is ready to merge any module.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -202,9 +203,10 @@ class MergingMethod(ABC):
         """
         updates = batch.updates
         if not self.ready:
+            wanted = "task_vectors" if self.about.data == "none" else "task_vectors, data"
             raise ValueError(
-                f"`{self!r}`: it has to know about the whole model before a module can be merged. Call "
-                "`.prepare(task_vectors)` and use the result; `merge_checkpoint` does so itself."
+                f"`{self!r}`: it has to see the whole model before a module can be merged. Call `.prepare({wanted})` "
+                "and use the result; `merge_checkpoint` does so itself."
             )
         if not updates.is_floating_point():
             raise ValueError(f"`{self!r}`: the updates are {updates.dtype}. Give floating-point updates, W_i - W_0.")
@@ -226,8 +228,9 @@ class MergingMethod(ABC):
                 f"`{self!r}(updates)`: shape {tuple(updates.shape)}, but (..., N, d_out, d_in) is wanted. Stack the "
                 "updates of the experts."
             )
-        merged = self.merge(ModuleBatch.of(updates.reshape(-1, *updates.shape[-3:])))
-        return merged.reshape(*updates.shape[:-3], *merged.shape[1:])
+        leading = updates.shape[:-3]
+        merged = self.merge(ModuleBatch.of(updates.reshape(math.prod(leading), *updates.shape[-3:])))
+        return merged.reshape(*leading, *merged.shape[1:])
 
     @override
     def __repr__(self) -> str:

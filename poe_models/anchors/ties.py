@@ -1,0 +1,111 @@
+"""TIES: trim, elect signs, merge what agrees (Yadav et al., 2023, arXiv 2306.01708)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.anchors._checks import for_each_expert, require_choice, require_number, require_share
+from poe_models.anchors._selection import magnitude_thresholds
+from poe_models.anchors._signs import Combine, Threshold, elected_sum, merged_by_sign
+from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.task_vectors import ModuleUpdates
+
+Scope = Literal["model", "module"]
+Vectors = Callable[[], Iterable[Tensor]]
+"""Starts a pass over a model: for each module the experts' entries, ``(N, L)``."""
+
+
+@dataclass(frozen=True)
+class Ties(MergingMethod):
+    """``scale * merge(elect(trim(U_i)))`` (Yadav et al., 2023, Algorithm 1).
+
+    Every expert keeps its largest entries; each entry elects the sign of the sum of what is left; the mean of the
+    experts that have this sign is taken. The paper trims the task vector as a whole and takes the mean; merging tools
+    differ: some trim each tensor (``scope="module"``), some take the sum.
+
+    Args:
+        density: share of the entries that an expert keeps.
+        scale: coefficient of the merged update; 1 is the paper's choice without validation data.
+        combine: what becomes of the entries that agree.
+        scope: trim over the whole model, or within each module.
+        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
+        majority: sign of the entries whose trimmed values cancel: the more frequent one of the model;
+            filled in by `prepare`.
+
+    >>> updates = torch.tensor([[[4.0, 1.0, -3.0]], [[2.0, 0.0, 5.0]]])
+    >>> Ties(density=0.5, scope="module")(updates)
+    tensor([[3., 0., 5.]])
+    """
+
+    about = About("TIES", "Yadav et al., 2023, TIES-Merging, arXiv 2306.01708", scope="model")
+
+    density: float = 0.2
+    scale: float = 1.0
+    combine: Combine = "mean"
+    scope: Scope = "model"
+    thresholds: tuple[float, ...] | None = None
+    majority: int | None = None
+
+    def __post_init__(self) -> None:
+        require_share("Ties", "density", self.density)
+        require_number("Ties", "scale", self.scale)
+        require_choice("Ties", "combine", self.combine, Combine)
+        require_choice("Ties", "scope", self.scope, Scope)
+        if self.scope == "module" and (self.thresholds, self.majority) != (None, None):
+            raise ValueError(
+                "`Ties(scope='module', thresholds=..., majority=...)`: a module's own are used. Leave them out, or "
+                "take scope='model'."
+            )
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.scope == "module" or None not in (self.thresholds, self.majority)
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> Ties:
+        thresholds, majority = trimming(lambda: (module.updates.flatten(1) for module in modules), self.density)
+        return replace(self, thresholds=thresholds, majority=majority)
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        experts = batch.updates.unbind(1)
+        majority: int | Tensor
+        if self.scope == "model":
+            thresholds: list[Threshold] = [*for_each_expert(self, "thresholds", self.thresholds, batch)]
+            majority = self.majority or 0
+        else:
+            thresholds = [_module_threshold(values, self.density) for values in experts]
+            signs = elected_sum(list(zip(experts, thresholds, strict=True))).sign()
+            majority = signs.sum((-2, -1), keepdim=True).sign()
+        return self.scale * merged_by_sign(list(zip(experts, thresholds, strict=True)), self.combine, majority)
+
+
+def trimming(vectors: Vectors, density: float) -> tuple[tuple[float, ...], int]:
+    """Thresholds and majority sign of a whole model.
+
+    Args:
+        vectors: starts a pass over the model.
+        density: share of the entries that an expert keeps.
+
+    Returns:
+        One threshold for each expert; 1, 0 or -1.
+    """
+    thresholds = magnitude_thresholds(vectors, density)
+    surplus = sum(int(elected_sum(zip(values, thresholds, strict=True)).sign().sum().item()) for values in vectors())
+    return thresholds, (surplus > 0) - (surplus < 0)
+
+
+def _module_threshold(values: Tensor, density: float) -> Tensor:
+    """The threshold of one expert in each module, ``(M, a, b)`` to ``(M, 1, 1)``."""
+    size = values.shape[-2] * values.shape[-1]
+    rank = size - int(size * density)
+    if rank == 0:
+        return values.new_zeros(len(values), 1, 1)
+    return torch.kthvalue(values.flatten(1).abs(), rank).values[:, None, None]
