@@ -181,13 +181,13 @@ class Cut:
 
 
 class _Outline:
-    """Shape and dtype of a floating tensor that is not computed again."""
+    """Shape, dtype and layout of a floating tensor that is not computed again."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.like = torch.empty_like(tensor, device="meta")  # keeps the strides: functions between modules stay fast
 
     def filled(self, device: torch.device) -> Tensor:
-        return torch.full(self.shape, torch.nan, dtype=self.dtype, device=device)
+        return torch.full_like(self.like, torch.nan, device=device)
 
 
 def _kept(value: Any) -> Any:

@@ -59,6 +59,7 @@ class MemberTensors:
         self._checked: set[str] = set()
         self._shared_tensors: dict[str, Tensor] | None = None
         self._shared_blocks: dict[str, Tensor] = {}
+        self._modes: dict[str, Tensor] = {}
 
     def all_shared(self) -> dict[str, Tensor]:
         """All tensors that members share, in their output dtype; made once and kept."""
@@ -97,7 +98,7 @@ class MemberTensors:
                 continue
             assert draw is not None
             self._check_weights(module)
-            blocks.append(module.base + design.scaling * draw.update(module, 0))
+            blocks.append(module.base + design.scaling * self._update(module, draw))
         return treatment.view.join(blocks, self.base.tensors[tensor].shape).cpu()
 
     def dtype_of(self, tensor: str) -> torch.dtype:
@@ -144,6 +145,13 @@ class MemberTensors:
                 f"{len(draw.modules)}{'' if same else ' that are about other modules or statistics'}. Iterate over the "
                 "draws; `draws.restrict(pattern)` takes the modules of a restricted ensemble."
             )
+
+    def _update(self, module: Module, draw: ModelDraws) -> Tensor:
+        if not draw.uses_modes:
+            return draw.update(module, 0)
+        module = replace(module, known_mode=self._modes.get(module.name))
+        self._modes[module.name] = module.mode
+        return draw.update(module, 0)
 
     def _own_designs(self) -> tuple[str, ...]:
         return self.draws.designs if isinstance(self.draws, FullDraws) else ()

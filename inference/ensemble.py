@@ -53,7 +53,7 @@ class MergedEnsemble:
 
     A merged module that the draws do not have is the design's MAP, solved once in the coordinates of the draws; other
     tensors are averaged or the base's, as their treatment says. In memory is one member at a time, beside the tensors
-    that all members share.
+    that all members share; draws that are made from the MAP (Laplace's, noise) keep the sampled modules' MAP as well.
 
     Args:
         task_vectors: Base and experts.

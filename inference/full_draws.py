@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +17,12 @@ from inference._digest import Progress, Silent
 from inference._modules import Module, module_names, read_modules
 from inference.design import Design, Designs, as_function
 from inference.draws import RegeneratedDraws
-from inference.fixed_point import solve_posterior
 from inference.gibbs import gibbs, seeded_noise
 from inference.laplace import Laplace
 from inference.model_draws import FullDraws
 from poe_models.task_vectors import TaskVectors
 
-__all__ = ["TOLERANCE", "RegenerationWarning", "design_text", "environment", "sample_full"]
+__all__ = ["TOLERANCE", "RegenerationWarning", "design_text", "environment", "noise_control", "sample_full"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 """How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
@@ -102,6 +102,42 @@ def sample_full(
         temperature=torch.tensor(temperatures, dtype=torch.float64),
         designs=tuple(texts),
         environment=environment(task_vectors.device, task_vectors.dtype),
+    )
+
+
+def noise_control(
+    draws: FullDraws, task_vectors: TaskVectors, design: Designs, *, generator: torch.Generator
+) -> FullDraws:
+    """White noise around the MAP, each draw of each module as far from it as the given one: the control for ensembles.
+
+    What a posterior is worth beyond its size shows against noise of that size ([BMM] Figure 4; Li et al., arXiv
+    2605.12843).
+
+    Args:
+        draws: Of the design, by Gibbs sampling or Laplace's approximation.
+        task_vectors: Base and experts.
+        design: What the draws are from.
+        generator: Source of the noise.
+
+    Returns:
+        As many draws of the same modules.
+    """
+    for_tensor = as_function(design)
+    lengths = torch.zeros(len(draws), len(draws.modules), 1, dtype=torch.float64)
+    for tensor, treatment in task_vectors.treatments.items():
+        if treatment.action != "merge" or not set(module_names(task_vectors, tensor)).intersection(draws.modules):
+            continue
+        for module in read_modules(task_vectors, tensor, for_tensor(tensor)):
+            if module.name in draws.modules:
+                for member in range(len(draws)):
+                    distance = (draws.update(module, member) - module.mode).double().norm()
+                    lengths[member, draws.index(module.name)] = float(distance)
+    return replace(
+        draws,
+        stats={},
+        method="noise",
+        weights=lengths.unflatten(0, draws.seeds.shape[:2]),
+        seeds=torch.randint(2**62, draws.seeds.shape, generator=generator, device=generator.device).cpu(),
     )
 
 
@@ -188,8 +224,7 @@ def _draw(
     thin: int,
 ) -> RegeneratedDraws:
     if method == "laplace":
-        posterior = module.posterior
-        return Laplace(posterior, solve_posterior(posterior).value).sample(num_samples, generator)
+        return Laplace(module.posterior, module.mode.unsqueeze(0)).sample(num_samples, generator)
     return gibbs(
         module.poe,
         module.updates.unsqueeze(0),

@@ -28,8 +28,7 @@ from typing_extensions import override
 
 from inference._modules import Module
 from inference.draws import Draws
-from inference.fixed_point import solve_posterior
-from inference.gibbs import GibbsKernel
+from inference.gibbs import GibbsKernel, seeded_noise
 from inference.laplace import Laplace
 from inference.statistics_files import statistics_digest
 from poe_models.span import SpanCoordinates, SpanStatistics
@@ -58,6 +57,11 @@ class ModelDraws(ABC):
     @abstractmethod
     def coordinates(self) -> Literal["span", "full"]:
         """What the draws are draws of."""
+
+    @property
+    def uses_modes(self) -> bool:
+        """Whether making a draw needs the module's MAP, which is then worth keeping."""
+        return False
 
     @property
     @abstractmethod
@@ -255,15 +259,17 @@ class FullDraws(ModelDraws):
     """What Full draws are made again from: mixture weights and seeds, with the design.
 
     Attributes:
-        method: ``"gibbs"``, or ``"laplace"``, whose draws need no weights but solve for the mode again.
-        weights: ``(C, S, M, E)``, filled up with zeros where a module has fewer experts; ``E = 0`` for Laplace.
+        method: ``"gibbs"``; ``"laplace"``, whose draws need no weights but the mode; or ``"noise"``, white noise
+            around the mode.
+        weights: ``(C, S, M, E)``, filled up with zeros where a module has fewer experts; ``E = 0`` for Laplace; the
+            length ``|Z - Z*|`` for noise, ``E = 1``.
         seeds: ``(C, S, M)`` int64.
         temperature: of each module's posterior, ``(M,)`` float64.
         designs: for each module what its design is, as text; draws are refused under another one.
         environment: where they were made: device type, torch version, threads, compute dtype.
     """
 
-    method: Literal["gibbs", "laplace"]
+    method: Literal["gibbs", "laplace", "noise"]
     weights: Tensor
     seeds: Tensor
     temperature: Tensor
@@ -287,6 +293,11 @@ class FullDraws(ModelDraws):
 
     @property
     @override
+    def uses_modes(self) -> bool:
+        return self.method != "gibbs"
+
+    @property
+    @override
     def numbers(self) -> dict[str, Tensor]:
         return {"weights": self.weights, "seeds": self.seeds, "temperature": self.temperature}
 
@@ -300,9 +311,13 @@ class FullDraws(ModelDraws):
         """The draw, made again from its weights and its seed."""
         index = self.index(module.name)
         place = (member // self.num_draws, member % self.num_draws, index)
-        posterior, seed = replace(module.posterior, temperature=float(self.temperature[index])), int(self.seeds[place])
+        seed = int(self.seeds[place])
+        if self.method == "noise":
+            noise = seeded_noise(seed, (module.updates.shape[-2], module.updates.shape[-1]), module.mode)
+            return module.mode + noise * float(self.weights[place][0] / noise.double().norm())
+        posterior = replace(module.posterior, temperature=float(self.temperature[index]))
         if self.method == "laplace":
-            return Laplace(posterior, solve_posterior(posterior).value).draw(seed)
+            return Laplace(posterior, module.mode.unsqueeze(0)).draw(seed)
         weights = self.weights[place][: len(posterior.experts)].to(posterior.anchor_precision)
         return GibbsKernel(posterior, regenerable=True).regenerate(weights, seed)
 

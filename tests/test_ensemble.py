@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from inference import _ensemble_files as files_module
+from inference import _modules
 from inference import _staging as staging_module
 from inference._modules import read_modules
 from inference.design import Design
+from inference.draw_files import load_draws, save_draws
 from inference.ensemble import MergedEnsemble
-from inference.full_draws import RegenerationWarning, sample_full
+from inference.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs_posterior
 from inference.model_draws import SpanDraws
 from inference.statistics_files import collect_statistics
@@ -925,3 +927,43 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path: Path) -> None
     assert many < few + 0.3
     assert many < 3.2  # the loop holds one member while the next is made; 7 tensors are at work meanwhile
     assert saving < 1.7  # no member is ever held as a whole
+
+
+def test_noise_is_as_far_from_the_mode_as_the_draws_and_points_anywhere(
+    vectors: TaskVectors, poe: ProductOfExperts, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = sample_full(vectors, poe, 3, generator=generator, chains=2, warmup=5)
+    noise = noise_control(draws, vectors, poe, generator=generator)
+    mode = sample_full(vectors, replace(poe, temperature=1e-14), 1, generator=generator, chains=1, warmup=5)
+    (at_mode,) = MergedEnsemble(vectors, poe, mode).members()
+    cosines = []
+    for drawn, white in zip(
+        MergedEnsemble(vectors, poe, draws).members(), MergedEnsemble(vectors, poe, noise).members(), strict=True
+    ):
+        for name in vectors.base.tensors:
+            away, random = (state[name].double() - at_mode[name].double() for state in (drawn, white))
+            assert float(random.norm()) == pytest.approx(float(away.norm()), rel=1e-3, abs=1e-9)
+            if away.norm() > 0:
+                cosines.append(float((away * random).sum() / away.norm() / random.norm()))
+    assert len(cosines) >= 6
+    assert max(abs(each) for each in cosines) < 0.99  # not the draws themselves
+    again = load_draws(save_draws(noise, tmp_path / "noise"))
+    first, second = (next(iter(MergedEnsemble(vectors, poe, each).members())) for each in (noise, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_laplace_members_solve_for_the_mode_once(
+    vectors: TaskVectors, poe: ProductOfExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = sample_full(vectors, poe, 4, generator=torch.Generator().manual_seed(0), method="laplace")
+    solves: list[object] = []
+    solve = _modules.solve_posterior
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        solves.append(args)
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(_modules, "solve_posterior", counted)
+    assert len(list(MergedEnsemble(vectors, poe, draws).members())) == 4
+    assert len(solves) == len(draws.modules)

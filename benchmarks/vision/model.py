@@ -39,8 +39,8 @@ class Fire(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.squeeze1x1(x))
-        return F.relu(torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1))
+        x = F.relu(self.squeeze1x1(x), inplace=True)
+        return F.relu(torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1), inplace=True)
 
 
 class SqueezeNet(nn.Module):
@@ -66,7 +66,7 @@ class SqueezeNet(nn.Module):
         Returns:
             (B, 512, h, w), about H/16 by W/16.
         """
-        x = F.max_pool2d(F.relu(self.conv1(_pad_same(x))), 3, 2)
+        x = F.max_pool2d(F.relu(self.conv1(_pad_same(x)), inplace=True), 3, 2)
         x = F.max_pool2d(self.fire3(self.fire2(x)), 3, 2)
         x = F.max_pool2d(self.fire5(self.fire4(x)), 3, 2)
         return self.fire9(self.fire8(self.fire7(self.fire6(x))))

@@ -1,0 +1,284 @@
+"""Ensembles drawn from the posterior of the best merge, beside its MAP: is the merge calibrated, and at what cost?
+
+For the last layer (the two kernels that end fire9; [BMM] samples the last MLP matrix only) and for all layers:
+exact Gibbs draws at the temperature that validation NLL chooses; at the same temperature draws of Laplace's
+approximation and of the Gaussian twin, so that only the approximation or the tail differs; and white noise as the
+control, each member as far from the MAP as the Gibbs draw of that number. The point estimate to beat is the MAP with
+its logits divided by one temperature, chosen on validation too. For the last layer the noise gets its own path over
+temperatures, as in [BMM] Figure 4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from benchmarks.vision.evaluate import Head, Scores, mean_scores, score, task_logits
+from benchmarks.vision.model import build, preprocess
+from benchmarks.vision.parallel import run_all
+from benchmarks.vision.train import Suite
+from diagnostics.estimates import Estimate, bootstrap
+from inference import scores as scoring
+from inference.design import Design
+from inference.ensemble import MergedEnsemble
+from inference.full_draws import noise_control, sample_full
+from inference.tempering import TemperaturePoint, Tempering, fit_logit_temperature, temper, temperature_range
+from poe_models import TaskVectors
+from poe_models.posterior import full_posterior
+
+SCOPES = {"all layers": "", "last layer": r"fire9\.expand"}
+CUTS = {"all layers": None, "last layer": "backbone.fire9"}
+PATHS = "last layer"
+"""Where noise gets a path of its own."""
+MAP, SCALED_MAP = "MAP", "MAP, scaled logits"
+GIBBS, LAPLACE, TWIN, NOISE = "Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise"
+MEMBERS, SEARCH_MEMBERS = 10, 4
+NUM_TEMPERATURES, REFINEMENTS = 7, 2
+WARMUP, THIN = 50, 5
+RESAMPLES = 1000
+NO_CLASS = -1e4
+"""Logit of classes that a task does not have."""
+
+Statistic = Callable[[Tensor], Tensor]
+
+
+class SuiteModel(nn.Module):
+    """A backbone with the frozen heads of all tasks, whose logits are filled up to the same number of classes.
+
+    Args:
+        state: The backbone.
+        heads: Task name -> head; a batch names its task by position.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], heads: Mapping[str, Head]) -> None:
+        super().__init__()
+        self.backbone = build(state).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.heads = list(heads.values())
+        self.classes = max(len(head.bias) for head in self.heads)
+
+    @override
+    def forward(self, inputs: Tensor, task: int) -> Tensor:
+        """Logits (b, classes) of the backbone's inputs of one task."""
+        return _filled(self.heads[task](self.backbone(inputs)), self.classes)
+
+
+def _filled(logits: Tensor, classes: int) -> Tensor:
+    return F.pad(logits, (0, classes - logits.shape[1]), value=NO_CLASS)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """One split of all tasks, one task after another.
+
+    Args:
+        batches: Inputs of the backbone (b, 3, 64, 64) and the position of their task.
+        labels: Task name -> (n,).
+    """
+
+    batches: list[tuple[Tensor, int]]
+    labels: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, suite: Suite, split: str, batch_size: int = 50) -> Examples:
+        """The split of this name."""
+        splits = {name: task.splits[split] for name, task in suite.tasks.items()}
+        batches = [
+            (preprocess(part).contiguous(memory_format=torch.channels_last), i)
+            for i, each in enumerate(splits.values())
+            for part in each.images.split(batch_size)
+        ]
+        return cls(batches, {name: each.labels for name, each in splits.items()})
+
+    def by_task(self, values: Tensor) -> dict[str, Tensor]:
+        """Rows of all examples (n, ...) by task."""
+        parts = values.split([len(labels) for labels in self.labels.values()])
+        return dict(zip(self.labels, parts, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One way to predict, on the test images.
+
+    Args:
+        name: What the members are, or which point estimate it is.
+        log_probabilities: Task -> (n, classes), of the members' mean.
+        scores: Task -> scores.
+        scope: Which layers differ between members; empty for a point estimate.
+        temperature: Of the posterior; None for a point estimate.
+        logit_temperature: What the logits were divided by.
+        mutual_information: Task -> (n,) nats; empty for a point estimate.
+        path: Validation scores at every temperature that was tried, if it was chosen for this row.
+        differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval.
+    """
+
+    name: str
+    log_probabilities: Mapping[str, Tensor]
+    scores: Mapping[str, Scores]
+    scope: str = ""
+    temperature: float | None = None
+    logit_temperature: float = 1.0
+    mutual_information: Mapping[str, Tensor] = field(default_factory=dict)
+    path: tuple[TemperaturePoint, ...] = ()
+    differences: Mapping[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Scores:
+        """Unweighted mean over tasks."""
+        return mean_scores(self.scores)
+
+
+class Ensembles:
+    """Ensembles around one merge, drawn and judged.
+
+    Args:
+        suite: Tasks, heads and experts.
+        design: The merge.
+        merged: The merge as a checkpoint folder: the MAP, and everything that is not sampled.
+        seed: Of all draws and resamples.
+    """
+
+    def __init__(self, suite: Suite, design: Design, merged: Path, seed: int) -> None:
+        self.suite, self.design, self.merged, self.seed = suite, design, merged, seed
+        self.validation, self.test = Examples.of(suite, "validation"), Examples.of(suite, "test")
+
+    def compare(self) -> list[Outcome]:
+        """The point estimates and all ensembles, judged on the test images."""
+        searches = [*((scope, GIBBS) for scope in SCOPES), (PATHS, NOISE)]
+        found = dict(zip(searches, run_all(lambda job: self.search(*job), searches), strict=True))
+        jobs = [(scope, kind) for scope in SCOPES for kind in (GIBBS, LAPLACE, TWIN, NOISE)]
+        point, scaled = self._points()
+        ensembles = run_all(lambda job: self._judge(*job, found), jobs)
+        return [point, *(replace(each, differences=self.differences(each, point)) for each in (scaled, *ensembles))]
+
+    def search(self, scope: str, kind: str) -> Tempering:
+        """Choose a temperature by validation NLL.
+
+        Args:
+            scope: Which layers are sampled, a key of `SCOPES`.
+            kind: What the members are.
+
+        Returns:
+            The temperature with the whole path.
+        """
+        low, high = self._temperatures(scope)
+        predictor = self.ensemble(scope, kind, high, 1).predictor(
+            self._model(), self.validation.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
+        )
+        return temper(
+            lambda temperature: self.ensemble(scope, kind, temperature, SEARCH_MEMBERS).draws,
+            lambda draw: self.validation.by_task(predictor(draw)),
+            self.validation.labels,
+            (low, high),
+            num_temperatures=NUM_TEMPERATURES,
+            refinements=REFINEMENTS,
+        )
+
+    def ensemble(self, scope: str, kind: str, temperature: float, members: int) -> MergedEnsemble:
+        """An ensemble of one kind; the same seed at every temperature.
+
+        Args:
+            scope: Which layers are sampled, a key of `SCOPES`.
+            kind: What the members are.
+            temperature: Of the posterior.
+            members: How many.
+
+        Returns:
+            The ensemble.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        poe = self.design.poe.twin() if kind == TWIN else self.design.poe
+        design = replace(self.design, poe=replace(poe, temperature=temperature))
+        vectors = TaskVectors(self.suite.base, self.suite.experts)  # of its own: ensembles are drawn side by side
+        draw = partial(sample_full, vectors, design, members, generator=generator, chains=1, pattern=SCOPES[scope])
+        draws = draw(method="laplace") if kind == LAPLACE else draw(warmup=WARMUP, thin=THIN)
+        if kind == NOISE:
+            draws = noise_control(draws, vectors, design, generator=generator)
+        return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
+
+    def differences(self, one: Outcome, other: Outcome) -> dict[str, Estimate]:
+        """Scores of `one` minus those of `other`, means over tasks, by a paired bootstrap within every task."""
+        strata = torch.cat([torch.full((len(labels),), i) for i, labels in enumerate(self.test.labels.values())])
+        first, second = (self._statistics(each) for each in (one, other))
+        difference = partial(bootstrap, size=len(strata), seed=self.seed, num_resamples=RESAMPLES, strata=strata)
+        return {name: difference(_minus(first[name], second[name])) for name in first}
+
+    def _statistics(self, outcome: Outcome) -> dict[str, Statistic]:
+        """Mean scores over tasks as functions of the examples' weights (batch, n), by name."""
+        means: dict[str, list[Tensor]] = {"accuracy": [], "nll": [], "brier": []}
+        gaps = []
+        for task, labels in self.test.labels.items():
+            values, share = outcome.log_probabilities[task], 1 / (len(labels) * len(self.test.labels))
+            confidence, right = scoring.top_label(values.exp(), labels)
+            means["accuracy"].append(share * right)
+            means["nll"].append(share * scoring.nll_each(values, labels))
+            means["brier"].append(share * scoring.brier_each(values.exp(), labels))
+            cells = F.one_hot(scoring.equal_width_bins(confidence), scoring.ECE_BINS)
+            gaps.append(share * (right - confidence).unsqueeze(1) * cells)
+        weighted = {name: torch.cat(parts) for name, parts in means.items()}
+        binned = torch.block_diag(*gaps)
+        return {
+            **{name: partial(torch.Tensor.matmul, other=each) for name, each in weighted.items()},
+            "ece": lambda w: (w @ binned).abs().sum(1),
+        }
+
+    def _judge(self, scope: str, kind: str, found: Mapping[tuple[str, str], Tempering]) -> Outcome:
+        """One ensemble on the test images, at the temperature found for Gibbs draws of these layers."""
+        temperature = found[scope, GIBBS].temperature
+        prediction = self.ensemble(scope, kind, temperature, MEMBERS).predict(
+            self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
+        )
+        outcome = self._outcome(kind, self.test.by_task(prediction.probabilities.log()))
+        return replace(
+            outcome,
+            scope=scope,
+            temperature=temperature,
+            mutual_information=self.test.by_task(prediction.mutual_information),
+            path=found[scope, kind].path if (scope, kind) in found else (),
+        )
+
+    def _points(self) -> tuple[Outcome, Outcome]:
+        """The MAP, and the MAP with its logits divided by what is best on validation."""
+        validation, test = (
+            task_logits(self.merged, self.suite.tasks, self.suite.heads, split) for split in ("validation", "test")
+        )
+        classes = max(logits.shape[1] for logits in validation.values())
+        everything = torch.cat([_filled(logits, classes) for logits in validation.values()])
+        divisor = fit_logit_temperature(everything, torch.cat(list(self.validation.labels.values())))
+        scaled = {task: (logits.double() / divisor).log_softmax(1) for task, logits in test.items()}
+        point = {task: logits.double().log_softmax(1) for task, logits in test.items()}
+        return self._outcome(MAP, point), replace(self._outcome(SCALED_MAP, scaled), logit_temperature=divisor)
+
+    def _outcome(self, name: str, log_probabilities: Mapping[str, Tensor]) -> Outcome:
+        own = {task: values[:, : len(self.suite.heads[task].bias)] for task, values in log_probabilities.items()}
+        return Outcome(name, own, {task: score(values, self.test.labels[task]) for task, values in own.items()})
+
+    def _temperatures(self, scope: str) -> tuple[float, float]:
+        """From the lowest to the highest that any sampled module's energies imply."""
+        poe = self.design.poe
+        ranges = [
+            temperature_range(full_posterior(poe, module.updates.unsqueeze(0)))
+            for module in TaskVectors(self.suite.base, self.suite.experts)
+            if re.search(SCOPES[scope], module.name)
+        ]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    def _model(self) -> SuiteModel:
+        return SuiteModel(load_file(self.merged / "model.safetensors"), self.suite.heads)
+
+
+def _minus(one: Statistic, other: Statistic) -> Statistic:
+    return lambda weights: one(weights) - other(weights)
+
+
+def _forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
+    logits: Tensor = model(*batch)
+    return logits
