@@ -1,0 +1,268 @@
+"""Which family of tails residuals have: every family fitted, compared by leave-one-out, and said in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diagnostics.arviz_adapter import LeaveOneOut, compare_leave_one_out, leave_one_out
+from diagnostics.estimates import Estimate
+from diagnostics.tails.families import FAMILIES, Array, Family, families_named
+from diagnostics.tails.fits import Fit, maximum_likelihood
+from diagnostics.tails.posteriors import TailPosterior, tail_posterior
+from diagnostics.tails.samples import Sample, Values, sample_of
+
+__all__ = ["FamilyResult", "TailComparison", "fit_tails", "with_error"]
+
+TIE = 2.0
+"""Standard errors within which families are tied."""
+DOMINATED = 0.5
+"""Share of the variance of a difference that one residual may have before its standard error means little."""
+OFF_CENTRE = 0.25
+"""Share of the median absolute residual that their median may be away from zero before it is said."""
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyResult:
+    """One family's fits and its place among the others; elpd and differences in nats, summed over residuals.
+
+    Attributes:
+        fit: at the greatest likelihood.
+        posterior: of scale and shape.
+        loo: pointwise leave-one-out densities and their Pareto k.
+        error: standard error of the elpd.
+        difference: to the best family, zero or above.
+        difference_error: standard error of the difference.
+        weight: stacking weight.
+    """
+
+    fit: Fit
+    posterior: TailPosterior
+    loo: LeaveOneOut
+    error: float
+    difference: float
+    difference_error: float
+    weight: float
+
+    @property
+    def family(self) -> Family:
+        """The family."""
+        return self.fit.family
+
+    @property
+    def name(self) -> str:
+        """Name of the family."""
+        return self.fit.family.name
+
+    @property
+    def scale(self) -> Estimate:
+        """Posterior of the scale, in the units of the residuals."""
+        return self.posterior.scale
+
+    @property
+    def shape(self) -> Estimate | None:
+        """Posterior of the shape; None for scale families."""
+        return self.posterior.shape
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is within two standard errors of the best."""
+        return self.difference <= TIE * self.difference_error
+
+
+@dataclass(frozen=True, eq=False)
+class TailComparison:
+    """Families of tails compared on the same residuals.
+
+    Attributes:
+        results: of every family, the best first.
+        values: the residuals they were fitted to, ``(n,)``.
+        available: how many there were before `limit`.
+        warnings: why the numbers are not to be trusted; empty if they are.
+        notes: what a reader should know besides.
+    """
+
+    results: tuple[FamilyResult, ...]
+    values: Array
+    available: int
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> FamilyResult:
+        """The family of the largest elpd."""
+        return self.results[0]
+
+    @property
+    def tie_set(self) -> tuple[str, ...]:
+        """Names of the families within two standard errors of the best, the best first."""
+        return tuple(result.name for result in self.results if result.tied)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether nothing speaks against the numbers."""
+        return not self.warnings
+
+    def result(self, family: str) -> FamilyResult:
+        """The result of one family.
+
+        Args:
+            family: its name.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: If it was not fitted.
+        """
+        for result in self.results:
+            if result.name == family:
+                return result
+        names = ", ".join(result.name for result in self.results)
+        raise ValueError(f"`TailComparison.result({family!r})`: not fitted. Fitted: {names}.")
+
+    def difference(self, one: str, other: str) -> tuple[float, float]:
+        """How much more one family predicts than another, and the standard error of that, in nats.
+
+        Args:
+            one: name of a family.
+            other: name of another.
+
+        Returns:
+            ``sum_j d_j`` and ``sqrt(n var(d))`` of the pointwise differences.
+        """
+        pointwise = self.result(one).loo.pointwise - self.result(other).loo.pointwise
+        return float(pointwise.sum()), math.sqrt(len(pointwise) * float(pointwise.var()))
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in a sentence, with its uncertainty."""
+        parts = []
+        for result in self.results:
+            if result.family.shape is not None and result.shape is not None and result.name in self.tie_set:
+                parts.append(f"{result.family.shape.symbol} = {result.shape} ({result.name})")
+        if len(self.tie_set) > 1:
+            parts.append(f"tied within two standard errors: {', '.join(self.tie_set)}")
+        beaten = [result for result in self.results if not result.tied]
+        if beaten:
+            gap = with_error(beaten[0].difference, beaten[0].difference_error)
+            parts.append(f"{self.best.name} over {beaten[0].name} by {gap} elpd")
+        doubt = f" (not to be trusted: {'; '.join(self.warnings)})" if self.warnings else ""
+        return "; ".join(parts) + doubt
+
+    def table(self) -> str:
+        """The comparison as a Markdown table; nats, central 95 % intervals, largest Pareto k."""
+        lines = [
+            "| family | scale | shape | log likelihood | elpd | difference | weight | Pareto k | tied |",
+            "|---|---|---|---:|---:|---:|---:|---:|---|",
+        ]
+        for r in self.results:
+            shape = "" if r.shape is None or r.family.shape is None else f"{r.family.shape.symbol} = {r.shape}"
+            lines.append(
+                f"| {r.name} | {r.scale} | {shape} | {r.fit.log_likelihood:.1f} | {with_error(r.loo.elpd, r.error)} | "
+                f"{with_error(r.difference, r.difference_error)} | {r.weight:.2f} | {r.loo.pareto_k.max():.2f} | "
+                f"{'yes' if r.tied else ''} |"
+            )
+        return "\n".join(lines)
+
+
+def fit_tails(
+    values: Values,
+    families: Sequence[str] | None = None,
+    *,
+    limit: int | None = 2000,
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> TailComparison:
+    """Fit families of tails to residuals and compare them by leave-one-out.
+
+    Scores are expected log predictive densities of one residual given the others, by Pareto-smoothed importance
+    sampling on draws of the exact posterior. Standard errors take the residuals as independent; rows of one module
+    share the merged update, so that they say less than their number. Every family is centred at zero, where an expert
+    wants the residual.
+
+    Args:
+        values: signed residuals of any shape.
+        families: names; all six of `FAMILIES` by default.
+        limit: at most so many residuals, drawn at random; None for all.
+        num_draws: posterior draws per family.
+        seed: of the draws and of the choice of residuals.
+
+    Returns:
+        The comparison.
+
+    >>> heavy = np.random.default_rng(0).standard_t(2.0, 500)
+    >>> fit_tails(heavy, ["Gaussian", "Student-t", "Cauchy"]).tie_set
+    ('Student-t',)
+    """
+    chosen = FAMILIES if families is None else families_named(families)
+    whole = sample_of(values)
+    sample = whole.limited(limit, seed)
+    fits = {family.name: maximum_likelihood(sample.values, family) for family in chosen}
+    posteriors = {family.name: tail_posterior(sample.values, family) for family in chosen}
+    loos = {name: _leave_one_out(sample.values, posterior, num_draws, seed) for name, posterior in posteriors.items()}
+    results = tuple(
+        FamilyResult(
+            fits[name],
+            posteriors[name],
+            loos[name],
+            row["error"],
+            row["difference"],
+            row["difference_error"],
+            row["weight"],
+        )
+        for name, row in compare_leave_one_out(loos).items()
+    )
+    warnings, notes = _warnings(sample, results), _notes(sample, results)
+    return TailComparison(results, sample.values, len(whole.values), warnings, notes)
+
+
+def with_error(value: float, error: float) -> str:
+    """A number and its standard error, to two digits of the error.
+
+    >>> with_error(41.27, 9.3), with_error(-1285.1, 41.0)
+    ('41.3 ± 9.3', '-1285 ± 41')
+    """
+    if not (0 < error < math.inf):
+        return f"{value:.4g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def _leave_one_out(values: Array, posterior: TailPosterior, num_draws: int, seed: int) -> LeaveOneOut:
+    scales, shapes = posterior.draws(num_draws, seed)
+    return leave_one_out(posterior.family.log_density(values, scales[:, None], shapes[:, None]))
+
+
+def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]:
+    """What makes the winner itself doubtful."""
+    unreliable = [r for r in results if r.tied and r.loo.unreliable]
+    texts = [
+        f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residuals under {r.name}"
+        for r in unreliable
+        if r.loo.unreliable > 0.01 * len(sample.values)
+    ]
+    return (*sample.warnings, *texts)
+
+
+def _notes(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]:
+    notes = []
+    best = results[0].loo.pointwise
+    for result in results[1:]:
+        squares = (best - result.loo.pointwise - (best - result.loo.pointwise).mean()) ** 2
+        if squares.max() > DOMINATED * squares.sum():
+            notes.append(f"the difference to {result.name} rests on one residual: its standard error means little")
+    for result in results:
+        if result.loo.unreliable:
+            many = f"{result.loo.unreliable} residuals have Pareto k above {result.loo.good_k:.2f}"
+            notes.append(f"{many} ({result.name})")
+    median = float(np.median(sample.values))
+    if abs(median) > OFF_CENTRE * sample.unit and abs(median) > 5 * sample.unit / math.sqrt(len(sample.values)):
+        notes.append(
+            f"the residuals' median is {median / sample.unit:.2f} of their median size, and the families are centred "
+            "at zero: what looks like a tail may be an offset"
+        )
+    return tuple(notes)
