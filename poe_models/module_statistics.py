@@ -28,7 +28,7 @@ from typing_extensions import override
 from poe_models._checkpoint import Checkpoint, CheckpointError
 from poe_models.checkpoints import open_checkpoint
 
-__all__ = ["Kind", "ModuleStatistics", "open_statistics"]
+__all__ = ["Kind", "ModuleStatistics", "given_statistics", "open_statistics"]
 
 Kind = Literal["fisher", "activations"]
 """Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
@@ -214,6 +214,31 @@ def open_statistics(folder: str | Path, kind: Kind, experts: Sequence[str] | Non
                 f"{kind} statistics."
             )
     return ModuleStatistics(kind, checkpoints)
+
+
+def given_statistics(source: ModuleStatistics | str, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
+    """The statistics that a residual map or a merging method was given.
+
+    Args:
+        source: in memory or as a folder; of a folder the headers are read anew.
+        kind: what they should be.
+        experts: names of those that are needed.
+
+    Returns:
+        The statistics, of these experts at least.
+
+    Raises:
+        CheckpointError: the folder lacks an expert, or holds something else.
+        TypeError: they are something else, or of another kind.
+    """
+    if isinstance(source, str):
+        return open_statistics(source, kind, experts)
+    if not isinstance(source, ModuleStatistics) or source.kind != kind:
+        raise TypeError(
+            f"`statistics={source!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the folder "
+            "of some."
+        )
+    return source
 
 
 def _symmetric(values: Tensor) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models._checkpoint import Checkpoint
-from poe_models.module_statistics import Kind, ModuleStatistics, open_statistics
+from poe_models.module_statistics import Kind, ModuleStatistics, given_statistics
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, root_of, thin
 
 
@@ -151,22 +151,8 @@ class StatisticsMap(ResidualMap):
         """
 
     def source(self, update: str) -> ModuleStatistics:
-        """The statistics; of a folder the expert's, whose header is read anew.
-
-        Args:
-            update: name of the expert.
-
-        Raises:
-            TypeError: they are something else, or of another kind.
-        """
-        if isinstance(self.statistics, str):
-            return open_statistics(self.statistics, self.kind, [update])
-        if not isinstance(self.statistics, ModuleStatistics) or self.statistics.kind != self.kind:
-            raise TypeError(
-                f"`{type(self).__name__}({self.statistics!r})`: {self.kind} statistics are wanted: "
-                f"`ModuleStatistics({self.kind!r}, ...)`, or the folder of some."
-            )
-        return self.statistics
+        """The statistics, of this expert at least; of a folder its header is read anew."""
+        return given_statistics(self.statistics, self.kind, [update])
 
     @override
     def operator(self, update: Tensor) -> Operator:

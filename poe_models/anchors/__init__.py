@@ -10,7 +10,9 @@ of tensor treatments as a product of experts; ``METHODS`` lists them.
 
 from poe_models.anchors.dare import Dare, DareTies
 from poe_models.anchors.doge import DogeTA
+from poe_models.anchors.given import FisherMerging, GradientMatching, RegMean
 from poe_models.anchors.knots import KnotsDareTies, KnotsTies
+from poe_models.anchors.learned import AdaMerging, ConcreteTaskArithmetic
 from poe_models.anchors.linear import Average, MetaGPT, TaskArithmetic, average
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.anchors.spectral import TSVM, IsoC, IsoCTS
@@ -34,6 +36,11 @@ METHODS: dict[str, type[MergingMethod]] = {
         Wudi,
         WudiAdam,
         DogeTA,
+        FisherMerging,
+        RegMean,
+        GradientMatching,
+        AdaMerging,
+        ConcreteTaskArithmetic,
     )
 }
 
@@ -41,10 +48,14 @@ __all__ = [
     "METHODS",
     "TSVM",
     "About",
+    "AdaMerging",
     "Average",
+    "ConcreteTaskArithmetic",
     "Dare",
     "DareTies",
     "DogeTA",
+    "FisherMerging",
+    "GradientMatching",
     "IsoC",
     "IsoCTS",
     "KnotsDareTies",
@@ -52,6 +63,7 @@ __all__ = [
     "MergingMethod",
     "MetaGPT",
     "ModuleBatch",
+    "RegMean",
     "TaskArithmetic",
     "TaskData",
     "Ties",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.anchors._checks import for_each_expert, require_choice, require_number, require_share
+from poe_models.anchors._random import named_generator
 from poe_models.anchors._signs import Combine, merged_by_sign
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.anchors.ties import trimming
@@ -127,7 +127,6 @@ def dropped(values: Tensor, drop: float, seed: int, module: str, expert: str) ->
     Returns:
         A new tensor of the same shape.
     """
-    digest = hashlib.sha256("\0".join((str(seed), module, expert)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    uniform = torch.rand(values.shape, generator=generator).to(values.device)  # the same whatever the dtype and device
+    drawn = torch.rand(values.shape, generator=named_generator(seed, module, expert))
+    uniform = drawn.to(values.device)  # the same whatever the dtype and device
     return torch.where(uniform >= drop, values / (1 - drop), 0)

@@ -22,14 +22,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.module_statistics import Kind
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 
+_LOADED = ("inputs", "labels")
 Factors = tuple[Tensor, Tensor]
 Forward = Callable[[Mapping[str, Tensor], Any], Tensor]
 """From the floating tensors of a whole model, by name, and a batch to logits ``(B, K)``; differentiable in both."""
@@ -43,14 +45,15 @@ class About:
         title: its name in the literature.
         citation: authors, year and where to find it.
         scope: whether a module can be merged alone, or something has to be known about the whole model first.
-        data: what `prepare` needs besides the updates.
+        data: what it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to `prepare`;
+            ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
         random: whether it draws; it then has a field ``seed``.
     """
 
     title: str
     citation: str
     scope: Literal["module", "model"] = "module"
-    data: Literal["none", "inputs", "labels"] = "none"
+    data: Literal["none", "inputs", "labels", "fisher", "activations"] = "none"
     random: bool = False
 
 
@@ -61,10 +64,12 @@ class TaskData:
     Attributes:
         loaders: batches of each expert's task, by the expert's name; iterated once for each pass.
         forward: logits of a model on a batch.
+        progress: called with the number of finished steps and their total.
     """
 
     loaders: Mapping[str, Iterable[Any]]
     forward: Forward
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,19 +152,31 @@ class MergingMethod(ABC):
     @property
     def ready(self) -> bool:
         """Whether modules can be merged; a method that needs a look at the whole model first is not."""
-        return self.about.scope == "module" and self.about.data == "none"
+        return self.about.scope == "module" and self.about.data not in _LOADED
 
     def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> MergingMethod:
         """The method with everything it has to know about the model filled in; itself by default.
 
         Args:
             modules: can be iterated several times; peak memory should stay at a few modules.
-            data: loaders and forward function, exactly if ``about.data`` asks for it.
+            data: loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
 
         Returns:
             A method that is ready.
         """
         return self
+
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        """Numbers that merging one module holds at its peak, beside the updates and the result.
+
+        Args:
+            experts: how many.
+            shape: ``(d_out, d_in)``.
+
+        Returns:
+            A count in units of the compute dtype, for the prediction of `plan`; enough for sums and masks by default.
+        """
+        return 8 * shape[0] * shape[1]
 
     @final
     def prepare(self, modules: TaskVectors | Iterable[ModuleUpdates], data: TaskData | None = None) -> MergingMethod:
@@ -177,9 +194,10 @@ class MergingMethod(ABC):
         """
         name = type(self).__name__
         wants = self.about.data
-        if (data is not None) != (wants != "none"):
+        if (data is not None) != (wants in _LOADED):
             missing = f"it needs data ({wants})" if data is None else "it needs no data"
-            way_out = "Give `data=TaskData(loaders, forward)`" if data is None else "Leave `data` out"
+            elsewhere = "Its statistics are a field" if wants in get_args(Kind) else "Leave `data` out"
+            way_out = "Give `data=TaskData(loaders, forward)`" if data is None else elsewhere
             raise ValueError(f"`{name}.prepare(modules, data)`: {missing}. {way_out}.")
         if isinstance(modules, Iterator):
             raise ValueError(
@@ -232,7 +250,43 @@ class MergingMethod(ABC):
         merged = self.merge(ModuleBatch.of(updates.reshape(math.prod(leading), *updates.shape[-3:])))
         return merged.reshape(*leading, *merged.shape[1:])
 
+    def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
+        """The method in named modules.
+
+        Args:
+            modules: names of the ``M`` modules of the updates it will be given.
+            experts: names of their ``N`` experts.
+
+        Returns:
+            A function of the updates ``(M, N, d_out, d_in)``.
+        """
+        return NamedMethod(self, tuple(modules), tuple(experts))
+
     @override
     def __repr__(self) -> str:
         """The method and its settings, for classes that are no dataclass."""
         return f"{type(self).__qualname__}()"
+
+
+@dataclass(frozen=True)
+class NamedMethod:
+    """A method in named modules of named experts, as an anchor's centre in them.
+
+    Attributes:
+        method: the method.
+        modules: names of the modules.
+        experts: names of the experts.
+    """
+
+    method: MergingMethod
+    modules: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``."""
+        return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts))
+
+    @override
+    def __repr__(self) -> str:
+        """The method's: designs are told apart by it, whatever the modules."""
+        return repr(self.method)

@@ -1,0 +1,194 @@
+"""Rules on given statistics of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching.
+
+The statistics are those of the residual maps, see :mod:`poe_models.module_statistics`, by the names of experts and
+modules.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.anchors._checks import for_each_expert, require_number, require_share
+from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.module_statistics import Kind, ModuleStatistics, given_statistics
+from poe_models.operators import sum_of_squares
+from poe_models.residual_maps import scaled_off_diagonal
+from poe_models.task_vectors import ModuleUpdates
+
+
+@dataclass(frozen=True)
+class _OnStatistics(MergingMethod):
+    """A rule on statistics of every expert.
+
+    Args:
+        statistics: in memory or as a folder.
+    """
+
+    statistics: ModuleStatistics | str
+
+    kind: ClassVar[Kind]
+    """Of the statistics."""
+
+    def read(self, batch: ModuleBatch) -> Tensor:
+        """Statistics of all experts, ``(M, N, ...)`` in the dtype of the updates."""
+        shape = batch.updates.shape[-2:]
+        given = given_statistics(self.statistics, self.kind, batch.experts)
+        return torch.stack([given.read(name, batch.names, shape) for name in batch.experts], 1).to(batch.updates)
+
+    @abstractmethod
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FisherMerging(_OnStatistics):
+    """``sum_i w_i (F_i + floor) U_i / sum_i w_i (F_i + floor)`` entry by entry (Matena & Raffel, 2022).
+
+    Args:
+        statistics: exact diagonal Fisher information, in memory or as a folder.
+        floor: above 0; added to every entry, so that entries that no example depends on are averaged.
+        normalize: weigh each expert by one over the norm of its Fisher information over the whole model.
+        weights: ``w_i``, in the order of the experts; filled in by `prepare` if `normalize`.
+
+    >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
+    >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1), ["fc"], ["a", "b"])
+    >>> FisherMerging(given, floor=1e-9, normalize=False).merge(batch)
+    tensor([[[2.]]])
+    """
+
+    about = About(
+        "Fisher merging",
+        "Matena & Raffel, 2022, Merging models with Fisher-weighted averaging, arXiv 2111.09832",
+        scope="model",
+        data="fisher",
+    )
+    kind = "fisher"
+
+    floor: float = 1e-6
+    normalize: bool = True
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require_number("FisherMerging", "floor", self.floor, torch.finfo(torch.float32).tiny)
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.weights is not None or not self.normalize
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> FisherMerging:
+        squares: Tensor | None = None
+        for module in modules:
+            found = sum_of_squares(self.read(ModuleBatch.of_module(module))[0]).cpu()
+            squares = found if squares is None else squares + found
+        if squares is None:
+            raise ValueError("`FisherMerging.prepare(modules)`: there are no modules. Give those of the whole model.")
+        inverse = 1 / (squares.sqrt() + self.floor)
+        return replace(self, weights=tuple((inverse / inverse.sum()).tolist()))
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        precision = self.read(batch) + self.floor
+        if self.normalize:
+            weights = for_each_expert(self, "weights", self.weights, batch)
+            precision = precision * precision.new_tensor(weights)[:, None, None]
+        return (precision * batch.updates).sum(1) / precision.sum(1)
+
+
+@dataclass(frozen=True)
+class RegMean(_OnStatistics):
+    """``(sum_i U_i G_i) (sum_i G_i)^+``, ``G_i`` the second moments of an expert's inputs (Jin et al., 2023).
+
+    Input directions that no example has stay at the base's: the published inverse does not exist there.
+
+    Args:
+        statistics: second moments ``X X^T / n`` of the inputs, in memory or as a folder.
+        off_diagonal: factor on their off-diagonal entries.
+
+    >>> given = ModuleStatistics("activations", {n: {"fc": f * torch.eye(2)} for n, f in (("a", 3.0), ("b", 1.0))})
+    >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2), ["fc"], ["a", "b"])
+    >>> RegMean(given).merge(batch)
+    tensor([[[2., 2.]]])
+    """
+
+    about = About(
+        "RegMean",
+        "Jin et al., 2023, Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849",
+        data="activations",
+    )
+    kind = "activations"
+
+    off_diagonal: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.off_diagonal != 0:
+            require_share("RegMean", "off_diagonal", self.off_diagonal)
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        rounding = batch.updates.shape[-1] * torch.finfo(batch.updates.dtype).eps
+        grams = scaled_off_diagonal(self.read(batch).double(), self.off_diagonal)
+        pull = (batch.updates.double() @ grams).sum(1)
+        return _solved_from_right(pull, grams.sum(1), rounding).to(batch.updates.dtype)
+
+
+@dataclass(frozen=True)
+class GradientMatching(_OnStatistics):
+    """``scale * sum_i (H_0 + F_i) U_i / (H_0 + scale * sum_i F_i)`` entry by entry (Daheim et al., 2024).
+
+    ``H_0`` is the base's own curvature. Without Fisher information this is task arithmetic, without ``H_0``
+    Fisher-weighted averaging.
+
+    Args:
+        statistics: exact diagonal Fisher information, in memory or as a folder.
+        scale: the task-arithmetic coefficient, one for all experts.
+        floor: above 0; added to the base's curvature, so that entries that no example depends on are task arithmetic's.
+        base: name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
+
+    >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
+    >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1), ["fc"], ["a", "b"])
+    >>> GradientMatching(given, floor=1e-9).merge(batch), GradientMatching(given, floor=1e9).merge(batch)
+    (tensor([[[2.]]]), tensor([[[6.]]]))
+    """
+
+    about = About(
+        "uncertainty-based gradient matching",
+        "Daheim et al., 2024, Model merging by uncertainty-based gradient matching, arXiv 2310.12808",
+        data="fisher",
+    )
+    kind = "fisher"
+
+    scale: float = 1.0
+    floor: float = 1e-6
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        require_number("GradientMatching", "scale", self.scale, 0.0)
+        require_number("GradientMatching", "floor", self.floor, torch.finfo(torch.float32).tiny)
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        fisher = self.read(batch)
+        own = torch.full_like(fisher[:, 0], self.floor)
+        if self.base is not None:
+            given = given_statistics(self.statistics, self.kind, [self.base])
+            own += given.read(self.base, batch.names, batch.updates.shape[-2:]).to(own)
+        pull = ((own.unsqueeze(1) + fisher) * batch.updates).sum(1)
+        return self.scale * pull / (own + self.scale * fisher.sum(1))
+
+
+def _solved_from_right(pull: Tensor, gram: Tensor, rounding: float) -> Tensor:
+    """``pull @ gram^+``, the solution of least norm; eigenvalues within rounding count as zero."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    if not bool(failed.any()) and bool((pivots.amin(-1) > rounding * pivots.amax(-1)).all()):
+        return torch.cholesky_solve(pull.mT, factor).mT
+    return pull @ torch.linalg.pinv(gram, rtol=rounding, hermitian=True)

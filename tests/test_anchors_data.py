@@ -1,0 +1,456 @@
+"""Merging methods that need data, against dense re-implementations and the closed forms they have at special points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from inference import fixed_point
+from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Activation,
+    Anchor,
+    CheckpointError,
+    Fisher,
+    Gaussian,
+    ModuleStatistics,
+    ProductOfExperts,
+    TaskVectors,
+    collect_activations,
+    collect_fisher,
+)
+from poe_models.anchors import (
+    METHODS,
+    AdaMerging,
+    Average,
+    ConcreteTaskArithmetic,
+    FisherMerging,
+    GradientMatching,
+    MergingMethod,
+    ModuleBatch,
+    RegMean,
+    TaskArithmetic,
+    TaskData,
+)
+from tests.helpers import assert_close, name_of, random_updates
+
+EXPERTS = ("a", "b", "c")
+MODULES = ("m", "n")
+SHAPE = (5, 4)
+
+
+def batch_of(updates: Tensor) -> ModuleBatch:
+    return ModuleBatch.of(updates, MODULES[: len(updates)], EXPERTS[: updates.shape[1]])
+
+
+def fisher_of(values: Tensor) -> ModuleStatistics:
+    """From ``(M, N, d_out, d_in)``."""
+    return ModuleStatistics(
+        "fisher", {e: {m: values[j, i] for j, m in enumerate(MODULES)} for i, e in enumerate(EXPERTS)}
+    )
+
+
+def moments_of(inputs: Tensor) -> ModuleStatistics:
+    """From inputs ``(M, N, rows, d_in)``."""
+    means = inputs.mT @ inputs / inputs.shape[-2]
+    return ModuleStatistics(
+        "activations", {e: {m: means[j, i] for j, m in enumerate(MODULES)} for i, e in enumerate(EXPERTS)}
+    )
+
+
+def modules_of(updates: Tensor) -> list[Any]:
+    from poe_models.task_vectors import ModuleUpdates
+
+    return [ModuleUpdates(m, m, EXPERTS, torch.zeros(SHAPE), u) for m, u in zip(MODULES, updates, strict=True)]
+
+
+@pytest.fixture
+def updates(generator: torch.Generator) -> Tensor:
+    return random_updates(generator, 2, 3, *SHAPE)
+
+
+@pytest.fixture
+def fisher(generator: torch.Generator) -> Tensor:
+    return torch.rand(2, 3, *SHAPE, generator=generator, dtype=torch.float64)
+
+
+def test_fisher_merging_entry_by_entry(updates: Tensor, fisher: Tensor) -> None:
+    norms = [fisher[:, i].square().sum().sqrt() + 1e-3 for i in range(3)]
+    method = FisherMerging(fisher_of(fisher), floor=1e-3)
+    ready = method.prepare(modules_of(updates))
+    found = ready.merge(batch_of(updates))
+    for j in range(2):
+        for row in range(SHAPE[0]):
+            for column in range(SHAPE[1]):
+                top = bottom = 0.0
+                for i in range(3):
+                    weight = float((fisher[j, i, row, column] + 1e-3) / norms[i])
+                    top += weight * float(updates[j, i, row, column])
+                    bottom += weight
+                assert float(found[j, row, column]) == pytest.approx(top / bottom, rel=1e-12)
+    plain = FisherMerging(fisher_of(fisher), floor=1e-3, normalize=False).merge(batch_of(updates))
+    assert float((plain - found).abs().max()) > 1e-3
+
+
+def test_fisher_merging_is_the_gaussian_product_with_its_weights_as_importance(updates: Tensor, fisher: Tensor) -> None:
+    given = fisher_of(fisher)
+    method = FisherMerging(given, floor=1e-3).prepare(modules_of(updates))
+    assert isinstance(method, FisherMerging)
+    assert method.weights is not None
+    poe = ProductOfExperts.of(
+        EXPERTS,
+        Fisher(given, 1e-3),
+        Gaussian(),
+        Absolute(1.0),
+        importance=method.weights,
+        anchor=Anchor(precision=AbsolutePrecision(0.0)),
+    )
+    assert_close(fixed_point(poe.for_modules(MODULES), updates).value, method.merge(batch_of(updates)))
+
+
+def test_fisher_without_information_is_averaging(updates: Tensor) -> None:
+    given = fisher_of(torch.zeros(2, 3, *SHAPE))
+    assert_close(FisherMerging(given).prepare(modules_of(updates)).merge(batch_of(updates)), updates.mean(1))
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
+def test_regmean_minimises_the_difference_of_outputs(
+    off_diagonal: float, updates: Tensor, generator: torch.Generator
+) -> None:
+    """Second route: ordinary least squares on the stacked inputs, with rows added for what shrinks off the diagonal."""
+    inputs = torch.randn(2, 3, 30, SHAPE[1], generator=generator, dtype=torch.float64)
+    found = RegMean(moments_of(inputs), off_diagonal).merge(batch_of(updates))
+    for j in range(2):
+        rows, targets = [], []
+        for i in range(3):
+            x = inputs[j, i] / 30**0.5
+            rows += [off_diagonal**0.5 * x, torch.diag(((1 - off_diagonal) * x.square().sum(0)).sqrt())]
+            targets += [each @ updates[j, i].T for each in rows[-2:]]
+        expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution.T
+        assert_close(found[j], expected, 1e-9)
+    poe = ProductOfExperts.of(
+        EXPERTS,
+        Activation(moments_of(inputs), off_diagonal),
+        Gaussian(),
+        Absolute(1.0),
+        anchor=Anchor(precision=AbsolutePrecision(0.0)),
+    )
+    assert_close(fixed_point(poe.for_modules(MODULES), updates).value, found, 1e-9)
+
+
+def test_regmean_leaves_directions_without_inputs_at_the_base(updates: Tensor, generator: torch.Generator) -> None:
+    inputs = torch.randn(2, 3, 30, SHAPE[1], generator=generator, dtype=torch.float64)
+    inputs[..., 1] = 0
+    found = RegMean(moments_of(inputs)).merge(batch_of(updates))
+    assert_close(found[..., 1], torch.zeros(2, SHAPE[0]))
+    kept = [0, 2, 3]
+    small = {
+        e: {m: v[kept][:, kept] for m in MODULES for v in [moments_of(inputs).experts[e].read(m)]} for e in EXPERTS
+    }
+    expected = RegMean(ModuleStatistics("activations", small)).merge(batch_of(updates[..., kept]))
+    assert_close(found[..., kept], expected, 1e-9)
+    noisy = {
+        e: {m: moments_of(inputs).experts[e].read(m) + 1e-17 * torch.eye(SHAPE[1]) for m in MODULES} for e in EXPERTS
+    }
+    assert_close(RegMean(ModuleStatistics("activations", noisy)).merge(batch_of(updates)), found, 1e-9)
+
+
+def test_gradient_matching_entry_by_entry_and_at_its_limits(updates: Tensor, fisher: Tensor) -> None:
+    base = 0.5 * fisher.mean(1)
+    statistics = fisher_of(fisher)
+    with_base = ModuleStatistics("fisher", {**statistics.experts, "base": {m: base[j] for j, m in enumerate(MODULES)}})
+    found = GradientMatching(with_base, scale=0.7, floor=1e-3, base="base").merge(batch_of(updates))
+    # The paper's form: a preconditioned sum, with dense diagonal matrices on vec(Z).
+    for j in range(2):
+        prior = torch.diag(base[j].flatten() + 1e-3)
+        hessians = [torch.diag(fisher[j, i].flatten()) for i in range(3)]
+        total = prior + 0.7 * sum(hessians)
+        expected = sum(
+            0.7 * torch.linalg.inv(total) @ (prior + h) @ updates[j, i].flatten() for i, h in enumerate(hessians)
+        )
+        assert_close(found[j].flatten(), expected)
+    limits = GradientMatching(statistics, scale=0.7, floor=1e12).merge(batch_of(updates))
+    assert_close(limits, TaskArithmetic(0.7).merge(batch_of(updates)), 1e-9)
+    limits = GradientMatching(statistics, scale=0.7, floor=1e-14).merge(batch_of(updates))
+    assert_close(limits, (fisher * updates).sum(1) / fisher.sum(1), 1e-8)
+
+
+GIVEN = [
+    lambda f, x: FisherMerging(f, normalize=False),
+    lambda f, x: FisherMerging(f),
+    lambda f, x: RegMean(x),
+    lambda f, x: GradientMatching(f, 0.5),
+]
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_methods_on_statistics_at_the_awkward_points(
+    index: int, dtype: torch.dtype, updates: Tensor, fisher: Tensor, generator: torch.Generator
+) -> None:
+    inputs = torch.randn(2, 3, 30, SHAPE[1], generator=generator, dtype=torch.float64)
+    method: MergingMethod = GIVEN[index](fisher_of(fisher), moments_of(inputs))
+    updates = updates.to(dtype)
+    before = updates.clone()
+    exact = method.prepare(modules_of(updates.double())).merge(batch_of(updates.double()))
+    ready = method.prepare(modules_of(updates))
+    found = ready.merge(batch_of(updates))
+    assert found.dtype == dtype
+    assert torch.equal(updates, before)
+    assert_close(found.double(), exact, {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype])
+    order = [2, 0, 1]
+    turned = ModuleBatch.of(updates[:, order], MODULES, [EXPERTS[i] for i in order])
+    by_turned = method.prepare(
+        [replace(m, names=turned.experts, updates=m.updates[order]) for m in modules_of(updates)]
+    )
+    assert_close(by_turned.merge(turned).double(), exact, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    zero = updates.clone()
+    zero[:, 1] = 0
+    assert bool(ready.merge(batch_of(zero)).isfinite().all())
+    same = updates[:, :1].expand(-1, 3, -1, -1)
+    if not isinstance(method, GradientMatching):  # a sum, like task arithmetic
+        assert_close(
+            ready.merge(batch_of(same)).double(), same[:, 0].double(), 1e-2 if dtype == torch.bfloat16 else 1e-5
+        )
+
+
+def test_statistics_that_do_not_fit_are_named(tmp_path: Path, updates: Tensor, fisher: Tensor) -> None:
+    fisher_of(fisher).save(tmp_path / "f")
+    folder = str(tmp_path / "f")
+    assert_close(
+        GradientMatching(folder).merge(batch_of(updates)), GradientMatching(fisher_of(fisher)).merge(batch_of(updates))
+    )
+    with pytest.raises(CheckpointError, match="expected activations"):
+        RegMean(folder).merge(batch_of(updates))
+    with pytest.raises(CheckpointError, match="no fisher statistics of expert '0'"):
+        GradientMatching(folder)(updates)
+    with pytest.raises(ValueError, match="it needs no data. Its statistics are a field"):
+        GradientMatching(folder).prepare([], TaskData({}, lambda weights, batch: batch))
+    with pytest.raises(ValueError, match="floor=0.0"):
+        FisherMerging(folder, floor=0.0)
+
+
+# Methods that learn
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 3)
+        self.register_buffer("steps", torch.tensor(3))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def setting(seed: int = 0) -> tuple[TaskVectors, TaskData, Net, dict[str, list[Tensor]]]:
+    torch.manual_seed(seed)
+    base = Net().double()
+    experts = {}
+    for name in ("a", "b"):
+        state = {k: v.clone() for k, v in base.state_dict().items()}
+        for key in state:
+            if state[key].is_floating_point():
+                state[key] += 0.5 * torch.randn_like(state[key])
+        experts[name] = state
+    vectors = TaskVectors(base.state_dict(), experts, dtype=torch.float64)
+    loaders = {name: list(torch.randn(12, 4, dtype=torch.float64).split(4)) for name in ("a", "b")}
+    forward = lambda weights, batch: functional_call(base, dict(weights), (batch,))  # noqa: E731
+    return vectors, TaskData(loaders, forward), base, loaders
+
+
+def entropy(model: Net, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    p = functional_call(model, dict(weights), (x,)).softmax(-1)
+    return torch.distributions.Categorical(p).entropy().mean()
+
+
+def merged_state(vectors: TaskVectors, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The merged model by hand: biases are averaged, weights are the base's with the merged update."""
+    state = {name: vectors.base.read(name) for name in vectors.base.tensors}
+    for name in list(state):
+        if name.endswith("bias"):
+            state[name] = torch.stack([vectors.experts[e].read(name) for e in vectors.names]).mean(0)
+        elif name in updates:
+            state[name] = state[name] + updates[name]
+    return state
+
+
+def by_hand(learned: dict[str, Tensor], updates: Any, steps: int, rate: float, loss: Any) -> None:
+    """Adam as published (Kingma & Ba, 2015, Algorithm 1), without torch.optim."""
+    first = {k: torch.zeros_like(v) for k, v in learned.items()}
+    second = {k: torch.zeros_like(v) for k, v in learned.items()}
+    for step in range(1, steps + 1):
+        value = loss(step - 1, updates())
+        gradients = torch.autograd.grad(value, list(learned.values()))
+        for (key, values), gradient in zip(learned.items(), gradients, strict=True):
+            first[key] = 0.9 * first[key] + 0.1 * gradient
+            second[key] = 0.999 * second[key] + 0.001 * gradient**2
+            step_size = first[key] / (1 - 0.9**step) / ((second[key] / (1 - 0.999**step)).sqrt() + 1e-8)
+            with torch.no_grad():
+                values -= rate * step_size
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_adamerging_by_hand(clamp: bool) -> None:
+    vectors, data, model, loaders = setting()
+    method = AdaMerging(initial=0.3, steps=7, learning_rate=0.2, clamp=clamp).prepare(vectors, data)
+    weights = {m.name: m.updates for m in vectors}
+    learned = {name: torch.full((2,), 0.3, dtype=torch.float64, requires_grad=True) for name in weights}
+
+    def allowed(name: str) -> Tensor:
+        return learned[name].clamp(0, 1) if clamp else learned[name]
+
+    def updates() -> dict[str, Tensor]:
+        return {n: allowed(n)[0] * u[0] + allowed(n)[1] * u[1] for n, u in weights.items()}
+
+    def loss(step: int, merged: dict[str, Tensor]) -> Tensor:
+        state = merged_state(vectors, merged)
+        return entropy(model, state, loaders["a"][step % 3]) + entropy(model, state, loaders["b"][step % 3])
+
+    by_hand(learned, updates, 7, 0.2, loss)
+    for module in vectors:
+        expected = updates()[module.name].detach()
+        assert_close(method.merge(ModuleBatch.of_module(module))[0], expected, 1e-8)
+    assert isinstance(method, AdaMerging)
+    assert method.coefficients is not None
+    values = torch.tensor([c for _, c in method.coefficients])
+    assert bool((values != 0.3).any())
+    assert not clamp or bool(((values >= 0) & (values <= 1)).all())
+    assert eval(repr(method), {"AdaMerging": AdaMerging}) == method
+
+
+def test_concrete_by_hand() -> None:
+    vectors, data, model, loaders = setting()
+    method = ConcreteTaskArithmetic(scale=0.5, steps=5, learning_rate=0.3, seed=3).prepare(vectors, data)
+    totals = {m.name: m.updates[0] + m.updates[1] for m in vectors}
+    learned = {name: torch.zeros_like(total).requires_grad_() for name, total in totals.items()}
+    generator = torch.Generator().manual_seed(3)
+
+    def updates() -> dict[str, Tensor]:
+        found = {}
+        for name, logits in learned.items():
+            u = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+            relaxed = torch.sigmoid((logits + torch.log(u / (1 - u))) / 0.5)
+            found[name] = 0.5 * relaxed / relaxed.mean() * totals[name]
+        return found
+
+    def loss(step: int, merged: dict[str, Tensor]) -> Tensor:
+        state = merged_state(vectors, merged)
+        return entropy(model, state, loaders["a"][step % 3]) + entropy(model, state, loaders["b"][step % 3])
+
+    by_hand(learned, updates, 5, 0.3, loss)
+    assert isinstance(method, ConcreteTaskArithmetic)
+    assert method.logits is not None
+    for module in vectors:
+        assert_close(method.logits[module.name], learned[module.name].detach(), 1e-8)
+        merged = method.merge(ModuleBatch.of_module(module))[0]
+        mask = merged / (0.5 * totals[module.name])
+        kept = mask[mask != 0]
+        assert_close(kept, torch.full_like(kept, mask.numel() / len(kept)), 1e-9)
+
+
+def test_concrete_masks_are_kept_with_their_probability() -> None:
+    logits = torch.full((200, 50), 1.0, dtype=torch.float64)
+    method = ConcreteTaskArithmetic(scale=1.0, rescale=False, logits={"m": logits})
+    batch = ModuleBatch.of(torch.ones(1, 1, 200, 50, dtype=torch.float64), ["m"], ["a"])
+    share = float(method.merge(batch).mean())
+    p = float(logits[0, 0].sigmoid())
+    assert abs(share - p) < 5 * (p * (1 - p) / 10000) ** 0.5
+    assert torch.equal(method.merge(batch), method.merge(batch))
+    assert not torch.equal(method.merge(batch), replace(method, seed=1).merge(batch))
+
+
+@pytest.mark.parametrize("method", [AdaMerging(steps=30, learning_rate=0.05), ConcreteTaskArithmetic(0.5, 30, 0.05)])
+def test_learning_is_deterministic_lowers_the_entropy_and_tells_its_progress(method: MergingMethod) -> None:
+    vectors, data, model, loaders = setting()
+    seen: list[tuple[int, int]] = []
+    told = TaskData(data.loaders, data.forward, lambda done, total: seen.append((done, total)))
+    one, two = method.prepare(vectors, told), method.prepare(vectors, data)
+    batches = [ModuleBatch.of_module(m) for m in vectors]
+    assert all(torch.equal(one.merge(b), two.merge(b)) for b in batches)
+    assert seen == [(i, 30) for i in range(1, 31)]
+
+    def loss(updates: Mapping[str, Tensor]) -> float:
+        state = merged_state(vectors, updates)
+        return float(sum(entropy(model, state, torch.cat(loaders[n])) for n in vectors.names))
+
+    start = TaskArithmetic(0.3 if isinstance(method, AdaMerging) else 0.5)
+    after = loss({b.names[0]: one.merge(b)[0] for b in batches})
+    if isinstance(method, AdaMerging):
+        assert after < loss({b.names[0]: start.merge(b)[0] for b in batches}) - 1e-3
+    assert one.prepare(vectors, data) is one
+
+
+def test_no_steps_give_where_learning_starts() -> None:
+    vectors, data, _, _ = setting()
+    method = AdaMerging(initial=0.25, steps=0).prepare(vectors, data)
+    for module in vectors:
+        batch = ModuleBatch.of_module(module)
+        assert_close(method.merge(batch), TaskArithmetic(0.25).merge(batch))
+        assert_close(AdaMerging(initial=0.5, steps=0).prepare(vectors, data).merge(batch), Average().merge(batch))
+
+
+def test_what_learning_needs_is_said() -> None:
+    vectors, data, _, _ = setting()
+    method = AdaMerging(steps=1)
+    with pytest.raises(ValueError, match="takes every tensor of it. Give `TaskVectors`"):
+        method.prepare(list(vectors), data)
+    with pytest.raises(ValueError, match="it needs data"):
+        method.prepare(vectors)
+    with pytest.raises(ValueError, match="none for expert 'b', only for a"):
+        method.prepare(vectors, TaskData({"a": data.loaders["a"]}, data.forward))
+    with pytest.raises(ValueError, match="that of expert 'a' gave no batches"):
+        method.prepare(vectors, TaskData({"a": [], "b": []}, data.forward))
+    with pytest.raises(ValueError, match=r"the logits have shape \(4,\)"):
+        method.prepare(vectors, TaskData(data.loaders, lambda w, b: data.forward(w, b)[:, 0]))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        method.prepare(vectors, TaskData(data.loaders, lambda w, b: data.forward(w, b) * torch.nan))
+    ready = method.prepare(vectors, data)
+    with pytest.raises(ValueError, match="none for module '0', only for first.weight, second.weight"):
+        ready(torch.ones(2, 6, 4))
+    fewer = ModuleBatch.of(torch.ones(1, 1, 6, 4), ["first.weight"], ["a"])
+    with pytest.raises(ValueError, match="Prepare the method on the experts it merges"):
+        ready.merge(fewer)
+    with pytest.raises(ValueError, match="the whole model before a module can be merged"):
+        ConcreteTaskArithmetic().merge(fewer)
+
+
+def test_collected_statistics_reach_the_methods() -> None:
+    """From models and data to merged updates, as a user would."""
+    vectors, data, model, loaders = setting()
+    fisher, moments = {}, {}
+    for name in vectors.names:
+        model.load_state_dict({k: vectors.experts[name].read(k) for k in vectors.base.tensors})
+        call = lambda m, b: m(b)  # noqa: E731
+        fisher[name] = collect_fisher(model, loaders[name], call, vectors.views, dtype=torch.float64)
+        moments[name] = collect_activations(model, loaders[name], call, vectors.views, dtype=torch.float64)
+    methods: list[MergingMethod] = [
+        FisherMerging(ModuleStatistics("fisher", fisher)),
+        RegMean(ModuleStatistics("activations", moments)),
+        GradientMatching(ModuleStatistics("fisher", fisher), 0.4),
+    ]
+    for method in methods:
+        ready = method.prepare(vectors)
+        for module in vectors:
+            merged = ready.merge(ModuleBatch.of_module(module))
+            assert merged.shape == (1, *module.base.shape)
+            assert 0 < float(merged.norm()) < 2 * float(module.updates.norm())
+
+
+@pytest.mark.parametrize("cls", [c for c in METHODS.values() if c.about.data != "none"], ids=lambda c: c.__name__)
+def test_registered_with_what_it_needs(cls: type[MergingMethod]) -> None:
+    assert ", 20" in cls.about.citation
+    assert "arXiv" in cls.about.citation
+    assert cls.about.data in ("fisher", "activations", "inputs")
+    assert name_of(cls)
