@@ -15,7 +15,7 @@ given, with other seeds, and not with other tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -224,34 +224,25 @@ def compare_methods(
         raise ValueError(
             "`compare_methods(...)`: no method or no task, or one called like the experts. Give one of both at least."
         )
-    seeds = {method: len(next(iter(by_task.values()))) for method, by_task in tables.items()}
-    mixing = {
-        count: torch.cat(list(resamples(count, num_resamples, seed=seed))) / count for count in set(seeds.values())
-    }
-    values: dict[str, list[Tensor]] = {score: [] for score in SCORES}
-    replicates: dict[str, list[Tensor]] = {score: [] for score in SCORES}
+    seeds = [len(next(iter(by_task.values()))) for by_task in tables.values()]
+    mixing = [torch.cat(list(_weights(count, num_resamples, seed))) / count for count in seeds]
+    by_task = []
     for number, task in enumerate(labels):
-        columns = _Columns([pair for by_task in tables.values() for pair in by_task[task]], bins)
-        size = len(labels[task])
-        plain = columns.scores(torch.ones(1, size, dtype=torch.float64))
-        batches = [columns.scores(w) for w in resamples(size, num_resamples, seed=seed + 1 + number)]
-        for score in SCORES:
-            drawn = torch.cat([batch[score] for batch in batches]).split(list(seeds.values()), 1)
-            mixed = [(each * mixing[each.shape[1]]).sum(1) for each in drawn]
-            replicates[score].append(torch.stack(mixed, 1))
-            values[score].append(torch.stack([each.mean() for each in plain[score].split(list(seeds.values()), 1)]))
-    table = {score: torch.stack(rows, -1) for score, rows in values.items()}
-    drawn_table = {score: torch.stack(rows, -1) for score, rows in replicates.items()}
-    last = len(predictions)
+        columns = _Columns([pair for tasks in tables.values() for pair in tasks[task]], bins)
+        weights = _weights(len(labels[task]), num_resamples, seed + 1 + number)
+        by_task.append(columns.over_seeds(weights, mixing))
+    found = {score: torch.stack([each[score] for each in by_task], -1) for score in SCORES}
+    methods = len(predictions)
+    own = None if experts is None else found["accuracy"][:, methods]
     return Comparison(
         tuple(predictions),
         tuple(labels),
-        {score: rows[:last] for score, rows in table.items()},
-        {score: rows[:, :last] for score, rows in drawn_table.items()},
-        None if experts is None else table["accuracy"][last],
-        None if experts is None else drawn_table["accuracy"][:, last],
+        {score: rows[0, :methods] for score, rows in found.items()},
+        {score: rows[1:, :methods] for score, rows in found.items()},
+        None if own is None else own[0],
+        None if own is None else own[1:],
         confidence,
-        _doubts(max(seeds[method] for method in predictions), min(len(each) for each in labels.values())),
+        _doubts(max(seeds[:methods]), min(len(each) for each in labels.values())),
     )
 
 
@@ -278,6 +269,26 @@ class _Columns:
         found = {score: weights @ each / size for score, each in self._means.items()}
         gaps = self._binning.sums(self._gap, weights).abs().unflatten(1, (-1, self._bins))
         return found | {"ece": gaps.sum(2) / size}
+
+    def over_seeds(self, weights: Iterable[Tensor], mixing: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Score -> ``(B, methods)``: weighted means over the seeds of each method, weights ``(B, seeds)``."""
+        batches = [self.scores(each) for each in weights]
+        counts = [each.shape[1] for each in mixing]
+        found = {}
+        for score in SCORES:
+            parts = torch.cat([batch[score] for batch in batches]).split(counts, 1)
+            found[score] = torch.stack([(own * mix).sum(1) for own, mix in zip(parts, mixing, strict=True)], 1)
+        return found
+
+
+def _weights(size: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """The data as they are, then their resamples.
+
+    Yields:
+        ``(batch, size)``; the first has one row of ones.
+    """
+    yield torch.ones(1, size, dtype=torch.float64)
+    yield from resamples(size, num_resamples, seed=seed)
 
 
 def _tables(method: str, by_task: Mapping[str, BySeed], labels: Mapping[str, Array]) -> dict[str, list[Labelled]]:

@@ -88,7 +88,7 @@ def test_debiased_square_is_unbiased() -> None:
     accuracy = torch.tensor([0.7] * 20 + [0.6] * 20)
     generator = torch.Generator().manual_seed(5)
     found, plain = [], []
-    for _ in range(1000):
+    for _ in range(600):
         y = (torch.rand(40, generator=generator) > accuracy).long()
         found.append(float(_debiased_square(p, y)))
         plain.append(scores.ece(p, y, 5))
@@ -111,14 +111,14 @@ def test_debiased_square_by_hand() -> None:
 
 
 def test_intervals_cover_what_they_are_about() -> None:
-    """ECE at this size, the true accuracy and NLL, the calibrated ECE, and a difference; 60 data sets of 200."""
-    repeats = [predictions(200, 4, 2.0, seed) for seed in range(1000, 1800)]
+    """ECE at this size, the true accuracy and NLL, the calibrated ECE, and a difference; 40 data sets of 200."""
+    repeats = [predictions(200, 4, 2.0, seed) for seed in range(1000, 1400)]
     ece = float(np.mean([scores.ece(p, y) for p, y in repeats]))
     nll = float(np.mean([scores.nll(p.log(), y) for p, y in repeats]))
     hits = {"ece": 0, "nll": 0, "difference": 0, "calibrated": 0}
     softened = [(p.sqrt() / p.sqrt().sum(1, keepdim=True), y) for p, y in repeats]  # calibrated
     gain = ece - float(np.mean([scores.ece(p, y) for p, y in softened]))
-    for seed in range(60):
+    for seed in range(40):
         (p, y), (q, _) = repeats[seed], softened[seed]
         over, right = (calibration(each, y, seed=seed, num_resamples=100) for each in (p, q))
         hits["ece"] += over.ece.low <= ece <= over.ece.high
@@ -127,7 +127,7 @@ def test_intervals_cover_what_they_are_about() -> None:
         between = calibration_difference(p, q, y, seed=seed, num_resamples=100)["ece"]
         hits["difference"] += between.low <= gain <= between.high
         assert over.ece.value > over.ece_if_calibrated.value
-    assert min(hits.values()) >= 52, hits
+    assert min(hits.values()) >= 34, hits
 
 
 def test_difference_of_equals_is_nothing_and_pairing_helps() -> None:
@@ -270,3 +270,14 @@ def test_refused(table: Tensor, labels: Tensor, bins: int, message: str) -> None
     for call in (calibration, reliability, brier_parts):
         with pytest.raises(ValueError, match=message):
             call(table, labels, seed=0, bins=bins)
+
+
+@pytest.mark.gpu
+def test_on_a_device_as_on_the_cpu() -> None:
+    p, y = predictions(200, 3, 2.0)
+    here, there = (calibration(p.to(device), y, seed=0, num_resamples=20) for device in ("cpu", "cuda"))
+    for name, estimate in here.scores.items():
+        assert there.scores[name].value == pytest.approx(estimate.value)
+        assert there.scores[name].high == pytest.approx(estimate.high)
+    assert brier_parts(p.cuda(), y, seed=0, num_resamples=10).brier.value == pytest.approx(here.brier.value)
+    assert int(reliability(p.cuda(), y, seed=0, num_resamples=10).counts.sum()) == 200
