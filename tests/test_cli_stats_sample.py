@@ -1,0 +1,507 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inference.draw_files import load_draws
+from inference.evidence import annealed_evidence, log_evidence
+from inference.fixed_point import solve_posterior
+from inference.gibbs import gibbs_posterior
+from inference.hmc import hmc
+from inference.laplace import Laplace
+from inference.model_draws import FullDraws, SpanDraws
+from inference.statistics_files import load_statistics, statistics_digest
+from poe_merge import _drawing, _ensemble, _sampling, _stats
+from poe_merge.cli import run
+from poe_models import AbsolutePrecision, Anchor, Expert, ProductOfExperts, StudentT, span_posterior
+from tests.helpers import assert_close
+
+State = dict[str, Tensor]
+Cli = Callable[..., tuple[int, str, str]]
+SHAPES = {"0.mlp.weight": (8, 4), "1.mlp.weight": (8, 4), "1.attn.weight": (4, 4), "1.bias": (4,)}
+MERGED = ("0.mlp.weight", "1.attn.weight", "1.mlp.weight")
+CONFIG = {
+    "base_model": "base",
+    "models": [{"model": "mnist"}, {"model": "emoji"}],
+    "parameters": {"energy": "StudentT(4.0)", "eta": 0.2, "lambda": 0.7},
+}
+QUICK = ("--draws", "20", "--warmup", "5")
+
+
+@pytest.fixture
+def state(generator: torch.Generator) -> Callable[[], State]:
+    return lambda: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def here(tmp_path: Path, state: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a base, two experts, another checkpoint and `config.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "mnist", "emoji", "other"):
+        (tmp_path / name).mkdir()
+        save_file(state(), tmp_path / name / "model.safetensors")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+@pytest.fixture
+def cli(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = run([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def done(cli: Cli) -> Cli:
+    """A call that succeeds."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status, out, err = cli(*arguments)
+        assert status == 0, err
+        return status, out, err
+
+    return call
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.fixture
+def fails(cli: Cli, here: Path) -> Callable[..., str]:
+    """One line on stderr, status 2, nothing printed, nothing written."""
+
+    def call(*arguments: object) -> str:
+        before = listing(here)
+        status, out, err = cli(*arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+        assert listing(here) == before
+        return err.removeprefix("error: ").strip()
+
+    return call
+
+
+def weights(folder: Path) -> State:
+    return load_file(folder / "model.safetensors")
+
+
+def updates(here: Path, tensor: str) -> Tensor:
+    """The experts' updates, (N, d_out, d_in) float64."""
+    base = weights(here / "base")[tensor].double()
+    return torch.stack([weights(here / name)[tensor].double() - base for name in ("mnist", "emoji")])
+
+
+# --- stats ---
+
+
+def test_stats_saves_everything_and_says_what(done: Cli, here: Path) -> None:
+    _, out, err = done("stats", "config.yaml", "--out", "stats")
+    assert err == ""
+    record = json.loads((here / "stats" / "statistics.json").read_text())
+    assert {path.name for path in (here / "stats").iterdir()} == {"statistics.json", "statistics.safetensors"}
+    assert re.search(r"stats: 3 modules, 2 experts \(mnist, emoji\), InputGram\(\) around the centre zero; \d", out)
+    assert f"digest {record['digest'][:12]}." in out
+    statistics = load_statistics(here / "stats")
+    assert statistics.modules == MERGED
+    for index, tensor in enumerate(MERGED):
+        flat = updates(here, tensor).flatten(1)
+        assert_close(statistics.gram[index, :2, :2], flat @ flat.mT, 1e-5)
+    assert set(record["inputs"]) == {"base", "expert mnist", "expert emoji"}
+    assert record["settings"]["config"]["parameters"]["eta"] == "RelativePrecision(eta=0.2)"
+
+
+def test_every_span_method_runs_from_the_file_alone(done: Cli, here: Path) -> None:
+    done("stats", "config.yaml", "--out", "stats")
+    done("merge", "config.yaml", "--coordinates", "span", "--dtype", "float64", "--out", "merged")
+    base, map_, spans = (weights(here / name) for name in ("base", "merged", "base"))
+    basis = {tensor: updates(here, tensor) for tensor in MERGED}
+    for name in ("base", "mnist", "emoji", "other"):
+        shutil.rmtree(here / name)
+
+    statistics = load_statistics(here / "stats")
+    poe = ProductOfExperts.of(["mnist", "emoji"], energy=StudentT(4.0), anchor=Anchor())
+    eta = span_posterior(poe, statistics)[0].anchor_precision  # relative precision 0.1
+    posterior, coordinates = span_posterior(poe * Anchor(precision=AbsolutePrecision(float(2 * eta[0]))), statistics)
+    mode = solve_posterior(posterior).value
+    coefficients = coordinates.coefficients(mode)[0]
+    merged = base[MERGED[0]].double() + 0.7 * torch.einsum("j,jab->ab", coefficients[:2], basis[MERGED[0]])
+    assert_close(merged, map_[MERGED[0]].double(), 1e-5)
+    generator = torch.Generator().manual_seed(0)
+    exact = gibbs_posterior(posterior, 1000, generator=generator).values.flatten(0, 1)
+    general = hmc(posterior, 400, generator=generator, warmup=100).values.flatten(0, 1)
+    normal = Laplace(posterior, mode)
+    spread = normal.standard_deviations()
+    assert float((exact.mean(0) - general.mean(0)).abs().max() / exact.std(0).max()) < 0.15
+    assert float((spread / exact.std(0))[..., :2, :].log().abs().max()) < 1.0
+    bounded = ProductOfExperts(
+        tuple(Expert(name, energy=StudentT(4.0, "multivariate")) for name in ("mnist", "emoji")), poe.anchor
+    )
+    normalised, _ = span_posterior(bounded, statistics)
+    by_laplace = log_evidence(normalised, solve_posterior(normalised).value)
+    by_annealing = annealed_evidence(normalised, particles=64, steps=64, generator=generator)
+    assert float((by_laplace.value - by_annealing.value).abs().max()) < 0.5
+    assert spans.keys() == base.keys()
+
+
+def test_stats_leaves_nothing_half_written(
+    cli: Cli, fails: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "there").mkdir()
+    assert "the output folder there exists" in fails("stats", "config.yaml", "--out", "there")
+    assert "contains the input" in fails("stats", "config.yaml", "--out", "mnist/..")
+    assert "give the folder to make, --out DIR" in fails("stats", "config.yaml")
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    before = listing(here)
+    for place in ("collect_statistics", "save_statistics"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_stats, place, interrupted)
+            status, _, err = cli("stats", "config.yaml", "--out", "stats")
+        assert (status, err) == (130, "warning: interrupted; nothing was written.\n")
+        assert listing(here) == before
+    monkeypatch.setattr("inference._artifacts.save_file", interrupted)
+    assert cli("stats", "config.yaml", "--out", "stats")[0] == 130
+    assert listing(here) == before
+
+
+def test_bad_weights_and_designs_are_refused(fails: Callable[..., str], here: Path) -> None:
+    maps = {"residual_map": [{"filter": "attn", "value": "OutputGram"}, {"value": "InputGram"}]}
+    (here / "maps.yaml").write_text(yaml.safe_dump({**CONFIG, "parameters": maps}))
+    assert re.search(r"'1.attn.weight' has OutputGram\(\).*make two sets", fails("stats", "maps.yaml", "--out", "s"))
+    shutil.copy(here / "base" / "model.safetensors", here / "mnist" / "model.safetensors")
+    assert "holds the same weights as the base" in fails("stats", "config.yaml", "--out", "s")
+    broken = weights(here / "other")
+    broken["0.mlp.weight"][0, 0] = torch.nan
+    save_file(broken, here / "mnist" / "model.safetensors")
+    assert re.search("'0.mlp.weight'.*NaN", fails("stats", "config.yaml", "--out", "s"))
+
+
+# --- statistics of something else ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--residual-map", "OutputGram"), r'residual_maps\[0\] was "InputGram\(\)", now it is "OutputGram\(\)"'),
+        (("--anchor", "average"), r'center was "zero", now it is "'),
+        (("--dtype", "float64"), r'dtype was "float32", now it is "float64"'),
+        (("--rule", "{match: attn, action: base}"), "tensors.1.attn.weight was .*, now it is missing"),
+        (("--rule", "{match: attn, action: merge, view: {blocks: 2}}"), "tensors.1.attn.weight was .*equal row blocks"),
+        (("--model", "mnist", "--model", "other"), r'updates\[1\] was "emoji", now it is "other"'),
+        (("--model", "mnist", "--model", "emoji=other"), "model.safetensors of the expert emoji has the sha256"),
+        (("--base-model", "other"), "model.safetensors of the base has the sha256"),
+    ],
+)
+def test_statistics_of_something_else_name_it(
+    arguments: tuple[str, ...], what: str, done: Cli, fails: Callable[..., str]
+) -> None:
+    done("stats", "config.yaml", "--out", "stats")
+    message = fails("sample", "config.yaml", "--stats", "stats", "--out", "out", *arguments)
+    assert re.search(rf"^stats: these statistics .*{what}.*Make the statistics again", message)
+
+
+def test_statistics_do_not_depend_on_paths_energies_or_lambda(done: Cli, here: Path) -> None:
+    done("stats", "config.yaml", "--out", "stats")
+    (here / "mnist").rename(here / "moved")
+    arguments = ("--model", "mnist=moved", "--model", "emoji", "--energy", "Cauchy", "--lambda", "0.3", "--eta", "2")
+    done("sample", "config.yaml", "--stats", "stats", "--out", "out", "-n", "1", *QUICK, *arguments)
+
+
+def test_files_that_are_no_statistics(done: Cli, fails: Callable[..., str], here: Path) -> None:
+    assert "no statistics here" in fails("sample", "config.yaml", "--stats", "base", "--out", "out")
+    done("stats", "config.yaml", "--out", "stats")
+    record = here / "stats" / "statistics.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "inputs": None}))
+    assert "nothing is recorded" in fails("sample", "config.yaml", "--stats", "stats", "--out", "out")
+
+
+# --- sample ---
+
+
+def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
+    _, out, err = done("sample", "config.yaml", "-n", "3", "--out", "out", "--seed", "3")
+    assert re.search(r"out: 3 members as checkpoints, .*; 3 modules drawn by gibbs in Span coordinates at temp", out)
+    shown = re.search(r"4 chains of 250 draws: largest R-hat (\d\.\d{3}), smallest effective sample size (\d+)\.", out)
+    assert shown is not None
+    draws = load_draws(here / "out" / "draws")
+    assert isinstance(draws, SpanDraws)
+    assert (draws.num_chains, draws.num_draws, draws.modules) == (4, 250, MERGED)
+    some = draws.thinned(3).coefficients[0]
+    for number in range(3):
+        member = weights(here / "out" / f"member-{number:03d}")
+        assert {name: tuple(value.shape) for name, value in member.items()} == SHAPES
+        for index, tensor in enumerate(MERGED):
+            update = torch.einsum("j,jab->ab", some[number, index, :2], updates(here, tensor))
+            expected = weights(here / "base")[tensor].double() + 0.7 * update
+            assert_close(member[tensor].double(), expected, 1e-5)
+    data = az.from_netcdf(str(here / "out" / "draws.nc"))
+    assert data.posterior["coefficients"].shape == (4, 250, 3, 2)
+    assert np.array_equal(data.posterior["coefficients"].values, draws.coefficients[..., :2].numpy())
+    assert "lp" in data.sample_stats
+    assert data.attrs["statistics_digest"] == draws.source
+    found = float(az.rhat(data.posterior["coefficients"])["coefficients"].max())
+    assert float(shown[1]) == pytest.approx(found, abs=6e-4)
+    record = json.loads((here / "out" / "sample.json").read_text())
+    assert record["convergence"]["r_hat"] == pytest.approx(found)
+    assert ("R-hat" in err) == (found > 1.01)
+    assert "no log_likelihood for ArviZ" in err
+    assert json.loads((here / "out" / "ensemble.json").read_text())["members"] == 3
+
+
+def test_normalised_experts_have_a_log_likelihood(done: Cli, here: Path) -> None:
+    energy = "StudentT(4.0, exponent='multivariate')"
+    _, _, err = done("sample", "config.yaml", "--out", "out", "-n", "1", "--energy", energy)
+    assert "log_likelihood" not in err
+    data = az.from_netcdf(str(here / "out" / "draws.nc"))
+    assert data.log_likelihood["updates"].shape == (4, 250, 3, 2)
+
+
+def test_statistics_and_a_pass_over_the_weights_give_the_same_bytes(done: Cli, here: Path) -> None:
+    done("stats", "config.yaml", "--out", "stats")
+    arguments = ("sample", "config.yaml", "-n", "2", *QUICK)
+    done(*arguments, "--out", "one", "--stats", "stats")
+    done(*arguments, "--out", "two")
+    done(*arguments, "--out", "three", "--seed", "1")
+    one, two, three = (load_draws(here / name / "draws") for name in ("one", "two", "three"))
+    assert one.source == statistics_digest(load_statistics(here / "stats"))
+    assert one.digest() == two.digest() != three.digest()
+    for number in range(2):
+        name = f"member-{number:03d}/model.safetensors"
+        assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes()
+
+
+def test_deltas_add_up_to_the_checkpoints(done: Cli, here: Path) -> None:
+    arguments = ("sample", "config.yaml", "-n", "2", *QUICK, "--pattern", "mlp")
+    done(*arguments, "--out", "whole")
+    done(*arguments, "--out", "deltas", "--format", "deltas")
+    shared = load_file(here / "deltas" / "shared" / "delta.safetensors")
+    assert set(shared) == {"1.attn.weight", "1.bias"}
+    for number in range(2):
+        delta = load_file(here / "deltas" / f"member-{number:03d}" / "delta.safetensors")
+        assert {value.dtype for value in delta.values()} == {torch.float32}
+        for name, value in weights(here / "whole" / f"member-{number:03d}").items():
+            assert_close(weights(here / "base")[name] + {**shared, **delta}[name], value, 1e-6)
+
+
+def test_a_pattern_leaves_the_rest_at_the_map(done: Cli, here: Path) -> None:
+    _, out, _ = done("sample", "config.yaml", "-n", "2", *QUICK, "--pattern", r"^1\.(mlp|bias)", "--out", "out")
+    assert "1 modules drawn" in out
+    assert "2 more tensors at the MAP" in out
+    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged")
+    first, second, merged = (weights(here / n) for n in ("out/member-000", "out/member-001", "merged"))
+    for name in SHAPES:
+        assert torch.equal(first[name], second[name]) == (name != "1.mlp.weight")
+        if name != "1.mlp.weight":
+            assert_close(first[name], merged[name], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("gibbs", ("--draws", "5", "--thin", "2", "--warmup", "20")),
+        ("laplace", ()),
+        ("hmc", ("--chains", "4", "--draws", "3", "--warmup", "60")),
+        ("nuts", ("--chains", "2", "--draws", "2", "--warmup", "20")),
+        ("full-gibbs", ("--draws", "5", "--warmup", "20", "--coordinates", "full")),
+        ("full-laplace", ("--coordinates", "full")),
+    ],
+)
+def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str, ...], done: Cli, here: Path) -> None:
+    """Designs that differ between tensors, in an order of their own: each module must be drawn from its own."""
+    energies = [{"filter": "attn", "value": "Gaussian"}, {"value": "StudentT(4.0)"}]
+    config = {**CONFIG, "parameters": {"energy": energies, "eta": [{"filter": "attn", "value": 0.5}, {"value": 0.1}]}}
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    coordinates = "full" if "full" in method else "span"
+    done("merge", "config.yaml", "--coordinates", coordinates, "--out", "merged")
+    # Trajectories from starts at the task vectors take longer, the colder it is.
+    temperature, tolerance = (1e-2, 0.5) if method in ("hmc", "nuts") else (1e-9, 2e-3)
+    options = ("--method", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
+    done("sample", "config.yaml", "-n", "2", "--out", "out", *options)
+    merged, base = weights(here / "merged"), weights(here / "base")
+    for number in range(2):
+        member = weights(here / "out" / f"member-{number:03d}")
+        for name in MERGED:
+            assert_close(member[name] - base[name], merged[name] - base[name], tolerance)
+    draws = load_draws(here / "out" / "draws")
+    assert draws.modules == MERGED
+    files = {path.name for path in (here / "out").glob("*.nc")}
+    assert files == (set() if coordinates == "full" else {"draws-0.nc", "draws-1.nc"})
+    if isinstance(draws, SpanDraws):
+        for number in range(2):
+            data = az.from_netcdf(str(here / "out" / f"draws-{number}.nc"))
+            places = [MERGED.index(name) for name in data.posterior["module"].values]
+            assert np.array_equal(data.posterior["coefficients"].values, draws.coefficients[:, :, places, :2].numpy())
+    else:
+        assert isinstance(draws, FullDraws)
+        assert draws.temperature.tolist() == [1e-9] * 3
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_a_checkpoint_as_the_anchor(stats: bool, done: Cli, fails: Callable[..., str], here: Path) -> None:
+    anchor = ("--anchor", "other", "--eta", "1.0")
+    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged", *anchor)
+    given: tuple[str, ...] = ()
+    if stats:
+        _, out, _ = done("stats", "config.yaml", "--out", "stats", *anchor)
+        assert "around the centre tensor" in out
+        given = ("--stats", "stats")
+    done("sample", "config.yaml", "-n", "1", "--out", "out", "--temperature", "1e-9", *QUICK, *anchor, *given)
+    merged, member, base = (weights(here / name) for name in ("merged", "out/member-000", "base"))
+    for name in MERGED:
+        assert_close(member[name] - base[name], merged[name] - base[name], 2e-3)
+    draws = load_draws(here / "out" / "draws")
+    assert isinstance(draws, SpanDraws)
+    assert bool((draws.coefficients[..., -1] > 0.05).all())
+    if stats:
+        shutil.copy(here / "mnist" / "model.safetensors", here / "other" / "model.safetensors")
+        message = fails("sample", "config.yaml", "--stats", "stats", "--out", "again", *anchor)
+        assert "model.safetensors of the anchor 1 has the sha256" in message
+
+
+def test_fewer_members_than_chains_and_more_than_the_default(
+    done: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done("sample", "config.yaml", "-n", "1", "--out", "one", "--chains", "3", *QUICK)
+    assert listing(here / "one") >= {"member-000"}
+    assert "member-001" not in listing(here / "one")
+    _, _, err = done("sample", "config.yaml", "-n", "3", "--out", "few", "--chains", "1", "--draws", "3")
+    assert "1 chains of 3 draws are too few to trust R-hat" in err
+    assert "there is one chain" in err
+    monkeypatch.setattr(_sampling, "DRAWS", 2)
+    done("sample", "config.yaml", "-n", "5", "--out", "many", "--chains", "2", "--warmup", "5")
+    assert load_draws(here / "many" / "draws").num_draws == 3
+
+
+def test_chains_that_disagree_are_warned_about(done: Cli) -> None:
+    _, out, err = done(
+        "sample", "config.yaml", "-n", "1", "--out", "out", "--draws", "6", "--warmup", "0", "--eta", "1e-6"
+    )
+    shown = re.search(r"largest R-hat (\d\.\d+)", out)
+    assert shown is not None
+    assert float(shown[1]) > 1.01
+    assert f"warning: R-hat: largest R-hat {shown[1]}" in err
+
+
+def test_hot_draws_are_warned_about(done: Cli) -> None:
+    def done_at(temperature: str, *more: str) -> str:
+        out = f"out-{temperature}-{len(more)}"
+        return done("sample", "config.yaml", "-n", "1", "--out", out, *QUICK, "--temperature", temperature, *more)[2]
+
+    assert "draws are the anchor's rather than the experts'" in done_at("30")
+    assert "anchor's" not in done_at("0.5")
+    assert "anchor's" in done_at("1.0", "--coordinates", "full")  # 2 sum kappa / D = 10 / 16 at most
+
+
+# --- interrupted and resumed ---
+
+
+def test_resume_goes_on_with_the_draws_there_are(
+    cli: Cli, done: Cli, fails: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("sample", "config.yaml", "-n", "3", *QUICK)
+    done(*arguments, "--out", "whole")
+    real = _ensemble.MergedEnsemble.save
+
+    def stopped(self: Any, out: Path, **options: Any) -> Path:
+        class Stop:
+            def begin(self, stage: str, modules: int, nbytes: int) -> None: ...
+
+            def advance(self, modules: int, nbytes: int) -> None:
+                raise KeyboardInterrupt
+
+        return real(self, out, **{**options, "progress": Stop()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_ensemble.MergedEnsemble, "save", stopped)
+        status, _, err = cli(*arguments, "--out", "out")
+    assert status == 130
+    assert "Go on with the same command and --resume" in err
+    assert not (here / "out").exists()
+    assert listing(here / "out.partial") >= {"member-000", "draws", "draws.nc", "sample.json"}
+    assert "left from an interrupted save" in fails(*arguments, "--out", "out")
+    message = fails(*arguments, "--out", "out", "--resume", "--temperature", "0.5")
+    assert "was begun with sampling.temperature = 1.0, now it is 0.5" in message
+    message = fails(*arguments, "--out", "out", "--resume", "--eta", "0.3")
+    assert "config.parameters.eta" in message
+    monkeypatch.setattr(_ensemble, "draw_span", None)  # nothing is drawn again
+    _, out, _ = done(*arguments, "--out", "out", "--resume")
+    assert "largest R-hat" in out
+    assert listing(here / "out") == listing(here / "whole")
+    for number in range(3):
+        name = f"member-{number:03d}/model.safetensors"
+        assert (here / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+def test_interrupted_draws_leave_nothing(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    before = listing(here)
+    monkeypatch.setattr(_drawing, "gibbs_posterior", interrupted)
+    status, _, err = cli("sample", "config.yaml", "--out", "out")
+    assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
+    assert listing(here) == before
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give the folder to make, --out DIR"),
+        (("--out", "mnist"), "contains the input"),
+        (("--out", "o", "--method", "gibs"), "--method gibs: did you mean `gibbs`?"),
+        (("--out", "o", "--format", "delta"), "--format delta: did you mean `deltas`?"),
+        (("--out", "o", "--tempreature", "1"), "no option `--tempreature`; did you mean `--temperature`?"),
+        (("--out", "o", "--temperature", "0"), "--temperature 0: must be positive and finite"),
+        (("--out", "o", "--temperature", "nan"), "--temperature nan: must be positive and finite"),
+        (("--out", "o", "--pattern", "("), r"--pattern '(': no regular expression"),
+        (
+            ("--out", "o", "--pattern", "lm_head"),
+            "--pattern 'lm_head': fits none of the 3 merged modules (0.mlp.weight",
+        ),
+        (("--out", "o", "--pattern", "bias", "--coordinates", "full"), "fits none of the 3 merged modules"),
+        (("--out", "o", "-n", "0"), "Invalid value for '-n'"),
+        (("--out", "o", "-n", "9", "--chains", "2", "--draws", "4"), "2 chains of 4 draws are only 8"),
+        (
+            ("--out", "o", "--energy", "Welsch"),
+            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --method hmc",
+        ),
+        (("--out", "o", "--energy", "Huber(1.0)", "--coordinates", "full"), "with --coordinates span"),
+        (("--out", "o", "--coordinates", "full", "--method", "nuts"), "--method nuts: runs in Span coordinates only"),
+        (("--out", "o", "--coordinates", "full", "--stats", "s"), "--stats: Full draws are made from the weights"),
+        (("--out", "o", "--method", "laplace", "--warmup", "3"), "--warmup 3: the method has no use for it"),
+        (("--out", "o", "--method", "hmc", "--thin", "3"), "--thin 3: the method has no use for it"),
+        (("--out", "o", "--method", "hmc", "--chains", "1"), "2 chains"),
+        (("--out", "o", "--eta", "0"), "the anchor's precision is zero"),
+        (("--out", "o", "--eta", "0", "--coordinates", "full"), "is improper"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, ...], message: str, fails: Callable[..., str]) -> None:
+    assert message in fails("sample", "config.yaml", *arguments)
+
+
+def test_coordinates_of_one_kind(fails: Callable[..., str], here: Path) -> None:
+    mixed = [{"filter": "attn", "value": "full"}, {"value": "span"}]
+    (here / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "parameters": {"coordinates": mixed}}))
+    assert "`coordinates` differ between tensors" in fails("sample", "config.yaml", "--out", "o")
