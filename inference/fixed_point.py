@@ -80,7 +80,8 @@ def fixed_point(
         solution = solve_posterior(full_posterior(poe, updates, low_rank), options)
         value = solution.value
     else:
-        posterior, span = span_posterior(poe, span_statistics(poe, updates))
+        ranks = any(expert.energy.needs_dimension for expert in poe.experts)
+        posterior, span = span_posterior(poe, span_statistics(poe, updates, ranks=ranks))
         solution = solve_posterior(posterior, options)
         coefficients = span.coefficients(solution.value)
         value = torch.einsum("mj,mjab->mab", coefficients.to(updates), span_basis(poe, updates))
