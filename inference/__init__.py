@@ -4,41 +4,91 @@
 ``laplace(poe, updates, at=solution)`` and ``gibbs(poe, updates, num_samples, generator=...)`` describe the posterior of
 the merged update, ``gibbs_posterior``, ``hmc`` and ``nuts`` that of a bound posterior in its own (Span) coordinates;
 ``minimize(posterior)`` serves experts that are only a function.
+
+For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
+updates themselves, and a ``MergedEnsemble`` turns either kind of draws into models. ``temper`` chooses the temperature,
+``compare_designs`` ranks designs by their evidence, and ``hierarchical`` infers scales and tails.
 """
 
 from inference.design import Design
+from inference.draw_files import load_draws, save_draws
 from inference.draws import Draws, RegeneratedDraws, StoredDraws
+from inference.ensemble import MemberPredictor, MergedEnsemble, Prediction
+from inference.evidence import (
+    DesignEvidence,
+    Evidence,
+    EvidenceTable,
+    annealed_evidence,
+    compare_designs,
+    log_evidence,
+    with_restricted_exponents,
+)
 from inference.fixed_point import fixed_point, solve_posterior
+from inference.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
+from inference.hierarchical import HierarchicalDraws, HierarchicalModel, hierarchical
 from inference.hmc import hmc
 from inference.laplace import DenseLaplace, Laplace, laplace
 from inference.lbfgs import minimize
+from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import require_proper
 from inference.reweighting import SolverOptions
 from inference.solution import Solution, Status
+from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from inference.streaming import MergeReport, merge_checkpoint, plan
+from inference.tempering import TemperaturePoint, Tempering, fit_logit_temperature, temper, temperature_range
 
 __all__ = [
     "DenseLaplace",
     "Design",
+    "DesignEvidence",
     "Draws",
+    "Evidence",
+    "EvidenceTable",
+    "FullDraws",
+    "HierarchicalDraws",
+    "HierarchicalModel",
     "Laplace",
+    "MemberPredictor",
     "MergeReport",
+    "MergedEnsemble",
+    "ModelDraws",
+    "Prediction",
     "RegeneratedDraws",
+    "RegenerationWarning",
     "Solution",
     "SolverOptions",
+    "SpanDraws",
     "Status",
     "StoredDraws",
+    "TemperaturePoint",
+    "Tempering",
+    "annealed_evidence",
+    "collect_statistics",
+    "compare_designs",
+    "fit_logit_temperature",
     "fixed_point",
     "gibbs",
     "gibbs_posterior",
+    "hierarchical",
     "hmc",
     "laplace",
+    "load_draws",
+    "load_statistics",
+    "log_evidence",
     "merge_checkpoint",
     "minimize",
+    "noise_control",
     "nuts",
     "plan",
     "require_proper",
+    "sample_full",
+    "save_draws",
+    "save_statistics",
     "solve_posterior",
+    "statistics_digest",
+    "temper",
+    "temperature_range",
+    "with_restricted_exponents",
 ]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.vision import demo, report
+from benchmarks.vision.ensembles import GIBBS, NOISE, Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Head, Scores, evaluate, mean_scores
 from benchmarks.vision.memory import PeakMemory
 from benchmarks.vision.methods import BASELINES, MAPS, METHODS, Method, solve
@@ -23,6 +24,9 @@ from benchmarks.vision.report import EXPERTS, MEAN, Row
 from benchmarks.vision.search import ETA_HALF_DECADES, Settings, search
 from benchmarks.vision.tasks import Split, Task
 from benchmarks.vision.train import Suite, save_folder
+from diagnostics.prediction_files import load_predictions
+from inference.design import Design
+from inference.scores import nll
 from poe_models import TaskVectors
 
 AVERAGE, ARITHMETIC = BASELINES
@@ -228,23 +232,69 @@ def toy_suite(folder: Path) -> Suite:
     return Suite(folder / "base", experts, tasks, heads, {}, {})
 
 
+def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) -> None:
+    """The table of ensembles hangs together, and the files say what it says."""
+    point, scaled, *ensembles = outcomes
+    assert (point.name, scaled.name) == ("MAP", "MAP, scaled logits")
+    assert dataclasses.astuple(point.mean) == pytest.approx(dataclasses.astuple(best.on(MEAN)), abs=1e-4)
+    assert scaled.mean.accuracy == point.mean.accuracy
+    assert [each.scope for each in ensembles] == ["all layers"] * 4 + ["last layer"] * 4
+    for each in (scaled, *ensembles):
+        for name, difference in each.differences.items():
+            assert difference.value == pytest.approx(getattr(each.mean, name) - getattr(point.mean, name), abs=1e-6)
+            assert difference.low <= difference.value <= difference.high
+    for scope in (ensembles[:4], ensembles[4:]):
+        assert len({each.temperature for each in scope}) == 1
+        assert scope[0].temperature in [tried.temperature for tried in scope[0].path]
+        assert len({each.mean.nll for each in scope}) >= 3  # the twin of a Gaussian design draws the same members
+    found = load_predictions(out / "predictions.npz")
+    assert found.methods == tuple(each.label for each in outcomes)
+    mean_nll = [nll(found.probabilities["Gibbs, last layer"][task].log(), found.labels[task]) for task in found.tasks]
+    assert sum(mean_nll) / len(mean_nll) == pytest.approx(ensembles[4].mean.nll, abs=1e-9)
+    with (out / "temperatures.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["members"] for line in lines] == ["Gibbs"] * 4 + ["white noise"] * 2
+    assert (out / "ensembles.md").read_text().count("\n| ") == len(outcomes)
+
+
+def test_white_noise_is_as_far_away_as_the_posterior(tmp_path: Path) -> None:
+    suite = toy_suite(tmp_path)
+    design = Design(BY_NAME["InputGram, Cauchy"].design(tuple(suite.experts), 0.1))
+    save_folder(tmp_path / "merged", load_file(suite.base / "model.safetensors"))
+    ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(2, 1, 2, 0, 1, 1))
+    drawn, noise = (ensembles.ensemble("last layer", kind, 1e-5, 2) for kind in (GIBBS, NOISE))
+    low, high = ensembles.ensemble("last layer", GIBBS, 1e-9, 1), ensembles.ensemble("last layer", GIBBS, 1e-3, 1)
+    name = "fire9.expand3x3.weight"
+    (mode,), (far,) = (list(each.members()) for each in (low, high))
+    for one, other in zip(drawn.members(), noise.members(), strict=True):
+        lengths = [float((state[name] - mode[name]).norm()) for state in (one, other)]
+        assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
+        assert lengths[0] < float((far[name] - mode[name]).norm())
+
+
 class TestDemo:
     methods = (*BASELINES, BY_NAME["Directional, Cauchy"], BY_NAME["InputGram, Gaussian"])
+    budget = Budget(members=2, search_members=1, temperatures=2, refinements=0, warmup=1, thin=1)
 
     def test_from_end_to_end(self, tmp_path: Path) -> None:
         suite, out = toy_suite(tmp_path), tmp_path / "out"
         console = Console(width=140, quiet=True)
-        rows = demo.run(suite, out, 2, 0, console, self.methods)
+        rows, outcomes = demo.run(suite, out, 2, 0, console, self.methods, self.budget)
         assert [row.name for row in rows] == ["base", EXPERTS, *(method.name for method in self.methods)]
-        assert sorted(path.name for path in out.iterdir()) == ["merged", "results.csv", "results.md", "results.png"]
+        assert {path.name for path in out.iterdir()} == {
+            *("merged", "results.csv", "results.md", "results.png"),
+            *("ensembles.md", "temperatures.csv", "predictions.npz"),
+        }
         method, best = demo.best_of(rows[2:], self.methods)
         merged = load_file(out / "merged" / "model.safetensors")
         build(merged)
         got = mean_scores(evaluate(merged, suite.tasks, suite.heads, "test"))
         assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(best.on(MEAN)), abs=1e-4)
         assert method.energy is not None
-        again = demo.run(suite, out, 2, 0, console, self.methods)  # the earlier demo's folder is replaced
+        again, same = demo.run(suite, out, 2, 0, console, self.methods, self.budget)  # an earlier folder is replaced
         assert [row.scores for row in again] == [row.scores for row in rows]
+        assert [outcome.scores for outcome in same] == [outcome.scores for outcome in outcomes]
+        check_outcomes(outcomes, best, suite, out)
 
     def test_a_folder_of_somebody_else_is_kept(self, tmp_path: Path) -> None:
         suite = toy_suite(tmp_path)

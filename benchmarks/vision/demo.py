@@ -3,7 +3,8 @@
 `python -m benchmarks.vision.demo` makes or loads the suite, chooses scale and anchor precision of every method on
 validation with one budget, and prints, per task and on average, how good the merges are and what they cost. The output
 folder gets the numbers (`results.csv`, `results.md`), a plot (`results.png`) and the best product of experts as an
-ordinary checkpoint folder (`merged`), which is loaded again and evaluated.
+ordinary checkpoint folder (`merged`), which is loaded again and evaluated. Then ensembles are drawn from the posterior
+around that merge (`ensembles.md`, `temperatures.csv`, `predictions.npz`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_table, write_paths
+from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
 from benchmarks.vision.methods import FINAL_STARTS, METHODS, SEARCH_STARTS, Merge, Method, solve
@@ -41,6 +44,7 @@ from benchmarks.vision.report import (
 )
 from benchmarks.vision.search import Settings, search
 from benchmarks.vision.train import Suite, accuracy_table, make_suite
+from diagnostics.prediction_files import predictions_of, save_predictions
 from inference.design import Design
 from inference.reweighting import SolverOptions
 from inference.streaming import merge_checkpoint
@@ -137,7 +141,7 @@ def compare(suite: Suite, methods: Sequence[Method], trials: int, seed: int, tel
     return rows
 
 
-def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> None:
+def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> Design:
     """Write one merge as a checkpoint folder, in the place of an earlier demo's.
 
     Args:
@@ -145,6 +149,9 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> N
         settings: Its settings.
         suite: Base and experts.
         out: The folder to make or replace.
+
+    Returns:
+        What was merged.
 
     Raises:
         FileExistsError: If `out` is something else than a merged model.
@@ -158,6 +165,7 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> N
         merge_checkpoint(TaskVectors(suite.base, suite.experts), design, Path(temporary) / MERGED)
         shutil.rmtree(out, ignore_errors=True)
         os.rename(Path(temporary) / MERGED, out)
+    return design
 
 
 def device_seconds(method: Method, settings: Settings, suite: Suite) -> dict[str, float]:
@@ -181,8 +189,14 @@ def best_of(rows: Sequence[Row], methods: Sequence[Method]) -> tuple[Method, Row
 
 
 def run(
-    suite: Suite, out: Path, trials: int, seed: int, console: Console, methods: Sequence[Method] = METHODS
-) -> list[Row]:
+    suite: Suite,
+    out: Path,
+    trials: int,
+    seed: int,
+    console: Console,
+    methods: Sequence[Method] = METHODS,
+    budget: Budget | None = None,
+) -> tuple[list[Row], list[Outcome]]:
     """Compare all methods, print and save everything.
 
     Args:
@@ -192,9 +206,10 @@ def run(
         seed: Of every search.
         console: Where to print.
         methods: What to compare: task arithmetic and at least one product of experts among them.
+        budget: How much is drawn for ensembles.
 
     Returns:
-        The rows that were printed.
+        The rows of methods and those of ensembles that were printed.
     """
     out.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
@@ -211,19 +226,43 @@ def run(
     note = selection_note(best, [len(task.splits["validation"]) for task in suite.tasks.values()])
     console.print(note, highlight=False)
     console.print(tail_table(tails))
-    report_best(methods, merged, suite, out, console)
+    design = report_best(methods, merged, suite, out, console)
     write_csv(out / "results.csv", [*rows, *(twin for _, twin in tails)])
     (out / "results.md").write_text(markdown(rows, tails, note), encoding="utf-8")
     bar_plot(rows, tails).savefig(out / "results.png", dpi=150)
-    console.print(f"numbers, plot and merged model: {out}", highlight=False)
-    return rows
+    outcomes = compare_ensembles(Ensembles(suite, design, out / MERGED, seed, budget or Budget()), out, console)
+    console.print(f"numbers, plots and merged model: {out}", highlight=False)
+    return rows, outcomes
 
 
-def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> None:
+def compare_ensembles(ensembles: Ensembles, out: Path, console: Console) -> list[Outcome]:
+    """Draw and judge ensembles, print and save what came out.
+
+    Args:
+        ensembles: What to draw.
+        out: Folder for the table, the temperatures and all predictions.
+        console: Where to print.
+
+    Returns:
+        The rows that were printed.
+    """
+    with Progress(console=console) as progress:
+        bar = progress.add_task("ensembles", total=None)
+        outcomes = ensembles.compare(lambda done, total: progress.update(bar, completed=done, total=total))
+    console.print(ensemble_table(outcomes))
+    console.print(ensemble_note(outcomes), highlight=False)
+    (out / "ensembles.md").write_text(ensemble_markdown(outcomes), encoding="utf-8")
+    write_paths(out / "temperatures.csv", outcomes)
+    probabilities = {each.label: {t: p.exp() for t, p in each.log_probabilities.items()} for each in outcomes}
+    save_predictions(predictions_of(ensembles.test.labels, probabilities), out / "predictions.npz")
+    return outcomes
+
+
+def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> Design:
     """Save the best merge, load it again, and say how it compares with task arithmetic."""
     method, best = best_of(merged, methods)
     assert best.settings is not None
-    save_merge(method, best.settings, suite, out / MERGED)
+    design = save_merge(method, best.settings, suite, out / MERGED)
     again = evaluate(out / MERGED, suite.tasks, suite.heads, "test")
     console.print(f"{best.name}, best on validation, saved and loaded again: test {mean_scores(again).accuracy:.3f}")
     arithmetic = next(row for row in merged if row.name == "task arithmetic")
@@ -236,11 +275,14 @@ def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, 
             console.print(f"{row.name}: did not converge in {', '.join(row.unconverged)}", style="yellow")
         if row.other_starts:
             console.print(f"{row.name}: another start than the twin won in {', '.join(row.other_starts)}")
+    return design
 
 
 def main() -> None:
     """Merge and compare."""
-    parser = argparse.ArgumentParser(description="Merge four fine-tuned SqueezeNets with every method and compare.")
+    parser = argparse.ArgumentParser(
+        description="Merge four fine-tuned SqueezeNets with every method, draw ensembles, and compare."
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for numbers, plot and merged model")
     parser.add_argument("--trials", type=int, default=TRIALS, help="settings that each method may try on validation")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
@@ -256,7 +298,7 @@ def main() -> None:
     made = time.perf_counter()
     run(suite, arguments.out, arguments.trials, arguments.seed, console)
     ended = time.perf_counter()
-    console.print(f"suite {made - started:.0f} s, merges {ended - made:.0f} s, {cores()} cores")
+    console.print(f"suite {made - started:.0f} s, merges and ensembles {ended - made:.0f} s, {cores()} cores")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -41,14 +43,34 @@ PATHS = "last layer"
 """Where noise gets a path of its own."""
 MAP, SCALED_MAP = "MAP", "MAP, scaled logits"
 GIBBS, LAPLACE, TWIN, NOISE = "Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise"
-MEMBERS, SEARCH_MEMBERS = 10, 4
-NUM_TEMPERATURES, REFINEMENTS = 7, 2
-WARMUP, THIN = 50, 5
 RESAMPLES = 1000
 NO_CLASS = -1e4
 """Logit of classes that a task does not have."""
 
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is drawn.
+
+    Args:
+        members: Of every ensemble on the test images; 10 in [BMM].
+        search_members: At every temperature that is tried on validation.
+        temperatures: Size of the grid of temperatures.
+        refinements: How often the grid is refined around its best point.
+        warmup: Gibbs steps before the first member.
+        thin: Gibbs steps between members.
+    """
+
+    members: int = 10
+    search_members: int = 4
+    temperatures: int = 4
+    refinements: int = 3
+    warmup: int = 50
+    thin: int = 5
+
+
 Statistic = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 class SuiteModel(nn.Module):
@@ -131,6 +153,11 @@ class Outcome:
     differences: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
+    def label(self) -> str:
+        """Name and scope."""
+        return f"{self.name}, {self.scope}" if self.scope else self.name
+
+    @property
     def mean(self) -> Scores:
         """Unweighted mean over tasks."""
         return mean_scores(self.scores)
@@ -144,19 +171,33 @@ class Ensembles:
         design: The merge.
         merged: The merge as a checkpoint folder: the MAP, and everything that is not sampled.
         seed: Of all draws and resamples.
+        budget: How much is drawn.
     """
 
-    def __init__(self, suite: Suite, design: Design, merged: Path, seed: int) -> None:
-        self.suite, self.design, self.merged, self.seed = suite, design, merged, seed
+    def __init__(self, suite: Suite, design: Design, merged: Path, seed: int, budget: Budget) -> None:
+        self.suite, self.design, self.merged, self.seed, self.budget = suite, design, merged, seed, budget
         self.validation, self.test = Examples.of(suite, "validation"), Examples.of(suite, "test")
 
-    def compare(self) -> list[Outcome]:
-        """The point estimates and all ensembles, judged on the test images."""
+    def compare(self, progress: Callable[[int, int], None]) -> list[Outcome]:
+        """The point estimates and all ensembles, judged on the test images; the MAP comes first.
+
+        Args:
+            progress: Called with the number of finished searches and ensembles, and their total.
+
+        Returns:
+            One outcome each.
+        """
         searches = [*((scope, GIBBS) for scope in SCOPES), (PATHS, NOISE)]
-        found = dict(zip(searches, run_all(lambda job: self.search(*job), searches), strict=True))
         jobs = [(scope, kind) for scope in SCOPES for kind in (GIBBS, LAPLACE, TWIN, NOISE)]
+        done = count()
+
+        def told(result: Result) -> Result:
+            progress(next(done) + 1, len(searches) + len(jobs))
+            return result
+
+        found = dict(zip(searches, run_all(lambda job: told(self.search(*job)), searches), strict=True))
         point, scaled = self._points()
-        ensembles = run_all(lambda job: self._judge(*job, found), jobs)
+        ensembles = run_all(lambda job: told(self._judge(*job, found)), jobs)
         return [point, *(replace(each, differences=self.differences(each, point)) for each in (scaled, *ensembles))]
 
     def search(self, scope: str, kind: str) -> Tempering:
@@ -174,12 +215,12 @@ class Ensembles:
             self._model(), self.validation.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
         return temper(
-            lambda temperature: self.ensemble(scope, kind, temperature, SEARCH_MEMBERS).draws,
+            lambda temperature: self.ensemble(scope, kind, temperature, self.budget.search_members).draws,
             lambda draw: self.validation.by_task(predictor(draw)),
             self.validation.labels,
             (low, high),
-            num_temperatures=NUM_TEMPERATURES,
-            refinements=REFINEMENTS,
+            num_temperatures=self.budget.temperatures,
+            refinements=self.budget.refinements,
         )
 
     def ensemble(self, scope: str, kind: str, temperature: float, members: int) -> MergedEnsemble:
@@ -199,7 +240,7 @@ class Ensembles:
         design = replace(self.design, poe=replace(poe, temperature=temperature))
         vectors = TaskVectors(self.suite.base, self.suite.experts)  # of its own: ensembles are drawn side by side
         draw = partial(sample_full, vectors, design, members, generator=generator, chains=1, pattern=SCOPES[scope])
-        draws = draw(method="laplace") if kind == LAPLACE else draw(warmup=WARMUP, thin=THIN)
+        draws = draw(method="laplace") if kind == LAPLACE else draw(warmup=self.budget.warmup, thin=self.budget.thin)
         if kind == NOISE:
             draws = noise_control(draws, vectors, design, generator=generator)
         return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
@@ -233,7 +274,7 @@ class Ensembles:
     def _judge(self, scope: str, kind: str, found: Mapping[tuple[str, str], Tempering]) -> Outcome:
         """One ensemble on the test images, at the temperature found for Gibbs draws of these layers."""
         temperature = found[scope, GIBBS].temperature
-        prediction = self.ensemble(scope, kind, temperature, MEMBERS).predict(
+        prediction = self.ensemble(scope, kind, temperature, self.budget.members).predict(
             self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
         outcome = self._outcome(kind, self.test.by_task(prediction.probabilities.log()))

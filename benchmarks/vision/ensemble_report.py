@@ -1,0 +1,83 @@
+"""The comparison of ensembles as a rich table, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.vision.ensembles import GIBBS, Outcome
+
+COLUMNS = (
+    *("members", "sampled", "T", "accuracy", "minus MAP", "NLL", "minus MAP"),
+    *("Brier", "minus MAP", "ECE", "minus MAP"),
+)
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """One row: mean scores over tasks, and what they differ by from the MAP's, with 95 % intervals."""
+    found = [
+        outcome.name,
+        outcome.scope,
+        "" if outcome.temperature is None else f"{outcome.temperature:.1e}",
+    ]
+    for score in ("accuracy", "nll", "brier", "ece"):
+        difference = outcome.differences.get(score)
+        found.append(f"{getattr(outcome.mean, score):.3f}")
+        found.append(
+            "" if difference is None else f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+        )
+    return found
+
+
+def ensemble_table(outcomes: Sequence[Outcome]) -> Table:
+    """Point estimates and ensembles on the test images, means over tasks."""
+    table = Table(title="test, mean over tasks: the MAP and ensembles around it", title_justify="left")
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if i > 1 else "left", no_wrap=True)
+    for outcome in outcomes:
+        table.add_row(*cells(outcome))
+    return table
+
+
+def ensemble_note(outcomes: Sequence[Outcome]) -> str:
+    """What the table shows, in words that follow from its intervals."""
+    sentences = []
+    for outcome in outcomes:
+        if outcome.name != GIBBS:
+            continue
+        nll, accuracy = outcome.differences["nll"], outcome.differences["accuracy"]
+        better = "is below" if nll.high < 0 else "is above" if nll.low > 0 else "cannot be told from"
+        lost = "accuracy is lost" if accuracy.high < 0 else "no accuracy is lost within the interval"
+        sentences.append(f"Gibbs, {outcome.scope}: NLL {better} the MAP's by {nll}; {lost} ({accuracy}).")
+    scaled = next(outcome for outcome in outcomes if outcome.logit_temperature != 1)
+    sentences.append(
+        f"Dividing the MAP's logits by {scaled.logit_temperature:.2f} gives NLL {scaled.mean.nll:.3f} and ECE "
+        f"{scaled.mean.ece:.3f}."
+    )
+    return " ".join(sentences)
+
+
+def ensemble_markdown(outcomes: Sequence[Outcome]) -> str:
+    """The table and the note, for a README."""
+    lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, *(cells(outcome) for outcome in outcomes))]
+    table = [lines[0], "|---|---|" + "---:|" * (len(COLUMNS) - 2), *lines[1:]]
+    return "\n".join([*table, "", ensemble_note(outcomes)]) + "\n"
+
+
+def write_paths(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Validation scores at every temperature that was tried.
+
+    Args:
+        path: The CSV file to write.
+        outcomes: Those with a path are written.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("members", "sampled", "temperature", "accuracy", "nll", "ece", "num_members"))
+        for outcome in outcomes:
+            for point in outcome.path:
+                row = (point.temperature, point.accuracy, point.nll, point.ece, point.num_members)
+                writer.writerow((outcome.name, outcome.scope, *row))
