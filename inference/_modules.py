@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -89,6 +91,22 @@ def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list
         updates = each.updates if order == list(range(len(each.names))) else each.updates[order]
         modules.append(Module(each.name, poe, each.base, updates, low_rank))
     return modules
+
+
+def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
+    """An error of a batch with its module by name.
+
+    Args:
+        error: It may say "module 2 of the batch".
+        names: Names of the modules of the batch.
+
+    Returns:
+        The same error about ``names[2]``.
+
+    >>> with_names(ValueError("module 1 of the batch is not at a minimum"), ["a", "b"])
+    ValueError("'b' is not at a minimum")
+    """
+    return ValueError(re.sub(r"module (\d+) of the batch", lambda found: repr(names[int(found[1])]), str(error)))
 
 
 def checked_names(task_vectors: TaskVectors, tensor: str, design: Design) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inference._digest import Progress, Silent
-from inference._modules import Module, module_names, read_modules
+from inference._modules import Module, module_names, read_modules, with_names
 from inference.design import Design, Designs, as_function
 from inference.draws import RegeneratedDraws
 from inference.gibbs import gibbs, seeded_noise
@@ -84,7 +84,10 @@ def sample_full(
         here = for_tensor(tensor)
         modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in wanted[tensor]]
         for module in modules:
-            parts.append(_draw(module, num_samples, generator, method, chains, warmup, thin))
+            try:
+                parts.append(_draw(module, num_samples, generator, method, chains, warmup, thin))
+            except ValueError as error:
+                raise with_names(error, [module.name]) from error
             names.append(module.name)
             texts.append(design_text(here))
             norms.append(module.squared_norms)

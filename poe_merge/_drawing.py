@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
 from inference._digest import Progress
-from inference._modules import module_names
+from inference._modules import module_names, with_names
 from inference.design import Design
 from inference.draws import Draws, StoredDraws
 from inference.fixed_point import solve_posterior
@@ -79,7 +79,10 @@ def draw_span(
         some = statistics.select(places)
         posterior, coordinates = _posterior(design, some, what)
         step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
-        draws = _run(posterior, what, generator, step)
+        try:
+            draws = _run(posterior, what, generator, step)
+        except ValueError as error:
+            raise with_names(error, some.modules) from error
         made, said = _inference_data(draws, posterior, coordinates, some)
         made.attrs["statistics_digest"] = digest
         data.append(made)

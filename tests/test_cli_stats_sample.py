@@ -492,7 +492,7 @@ def test_interrupted_draws_leave_nothing(cli: Cli, here: Path, monkeypatch: pyte
         (("--out", "o", "--method", "hmc", "--thin", "3"), "--thin 3: the method has no use for it"),
         (("--out", "o", "--method", "hmc", "--chains", "1"), "2 chains"),
         (("--out", "o", "--eta", "0"), "the anchor's precision is zero"),
-        (("--out", "o", "--eta", "0", "--coordinates", "full"), "is improper"),
+        (("--out", "o", "--eta", "0", "--coordinates", "full"), "the posterior of '0.mlp.weight' has no anchor"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], message: str, fails: Callable[..., str]) -> None:
