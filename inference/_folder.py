@@ -124,8 +124,7 @@ def model_card(base: Checkpoint, plan: Plan, record: Mapping[str, Any]) -> Model
     lines = [
         f"# {' + '.join(experts)} merged",
         "",
-        f"A merge of {len(experts)} fine-tuned models made with poe-merge: each model is an expert with an energy over "
-        "the merged update of the weights, and the merge is the maximum a posteriori of their product.",
+        f"A merge of {len(experts)} fine-tuned models made with poe-merge: {_approach(record['designs'])}.",
         "",
         f"- **Base:** `{_short(base.source)}`",
         *(f"- **Expert {name}:** `{_short(entry['source'])}`" for name, entry in experts.items()),
@@ -152,7 +151,26 @@ def model_card(base: Checkpoint, plan: Plan, record: Mapping[str, Any]) -> Model
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
+def _approach(designs: Sequence[Mapping[str, Any]]) -> str:
+    """What was done, in half a sentence."""
+    titles = dict.fromkeys(design["title"] for design in designs if "method" in design)
+    parts = [f"by {' and '.join(titles)}"] if titles else []
+    if any("experts" in design for design in designs):
+        parts.append(
+            "each model is an expert with an energy over the merged update of the weights, and the merge is the "
+            "maximum a posteriori of their product"
+        )
+    return "; ".join(parts) or "every tensor is an average or the base's"
+
+
 def _design_lines(index: int, design: Mapping[str, Any]) -> list[str]:
+    if "method" in design:
+        return [
+            f"Design {index}: W = W_0 + {design['scaling']:g} Z, Z by {design['title']} ({design['citation']}):",
+            "",
+            f"    {design['method']}",
+            "",
+        ]
     rows = [
         f"| {e['name']} | `{e['residual_map']}` | `{e['energy']}` | `{e['scale']}` | {e['importance']:g} |"
         for e in design["experts"]
@@ -181,15 +199,17 @@ def _treatment_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _convergence_lines(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
     modules = [module for record in tensors for module in record.get("modules", ())]
+    solved = [module for module in modules if "steps" in module]
     if not modules:
         return ["No matrix was merged."]
     lines = [
         f"- {n} of {len(modules)} matrices: {status.replace('_', ' ')}" for status, n in _statuses(modules).items()
     ]
-    steps = sorted(module["steps"] for module in modules)
-    lines.append(f"- Reweighted solves: median {steps[len(steps) // 2]}, most {steps[-1]}")
-    spread = max(module["weight_spread"] or 0.0 for module in modules)
-    lines.append(f"- Largest spread of the experts' weights (1: a Gaussian merge): {spread:.3g}")
+    if solved:
+        steps = sorted(module["steps"] for module in solved)
+        lines.append(f"- Reweighted solves: median {steps[len(steps) // 2]}, most {steps[-1]}")
+        spread = max(module["weight_spread"] or 0.0 for module in solved)
+        lines.append(f"- Largest spread of the experts' weights (1: a Gaussian merge): {spread:.3g}")
     updated, back = rounding_of(tensors)
     if updated:
         lines.append(f"- Rounding left {back / updated:.1%} of the {updated:,} changed weights at the base's value")

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from inference._plan import Group, TensorPlan
-from inference.design import Design
+from inference.method_design import AnyDesign, MethodDesign
+from inference.solution import FixedPointInfo, MethodInfo, Solution
+from poe_models.anchors import ModuleBatch
 from poe_models.checkpoints import CheckpointError
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 
@@ -20,7 +22,7 @@ _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
 
 
 def merge_group(
-    task_vectors: TaskVectors, group: Group, designs: Sequence[Design], seed: int
+    task_vectors: TaskVectors, group: Group, designs: Sequence[AnyDesign], seed: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Make the tensors of one group.
 
@@ -74,8 +76,8 @@ class _Batch:
     centers: list[Tensor]
 
 
-def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: Design) -> list[_Made]:
-    order = [task_vectors.names.index(name) for name in design.poe.update_names]
+def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: AnyDesign) -> list[_Made]:
+    order = design.order(task_vectors.names)
     batches = _empty_batches(task_vectors, tensors[0].matrices, len(tensors), order)
     for position, tensor in enumerate(tensors):
         _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor, design))
@@ -83,7 +85,7 @@ def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: De
     records: dict[tuple[int, int], dict[str, Any]] = {}
     while batches:
         _, batch = batches.popitem()
-        merged, found = _solve(batch, design)
+        merged, found = _solve(batch, design, task_vectors.names)
         values |= dict(zip(batch.places, merged, strict=True))
         records |= dict(zip(batch.places, found, strict=True))
         del batch
@@ -133,9 +135,9 @@ def _fill(
             batch.centers.append(centers[index] - module.base)
 
 
-def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: Design) -> list[Tensor]:
+def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: AnyDesign) -> list[Tensor]:
     """The matrices of the anchor's checkpoint; none if the centre is not a checkpoint."""
-    if design.center is None or tensor.treatment.view is None:
+    if isinstance(design, MethodDesign) or design.center is None or tensor.treatment.view is None:
         return []
     weights = design.center.read(tensor.name).to(task_vectors.dtype)
     if not bool(weights.isfinite().all()):
@@ -146,9 +148,14 @@ def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: Design) -> l
     return [block.to(task_vectors.device) for block in tensor.treatment.view.split(weights)]
 
 
-def _solve(batch: _Batch, design: Design) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    center = torch.stack(batch.centers) if batch.centers else None
-    solution = design.for_modules(batch.labels).solve(batch.updates, _stacked(batch.factors), center)
+def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    factors = _stacked(batch.factors)
+    solution: Solution[FixedPointInfo] | Solution[MethodInfo]
+    if isinstance(design, MethodDesign):
+        solution = design.solve(ModuleBatch.of(batch.updates, batch.labels, names, factors))
+    else:
+        center = torch.stack(batch.centers) if batch.centers else None
+        solution = design.for_modules(batch.labels).solve(batch.updates, factors, center)
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
     records = [
         {"module": label, "status": status.name.lower(), **solution.info.record(index)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inference.design import Design
+from inference.method_design import AnyDesign, MethodDesign
 from poe_models.residual_maps import (
     Activation,
     Directional,
@@ -25,7 +25,7 @@ from poe_models.residual_maps import (
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
 
 
-def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
+def solve_floats(design: AnyDesign, experts: int, shape: tuple[int, int]) -> int:
     """Numbers that solving one module holds at its peak, the given updates not counted.
 
     Args:
@@ -38,6 +38,8 @@ def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
     """
     d_out, d_in = shape
     entries = d_out * d_in
+    if isinstance(design, MethodDesign):
+        return design.method.working_floats(experts, shape)
     maps = [expert.residual_map for expert in design.poe.experts]
     if design.coordinates == "span":
         return (3 * experts + 6) * entries
@@ -69,7 +71,7 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
     return max(iteration, 4 * d_out * d_in + 2 * bases, decomposing) + d_out * d_in
 
 
-def merged_bytes(design: Design, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
+def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
     """Peak memory of solving some tensors as one batch.
 
     Args:
@@ -84,7 +86,10 @@ def merged_bytes(design: Design, experts: int, matrices: Sequence[Sequence[tuple
     shapes = [shape for tensor in matrices for shape in tensor]
     total = sum(d_out * d_in for d_out, d_in in shapes)
     reading = (experts + 4) * max(sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices)
-    held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
+    if isinstance(design, MethodDesign):
+        held = (experts + 2) * total
+    else:
+        held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
     solving = max(sum(solve_floats(design, experts, each) for each in shapes if each == one) for one in set(shapes))
     return itemsize * (held + max(reading, solving))
 

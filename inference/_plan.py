@@ -11,7 +11,8 @@ import torch
 
 from inference._digest import nbytes_of
 from inference._memory import averaged_bytes, merged_bytes
-from inference.design import Design, Designs, as_function, check_center
+from inference.design import Design, check_center
+from inference.method_design import AnyDesign, AnyDesigns, as_any_function
 from poe_models._fitting import keys_of
 from poe_models.adapters import LoraCheckpoint
 from poe_models.checkpoints import Checkpoint
@@ -42,7 +43,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     matrices: tuple[tuple[int, int], ...]
     dtype: torch.dtype
-    design: Design | None
+    design: AnyDesign | None
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +117,7 @@ class Plan:
     """
 
     shards: tuple[Shard, ...]
-    designs: tuple[Design, ...]
+    designs: tuple[AnyDesign, ...]
     peak_bytes: int
     read_bytes: int
     write_bytes: int
@@ -144,7 +145,7 @@ class Plan:
 
 def plan(
     task_vectors: TaskVectors,
-    design: Designs,
+    design: AnyDesigns,
     *,
     out_dtype: torch.dtype | None = None,
     batch_bytes: int = BATCH_BYTES,
@@ -153,7 +154,7 @@ def plan(
 
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name.
+        design: One product, method or design for all tensors, or a function from the tensor's name.
         out_dtype: Dtype of floating tensors in the output; the base's own by default.
         batch_bytes: Byte budget of the updates that are solved as one batch; a larger tensor is a batch of its own.
 
@@ -164,7 +165,7 @@ def plan(
         ValueError: If a design is about other task vectors or cannot be solved.
         CheckpointError: If an anchor's checkpoint lacks a tensor.
     """
-    for_tensor = as_function(design)
+    for_tensor = as_any_function(design)
     tensors = {name: _tensor_plan(task_vectors, name, for_tensor, out_dtype) for name in task_vectors.treatments}
     designs = tuple({id(t.design): t.design for t in tensors.values() if t.design is not None}.values())
     for each in designs:
@@ -185,32 +186,37 @@ def plan(
     )
 
 
-def inputs_of(task_vectors: TaskVectors, designs: Sequence[Design]) -> dict[str, Checkpoint]:
+def inputs_of(task_vectors: TaskVectors, designs: Sequence[AnyDesign]) -> dict[str, Checkpoint]:
     """Every checkpoint that is read, by its role."""
-    centers = {f"anchor {d.center.source}": d.center for d in designs if d.center is not None}
+    centers = {f"anchor {d.center.source}": d.center for d in _products(designs) if d.center is not None}
     experts = {f"expert {name}": checkpoint for name, checkpoint in task_vectors.experts.items()}
     return {"base": task_vectors.base, **experts, **centers, **_statistics(designs, {})}
 
 
+def _products(designs: Sequence[AnyDesign]) -> list[Design]:
+    """The designs that are products of experts."""
+    return [design for design in designs if isinstance(design, Design)]
+
+
 def _statistics(
-    designs: Sequence[Design], modules: Mapping[int, Mapping[str, tuple[int, int]]]
+    designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
 ) -> dict[str, Checkpoint]:
     """What residual maps read, by its role; checked for the modules given by the `id` of their design."""
     return {
         role: checkpoint
-        for design in designs
+        for design in _products(designs)
         for expert in design.poe.experts
         for role, checkpoint in expert.residual_map.inputs(expert.update_name, modules.get(id(design), {})).items()
     }
 
 
 def _tensor_plan(
-    task_vectors: TaskVectors, name: str, for_tensor: Callable[[str], Design], out_dtype: torch.dtype | None
+    task_vectors: TaskVectors, name: str, for_tensor: Callable[[str], AnyDesign], out_dtype: torch.dtype | None
 ) -> TensorPlan:
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
     design = for_tensor(name) if treatment.action == "merge" else None
-    if design is not None:
+    if isinstance(design, Design):
         check_center(design, base, name)
     return TensorPlan(
         name=name,
@@ -262,7 +268,7 @@ def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: in
     return [Group(tuple(batch), _peak_bytes(task_vectors, batch)) for batch in batches]
 
 
-def _read_bytes(task_vectors: TaskVectors, designs: Sequence[Design], tensors: Sequence[TensorPlan]) -> int:
+def _read_bytes(task_vectors: TaskVectors, designs: Sequence[AnyDesign], tensors: Sequence[TensorPlan]) -> int:
     """Every input once for its checksum; once more the base, and of the others what is merged or averaged."""
     checkpoints = inputs_of(task_vectors, designs)
     total = sum(nbytes_of(checkpoint) for checkpoint in checkpoints.values())

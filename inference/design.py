@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from inference.fixed_point import fixed_point
 from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
+from poe_models.anchors import MergingMethod
 from poe_models.checkpoints import Checkpoint, CheckpointError
 from poe_models.experts import ProductOfExperts
 from poe_models.span import stored_center
+from poe_models.task_vectors import ModuleUpdates
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +65,39 @@ class Design:
         options = {item.name: getattr(self.options, item.name) for item in fields(self.options)}
         return fixed_point(poe, updates, coordinates=self.coordinates, low_rank=low_rank, **options)
 
+    def order(self, names: Sequence[str]) -> list[int]:
+        """Positions of the task vectors that the product is about, in the order of its updates.
+
+        Args:
+            names: Names of the task vectors.
+
+        Returns:
+            Their positions.
+        """
+        return [names.index(name) for name in self.poe.update_names]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the anchor's centre has seen what it needs of the model, if it is a merging method."""
+        center = self.poe.anchor.center
+        return not isinstance(center, MergingMethod) or center.ready
+
+    def prepared(self, modules: Iterable[ModuleUpdates]) -> Design:
+        """The design with a centre that is ready.
+
+        Args:
+            modules: Those it will merge; can be iterated several times.
+
+        Returns:
+            The new design, or itself.
+        """
+        anchor = self.poe.anchor
+        if not isinstance(anchor.center, MergingMethod):
+            return self
+        return replace(self, poe=replace(self.poe, anchor=replace(anchor, center=anchor.center.prepare(modules))))
+
     def for_modules(self, modules: Sequence[str]) -> Design:
-        """The design in named modules, for residual maps on given statistics.
+        """The design in named modules, for residual maps on given statistics and centres that draw.
 
         Args:
             modules: Names of the modules of a batch, in its order.
@@ -110,14 +143,32 @@ class Design:
                 f"`Design(...)`: {self.poe.factors[0].name!r} is a FactorExpert, which whole checkpoints cannot be "
                 "merged with. Use `minimize` on the modules it is about."
             )
+        method = isinstance(self.poe.anchor.center, MergingMethod)
+        if isinstance(self.poe.anchor.center, MergingMethod):
+            require_data(self.poe.anchor.center)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
-        tensor_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None
+        given_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None or method
         experts = tuple(replace(each, residual_map=each.residual_map.stand_in()) for each in self.poe.experts)
         poe = replace(self.poe, experts=experts)
         once = replace(self, poe=poe, options=replace(self.options, max_steps=1))
         with torch.random.fork_rng(devices=[]):  # a centre may draw
-            once.solve(probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if tensor_center else None)
+            once.solve(probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if given_center else None)
+
+
+def require_data(method: MergingMethod) -> None:
+    """Refuse a method that cannot be made ready by the updates alone.
+
+    Args:
+        method: The method, or an anchor's centre.
+
+    Raises:
+        ValueError: If it needs data and has not seen any.
+    """
+    if method.needs_loaders and not method.ready:
+        raise ValueError(
+            f"`{method!r}`: it needs data ({method.about.data}). Give what `.prepare(task_vectors, data)` returns."
+        )
 
 
 Designs = ProductOfExperts | Design | Callable[[str], Design]

@@ -21,12 +21,13 @@ class Status(Enum):
         "stopped at the rounding of its dtype, with the gradient or the error of Z above the tolerance: compute in "
         "float64, or raise the anchor's precision or the tolerance"
     )
+    COMPUTED = "computed: a merging method has no solver"
     MAX_STEPS = "not converged: raise max_steps, or the scale or the anchor's precision, which make the energy easier"
 
     @property
     def converged(self) -> bool:
         """Whether the tolerance was reached."""
-        return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH)
+        return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH, Status.COMPUTED)
 
     @override
     def __str__(self) -> str:
@@ -137,7 +138,22 @@ class MinimizeInfo:
         }
 
 
-InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo)
+@dataclass(frozen=True, eq=False)
+class MethodInfo:
+    """What there is to know about a module that a merging method has merged.
+
+    Attributes:
+        norm: Frobenius norm of the merged update, ``(M,)``.
+    """
+
+    norm: Tensor
+
+    def record(self, module: int) -> dict[str, Any]:
+        """One module's numbers, ready for JSON."""
+        return {"norm": float(self.norm[module])}
+
+
+InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo, MethodInfo)
 
 
 @dataclass(frozen=True, eq=False)

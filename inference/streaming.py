@@ -23,12 +23,13 @@ from inference._groups import merge_group
 from inference._output import OutputError, check_output, check_space
 from inference._plan import BATCH_BYTES, Plan, inputs_of, plan
 from inference._staging import Staging
-from inference.design import Design, Designs
+from inference.design import Design
+from inference.method_design import AnyDesigns, MethodDesign, prepare_designs
 from inference.solution import Status
 from poe_models.checkpoints import CheckpointError
 from poe_models.task_vectors import TaskVectors
 
-__all__ = ["Design", "MergeReport", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
+__all__ = ["Design", "MergeReport", "MethodDesign", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
 
 _LIBRARIES = ("poe-merge", "torch", "safetensors", "numpy")
 
@@ -64,7 +65,7 @@ class MergeReport:
 
 def merge_checkpoint(
     task_vectors: TaskVectors,
-    design: Designs,
+    design: AnyDesigns,
     out: str | Path,
     *,
     out_dtype: torch.dtype | None = None,
@@ -83,11 +84,11 @@ def merge_checkpoint(
 
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name.
+        design: One product, method or design for all tensors, or a function from the tensor's name.
         out: The folder to make.
         out_dtype: Dtype of floating tensors in the output; the base's own by default.
         batch_bytes: Byte budget of the updates that are solved as one batch.
-        seed: Of torch's generators while a group is solved, for energies and centres that draw.
+        seed: Of torch's generators while a group is solved, for energies and centres that draw; methods have their own.
         settings: What the merge was configured with, for the record.
         code: Source files that decide what comes out, such as a user's energy; their digests are recorded.
         resume: Go on with an interrupted merge of the same inputs and settings.
@@ -122,9 +123,13 @@ def merge_checkpoint(
     }
     with staging.begin(state):
         try:
+            if not all(each.ready for each in planned.designs):
+                ready = prepare_designs(task_vectors, design, progress)
+                planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
             resumed = _write_shards(task_vectors, planned, staging, seed, progress)
             records = staging.records()
-            record = {**state, "summary": summary_of(records), "tensors": records}
+            described = [each.describe() for each in planned.designs]
+            record = {**state, "designs": described, "summary": summary_of(records), "tensors": records}
             write_companions(staging, task_vectors.base, planned, out_dtype, record)
         except CheckpointError:
             staging.discard()  # the inputs are at fault: there is nothing to go on with

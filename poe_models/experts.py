@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from poe_models.anchors.method import MergingMethod
 from poe_models.energies import Cauchy, Energy
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Relative, RelativePrecision, Scale
@@ -208,7 +209,7 @@ class ProductOfExperts:
         return tuple(dict.fromkeys(expert.update_name for expert in self.experts))
 
     def for_modules(self, modules: Sequence[str]) -> ProductOfExperts:
-        """The product in named modules, for residual maps on given statistics; for others it is the same.
+        """The product in named modules, for residual maps and centres that go by names; for others it is the same.
 
         Args:
             modules: names of the ``M`` modules of the updates it will meet.
@@ -220,7 +221,10 @@ class ProductOfExperts:
             replace(each, residual_map=each.residual_map.for_modules(each.update_name, modules))
             for each in self.experts
         )
-        return replace(self, experts=experts)
+        center = self.anchor.center
+        if isinstance(center, MergingMethod):
+            center = center.for_modules(modules, self.update_names)
+        return replace(self, experts=experts, anchor=replace(self.anchor, center=center))
 
     def twin(self) -> ProductOfExperts:
         """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""

@@ -35,34 +35,48 @@ def magnitude_thresholds(values: Passes, density: float) -> tuple[float, ...]:
     >>> magnitude_thresholds(lambda: [torch.tensor([[1.0, -4.0, 2.0]]), torch.tensor([[3.0]])], 0.5)
     (2.0,)
     """
-    first = next(iter(values()))
-    experts = len(first)
     if density == 1:
-        return (0.0,) * experts
-    prefixes, ranks = torch.zeros(experts, dtype=torch.int64), torch.zeros(experts, dtype=torch.int64)
-    top = 8 * first.element_size() - _DIGIT
-    for shift in range(top, -1, -_DIGIT):
-        counts = _histograms(values, prefixes, shift, top)
-        if shift == top:
-            size = int(counts[0].sum())
-            ranks += size - int(size * density)
-        below = counts.cumsum(1)
-        digits = torch.searchsorted(below, ranks.unsqueeze(1))
-        ranks -= (below - counts).gather(1, digits).squeeze(1)
-        prefixes = (prefixes << _DIGIT) | digits.squeeze(1)
-    return tuple(prefixes.to(_integer(first.dtype)).view(first.dtype).tolist())
+        return (0.0,) * len(next(iter(values())))
+    counts, dtype = _leading(values)
+    size = int(counts[0].sum())
+    ranks = torch.full((len(counts), 1), size - int(size * density))
+    prefixes, ranks = _narrowed(torch.zeros_like(ranks), ranks, counts)
+    for shift in range(_width(dtype) - 2 * _DIGIT, -1, -_DIGIT):
+        prefixes, ranks = _narrowed(prefixes, ranks, _following(values, prefixes, shift))
+    return tuple(prefixes.flatten().to(_integer(dtype)).view(dtype).tolist())
 
 
-def _histograms(values: Passes, prefixes: Tensor, shift: int, top: int) -> Tensor:
-    """How many values with each expert's prefix have each next digit, ``(N, 2^16)``."""
-    counts = torch.zeros(len(prefixes), 1 << _DIGIT, dtype=torch.int64)
+def _narrowed(prefixes: Tensor, ranks: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The next digit of each expert's value of a given rank, and its rank among those that share it, all ``(N, 1)``."""
+    below = counts.cumsum(1)
+    digits = torch.searchsorted(below, ranks)
+    return (prefixes << _DIGIT) | digits, ranks - (below - counts).gather(1, digits)
+
+
+def _leading(values: Passes) -> tuple[Tensor, torch.dtype]:
+    """How many values of each expert have each leading digit, ``(N, 2^16)``, and the dtype of the values."""
+    total, dtype = torch.zeros(0, 1 << _DIGIT, dtype=torch.int64), torch.float32
+    for value in values():
+        if len(total) == 0:
+            total, dtype = total.new_zeros(len(value), 1 << _DIGIT), value.dtype
+        for expert, bits in _bits(value):
+            total[expert] += _histogram(bits >> (_width(dtype) - _DIGIT))
+    return total, dtype
+
+
+def _following(values: Passes, prefixes: Tensor, shift: int) -> Tensor:
+    """How many of the values with each expert's prefix have each next digit, ``(N, 2^16)``."""
+    total = torch.zeros(len(prefixes), 1 << _DIGIT, dtype=torch.int64)
     for value in values():
         for expert, bits in _bits(value):
             digits = bits >> shift
-            if shift < top:
-                digits = digits[digits >> _DIGIT == int(prefixes[expert])] & ((1 << _DIGIT) - 1)
-            counts[expert] += torch.bincount(digits, minlength=1 << _DIGIT).cpu()
-    return counts
+            shared = digits[digits >> _DIGIT == int(prefixes[expert])]
+            total[expert] += _histogram(shared & ((1 << _DIGIT) - 1))
+    return total
+
+
+def _histogram(digits: Tensor) -> Tensor:
+    return torch.bincount(digits, minlength=1 << _DIGIT).cpu()
 
 
 def _bits(value: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -78,3 +92,7 @@ def _bits(value: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
     return torch.int32 if dtype == torch.float32 else torch.int64
+
+
+def _width(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize

@@ -151,8 +151,13 @@ class MergingMethod(ABC):
 
     @property
     def ready(self) -> bool:
+    @property
+    def needs_loaders(self) -> bool:
+        """Whether `prepare` has to be given `TaskData`."""
+        return self.about.data in _LOADED
+
         """Whether modules can be merged; a method that needs a look at the whole model first is not."""
-        return self.about.scope == "module" and self.about.data not in _LOADED
+        return self.about.scope == "module" and not self.needs_loaders
 
     def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> MergingMethod:
         """The method with everything it has to know about the model filled in; itself by default.
@@ -194,7 +199,7 @@ class MergingMethod(ABC):
         """
         name = type(self).__name__
         wants = self.about.data
-        if (data is not None) != (wants in _LOADED):
+        if (data is not None) != self.needs_loaders:
             missing = f"it needs data ({wants})" if data is None else "it needs no data"
             elsewhere = "Its statistics are a field" if wants in get_args(Kind) else "Leave `data` out"
             way_out = "Give `data=TaskData(loaders, forward)`" if data is None else elsewhere

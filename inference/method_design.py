@@ -1,0 +1,175 @@
+"""Merging methods in the place of a product of experts, and the look at the whole model that some of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from inference._digest import Progress
+from inference.design import Design, Designs, as_function, require_data
+from inference.solution import MethodInfo, Solution, Status
+from poe_models.anchors import MergingMethod, ModuleBatch
+from poe_models.operators import sum_of_squares
+from poe_models.task_vectors import ModuleUpdates, TaskVectors
+
+
+@dataclass(frozen=True, eq=False)
+class MethodDesign:
+    """The matrices of a tensor are merged by a method, of all task vectors; what `Design` is for products of experts.
+
+    Args:
+        method: The method; where it has to see the whole model first, `merge_checkpoint` shows it.
+        scaling: λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
+    """
+
+    method: MergingMethod
+    scaling: float = 1.0
+
+    def order(self, names: Sequence[str]) -> list[int]:
+        """Positions of the task vectors that are merged: all of them.
+
+        Args:
+            names: Names of the task vectors.
+
+        Returns:
+            Their positions.
+        """
+        return list(range(len(names)))
+
+    def solve(self, batch: ModuleBatch) -> Solution[MethodInfo]:
+        """Merge a batch of modules.
+
+        Args:
+            batch: Updates of all task vectors, in their order, with names and factors.
+
+        Returns:
+            The merged updates, ``value`` of shape ``(M, d_out, d_in)``.
+        """
+        value = self.method.merge(batch)
+        return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(sum_of_squares(value).sqrt()))
+
+    def describe(self) -> dict[str, Any]:
+        """The design as plain data, for the record of a merge."""
+        about = self.method.about
+        return {
+            "method": repr(self.method),
+            "title": about.title,
+            "citation": about.citation,
+            "scaling": self.scaling,
+        }
+
+    def check(self, names: Sequence[str]) -> None:
+        """Find out before anything is read whether the method can merge anything at all.
+
+        Args:
+            names: Names of the task vectors.
+
+        Raises:
+            ValueError: If it needs data, or fails on random updates.
+        """
+        require_data(self.method)
+        if self.method.ready and self.method.about.scope == "module" and self.method.about.data == "none":
+            generator = torch.Generator().manual_seed(0)
+            self.method(torch.randn(len(names), 3, 3, generator=generator, dtype=torch.float64))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has seen what it needs of the model."""
+        return self.method.ready
+
+    def prepared(self, modules: Modules) -> MethodDesign:
+        """The design with a method that is ready.
+
+        Args:
+            modules: Those it will merge.
+
+        Returns:
+            The new design.
+        """
+        return replace(self, method=self.method.prepare(modules))
+
+
+AnyDesign = Design | MethodDesign
+AnyDesigns = Designs | MergingMethod | MethodDesign | Callable[[str], AnyDesign]
+"""One product, method or design for all tensors, or a function from the tensor's name."""
+
+
+def as_any_function(designs: AnyDesigns) -> Callable[[str], AnyDesign]:
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
+
+    Args:
+        designs: What the caller gave.
+
+    Returns:
+        The function.
+    """
+    design = MethodDesign(designs) if isinstance(designs, MergingMethod) else designs
+    if isinstance(design, MethodDesign):
+        return lambda tensor: design
+    return as_function(design)  # type: ignore[arg-type]
+
+
+class Modules:
+    """The matrices that one design merges, read again in every pass.
+
+    Args:
+        task_vectors: Base and experts.
+        tensors: Names of the tensors.
+        order: Positions of the experts that the design is about.
+        progress: Told about every pass.
+    """
+
+    def __init__(
+        self, task_vectors: TaskVectors, tensors: Sequence[str], order: Sequence[int], progress: Progress
+    ) -> None:
+        self._task_vectors = task_vectors
+        self._tensors = tensors
+        self._order = list(order)
+        self._progress = progress
+        self._passes = 0
+
+    def __iter__(self) -> Iterator[ModuleUpdates]:
+        self._passes += 1
+        sizes = {name: self._task_vectors.base.tensors[name].nbytes for name in self._tensors}
+        self._progress.begin(f"preparing, pass {self._passes}", len(self._tensors), sum(sizes.values()))
+        for name, size in sizes.items():
+            modules = self._task_vectors.modules(name)
+            while modules:  # each is let go of when it is done
+                yield self._selected(modules.pop(0))
+            self._progress.advance(1, size)
+
+    def _selected(self, module: ModuleUpdates) -> ModuleUpdates:
+        if self._order == list(range(len(module.names))):
+            return module
+        low_rank = module.low_rank
+        return replace(
+            module,
+            names=tuple(module.names[i] for i in self._order),
+            updates=module.updates[self._order],
+            low_rank=None if low_rank is None else (low_rank[0][self._order], low_rank[1][self._order]),
+        )
+
+
+def prepare_designs(task_vectors: TaskVectors, designs: AnyDesigns, progress: Progress) -> Callable[[str], AnyDesign]:
+    """Show the model to every design that has to see it; a pass or a few over the tensors that it merges.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: One for all tensors, or a function from the tensor's name.
+        progress: Told about every pass.
+
+    Returns:
+        The ready design of each merged tensor by its name, the same object where it was the same.
+    """
+    for_tensor = as_any_function(designs)
+    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    found = {name: for_tensor(name) for name in merged}
+    ready: dict[int, AnyDesign] = {}
+    for design in {id(each): each for each in found.values()}.values():
+        names = [name for name in merged if found[name] is design]
+        modules = Modules(task_vectors, names, design.order(task_vectors.names), progress)
+        ready[id(design)] = design if design.ready else design.prepared(modules)
+    return lambda tensor: ready[id(found[tensor])]
