@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.nuts import nuts
 from poe_models import (
@@ -27,7 +29,7 @@ from poe_models import (
     span_statistics,
 )
 from tests.helpers import assert_close, random_updates
-from tests.sampling import assert_same_mean, gaussian_means, grid_means
+from tests.sampling import IsBiased, assert_same_mean, gaussian_means, grid_means
 
 GAUSSIAN = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian(), Relative(0.5), temperature=0.5)
 
@@ -36,7 +38,7 @@ def span_of(poe: ProductOfExperts, updates: Tensor) -> Posterior:
     return span_posterior(poe, span_statistics(poe, updates))[0]
 
 
-def test_nuts_hmc_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Generator) -> None:
+def test_nuts_gibbs_hmc_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Generator) -> None:
     anchor = Anchor(precision=RelativePrecision(0.1))
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.6), [1.0, 2.0], anchor)
     posterior, coordinates = span_posterior(poe, span_statistics(poe, random_updates(generator, 1, 2, 2, 3)))
@@ -45,6 +47,12 @@ def test_nuts_hmc_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Genera
     assert_same_mean(posterior, by_nuts, grid_means(posterior, active), min_ess=80, max_rhat=1.05)
     by_hmc = hmc(posterior, 400, warmup=300, generator=generator)
     assert_same_mean(posterior, by_nuts, by_hmc, min_ess=80, max_rhat=1.05)
+    by_gibbs = gibbs_posterior(posterior, 1000, generator=generator)
+    assert_same_mean(posterior, by_nuts, by_gibbs, min_ess=80, max_rhat=1.05)
+    assert_same_mean(posterior, by_hmc, by_gibbs)
+    colder = gibbs_posterior(dataclasses.replace(posterior, temperature=0.7), 1000, generator=generator)
+    with pytest.raises(IsBiased):
+        assert_same_mean(posterior, by_hmc, colder)
 
 
 def test_nuts_on_modules_that_a_factor_expert_couples(generator: torch.Generator) -> None:
