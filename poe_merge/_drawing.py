@@ -80,13 +80,13 @@ def draw_span(
         posterior, coordinates = _posterior(design, some, what)
         step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
         try:
-            draws = _run(posterior, what, generator, step)
+            draws = _run(posterior, design, some.modules, what, generator, step)
         except ValueError as error:
             raise with_names(error, some.modules) from error
-        made, said = _inference_data(draws, posterior, coordinates, some)
+        made, said = _inference_data(draws, posterior, coordinates, some, chains=what.method != "laplace")
         made.attrs["statistics_digest"] = digest
         data.append(made)
-        notes += said if what.method != "laplace" else []
+        notes += said
         if bool(posterior.active.any()):
             notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
         parts.append(SpanDraws.of(draws, coordinates, some))
@@ -172,10 +172,20 @@ def _check_method(design: Design, what: Sampling) -> None:
             ) from None
 
 
-def _run(posterior: Posterior, what: Sampling, generator: torch.Generator, step: Callable[[int, int], None]) -> Draws:
+def _run(
+    posterior: Posterior,
+    design: Design,
+    names: Sequence[str],
+    what: Sampling,
+    generator: torch.Generator,
+    step: Callable[[int, int], None],
+) -> Draws:
     if what.method == "laplace":
-        approximation = Laplace(posterior, solve_posterior(posterior).value)
-        made = approximation.sample(what.draws, generator)
+        solution = solve_posterior(posterior, design.options)
+        for name, status in zip(names, solution.status, strict=True):
+            if not status.converged:
+                warnings.warn(f"the MAP of {name!r}: {status}", stacklevel=2)
+        made = Laplace(posterior, solution.value).sample(what.draws, generator)
         values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
         return StoredDraws(values)
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
@@ -186,13 +196,13 @@ def _run(posterior: Posterior, what: Sampling, generator: torch.Generator, step:
 
 
 def _inference_data(
-    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics
+    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, chains: bool
 ) -> tuple[Any, list[str]]:
-    """ArviZ's InferenceData, and what it says about chains and densities."""
+    """ArviZ's InferenceData, and what it says about densities and, if the draws are chains, about their number."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = to_inference_data(draws, posterior, coordinates, statistics)
-    notes = [str(each.message) for each in caught if each.category is TooFewDraws]
+    notes = [str(each.message) for each in caught if chains and each.category is TooFewDraws]
     if "log_likelihood" not in data.groups():
         energies = ", ".join(dict.fromkeys(type(expert.rho).__name__ for expert in posterior.experts))
         notes.append(

@@ -399,6 +399,15 @@ def test_chains_that_disagree_are_warned_about(done: Cli) -> None:
     assert f"warning: R-hat: largest R-hat {shown[1]}" in err
 
 
+def test_laplace_has_no_chains_and_uses_the_solvers_settings(done: Cli) -> None:
+    _, out, err = done("sample", "config.yaml", "-n", "2", "--out", "out", "--method", "laplace")
+    assert "Independent draws of Laplace's approximation" in out
+    assert "R-hat" not in err
+    short = ("--max-steps", "1", "--starts", "experts", "--tolerance", "1e-12", "--energy", "Cauchy(exponent=9)")
+    _, _, err = done("sample", "config.yaml", "-n", "2", "--out", "short", "--method", "laplace", *short)
+    assert "the MAP of '0.mlp.weight': not converged: raise max_steps" in err
+
+
 def test_hot_draws_are_warned_about(done: Cli) -> None:
     def done_at(temperature: str, *more: str) -> str:
         out = f"out-{temperature}-{len(more)}"
