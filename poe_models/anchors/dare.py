@@ -33,7 +33,15 @@ class Dare(MergingMethod):
     tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
     """
 
-    about = About("DARE", "Yu et al., 2024, Language models are super Mario, arXiv 2311.03099", random=True)
+    about = About(
+        "DARE",
+        "Yu et al., 2024, Language models are super Mario, arXiv 2311.03099",
+        random=True,
+        exceptions={
+            "one expert": "entries are dropped at random",
+            "identical experts": "entries are dropped at random",
+        },
+    )
 
     drop: float = 0.5
     scale: float = 0.3
@@ -71,6 +79,10 @@ class DareTies(MergingMethod):
         "Yu et al., 2024, Language models are super Mario, arXiv 2311.03099",
         scope="model",
         random=True,
+        exceptions={
+            "one expert": "entries are dropped and trimmed",
+            "identical experts": "entries are dropped and trimmed",
+        },
     )
 
     drop: float = 0.5

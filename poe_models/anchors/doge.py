@@ -38,7 +38,16 @@ class DogeTA(MergingMethod):
         thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
     """
 
-    about = About("DOGE-TA", "Wei et al., 2025, Adaptive projective gradient descent, arXiv 2501.01230", scope="model")
+    about = About(
+        "DOGE-TA",
+        "Wei et al., 2025, Adaptive projective gradient descent, arXiv 2501.01230",
+        scope="model",
+        exceptions={
+            "one expert": "updates are brought to one length and trimmed",
+            "identical experts": "updates are brought to one length and trimmed",
+            "scale equivariance": "updates are brought to one length",
+        },
+    )
 
     scale: float = 0.07
     density: float = 0.3

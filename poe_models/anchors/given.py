@@ -163,6 +163,10 @@ class GradientMatching(_OnStatistics):
         "uncertainty-based gradient matching",
         "Daheim et al., 2024, Model merging by uncertainty-based gradient matching, arXiv 2310.12808",
         data="fisher",
+        exceptions={
+            "one expert": "times its coefficient",
+            "identical experts": "a sum where the Fisher information is small",
+        },
     )
     kind = "fisher"
 

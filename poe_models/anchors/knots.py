@@ -36,7 +36,13 @@ class KnotsTies(MergingMethod):
     """
 
     about = About(
-        "KnOTS-TIES", "Stoica et al., 2025, Model merging with SVD to tie the knots, arXiv 2410.19735", "model"
+        "KnOTS-TIES",
+        "Stoica et al., 2025, Model merging with SVD to tie the knots, arXiv 2410.19735",
+        scope="model",
+        exceptions={
+            "one expert": "small coordinates are trimmed",
+            "identical experts": "small coordinates are trimmed",
+        },
     )
 
     density: float = 0.2
@@ -94,6 +100,10 @@ class KnotsDareTies(MergingMethod):
         "Stoica et al., 2025, Model merging with SVD to tie the knots, arXiv 2410.19735",
         scope="model",
         random=True,
+        exceptions={
+            "one expert": "coordinates are dropped at random",
+            "identical experts": "coordinates are dropped at random",
+        },
     )
 
     drop: float = 0.1

@@ -39,6 +39,11 @@ class AdaMerging(MergingMethod):
         "Yang et al., 2024, AdaMerging: adaptive model merging for multi-task learning, arXiv 2310.02575",
         scope="model",
         data="inputs",
+        exceptions={
+            "one expert": "times a learned coefficient",
+            "identical experts": "times learned coefficients",
+            "scale equivariance": "learned on predictions",
+        },
     )
 
     initial: float = 0.3
@@ -121,6 +126,11 @@ class ConcreteTaskArithmetic(MergingMethod):
         scope="model",
         data="inputs",
         random=True,
+        exceptions={
+            "one expert": "entries are masked",
+            "identical experts": "entries are masked",
+            "scale equivariance": "learned on predictions",
+        },
     )
 
     scale: float = 0.3

@@ -45,7 +45,14 @@ class TaskArithmetic(MergingMethod):
     tensor([[2.]])
     """
 
-    about = About("task arithmetic", "Ilharco et al., 2023, Editing models with task arithmetic, arXiv 2212.04089")
+    about = About(
+        "task arithmetic",
+        "Ilharco et al., 2023, Editing models with task arithmetic, arXiv 2212.04089",
+        exceptions={
+            "one expert": "times its coefficient",
+            "identical experts": "a sum, not a mean",
+        },
+    )
 
     scale: float = 0.3
 

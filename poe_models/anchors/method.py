@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
@@ -48,6 +48,7 @@ class About:
         data: what it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to `prepare`;
             ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
         random: whether it draws; it then has a field ``seed``.
+        exceptions: properties of :data:`poe_models.anchors.checking.PROPERTIES` that it does not promise, with reasons.
     """
 
     title: str
@@ -55,6 +56,7 @@ class About:
     scope: Literal["module", "model"] = "module"
     data: Literal["none", "inputs", "labels", "fisher", "activations"] = "none"
     random: bool = False
+    exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +152,12 @@ class MergingMethod(ABC):
         """The merged updates ``(M, d_out, d_in)``; called with finite float32 or float64 updates, once prepared."""
 
     @property
-    def ready(self) -> bool:
-    @property
     def needs_loaders(self) -> bool:
         """Whether `prepare` has to be given `TaskData`."""
         return self.about.data in _LOADED
 
+    @property
+    def ready(self) -> bool:
         """Whether modules can be merged; a method that needs a look at the whole model first is not."""
         return self.about.scope == "module" and not self.needs_loaders
 

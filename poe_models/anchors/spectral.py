@@ -42,7 +42,14 @@ class TSVM(MergingMethod):
     True
     """
 
-    about = About("TSV-M", "Gargiulo et al., 2025, Task singular vectors, arXiv 2412.00081")
+    about = About(
+        "TSV-M",
+        "Gargiulo et al., 2025, Task singular vectors, arXiv 2412.00081",
+        exceptions={
+            "one expert": "times its coefficient",
+            "identical experts": "an expert keeps a share of its directions",
+        },
+    )
 
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
@@ -77,7 +84,14 @@ class IsoC(MergingMethod):
     True
     """
 
-    about = About("ISO-C", "Marczak et al., 2025, No task left behind, arXiv 2502.04959")
+    about = About(
+        "ISO-C",
+        "Marczak et al., 2025, No task left behind, arXiv 2502.04959",
+        exceptions={
+            "one expert": "all singular values become equal",
+            "identical experts": "all singular values become equal",
+        },
+    )
 
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
@@ -111,7 +125,14 @@ class IsoCTS(MergingMethod):
     True
     """
 
-    about = About("ISO-CTS", "Marczak et al., 2025, No task left behind, arXiv 2502.04959")
+    about = About(
+        "ISO-CTS",
+        "Marczak et al., 2025, No task left behind, arXiv 2502.04959",
+        exceptions={
+            "one expert": "all singular values become equal",
+            "identical experts": "all singular values become equal",
+        },
+    )
 
     common: float = 0.8
     scale: float = 1.0

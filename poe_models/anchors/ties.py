@@ -43,7 +43,15 @@ class Ties(MergingMethod):
     tensor([[3., 0., 5.]])
     """
 
-    about = About("TIES", "Yadav et al., 2023, TIES-Merging, arXiv 2306.01708", scope="model")
+    about = About(
+        "TIES",
+        "Yadav et al., 2023, TIES-Merging, arXiv 2306.01708",
+        scope="model",
+        exceptions={
+            "one expert": "small entries are trimmed",
+            "identical experts": "small entries are trimmed",
+        },
+    )
 
     density: float = 0.2
     scale: float = 1.0

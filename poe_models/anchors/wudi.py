@@ -62,7 +62,15 @@ class WudiAdam(MergingMethod):
         learning_rate: of Adam.
     """
 
-    about = About("WUDI, iterative", _CITATION)
+    about = About(
+        "WUDI, iterative",
+        _CITATION,
+        exceptions={
+            "one expert": "it stops before it has converged",
+            "identical experts": "it stops on the way from the sum",
+            "scale equivariance": "Adam's steps have a length of their own",
+        },
+    )
 
     steps: int = 300
     learning_rate: float = 1e-5
