@@ -112,6 +112,18 @@ def test_one_task_agrees_with_calibration() -> None:
         assert pair.error == pytest.approx(between[score].error, rel=0.2)
 
 
+def test_tasks_are_resampled_apart() -> None:
+    """The same task twice: the mean's error is that of one by the root of two; the worst task's is its own."""
+    predictions, labels = suite({"one": 0.5, "easy": 4.0})
+    twice = {"one": {"a": predictions["one"]["a"], "b": predictions["one"]["a"]}}
+    found = compare_methods(twice, {"a": labels["a"], "b": labels["a"]}, seed=0, num_resamples=1000)
+    assert found.mean("one").error == pytest.approx(found.on_task("one", "a").error / math.sqrt(2), rel=0.1)
+    uneven = {"one": {"a": predictions["one"]["a"], "c": predictions["easy"]["c"]}}
+    found = compare_methods(uneven, {"a": labels["a"], "c": labels["c"]}, seed=0, num_resamples=200)
+    assert found.worst("one").error == pytest.approx(found.on_task("one", "a").error)
+    assert found.worst_task("one") == "a"
+
+
 def test_the_same_method_twice_is_no_different() -> None:
     predictions, labels = suite({"one": 1.0})
     found = compare_methods({"one": predictions["one"], "again": predictions["one"]}, labels, seed=0, num_resamples=50)
