@@ -218,17 +218,17 @@ def compare_methods(
         ValueError: If there is no method or no task, tasks or numbers of seeds differ, or tables are no probabilities.
     """
     check_bins(bins, "compare_methods")
-    everything = dict(predictions) if experts is None else {**predictions, _EXPERTS: experts}
-    tables = {method: _tables(method, by_task, labels) for method, by_task in everything.items()}
-    if not predictions or not labels or len(tables) != len(predictions) + (experts is not None):
+    if not predictions or not labels:
         raise ValueError(
-            "`compare_methods(...)`: no method or no task, or one called like the experts. Give one of both at least."
+            f"`compare_methods(...)`: {len(predictions)} methods and {len(labels)} tasks. Give one of both at least."
         )
-    seeds = [len(next(iter(by_task.values()))) for by_task in tables.values()]
+    everything = [*predictions.items(), *([] if experts is None else [("own experts", experts)])]
+    tables = [_tables(method, by_task, labels) for method, by_task in everything]
+    seeds = [len(next(iter(by_task.values()))) for by_task in tables]
     mixing = [torch.cat(list(_weights(count, num_resamples, seed))) / count for count in seeds]
     by_task = []
     for number, task in enumerate(labels):
-        columns = _Columns([pair for tasks in tables.values() for pair in tasks[task]], bins)
+        columns = _Columns([pair for tasks in tables for pair in tasks[task]], bins)
         weights = _weights(len(labels[task]), num_resamples, seed + 1 + number)
         by_task.append(columns.over_seeds(weights, mixing))
     found = {score: torch.stack([each[score] for each in by_task], -1) for score in SCORES}
@@ -244,9 +244,6 @@ def compare_methods(
         confidence,
         _doubts(max(seeds[:methods]), min(len(each) for each in labels.values())),
     )
-
-
-_EXPERTS = "own experts"
 
 
 class _Columns:

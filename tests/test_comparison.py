@@ -172,6 +172,13 @@ def test_without_experts_there_is_nothing_to_normalise_by() -> None:
         found.normalised("one")
 
 
+def test_experts_may_be_compared_with_themselves() -> None:
+    predictions, labels = suite({"own experts": 1.0})
+    found = compare_methods(predictions, labels, seed=0, experts=predictions["own experts"], num_resamples=50)
+    share = found.normalised("own experts")
+    assert (share.value, share.error) == (1.0, 0.0)
+
+
 def test_wrong_names_and_tasks_are_refused() -> None:
     predictions, labels = suite({"one": 1.0, "two": 1.0})
     found = compare_methods(predictions, labels, seed=0, num_resamples=10)
@@ -186,7 +193,7 @@ def test_wrong_names_and_tasks_are_refused() -> None:
         compare_methods(uneven, labels, seed=0)
     with pytest.raises(ValueError, match="two, b.*row 0 has NaN"):
         compare_methods({"two": {**predictions["two"], "b": predictions["two"]["b"][0] * math.nan}}, labels, seed=0)
-    with pytest.raises(ValueError, match="no method or no task"):
+    with pytest.raises(ValueError, match="0 methods and 3 tasks"):
         compare_methods({}, labels, seed=0)
 
 
