@@ -11,6 +11,7 @@ from diagnostics.tails.curves import Hill, LogDensity, Quantiles, hill, log_dens
 from diagnostics.tails.families import FAMILIES, Family
 from diagnostics.tails.fits import Fit, maximum_likelihood
 from diagnostics.tails.null import NullControl, null_control
+from diagnostics.tails.pooled import PooledTails, pooled_tails, tails_by
 from diagnostics.tails.posteriors import TailPosterior, tail_posterior
 from diagnostics.tails.program import TailDraws, nuts_posterior, tail_program
 
@@ -22,6 +23,7 @@ __all__ = [
     "Hill",
     "LogDensity",
     "NullControl",
+    "PooledTails",
     "Quantiles",
     "TailComparison",
     "TailDraws",
@@ -32,7 +34,9 @@ __all__ = [
     "maximum_likelihood",
     "null_control",
     "nuts_posterior",
+    "pooled_tails",
     "quantiles",
     "tail_posterior",
     "tail_program",
+    "tails_by",
 ]

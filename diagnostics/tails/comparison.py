@@ -19,6 +19,8 @@ __all__ = ["FamilyResult", "TailComparison", "fit_tails", "with_error"]
 
 TIE = 2.0
 """Standard errors within which families are tied."""
+SMALL = 4.0
+"""Nats below which standard errors of a difference are not reliable (Sivula et al., 2020, arXiv 2008.10296)."""
 DOMINATED = 0.5
 """Share of the variance of a difference that one residual may have before its standard error means little."""
 OFF_CENTRE = 0.25
@@ -259,6 +261,9 @@ def _notes(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]
         if result.loo.unreliable:
             many = f"{result.loo.unreliable} residuals have Pareto k above {result.loo.good_k:.2f}"
             notes.append(f"{many} ({result.name})")
+    for result in results:
+        if not result.tied and result.difference < SMALL:
+            notes.append(f"{result.name} is behind by less than {SMALL:g} nats, little whatever the standard error")
     median = float(np.median(sample.values))
     if abs(median) > OFF_CENTRE * sample.unit and abs(median) > 5 * sample.unit / math.sqrt(len(sample.values)):
         notes.append(

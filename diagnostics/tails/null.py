@@ -21,8 +21,10 @@ from diagnostics.tails.families import GAUSSIAN, STUDENT_T, Array
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, as_array, sample_of
 
-__all__ = ["NullControl", "null_control", "robust_scale", "simulated", "standardised"]
+__all__ = ["Groups", "NullControl", "null_control", "robust_scale", "simulated", "standardised"]
 
+Groups = Sequence[Values] | Mapping[str, Values]
+"""Signed residuals of several groups, in each of which they share a scale."""
 SMALLEST_GROUP = 3
 """Residuals over the scale of one or two of them say nothing about a tail."""
 DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -79,7 +81,7 @@ class NullControl:
 
 
 def null_control(
-    groups: Sequence[Values] | Mapping[str, Values],
+    groups: Groups,
     *,
     num_simulations: int = 199,
     level: float = 0.01,
@@ -119,7 +121,7 @@ def null_control(
     )
 
 
-def usable_groups(groups: Sequence[Values] | Mapping[str, Values]) -> tuple[list[Array], tuple[str, ...]]:
+def usable_groups(groups: Groups) -> tuple[list[Array], tuple[str, ...]]:
     """Groups with a scale, and warnings about those without.
 
     Args:
@@ -131,7 +133,7 @@ def usable_groups(groups: Sequence[Values] | Mapping[str, Values]) -> tuple[list
     Raises:
         ValueError: If none is left, or they cannot be fitted together.
     """
-    arrays = [as_array(group) for group in (groups.values() if isinstance(groups, Mapping) else groups)]
+    arrays = [as_array(group) for group in members(groups)]
     usable = [group for group in arrays if len(group) >= SMALLEST_GROUP and robust_scale(group) > 0]
     if not usable:
         raise ValueError(
@@ -142,6 +144,11 @@ def usable_groups(groups: Sequence[Values] | Mapping[str, Values]) -> tuple[list
     left_out = len(arrays) - len(usable)
     lost = (f"{left_out} of {len(arrays)} groups left out: too few residuals that are not zero",) if left_out else ()
     return usable, (*sample.warnings, *lost)
+
+
+def members(groups: Groups) -> Sequence[Values]:
+    """The groups without their names."""
+    return list(groups.values()) if isinstance(groups, Mapping) else groups
 
 
 def robust_scale(values: Array) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diagnostics.tails.families import Array
 
-__all__ = ["Sample", "Values", "sample_of"]
+__all__ = ["Sample", "Values", "as_array", "sample_of"]
 
 FEWEST = 5
 """Two parameters, and something to judge them by."""
