@@ -233,10 +233,11 @@ def _scores(pair: Labelled, bins: int) -> dict[str, _Score]:
     gap = right - confidence
     one_hot = torch.nn.functional.one_hot(labels, p.shape[1]).double()
     width, mass = equal_width_bins(confidence, bins), equal_mass_bins(confidence, bins)
+    extreme = len(right.unique()) == 1
     impossible = bool((p.gather(1, labels.unsqueeze(1)) == 0).any())
     by_label = Binning.of(p.argmax(1) * bins + width, bins * p.shape[1])
     return {
-        "accuracy": _mean(right, (0.0, 1.0)),
+        "accuracy": _mean(right, (0.0, 1.0), ("all right or all wrong: resamples cannot differ",) * extreme),
         "nll": _mean(nll_each(p.log(), labels), (0.0, math.inf), ("a label has probability zero",) * impossible),
         "brier": _mean(brier_each(p, labels), (0.0, 2.0)),
         "ece": _binned(Binning.of(width, bins), gap.unsqueeze(1)),

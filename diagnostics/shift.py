@@ -264,6 +264,8 @@ class _Ranks:
         warnings: tuple[str, ...] = (),
     ) -> Estimate:
         few = min(self._sizes)
+        value = float(self.area(torch.ones(1, sum(self._sizes), dtype=torch.float64)))
+        doubts = [*warnings, *(["samples do not overlap: resamples cannot differ"] if value in (0.0, 1.0) else [])]
         return bootstrap(
             of,
             sum(self._sizes),
@@ -271,5 +273,5 @@ class _Ranks:
             num_resamples=num_resamples,
             confidence=confidence,
             strata=self._outside[:, 0].long(),
-            warnings=(*warnings, *([f"only {few} examples on one side"] if few < FEWEST <= sum(self._sizes) else [])),
+            warnings=(*doubts, *([f"only {few} examples on one side"] if few < FEWEST <= sum(self._sizes) else [])),
         )

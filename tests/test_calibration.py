@@ -242,6 +242,8 @@ def test_doubtful_results_carry_their_number() -> None:
     assert impossible.nll.value == math.inf
     assert "probability zero" in impossible.nll.warnings[0]
     assert impossible.brier.value == 2.0
+    assert (impossible.accuracy.value, impossible.accuracy.error) == (0.0, 0.0)
+    assert "all wrong" in impossible.accuracy.warnings[0]
     single = calibration(torch.tensor([[0.9, 0.1]]), torch.tensor([0]), seed=0, num_resamples=10)
     assert single.ece.value == pytest.approx(0.1, abs=1e-7)
     assert "only 1 examples" in single.ece.warnings[0]
