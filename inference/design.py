@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,6 @@ from poe_models.anchors import MergingMethod
 from poe_models.checkpoints import Checkpoint, CheckpointError
 from poe_models.experts import ProductOfExperts
 from poe_models.span import stored_center
-from poe_models.task_vectors import ModuleUpdates
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +76,21 @@ class Design:
         return [names.index(name) for name in self.poe.update_names]
 
     @property
-    def ready(self) -> bool:
-        """Whether the anchor's centre has seen what it needs of the model, if it is a merging method."""
+    def method(self) -> MergingMethod | None:
+        """The merging method that is the anchor's centre, if it is one."""
         center = self.poe.anchor.center
-        return not isinstance(center, MergingMethod) or center.ready
+        return center if isinstance(center, MergingMethod) else None
 
-    def prepared(self, modules: Iterable[ModuleUpdates]) -> Design:
-        """The design with a centre that is ready.
+    def with_method(self, method: MergingMethod) -> Design:
+        """The design with another method as the centre.
 
         Args:
-            modules: Those it will merge; can be iterated several times.
+            method: The method.
 
         Returns:
-            The new design, or itself.
+            The new design.
         """
-        anchor = self.poe.anchor
-        if not isinstance(anchor.center, MergingMethod):
-            return self
-        return replace(self, poe=replace(self.poe, anchor=replace(anchor, center=anchor.center.prepare(modules))))
+        return replace(self, poe=replace(self.poe, anchor=replace(self.poe.anchor, center=method)))
 
     def for_modules(self, modules: Sequence[str]) -> Design:
         """The design in named modules, for residual maps on given statistics and centres that draw.
@@ -143,12 +139,11 @@ class Design:
                 f"`Design(...)`: {self.poe.factors[0].name!r} is a FactorExpert, which whole checkpoints cannot be "
                 "merged with. Use `minimize` on the modules it is about."
             )
-        method = isinstance(self.poe.anchor.center, MergingMethod)
-        if isinstance(self.poe.anchor.center, MergingMethod):
-            require_data(self.poe.anchor.center)
+        if self.method is not None:
+            require_data(self.method)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
-        given_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None or method
+        given_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None or self.method is not None
         experts = tuple(replace(each, residual_map=each.residual_map.stand_in()) for each in self.poe.experts)
         poe = replace(self.poe, experts=experts)
         once = replace(self, poe=poe, options=replace(self.options, max_steps=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -75,24 +75,20 @@ class MethodDesign:
             generator = torch.Generator().manual_seed(0)
             self.method(torch.randn(len(names), 3, 3, generator=generator, dtype=torch.float64))
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has seen what it needs of the model."""
-        return self.method.ready
-
-    def prepared(self, modules: Modules) -> MethodDesign:
-        """The design with a method that is ready.
+    def with_method(self, method: MergingMethod) -> MethodDesign:
+        """The design with another method.
 
         Args:
-            modules: Those it will merge.
+            method: The method.
 
         Returns:
             The new design.
         """
-        return replace(self, method=self.method.prepare(modules))
+        return replace(self, method=method)
 
 
 AnyDesign = Design | MethodDesign
+AnyDesignT = TypeVar("AnyDesignT", bound=AnyDesign)
 AnyDesigns = Designs | MergingMethod | MethodDesign | Callable[[str], AnyDesign]
 """One product, method or design for all tensors, or a function from the tensor's name."""
 
@@ -153,23 +149,34 @@ class Modules:
         )
 
 
-def prepare_designs(task_vectors: TaskVectors, designs: AnyDesigns, progress: Progress) -> Callable[[str], AnyDesign]:
-    """Show the model to every design that has to see it; a pass or a few over the tensors that it merges.
+def prepare_designs(
+    task_vectors: TaskVectors, designs: Callable[[str], AnyDesignT], progress: Progress
+) -> Callable[[str], AnyDesignT]:
+    """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
+
+    Designs that differ in something else than the method, such as λ, are one model to it.
 
     Args:
         task_vectors: Base and experts.
-        designs: One for all tensors, or a function from the tensor's name.
+        designs: The design of each merged tensor by its name.
         progress: Told about every pass.
 
     Returns:
         The ready design of each merged tensor by its name, the same object where it was the same.
     """
-    for_tensor = as_any_function(designs)
     merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    found = {name: for_tensor(name) for name in merged}
-    ready: dict[int, AnyDesign] = {}
-    for design in {id(each): each for each in found.values()}.values():
-        names = [name for name in merged if found[name] is design]
-        modules = Modules(task_vectors, names, design.order(task_vectors.names), progress)
-        ready[id(design)] = design if design.ready else design.prepared(modules)
-    return lambda tensor: ready[id(found[tensor])]
+    given = {name: designs(name) for name in merged}
+    ready: dict[int, AnyDesignT] = {}
+    known: list[tuple[MergingMethod, list[int], MergingMethod]] = []
+    for design in {id(each): each for each in given.values()}.values():
+        method, order = design.method, design.order(task_vectors.names)
+        if method is None or method.ready:
+            ready[id(design)] = design
+            continue
+        found = next((after for before, about, after in known if (before, about) == (method, order)), None)
+        if found is None:
+            same = [n for n in merged if (given[n].method, given[n].order(task_vectors.names)) == (method, order)]
+            found = method.prepare(Modules(task_vectors, same, order, progress))
+            known.append((method, order, found))
+        ready[id(design)] = cast(AnyDesignT, design.with_method(found))
+    return lambda tensor: ready[id(given[tensor])]

@@ -24,7 +24,7 @@ from inference._output import OutputError, check_output, check_space
 from inference._plan import BATCH_BYTES, Plan, inputs_of, plan
 from inference._staging import Staging
 from inference.design import Design
-from inference.method_design import AnyDesigns, MethodDesign, prepare_designs
+from inference.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
 from inference.solution import Status
 from poe_models.checkpoints import CheckpointError
 from poe_models.task_vectors import TaskVectors
@@ -123,8 +123,8 @@ def merge_checkpoint(
     }
     with staging.begin(state):
         try:
-            if not all(each.ready for each in planned.designs):
-                ready = prepare_designs(task_vectors, design, progress)
+            if any(each.method is not None and not each.method.ready for each in planned.designs):
+                ready = prepare_designs(task_vectors, as_any_function(design), progress)
                 planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
             resumed = _write_shards(task_vectors, planned, staging, seed, progress)
             records = staging.records()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference import fixed_point
 from inference.design import Design
-from inference.method_design import MethodDesign, prepare_designs
+from inference.method_design import MethodDesign, as_any_function, prepare_designs
 from inference.streaming import merge_checkpoint, plan
 from poe_models import Anchor, Gaussian, ProductOfExperts, RelativePrecision, TaskVectors
 from poe_models.anchors import (
@@ -186,7 +186,7 @@ def test_single_precision_takes_two_passes_for_the_thresholds_and_one_for_the_si
     vectors = TaskVectors(folders["base"], {name: folders[name] for name in NAMES})
     for method, count in ((Ties(), 3), (MetaGPT(), 1), (KnotsTies(), 3), (Average(), 0)):
         progress = Stops()
-        prepare_designs(vectors, method, progress)
+        prepare_designs(vectors, as_any_function(method), progress)
         assert len(progress.stages) == count
 
 
@@ -214,6 +214,18 @@ def test_some_tensors_by_one_method_and_some_by_another(folders: dict[str, Path]
     assert_close(found["layers.1.conv.weight"], expected.view(4, 2, 3, 3).float(), 2e-7)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "by TIES; each model is an expert" in card
+
+
+def test_designs_with_one_method_are_one_model_to_it(folders: dict[str, Path]) -> None:
+    vectors = opened(folders)
+    designs = {name: MethodDesign(Ties(0.3), scaling) for name, scaling in (("mlp", 1.0), ("attn", 0.5), ("conv", 0.2))}
+    progress = Stops()
+    ready = prepare_designs(vectors, lambda tensor: designs[tensor.split(".")[2]], progress)
+    assert len(progress.stages) == 5
+    assert ready("layers.0.mlp.weight") is ready("layers.1.mlp.weight")
+    for name, scaling in (("layers.0.mlp.weight", 1.0), ("layers.1.conv.weight", 0.2)):
+        assert ready(name).method == Ties(0.3).prepare(vectors)
+        assert ready(name).scaling == scaling
 
 
 # --- as an anchor's centre ---
