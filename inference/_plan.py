@@ -12,9 +12,10 @@ import torch
 from inference._digest import nbytes_of
 from inference._memory import averaged_bytes, merged_bytes
 from inference.design import Design, check_center
-from inference.method_design import AnyDesign, AnyDesigns, as_any_function
+from inference.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
 from poe_models._fitting import keys_of
 from poe_models.adapters import LoraCheckpoint
+from poe_models.anchors import MergingMethod
 from poe_models.checkpoints import Checkpoint
 from poe_models.task_vectors import TaskVectors, block_names
 from poe_models.treatments import Treatment
@@ -170,7 +171,7 @@ def plan(
     designs = tuple({id(t.design): t.design for t in tensors.values() if t.design is not None}.values())
     for each in designs:
         each.check(task_vectors.names)
-    _statistics(designs, _modules_by_design(list(tensors.values())))
+    _given(task_vectors, designs, _modules_by_design(list(tensors.values())))
     shards = tuple(
         Shard(_safetensors_name(file), tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
         for file, names in task_vectors.base.layout.items()
@@ -190,7 +191,7 @@ def inputs_of(task_vectors: TaskVectors, designs: Sequence[AnyDesign]) -> dict[s
     """Every checkpoint that is read, by its role."""
     centers = {f"anchor {d.center.source}": d.center for d in _products(designs) if d.center is not None}
     experts = {f"expert {name}": checkpoint for name, checkpoint in task_vectors.experts.items()}
-    return {"base": task_vectors.base, **experts, **centers, **_statistics(designs, {})}
+    return {"base": task_vectors.base, **experts, **centers, **_given(task_vectors, designs, {})}
 
 
 def _products(designs: Sequence[AnyDesign]) -> list[Design]:
@@ -198,16 +199,22 @@ def _products(designs: Sequence[AnyDesign]) -> list[Design]:
     return [design for design in designs if isinstance(design, Design)]
 
 
-def _statistics(
-    designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
+def _given(
+    task_vectors: TaskVectors, designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
 ) -> dict[str, Checkpoint]:
-    """What residual maps read, by its role; checked for the modules given by the `id` of their design."""
-    return {
-        role: checkpoint
-        for design in _products(designs)
-        for expert in design.poe.experts
-        for role, checkpoint in expert.residual_map.inputs(expert.update_name, modules.get(id(design), {})).items()
-    }
+    """What residual maps and methods read, by its role; checked for the modules given by the `id` of their design."""
+    found: dict[str, Checkpoint] = {}
+    for design in designs:
+        here = modules.get(id(design), {})
+        if isinstance(design, MethodDesign):
+            found |= design.method.inputs(task_vectors.names, here)
+            continue
+        center = design.poe.anchor.center
+        if isinstance(center, MergingMethod):
+            found |= center.inputs(design.poe.update_names, here)
+        for expert in design.poe.experts:
+            found |= expert.residual_map.inputs(expert.update_name, here)
+    return found
 
 
 def _tensor_plan(

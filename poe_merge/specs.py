@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from poe_merge._custom import SpecError, custom_class, custom_prefix
+from poe_models.anchors.given import StatisticsMethod
 from poe_models.energies import ENERGIES, Energy
 from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap, StatisticsMap
 from poe_models.scales import PRECISIONS, SCALES, AnchorPrecision, Scale
@@ -105,7 +106,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{kind.noun} `{text}`: {error}") from error
     if isinstance(value, Energy):
         _check_energy(f"{kind.noun} `{text}`", value)
-    if isinstance(value, StatisticsMap):
+    if isinstance(value, StatisticsMap | StatisticsMethod):
         return _located(value, folders or [Path.cwd()])
     return value
 
@@ -163,7 +164,7 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision) -> str:
 
 
 def _located(value: Any, folders: Sequence[Path]) -> Any:
-    """A map on statistics with the folder of its statistics as an absolute path."""
+    """A map or method on statistics with the folder of its statistics as an absolute path."""
     paths = [folder.absolute() / Path(value.statistics).expanduser() for folder in folders]
     return dataclasses.replace(value, statistics=str(next((path for path in paths if path.exists()), paths[0])))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from inference import fixed_point
+from inference import fixed_point, merge_checkpoint
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -264,7 +265,8 @@ def setting(seed: int = 0) -> tuple[TaskVectors, TaskData, Net, dict[str, list[T
             if state[key].is_floating_point():
                 state[key] += 0.5 * torch.randn_like(state[key])
         experts[name] = state
-    vectors = TaskVectors(base.state_dict(), experts, dtype=torch.float64)
+    start = {name: value.clone() for name, value in base.state_dict().items()}
+    vectors = TaskVectors(start, experts, dtype=torch.float64)
     loaders = {name: list(torch.randn(12, 4, dtype=torch.float64).split(4)) for name in ("a", "b")}
     forward = lambda weights, batch: functional_call(base, dict(weights), (batch,))  # noqa: E731
     return vectors, TaskData(loaders, forward), base, loaders
@@ -454,3 +456,43 @@ def test_registered_with_what_it_needs(cls: type[MergingMethod]) -> None:
     assert "arXiv" in cls.about.citation
     assert cls.about.data in ("fisher", "activations", "inputs")
     assert name_of(cls)
+
+
+def test_whole_checkpoints_by_methods_on_statistics(tmp_path: Path) -> None:
+    """Merged by the streaming machinery, alone and as a centre; the statistics are among the recorded inputs."""
+    vectors, data, model, loaders = setting()
+    fisher = {}
+    for name in vectors.names:
+        model.load_state_dict({k: vectors.experts[name].read(k) for k in vectors.base.tensors})
+        fisher[name] = collect_fisher(model, loaders[name], lambda m, b: m(b), vectors.views, dtype=torch.float64)
+    ModuleStatistics("fisher", fisher).save(tmp_path / "f")
+    method = FisherMerging(str(tmp_path / "f"))
+    merge_checkpoint(vectors, method, tmp_path / "alone")
+    ready = method.prepare(vectors)
+    found = TaskVectors(vectors.base, {"m": tmp_path / "alone"}, dtype=torch.float64)
+    for module, merged in zip(vectors, found, strict=True):
+        assert_close(merged.updates, ready.merge(ModuleBatch.of_module(module)), 1e-10)
+    record = json.loads((tmp_path / "alone" / "poe_merge.json").read_text())
+    assert list(record["inputs"]["fisher statistics a"]["sha256"]) == ["a.safetensors"]
+    poe = ProductOfExperts.of(vectors.names, anchor=Anchor(method))
+    merge_checkpoint(vectors, poe, tmp_path / "centre")
+    record = json.loads((tmp_path / "centre" / "poe_merge.json").read_text())
+    assert "fisher statistics b" in record["inputs"]
+    (tmp_path / "f" / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no fisher statistics of expert 'b'"):
+        merge_checkpoint(vectors, method, tmp_path / "missing")
+    assert not (tmp_path / "missing").exists()
+
+
+def test_learned_masks_are_recorded_as_inputs(tmp_path: Path) -> None:
+    vectors, data, _, _ = setting()
+    digests = []
+    for rate in (0.1, 0.2):
+        method = ConcreteTaskArithmetic(steps=2, learning_rate=rate).prepare(vectors, data)
+        assert isinstance(method, ConcreteTaskArithmetic)
+        merge_checkpoint(vectors, replace(method, learning_rate=0.1), tmp_path / str(rate))
+        record = json.loads((tmp_path / str(rate) / "poe_merge.json").read_text())
+        digests.append(record["inputs"]["learned mask"]["sha256"]["memory"])
+    assert digests[0] != digests[1]
+    with pytest.raises(ValueError, match="it needs data"):
+        merge_checkpoint(vectors, AdaMerging(), tmp_path / "unprepared")

@@ -6,8 +6,7 @@ modules.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models._checkpoint import Checkpoint
 from poe_models.anchors._checks import for_each_expert, require_number, require_share
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.module_statistics import Kind, ModuleStatistics, given_statistics
@@ -24,7 +24,7 @@ from poe_models.task_vectors import ModuleUpdates
 
 
 @dataclass(frozen=True)
-class _OnStatistics(MergingMethod):
+class StatisticsMethod(MergingMethod):
     """A rule on statistics of every expert.
 
     Args:
@@ -42,13 +42,17 @@ class _OnStatistics(MergingMethod):
         given = given_statistics(self.statistics, self.kind, batch.experts)
         return torch.stack([given.read(name, batch.names, shape) for name in batch.experts], 1).to(batch.updates)
 
-    @abstractmethod
     @override
-    def merged(self, batch: ModuleBatch) -> Tensor: ...
+    def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        given = given_statistics(self.statistics, self.kind, experts)
+        for expert in experts:
+            for module, shape in modules.items():
+                given.check(expert, module, shape)
+        return {f"{self.kind} statistics {expert}": given.experts[expert] for expert in experts}
 
 
 @dataclass(frozen=True)
-class FisherMerging(_OnStatistics):
+class FisherMerging(StatisticsMethod):
     """``sum_i w_i (F_i + floor) U_i / sum_i w_i (F_i + floor)`` entry by entry (Matena & Raffel, 2022).
 
     Args:
@@ -104,7 +108,7 @@ class FisherMerging(_OnStatistics):
 
 
 @dataclass(frozen=True)
-class RegMean(_OnStatistics):
+class RegMean(StatisticsMethod):
     """``(sum_i U_i G_i) (sum_i G_i)^+``, ``G_i`` the second moments of an expert's inputs (Jin et al., 2023).
 
     Input directions that no example has stay at the base's: the published inverse does not exist there.
@@ -141,7 +145,7 @@ class RegMean(_OnStatistics):
 
 
 @dataclass(frozen=True)
-class GradientMatching(_OnStatistics):
+class GradientMatching(StatisticsMethod):
     """``scale * sum_i (H_0 + F_i) U_i / (H_0 + scale * sum_i F_i)`` entry by entry (Daheim et al., 2024).
 
     ``H_0`` is the base's own curvature. Without Fisher information this is task arithmetic, without ``H_0``
@@ -177,6 +181,10 @@ class GradientMatching(_OnStatistics):
     def __post_init__(self) -> None:
         require_number("GradientMatching", "scale", self.scale, 0.0)
         require_number("GradientMatching", "floor", self.floor, torch.finfo(torch.float32).tiny)
+
+    @override
+    def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        return super().inputs([*experts, *([] if self.base is None else [self.base])], modules)
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

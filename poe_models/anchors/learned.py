@@ -5,17 +5,19 @@ Both minimise the entropy of the merged model's predictions. They hold the updat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models._checkpoint import Checkpoint
 from poe_models.anchors._checks import require_number
 from poe_models.anchors._random import named_generator
 from poe_models.anchors._whole_model import WholeModel, minimise_entropy
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.checkpoints import open_checkpoint
 from poe_models.task_vectors import ModuleUpdates
 
 
@@ -174,6 +176,10 @@ class ConcreteTaskArithmetic(MergingMethod):
         _require_known("ConcreteTaskArithmetic", "logits", logits, batch)
         masks = torch.stack([self._drawn(name, logits[name].to(batch.updates)) for name in batch.names])
         return self.scale * masks * batch.updates.sum(1)
+
+    @override
+    def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        return {} if self.logits is None else {"learned mask": open_checkpoint(self.logits)}
 
     def _relaxed(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         uniform = _uniform(logits, generator)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models._checkpoint import Checkpoint
 from poe_models.module_statistics import Kind
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 
@@ -172,6 +173,18 @@ class MergingMethod(ABC):
             A method that is ready.
         """
         return self
+
+    def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        """What decides the merge besides the updates and the ``repr``, once it is known to be there; headers only.
+
+        Args:
+            experts: names of the experts.
+            modules: names and shapes ``(d_out, d_in)`` of all modules it will merge.
+
+        Returns:
+            Checkpoints by what they are; none, but for given statistics and learned masks.
+        """
+        return {}
 
     def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
         """Numbers that merging one module holds at its peak, beside the updates and the result.
