@@ -9,6 +9,7 @@ approximation is ``N(Z*, T Hessian^-1)`` (MacKay, 1992, Neural Computation 4(3))
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -43,9 +44,25 @@ def laplace(
         low_rank: factors of the updates, if they are adapters.
 
     Returns:
-        The approximation. In Span coordinates: ``Laplace(span_posterior, latents)``.
+        The approximation; a warning says so if the MAP had not converged. In Span coordinates:
+        ``Laplace(span_posterior, latents)``.
+
+    Raises:
+        ValueError: ``at`` is of other modules, or its Hessian is not positive definite.
     """
     posterior = full_posterior(*unpack(poe, updates, low_rank))
+    if len(at.status) != posterior.num_modules or at.value.shape[-2:] != posterior.event_shape:
+        raise ValueError(
+            f"`laplace(at=...)`: a solution of {len(at.status)} modules of shape {tuple(at.value.shape[-2:])} for "
+            f"updates of {posterior.num_modules} modules of {posterior.event_shape}. Solve these updates first."
+        )
+    loose = [index for index, status in enumerate(at.status) if not status.converged]
+    if loose:
+        warnings.warn(
+            f"`laplace(at=...)`: the MAP of modules {loose} had not converged ({at.status[loose[0]]}), so that the "
+            "approximation is centred beside the mode.",
+            stacklevel=2,
+        )
     return Laplace(posterior, at.value.to(posterior.dtype).reshape(posterior.num_modules, *posterior.event_shape))
 
 

@@ -219,6 +219,7 @@ def _side_basis(
             columns.append(expert.low_rank[0] if side == "left" else expert.low_rank[1].mT)
         else:
             columns.append(target if side == "left" else target.mT)
+    columns = list({(c.data_ptr(), c.shape, c.stride()): c for c in columns}.values())  # both sides share an update
     length = columns[0].shape[-2]
     if sum(column.shape[-1] for column in columns) >= length:
         return None

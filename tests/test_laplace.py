@@ -152,3 +152,15 @@ def test_an_improper_posterior_is_refused_with_the_reason(generator: torch.Gener
             Laplace(full_posterior(poe, updates), updates.mean(1))
     enough = ProductOfExperts.of(NAMES, Identity(), Cauchy(2.0), anchor=Anchor(average, AbsolutePrecision(0.0)))
     Laplace(full_posterior(enough, updates), fixed_point(enough, updates).value)
+
+
+def test_a_solution_of_something_else_or_one_that_did_not_converge_is_noticed(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 4, 5)
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.3))
+    solution = fixed_point(poe, updates)
+    with pytest.raises(ValueError, match=r"2 modules of shape \(4, 5\) for updates of 1 modules"):
+        laplace(poe, updates[:1], solution)
+    early = fixed_point(poe, updates, max_steps=1, acceleration=False)
+    assert not early.converged
+    with pytest.warns(UserWarning, match="had not converged"):
+        laplace(poe, updates, early)
