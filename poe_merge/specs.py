@@ -1,4 +1,4 @@
-"""Energies, residual maps, scales and precisions as text.
+"""Energies, residual maps, scales, precisions and merging methods as text.
 
 A *spec* is a call with literal arguments: ``Cauchy``, ``StudentT(df=4.0)``, ``my_module:MyEnergy(3.0)``,
 ``path/to/file.py:MyEnergy``. It is read with :mod:`ast`, literals only: nothing in a spec is ever evaluated. Names
@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from poe_merge._custom import SpecError, custom_class, custom_prefix
+from poe_models.anchors import METHODS, MergingMethod
 from poe_models.anchors.given import StatisticsMethod
 from poe_models.energies import ENERGIES, Energy
 from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap, StatisticsMap
@@ -26,6 +27,7 @@ from poe_models.scales import PRECISIONS, SCALES, AnchorPrecision, Scale
 
 __all__ = [
     "ENERGY",
+    "METHOD",
     "PRECISION",
     "RESIDUAL_MAP",
     "SCALE",
@@ -58,6 +60,7 @@ class Kind(Generic[T]):
 ENERGY: Kind[Energy] = Kind("energy", Energy, ENERGIES)
 RESIDUAL_MAP: Kind[ResidualMap] = Kind("residual map", ResidualMap, RESIDUAL_MAPS)
 SCALE: Kind[Scale] = Kind("scale", Scale, SCALES)
+METHOD: Kind[MergingMethod] = Kind("merging method", MergingMethod, METHODS)
 PRECISION: Kind[AnchorPrecision] = Kind("precision", AnchorPrecision, PRECISIONS)
 
 
@@ -77,7 +80,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
 
     Args:
         text: The spec, e.g. ``StudentT(4)`` or ``my_module:MyEnergy(3.0)``.
-        kind: What is expected: ``ENERGY``, ``RESIDUAL_MAP``, ``SCALE`` or ``PRECISION``.
+        kind: What is expected: ``ENERGY``, ``RESIDUAL_MAP``, ``SCALE``, ``PRECISION`` or ``METHOD``.
         folders: Where relative files and plain modules are looked for first; the current folder if empty.
 
     Returns:
@@ -135,11 +138,11 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
     return f"{custom_prefix(type(value))}{name}({_arguments(args, kwargs)})"
 
 
-def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision) -> str:
+def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingMethod) -> str:
     """The inverse of `parse_spec`.
 
     Args:
-        value: A dataclass of one of the four kinds, or an object of a class without arguments.
+        value: A dataclass of one of the five kinds, or an object of a class without arguments.
 
     Returns:
         Its spec.
@@ -150,7 +153,7 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision) -> str:
     >>> format_spec(ENERGIES["Cauchy"]())
     'Cauchy(exponent=1.0)'
     """
-    known = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION)
+    known = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
     prefix = "" if any(type(value) in kind.registry.values() for kind in known) else custom_prefix(type(value))
     shown: dict[str, Any] = {}
     if dataclasses.is_dataclass(value):
