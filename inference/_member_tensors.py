@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from inference._modules import Module, module_names, read_modules
 from inference.design import Design, Designs, as_function
 from inference.full_draws import design_text, warn_of_changes
-from inference.model_draws import FullDraws, ModelDraws
+from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from poe_models.task_vectors import Source, TaskVectors
 
@@ -178,6 +179,8 @@ class MemberTensors:
                 f"`MergedEnsemble(...)`: the draws have {unknown[0]!r}, which these task vectors do not merge. Give "
                 "the base, experts and rules that the draws were made with, or `draws.restrict(pattern)`."
             )
+        if isinstance(draws, SpanDraws):
+            self._check_order(draws, known)
         if not isinstance(draws, FullDraws):
             return
         dtype = str(self.task_vectors.dtype).removeprefix("torch.")
@@ -193,6 +196,16 @@ class MemberTensors:
                 raise ValueError(
                     f"`MergedEnsemble(...)`: {name!r} was drawn under another design (experts or anchor), and Full "
                     "draws are made again under the one they have. Give the design that they were drawn with."
+                )
+
+    def _check_order(self, draws: SpanDraws, known: Mapping[str, str]) -> None:
+        """Refuse coefficients on other task vectors, or on the same in another order."""
+        for name in draws.modules:
+            names = self.design_of(known[name]).poe.update_names
+            if names != draws.updates:
+                raise ValueError(
+                    f"`MergedEnsemble(...)`: the draws of {name!r} are coefficients on {', '.join(draws.updates)}, the "
+                    f"design is about {', '.join(names)}. Give the experts of the draws, in their order."
                 )
 
     def _check_weights(self, module: Module) -> None:

@@ -44,7 +44,7 @@ def family_of(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
             raise ValueError(
                 f"`collect_statistics(...)`: tensor {name!r} has {_shown(kind)}; tensor {first!r} has "
                 f"{_shown(kinds[first])}. One set of statistics has one kind of expert: give all tensors the same, or "
-                "make two sets, each with a rule that keeps the other tensors."
+                "make two sets, each with a rule that keeps the other tensors. Full coordinates need no statistics."
             )
     return found
 

@@ -111,7 +111,14 @@ def save_statistics(
 
     Raises:
         OutputError: If the folder exists.
+        ValueError: If they are incomplete, for instance made without ranks.
     """
+    try:
+        _check(statistics)
+    except ValueError as error:
+        raise ValueError(
+            f"`save_statistics(...)`: {error}. Make them with `collect_statistics`, or `span_statistics(ranks=True)`."
+        ) from error
     record = {
         "modules": list(statistics.modules),
         "updates": list(statistics.updates),

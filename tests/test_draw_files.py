@@ -187,6 +187,14 @@ def test_a_model_of_26_modules_and_4_experts_takes_less_than_a_megabyte(
     assert sum(path.stat().st_size for path in folder.iterdir()) < 150_000
 
 
+def test_statistics_without_ranks_are_not_saved(vectors: TaskVectors, tmp_path: Path) -> None:
+    module = next(iter(vectors))
+    statistics = span_statistics(poe_of(vectors), module.updates, ranks=False)
+    with pytest.raises(ValueError, match=r"dimension has values that are not finite.*ranks=True"):
+        save_statistics(statistics, tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()
+
+
 def test_writing_is_all_or_nothing(vectors: TaskVectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = collect_statistics(vectors, poe_of(vectors))
     save_statistics(statistics, tmp_path / "there")

@@ -625,6 +625,9 @@ def test_draws_of_other_weights_modules_designs_and_dtypes_are_refused(
     )
     with pytest.raises(ValueError, match="are about updates"):
         next(MergedEnsemble(swapped, poe, draws).members())
+    turned = ProductOfExperts.of(("y", "x", "z"))
+    with pytest.raises(ValueError, match="are coefficients on x, y, z, the design is about y, x, z"):
+        MergedEnsemble(vectors, turned, draws)
     with pytest.raises(ValueError, match="are about updates and a centre"):  # the centre was the average
         next(MergedEnsemble(vectors, ProductOfExperts.of(vectors.names), draws).members())
     unknown = replace(draws, modules=("nothing.weight", *draws.modules[1:]))
