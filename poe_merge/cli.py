@@ -1,4 +1,4 @@
-"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `presets`."""
+"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `check`, `presets`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typer.main import get_command
 from inference.streaming import OutputError, merge_checkpoint
 from inference.streaming import plan as plan_merge
 from poe_merge import _show as show
+from poe_merge._check import check_method, summary
 from poe_merge._flags import overrides, with_flags
 from poe_merge._sampling import sampling_of
 from poe_merge._stats import make_statistics
@@ -157,6 +158,31 @@ def sample(
         show.warning(f"interrupted. {left if begun.exists() else 'Nothing was written.'}")
         raise typer.Exit(INTERRUPTED) from None
     show.sample(report)
+
+
+@app.command()
+@with_flags
+def check(
+    flags: Mapping[str, Any],
+    method: Annotated[str, typer.Argument(help="'Ties(density=0.1)', my_module:MyMethod(...)", show_default=False)],
+    config: Config = None,
+    not_promised: Annotated[
+        list[str] | None,
+        typer.Option("--not-promised", help="A property it need not have; once for each.", show_default=False),
+    ] = None,
+    random_seed: Annotated[int, typer.Option("--random-seed", min=0, help="Of the random modules.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Say which properties a merging method has, on random modules and on those of a configuration.
+
+    Statistics and data of random modules are random. The exit status is 1 if a property is broken.
+    """
+    real = config is not None or any(value is not None for value in flags.values())
+    task_vectors = _opened(config, flags)[1] if real else None
+    report = check_method(method, task_vectors, not_promised or [], random_seed)
+    print(summary(report))
+    if report.broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -169,7 +169,7 @@ class RealModules(Subject):
     def __init__(self, method: MergingMethod, modules: Iterable[ModuleUpdates]) -> None:
         super().__init__(method)
         chosen: dict[tuple[int, ...], ModuleUpdates] = {}
-        for module in modules:
+        for module in _one_of_each_shape(modules) if isinstance(modules, TaskVectors) else modules:
             chosen.setdefault(tuple(module.base.shape), module)
         if not chosen:
             raise ValueError("`check(..., modules)`: there are no modules. Give `TaskVectors` that merge something.")
@@ -192,6 +192,20 @@ class RealModules(Subject):
         return self.method.prepare(
             [ModuleUpdates(name, name, tuple(experts), torch.zeros_like(u[0]), u) for name, u in updates.items()]
         )
+
+
+def _one_of_each_shape(vectors: TaskVectors) -> Iterator[ModuleUpdates]:
+    """Modules of every shape, the first tensor of a shape at least, without reading all tensors.
+
+    Yields:
+        All modules of those tensors.
+    """
+    seen: set[tuple[int, int]] = set()
+    for name, view in vectors.views.items():
+        shapes = set(view.block_shapes(vectors.base.tensors[name].shape))
+        if not shapes <= seen:
+            seen |= shapes
+            yield from vectors.modules(name)
 
 
 def _forward(weights: Mapping[str, Tensor], batch: Any) -> Tensor:
