@@ -74,7 +74,7 @@ def draw_span(
     groups = _groups(task_vectors, designs, statistics.modules, what.pattern)
     generator = what.generator()
     digest = statistics_digest(statistics)
-    parts, data, notes = [], [], []
+    parts, data, notes = [], [], _silent(statistics)
     for number, (design, places) in enumerate(groups):
         some = statistics.select(places)
         posterior, coordinates = _posterior(design, some, what)
@@ -228,6 +228,13 @@ def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> Sp
         stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
         coefficients=join([part.coefficients for part in parts], 2),
     )
+
+
+def _silent(statistics: SpanStatistics) -> list[str]:
+    """Experts whose update is zero wherever something is merged: they drop out, and copies of the base do."""
+    norms = statistics.gram.diagonal(dim1=-2, dim2=-1)[:, :-1]
+    silent = [name for name, found in zip(statistics.updates, (norms > 0).any(0).tolist(), strict=True) if not found]
+    return [f"{name!r} has no update in any merged tensor; is it a copy of the base?" for name in silent]
 
 
 def _too_hot(temperature: float, highest: float) -> list[str]:

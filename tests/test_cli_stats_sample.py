@@ -408,6 +408,14 @@ def test_laplace_has_no_chains_and_uses_the_solvers_settings(done: Cli) -> None:
     assert "the MAP of '0.mlp.weight': not converged: raise max_steps" in err
 
 
+def test_a_copy_of_the_base_says_nothing(done: Cli, here: Path) -> None:
+    shutil.copy(here / "base" / "model.safetensors", here / "mnist" / "model.safetensors")
+    _, _, err = done("sample", "config.yaml", "-n", "1", "--out", "out", *QUICK)
+    assert "warning: 'mnist' has no update in any merged tensor" in err
+    _, _, err = done("sample", "config.yaml", "-n", "1", "--out", "alone", *QUICK, "--model", "emoji")
+    assert "has no update" not in err
+
+
 def test_hot_draws_are_warned_about(done: Cli) -> None:
     def done_at(temperature: str, *more: str) -> str:
         out = f"out-{temperature}-{len(more)}"
