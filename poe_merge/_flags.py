@@ -16,7 +16,7 @@ from poe_merge._sections import label_of
 from poe_merge._settings import source
 from poe_merge._yaml import ConfigError, Document, Place
 from poe_merge.presets import PRESETS
-from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, nearest
+from poe_merge.specs import ENERGY, METHOD, RESIDUAL_MAP, SCALE, nearest
 
 _NAMED = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
 
@@ -31,6 +31,7 @@ class Flag:
         many: Whether it may be given several times.
         per_model: Whether `NAME=VALUE` sets it for one model.
         switch: Whether it is on or off rather than a value.
+        only: The commands that have it; None for all.
 
     >>> Flag(("parameters", "max_steps"), "").option
     '--max-steps'
@@ -41,11 +42,12 @@ class Flag:
     many: bool = False
     per_model: bool = False
     switch: bool = False
+    only: tuple[str, ...] | None = None
 
     @property
     def option(self) -> str:
         """As it is typed."""
-        return "--" + str(self.place[-1]).replace("_", "-").replace("rules", "rule")
+        return "--" + str(self.place[-1]).replace("_", "-").replace("rules", "rule").replace("merge-method", "method")
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -67,7 +69,9 @@ def _names(kind: Any) -> str:
 
 
 MODEL = "--model"
+MERGES = ("plan", "merge")
 FLAGS: tuple[Flag, ...] = (
+    Flag(("merge_method",), f"A merging method instead of a product of experts: {_names(METHOD)}.", only=MERGES),
     Flag(("base_model",), "The base: a folder, a weight file, or a model id of the Hub."),
     Flag(
         ("parameters", "residual_map"), f"{_names(RESIDUAL_MAP)}, or my_module:MyMap. Twice for both sides.", True, True
@@ -77,7 +81,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("parameters", "weight"), "Importance of the experts.", per_model=True),
     Flag(("parameters", "lambda"), "Scales the merged update: W = W_0 + lambda Z."),
     Flag(("parameters", "eta"), "Precision of the anchor: a number (relative) or 'AbsolutePrecision(1e-3)'."),
-    Flag(("parameters", "anchor"), "zero, average, task_arithmetic(0.3), or a checkpoint."),
+    Flag(("parameters", "anchor"), "zero, a merging method such as average or task_arithmetic(0.3), or a checkpoint."),
     Flag(("parameters", "coordinates"), "full or span."),
     Flag(("parameters", "starts"), "ones, twin, experts or center; once for each start.", many=True),
     Flag(("parameters", "max_steps"), "Most reweighted solves per start."),
@@ -119,7 +123,7 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ],
     )
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [models]
-    parameters += [flag.parameter for flag in FLAGS]
+    parameters += [flag.parameter for flag in FLAGS if flag.only is None or command.__name__ in flag.only]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__name__, run.__doc__ = command.__name__, command.__doc__

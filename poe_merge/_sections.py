@@ -21,8 +21,8 @@ _MERGEKIT_ONLY = {
     "tokenizer": "the base's tokenizer is copied",
     "tokenizer_source": "the base's tokenizer is copied",
     "chat_template": "the base's chat template is copied",
-    "int8_mask": "it belongs to other methods",
-    "density": "it belongs to other methods",
+    "int8_mask": "masks are made as they are used",
+    "density": "methods have their settings with their name, `merge_method: Ties(density=0.2)`",
     "normalize": "a product of experts weighs by precision",
 }
 

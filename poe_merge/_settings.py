@@ -12,11 +12,11 @@ from typing import Any, Generic, TypeVar
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
-from poe_merge.specs import PRECISION, Kind, canonical, nearest
+from poe_merge.specs import METHOD, PRECISION, Kind, canonical, nearest
 
 T = TypeVar("T")
 Parser = Callable[[Any, Sequence[Path]], Any]
-_TASK_ARITHMETIC = re.compile(r"task_arithmetic\(\s*(?:scale\s*=\s*)?([^()]*)\)")
+_CALL = re.compile(r"(?:.+:)?[A-Za-z_]\w*\(.*\)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -180,19 +180,46 @@ def eta(raw: Any, folders: Sequence[Path]) -> str:
     return canonical(raw if math.isnan(value) else f"RelativePrecision({value!r})", PRECISION, folders)
 
 
+def method(raw: Any, folders: Sequence[Path]) -> str:
+    """Parser of a merging method: `Ties(density=0.3)`, or its name as it is usually written, `dare-ties`.
+
+    >>> method("task_arithmetic(0.4)", ())
+    'TaskArithmetic(scale=0.4)'
+    """
+    if not isinstance(raw, str):
+        raise ValueError(f"{raw!r} is no merging method; write its name, such as `Ties`")
+    name, bracket, rest = raw.strip().partition("(")
+    if ":" not in name:
+        name = _METHODS.get(_plain_name(name), name.replace("-", "_"))
+    return canonical(name + bracket + rest, METHOD, folders)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+_METHODS = {_plain_name(name): name for name in METHOD.registry}
+
+
+def is_method(text: str) -> bool:
+    """Whether an anchor's centre, as `anchor` gives it, is a merging method."""
+    return _CALL.fullmatch(text) is not None
+
+
 def anchor(raw: Any, folders: Sequence[Path]) -> str:
-    """Parser of an anchor's centre: `zero`, `average`, `task_arithmetic(0.3)`, or a checkpoint."""
+    """Parser of an anchor's centre: `zero`, a merging method, or a checkpoint."""
     text = str(raw).strip()
-    if text in ("zero", "average"):
+    if text == "zero":
         return text
-    if match := _TASK_ARITHMETIC.fullmatch(text):
-        return f"task_arithmetic({number()(match[1], folders)!r})"
+    if _plain_name(text.partition("(")[0]) in _METHODS or is_method(text):
+        return method(text, folders)
     found = source(text, folders)
     if Path(found).exists() or _HUB_ID.fullmatch(text):
         return found
-    known = ["zero", "average", "task_arithmetic(0.3)"]
+    known = ["zero", *METHOD.registry]
     raise ValueError(
-        f"{raw!r}: {nearest(text, known)}Write {', '.join(known)}, or the path of a checkpoint that exists"
+        f"{raw!r}: {nearest(text, known)}Write zero, a merging method ({', '.join(METHOD.registry)}), or the path of a "
+        "checkpoint that exists"
     )
 
 

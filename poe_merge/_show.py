@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -20,6 +21,7 @@ from poe_merge._stats import StatisticsReport
 from poe_merge.presets import Preset
 from poe_models.task_vectors import TaskVectors
 
+from poe_models.anchors import MergingMethod
 if TYPE_CHECKING:
     from poe_merge._ensemble import SampleReport  # with ArviZ, which takes seconds to import
 
@@ -163,6 +165,31 @@ def size(nbytes: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+def methods(known: Mapping[str, type[MergingMethod]]) -> None:
+    """Print the merging methods: how they are called, what they need, whom to cite."""
+    columns = ("method", "in the literature", "sees", "data", "streams", "draws", "citation")
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    for name, method in known.items():
+        about = method.about
+        streams, draws = (("yes" if flag else "no") for flag in (about.streaming, about.random))
+        row = (name, about.title, f"a {about.scope}", about.data, streams, draws, about.citation)
+        table.add_row(*map(escape, row))
+    console = _console()
+    console.print(table)
+    console.print()
+    for name, method in known.items():
+        console.print(escape(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
+
+
+def _settings(method: type[MergingMethod]) -> list[str]:
+    """Its settings with their defaults; without those that are filled in by a look at the model, which are None."""
+    parameters = inspect.signature(method).parameters.values()
+    named = ((p.name, p.default) for p in parameters if p.default is not None)
+    return [name if default is inspect.Parameter.empty else f"{name}={default!r}" for name, default in named]
+
+
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
 

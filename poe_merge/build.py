@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from inference.design import Design
+from inference.method_design import MethodDesign
 from inference.reweighting import SolverOptions
 from poe_merge._custom import source_file
-from poe_merge._settings import Setting
-from poe_merge.config import ConfigError, MergeConfig
-from poe_merge.specs import ENERGY, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
-from poe_models.anchors import TaskArithmetic, average
+from poe_merge._settings import Setting, is_method
+from poe_merge.config import POE, ConfigError, MergeConfig
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
 from poe_models.checkpoints import Checkpoint, open_checkpoint
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.task_vectors import TaskVectors
@@ -49,9 +49,17 @@ class DesignTable:
     Args:
         config: The configuration.
         base: The open base, which an adapter as the anchor's centre is opened on.
+
+    Raises:
+        ConfigError: If the configuration is about a merging method.
     """
 
     def __init__(self, config: MergeConfig, base: Checkpoint) -> None:
+        if config.merge_method != POE:
+            raise ConfigError(
+                f"merge_method: {config.merge_method} has no experts, and this is about a product of experts. Write "
+                f"merge_method: {POE}, or use `poe-merge merge`."
+            )
         self._shared = config.shared()
         self._experts = [(entry.label, entry.parameters.settings()) for entry in config.models]
         self._base = base
@@ -114,13 +122,49 @@ class DesignTable:
     def _center(self, anchor: str) -> tuple[Callable[..., Any] | None, Checkpoint | None]:
         if anchor == "zero":
             return None, None
-        if anchor == "average":
-            return average, None
-        if anchor.startswith("task_arithmetic("):
-            return TaskArithmetic(float(anchor[len("task_arithmetic(") : -1])), None
+        if is_method(anchor):
+            return parse_spec(anchor, METHOD), None
         if anchor not in self._centers:
             self._centers[anchor] = open_checkpoint(anchor, base=self._base)
         return None, self._centers[anchor]
+
+
+class MethodTable:
+    """The design of each tensor where all are merged by one method; tensors with the same λ share one.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: MergeConfig) -> None:
+        self._method = parse_spec(config.merge_method, METHOD)
+        self._scaling = config.shared()["lambda"]
+        self._designs: dict[Any, MethodDesign] = {}
+
+    def __call__(self, tensor: str) -> MethodDesign:
+        """The design for one tensor.
+
+        Args:
+            tensor: Name of the tensor.
+
+        Returns:
+            The design, the same object for the same settings.
+        """
+        scaling: Any = self._scaling.get(tensor)
+        return self._designs.setdefault(scaling, MethodDesign(self._method, scaling))
+
+
+def designs_of(config: MergeConfig, base: Checkpoint) -> DesignTable | MethodTable:
+    """The designs that a configuration describes, of products of experts or of a merging method.
+
+    Args:
+        config: The configuration.
+        base: The open base.
+
+    Returns:
+        The design of each tensor by its name.
+    """
+    return DesignTable(config, base) if config.merge_method == POE else MethodTable(config)
 
 
 def custom_sources(config: MergeConfig) -> list[Path]:
@@ -132,13 +176,19 @@ def custom_sources(config: MergeConfig) -> list[Path]:
     Returns:
         Each file once.
     """
-    kinds: dict[str, Kind[Any]] = {"residual_map": RESIDUAL_MAP, "energy": ENERGY, "scale": SCALE, "eta": PRECISION}
-    files = set()
+    kinds: dict[str, Kind[Any]] = {
+        "residual_map": RESIDUAL_MAP,
+        "energy": ENERGY,
+        "scale": SCALE,
+        "eta": PRECISION,
+        "anchor": METHOD,
+    }
+    specs = [(config.merge_method, METHOD)] if config.merge_method != POE else []
     for settings in (config.shared(), *(entry.parameters.settings() for entry in config.models)):
         for key, kind in kinds.items():
             for _, value in settings[key].cases if key in settings else ():
-                for spec in value if isinstance(value, tuple) else (value,):
-                    found = type(parse_spec(spec, kind))
-                    file = None if found in kind.registry.values() else source_file(found)
-                    files |= {file} if file else set()
-    return sorted(files)
+                given = value if isinstance(value, tuple) else (value,)
+                specs += [(spec, kind) for spec in given if kind is not METHOD or is_method(spec)]
+    classes = {type(parse_spec(spec, kind)): kind for spec, kind in specs}
+    files = {source_file(found) for found, kind in classes.items() if found not in kind.registry.values()}
+    return sorted(file for file in files if file is not None)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from inference.method_design import prepare_designs
 from inference.streaming import OutputError, merge_checkpoint
 from inference.streaming import plan as plan_merge
 from poe_merge import _show as show
@@ -20,10 +21,11 @@ from poe_merge._flags import overrides, with_flags
 from poe_merge._sampling import sampling_of
 from poe_merge._stats import make_statistics
 from poe_merge._yaml import Document, read_yaml
-from poe_merge.build import DesignTable, custom_sources, open_task_vectors
+from poe_merge.build import DesignTable, custom_sources, designs_of, open_task_vectors
 from poe_merge.config import MergeConfig, parse_config
 from poe_merge.presets import PRESETS
 from poe_merge.specs import nearest
+from poe_models.anchors import METHODS
 from poe_models.task_vectors import TaskVectors
 
 app = typer.Typer(
@@ -55,7 +57,8 @@ def _root(
 @with_flags
 def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
     """Say what a merge would do, from headers alone."""
-    settings, task_vectors, designs = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags)
+    designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
 
@@ -72,7 +75,8 @@ def merge(
     """Merge, and write a Hugging Face folder."""
     if out is None:
         raise ValueError("`poe-merge merge`: give the folder to make, --out DIR.")
-    settings, task_vectors, designs = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags)
+    designs = designs_of(settings, task_vectors.base)
     try:
         with show.Bars() as bars:
             report = merge_checkpoint(
@@ -104,9 +108,11 @@ def stats(
     """Read the weights once, and save all that Span coordinates need."""
     if out is None:
         raise ValueError("`poe-merge stats`: give the folder to make, --out DIR.")
-    settings, task_vectors, designs = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags)
+    table = DesignTable(settings, task_vectors.base)
     try:
         with show.Bars() as bars:
+            designs = prepare_designs(task_vectors, table, bars)
             report = make_statistics(settings, task_vectors, designs, out, bars)
     except KeyboardInterrupt:
         show.warning("interrupted; nothing was written.")
@@ -146,11 +152,13 @@ def sample(
 
     if out is None:
         raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
-    settings, task_vectors, designs = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags)
+    table = DesignTable(settings, task_vectors.base)
     given = {"chains": chains, "draws": draws, "warmup": warmup, "thin": thin}
     what = sampling_of(settings, members, method, temperature, pattern, format, given)
     try:
         with show.Bars() as bars:
+            designs = prepare_designs(task_vectors, table, bars)
             report = draw_members(settings, task_vectors, designs, out, what, bars, statistics=stats, resume=resume)
     except KeyboardInterrupt:
         begun = out.with_name(out.name + ".partial")
@@ -191,7 +199,13 @@ def presets(debug: Debug = False) -> None:
     show.presets(PRESETS)
 
 
-def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors, DesignTable]:
+@app.command()
+def methods(debug: Debug = False) -> None:
+    """List the merging methods of the literature, with what they need and whom to cite."""
+    show.methods(METHODS)
+
+
+def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
     """Read the configuration and open what it names."""
     document = Document() if path is None else read_yaml(path)
     cwd = Path.cwd()
@@ -201,7 +215,7 @@ def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, T
     for rule in task_vectors.unused_rules:
         if rule.to_dict() in settings.rules:
             show.warning(f"the rule {{match: {rule.match}, action: {rule.action}}} fits no tensor of the base.")
-    return settings, task_vectors, DesignTable(settings, task_vectors.base)
+    return settings, task_vectors
 
 
 def run(arguments: Sequence[str]) -> int:

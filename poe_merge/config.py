@@ -2,7 +2,7 @@
 
 Relative paths are relative to the YAML file; any parameter may be a list of values by filter, as in mergekit::
 
-    merge_method: poe
+    merge_method: poe                   # or a merging method: ties, Ties(density=0.3), my_module:MyMethod(1.0)
     base_model: path/to/base
     models:
       - model: path/to/expert           # a folder, a file, or a model id of the Hugging Face Hub
@@ -36,13 +36,16 @@ from poe_models.treatments import DEFAULT_RULES, RuleTable
 
 __all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config", "parse_config"]
 
+POE = "poe"
+"""The merge method of this package: a product of experts."""
+
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 class MergeConfig(Section):
     """A whole merge: everything that decides what comes out."""
 
-    merge_method: Literal["poe"] = "poe"
+    merge_method: str = POE
     base_model: str
     models: tuple[ModelEntry, ...]
     parameters: Parameters = Parameters()
@@ -53,6 +56,11 @@ class MergeConfig(Section):
     device: str = "cpu"
     seed: int = Field(default=0, ge=0)
     batch_bytes: int = Field(default=BATCH_BYTES, gt=0)
+
+    @field_validator("merge_method")
+    @classmethod
+    def _known_method(cls, value: str, info: ValidationInfo) -> str:
+        return value if value == POE else s.method(value, s.folders_of(info))
 
     @field_validator("base_model")
     @classmethod
@@ -95,6 +103,20 @@ class MergeConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> MergeConfig:
+        if self.merge_method == POE:
+            return self
+        given = {key for part in (self.parameters, *(e.parameters for e in self.models)) for key in part.settings()}
+        foreign = [*sorted(given - {"lambda"}), *(["preset"] if self.preset else [])]
+        if foreign:
+            name = self.merge_method.partition("(")[0]
+            raise ValueError(
+                f"`{foreign[0]}` belongs to a product of experts, and `merge_method` is {name}. Leave it out, or write "
+                f"`merge_method: {POE}`. The method's own settings are {self.merge_method}; `lambda` scales any merge"
+            )
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the experts."""
@@ -128,7 +150,8 @@ class MergeConfig(Section):
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration with presets and defaults filled in, as plain data that reproduces the run."""
-        shared = {key: setting.plain() for key, setting in self.shared().items()}
+        used = self.shared() if self.merge_method == POE else {"lambda": self.shared()["lambda"]}
+        shared = {key: setting.plain() for key, setting in used.items()}
         if "step_tolerance" in shared and self.shared()["step_tolerance"].complete:
             del shared["tolerance"]
         models = [

