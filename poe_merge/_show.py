@@ -19,9 +19,9 @@ from inference.solution import Status
 from inference.streaming import MergeReport, Plan
 from poe_merge._stats import StatisticsReport
 from poe_merge.presets import Preset
+from poe_models.anchors import MergingMethod
 from poe_models.task_vectors import TaskVectors
 
-from poe_models.anchors import MergingMethod
 if TYPE_CHECKING:
     from poe_merge._ensemble import SampleReport  # with ArviZ, which takes seconds to import
 
@@ -156,15 +156,6 @@ def presets(known: Mapping[str, Preset]) -> None:
     console.print(f"\nAll of them: {escape(shared)}.")
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people.
-
-    >>> size(0), size(1536), size(3 * 10**9)
-    ('0 bytes', '1.5 kB', '3.0 GB')
-    """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
 def methods(known: Mapping[str, type[MergingMethod]]) -> None:
     """Print the merging methods: how they are called, what they need, whom to cite."""
     columns = ("method", "in the literature", "sees", "data", "streams", "draws", "citation")
@@ -190,6 +181,15 @@ def _settings(method: type[MergingMethod]) -> list[str]:
     return [name if default is inspect.Parameter.empty else f"{name}={default!r}" for name, default in named]
 
 
+def size(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> size(0), size(1536), size(3 * 10**9)
+    ('0 bytes', '1.5 kB', '3.0 GB')
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
 
