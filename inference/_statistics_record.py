@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from inference._modules import checked_names
@@ -14,14 +14,36 @@ from poe_models.task_vectors import TaskVectors
 
 _CONFIG = "config.json"
 """Says how tensors are treated, which is compared by itself."""
+_Kind = tuple[tuple[str, ...], tuple[str, ...], str]
+"""Names of the task vectors, residual maps and centre."""
 
 
-def family_of(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
+def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
+    """Merged tensors by the kind of their design: one set of statistics can be made of each.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: One product or design for all tensors, or a function from the tensor's name.
+
+    Returns:
+        Names of the tensors that have the same updates, maps and centre.
+
+    Raises:
+        ValueError: If nothing is merged, or a design does not fit the task vectors.
+    """
+    found: dict[_Kind, list[str]] = {}
+    for name, kind in _kinds(task_vectors, _designs(task_vectors, designs)).items():
+        found.setdefault(kind, []).append(name)
+    return list(found.values())
+
+
+def family_of(task_vectors: TaskVectors, designs: Designs, tensors: Collection[str] | None = None) -> dict[str, Design]:
     """The design of each merged tensor, once all are known to be about the same updates, maps and centre.
 
     Args:
         task_vectors: Base and experts.
         designs: One product or design for all tensors, or a function from the tensor's name.
+        tensors: Only these.
 
     Returns:
         Name of the tensor to its design.
@@ -29,22 +51,17 @@ def family_of(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
     Raises:
         ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
     """
-    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    if not tensors:
-        raise ValueError(
-            "`collect_statistics(...)`: no tensor of the base is merged, so there is no module. `poe-merge plan` (or "
-            "`TaskVectors.treatments`) says what happens to each and why; a rule can merge it."
-        )
-    for_tensor = as_function(designs)
-    found = {name: for_tensor(name) for name in tensors}
-    kinds = {name: _kind(task_vectors, name, each) for name, each in found.items()}
-    first = tensors[0]
+    found = _designs(task_vectors, designs)
+    found = {name: design for name, design in found.items() if tensors is None or name in tensors}
+    kinds = _kinds(task_vectors, found)
+    first = next(iter(found))
     for name, kind in kinds.items():
         if kind != kinds[first]:
             raise ValueError(
                 f"`collect_statistics(...)`: tensor {name!r} has {_shown(kind)}; tensor {first!r} has "
                 f"{_shown(kinds[first])}. One set of statistics has one kind of expert: give all tensors the same, or "
-                "make two sets, each with a rule that keeps the other tensors. Full coordinates need no statistics."
+                "make two sets, each with a rule that keeps the other tensors. `poe-merge sample` without --stats "
+                "makes them on the way."
             )
     return found
 
@@ -123,7 +140,20 @@ def difference(before: Any, now: Any) -> tuple[str, str, str] | None:
     return None
 
 
-_Kind = tuple[tuple[str, ...], tuple[str, ...], str]
+def _designs(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
+    """The design of each merged tensor."""
+    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    if not tensors:
+        raise ValueError(
+            "`collect_statistics(...)`: no tensor of the base is merged, so there is no module. `poe-merge plan` (or "
+            "`TaskVectors.treatments`) says what happens to each and why; a rule can merge it."
+        )
+    for_tensor = as_function(designs)
+    return {name: for_tensor(name) for name in tensors}
+
+
+def _kinds(task_vectors: TaskVectors, designs: Mapping[str, Design]) -> dict[str, _Kind]:
+    return {name: _kind(task_vectors, name, each) for name, each in designs.items()}
 
 
 def _kind(task_vectors: TaskVectors, tensor: str, design: Design) -> _Kind:

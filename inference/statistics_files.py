@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,25 +39,30 @@ _TENSORS = ("gram", "forms", "mean_curvature", "dimension")
 
 
 def collect_statistics(
-    task_vectors: TaskVectors, design: Designs, *, progress: Progress | None = None
+    task_vectors: TaskVectors,
+    design: Designs,
+    *,
+    tensors: Collection[str] | None = None,
+    progress: Progress | None = None,
 ) -> SpanStatistics:
     """One pass over the weights, a tensor at a time.
 
     Args:
         task_vectors: Base and experts.
         design: One product or design for all tensors, or a function from the tensor's name. Only the residual maps and
-            the anchor's centre matter here, and the maps must be the same for all tensors.
+            the anchor's centre matter here, and both must be the same for all tensors.
+        tensors: Read only these merged tensors.
         progress: Told how far the pass is.
 
     Returns:
-        Statistics of every merged module, on the CPU: all that Span coordinates need.
+        Statistics of every module, on the CPU: all that Span coordinates need.
 
     Raises:
         CheckpointError: If an input has values that are not finite.
         ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
     """
     progress = progress or Silent()
-    designs = family_of(task_vectors, design)
+    designs = family_of(task_vectors, design, tensors)
     nbytes = {name: task_vectors.base.tensors[name].nbytes for name in designs}
     modules = sum(len(module_names(task_vectors, name)) for name in designs)
     progress.begin("statistics", modules, sum(nbytes.values()))

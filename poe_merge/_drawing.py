@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 import warnings
@@ -54,12 +55,12 @@ class Drawn:
 
 
 def draw_span(
-    statistics: SpanStatistics, task_vectors: TaskVectors, designs: Table, what: Sampling, steps: Steps
+    statistics: Sequence[SpanStatistics], task_vectors: TaskVectors, designs: Table, what: Sampling, steps: Steps
 ) -> Drawn:
     """Draw coefficients, the modules of one design at a time.
 
     Args:
-        statistics: Of all merged modules.
+        statistics: Of all merged modules, in one set or several.
         task_vectors: Base and experts; only headers are used.
         designs: The design of each tensor.
         what: Settings.
@@ -71,12 +72,18 @@ def draw_span(
     Raises:
         ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
     """
-    groups = _groups(task_vectors, designs, statistics.modules, what.pattern)
-    generator = what.generator()
-    digest = statistics_digest(statistics)
+    if len({each.updates for each in statistics}) > 1:
+        raise ValueError(
+            "the designs of some tensors are about other experts than those of others, and draws in Span coordinates "
+            "have one set of coefficients. Give every expert a weight above 0 everywhere, or --coordinates full."
+        )
+    modules = [name for each in statistics for name in each.modules]
+    sets = [(each, place) for each in statistics for place in range(len(each.modules))]
+    groups = _groups(task_vectors, designs, modules, what.pattern)
+    generator, digest = what.generator(), _digest(statistics)
     parts, data, notes = [], [], _silent(statistics)
     for number, (design, places) in enumerate(groups):
-        some = statistics.select(places)
+        some = sets[places[0]][0].select([sets[place][1] for place in places])  # one design, so one set
         posterior, coordinates = _posterior(design, some, what)
         step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
         try:
@@ -230,10 +237,16 @@ def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> Sp
     )
 
 
-def _silent(statistics: SpanStatistics) -> list[str]:
+def _digest(statistics: Sequence[SpanStatistics]) -> str:
+    """Of the only set, or of all sets' digests."""
+    digests = [statistics_digest(each) for each in statistics]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _silent(statistics: Sequence[SpanStatistics]) -> list[str]:
     """Experts whose update is zero wherever something is merged: they drop out, and copies of the base do."""
-    norms = statistics.gram.diagonal(dim1=-2, dim2=-1)[:, :-1]
-    silent = [name for name, found in zip(statistics.updates, (norms > 0).any(0).tolist(), strict=True) if not found]
+    norms = torch.cat([each.gram.diagonal(dim1=-2, dim2=-1)[:, :-1] for each in statistics])
+    silent = [name for name, found in zip(statistics[0].updates, (norms > 0).any(0).tolist(), strict=True) if not found]
     return [f"{name!r} has no update in any merged tensor; is it a copy of the base?" for name in silent]
 
 

@@ -24,7 +24,7 @@ from inference._artifacts import versions
 from inference._digest import Progress
 from inference._ensemble_files import check_begun
 from inference._output import OutputError
-from inference._statistics_record import difference
+from inference._statistics_record import difference, families
 from inference.draw_files import load_draws, save_draws
 from inference.ensemble import MergedEnsemble
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
@@ -151,9 +151,10 @@ def _draw(task_vectors: TaskVectors, designs: Table, what: Sampling, statistics:
     if what.coordinates == "full":
         return draw_full(task_vectors, designs, what, bars)
     if statistics is None:
-        found = collect_statistics(task_vectors, designs, progress=bars)
+        sets = families(task_vectors, designs)
+        found = [collect_statistics(task_vectors, designs, tensors=each, progress=bars) for each in sets]
     else:
-        found = checked_statistics(statistics, task_vectors, designs, bars)
+        found = [checked_statistics(statistics, task_vectors, designs, bars)]
     return draw_span(found, task_vectors, designs, what, bars.steps)
 
 

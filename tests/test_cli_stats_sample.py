@@ -353,6 +353,25 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
         assert draws.temperature.tolist() == [1e-9] * 3
 
 
+def test_maps_that_differ_between_tensors_need_no_file(done: Cli, fails: Callable[..., str], here: Path) -> None:
+    maps = [{"filter": "attn", "value": ["OutputGram", "InputGram"]}, {"value": "InputGram"}]
+    config = {**CONFIG, "parameters": {"residual_map": maps, "eta": 0.1}}
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "`poe-merge sample` without --stats makes them on the way" in fails("stats", "config.yaml", "--out", "s")
+    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged")
+    done("sample", "config.yaml", "-n", "1", "--out", "out", "--temperature", "1e-9", *QUICK)
+    merged, member, base = (weights(here / name) for name in ("merged", "out/member-000", "base"))
+    for name in MERGED:
+        assert_close(member[name] - base[name], merged[name] - base[name], 2e-3)
+    draws = load_draws(here / "out" / "draws")
+    assert draws.modules == ("0.mlp.weight", "1.mlp.weight", "1.attn.weight")
+    assert re.fullmatch("[0-9a-f]{64}", draws.source)
+    own = {"weight": [{"filter": "attn", "value": 0}, {"value": 1}]}
+    models = [{"model": "mnist", "parameters": own}, {"model": "emoji"}]
+    (here / "config.yaml").write_text(yaml.safe_dump({**config, "models": models}))
+    assert "one set of coefficients" in fails("sample", "config.yaml", "--out", "o")
+
+
 @pytest.mark.parametrize("stats", [True, False])
 def test_a_checkpoint_as_the_anchor(stats: bool, done: Cli, fails: Callable[..., str], here: Path) -> None:
     anchor = ("--anchor", "other", "--eta", "1.0")
