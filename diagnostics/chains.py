@@ -86,8 +86,11 @@ class ChainConvergence:
         text = f"largest R-hat {top:.3f} ({where}) over {self.num_chains} chains of {self.num_draws} draws"
         if top <= R_HAT[0]:
             return Verdict("R-hat", Level.GOOD, f"{text}: the chains agree.")
-        level = Level.CAUTION if top <= R_HAT[1] else Level.BAD
-        return Verdict("R-hat", level, f"{text}: the chains disagree; run them longer, or look at their modes.")
+        if top <= R_HAT[1]:
+            return Verdict(
+                "R-hat", Level.CAUTION, f"{text}, above {R_HAT[0]}: the chains differ a little; run them longer."
+            )
+        return Verdict("R-hat", Level.BAD, f"{text}: the chains disagree; run them longer, or look at their modes.")
 
     def _sample_size(self) -> Verdict:
         sizes = np.fmin(self.statistics.ess_bulk, self.statistics.ess_tail)

@@ -11,7 +11,7 @@ Works on the records that a merge leaves in `poe_merge.json` and on solutions in
 >>> found.modules, found.status[0].name, bool(found.rate[0] < 1)
 (('fc.weight',), 'CONVERGED', True)
 >>> [verdict.level.name for verdict in found.verdicts]
-['GOOD', 'GOOD', 'GOOD']
+['GOOD', 'GOOD', 'NOTE']
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class FixedPointConvergence:
             f"largest over smallest relative expert weight: median {np.median(spread):.3g}, most {spread.max():.3g}; "
         )
         if spread.max() <= GAUSSIAN_SPREAD:
-            return Verdict("tails at work", Level.GOOD, f"{text}the experts are weighed as by a Gaussian.")
+            return Verdict("tails at work", Level.NOTE, f"{text}the experts are weighed as by a Gaussian.")
         differing = int((spread > GAUSSIAN_SPREAD).sum())
         return Verdict(
             "tails at work",
-            Level.GOOD,
+            Level.NOTE,
             f"{text}the experts are weighed otherwise than by a Gaussian in {differing} of {len(spread)} modules.",
         )
 

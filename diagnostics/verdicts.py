@@ -12,12 +12,13 @@ __all__ = ["Level", "Verdict", "worst"]
 
 
 class Level(IntEnum):
-    """How much a verdict worries; a larger one is worse."""
+    """How much a verdict worries; a larger one is worse. A note says what was found, which is neither good nor bad."""
 
-    GOOD = 0
-    UNKNOWN = 1
-    CAUTION = 2
-    BAD = 3
+    NOTE = 0
+    GOOD = 1
+    UNKNOWN = 2
+    CAUTION = 3
+    BAD = 4
 
 
 @dataclass(frozen=True)

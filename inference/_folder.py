@@ -126,8 +126,8 @@ def model_card(base: Checkpoint, plan: Plan, record: Mapping[str, Any]) -> Model
         "",
         f"A merge of {len(experts)} fine-tuned models made with poe-merge: {_approach(record['designs'])}.",
         "",
-        f"- **Base:** `{_short(base.source)}`",
-        *(f"- **Expert {name}:** `{_short(entry['source'])}`" for name, entry in experts.items()),
+        f"- **Base:** `{short_source(base.source)}`",
+        *(f"- **Expert {name}:** `{short_source(entry['source'])}`" for name, entry in experts.items()),
         "",
         "## Design",
         "",
@@ -176,7 +176,7 @@ def _design_lines(index: int, design: Mapping[str, Any]) -> list[str]:
         for e in design["experts"]
     ]
     anchor = design["anchor"]
-    center = "the base" if anchor["center"] is None else f"`{_short(str(anchor['center']))}`"
+    center = "the base" if anchor["center"] is None else f"`{short_source(str(anchor['center']))}`"
     return [
         f"Design {index}: W = W_0 + {design['scaling']:g} Z, anchored at {center} with `{anchor['precision']}`, "
         f"{design['coordinates']} coordinates.",
@@ -247,7 +247,7 @@ def _hub_id(source: str) -> str | None:
     return f"{found[1]}/{found[2]}" if found else None
 
 
-def _short(source: str) -> str:
+def short_source(source: str) -> str:
     """A checkpoint's name without the folders of the machine it was on."""
     path = Path(source)
     generic = path.stem in ("model", "pytorch_model", "adapter_model")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from diagnostics.verdicts import Verdict
 from inference.solution import Status
 from inference.streaming import MergeReport, Plan
 from poe_merge._stats import StatisticsReport
@@ -138,6 +140,13 @@ def sample(done: SampleReport) -> None:
             warning(text)
     for text in done.warnings:
         warning(text)
+
+
+def diagnosis(path: Path, warnings: Sequence[Verdict]) -> None:
+    """Print where the page is and its warnings, the worst first."""
+    for found in warnings:
+        warning(f"{found.about}: {found.text}")
+    _console().print(f"{escape(str(path))}: {len(warnings) or 'no'} warning{'' if len(warnings) == 1 else 's'}.")
 
 
 def presets(known: Mapping[str, Preset]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `check`, `presets`."""
+"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `diagnose`, `check`, `presets`, `methods`."""
 
 from __future__ import annotations
 
@@ -166,6 +166,28 @@ def sample(
         show.warning(f"interrupted. {left if begun.exists() else 'Nothing was written.'}")
         raise typer.Exit(INTERRUPTED) from None
     show.sample(report)
+
+
+@app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="A folder that `poe-merge merge` made.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    draws: Annotated[
+        Path | None, typer.Option("--draws", help="Draws of the same merge: `draws` of `poe-merge sample`.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Class probabilities and labels, .npz or .safetensors.")
+    ] = None,
+    tails: Annotated[bool, typer.Option("--tails/--no-tails", help="Read all weights for the residuals.")] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Of resamples and simulations.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
+    from poe_merge import _diagnose  # with ArviZ, which takes seconds to import
+
+    _diagnose.check_out(out)
+    page = _diagnose.diagnose(run, draws=draws, predictions=predictions, tails=tails, seed=seed)
+    show.diagnosis(_diagnose.write_page(page.html, out), page.warnings)
 
 
 @app.command()

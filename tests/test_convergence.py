@@ -130,7 +130,7 @@ def test_verdicts_tell_what_did_not_converge(updates: Tensor) -> None:
 
 def test_a_point_that_is_no_minimum_is_a_caution(updates: Tensor) -> None:
     found = replace(convergence(updates), strict_minimum=np.array([True, False]), rate=np.array([0.5, 1.2]))
-    assert [verdict.level for verdict in found.verdicts] == [Level.CAUTION, Level.CAUTION, Level.GOOD]
+    assert [verdict.level for verdict in found.verdicts] == [Level.CAUTION, Level.CAUTION, Level.NOTE]
     assert "b.weight" in found.verdicts[0].text
 
 

@@ -1,0 +1,235 @@
+"""Figures of the fixed point and of chains; each draws a result of `diagnostics.convergence` and its neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
+
+from diagnostics.chains import ESS, R_HAT, ChainConvergence, Ranks
+from diagnostics.convergence import FixedPointConvergence
+from diagnostics.plots._style import DEPTH, LINES, MARKERS, axes_of, finish, label_modules, line_style, point_style
+from diagnostics.sensitivity import GammaSensitivity
+
+__all__ = [
+    "plot_chain_traces",
+    "plot_contraction",
+    "plot_effective_sizes",
+    "plot_energy_traces",
+    "plot_gamma_moves",
+    "plot_gamma_scores",
+    "plot_r_hat",
+    "plot_ranks",
+]
+
+ROUNDING = 1e-16
+
+
+def plot_energy_traces(result: FixedPointConvergence, ax: Axes | None = None) -> Axes:
+    """Energy after each step, per module: the counterpart of [PoE] Figure 3.
+
+    The energy is shown above its final value and relative to it, on a logarithmic axis; a trace ends where rounding
+    does, at 1e-16. Modules are coloured by depth, dark to light.
+
+    Args:
+        result: of a merge.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    ax = axes_of(ax)
+    count = len(result.traces)
+    colors = colormaps[DEPTH](np.linspace(0, 0.9, count))
+    for index, trace in enumerate(result.traces):
+        gap = np.maximum((trace - trace[-1]) / max(abs(trace[-1]), np.finfo(float).tiny), ROUNDING)
+        style = {"linestyle": LINES[index % 4], "marker": MARKERS[index % len(MARKERS)], "markersize": 3}
+        ax.semilogy(np.arange(1, len(gap) + 1), gap, color=colors[index], linewidth=1, alpha=0.8, **style)
+    ax.set(xlabel="step", ylabel="(E - E_final) / |E_final|")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if count > 1:
+        scale = ScalarMappable(Normalize(1, 1 + (count - 1) / 0.9), DEPTH)
+        bar = ax.figure.colorbar(scale, ax=ax, label="module, in order", boundaries=np.linspace(1, count, 256))
+        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return finish(ax, "energy along the fixed point, per module")
+
+
+def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> Axes:
+    """Exact contraction rate and the bound L of every module: the counterpart of [PoE] Figure 4.
+
+    Args:
+        result: of a merge.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    ax = axes_of(ax, (7.2, 4.2))
+    place = np.arange(len(result.modules))
+    for index, (name, values) in enumerate((("bound L ([PoE] Eq. 26)", result.bound), ("exact rate", result.rate))):
+        ax.semilogy(place, np.maximum(values, ROUNDING), label=name, **line_style(index))
+    ax.axhline(1, color="black", linewidth=1, linestyle=":", label="1: no contraction above")
+    ax.set(ylabel="contraction per plain step")
+    label_modules(ax, result.modules)
+    return finish(ax, "contraction at the solution")
+
+
+def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
+    """How far the merge moves with gamma, and how far it is from its Gaussian twin's.
+
+    Lines are medians over modules, bands reach from the least to the most.
+
+    Args:
+        result: of `gamma_sensitivity`.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    ax = axes_of(ax)
+    reference = f"from gamma = {result.gammas[result.reference]:.3g}"
+    for index, (name, values) in enumerate(
+        ((reference, result.distance), ("from the Gaussian twin", result.from_twin))
+    ):
+        style = line_style(index)
+        low, middle, high = np.nanmin(values, 1), np.nanmedian(values, 1), np.nanmax(values, 1)
+        ax.plot(result.gammas, middle, label=name, **style)
+        ax.fill_between(result.gammas, low, high, alpha=0.15, color=style["color"], linewidth=0)
+    ax.set(xscale="log", xlabel="gamma", ylabel="relative distance of the merge")
+    ax.set_ylim(bottom=0)
+    return finish(ax, "sensitivity to gamma")
+
+
+def plot_gamma_scores(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
+    """The score of the merge over gamma: the counterpart of [PoE] Figure 7.
+
+    Args:
+        result: of `gamma_sensitivity` with a score.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: the result has no scores.
+    """
+    if result.scores is None:
+        raise ValueError(
+            "`plot_gamma_scores(...)`: the result has no scores. Give `gamma_sensitivity` a score, or draw "
+            "`plot_gamma_moves`."
+        )
+    ax = axes_of(ax)
+    ax.plot(result.gammas, result.scores, **line_style(0))
+    best = int(result.scores.argmax())
+    ax.plot(result.gammas[best], result.scores[best], "k*", markersize=12, label=f"best: {result.gammas[best]:.3g}")
+    ax.set(xscale="log", xlabel="gamma", ylabel="score")
+    return finish(ax, "score of the merge over gamma")
+
+
+def plot_chain_traces(result: ChainConvergence, module: str, quantity: str, ax: Axes | None = None) -> Axes:
+    """The draws of one quantity, chain by chain.
+
+    Args:
+        result: of draws.
+        module: its name.
+        quantity: its name.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    ax = axes_of(ax)
+    values = _of(result, module, quantity)
+    for index, chain in enumerate(values):
+        style = line_style(index, marker=False)
+        ax.plot(chain, linewidth=0.7, label=f"chain {index + 1}" if len(values) <= 8 else None, **style)
+    ax.set(xlabel="draw", ylabel=quantity)
+    return finish(ax, f"{quantity} in {module}")
+
+
+def plot_ranks(ranks: Ranks, ax: Axes | None = None) -> Axes:
+    """Rank plot: one row of bars for each chain, all alike if the chains are; the band holds 95 % of independent draws.
+
+    Args:
+        ranks: of `rank_histogram`.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    ax = axes_of(ax)
+    chains, bins = ranks.counts.shape
+    height = max(float(ranks.counts.max()), ranks.high) * 1.15
+    for chain, counts in enumerate(ranks.counts):
+        floor = (chains - 1 - chain) * height
+        ax.bar(np.arange(bins), counts, 1, floor, color="#9ecae1", edgecolor="black", linewidth=0.5)
+        ax.hlines(floor + ranks.expected, -0.5, bins - 0.5, color="black", linewidth=1)
+        for edge in (ranks.low, ranks.high):
+            ax.hlines(floor + edge, -0.5, bins - 0.5, color="black", linewidth=0.7, linestyle="--")
+    floors = (chains - 1 - np.arange(chains)) * height
+    ax.set_yticks(floors + ranks.expected, [f"chain {chain + 1}" for chain in range(chains)])
+    ax.set_xticks([-0.5, bins - 0.5], ["lowest", "highest"])
+    ax.set(xlabel="rank among the draws of all chains")
+    return finish(ax, "ranks by chain")
+
+
+def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
+    """R-hat of every quantity in every module, with the limits of the verdict.
+
+    Args:
+        result: of draws.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    ax = _by_quantity(result, result.statistics.r_hat, axes_of(ax, (7.2, 4.2)))
+    _limits(ax, R_HAT)
+    ax.set(ylabel="R-hat")
+    return finish(ax, "agreement of the chains (1 is perfect)")
+
+
+def plot_effective_sizes(result: ChainConvergence, ax: Axes | None = None) -> Axes:
+    """The smaller of bulk and tail effective sample size of every quantity in every module.
+
+    Args:
+        result: of draws.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+    """
+    sizes = np.fmin(result.statistics.ess_bulk, result.statistics.ess_tail)
+    ax = _by_quantity(result, sizes, axes_of(ax, (7.2, 4.2)))
+    _limits(ax, ESS)
+    ax.set(yscale="log", ylabel="effective sample size")
+    return finish(ax, f"effective sample sizes of {result.num_chains * result.num_draws} draws")
+
+
+def _by_quantity(result: ChainConvergence, values: np.ndarray, ax: Axes) -> Axes:
+    count = len(result.quantities)
+    for index, (name, column) in enumerate(zip(result.quantities, values.T, strict=True)):
+        shift = 0.5 * (index - (count - 1) / 2) / count
+        place = np.arange(len(result.modules)) + shift
+        ax.scatter(place, column, s=18, label=name, **point_style(index))
+    label_modules(ax, result.modules)
+    return ax
+
+
+def _limits(ax: Axes, limits: tuple[float, float]) -> None:
+    for limit, style in zip(limits, ("--", ":"), strict=True):
+        ax.axhline(limit, color="black", linewidth=0.9, linestyle=style)
+        ax.annotate(f"{limit:g}", (1, limit), xycoords=("axes fraction", "data"), fontsize=7, va="center")
+
+
+def _of(result: ChainConvergence, module: str, quantity: str) -> np.ndarray:
+    if module not in result.modules or quantity not in result.quantities:
+        raise ValueError(
+            f"`plot_chain_traces({module!r}, {quantity!r})`: no such draws. Modules: {', '.join(result.modules[:3])}, "
+            f"...; quantities: {', '.join(result.quantities)}."
+        )
+    values: np.ndarray = result.values[..., result.modules.index(module), result.quantities.index(quantity)]
+    return values

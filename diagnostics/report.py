@@ -1,0 +1,81 @@
+"""One page that says whether a merge can be trusted: warnings first, then what was merged and each diagnostic.
+
+    from diagnostics.report import report
+
+    page = report("my merge", record=record, fixed_point=found)
+    Path("report.html").write_text(page.html, encoding="utf-8")
+
+`poe-merge diagnose` makes the same page from a merged folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diagnostics._page import Page, page
+from diagnostics._sections import (
+    calibration_section,
+    comparison_section,
+    convergence_section,
+    merge_section,
+    tails_section,
+)
+from diagnostics.chains import ChainConvergence
+from diagnostics.coefficients import CoefficientIntervals
+from diagnostics.convergence import FixedPointConvergence
+from diagnostics.judged import JudgedPredictions
+from diagnostics.residuals import Residuals
+from diagnostics.sensitivity import GammaSensitivity
+from diagnostics.tails.pooled import PooledTails
+from diagnostics.verdicts import Verdict
+
+__all__ = ["Page", "report"]
+
+
+def report(
+    title: str,
+    *,
+    subtitle: str = "",
+    record: Mapping[str, Any] | None = None,
+    fixed_point: FixedPointConvergence | None = None,
+    chains: ChainConvergence | None = None,
+    coefficients: CoefficientIntervals | None = None,
+    sensitivity: GammaSensitivity | None = None,
+    residuals: Residuals | None = None,
+    tails: PooledTails | None = None,
+    predictions: JudgedPredictions | None = None,
+    verdicts: Sequence[Verdict] = (),
+) -> Page:
+    """The page, from whatever results there are; parts without any are left out.
+
+    Args:
+        title: its heading.
+        subtitle: a line beneath.
+        record: the contents of `poe_merge.json`.
+        fixed_point: convergence of the solver.
+        chains: convergence of draws.
+        coefficients: of Span draws.
+        sensitivity: to gamma.
+        residuals: of the merge.
+        tails: of the residuals.
+        predictions: judged predictions.
+        verdicts: others, for the top of the page.
+
+    Returns:
+        The page and its warnings. Figures are inline, nothing is loaded, nothing runs, strings are escaped.
+
+    >>> text = report("a merge", subtitle="of nothing").html
+    >>> "<h1>a merge</h1>" in text, "http" in text.replace("http-equiv", "")
+    (True, False)
+    """
+    sections = []
+    if record is not None:
+        sections.append(merge_section(record))
+    if any(result is not None for result in (fixed_point, chains, coefficients, sensitivity)):
+        sections.append(convergence_section(fixed_point, chains, coefficients, sensitivity))
+    if residuals is not None or tails is not None:
+        sections.append(tails_section(residuals, tails))
+    if predictions is not None:
+        sections += [calibration_section(predictions), comparison_section(predictions)]
+    return page(title, subtitle, sections, verdicts)

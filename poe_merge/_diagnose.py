@@ -1,0 +1,228 @@
+"""`poe-merge diagnose`: what a merged folder, its draws and its predictions say, as one page."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diagnostics.chains import ChainConvergence, chain_convergence
+from diagnostics.coefficients import CoefficientIntervals, coefficient_intervals
+from diagnostics.convergence import FixedPointConvergence, fixed_point_convergence
+from diagnostics.judged import JudgedPredictions, judge
+from diagnostics.prediction_files import load_predictions
+from diagnostics.report import Page, report
+from diagnostics.residuals import Residuals, residuals
+from diagnostics.tails.pooled import PooledTails, pooled_tails
+from diagnostics.verdicts import Level, Verdict
+from inference._digest import Silent, digest_inputs
+from inference._folder import RECORD
+from inference.draw_files import load_draws
+from inference.model_draws import FullDraws, SpanDraws
+from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from poe_models.checkpoints import CheckpointError
+from poe_models.experts import Expert, ProductOfExperts
+from poe_models.task_vectors import TaskVectors
+from poe_models.treatments import RuleTable
+
+EXPERT = "expert "
+
+
+@dataclass
+class Findings:
+    """What could be found out, and why the rest could not."""
+
+    fixed_point: FixedPointConvergence | None = None
+    chains: ChainConvergence | None = None
+    coefficients: CoefficientIntervals | None = None
+    residuals: Residuals | None = None
+    tails: PooledTails | None = None
+    predictions: JudgedPredictions | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
+def diagnose(
+    run: Path, *, draws: Path | None = None, predictions: Path | None = None, tails: bool = True, seed: int = 0
+) -> Page:
+    """Make the report of a merged folder.
+
+    Args:
+        run: what `poe-merge merge` made.
+        draws: a folder of draws, as `poe-merge sample` and `save_draws` make them.
+        predictions: a file of predictions, see `diagnostics.prediction_files`.
+        tails: read base, experts and merge again for the residuals and their tails.
+        seed: of resamples and simulations.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: something that was given cannot be read.
+    """
+    record = read_record(run)
+    found = Findings()
+    modules = [module for tensor in record["tensors"] for module in tensor.get("modules", ())]
+    if modules:
+        found.fixed_point = fixed_point_convergence(modules)
+    if draws is not None:
+        _judge_draws(draws, [str(module["module"]) for module in modules], found)
+    if tails and modules:
+        _fit_tails(run, record, found, seed)
+    if predictions is not None:
+        found.predictions = judge(load_predictions(predictions), seed=seed)
+    return report(
+        f"Merge {run.resolve().name}",
+        subtitle=f"made by poe-merge {record['versions'].get('poe-merge', '')}",
+        record=record,
+        fixed_point=found.fixed_point,
+        chains=found.chains,
+        coefficients=found.coefficients,
+        residuals=found.residuals,
+        tails=found.tails,
+        predictions=found.predictions,
+        verdicts=found.verdicts,
+    )
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Read the record of a merge.
+
+    Args:
+        run: the merged folder.
+
+    Returns:
+        The contents of `poe_merge.json`.
+
+    Raises:
+        ValueError: there is none, or it is not one.
+    """
+    path = run / RECORD
+    if not path.is_file():
+        raise ValueError(f"{run}: no merge, {RECORD} is missing. Give a folder that `poe-merge merge` made.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}). Merge again.") from error
+    keys = {"tensors", "inputs", "designs", "versions", "rules", "compute_dtype"}
+    if not isinstance(record, dict) or not keys <= set(record) or not isinstance(record["tensors"], list):
+        raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
+    return record
+
+
+def check_out(out: Path) -> None:
+    """Refuse, before anything is read, to write a page over something else.
+
+    Args:
+        out: where the page is to go.
+
+    Raises:
+        ValueError: the name does not end in `.html`, or a folder has it.
+    """
+    if out.suffix != ".html" or out.is_dir():
+        raise ValueError(f"`poe-merge diagnose --out {out}`: the report is a page. Give a name that ends in .html.")
+
+
+def write_page(text: str, out: Path) -> Path:
+    """Write the page, whole or not at all; one that is there is replaced.
+
+    Args:
+        text: HTML.
+        out: ends in `.html`.
+
+    Returns:
+        Its absolute path.
+    """
+    check_out(out)
+    target = out.expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(partial).chmod(0o644)
+        Path(partial).replace(target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return target
+
+
+def _judge_draws(path: Path, modules: list[str], found: Findings) -> None:
+    draws = load_draws(path)
+    strange = sorted(set(draws.modules) - set(modules))
+    if strange:
+        raise ValueError(
+            f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
+        )
+    if isinstance(draws, SpanDraws):
+        found.coefficients = coefficient_intervals(draws)
+    if isinstance(draws, FullDraws) and draws.method != "gibbs":
+        text = f"{len(draws)} independent draws ({draws.method}): there are no chains to judge."
+        found.verdicts.append(Verdict("draws", Level.GOOD, text))
+    else:
+        found.chains = chain_convergence(draws)
+
+
+def _fit_tails(run: Path, record: Mapping[str, Any], found: Findings, seed: int) -> None:
+    """Residuals and tails; where the inputs are not what they were, a note why there are none."""
+    try:
+        vectors = _task_vectors(record)
+        designs = {str(t["tensor"]): record["designs"][t["design"]] for t in record["tensors"] if "design" in t}
+        products = {name: _product(design) for name, design in designs.items()}
+        found.residuals = residuals(
+            run, vectors, lambda tensor: products[tensor], scaling=lambda tensor: float(designs[tensor]["scaling"])
+        )
+        found.tails = pooled_tails(found.residuals, seed=seed)
+    except (ValueError, CheckpointError, OSError) as error:
+        part = "tails" if found.residuals is not None else "residuals"
+        text = f"left out: {error}"
+        found.verdicts.append(Verdict(part, Level.UNKNOWN, text))
+
+
+def _task_vectors(record: Mapping[str, Any]) -> TaskVectors:
+    """Base and experts as they were merged.
+
+    Raises:
+        CheckpointError: if one is not what it was.
+    """
+    inputs = record["inputs"]
+    experts = {role.removeprefix(EXPERT): entry for role, entry in inputs.items() if role.startswith(EXPERT)}
+    dtype = {"float32": torch.float32, "float64": torch.float64}[record["compute_dtype"]]
+    sources = {name: str(entry["source"]) for name, entry in experts.items()}
+    for source in (str(inputs["base"]["source"]), *sources.values()):
+        if not Path(source).exists():
+            raise CheckpointError(f"{source} is not there any more; residuals need base and experts. Put it back.")
+    vectors = TaskVectors(str(inputs["base"]["source"]), sources, RuleTable.from_dicts(record["rules"]), dtype)
+    checkpoints = {"base": vectors.base, **{f"{EXPERT}{name}": each for name, each in vectors.experts.items()}}
+    for role, entry in digest_inputs(checkpoints, [], Silent()).items():
+        if entry["sha256"] != inputs[role]["sha256"]:
+            raise CheckpointError(f"{role} ({entry['source']}) has changed since the merge. Merge again.")
+    return vectors
+
+
+def _product(design: Mapping[str, Any]) -> ProductOfExperts:
+    return ProductOfExperts(
+        tuple(
+            Expert(
+                name=str(each["name"]),
+                residual_map=_known(each["residual_map"], RESIDUAL_MAP),
+                energy=_known(each["energy"], ENERGY),
+                scale=_known(each["scale"], SCALE),
+                importance=float(each["importance"]),
+                update=None if each["update"] is None else str(each["update"]),
+            )
+            for each in design["experts"]
+        )
+    )
+
+
+def _known(text: Any, kind: Kind[Any]) -> Any:
+    """What a record's text describes, if it is one of ours: nothing is imported because a file says so."""
+    if str(text).partition("(")[0] not in kind.registry:
+        raise ValueError(f"{kind.noun} {text} is not built in, and a record does not hold its code.")
+    return parse_spec(str(text), kind)

@@ -1,0 +1,242 @@
+"""`poe-merge diagnose`: the page of a merge made on the command line, and what it says where something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typing_extensions import override
+
+from diagnostics.prediction_files import predictions_of, save_predictions
+from diagnostics.residuals import residuals
+from diagnostics.tails.pooled import pooled_tails
+from inference import hmc
+from inference.design import Design
+from inference.draw_files import save_draws
+from inference.full_draws import sample_full
+from inference.model_draws import SpanDraws
+from inference.streaming import merge_checkpoint
+from poe_merge import _diagnose
+from poe_merge.cli import run
+from poe_models import (
+    Cauchy,
+    Energy,
+    InputGram,
+    ProductOfExperts,
+    StudentT,
+    TaskVectors,
+    span_posterior,
+    span_statistics,
+)
+from tests.helpers import random_updates
+
+NAMES = ("mnist", "emoji")
+MODULES = ("a.weight", "b.weight")
+TITLES = ["What was merged", "Convergence", "Residuals and their tails", "Calibration", "Comparison"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two fine-tunes of it."""
+    home = tmp_path_factory.mktemp("models")
+    updates = random_updates(torch.Generator().manual_seed(0), 2, 2, 40, 7, dtype=torch.float32)
+    base = {name: torch.zeros(40, 7) for name in MODULES} | {"a.bias": torch.zeros(40)}
+    states = {"base": base}
+    for index, name in enumerate(NAMES):
+        states[name] = {m: updates[i, index] for i, m in enumerate(MODULES)} | {"a.bias": torch.ones(40) * index}
+    for name, state in states.items():
+        (home / name).mkdir()
+        save_file({key: value.contiguous() for key, value in state.items()}, home / name / "model.safetensors")
+    return home
+
+
+@pytest.fixture(scope="module")
+def merged(folders: Path) -> Path:
+    models = [f"--model={name}={folders / name}" for name in NAMES]
+    options = ["--energy", "StudentT(4)", "--lambda", "0.5", "--out", str(folders / "merged")]
+    assert run(["merge", "--base-model", str(folders / "base"), *models, *options]) == 0
+    return folders / "merged"
+
+
+def vectors(folders: Path) -> TaskVectors:
+    return TaskVectors(folders / "base", {name: folders / name for name in NAMES})
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
+
+
+def predictions(path: Path) -> Path:
+    labels = {task: torch.arange(60) % 3 for task in NAMES}
+    right: dict[str, Tensor] = {t: torch.nn.functional.one_hot(y, 3).double() * 0.7 + 0.1 for t, y in labels.items()}
+    save_predictions(predictions_of(labels, {"merge": right}), path)
+    return path
+
+
+def test_the_page_of_a_merge_with_draws_and_predictions(
+    folders: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
+    updates = torch.stack([module.updates for module in vectors(folders)])
+    statistics = span_statistics(poe, updates, list(MODULES))
+    posterior, coordinates = span_posterior(poe, statistics)
+    drawn = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=50)
+    save_draws(SpanDraws.of(drawn, coordinates, statistics), tmp_path / "draws")
+    out = tmp_path / "new" / "report.html"
+    given = ["--draws", str(tmp_path / "draws"), "--predictions", str(predictions(tmp_path / "p.npz"))]
+    assert run(["diagnose", str(merged), "--out", str(out), *given]) == 0
+    assert headings(out)[1:] == TITLES
+    text = out.read_text(encoding="utf-8")
+    for words in ("StudentT(df=4", "R-hat", "How much of each task", "null control", "lambda 0.5"):
+        assert words in text
+    printed = capsys.readouterr()
+    assert "report.html" in printed.out
+    assert printed.err.count("warning:") == int(headings(out)[0].split()[0].replace("No", "0"))
+
+
+def test_residuals_are_those_of_the_merge_at_its_own_scaling(folders: Path, merged: Path) -> None:
+    found = _diagnose.Findings()
+    _diagnose._fit_tails(merged, _diagnose.read_record(merged), found, seed=3)
+    poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(4.0))
+    expected = residuals(merged, vectors(folders), poe, scaling=0.5)
+    assert found.residuals is not None
+    assert found.tails is not None
+    assert found.residuals.values().tolist() == expected.values().tolist()
+    assert found.residuals.weights().tolist() == expected.weights().tolist()
+    assert found.tails.verdict == pooled_tails(expected, seed=3).verdict
+    assert found.verdicts == []
+
+
+def test_the_same_page_every_time(merged: Path) -> None:
+    first, second = (_diagnose.diagnose(merged, tails=False) for _ in range(2))
+    assert first == second
+
+
+def test_a_merge_from_python_and_experts_that_have_changed(folders: Path, tmp_path: Path) -> None:
+    for name in ("base", *NAMES):
+        (tmp_path / name).mkdir()
+        save_file(load_file(folders / name / "model.safetensors"), tmp_path / name / "model.safetensors")
+    merge_checkpoint(vectors(tmp_path), Design(ProductOfExperts.of(NAMES), scaling=0.3), tmp_path / "out")
+    assert not [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    state = load_file(tmp_path / "emoji" / "model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, tmp_path / "emoji" / "model.safetensors")
+    (changed,) = [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    assert "expert emoji" in changed.text
+    assert "changed since the merge" in changed.text
+    (tmp_path / "mnist" / "model.safetensors").unlink()
+    (tmp_path / "mnist").rmdir()
+    page = _diagnose.diagnose(tmp_path / "out")
+    assert [v for v in page.warnings if "is not there any more" in v.text]
+    assert "Residuals and their tails" not in page.html
+
+
+class Mine(Energy):
+    """An energy whose code the record does not have."""
+
+    concave = True
+
+    @override
+    def rho(self, q: Tensor) -> Tensor:
+        return q / (1 + q)
+
+
+def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Path) -> None:
+    merge_checkpoint(vectors(folders), ProductOfExperts.of(NAMES, energy=Mine()), tmp_path / "out")
+    (verdict,) = [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    assert "Mine" in verdict.text
+    assert "not built in" in verdict.text
+    record = tmp_path / "out" / "poe_merge.json"
+    evil = tmp_path / "evil.py"
+    evil.write_text("raise SystemExit('imported')")
+    record.write_text(record.read_text().replace('"test_an_energy', '"').replace("Mine()", f"{evil}:Mine()"))
+    assert [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+
+
+def test_without_tails_no_weights_are_read(merged: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "poe_merge.json").write_bytes((merged / "poe_merge.json").read_bytes())
+    assert run(["diagnose", str(copy), "--no-tails", "--out", str(tmp_path / "r.html")]) == 0
+    assert headings(tmp_path / "r.html")[1:] == TITLES[:2]
+
+
+def test_a_merge_that_only_averages(folders: Path, tmp_path: Path) -> None:
+    rule = ["--rule", "{match: weight, action: average}"]
+    models = [f"--model={name}={folders / name}" for name in NAMES]
+    assert run(["merge", "--base-model", str(folders / "base"), *models, *rule, "--out", str(tmp_path / "out")]) == 0
+    assert run(["diagnose", str(tmp_path / "out"), "--out", str(tmp_path / "r.html")]) == 0
+    assert headings(tmp_path / "r.html") == ["No warnings", TITLES[0]]
+
+
+def test_full_draws(folders: Path, merged: Path, tmp_path: Path) -> None:
+    poe, generator = ProductOfExperts.of(NAMES), torch.Generator().manual_seed(0)
+    save_draws(sample_full(vectors(folders), poe, 60, generator=generator), tmp_path / "gibbs")
+    page = _diagnose.diagnose(merged, draws=tmp_path / "gibbs", tails=False)
+    assert "effective sample size" in page.html
+    save_draws(sample_full(vectors(folders), poe, 5, generator=generator, method="laplace"), tmp_path / "laplace")
+    page = _diagnose.diagnose(merged, draws=tmp_path / "laplace", tails=False)
+    assert "effective sample size" not in page.html
+
+
+def test_draws_of_another_merge_are_refused(merged: Path, tmp_path: Path) -> None:
+    draws = SpanDraws(("other.weight",), torch.ones(1, 3), "", NAMES, torch.zeros(2, 10, 1, 3, dtype=torch.float64))
+    save_draws(draws, tmp_path / "draws")
+    with pytest.raises(ValueError, match=r"'other.weight', which this merge does not have"):
+        _diagnose.diagnose(merged, draws=tmp_path / "draws", tails=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing"], "poe_merge.json is missing"),
+        (["{merged}", "--out", "report.txt"], "ends in .html"),
+        (["{merged}", "--draws", "missing"], "no draws here"),
+        (["{merged}", "--predictions", "missing.npz"], "missing.npz"),
+        (["{merged}", "--no-tail"], "did you mean"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_a_line(
+    arguments: list[str],
+    words: str,
+    merged: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["diagnose", *(each.format(merged=merged) for each in arguments)]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"tensors": 1})])
+def test_a_record_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "poe_merge.json").write_text(content)
+    with pytest.raises(ValueError, match=r"poe_merge.json: not"):
+        _diagnose.read_record(tmp_path)
+
+
+def test_a_record_of_an_older_version(merged: Path, tmp_path: Path) -> None:
+    record: dict[str, Any] = json.loads((merged / "poe_merge.json").read_text())
+    for tensor in record["tensors"]:
+        for module in tensor.get("modules", ()):
+            del module["energy_trace"]
+    (tmp_path / "poe_merge.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="incomplete.*this version"):
+        _diagnose.diagnose(tmp_path, tails=False)
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "r.html"
+    for text in ("one", "two"):
+        assert _diagnose.write_page(text, out).read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match="ends in .html"):
+        _diagnose.write_page("three", tmp_path / "folder.html")

@@ -1,0 +1,432 @@
+"""Reports: what comes in is escaped, warnings are first, nothing is loaded; predictions in files and judged."""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import override
+
+from diagnostics._page import Block, Details, Facts, Gallery, Plot, Section, Table, Text, page
+from diagnostics._sections import convergence_section, merge_section
+from diagnostics.calibration import calibration
+from diagnostics.chains import chain_convergence
+from diagnostics.coefficients import coefficient_intervals
+from diagnostics.convergence import FixedPointConvergence, fixed_point_convergence, solution_records
+from diagnostics.judged import OWN_EXPERTS, judge
+from diagnostics.prediction_files import Predictions, load_predictions, predictions_of, save_predictions
+from diagnostics.report import report
+from diagnostics.residuals import Residuals, module_residuals
+from diagnostics.sensitivity import gamma_sensitivity
+from diagnostics.tails.pooled import pooled_tails
+from diagnostics.verdicts import Level, Verdict
+from inference import fixed_point
+from inference.model_draws import SpanDraws
+from poe_models import InputGram, ModuleUpdates, ProductOfExperts
+from tests.helpers import random_updates
+
+EVIL = "<script>alert('x')</script> & \"quoted\""
+NAMES = ("mnist", "emoji", "animals")
+
+
+class Outline(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not close."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    @override
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    @override
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    @override
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+def plot() -> Plot:
+    ax = Figure().add_subplot()
+    ax.set_title(EVIL)
+    return Plot(ax, EVIL)
+
+
+def section(*verdicts: Verdict, title: str = "A part") -> Section:
+    return Section(title, verdicts, [])
+
+
+# --- the page ---
+
+
+def test_every_string_is_escaped() -> None:
+    blocks: list[Block] = [
+        Text(EVIL),
+        Facts([(EVIL, EVIL)]),
+        Table(EVIL, [EVIL, EVIL], [[EVIL, EVIL]]),
+        Details(EVIL, [Text(EVIL)]),
+        Gallery([plot()]),
+    ]
+    found = page(
+        EVIL, EVIL, [Section(EVIL, [Verdict(EVIL, Level.BAD, EVIL)], blocks)], [Verdict(EVIL, Level.BAD, EVIL)]
+    )
+    outline = Outline(found.html)
+    assert "script" not in outline.tags
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert outline.text.count(EVIL) >= 14
+    assert ("alt", EVIL) in outline.attributes
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    html = page("a", "b", [Section("c", [], [plot()])]).html
+    outline = Outline(html)
+    sources = [value for name, value in outline.attributes if name in ("src", "href", "srcset", "data")]
+    assert sources
+    assert all(value and value.startswith(("data:image/svg+xml;base64,", "#part-")) for value in sources)
+    assert "@import" not in html
+    assert "url(" not in html
+    assert "default-src 'none'" in html
+
+
+def test_figures_are_svg_and_the_same_every_time() -> None:
+    first, second = (re.search(r"base64,([^\"]+)", plot().html()) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert first[1] == second[1]
+    svg = base64.b64decode(first[1]).decode()
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert "<dc:date>" not in svg
+
+
+def test_warnings_come_first_and_the_worst_of_them_before_the_others() -> None:
+    good, note = Verdict("fine", Level.GOOD, "all is well"), Verdict("said", Level.NOTE, "neither")
+    caution, bad = Verdict("odd", Level.CAUTION, "look"), Verdict("wrong", Level.BAD, "stop")
+    found = page("t", "s", [section(good, caution), section(note, bad, title="Another")])
+    assert found.warnings == (bad, caution)
+    top = found.html[: found.html.index("<nav>")]
+    assert "2 warnings" in top
+    assert top.index("stop") < top.index("look")
+    assert "all is well" not in top
+    assert "neither" not in top
+    assert "all is well" in found.html
+
+
+def test_a_page_without_warnings_says_so() -> None:
+    found = page("t", "s", [section(Verdict("fine", Level.GOOD, "well"))])
+    assert found.warnings == ()
+    assert "No warnings" in found.html
+
+
+def test_levels_are_words_and_not_only_colours() -> None:
+    html = page("t", "s", [section(*(Verdict("x", level, "y") for level in Level))]).html
+    for word in ("Note", "Good", "Unknown", "Caution", "Bad"):
+        assert f"<strong>{word}</strong>" in html
+
+
+def test_columns_of_numbers_are_not_columns_of_text() -> None:
+    html = Table("c", ["name", "value", "word"], [["a", "1.5 [1, 2]", "x"], ["b", "-0.2", "y"]]).html()
+    assert "<td>-0.2</td>" in html
+    assert '<td class="text">y</td>' in html
+
+
+def test_links_lead_to_the_parts() -> None:
+    html = page("t", "s", [section(), section(title="Another")]).html
+    assert (
+        set(re.findall(r'href="#(.*?)"', html)) == set(re.findall(r'<section id="(.*?)"', html)) == {"part-0", "part-1"}
+    )
+
+
+# --- its parts ---
+
+
+@pytest.fixture(scope="module")
+def updates() -> Tensor:
+    return random_updates(torch.Generator().manual_seed(0), 2, 3, 30, 7)
+
+
+@pytest.fixture(scope="module")
+def modules(updates: Tensor) -> list[ModuleUpdates]:
+    names = ("a.weight", "b.weight")
+    return [ModuleUpdates(n, n, NAMES, torch.zeros(30, 7), u) for n, u in zip(names, updates, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def solved(updates: Tensor) -> FixedPointConvergence:
+    return fixed_point_convergence(
+        solution_records(fixed_point(ProductOfExperts.of(NAMES), updates), ["a.weight", "b.weight"])
+    )
+
+
+def predictions(size: int = 60) -> Predictions:
+    generator = torch.Generator().manual_seed(1)
+    labels = {task: torch.randint(4, (size,), generator=generator) for task in NAMES}
+    tables = {
+        method: {t: (k * torch.nn.functional.one_hot(y, 4).double()).softmax(1) for t, y in labels.items()}
+        for method, k in (("average", 0.5), ("product/Cauchy", 1.5), (OWN_EXPERTS, 4.0))
+    }
+    return predictions_of(labels, tables)
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    design = {
+        "experts": [
+            {
+                "name": "mnist",
+                "residual_map": "InputGram()",
+                "energy": "Cauchy(exponent=1.0)",
+                "scale": "Relative(1.0)",
+                "importance": 1.0,
+                "update": "mnist",
+            }
+        ],
+        "anchor": {"center": None, "precision": "RelativePrecision(eta=0.1)"},
+        "temperature": 1.0,
+        "scaling": 0.5,
+        "coordinates": "full",
+    }
+    tensor = {
+        "tensor": "a.weight",
+        "action": "merge",
+        "view": None,
+        "reason": "matrix",
+        "shape": [30, 7],
+        "numel": 210,
+        "rounding": {"updated": 200, "rounded_back": 50},
+    }
+    return {
+        "inputs": {
+            "base": {"source": "/secret/home/base", "sha256": {"model.safetensors": "0" * 64}},
+            "expert mnist": {"source": "/secret/home/mnist", "sha256": {}},
+        },
+        "designs": [design],
+        "tensors": [tensor],
+        "versions": {"torch": "2.13"},
+        "seed": 3,
+        "compute_dtype": "float32",
+        "device": "cpu",
+    } | changes
+
+
+def test_what_was_merged_is_named_without_the_machines_folders() -> None:
+    text = Outline(page("t", "s", [merge_section(record())]).html).text
+    for words in ("Expert mnist", "InputGram()", "lambda 0.5", "1 merged", "210 merged", "seed 3", "RelativePrecision"):
+        assert words in text
+    assert "secret" not in text
+
+
+def test_rounding_that_undoes_a_merge_is_a_warning() -> None:
+    (verdict,) = merge_section(record()).verdicts
+    assert verdict.level is Level.CAUTION
+    assert "25.0% of the 200" in verdict.text
+    mild = record()
+    mild["tensors"][0]["rounding"]["rounded_back"] = 2
+    assert merge_section(mild).verdicts[0].level is Level.GOOD
+
+
+def test_strings_of_a_record_are_escaped() -> None:
+    evil = record(versions={EVIL: EVIL}, device=EVIL)
+    evil["designs"][0]["experts"][0]["energy"] = EVIL
+    assert "script" not in Outline(page("t", "s", [merge_section(evil)]).html).tags
+
+
+@pytest.mark.parametrize("broken", [{}, {"tensors": [{}]}, record(designs=[{}]), record(inputs={})])
+def test_records_that_are_none(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not the record of a merge"):
+        merge_section(broken)
+
+
+def test_a_report_of_everything(modules: list[ModuleUpdates], solved: FixedPointConvergence) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coefficients = torch.randn(4, 150, 2, 4, generator=generator, dtype=torch.float64)
+    draws = SpanDraws(solved.modules, torch.tensor([[1.0, 1, 1, 0]] * 2), "", NAMES, coefficients)
+    z = [fixed_point(ProductOfExperts.of(NAMES), module).value for module in modules]
+    left = Residuals(tuple(e for m, u in zip(modules, z, strict=True) for e in module_residuals(u, m, InputGram())))
+    found = report(
+        "everything",
+        record=record(),
+        fixed_point=solved,
+        chains=chain_convergence(draws),
+        coefficients=coefficient_intervals(draws),
+        sensitivity=gamma_sensitivity(ProductOfExperts.of(NAMES), modules, [0.5, 2.0]),
+        residuals=left,
+        tails=pooled_tails(left, ["Gaussian", "Student-t"], num_simulations=99),
+        predictions=judge(predictions(), seed=0, num_resamples=50),
+        verdicts=[Verdict("besides", Level.UNKNOWN, "something was left out")],
+    )
+    outline = Outline(found.html)
+    titles = ["What was merged", "Convergence", "Residuals and their tails", "Calibration", "Comparison"]
+    positions = [found.html.index(f"<h2>{title}</h2>") for title in titles]
+    assert positions == sorted(positions)
+    assert found.html.index("something was left out") < positions[0]
+    assert outline.tags.count("img") >= 18
+    assert "product/Cauchy" in outline.text
+    assert "null control" in outline.text
+
+
+def test_parts_without_results_are_left_out(solved: FixedPointConvergence) -> None:
+    html = report("little", fixed_point=solved).html
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["No warnings", "Convergence"]
+    assert "Nothing was solved" in page("t", "s", [convergence_section(None)]).html
+
+
+# --- predictions ---
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_predictions_come_back_from_a_file(suffix: str, tmp_path: Path) -> None:
+    given = predictions()
+    save_predictions(given, tmp_path / f"p{suffix}")
+    back = load_predictions(tmp_path / f"p{suffix}")
+    assert set(back.methods) == set(given.methods)
+    assert set(back.tasks) == set(given.tasks)
+    for task in NAMES:
+        assert torch.equal(back.labels[task], given.labels[task])
+        for method in given.methods:
+            torch.testing.assert_close(back.probabilities[method][task], given.probabilities[method][task])
+    if suffix == ".npz":
+        assert (back.methods, back.tasks) == (given.methods, given.tasks)
+
+
+def test_a_file_of_numpy_and_half_precision(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {"labels/t": np.array([0, 1], np.int32), "probabilities/t/m": np.eye(2, dtype=np.float16)}
+    np.savez(tmp_path / "p.npz", **arrays)
+    back = load_predictions(tmp_path / "p.npz")
+    assert back.probabilities["m"]["t"].dtype == torch.float64
+    assert back.labels["t"].dtype == torch.int64
+
+
+def test_predictions_that_cannot_be_used(tmp_path: Path) -> None:
+    half, labels = torch.full((2, 2), 0.5), torch.tensor([0, 1])
+    cases: list[tuple[dict[str, Tensor], str]] = [
+        ({"labels/t": labels}, "1 tasks and 0 methods"),
+        ({"labels/t": labels, "probabilities/t/m": half * 3}, "'m' on 't'.*sums to 3"),
+        ({"labels/t": labels + 5, "probabilities/t/m": half}, "label 5"),
+        ({"labels/t": labels, "probabilities/u/m": half}, "is in one only"),
+        ({"labels/t": labels, "probabilities/t/m": half, "logits/t": half}, "neither 'labels/TASK'"),
+        ({"labels/t": labels, "probabilities/t/m": half, "probabilities/t": half}, "neither 'labels/TASK'"),
+        ({"labels/t": labels, "probabilities/t/m": half * torch.nan}, "NaN"),
+    ]
+    for entries, words in cases:
+        path = tmp_path / "p.safetensors"
+        save_file({name: tensor.clone() for name, tensor in entries.items()}, path)
+        with pytest.raises(ValueError, match=words) as caught:
+            load_predictions(path)
+        assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_predictions(tmp_path: Path) -> None:
+    for name, content in (("a.npz", b"nonsense"), ("b.safetensors", b"x" * 20), ("c.npz", b"PK\x03\x04broken")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be read as predictions"):
+            load_predictions(tmp_path / name)
+    pickled: dict[str, Any] = {"labels/t": np.array([{"evil": 1}], dtype=object)}
+    np.savez(tmp_path / "pickled.npz", **pickled)
+    with pytest.raises(ValueError, match="cannot be read as predictions"):
+        load_predictions(tmp_path / "pickled.npz")
+    with pytest.raises(ValueError, match=r"ends in '.csv'"):
+        load_predictions(tmp_path / "p.csv")
+    with pytest.raises(FileNotFoundError):
+        load_predictions(tmp_path / "missing.npz")
+
+
+def test_a_task_with_a_slash_is_refused(tmp_path: Path) -> None:
+    given = predictions_of({"a/b": torch.tensor([0, 1])}, {"m": {"a/b": torch.full((2, 2), 0.5)}})
+    with pytest.raises(ValueError, match="slash"):
+        save_predictions(given, tmp_path / "p.npz")
+
+
+# --- judged ---
+
+
+def test_judged_scores_are_those_of_the_predictions_alone() -> None:
+    given = predictions()
+    found = judge(given, seed=0, num_resamples=50)
+    alone = calibration(given.probabilities["average"]["mnist"], given.labels["mnist"], seed=0, num_resamples=50)
+    assert found.calibrations["average"]["mnist"] == alone
+    assert found.comparison.methods == ("average", "product/Cauchy")
+    assert found.comparison.experts is not None
+    assert set(found.reliability) == set(given.methods)
+    counts = found.reliability["average"].counts
+    assert int(counts.sum()) == 3 * 60
+
+
+def overconfident(factor: float) -> Predictions:
+    generator = torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(4000, 3, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    return predictions_of({"t": labels}, {"m": {"t": (factor * logits).softmax(1)}})
+
+
+@pytest.mark.parametrize(
+    ("factor", "level", "words"),
+    [(1.0, Level.GOOD, "calibrated"), (3.0, Level.CAUTION, "too sure"), (0.4, Level.CAUTION, "not sure enough")],
+)
+def test_confidence_is_judged_against_calibrated_predictions(factor: float, level: Level, words: str) -> None:
+    verdict = judge(overconfident(factor), seed=0, num_resamples=100).verdicts[0]
+    assert verdict.level is level
+    assert words in verdict.text
+
+
+def test_tasks_of_different_sizes_and_classes_are_pooled() -> None:
+    given = predictions_of(
+        {"a": torch.tensor([0, 1, 2]), "b": torch.tensor([1, 0])},
+        {"m": {"a": torch.full((3, 3), 1 / 3), "b": torch.full((2, 2), 0.5)}},
+    )
+    found = judge(given, seed=0, num_resamples=20)
+    assert int(found.reliability["m"].counts.sum()) == 5
+    assert float(found.reliability["m"].accuracy.nan_to_num().max()) == pytest.approx(0.5)
+
+
+def test_the_winner_and_who_cannot_be_told_from_it() -> None:
+    given = predictions()
+    found = judge(given, seed=0, num_resamples=50)
+    assert "cannot be told from it" in found.winner.text  # the same labels are right in both
+    wrong = {task: table.flip(1) for task, table in given.probabilities["average"].items()}
+    worse = predictions_of(given.labels, {**given.probabilities, "average": wrong})
+    text = judge(worse, seed=0, num_resamples=50).winner.text
+    assert text.startswith("product/Cauchy has the largest mean accuracy, 1")
+    assert "above average, the next" in text
+
+
+def test_one_class_only_is_a_doubt() -> None:
+    given = predictions_of({"t": torch.zeros(30, dtype=torch.int64)}, {"m": {"t": torch.tensor([[0.8, 0.2]] * 30)}})
+    doubts = [v for v in judge(given, seed=0, num_resamples=20).verdicts if v.about == "predictions"]
+    assert "one class" in doubts[0].text
+
+
+def test_a_method_that_lacks_a_task() -> None:
+    given = predictions()
+    fewer = {task: table for task, table in given.probabilities["average"].items() if task != "mnist"}
+    with pytest.raises(ValueError, match="'mnist' is in one only"):
+        predictions_of(given.labels, {"average": fewer})
+    with pytest.raises(ValueError, match="0 tasks"):
+        predictions_of({}, {})
+    assert replace(given, labels={}).tasks == ()
