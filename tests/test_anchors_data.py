@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
 from inference import fixed_point, merge_checkpoint
+from poe_merge.cli import run
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -496,3 +498,22 @@ def test_learned_masks_are_recorded_as_inputs(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
     with pytest.raises(ValueError, match="it needs data"):
         merge_checkpoint(vectors, AdaMerging(), tmp_path / "unprepared")
+
+
+@pytest.mark.parametrize("how", ["method", "anchor"])
+def test_command_line_finds_the_statistics_of_a_method(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"base": torch.zeros(2, 3), "x": torch.ones(2, 3), "y": -torch.ones(2, 3)}
+    for name, weight in states.items():
+        save_file({"a.weight": weight}, tmp_path / f"{name}.safetensors")
+    given = {n: {"a.weight": torch.eye(3) * (1 + 2 * (n == "x"))} for n in "xy"}
+    ModuleStatistics("activations", given).save(tmp_path / "inputs")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--base-model", "base.safetensors", "--model", "x=x.safetensors", "--model", "y=y.safetensors"]
+    arguments += [f"--{how}", "RegMean('inputs')"] + (["--eta", "AbsolutePrecision(1e9)"] if how == "anchor" else [])
+    assert run(["merge", *arguments, "--out", "out"]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")["a.weight"]
+    assert_close(merged, torch.full((2, 3), 0.5), 1e-5)
+    inputs = json.loads((tmp_path / "out" / "poe_merge.json").read_text())["inputs"]
+    assert "activations statistics x" in inputs
