@@ -17,6 +17,9 @@ from poe_models.anchors.method import ModuleBatch
 RANK_TOLERANCE = 1e-5
 """Default of the methods: far above the rounding of float32 updates, far below anything that matters in a merge."""
 
+SVD_FLOATS = 12
+"""Copies of a matrix that a decomposition of it, masked and put together again, holds at its peak."""
+
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
@@ -86,7 +89,8 @@ class SVD:
 
     def first(self, count: int) -> SVD:
         """The ``count`` largest, or as many as there are."""
-        return SVD(self.left[..., :count], self.values[..., :count], self.right[..., :count])
+        left, right = self.left[..., :count].clone(), self.right[..., :count].clone()  # the others can be let go of
+        return SVD(left, self.values[..., :count], right)
 
 
 def frobenius(updates: Tensor) -> Tensor:

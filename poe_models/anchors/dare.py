@@ -114,6 +114,10 @@ class DareTies(MergingMethod):
         return replace(self, thresholds=thresholds, majority=majority)
 
     @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return (2 * experts + 8) * shape[0] * shape[1]
+
+    @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
         values = [self._dropped(u, name, batch.experts) for u, name in zip(batch.updates, batch.names, strict=True)]

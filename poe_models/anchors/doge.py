@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from poe_models.anchors._checks import for_each_expert, require_number, require_share
 from poe_models.anchors._selection import magnitude_thresholds
-from poe_models.anchors._spectral import RANK_TOLERANCE, frobenius, guarded_svd, inverse_norms
+from poe_models.anchors._spectral import RANK_TOLERANCE, SVD_FLOATS, frobenius, guarded_svd, inverse_norms
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.task_vectors import ModuleUpdates
 
@@ -73,6 +73,10 @@ class DogeTA(MergingMethod):
             return (module.updates.flatten(1) for module in modules)
 
         return replace(self, thresholds=magnitude_thresholds(vectors, self.density))
+
+    @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return (2 * experts + SVD_FLOATS) * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

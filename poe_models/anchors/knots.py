@@ -72,6 +72,10 @@ class KnotsTies(MergingMethod):
         return replace(self, thresholds=thresholds, majority=majority)
 
     @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return (3 * experts + 8) * shape[0] * shape[1] + 4 * shape[0] ** 2
+
+    @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
         merged = [
@@ -136,6 +140,10 @@ class KnotsDareTies(MergingMethod):
         return replace(self, thresholds=thresholds, majority=majority)
 
     @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return (3 * experts + 8) * shape[0] * shape[1] + 4 * shape[0] ** 2
+
+    @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
         merged = [
@@ -169,7 +177,8 @@ def represented(batch: ModuleBatch, tolerance: float) -> Iterable[tuple[Tensor, 
     """
     space = compressed(batch)
     floors = (tolerance * frobenius(space.cores).double()).square()
-    for position, (cores, floor) in enumerate(zip(space.cores.double(), floors, strict=True)):
+    for position, (cores, floor) in enumerate(zip(space.cores, floors, strict=True)):
+        cores = cores.double()
         values, vectors = torch.linalg.eigh((cores @ cores.mT).sum(0))
         basis = vectors[:, values > floor]
         own = basis.mT @ cores

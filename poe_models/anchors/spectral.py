@@ -17,6 +17,7 @@ from poe_models.anchors._checks import require_number, require_share
 from poe_models.anchors._spectral import (
     RANK_TOLERANCE,
     SVD,
+    SVD_FLOATS,
     compressed,
     concatenated,
     frobenius,
@@ -57,6 +58,10 @@ class TSVM(MergingMethod):
     def __post_init__(self) -> None:
         require_number("TSVM", "scale", self.scale)
         require_share("TSVM", "rank_tolerance", self.rank_tolerance, one=False)
+
+    @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -101,6 +106,10 @@ class IsoC(MergingMethod):
         require_share("IsoC", "rank_tolerance", self.rank_tolerance, one=False)
 
     @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * shape[0] * shape[1]
+
+    @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         space = compressed(batch)
         svd = guarded_svd(space.cores.sum(1), self.rank_tolerance * frobenius(space.cores))
@@ -142,6 +151,10 @@ class IsoCTS(MergingMethod):
         require_share("IsoCTS", "common", self.common)
         require_number("IsoCTS", "scale", self.scale)
         require_share("IsoCTS", "rank_tolerance", self.rank_tolerance, one=False)
+
+    @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

@@ -42,6 +42,10 @@ class Wudi(MergingMethod):
         require_share("Wudi", "rank_tolerance", self.rank_tolerance, one=False)
 
     @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return 12 * shape[0] * shape[1] + 10 * shape[1] ** 2
+
+    @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         space = compressed(batch)
         gram, pull = normal_equations(space.cores, self.rank_tolerance)
@@ -78,6 +82,10 @@ class WudiAdam(MergingMethod):
     def __post_init__(self) -> None:
         require_number("WudiAdam", "steps", self.steps, 0)
         require_number("WudiAdam", "learning_rate", self.learning_rate, 0)
+
+    @override
+    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+        return 10 * shape[0] * shape[1] + 6 * shape[1] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
