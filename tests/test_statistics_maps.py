@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference import Design, fixed_point, gibbs, laplace, merge_checkpoint, plan
+from inference import Design, fixed_point, gibbs, gibbs_posterior, laplace, merge_checkpoint, plan
+from inference.ensemble import MergedEnsemble
+from inference.full_draws import sample_full
+from inference.model_draws import ModelDraws, SpanDraws
 from inference.statistics_files import collect_statistics
 from poe_merge.cli import run
 from poe_merge.specs import RESIDUAL_MAP, SpecError, canonical, format_spec, parse_spec
@@ -380,3 +384,25 @@ def test_command_line_merges_with_statistics(tmp_path: Path, monkeypatch: pytest
     arguments += ["--residual-map", "Activation('inputs')", "--energy", "Gaussian", "--scale", "Absolute(1.0)"]
     assert run(["merge", *arguments, "--eta", "AbsolutePrecision(1e-9)", "--out", "out"]) == 0
     assert_close(load_file(tmp_path / "out" / "model.safetensors")["a.weight"], torch.full((2, 3), 0.5), 1e-5)
+
+
+@pytest.mark.parametrize("coordinates", ["span", "full"])
+def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: torch.Generator) -> None:
+    base = {name: torch.zeros(SHAPE, dtype=torch.float64) for name in MODULES}
+    updates = random_updates(generator, 2, 3, *SHAPE)
+    experts = {n: dict(zip(MODULES, updates[:, i], strict=True)) for i, n in enumerate(NAMES)}
+    vectors = TaskVectors(base, experts, dtype=torch.float64)
+    ModuleStatistics("activations", statistics(generator, "activations")).save(tmp_path)
+    poe = ProductOfExperts.of(NAMES, Activation(str(tmp_path), 0.9), Gaussian(), anchor=anchor(0.1))
+    poe = dataclasses.replace(poe, temperature=1e-12)  # draws are the MAP
+    if coordinates == "full":
+        draws: ModelDraws = sample_full(vectors, poe, 3, generator=generator, chains=1, warmup=0)
+    else:
+        collected = collect_statistics(vectors, poe)
+        posterior, span = span_posterior(poe, collected)
+        draws = SpanDraws.of(gibbs_posterior(posterior, 3, chains=1, warmup=0, generator=generator), span, collected)
+    ensemble = MergedEnsemble(vectors, poe, draws).restrict("one")  # "two" is solved for its MAP
+    for member in ensemble.members():
+        for m, module in enumerate(vectors):
+            expected = fixed_point(poe, module, coordinates=coordinates).value  # type: ignore[arg-type]
+            assert_close(member[MODULES[m]], expected, 1e-4)
