@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diagnostics.residuals import ExpertResiduals, Residuals, module_residuals, residuals
 from diagnostics.tails import pooled_tails, tails_by
+from diagnostics.tails.null import standardised
 from inference.fixed_point import fixed_point
 from inference.streaming import merge_checkpoint
 from poe_models import (
@@ -258,6 +261,23 @@ def test_a_merged_folder_has_the_residuals_of_its_solution(tmp_path: Path, gener
         np.testing.assert_allclose(found.weight_spread()[row], float(info.weight_spread), rtol=1e-3)
 
 
+def test_an_adapter_as_a_merge_added_nothing_where_it_has_no_factors(
+    tmp_path: Path, generator: torch.Generator
+) -> None:
+    base, experts = state_dicts(generator)
+    vectors = TaskVectors(base, experts)
+    left, right = torch.randn(5, 2, generator=generator), torch.randn(2, 3, generator=generator)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["a"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"base_model.model.a.lora_A.weight": right, "base_model.model.a.lora_B.weight": left}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    found = residuals(tmp_path, vectors, InputGram())
+    whole = {**base, "a.weight": base["a.weight"] + left @ right}
+    expected = residuals(whole, vectors, InputGram())
+    np.testing.assert_allclose(found.values(), expected.values(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.where(module="b.weight").values("own"), -1.0, rtol=1e-5)
+
+
 def test_maps_and_lambdas_may_differ_by_tensor(generator: torch.Generator) -> None:
     base, experts = state_dicts(generator)
     vectors = TaskVectors(base, experts)
@@ -342,12 +362,27 @@ def test_pooled_residuals_of_mixed_scale_stand_beside_their_controls() -> None:
     assert "not heavy-tailed" in light.verdict
     assert light.null.p_pooled > 0.01
     assert light.weight_spread == pytest.approx(1.0)
+    assert abs(light.offset) < 0.3
+    assert light.smallest == 30
     heavy = pooled_tails(synthetic(heavy=True), families, limit=600, num_simulations=99)
     assert heavy.null.heavy_tailed
     shape = heavy.standardised.result("Student-t").shape
     assert shape is not None
     assert shape.low < 2.0 * 1.3
     assert heavy.warnings == ()
+
+
+def test_an_offset_common_to_a_module_is_not_a_tail() -> None:
+    light = synthetic(heavy=False)
+    shifted = Residuals(
+        tuple(replace(e, signed=e.signed - 5 * float(np.median(np.abs(e.signed)))) for e in light.entries)
+    )
+    tails = pooled_tails(shifted, ["Gaussian"], limit=400, num_simulations=99)
+    assert tails.offset == pytest.approx(-5 * 0.6745, abs=0.5)
+    assert not tails.null.heavy_tailed
+    assert any("offset" in note for note in tails.pooled.notes)
+    groups = [list(each.groups().values()) for each in (light, shifted)]
+    np.testing.assert_allclose(standardised(groups[0]), standardised(groups[1]), atol=1e-9)
 
 
 def test_tails_per_task_see_that_task_alone() -> None:

@@ -256,7 +256,7 @@ def test_an_offset_is_said_and_a_lone_outlier_too() -> None:
     offset = np.random.default_rng(0).normal(1.0, 1.0, 500)
     assert any("offset" in note for note in fit_tails(offset, ["Gaussian", "Laplace"]).notes)
     outlier = np.append(np.random.default_rng(0).normal(size=200), 60.0)
-    assert any("rests on one residual" in note for note in fit_tails(outlier, ["Gaussian", "Cauchy"]).notes)
+    assert any("one residual decides about" in note for note in fit_tails(outlier, ["Gaussian", "Cauchy"]).notes)
 
 
 @pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: truth.name)
@@ -281,20 +281,20 @@ def test_the_p_value_is_uniform_under_the_null_whatever_the_scales() -> None:
     assert scipy.stats.kstest(values, "uniform").pvalue > 1e-3
 
 
-def test_the_scales_of_the_groups_do_not_matter() -> None:
-    groups = [np.random.default_rng(i).normal(size=20) for i in range(4)]
+def test_locations_and_scales_of_the_groups_do_not_matter() -> None:
+    groups = [np.random.default_rng(i).normal(size=21) for i in range(4)]
     one = null_control(groups, num_simulations=99)
-    other = null_control([10.0**i * group for i, group in enumerate(groups)], num_simulations=99)
+    other = null_control([10.0**i * (group - 3) for i, group in enumerate(groups)], num_simulations=99)
     assert other.p_value == one.p_value
     assert other.gain > one.gain + 10
-    assert "pooling groups of different scale" in other.verdict
+    assert "pooling different groups" in other.verdict
 
 
 def test_groups_without_a_scale_are_left_out_and_said() -> None:
     groups = {"a": data(50), "one": np.ones(1), "zero": np.zeros(10)}
     control = null_control(groups, num_simulations=99)
-    assert control.warnings == ("2 of 3 groups left out: too few residuals that are not zero",)
-    assert control.verdict.endswith("not zero)")
+    assert control.warnings == ("2 of 3 groups left out: too few residuals that differ",)
+    assert control.verdict.endswith("that differ)")
     with pytest.raises(ValueError, match="none of 1 groups"):
         null_control([np.ones(2)])
     with pytest.raises(ValueError, match="never reaches the level"):

@@ -23,6 +23,8 @@ SMALL = 4.0
 """Nats below which standard errors of a difference are not reliable (Sivula et al., 2020, arXiv 2008.10296)."""
 DOMINATED = 0.5
 """Share of the variance of a difference that one residual may have before its standard error means little."""
+CLEAR = 4.0
+"""Standard errors beyond which a difference is clear."""
 OFF_CENTRE = 0.25
 """Share of the median absolute residual that their median may be away from zero before it is said."""
 
@@ -239,6 +241,11 @@ def _leave_one_out(values: Array, posterior: TailPosterior, num_draws: int, seed
     return leave_one_out(posterior.family.log_density(values, scales[:, None], shapes[:, None]))
 
 
+def _dominated(differences: Array) -> bool:
+    squares = (differences - differences.mean()) ** 2
+    return bool(squares.max() > DOMINATED * squares.sum())
+
+
 def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]:
     """What makes the winner itself doubtful."""
     unreliable = [r for r in results if r.tied and r.loo.unreliable]
@@ -253,10 +260,10 @@ def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, .
 def _notes(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]:
     notes = []
     best = results[0].loo.pointwise
-    for result in results[1:]:
-        squares = (best - result.loo.pointwise - (best - result.loo.pointwise).mean()) ** 2
-        if squares.max() > DOMINATED * squares.sum():
-            notes.append(f"the difference to {result.name} rests on one residual: its standard error means little")
+    close = [result for result in results[1:] if result.difference < CLEAR * result.difference_error]
+    alone = [result.name for result in close if _dominated(best - result.loo.pointwise)]
+    if alone:
+        notes.append(f"one residual decides about {', '.join(alone)}: the standard error of that means little")
     for result in results:
         if result.loo.unreliable:
             many = f"{result.loo.unreliable} residuals have Pareto k above {result.loo.good_k:.2f}"

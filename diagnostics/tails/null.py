@@ -1,12 +1,14 @@
 r"""Is it the tail, or are modules of different scales pooled? The null control of a heavy tail.
 
-A mixture of Gaussians of different scales is heavy-tailed without any of them being so. Under the null hypothesis every
-group (a module and an expert) is Gaussian with a scale of its own. Residuals over the robust scale of their own group
-then have a distribution that does not depend on the scales, so that simulated groups of the same sizes, treated alike,
-give an exact test: the gain in log likelihood of Student-t over Gaussian is compared with that of the simulated ones.
+A mixture of Gaussians of different scales is heavy-tailed without any of them being so; and at a merge that is shrunk
+every expert's residuals lie around an offset of their own. Under the null hypothesis every group (a module and an
+expert) is Gaussian with a location and a scale of its own. Its residuals, less the group's robust location and over its
+robust scale, then have a distribution that depends on neither, so that simulated groups of the same sizes, treated
+alike, give an exact test: the gain in log likelihood of Student-t over Gaussian is compared with the simulated ones.
 
-What it cannot see: residuals at a MAP are shrunk, and under heavy-tailed experts the small ones more than the large.
-Such a merge makes its own residuals look heavier. Look at the residuals of a merge without a tail (an average) as well.
+What it cannot see: under heavy-tailed experts a MAP shrinks small residuals more than large ones, so that such a merge
+makes its own residuals look heavier. Look at the residuals of a merge without a tail (an average) as well. And
+residuals of one module are taken as independent, though they share the merged update.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from diagnostics.tails.families import GAUSSIAN, STUDENT_T, Array
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, as_array, sample_of
 
-__all__ = ["Groups", "NullControl", "null_control", "robust_scale", "simulated", "standardised"]
+__all__ = ["Groups", "NullControl", "location_and_scale", "null_control", "simulated", "standardised"]
 
 Groups = Sequence[Values] | Mapping[str, Values]
 """Signed residuals of several groups, in each of which they share a scale."""
@@ -38,8 +40,8 @@ class NullControl:
 
     Attributes:
         gain: log likelihood of Student-t over Gaussian, nats, of the pooled residuals.
-        simulated_gains: the same of pooled Gaussians with each group's scale, ``(S,)``.
-        standardised_gain: of residuals over their group's robust scale.
+        simulated_gains: the same of pooled Gaussians with each group's location and scale, ``(S,)``.
+        standardised_gain: of residuals less their group's robust location, over its robust scale.
         simulated_standardised_gains: the same of the Gaussians, ``(S,)``.
         level: of the test.
         warnings: why it is not to be trusted; empty if it is.
@@ -72,9 +74,9 @@ class NullControl:
         """The control in a sentence."""
         evidence = f"Student-t gains {self.standardised_gain:.1f} nats within groups, p = {self.p_value:.3g}"
         if self.heavy_tailed:
-            text = f"heavy-tailed beyond groups of different scale ({evidence})"
+            text = f"heavy-tailed beyond groups of different location and scale ({evidence})"
         elif self.gain > 2.0:
-            text = f"not heavy-tailed: pooling groups of different scale gives {self.gain:.1f} nats, but {evidence}"
+            text = f"not heavy-tailed: pooling different groups gives {self.gain:.1f} nats, but {evidence}"
         else:
             text = f"not heavy-tailed ({evidence})"
         return text + (f" (not to be trusted: {'; '.join(self.warnings)})" if self.warnings else "")
@@ -87,7 +89,7 @@ def null_control(
     level: float = 0.01,
     seed: int = 0,
 ) -> NullControl:
-    """Test residuals of several groups against Gaussians of each group's own scale.
+    """Test residuals of several groups against Gaussians of each group's own location and scale.
 
     Args:
         groups: signed residuals of each group, for instance the rows of one module under one expert.
@@ -134,15 +136,15 @@ def usable_groups(groups: Groups) -> tuple[list[Array], tuple[str, ...]]:
         ValueError: If none is left, or they cannot be fitted together.
     """
     arrays = [as_array(group) for group in members(groups)]
-    usable = [group for group in arrays if len(group) >= SMALLEST_GROUP and robust_scale(group) > 0]
+    usable = [group for group in arrays if len(group) >= SMALLEST_GROUP and location_and_scale(group)[1] > 0]
     if not usable:
         raise ValueError(
-            f"`null_control(...)`: none of {len(arrays)} groups has {SMALLEST_GROUP} residuals that are not zero, so "
+            f"`null_control(...)`: none of {len(arrays)} groups has {SMALLEST_GROUP} residuals that differ, so "
             "that scales of groups are not known. Give rows or columns (Gram maps), or larger groups."
         )
     sample = sample_of(np.concatenate(usable))
     left_out = len(arrays) - len(usable)
-    lost = (f"{left_out} of {len(arrays)} groups left out: too few residuals that are not zero",) if left_out else ()
+    lost = (f"{left_out} of {len(arrays)} groups left out: too few residuals that differ",) if left_out else ()
     return usable, (*sample.warnings, *lost)
 
 
@@ -151,31 +153,38 @@ def members(groups: Groups) -> Sequence[Values]:
     return list(groups.values()) if isinstance(groups, Mapping) else groups
 
 
-def robust_scale(values: Array) -> float:
-    """The standard deviation of the zero-centred Gaussian with the same median absolute value.
+def location_and_scale(values: Array) -> tuple[float, float]:
+    """Interquartile mean, and the standard deviation of the Gaussian with the same median distance from it.
 
-    >>> round(robust_scale(np.array([-1.0, 1.0, 100.0])), 4)
-    1.4826
+    >>> location, scale = location_and_scale(np.array([1.0, 3.0, 1.0, 3.0, -50.0, 70.0]))
+    >>> location, round(scale, 4)
+    (2.0, 1.4826)
     """
-    return float(np.median(np.abs(values))) / MEDIAN_OF_NORMAL
+    cut = len(values) // 4
+    location = float(np.sort(values)[cut : len(values) - cut].mean())
+    return location, float(np.median(np.abs(values - location))) / MEDIAN_OF_NORMAL
 
 
 def standardised(groups: Sequence[Array]) -> Array:
-    """Residuals over their group's robust scale, pooled.
+    """Residuals less their group's robust location and over its robust scale, pooled.
 
-    >>> standardised([np.array([1.0, -1.0, 2.0]), np.array([10.0, -10.0, 20.0])]).round(3)
-    array([ 0.674, -0.674,  1.349,  0.674, -0.674,  1.349])
+    >>> standardised([np.array([0.0, 1.0, 5.0]), np.array([7.0, 17.0, 57.0])]).round(3)
+    array([-0.674, -0.337,  1.012, -0.674, -0.337,  1.012])
     """
-    return np.concatenate([group / robust_scale(group) for group in groups])
+    pooled = []
+    for group in groups:
+        location, scale = location_and_scale(group)
+        pooled.append((group - location) / scale)
+    return np.concatenate(pooled)
 
 
 def simulated(groups: Sequence[Array], rng: np.random.Generator) -> list[Array]:
-    """Gaussian residuals of the same numbers and robust scales.
+    """Gaussian residuals of the same numbers, robust locations and scales.
 
     >>> [len(group) for group in simulated([np.ones(3), np.ones(5)], np.random.default_rng(0))]
     [3, 5]
     """
-    return [robust_scale(group) * rng.standard_normal(len(group)) for group in groups]
+    return [rng.normal(*location_and_scale(group), len(group)) for group in groups]
 
 
 def _gain(values: Array) -> float:

@@ -1,8 +1,8 @@
 """Tails of a merge's residuals: pooled, per layer or per task, each beside its null controls.
 
 Pooling modules whose residuals differ in size makes a heavy tail out of Gaussians, so that a pooled fit never stands
-alone: beside it are the fit to residuals over the robust scale of their own group, the fit to simulated Gaussians of
-each group's scale, and the test of `null_control`.
+alone: beside it are the fit to residuals less the robust location of their own group and over its robust scale, the fit
+to simulated Gaussians of each group's location and scale, and the test of `null_control`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import numpy as np
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.comparison import TailComparison, fit_tails
 from diagnostics.tails.families import Array
-from diagnostics.tails.null import Groups, NullControl, members, null_control, simulated, standardised, usable_groups
+from diagnostics.tails.null import (
+    Groups,
+    NullControl,
+    location_and_scale,
+    members,
+    null_control,
+    simulated,
+    standardised,
+    usable_groups,
+)
 from diagnostics.tails.samples import as_array
 
 __all__ = ["PooledTails", "pooled_tails", "tails_by"]
@@ -31,9 +40,12 @@ class PooledTails:
 
     Attributes:
         pooled: of the residuals as they are.
-        standardised: of residuals over the robust scale of their group.
-        simulated: of one set of Gaussians with each group's robust scale.
+        standardised: of residuals less the robust location of their group, over its robust scale.
+        simulated: of one set of Gaussians with each group's robust location and scale.
         null: whether groups are heavy-tailed themselves.
+        offset: median over groups of the location over the scale: below zero where merges fall short of the experts.
+        smallest: residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
+            test allows for it, the standardised fit does not.
         weight_spread: largest over smallest effective expert weight relative to the Gaussian twin's, of any module: 1
             if the merge's own energy is a Gaussian, or did nothing else; None if the residuals' experts are not known.
     """
@@ -42,6 +54,8 @@ class PooledTails:
     standardised: TailComparison
     simulated: TailComparison
     null: NullControl
+    offset: float
+    smallest: int
     weight_spread: float | None = None
 
     @property
@@ -49,8 +63,8 @@ class PooledTails:
         """What the residuals' tails are, in a paragraph."""
         lines = [
             f"pooled: {self.pooled.verdict}",
-            f"within groups: {self.standardised.verdict}",
-            f"Gaussians of each group's scale: {self.simulated.verdict}",
+            f"within groups ({self.offset:+.1f} scales off zero): {self.standardised.verdict}",
+            f"Gaussians like the groups: {self.simulated.verdict}",
             f"null control: {self.null.verdict}",
         ]
         if self.weight_spread is not None:
@@ -102,7 +116,8 @@ def pooled_tails(
     samples = (np.concatenate(kept), standardised(kept), np.concatenate(simulated(kept, rng)))
     pooled, own, made = (fit_tails(values, families, limit=limit, seed=seed) for values in samples)
     spread = float(residuals.weight_spread().max()) if isinstance(residuals, Residuals) else None
-    return PooledTails(pooled, own, made, null, spread)
+    offset = float(np.median([location / scale for location, scale in map(location_and_scale, kept)]))
+    return PooledTails(pooled, own, made, null, offset, min(map(len, kept)), spread)
 
 
 def tails_by(
