@@ -17,7 +17,7 @@ from benchmarks.vision import demo, report
 from benchmarks.vision.ensembles import GIBBS, NOISE, Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Head, Scores, evaluate, mean_scores
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.vision.methods import BASELINES, MAPS, METHODS, Method, solve
+from benchmarks.vision.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
 from benchmarks.vision.model import SqueezeNet, build
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import EXPERTS, MEAN, Row
@@ -28,6 +28,7 @@ from diagnostics.prediction_files import load_predictions
 from inference.design import Design
 from inference.scores import nll
 from poe_models import TaskVectors
+from poe_models.anchors import MergingMethod, ModuleBatch
 
 AVERAGE, ARITHMETIC = BASELINES
 BY_NAME = {method.name: method for method in METHODS}
@@ -49,7 +50,7 @@ def toy_vectors() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], Task
 
 class TestMethods:
     def test_every_map_has_gaussian_cauchy_and_student(self) -> None:
-        assert len(METHODS) == len(BY_NAME) == 14
+        assert len(METHODS) == len(BY_NAME) == 19
         assert [sum(m.family == family for m in MAPS) for family in dict.fromkeys(m.family for m in MAPS)] == [3] * 4
 
     def test_average_and_task_arithmetic(self) -> None:
@@ -60,6 +61,27 @@ class TestMethods:
                 total = torch.stack([expert[name] - base[name] for expert in experts.values()]).sum(0)
                 weight = 0.7 * factor if name.endswith("weight") else 1 / 3  # the scale does not touch averages
                 torch.testing.assert_close(state[name], base[name] + weight * total)
+
+    @pytest.mark.parametrize("method", RULES, ids=lambda m: m.name)
+    def test_rules_meet_the_whole_model_and_names(self, method: Method) -> None:
+        base, _, vectors = toy_vectors()
+        merge = solve(method, vectors, 0.0)
+        assert isinstance(method.rule, MergingMethod)
+        ready = method.rule.prepare(vectors)
+        for module in vectors:
+            expected = ready.merge(ModuleBatch.of_module(module)).squeeze(0)
+            torch.testing.assert_close(merge.matrices[module.name], expected)
+            found = merge.state(0.7)[module.tensor]
+            torch.testing.assert_close(found, base[module.tensor] + 0.7 * expected.reshape(found.shape))
+
+    def test_a_strong_anchor_stays_at_its_centre(self) -> None:
+        _, _, vectors = toy_vectors()
+        centers = solve(BY_NAME["TIES"], vectors, 0.0).matrices
+        held = solve(BY_NAME["InputGram, Cauchy"], vectors, 1e9, centers=centers)
+        free = solve(BY_NAME["InputGram, Cauchy"], vectors, 1e-3, centers=centers)
+        for name, center in centers.items():
+            torch.testing.assert_close(held.matrices[name], center, rtol=1e-6, atol=1e-9)
+            assert (free.matrices[name] - center).norm() > 0.1 * center.norm()
 
     def test_input_gram_is_the_closed_form(self) -> None:
         base, experts, vectors = toy_vectors()
@@ -91,6 +113,8 @@ class TestMethods:
         _, _, vectors = toy_vectors()
         with pytest.raises(ValueError, match="it has no anchor. Give eta=0"):
             solve(AVERAGE, vectors, 0.1)
+        with pytest.raises(ValueError, match="no centers"):
+            solve(AVERAGE, vectors, 0.0, centers={})
         with pytest.raises(ValueError, match="no experts"):
             AVERAGE.design(["x"], 0.1)
         with pytest.raises(ValueError, match="no Gaussian twin"):
@@ -100,6 +124,7 @@ class TestMethods:
 def bowl(settings: Settings) -> Scores:
     """Best at scale 0.5 and eta 1."""
     off = abs(settings.scale - 0.5) + (abs(settings.eta - 1.0) if settings.eta else 0.0)
+    off += abs(settings.own - 0.2) if settings.own else 0.0
     return Scores(1 - off, off, 0.0, 0.0)
 
 
@@ -123,6 +148,15 @@ class TestSearch:
     def test_nothing_to_tune_takes_one_trial(self) -> None:
         best, trials = search(bowl, (), 9, seed=0)
         assert (best.settings, len(trials)) == (Settings(1.0, 0.0), 1)
+
+    def test_own_parameter(self) -> None:
+        first, choices = Settings(1.0, 0.0, 0.8), (0.1, 0.2, 0.8)
+        best, trials = search(bowl, ("scale", "own"), 20, 0, choices, first)
+        assert trials[0].settings == first
+        assert {trial.settings.own for trial in trials} == set(choices)
+        assert best.settings.own == 0.2
+        kept, trials = search(bowl, ("scale",), 4, 0, first=first)
+        assert {trial.settings.own for trial in (kept, *trials)} == {0.8}
 
     def test_ties_go_to_the_lower_nll(self) -> None:
         def tied(settings: Settings) -> Scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from poe_models import (
     TaskVectors,
     average,
 )
-from poe_models.experts import CenterRule
+from poe_models.anchors import TSVM, DareTies, IsoC, MergingMethod, ModuleBatch, Ties, WudiAdam
 
 SEARCH_STARTS: tuple[Start, ...] = ("twin",)
 FINAL_STARTS: tuple[Start, ...] = ("twin", "experts")
@@ -43,7 +43,7 @@ class Method:
     Args:
         name: Row of the table.
         family: Methods that differ in the energy alone share it.
-        rule: The merged update as a function of the updates (..., N, d_out, d_in); or
+        rule: A merging method; or
         residual_map: the experts' map, or several for several sides, with
         energy: their energy.
         tuned: Which settings the search chooses.
@@ -51,20 +51,28 @@ class Method:
 
     name: str
     family: str
-    rule: CenterRule | None = None
+    rule: MergingMethod | None = None
     residual_map: ResidualMap | tuple[ResidualMap, ...] | None = None
     energy: Energy | None = None
     tuned: tuple[str, ...] = ("scale", "eta")
 
-    def design(self, names: Sequence[str], eta: float) -> ProductOfExperts:
+    def design(self, names: Sequence[str], eta: float, center: Tensor | None = None) -> ProductOfExperts:
         """The product of experts with a relative anchor precision `eta`.
+
+        Args:
+            names: Names of the task vectors.
+            eta: The precision.
+            center: Of the anchor, (M, d_out, d_in); None for the base.
+
+        Returns:
+            The product.
 
         Raises:
             ValueError: If the method is no product of experts.
         """
         if self.residual_map is None or self.energy is None:
             raise ValueError(f"`Method.design`: {self.name} has no experts. Call its `rule` on the updates.")
-        anchor = Anchor(precision=RelativePrecision(eta))
+        anchor = Anchor(center, RelativePrecision(eta))
         return ProductOfExperts.of(names, self.residual_map, self.energy, anchor=anchor)
 
     @property
@@ -103,12 +111,26 @@ BASELINES = (
     Method("average", "average", average, tuned=()),
     Method("task arithmetic", "task arithmetic", TaskArithmetic(1.0), tuned=("scale",)),
 )
+RULES = tuple(
+    Method(name, name, rule, tuned=("scale",))
+    for name, rule in {
+        "TIES": Ties(),
+        "DARE-TIES": DareTies(),
+        "TSV-M": TSVM(),
+        "ISO-C": IsoC(),
+        "WUDI": WudiAdam(),
+    }.items()
+)
+"""The best-known rules that need no data, with the settings of their papers; λ is their coefficient.
+
+WUDI's iteration is taken as published: the minimiser that it stops short of follows the smallest singular values.
+"""
 MAPS = tuple(
     Method(f"{map_name}, {energy_name}", map_name, None, residual_map, energy)
     for map_name, residual_map in _MAPS.items()
     for energy_name, energy in _ENERGIES.items()
 )
-METHODS = (*BASELINES, *MAPS)
+METHODS = (*BASELINES, *RULES, *MAPS)
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,7 @@ class Merge:
     Args:
         base: Base tensors of the merged updates, by name.
         updates: Merged updates in the tensors' own shapes.
+        matrices: The same by module, (d_out, d_in).
         others: Finished tensors that the scale does not touch: averages, and what stays the base's.
         weight_spread: Largest over smallest effective expert weight, one entry a module; empty without experts.
         unconverged: Modules whose solve did not converge.
@@ -126,6 +149,7 @@ class Merge:
 
     base: dict[str, Tensor]
     updates: dict[str, Tensor]
+    matrices: dict[str, Tensor]
     others: dict[str, Tensor]
     weight_spread: tuple[float, ...] = ()
     unconverged: tuple[str, ...] = ()
@@ -137,7 +161,13 @@ class Merge:
         return {name: value.cpu() for name, value in (merged | self.others).items()}
 
 
-def solve(method: Method, vectors: TaskVectors, eta: float, starts: tuple[Start, ...] = FINAL_STARTS) -> Merge:
+def solve(
+    method: Method,
+    vectors: TaskVectors,
+    eta: float,
+    starts: tuple[Start, ...] = FINAL_STARTS,
+    centers: Mapping[str, Tensor] | None = None,
+) -> Merge:
     """Merge every tensor; matrices of one shape are solved as one batch.
 
     Args:
@@ -145,41 +175,40 @@ def solve(method: Method, vectors: TaskVectors, eta: float, starts: tuple[Start,
         vectors: The task vectors.
         eta: Relative precision of the anchor; methods without experts have none and must be given 0.
         starts: Where the fixed point starts; the lowest energy wins.
+        centers: Of the anchor by module, (d_out, d_in); None for the base.
 
     Returns:
         The merge.
 
     Raises:
-        ValueError: If `eta` is given to a method that has no anchor.
+        ValueError: If `eta` or `centers` are given to a method that has no anchor.
     """
-    if method.rule is not None and eta != 0:
-        raise ValueError(f"`solve({method.name!r}, eta={eta})`: it has no anchor. Give eta=0.")
+    if method.rule is not None and (eta != 0 or centers is not None):
+        raise ValueError(f"`solve({method.name!r}, eta={eta})`: it has no anchor. Give eta=0 and no centers.")
+    rule = None if method.rule is None else method.rule.prepare(vectors)
     modules = list(vectors)
     batches: dict[torch.Size, list[ModuleUpdates]] = defaultdict(list)
     for module in modules:
         batches[module.updates.shape].append(module)
     largest_first = sorted(batches.values(), key=lambda batch: -len(batch) * batch[0].updates.numel())
-    solved = run_all(lambda batch: _solve_batch(method, vectors.names, eta, starts, batch), largest_first)
-    return _assemble(vectors, modules, list(zip(largest_first, solved, strict=True)))
+
+    def solved(batch: list[ModuleUpdates]) -> Solved:
+        updates, labels = torch.stack([module.updates for module in batch]), [module.name for module in batch]
+        if rule is not None:
+            return batch, rule.merge(ModuleBatch.of(updates, labels, vectors.names)), None
+        center = None if centers is None else torch.stack([centers[label] for label in labels])
+        solution = fixed_point(method.design(vectors.names, eta, center), updates, starts=starts)
+        return batch, solution.value, solution
+
+    return _assemble(vectors, modules, run_all(solved, largest_first))
 
 
-def _solve_batch(
-    method: Method, names: Sequence[str], eta: float, starts: tuple[Start, ...], batch: list[ModuleUpdates]
-) -> tuple[Tensor, Solution[FixedPointInfo] | None]:
-    """Merged updates (M, d_out, d_in) of modules of one shape, and the solution they are from."""
-    updates = torch.stack([module.updates for module in batch])
-    if method.rule is not None:
-        return method.rule(updates), None
-    solution = fixed_point(method.design(names, eta), updates, starts=starts)
-    return solution.value, solution
+Solved = tuple[list[ModuleUpdates], Tensor, Solution[FixedPointInfo] | None]
+"""Modules of one shape, their merged updates (M, d_out, d_in), and the solution these are from."""
 
 
-def _assemble(
-    vectors: TaskVectors,
-    modules: list[ModuleUpdates],
-    solved: list[tuple[list[ModuleUpdates], tuple[Tensor, Solution[FixedPointInfo] | None]]],
-) -> Merge:
-    values = {m.name: value for batch, (merged, _) in solved for m, value in zip(batch, merged, strict=True)}
+def _assemble(vectors: TaskVectors, modules: list[ModuleUpdates], solved: list[Solved]) -> Merge:
+    values = {m.name: value for batch, merged, _ in solved for m, value in zip(batch, merged, strict=True)}
     base, updates, others = {}, {}, {}
     for tensor, treatment in vectors.treatments.items():
         if treatment.view is not None:
@@ -190,10 +219,10 @@ def _assemble(
             others[tensor] = vectors.average(tensor) if treatment.action == "average" else vectors.base.read(tensor)
     spread: dict[str, float] = {}
     unconverged, moved = [], []
-    for batch, (_, solution) in solved:
+    for batch, _, solution in solved:
         if solution is not None:
             spread |= dict(zip((m.name for m in batch), solution.info.weight_spread.tolist(), strict=True))
             unconverged += [m.name for m, status in zip(batch, solution.status, strict=True) if not status.converged]
             moved += [m.name for m, start in zip(batch, solution.info.start, strict=True) if start != "twin"]
     in_order = tuple(spread[module.name] for module in modules if module.name in spread)
-    return Merge(base, updates, others, in_order, tuple(unconverged), tuple(moved))
+    return Merge(base, updates, values, others, in_order, tuple(unconverged), tuple(moved))

@@ -31,9 +31,10 @@ def bar_plot(rows: Sequence[Row], tails: Sequence[tuple[Row, Row]] = ()) -> Figu
     Returns:
         The figure, not shown and not saved.
     """
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     merged = [row for row in rows if row.settings is not None]
+    families = len({row.family for row in merged})
+    figure = Figure(figsize=(max(8.0, 1.3 * families), 7), layout="constrained")
+    FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
     twins = {row.name: twin for row, twin in tails}
     for axes, metric in ((above, "accuracy"), (below, "ece")):

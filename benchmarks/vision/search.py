@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -20,10 +21,12 @@ class Settings:
     Args:
         scale: Factor on the merged update.
         eta: Relative anchor precision; 0 for methods without an anchor.
+        own: A parameter that only this method has; None without one.
     """
 
     scale: float
     eta: float
+    own: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,40 @@ class Trial:
 
 
 def search(
-    evaluate: Callable[[Settings], Scores], tuned: tuple[str, ...], trials: int, seed: int
+    evaluate: Callable[[Settings], Scores],
+    tuned: tuple[str, ...],
+    trials: int,
+    seed: int,
+    choices: Sequence[float] = (),
+    first: Settings | None = None,
 ) -> tuple[Trial, list[Trial]]:
     """Try `trials` settings, the first a default, the others proposed by a tree-structured Parzen estimator.
 
     Args:
         evaluate: Mean validation scores of a setting.
-        tuned: `()`, `("scale",)` or `("scale", "eta")`.
+        tuned: Which of `"scale"`, `"eta"` and `"own"`; of the others the first trial's values are kept.
         trials: Budget; a method with nothing to tune takes one.
         seed: Of the proposals.
+        choices: What a method's own parameter may be.
+        first: The first trial; by default scale 0.3, or with a tuned eta scale 1 and eta 0.1.
 
     Returns:
         The best trial and all of them in order.
     """
     if not tuned:
-        only = Trial(Settings(1.0, 0.0), evaluate(Settings(1.0, 0.0)))
-        return only, [only]
-    with_eta = "eta" in tuned
-    done: list[Trial] = []
+        only = Settings(1.0, 0.0) if first is None else first
+        done = [Trial(only, evaluate(only))]
+        return done[0], done
+    start = first or (Settings(1.0, 0.1) if "eta" in tuned else Settings(0.3, 0.0))
+    done = []
 
     def objective(trial: optuna.Trial) -> float:
-        scale = trial.suggest_float("scale", *SCALES, log=True)
-        eta = 10.0 ** (trial.suggest_int("eta_half_decade", *ETA_HALF_DECADES) / 2) if with_eta else 0.0
-        done.append(Trial(Settings(scale, eta), evaluate(Settings(scale, eta))))
+        settings = Settings(
+            trial.suggest_float("scale", *SCALES, log=True) if "scale" in tuned else start.scale,
+            10.0 ** (trial.suggest_int("eta_half_decade", *ETA_HALF_DECADES) / 2) if "eta" in tuned else start.eta,
+            trial.suggest_categorical("own", choices) if "own" in tuned else start.own,
+        )
+        done.append(Trial(settings, evaluate(settings)))
         # The NLL only breaks ties: one more correct answer in the smallest task weighs 1e-4.
         return done[-1].scores.accuracy - 1e-7 * min(done[-1].scores.nll, 100.0)
 
@@ -76,8 +90,15 @@ def search(
     try:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        study.enqueue_trial({"scale": 1.0, "eta_half_decade": -2} if with_eta else {"scale": 0.3})
+        study.enqueue_trial(_proposal(start, tuned))
         study.optimize(objective, n_trials=trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
     return max(done, key=lambda trial: trial.rank), done
+
+
+def _proposal(settings: Settings, tuned: tuple[str, ...]) -> dict[str, float | None]:
+    """Settings by the names that the search gives to what is tuned."""
+    half_decade = {"eta_half_decade": round(2 * math.log10(settings.eta))} if "eta" in tuned else {}
+    plain = {"scale": settings.scale, "own": settings.own}
+    return {name: value for name, value in plain.items() if name in tuned} | half_decade
