@@ -29,6 +29,8 @@ class Recorder(ABC):
 
     def __init__(self, layer: nn.Module, name: str, view: View, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.layer, self.name, self.view, self.shape, self.dtype = layer, name, view, shape, dtype
+        self.counted: Tensor | None = None
+        """Positions of the current batch that count, ``(b, T)`` bool; None for all."""
         self._sums: list[Tensor] | None = None
         self._rows = 0
 
@@ -46,7 +48,7 @@ class Recorder(ABC):
         Raises:
             ValueError: the layer saw no input.
         """
-        if self._sums is None:
+        if self._sums is None or self._rows == 0:
             raise ValueError(
                 f"{self.name!r}: the forward pass never reached its layer, so that nothing is known about its inputs. "
                 "Run what is fine-tuned, or keep or average the tensor with a rule."
@@ -54,6 +56,12 @@ class Recorder(ABC):
         blocks = len(self.view.block_shapes(self.shape))
         means = [total / self._rows for total in self._sums]
         return means * blocks if len(means) == 1 else means
+
+    def _as_rows(self, x: Tensor) -> Tensor:
+        """The positions that count as rows ``(n, d_in)``; of inputs at other positions all."""
+        if self.counted is not None and x.shape[:-1] == self.counted.shape:
+            return x[self.counted.to(x.device)]
+        return x.reshape(-1, x.shape[-1])
 
     def _listen(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = [each.detach().to(self.dtype) for each in self.rows(args, kwargs)]
@@ -68,7 +76,7 @@ class _LinearInputs(Recorder):
     @override
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return [x.reshape(-1, x.shape[-1])]
+        return [self._as_rows(x)]
 
 
 class _ConvolutionInputs(Recorder):
@@ -102,7 +110,7 @@ class _AttentionInputs(Recorder):
                 f"{self.name!r}: query, key and value have different shapes, and one number of rows is wanted for all. "
                 "Keep or average the tensor with a rule."
             )
-        return [each.reshape(-1, each.shape[-1]) for each in inputs]
+        return [self._as_rows(each) for each in inputs]
 
 
 def recorder_of(model: nn.Module, name: str, view: View, dtype: torch.dtype) -> Recorder:

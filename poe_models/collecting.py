@@ -97,6 +97,7 @@ def collect_activations(
     forward: Callable[[nn.Module, Any], Any],
     views: Mapping[str, View],
     *,
+    counted: Callable[[Any], Tensor] | None = None,
     prefix: str = "",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
@@ -111,6 +112,8 @@ def collect_activations(
         loader: batches.
         forward: runs the model on a batch; what it returns does not matter.
         views: tensors to collect for, by their name in the checkpoint: `TaskVectors.views`.
+        counted: positions ``(b, T)`` of a batch that count, such as its attention mask, so that padding does not.
+            Layers whose inputs do not have these leading axes (convolutions, pooled features) count all.
         prefix: of the model's names before those of the checkpoint, such as ``"bert."``.
         dtype: of the sums; float64 where inputs differ by orders of magnitude.
         progress: told how far it is.
@@ -137,6 +140,9 @@ def collect_activations(
     try:
         with _evaluating(model), torch.no_grad():
             for batch in _reported(loader, progress):
+                mask = None if counted is None else counted(batch).bool()
+                for recorder in recorders.values():
+                    recorder.counted = mask
                 forward(model, batch)
                 batches += 1
     finally:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from transformers import GPT2Config, GPT2LMHeadModel
 from typing_extensions import override
 
 from poe_models import (
@@ -21,6 +22,7 @@ from poe_models import (
     View,
     full_posterior,
 )
+from poe_models.anchors import ModuleBatch, RegMean
 from poe_models.collecting import collect_activations, collect_fisher
 from tests.helpers import assert_close
 
@@ -264,3 +266,52 @@ def test_a_prefix_of_the_models_names(generator: torch.Generator) -> None:
     forward: Call = lambda m, b: m["encoder"](b)  # type: ignore[index] # noqa: E731
     assert list(collect_fisher(model, [x], forward, {"weight": View()}, prefix="encoder.")) == ["weight"]
     assert list(collect_activations(model, [x], forward, {"weight": View()}, prefix="encoder.")) == ["weight"]
+
+
+def test_gpt2_with_its_transposed_and_fused_layers(generator: torch.Generator) -> None:
+    """Names, orientation and blocks on the real architecture: RegMean of one expert gives it back."""
+    config = GPT2Config(n_layer=1, n_embd=12, n_head=2, vocab_size=20, n_positions=8, n_inner=20)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base, tuned = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    vectors = TaskVectors(base.state_dict(), {"tuned": tuned.state_dict()})
+    ids = torch.randint(20, (8, 8), generator=generator)
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = model(**batch).logits
+        return logits.flatten(0, 1)
+
+    loader = [{"input_ids": part} for part in ids.split(4)]
+    moments = collect_activations(tuned, loader, forward, vectors.views, dtype=torch.float64)
+    fisher = collect_fisher(tuned, [{"input_ids": ids[:1, :2]}], forward, vectors.views)
+    assert [name for name in moments if "c_attn" in name] == [
+        f"transformer.h.0.attn.c_attn.weight[{i}]" for i in range(3)
+    ]
+    method = RegMean(ModuleStatistics("activations", {"tuned": moments}), off_diagonal=0.9)
+    for module in vectors:
+        assert fisher[module.name].shape == module.base.shape
+        assert_close(method.merge(ModuleBatch.of_module(module)), module.updates, 1e-4)
+
+
+def test_padding_does_not_count(generator: torch.Generator) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        @override
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.token(x).mean(1))
+
+    model = Pooled().double()
+    x = torch.randn(5, 6, 3, generator=generator, dtype=torch.float64)
+    mask = torch.rand(5, 6, generator=generator) < 0.5
+    batches = [{"x": a, "mask": b.long()} for a, b in zip(x.split(2), mask.split(2), strict=True)]
+    views = {"token.weight": View(), "head.weight": View()}
+    found = collect_activations(
+        model, batches, lambda m, b: m(b["x"]), views, counted=lambda b: b["mask"], dtype=x.dtype
+    )
+    rows = x[mask]
+    assert_close(found["token.weight"], rows.mT @ rows / len(rows))
+    pooled = model.token(x).mean(1).detach()
+    assert_close(found["head.weight"], pooled.mT @ pooled / 5)

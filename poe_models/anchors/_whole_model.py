@@ -71,7 +71,7 @@ def minimise_entropy(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Minimise the entropy of a merged model's predictions, summed over tasks, by Adam (Yang et al., 2024, Eq. 4).
+    """Minimise the entropy of a merged model's predictions, summed over tasks, by Adam (Yang et al., 2024).
 
     Every step takes one batch of each task; a task that is through begins anew.
 
