@@ -189,14 +189,14 @@ def test_the_program_has_the_density_of_the_grid(family: Family) -> None:
 
 def test_nuts_agrees_with_the_quadrature() -> None:
     x = data(60)
-    draws, posterior = nuts_posterior(x, STUDENT_T, 300, seed=0, chains=1, warmup=150), tail_posterior(x, STUDENT_T)
+    draws, posterior = nuts_posterior(x, STUDENT_T, 200, seed=0, chains=1, warmup=100), tail_posterior(x, STUDENT_T)
     assert draws.shape is not None
     for values, estimate in ((draws.scale, posterior.scale), (draws.shape, posterior.shape)):
         assert estimate is not None
         inside = float(((values > estimate.low) & (values < estimate.high)).double().mean())
         assert 0.88 < inside <= 1.0
         below = float((values < estimate.value).double().mean())
-        assert 0.33 < below < 0.67  # five standard errors of 100 effective draws
+        assert 0.25 < below < 0.75  # five standard errors of 100 effective draws
     assert not torch.equal(draws.scale[0, :-1], draws.scale[0, 1:])
 
 

@@ -144,7 +144,7 @@ def tails_by(
         seed: of everything that is drawn.
 
     Returns:
-        Name to tails.
+        Name to tails: ``tails_by(residuals("merged", task_vectors, InputGram()), "expert")["mnist"].verdict``.
     """
     return {
         name: pooled_tails(
