@@ -30,6 +30,7 @@ from inference.hierarchical import HierarchicalDraws, HierarchicalModel, hierarc
 from inference.hmc import hmc
 from inference.laplace import DenseLaplace, Laplace, laplace
 from inference.lbfgs import minimize
+from inference.method_design import MethodDesign
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import require_proper
@@ -53,6 +54,7 @@ __all__ = [
     "MemberPredictor",
     "MergeReport",
     "MergedEnsemble",
+    "MethodDesign",
     "ModelDraws",
     "Prediction",
     "RegeneratedDraws",

@@ -73,7 +73,7 @@ class KnotsTies(MergingMethod):
 
     @override
     def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return (3 * experts + 8) * shape[0] * shape[1] + 4 * shape[0] ** 2
+        return (4 * experts + 8) * shape[0] * shape[1] + 6 * shape[0] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -141,7 +141,7 @@ class KnotsDareTies(MergingMethod):
 
     @override
     def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return (3 * experts + 8) * shape[0] * shape[1] + 4 * shape[0] ** 2
+        return (4 * experts + 8) * shape[0] * shape[1] + 6 * shape[0] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

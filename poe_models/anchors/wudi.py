@@ -43,7 +43,7 @@ class Wudi(MergingMethod):
 
     @override
     def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return 12 * shape[0] * shape[1] + 10 * shape[1] ** 2
+        return 8 * shape[0] * shape[1] + 8 * shape[1] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
