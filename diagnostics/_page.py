@@ -18,6 +18,8 @@ from diagnostics.verdicts import Level, Verdict
 
 __all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
 
+DOTS = 150
+"""Per inch, of what is drawn as dots because it has so many marks."""
 WORDS = {Level.NOTE: "Note", Level.GOOD: "Good", Level.UNKNOWN: "Unknown", Level.CAUTION: "Caution", Level.BAD: "Bad"}
 
 
@@ -246,5 +248,5 @@ def _svg(figure: Figure) -> bytes:
     """The same bytes for the same picture: no date, no random names; text as paths, which need no font."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "poe-merge", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", dpi=DOTS, metadata={"Date": None})
     return buffer.getvalue()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ from inference._folder import rounding_of, short_source
 __all__ = ["calibration_section", "comparison_section", "convergence_section", "merge_section", "tails_section"]
 
 EXPERT = "expert "
+CENTRED = 0.1
+"""Robust scales up to which an offset of the residuals is none."""
 MOST_DIAGRAMS, MOST_CURVES = 8, 7
 ROUNDED_BACK = 0.1
 """Share of the changed weights that rounding may take back before it is worth a warning."""
@@ -80,7 +83,7 @@ def _merge_section(record: Mapping[str, Any]) -> Section:
     entries = {word: sum(int(t["numel"]) for t in tensors if ACTIONS[t["action"]] == word) for word in actions}
     facts = [
         ("Base", short_source(str(inputs["base"]["source"]))),
-        *((f"Expert {name}", short_source(str(entry["source"]))) for name, entry in experts.items()),
+        *((f"Expert {name}", text) for name, text in zip(experts, _sources(experts.values()), strict=True)),
         ("Tensors", ", ".join(f"{n} {action}" for action, n in actions.items())),
         ("Parameters", ", ".join(f"{n:,} {action}" for action, n in entries.items())),
         ("Computed in", f"{record['compute_dtype']} on {record['device']}, seed {record['seed']}"),
@@ -93,6 +96,15 @@ def _merge_section(record: Mapping[str, Any]) -> Section:
         Details("Digests of the inputs", [_digests(inputs)]),
     ]
     return Section("What was merged", _rounding(tensors), blocks)
+
+
+def _sources(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Short names of the experts' sources, with the folder where they would be the same."""
+    sources = [str(entry["source"]) for entry in entries]
+    short = [short_source(source) for source in sources]
+    if len(set(short)) == len(short):
+        return short
+    return ["/".join(Path(source).parts[-2:]) for source in sources]
 
 
 def _design_table(index: int, design: Mapping[str, Any], count: int) -> Table:
@@ -348,40 +360,48 @@ def _tail_verdicts(tails: PooledTails) -> list[Verdict]:
     fits = (("tails, pooled", tails.pooled), ("tails within modules", tails.standardised))
     named = (*fits, ("null control", tails.null))
     return [
+        Verdict("offset", Level.NOTE, _offset(tails.offset)),
         *(Verdict(about, Level.UNKNOWN if each.warnings else Level.NOTE, f"{each.verdict}.") for about, each in named),
         *(Verdict(about, Level.CAUTION, f"{'; '.join(fit.notes)}.") for about, fit in fits if fit.notes),
     ]
 
 
+def _offset(offset: float) -> str:
+    if abs(offset) < CENTRED:
+        return "the residuals of a module and expert lie around zero."
+    where = "short of" if offset < 0 else "beyond"
+    return f"the merge goes {where} the experts by {abs(offset):.2g} robust scales in the median module and expert."
+
+
 def _tail_blocks(tails: PooledTails) -> list[Block]:
     pooled, own = tails.pooled, tails.standardised
-    fits = [result.fit for result in pooled.results]
-    shown = [pooled.result(name).fit for name in dict.fromkeys((pooled.best.name, "Gaussian"))]
+    shown = [own.result(name).fit for name in dict.fromkeys((own.best.name, "Gaussian"))]
     note = (
         "Pooling modules of different size makes a heavy tail out of Gaussians: read the pooled fit beside the one "
-        "within modules (each residual over the robust scale of its expert and module) and the null control."
+        "within modules (each residual less the location and over the robust scale of its module and expert), the "
+        "simulated Gaussians, and the null control."
     )
+    densities = [log_density(each.values, [result.fit for result in each.results]) for each in (pooled, own)]
     return [
         Text(note),
         _family_table("Pooled residuals, in units of the experts' scales", pooled),
-        _family_table("Residuals over their module's and expert's robust scale", own),
-        _family_table("Simulated Gaussians of each module's and expert's scale", tails.simulated),
+        _family_table("Residuals within modules", own),
+        _family_table(
+            "Simulated Gaussians with the location and scale of each module and expert, pooled", tails.simulated
+        ),
         Plot(plot_residual_histogram(pooled), "Pooled residuals with fitted densities."),
+        Plot(plot_log_density(densities[0]), "The same as log densities: a Gaussian is a parabola."),
+        Plot(plot_log_density(densities[1]), "Within modules: what is left of the tail."),
         Plot(
-            plot_log_density(log_density(pooled.values, fits)), "The same as log densities: a Gaussian is a parabola."
+            plot_quantiles([quantiles(own.values, fit) for fit in shown]), "Within modules, against fitted quantiles."
         ),
         Plot(
-            plot_log_density(log_density(own.values, [result.fit for result in own.results])),
-            "Within modules: what is left of the tail once every module and expert has its own scale.",
-        ),
-        Plot(plot_quantiles([quantiles(pooled.values, fit) for fit in shown]), "Residuals against fitted quantiles."),
-        Plot(
-            plot_hill(hill(pooled.values)),
-            "Tail index; a Student-t's is its nu, a Gaussian's keeps growing to the left.",
+            plot_hill(hill(own.values)),
+            "Within modules, the tail index; a Student-t's is its nu, a Gaussian's keeps growing to the left.",
         ),
         Plot(
-            plot_families(pooled),
-            "How much worse each family predicts a left-out residual; filled: tied with the best.",
+            plot_families(own),
+            "Within modules, how much worse each family predicts a left-out residual; filled: tied with the best.",
         ),
     ]
 

@@ -93,9 +93,13 @@ class FixedPointConvergence:
     def _contraction(self) -> Verdict:
         rates, bounds = self.rate, self.bound
         within = int((bounds < 1).sum())
+        unknown = int((~np.isfinite(rates)).sum())
+        if unknown:
+            text = f"the rate is not known in {unknown} of {len(rates)} modules: solve them in float64."
+            return Verdict("contraction", Level.UNKNOWN, text)
         text = (
-            f"plain steps contract at rates up to {_top(rates):.3g}; the paper's bound L is below 1 in {within} of "
-            f"{len(bounds)} modules (largest {_top(bounds):.3g})."
+            f"plain steps contract at rates up to {rates.max():.3g}; the paper's bound L is below 1 in {within} of "
+            f"{len(bounds)} modules (largest {np.nanmax(bounds):.3g})."
         )
         if bool((rates >= 1).any()):
             return Verdict(
@@ -104,7 +108,9 @@ class FixedPointConvergence:
         return Verdict("contraction", Level.GOOD, text)
 
     def _tails(self) -> Verdict:
-        spread = self.weight_spread
+        spread = self.weight_spread[np.isfinite(self.weight_spread)]
+        if not spread.size:
+            return Verdict("tails at work", Level.UNKNOWN, "no module has finite expert weights: solve in float64.")
         text = (
             f"largest over smallest relative expert weight: median {np.median(spread):.3g}, most {spread.max():.3g}; "
         )
@@ -186,10 +192,6 @@ def _collected(found: Sequence[Mapping[str, Any]]) -> FixedPointConvergence:
         weight_spread=column("weight_spread"),
         relative_weights=np.array(relative, dtype=np.float64),
     )
-
-
-def _top(values: np.ndarray) -> float:
-    return float(values.max())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -128,6 +128,13 @@ def load_predictions(path: str | Path) -> Predictions:
 
     Raises:
         ValueError: it is not such a file, or its entries do not fit together.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fair = predictions_of({"coin": np.array([0, 1])}, {"fair": {"coin": np.full((2, 2), 0.5)}})
+    ...     save_predictions(fair, f"{folder}/coin.npz")
+    ...     load_predictions(f"{folder}/coin.npz").methods
+    ('fair',)
     """
     try:
         entries = _read(path)

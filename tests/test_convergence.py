@@ -134,6 +134,16 @@ def test_a_point_that_is_no_minimum_is_a_caution(updates: Tensor) -> None:
     assert "b.weight" in found.verdicts[0].text
 
 
+def test_rates_that_are_not_known_are_not_good(updates: Tensor) -> None:
+    found = convergence(updates)
+    nan = np.array([np.nan, 0.1])
+    verdicts = replace(found, rate=nan, bound=nan, weight_spread=np.array([np.nan, 1.4])).verdicts
+    assert verdicts[1].level is Level.UNKNOWN
+    assert "1 of 2" in verdicts[1].text
+    assert "most 1.4" in verdicts[2].text
+    assert replace(found, weight_spread=nan * np.nan).verdicts[2].level is Level.UNKNOWN
+
+
 def test_the_bound_is_no_smaller_than_the_rate(updates: Tensor) -> None:
     found = convergence(updates, product(scale=Relative(0.3)))
     assert (found.bound >= found.rate).all()

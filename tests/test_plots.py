@@ -209,6 +209,19 @@ def test_the_histogram_is_a_density(results: Results) -> None:
     assert np.allclose(np.log(np.asarray(fitted.get_ydata())), fit.log_density(np.asarray(fitted.get_xdata())))
 
 
+def test_a_family_looks_the_same_in_every_figure(results: Results) -> None:
+    looks = [
+        {
+            name: (line.get_color(), line.get_linestyle())
+            for name, line in lines(ax).items()
+            if name in ("Cauchy", "Gaussian")
+        }
+        for ax in (plots.plot_residual_histogram(results.tails), plots.plot_log_density(_log_density(results)))
+    ]
+    assert looks[0] == looks[1]
+    assert len(looks[0]) == 2
+
+
 def test_quantiles_and_hill_are_those_of_the_results(results: Results) -> None:
     curves = _quantiles(results)
     for each, line in zip(curves, plots.plot_quantiles(curves).get_lines(), strict=False):

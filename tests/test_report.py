@@ -242,6 +242,13 @@ def test_what_was_merged_is_named_without_the_machines_folders() -> None:
     assert "secret" not in text
 
 
+def test_experts_of_one_file_name_are_told_apart() -> None:
+    two = {f"expert {n}": {"source": f"/home/{n}/expert", "sha256": {}} for n in ("mnist", "emoji")}
+    text = Outline(page("t", "s", [merge_section(record(inputs={**record()["inputs"], **two}))]).html).text
+    assert "mnist/expert" in text
+    assert "emoji/expert" in text
+
+
 def test_rounding_that_undoes_a_merge_is_a_warning() -> None:
     (verdict,) = merge_section(record()).verdicts
     assert verdict.level is Level.CAUTION

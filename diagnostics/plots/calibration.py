@@ -27,6 +27,9 @@ def plot_reliability(result: Reliability, name: str = "", ax: Axes | None = None
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_reliability(reliability(probabilities, labels, seed=0), "merge")``
     """
     ax = axes_of(ax, (4.4, 4.4))
     edges = result.edges.numpy()
@@ -54,6 +57,9 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], ax: Axes | None = Non
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_risk_coverage({"merge": risk_coverage(confidence, wrong, seed=0)})``
     """
     ax = axes_of(ax)
     for index, (name, curve) in enumerate(curves.items()):

@@ -28,6 +28,9 @@ def plot_radar(result: Comparison, methods: Sequence[str] | None = None, ax: Axe
 
     Raises:
         ValueError: there are fewer than three tasks, or the axes are not polar.
+
+    Example:
+        ``plot_radar(compare_methods(predictions, labels, seed=0))``
     """
     if len(result.tasks) < 3:
         raise ValueError(
@@ -65,6 +68,9 @@ def plot_pareto(result: Comparison, series: Mapping[str, Sequence[str]] | None =
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_pareto(compare_methods(predictions, labels, seed=0))``
     """
     ax = axes_of(ax, (6.4, 4.8))
     groups = {method: [method] for method in result.methods} if series is None else series

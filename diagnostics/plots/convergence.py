@@ -40,6 +40,9 @@ def plot_energy_traces(result: FixedPointConvergence, ax: Axes | None = None) ->
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_energy_traces(fixed_point_convergence(solution_records(solution, names)))``
     """
     ax = axes_of(ax)
     count = len(result.traces)
@@ -66,6 +69,9 @@ def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> A
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_contraction(fixed_point_convergence(solution_records(solution, names)))``
     """
     ax = axes_of(ax, (7.2, 4.2))
     place = np.arange(len(result.modules))
@@ -88,6 +94,9 @@ def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_gamma_moves(gamma_sensitivity(poe, task_vectors, [0.1, 1.0, 10.0]))``
     """
     ax = axes_of(ax)
     reference = f"from gamma = {result.gammas[result.reference]:.3g}"
@@ -115,6 +124,9 @@ def plot_gamma_scores(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
 
     Raises:
         ValueError: the result has no scores.
+
+    Example:
+        ``plot_gamma_scores(gamma_sensitivity(poe, task_vectors, [0.1, 1.0, 10.0], score))``
     """
     if result.scores is None:
         raise ValueError(
@@ -140,6 +152,9 @@ def plot_chain_traces(result: ChainConvergence, module: str, quantity: str, ax: 
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_chain_traces(chain_convergence(draws), "fc.weight", "mnist")``
     """
     ax = axes_of(ax)
     values = _of(result, module, quantity)
@@ -159,6 +174,9 @@ def plot_ranks(ranks: Ranks, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_ranks(rank_histogram(values))``
     """
     ax = axes_of(ax)
     chains, bins = ranks.counts.shape
@@ -185,6 +203,9 @@ def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_r_hat(chain_convergence(draws))``
     """
     ax = _by_quantity(result, result.statistics.r_hat, axes_of(ax, (7.2, 4.2)))
     _limits(ax, R_HAT)
@@ -201,6 +222,9 @@ def plot_effective_sizes(result: ChainConvergence, ax: Axes | None = None) -> Ax
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_effective_sizes(chain_convergence(draws))``
     """
     sizes = np.fmin(result.statistics.ess_bulk, result.statistics.ess_tail)
     ax = _by_quantity(result, sizes, axes_of(ax, (7.2, 4.2)))

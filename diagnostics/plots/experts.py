@@ -25,6 +25,9 @@ def plot_forest(result: CoefficientIntervals, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_forest(coefficient_intervals(draws))``
     """
     count, tasks = result.median.shape
     ax = axes_of(ax, (6.4, min(1.2 + 0.12 * count * (tasks + 1), TALLEST)))
@@ -52,6 +55,9 @@ def plot_expert_weights(result: FixedPointConvergence, ax: Axes | None = None) -
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_expert_weights(fixed_point_convergence(solution_records(solution, names)))``
     """
     weights = result.relative_weights.T
     experts, modules = weights.shape

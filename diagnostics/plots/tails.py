@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from diagnostics.plots._style import axes_of, finish, label_modules, line_style
 from diagnostics.residuals import Residuals, Unit
-from diagnostics.tails import Hill, LogDensity, Quantiles, TailComparison
+from diagnostics.tails import FAMILIES, Hill, LogDensity, Quantiles, TailComparison
 
 __all__ = [
     "plot_families",
@@ -38,6 +38,9 @@ def plot_residual_histogram(
 
     Returns:
         The axes; the 1 % of residuals farthest out are beyond them.
+
+    Example:
+        ``plot_residual_histogram(fit_tails(values))``
     """
     ax = axes_of(ax)
     end = float(np.quantile(np.abs(result.values), COVERAGE))
@@ -47,8 +50,8 @@ def plot_residual_histogram(
     ax.stairs(heights, edges, fill=True, color="#d0d0d0", edgecolor="black", label=f"{len(result.values)} residuals")
     points = np.linspace(-end, end, 401)
     fits = {each.name: each.fit for each in result.results}
-    for index, name in enumerate(name for name in families if name in fits):
-        style = line_style(index, marker=False)
+    for name in (name for name in families if name in fits):
+        style = line_style(_place(name), marker=False)
         ax.plot(points, np.exp(fits[name].log_density(points)), linewidth=1.6, label=name, **style)
     ax.set(xlabel="residual", ylabel="density")
     return finish(ax, "residuals and fitted densities")
@@ -65,11 +68,14 @@ def plot_log_density(curves: LogDensity, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_log_density(log_density(values, [result.fit for result in fit_tails(values).results]))``
     """
     ax = axes_of(ax)
     ax.errorbar(curves.centres, curves.observed, yerr=2 * curves.error, elinewidth=0.7, label="observed", **OBSERVED)
-    for index, (name, values) in enumerate(curves.fitted.items()):
-        ax.plot(curves.centres, values, linewidth=1.4, label=name, **line_style(index, marker=False))
+    for name, values in sorted(curves.fitted.items(), key=lambda item: _place(item[0])):
+        ax.plot(curves.centres, values, linewidth=1.4, label=name, **line_style(_place(name), marker=False))
     low, high = np.nanmin(curves.observed), np.nanmax(curves.observed)
     ax.set_ylim(low - 0.25 * (high - low) - 0.5, high + 0.1 * (high - low) + 0.5)
     ax.set(xlabel=f"residual ({curves.outside:.1%} lie beyond)", ylabel="log density, nats")
@@ -87,11 +93,15 @@ def plot_quantiles(curves: Sequence[Quantiles], ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_quantiles([quantiles(values, maximum_likelihood(values, STUDENT_T))])``
     """
     ax = axes_of(ax, (4.8, 4.8))
     unit = float(np.median(np.abs(curves[0].observed)))
     for index, each in enumerate(curves):
-        style = line_style(index) | {"linestyle": "none", "markersize": 3, "alpha": 0.7}
+        style = line_style(_place(each.name)) | {"linestyle": "none", "markersize": 3, "rasterized": True}
+        style |= {"markerfacecolor": "white"} if index % 2 else {}
         ax.plot(each.theoretical, each.observed, label=each.name, **style)
     end = 1.3 * float(np.abs(curves[0].observed).max())
     ax.plot([-end, end], [-end, end], color="black", linewidth=0.8)
@@ -115,6 +125,9 @@ def plot_hill(result: Hill, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_hill(hill(values))``
     """
     ax = axes_of(ax)
     ax.plot(result.k, result.index, label="Hill's estimate", **line_style(0, marker=False))
@@ -137,6 +150,9 @@ def plot_families(result: TailComparison, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        ``plot_families(fit_tails(values))``
     """
     ax = axes_of(ax, (6.4, 1.0 + 0.35 * len(result.results)))
     for row, each in enumerate(result.results):
@@ -164,6 +180,9 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
 
     Raises:
         ValueError: there are none, or they are of different modules.
+
+    Example:
+        ``plot_mean_squared_residuals({"merge": residuals("merged", task_vectors, InputGram())})``
     """
     modules = next(iter(residuals.values())).modules if residuals else ()
     if not modules or any(each.modules != modules for each in residuals.values()):
@@ -179,3 +198,9 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
     ax.set(yscale="log", ylabel=name)
     label_modules(ax, modules)
     return finish(ax, "squared residuals by module")
+
+
+def _place(family: str) -> int:
+    """Which style a family has, the same in every figure."""
+    names = [each.name for each in FAMILIES]
+    return names.index(family) if family in names else len(names)
