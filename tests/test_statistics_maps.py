@@ -25,6 +25,7 @@ from poe_models import (
     Anchor,
     Cauchy,
     CheckpointError,
+    Expert,
     Fisher,
     Gaussian,
     InputGram,
@@ -406,3 +407,42 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
         for m, module in enumerate(vectors):
             expected = fixed_point(poe, module, coordinates=coordinates).value  # type: ignore[arg-type]
             assert_close(member[MODULES[m]], expected, 1e-4)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_awkward_points(index: int, generator: torch.Generator) -> None:
+    """One expert, identical experts, a zero expert, more experts than a dimension, strided input, a zero residual."""
+    residual_map = maps(generator)[index]
+    updates = random_updates(generator, 2, 3, *SHAPE)
+    tiny = anchor(1e-13)
+
+    def solved(names: tuple[str, ...], given: Tensor) -> Tensor:
+        poe = ProductOfExperts.of(names, residual_map, Gaussian(), Absolute(1.0), anchor=tiny)
+        return fixed_point(poe.for_modules(MODULES), given).value
+
+    assert_close(solved(("a",), updates[:, :1]), updates[:, 0], 1e-8)
+    if not isinstance(residual_map, Mixed):  # whose operators differ by more than the statistics
+        same = updates[:, :1].expand(-1, 3, -1, -1)
+        assert_close(solved(NAMES, same), updates[:, 0], 1e-8)
+    zero = updates.clone()
+    zero[:, 1] = 0
+    assert bool(solved(NAMES, zero).isfinite().all())
+    strided = updates.mT.contiguous().mT
+    assert not strided[:, 0].is_contiguous()
+    assert_close(solved(NAMES, strided), solved(NAMES, updates))
+    many = tuple(f"e{i}" for i in range(7))
+    poe = ProductOfExperts(
+        tuple(
+            Expert(name, residual_map, Gaussian(), Absolute(1.0), update=NAMES[i % 3]) for i, name in enumerate(many)
+        ),
+        tiny,
+    )
+    weights = tuple(float(sum(i % 3 == j for i in range(7))) for j in range(3))
+    weighted = ProductOfExperts.of(NAMES, residual_map, Gaussian(), Absolute(1.0), importance=weights, anchor=tiny)
+    found = fixed_point(poe.for_modules(MODULES), updates).value
+    assert_close(found, fixed_point(weighted.for_modules(MODULES), updates).value, 1e-8)
+    posterior = full_posterior(weighted.for_modules(MODULES), updates)
+    z = updates[:, 0].clone().requires_grad_(True)  # the residual of the first expert is zero
+    (gradient,) = torch.autograd.grad(posterior.energy(z).sum(), z)
+    assert bool(gradient.isfinite().all())
+    assert_close(posterior.residuals(z.detach())[:, 0], torch.zeros(2))
