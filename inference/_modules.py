@@ -47,7 +47,7 @@ class Module:
     @property
     def center(self) -> Tensor | None:
         """``Z_0``, ``(d_out, d_in)``; None for zero."""
-        center = center_of(self.poe.anchor, self.updates.unsqueeze(0))
+        center = center_of(self.poe.anchor, self.updates.unsqueeze(0), self._factors)
         return None if center is None else center.squeeze(0)
 
     @property
@@ -60,8 +60,11 @@ class Module:
     @property
     def posterior(self) -> Posterior:
         """The posterior of its merged update, a batch of one."""
-        low_rank = None if self.low_rank is None else (self.low_rank[0].unsqueeze(0), self.low_rank[1].unsqueeze(0))
-        return full_posterior(self.poe, self.updates.unsqueeze(0), low_rank)
+        return full_posterior(self.poe, self.updates.unsqueeze(0), self._factors)
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.low_rank is None else (self.low_rank[0].unsqueeze(0), self.low_rank[1].unsqueeze(0))
 
 
 def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Module]:

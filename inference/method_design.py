@@ -12,7 +12,6 @@ from inference._digest import Progress
 from inference.design import Design, Designs, as_function, require_data
 from inference.solution import MethodInfo, Solution, Status
 from poe_models.anchors import MergingMethod, ModuleBatch
-from poe_models.operators import sum_of_squares
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 
 
@@ -49,7 +48,7 @@ class MethodDesign:
             The merged updates, ``value`` of shape ``(M, d_out, d_in)``.
         """
         value = self.method.merge(batch)
-        return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(sum_of_squares(value).sqrt()))
+        return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(torch.linalg.matrix_norm(value)))
 
     def describe(self) -> dict[str, Any]:
         """The design as plain data, for the record of a merge."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from poe_models.anchors.method import MergingMethod, NamedMethod
 from poe_models.energies import Energy
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.operators import Operator, sum_of_squares
@@ -238,7 +239,7 @@ def full_posterior(poe: ProductOfExperts, updates: Tensor, low_rank: tuple[Tenso
         experts = tuple(
             replace(e, low_rank=(factors[0][:, i], factors[1][:, i])) for e, i in zip(experts, index, strict=True)
         )
-    return Posterior(experts, center_of(poe.anchor, updates), precision, poe.temperature, (d_out, d_in))
+    return Posterior(experts, center_of(poe.anchor, updates, factors), precision, poe.temperature, (d_out, d_in))
 
 
 def bind(
@@ -311,15 +312,20 @@ def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
     return updates
 
 
-def center_of(anchor: Anchor, updates: Tensor) -> Tensor | None:
-    """The anchor's centre as ``(M, d_out, d_in)``, or None for zero.
+def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor | None:
+    """The anchor's centre as ``(M, d_out, d_in)``, or None for zero; a merging method makes use of adapters' factors.
 
     Raises:
         ValueError: the centre does not have the shape of the updates.
     """
     if anchor.center is None:
         return None
-    center = anchor.center if isinstance(anchor.center, Tensor) else anchor.center(updates)
+    if isinstance(anchor.center, Tensor):
+        center = anchor.center
+    elif isinstance(anchor.center, MergingMethod | NamedMethod):
+        center = anchor.center(updates, low_rank)
+    else:
+        center = anchor.center(updates)
     center = center.to(updates)
     if center.ndim == 2:
         center = center.unsqueeze(0)

@@ -241,6 +241,21 @@ def test_missing_data_is_refused() -> None:
         Needy()(torch.ones(1, 2, 2))
 
 
+@for_all
+def test_a_centre_makes_use_of_factors(
+    method: MergingMethod, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = low_rank_batch(generator)
+    ready = method.prepare(as_modules(batch))
+    expected = ready.merge(batch)
+    poe = ProductOfExperts.of(batch.experts, anchor=Anchor(ready, AbsolutePrecision(1.0))).for_modules(batch.names)
+    monkeypatch.setattr(type(ready), "merged", lambda self, given: expected if given.low_rank is not None else None)
+    center = full_posterior(poe, batch.updates, batch.low_rank).center
+    assert center is not None
+    assert torch.equal(center, expected)
+    assert torch.equal(ready(batch.updates, batch.low_rank), expected)
+
+
 # --- one expert, identical experts ---
 
 

@@ -261,15 +261,20 @@ class MergingMethod(ABC):
         return self.merged(replace(batch, updates=updates.float(), low_rank=factors)).to(updates.dtype)
 
     @final
-    def __call__(self, updates: Tensor) -> Tensor:
-        """Merge modules that have no names: ``(..., N, d_out, d_in)`` to ``(..., d_out, d_in)``."""
+    def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:
+        """Merge modules without names: ``(..., N, d_out, d_in)``, with factors or not, to ``(..., d_out, d_in)``."""
         if updates.ndim < 3:
             raise ValueError(
                 f"`{self!r}(updates)`: shape {tuple(updates.shape)}, but (..., N, d_out, d_in) is wanted. Stack the "
                 "updates of the experts."
             )
         leading = updates.shape[:-3]
-        merged = self.merge(ModuleBatch.of(updates.reshape(math.prod(leading), *updates.shape[-3:])))
+
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(math.prod(leading), *x.shape[-3:])
+
+        factors = None if low_rank is None else (flat(low_rank[0]), flat(low_rank[1]))
+        merged = self.merge(ModuleBatch.of(flat(updates), low_rank=factors))
         return merged.reshape(*leading, *merged.shape[1:])
 
     def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
@@ -304,9 +309,9 @@ class NamedMethod:
     modules: tuple[str, ...]
     experts: tuple[str, ...]
 
-    def __call__(self, updates: Tensor) -> Tensor:
-        """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``."""
-        return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts))
+    def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:
+        """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``, with their factors or not."""
+        return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts, low_rank))
 
     @override
     def __repr__(self) -> str:
