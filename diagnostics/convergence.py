@@ -74,7 +74,8 @@ class FixedPointConvergence:
         counts = Counter(self.status)
         total = len(self.modules)
         converged = sum(n for status, n in counts.items() if status.converged)
-        steps = f"in {self.steps.min()} to {self.steps.max()} steps (median {np.median(self.steps):g})"
+        low, high = int(self.steps.min()), int(self.steps.max())
+        steps = f"in {low} to {high} steps (median {np.median(self.steps):g})" if low < high else f"in {high} steps"
         failed = [name for name, status in zip(self.modules, self.status, strict=True) if not status.converged]
         if failed:
             worst = Status.MAX_STEPS if counts[Status.MAX_STEPS] else Status.ROUNDING

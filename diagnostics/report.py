@@ -14,19 +14,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diagnostics._page import Page, page
-from diagnostics._sections import (
-    calibration_section,
-    comparison_section,
-    convergence_section,
-    merge_section,
-    tails_section,
-)
+from diagnostics._section_convergence import convergence_section
+from diagnostics._section_merge import merge_section
+from diagnostics._section_predictions import calibration_section, comparison_section, shift_section
+from diagnostics._section_tails import tails_section
 from diagnostics.chains import ChainConvergence
 from diagnostics.coefficients import CoefficientIntervals
 from diagnostics.convergence import FixedPointConvergence
 from diagnostics.judged import JudgedPredictions
 from diagnostics.residuals import Residuals
 from diagnostics.sensitivity import GammaSensitivity
+from diagnostics.shift import Corrupted, ShiftComparison
 from diagnostics.tails.pooled import PooledTails
 from diagnostics.verdicts import Verdict
 
@@ -45,6 +43,8 @@ def report(
     residuals: Residuals | None = None,
     tails: PooledTails | None = None,
     predictions: JudgedPredictions | None = None,
+    corrupted: Mapping[str, Sequence[Corrupted]] | None = None,
+    detection: Mapping[str, ShiftComparison] | None = None,
     verdicts: Sequence[Verdict] = (),
 ) -> Page:
     """The page, from whatever results there are; parts without any are left out.
@@ -60,6 +60,8 @@ def report(
         residuals: of the merge.
         tails: of the residuals.
         predictions: judged predictions.
+        corrupted: name of the method to what `under_corruption` gave.
+        detection: name of the inputs ("mnist, shown emoji") to what `compare_detection` gave.
         verdicts: others, for the top of the page.
 
     Returns:
@@ -77,5 +79,9 @@ def report(
     if residuals is not None or tails is not None:
         sections.append(tails_section(residuals, tails))
     if predictions is not None:
-        sections += [calibration_section(predictions), comparison_section(predictions)]
+        sections.append(calibration_section(predictions))
+    if corrupted or detection:
+        sections.append(shift_section(corrupted, detection))
+    if predictions is not None:
+        sections.append(comparison_section(predictions))
     return page(title, subtitle, sections, verdicts)

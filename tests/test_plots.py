@@ -25,6 +25,7 @@ from diagnostics.reliability import reliability
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.selective import risk_coverage
 from diagnostics.sensitivity import gamma_sensitivity
+from diagnostics.shift import under_corruption
 from diagnostics.tails import fit_tails, hill, log_density, quantiles
 from inference import fixed_point
 from inference.model_draws import SpanDraws
@@ -49,6 +50,7 @@ class Results:
     reliability: Any
     selective: Any
     comparison: Any
+    corrupted: Any
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,14 @@ def results() -> Results:
         reliability(first, labels["mnist"], seed=0, num_resamples=50),
         risk_coverage(first.amax(1), (first.argmax(1) != labels["mnist"]).double(), seed=0, num_resamples=50),
         compare_methods(tables, labels, seed=0, num_resamples=50),
+        under_corruption(
+            lambda shown: torch.stack([shown[:, 0, 0, 0] / 255, 1 - shown[:, 0, 0, 0] / 255], 1),
+            torch.randint(256, (30, 1, 8, 8), generator=generator, dtype=torch.uint8),
+            torch.arange(30) % 2,
+            seed=0,
+            kinds=["contrast", "brightness"],
+            num_resamples=20,
+        ),
     )
 
 
@@ -111,6 +121,7 @@ DRAWN: dict[str, Draw] = {
     "plot_mean_squared_residuals": lambda r, ax: plots.plot_mean_squared_residuals({"product": r.residuals}, ax=ax),
     "plot_reliability": lambda r, ax: plots.plot_reliability(r.reliability, "product", ax),
     "plot_risk_coverage": lambda r, ax: plots.plot_risk_coverage({"product": r.selective}, ax),
+    "plot_corruptions": lambda r, ax: plots.plot_corruptions({"product": r.corrupted}, "accuracy", ax),
     "plot_pareto": lambda r, ax: plots.plot_pareto(r.comparison, ax=ax),
     "plot_radar": lambda r, ax: plots.plot_radar(r.comparison, ax=ax),
 }
@@ -254,6 +265,15 @@ def test_reliability_leaves_empty_bins_out(results: Results) -> None:
     filled = results.reliability.counts > 0
     assert len(points) == int(filled.sum())
     assert np.allclose(points[:, 1], results.reliability.accuracy[filled])
+
+
+def test_corruptions_are_means_over_kinds(results: Results) -> None:
+    ax = plots.plot_corruptions({"product": results.corrupted}, "accuracy")
+    drawn = ax.containers[0][0].get_ydata()
+    for severity, height in enumerate(drawn):
+        kinds = [c.calibration.accuracy.value for c in results.corrupted if c.severity == severity]
+        assert height == pytest.approx(float(np.mean(kinds)))
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["clean", "1", "2", "3"]
 
 
 def test_pareto_points_and_series(results: Results) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from diagnostics._page import Block, Details, Facts, Gallery, Plot, Section, Table, Text, page
-from diagnostics._sections import convergence_section, merge_section
+from diagnostics._section_convergence import convergence_section
+from diagnostics._section_merge import merge_section
 from diagnostics.calibration import calibration
 from diagnostics.chains import chain_convergence
 from diagnostics.coefficients import coefficient_intervals
@@ -29,6 +30,7 @@ from diagnostics.prediction_files import Predictions, load_predictions, predicti
 from diagnostics.report import report
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.sensitivity import gamma_sensitivity
+from diagnostics.shift import Corrupted, ShiftComparison, compare_detection, point_prediction, under_corruption
 from diagnostics.tails.pooled import pooled_tails
 from diagnostics.verdicts import Level, Verdict
 from inference import fixed_point
@@ -195,6 +197,22 @@ def predictions(size: int = 60) -> Predictions:
     return predictions_of(labels, tables)
 
 
+def shifted() -> tuple[tuple[Corrupted, ...], ShiftComparison]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(256, (40, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    rows = under_corruption(
+        lambda shown: shown[:, :, 0, 0].double().softmax(1),
+        images,
+        torch.arange(40) % 3,
+        seed=0,
+        kinds=["pixelate"],
+        num_resamples=20,
+    )
+    inside, outside = (torch.randn(40, 3, generator=generator).mul(k).softmax(1) for k in (3.0, 1.0))
+    pair = point_prediction(inside), point_prediction(outside)
+    return rows, compare_detection(pair, pair, seed=0, num_resamples=20)
+
+
 def record(**changes: Any) -> dict[str, Any]:
     design = {
         "experts": [
@@ -286,14 +304,18 @@ def test_a_report_of_everything(modules: list[ModuleUpdates], solved: FixedPoint
         residuals=left,
         tails=pooled_tails(left, ["Gaussian", "Student-t"], num_simulations=99),
         predictions=judge(predictions(), seed=0, num_resamples=50),
+        corrupted={"merge": shifted()[0]},
+        detection={"mnist, shown emoji": shifted()[1]},
         verdicts=[Verdict("besides", Level.UNKNOWN, "something was left out")],
     )
     outline = Outline(found.html)
-    titles = ["What was merged", "Convergence", "Residuals and their tails", "Calibration", "Comparison"]
+    titles = ["What was merged", "Convergence", "Residuals and their tails", "Calibration", "Under shift", "Comparison"]
     positions = [found.html.index(f"<h2>{title}</h2>") for title in titles]
     assert positions == sorted(positions)
     assert found.html.index("something was left out") < positions[0]
-    assert outline.tags.count("img") >= 18
+    assert outline.tags.count("img") >= 20
+    assert "mnist, shown emoji" in outline.text
+    assert "pixelate" in outline.text
     assert "product/Cauchy" in outline.text
     assert "null control" in outline.text
 

@@ -19,7 +19,7 @@ Series differ in colour, line and marker together: figures can be read by the co
 | `plot_pareto` | accuracy against ECE, with the front | [BMM] Figure 4 |
 """
 
-from diagnostics.plots.calibration import plot_reliability, plot_risk_coverage
+from diagnostics.plots.calibration import plot_corruptions, plot_reliability, plot_risk_coverage
 from diagnostics.plots.comparison import plot_pareto, plot_radar
 from diagnostics.plots.convergence import (
     plot_chain_traces,
@@ -44,6 +44,7 @@ from diagnostics.plots.tails import (
 __all__ = [
     "plot_chain_traces",
     "plot_contraction",
+    "plot_corruptions",
     "plot_effective_sizes",
     "plot_energy_traces",
     "plot_expert_weights",

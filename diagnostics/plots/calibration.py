@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,8 +11,9 @@ from matplotlib.axes import Axes
 from diagnostics.plots._style import axes_of, finish, line_style
 from diagnostics.reliability import Reliability
 from diagnostics.selective import RiskCoverage
+from diagnostics.shift import Corrupted
 
-__all__ = ["plot_reliability", "plot_risk_coverage"]
+__all__ = ["plot_corruptions", "plot_reliability", "plot_risk_coverage"]
 
 
 def plot_reliability(result: Reliability, name: str = "", ax: Axes | None = None) -> Axes:
@@ -69,3 +71,34 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], ax: Axes | None = Non
     ax.set(xlim=(0, 1), xlabel="coverage: share of examples that are answered", ylabel="risk among them")
     ax.set_ylim(bottom=0)
     return finish(ax, "selective prediction", columns=2)
+
+
+def plot_corruptions(
+    results: Mapping[str, Sequence[Corrupted]],
+    score: Literal["accuracy", "nll", "brier", "ece"] = "ece",
+    ax: Axes | None = None,
+) -> Axes:
+    """A score over the severity of corruption, the mean over kinds; bars reach from the mildest to the worst kind.
+
+    Args:
+        results: name of the method to what `under_corruption` gave.
+        score: which.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+
+    Example:
+        ``plot_corruptions({"merge": under_corruption(predict, images, labels, seed=0)}, "accuracy")``
+    """
+    ax = axes_of(ax, (5.0, 4.0))
+    severities = sorted({each.severity for found in results.values() for each in found})
+    for index, (name, found) in enumerate(results.items()):
+        values = [[each.calibration.scores[score].value for each in found if each.severity == s] for s in severities]
+        means = np.array([np.mean(kinds) for kinds in values])
+        reach = np.abs(np.array([[min(kinds), max(kinds)] for kinds in values]).T - means)
+        places = np.arange(len(severities)) + 0.08 * (index - (len(results) - 1) / 2)
+        ax.errorbar(places, means, reach, elinewidth=0.7, label=name, **line_style(index))
+    ax.set_xticks(range(len(severities)), ["clean" if s == 0 else str(s) for s in severities])
+    ax.set(xlabel="severity of the corruption", ylabel={"accuracy": score}.get(score, score.upper()))
+    return finish(ax, f"{score} under corruption")
