@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inference.design import Design
 from inference.method_design import AnyDesign, MethodDesign
 from poe_models.residual_maps import (
     Activation,
@@ -25,7 +26,7 @@ from poe_models.residual_maps import (
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
 
 
-def solve_floats(design: AnyDesign, experts: int, shape: tuple[int, int]) -> int:
+def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
     """Numbers that solving one module holds at its peak, the given updates not counted.
 
     Args:
@@ -38,8 +39,6 @@ def solve_floats(design: AnyDesign, experts: int, shape: tuple[int, int]) -> int
     """
     d_out, d_in = shape
     entries = d_out * d_in
-    if isinstance(design, MethodDesign):
-        return design.method.working_floats(experts, shape)
     maps = [expert.residual_map for expert in design.poe.experts]
     if design.coordinates == "span":
         return (3 * experts + 6) * entries
@@ -88,8 +87,9 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
     reading = (experts + 4) * max(sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices)
     if isinstance(design, MethodDesign):
         held = (experts + 2) * total
-    else:
-        held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
+        solving = max(design.method.working_floats(shapes.count(one), experts, one) for one in set(shapes))
+        return itemsize * (held + max(reading, solving))
+    held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
     solving = max(sum(solve_floats(design, experts, each) for each in shapes if each == one) for one in set(shapes))
     return itemsize * (held + max(reading, solving))
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 Combine = Literal["mean", "sum", "max"]
-Threshold = float | Tensor
 
 
-def trimmed(values: Tensor, threshold: Threshold) -> Tensor:
+def trimmed(values: Tensor, threshold: float) -> Tensor:
     """The entries whose magnitude reaches the threshold, zero elsewhere."""
     return torch.where(values.abs() >= threshold, values, 0)
 
 
-def elected_sum(experts: Iterable[tuple[Tensor, Threshold]]) -> Tensor:
+def elected_sum(experts: Iterable[tuple[Tensor, float]]) -> Tensor:
     """The sum of the trimmed experts, whose sign is elected.
 
     Float64 makes the sum of a few float32 numbers exact, so that the election does not depend on the order of experts.
@@ -39,7 +38,7 @@ def elected_sum(experts: Iterable[tuple[Tensor, Threshold]]) -> Tensor:
     return total
 
 
-def merged_by_sign(experts: Sequence[tuple[Tensor, Threshold]], combine: Combine, majority: int | Tensor) -> Tensor:
+def merged_by_sign(experts: Sequence[tuple[Tensor, float]], combine: Combine, majority: int) -> Tensor:
     """Merge the trimmed entries that have the elected sign.
 
     Args:
@@ -51,7 +50,7 @@ def merged_by_sign(experts: Sequence[tuple[Tensor, Threshold]], combine: Combine
         The merged values, ``(...)``.
     """
     total = elected_sum(experts)
-    positive = torch.where(total == 0, torch.as_tensor(majority, device=total.device) > 0, total > 0)
+    positive = (total > 0) | ((total == 0) & (majority > 0))
     del total
     merged = torch.zeros_like(experts[0][0])
     count = torch.zeros_like(merged)

@@ -114,15 +114,18 @@ class DareTies(MergingMethod):
         return replace(self, thresholds=thresholds, majority=majority)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
         return (2 * experts + 8) * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
-        values = [self._dropped(u, name, batch.experts) for u, name in zip(batch.updates, batch.names, strict=True)]
-        experts = list(zip(torch.stack(values, 1), thresholds, strict=True))
-        return self.scale * merged_by_sign(experts, self.combine, self.majority or 0)
+        merged = torch.empty_like(batch.updates[:, 0])
+        for position, name in enumerate(batch.names):
+            values = self._dropped(batch.updates[position], name, batch.experts)
+            pairs = list(zip(values, thresholds, strict=True))
+            merged[position] = merged_by_sign(pairs, self.combine, self.majority or 0)
+        return merged.mul_(self.scale)
 
     def _dropped(self, updates: Tensor, module: str, experts: Iterable[str]) -> Tensor:
         """The thinned updates of one module, ``(N, d_out, d_in)``."""

@@ -75,8 +75,8 @@ class DogeTA(MergingMethod):
         return replace(self, thresholds=magnitude_thresholds(vectors, self.density))
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return (2 * experts + SVD_FLOATS) * shape[0] * shape[1]
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return (2 * experts + SVD_FLOATS) * modules * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

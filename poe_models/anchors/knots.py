@@ -72,8 +72,8 @@ class KnotsTies(MergingMethod):
         return replace(self, thresholds=thresholds, majority=majority)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return (4 * experts + 8) * shape[0] * shape[1] + 6 * shape[0] ** 2
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return (4 * experts + 8 + modules) * shape[0] * shape[1] + 6 * shape[0] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -140,8 +140,8 @@ class KnotsDareTies(MergingMethod):
         return replace(self, thresholds=thresholds, majority=majority)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return (4 * experts + 8) * shape[0] * shape[1] + 6 * shape[0] ** 2
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return (4 * experts + 8 + modules) * shape[0] * shape[1] + 6 * shape[0] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

@@ -188,17 +188,18 @@ class MergingMethod(ABC):
         """
         return {}
 
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        """Numbers that merging one module holds at its peak, beside the updates and the result.
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        """Numbers that merging a batch holds at its peak, beside the updates and the result.
 
         Args:
+            modules: how many.
             experts: how many.
-            shape: ``(d_out, d_in)``.
+            shape: ``(d_out, d_in)`` of each module.
 
         Returns:
-            A count in units of the compute dtype, for the prediction of `plan`; enough for sums and masks by default.
+            A count in units of the compute dtype, for the prediction of `plan`; enough for sums by default.
         """
-        return 8 * shape[0] * shape[1]
+        return 4 * modules * shape[0] * shape[1]
 
     @final
     def prepare(self, modules: TaskVectors | Iterable[ModuleUpdates], data: TaskData | None = None) -> MergingMethod:

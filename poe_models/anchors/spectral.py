@@ -60,8 +60,8 @@ class TSVM(MergingMethod):
         require_share("TSVM", "rank_tolerance", self.rank_tolerance, one=False)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * shape[0] * shape[1]
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * modules * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -106,8 +106,8 @@ class IsoC(MergingMethod):
         require_share("IsoC", "rank_tolerance", self.rank_tolerance, one=False)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * shape[0] * shape[1]
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * modules * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -153,8 +153,8 @@ class IsoCTS(MergingMethod):
         require_share("IsoCTS", "rank_tolerance", self.rank_tolerance, one=False)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * shape[0] * shape[1]
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * modules * shape[0] * shape[1]
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from poe_models.anchors._checks import for_each_expert, require_choice, require_number, require_share
 from poe_models.anchors._selection import magnitude_thresholds
-from poe_models.anchors._signs import Combine, Threshold, elected_sum, merged_by_sign
+from poe_models.anchors._signs import Combine, elected_sum, merged_by_sign
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.task_vectors import ModuleUpdates
 
@@ -83,16 +83,24 @@ class Ties(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        experts = batch.updates.unbind(1)
-        majority: int | Tensor
+        thresholds = None
         if self.scope == "model":
-            thresholds: list[Threshold] = [*for_each_expert(self, "thresholds", self.thresholds, batch)]
-            majority = self.majority or 0
-        else:
-            thresholds = [_module_threshold(values, self.density) for values in experts]
-            signs = elected_sum(list(zip(experts, thresholds, strict=True))).sign()
-            majority = signs.sum((-2, -1), keepdim=True).sign()
-        return self.scale * merged_by_sign(list(zip(experts, thresholds, strict=True)), self.combine, majority)
+            thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
+        merged = torch.empty_like(batch.updates[:, 0])
+        for position, updates in enumerate(batch.updates):
+            merged[position] = self._module(updates, thresholds)
+        return merged.mul_(self.scale)
+
+    @override
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return 8 * shape[0] * shape[1]
+
+    def _module(self, updates: Tensor, thresholds: tuple[float, ...] | None) -> Tensor:
+        """Merge one module, ``(N, d_out, d_in)``, with the model's thresholds or, without, its own."""
+        if thresholds is not None:
+            return merged_by_sign(list(zip(updates, thresholds, strict=True)), self.combine, self.majority or 0)
+        own, majority = trimming(lambda: [updates.flatten(1)], self.density)
+        return merged_by_sign(list(zip(updates, own, strict=True)), self.combine, majority)
 
 
 def trimming(vectors: Vectors, density: float) -> tuple[tuple[float, ...], int]:
@@ -108,12 +116,3 @@ def trimming(vectors: Vectors, density: float) -> tuple[tuple[float, ...], int]:
     thresholds = magnitude_thresholds(vectors, density)
     surplus = sum(int(elected_sum(zip(values, thresholds, strict=True)).sign().sum().item()) for values in vectors())
     return thresholds, (surplus > 0) - (surplus < 0)
-
-
-def _module_threshold(values: Tensor, density: float) -> Tensor:
-    """The threshold of one expert in each module, ``(M, a, b)`` to ``(M, 1, 1)``."""
-    size = values.shape[-2] * values.shape[-1]
-    rank = size - int(size * density)
-    if rank == 0:
-        return values.new_zeros(len(values), 1, 1)
-    return torch.kthvalue(values.flatten(1).abs(), rank).values[:, None, None]

@@ -42,8 +42,8 @@ class Wudi(MergingMethod):
         require_share("Wudi", "rank_tolerance", self.rank_tolerance, one=False)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return 8 * shape[0] * shape[1] + 8 * shape[1] ** 2
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return modules * (8 * shape[0] * shape[1] + 8 * shape[1] ** 2)
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -84,8 +84,8 @@ class WudiAdam(MergingMethod):
         require_number("WudiAdam", "learning_rate", self.learning_rate, 0)
 
     @override
-    def working_floats(self, experts: int, shape: tuple[int, int]) -> int:
-        return 10 * shape[0] * shape[1] + 6 * shape[1] ** 2
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return modules * (10 * shape[0] * shape[1] + 6 * shape[1] ** 2)
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
