@@ -100,5 +100,6 @@ def plot_corruptions(
         places = np.arange(len(severities)) + 0.08 * (index - (len(results) - 1) / 2)
         ax.errorbar(places, means, reach, elinewidth=0.7, label=name, **line_style(index))
     ax.set_xticks(range(len(severities)), ["clean" if s == 0 else str(s) for s in severities])
-    ax.set(xlabel="severity of the corruption", ylabel={"accuracy": score}.get(score, score.upper()))
-    return finish(ax, f"{score} under corruption")
+    label = {"accuracy": "accuracy", "nll": "NLL, nats", "brier": "Brier score", "ece": "ECE"}[score]
+    ax.set(xlabel="severity of the corruption", ylabel=label)
+    return finish(ax, f"{label} under corruption")
