@@ -185,7 +185,7 @@ def solve(
     """
     if method.rule is not None and (eta != 0 or centers is not None):
         raise ValueError(f"`solve({method.name!r}, eta={eta})`: it has no anchor. Give eta=0 and no centers.")
-    rule = None if method.rule is None else method.rule.prepare(vectors)
+    rule = method.rule if method.rule is None or method.rule.ready else method.rule.prepare(vectors)
     modules = list(vectors)
     batches: dict[torch.Size, list[ModuleUpdates]] = defaultdict(list)
     for module in modules:
