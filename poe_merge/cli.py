@@ -183,11 +183,11 @@ def diagnose(
     debug: Debug = False,
 ) -> None:
     """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
-    from poe_merge import _diagnose  # with ArviZ, which takes seconds to import
+    from poe_merge import diagnosis  # with ArviZ, which takes seconds to import
 
-    _diagnose.check_out(out)
-    page = _diagnose.diagnose(run, draws=draws, predictions=predictions, tails=tails, seed=seed)
-    show.diagnosis(_diagnose.write_page(page.html, out), page.warnings)
+    diagnosis.check_out(out)
+    page = diagnosis.diagnose(run, draws=draws, predictions=predictions, tails=tails, seed=seed)
+    show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from inference.draw_files import save_draws
 from inference.full_draws import sample_full
 from inference.model_draws import SpanDraws
 from inference.streaming import merge_checkpoint
-from poe_merge import _diagnose
+from poe_merge import diagnosis
 from poe_merge.cli import run
 from poe_models import (
     Cauchy,
@@ -101,8 +101,8 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
 
 
 def test_residuals_are_those_of_the_merge_at_its_own_scaling(folders: Path, merged: Path) -> None:
-    found = _diagnose.Findings()
-    _diagnose._fit_tails(merged, _diagnose.read_record(merged), found, seed=3)
+    found = diagnosis.Findings()
+    diagnosis._fit_tails(merged, diagnosis.read_record(merged), found, seed=3)
     poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(4.0))
     expected = residuals(merged, vectors(folders), poe, scaling=0.5)
     assert found.residuals is not None
@@ -114,7 +114,7 @@ def test_residuals_are_those_of_the_merge_at_its_own_scaling(folders: Path, merg
 
 
 def test_the_same_page_every_time(merged: Path) -> None:
-    first, second = (_diagnose.diagnose(merged, tails=False) for _ in range(2))
+    first, second = (diagnosis.diagnose(merged, tails=False) for _ in range(2))
     assert first == second
 
 
@@ -123,15 +123,15 @@ def test_a_merge_from_python_and_experts_that_have_changed(folders: Path, tmp_pa
         (tmp_path / name).mkdir()
         save_file(load_file(folders / name / "model.safetensors"), tmp_path / name / "model.safetensors")
     merge_checkpoint(vectors(tmp_path), Design(ProductOfExperts.of(NAMES), scaling=0.3), tmp_path / "out")
-    assert not [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    assert not [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
     state = load_file(tmp_path / "emoji" / "model.safetensors")
     save_file({name: value + 1 for name, value in state.items()}, tmp_path / "emoji" / "model.safetensors")
-    (changed,) = [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    (changed,) = [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
     assert "expert emoji" in changed.text
     assert "changed since the merge" in changed.text
     (tmp_path / "mnist" / "model.safetensors").unlink()
     (tmp_path / "mnist").rmdir()
-    page = _diagnose.diagnose(tmp_path / "out")
+    page = diagnosis.diagnose(tmp_path / "out")
     assert [v for v in page.warnings if "is not there any more" in v.text]
     assert "Residuals and their tails" not in page.html
 
@@ -148,14 +148,14 @@ class Mine(Energy):
 
 def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Path) -> None:
     merge_checkpoint(vectors(folders), ProductOfExperts.of(NAMES, energy=Mine()), tmp_path / "out")
-    (verdict,) = [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    (verdict,) = [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
     assert "Mine" in verdict.text
     assert "not built in" in verdict.text
     record = tmp_path / "out" / "poe_merge.json"
     evil = tmp_path / "evil.py"
     evil.write_text("raise SystemExit('imported')")
     record.write_text(record.read_text().replace('"test_an_energy', '"').replace("Mine()", f"{evil}:Mine()"))
-    assert [v for v in _diagnose.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
+    assert [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
 
 
 def test_without_tails_no_weights_are_read(merged: Path, tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_a_merge_that_only_averages(folders: Path, tmp_path: Path) -> None:
 def test_full_draws(folders: Path, merged: Path, tmp_path: Path) -> None:
     poe, generator = ProductOfExperts.of(NAMES), torch.Generator().manual_seed(0)
     save_draws(sample_full(vectors(folders), poe, 60, generator=generator), tmp_path / "gibbs")
-    page = _diagnose.diagnose(merged, draws=tmp_path / "gibbs", tails=False)
+    page = diagnosis.diagnose(merged, draws=tmp_path / "gibbs", tails=False)
     assert "effective sample size" in page.html
     save_draws(sample_full(vectors(folders), poe, 5, generator=generator, method="laplace"), tmp_path / "laplace")
-    page = _diagnose.diagnose(merged, draws=tmp_path / "laplace", tails=False)
+    page = diagnosis.diagnose(merged, draws=tmp_path / "laplace", tails=False)
     assert "effective sample size" not in page.html
 
 
@@ -188,7 +188,7 @@ def test_draws_of_another_merge_are_refused(merged: Path, tmp_path: Path) -> Non
     draws = SpanDraws(("other.weight",), torch.ones(1, 3), "", NAMES, torch.zeros(2, 10, 1, 3, dtype=torch.float64))
     save_draws(draws, tmp_path / "draws")
     with pytest.raises(ValueError, match=r"'other.weight', which this merge does not have"):
-        _diagnose.diagnose(merged, draws=tmp_path / "draws", tails=False)
+        diagnosis.diagnose(merged, draws=tmp_path / "draws", tails=False)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_what_cannot_be_read_is_said_in_a_line(
 def test_a_record_that_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "poe_merge.json").write_text(content)
     with pytest.raises(ValueError, match=r"poe_merge.json: not"):
-        _diagnose.read_record(tmp_path)
+        diagnosis.read_record(tmp_path)
 
 
 def test_a_record_of_an_older_version(merged: Path, tmp_path: Path) -> None:
@@ -229,14 +229,14 @@ def test_a_record_of_an_older_version(merged: Path, tmp_path: Path) -> None:
             del module["energy_trace"]
     (tmp_path / "poe_merge.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="incomplete.*this version"):
-        _diagnose.diagnose(tmp_path, tails=False)
+        diagnosis.diagnose(tmp_path, tails=False)
 
 
 def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "r.html"
     for text in ("one", "two"):
-        assert _diagnose.write_page(text, out).read_text() == text
+        assert diagnosis.write_page(text, out).read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(ValueError, match="ends in .html"):
-        _diagnose.write_page("three", tmp_path / "folder.html")
+        diagnosis.write_page("three", tmp_path / "folder.html")

@@ -279,15 +279,18 @@ def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) 
             assert difference.low <= difference.value <= difference.high
     for scope in (ensembles[:4], ensembles[4:]):
         assert len({each.temperature for each in scope}) == 1
-        assert scope[0].temperature in [tried.temperature for tried in scope[0].path]
+        assert scope[0].search is not None
+        assert scope[0].temperature in [tried.temperature for tried in scope[0].search.tempering.path]
         assert len({each.mean.nll for each in scope}) >= 3  # the twin of a Gaussian design draws the same members
     found = load_predictions(out / "predictions.npz")
-    assert found.methods == tuple(each.label for each in outcomes)
+    assert {EXPERTS, "task arithmetic", "MAP", "Gibbs, all layers", "white noise, last layer"} <= set(found.methods)
     mean_nll = [nll(found.probabilities["Gibbs, last layer"][task].log(), found.labels[task]) for task in found.tasks]
     assert sum(mean_nll) / len(mean_nll) == pytest.approx(ensembles[4].mean.nll, abs=1e-9)
     with (out / "temperatures.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["members"] for line in lines] == ["Gibbs"] * 4 + ["white noise"] * 2
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("Convergence", "tails", "Calibration", "Comparison", EXPERTS))
     assert (out / "ensembles.md").read_text().count("\n| ") == len(outcomes)
 
 
@@ -317,7 +320,7 @@ class TestDemo:
         assert [row.name for row in rows] == ["base", EXPERTS, *(method.name for method in self.methods)]
         assert {path.name for path in out.iterdir()} == {
             *("merged", "results.csv", "results.md", "results.png"),
-            *("ensembles.md", "temperatures.csv", "predictions.npz"),
+            *("ensembles.md", "temperatures.csv", "temperatures.png", "draws", "predictions.npz", "report.html"),
         }
         method, best = demo.best_of(rows[2:], self.methods)
         merged = load_file(out / "merged" / "model.safetensors")

@@ -4,7 +4,8 @@
 validation with one budget, and prints, per task and on average, how good the merges are and what they cost. The output
 folder gets the numbers (`results.csv`, `results.md`), a plot (`results.png`) and the best product of experts as an
 ordinary checkpoint folder (`merged`), which is loaded again and evaluated. Then ensembles are drawn from the posterior
-around that merge (`ensembles.md`, `temperatures.csv`, `predictions.npz`).
+around that merge (`ensembles.md`, `temperatures.csv`, `temperatures.png`), and everything ends in one page
+(`report.html`), made from `draws` and `predictions.npz` as `poe-merge diagnose` makes it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_table, write_paths
+from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_table, path_plot, write_paths
 from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
 from benchmarks.vision.methods import FINAL_STARTS, METHODS, SEARCH_STARTS, Merge, Method, solve
+from benchmarks.vision.page import report
 from benchmarks.vision.parallel import cores
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import (
@@ -44,7 +46,6 @@ from benchmarks.vision.report import (
 )
 from benchmarks.vision.search import Settings, search
 from benchmarks.vision.train import Suite, accuracy_table, make_suite
-from diagnostics.prediction_files import predictions_of, save_predictions
 from inference.design import Design
 from inference.reweighting import SolverOptions
 from inference.streaming import merge_checkpoint
@@ -58,7 +59,8 @@ def judge(name: str, suite: Suite, logits: Mapping[str, Tensor]) -> Row:
     """A row without costs from test logits of every task."""
     labels = {task: suite.tasks[task].splits["test"].labels for task in logits}
     scores = {task: score(logits[task], labels[task]) for task in logits}
-    return Row(name, name, "", scores, {task: logits[task].argmax(1) == labels[task] for task in logits})
+    correct = {task: logits[task].argmax(1) == labels[task] for task in logits}
+    return Row(name, name, "", scores, correct, logits=logits)
 
 
 def reference_rows(suite: Suite) -> list[Row]:
@@ -231,7 +233,12 @@ def run(
     (out / "results.md").write_text(markdown(rows, tails, note), encoding="utf-8")
     bar_plot(rows, tails).savefig(out / "results.png", dpi=150)
     outcomes = compare_ensembles(Ensembles(suite, design, out / MERGED, seed, budget or Budget()), out, console)
-    console.print(f"numbers, plots and merged model: {out}", highlight=False)
+    shown = [row for row in rows if row.name in (EXPERTS, "task arithmetic")]
+    with console.status("report"):
+        page, warnings = report(suite, design, out / MERGED, shown, outcomes, seed)
+    console.print(
+        f"numbers, plots and merged model: {out}; report with {len(warnings)} warnings: {page}", highlight=False
+    )
     return rows, outcomes
 
 
@@ -253,8 +260,7 @@ def compare_ensembles(ensembles: Ensembles, out: Path, console: Console) -> list
     console.print(ensemble_note(outcomes), highlight=False)
     (out / "ensembles.md").write_text(ensemble_markdown(outcomes), encoding="utf-8")
     write_paths(out / "temperatures.csv", outcomes)
-    probabilities = {each.label: {t: p.exp() for t, p in each.log_probabilities.items()} for each in outcomes}
-    save_predictions(predictions_of(ensembles.test.labels, probabilities), out / "predictions.npz")
+    path_plot(ensembles, outcomes).savefig(out / "temperatures.png", dpi=150)
     return outcomes
 
 

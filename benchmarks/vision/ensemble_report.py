@@ -1,15 +1,21 @@
-"""The comparison of ensembles as a rich table, Markdown and CSV."""
+"""The comparison of ensembles as a rich table, Markdown, CSV and a figure."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
+from matplotlib.figure import Figure
 from rich.table import Table
+from torch import Tensor
 
-from benchmarks.vision.ensembles import GIBBS, Outcome
+from benchmarks.vision.ensembles import GIBBS, PATHS, Ensembles, Outcome
+from diagnostics.comparison import compare_methods
+from diagnostics.plots import plot_pareto
 
+PATH_RESAMPLES = 200
 COLUMNS = (
     *("members", "sampled", "T", "accuracy", "minus MAP", "NLL", "minus MAP"),
     *("Brier", "minus MAP", "ECE", "minus MAP"),
@@ -72,12 +78,38 @@ def write_paths(path: Path, outcomes: Sequence[Outcome]) -> None:
 
     Args:
         path: The CSV file to write.
-        outcomes: Those with a path are written.
+        outcomes: Those with a search are written.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("members", "sampled", "temperature", "accuracy", "nll", "ece", "num_members"))
         for outcome in outcomes:
-            for point in outcome.path:
+            for point in outcome.search.tempering.path if outcome.search else ():
                 row = (point.temperature, point.accuracy, point.nll, point.ece, point.num_members)
                 writer.writerow((outcome.name, outcome.scope, *row))
+
+
+def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
+    """Accuracy against ECE on validation over temperatures, draws and white noise: the counterpart of [BMM] Figure 4.
+
+    Args:
+        ensembles: What was drawn.
+        outcomes: The result of `ensembles.compare`.
+
+    Returns:
+        The figure; temperatures at which more than a tenth of the accuracy is lost are left out.
+    """
+    tables: dict[str, Mapping[str, Tensor]] = {}
+    series: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.search is None or outcome.scope != PATHS:
+            continue
+        path = outcome.search.tempering.path
+        best = max(point.accuracy for point in path)
+        kept = [point.temperature for point in path if point.accuracy > 0.9 * best]
+        series[outcome.name] = [f"{outcome.name}, T = {temperature:.1e}" for temperature in kept]
+        tables |= {name: outcome.search.probabilities[t] for name, t in zip(series[outcome.name], kept, strict=True)}
+    compared = compare_methods(tables, ensembles.validation.labels, seed=ensembles.seed, num_resamples=PATH_RESAMPLES)
+    axes = plot_pareto(compared, series)
+    axes.set_title(f"validation, {PATHS} sampled, over temperatures")
+    return cast(Figure, axes.figure)

@@ -28,12 +28,13 @@ from benchmarks.vision.evaluate import Head, Scores, mean_scores, score, task_lo
 from benchmarks.vision.model import build, preprocess
 from benchmarks.vision.parallel import run_all
 from benchmarks.vision.train import Suite
-from diagnostics.estimates import Estimate, bootstrap
-from inference import scores as scoring
+from diagnostics.comparison import SCORES, Comparison, compare_methods
+from diagnostics.estimates import Estimate
 from inference.design import Design
 from inference.ensemble import MergedEnsemble
 from inference.full_draws import noise_control, sample_full
-from inference.tempering import TemperaturePoint, Tempering, fit_logit_temperature, temper, temperature_range
+from inference.model_draws import FullDraws, ModelDraws
+from inference.tempering import Tempering, fit_logit_temperature, temper, temperature_range
 from poe_models import TaskVectors
 from poe_models.posterior import full_posterior
 
@@ -43,7 +44,6 @@ PATHS = "last layer"
 """Where noise gets a path of its own."""
 MAP, SCALED_MAP = "MAP", "MAP, scaled logits"
 GIBBS, LAPLACE, TWIN, NOISE = "Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise"
-RESAMPLES = 1000
 NO_CLASS = -1e4
 """Logit of classes that a task does not have."""
 
@@ -69,7 +69,6 @@ class Budget:
     thin: int = 5
 
 
-Statistic = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
 
 
@@ -127,29 +126,42 @@ class Examples:
 
 
 @dataclass(frozen=True, eq=False)
+class Search:
+    """A search over temperatures.
+
+    Args:
+        tempering: The chosen temperature and the path.
+        probabilities: Temperature -> task -> (n, classes), the members' mean on validation.
+    """
+
+    tempering: Tempering
+    probabilities: Mapping[float, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """One way to predict, on the test images.
 
     Args:
         name: What the members are, or which point estimate it is.
-        log_probabilities: Task -> (n, classes), of the members' mean.
+        probabilities: Task -> (n, classes), the members' mean.
         scores: Task -> scores.
         scope: Which layers differ between members; empty for a point estimate.
         temperature: Of the posterior; None for a point estimate.
         logit_temperature: What the logits were divided by.
         mutual_information: Task -> (n,) nats; empty for a point estimate.
-        path: Validation scores at every temperature that was tried, if it was chosen for this row.
+        search: The search over temperatures, if there was one for this row.
         differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval.
     """
 
     name: str
-    log_probabilities: Mapping[str, Tensor]
+    probabilities: Mapping[str, Tensor]
     scores: Mapping[str, Scores]
     scope: str = ""
     temperature: float | None = None
     logit_temperature: float = 1.0
     mutual_information: Mapping[str, Tensor] = field(default_factory=dict)
-    path: tuple[TemperaturePoint, ...] = ()
+    search: Search | None = None
     differences: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
@@ -196,11 +208,14 @@ class Ensembles:
             return result
 
         found = dict(zip(searches, run_all(lambda job: told(self.search(*job)), searches), strict=True))
-        point, scaled = self._points()
         ensembles = run_all(lambda job: told(self._judge(*job, found)), jobs)
-        return [point, *(replace(each, differences=self.differences(each, point)) for each in (scaled, *ensembles))]
+        outcomes = [*self._points(), *ensembles]
+        predictions = {each.label: each.probabilities for each in outcomes}
+        compared = compare_methods(predictions, self.test.labels, seed=self.seed)
+        point, *others = outcomes
+        return [point, *(replace(each, differences=_differences(compared, each, point)) for each in others)]
 
-    def search(self, scope: str, kind: str) -> Tempering:
+    def search(self, scope: str, kind: str) -> Search:
         """Choose a temperature by validation NLL.
 
         Args:
@@ -208,20 +223,29 @@ class Ensembles:
             kind: What the members are.
 
         Returns:
-            The temperature with the whole path.
+            The temperature with the whole path, and the ensembles' predictions along it.
         """
         low, high = self._temperatures(scope)
+        tried: dict[float, list[Tensor]] = {}
         predictor = self.ensemble(scope, kind, high, 1).predictor(
             self._model(), self.validation.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
-        return temper(
+
+        def predict(draw: ModelDraws) -> dict[str, Tensor]:
+            log_probabilities = predictor(draw)
+            tried.setdefault(_temperature(draw), []).append(log_probabilities.exp())
+            return self.validation.by_task(log_probabilities)
+
+        tempering = temper(
             lambda temperature: self.ensemble(scope, kind, temperature, self.budget.search_members).draws,
-            lambda draw: self.validation.by_task(predictor(draw)),
+            predict,
             self.validation.labels,
             (low, high),
             num_temperatures=self.budget.temperatures,
             refinements=self.budget.refinements,
         )
+        means = {point.temperature: torch.stack(tried[point.temperature]).mean(0) for point in tempering.path}
+        return Search(tempering, {t: self._own(self.validation.by_task(mean)) for t, mean in means.items()})
 
     def ensemble(self, scope: str, kind: str, temperature: float, members: int) -> MergedEnsemble:
         """An ensemble of one kind; the same seed at every temperature.
@@ -245,45 +269,19 @@ class Ensembles:
             draws = noise_control(draws, vectors, design, generator=generator)
         return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
 
-    def differences(self, one: Outcome, other: Outcome) -> dict[str, Estimate]:
-        """Scores of `one` minus those of `other`, means over tasks, by a paired bootstrap within every task."""
-        strata = torch.cat([torch.full((len(labels),), i) for i, labels in enumerate(self.test.labels.values())])
-        first, second = (self._statistics(each) for each in (one, other))
-        difference = partial(bootstrap, size=len(strata), seed=self.seed, num_resamples=RESAMPLES, strata=strata)
-        return {name: difference(_minus(first[name], second[name])) for name in first}
-
-    def _statistics(self, outcome: Outcome) -> dict[str, Statistic]:
-        """Mean scores over tasks as functions of the examples' weights (batch, n), by name."""
-        means: dict[str, list[Tensor]] = {"accuracy": [], "nll": [], "brier": []}
-        gaps = []
-        for task, labels in self.test.labels.items():
-            values, share = outcome.log_probabilities[task], 1 / (len(labels) * len(self.test.labels))
-            confidence, right = scoring.top_label(values.exp(), labels)
-            means["accuracy"].append(share * right)
-            means["nll"].append(share * scoring.nll_each(values, labels))
-            means["brier"].append(share * scoring.brier_each(values.exp(), labels))
-            cells = F.one_hot(scoring.equal_width_bins(confidence), scoring.ECE_BINS)
-            gaps.append(share * (right - confidence).unsqueeze(1) * cells)
-        weighted = {name: torch.cat(parts) for name, parts in means.items()}
-        binned = torch.block_diag(*gaps)
-        return {
-            **{name: partial(torch.Tensor.matmul, other=each) for name, each in weighted.items()},
-            "ece": lambda w: (w @ binned).abs().sum(1),
-        }
-
-    def _judge(self, scope: str, kind: str, found: Mapping[tuple[str, str], Tempering]) -> Outcome:
+    def _judge(self, scope: str, kind: str, found: Mapping[tuple[str, str], Search]) -> Outcome:
         """One ensemble on the test images, at the temperature found for Gibbs draws of these layers."""
-        temperature = found[scope, GIBBS].temperature
+        temperature = found[scope, GIBBS].tempering.temperature
         prediction = self.ensemble(scope, kind, temperature, self.budget.members).predict(
             self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
-        outcome = self._outcome(kind, self.test.by_task(prediction.probabilities.log()))
+        outcome = self._outcome(kind, self.test.by_task(prediction.probabilities))
         return replace(
             outcome,
             scope=scope,
             temperature=temperature,
             mutual_information=self.test.by_task(prediction.mutual_information),
-            path=found[scope, kind].path if (scope, kind) in found else (),
+            search=found.get((scope, kind)),
         )
 
     def _points(self) -> tuple[Outcome, Outcome]:
@@ -294,13 +292,17 @@ class Ensembles:
         classes = max(logits.shape[1] for logits in validation.values())
         everything = torch.cat([_filled(logits, classes) for logits in validation.values()])
         divisor = fit_logit_temperature(everything, torch.cat(list(self.validation.labels.values())))
-        scaled = {task: (logits.double() / divisor).log_softmax(1) for task, logits in test.items()}
-        point = {task: logits.double().log_softmax(1) for task, logits in test.items()}
+        scaled = {task: (logits.double() / divisor).softmax(1) for task, logits in test.items()}
+        point = {task: logits.double().softmax(1) for task, logits in test.items()}
         return self._outcome(MAP, point), replace(self._outcome(SCALED_MAP, scaled), logit_temperature=divisor)
 
-    def _outcome(self, name: str, log_probabilities: Mapping[str, Tensor]) -> Outcome:
-        own = {task: values[:, : len(self.suite.heads[task].bias)] for task, values in log_probabilities.items()}
-        return Outcome(name, own, {task: score(values, self.test.labels[task]) for task, values in own.items()})
+    def _outcome(self, name: str, probabilities: Mapping[str, Tensor]) -> Outcome:
+        own = self._own(probabilities)
+        return Outcome(name, own, {task: score(table.log(), self.test.labels[task]) for task, table in own.items()})
+
+    def _own(self, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without the classes that a task does not have."""
+        return {task: table[:, : len(self.suite.heads[task].bias)] for task, table in probabilities.items()}
 
     def _temperatures(self, scope: str) -> tuple[float, float]:
         """From the lowest to the highest that any sampled module's energies imply."""
@@ -316,8 +318,13 @@ class Ensembles:
         return SuiteModel(load_file(self.merged / "model.safetensors"), self.suite.heads)
 
 
-def _minus(one: Statistic, other: Statistic) -> Statistic:
-    return lambda weights: one(weights) - other(weights)
+def _differences(compared: Comparison, one: Outcome, other: Outcome) -> dict[str, Estimate]:
+    return {score: compared.difference(one.label, other.label, score) for score in SCORES}
+
+
+def _temperature(draw: ModelDraws) -> float:
+    assert isinstance(draw, FullDraws)
+    return float(draw.temperature[0])
 
 
 def _forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:

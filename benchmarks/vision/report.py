@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -36,6 +36,7 @@ class Row:
         weight_spread: Per module, largest over smallest effective expert weight.
         unconverged: Modules whose solve did not converge.
         other_starts: Modules in which another start than the twin found a lower energy.
+        logits: Task -> (n, classes), on the test images.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     weight_spread: tuple[float, ...] = ()
     unconverged: tuple[str, ...] = ()
     other_starts: tuple[str, ...] = ()
+    logits: Mapping[str, Tensor] = field(default_factory=dict)
 
     def on(self, task: str) -> Scores:
         """Scores on a task, or their mean over tasks for `MEAN`."""

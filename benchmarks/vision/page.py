@@ -1,0 +1,101 @@
+"""The demo's last step: the report on the best merge, from draws and predictions as any user would hand them over."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.vision.ensembles import GIBBS, NOISE, PATHS, Outcome
+from benchmarks.vision.report import Row
+from benchmarks.vision.train import Suite
+from diagnostics.prediction_files import predictions_of, save_predictions
+from diagnostics.verdicts import Verdict
+from inference.design import Design
+from inference.draw_files import save_draws
+from inference.gibbs import gibbs_posterior
+from inference.model_draws import SpanDraws
+from inference.statistics_files import collect_statistics
+from poe_merge.diagnosis import diagnose, write_page
+from poe_models import TaskVectors, span_posterior
+
+TEMPERATURE = 0.1
+CHAINS, DRAWS = 4, 1000
+DRAWS_FOLDER, PREDICTIONS = "draws", "predictions.npz"
+
+
+def save_span_draws(suite: Suite, design: Design, out: Path, seed: int) -> Path:
+    """Draw the experts' coefficients in all layers, and save them in the place of an earlier demo's.
+
+    Args:
+        suite: Base and experts.
+        design: What was merged.
+        out: Folder of the demo.
+        seed: Of the draws.
+
+    Returns:
+        The folder of draws.
+    """
+    folder = out / DRAWS_FOLDER
+    if (folder / "draws.json").is_file():
+        shutil.rmtree(folder)
+    statistics = collect_statistics(TaskVectors(suite.base, suite.experts), design)
+    posterior, coordinates = span_posterior(replace(design.poe, temperature=TEMPERATURE), statistics)
+    generator = torch.Generator().manual_seed(seed)
+    draws = gibbs_posterior(posterior, DRAWS, generator=generator, chains=CHAINS)
+    return save_draws(SpanDraws.of(draws, coordinates, statistics), folder)
+
+
+def save_test_predictions(
+    rows: Sequence[Row], outcomes: Sequence[Outcome], labels: Mapping[str, Tensor], out: Path
+) -> Path:
+    """Save what methods and ensembles predict on the test images.
+
+    Args:
+        rows: Methods.
+        outcomes: Point estimates and ensembles.
+        labels: Task -> (n,).
+        out: Folder of the demo.
+
+    Returns:
+        The file.
+    """
+    tables = {row.name: {task: table.softmax(1) for task, table in row.logits.items()} for row in rows}
+    tables |= {outcome.label: dict(outcome.probabilities) for outcome in outcomes}
+    save_predictions(predictions_of(labels, tables), out / PREDICTIONS)
+    return out / PREDICTIONS
+
+
+def report(
+    suite: Suite,
+    design: Design,
+    merged: Path,
+    rows: Sequence[Row],
+    outcomes: Sequence[Outcome],
+    seed: int,
+) -> tuple[Path, tuple[Verdict, ...]]:
+    """Write `report.html` beside the merge.
+
+    Args:
+        suite: Base, experts and tasks.
+        design: What was merged.
+        merged: The merged folder.
+        rows: Methods to show beside the ensembles.
+        outcomes: Point estimates and ensembles; the Gibbs draws among these and the noise of the last layer are shown.
+        seed: Of draws, resamples and simulations.
+
+    Returns:
+        The page, and its warnings.
+    """
+    labels = {name: task.splits["test"].labels for name, task in suite.tasks.items()}
+    shown = [
+        each for each in outcomes if not each.scope or each.name == GIBBS or (each.name, each.scope) == (NOISE, PATHS)
+    ]
+    predictions = save_test_predictions(rows, shown, labels, merged.parent)
+    draws = save_span_draws(suite, design, merged.parent, seed)
+    page = diagnose(merged, draws=draws, predictions=predictions, seed=seed)
+    return write_page(page.html, merged.parent / "report.html"), page.warnings
