@@ -28,7 +28,7 @@ from poe_merge.specs import METHOD, parse_spec
 from poe_models import TaskVectors
 
 LAYERS, WIDTH, EXPERTS = 12, 768, 4
-METHODS = ("TaskArithmetic()", "MetaGPT()", "Ties()", "DareTies()", "TSVM()", "IsoC()", "IsoCTS()", "Wudi()")
+METHODS = ("TaskArithmetic()", "MetaGPT()", "Ties()", "DareTies()", "TSVM()", "IsoC()")
 HEADER = "| method | CPU s | wall s | peak anonymous MiB | of it before the merge | predicted for tensors |"
 
 

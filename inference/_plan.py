@@ -112,7 +112,8 @@ class Plan:
         designs: The distinct designs.
         peak_bytes: Predicted peak memory of tensors, on top of the interpreter with its libraries and of mapped file
             pages, which the system takes back as it needs them.
-        read_bytes: Bytes read: every input once for its checksum, and what is merged once more.
+        read_bytes: Bytes read: every input once for its checksum, and what is merged once more; the passes in which a
+            merging method looks at the whole model come on top.
         write_bytes: Bytes of the merged weights.
         disk_bytes: Space needed while merging: the weights, and the parts of the largest shard.
     """

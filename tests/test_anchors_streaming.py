@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from inference.streaming import merge_checkpoint, plan
 from poe_models import Anchor, Gaussian, ProductOfExperts, RelativePrecision, TaskVectors
 from poe_models.anchors import (
     METHODS,
+    TSVM,
     About,
     Average,
     Dare,
     DareTies,
     DogeTA,
+    IsoC,
+    IsoCTS,
     KnotsTies,
     MergingMethod,
     MetaGPT,
     ModuleBatch,
     Ties,
+    Wudi,
     WudiAdam,
 )
 from tests import dense_anchors as dense
@@ -148,6 +153,34 @@ def test_draws_depend_on_names_and_seed_alone(folders: dict[str, Path], tmp_path
     for name in ("layers.0.mlp.weight", "layers.1.conv.weight"):
         assert_close(second[name], first[name], 1e-7)
         assert not torch.equal(third[name], first[name])
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, generator: torch.Generator) -> TaskVectors:
+    """Two adapters of different rank on one matrix."""
+    base = states(generator)["base"]
+    experts = {}
+    for index, name in enumerate(("mnist", "emoji")):
+        experts[name] = tmp_path / f"adapter-{name}"
+        experts[name].mkdir()
+        rank = 1 + index
+        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["mlp"]}
+        (experts[name] / "adapter_config.json").write_text(json.dumps(settings))
+        prefix = "base_model.model.layers.0.mlp"
+        a, b = torch.randn(rank, 4, generator=generator), torch.randn(8, rank, generator=generator)
+        factors = {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+        save_file(factors, experts[name] / "adapter_model.safetensors")
+    return TaskVectors(base, experts, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", [TSVM(), IsoC(), IsoCTS(), Wudi(), KnotsTies(1.0), Ties()], ids=name_of)
+def test_adapters_are_merged_by_their_factors(method: MergingMethod, adapters: TaskVectors, tmp_path: Path) -> None:
+    (module,) = adapters
+    assert module.low_rank is not None
+    by_matrices = [replace(module, low_rank=None)]
+    expected = method.prepare(by_matrices).merge(ModuleBatch.of_module(by_matrices[0]))[0]
+    found = merged(adapters, method, tmp_path / "out")
+    assert_close(found[module.name], (module.base + expected).float(), 1e-6)
 
 
 class Stops:

@@ -72,6 +72,9 @@ class DareTies(MergingMethod):
         seed: of the masks.
         thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
         majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+
+    >>> DareTies(drop=0.5, seed=1, thresholds=(0.0,), majority=1)(torch.ones(1, 1, 8))
+    tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
     """
 
     about = About(

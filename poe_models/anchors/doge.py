@@ -36,6 +36,9 @@ class DogeTA(MergingMethod):
         steps: of Adam.
         learning_rate: of Adam.
         thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
+
+    >>> DogeTA(scale=0.5, steps=0, thresholds=(0.0, 0.0))(torch.tensor([3.0, 4.0])[:, None, None])
+    tensor([[1.]])
     """
 
     about = About(

@@ -33,6 +33,11 @@ class KnotsTies(MergingMethod):
         rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
         thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
         majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+
+    >>> one = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> method = KnotsTies(density=1.0, scale=1.0, thresholds=(0.0, 0.0), majority=1)
+    >>> torch.allclose(method(torch.stack([one, one])), one, atol=1e-6)
+    True
     """
 
     about = About(
@@ -97,6 +102,11 @@ class KnotsDareTies(MergingMethod):
         rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
         thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
         majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+
+    >>> one = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> method = KnotsDareTies(drop=0.0, scale=1.0, thresholds=(0.0, 0.0), majority=1)
+    >>> torch.allclose(method(torch.stack([one, one])), one, atol=1e-6)
+    True
     """
 
     about = About(

@@ -64,6 +64,9 @@ class WudiAdam(MergingMethod):
     Args:
         steps: how many.
         learning_rate: of Adam.
+
+    >>> WudiAdam(steps=0)(torch.tensor([1.0, 3.0])[:, None, None])
+    tensor([[4.]])
     """
 
     about = About(
