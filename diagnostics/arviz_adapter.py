@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.draws import Draws, StoredDraws
+from inference.evidence import radial_normalizer
 from inference.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
@@ -157,7 +158,7 @@ def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) 
     columns = []
     for i, expert in enumerate(posterior.experts):
         try:
-            normalizer = _log_normalizer(expert, dimension[..., i], posterior.temperature)
+            normalizer = radial_normalizer(expert, dimension[..., i], posterior.temperature)
         except ValueError as error:
             warnings.warn(
                 f"the log_likelihood group is left out: expert {expert.name!r} has the energy {_plain(expert)}, whose "
@@ -173,18 +174,6 @@ def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) 
             stacklevel=3,
         )
     return {"updates": _array(torch.stack(columns, -1))}
-
-
-def _log_normalizer(expert: BoundExpert, dimension: Tensor, temperature: float) -> Tensor:
-    """``log Z_i``, ``(M,)``; where the expert says nothing, any finite number."""
-    scale, importance = expert.scale_squared.sqrt(), expert.importance / temperature
-    if bool(expert.active.all()):
-        return expert.rho.log_normalizer(scale, dimension, importance).expand_as(dimension)
-    result = torch.zeros_like(dimension)
-    for module in expert.active.nonzero().flatten().tolist():
-        rho = expert.rho.module(slice(module, module + 1))
-        result[module] = rho.log_normalizer(scale[module], dimension[module], importance).squeeze()
-    return result
 
 
 def _dimensions(posterior: Posterior, statistics: SpanStatistics | None) -> Tensor:

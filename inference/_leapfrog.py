@@ -120,7 +120,6 @@ def leapfrog(
         Where they end, and the velocities there.
     """
     pace = tuning.step_size.unsqueeze(-1) * tuning.scale
-    pace = tuning.step_size.unsqueeze(-1) * tuning.scale
     end = state
     longest = int(steps.max())
     # 1 while a group moves and 0 after: its last kick is a half one, and then it stands still.
@@ -148,6 +147,7 @@ def van_der_corput(index: int) -> float:
 
 
 def kinetic(velocity: Tensor) -> Tensor:
+    """Kinetic energy in nats of velocities in units of the scale, ``(C, G, D)`` to ``(C, G)``."""
     return 0.5 * velocity.square().sum(-1)
 
 

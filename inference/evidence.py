@@ -39,6 +39,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from inference.fixed_point import solve_posterior
+from inference.gibbs import draw_weights
 from inference.laplace import Laplace
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import Gram, Operator, sum_of_squares
@@ -131,8 +132,36 @@ def log_normalizers(posterior: Posterior) -> Tensor:
 
 
 def dimensions(posterior: Posterior) -> Tensor:
-    """``D_i``, the ranks of the experts' operators in the posterior's own coordinates, ``(M, E)``."""
-    return torch.stack([_without_rounding(expert.operator).dimension() for expert in posterior.experts], -1)
+    """``D_i``, the ranks of the experts' operators in the posterior's own coordinates, ``(M, E)``.
+
+    Zero where an expert drops out.
+    """
+    return torch.stack([_dimension(expert, _without_rounding(expert.operator)) for expert in posterior.experts], -1)
+
+
+def radial_normalizer(expert: BoundExpert, dimension: Tensor, temperature: float) -> Tensor:
+    """Log integral of ``exp(-E_i / T)`` over residuals, ``|x|^2 = q_i``, of so many dimensions.
+
+    Args:
+        expert: with any operator.
+        dimension: of the residual in each module, ``(M,)``.
+        temperature: ``T``.
+
+    Returns:
+        Nats, ``(M,)`` float64; zero where the expert drops out or sees nothing.
+
+    Raises:
+        ValueError: its energy has no normaliser.
+    """
+    scale, power = expert.scale_squared.sqrt(), expert.importance / temperature
+    seen = expert.active & (dimension > 0)
+    if bool(seen.all()):
+        return expert.rho.log_normalizer(scale, dimension, power).expand_as(dimension)
+    result = torch.zeros_like(dimension)
+    for module in seen.nonzero().flatten().tolist():
+        rho = expert.rho.module(slice(module, module + 1))
+        result[module] = rho.log_normalizer(scale[module], dimension[module], power).squeeze()
+    return result
 
 
 def with_restricted_exponents(poe: ProductOfExperts, posterior: Posterior) -> Posterior:
@@ -250,26 +279,11 @@ class _Path:
 
     def _gibbs_step(self, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """``tau_i | x ~ Gamma(b kappa_i / T, rate 1 + q_i / s_i^2)``, then ``x | tau``; see :mod:`inference.gibbs`."""
-        weights = self._mixture_weights(q, b)
+        weights = draw_weights(self.posterior, q, b / self.posterior.temperature, self.generator)
         precision = self.quadratic.precision(weights, self.shift)
         pulls = [weights[..., i].to(pull.dtype)[..., None, None] * pull for i, pull in enumerate(self.pulls)]
         x = precision.solve(torch.stack(pulls).sum(0)) + precision.sample(self._white(len(q))) * 0.5**0.5
         return x, self.quadratic.residuals(x)
-
-    def _mixture_weights(self, q: Tensor, b: Tensor) -> Tensor:
-        columns = []
-        for i, expert in enumerate(self.posterior.experts):
-            mixture = expert.rho.scale_mixture()
-            power = b * expert.importance / self.posterior.temperature
-            scale = torch.as_tensor(mixture.unit, device=q.device) * expert.scale_squared
-            if mixture.shape is None:
-                columns.append((power / scale).expand(q.shape[:-1]))
-                continue
-            rate = 1 + q[..., i] / scale
-            shape = (power * torch.as_tensor(mixture.shape, device=q.device)).expand_as(rate)
-            # The distribution objects take no generator; this is the kernel beneath torch.distributions.Gamma.
-            columns.append(torch._standard_gamma(shape.contiguous(), generator=self.generator) / rate / scale)
-        return torch.stack(columns, -1)
 
     def _slice_step(self, x: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Elliptical slice sampling: a point above a level, on the ellipse through ``x`` and a draw of the anchor."""
@@ -491,12 +505,17 @@ def _kind(operator: Operator) -> tuple[type[Operator], str]:
 
 def _log_normalizer(expert: BoundExpert, temperature: float) -> Tensor:
     operator = _without_rounding(expert.operator)
-    dimension = operator.dimension()
+    dimension = _dimension(expert, operator)
     try:
-        value = expert.rho.log_normalizer(expert.scale_squared.sqrt(), dimension, expert.importance / temperature)
+        value = radial_normalizer(expert, dimension, temperature)
     except ValueError as error:
         raise ValueError(f"expert {expert.name!r} is not a density: {error}") from error
     return torch.where(dimension > 0, value - operator.log_pseudo_determinant() / 2, torch.zeros_like(dimension))
+
+
+def _dimension(expert: BoundExpert, operator: Operator) -> Tensor:
+    """Rank of an expert's operator, ``(M,)``; zero where the expert drops out, for then it has no energy either."""
+    return torch.where(expert.active, operator.dimension(), 0.0)
 
 
 def _without_rounding(operator: Operator) -> Operator:

@@ -179,23 +179,25 @@ class GibbsKernel:
                 f"`gibbs(...)`: {posterior.factors[0].name!r} is a FactorExpert, which has no Gaussian scale mixture. "
                 "Use `hmc` or `nuts` in Span coordinates."
             )
-        self.mixtures = [expert.rho.scale_mixture() for expert in posterior.experts]
+        for expert in posterior.experts:
+            expert.rho.scale_mixture()  # or an error that names the energy
         require_proper(posterior)
         self.posterior = posterior
         self.regenerable = regenerable
         self.quadratic = quadratic_of(posterior, for_draws=True)
         self.pulls = self.quadratic.pulls()
         self.shift = posterior.anchor_precision / posterior.temperature
+        self.power = torch.ones_like(self.shift) / posterior.temperature
 
     def init(self, chains: int, generator: torch.Generator) -> GibbsState:
         """Overdispersed start: mixture weights from their priors, then ``Z`` given them."""
-        shape = (chains, self.posterior.num_modules, len(self.mixtures))
+        shape = (chains, self.posterior.num_modules, len(self.posterior.experts))
         zeros = torch.zeros(shape, dtype=torch.float64, device=self.shift.device)
-        return self._draw(self._draw_weights(zeros, generator), generator)
+        return self._draw(draw_weights(self.posterior, zeros, self.power, generator), generator)
 
     def step(self, state: GibbsState, generator: torch.Generator) -> GibbsState:
         """``tau | Z``, then ``Z | tau``."""
-        return self._draw(self._draw_weights(state.residuals, generator), generator)
+        return self._draw(draw_weights(self.posterior, state.residuals, self.power, generator), generator)
 
     def regenerate(self, weights: Tensor, seed: int) -> Tensor:
         """``Z`` of a posterior of one module from its mixture weights ``(E,)`` and seed, ``(*event)``.
@@ -205,21 +207,6 @@ class GibbsKernel:
         noise = self._noise(torch.tensor([seed]))
         white = self.quadratic.compression.compress(noise)
         return self._latent(self._conditional(weights.unsqueeze(0), white), noise, white).squeeze(0)
-
-    def _draw_weights(self, residuals: Tensor, generator: torch.Generator) -> Tensor:
-        """Mixture weights ``tau_i / (unit s_i^2)`` given residuals, ``(C, M, E)`` to ``(C, M, E)``."""
-        columns = []
-        for i, (expert, mixture) in enumerate(zip(self.posterior.experts, self.mixtures, strict=True)):
-            power = expert.importance / self.posterior.temperature
-            scale = torch.as_tensor(mixture.unit, dtype=residuals.dtype, device=residuals.device) * expert.scale_squared
-            if mixture.shape is None:
-                columns.append((power / scale).expand(residuals.shape[:-1]))
-                continue
-            rate = 1 + residuals[..., i] / scale
-            shape = torch.as_tensor(power * mixture.shape, dtype=rate.dtype, device=rate.device).expand_as(rate)
-            # The distribution objects take no generator; this is the kernel beneath torch.distributions.Gamma.
-            columns.append(torch._standard_gamma(shape.contiguous(), generator=generator) / rate / scale)
-        return torch.stack(columns, -1)
 
     def _draw(self, weights: Tensor, generator: torch.Generator) -> GibbsState:
         """``Z | tau`` for all chains at once."""
@@ -263,6 +250,34 @@ class GibbsKernel:
     def _noise(self, seeds: Tensor) -> Tensor:
         """Standard normal noise of one chain from a seed per module, ``(M,)`` to ``(M, *event)``."""
         return torch.stack([seeded_noise(int(seed), self.posterior.event_shape, self.posterior.like) for seed in seeds])
+
+
+def draw_weights(posterior: Posterior, residuals: Tensor, power: Tensor, generator: torch.Generator) -> Tensor:
+    """Mixture weights ``tau_i / (unit s_i^2)`` given ``Z``, for the density ``exp(-power E_i)`` of every expert.
+
+    Args:
+        posterior: every energy has a Gaussian scale mixture.
+        residuals: ``q_i``, ``(*C, M, E)``.
+        power: ``1 / T``, or less on the way from the anchor to the posterior, ``(M,)``.
+        generator: source of the ``tau_i``.
+
+    Returns:
+        Weights of the ``P_i``, ``(*C, M, E)``; zero where an expert drops out.
+    """
+    columns = []
+    for i, expert in enumerate(posterior.experts):
+        mixture = expert.rho.scale_mixture()
+        strength = power * expert.importance
+        scale = torch.as_tensor(mixture.unit, dtype=residuals.dtype, device=residuals.device) * expert.scale_squared
+        if mixture.shape is None:
+            weight = (strength / scale).expand(residuals.shape[:-1])
+        else:
+            rate = 1 + residuals[..., i] / scale
+            shape = (strength * torch.as_tensor(mixture.shape, device=rate.device)).expand_as(rate)
+            # The distribution objects take no generator; this is the kernel beneath torch.distributions.Gamma.
+            weight = torch._standard_gamma(shape.contiguous(), generator=generator) / rate / scale
+        columns.append(torch.where(expert.active, weight, 0.0))
+    return torch.stack(columns, -1)
 
 
 def seeded_noise(seed: int, shape: tuple[int, int], like: Tensor) -> Tensor:

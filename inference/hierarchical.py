@@ -283,6 +283,7 @@ class HierarchicalModel:
         """Everything that does not depend on the unknowns, in the eigenbasis of the reference's precision."""
         posterior = self.posterior
         factors = torch.stack([_factor(expert.operator) for expert in posterior.experts], 1)  # (M, E, N + 1, N + 1)
+        factors = torch.where(posterior.active[..., None, None], factors, 0.0)  # who drops out has no energy
         targets = torch.stack([expert.update for expert in posterior.experts], 1)
         targets = targets if posterior.center is None else targets - posterior.center.unsqueeze(1)
         self.rank = dimensions(posterior)

@@ -47,7 +47,7 @@ def require_proper(posterior: Posterior) -> None:
 
 
 def _improper(posterior: Posterior, module: int) -> str | None:
-    experts = posterior.experts
+    experts = [expert for expert in posterior.experts if bool(expert.active[module])]
     unknown = [e.name for e in experts if not isinstance(e.rho, _HOLDING) and _exponent(e, posterior, module) is None]
     if unknown:
         return f"the energy of {unknown[0]!r} is bounded, or its tail is not known, so it holds no direction by itself"

@@ -196,17 +196,25 @@ def test_both_sides_are_a_composite_of_two_densities(generator: torch.Generator)
     assert_agrees(annealed_evidence(posterior, generator=generator, steps=60), closed_form(posterior), 0.1)
 
 
-def test_an_unmerged_expert_and_padding_add_nothing(generator: torch.Generator) -> None:
-    updates = random_updates(generator, 1, 3, 2, 2)
-    silent = torch.cat([updates[:, :2], torch.zeros_like(updates[:, :1])], 1)
+@pytest.mark.parametrize("size", [0.0, 1e-17])
+@pytest.mark.parametrize(
+    "energy", [Gaussian(), Huber(1.0), GeneralizedGaussian(1.0), Cauchy("multivariate")], ids=name_of
+)
+def test_an_unmerged_expert_and_padding_add_nothing(energy: Energy, size: float, generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 2, 2)
+    updates[0, 2] *= size  # or so little that it is rounding beside the others
     anchor = Anchor(precision=AbsolutePrecision(0.3))
-    three = ProductOfExperts.of(NAMES, InputGram(), Huber(1.0), Absolute(1.0), anchor=anchor)
-    two = ProductOfExperts.of(NAMES[:2], InputGram(), Huber(1.0), Absolute(1.0), anchor=anchor)
-    values = []
-    for poe, given in ((three, silent), (two, updates[:, :2])):
-        posterior, _ = span_posterior(poe, span_statistics(poe, given))
-        values.append(log_evidence(posterior, mode_of(posterior)).value)
-    assert_close(values[0], values[1], 1e-9)
+    three = ProductOfExperts.of(NAMES, InputGram(), energy, Absolute(1.0), anchor=anchor)
+    two = ProductOfExperts.of(NAMES[:2], InputGram(), energy, Absolute(1.0), anchor=anchor)
+    for span in (False, True) if size == 0 else (False,):  # rounding is a direction of the span all the same
+        values = []
+        for poe, given in ((three, updates), (two, updates[:, :2])):
+            posterior = full_posterior(poe, given)
+            if span:
+                posterior = with_restricted_exponents(poe, span_posterior(poe, span_statistics(poe, given))[0])
+            values.append(log_evidence(posterior, mode_of(posterior)).value)
+        assert_close(values[0][0], values[1][0], 1e-9)
+        assert abs(float(values[0][1] - values[1][1])) > 1  # where all three are merged
 
 
 # Quadrature

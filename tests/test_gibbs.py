@@ -13,6 +13,7 @@ from poe_models import (
     Anchor,
     Cauchy,
     Directional,
+    Energy,
     FactorExpert,
     Gaussian,
     Huber,
@@ -190,6 +191,21 @@ def test_modules_of_a_batch_are_independent_of_each_other(generator: torch.Gener
     error = (standard_error(together).square() + standard_error(single).square()).sqrt().clamp(min=1e-12)
     difference = together.mean((0, 1)) - single.mean((0, 1))
     assert float((difference / error).abs().max()) < 5
+
+
+@pytest.mark.parametrize("energy", [Gaussian(), Cauchy()], ids=name_of)
+def test_an_update_that_is_rounding_beside_the_others_drops_out_as_one_that_is_zero(
+    energy: Energy, generator: torch.Generator
+) -> None:
+    updates = random_updates(generator, 2, 3, 2, 3)
+    poe = ProductOfExperts.of(NAMES, InputGram(), energy, anchor=Anchor(precision=AbsolutePrecision(0.3)))
+    values = []
+    for size in (1e-17, 0.0):
+        updates[0, 2] *= size
+        posterior = full_posterior(poe, updates)
+        assert posterior.active.tolist() == [[True, True, False], [True, True, True]]
+        values.append(gibbs_posterior(posterior, 5, generator=torch.Generator().manual_seed(0)).values)
+    assert_close(values[0], values[1], 1e-12)
 
 
 def test_progress_is_reported(generator: torch.Generator) -> None:

@@ -126,6 +126,18 @@ def test_density_is_priors_times_anchor_times_normalised_experts(
     assert [name for name in trace.nodes if name.startswith("expert/")] == [f"expert/{e.name}" for e in poe.experts]
 
 
+def test_an_expert_that_is_rounding_beside_the_others_says_nothing(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 4, 5)
+    updates[:, 2] *= 1e-17
+    poe = ProductOfExperts.of(["a", "b", "c"], InputGram(), StudentT(3.0, "multivariate"), Relative(0.7))
+    model = HierarchicalModel(poe, span_statistics(poe, updates))
+    y = torch.randn(5, 1, 4, generator=generator, dtype=torch.float64)
+    gamma, nu = (torch.rand(2, 5, generator=generator, dtype=torch.float64) + 0.5).unbind()
+    likelihood = model.log_likelihood(y, gamma, nu)
+    assert float(likelihood[..., 2].abs().max()) == 0
+    assert float(likelihood[..., :2].abs().min()) > 0.01
+
+
 def test_integrating_the_update_out_gives_the_evidence(generator: torch.Generator) -> None:
     updates = random_updates(generator, 3, 3, 4, 5)
     anchor = Anchor(precision=AbsolutePrecision(0.02))
