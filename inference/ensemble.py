@@ -211,7 +211,17 @@ class MergedEnsemble:
             ValueError: If model, loader or cut do not fit.
         """
         predictor = self.predictor(model, loader, forward=forward, submodule=submodule, cut=cut)
-        return predictor.mean(self.draws, progress)
+        total, entropies = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for done, draw in enumerate(self.draws, 1):
+            probabilities = predictor(draw).exp()
+            total = total + probabilities
+            entropies = entropies + torch.special.entr(probabilities).sum(-1)
+            if progress is not None:
+                progress(done, len(self))
+        mean = total / len(self)
+        entropy = torch.special.entr(mean).sum(-1)
+        disagreement = (entropy - entropies / len(self)).clamp(min=0)  # below zero only by rounding
+        return Prediction(mean, entropy, disagreement, len(self), predictor.reused)
 
     def save(
         self,
@@ -271,28 +281,3 @@ class MemberPredictor:
         tied_names = self._tensors.base.tied_names
         sampled = self._tensors.all_sampled(draw)
         return self._runner({self._prefix + name: value for key, value in sampled.items() for name in tied_names(key)})
-
-    def mean(self, draws: ModelDraws, progress: Callable[[int, int], None] | None = None) -> Prediction:
-        """The ensemble of some draws on the same examples, so that several share the features before the cut.
-
-        Args:
-            draws: Draws of the ensemble's modules, its own or others.
-            progress: Called with the number of finished members and their total.
-
-        Returns:
-            The prediction, in the order of the loader.
-
-        Raises:
-            ValueError: As for a single draw.
-        """
-        total, entropies = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for done, draw in enumerate(draws, 1):
-            probabilities = self(draw).exp()
-            total = total + probabilities
-            entropies = entropies + torch.special.entr(probabilities).sum(-1)
-            if progress is not None:
-                progress(done, len(draws))
-        mean = total / len(draws)
-        entropy = torch.special.entr(mean).sum(-1)
-        disagreement = (entropy - entropies / len(draws)).clamp(min=0)  # below zero only by rounding
-        return Prediction(mean, entropy, disagreement, len(draws), self.reused)
