@@ -43,16 +43,19 @@ class Wudi(MergingMethod):
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return modules * (8 * shape[0] * shape[1] + 8 * shape[1] ** 2)
+        return (8 + modules) * shape[0] * shape[1] + 10 * shape[1] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         space = compressed(batch)
-        gram, pull = normal_equations(space.cores, self.rank_tolerance)
+        return space.lift(torch.cat([self._core(cores) for cores in space.cores.split(1)]))
+
+    def _core(self, cores: Tensor) -> Tensor:
+        """Merge one module, ``(1, N, p, q)`` to ``(1, p, q)``."""
+        gram, pull = normal_equations(cores, self.rank_tolerance)
         values, vectors = torch.linalg.eigh(gram)
         inverse = torch.where(values > self.rank_tolerance**2, 1 / values, 0).unsqueeze(-2)
-        core = ((pull @ vectors) * inverse) @ vectors.mT
-        return space.lift(core.to(batch.updates.dtype))
+        return (((pull @ vectors) * inverse) @ vectors.mT).to(cores.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,16 @@ class WudiAdam(MergingMethod):
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return modules * (10 * shape[0] * shape[1] + 6 * shape[1] ** 2)
+        return (10 + modules) * shape[0] * shape[1] + 6 * shape[1] ** 2
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        gram, pull = (part.to(batch.updates.dtype) for part in normal_equations(batch.updates, RANK_TOLERANCE))
-        z = batch.updates.sum(1)
+        return torch.cat([self._module(updates) for updates in batch.updates.split(1)])
+
+    def _module(self, updates: Tensor) -> Tensor:
+        """Merge one module, ``(1, N, d_out, d_in)`` to ``(1, d_out, d_in)``."""
+        gram, pull = (part.to(updates.dtype) for part in normal_equations(updates, RANK_TOLERANCE))
+        z = updates.sum(1)
         optimizer = torch.optim.Adam([z], lr=self.learning_rate)
         for _ in range(self.steps):
             z.grad = 2 * (z @ gram - pull)
