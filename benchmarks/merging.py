@@ -131,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Console().print(rows[-1], markup=False)
     title = (
         f"Merges of {EXPERTS} experts with a float32 base of BERT-base's shapes (108 million parameters, checksums and "
-        "writing included, embeddings averaged); one thread. The process holds its libraries and freed blocks of its heap "
-        "beside the tensors.\nMade by `python -m benchmarks.merging`.\n"
+        "writing included, embeddings averaged); one thread. The process holds its libraries and freed blocks of its "
+        "heap beside the tensors.\nMade by `python -m benchmarks.merging`.\n"
     )
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text("\n".join([title, HEADER, "|---|---:|---:|---:|---:|---:|", *rows, ""]), encoding="utf-8")
