@@ -152,7 +152,7 @@ class _Writer:
 
     def _design(self, tensor: str) -> str:
         design = self.tensors.design_of(tensor)
-        return f"{design_text(design)} lambda={design.scaling:g}"
+        return f"{design_text(design, solver=True)} lambda={design.scaling:g}"
 
     def _folder(
         self, name: str, layout: Mapping[str, tuple[str, ...]], aliases: Mapping[str, str], make: _Make

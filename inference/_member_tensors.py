@@ -192,10 +192,11 @@ class MemberTensors:
         if draws.environment["device"] != self.task_vectors.device.type:
             warn_of_changes(draws.environment, self.task_vectors.device)
         for name, text in zip(draws.modules, draws.designs, strict=True):
-            if design_text(self.design_of(known[name])) != text:
+            if design_text(self.design_of(known[name]), solver=draws.uses_modes) != text:
+                what = "experts, anchor or solver" if draws.uses_modes else "experts or anchor"
                 raise ValueError(
-                    f"`MergedEnsemble(...)`: {name!r} was drawn under another design (experts or anchor), and Full "
-                    "draws are made again under the one they have. Give the design that they were drawn with."
+                    f"`MergedEnsemble(...)`: {name!r} was drawn under another design ({what}), and Full draws are made "
+                    "again under the one they have. Give the design that they were drawn with."
                 )
 
     def _check_order(self, draws: SpanDraws, known: Mapping[str, str]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from inference.design import Design, check_center
 from inference.fixed_point import solve_posterior
+from inference.reweighting import SolverOptions
 from poe_models.checkpoints import CheckpointError
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
@@ -29,6 +31,7 @@ class Module:
         base: ``W_0``, ``(d_out, d_in)``.
         updates: ``(N, d_out, d_in)`` in the order of ``poe.update_names``.
         low_rank: factors of the updates in the same order, if all are adapters'.
+        options: settings of the solver, for the MAP.
         known_mode: the MAP in Full coordinates, if it has been solved for before.
     """
 
@@ -37,12 +40,18 @@ class Module:
     base: Tensor
     updates: Tensor
     low_rank: tuple[Tensor, Tensor] | None
+    options: SolverOptions = field(default_factory=SolverOptions)
     known_mode: Tensor | None = None
 
     @cached_property
     def mode(self) -> Tensor:
         """The MAP in Full coordinates, ``(d_out, d_in)``; it is the same at every temperature."""
-        return solve_posterior(self.posterior).value[0] if self.known_mode is None else self.known_mode
+        if self.known_mode is not None:
+            return self.known_mode
+        solution = solve_posterior(self.posterior, self.options)
+        if not solution.status[0].converged:
+            warnings.warn(f"the MAP of {self.name!r}: {solution.status[0]}", stacklevel=2)
+        return solution.value[0]
 
     @property
     def center(self) -> Tensor | None:
@@ -92,7 +101,7 @@ def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list
         poe = replace(design.poe, anchor=anchor).for_modules([each.name])
         low_rank = None if each.low_rank is None else (each.low_rank[0][order], each.low_rank[1][order])
         updates = each.updates if order == list(range(len(each.names))) else each.updates[order]
-        modules.append(Module(each.name, poe, each.base, updates, low_rank))
+        modules.append(Module(each.name, poe, each.base, updates, low_rank, design.options))
     return modules
 
 

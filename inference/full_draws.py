@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -85,23 +85,25 @@ def sample_full(
         modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in wanted[tensor]]
         for module in modules:
             try:
-                parts.append(_draw(module, num_samples, generator, method, chains, warmup, thin))
+                drawn = _draw(module, num_samples, generator, method, chains, warmup, thin)
             except ValueError as error:
                 raise with_names(error, [module.name]) from error
+            parts.append((drawn.weights, drawn.seeds, drawn.stats))  # the draws themselves hold on to the module
             names.append(module.name)
-            texts.append(design_text(here))
+            texts.append(design_text(here, solver=method != "gibbs"))
             norms.append(module.squared_norms)
             temperatures.append(module.poe.temperature)
             _feed(digest, module)
         progress.advance(len(modules), nbytes[tensor])
+    weights, seeds, stats = zip(*parts, strict=True)
     return FullDraws(
         modules=tuple(names),
         squared_norms=torch.nn.utils.rnn.pad_sequence(norms, batch_first=True),
         source=digest.hexdigest(),
-        stats={name: torch.cat([part.stats[name] for part in parts], -1).cpu() for name in parts[0].stats},
+        stats={name: torch.cat([each[name] for each in stats], -1).cpu() for name in stats[0]},
         method=method,
-        weights=_joined([part.weights for part in parts]),
-        seeds=torch.cat([part.seeds for part in parts], -1).cpu(),
+        weights=_joined(weights),
+        seeds=torch.cat(seeds, -1).cpu(),
         temperature=torch.tensor(temperatures, dtype=torch.float64),
         designs=tuple(texts),
         environment=environment(task_vectors.device, task_vectors.dtype),
@@ -127,11 +129,14 @@ def noise_control(
     """
     for_tensor = as_function(design)
     lengths = torch.zeros(len(draws), len(draws.modules), 1, dtype=torch.float64)
+    texts = list(draws.designs)
     for tensor, treatment in task_vectors.treatments.items():
         if treatment.action != "merge" or not set(module_names(task_vectors, tensor)).intersection(draws.modules):
             continue
-        for module in read_modules(task_vectors, tensor, for_tensor(tensor)):
+        here = for_tensor(tensor)
+        for module in read_modules(task_vectors, tensor, here):
             if module.name in draws.modules:
+                texts[draws.index(module.name)] = design_text(here, solver=True)
                 for member in range(len(draws)):
                     distance = (draws.update(module, member) - module.mode).double().norm()
                     lengths[member, draws.index(module.name)] = float(distance)
@@ -141,14 +146,16 @@ def noise_control(
         method="noise",
         weights=lengths.unflatten(0, draws.seeds.shape[:2]),
         seeds=torch.randint(2**62, draws.seeds.shape, generator=generator, device=generator.device).cpu(),
+        designs=tuple(texts),
     )
 
 
-def design_text(design: Design) -> str:
-    """What of a design decides a Full draw besides its temperature, as text: experts and anchor.
+def design_text(design: Design, *, solver: bool) -> str:
+    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
 
     Args:
         design: The design.
+        solver: Whether the MAP matters, too, and with it the settings that it is found with.
 
     Returns:
         JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
@@ -156,7 +163,8 @@ def design_text(design: Design) -> str:
     described = design.describe()
     if design.center is not None:
         described["anchor"] = {**described["anchor"], "center": "checkpoint"}
-    return json.dumps({key: described[key] for key in ("experts", "anchor")}, sort_keys=True)
+    keys = ("experts", "anchor", "solver") if solver else ("experts", "anchor")
+    return json.dumps({key: described[key] for key in keys}, sort_keys=True)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -240,7 +248,7 @@ def _draw(
     )
 
 
-def _joined(weights: list[Tensor]) -> Tensor:
+def _joined(weights: Sequence[Tensor]) -> Tensor:
     """Weights of several modules ``(C, S, 1, E_m)`` as one, filled up with zeros."""
     most = max(part.shape[-1] for part in weights)
     return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[-1])) for part in weights], -2).cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference import full_draws
-from inference._modules import read_modules
+from inference._modules import Module, read_modules
 from inference.design import Design
 from inference.draw_files import load_draws, save_draws
 from inference.draws import StoredDraws
+from inference.ensemble import MergedEnsemble
 from inference.fixed_point import fixed_point, solve_posterior
-from inference.full_draws import TOLERANCE, RegenerationWarning, sample_full
+from inference.full_draws import TOLERANCE, RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.reweighting import SolverOptions
 from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from inference.streaming import OutputError
 from poe_models import (
@@ -370,6 +373,38 @@ def test_full_draws_of_some_modules(vectors: TaskVectors) -> None:
     assert draws.modules == ("a.weight", "attn.in_proj_weight[1]")
     with pytest.raises(ValueError, match="fits none of the merged modules"):
         sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), pattern="nothing")
+
+
+def test_modules_are_let_go_once_they_are_drawn(vectors: TaskVectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[weakref.ref[Module]]] = []
+
+    def watched(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Module]:
+        assert not any(module() for modules in read[:-1] for module in modules)  # the last tensor's at most
+        modules = read_modules(task_vectors, tensor, design)
+        read.append([weakref.ref(module) for module in modules])
+        return modules
+
+    monkeypatch.setattr(full_draws, "read_modules", watched)
+    for method in ("gibbs", "laplace"):
+        sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), method=method, chains=1, warmup=1)  # type: ignore[arg-type]
+    assert len(read) == 6
+
+
+def test_draws_from_the_mode_go_with_the_solver_that_finds_it(vectors: TaskVectors) -> None:
+    poe = poe_of(vectors, energy=StudentT(4.0))
+    early = Design(poe, options=SolverOptions(max_steps=1))
+    with pytest.warns(UserWarning, match=r"the MAP of 'a.weight': not converged"):
+        draws = sample_full(vectors, early, 2, generator=torch.Generator(), method="laplace", pattern=r"a\.weight")
+    (module,) = read_modules(vectors, "a.weight", early)
+    with pytest.warns(UserWarning, match="not converged"):
+        mode = module.mode
+    assert_close(mode, early.solve(module.updates.unsqueeze(0)).value[0], 1e-9)
+    with pytest.raises(ValueError, match="another design .experts, anchor or solver"):
+        MergedEnsemble(vectors, poe, draws)
+    exact = sample_full(vectors, early, 2, generator=torch.Generator(), pattern=r"a\.weight", warmup=2)
+    MergedEnsemble(vectors, poe, exact)  # Gibbs draws need no MAP
+    with pytest.raises(ValueError, match="experts, anchor or solver"):
+        MergedEnsemble(vectors, early, noise_control(exact, vectors, poe, generator=torch.Generator()))
 
 
 def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tmp_path: Path) -> None:
