@@ -20,6 +20,7 @@ from inference.draws import RegeneratedDraws
 from inference.gibbs import gibbs, seeded_noise
 from inference.laplace import Laplace
 from inference.model_draws import FullDraws
+from inference.propriety import undetermined
 from poe_models.task_vectors import TaskVectors
 
 __all__ = ["TOLERANCE", "RegenerationWarning", "design_text", "environment", "noise_control", "sample_full"]
@@ -61,11 +62,12 @@ def sample_full(
         progress: Told how far it is.
 
     Returns:
-        The draws, as small as a few numbers per module and expert.
+        The draws, as small as a few numbers per module and expert. Modules that no update changes are left out, with a
+        warning, where the anchor's precision is relative: there is nothing to infer, and an ensemble has their MAP.
 
     Raises:
-        ValueError: If the pattern fits no merged module, an energy has no scale mixture (Gibbs), a mode has a Hessian
-            that is not positive definite (Laplace), or a posterior is improper.
+        ValueError: If the pattern fits no merged module, or only such that nothing changes, an energy has no scale
+            mixture (Gibbs), a mode has a Hessian that is not positive definite (Laplace), or a posterior is improper.
     """
     progress, for_tensor = progress or Silent(), as_function(design)
     wanted = {
@@ -78,12 +80,15 @@ def sample_full(
         raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")
     nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor, names in wanted.items() if names}
     progress.begin("sampling", count, sum(nbytes.values()))
-    names, texts, norms, parts, temperatures = [], [], [], [], []
+    names, texts, norms, parts, temperatures, silent = [], [], [], [], [], []
     digest = hashlib.sha256()
     for tensor in nbytes:
         here = for_tensor(tensor)
         modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in wanted[tensor]]
         for module in modules:
+            if not bool(module.updates.any()) and bool(undetermined(module.posterior)):
+                silent.append(module.name)
+                continue
             try:
                 drawn = _draw(module, num_samples, generator, method, chains, warmup, thin)
             except ValueError as error:
@@ -95,6 +100,10 @@ def sample_full(
             temperatures.append(module.poe.temperature)
             _feed(digest, module)
         progress.advance(len(modules), nbytes[tensor])
+    if silent:
+        warnings.warn(not_drawn(silent), stacklevel=2)
+    if not parts:
+        raise ValueError("`sample_full(...)`: nothing changes any of these modules. Draw others.")
     weights, seeds, stats = zip(*parts, strict=True)
     return FullDraws(
         modules=tuple(names),
@@ -108,6 +117,19 @@ def sample_full(
         designs=tuple(texts),
         environment=environment(task_vectors.device, task_vectors.dtype),
     )
+
+
+def not_drawn(modules: Sequence[str]) -> str:
+    """Says that nothing is to be inferred in some modules.
+
+    Args:
+        modules: Their names.
+
+    >>> not_drawn(["fc.weight"])
+    "nothing changes fc.weight: not drawn but left at the MAP, the anchor's centre."
+    """
+    shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more modules" if len(modules) > 3 else "")
+    return f"nothing changes {shown}: not drawn but left at the MAP, the anchor's centre."
 
 
 def noise_control(

@@ -22,6 +22,11 @@ MOST_EXPERTS = 14
 """Every subset of power-law experts is checked; beyond this many the check would take too long."""
 
 
+def undetermined(posterior: Posterior) -> Tensor:
+    """Modules about which nothing is said, ``(M,)``: no update there, and so no relative anchor precision either."""
+    return (posterior.anchor_precision == 0) & ~posterior.active.any(-1)
+
+
 def require_proper(posterior: Posterior) -> None:
     """Raise unless every module's posterior has a finite integral.
 
@@ -31,9 +36,10 @@ def require_proper(posterior: Posterior) -> None:
     Raises:
         ValueError: the posterior is improper, or cannot be shown to be proper; says why and what to change.
     """
+    silent = undetermined(posterior).tolist()
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     for module in loose:
-        if not bool(posterior.active[module].any()):
+        if silent[module]:
             raise ValueError(
                 f"module {module} of the batch has updates that are all zero, so that its relative anchor precision is "
                 "zero, too: nothing is to be inferred there. Leave the module out, or give an absolute precision."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,21 +15,21 @@ from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
 from inference._digest import Progress
-from inference._modules import module_names, with_names
+from inference._modules import module_names, read_modules, with_names
 from inference.design import Design
 from inference.draws import Draws, StoredDraws
 from inference.fixed_point import solve_posterior
-from inference.full_draws import sample_full
+from inference.full_draws import not_drawn, sample_full
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.laplace import Laplace
 from inference.model_draws import FullDraws, SpanDraws
 from inference.nuts import nuts
+from inference.propriety import undetermined
 from inference.statistics_files import statistics_digest
 from inference.tempering import temperature_range
 from poe_merge._sampling import Sampling
 from poe_merge._stats import Table
-from poe_models.energies import Cauchy, StudentT
 from poe_models.posterior import Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
 from poe_models.task_vectors import TaskVectors
@@ -81,9 +80,10 @@ def draw_span(
     sets = [(each, place) for each in statistics for place in range(len(each.modules))]
     groups = _groups(task_vectors, designs, modules, what.pattern)
     generator, digest = what.generator(), _digest(statistics)
-    parts, data, notes = [], [], _silent(statistics)
+    groups, left = _determined(groups, sets, what)
+    parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
     for number, (design, places) in enumerate(groups):
-        some = sets[places[0]][0].select([sets[place][1] for place in places])  # one design, so one set
+        some = _selected(sets, places)
         posterior, coordinates = _posterior(design, some, what)
         step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
         try:
@@ -134,10 +134,11 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         pattern=what.pattern,
         progress=progress,
     )
-    notes = []
+    left = [modules[place] for _, places in groups for place in places if modules[place] not in draws.modules]
+    notes = [not_drawn(left)] if left else []
     if what.method != "laplace" and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
-        notes = [str(TooFewDraws(draws.num_chains, draws.num_draws))]
-    return Drawn(draws, (), tuple(notes + _too_hot(what.temperature, _hottest(task_vectors, groups, modules))))
+        notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
+    return Drawn(draws, (), tuple(notes + _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))))
 
 
 def _groups(
@@ -157,6 +158,29 @@ def _groups(
             "the tensors."
         )
     return list(groups.values())
+
+
+def _determined(
+    groups: Sequence[tuple[Design, list[int]]], sets: Sequence[tuple[SpanStatistics, int]], what: Sampling
+) -> tuple[list[tuple[Design, list[int]]], list[str]]:
+    """The groups without modules that nothing changes, and the names of these."""
+    kept: list[tuple[Design, list[int]]] = []
+    left: list[str] = []
+    for design, places in groups:
+        some = _selected(sets, places)
+        idle = undetermined(_posterior(design, some, what)[0]).tolist()
+        left += [name for name, silent in zip(some.modules, idle, strict=True) if silent]
+        found = [place for place, silent in zip(places, idle, strict=True) if not silent]
+        if found:
+            kept.append((design, found))
+    if not kept:
+        raise ValueError("no expert changes any of the modules to draw: there is nothing to infer. Draw others.")
+    return kept, left
+
+
+def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int]) -> SpanStatistics:
+    """The statistics of modules of one design, which are in one set."""
+    return sets[places[0]][0].select([sets[place][1] for place in places])
 
 
 def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> tuple[Posterior, SpanCoordinates]:
@@ -259,24 +283,14 @@ def _too_hot(temperature: float, highest: float) -> list[str]:
     ]
 
 
-def _hottest(task_vectors: TaskVectors, groups: Sequence[tuple[Design, list[int]]], modules: Sequence[str]) -> float:
-    """The largest ``2 sum_i kappa_i / D`` of any module; infinite where an energy's exponent is not a number."""
-    entries = {
-        name: rows * columns
-        for tensor, treatment in task_vectors.treatments.items()
-        if treatment.view is not None
-        for name, (rows, columns) in zip(
-            module_names(task_vectors, tensor),
-            treatment.view.block_shapes(task_vectors.base.tensors[tensor].shape),
-            strict=True,
-        )
-    }
+def _hottest(task_vectors: TaskVectors, designs: Table, drawn: Sequence[str]) -> float:
+    """The highest temperature of `temperature_range` over some modules."""
     highest = 0.0
-    for design, places in groups:
-        strength = 0.0
-        for expert in design.poe.experts:
-            if not isinstance(expert.energy, Cauchy | StudentT) or expert.energy.needs_dimension:
-                return math.inf
-            strength += expert.importance * float(expert.energy.k)
-        highest = max(highest, *(2 * strength / entries[modules[place]] for place in places))
+    for tensor in task_vectors.treatments:
+        if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
+            continue
+        for module in read_modules(task_vectors, tensor, designs(tensor)):
+            posterior = module.posterior
+            if module.name in drawn and bool(posterior.active.any()):
+                highest = max(highest, temperature_range(posterior)[1])
     return highest

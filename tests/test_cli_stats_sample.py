@@ -539,3 +539,35 @@ def test_coordinates_of_one_kind(fails: Callable[..., str], here: Path) -> None:
     mixed = [{"filter": "attn", "value": "full"}, {"value": "span"}]
     (here / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "parameters": {"coordinates": mixed}}))
     assert "`coordinates` differ between tensors" in fails("sample", "config.yaml", "--out", "o")
+
+
+@pytest.mark.parametrize("coordinates", ["span", "full"])
+def test_a_module_that_no_expert_changes_is_left_where_it_is(
+    coordinates: str, done: Cli, fails: Any, here: Path
+) -> None:
+    base = load_file(here / "base/model.safetensors")
+    for name in ("mnist", "emoji"):
+        state = load_file(here / name / "model.safetensors")
+        save_file(state | {"1.attn.weight": base["1.attn.weight"]}, here / name / "model.safetensors")
+    settings = ("config.yaml", "--coordinates", coordinates, "-n", 2, *QUICK)
+    _, _, err = done("sample", *settings, "--out", "members")
+    assert "nothing changes 1.attn.weight: not drawn but left at the MAP, the anchor's centre" in err
+    assert "nothing changes" in " ".join(json.loads((here / "members/sample.json").read_text())["warnings"])
+    assert load_draws(here / "members/draws").modules == ("0.mlp.weight", "1.mlp.weight")
+    member = load_file(here / "members/member-001/model.safetensors")
+    assert_close(member["1.attn.weight"], base["1.attn.weight"], 1e-6)
+    assert float((member["0.mlp.weight"] - base["0.mlp.weight"]).abs().max()) > 1e-3
+    message = fails("sample", *settings, "--pattern", "attn", "--out", "nothing")
+    assert re.search("change.* any of th", message)
+
+
+def test_only_the_directions_that_experts_see_count_for_a_temperature(done: Cli) -> None:
+    def said(temperature: float) -> bool:
+        _, _, err = done(
+            "sample", "config.yaml", "--coordinates", "full", "--residual-map", "Directional", "--temperature",
+            temperature, "-n", 2, *QUICK, "--out", f"at{temperature}",
+        )  # fmt: skip
+        return "draws are the anchor's" in err
+
+    # Two experts with k = 5/2 and one direction each: 2 * 2 * 2.5 / 2.
+    assert [said(temperature) for temperature in (4.9, 5.1)] == [False, True]
