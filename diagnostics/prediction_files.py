@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diagnostics.predictions import Array, Labelled, labelled
@@ -114,7 +114,7 @@ def save_predictions(predictions: Predictions, path: str | Path) -> None:
         with Path(path).open("wb") as file:
             np.savez_compressed(file, **arrays)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        Path(path).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def load_predictions(path: str | Path) -> Predictions:

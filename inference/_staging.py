@@ -217,7 +217,10 @@ class Staging:
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
         temporary = path.with_name(path.name + ".tmp")
         with self.disk_errors():
+            temporary.touch()
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)  # safetensors puts a file of its own there, which only its owner can read
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

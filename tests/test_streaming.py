@@ -318,6 +318,19 @@ def test_companion_files(models: Any, out: Path) -> None:
     assert "this is" not in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o007, 0o660)])
+def test_all_files_have_the_mode_that_the_umask_gives(umask: int, mode: int, models: Any, out: Path) -> None:
+    vectors = models(shards=2)
+    before = os.umask(umask)
+    try:
+        merge_checkpoint(vectors, poe(vectors), out)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert len(modes) > 4
+    assert set(modes.values()) == {mode}, modes
+
+
 def test_the_model_card(models: Any, out: Path) -> None:
     vectors = models(torch.bfloat16)
     rules = DEFAULT_RULES.extended([{"match": "head", "action": "base"}])
