@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.vision.ensembles import GIBBS, PATHS, Ensembles, Outcome
+from benchmarks.vision.ensembles import GIBBS, LAST, Ensembles, Outcome
 from diagnostics.comparison import compare_methods
 from diagnostics.plots import plot_pareto
 
@@ -102,7 +102,7 @@ def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
     tables: dict[str, Mapping[str, Tensor]] = {}
     series: dict[str, list[str]] = {}
     for outcome in outcomes:
-        if outcome.search is None or outcome.scope != PATHS:
+        if outcome.search is None or outcome.scope != LAST:
             continue
         path = outcome.search.tempering.path
         best = max(point.accuracy for point in path)
@@ -111,5 +111,5 @@ def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
         tables |= {name: outcome.search.probabilities[t] for name, t in zip(series[outcome.name], kept, strict=True)}
     compared = compare_methods(tables, ensembles.validation.labels, seed=ensembles.seed, num_resamples=PATH_RESAMPLES)
     axes = plot_pareto(compared, series)
-    axes.set_title(f"validation, {PATHS} sampled, over temperatures")
+    axes.set_title(f"validation, {LAST} sampled, over temperatures")
     return cast(Figure, axes.figure)

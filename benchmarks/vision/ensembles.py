@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.vision.evaluate import Head, Scores, mean_scores, score, task_logits
-from benchmarks.vision.model import build, preprocess
+from benchmarks.vision.model import SqueezeNet, build, preprocess
 from benchmarks.vision.parallel import run_all
 from benchmarks.vision.train import Suite
 from diagnostics.comparison import SCORES, Comparison, compare_methods
@@ -38,10 +38,9 @@ from inference.tempering import Tempering, fit_logit_temperature, temper, temper
 from poe_models import TaskVectors
 from poe_models.posterior import full_posterior
 
-SCOPES = {"all layers": "", "last layer": r"fire9\.expand"}
-CUTS = {"all layers": None, "last layer": "backbone.fire9"}
-PATHS = "last layer"
-"""Where noise gets a path of its own."""
+ALL, LAST = "all layers", "last layer"
+SCOPES = {ALL: "", LAST: r"fire9\.expand"}
+CUTS = {ALL: None, LAST: "backbone.fire9"}
 MAP, SCALED_MAP = "MAP", "MAP, scaled logits"
 GIBBS, LAPLACE, TWIN, NOISE = "Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise"
 NO_CLASS = -1e4
@@ -50,7 +49,7 @@ NO_CLASS = -1e4
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is drawn.
+    """How much is drawn. In Full coordinates temperatures are small: mixture weights hardly move, and a few steps mix.
 
     Args:
         members: Of every ensemble on the test images; 10 in [BMM].
@@ -65,11 +64,28 @@ class Budget:
     search_members: int = 4
     temperatures: int = 4
     refinements: int = 3
-    warmup: int = 50
-    thin: int = 5
+    warmup: int = 20
+    thin: int = 2
 
 
 Result = TypeVar("Result")
+
+
+class Trunk(nn.Module):
+    """What comes before fire9 as one module, so that a cut at fire9 leaves out all of it; it has no weights of its own.
+
+    Args:
+        backbone: Whose layers it calls.
+    """
+
+    def __init__(self, backbone: SqueezeNet) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # not registered a second time
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Output of fire8 (B, 512, h, w)."""
+        return self._backbone[0].before_fire9(inputs)
 
 
 class SuiteModel(nn.Module):
@@ -85,14 +101,17 @@ class SuiteModel(nn.Module):
         self.backbone = build(state).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.heads = list(heads.values())
         self.classes = max(len(head.bias) for head in self.heads)
+        self.trunk = Trunk(self.backbone)
 
     @override
     def forward(self, inputs: Tensor, task: int) -> Tensor:
         """Logits (b, classes) of the backbone's inputs of one task."""
-        return _filled(self.heads[task](self.backbone(inputs)), self.classes)
+        features = self.backbone.fire9(self.trunk(inputs)).mean((2, 3))
+        return filled(self.heads[task](features), self.classes)
 
 
-def _filled(logits: Tensor, classes: int) -> Tensor:
+def filled(logits: Tensor, classes: int) -> Tensor:
+    """Logits (..., classes) with the classes that a task lacks."""
     return F.pad(logits, (0, classes - logits.shape[1]), value=NO_CLASS)
 
 
@@ -199,7 +218,7 @@ class Ensembles:
         Returns:
             One outcome each.
         """
-        searches = [*((scope, GIBBS) for scope in SCOPES), (PATHS, NOISE)]
+        searches = [*((scope, GIBBS) for scope in SCOPES), (LAST, NOISE)]
         jobs = [(scope, kind) for scope in SCOPES for kind in (GIBBS, LAPLACE, TWIN, NOISE)]
         done = count()
 
@@ -228,7 +247,7 @@ class Ensembles:
         low, high = self._temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
         predictor = self.ensemble(scope, kind, high, 1).predictor(
-            self._model(), self.validation.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
+            self._model(), self.validation.batches, forward=forward, submodule="backbone", cut=CUTS[scope]
         )
 
         def predict(draw: ModelDraws) -> dict[str, Tensor]:
@@ -273,7 +292,7 @@ class Ensembles:
         """One ensemble on the test images, at the temperature found for Gibbs draws of these layers."""
         temperature = found[scope, GIBBS].tempering.temperature
         prediction = self.ensemble(scope, kind, temperature, self.budget.members).predict(
-            self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
+            self._model(), self.test.batches, forward=forward, submodule="backbone", cut=CUTS[scope]
         )
         outcome = self._outcome(kind, self.test.by_task(prediction.probabilities))
         return replace(
@@ -290,7 +309,7 @@ class Ensembles:
             task_logits(self.merged, self.suite.tasks, self.suite.heads, split) for split in ("validation", "test")
         )
         classes = max(logits.shape[1] for logits in validation.values())
-        everything = torch.cat([_filled(logits, classes) for logits in validation.values()])
+        everything = torch.cat([filled(logits, classes) for logits in validation.values()])
         divisor = fit_logit_temperature(everything, torch.cat(list(self.validation.labels.values())))
         scaled = {task: (logits.double() / divisor).softmax(1) for task, logits in test.items()}
         point = {task: logits.double().softmax(1) for task, logits in test.items()}
@@ -327,6 +346,7 @@ def _temperature(draw: ModelDraws) -> float:
     return float(draw.temperature[0])
 
 
-def _forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
+def forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
+    """Logits of a `SuiteModel` on one of the batches of `Examples`."""
     logits: Tensor = model(*batch)
     return logits

@@ -66,10 +66,15 @@ class SqueezeNet(nn.Module):
         Returns:
             (B, 512, h, w), about H/16 by W/16.
         """
+        activations: Tensor = self.fire9(self.before_fire9(x))
+        return activations
+
+    def before_fire9(self, x: Tensor) -> Tensor:
+        """Output of fire8 (B, 512, h, w) for images (B, 3, H, W)."""
         x = F.max_pool2d(F.relu(self.conv1(_pad_same(x)), inplace=True), 3, 2)
         x = F.max_pool2d(self.fire3(self.fire2(x)), 3, 2)
         x = F.max_pool2d(self.fire5(self.fire4(x)), 3, 2)
-        return self.fire9(self.fire8(self.fire7(self.fire6(x))))
+        return self.fire8(self.fire7(self.fire6(x)))
 
     @override
     def forward(self, x: Tensor) -> Tensor:

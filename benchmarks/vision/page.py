@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.vision.ensembles import GIBBS, NOISE, PATHS, Outcome
+from benchmarks.vision.ensembles import GIBBS, LAST, NOISE, Outcome
 from benchmarks.vision.report import Row
 from benchmarks.vision.train import Suite
 from diagnostics.prediction_files import predictions_of, save_predictions
@@ -93,7 +93,7 @@ def report(
     """
     labels = {name: task.splits["test"].labels for name, task in suite.tasks.items()}
     shown = [
-        each for each in outcomes if not each.scope or each.name == GIBBS or (each.name, each.scope) == (NOISE, PATHS)
+        each for each in outcomes if not each.scope or each.name == GIBBS or (each.name, each.scope) == (NOISE, LAST)
     ]
     predictions = save_test_predictions(rows, shown, labels, merged.parent)
     draws = save_span_draws(suite, design, merged.parent, seed)
