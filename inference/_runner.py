@@ -59,6 +59,7 @@ class Runner:
         self._fingerprint: list[str] | None = None
         self._passes = 0
         self._named = cut is not None
+        self._changing = tuple(changing)
         self._cut = self._first_cut(cut, self._with_ties(changing))
         self._announce()
 
@@ -121,19 +122,28 @@ class Runner:
         return output
 
     def _verified(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """The first batch both ways: what the second member gives must not depend on whether features are reused."""
+        """The first batch both ways: what a member gives must not depend on whether features are reused.
+
+        Members at a low temperature hardly differ, so this is tried with changing tensors that certainly do.
+        """
         assert self._cut is not None
-        full = self._full(state, batch)
+        shaken = _shaken(state, {f"model.{name}" for name in self._changing})
         try:
+            full = self._full(shaken, batch)
             with self._cut.replaying(0, self._device):
-                reused = self._full(state, batch)
+                reused = self._full(shaken, batch)
             same = torch.allclose(full, reused, rtol=1e-3, atol=1e-4)
-            why = f"the model uses what comes before {self._cut.name!r} by another way than its inputs"
+            why = (
+                f"the model uses what comes before {self._cut.name!r} by another way than its inputs, or a sampled "
+                "tensor before it"
+            )
         except Exception as error:  # whatever a model does with NaN in the place of what it needs
             same, why = False, f"without what comes before {self._cut.name!r} the model fails: {error}"
         if not same:
             self._give_up(why)
-        return full
+            return self._full(state, batch)
+        with self._cut.replaying(0, self._device):
+            return self._full(state, batch)
 
     def _give_up(self, why: str) -> None:
         """Raise for a cut that was asked for, run in full instead of one that the structure suggested."""
@@ -185,6 +195,16 @@ class Runner:
             if twin != name and torch.equal(fitted[twin], fitted[name]):
                 fitted[name] = fitted[twin]
         return fitted
+
+
+def _shaken(state: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """A state with noise of their own size on some of its tensors, the same noise on tied ones."""
+    made: dict[int, Tensor] = {}
+    for name in names:
+        value = state[name]
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+        made.setdefault(id(value), value + noise * value.float().square().mean().sqrt().to(value))
+    return {name: made[id(value)] if name in names else value for name, value in state.items()}
 
 
 class _Caller(nn.Module):

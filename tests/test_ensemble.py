@@ -429,6 +429,44 @@ def test_a_module_may_write_into_the_features_it_is_given(generator: torch.Gener
     assert_close(found.probabilities, expected, 1e-12)
 
 
+class Early(nn.Module):
+    """Uses a weight of its second layer before the first one, without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.double()
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(x, self.layers[1].weight)
+        return self.layers[1](self.layers[0](x))
+
+
+def test_a_sampled_weight_before_the_cut_is_found_out_even_if_members_hardly_differ(generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    model, x = Early(), torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    vectors = tuned(model, generator)
+    cold, hot = (
+        MergedEnsemble(
+            vectors,
+            poe := ProductOfExperts.of(vectors.names, temperature=temperature),
+            span_draws(vectors, poe),
+        ).restrict(r"layers\.1")
+        for temperature in (1e-12, 0.1)
+    )
+    predictor = cold.predictor(model, [x])
+    for draw in cold.draws:
+        predictor(draw)
+    assert predictor.reused is None
+    predictor = cold.predictor(model, [x], cut="layers.1")
+    with pytest.raises(ValueError, match=r"cut='layers.1'.*or a sampled tensor before it"):
+        list(map(predictor, cold.draws))
+    predictor = cold.predictor(model, [x], cut="layers.0")  # the features are those of the first member
+    with pytest.raises(ValueError, match=r"cut='layers.0'"):
+        list(map(predictor, hot.draws))
+
+
 def test_a_skip_across_the_cut_is_found_out(
     generator: torch.Generator, loader: DataLoader[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
