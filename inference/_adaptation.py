@@ -150,12 +150,17 @@ class Adaptation:
     @property
     def tuning(self) -> Tuning:
         """Current settings, for the next step of the warm-up."""
-        return Tuning(self.step_size.log_value.exp(), self.trajectory.log_value.exp(), self.scale)
+        return self._tuning(self.step_size.log_value, self.trajectory.log_value)
 
     @property
     def settled(self) -> Tuning:
         """Averaged settings, for sampling."""
-        return Tuning(self.step_size.log_mean.exp(), self.trajectory.log_mean.exp(), self.scale)
+        return self._tuning(self.step_size.log_mean, self.trajectory.log_mean)
+
+    def _tuning(self, log_step: Tensor, log_length: Tensor) -> Tuning:
+        """No trajectory is longer than ``max_steps``, whatever the step size has become."""
+        longest = log_step + math.log(self.max_steps)
+        return Tuning(log_step.exp(), torch.minimum(log_length, longest).exp(), self.scale)
 
     def update(self, acceptance: Tensor, criterion_gradient: Tensor, positions: Tensor) -> Adaptation:
         """Learn from one step of all chains.

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from inference._adaptation import Adaptation, StepSize, Tuning, chees_gradient
-from inference._leapfrog import HMCState, init, leapfrog, step, van_der_corput
+from inference._leapfrog import HMCInfo, HMCState, init, leapfrog, step, van_der_corput
 from inference._starts import overdispersed_starts
 from inference._target import Density, Target
 from inference.gibbs import gibbs_posterior
@@ -399,6 +401,30 @@ def test_tuning_finds_scales_that_the_start_does_not_know(generator: torch.Gener
     rates = draws.stats["acceptance_rate"].mean((0, 1))
     assert bool(((rates > 0.6) & (rates < 0.99)).all())
     assert float(draws.stats["n_steps"].double().mean()) < 6  # in the units of the start it takes over 20
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_no_trajectory_has_more_steps_than_allowed(
+    most: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = random_updates(generator, 1, 2, 3, 4)
+    updates[:, 1] = updates[:, 0] + 1e-3 * updates[:, 1]  # long and narrow
+    poe = ProductOfExperts.of(
+        ["a", "b"], InputGram(), Cauchy(), Relative(0.05), anchor=Anchor(precision=RelativePrecision(1e-4))
+    )
+    taken: list[int] = []
+
+    def counted(*arguments: Any) -> tuple[HMCState, HMCInfo]:
+        state, info = step(*arguments)
+        taken.append(int(info.steps.max()))
+        return state, info
+
+    monkeypatch.setattr(sys.modules["inference.hmc"], "step", counted)
+    start = torch.zeros(16, 1, 3, 1, dtype=torch.float64)
+    for given in (None, start):
+        hmc(span_of(poe, updates), 20, warmup=100, generator=generator, max_steps=most, start=given)
+    assert len(taken) == 240
+    assert max(taken) == most  # in the warm-up, too
 
 
 def test_sampling_uses_averaged_settings(generator: torch.Generator) -> None:
