@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_table, path_plot, write_paths
+from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_tables, path_plot, write_paths
 from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
@@ -256,7 +256,8 @@ def compare_ensembles(ensembles: Ensembles, out: Path, console: Console) -> list
     with Progress(console=console) as progress:
         bar = progress.add_task("ensembles", total=None)
         outcomes = ensembles.compare(lambda done, total: progress.update(bar, completed=done, total=total))
-    console.print(ensemble_table(outcomes))
+    for table in ensemble_tables(outcomes):
+        console.print(table)
     console.print(ensemble_note(outcomes), highlight=False)
     (out / "ensembles.md").write_text(ensemble_markdown(outcomes), encoding="utf-8")
     write_paths(out / "temperatures.csv", outcomes)

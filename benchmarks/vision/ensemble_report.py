@@ -16,10 +16,9 @@ from diagnostics.comparison import compare_methods
 from diagnostics.plots import plot_pareto
 
 PATH_RESAMPLES = 200
-COLUMNS = (
-    *("members", "sampled", "T", "accuracy", "minus MAP", "NLL", "minus MAP"),
-    *("Brier", "minus MAP", "ECE", "minus MAP"),
-)
+SHOWN = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
+MINUS = "minus MAP"
+COLUMNS = ("members", "sampled", "T", *(column for shown in SHOWN.values() for column in (shown, MINUS)))
 
 
 def cells(outcome: Outcome) -> list[str]:
@@ -29,7 +28,7 @@ def cells(outcome: Outcome) -> list[str]:
         outcome.scope,
         "" if outcome.temperature is None else f"{outcome.temperature:.1e}",
     ]
-    for score in ("accuracy", "nll", "brier", "ece"):
+    for score in SHOWN:
         difference = outcome.differences.get(score)
         found.append(f"{getattr(outcome.mean, score):.3f}")
         found.append(
@@ -38,13 +37,24 @@ def cells(outcome: Outcome) -> list[str]:
     return found
 
 
-def ensemble_table(outcomes: Sequence[Outcome]) -> Table:
-    """Point estimates and ensembles on the test images, means over tasks."""
-    table = Table(title="test, mean over tasks: the MAP and ensembles around it", title_justify="left")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if i > 1 else "left", no_wrap=True)
+def ensemble_tables(outcomes: Sequence[Outcome]) -> tuple[Table, Table]:
+    """Point estimates and ensembles on the test images, means over tasks; and what they differ by from the MAP."""
+    title = "test, mean over tasks: the MAP and ensembles around it"
+    scores = _table(title, [column for column in COLUMNS if column != MINUS])
+    differences = _table("minus the MAP, with 95 % intervals over test images", [*COLUMNS[:2], *SHOWN.values()])
     for outcome in outcomes:
-        table.add_row(*cells(outcome))
+        row = cells(outcome)
+        scores.add_row(*(cell for cell, column in zip(row, COLUMNS, strict=True) if column != MINUS))
+        if outcome.differences:
+            found = [cell for cell, column in zip(row, COLUMNS, strict=True) if column == MINUS]
+            differences.add_row(*row[:2], *found)
+    return scores, differences
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i > 1 else "left", no_wrap=True)
     return table
 
 
@@ -111,5 +121,5 @@ def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
         tables |= {name: outcome.search.probabilities[t] for name, t in zip(series[outcome.name], kept, strict=True)}
     compared = compare_methods(tables, ensembles.validation.labels, seed=ensembles.seed, num_resamples=PATH_RESAMPLES)
     axes = plot_pareto(compared, series)
-    axes.set_title(f"validation, {LAST} sampled, over temperatures")
+    axes.set_title(f"validation, {LAST} sampled, over temperatures", loc="left", pad=21, fontsize=11)
     return cast(Figure, axes.figure)
