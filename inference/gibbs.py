@@ -62,7 +62,8 @@ def gibbs(
     """
     posterior = full_posterior(*unpack(poe, updates, low_rank))
     kernel = GibbsKernel(posterior, regenerable=True)
-    singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in range(posterior.num_modules)]
+    modules = range(posterior.num_modules)
+    singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in modules] if len(modules) > 1 else [kernel]
     weights, seeds, energies = [], [], []
     for state in _kept(kernel, num_samples, chains, warmup, thin, generator, progress):
         weights.append(state.weights)

@@ -144,8 +144,9 @@ def temper(
         temperatures: The lowest and the highest, as `temperature_range` gives them.
         num_temperatures: Size of the grid.
         refinements: How often the grid is refined around the best point.
-        cache: Evaluated members by the digest of their draw; hand the same dict to several searches on the same
-            validation data to evaluate nothing twice.
+        cache: Evaluated members by the digest of their draw; hand the same dict to several searches with the same
+            `predict` to evaluate nothing twice. The digest knows nothing of λ, of what is not sampled, or of the data:
+            with another ensemble or other validation data begin a new dict.
         progress: Called with the number of finished temperatures and their total.
 
     Returns:
