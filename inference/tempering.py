@@ -194,7 +194,7 @@ def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
         less than nothing).
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes do not fit, or a logit is not finite.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(
@@ -202,6 +202,11 @@ def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
             "(n, classes) and (n,) of validation examples."
         )
     z = logits.detach().double().cpu()
+    if not bool(z.isfinite().all()):
+        raise ValueError(
+            "`fit_logit_temperature(...)`: some logits are NaN or infinite. Give those of classes that are ruled out a "
+            "large negative number."
+        )
     own = z.gather(1, labels.detach().cpu().long().unsqueeze(1)).squeeze(1)
 
     def slope(inverse: float) -> float:

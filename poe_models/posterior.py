@@ -11,6 +11,7 @@ tensor([1.3863], dtype=torch.float64)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -120,6 +121,10 @@ class Posterior:
     temperature: float
     event_shape: tuple[int, int]
     factors: tuple[BoundFactor, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`Posterior(temperature={self.temperature})`: must be positive and finite.")
 
     @property
     def num_modules(self) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -316,3 +317,10 @@ def test_the_twin_of_a_multivariate_energy_waits_for_the_dimension(generator: to
     zero = torch.zeros(1, 2, dtype=torch.float64)
     assert_close(gaussian.weights(zero), heavy.weights(zero), 1e-12)
     assert_close(gaussian.weights(zero + 9.0), heavy.weights(zero), 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_that_is_none_is_refused(temperature: float, generator: torch.Generator) -> None:
+    posterior = full_posterior(ProductOfExperts.of(["a", "b"]), random_updates(generator, 1, 2, 2, 2))
+    with pytest.raises(ValueError, match=f"temperature={temperature}.*positive and finite"):
+        replace(posterior, temperature=temperature)
