@@ -6,7 +6,8 @@ the merged update, ``gibbs_posterior``, ``hmc`` and ``nuts`` that of a bound pos
 ``minimize(posterior)`` serves experts that are only a function.
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
-updates themselves, and a ``MergedEnsemble`` turns either kind of draws into models. ``temper`` chooses the temperature,
+updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
+draws into models. ``temper`` chooses the temperature,
 ``compare_designs`` ranks designs by their evidence, and ``hierarchical`` infers scales and tails.
 """
 
@@ -31,6 +32,7 @@ from inference.hmc import hmc
 from inference.laplace import DenseLaplace, Laplace, laplace
 from inference.lbfgs import minimize
 from inference.method_design import MethodDesign
+from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import require_proper
@@ -55,6 +57,7 @@ __all__ = [
     "MergeReport",
     "MergedEnsemble",
     "MethodDesign",
+    "MethodDraws",
     "ModelDraws",
     "Prediction",
     "RegeneratedDraws",

@@ -18,6 +18,7 @@ from inference._member_tensors import MemberTensors
 from inference._output import OutputError, check_output, check_space
 from inference._staging import Staging
 from inference.full_draws import design_text
+from inference.method_design import MethodDesign
 from inference.model_draws import ModelDraws
 from poe_models.checkpoints import Checkpoint, open_checkpoint
 
@@ -152,7 +153,8 @@ class _Writer:
 
     def _design(self, tensor: str) -> str:
         design = self.tensors.design_of(tensor)
-        return f"{design_text(design, solver=True)} lambda={design.scaling:g}"
+        text = repr(design.method) if isinstance(design, MethodDesign) else design_text(design, solver=True)
+        return f"{text} lambda={design.scaling:g}"
 
     def _folder(
         self, name: str, layout: Mapping[str, tuple[str, ...]], aliases: Mapping[str, str], make: _Make

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from inference._draw_checks import check_designs, designs_of
+from inference._method_members import MethodMembers
 from inference._modules import Module, module_names, read_modules
-from inference.design import Design, Designs, as_function
-from inference.full_draws import design_text, warn_of_changes
-from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.design import Design
+from inference.method_design import AnyDesigns, MethodDesign, as_any_function
+from inference.method_draws import MethodDraws
+from inference.model_draws import ModelDraws, PosteriorDraws
 from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from poe_models.task_vectors import Source, TaskVectors
+from poe_models.operators import sum_of_squares
+from poe_models.task_vectors import ModuleUpdates, Source, TaskVectors
 
 _SAME_NORM = 1e-3
 
@@ -24,7 +29,7 @@ class MemberTensors:
 
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name.
+        design: One product, method or design for all tensors, or a function from the tensor's name.
         draws: Draws of some of its modules; modules and weights are checked against them.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not.
@@ -42,14 +47,15 @@ class MemberTensors:
     def __init__(
         self,
         task_vectors: TaskVectors,
-        design: Designs,
+        design: AnyDesigns,
         draws: ModelDraws,
         out_dtype: torch.dtype | None,
         elsewhere: Source | None,
     ) -> None:
         self.task_vectors, self.draws, self.out_dtype = task_vectors, draws, out_dtype
         self.base = task_vectors.base
-        self.design_of = as_function(design)
+        self.design_of = as_any_function(design)
+        self._methods = MethodMembers(task_vectors, self.design_of)
         self.elsewhere = None if elsewhere is None else self._opened(elsewhere)
         merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
         self._modules = {tensor: module_names(task_vectors, tensor) for tensor in merged}
@@ -92,14 +98,7 @@ class MemberTensors:
                 return self.task_vectors.average(tensor).cpu()
         assert treatment.view is not None
         design = self.design_of(tensor)
-        blocks = []
-        for module in read_modules(self.task_vectors, tensor, design):
-            if module.name not in self.draws.modules:
-                blocks.append(self._block(module, tensor, design))
-                continue
-            assert draw is not None
-            self._check_weights(module)
-            blocks.append(module.base + design.scaling * self._update(module, draw))
+        blocks = self._merged(tensor, draw) if isinstance(design, MethodDesign) else self._drawn(tensor, design, draw)
         return treatment.view.join(blocks, self.base.tensors[tensor].shape).cpu()
 
     def dtype_of(self, tensor: str) -> torch.dtype:
@@ -140,34 +139,56 @@ class MemberTensors:
             self.draws.source,
             self.draws.coordinates,
         )
-        if len(draw) != 1 or not same or (isinstance(draw, FullDraws) and draw.designs != self._own_designs()):
+        if len(draw) != 1 or not same or designs_of(draw) != designs_of(self.draws):
             raise ValueError(
                 f"expected one draw of the ensemble's {len(self.draws.modules)} modules, got {len(draw)} draws of "
                 f"{len(draw.modules)}{'' if same else ' that are about other modules or statistics'}. Iterate over the "
                 "draws; `draws.restrict(pattern)` takes the modules of a restricted ensemble."
             )
 
+    def _drawn(self, tensor: str, design: Design, draw: ModelDraws | None) -> list[Tensor]:
+        """The matrices of a tensor that a product of experts merges."""
+        blocks = []
+        for module in read_modules(self.task_vectors, tensor, design):
+            if module.name in self.draws.modules:
+                assert draw is not None
+                self._check_weights(module.name, module.squared_norms)
+                blocks.append(module.base + design.scaling * self._update(module, draw))
+            else:
+                blocks.append(self._shared_block(tensor, module, partial(_map, module, design, self.draws)))
+        return blocks
+
+    def _merged(self, tensor: str, draw: ModelDraws | None) -> list[Tensor]:
+        """The matrices of a tensor that a method merges."""
+        blocks = []
+        for module in self.task_vectors.modules(tensor):
+            if module.name in self.draws.modules:
+                assert isinstance(draw, MethodDraws)
+                self._check_weights(module.name, sum_of_squares(module.updates).cpu())
+                blocks.append(self._methods.weights(module, int(draw.seeds[0, 0])))
+            else:
+                blocks.append(self._shared_block(tensor, module, partial(self._methods.weights, module, None)))
+        return blocks
+
     def _update(self, module: Module, draw: ModelDraws) -> Tensor:
+        assert isinstance(draw, PosteriorDraws)
         if not draw.uses_modes:
             return draw.update(module, 0)
         module = replace(module, known_mode=self._modes.get(module.name))
         self._modes[module.name] = module.mode
         return draw.update(module, 0)
 
-    def _own_designs(self) -> tuple[str, ...]:
-        return self.draws.designs if isinstance(self.draws, FullDraws) else ()
-
-    def _block(self, module: Module, tensor: str, design: Design) -> Tensor:
+    def _shared_block(self, tensor: str, module: Module | ModuleUpdates, make: Callable[[], Tensor]) -> Tensor:
         """The weights of a module that is not sampled."""
         if tensor not in self.sampled:
-            return _map(module, design, self.draws)  # kept as a whole tensor
+            return make()  # kept as a whole tensor
         if module.name not in self._shared_blocks:
             view = self.task_vectors.treatments[tensor].view
             if self.elsewhere is not None and view is not None:
                 index = self._modules[tensor].index(module.name)
                 block = view.split(self.elsewhere.read(tensor))[index].to(module.base)
             else:
-                block = _map(module, design, self.draws)
+                block = make()
             self._shared_blocks[module.name] = block
         return self._shared_blocks[module.name]
 
@@ -179,48 +200,20 @@ class MemberTensors:
                 f"`MergedEnsemble(...)`: the draws have {unknown[0]!r}, which these task vectors do not merge. Give "
                 "the base, experts and rules that the draws were made with, or `draws.restrict(pattern)`."
             )
-        if isinstance(draws, SpanDraws):
-            self._check_order(draws, known)
-        if not isinstance(draws, FullDraws):
-            return
-        dtype = str(self.task_vectors.dtype).removeprefix("torch.")
-        if draws.environment["dtype"] != dtype:
-            raise ValueError(
-                f"`MergedEnsemble(...)`: Full draws made in {draws.environment['dtype']} are other draws in {dtype}. "
-                f"Open the task vectors with `dtype=torch.{draws.environment['dtype']}`."
-            )
-        if draws.environment["device"] != self.task_vectors.device.type:
-            warn_of_changes(draws.environment, self.task_vectors.device)
-        for name, text in zip(draws.modules, draws.designs, strict=True):
-            if design_text(self.design_of(known[name]), solver=draws.uses_modes) != text:
-                what = "experts, anchor or solver" if draws.uses_modes else "experts or anchor"
-                raise ValueError(
-                    f"`MergedEnsemble(...)`: {name!r} was drawn under another design ({what}), and Full draws are made "
-                    "again under the one they have. Give the design that they were drawn with."
-                )
+        check_designs(draws, {name: self.design_of(known[name]) for name in draws.modules}, self.task_vectors)
 
-    def _check_order(self, draws: SpanDraws, known: Mapping[str, str]) -> None:
-        """Refuse coefficients on other task vectors, or on the same in another order."""
-        for name in draws.modules:
-            names = self.design_of(known[name]).poe.update_names
-            if names != draws.updates:
-                raise ValueError(
-                    f"`MergedEnsemble(...)`: the draws of {name!r} are coefficients on {', '.join(draws.updates)}, the "
-                    f"design is about {', '.join(names)}. Give the experts of the draws, in their order."
-                )
-
-    def _check_weights(self, module: Module) -> None:
+    def _check_weights(self, name: str, found: Tensor) -> None:
         """Refuse draws about other weights, once per module."""
-        if module.name in self._checked:
+        if name in self._checked:
             return
-        expected, found = self.draws.squared_norms[self.draws.index(module.name)], module.squared_norms
+        expected = self.draws.squared_norms[self.draws.index(name)]
         if len(found) > len(expected) or not torch.allclose(found, expected[: len(found)], rtol=_SAME_NORM, atol=0.0):
             raise ValueError(
-                f"`MergedEnsemble(...)`: the draws of {module.name!r} are about updates and a centre of norm "
+                f"`MergedEnsemble(...)`: the draws of {name!r} are about updates and a centre of norm "
                 f"{_shown(expected)}, these have {_shown(found)}. Give the base, experts and anchor that the draws "
                 "were made with, or draw again."
             )
-        self._checked.add(module.name)
+        self._checked.add(name)
 
     def _opened(self, elsewhere: Source) -> Checkpoint:
         checkpoint = open_checkpoint(elsewhere, base=self.base)
@@ -235,8 +228,9 @@ class MemberTensors:
 
 
 def _map(module: Module, design: Design, draws: ModelDraws) -> Tensor:
-    """``W_0 + λ Z`` at the MAP, in the coordinates of the draws."""
-    alone = replace(design, poe=module.poe, center=None, coordinates=draws.coordinates)
+    """``W_0 + λ Z`` at the MAP, in the coordinates of the draws if they are a posterior's."""
+    coordinates = draws.coordinates if isinstance(draws, PosteriorDraws) else design.coordinates
+    alone = replace(design, poe=module.poe, center=None, coordinates=coordinates)
     factors = module.low_rank
     low_rank = None if factors is None else (factors[0].unsqueeze(0), factors[1].unsqueeze(0))
     solution = alone.solve(module.updates.unsqueeze(0), low_rank)

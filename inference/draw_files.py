@@ -1,4 +1,4 @@
-"""Save and load the draws of a whole model: coefficients (Span), or mixture weights and seeds (Full)."""
+"""Save and load the draws of a whole model: coefficients (Span), mixture weights and seeds (Full), a method's seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inference._artifacts import read_artifact, write_artifact
 from inference.full_draws import check_environment, warn_of_changes
+from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.statistics_files import statistics_digest
 from poe_models.checkpoints import CheckpointError
@@ -33,12 +34,12 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
 
     Raises:
         OutputError: If the folder exists.
-        TypeError: If the draws are neither Span nor Full draws.
+        TypeError: If the draws are not those of a whole model.
     """
-    if not isinstance(draws, SpanDraws | FullDraws):
+    if not isinstance(draws, SpanDraws | FullDraws | MethodDraws):
         raise TypeError(
-            f"`save_draws({type(draws).__name__})`: give `SpanDraws` or `FullDraws`; `SpanDraws.of(draws, coordinates, "
-            "statistics)` names the draws of a sampler."
+            f"`save_draws({type(draws).__name__})`: give `SpanDraws`, `FullDraws` or `MethodDraws`; "
+            "`SpanDraws.of(draws, coordinates, statistics)` names the draws of a sampler."
         )
     record: dict[str, Any] = {
         "coordinates": draws.coordinates,
@@ -49,10 +50,13 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
     tensors = {"squared_norms": draws.squared_norms, **draws.numbers, **stats}
     if isinstance(draws, SpanDraws):
         record["updates"] = list(draws.updates)
+        return write_artifact(path, _KIND, tensors, record)
+    distinct = list(dict.fromkeys(draws.designs))
+    record["designs"] = distinct
+    record["design_of_module"] = [distinct.index(text) for text in draws.designs]
+    if isinstance(draws, MethodDraws):
+        record["experts"] = list(draws.experts)
     else:
-        distinct = list(dict.fromkeys(draws.designs))
-        record["designs"] = distinct
-        record["design_of_module"] = [distinct.index(text) for text in draws.designs]
         record["method"] = draws.method
         record["environment"] = dict(draws.environment)
     return write_artifact(path, _KIND, tensors, record)
@@ -70,7 +74,7 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
             takes any; an ensemble still compares the norms of all updates.
 
     Returns:
-        `SpanDraws` or `FullDraws`.
+        `SpanDraws`, `FullDraws` or `MethodDraws`.
 
     Raises:
         CheckpointError: If the folder is missing, corrupt, holds something else, or draws of something else.
@@ -94,36 +98,66 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
 
 
 def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
-    modules = tuple(record["modules"])
-    stats = {name.removeprefix(_STATS): value for name, value in tensors.items() if name.startswith(_STATS)}
+    modules = len(record["modules"])
     draws: ModelDraws
+    own: dict[str, tuple[int, ...]]
     if record["coordinates"] == "span":
-        updates = tuple(record["updates"])
-        draws = SpanDraws(
-            modules, tensors["squared_norms"], record["source"], updates, tensors["coefficients"], stats=stats
-        )
-        shapes = {"coefficients": (*draws.coefficients.shape[:2], len(modules), len(updates) + 1)}
+        draws = _span(tensors, record)
+        own = {"coefficients": (modules, len(draws.updates) + 1)}
+    elif record["coordinates"] == "seeds":
+        draws = _seeds(tensors, record)
+        own = {"seeds": ()}
     else:
-        draws = FullDraws(
-            modules=modules,
-            squared_norms=tensors["squared_norms"],
-            source=record["source"],
-            stats=stats,
-            method=record["method"],
-            weights=tensors["weights"],
-            seeds=tensors["seeds"],
-            temperature=tensors["temperature"],
-            designs=tuple(record["designs"][index] for index in record["design_of_module"]),
-            environment=record["environment"],
-        )
-        check_environment(draws.environment)
-        start = draws.weights.shape[:2]
-        experts = draws.weights.shape[-1]
-        shapes = {"weights": (*start, len(modules), experts), "seeds": (*start, len(modules))}
-        shapes["temperature"] = (len(modules),)
-    shapes |= {name: (draws.num_chains, draws.num_draws, len(modules)) for name in tensors if name.startswith(_STATS)}
+        draws = _full(tensors, record)
+        own = {"weights": (modules, draws.weights.shape[-1]), "seeds": (modules,)}
+    start = (draws.num_chains, draws.num_draws)
+    shapes: dict[str, tuple[int, ...]] = {name: (*start, *rest) for name, rest in own.items()}
+    shapes |= {name: (*start, modules) for name in tensors if name.startswith(_STATS)}
+    if isinstance(draws, FullDraws):
+        shapes["temperature"] = (modules,)
     for name, shape in shapes.items():
         finite = name.startswith(_STATS) or bool(torch.isfinite(tensors[name]).all())
         if tuple(tensors[name].shape) != shape or not finite:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected finite {shape}")
     return draws
+
+
+def _span(tensors: dict[str, Tensor], record: dict[str, Any]) -> SpanDraws:
+    return SpanDraws(**_common(tensors, record), updates=tuple(record["updates"]), coefficients=tensors["coefficients"])
+
+
+def _full(tensors: dict[str, Tensor], record: dict[str, Any]) -> FullDraws:
+    check_environment(record["environment"])
+    return FullDraws(
+        **_common(tensors, record),
+        method=record["method"],
+        weights=tensors["weights"],
+        seeds=tensors["seeds"],
+        temperature=tensors["temperature"],
+        designs=_designs(record),
+        environment=record["environment"],
+    )
+
+
+def _seeds(tensors: dict[str, Tensor], record: dict[str, Any]) -> MethodDraws:
+    return MethodDraws(
+        **_common(tensors, record),
+        seeds=tensors["seeds"],
+        experts=tuple(record["experts"]),
+        designs=_designs(record),
+    )
+
+
+def _common(tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
+    stats = {name.removeprefix(_STATS): value for name, value in tensors.items() if name.startswith(_STATS)}
+    return {
+        "modules": tuple(record["modules"]),
+        "squared_norms": tensors["squared_norms"],
+        "source": record["source"],
+        "stats": stats,
+    }
+
+
+def _designs(record: dict[str, Any]) -> tuple[str, ...]:
+    """The design of each module."""
+    return tuple(record["designs"][index] for index in record["design_of_module"])

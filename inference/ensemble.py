@@ -21,7 +21,7 @@ from inference._digest import Progress
 from inference._ensemble_files import save_members
 from inference._member_tensors import MemberTensors
 from inference._runner import Forward, Runner
-from inference.design import Designs
+from inference.method_design import AnyDesigns
 from inference.model_draws import ModelDraws
 from poe_models.task_vectors import Source, TaskVectors
 
@@ -51,14 +51,15 @@ class Prediction:
 class MergedEnsemble:
     """Merged models ``W_0 + λ Z``, one for each draw of ``Z``.
 
-    A merged module that the draws do not have is the design's MAP, solved once in the coordinates of the draws; other
-    tensors are averaged or the base's, as their treatment says. In memory is one member at a time, beside the tensors
+    A merged module that the draws do not have is the design's MAP, solved once in the coordinates of the draws, or what
+    its merging method gives at its own seed; other tensors are averaged or the base's, as their treatment says. In
+    memory is one member at a time, beside the tensors
     that all members share; draws that are made from the MAP (Laplace's, noise) keep the sampled modules' MAP as well.
 
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name; λ is `Design.scaling`.
-        draws: Draws of modules of this model.
+        design: One product, method or design for all tensors, or a function from the tensor's name; λ is its `scaling`.
+        draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.
 
@@ -79,7 +80,7 @@ class MergedEnsemble:
     def __init__(
         self,
         task_vectors: TaskVectors,
-        design: Designs,
+        design: AnyDesigns,
         draws: ModelDraws,
         *,
         out_dtype: torch.dtype | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -84,6 +84,33 @@ class MethodDesign:
             The new design.
         """
         return replace(self, method=method)
+
+    def at_seed(self, seed: int) -> MethodDesign:
+        """The design at another seed, which may have to look at the model anew; itself if its method does not draw.
+
+        Args:
+            seed: The seed.
+
+        Returns:
+            The design.
+
+        Raises:
+            ValueError: If the method draws and has no field `seed`, or was made ready at a seed of its own.
+        """
+        method = self.method
+        if not method.about.random:
+            return self
+        if not is_dataclass(method) or "seed" not in {item.name for item in fields(method)}:
+            raise ValueError(
+                f"`{method!r}`: its `about` says that it draws, but it is no dataclass with a field `seed`, so that it "
+                "cannot be drawn again at another one. Give it one."
+            )
+        if method.ready and method.about.scope == "model" and not method.needs_loaders:
+            raise ValueError(
+                f"`{method!r}`: it has seen the model at the seed {method.seed}, and at another one it would see "
+                "something else. Give it as it was before `.prepare(...)`; each seed's is done on the way."
+            )
+        return replace(self, method=replace(method, seed=seed))
 
 
 AnyDesign = Design | MethodDesign

@@ -33,7 +33,7 @@ from inference.laplace import Laplace
 from inference.statistics_files import statistics_digest
 from poe_models.span import SpanCoordinates, SpanStatistics
 
-__all__ = ["FullDraws", "ModelDraws", "SpanDraws"]
+__all__ = ["FullDraws", "ModelDraws", "PosteriorDraws", "SpanDraws"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,8 @@ class ModelDraws(ABC):
 
     @property
     @abstractmethod
-    def coordinates(self) -> Literal["span", "full"]:
-        """What the draws are draws of."""
-
-    @property
-    def uses_modes(self) -> bool:
-        """Whether making a draw needs the module's MAP, which is then worth keeping."""
-        return False
+    def coordinates(self) -> Literal["span", "full", "seeds"]:
+        """What the draws are draws of: coefficients, the merged update itself, or a random method's seed."""
 
     @property
     @abstractmethod
@@ -82,15 +77,6 @@ class ModelDraws(ABC):
     @abstractmethod
     def labels(self) -> tuple[str, ...]:
         """What decides the draws besides numbers."""
-
-    @abstractmethod
-    def update(self, module: Module, member: int) -> Tensor:
-        """The merged update of one module in one draw, ``(d_out, d_in)``.
-
-        Args:
-            module: a module whose name is among ``modules``.
-            member: number of the draw, chain after chain.
-        """
 
     @abstractmethod
     def _only(self, chains: Tensor, draws: Tensor) -> Self:
@@ -168,7 +154,32 @@ class ModelDraws(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class SpanDraws(ModelDraws):
+class PosteriorDraws(ModelDraws):
+    """Draws of the posterior of each module, which make its merged update from the module alone."""
+
+    @property
+    @abstractmethod
+    @override
+    def coordinates(self) -> Literal["span", "full"]:
+        """What the draws are draws of."""
+
+    @property
+    def uses_modes(self) -> bool:
+        """Whether making a draw needs the module's MAP, which is then worth keeping."""
+        return False
+
+    @abstractmethod
+    def update(self, module: Module, member: int) -> Tensor:
+        """The merged update of one module in one draw, ``(d_out, d_in)``.
+
+        Args:
+            module: a module whose name is among ``modules``.
+            member: number of the draw, chain after chain.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class SpanDraws(PosteriorDraws):
     """Coefficients on the experts' updates and the anchor's centre.
 
     Attributes:
@@ -255,7 +266,7 @@ class SpanDraws(ModelDraws):
 
 
 @dataclass(frozen=True, eq=False)
-class FullDraws(ModelDraws):
+class FullDraws(PosteriorDraws):
     """What Full draws are made again from: mixture weights and seeds, with the design.
 
     Attributes:
