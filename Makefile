@@ -28,9 +28,15 @@ test: $(STAMP)
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.demo
 
-bench: $(STAMP)
+bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.solver
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.sampling
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.rules
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
+
+# The benchmark of shift looks at the demo's merge.
+out/demo/temperatures.csv: | $(STAMP)
+	$(MAKE) demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -247,7 +247,7 @@ class Ensembles:
         low, high = self._temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
         predictor = self.ensemble(scope, kind, high, 1).predictor(
-            self._model(), self.validation.batches, forward=forward, submodule="backbone", cut=CUTS[scope]
+            self._model(), self.validation.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
 
         def predict(draw: ModelDraws) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ class Ensembles:
         """One ensemble on the test images, at the temperature found for Gibbs draws of these layers."""
         temperature = found[scope, GIBBS].tempering.temperature
         prediction = self.ensemble(scope, kind, temperature, self.budget.members).predict(
-            self._model(), self.test.batches, forward=forward, submodule="backbone", cut=CUTS[scope]
+            self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
         outcome = self._outcome(kind, self.test.by_task(prediction.probabilities))
         return replace(
@@ -346,7 +346,6 @@ def _temperature(draw: ModelDraws) -> float:
     return float(draw.temperature[0])
 
 
-def forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
-    """Logits of a `SuiteModel` on one of the batches of `Examples`."""
+def _forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
     logits: Tensor = model(*batch)
     return logits

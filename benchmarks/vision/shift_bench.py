@@ -1,0 +1,180 @@
+"""Predictions of the demo's merge and of ensembles around it, on images that have changed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks.vision.demo import MERGED
+from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, filled
+from benchmarks.vision.evaluate import backbone, task_logits
+from benchmarks.vision.methods import METHODS
+from benchmarks.vision.model import preprocess
+from benchmarks.vision.parallel import run_all
+from benchmarks.vision.report import MEAN
+from benchmarks.vision.train import Suite
+from diagnostics.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from inference.design import Design
+from inference.ensemble import Prediction
+from inference.tempering import fit_logit_temperature
+
+SCOPE = "last layer"
+ENSEMBLES = (GIBBS, TWIN, NOISE)
+BATCH = 50
+CLEAN, OTHERS = ("clean", 0), ("other tasks", 0)
+Condition = tuple[str, int]
+"""Kind and severity of a corruption, `CLEAN`, or `OTHERS`."""
+CONDITIONS: tuple[Condition, ...] = (CLEAN, *((k, s) for k in CORRUPTIONS for s in SEVERITIES), OTHERS)
+Predictions = Mapping[Condition, Mapping[str, Prediction]]
+"""Condition -> task of the head -> prediction."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """What the demo chose.
+
+    Args:
+        name: Of the method.
+        design: With λ and η.
+        temperature: Of the last layer's posterior.
+        merged: The MAP as a checkpoint folder.
+    """
+
+    name: str
+    design: Design
+    temperature: float
+    merged: Path
+
+
+def read_demo(folder: Path, names: Sequence[str]) -> Best:
+    """The demo's best product of experts on validation, and the last layer's temperature with the lowest NLL there.
+
+    Args:
+        folder: The demo's output folder.
+        names: Of the experts.
+
+    Returns:
+        The choice.
+
+    Raises:
+        FileNotFoundError: If the folder is not the demo's.
+    """
+    files = [folder / "results.csv", folder / "temperatures.csv", folder / MERGED / "model.safetensors"]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"`read_demo({str(folder)!r})`: there is no {missing[0]}. Run `make demo` first.")
+    methods = {method.name: method for method in METHODS if method.energy is not None}
+    with files[0].open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == MEAN and row["method"] in methods]
+    best = max(rows, key=lambda row: float(row["validation_accuracy"]))
+    with files[1].open(newline="", encoding="utf-8") as file:
+        path = [row for row in csv.DictReader(file) if (row["members"], row["sampled"]) == (GIBBS, SCOPE)]
+    coldest_best = min(path, key=lambda row: (float(row["nll"]), float(row["temperature"])))
+    design = Design(methods[best["method"]].design(names, float(best["eta"])), float(best["scale"]))
+    return Best(best["method"], design, float(coldest_best["temperature"]), folder / MERGED)
+
+
+class Shift:
+    """Predictions of the MAP and of ensembles under every condition.
+
+    Args:
+        suite: Tasks, heads and experts.
+        best: The merge.
+        seed: Of draws and of the noise in images.
+        budget: Members, and how they are drawn.
+    """
+
+    def __init__(self, suite: Suite, best: Best, seed: int, budget: Budget) -> None:
+        self.suite, self.best, self.seed, self.budget = suite, best, seed, budget
+        state = load_file(best.merged / "model.safetensors")
+        self.features = backbone(state)
+        self.features.fire9 = nn.Identity()  # type: ignore[assignment]
+        self.layers: dict[str, list[nn.Module]] = {MAP: [_last_layer(state)]}
+
+    def draw(self) -> None:
+        """Make the last layers of all members, once for all conditions."""
+        ensembles = Ensembles(self.suite, self.best.design, self.best.merged, self.seed, self.budget)
+
+        def drawn(kind: str) -> list[nn.Module]:
+            ensemble = ensembles.ensemble(SCOPE, kind, self.best.temperature, self.budget.members)
+            return [_last_layer(state) for state in ensemble.members()]
+
+        self.layers |= dict(zip(ENSEMBLES, run_all(drawn, ENSEMBLES), strict=True))
+
+    def images(self, condition: Condition) -> dict[str, list[Tensor]]:
+        """Head of the task -> images that it is shown, as stored."""
+        test = {name: task.splits["test"].images for name, task in self.suite.tasks.items()}
+        if condition == CLEAN:
+            return {name: [images] for name, images in test.items()}
+        if condition == OTHERS:
+            return {name: [images for other, images in test.items() if other != name] for name in test}
+        kind, severity = condition
+        return {name: [corrupt(each, kind, severity, seed=self.seed)] for name, each in test.items()}  # type: ignore[arg-type]
+
+    def predictions(self, progress: Callable[[int, int], None]) -> dict[str, Predictions]:
+        """Name of the members or of the point estimate -> its predictions; the MAP comes first.
+
+        Args:
+            progress: Called with the number of finished conditions and their total.
+
+        Returns:
+            All predictions.
+        """
+        done = count(1)
+
+        def under(condition: Condition) -> dict[str, dict[str, Prediction]]:
+            found = {task: self.of_head(task, images) for task, images in self.images(condition).items()}
+            progress(next(done), len(CONDITIONS))
+            return found
+
+        self.draw()
+        everything = dict(zip(CONDITIONS, run_all(under, CONDITIONS), strict=True))
+        found: dict[str, Predictions] = {
+            kind: {c: {task: each[kind] for task, each in heads.items()} for c, heads in everything.items()}
+            for kind in self.layers
+        }
+        return {MAP: found[MAP], SCALED_MAP: self.scaled(found[MAP]), **{kind: found[kind] for kind in ENSEMBLES}}
+
+    @torch.inference_mode()
+    def of_head(self, task: str, images: Sequence[Tensor]) -> dict[str, Prediction]:
+        """Predictions of one head with every kind of last layer; what is before it is computed once."""
+        head, parts = self.suite.heads[task], [part for each in images for part in each.split(BATCH)]
+        tables: dict[str, list[Tensor]] = {kind: [] for kind in self.layers}
+        for part in parts:
+            inputs = self.features.activations(preprocess(part).contiguous(memory_format=torch.channels_last))
+            for kind, layers in self.layers.items():
+                logits = torch.stack([head(layer(inputs).mean((2, 3))) for layer in layers])
+                tables[kind].append(logits.double().softmax(-1))
+        return {kind: mixture(torch.cat(each, 1)) for kind, each in tables.items()}
+
+    def scaled(self, point: Predictions) -> Predictions:
+        """The MAP's predictions with logits divided by what is best on validation."""
+        logits = task_logits(self.best.merged, self.suite.tasks, self.suite.heads, "validation")
+        labels = torch.cat([task.splits["validation"].labels for task in self.suite.tasks.values()])
+        classes = max(len(head.bias) for head in self.suite.heads.values())
+        divisor = fit_logit_temperature(torch.cat([filled(each, classes) for each in logits.values()]), labels)
+        return {
+            condition: {
+                task: mixture((each.probabilities.log() / divisor).softmax(1).unsqueeze(0))
+                for task, each in heads.items()
+            }
+            for condition, heads in point.items()
+        }
+
+
+def mixture(probabilities: Tensor) -> Prediction:
+    """The prediction of members with probabilities (S, n, classes)."""
+    mean = probabilities.mean(0)
+    entropy, own = torch.special.entr(mean).sum(-1), torch.special.entr(probabilities).sum(-1).mean(0)
+    return Prediction(mean, entropy, (entropy - own).clamp(min=0), len(probabilities), "fire9")
+
+
+def _last_layer(state: Mapping[str, Tensor]) -> nn.Module:
+    return backbone(state).fire9

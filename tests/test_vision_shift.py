@@ -1,0 +1,198 @@
+"""The comparison under shift: predictions by a second route, and every number of the page."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.vision import demo, shift_bench, shift_report
+from benchmarks.vision.ensembles import CUTS, GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, SuiteModel
+from benchmarks.vision.evaluate import task_logits
+from benchmarks.vision.methods import METHODS
+from benchmarks.vision.model import preprocess
+from benchmarks.vision.search import Settings
+from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, OTHERS, Best, Predictions, Shift, mixture, read_demo
+from benchmarks.vision.train import Suite
+from diagnostics.corruptions import corrupt
+from inference.ensemble import Prediction
+from inference.tempering import fit_logit_temperature
+from tests.test_vision_demo import toy_suite
+
+INPUT = next(method for method in METHODS if method.name == "InputGram, Cauchy")
+BUDGET = Budget(members=2, warmup=1, thin=1)
+
+
+def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapping[float, float]) -> None:
+    """What the demo leaves behind: validation accuracy by method, NLL by temperature."""
+    demo.save_merge(INPUT, Settings(0.8, 0.1), suite, folder / "merged")
+    lines = ["method,task,scale,eta,validation_accuracy"]
+    lines += [f'"{name}",mean,0.8,0.1,{value}\n"{name}",one,0.8,0.1,' for name, value in rows.items()]
+    (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    lines = ["members,sampled,temperature,nll", "Gibbs,all layers,1e-9,0", "white noise,last layer,2e-9,0"]
+    lines += [f"Gibbs,last layer,{temperature},{nll}" for temperature, nll in path.items()]
+    (folder / "temperatures.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """The demo's toy, with heads that are less sure."""
+    made = toy_suite(tmp_path_factory.mktemp("suite"))
+    heads = {name: dataclasses.replace(head, weight=0.02 * head.weight) for name, head in made.heads.items()}
+    return dataclasses.replace(made, heads=heads)
+
+
+@pytest.fixture(scope="module")
+def best(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Best:
+    """A merge of it, as the demo leaves it."""
+    folder = tmp_path_factory.mktemp("demo")
+    accuracies = {"task arithmetic": 0.9, "InputGram, Cauchy": 0.7, "OutputGram, Cauchy": 0.6}
+    write_demo(folder, suite, accuracies, {1e-5: 1.0, 1e-4: 0.5, 1e-3: 0.7})
+    return read_demo(folder, tuple(suite.experts))
+
+
+@pytest.fixture(scope="module")
+def found(suite: Suite, best: Best) -> dict[str, Predictions]:
+    """All predictions."""
+    told: list[tuple[int, int]] = []
+    predictions = Shift(suite, best, 3, BUDGET).predictions(lambda done, total: told.append((done, total)))
+    assert sorted(told) == [(i + 1, 20) for i in range(20)]
+    return predictions
+
+
+class TestReadDemo:
+    def test_best_product_of_experts_and_its_temperature(self, best: Best) -> None:
+        assert (best.name, best.temperature, best.design.scaling) == ("InputGram, Cauchy", 1e-4, 0.8)
+        assert best.design.poe == INPUT.design(("one", "two"), 0.1)
+
+    def test_another_folder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="Run `make demo` first"):
+            read_demo(tmp_path, ("one",))
+
+
+class TestPredictions:
+    def test_the_map_is_the_merged_model(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
+        logits = task_logits(best.merged, suite.tasks, suite.heads, "test")
+        for task, values in logits.items():
+            expected = values.double().softmax(1)
+            torch.testing.assert_close(found[MAP][CLEAN][task].probabilities, expected, rtol=1e-4, atol=1e-6)
+            assert found[MAP][CLEAN][task].num_members == 1
+
+    @pytest.mark.parametrize("kind", [GIBBS, TWIN, NOISE])
+    def test_ensembles_are_those_of_the_demo(
+        self, kind: str, suite: Suite, best: Best, found: dict[str, Predictions]
+    ) -> None:
+        """By `MergedEnsemble.predict` on corrupted images."""
+        ensemble = Ensembles(suite, best.design, best.merged, 3, BUDGET).ensemble("last layer", kind, 1e-4, 2)
+        model = SuiteModel(load_file(best.merged / "model.safetensors"), suite.heads)
+        images = corrupt(suite.tasks["two"].splits["test"].images, "shot_noise", 2, seed=3)
+        expected = ensemble.predict(
+            model,
+            [(preprocess(images), 1)],
+            forward=lambda m, batch: m(*batch),
+            submodule="backbone",
+            cut=CUTS["last layer"],
+        )
+        got = found[kind]["shot_noise", 2]["two"]
+        torch.testing.assert_close(got.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.mutual_information, expected.mutual_information, rtol=1e-2, atol=1e-6)
+        assert got.num_members == 2
+        others = [found[each]["shot_noise", 2]["two"] for each in (MAP, GIBBS, TWIN, NOISE) if each != kind]
+        assert min(float((got.probabilities - other.probabilities).abs().max()) for other in others) > 1e-4
+
+    def test_other_tasks_images(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
+        shown = Shift(suite, best, 3, BUDGET).images(OTHERS)
+        assert torch.equal(shown["one"][0], suite.tasks["two"].splits["test"].images)
+        crossed = {"one": suite.tasks["two"], "two": suite.tasks["one"]}
+        logits = task_logits(best.merged, crossed, suite.heads, "test")
+        got = found[MAP][OTHERS]["one"].probabilities
+        torch.testing.assert_close(got, logits["one"].double().softmax(1), rtol=1e-4, atol=1e-6)
+
+    def test_scaled_logits(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
+        validation = task_logits(best.merged, suite.tasks, suite.heads, "validation")
+        labels = torch.cat([task.splits["validation"].labels for task in suite.tasks.values()])
+        divisor = fit_logit_temperature(torch.cat(list(validation.values())), labels)
+        logits = task_logits(best.merged, suite.tasks, suite.heads, "test")["one"]
+        expected = (logits.double() / divisor).softmax(1)
+        torch.testing.assert_close(found[SCALED_MAP][CLEAN]["one"].probabilities, expected, rtol=1e-4, atol=1e-6)
+
+    def test_mixture_of_members_that_disagree(self) -> None:
+        pair = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]], dtype=torch.float64)
+        got = mixture(pair)
+        log_two = torch.tensor([2.0, 2.0], dtype=torch.float64).log()
+        torch.testing.assert_close(got.entropy, log_two)
+        torch.testing.assert_close(got.mutual_information, log_two * torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+LABELS = {"s": torch.arange(80) % 2, "t": torch.arange(40) % 2}
+
+
+def predicted(labels: Tensor, wrong: int, sure: float) -> Prediction:
+    """The first few wrong, all with the same confidence."""
+    right = torch.arange(len(labels)) >= wrong
+    top = torch.where(right, labels, 1 - labels)
+    return mixture(torch.where(torch.arange(2) == top.unsqueeze(1), sure, 1 - sure).double().unsqueeze(0))
+
+
+def synthetic(sure: float, unsure: float) -> Predictions:
+    """One more wrong for each severity; confidence is as given on images of the own and of other tasks."""
+    made: dict[shift_bench.Condition, dict[str, Prediction]] = {
+        condition: {task: predicted(labels, 4 * condition[1], sure) for task, labels in LABELS.items()}
+        for condition in CONDITIONS
+    }
+    made[OTHERS] = {task: predicted(labels, 0, unsure) for task, labels in LABELS.items()}
+    return made
+
+
+class TestReport:
+    found = {
+        MAP: synthetic(0.9, 0.9),
+        SCALED_MAP: synthetic(0.8, 0.8),
+        GIBBS: synthetic(0.9, 0.6),
+        TWIN: synthetic(0.6, 0.9),
+        NOISE: synthetic(0.7, 0.7),
+    }
+
+    def test_page_and_csv(self, tmp_path: Path) -> None:
+        text = shift_report.write_report(tmp_path / "shift.md", self.found, LABELS, "a merge", "the command", 0, 3.0)
+        assert "Made by `the command` in 3 seconds" in text
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:2] == "| "]
+        clean = next(row for row in rows if row[:2] == ["clean", "MAP"])
+        assert (clean[2], clean[6]) == ("1.000", "0.100")
+        worst = {row[1]: row for row in rows if row[0] == "5"}
+        wrong = (12 / 80 + 12 / 40) / 2
+        nll = {sure: -(1 - wrong) * math.log(sure) - wrong * math.log(1 - sure) for sure in (0.9, 0.8)}
+        assert worst[MAP][2] == f"{1 - wrong:.3f}"
+        assert float(worst[MAP][4]) == pytest.approx(nll[0.9], abs=6e-4)
+        gap = float(worst[SCALED_MAP][5].split(" ")[0])
+        assert gap == pytest.approx(nll[0.8] - nll[0.9], abs=6e-4)
+        assert worst[GIBBS][3] == "+0.000 [+0.000, +0.000]"
+        heads = {row[0]: row for row in rows if row[0] in LABELS}
+        assert heads["s"][1].startswith("0.500")
+        assert heads["s"][2].startswith("+0.500 [+0.500")  # Gibbs is never as unsure of its own as of others
+        assert heads["s"][3].startswith("-0.500")  # the twin always is
+        assert "Gibbs: the entropy is better in 2, worse in 0, not told apart in 0" in text
+        with (tmp_path / "shift.csv").open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert len(lines) == 19 * 5 * 2 * 4 + 3 * 2 * 3
+        (area,) = (x for x in lines if (x["members"], x["task"], x["score"]) == (GIBBS, "t", "AUROC, entropy"))
+        assert float(area["value"]) == 1.0
+
+    def test_pooled_differences_are_paired_over_conditions(self) -> None:
+        """The same test image under every corruption: its mean over them is what is resampled."""
+        scored = {c: shift_report.compared(self.found, c, LABELS, 0) for c in CONDITIONS if c != OTHERS}
+        one = scored["contrast", 2].difference(SCALED_MAP, MAP, "nll")
+        all_equal = shift_report.at_severity(scored, 2).difference(SCALED_MAP, MAP, "nll")
+        assert all_equal.value == pytest.approx(one.value)
+        assert all_equal.error == pytest.approx(one.error)  # six copies of the same images are not six times as many
+        assert one.error > 1e-3
+        mixed = shift_report.pooled([scored["contrast", 1], scored["contrast", 3]])
+        expected = (scored["contrast", 1].mean(MAP).value + scored["contrast", 3].mean(MAP).value) / 2
+        assert mixed.mean(MAP).value == pytest.approx(expected)
