@@ -209,7 +209,8 @@ def annealed_evidence(
 
     Only directions that some expert sees are simulated; elsewhere the posterior is the anchor, which integrates to one.
     The path grows with their number and with the distance of the updates from the anchor's centre in its standard
-    deviations ``sqrt(T / (2 eta))``: cold posteriors and large modules in Full coordinates need many steps.
+    deviations ``sqrt(T / (2 eta))``: cold posteriors and large modules in Full coordinates need many steps. All
+    particles of all modules are in memory at once, in Full coordinates each with a factored matrix of its own.
 
     Args:
         posterior: in Full or Span coordinates.

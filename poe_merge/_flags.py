@@ -93,7 +93,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("dtype",), "float32, float64 (computed in it, too), bfloat16 or float16."),
     Flag(("out_dtype",), "Dtype of the output if another: base, float32, float64, bfloat16 or float16."),
     Flag(("device",), "Where to compute: cpu, cuda, cuda:1."),
-    Flag(("seed",), "Of torch's generators, for energies that draw."),
+    Flag(("seed",), "Of the draws of `sample`, and of torch's generators for energies that draw."),
     Flag(("batch_bytes",), "Most bytes of updates that are solved as one batch."),
 )
 

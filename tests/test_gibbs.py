@@ -10,6 +10,7 @@ from inference.gibbs import gibbs, gibbs_posterior
 from poe_models import (
     Absolute,
     AbsolutePrecision,
+    Activation,
     Anchor,
     Cauchy,
     Directional,
@@ -19,10 +20,12 @@ from poe_models import (
     Huber,
     Identity,
     InputGram,
+    ModuleStatistics,
     OutputGram,
     ProductOfExperts,
     Relative,
     RelativePrecision,
+    ResidualMap,
     StudentT,
     average,
     full_posterior,
@@ -137,11 +140,11 @@ def test_compression_and_span_do_not_change_the_distribution(generator: torch.Ge
     assert abs(float(outside.square().mean()) / truth - 1) < 5 * math.sqrt(2 / outside.numel())
 
 
-@pytest.mark.slow
-def test_simulation_based_calibration(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("moments", [None, [[2.0, 0.9], [0.9, 0.5]]], ids=["Identity", "Activation"])
+def test_simulation_based_calibration(moments: list[list[float]] | None, generator: torch.Generator) -> None:
     """Talts et al. (2018), arXiv 1804.06788: with U_i ~ p(U_i | Z), ranks of the true Z among draws are uniform.
 
-    Identity experts with the multivariate exponent are Student-t densities of U_i given Z; P does not depend on U_i.
+    Experts with the multivariate exponent are Student-t densities of U_i given Z; P does not depend on U_i.
     """
     simulations, kept, eta, df, scale = 300, 15, 0.5, 3.0, 0.8
     truth = torch.randn(simulations, 2, 2, generator=generator, dtype=torch.float64) / math.sqrt(2 * eta)
@@ -149,15 +152,23 @@ def test_simulation_based_calibration(generator: torch.Generator) -> None:
     torch.manual_seed(7)
     mixing = gamma.sample((simulations, 3)).double()[..., None, None]
     noise = torch.randn(simulations, 3, 2, 2, generator=generator, dtype=torch.float64)
+    residual_map: ResidualMap = Identity()
+    modules = [str(i) for i in range(simulations)]
+    if moments is not None:
+        matrix = torch.tensor(moments, dtype=torch.float64)
+        noise = noise @ torch.linalg.inv(torch.linalg.cholesky(matrix))  # rows of covariance matrix^-1
+        given = {name: dict.fromkeys(modules, matrix) for name in NAMES}
+        residual_map = Activation(ModuleStatistics("activations", given))
     updates = truth.unsqueeze(1) + scale * noise * (df / mixing).sqrt()
     poe = ProductOfExperts.of(
         NAMES,
-        Identity(),
+        residual_map,
         StudentT(df, "multivariate"),
         Absolute(scale),
         anchor=Anchor(precision=AbsolutePrecision(eta)),
     )
-    draws = gibbs_posterior(full_posterior(poe, updates), kept, generator=generator, chains=1, warmup=200, thin=20)
+    posterior = full_posterior(poe.for_modules(modules), updates)
+    draws = gibbs_posterior(posterior, kept, generator=generator, chains=1, warmup=200, thin=20)
     ranks = (draws.values[0] < truth).sum(0).flatten()
     counts = torch.bincount(ranks, minlength=kept + 1).double()
     expected = ranks.numel() / (kept + 1)
