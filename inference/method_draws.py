@@ -155,8 +155,7 @@ def method_text(design: MethodDesign, task_vectors: TaskVectors) -> str:
     Returns:
         JSON: the method at seed 0, with digests of what it was given or has learned.
     """
-    shapes = {name: shape for tensor in task_vectors.treatments for name, shape in _shapes(task_vectors, tensor)}
-    inputs = digest_inputs(design.method.inputs(task_vectors.names, shapes), [], Silent())
+    inputs = digest_inputs(design.method.inputs(task_vectors.names, {}), [], Silent())
     digests = {role: entry["sha256"] for role, entry in inputs.items()}
     return json.dumps({"method": repr(design.at_seed(0).method), "inputs": digests}, sort_keys=True)
 
@@ -187,12 +186,6 @@ def _drawn(task_vectors: TaskVectors, design: AnyDesigns, pattern: str) -> Mappi
             "the tensors."
         )
     return {tensor: names for tensor, names in found.items() if names}
-
-
-def _shapes(task_vectors: TaskVectors, tensor: str) -> Iterable[tuple[str, tuple[int, int]]]:
-    view = task_vectors.treatments[tensor].view
-    names = module_names(task_vectors, tensor)
-    return zip(names, view.block_shapes(task_vectors.base.tensors[tensor].shape), strict=True) if view else ()
 
 
 def _feed(digest: Any, module: ModuleUpdates) -> None:

@@ -23,6 +23,7 @@ from inference.full_draws import not_drawn, sample_full
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.laplace import Laplace
+from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import undetermined
@@ -48,7 +49,7 @@ class Drawn:
         warnings: What a reader should know.
     """
 
-    draws: SpanDraws | FullDraws
+    draws: SpanDraws | FullDraws | MethodDraws
     data: tuple[Any, ...]
     warnings: tuple[str, ...]
 

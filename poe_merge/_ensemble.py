@@ -1,7 +1,7 @@
 """`poe-merge sample`: draw, then write the members with the draws they came from; or go on where that was interrupted.
 
 OUT/member-000, ...    the members, OUT/shared their common part (deltas only), OUT/ensemble.json what everything is
-OUT/sample.json        settings, and whether the chains agree
+OUT/sample.json        settings, and whether the chains agree, if there are any
 OUT/draws              every draw, not only the members': `inference.draw_files.load_draws`
 OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where designs differ between tensors
 """
@@ -25,17 +25,21 @@ from inference._digest import Progress
 from inference._ensemble_files import check_begun
 from inference._output import OutputError
 from inference._statistics_record import difference, families
+from inference.design import Design
 from inference.draw_files import load_draws, save_draws
 from inference.ensemble import MergedEnsemble
+from inference.method_design import AnyDesign
+from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.statistics_files import collect_statistics
 from poe_merge._drawing import Drawn, draw_full, draw_span
-from poe_merge._sampling import Sampling
+from poe_merge._sampling import Sampling, Seeds
 from poe_merge._stats import Table, check_apart, checked_statistics, checkpoints_of
 from poe_merge.config import MergeConfig
 from poe_models.task_vectors import TaskVectors
 
 RECORD, DRAWS = "sample.json", "draws"
+AnyTable = Callable[[str], AnyDesign]
 
 
 class Bars(Progress, Protocol):
@@ -61,7 +65,7 @@ class SampleReport:
         out: The folder.
         what: The settings.
         modules: Number of modules that were drawn.
-        shared: Number of merged modules that were not, and are the MAP.
+        shared: Number of merged tensors that were not: they are the MAP, or the method's at its own seed.
         nbytes: Bytes of all files.
         convergence: R-hat, effective sample size and verdicts; None for independent draws.
         warnings: What a reader should know.
@@ -69,7 +73,7 @@ class SampleReport:
     """
 
     out: Path
-    what: Sampling
+    what: Sampling | Seeds
     modules: int
     shared: int
     nbytes: int
@@ -81,9 +85,9 @@ class SampleReport:
 def sample(
     settings: MergeConfig,
     task_vectors: TaskVectors,
-    designs: Table,
+    designs: AnyTable,
     out: Path,
-    what: Sampling,
+    what: Sampling | Seeds,
     bars: Bars,
     *,
     statistics: Path | None,
@@ -113,7 +117,7 @@ def sample(
     partial = check_apart(out, checkpoints_of(task_vectors, designs))
     partial = partial.with_name(partial.name + ".partial")
     check_begun(partial, resume)
-    if statistics is not None and what.coordinates == "full":
+    if statistics is not None and isinstance(what, Sampling) and what.coordinates == "full":
         raise ValueError(
             "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
         )
@@ -124,7 +128,8 @@ def sample(
             drawn, convergence = _drawn_before(partial, asked)
         else:
             drawn = _draw(task_vectors, designs, what, statistics, bars)
-            convergence = _convergence(drawn.draws, what)
+            chains = isinstance(what, Sampling) and what.method != "laplace"
+            convergence = _convergence(drawn.draws) if chains else None
         ensemble = MergedEnsemble(
             task_vectors, designs, drawn.draws.thinned(what.members), out_dtype=settings.output_dtype
         )
@@ -147,15 +152,30 @@ def sample(
     )
 
 
-def _draw(task_vectors: TaskVectors, designs: Table, what: Sampling, statistics: Path | None, bars: Bars) -> Drawn:
+def _draw(
+    task_vectors: TaskVectors, designs: AnyTable, what: Sampling | Seeds, statistics: Path | None, bars: Bars
+) -> Drawn:
+    if isinstance(what, Seeds):
+        draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
+        return Drawn(draws, (), ())
+    products = _products(designs)
     if what.coordinates == "full":
-        return draw_full(task_vectors, designs, what, bars)
+        return draw_full(task_vectors, products, what, bars)
     if statistics is None:
-        sets = families(task_vectors, designs)
-        found = [collect_statistics(task_vectors, designs, tensors=each, progress=bars) for each in sets]
+        sets = families(task_vectors, products)
+        found = [collect_statistics(task_vectors, products, tensors=each, progress=bars) for each in sets]
     else:
-        found = [checked_statistics(statistics, task_vectors, designs, bars)]
-    return draw_span(found, task_vectors, designs, what, bars.steps)
+        found = [checked_statistics(statistics, task_vectors, products, bars)]
+    return draw_span(found, task_vectors, products, what, bars.steps)
+
+
+def _products(designs: AnyTable) -> Table:
+    def product(tensor: str) -> Design:
+        design = designs(tensor)
+        assert isinstance(design, Design)
+        return design
+
+    return product
 
 
 def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[str, Any] | None]:
@@ -168,7 +188,7 @@ def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[
             "that folder to start again."
         )
     draws = load_draws(partial / DRAWS, record["source"])
-    assert isinstance(draws, SpanDraws | FullDraws)
+    assert isinstance(draws, SpanDraws | FullDraws | MethodDraws)
     return Drawn(draws, (), tuple(record["warnings"])), record["convergence"]
 
 
@@ -184,10 +204,8 @@ def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
     save_draws(drawn.draws, folder / DRAWS)
 
 
-def _convergence(draws: ModelDraws, what: Sampling) -> dict[str, Any] | None:
+def _convergence(draws: ModelDraws) -> dict[str, Any]:
     """Whether the chains agree, as plain data."""
-    if what.method == "laplace":
-        return None
     found = chain_convergence(draws)
     sizes = np.fmin(found.statistics.ess_bulk, found.statistics.ess_tail)
     return {

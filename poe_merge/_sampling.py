@@ -10,8 +10,10 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
+from poe_merge._settings import names_method
 from poe_merge.config import MergeConfig
-from poe_merge.specs import nearest
+from poe_merge.specs import METHOD, nearest, parse_spec
+from poe_models.anchors import METHODS
 
 Method = Literal["gibbs", "laplace", "hmc", "nuts"]
 Coordinates = Literal["span", "full"]
@@ -56,6 +58,66 @@ class Sampling:
         return torch.Generator(device).manual_seed(self.seed)
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """Which seeds of a random merging method to draw.
+
+    Args:
+        method: The method, as text.
+        first: The first member's seed, which is the method's own; those of the others follow.
+        members: How many merged models.
+        pattern: Regular expression; modules whose names it does not find stay at the first seed.
+        format: What the members are written as.
+    """
+
+    method: str
+    first: int
+    members: int
+    pattern: str
+    format: Format
+
+    @property
+    def seeds(self) -> range:
+        """The seed of each member."""
+        return range(self.first, self.first + self.members)
+
+
+def seeds_of(
+    settings: MergeConfig, members: int, pattern: str, format: str, given: Mapping[str, object | None]
+) -> Seeds:
+    """Which seeds a configuration's merging method is drawn at.
+
+    Args:
+        settings: The configuration.
+        members: How many merged models.
+        pattern: Regular expression of module names.
+        format: What the members are written as.
+        given: Options that are about posteriors, None where they were not given.
+
+    Returns:
+        What to draw.
+
+    Raises:
+        ValueError: The method does not draw, or an option cannot be used.
+    """
+    method = parse_spec(settings.merge_method, METHOD)
+    if not method.about.random:
+        random = ", ".join(name for name, each in METHODS.items() if each.about.random)
+        raise ValueError(
+            f"merge_method: {settings.merge_method} gives the same merge at every seed. Use `poe-merge merge`; methods "
+            f"that draw are {random}."
+        )
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"--{option} {value}: is about a posterior, and merge_method is {settings.merge_method}; its draws are "
+                "merges at one seed each. Leave it out."
+            )
+    _check_common(pattern, format)
+    first: int = getattr(method, "seed", 0)
+    return Seeds(settings.merge_method, first, members, pattern, cast(Format, format))
+
+
 def sampling_of(
     settings: MergeConfig,
     members: int,
@@ -82,15 +144,15 @@ def sampling_of(
     Raises:
         ValueError: An option cannot be used, or not with another; says which.
     """
-    for option, value, valid in (("method", method, get_args(Method)), ("format", format, get_args(Format))):
-        if value not in valid:
-            raise ValueError(f"--{option} {value}: {nearest(value, valid)}Choose from {', '.join(valid)}.")
+    if names_method(method):
+        raise ValueError(
+            f"--method {method}: here it names a sampler. To draw a merging method at several seeds, write "
+            f"`merge_method: {method}` in the configuration."
+        )
+    _check_choice("method", method, get_args(Method))
+    _check_common(pattern, format)
     if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--pattern {pattern!r}: no regular expression: {error}. Write it like 'mlp.*fc2'.") from None
     coordinates = _coordinates(settings)
     if coordinates == "full" and method in ("hmc", "nuts"):
         raise ValueError(
@@ -108,6 +170,20 @@ def sampling_of(
         format=cast(Format, format),
         **numbers,
     )
+
+
+def _check_common(pattern: str, format: str) -> None:
+    """Refuse what no kind of draw can use."""
+    _check_choice("format", format, get_args(Format))
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--pattern {pattern!r}: no regular expression: {error}. Write it like 'mlp.*fc2'.") from None
+
+
+def _check_choice(option: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"--{option} {value}: {nearest(value, valid)}Choose from {', '.join(valid)}.")
 
 
 def _coordinates(settings: MergeConfig) -> Coordinates:

@@ -201,6 +201,15 @@ def _plain_name(name: str) -> str:
 _METHODS = {_plain_name(name): name for name in METHOD.registry}
 
 
+def names_method(text: str) -> bool:
+    """Whether a text begins with the name of a known merging method, as it is usually written or as it is called.
+
+    >>> names_method("dare-ties"), names_method("Ties(density=0.2)"), names_method("gibbs")
+    (True, True, False)
+    """
+    return _plain_name(text.partition("(")[0]) in _METHODS
+
+
 def is_method(text: str) -> bool:
     """Whether an anchor's centre, as `anchor` gives it, is a merging method."""
     return _CALL.fullmatch(text) is not None
@@ -211,7 +220,7 @@ def anchor(raw: Any, folders: Sequence[Path]) -> str:
     text = str(raw).strip()
     if text == "zero":
         return text
-    if _plain_name(text.partition("(")[0]) in _METHODS or is_method(text):
+    if names_method(text) or is_method(text):
         return method(text, folders)
     found = source(text, folders)
     if Path(found).exists() or _HUB_ID.fullmatch(text):

@@ -19,6 +19,7 @@ from typing_extensions import override
 from diagnostics.verdicts import Verdict
 from inference.solution import Status
 from inference.streaming import MergeReport, Plan
+from poe_merge._sampling import Sampling, Seeds
 from poe_merge._stats import StatisticsReport
 from poe_merge.presets import Preset
 from poe_models.anchors import MergingMethod
@@ -118,16 +119,12 @@ def statistics(done: StatisticsReport) -> None:
 def sample(done: SampleReport) -> None:
     """Print what was drawn, whether the chains agree, and what to know about it."""
     what, console = done.what, _console()
-    rest = f", {done.shared} more tensors at the MAP" if done.shared else ""
-    console.print(
-        escape(
-            f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s; "
-            f"{done.modules} modules drawn by {what.method} in {what.coordinates.capitalize()} coordinates at "
-            f"temperature {what.temperature:g}{rest}."
-        ),
-        soft_wrap=True,
-    )
-    if done.convergence is None:
+    made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
+    how = f"{done.modules} modules drawn by {what.method} {_how_drawn(what, done.shared)}"
+    console.print(escape(f"{made}; {how}."), soft_wrap=True)
+    if isinstance(what, Seeds):
+        console.print("Independent draws, one for each seed: there are no chains to judge.")
+    elif done.convergence is None:
         console.print("Independent draws of Laplace's approximation: there are no chains to judge.")
     else:
         r_hat, ess = (
@@ -140,6 +137,14 @@ def sample(done: SampleReport) -> None:
             warning(text)
     for text in done.warnings:
         warning(text)
+
+
+def _how_drawn(what: Sampling | Seeds, shared: int) -> str:
+    if isinstance(what, Seeds):
+        rest = f", {shared} more tensors at seed {what.first}" if shared else ""
+        return f"at the seeds {', '.join(map(str, what.seeds))}{rest}"
+    rest = f", {shared} more tensors at the MAP" if shared else ""
+    return f"in {what.coordinates.capitalize()} coordinates at temperature {what.temperature:g}{rest}"
 
 
 def diagnosis(path: Path, warnings: Sequence[Verdict]) -> None:

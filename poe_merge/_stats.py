@@ -13,6 +13,7 @@ from inference._output import check_output
 from inference._plan import inputs_of
 from inference._statistics_record import describe, require_same
 from inference.design import Design
+from inference.method_design import AnyDesign
 from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from poe_merge.build import custom_sources
 from poe_merge.config import MergeConfig
@@ -113,7 +114,7 @@ def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, pr
     return statistics
 
 
-def checkpoints_of(task_vectors: TaskVectors, designs: Table) -> dict[str, Checkpoint]:
+def checkpoints_of(task_vectors: TaskVectors, designs: Callable[[str], AnyDesign]) -> dict[str, Checkpoint]:
     """Every checkpoint that is read, by its role.
 
     Args:

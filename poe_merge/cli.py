@@ -18,11 +18,11 @@ from inference.streaming import plan as plan_merge
 from poe_merge import _show as show
 from poe_merge._check import check_method, summary
 from poe_merge._flags import overrides, with_flags
-from poe_merge._sampling import sampling_of
+from poe_merge._sampling import Sampling, Seeds, sampling_of, seeds_of
 from poe_merge._stats import make_statistics
 from poe_merge._yaml import Document, read_yaml
-from poe_merge.build import DesignTable, custom_sources, designs_of, open_task_vectors
-from poe_merge.config import MergeConfig, parse_config
+from poe_merge.build import DesignTable, MethodTable, custom_sources, designs_of, open_task_vectors
+from poe_merge.config import POE, MergeConfig, parse_config
 from poe_merge.presets import PRESETS
 from poe_merge.specs import nearest
 from poe_models.anchors import METHODS
@@ -130,8 +130,10 @@ def sample(
     stats: Annotated[
         Path | None, typer.Option("--stats", help="What `poe-merge stats` made of the same merge.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="gibbs, laplace, hmc or nuts.")] = "gibbs",
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the posterior.")] = 1.0,
+    method: Annotated[
+        str | None, typer.Option("--method", help="gibbs, which is the default, laplace, hmc or nuts.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Of the posterior; 1.")] = None,
     pattern: Annotated[str, typer.Option("--pattern", help="Regular expression: draw only these modules.")] = "",
     format: Annotated[str, typer.Option("--format", help="checkpoints, or deltas in float32.")] = "checkpoints",
     chains: Annotated[
@@ -147,18 +149,27 @@ def sample(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw merged models from the posterior, in Span coordinates unless told otherwise."""
+    """Draw merged models from the posterior, in Span coordinates unless told otherwise.
+
+    If the configuration's merge_method is a random one, such as dare, the members are merges at as many seeds instead.
+    """
     from poe_merge._ensemble import sample as draw_members  # with ArviZ, which takes seconds to import
 
     if out is None:
         raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
     settings, task_vectors = _opened(config, flags)
-    table = DesignTable(settings, task_vectors.base)
-    given = {"chains": chains, "draws": draws, "warmup": warmup, "thin": thin}
-    what = sampling_of(settings, members, method, temperature, pattern, format, given)
+    numbers = {"chains": chains, "draws": draws, "warmup": warmup, "thin": thin}
+    what: Sampling | Seeds
+    if settings.merge_method == POE:
+        heat = 1.0 if temperature is None else temperature
+        what = sampling_of(settings, members, method or "gibbs", heat, pattern, format, numbers)
+    else:
+        others = {"stats": stats, "method": method, "temperature": temperature, **numbers}
+        what = seeds_of(settings, members, pattern, format, others)
+    table = designs_of(settings, task_vectors.base)
     try:
         with show.Bars() as bars:
-            designs = prepare_designs(task_vectors, table, bars)
+            designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
             report = draw_members(settings, task_vectors, designs, out, what, bars, statistics=stats, resume=resume)
     except KeyboardInterrupt:
         begun = out.with_name(out.name + ".partial")

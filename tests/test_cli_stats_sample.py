@@ -21,6 +21,7 @@ from inference.fixed_point import solve_posterior
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.laplace import Laplace
+from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
 from inference.statistics_files import load_statistics, statistics_digest
 from poe_merge import _drawing, _ensemble, _sampling, _stats
@@ -494,6 +495,94 @@ def test_interrupted_draws_leave_nothing(cli: Cli, here: Path, monkeypatch: pyte
     status, _, err = cli("sample", "config.yaml", "--out", "out")
     assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
     assert listing(here) == before
+
+
+# --- seeds of a merging method ---
+
+
+@pytest.fixture
+def by_method(here: Path) -> Callable[..., Path]:
+    """Write the configuration of a merging method."""
+
+    def write(method: str, **parameters: float) -> Path:
+        config = {**CONFIG, "merge_method": method, "parameters": parameters}
+        (here / "method.yaml").write_text(yaml.safe_dump(config))
+        return here / "method.yaml"
+
+    return write
+
+
+def test_members_are_merges_at_the_methods_seed_and_those_after_it(
+    done: Cli, by_method: Callable[..., Path], here: Path
+) -> None:
+    config = by_method("dare-ties(density=0.6, seed=5)", **{"lambda": 0.7})
+    _, out, _ = done("sample", config, "-n", "3", "--out", "out")
+    assert "3 modules drawn by DareTies(" in out
+    assert "at the seeds 5, 6, 7.\nIndependent draws, one for each seed" in out
+    for index, seed in enumerate((5, 6, 7)):
+        done("merge", by_method(f"dare-ties(density=0.6, seed={seed})", **{"lambda": 0.7}), "--out", f"at{seed}")
+        expected, member = weights(here / f"at{seed}"), weights(here / "out" / f"member-{index:03d}")
+        assert set(member) == set(expected)
+        assert all(torch.equal(member[name], expected[name]) for name in expected)
+    draws = load_draws(here / "out" / "draws")
+    assert isinstance(draws, MethodDraws)
+    assert draws.seeds.tolist() == [[5, 6, 7]]
+    record = json.loads((here / "out" / "sample.json").read_text())
+    assert (record["convergence"], record["sampling"]["first"]) == (None, 5)
+
+
+def test_some_modules_at_seeds(done: Cli, by_method: Callable[..., Path], here: Path) -> None:
+    config = by_method("dare")
+    _, out, _ = done("sample", config, "-n", "2", "--pattern", "attn", "--format", "deltas", "--out", "out")
+    assert "1 modules drawn by Dare(" in out
+    assert "2 more tensors at seed 0" in out
+    one, two = (load_file(here / "out" / f"member-00{i}" / "delta.safetensors") for i in range(2))
+    assert set(one) == {"1.attn.weight"}
+    assert not torch.equal(one["1.attn.weight"], two["1.attn.weight"])
+
+
+def test_seeds_go_on_after_an_interruption(
+    done: Cli, cli: Cli, by_method: Callable[..., Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = by_method("knots-dare-ties")
+    done("sample", config, "-n", "2", "--out", "whole")
+    with monkeypatch.context() as patched:
+
+        def stop(*arguments: Any, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr("inference._ensemble_files._Writer._companions", stop)
+        assert cli("sample", config, "-n", "2", "--out", "out")[0] == 130
+    assert (here / "out.partial" / "draws").is_dir()
+    assert (
+        "was begun with sampling.members = 2, now it is 3"
+        in cli("sample", config, "-n", "3", "--out", "out", "--resume")[2]
+    )
+    done("sample", config, "-n", "2", "--out", "out", "--resume")
+    for name in ("member-000", "member-001"):
+        one, two = weights(here / "whole" / name), weights(here / "out" / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("ties", (), "gives the same merge at every seed. Use `poe-merge merge`; methods that draw are Dare, DareTies"),
+        ("dare", ("--method", "gibbs"), "--method gibbs: is about a posterior, and merge_method is Dare("),
+        ("dare", ("--temperature", "0.5"), "--temperature 0.5: is about a posterior"),
+        ("dare", ("--stats", "stats"), "--stats stats: is about a posterior"),
+        ("dare", ("--chains", "2"), "--chains 2: is about a posterior"),
+        ("dare", ("--format", "delta"), "did you mean `deltas`?"),
+        ("dare", ("--pattern", "("), "no regular expression"),
+        ("dare", ("--pattern", "lm_head"), "fits none of the modules that are merged at random"),
+        ("concrete-task-arithmetic", (), "it needs data (inputs)"),
+        ("poe", ("--method", "dare"), "write `merge_method: dare` in the configuration"),
+    ],
+)
+def test_seeds_that_cannot_be_drawn(
+    method: str, arguments: tuple[str, ...], message: str, by_method: Callable[..., Path], fails: Callable[..., str]
+) -> None:
+    assert message in fails("sample", by_method(method), "--out", "o", *arguments)
 
 
 # --- bad input ---
