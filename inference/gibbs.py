@@ -245,7 +245,7 @@ class GibbsKernel:
         z = self.quadratic.lift(x)
         if not self.quadratic.compression.trivial:
             outside = noise - self.quadratic.lift(white)
-            z = z + outside * (2 * self.shift).rsqrt().to(z.dtype)[:, None, None]
+            z = z + outside * anchor_spread(self.shift).to(z.dtype)[:, None, None]
         return z if self.posterior.center is None else self.posterior.center + z
 
     def _noise(self, seeds: Tensor) -> Tensor:
@@ -279,6 +279,14 @@ def draw_weights(posterior: Posterior, residuals: Tensor, power: Tensor, generat
             weight = torch._standard_gamma(shape.contiguous(), generator=generator) / rate / scale
         columns.append(torch.where(expert.active, weight, 0.0))
     return torch.stack(columns, -1)
+
+
+def anchor_spread(shift: Tensor) -> Tensor:
+    """Standard deviation ``(2 shift)^-1/2`` in directions that only the anchor holds; ``(M,)``.
+
+    Zero without an anchor: a proper posterior has no such directions then, and what is left of the noise is rounding.
+    """
+    return torch.where(shift > 0, (2 * shift).rsqrt(), torch.zeros_like(shift))
 
 
 def seeded_noise(seed: int, shape: tuple[int, int], like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inference.draws import RegeneratedDraws
-from inference.gibbs import seeded_noise
+from inference.gibbs import anchor_spread, seeded_noise
 from inference.inputs import unpack
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, Solution
@@ -116,7 +116,7 @@ class Laplace:
         z = self.quadratic.lift(self.hessian.sample(white))
         if not compression.trivial:
             outside = noise - self.quadratic.lift(white)
-            z = z + outside * (2 * self.posterior.anchor_precision).rsqrt().to(z.dtype)[:, None, None]
+            z = z + outside * anchor_spread(self.posterior.anchor_precision).to(z.dtype)[:, None, None]
         return (self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
@@ -156,7 +156,8 @@ class Laplace:
         (basis,) = bases
         assert isinstance(base, GramPrecision)
         inside = ((basis @ base.side_covariance()) * basis).sum(-1)
-        outside = (1 - basis.square().sum(-1)) / (2 * self.posterior.anchor_precision).to(basis.dtype)[:, None]
+        alone = anchor_spread(self.posterior.anchor_precision).square().to(basis.dtype)
+        outside = (1 - basis.square().sum(-1)) * alone[:, None]
         variance = inside + outside
         if compression.flat is not None:
             return variance.unflatten(-1, self.posterior.event_shape)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from inference.gibbs import gibbs, gibbs_posterior
+from inference.laplace import Laplace
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -217,6 +218,27 @@ def test_an_update_that_is_rounding_beside_the_others_drops_out_as_one_that_is_z
         assert posterior.active.tolist() == [[True, True, False], [True, True, True]]
         values.append(gibbs_posterior(posterior, 5, generator=torch.Generator().manual_seed(0)).values)
     assert_close(values[0], values[1], 1e-12)
+
+
+def test_directional_experts_that_span_everything_need_no_anchor(generator: torch.Generator) -> None:
+    # Two entries and two experts: along each update an independent Student-t of five degrees of freedom.
+    updates = random_updates(generator, 1, 2, 1, 2)
+    poe = ProductOfExperts.of(
+        NAMES[:2], Directional(), Cauchy(3.0), Absolute(0.7), anchor=Anchor(precision=AbsolutePrecision(0.0))
+    )
+    posterior = full_posterior(poe, updates)
+    vectors = updates[0].flatten(1)
+    draws = gibbs(poe, updates, 5000, generator=generator)
+    z = torch.stack([torch.stack([draws.latents(c, s).flatten() for s in range(5000)]) for c in range(4)])
+    along = z @ vectors.mT - vectors.square().sum(-1)
+    assert bool((along.mean((0, 1)).abs() < 5 * standard_error(along)).all())
+    assert bool(((along.square().mean((0, 1)) - 0.49 / 3).abs() < 5 * standard_error(along.square())).all())
+    approximation = Laplace(posterior, torch.linalg.solve(vectors, vectors.square().sum(-1)).view(1, 1, 2))
+    covariance = 0.49 / 6 * torch.linalg.inv(vectors.mT @ vectors)
+    assert_close(approximation.standard_deviations().flatten(), covariance.diagonal().sqrt(), 1e-9)
+    sampled = approximation.sample(4000, generator)
+    values = torch.stack([sampled.latents(0, s).flatten() for s in range(4000)])
+    assert float((values.std(0) / covariance.diagonal().sqrt() - 1).abs().max()) < 5 / math.sqrt(8000)
 
 
 def test_progress_is_reported(generator: torch.Generator) -> None:
