@@ -72,9 +72,12 @@ def _sources(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _design_table(index: int, design: Mapping[str, Any], count: int) -> Table:
+    name = "Design" if count == 1 else f"Design {index + 1}"
+    if "method" in design:
+        caption = f"{name}: {design['title']}, lambda {design['scaling']:g}"
+        return Table(caption, ("method", "to be cited"), [[str(design["method"]), str(design["citation"])]])
     anchor = design["anchor"]
     center = "the base" if anchor["center"] is None else short_source(str(anchor["center"]))
-    name = "Design" if count == 1 else f"Design {index + 1}"
     caption = (
         f"{name}: anchor {anchor['precision']} around {center}, temperature {design['temperature']:g}, lambda "
         f"{design['scaling']:g}, {design['coordinates']} coordinates"

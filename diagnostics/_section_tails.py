@@ -25,20 +25,22 @@ CENTRED = 0.1
 """Robust scales up to which an offset of the residuals is none."""
 
 
-def tails_section(residuals: Residuals | None, tails: PooledTails | None) -> Section:
+def tails_section(residuals: Residuals | None, tails: PooledTails | None, measured: str = "") -> Section:
     """Residuals of the merge, and their tails beside the null controls.
 
     Args:
         residuals: of the merge.
         tails: of the residuals.
+        measured: a sentence about who measured them, if not the experts of the merge.
 
     Returns:
         The section.
     """
     verdicts: list[Verdict] = []
-    blocks: list[Block] = []
+    blocks: list[Block] = [Text(measured)] if measured else []
     if tails is not None:
-        verdicts, blocks = _tail_verdicts(tails), _tail_blocks(tails)
+        verdicts = _tail_verdicts(tails)
+        blocks += _tail_blocks(tails)
     if residuals is not None:
         caption = "What is left of the experts' wishes, module by module; 1 is what merging nothing would leave."
         blocks += [Plot(plot_mean_squared_residuals({"this merge": residuals}), caption), _residual_table(residuals)]

@@ -42,6 +42,7 @@ def report(
     sensitivity: GammaSensitivity | None = None,
     residuals: Residuals | None = None,
     tails: PooledTails | None = None,
+    measured: str = "",
     predictions: JudgedPredictions | None = None,
     corrupted: Mapping[str, Sequence[Corrupted]] | None = None,
     detection: Mapping[str, ShiftComparison] | None = None,
@@ -59,6 +60,7 @@ def report(
         sensitivity: to gamma.
         residuals: of the merge.
         tails: of the residuals.
+        measured: a sentence about who measured residuals, if not the experts of the merge.
         predictions: judged predictions.
         corrupted: name of the method to what `under_corruption` gave.
         detection: name of the inputs ("mnist, shown emoji") to what `compare_detection` gave.
@@ -77,7 +79,7 @@ def report(
     if any(result is not None for result in (fixed_point, chains, coefficients, sensitivity)):
         sections.append(convergence_section(fixed_point, chains, coefficients, sensitivity))
     if residuals is not None or tails is not None:
-        sections.append(tails_section(residuals, tails))
+        sections.append(tails_section(residuals, tails, measured))
     if predictions is not None:
         sections.append(calibration_section(predictions))
     if corrupted or detection:

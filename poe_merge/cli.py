@@ -24,7 +24,7 @@ from poe_merge._yaml import Document, read_yaml
 from poe_merge.build import DesignTable, MethodTable, custom_sources, designs_of, open_task_vectors
 from poe_merge.config import POE, MergeConfig, parse_config
 from poe_merge.presets import PRESETS
-from poe_merge.specs import nearest
+from poe_merge.specs import RESIDUAL_MAP, nearest, parse_spec
 from poe_models.anchors import METHODS
 from poe_models.task_vectors import TaskVectors
 
@@ -190,6 +190,14 @@ def diagnose(
         Path | None, typer.Option("--predictions", help="Class probabilities and labels, .npz or .safetensors.")
     ] = None,
     tails: Annotated[bool, typer.Option("--tails/--no-tails", help="Read all weights for the residuals.")] = True,
+    residual_map: Annotated[
+        str | None,
+        typer.Option(
+            "--residual-map",
+            help="Measures residuals in the place of the merge's experts; InputGram where a method has merged.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of resamples and simulations.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -197,7 +205,8 @@ def diagnose(
     from poe_merge import diagnosis  # with ArviZ, which takes seconds to import
 
     diagnosis.check_out(out)
-    page = diagnosis.diagnose(run, draws=draws, predictions=predictions, tails=tails, seed=seed)
+    measure = None if residual_map is None else parse_spec(residual_map, RESIDUAL_MAP)
+    page = diagnosis.diagnose(run, draws=draws, predictions=predictions, tails=tails, residual_map=measure, seed=seed)
     show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)
 
 

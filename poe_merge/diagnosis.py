@@ -18,20 +18,24 @@ from diagnostics.convergence import FixedPointConvergence, fixed_point_convergen
 from diagnostics.judged import JudgedPredictions, judge
 from diagnostics.prediction_files import load_predictions
 from diagnostics.report import Page, report
-from diagnostics.residuals import Residuals, residuals
+from diagnostics.residuals import Experts, Residuals, residuals
 from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.verdicts import Level, Verdict
 from inference._digest import Silent, digest_inputs
 from inference._folder import RECORD
 from inference.draw_files import load_draws
+from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
 from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, Kind, parse_spec
 from poe_models.checkpoints import CheckpointError
 from poe_models.experts import Expert, ProductOfExperts
+from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.task_vectors import TaskVectors
 from poe_models.treatments import RuleTable
 
 EXPERT = "expert "
+METHODS_MAP = InputGram()
+"""What measures the residuals of a method's merge unless told otherwise."""
 
 
 @dataclass
@@ -43,12 +47,19 @@ class Findings:
     coefficients: CoefficientIntervals | None = None
     residuals: Residuals | None = None
     tails: PooledTails | None = None
+    measured: str = ""
     predictions: JudgedPredictions | None = None
     verdicts: list[Verdict] = field(default_factory=list)
 
 
 def diagnose(
-    run: Path, *, draws: Path | None = None, predictions: Path | None = None, tails: bool = True, seed: int = 0
+    run: Path,
+    *,
+    draws: Path | None = None,
+    predictions: Path | None = None,
+    tails: bool = True,
+    residual_map: ResidualMap | None = None,
+    seed: int = 0,
 ) -> Page:
     """Make the report of a merged folder.
 
@@ -57,6 +68,8 @@ def diagnose(
         draws: a folder of draws, as `poe-merge sample` and `save_draws` make them.
         predictions: a file of predictions, see `diagnostics.prediction_files`.
         tails: read base, experts and merge again for the residuals and their tails.
+        residual_map: measures residuals in the place of the merge's experts; `InputGram` by default where a method,
+            which has no experts, has merged.
         seed: of resamples and simulations.
 
     Returns:
@@ -67,13 +80,15 @@ def diagnose(
     """
     record = read_record(run)
     found = Findings()
-    modules = [module for tensor in record["tensors"] for module in tensor.get("modules", ())]
-    if modules:
-        found.fixed_point = fixed_point_convergence(modules)
+    merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
+    modules = [module for tensor in merged for module in tensor["modules"]]
+    solved = [module for tensor in merged if "experts" in _design(record, tensor) for module in tensor["modules"]]
+    if solved:
+        found.fixed_point = fixed_point_convergence(solved)
     if draws is not None:
         _judge_draws(draws, [str(module["module"]) for module in modules], found)
     if tails and modules:
-        _fit_tails(run, record, found, seed)
+        _fit_tails(run, record, found, seed, residual_map)
     if predictions is not None:
         found.predictions = judge(load_predictions(predictions), seed=seed)
     return report(
@@ -85,6 +100,7 @@ def diagnose(
         coefficients=found.coefficients,
         residuals=found.residuals,
         tails=found.tails,
+        measured=found.measured,
         predictions=found.predictions,
         verdicts=found.verdicts,
     )
@@ -161,27 +177,56 @@ def _judge_draws(path: Path, modules: list[str], found: Findings) -> None:
         )
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
-    if isinstance(draws, FullDraws) and draws.method != "gibbs":
-        text = f"{len(draws)} independent draws ({draws.method}): there are no chains to judge."
+    if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):
+        how = draws.method if isinstance(draws, FullDraws) else "seeds of a merging method"
+        text = f"{len(draws)} independent draws ({how}): there are no chains to judge."
         found.verdicts.append(Verdict("draws", Level.GOOD, text))
     else:
         found.chains = chain_convergence(draws)
 
 
-def _fit_tails(run: Path, record: Mapping[str, Any], found: Findings, seed: int) -> None:
+def _fit_tails(
+    run: Path, record: Mapping[str, Any], found: Findings, seed: int, residual_map: ResidualMap | None = None
+) -> None:
     """Residuals and tails; where the inputs are not what they were, a note why there are none."""
     try:
         vectors = _task_vectors(record)
-        designs = {str(t["tensor"]): record["designs"][t["design"]] for t in record["tensors"] if "design" in t}
-        products = {name: _product(design) for name, design in designs.items()}
+        designs = {str(t["tensor"]): _design(record, t) for t in record["tensors"] if "design" in t}
+        experts = {name: _experts(design, residual_map) for name, design in designs.items()}
+        found.measured = _measured(designs, residual_map)
         found.residuals = residuals(
-            run, vectors, lambda tensor: products[tensor], scaling=lambda tensor: float(designs[tensor]["scaling"])
+            run, vectors, lambda tensor: experts[tensor], scaling=lambda tensor: float(designs[tensor]["scaling"])
         )
         found.tails = pooled_tails(found.residuals, seed=seed)
     except (ValueError, CheckpointError, OSError) as error:
         part = "tails" if found.residuals is not None else "residuals"
         text = f"left out: {error}"
         found.verdicts.append(Verdict(part, Level.UNKNOWN, text))
+
+
+def _design(record: Mapping[str, Any], tensor: Mapping[str, Any]) -> Mapping[str, Any]:
+    design: Mapping[str, Any] = record["designs"][tensor["design"]]
+    return design
+
+
+def _experts(design: Mapping[str, Any], residual_map: ResidualMap | None) -> Experts:
+    """Who measures the residuals of a tensor."""
+    if residual_map is not None:
+        return residual_map
+    return METHODS_MAP if "method" in design else _product(design)
+
+
+def _measured(designs: Mapping[str, Mapping[str, Any]], residual_map: ResidualMap | None) -> str:
+    """Who measured residuals, where it is not the merge's own experts."""
+    if residual_map is not None:
+        return f"Residuals are measured by {residual_map!r}, which was asked for."
+    titles = dict.fromkeys(str(design["title"]) for design in designs.values() if "method" in design)
+    if not titles:
+        return ""
+    return (
+        f"{' and '.join(titles)} has no experts and so no residuals of its own: residuals are measured by "
+        f"{METHODS_MAP!r} (`--residual-map` asks for another)."
+    )
 
 
 def _task_vectors(record: Mapping[str, Any]) -> TaskVectors:

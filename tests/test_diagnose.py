@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -20,17 +21,23 @@ from inference import hmc
 from inference.design import Design
 from inference.draw_files import save_draws
 from inference.full_draws import sample_full
+from inference.method_design import MethodDesign
+from inference.method_draws import MethodDraws
 from inference.model_draws import SpanDraws
 from inference.streaming import merge_checkpoint
 from poe_merge import diagnosis
 from poe_merge.cli import run
 from poe_models import (
     Cauchy,
+    Dare,
+    Directional,
     Energy,
     InputGram,
+    OutputGram,
     ProductOfExperts,
     StudentT,
     TaskVectors,
+    Ties,
     span_posterior,
     span_statistics,
 )
@@ -68,8 +75,12 @@ def vectors(folders: Path) -> TaskVectors:
     return TaskVectors(folders / "base", {name: folders / name for name in NAMES})
 
 
+def headings_of(text: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
 def headings(page: Path) -> list[str]:
-    return re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
+    return headings_of(page.read_text(encoding="utf-8"))
 
 
 def predictions(path: Path) -> Path:
@@ -107,6 +118,7 @@ def test_residuals_are_those_of_the_merge_at_its_own_scaling(folders: Path, merg
     expected = residuals(merged, vectors(folders), poe, scaling=0.5)
     assert found.residuals is not None
     assert found.tails is not None
+    assert found.measured == ""
     assert found.residuals.values().tolist() == expected.values().tolist()
     assert found.residuals.weights().tolist() == expected.weights().tolist()
     assert found.tails.verdict == pooled_tails(expected, seed=3).verdict
@@ -158,6 +170,64 @@ def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Pat
     assert [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
 
 
+@pytest.fixture(scope="module")
+def by_ties(folders: Path) -> Path:
+    models = [f"--model={name}={folders / name}" for name in NAMES]
+    options = ["--method", "ties(density=0.5)", "--lambda", "0.8", "--out", str(folders / "ties")]
+    assert run(["merge", "--base-model", str(folders / "base"), *models, *options]) == 0
+    return folders / "ties"
+
+
+def test_a_merge_by_a_method(by_ties: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["diagnose", str(by_ties), "--out", str(tmp_path / "r.html")]) == 0
+    assert headings(tmp_path / "r.html")[1:] == [TITLES[0], TITLES[2]]
+    text = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    for words in ("Design: TIES, lambda 0.8", "Ties(density=0.5", "Yadav et al.", "measured by InputGram() (`--resid"):
+        assert words in text
+    assert "warning: residuals" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", [None, "OutputGram"])
+def test_residuals_of_a_methods_merge(chosen: str | None, folders: Path, by_ties: Path) -> None:
+    residual_map = None if chosen is None else OutputGram()
+    found = diagnosis.Findings()
+    diagnosis._fit_tails(by_ties, diagnosis.read_record(by_ties), found, 0, residual_map)
+    expected = residuals(by_ties, vectors(folders), residual_map or InputGram(), scaling=0.8)
+    assert found.residuals is not None
+    assert found.residuals.values().tolist() == expected.values().tolist()
+    assert found.verdicts == []
+
+
+def test_another_residual_map_for_a_products_merge(folders: Path, merged: Path, tmp_path: Path) -> None:
+    assert run(["diagnose", str(merged), "--residual-map", "Directional", "--out", str(tmp_path / "r.html")]) == 0
+    assert "measured by Directional(), which was asked for" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    found = diagnosis.Findings()
+    diagnosis._fit_tails(merged, diagnosis.read_record(merged), found, 0, Directional())
+    expected = residuals(merged, vectors(folders), Directional(), scaling=0.5)
+    assert found.residuals is not None
+    assert found.residuals.values().tolist() == expected.values().tolist()
+
+
+def test_methods_and_products_in_one_merge(folders: Path, tmp_path: Path) -> None:
+    poe = Design(ProductOfExperts.of(NAMES, InputGram(), StudentT(4.0)), scaling=0.5)
+    table = {"a.weight": poe, "b.weight": MethodDesign(Ties(), scaling=0.5)}
+    merge_checkpoint(vectors(folders), lambda tensor: table[tensor], tmp_path / "out")
+    text = html.unescape(diagnosis.diagnose(tmp_path / "out").html)
+    for words in (
+        "Design 1: anchor",
+        "Design 2: TIES, lambda 0.5",
+        "all 1 modules converged",
+        "measured by InputGram()",
+    ):
+        assert words in text
+
+
+def test_draws_at_seeds(folders: Path, by_ties: Path, tmp_path: Path) -> None:
+    save_draws(MethodDraws.of(vectors(folders), Dare(), range(3)), tmp_path / "draws")
+    page = diagnosis.diagnose(by_ties, draws=tmp_path / "draws", tails=False)
+    assert headings_of(page.html)[1:] == TITLES[:1]
+
+
 def test_without_tails_no_weights_are_read(merged: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     copy.mkdir()
@@ -199,6 +269,7 @@ def test_draws_of_another_merge_are_refused(merged: Path, tmp_path: Path) -> Non
         (["{merged}", "--draws", "missing"], "no draws here"),
         (["{merged}", "--predictions", "missing.npz"], "missing.npz"),
         (["{merged}", "--no-tail"], "did you mean"),
+        (["{merged}", "--residual-map", "InputGramm"], "did you mean `InputGram`?"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_a_line(
