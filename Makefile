@@ -32,6 +32,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.solver
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.sampling
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.rules
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 
 # The benchmark of shift looks at the demo's merge.
