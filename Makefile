@@ -28,9 +28,12 @@ test: $(STAMP)
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.demo
 
+# Every table in benchmarks/results. Where CPU seconds are compared, all libraries have one thread.
 bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.solver
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.sampling
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.merging
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.rules
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
