@@ -16,6 +16,7 @@ from poe_models.anchors import (
     METHODS,
     TSVM,
     About,
+    AdaMerging,
     Average,
     Dare,
     DareTies,
@@ -34,7 +35,7 @@ from poe_models.anchors import (
     WudiAdam,
 )
 from poe_models.anchors.spectral import directions
-from poe_models.task_vectors import ModuleUpdates
+from poe_models.task_vectors import ModuleUpdates, TaskVectors
 from tests.helpers import assert_close, name_of, random_updates
 
 ALL: list[MergingMethod] = [
@@ -128,8 +129,20 @@ def test_half_precision_is_computed_in_single(method: MergingMethod, generator: 
     updates = random_updates(generator, 1, 3, 6, 5).bfloat16()
     single = merge(method, updates.float())
     assert single.dtype == torch.float32
-    merged = method.prepare(as_modules(batch_of(updates.float()))).merge(batch_of(updates))
-    assert torch.equal(merged, single.bfloat16())
+    for seen in (updates.float(), updates):
+        merged = method.prepare(as_modules(batch_of(seen))).merge(batch_of(updates))
+        assert torch.equal(merged, single.bfloat16())
+
+
+def test_half_precision_adapters_are_prepared_in_single() -> None:
+    batch = low_rank_batch(torch.Generator().manual_seed(2))
+    assert batch.low_rank is not None
+    halves = [x.bfloat16() for x in (batch.updates, *batch.low_rank)]
+    singles = [x.float() for x in halves]
+    ready, expected = (
+        KnotsTies().prepare(as_modules(batch_of(updates, (b, a)))) for updates, b, a in (halves, singles)
+    )
+    assert ready == expected
 
 
 @for_all
@@ -219,6 +232,13 @@ def test_what_is_global_must_be_prepared(method: MergingMethod, generator: torch
     fewer = method.prepare(as_modules(batch_of(batch.updates[:, :2])))
     with pytest.raises(ValueError, match="are for 2 experts, but the updates are of 3. Prepare the method on"):
         fewer.merge(batch)
+    with pytest.raises(
+        ValueError, match=r"`\w+.prepare\(modules\)`: there are no modules. Give those of the whole model"
+    ):
+        method.prepare([])
+    only_biases = TaskVectors({"bias": torch.ones(3)}, {"a": {"bias": torch.zeros(3)}})
+    with pytest.raises(ValueError, match="there are no modules"):
+        method.prepare(only_biases)
 
 
 @for_all
@@ -369,6 +389,10 @@ def test_masks_depend_on_names_alone(generator: torch.Generator) -> None:
         (lambda: IsoCTS(common=0.0), "`IsoCTS"),
         (lambda: TSVM(rank_tolerance=1.0), "below 1"),
         (lambda: WudiAdam(steps=-1), "of at least 0"),
+        (lambda: WudiAdam(steps=2.5), r"`WudiAdam\(steps=2.5\)`: must be a whole number of at least 0"),
+        (lambda: DogeTA(steps=2.5), "must be a whole number of at least 0"),
+        (lambda: AdaMerging(steps=True), "must be a whole number"),
+        (lambda: TaskArithmetic(math.nan), r"`TaskArithmetic\(scale=nan\)`: must be a finite number"),
         (lambda: DogeTA(subspace=0), "of at least 1"),
     ],
 )

@@ -59,6 +59,22 @@ def require_number(method: str, name: str, value: float, low: float = -math.inf)
         raise ValueError(f"`{method}({name}={value!r})`: must be a finite number{least}.")
 
 
+def require_count(method: str, name: str, value: int, low: int) -> None:
+    """Refuse a number that is not whole or below a bound.
+
+    Args:
+        method: name of the method.
+        name: of the setting.
+        value: what was given.
+        low: smallest number allowed.
+
+    Raises:
+        ValueError: if it is not whole, or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"`{method}({name}={value!r})`: must be a whole number of at least {low}.")
+
+
 def for_each_expert(
     method: MergingMethod, name: str, values: tuple[float, ...] | None, batch: ModuleBatch
 ) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.anchors._checks import for_each_expert, require_number, require_share
+from poe_models.anchors._checks import for_each_expert, require_count, require_number, require_share
 from poe_models.anchors._selection import magnitude_thresholds
 from poe_models.anchors._spectral import RANK_TOLERANCE, SVD_FLOATS, frobenius, guarded_svd, inverse_norms
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
@@ -62,8 +62,9 @@ class DogeTA(MergingMethod):
     def __post_init__(self) -> None:
         require_share("DogeTA", "density", self.density)
         require_number("DogeTA", "scale", self.scale)
-        for name, low in (("subspace", 1), ("steps", 0), ("learning_rate", 0)):
-            require_number("DogeTA", name, getattr(self, name), low)
+        require_count("DogeTA", "subspace", self.subspace, 1)
+        require_count("DogeTA", "steps", self.steps, 0)
+        require_number("DogeTA", "learning_rate", self.learning_rate, 0.0)
 
     @property
     @override

@@ -89,12 +89,7 @@ class FisherMerging(StatisticsMethod):
 
     @override
     def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> FisherMerging:
-        squares: Tensor | None = None
-        for module in modules:
-            found = sum_of_squares(self.read(ModuleBatch.of_module(module))[0]).cpu()
-            squares = found if squares is None else squares + found
-        if squares is None:
-            raise ValueError("`FisherMerging.prepare(modules)`: there are no modules. Give those of the whole model.")
+        squares = sum((sum_of_squares(self.read(ModuleBatch.of_module(m))[0]).cpu() for m in modules), torch.zeros(()))
         inverse = 1 / (squares.sqrt() + self.floor)
         return replace(self, weights=tuple((inverse / inverse.sum()).tolist()))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models._checkpoint import Checkpoint
-from poe_models.anchors._checks import require_number
+from poe_models.anchors._checks import require_count, require_number
 from poe_models.anchors._random import named_generator
 from poe_models.anchors._whole_model import WholeModel, minimise_entropy
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
@@ -57,7 +57,7 @@ class AdaMerging(MergingMethod):
 
     def __post_init__(self) -> None:
         require_number("AdaMerging", "initial", self.initial)
-        require_number("AdaMerging", "steps", self.steps, 0)
+        require_count("AdaMerging", "steps", self.steps, 0)
         require_number("AdaMerging", "learning_rate", self.learning_rate, 0.0)
 
     @property
@@ -148,7 +148,7 @@ class ConcreteTaskArithmetic(MergingMethod):
 
     def __post_init__(self) -> None:
         require_number("ConcreteTaskArithmetic", "scale", self.scale)
-        require_number("ConcreteTaskArithmetic", "steps", self.steps, 0)
+        require_count("ConcreteTaskArithmetic", "steps", self.steps, 0)
         require_number("ConcreteTaskArithmetic", "learning_rate", self.learning_rate, 0.0)
         require_number("ConcreteTaskArithmetic", "temperature", self.temperature, torch.finfo(torch.float32).eps)
 

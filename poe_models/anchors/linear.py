@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.anchors._checks import for_each_expert
+from poe_models.anchors._checks import for_each_expert, require_number
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.operators import sum_of_squares
 from poe_models.task_vectors import ModuleUpdates
@@ -55,6 +55,9 @@ class TaskArithmetic(MergingMethod):
     )
 
     scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        require_number("TaskArithmetic", "scale", self.scale)
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models._checkpoint import Checkpoint
+from poe_models.anchors._passes import passes
 from poe_models.module_statistics import Kind
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 
@@ -213,7 +214,7 @@ class MergingMethod(ABC):
             A method that is ready; itself if it already was.
 
         Raises:
-            ValueError: if data is missing, or given in vain, or the modules can be iterated only once.
+            ValueError: if data is missing, or given in vain, or the modules are none or can be iterated only once.
         """
         name = type(self).__name__
         wants = self.about.data
@@ -227,7 +228,7 @@ class MergingMethod(ABC):
                 f"`{name}.prepare({type(modules).__name__})`: it may look at the modules several times. Give "
                 "`TaskVectors` or a list."
             )
-        return self if self.ready else self.gathered(modules, data)
+        return self if self.ready else self.gathered(passes(name, modules), data)
 
     @final
     def merge(self, batch: ModuleBatch) -> Tensor:

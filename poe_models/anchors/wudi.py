@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.anchors._checks import require_number, require_share
+from poe_models.anchors._checks import require_count, require_number, require_share
 from poe_models.anchors._spectral import RANK_TOLERANCE, compressed, inverse_norms
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch
 
@@ -86,7 +86,7 @@ class WudiAdam(MergingMethod):
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
-        require_number("WudiAdam", "steps", self.steps, 0)
+        require_count("WudiAdam", "steps", self.steps, 0)
         require_number("WudiAdam", "learning_rate", self.learning_rate, 0)
 
     @override
