@@ -23,6 +23,7 @@ from diagnostics.tails import (
     maximum_likelihood,
     null_control,
     nuts_posterior,
+    pooled_tails,
     quantiles,
     tail_posterior,
     tail_program,
@@ -130,6 +131,26 @@ def test_the_posterior_of_a_gaussian_scale_is_inverse_gamma() -> None:
     estimate = tail_posterior(x, GAUSSIAN).scale
     ends = np.sqrt(exact.ppf([0.025, 0.5, 0.975]))
     np.testing.assert_allclose([estimate.low, estimate.value, estimate.high], ends, rtol=1e-3)
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e6, 1e12])
+def test_an_outlier_however_large_does_not_hide_the_posterior(outlier: float) -> None:
+    x = np.append(data(100), outlier)
+    exact = scipy.stats.invgamma(len(x) / 2, scale=np.sum(x**2) / 2)
+    estimate = tail_posterior(x, GAUSSIAN).scale
+    ends = np.sqrt(exact.ppf([0.025, 0.5, 0.975]))
+    np.testing.assert_allclose([estimate.low, estimate.value, estimate.high], ends, rtol=1e-3)
+    without = tail_posterior(x[:-1], STUDENT_T).scale
+    assert tail_posterior(x, STUDENT_T).scale.value == pytest.approx(without.value, rel=0.3)
+    assert np.isfinite(tail_posterior(x, GENERALIZED_GAUSSIAN).scale.error)
+
+
+@BY_NAME
+def test_residuals_of_two_sizes_far_apart_have_a_posterior(family: Family) -> None:
+    x = np.concatenate([1e-6 * data(50), 1e6 * data(50)])
+    posterior = tail_posterior(x, family)
+    fit = maximum_likelihood(x, family)
+    assert posterior.scale.low < fit.scale < posterior.scale.high or fit.at_bound
 
 
 def test_the_posterior_of_a_laplace_scale_is_inverse_gamma() -> None:
@@ -295,6 +316,11 @@ def test_groups_without_a_scale_are_left_out_and_said() -> None:
     control = null_control(groups, num_simulations=99)
     assert control.warnings == ("2 of 3 groups left out: too few residuals that differ",)
     assert control.verdict.endswith("that differ)")
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="1 of 4 residuals of group 'bad' are NaN or infinite"):
+            null_control({**groups, "bad": np.array([1.0, value, 2.0, 3.0])}, num_simulations=99)
+    with pytest.raises(ValueError, match="1 of 3 residuals of group 1 are NaN"):
+        pooled_tails([data(50), np.array([1.0, 2.0, np.nan])], num_simulations=99)
     with pytest.raises(ValueError, match="none of 1 groups"):
         null_control([np.ones(2)])
     with pytest.raises(ValueError, match="never reaches the level"):
@@ -352,6 +378,11 @@ def test_what_cannot_be_fitted_is_refused(values: list[float], message: str) -> 
     for function in (fit_tails, hill, lambda x: maximum_likelihood(x, CAUCHY), lambda x: tail_posterior(x, STUDENT_T)):
         with pytest.raises(ValueError, match=message):
             function(values)
+
+
+def test_too_few_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`fit_tails\(num_draws=99\)`: .* Give 100 draws or more"):
+        fit_tails(data(50), num_draws=99)
 
 
 def test_few_residuals_give_a_number_that_is_not_trusted() -> None:

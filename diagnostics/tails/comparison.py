@@ -25,6 +25,8 @@ DOMINATED = 0.5
 """Share of the variance of a difference that one residual may have before its standard error means little."""
 CLEAR = 4.0
 """Standard errors beyond which a difference is clear."""
+FEWEST_DRAWS = 100
+"""Posterior draws of a family."""
 OFF_CENTRE = 0.25
 """Share of the median absolute residual that their median may be away from zero before it is said."""
 
@@ -198,11 +200,19 @@ def fit_tails(
     Returns:
         The comparison.
 
+    Raises:
+        ValueError: If there are too few draws.
+
     >>> heavy = np.random.default_rng(0).standard_t(2.0, 500)
     >>> fit_tails(heavy, ["Gaussian", "Student-t", "Cauchy"]).tie_set
     ('Student-t',)
     """
     chosen = FAMILIES if families is None else families_named(families)
+    if num_draws < FEWEST_DRAWS:
+        raise ValueError(
+            f"`fit_tails(num_draws={num_draws})`: importance sampling smooths the largest fifth of the weights. Give "
+            f"{FEWEST_DRAWS} draws or more; 1000 are usual."
+        )
     whole = sample_of(values)
     sample = whole.limited(limit, seed)
     fits = {family.name: maximum_likelihood(sample.values, family) for family in chosen}

@@ -101,7 +101,8 @@ def null_control(
         The control.
 
     Raises:
-        ValueError: If no group has three residuals, or the level cannot be reached with so few simulations.
+        ValueError: If a residual is NaN or infinite, no group has three residuals, or the level cannot be reached with
+            so few simulations.
 
     >>> rng = np.random.default_rng(0)
     >>> null_control([scale * rng.normal(size=100) for scale in (0.1, 1.0, 10.0)]).heavy_tailed
@@ -133,9 +134,10 @@ def usable_groups(groups: Groups) -> tuple[list[Array], tuple[str, ...]]:
         The groups of at least three residuals and a positive scale, and what was left out.
 
     Raises:
-        ValueError: If none is left, or they cannot be fitted together.
+        ValueError: If a residual is NaN or infinite, no group is left, or they cannot be fitted together.
     """
     arrays = [as_array(group) for group in members(groups)]
+    _require_finite(groups, arrays)
     usable = [group for group in arrays if len(group) >= SMALLEST_GROUP and location_and_scale(group)[1] > 0]
     if not usable:
         raise ValueError(
@@ -146,6 +148,16 @@ def usable_groups(groups: Groups) -> tuple[list[Array], tuple[str, ...]]:
     left_out = len(arrays) - len(usable)
     lost = (f"{left_out} of {len(arrays)} groups left out: too few residuals that differ",) if left_out else ()
     return usable, (*sample.warnings, *lost)
+
+
+def _require_finite(groups: Groups, arrays: Sequence[Array]) -> None:
+    names = list(groups) if isinstance(groups, Mapping) else range(len(arrays))
+    for name, array in zip(names, arrays, strict=True):
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"`null_control(...)`: {int((~np.isfinite(array)).sum())} of {len(array)} residuals of group {name!r} "
+                "are NaN or infinite. Look for where they come from, or leave them out: `values[np.isfinite(values)]`."
+            )
 
 
 def members(groups: Groups) -> Sequence[Values]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from diagnostics.estimates import Estimate
 from diagnostics.tails.families import Array, Family
+from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, sample_of
 
 __all__ = ["TailPosterior", "tail_posterior"]
@@ -23,6 +24,8 @@ DEPTH = 20.0
 """Nats below the mode where the posterior is cut off."""
 NODES, NODES_ALONE, COARSE_NODES = 49, 401, 25
 """Per axis: of the final grid, of one that has a scale only, and while it is being placed."""
+PROFILED = 9
+"""Shapes whose likeliest scale is looked for, to place the first grid."""
 BLOCK = 1 << 21
 """Entries evaluated at once: 16 MB."""
 
@@ -89,11 +92,10 @@ def tail_posterior(values: Values, family: Family) -> TailPosterior:
     """
     sample = sample_of(values)
     sizes = np.abs(sample.scaled)
-    low, high = np.array([-3.0, 0.0]), np.array([3.0, 0.0])
     floor, ceiling = np.array([-np.inf, 0.0]), np.array([np.inf, 0.0])
     if family.shape is not None:
         floor[1], ceiling[1] = np.log(family.shape.bounds)
-        low[1], high[1] = floor[1], ceiling[1]
+    low, high = _start(sizes, family, floor[1], ceiling[1])
     settled = False
     while not settled:
         axes = _axes(low, high, COARSE_NODES)
@@ -108,6 +110,14 @@ def tail_posterior(values: Values, family: Family) -> TailPosterior:
     weights = np.exp(density - density.max()).ravel()
     scales, shapes = np.broadcast_arrays(*_parameters(family, *axes))
     return TailPosterior(family, scales.ravel() * sample.unit, shapes.ravel(), weights / weights.sum())
+
+
+def _start(sizes: Array, family: Family, least: float, most: float) -> tuple[Array, Array]:
+    """A box with the likeliest log size of every log shape between two, whatever the outliers."""
+    log_shapes = np.linspace(least, most, PROFILED if most > least else 1)
+    shapes = np.exp(log_shapes)
+    log_sizes = np.log([profile(sizes, family, shape)[0] for shape in shapes]) + family.log_size(shapes)
+    return np.array([log_sizes.min() - 3.0, least]), np.array([log_sizes.max() + 3.0, most])
 
 
 def _axes(low: Array, high: Array, nodes: int) -> tuple[Array, Array]:
