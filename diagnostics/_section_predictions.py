@@ -15,6 +15,7 @@ from diagnostics.shift import Corrupted, ShiftComparison
 __all__ = ["calibration_section", "comparison_section", "shift_section"]
 
 MOST_DIAGRAMS, MOST_CURVES = 8, 7
+DOUBT = "A number with a question mark is not to be trusted."
 SHIFTED: dict[Literal["accuracy", "ece"], str] = {
     "accuracy": "Mean over kinds of corruption, bars from the mildest to the worst kind.",
     "ece": "The same for the calibration error: a model that knows what it does not know stays low.",
@@ -32,7 +33,7 @@ def calibration_section(result: JudgedPredictions) -> Section:
     """
     note = (
         "Brackets are 95 % bootstrap intervals over examples. ECE has 20 bins; the last column is what it would be for "
-        "predictions as sure as these if they were calibrated, which is not zero."
+        f"predictions as sure as these if they were calibrated, which is not zero. {DOUBT}"
     )
     blocks: list[Block] = [Text(note), *(_score_table(result, task) for task in result.tasks)]
     shown = list(result.reliability.items())[:MOST_DIAGRAMS]
@@ -75,7 +76,7 @@ def comparison_section(result: JudgedPredictions) -> Section:
     ]
     caption = (
         "Means over tasks. Normalised: accuracy over the own expert's. Rank by accuracy, mean over tasks. On the "
-        "front: share of resamples in which no other method is both as accurate and as well calibrated."
+        f"front: share of resamples in which no other method is both as accurate and as well calibrated. {DOUBT}"
     )
     pareto = "Accuracy against calibration with 95 % intervals; below and to the right is better."
     blocks: list[Block] = [Table(caption, header, rows), Plot(plot_pareto(found), pareto)]
@@ -125,7 +126,8 @@ def shift_section(
             for name, each in detection.items()
         ]
         caption = (
-            "How well uncertainty tells another task's inputs: AUROC, 0.5 is chance; gains over the MAP are paired"
+            "How well uncertainty tells another task's inputs: AUROC, 0.5 is chance; gains over the MAP are paired. "
+            f"{DOUBT}"
         )
         blocks.append(Table(caption, header, rows))
     return Section("Under shift", [], blocks)
@@ -144,4 +146,5 @@ def _score_table(result: JudgedPredictions, task: str) -> Table:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    doubt = "" if estimate.trusted else " ?"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]{doubt}"

@@ -308,9 +308,9 @@ def chain_statistics(values: np.ndarray) -> ChainStatistics:
         r_hat = az.rhat(data)["x"].values if len(values) > 1 else np.full(values.shape[2:], np.nan)
         bulk, tail = (az.ess(data, method=method)["x"].values for method in ("bulk", "tail"))
         error = az.mcse(data, method="mean")["x"].values
-    constant = np.ptp(values, axis=(0, 1)) == 0
+        constant, mean, sd = np.ptp(values, axis=(0, 1)) == 0, values.mean((0, 1)), values.std((0, 1), ddof=1)
     bulk, tail = (np.where(constant, np.nan, size) for size in (bulk, tail))
-    return ChainStatistics(r_hat, bulk, tail, values.mean((0, 1)), values.std((0, 1), ddof=1), error)
+    return ChainStatistics(r_hat, bulk, tail, mean, sd, error)
 
 
 def energy_fraction(energy: np.ndarray) -> np.ndarray:

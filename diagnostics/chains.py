@@ -45,6 +45,7 @@ class ChainConvergence:
         modules: names.
         quantities: names of what is judged in each module.
         values: the draws themselves, ``(C, S, M, K)`` float64.
+        silent: quantities that a module does not have, whose values are NaN, ``(M, K)`` bool.
         statistics: of every quantity, ``(M, K)`` arrays.
         energy_fraction: E-BFMI, ``(C, M)``; None if the sampler has no energy.
         divergences: divergent transitions, ``(M,)`` int64; None if the sampler reports none.
@@ -53,6 +54,7 @@ class ChainConvergence:
     modules: tuple[str, ...]
     quantities: tuple[str, ...]
     values: np.ndarray
+    silent: np.ndarray
     statistics: ChainStatistics
     energy_fraction: np.ndarray | None
     divergences: np.ndarray | None
@@ -69,13 +71,27 @@ class ChainConvergence:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """On R-hat and on effective sample sizes; on energies and divergences where the sampler has them."""
-        found = [self._r_hat(), self._sample_size()]
+        """On R-hat and on effective sample sizes; on energies and divergences where the sampler has them.
+
+        Draws that are not finite come first: nothing else that is said of their quantities counts.
+        """
+        found = [*self._broken(), self._r_hat(), self._sample_size()]
         if self.energy_fraction is not None:
             found.append(self._energy(self.energy_fraction))
         if self.divergences is not None:
             found.append(self._divergences(self.divergences))
         return tuple(found)
+
+    def _broken(self) -> list[Verdict]:
+        wrong = ~np.isfinite(self.values) & ~self.silent
+        if not wrong.any():
+            return []
+        draws = int(wrong.any((2, 3)).sum())
+        text = (
+            f"{draws} of {self.num_chains * self.num_draws} draws are NaN or infinite, the most in "
+            f"{self._name(wrong.sum((0, 1)).argmax())}: look at the sampler's settings there, or sample in float64."
+        )
+        return [Verdict("draws", Level.BAD, text)]
 
     def _r_hat(self) -> Verdict:
         known = self.statistics.r_hat[np.isfinite(self.statistics.r_hat)]
@@ -150,13 +166,14 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
     Raises:
         ValueError: the draws are no chains (Laplace, noise).
     """
-    values, names = _quantities(draws)
+    values, silent, names = _quantities(draws)
     array = values.detach().cpu().double().numpy()
     energy, divergent = draws.stats.get("energy"), draws.stats.get("diverging")
     return ChainConvergence(
         modules=draws.modules,
         quantities=names,
         values=array,
+        silent=silent.cpu().numpy(),
         statistics=chain_statistics(array),
         energy_fraction=None if energy is None else _fractions(energy),
         divergences=None if divergent is None else divergent.long().sum((0, 1)).cpu().numpy(),
@@ -211,20 +228,23 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
     return Ranks(counts, values.shape[1] / bins, float(low), float(high))
 
 
-def _quantities(draws: ModelDraws) -> tuple[Tensor, tuple[str, ...]]:
-    """What draws are judged by, ``(C, S, M, K)``, and its names."""
+def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """What draws are judged by, ``(C, S, M, K)``, where a module lacks it, ``(M, K)``, and its names."""
     if isinstance(draws, SpanDraws):
         centered = bool((draws.squared_norms[:, -1] > 0).any())
         names = (*draws.updates, *((CENTER,) if centered else ()))
-        return draws.coefficients[..., : len(names)], names
+        values = draws.coefficients[..., : len(names)]
+        return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
     if not isinstance(draws, FullDraws) or draws.method != "gibbs":
         raise ValueError(
             f"`chain_convergence({type(draws).__name__})`: these draws are independent of each other; there are no "
             "chains to judge. Give draws of a sampler."
         )
-    weights = torch.where(draws.weights > 0, draws.weights, torch.nan).log().double()  # zero: no such expert
+    silent = (draws.weights == 0).all(0).all(0)  # no such expert
+    weights = torch.where(silent, torch.nan, draws.weights.double().log())
     density = draws.stats["lp"].double().unsqueeze(-1)
-    return torch.cat([density, weights], -1), ("lp", *(f"log weight {i + 1}" for i in range(weights.shape[-1])))
+    silent = torch.nn.functional.pad(silent, (1, 0))
+    return torch.cat([density, weights], -1), silent, ("lp", *(f"log weight {i + 1}" for i in range(weights.shape[-1])))
 
 
 def _fractions(energy: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ __all__ = ["OWN_EXPERTS", "JudgedPredictions", "judge"]
 
 OWN_EXPERTS = "own experts"
 """Name of the method that gives each task the predictions of its own fine-tune."""
+Z95 = 1.959963984540054
+SHOWN = ("accuracy", "nll", "brier", "ece", "ece_if_calibrated")
+"""Scores whose doubts are told."""
 OFF = 0.02
 """Gap between mean confidence and accuracy from which a method is called too sure or not sure enough."""
 
@@ -69,8 +73,13 @@ class JudgedPredictions:
         return Verdict("comparison", Level.NOTE, f"{text}{doubts}.")
 
     def _kind(self, method: str) -> tuple[Level, str]:
-        """How a method's confidence is off, judged by what ECE would be if it were calibrated."""
-        if not any(found.ece.value > found.ece_if_calibrated.high for found in self.calibrations[method].values()):
+        """How a method's confidence is off, judged by what ECE would be if it were calibrated, all tasks together.
+
+        Task by task, one of many would be called off by chance.
+        """
+        found = self.calibrations[method].values()
+        excess = sum(each.ece.value - each.ece_if_calibrated.value for each in found)
+        if excess <= Z95 * math.sqrt(sum(each.ece_if_calibrated.error**2 for each in found)):
             return Level.GOOD, "no more ECE than calibrated predictions as sure as these would show"
         gap = self._gap(method)
         lean = (
@@ -90,13 +99,17 @@ class JudgedPredictions:
         return float((weight * (curve.confidence - curve.accuracy)).nansum())
 
     def _doubts(self) -> list[Verdict]:
-        doubts = {
-            f"{task}: {warning}"
-            for by_task in self.calibrations.values()
-            for task, found in by_task.items()
-            for warning in found.warnings
+        whose: dict[str, list[str]] = {}
+        for method, by_task in self.calibrations.items():
+            for task, found in by_task.items():
+                warnings = [*found.warnings, *(text for name in SHOWN for text in found.scores[name].warnings)]
+                for warning in dict.fromkeys(warnings):
+                    whose.setdefault(f"{task}: {warning}", []).append(method)
+        named = {
+            doubt: "" if len(methods) == len(self.calibrations) else f" ({', '.join(methods)})"
+            for doubt, methods in whose.items()
         }
-        return [Verdict("predictions", Level.CAUTION, f"not to be trusted: {doubt}.") for doubt in sorted(doubts)]
+        return [Verdict("predictions", Level.CAUTION, f"not to be trusted: {d}{named[d]}.") for d in sorted(named)]
 
 
 def judge(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> JudgedPredictions:

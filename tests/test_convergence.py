@@ -305,6 +305,17 @@ def test_a_constant_does_not_hide_the_others() -> None:
     assert [verdict.level for verdict in found.verdicts] == [Level.GOOD, Level.GOOD]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_draws_that_are_not_finite_are_bad_whatever_the_others(value: float) -> None:
+    values = independent((4, 500, 1, 2))
+    values[1, 7:9, 0, 1] = value
+    verdict = chains(values).verdicts[0]
+    assert (verdict.about, verdict.level) == ("draws", Level.BAD)
+    assert "2 of 2000 draws are NaN or infinite, the most in b in m" in verdict.text
+    values[..., 1] = value
+    assert chains(values).verdicts[0].level is Level.BAD
+
+
 def test_draws_of_hmc(updates: Tensor) -> None:
     statistics = span_statistics(product(anchor=Anchor(average)), updates, MODULES)
     posterior, coordinates = span_posterior(product(anchor=Anchor(average)), statistics)
@@ -329,6 +340,14 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     found = chain_convergence(sample_full(vectors, poe, 100, generator=generator))
     assert found.quantities == ("lp", "log weight 1", "log weight 2", "log weight 3")
     assert found.statistics.r_hat.shape == (2, 4)
+    assert not found.silent.any()
+    for state in states.values():
+        state["a.weight"] = states[NAMES[1]]["a.weight"]
+    states[NAMES[1]] = {**states[NAMES[1]], "a.weight": torch.zeros(4, 5)}
+    without = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
+    found = chain_convergence(sample_full(without, poe, 100, generator=generator))
+    assert found.silent.tolist() == [[False, False, True, False], [False] * 4]
+    assert "draws" not in {verdict.about for verdict in found.verdicts}
     with pytest.raises(ValueError, match="independent"):
         chain_convergence(sample_full(vectors, poe, 5, generator=generator, method="laplace"))
 

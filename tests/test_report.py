@@ -424,6 +424,36 @@ def test_confidence_is_judged_against_calibrated_predictions(factor: float, leve
     assert words in verdict.text
 
 
+def test_many_tasks_do_not_make_calibrated_predictions_look_off() -> None:
+    """Of eight tasks one has an ECE above its 97.5 % point in a fifth of the cases and more."""
+    above, off = 0, 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        labels, tables = {}, {}
+        for task in "abcdefgh":
+            tables[task] = (2 * torch.randn(100, 4, generator=generator)).double().softmax(1)
+            labels[task] = torch.multinomial(tables[task], 1, generator=generator).squeeze(1)
+        found = judge(predictions_of(labels, {"m": tables}), seed=seed, num_resamples=60)
+        each = found.calibrations["m"].values()
+        above += any(one.ece.value > one.ece_if_calibrated.high for one in each)
+        off += found.verdicts[0].level is not Level.GOOD
+    assert above > 6
+    assert off <= 4
+
+
+def test_doubts_about_single_scores_are_told_with_the_methods() -> None:
+    sure = torch.tensor([[1.0, 0.0]] * 30)
+    labels = torch.tensor([0] * 29 + [1])
+    given = predictions_of({"t": labels, "few": labels[-9:]}, {
+        "sure": {"t": sure, "few": sure[:9]}, "fair": {"t": 0.5 + 0 * sure, "few": 0.5 + 0 * sure[:9]},
+    })  # fmt: skip
+    found = judge(given, seed=0, num_resamples=50)
+    texts = [verdict.text for verdict in found.verdicts if verdict.about == "predictions"]
+    assert "not to be trusted: t: a label has probability zero (sure)." in texts
+    assert "not to be trusted: few: only 9 examples." in texts
+    assert "inf [nan, nan] ?" in report("page", predictions=found).html
+
+
 def test_tasks_of_different_sizes_and_classes_are_pooled() -> None:
     given = predictions_of(
         {"a": torch.tensor([0, 1, 2]), "b": torch.tensor([1, 0])},
