@@ -86,6 +86,18 @@ def to_inference_data(
 
     Raises:
         ValueError: Coordinates and statistics are not given together, or do not fit the posterior.
+
+    >>> from inference import gibbs_posterior
+    >>> from poe_models import Gaussian, ProductOfExperts, span_posterior, span_statistics
+    >>> poe = ProductOfExperts.of(["a", "b"], energy=Gaussian())
+    >>> statistics = span_statistics(poe, torch.eye(4, dtype=torch.float64).reshape(1, 2, 2, 4), ["fc.weight"])
+    >>> posterior, coordinates = span_posterior(poe, statistics)
+    >>> draws = gibbs_posterior(posterior, 100, generator=torch.Generator().manual_seed(0))
+    >>> data = to_inference_data(draws, posterior, coordinates, statistics)
+    >>> data.groups()
+    ['posterior', 'log_likelihood', 'sample_stats', 'constant_data']
+    >>> az.summary(data, var_names="coefficients").index.tolist()
+    ['coefficients[fc.weight, a]', 'coefficients[fc.weight, b]']
     """
     _check(posterior, coordinates, statistics, modules)
     if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
@@ -388,6 +400,11 @@ def compare_leave_one_out(results: Mapping[str, LeaveOneOut]) -> dict[str, dict[
     Returns:
         Name to ``elpd``, its standard error ``error``, the ``difference`` to the best (zero or above), the standard
         error of that ``difference_error``, and the stacking ``weight``.
+
+    >>> noise = 1e-3 * np.random.default_rng(0).normal(size=(2, 200, 3))
+    >>> models = {"good": leave_one_out(noise[0] - 1), "poor": leave_one_out(noise[1] - 2)}
+    >>> {name: round(row["difference"], 2) for name, row in compare_leave_one_out(models).items()}
+    {'good': 0.0, 'poor': 3.0}
     """
     if len(results) == 1:
         ((name, only),) = results.items()

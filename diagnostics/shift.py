@@ -130,6 +130,11 @@ def detect_shift(
 
     Raises:
         ValueError: If a prediction is empty or has NaN.
+
+    >>> shares = torch.linspace(0.0, 0.4, 41).unsqueeze(1)
+    >>> own, other = (point_prediction(torch.cat([1 - p, p], 1)) for p in (shares, 0.1 + shares))
+    >>> print(detect_shift(own, other, seed=0).entropy)
+    0.714 [0.592, 0.817]
     """
     entropy, disagreement = (_Ranks(*pair, "detect_shift") for pair in _pairs(inside, outside))
     single = ("one member has no mutual information",) if min(inside.num_members, outside.num_members) < 2 else ()
@@ -161,6 +166,14 @@ def compare_detection(
 
     Raises:
         ValueError: If the inputs are not the same in number, or predictions are empty or have NaN.
+
+    >>> shares = torch.linspace(0.0, 0.4, 41).unsqueeze(1)
+    >>> point = [point_prediction(torch.cat([1 - p, p], 1)) for p in (shares, 0.1 + shares)]
+    >>> disagreement = [torch.zeros(41, dtype=torch.float64), 0.2 * torch.ones(41, dtype=torch.float64)]
+    >>> ensemble = [Prediction(p.probabilities, p.entropy, m, 5, None) for p, m in zip(point, disagreement)]
+    >>> found = compare_detection(tuple(point), tuple(ensemble), seed=0)
+    >>> found.entropy_gain.value, found.mutual_information_gain.low > 0
+    (0.0, True)
     """
     sizes = [[len(each.entropy) for each in pair] for pair in (point, ensemble)]
     if sizes[0] != sizes[1]:
