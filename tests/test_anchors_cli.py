@@ -180,11 +180,10 @@ def test_refusals(arguments: tuple[str, ...], message: str, cli: Cli, here: Path
     assert sorted(here.rglob("*")) == before
 
 
-def test_draws_are_of_a_product(cli: Cli, here: Path) -> None:
+def test_statistics_are_of_a_product(cli: Cli, here: Path) -> None:
     path = write(here, merge_method="ties")
-    for command in ("stats", "sample"):
-        message = cli(command, "config.yaml", "--out", "out", status=2)
-        assert "has no experts, and this is about a product of experts. Write merge_method: poe" in message
+    message = cli("stats", "config.yaml", "--out", "out", status=2)
+    assert "has no experts, and this is about a product of experts. Write merge_method: poe" in message
     config = load_config(path)
     vectors = TaskVectors(here / "base", {"mnist": here / "mnist"})
     with pytest.raises(ConfigError, match="about a product of experts"):
