@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from poe_merge._settings import method as as_written
 from poe_merge._show import Bars
 from poe_merge.specs import METHOD, nearest, parse_spec
 from poe_models.anchors.checking import PROPERTIES, Report, check
@@ -18,7 +19,7 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
     """Check a method that is given as text.
 
     Args:
-        method: Its spec, such as ``Ties(density=0.1)`` or ``my_module:MyMethod``.
+        method: Its spec, such as ``Ties(density=0.1)``, ``dare-ties`` or ``my_module:MyMethod``.
         modules: Real modules to try it on, too.
         not_promised: Names of further properties that it need not have.
         seed: Of the random modules.
@@ -34,7 +35,7 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
             raise ValueError(
                 f"--not-promised {name!r}: no such property; {nearest(name, PROPERTIES)}Known: {', '.join(PROPERTIES)}."
             )
-    built = parse_spec(method, METHOD, [Path.cwd()])
+    built = parse_spec(as_written(method, [Path.cwd()]), METHOD)
     with Bars() as bars:
         return check(
             built,

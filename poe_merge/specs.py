@@ -103,6 +103,10 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         found: type[T] = kind.registry[name]
     else:
         found = custom_class(f"{kind.noun} `{text}`", where, name, kind.base, folders or [Path.cwd()])
+    if issubclass(found, StatisticsMap | StatisticsMethod) and not args and "statistics" not in kwargs:
+        raise SpecError(
+            f"{kind.noun} `{text}`: it needs statistics. Give their folder: `{name}('statistics/{found.kind}')`."
+        )
     try:
         value = found(*args, **kwargs)
     except (TypeError, ValueError) as error:

@@ -62,10 +62,19 @@ def test_a_broken_method_of_ones_own_on_real_modules(folder: Path, capsys: pytes
     assert "not promised: as you say" in capsys.readouterr().out
 
 
+def test_names_as_they_are_usually_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "task_arithmetic(1.0)"]) == 0
+    assert f"{len(PROPERTIES) - 1} hold, 1 not promised." in capsys.readouterr().out
+    assert run(["check", "tsv-m"]) == 0
+
+
 def test_misspellings_are_answered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", "Tyes"]) == 2
     assert "did you mean `Ties`?" in capsys.readouterr().err
     assert run(["check", "Ties", "--not-promised", "permutatio"]) == 2
     assert "did you mean `permutation`?" in capsys.readouterr().err
+    assert run(["check", "reg_mean"]) == 2
+    assert "it needs statistics. Give their folder: `RegMean('statistics/activations')`" in capsys.readouterr().err
+    assert run(["check", "RegMean('any folder')"]) == 0
     assert run(["check", "Ties", "--model", "a.safetensors"]) == 2
     assert "base" in capsys.readouterr().err
