@@ -151,12 +151,18 @@ class TestSearch:
 
     def test_own_parameter(self) -> None:
         first, choices = Settings(1.0, 0.0, 0.8), (0.1, 0.2, 0.8)
-        best, trials = search(bowl, ("scale", "own"), 20, 0, choices, first)
+        best, trials = search(bowl, ("scale", "own"), 20, 0, choices, [first])
         assert trials[0].settings == first
         assert {trial.settings.own for trial in trials} == set(choices)
         assert best.settings.own == 0.2
-        kept, trials = search(bowl, ("scale",), 4, 0, first=first)
+        kept, trials = search(bowl, ("scale",), 4, 0, first=[first])
         assert {trial.settings.own for trial in (kept, *trials)} == {0.8}
+
+    def test_several_first_trials_and_another_range(self) -> None:
+        first = (Settings(1.0, 10**2.5), Settings(1.0, 1000.0))
+        _, trials = search(bowl, ("scale", "eta"), 12, 0, first=first, eta_half_decades=(5, 6))
+        assert tuple(trial.settings for trial in trials[:2]) == first
+        assert {trial.settings.eta for trial in trials[2:]} == {10**2.5, 10**3.0}
 
     def test_ties_go_to_the_lower_nll(self) -> None:
         def tied(settings: Settings) -> Scores:

@@ -85,7 +85,7 @@ class TestRulebook:
     def test_the_first_trial_is_a_choice(self, name: str, suite: Suite) -> None:
         rule = RULES[name](Calibration(suite))
         assert type(rule.method) is METHODS[name]
-        assert (rule.first.own in rule.choices) == bool(rule.parameter)
+        assert (rule.first[0].own in rule.choices) == bool(rule.parameter)
         if rule.parameter:
             method = rule.at(Settings(1.0, 0.0, rule.choices[0])).rule
             assert getattr(method, rule.parameter) == rule.choices[0]

@@ -22,6 +22,9 @@ SEEDS = 5
 """Of rules that draw, on the test images."""
 POSTERIORS = tuple(next(m for m in MAPS if m.name == f"{name}, Cauchy") for name in ("InputGram", "OutputGram"))
 BASE = "none: the base"
+ETA_HALF_DECADES = (-4, 6)
+FIRST = (Settings(1.0, 0.1), Settings(1.0, 1000.0))
+"""First trials of a posterior: the demo's default, and an anchor so strong that hardly more than its centre is left."""
 
 Tables = Mapping[str, Tensor]
 """Task -> class probabilities of the test images, (n, classes)."""
@@ -112,6 +115,7 @@ class Bench:
             each.family: self.tune(
                 lambda s, each=each: solve(each, self.vectors, s.eta, SEARCH_STARTS, centers),  # type: ignore[misc]
                 each.tuned,
+                first=FIRST,
             )
             for each in POSTERIORS
         }
@@ -139,7 +143,7 @@ class Bench:
         merged: Callable[[Settings], Merge],
         tuned: tuple[str, ...],
         choices: Sequence[float] = (),
-        first: Settings | None = None,
+        first: Sequence[Settings] = (),
     ) -> Chosen:
         """Choose settings on validation and judge them on test; what differs in λ alone is merged once.
 
@@ -147,7 +151,7 @@ class Bench:
             merged: The merge of some settings.
             tuned: What is searched for.
             choices: What a parameter of the rule's own may be.
-            first: The first trial.
+            first: The first trials.
 
         Returns:
             The choice.
@@ -160,7 +164,7 @@ class Bench:
                 merges[key] = merged(key)
             return mean_scores(self.validation(merges[key].state(settings.scale)))
 
-        best, _ = search(scores, tuned, self.trials, self.seed, choices, first)
+        best, _ = search(scores, tuned, self.trials, self.seed, choices, first, ETA_HALF_DECADES)
         merge = merges[replace(best.settings, scale=1.0)]
         probabilities = self.test(merge.state(best.settings.scale))
         return Chosen(best.settings, best.scores.accuracy, probabilities, merge, len(merge.unconverged))

@@ -43,8 +43,9 @@ def report(
         f"anchor of Cauchy experts. Made by `{command}` in {seconds / 60:.0f} minutes on {machine()}.",
         "Mean test accuracy over tasks; brackets are 95 % bootstrap intervals over test images, paired in differences. "
         "They do not cover the choice of settings on validation. λ, η and the one parameter of a rule's own were "
-        "chosen there, by one budget of trials for each search; a posterior's centre is the rule as chosen, so that "
-        "posterior and rule together had two.",
+        "chosen there, by one budget of trials for each search. A posterior's centre is the rule as chosen, so that "
+        "posterior and rule together had two; its η may be so large that hardly more than the centre is left, and one "
+        "trial is there.",
         accuracy_table(lines, found, maps),
         "\n".join(verdict(lines, found, name) for name in maps),
         "How well calibrated they are: NLL in nats, and ECE in 20 bins.",
@@ -134,7 +135,7 @@ def calibration_table(lines: Sequence[Line], found: Comparison, maps: Sequence[s
 def settings_table(lines: Sequence[Line], maps: Sequence[str]) -> str:
     """Chosen settings of every stage, with their validation accuracy."""
     body = [[line.rule, *(settings_text(chosen, line.parameter) for chosen in stages(line).values())] for line in lines]
-    return markdown_table(["rule", "alone", *(f"+ {name}" for name in maps)], body, left=3)
+    return markdown_table(["rule", "alone", *(f"+ {name}" for name in maps)], body, left=2 + len(maps))
 
 
 def settings_text(chosen: Chosen, parameter: str) -> str:

@@ -55,9 +55,9 @@ class Rule:
         return Method(title, title, replace(self.method, **own), tuned=("scale",))  # type: ignore[type-var]
 
     @property
-    def first(self) -> Settings:
+    def first(self) -> tuple[Settings]:
         """The first trial: the paper's settings."""
-        return Settings(self.scale, 0.0, getattr(self.method, self.parameter) if self.parameter else None)
+        return (Settings(self.scale, 0.0, getattr(self.method, self.parameter) if self.parameter else None),)
 
     @property
     def tuned(self) -> tuple[str, ...]:

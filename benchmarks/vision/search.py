@@ -53,33 +53,35 @@ def search(
     trials: int,
     seed: int,
     choices: Sequence[float] = (),
-    first: Settings | None = None,
+    first: Sequence[Settings] = (),
+    eta_half_decades: tuple[int, int] = ETA_HALF_DECADES,
 ) -> tuple[Trial, list[Trial]]:
-    """Try `trials` settings, the first a default, the others proposed by a tree-structured Parzen estimator.
+    """Try `trials` settings, the first given, the others proposed by a tree-structured Parzen estimator.
 
     Args:
         evaluate: Mean validation scores of a setting.
-        tuned: Which of `"scale"`, `"eta"` and `"own"`; of the others the first trial's values are kept.
+        tuned: Which of `"scale"`, `"eta"` and `"own"`; of the others the very first trial's values are kept.
         trials: Budget; a method with nothing to tune takes one.
         seed: Of the proposals.
         choices: What a method's own parameter may be.
-        first: The first trial; by default scale 0.3, or with a tuned eta scale 1 and eta 0.1.
+        first: The first trials; by default scale 0.3, or with a tuned eta scale 1 and eta 0.1.
+        eta_half_decades: Least and largest log10 of eta, times two.
 
     Returns:
         The best trial and all of them in order.
     """
     if not tuned:
-        only = Settings(1.0, 0.0) if first is None else first
+        only = [*first, Settings(1.0, 0.0)][0]
         done = [Trial(only, evaluate(only))]
         return done[0], done
-    start = first or (Settings(1.0, 0.1) if "eta" in tuned else Settings(0.3, 0.0))
+    start = first or [Settings(1.0, 0.1) if "eta" in tuned else Settings(0.3, 0.0)]
     done = []
 
     def objective(trial: optuna.Trial) -> float:
         settings = Settings(
-            trial.suggest_float("scale", *SCALES, log=True) if "scale" in tuned else start.scale,
-            10.0 ** (trial.suggest_int("eta_half_decade", *ETA_HALF_DECADES) / 2) if "eta" in tuned else start.eta,
-            trial.suggest_categorical("own", choices) if "own" in tuned else start.own,
+            trial.suggest_float("scale", *SCALES, log=True) if "scale" in tuned else start[0].scale,
+            10.0 ** (trial.suggest_int("eta_half_decade", *eta_half_decades) / 2) if "eta" in tuned else start[0].eta,
+            trial.suggest_categorical("own", choices) if "own" in tuned else start[0].own,
         )
         done.append(Trial(settings, evaluate(settings)))
         # The NLL only breaks ties: one more correct answer in the smallest task weighs 1e-4.
@@ -90,7 +92,8 @@ def search(
     try:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        study.enqueue_trial(_proposal(start, tuned))
+        for settings in start:
+            study.enqueue_trial(_proposal(settings, tuned))
         study.optimize(objective, n_trials=trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
