@@ -90,7 +90,7 @@ def gamma_sensitivity(
         The comparison.
 
     Raises:
-        ValueError: there are too few gammas, no modules, or a scale without gamma.
+        ValueError: there are too few gammas, no modules, a scale without gamma, or a score that is not finite.
 
     >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
@@ -118,6 +118,11 @@ def gamma_sensitivity(
     rows = [_row(with_gamma(poe, float(gamma)), modules, central, score, max_steps) for gamma in grid]
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     scores = columns.pop("score")
+    if score is not None and not np.isfinite(scores).all():
+        raise ValueError(
+            f"`gamma_sensitivity(score=...)`: the scores are {scores.tolist()} at gamma {grid.tolist()}. Give a score "
+            "that is a finite number for every merge."
+        )
     return GammaSensitivity(grid, middle, tuple(central), **columns, scores=None if score is None else scores)
 
 

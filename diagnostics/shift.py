@@ -137,10 +137,10 @@ def detect_shift(
     0.714 [0.592, 0.817]
     """
     entropy, disagreement = (_Ranks(*pair, "detect_shift") for pair in _pairs(inside, outside))
-    single = ("one member has no mutual information",) if min(inside.num_members, outside.num_members) < 2 else ()
+    doubts = _doubts(inside, outside)
     return ShiftDetection(
         entropy.estimate(entropy.area, seed, num_resamples, confidence),
-        disagreement.estimate(disagreement.area, seed, num_resamples, confidence, single),
+        disagreement.estimate(disagreement.area, seed, num_resamples, confidence, doubts),
     )
 
 
@@ -189,8 +189,9 @@ def compare_detection(
             seed,
             num_resamples,
             confidence,
+            doubts,
         )
-        for each in after
+        for each, doubts in zip(after, ((), _doubts(*ensemble)), strict=True)
     ]
     return ShiftComparison(
         detect_shift(*point, seed=seed, num_resamples=num_resamples, confidence=confidence),
@@ -244,6 +245,12 @@ def under_corruption(
 
 def _pairs(inside: Prediction, outside: Prediction) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (inside.entropy, outside.entropy), (inside.mutual_information, outside.mutual_information)
+
+
+def _doubts(inside: Prediction, outside: Prediction) -> tuple[str, ...]:
+    """Why mutual information may say nothing."""
+    single = min(inside.num_members, outside.num_members) < 2
+    return ("one member has no mutual information",) if single else ()
 
 
 class _Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,8 @@ def test_gammas_that_do_not_make_a_grid(updates: Tensor) -> None:
         gamma_sensitivity(product(), iter(modules), [0.5, 1.0])
     with pytest.raises(ValueError, match="nothing to merge"):
         gamma_sensitivity(product(), [], [0.5, 1.0])
+    with pytest.raises(ValueError, match=r"scores are \[nan, nan\] at gamma \[0.5, 1.0\]"):
+        gamma_sensitivity(product(), modules, [0.5, 1.0], lambda merged: math.nan)
     with pytest.raises(ValueError, match="position"):
         gamma_sensitivity(product(), modules, [0.5, 1.0], reference=2)
 

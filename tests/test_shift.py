@@ -160,6 +160,9 @@ def test_disagreement_finds_what_entropy_does_not(generator: torch.Generator) ->
     assert found.entropy_gain.value == pytest.approx(found.ensemble.entropy.value - found.point.entropy.value)
     same = compare_detection(point, point, seed=0, num_resamples=20)
     assert (same.entropy_gain.value, same.entropy_gain.error) == (0.0, 0.0)
+    assert same.entropy_gain.trusted
+    assert same.mutual_information_gain.warnings == ("one member has no mutual information",)
+    assert found.mutual_information_gain.trusted
     with pytest.raises(ValueError, match="same inputs"):
         compare_detection(point, (strange, known), seed=0)
 
