@@ -152,7 +152,7 @@ class MemberTensors:
         for module in read_modules(self.task_vectors, tensor, design):
             if module.name in self.draws.modules:
                 assert draw is not None
-                self._check_weights(module.name, module.squared_norms)
+                self._check_weights(module)
                 blocks.append(module.base + design.scaling * self._update(module, draw))
             else:
                 blocks.append(self._shared_block(tensor, module, partial(_map, module, design, self.draws)))
@@ -164,7 +164,7 @@ class MemberTensors:
         for module in self.task_vectors.modules(tensor):
             if module.name in self.draws.modules:
                 assert isinstance(draw, MethodDraws)
-                self._check_weights(module.name, sum_of_squares(module.updates).cpu())
+                self._check_weights(module)
                 blocks.append(self._methods.weights(module, int(draw.seeds[0, 0])))
             else:
                 blocks.append(self._shared_block(tensor, module, partial(self._methods.weights, module, None)))
@@ -202,18 +202,19 @@ class MemberTensors:
             )
         check_designs(draws, {name: self.design_of(known[name]) for name in draws.modules}, self.task_vectors)
 
-    def _check_weights(self, name: str, found: Tensor) -> None:
+    def _check_weights(self, module: Module | ModuleUpdates) -> None:
         """Refuse draws about other weights, once per module."""
-        if name in self._checked:
+        if module.name in self._checked:
             return
-        expected = self.draws.squared_norms[self.draws.index(name)]
+        expected = self.draws.squared_norms[self.draws.index(module.name)]
+        found = module.squared_norms if isinstance(module, Module) else sum_of_squares(module.updates).cpu()
         if len(found) > len(expected) or not torch.allclose(found, expected[: len(found)], rtol=_SAME_NORM, atol=0.0):
             raise ValueError(
-                f"`MergedEnsemble(...)`: the draws of {name!r} are about updates and a centre of norm "
+                f"`MergedEnsemble(...)`: the draws of {module.name!r} are about updates and a centre of norm "
                 f"{_shown(expected)}, these have {_shown(found)}. Give the base, experts and anchor that the draws "
                 "were made with, or draw again."
             )
-        self._checked.add(name)
+        self._checked.add(module.name)
 
     def _opened(self, elsewhere: Source) -> Checkpoint:
         checkpoint = open_checkpoint(elsewhere, base=self.base)
