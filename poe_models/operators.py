@@ -251,11 +251,18 @@ def thin(factor: Tensor) -> Tensor:
     return torch.linalg.qr(factor.mT, mode="r").R.mT
 
 
-def root_of(matrix: Tensor) -> Tensor:
+def root_of(matrix: Tensor, computed_in: torch.dtype | None = None) -> Tensor:
     """A factor ``F`` with ``F F^T`` equal to positive semi-definite matrices ``(..., d, d)``, computed in float64.
 
     By Cholesky where every matrix is well within rank ``d``, by eigenvalues where some are not: those within rounding
-    of zero are dropped.
+    of zero are dropped. Rounding is judged with a unit diagonal, so that small inputs beside large ones are kept.
+
+    Args:
+        matrix: the matrices.
+        computed_in: the dtype whose rounding they have; their own by default.
+
+    Returns:
+        ``(..., d, d)`` float64.
 
     Raises:
         ValueError: an eigenvalue is clearly negative.
@@ -264,17 +271,52 @@ def root_of(matrix: Tensor) -> Tensor:
     tensor([[0., 2.],
             [0., 0.]], dtype=torch.float64)
     """
-    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    matrix = matrix.to(torch.float64)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    if not bool(failed.any()) and bool((pivots.amin(-1) > rounding * pivots.amax(-1)).all()):
-        return factor
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    largest = eigenvalues[..., -1:].clamp(min=0)
-    if bool((eigenvalues[..., :1] < -1e3 * rounding * largest).any()) or bool((eigenvalues[..., -1] < 0).any()):
+    rounding = moment_rounding(matrix.shape[-1], computed_in or matrix.dtype)
+    unit, sizes = unit_diagonal(matrix)
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    if not bool(failed.any()) and bool((factor.diagonal(dim1=-2, dim2=-1).square() > rounding).all()):
+        return sizes.unsqueeze(-1) * factor
+    eigenvalues, vectors = torch.linalg.eigh((unit + unit.mT) / 2)
+    if bool((eigenvalues < -1e3 * rounding).any()):
         raise ValueError(
-            f"a matrix of second moments has the eigenvalue {float(eigenvalues.amin()):.2e}, beside a largest one of "
-            f"{float(eigenvalues.amax()):.2e}: it is not positive semi-definite. Collect the statistics again."
+            f"a matrix of second moments, scaled to a unit diagonal, has the eigenvalue {float(eigenvalues.amin()):.2e}"
+            f" beside a largest one of {float(eigenvalues.amax()):.2e}: it is not positive semi-definite. Collect the "
+            "statistics again."
         )
-    return vectors * torch.where(eigenvalues > rounding * largest, eigenvalues, 0.0).sqrt().unsqueeze(-2)
+    roots = torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()
+    return sizes.unsqueeze(-1) * vectors * roots.unsqueeze(-2)
+
+
+def moment_rounding(side: int, dtype: torch.dtype) -> float:
+    """Eigenvalues of second moments of unit diagonal up to which they may be rounding.
+
+    Args:
+        side: ``d``; an error of one unit in every entry moves eigenvalues by up to ``d`` units.
+        dtype: in which they were summed up.
+
+    Returns:
+        A bound with a margin for sums and scaling.
+
+    >>> moment_rounding(256, torch.float64) == 2.0**-42
+    True
+    """
+    return 4 * side * torch.finfo(dtype).eps
+
+
+def unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric matrices with rows and columns divided by the roots of their diagonal's magnitudes, in float64.
+
+    Args:
+        matrix: ``(..., d, d)``.
+
+    Returns:
+        The scaled matrices, and the divisors ``(..., d)``: 1 where the diagonal is zero.
+
+    >>> unit_diagonal(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+    (tensor([[1.0000, 0.5000],
+            [0.5000, 1.0000]], dtype=torch.float64), tensor([2., 1.], dtype=torch.float64))
+    """
+    matrix = matrix.double()
+    sizes = matrix.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    sizes = torch.where(sizes > 0, sizes, 1.0)
+    return matrix / sizes.unsqueeze(-1) / sizes.unsqueeze(-2), sizes

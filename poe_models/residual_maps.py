@@ -293,7 +293,7 @@ class Mixed(StatisticsMap):
         gram = update.double().mT @ update.double()
         if self.unit_trace:
             activations, gram = _unit_trace(activations), _unit_trace(gram)
-        factor = root_of(self.share * activations + (1 - self.share) * gram)
+        factor = root_of(self.share * activations + (1 - self.share) * gram, given.dtype)
         return Gram(factor.to(update.dtype), "right", _shape(update))
 
     @override

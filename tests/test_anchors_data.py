@@ -161,10 +161,33 @@ def test_regmean_leaves_directions_without_inputs_at_the_base(updates: Tensor, g
     }
     expected = RegMean(ModuleStatistics("activations", small)).merge(batch_of(updates[..., kept]))
     assert_close(found[..., kept], expected, 1e-9)
-    noisy = {
+    tiny = {
         e: {m: moments_of(inputs).experts[e].read(m) + 1e-17 * torch.eye(SHAPE[1]) for m in MODULES} for e in EXPERTS
     }
-    assert_close(RegMean(ModuleStatistics("activations", noisy)).merge(batch_of(updates)), found, 1e-9)
+    found = RegMean(ModuleStatistics("activations", tiny)).merge(batch_of(updates))
+    assert_close(found[..., kept], expected, 1e-9)
+    assert_close(found[..., 1], updates[..., 1].mean(1), 1e-9)  # an input is one, however small beside the others
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize("off_diagonal", [0.9, 1.0])
+def test_regmean_sees_small_inputs_beside_large_ones(
+    off_diagonal: float, rows: int, updates: Tensor, generator: torch.Generator
+) -> None:
+    """Features of transformers differ in size by orders of magnitude, and statistics are in float32."""
+    inputs = torch.randn(2, 3, rows, SHAPE[1], generator=generator, dtype=torch.float64)
+    inputs = inputs[:, :1].expand(2, 3, rows, SHAPE[1]) * torch.tensor([1.0, 1e4, 1e-4, 3.0])
+    exact = moments_of(inputs)
+    single = ModuleStatistics(
+        "activations", {e: {m: exact.experts[e].read(m).float() for m in MODULES} for e in EXPERTS}
+    )
+    found = RegMean(single, off_diagonal).merge(batch_of(updates.float())).double()
+    for j in range(2):
+        x = inputs[j, 0] / rows**0.5  # the same for all experts: the mean update, where there are inputs
+        shrunk = torch.diag(((1 - off_diagonal) * x.square().sum(0)).sqrt())
+        both = torch.cat([off_diagonal**0.5 * x, shrunk])
+        expected = updates[j].mean(0) @ torch.linalg.pinv(both, rtol=1e-14) @ both
+        assert_close(found[j], expected, 1e-3)
 
 
 def test_gradient_matching_entry_by_entry_and_at_its_limits(updates: Tensor, fisher: Tensor) -> None:

@@ -204,6 +204,32 @@ def test_roots_of_singular_matrices(generator: torch.Generator) -> None:
     assert_close(root_of(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3, dtype=torch.float64))
 
 
+def test_roots_keep_small_inputs_beside_large_ones(generator: torch.Generator) -> None:
+    sizes = torch.logspace(-5, 5, 6, dtype=torch.float64)
+    for rows in (3, 40):
+        inputs = sizes * torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+        matrix = (inputs.mT @ inputs / rows).float()
+        factor = root_of(matrix)
+        assert_close((factor @ factor.mT) / sizes / sizes[:, None], matrix.double() / sizes / sizes[:, None], 1e-5)
+        assert int((factor.abs().amax(0) > 0).sum()) == min(rows, 6)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("unit_trace", [True, False])
+def test_mixed_takes_single_precision_statistics_of_few_rows(
+    share: float, unit_trace: bool, generator: torch.Generator
+) -> None:
+    """Their rounding is that of float32, though they are mixed in float64."""
+    given = statistics(generator, "activations", (4, 12), rows=5)
+    single = {name: {module: value.float() for module, value in each.items()} for name, each in given.items()}
+    left, right = random_updates(generator, 2, 1, 4, 1)[:, 0], random_updates(generator, 2, 1, 1, 12)[:, 0]
+    update, x = left @ right, random_updates(generator, 2, 1, 4, 12)[:, 0]
+    residual_map = Mixed(ModuleStatistics("activations", single), share, unit_trace=unit_trace)
+    found = residual_map.for_modules("a", MODULES).operator(update).quadratic(x)
+    expected = formula(residual_map, torch.stack([given["a"][module] for module in MODULES]), update, x)
+    assert_close(found, expected, 1e-5)
+
+
 def test_activation_with_fewer_rows_than_inputs_has_their_rank(generator: torch.Generator) -> None:
     given = ModuleStatistics("activations", statistics(generator, "activations", (4, 6), rows=2))
     update = random_updates(generator, 2, 1, 4, 6)[:, 0]

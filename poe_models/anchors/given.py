@@ -18,7 +18,7 @@ from poe_models._checkpoint import Checkpoint
 from poe_models.anchors._checks import for_each_expert, require_number, require_share
 from poe_models.anchors.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.module_statistics import Kind, ModuleStatistics, given_statistics
-from poe_models.operators import sum_of_squares
+from poe_models.operators import moment_rounding, sum_of_squares, unit_diagonal
 from poe_models.residual_maps import scaled_off_diagonal
 from poe_models.task_vectors import ModuleUpdates
 
@@ -37,10 +37,10 @@ class StatisticsMethod(MergingMethod):
     """Of the statistics."""
 
     def read(self, batch: ModuleBatch) -> Tensor:
-        """Statistics of all experts, ``(M, N, ...)`` in the dtype of the updates."""
+        """Statistics of all experts, ``(M, N, ...)`` in their own dtype."""
         shape = batch.updates.shape[-2:]
         given = given_statistics(self.statistics, self.kind, batch.experts)
-        return torch.stack([given.read(name, batch.names, shape) for name in batch.experts], 1).to(batch.updates)
+        return torch.stack([given.read(name, batch.names, shape) for name in batch.experts], 1).to(batch.updates.device)
 
     @override
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
@@ -95,7 +95,7 @@ class FisherMerging(StatisticsMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        precision = self.read(batch) + self.floor
+        precision = self.read(batch).to(batch.updates.dtype) + self.floor
         if self.normalize:
             weights = for_each_expert(self, "weights", self.weights, batch)
             precision = precision * precision.new_tensor(weights)[:, None, None]
@@ -133,8 +133,9 @@ class RegMean(StatisticsMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        rounding = batch.updates.shape[-1] * torch.finfo(batch.updates.dtype).eps
-        grams = scaled_off_diagonal(self.read(batch).double(), self.off_diagonal)
+        given = self.read(batch)
+        rounding = moment_rounding(given.shape[-1], given.dtype)
+        grams = scaled_off_diagonal(given.double(), self.off_diagonal)
         pull = (batch.updates.double() @ grams).sum(1)
         return _solved_from_right(pull, grams.sum(1), rounding).to(batch.updates.dtype)
 
@@ -183,7 +184,7 @@ class GradientMatching(StatisticsMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        fisher = self.read(batch)
+        fisher = self.read(batch).to(batch.updates.dtype)
         own = torch.full_like(fisher[:, 0], self.floor)
         if self.base is not None:
             given = given_statistics(self.statistics, self.kind, [self.base])
@@ -193,9 +194,16 @@ class GradientMatching(StatisticsMethod):
 
 
 def _solved_from_right(pull: Tensor, gram: Tensor, rounding: float) -> Tensor:
-    """``pull @ gram^+``, the solution of least norm; eigenvalues within rounding count as zero."""
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    if not bool(failed.any()) and bool((pivots.amin(-1) > rounding * pivots.amax(-1)).all()):
-        return torch.cholesky_solve(pull.mT, factor).mT
-    return pull @ torch.linalg.pinv(gram, rtol=rounding, hermitian=True)
+    """``pull @ gram^+``, the solution of least norm, in float64.
+
+    Eigenvalues within rounding count as zero once the diagonal is one, so that small inputs beside large ones count.
+    With ``gram = B L B^T`` and ``B`` of full column rank, ``gram^+ = (B^+)^T L^-1 B^+``.
+    """
+    unit, sizes = unit_diagonal(gram)
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    if not bool(failed.any()) and bool((factor.diagonal(dim1=-2, dim2=-1).square() > rounding).all()):
+        return torch.cholesky_solve((pull / sizes.unsqueeze(-2)).mT, factor).mT / sizes.unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(unit)
+    kept = values > rounding
+    inverse = torch.linalg.pinv(sizes.unsqueeze(-1) * vectors * kept.unsqueeze(-2))
+    return ((pull @ inverse.mT) * torch.where(kept, 1 / values, 0.0).unsqueeze(-2)) @ inverse
