@@ -23,6 +23,7 @@ from diagnostics.verdicts import Level
 from inference._artifacts import versions
 from inference._digest import Progress
 from inference._ensemble_files import check_begun
+from inference._modules import module_names
 from inference._output import OutputError
 from inference._statistics_record import difference, families
 from inference.design import Design
@@ -139,12 +140,13 @@ def sample(
             _write(folder, drawn, {"kind": "sample", **record, "versions": versions()})
 
         folder = ensemble.save(out, format=what.format, resume=resume, progress=bars, extras=extras)
-    merged = sum(1 for treatment in task_vectors.treatments.values() if treatment.action == "merge")
+    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
     return SampleReport(
         out=folder,
         what=what,
         modules=len(drawn.draws.modules),
-        shared=merged - len(ensemble.sampled),
+        shared=sum(1 for name in merged if not sampled.intersection(module_names(task_vectors, name))),
         nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         convergence=convergence,
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),

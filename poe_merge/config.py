@@ -60,7 +60,12 @@ class MergeConfig(Section):
     @field_validator("merge_method")
     @classmethod
     def _known_method(cls, value: str, info: ValidationInfo) -> str:
-        return value if value == POE else s.method(value, s.folders_of(info))
+        if value == POE:
+            return value
+        try:
+            return s.method(value, s.folders_of(info))
+        except ValueError as error:
+            raise ValueError(f"{error} A product of experts is `merge_method: {POE}`.") from error
 
     @field_validator("base_model")
     @classmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,7 +110,9 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         )
     try:
         value = found(*args, **kwargs)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise SpecError(f"{kind.noun} `{text}`: {error}. Write it as `{_template(found)}`.") from error
+    except ValueError as error:
         raise SpecError(f"{kind.noun} `{text}`: {error}") from error
     if isinstance(value, Energy):
         _check_energy(f"{kind.noun} `{text}`", value)
@@ -197,6 +200,12 @@ def _check_energy(what: str, energy: Energy) -> None:
             f"{what}: the derivative of `rho` at q = 0 is {slope}, where it must be finite. Round the corner, for "
             "instance with q + 1e-6 in place of q."
         )
+
+
+def _template(found: type) -> str:
+    """A class's name with its arguments and their defaults: ``StudentT(df, exponent=None)``."""
+    parameters = inspect.signature(found).parameters.values()
+    return f"{found.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
 
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

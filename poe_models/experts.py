@@ -26,8 +26,8 @@ CenterRule = Callable[[Tensor], Tensor]
 
 def _require_kind(owner: str, name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        hint = f"; an instance is wanted: `{value.__name__}(...)`" if isinstance(value, type) else ""
-        raise TypeError(f"`{owner}({name}={value!r})`: not a {kind.__name__}{hint}.")
+        hint = f", not the class: `{value.__name__}(...)`" if isinstance(value, type) else ""
+        raise TypeError(f"`{owner}({name}={value!r})`: expected an instance of {kind.__name__}{hint}.")
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,11 @@ def block_names(tensor: str, count: int) -> list[str]:
 
 def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) -> dict[str, Source]:
     pairs = list(experts.items()) if isinstance(experts, Mapping) else list(experts)
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            "`TaskVectors(experts=...)`: experts have names. Give a dict {'mnist': 'path/to/mnist', ...}, or (name, "
+            "expert) pairs."
+        )
     names = [name for name, _ in pairs]
     if not names:
         raise ValueError("`TaskVectors(experts={})`: there are no experts. Give at least one fine-tuned model.")

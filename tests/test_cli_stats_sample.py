@@ -660,3 +660,15 @@ def test_only_the_directions_that_experts_see_count_for_a_temperature(done: Cli)
 
     # Two experts with k = 5/2 and one direction each: 2 * 2 * 2.5 / 2.
     assert [said(temperature) for temperature in (4.9, 5.1)] == [False, True]
+
+
+def test_a_fused_tensor_is_several_modules_and_one_tensor(done: Cli, here: Path, generator: torch.Generator) -> None:
+    for name in ("base", "mnist", "emoji"):
+        fused = {"attn.in_proj_weight": torch.randn(12, 4, generator=generator)}
+        save_file({**load_file(here / name / "model.safetensors"), **fused}, here / name / "model.safetensors")
+    _, out, _ = done("sample", "config.yaml", "-n", "1", "--out", "all", *QUICK)
+    assert "6 modules drawn" in out
+    assert "more tensors" not in out
+    _, out, _ = done("sample", "config.yaml", "-n", "1", "--out", "some", "--pattern", r"in_proj_weight\[1\]", *QUICK)
+    assert "1 modules drawn" in out
+    assert "3 more tensors at the MAP" in out

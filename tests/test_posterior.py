@@ -217,9 +217,9 @@ def test_products_compose_and_refuse_what_is_ambiguous() -> None:
         assert set(product.update_names) == {"a", "b"}
     with pytest.raises(ValueError, match="an anchor or a temperature of their own"):
         (a * anchor) * (b * Anchor(precision=AbsolutePrecision(1.0)))
-    with pytest.raises(TypeError, match=r"an instance is wanted: `InputGram\(...\)`"):
+    with pytest.raises(TypeError, match=r"instance of ResidualMap, not the class: `InputGram\(...\)`"):
         ProductOfExperts.of(["a"], InputGram)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="not a AnchorPrecision"):
+    with pytest.raises(TypeError, match="expected an instance of AnchorPrecision"):
         Anchor(precision=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="coordinates are 'update' or 'span'"):
         FactorExpert("f", lambda c: c, coordinates="Span")  # type: ignore[arg-type]

@@ -240,3 +240,11 @@ def test_missing_files_and_modules(tmp_path: Path) -> None:
 def test_custom_functions_have_no_spec() -> None:
     with pytest.raises(SpecError, match="unknown name `Custom`"):
         parse_spec(repr(Custom(torch.log1p)).partition("(")[0], ENERGY)
+
+
+@pytest.mark.parametrize(
+    ("text", "written"), [("Huber", "Huber(delta)"), ("StudentT(nu=4)", "StudentT(df, exponent=None)")]
+)
+def test_wrong_arguments_show_the_right_ones(text: str, written: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(f"Write it as `{written}`")):
+        parse_spec(text, ENERGY)
