@@ -24,7 +24,7 @@ from diagnostics.binning import Binning, check_bins, equal_mass_bins
 from diagnostics.estimates import BATCH, Estimate, Interval, bootstrap, estimate_of
 from diagnostics.predictions import Array, Labelled, checked_probabilities, labelled
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
-from inference.tempering import fit_logit_temperature
+from inference.tempering import LOGIT_TEMPERATURES, fit_logit_temperature
 
 __all__ = ["Calibration", "LogitScaling", "calibration", "calibration_difference", "scale_logits"]
 
@@ -82,6 +82,14 @@ class LogitScaling:
 
     temperature: float
     probabilities: Tensor
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why it is not to be trusted; empty if it is."""
+        if self.temperature not in LOGIT_TEMPERATURES:
+            return ()
+        why = "all right" if self.temperature < 1 else "no better than chance"
+        return (f"the temperature is at the end of its range: predictions on validation are {why}",)
 
 
 def calibration(

@@ -191,7 +191,7 @@ def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Returns:
         The logit temperature, between 0.01 (predictions that are all right have no better one) and 100 (logits that say
-        less than nothing).
+        less than nothing); 1 if every example's logits are equal, which no temperature changes.
 
     Raises:
         ValueError: Shapes do not fit, or a logit is not finite.
@@ -207,6 +207,8 @@ def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
             "`fit_logit_temperature(...)`: some logits are NaN or infinite. Give those of classes that are ruled out a "
             "large negative number."
         )
+    if bool((z == z[:, :1]).all()):
+        return 1.0
     own = z.gather(1, labels.detach().cpu().long().unsqueeze(1)).squeeze(1)
 
     def slope(inverse: float) -> float:

@@ -204,6 +204,13 @@ def test_scaled_logits_are_the_baseline() -> None:
     expected = (p[2000:].log() / found.temperature).softmax(1)
     assert torch.allclose(found.probabilities, expected)
     assert scores.nll(found.probabilities.log(), y[2000:]) < scores.nll(p[2000:].log(), y[2000:])
+    assert found.warnings == ()
+    sure = torch.tensor([[0.9, 0.1]] * 30)
+    assert "all right" in scale_logits(sure, torch.zeros(30, dtype=torch.int64), sure).warnings[0]
+    assert "no better than chance" in scale_logits(sure, torch.ones(30, dtype=torch.int64), sure).warnings[0]
+    nothing = scale_logits(torch.full((30, 2), 0.5), torch.arange(30) % 2, sure)
+    assert (nothing.temperature, nothing.warnings) == (1.0, ())
+    assert torch.allclose(nothing.probabilities, sure.double())
     hard = scale_logits(torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1]), torch.eye(2))
     assert bool(hard.probabilities.isfinite().all())
 

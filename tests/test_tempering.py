@@ -296,6 +296,7 @@ def test_logits_that_are_all_right_or_all_wrong_hit_the_bounds() -> None:
     logits = torch.eye(3, dtype=torch.float64)
     assert fit_logit_temperature(logits, torch.arange(3)) == 0.01
     assert fit_logit_temperature(-logits, torch.arange(3)) == 100.0
+    assert fit_logit_temperature(torch.full((3, 4), 0.3), torch.arange(3)) == 1.0
     for bad in ((torch.zeros(3), torch.arange(3)), (logits, torch.arange(2)), (logits[:0], torch.arange(0))):
         with pytest.raises(ValueError, match="fit_logit_temperature"):
             fit_logit_temperature(*bad)
