@@ -110,7 +110,8 @@ class _AttentionInputs(Recorder):
                 f"{self.name!r}: query, key and value have different shapes, and one number of rows is wanted for all. "
                 "Keep or average the tensor with a rule."
             )
-        return [self._as_rows(each) for each in inputs]
+        time_first = not self.layer.batch_first and inputs[0].ndim == 3
+        return [self._as_rows(each.transpose(0, 1) if time_first else each) for each in inputs]
 
 
 def recorder_of(model: nn.Module, name: str, view: View, dtype: torch.dtype) -> Recorder:

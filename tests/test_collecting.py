@@ -315,3 +315,24 @@ def test_padding_does_not_count(generator: torch.Generator) -> None:
     assert_close(found["token.weight"], rows.mT @ rows / len(rows))
     pooled = model.token(x).mean(1).detach()
     assert_close(found["head.weight"], pooled.mT @ pooled / 5)
+
+
+@pytest.mark.parametrize("length", [4, 3])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_of_attention_whichever_axis_is_first(
+    batch_first: bool, length: int, generator: torch.Generator
+) -> None:
+    attention = nn.MultiheadAttention(4, 2, batch_first=batch_first).double()
+    x = torch.randn(3, length, 4, generator=generator, dtype=torch.float64)
+    mask = torch.rand(3, length, generator=generator) < 0.6
+    given = x if batch_first else x.transpose(0, 1)
+    found = collect_activations(
+        attention,
+        [given],
+        lambda m, b: m(b, b, b),
+        {"in_proj_weight": View(blocks=3)},
+        counted=lambda b: mask,
+        dtype=x.dtype,
+    )
+    for index in range(3):
+        assert_close(found[f"in_proj_weight[{index}]"], x[mask].mT @ x[mask] / int(mask.sum()))
