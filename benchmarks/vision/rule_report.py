@@ -45,7 +45,7 @@ def report(
         "They do not cover the choice of settings on validation. λ, η and the one parameter of a rule's own were "
         "chosen there, by one budget of trials for each search. A posterior's centre is the rule as chosen, so that "
         "posterior and rule together had two; its η may be so large that hardly more than the centre is left, and one "
-        "trial is there.",
+        "trial is there. Few trials miss settings: rows may differ by what their searches happened to find.",
         accuracy_table(lines, found, maps),
         "\n".join(verdict(lines, found, name) for name in maps),
         "How well calibrated they are: NLL in nats, and ECE in 20 bins.",
@@ -143,7 +143,7 @@ def settings_text(chosen: Chosen, parameter: str) -> str:
     if chosen.settings is None:
         return f"({chosen.validation:.3f})"
     own = [] if chosen.settings.own is None else [f"{parameter} {chosen.settings.own:g}"]
-    eta = [f"η {chosen.settings.eta:.3g}"] if chosen.settings.eta else []
+    eta = [f"η {chosen.settings.eta:.4g}"] if chosen.settings.eta else []
     doubt = [f"{chosen.unconverged} modules not converged"] if chosen.unconverged else []
     return ", ".join([f"λ {chosen.settings.scale:.2f}", *eta, *own, *doubt]) + f" ({chosen.validation:.3f})"
 
