@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diagnostics.agreement import pareto_front
 from diagnostics.binning import Binning, check_bins
-from diagnostics.estimates import Estimate, Interval, estimate_of, resamples
+from diagnostics.estimates import Estimate, Interval, estimate_of, interval_ends, resamples
 from diagnostics.predictions import Array, Labelled, labelled
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
 
@@ -133,6 +133,7 @@ class Comparison:
     def rank(self, method: str, score: str = "accuracy") -> Estimate:
         """Mean over tasks of the rank among the methods: 1 is best, ties share the mean of their ranks."""
         place = _place(method, self.methods, "method")
+        _place(score, SCORES, "score")
         sign = -1.0 if score == "accuracy" else 1.0
         everything = torch.cat([self.values[score].unsqueeze(0), self.replicates[score]]) * sign
         own = everything[:, place : place + 1]
@@ -146,11 +147,13 @@ class Comparison:
 
     def front(self, score: str = "ece") -> dict[str, float]:
         """Share of resamples in which each method is on the Pareto front of mean accuracy and another score."""
+        _place(score, SCORES, "score")
         shares = pareto_front(self.replicates["accuracy"].mean(2), self.replicates[score].mean(2)).double().mean(0)
         return dict(zip(self.methods, shares.tolist(), strict=True))
 
     def on_front(self, score: str = "ece") -> tuple[str, ...]:
         """Methods on the Pareto front of the data as they are."""
+        _place(score, SCORES, "score")
         best = pareto_front(self.values["accuracy"].mean(1), self.values[score].mean(1))
         return tuple(method for method, on in zip(self.methods, best.tolist(), strict=True) if on)
 
@@ -215,9 +218,11 @@ def compare_methods(
         The comparison.
 
     Raises:
-        ValueError: If there is no method or no task, tasks or numbers of seeds differ, or tables are no probabilities.
+        ValueError: If there is no method or no task, tasks or numbers of seeds differ, tables are no probabilities, or
+            the level is none.
     """
     check_bins(bins, "compare_methods")
+    interval_ends(confidence, "compare_methods")
     if not predictions or not labels:
         raise ValueError(
             f"`compare_methods(...)`: {len(predictions)} methods and {len(labels)} tasks. Give one of both at least."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["Estimate", "bootstrap", "bootstrap_mean", "bootstrap_samples", "estimate_of", "resamples"]
+__all__ = ["Estimate", "bootstrap", "bootstrap_mean", "bootstrap_samples", "estimate_of", "interval_ends", "resamples"]
 
 FEWEST = 20
 """Below so many examples bootstrap intervals are too narrow to be trusted."""
@@ -227,8 +227,7 @@ def estimate_of(
     >>> print(estimate_of(1.0, torch.tensor([1.0, 2.0, 3.0]), 0.5, interval="normal"))
     1.0 [0.3, 1.7]
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"`estimate_of(confidence={confidence})`: give a level between 0 and 1, such as 0.95.")
+    ends = interval_ends(confidence, "estimate_of")
     replicates = replicates.detach().double().cpu()
     finite = replicates[replicates.isfinite()]
     doubts = list(warnings)
@@ -241,6 +240,26 @@ def estimate_of(
         reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
         low, high = (min(max(end, bounds[0]), bounds[1]) for end in (value - reach, value + reach))
     else:
-        ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
         low, high = finite.quantile(ends).clamp(*bounds).tolist()
     return Estimate(value, low, high, error, confidence, tuple(doubts))
+
+
+def interval_ends(confidence: float, called: str) -> Tensor:
+    """Which quantiles a central interval ends at.
+
+    Args:
+        confidence: Its level.
+        called: The public call, for the message.
+
+    Returns:
+        ``(2,)`` float64.
+
+    Raises:
+        ValueError: If the level is not between 0 and 1.
+
+    >>> interval_ends(0.5, "bootstrap")
+    tensor([0.2500, 0.7500], dtype=torch.float64)
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"`{called}(confidence={confidence})`: give a level between 0 and 1, such as 0.95.")
+    return torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.binning import Binning, check_bins, equal_mass_bins, equal_mass_edges
-from diagnostics.estimates import Estimate, Interval, bootstrap, resamples
+from diagnostics.estimates import Estimate, Interval, bootstrap, interval_ends, resamples
 from diagnostics.predictions import Array, Labelled, labelled
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, top_label
 
@@ -95,7 +95,7 @@ def reliability(
         The diagram.
 
     Raises:
-        ValueError: If probabilities or labels are not what they should be, or there is no bin.
+        ValueError: If probabilities or labels are not what they should be, there is no bin, or the level is none.
 
     >>> table = torch.tensor([[0.3, 0.7]] * 10)
     >>> diagram = reliability(table, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0, 0]), seed=0, bins=4)
@@ -104,6 +104,7 @@ def reliability(
     """
     pair = labelled(probabilities, labels, "reliability")
     check_bins(bins, "reliability")
+    ends = interval_ends(confidence, "reliability")
     top, right = (each.cpu() for each in top_label(pair.probabilities, pair.labels))
     index = equal_mass_bins(top, bins) if equal_mass else equal_width_bins(top, bins)
     binning, stacked = Binning.of(index, bins), torch.stack([top, right]).unsqueeze(-1)
@@ -112,7 +113,6 @@ def reliability(
     replicates = torch.cat(
         [binning.sums(stacked[1], w) / binning.counts(w) for w in resamples(len(pair), num_resamples, seed=seed)]
     )
-    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = replicates.nanquantile(ends, dim=0)
     mean_top, mean_right = (binning.sums(each, ones)[0] / counts for each in stacked)
     edges = equal_mass_edges(top, bins) if equal_mass else torch.linspace(0, 1, bins + 1, dtype=torch.float64)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.binning import Binning
-from diagnostics.estimates import Estimate, bootstrap, resamples
+from diagnostics.estimates import Estimate, bootstrap, interval_ends, resamples
 from diagnostics.predictions import Array
 
 __all__ = ["RiskCoverage", "aurc_difference", "risk_coverage"]
@@ -89,11 +89,12 @@ def risk_coverage(
         The curve.
 
     Raises:
-        ValueError: If the two do not fit or have NaN, or there is no point.
+        ValueError: If the two do not fit or have NaN, there is no point, or the level is none.
     """
     sure, wrong = _checked(score, loss, "risk_coverage")
     if points < 1:
         raise ValueError(f"`risk_coverage(points={points})`: give at least one point; 500 are enough for a figure.")
+    ends = interval_ends(confidence, "risk_coverage")
     ranked, optimal = _Ranked(sure, wrong), _Ranked(-wrong, wrong)
     thresholds = sure.unique().flip(0)
     ones = torch.ones(1, len(sure), dtype=torch.float64)
@@ -103,7 +104,6 @@ def risk_coverage(
     for weights in resamples(len(sure), num_resamples, seed=seed):
         count, total = ranked.cumulative(weights)
         curves.append(total[:, chosen] / count[:, chosen])
-    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.cat(curves).nanquantile(ends, dim=0)
     aurc, chance, perfect = (
         bootstrap(of, len(sure), seed=seed, num_resamples=num_resamples, confidence=confidence)

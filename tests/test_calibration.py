@@ -282,6 +282,14 @@ def test_refused(table: Tensor, labels: Tensor, bins: int, message: str) -> None
             call(table, labels, seed=0, bins=bins)
 
 
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, math.nan])
+def test_levels_refused(confidence: float) -> None:
+    p, y = predictions(50, 3, 2.0)
+    for call in (calibration, reliability, brier_parts):
+        with pytest.raises(ValueError, match="give a level between 0 and 1, such as 0.95"):
+            call(p, y, seed=0, num_resamples=10, confidence=confidence)
+
+
 @pytest.mark.gpu
 def test_on_a_device_as_on_the_cpu() -> None:
     p, y = predictions(200, 3, 2.0)

@@ -182,9 +182,18 @@ def test_experts_may_be_compared_with_themselves() -> None:
 def test_wrong_names_and_tasks_are_refused() -> None:
     predictions, labels = suite({"one": 1.0, "two": 1.0})
     found = compare_methods(predictions, labels, seed=0, num_resamples=10)
-    for call in (lambda: found.mean("three"), lambda: found.mean("one", "f1"), lambda: found.on_task("one", "z")):
+    for call in (
+        lambda: found.mean("three"),
+        lambda: found.mean("one", "f1"),
+        lambda: found.on_task("one", "z"),
+        lambda: found.rank("one", "f1"),
+        lambda: found.front("f1"),
+        lambda: found.on_front("f1"),
+    ):
         with pytest.raises(ValueError, match="Give one of"):
             call()
+    with pytest.raises(ValueError, match=r"`compare_methods\(confidence=95\)`: give a level between 0 and 1"):
+        compare_methods(predictions, labels, seed=0, confidence=95)
     missing = {"one": {task: predictions["one"][task] for task in ("a", "b")}}
     with pytest.raises(ValueError, match="same tasks"):
         compare_methods(missing, labels, seed=0)

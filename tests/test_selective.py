@@ -104,6 +104,11 @@ def test_refused(score: Tensor, loss: Tensor, message: str) -> None:
         risk_coverage(score, loss, seed=0)
 
 
+def test_levels_refused() -> None:
+    with pytest.raises(ValueError, match=r"`risk_coverage\(confidence=95\)`: give a level between 0 and 1"):
+        risk_coverage(torch.rand(30), torch.ones(30), seed=0, confidence=95)
+
+
 def raters(size: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions, true shares and votes."""
     generator = torch.Generator().manual_seed(seed)
