@@ -122,7 +122,12 @@ class Residuals:
 
         Returns:
             Name to residuals.
+
+        Raises:
+            ValueError: If it is something else.
         """
+        if by not in ("module", "tensor", "expert"):
+            raise ValueError(f"`split({by!r})`: residuals are split by 'module', 'tensor' or 'expert'.")
         names = dict.fromkeys(getattr(entry, by) for entry in self.entries)
         return {name: Residuals(tuple(e for e in self.entries if getattr(e, by) == name)) for name in names}
 

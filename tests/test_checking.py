@@ -128,6 +128,11 @@ def test_seed_determinism_with_the_global_generator_reseeded() -> None:
     assert check(reseeds, properties=["seed determinism"]).broken[0].detail == "it draws from torch's global generator"
 
 
+def test_nan_is_no_randomness() -> None:
+    report = check(lambda updates: updates.mean(0) * torch.nan, properties=["seed determinism", "zero expert"])
+    assert [each.name for each in report.broken] == ["zero expert"]
+
+
 def test_further_exceptions_and_their_reasons() -> None:
     report = check(
         lambda updates: updates.sum(0),

@@ -391,6 +391,10 @@ def test_tails_per_task_see_that_task_alone() -> None:
     assert list(tasks) == list(NAMES[:2])
     assert set(tasks["mnist"].pooled.values) == set(found.where(expert="mnist").values())
     assert len(found.split("module")) == 10
+    with pytest.raises(
+        ValueError, match=r"`split\('experts'\)`: residuals are split by 'module', 'tensor' or 'expert'"
+    ):
+        tails_by(found, "experts")  # type: ignore[arg-type]
 
 
 def test_thinning_leaves_every_group_some() -> None:
