@@ -20,7 +20,7 @@ Coordinates = Literal["span", "full"]
 Format = Literal["checkpoints", "deltas"]
 CHAINS = {"gibbs": 4, "hmc": 16, "nuts": 4}
 WARMUP = {"gibbs": 200, "hmc": 500, "nuts": 500}
-DRAWS = 250
+DRAWS = 500
 
 
 @dataclass(frozen=True)

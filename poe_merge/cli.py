@@ -140,7 +140,7 @@ def sample(
         int | None, typer.Option("--chains", min=1, help="How many; 4, or 16 for hmc.", show_default=False)
     ] = None,
     draws: Annotated[
-        int | None, typer.Option("--draws", min=1, help="Kept per chain; 250.", show_default=False)
+        int | None, typer.Option("--draws", min=1, help="Kept per chain; 500.", show_default=False)
     ] = None,
     warmup: Annotated[int | None, typer.Option("--warmup", min=0, help=_WARMUP, show_default=False)] = None,
     thin: Annotated[

@@ -239,11 +239,11 @@ def test_files_that_are_no_statistics(done: Cli, fails: Callable[..., str], here
 def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
     _, out, err = done("sample", "config.yaml", "-n", "3", "--out", "out", "--seed", "3")
     assert re.search(r"out: 3 members as checkpoints, .*; 3 modules drawn by gibbs in Span coordinates at temp", out)
-    shown = re.search(r"4 chains of 250 draws: largest R-hat (\d\.\d{3}), smallest effective sample size (\d+)\.", out)
+    shown = re.search(r"4 chains of 500 draws: largest R-hat (\d\.\d{3}), smallest effective sample size (\d+)\.", out)
     assert shown is not None
     draws = load_draws(here / "out" / "draws")
     assert isinstance(draws, SpanDraws)
-    assert (draws.num_chains, draws.num_draws, draws.modules) == (4, 250, MERGED)
+    assert (draws.num_chains, draws.num_draws, draws.modules) == (4, 500, MERGED)
     some = draws.thinned(3).coefficients[0]
     for number in range(3):
         member = weights(here / "out" / f"member-{number:03d}")
@@ -253,7 +253,7 @@ def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
             expected = weights(here / "base")[tensor].double() + 0.7 * update
             assert_close(member[tensor].double(), expected, 1e-5)
     data = az.from_netcdf(str(here / "out" / "draws.nc"))
-    assert data.posterior["coefficients"].shape == (4, 250, 3, 2)
+    assert data.posterior["coefficients"].shape == (4, 500, 3, 2)
     assert np.array_equal(data.posterior["coefficients"].values, draws.coefficients[..., :2].numpy())
     assert "lp" in data.sample_stats
     assert data.attrs["statistics_digest"] == draws.source
@@ -271,7 +271,7 @@ def test_normalised_experts_have_a_log_likelihood(done: Cli, here: Path) -> None
     _, _, err = done("sample", "config.yaml", "--out", "out", "-n", "1", "--energy", energy)
     assert "log_likelihood" not in err
     data = az.from_netcdf(str(here / "out" / "draws.nc"))
-    assert data.log_likelihood["updates"].shape == (4, 250, 3, 2)
+    assert data.log_likelihood["updates"].shape == (4, 500, 3, 2)
 
 
 def test_statistics_and_a_pass_over_the_weights_give_the_same_bytes(done: Cli, here: Path) -> None:
