@@ -47,11 +47,16 @@ class GammaSensitivity:
     @property
     def verdict(self) -> Verdict:
         """How far the merge and its score move over the grid."""
-        moves = np.nan_to_num(self.distance).max(0)
+        known = ~np.isnan(self.distance).any(0)
+        if not known.any():
+            return Verdict("gamma", Level.UNKNOWN, "the merge at the reference gamma is zero in every module.")
+        moves = self.distance[:, known].max(0)
         text = (
             f"over gamma from {self.gammas[0]:.3g} to {self.gammas[-1]:.3g} the merge moves by {np.median(moves):.1%} "
             f"of its norm in the median module, {moves.max():.1%} at most"
         )
+        if not known.all():
+            text += f"; {int((~known).sum())} modules whose merge is zero at the reference gamma are left out"
         if self.scores is not None:
             best = int(self.scores.argmax())
             text += f"; the score lies between {self.scores.min():.4g} and {self.scores.max():.4g}"

@@ -190,6 +190,16 @@ def test_gamma_does_nothing_to_a_gaussian_with_a_relative_anchor(updates: Tensor
     assert found.verdict.level is Level.GOOD
 
 
+def test_a_merge_of_zero_is_not_called_insensitive(updates: Tensor) -> None:
+    frozen = torch.zeros_like(updates)
+    nothing = gamma_sensitivity(product(), modules_of(frozen), [0.1, 1.0, 10.0])
+    assert np.isnan(nothing.distance).all()
+    assert nothing.verdict.level is Level.UNKNOWN
+    frozen[0] = updates[0]
+    text = gamma_sensitivity(product(), modules_of(frozen), [0.1, 1.0, 10.0]).verdict.text
+    assert f"{len(frozen) - 1} modules whose merge is zero" in text
+
+
 def test_scores_see_the_whole_merge(updates: Tensor) -> None:
     poe, seen = product(), []
 
