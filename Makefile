@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: venv lint test demo bench clean
+.PHONY: venv lint test demo bench mutants clean
 
 venv: $(STAMP)
 
@@ -37,6 +37,10 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.rules
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
+
+# Single edits of the core and whether the tests notice them; two hours, so not part of CI.
+mutants: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.mutants
 
 # The benchmark of shift looks at the demo's merge.
 out/demo/temperatures.csv: | $(STAMP)

@@ -1,0 +1,1 @@
+"""Single edits of the core, and whether the tests notice them."""
