@@ -150,8 +150,8 @@ def with_gamma(poe: ProductOfExperts, gamma: float) -> ProductOfExperts:
 def _rescaled(scale: Scale, gamma: float) -> Scale:
     if "gamma" not in {item.name for item in fields(scale)}:  # type: ignore[arg-type]
         raise ValueError(
-            f"`with_gamma(...)`: the scale {scale!r} has no gamma. Give the experts `Balanced`, `Relative`, `NormScaled` or "
-            "`Absolute` scales."
+            f"`with_gamma(...)`: the scale {scale!r} has no gamma. Give the experts `Balanced`, `Relative`, "
+            "`NormScaled` or `Absolute` scales."
         )
     return replace(scale, gamma=gamma)  # type: ignore[type-var]
 
