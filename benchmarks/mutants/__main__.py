@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import signal
+import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up as after Ctrl-C
     warm()
     every = [sampled(file, table, arguments.per_file, arguments.seed) for file in table["guards"]]
     wanted = arguments.files or list(table["guards"])
