@@ -18,22 +18,24 @@ from poe_models.precision import (
 )
 from tests.helpers import assert_close
 
-MODULES, ROWS, COLUMNS = 2, 3, 4
+LEADING, ROWS, COLUMNS = (3, 2), 3, 4
+"""Chains and modules, and the shape of an update."""
 Case = Callable[[torch.Generator], tuple[Precision, Tensor]]
 
 
 def positive(generator: torch.Generator, size: int) -> Tensor:
-    """Positive definite matrices ``(M, size, size)``."""
-    root = torch.randn(MODULES, size, size + 2, generator=generator, dtype=torch.float64)
+    """Positive definite matrices ``(S, M, size, size)``."""
+    root = torch.randn(*LEADING, size, size + 2, generator=generator, dtype=torch.float64)
     return root @ root.mT + 0.1 * torch.eye(size, dtype=torch.float64)
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
-    return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
+    """Kronecker products of matrices with the same leading dimensions."""
+    return torch.einsum("...ij,...kl->...ikjl", left, right).flatten(-4, -3).flatten(-2)
 
 
 def eyes(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64).expand(MODULES, -1, -1)
+    return torch.eye(size, dtype=torch.float64).expand(*LEADING, -1, -1)
 
 
 def left_gram(generator: torch.Generator) -> tuple[Precision, Tensor]:
@@ -49,13 +51,13 @@ def right_gram(generator: torch.Generator) -> tuple[Precision, Tensor]:
 def both_sides(generator: torch.Generator) -> tuple[Precision, Tensor]:
     a, b = positive(generator, ROWS), positive(generator, COLUMNS)
     a[0] = torch.ones(ROWS, ROWS)  # of rank one, with eigenvalues that rounding makes negative
-    shift = torch.tensor([0.3, 2.0], dtype=torch.float64)[:, None, None]
+    shift = (0.3 + torch.rand(LEADING, generator=generator, dtype=torch.float64))[..., None, None]
     return KroneckerSum(a, b, shift), kron(a, eyes(COLUMNS)) + kron(eyes(ROWS), b) + shift * eyes(ROWS * COLUMNS)
 
 
 def diagonal(generator: torch.Generator) -> tuple[Precision, Tensor]:
-    values = 0.2 + torch.rand(MODULES, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
-    return DiagonalPrecision(values, (ROWS, COLUMNS)), torch.diag_embed(values.flatten(1))
+    values = 0.2 + torch.rand(*LEADING, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    return DiagonalPrecision(values, (ROWS, COLUMNS)), torch.diag_embed(values.flatten(-2))
 
 
 def low_rank(base: Case) -> Case:
@@ -63,12 +65,12 @@ def low_rank(base: Case) -> Case:
 
     def case(generator: torch.Generator) -> tuple[Precision, Tensor]:
         precision, dense = base(generator)
-        vectors = [torch.randn(MODULES, ROWS, COLUMNS, generator=generator, dtype=torch.float64) for _ in range(2)]
-        flat = [v.flatten(1).unsqueeze(-1) for v in vectors]
+        vectors = [torch.randn(*LEADING, ROWS, COLUMNS, generator=generator, dtype=torch.float64) for _ in range(2)]
+        flat = [v.flatten(-2).unsqueeze(-1) for v in vectors]
         against = (flat[1].mT @ torch.linalg.solve(dense, flat[1])).squeeze((-2, -1))
         coefficients = torch.stack([torch.full_like(against, 0.7), -0.6 / against], -1)
         for k in range(2):
-            dense = dense + coefficients[:, k, None, None] * flat[k] @ flat[k].mT
+            dense = dense + coefficients[..., k, None, None] * flat[k] @ flat[k].mT
         return LowRankUpdate(precision, vectors, coefficients), dense
 
     case.__name__ = f"low_rank_{base.__name__}"
@@ -82,18 +84,18 @@ CASES = [*PLAIN, *map(low_rank, PLAIN)]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_agrees_with_the_dense_matrix(case: Case, generator: torch.Generator) -> None:
     precision, dense = case(generator)
-    x = torch.randn(5, MODULES, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    x = torch.randn(5, *LEADING, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
     flat = x.flatten(-2).unsqueeze(-1)
     assert (precision.shape, precision.dtype) == ((ROWS, COLUMNS), torch.float64)
     assert_close(precision.solve(x).flatten(-2), torch.linalg.solve(dense, flat).squeeze(-1))
     assert_close(precision.logdet(), torch.linalg.slogdet(dense)[1])
-    assert_close(precision.inverse_diagonal().flatten(1), torch.linalg.inv(dense).diagonal(dim1=-2, dim2=-1))
+    assert_close(precision.inverse_diagonal().flatten(-2), torch.linalg.inv(dense).diagonal(dim1=-2, dim2=-1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_its_square_roots_belong_together(case: Case, generator: torch.Generator) -> None:
     precision, dense = case(generator)
-    x = torch.randn(5, MODULES, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    x = torch.randn(5, *LEADING, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
     times = (dense @ x.flatten(-2).unsqueeze(-1)).squeeze(-1)
     assert_close(precision.standardize(x).square().sum((-2, -1)), (x.flatten(-2) * times).sum(-1))
     assert_close(precision.whiten(times.unflatten(-1, (ROWS, COLUMNS))), precision.standardize(x))
@@ -106,21 +108,21 @@ def test_marginal_variances_in_other_coordinates(case: Case, generator: torch.Ge
     assert isinstance(update, LowRankUpdate)
     turn = torch.randn(5, ROWS, generator=generator, dtype=torch.float64)
     change = update.base.inverse_diagonal() + update.inverse_diagonal_change(lambda x: x)
-    assert_close(change.flatten(1), torch.linalg.inv(dense).diagonal(dim1=-2, dim2=-1))
+    assert_close(change.flatten(-2), torch.linalg.inv(dense).diagonal(dim1=-2, dim2=-1))
     # Of ``turn @ x``: the change of the covariance, turned on both sides.
-    units = torch.eye(ROWS * COLUMNS, dtype=torch.float64).unflatten(-1, (ROWS, COLUMNS)).unsqueeze(1)
-    plain = update.base.solve(units.expand(-1, MODULES, -1, -1)).flatten(-2).movedim(0, -1)
+    units = torch.eye(ROWS * COLUMNS, dtype=torch.float64).unflatten(-1, (ROWS, COLUMNS))
+    plain = update.base.solve(units[:, None, None].expand(-1, *LEADING, -1, -1)).flatten(-2).movedim(0, -1)
     difference = torch.linalg.inv(dense) - plain
     lifted = torch.kron(turn, torch.eye(COLUMNS, dtype=torch.float64))
     expected = (lifted @ difference @ lifted.mT).diagonal(dim1=-2, dim2=-1)
-    assert_close(update.inverse_diagonal_change(lambda x: turn @ x).flatten(1), expected)
+    assert_close(update.inverse_diagonal_change(lambda x: turn @ x).flatten(-2), expected)
 
 
 def test_a_correction_keeps_the_dtype_of_its_base(generator: torch.Generator) -> None:
     base = GramPrecision(positive(generator, ROWS).float(), "left", (ROWS, COLUMNS))
-    vectors = [torch.randn(MODULES, ROWS, COLUMNS, generator=generator)]
-    update = LowRankUpdate(base, vectors, torch.ones(MODULES, 1, dtype=torch.float64))
-    x = torch.randn(MODULES, ROWS, COLUMNS, generator=generator)
+    vectors = [torch.randn(*LEADING, ROWS, COLUMNS, generator=generator)]
+    update = LowRankUpdate(base, vectors, torch.ones(*LEADING, 1, dtype=torch.float64))
+    x = torch.randn(*LEADING, ROWS, COLUMNS, generator=generator)
     assert {update.solve(x).dtype, update.sample(x).dtype, update.standardize(x).dtype} == {torch.float32}
     assert update.logdet().dtype == torch.float64
 
@@ -154,3 +156,9 @@ def test_the_module_that_is_no_minimum_is_named() -> None:
     coefficients = torch.tensor([[1.0], [-2.0], [-0.75]], dtype=torch.float64)
     with pytest.raises(NotPositiveDefiniteError, match=r"module 1 .*relative curvature -3\b"):
         LowRankUpdate(DiagonalPrecision(ones, (1, 2)), [ones], coefficients)
+    # The worst direction counts, and a flat one is none.
+    first, second = torch.eye(2, dtype=torch.float64).unsqueeze(1).unsqueeze(1)
+    single = DiagonalPrecision(ones[:1], (1, 2))
+    for worst, shown in ((-3.0, "-2"), (-1.0, "0")):
+        with pytest.raises(NotPositiveDefiniteError, match=rf"relative curvature {shown}\)"):
+            LowRankUpdate(single, [first, second], torch.tensor([[5.0, worst]], dtype=torch.float64))
