@@ -195,5 +195,16 @@ def test_what_cannot_be_factored_is_refused(generator: torch.Generator) -> None:
         quadratic_of(mixed, for_draws=True)
     quadratic_of(mixed)
     quadratic_of(posterior_of(Directional(), updates), for_draws=True)
-    single = full_posterior(Expert("a", Directional()) * Anchor(), updates[:, :1])
-    assert quadratic_of(single).event_shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("design", "expected"), [(Directional(), (1, 1)), (OutputGram(), (2, 2)), (InputGram(), (5, 2))]
+)
+def test_one_expert_alone(design: ResidualMap, expected: tuple[int, int], generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 1, 5, 2)
+    posterior = full_posterior(Expert("a", design) * Anchor(precision=AbsolutePrecision(0.5)), updates)
+    problem = quadratic_of(posterior)
+    assert problem.event_shape == expected
+    weights, shift = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    x = problem.precision(weights, shift).solve(0.7 * problem.pulls()[0])
+    assert_close(problem.lift(x), solved(posterior, weights, shift))

@@ -131,6 +131,8 @@ def _is_text(node: ast.AST) -> bool:
     """What only speaks to people or to the type checker."""
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
         return True
+    if isinstance(node, ast.keyword):
+        return node.arg in {"strict", "stacklevel"}  # of `zip`, an assertion; of warnings
     if isinstance(node, ast.If):
         return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return isinstance(node, ast.Call) and _called(node) in {"warn", "TypeVar", "cast"}

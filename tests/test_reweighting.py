@@ -1,0 +1,386 @@
+"""The parts of the reweighted iteration: gradients by autograd, safeguards at hand-made points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference.anderson import Anderson
+from inference.reweighting import (
+    FORWARD_ERROR,
+    TOLERANCE,
+    Point,
+    Problem,
+    Run,
+    SolverOptions,
+    choose,
+    run_from,
+    select,
+)
+from poe_models import (
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Custom,
+    Directional,
+    Energy,
+    Gaussian,
+    GeneralizedGaussian,
+    Identity,
+    InputGram,
+    OutputGram,
+    ProductOfExperts,
+    Relative,
+    StudentT,
+    Welsch,
+    average,
+    full_posterior,
+)
+from poe_models.quadratics import quadratic_of
+from tests.helpers import assert_close, name_of, random_updates
+
+NAMES = ["a", "b", "c"]
+CAUCHY, INPUTS = Cauchy(), InputGram()
+MAPS = [Identity(), OutputGram(), InputGram(), Directional(), (OutputGram(), InputGram())]
+EPS = torch.finfo(torch.float64).eps
+
+
+def problem_of(
+    updates: Tensor, design: object = INPUTS, energy: Energy = CAUCHY, eta: float = 0.3, gamma: float = 0.7
+) -> Problem:
+    anchor = Anchor(average, AbsolutePrecision(eta))
+    poe = ProductOfExperts.of(NAMES[: updates.shape[1]], design, energy, Relative(gamma), anchor=anchor)  # type: ignore[arg-type]
+    posterior = full_posterior(poe, updates)
+    return Problem(posterior, quadratic_of(posterior))
+
+
+def somewhere(problem: Problem, generator: torch.Generator) -> Tensor:
+    return torch.randn(
+        problem.posterior.num_modules, *problem.quadratic.event_shape, generator=generator, dtype=torch.float64
+    )
+
+
+def energy_along(problem: Problem, x: Tensor) -> Tensor:
+    """The posterior's own energy of a displacement, ``(M,)``."""
+    center = problem.posterior.center
+    assert center is not None
+    return problem.posterior.energy(center + problem.quadratic.lift(x))
+
+
+@pytest.mark.parametrize("design", MAPS, ids=name_of)
+def test_energy_and_gradient_at_a_point_are_the_posteriors(design: object, generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5), design)
+    x = somewhere(problem, generator)
+    point = problem.at(x)
+    assert_close(point.energy, energy_along(problem, x))
+    assert_close(point.q, problem.quadratic.residuals(x))
+    assert_close(point.log_weights.exp(), problem.posterior.weights(point.q))
+    leaf = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(energy_along(problem, leaf).sum(), leaf)
+    assert_close(2 * problem.half_gradient(point), gradient)
+    weights = point.log_weights.exp()
+    b = sum(weights[:, i, None, None] * pull for i, pull in enumerate(problem.pulls))
+    size = (gradient / 2).square().sum((-2, -1)).sqrt() / b.square().sum((-2, -1)).sqrt()  # type: ignore[union-attr]
+    assert_close(problem.gradient_norm(point), size)
+
+
+def test_a_gradient_beside_cancelling_pulls_is_measured_by_their_size() -> None:
+    """Two opposed experts: their pulls cancel, and half a unit of rounding of the sum is no gradient."""
+    updates = torch.tensor([[[[3.0]], [[-3.0]]]], dtype=torch.float64)
+    problem = problem_of(updates, Identity(), Gaussian())
+    weight = 0.5 / (0.49 * 9)  # rho' over s^2
+    tiny = torch.full((1, 1, 1), 1e-17, dtype=torch.float64)
+    half = (2 * weight + 0.3) * 1e-17
+    assert_close(problem.gradient_norm(problem.at(tiny)), half / (EPS * 2 * weight * 3))
+    assert float(problem.gradient_norm(problem.at(0 * tiny))) == 0.0
+
+
+@pytest.mark.parametrize("energy", [Cauchy(), StudentT(3.0), GeneralizedGaussian(4.0)], ids=name_of)
+@pytest.mark.parametrize("design", MAPS, ids=name_of)
+def test_the_line_minimum_is_newtons(design: object, energy: Energy, generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 3, 3, 4, 5), design, energy)
+    x = somewhere(problem, generator)
+    ahead = -problem.half_gradient(problem.at(x))
+    away = torch.tensor([3.0, 1e-3, 1.0], dtype=torch.float64)[:, None, None]
+    direction = ahead * away  # far, hardly, somewhat: the step is cut at 1 where it is longer
+
+    def along(size: Tensor) -> Tensor:
+        return energy_along(problem, x + size[:, None, None] * direction).sum()
+
+    zero = torch.zeros(3, dtype=torch.float64)
+    first = torch.func.grad(along)(zero)
+    second = torch.func.hessian(along)(zero).diagonal()
+    slope, size = problem.line_minimum(problem.at(x), direction)
+    assert_close(slope, first)
+    newton = torch.where(second > 0, (-first / second).clamp(max=1.0), 0.5)
+    assert_close(size, newton)
+
+
+def test_the_line_minimum_has_every_kind_of_step() -> None:
+    """A quadratic cut at 1, one inside, and a direction that bends down, where half of the step is tried."""
+    problem = problem_of(torch.tensor([[[[2.0]], [[1.0]]]], dtype=torch.float64), Identity(), Gaussian(), gamma=1.0)
+    at = problem.at(torch.full((1, 1, 1), 1.0, dtype=torch.float64))
+    # H = 1 / 8 + 1 / 2 + 0.3 about the average; a direction of -1 has its minimum at a step of 1.
+    gradient = float(problem.half_gradient(at).squeeze())
+    curvature = 1 / 8 + 1 / 2 + 0.3
+    for length, expected in ((0.5, 1.0), (gradient / curvature, 1.0), (4.0, gradient / curvature / 4.0)):
+        _, size = problem.line_minimum(at, torch.full((1, 1, 1), -length, dtype=torch.float64))
+        assert float(size) == pytest.approx(expected, rel=1e-12)
+    bent = problem_of(torch.tensor([[[[3.0]], [[-3.0]]]], dtype=torch.float64), Identity(), Welsch(), 1e-3, 0.3)
+    slope, size = bent.line_minimum(
+        bent.at(torch.full((1, 1, 1), 2.0, dtype=torch.float64)), torch.ones(1, 1, 1, dtype=torch.float64)
+    )
+    assert float(size) == 0.5
+
+
+def moved(point: Point, energy: float) -> Point:
+    return replace(point, energy=point.energy + energy)
+
+
+def test_uphill_is_beyond_rounding_and_for_energies_that_are_not_concave_by_the_gradient() -> None:
+    updates = torch.tensor([[[[3.0]], [[1.0]]]], dtype=torch.float64)
+    for energy, concave in ((Cauchy(), True), (GeneralizedGaussian(4.0), False)):
+        problem = problem_of(updates, Identity(), energy)
+        low, high = (problem.at(torch.full((1, 1, 1), at, dtype=torch.float64)) for at in (0.1, 0.5))
+        slack = 8 * EPS * float(low.energy)
+        assert float(problem.slack(low.energy)) == slack
+        assert float(problem.slack(-low.energy)) == slack
+        steeper = replace(high, energy=low.energy)  # as far as the energy tells, no higher
+        assert float(problem.gradient_norm(high)) > float(problem.gradient_norm(low))
+        assert bool(problem.uphill(low, steeper)) is not concave
+        assert not bool(problem.uphill(steeper, low))
+        assert not bool(problem.uphill(low, low))
+        assert bool(problem.uphill(low, moved(steeper, 2 * slack)))
+        assert not bool(problem.uphill(low, moved(steeper, -2 * slack)))
+        assert bool(problem.uphill(low, moved(low, math.nan)))
+        assert not bool(problem.uphill(low, moved(low, 0.5 * slack)))
+
+
+def test_a_module_that_nothing_holds_stays_at_the_centre(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 3, 2, 3, 4)
+    updates[0] = 0.0
+    poe = ProductOfExperts.of(
+        NAMES[:2], OutputGram(), Cauchy(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.0))
+    )
+    posterior = full_posterior(poe, updates)
+    problem = Problem(posterior, quadratic_of(posterior))
+    assert problem.shift.tolist() == [1.0, 0.0, 0.0]
+    anchored = problem_of(updates, OutputGram())
+    assert anchored.shift.tolist() == [0.3, 0.3, 0.3]
+    assert_close(problem.solve(torch.ones(3, 2, dtype=torch.float64)).x[0], torch.zeros_like(updates[0, 0]))
+
+
+def a_run(problem: Problem, weights: Tensor | None = None, **options: object) -> Run:
+    start = problem.posterior.weights(torch.zeros_like(problem.at(problem.quadratic.targets[0]).q))
+    return run_from(problem, start if weights is None else weights, SolverOptions(**options))  # type: ignore[arg-type]
+
+
+def test_refinement_undoes_what_was_done_to_a_solution(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
+    run = a_run(problem)
+    assert bool(run.converged.all())
+    shifted = replace(run.point, x=run.point.x * (1 + 1e-6))
+    refined = problem.refine(replace(run, point=shifted))
+    assert_close(refined.point.x, run.point.x, 1e-9)
+    assert_close(refined.point.energy, problem.at(refined.point.x).energy, 1e-15)
+    assert bool((refined.forward_error < 0.01 * FORWARD_ERROR[torch.float64]).all())
+    # A module that had not converged is left as it is, without an error of its own.
+    loose = problem.refine(replace(run, point=shifted, converged=torch.tensor([True, False])))
+    assert_close(loose.point.x[1], shifted.x[1], 1e-15)
+    assert bool(loose.forward_error[1].isnan())
+    assert not bool(loose.forward_error[0].isnan())
+    assert loose.rounding.tolist() == [False, False]
+
+
+def test_refinement_says_what_it_could_not_mend(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrections that solve with half of the precision matrix overshoot for ever: an error of the size of ``Z``."""
+    problem = problem_of(random_updates(generator, 1, 3, 4, 5))
+    run = a_run(problem)
+    off = replace(run, point=replace(run.point, x=1.1 * run.point.x))
+    precision = problem.quadratic.precision
+
+    def twice_too_far(self: object, weights: Tensor, shift: Tensor) -> object:
+        return precision(0.5 * weights, 0.5 * shift)
+
+    monkeypatch.setattr(type(problem.quadratic), "precision", twice_too_far)
+    found = problem.refine(off)
+    # Every correction turns the error of 10 % around: 0.2 of the solution from one side to the other.
+    assert float(found.forward_error) == pytest.approx(0.2 / 0.9, rel=1e-6)
+    assert (found.converged.tolist(), found.rounding.tolist()) == ([False], [True])
+    silent = problem.refine(replace(off, converged=torch.tensor([False])))
+    assert silent.rounding.tolist() == [False]
+
+
+def test_the_iteration_stops_where_it_is_told_to(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5), gamma=0.3)
+    for steps in (1, 2, 5):
+        run = a_run(problem, max_steps=steps, acceleration=False)
+        assert run.trace.shape == (2, steps)
+        assert run.steps.tolist() == [steps, steps]
+        assert not bool(run.converged.any())
+        assert not bool(run.rounding.any())
+    loose = a_run(problem, tolerance=1e-2, acceleration=False)
+    tight = a_run(problem, acceleration=False)
+    assert int(loose.steps.max()) < int(tight.steps.min())
+    for run, tolerance in ((loose, 1e-2), (tight, TOLERANCE[torch.float64])):
+        assert bool((run.gradient_norm <= tolerance).all())
+        assert bool((run.weight_change <= tolerance).all())
+    # One module may be done before the other, and then stays.
+    assert int(tight.steps.min()) < int(tight.steps.max())
+    first = int(tight.steps.argmin())
+    alone = problem_of(
+        random_updates(torch.Generator().manual_seed(20261122), 2, 3, 4, 5)[first : first + 1], gamma=0.3
+    )
+    assert_close(a_run(alone, acceleration=False).point.x, tight.point.x[first : first + 1], 1e-13)
+    assert tight.trace[first, -1] == tight.point.energy[first]
+
+
+def test_a_step_tolerance_is_a_frobenius_norm(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 1, 3, 4, 5), gamma=0.3)
+    points = [a_run(problem, max_steps=k, acceleration=False).point.x for k in range(1, 30)]
+    lengths = [float((b - a).norm()) for a, b in zip(points, points[1:], strict=False)]
+    for limit in (lengths[2] * 1.001, lengths[9] * 1.001):
+        expected = 2 + next(i for i, length in enumerate(lengths) if length <= limit)
+        run = a_run(problem, step_tolerance=limit, acceleration=False)
+        assert run.steps.tolist() == [expected]
+        assert bool(run.converged.all())
+
+
+def test_convex_energies_in_q_are_searched_along_the_line(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5), energy=GeneralizedGaussian(6.0))
+    run = a_run(problem, acceleration=False, max_steps=400)
+    assert bool(run.searched.any())
+    assert torch.equal(run.searched, run.rejected > 0)
+    assert bool((run.trace.diff() <= 8 * EPS * run.trace[:, :1]).all())
+    assert bool((run.gradient_norm < 1e-6).all())
+    plain = a_run(problem_of(random_updates(generator, 2, 3, 4, 5)), acceleration=False)
+    assert not bool(plain.searched.any())
+    assert plain.rejected.tolist() == [0.0, 0.0]
+
+
+def test_a_run_takes_over_a_known_minimum_that_it_approaches(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5), gamma=0.3)
+    known = a_run(problem)
+    near = known.point.log_weights.exp() * 1.001
+    marked = replace(known, rejected=known.rejected + 77.0)
+    again = run_from(problem, near, SolverOptions(), known=marked)
+    assert again.rejected.tolist() == marked.rejected.tolist()
+    only_one = replace(marked, converged=torch.tensor([True, False]))
+    mixed = run_from(problem, near, SolverOptions(), known=only_one)
+    assert float(mixed.rejected[0]) == float(marked.rejected[0])
+    assert float(mixed.rejected[1]) < 77.0
+
+
+def filled(length: int, value: float) -> Run:
+    """A run of two modules in which every number is the same."""
+    of = {
+        field.name: torch.full((2,), value)
+        for field in fields(Run)
+        if field.name not in {"point", "trace", "converged", "rounding", "searched"}
+    }
+    flags = {name: torch.full((2,), value > 1) for name in ("converged", "rounding", "searched")}
+    point = Point(*(torch.full(shape, value) for shape in ((2, 3, 4), (2, 5), (2,), (2, 5))))
+    trace = value + torch.arange(length).expand(2, -1) / 10
+    return Run(point=point, trace=trace, **of, **flags)  # type: ignore[arg-type]
+
+
+def test_selection_is_by_module_and_traces_end_level() -> None:
+    one, other = filled(2, 2.0), filled(4, 1.0)
+    where = torch.tensor([True, False])
+    chosen = select(where, one, other)
+    for field in fields(Run):
+        value = getattr(chosen, field.name)
+        if field.name not in {"point", "trace"}:
+            assert value.tolist() == [getattr(one, field.name)[0], getattr(other, field.name)[1]], field.name
+    assert_close(chosen.trace, torch.tensor([[2.0, 2.1, 2.1, 2.1], [1.0, 1.1, 1.2, 1.3]]), 1e-6)
+    assert_close(select(~where, other, one).trace, chosen.trace, 1e-6)
+    for field in fields(Point):
+        for point in (chosen.point, choose(where, one.point, other.point)):
+            value = getattr(point, field.name)
+            assert bool((value[0] == 2.0).all())
+            assert bool((value[1] == 1.0).all())
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for options in ({"starts": ()}, {"max_steps": 0}):
+        with pytest.raises(ValueError, match="at least one start and one step"):
+            SolverOptions(**options)  # type: ignore[arg-type]
+    SolverOptions(max_steps=1)
+
+
+def linear_map(generator: torch.Generator, modules: int, size: int) -> tuple[Tensor, Tensor]:
+    """Contractions ``v -> A v + b``, ``(M, E, E)`` and ``(M, E)``."""
+    a = torch.randn(modules, size, size, generator=generator, dtype=torch.float64)
+    a = 0.8 * a / torch.linalg.matrix_norm(a, 2)[:, None, None]
+    return a, torch.randn(modules, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_extrapolation_solves_a_linear_map_in_as_many_steps_as_it_has_numbers(
+    size: int, generator: torch.Generator
+) -> None:
+    """Type II of full depth is GMRES (Walker and Ni, 2011, theorem 2.2): exact after ``E + 1`` values and a step."""
+    a, b = linear_map(generator, 3, size)
+    fixed = torch.linalg.solve(torch.eye(size, dtype=torch.float64) - a, b)
+    anderson, v = Anderson(depth=size), torch.zeros(3, size, dtype=torch.float64)
+    for step in range(size + 2):
+        if step == size + 1:
+            assert_close(v, fixed, 1e-6)
+        elif step <= size // 2:
+            assert float((v - fixed).abs().max()) > 1e-3
+        v = anderson.propose(v, (a @ v.unsqueeze(-1)).squeeze(-1) + b)
+
+
+def test_what_led_uphill_is_forgotten_module_by_module(generator: torch.Generator) -> None:
+    a, b = linear_map(generator, 2, 3)
+    forgetful, steady, late = (Anderson(depth=3) for _ in range(3))
+    points = torch.randn(4, 2, 3, generator=generator, dtype=torch.float64)
+    outputs = (a @ points.unsqueeze(-1)).squeeze(-1) + b
+    assert_close(late.propose(points[2], outputs[2]), outputs[2])  # the first call: the plain step
+    for i in range(3):
+        forgetful.propose(points[i], outputs[i])
+        steady.propose(points[i], outputs[i])
+    forgetful.forget(torch.tensor([True, False]))
+    found = forgetful.propose(points[3], outputs[3])
+    assert_close(found[0], late.propose(points[3], outputs[3])[0], 1e-9)
+    assert_close(found[1], steady.propose(points[3], outputs[3])[1])
+
+
+def test_only_as_many_differences_count_as_the_depth_says(generator: torch.Generator) -> None:
+    """With depth 1 the proposal depends on the last two values only."""
+    a, b = linear_map(generator, 1, 3)
+    long, short = Anderson(depth=1), Anderson(depth=1)
+    points = torch.randn(4, 1, 3, generator=generator, dtype=torch.float64)
+    outputs = (a @ points.unsqueeze(-1)).squeeze(-1) + b
+    for i in range(3):
+        long.propose(points[i], outputs[i])
+    short.propose(points[2], outputs[2])
+    assert_close(long.propose(points[3], outputs[3]), short.propose(points[3], outputs[3]), 1e-15)
+
+
+def test_one_number_is_extrapolated_by_the_secant() -> None:
+    """``g`` through (0, 1) and (1, 1.5) has its fixed point at 2."""
+    anderson = Anderson(depth=5)
+    anderson.propose(torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64))
+    found = anderson.propose(torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[1.5]], dtype=torch.float64))
+    assert float(found) == pytest.approx(2.0, rel=1e-9)
+
+
+def test_an_extrapolation_that_is_no_number_gives_way_to_the_plain_step() -> None:
+    anderson = Anderson(depth=2)
+    anderson.propose(torch.zeros(2, 1), torch.tensor([[1.0], [1.0]]))
+    output = torch.tensor([[1.5], [math.inf]])
+    found = anderson.propose(torch.tensor([[1.0], [1.0]]), output)
+    assert float(found[0]) == pytest.approx(2.0, rel=1e-5)
+    assert float(found[1]) == math.inf
+
+
+def test_custom_energies_run_like_shipped_ones(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 4, 5)
+    shipped = a_run(problem_of(updates))
+    own = a_run(problem_of(updates, energy=Custom(torch.log1p)))
+    assert_close(own.point.x, shipped.point.x, 1e-8)
