@@ -506,7 +506,7 @@ def _require_positive(owner: str, **values: Exponent | None) -> None:
         if isinstance(value, str) and value != "multivariate":
             raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
         number = value if isinstance(value, int | float) else None
-        if isinstance(value, Tensor) and value.numel() and not bool(((value > 0) & value.isfinite()).all()):
-            number = float(value.min())
+        if isinstance(value, Tensor) and not bool((good := (value > 0) & value.isfinite()).all()):
+            number = float(value.detach()[~good][0])
         if number is not None and not (0 < number < math.inf):
             raise ValueError(f"`{owner}({name}={number})`: must be a positive finite number.")
