@@ -71,10 +71,10 @@ class Job:
         """Take one message of the process; whether it was the last.
 
         Raises:
-            RuntimeError: the file's tests do not pass without an edit.
+            Broken: the file's tests do not pass without an edit.
         """
         message = self.outcomes.recv()
-        if isinstance(message, RuntimeError):
+        if isinstance(message, Exception):
             raise message
         if message is None:
             self.process.join()
@@ -95,7 +95,7 @@ def run_all(results: Sequence[FileResult], guards: Mapping[str, Sequence[str]], 
     """Work through the files, each in a process and a copy of its own; nothing outlives an interruption.
 
     Raises:
-        RuntimeError: a file's tests do not pass without an edit.
+        Broken: a file's tests do not pass without an edit.
     """
     queue = list(results)
     running: dict[Any, Job] = {}

@@ -39,6 +39,12 @@ MEMORY = 8 << 30
 """Bytes of data a run may hold: an edited loop may not stop."""
 PASSED, FAILED, BROKEN = 0, 1, 70
 FORK = multiprocessing.get_context("fork")
+
+
+class Broken(RuntimeError):
+    """Something that says nothing of an edit."""
+
+
 Report = Callable[[Edit, str], None]
 
 
@@ -73,7 +79,7 @@ class Guarded:
         os.setsid()
         try:
             self._examine(edits, lambda edit, outcome: outcomes.send(((edit.span, edit.new), outcome)))
-        except RuntimeError as error:
+        except Broken as error:
             outcomes.send(error)
         outcomes.send(None)
 
@@ -82,7 +88,7 @@ class Guarded:
         inside = Patched(self, source, [edit for edit in edits if edit.in_body], report)
         code = _exit_code(lambda: self._pytest([inside], writes=True))
         if code != PASSED:
-            raise RuntimeError(f"the tests of {self.file} do not pass without an edit:\n{self._log()[-4000:]}")
+            raise Broken(f"the tests of {self.file} do not pass without an edit:\n{self._log()[-4000:]}")
         reached = Reached.read(self.copy)
         for edit in (edit for edit in edits if not edit.in_body):
             tests = reached.chosen(edit, self.seconds)
@@ -101,12 +107,12 @@ class Guarded:
         for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
             del sys.modules[name]
         sys.path[:] = [str(self.copy), *sys.path]
-        os.environ["PYTHONPATH"] = str(self.copy)
+        os.environ.update(PYTHONPATH=str(self.copy), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
         # By its own name first: pytest would make a second module of a file that its package has imported.
         module = importlib.import_module(self.file.removesuffix(".py").replace("/", "."))
         if module.__file__ != str(self.path):
-            raise RuntimeError(f"{module.__file__} was imported instead of the copy in {self.copy}.")
-        options = ["-q", "-s", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={self.copy}.tmp"]
+            raise Broken(f"{module.__file__} was imported instead of the copy in {self.copy}.")
+        options = ["-q", "-s", "-x", "-p", "no:cacheprovider", f"--basetemp={self.copy}.tmp"]
         return pytest.main([*options, *self.arguments], plugins=plugins)
 
     def _log(self) -> str:
@@ -221,7 +227,7 @@ def patch(functions: Sequence[FunctionType], source: str, edit: Edit, path: str)
     """Give live functions the code that the edit makes of them.
 
     Raises:
-        RuntimeError: no function has the edited code.
+        Broken: no function has the edited code.
     """
     before, after = compile(source, path, "exec"), compile(edit.applied(source), path, "exec")
     changed = [(old, new) for old, new in _pairs(before, after) if old != new]
@@ -229,7 +235,7 @@ def patch(functions: Sequence[FunctionType], source: str, edit: Edit, path: str)
     for function, new in patched:
         function.__code__ = new
     if not patched:
-        raise RuntimeError(f"line {edit.line}, {edit.text}: no function has this code.")
+        raise Broken(f"line {edit.line}, {edit.text}: no function has this code.")
 
 
 def _pairs(before: CodeType, after: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
@@ -248,10 +254,10 @@ def outcome_of(code: int) -> str:
     """What an ended run says of its edit: "survived", "timed out" or "killed".
 
     Raises:
-        RuntimeError: the run itself broke.
+        Broken: the run itself broke.
     """
     if code == BROKEN:
-        raise RuntimeError("an edit could not be tried; the end of the output above tells why.")
+        raise Broken("an edit could not be tried; the end of the output above tells why.")
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
         return "timed out"
     return "survived" if code in {PASSED, pytest.ExitCode.NO_TESTS_COLLECTED} else "killed"
@@ -267,11 +273,9 @@ def _exit_code(function: Callable[[], int], cpu_seconds: float | None = None) ->
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         try:
             code = int(function())
-        except RuntimeError:
+        except BaseException as error:  # of an edited import, for instance
             traceback.print_exc(file=sys.__stderr__)
-            code = BROKEN
-        except BaseException:  # of an edited import, for instance
-            code = FAILED
+            code = BROKEN if isinstance(error, Broken) else FAILED
         sys.stdout.flush()
         os._exit(code)
 
