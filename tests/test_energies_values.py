@@ -135,8 +135,10 @@ def test_derivatives_by_autograd_pass_gradients_on_and_take_constants() -> None:
     assert_close(cube.curvature(f64(2.0)), f64(12.0))
     assert not cube.weight(f64(2.0)).requires_grad
     constant = Custom(lambda q: torch.ones_like(q))
+    setting = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    of_its_setting = Custom(lambda q: setting * torch.ones_like(q))
     linear = Custom(lambda q: 2 * q)
-    for energy, weight in ((constant, 0.0), (linear, 2.0)):
+    for energy, weight in ((constant, 0.0), (of_its_setting, 0.0), (linear, 2.0)):
         assert_close(energy.weight(f64(3.0)), f64(weight))
         assert float(energy.curvature(f64(3.0))) == 0.0
 
@@ -157,6 +159,9 @@ def test_settings_are_positive_and_finite(value: float) -> None:
             build(value)
     with pytest.raises(ValueError, match="must be a positive finite number"):
         StudentT(df=torch.tensor([3.0, value]))
+    with pytest.raises(ValueError, match=r"df=-2\.0"):
+        StudentT(df=torch.tensor([0.5, -2.0, -3.0]))
+    StudentT(df=torch.tensor([0.5]))
     StudentT(df=torch.tensor([]))
     for tiny in (1e-300, 1e300):
         Gaussian(tiny)
@@ -202,6 +207,9 @@ def test_the_radial_integral_reaches_far_tails_and_says_when_it_does_not() -> No
         exact = (dim / power - 1) * math.log(power) + math.lgamma(dim / power)
         found = radial_log_integral(lambda q, p=power: q ** (p / 2) / p, f64(dim).squeeze(), 1.0)
         assert float(found) == pytest.approx(exact, rel=1e-9, abs=1e-9)
+    for importance in (1e60, 1e-60):
+        with pytest.raises(ValueError, match="peaks beyond"):
+            radial_log_integral(lambda q: q / 2, f64(1.0), importance)
     with pytest.raises(ValueError, match="in 64 dimensions"):
         radial_log_integral(lambda q: q.log1p().log1p(), f64(3.0, 64.0), 1.0)
 

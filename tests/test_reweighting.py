@@ -17,6 +17,7 @@ from inference.reweighting import (
     Problem,
     Run,
     SolverOptions,
+    _line_search,
     choose,
     run_from,
     select,
@@ -196,6 +197,16 @@ def test_refinement_undoes_what_was_done_to_a_solution(generator: torch.Generato
     assert loose.rounding.tolist() == [False, False]
 
 
+def test_refinement_goes_on_until_the_last_module_is_done(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
+    run = a_run(problem)
+    off = run.point.x * torch.tensor([1.0, 1.1], dtype=torch.float64)[:, None, None]
+    refined = problem.refine(replace(run, point=replace(run.point, x=off)))
+    assert bool((refined.forward_error < 0.01 * FORWARD_ERROR[torch.float64]).all())
+    assert bool(refined.converged.all())
+    assert_close(refined.point.x, run.point.x, 1e-9)
+
+
 def test_refinement_says_what_it_could_not_mend(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Corrections that solve with half of the precision matrix overshoot for ever: an error of the size of ``Z``."""
     problem = problem_of(random_updates(generator, 1, 3, 4, 5))
@@ -237,6 +248,64 @@ def test_the_iteration_stops_where_it_is_told_to(generator: torch.Generator) -> 
     )
     assert_close(a_run(alone, acceleration=False).point.x, tight.point.x[first : first + 1], 1e-13)
     assert tight.trace[first, -1] == tight.point.energy[first]
+
+
+def test_steps_go_on_as_long_as_the_weights_settle_though_the_energy_no_longer_tells() -> None:
+    """Errors of the energy are squares: it is level at 1e-8, and the weights have half of the way to go."""
+    problem = problem_of(random_updates(torch.Generator().manual_seed(0), 2, 3, 4, 5), gamma=0.1)
+    run = a_run(problem, acceleration=False, max_steps=1000)
+    falls = run.trace[0].diff() < -problem.slack(run.point.energy)[0]
+    assert int(run.steps[0]) - int(falls.nonzero().max()) > 30
+    assert (run.converged.tolist(), run.rounding.tolist()) == ([True, True], [False, False])
+
+
+def test_ten_steps_without_progress_are_rounding() -> None:
+    problem = problem_of(random_updates(torch.Generator().manual_seed(0), 1, 3, 4, 5, dtype=torch.float32), gamma=0.3)
+    options = {"acceleration": False, "tolerance": 1e-12}
+    run = a_run(problem, max_steps=400, **options)
+    assert (run.converged.tolist(), run.rounding.tolist()) == ([False], [True])
+    changes = [float(a_run(problem, max_steps=k, **options).weight_change) for k in range(1, int(run.steps) + 1)]
+    lowest = [min(changes[:k], default=math.inf) for k in range(len(changes))]
+    progress = [change < low for change, low in zip(changes, lowest, strict=True)]
+    assert not any(progress[-10:])
+    assert int(run.steps) == 11 + max(i for i, made in enumerate(progress) if made) + 1
+
+
+def test_zero_tolerance_is_met_where_nothing_moves() -> None:
+    problem = problem_of(torch.zeros(1, 2, 3, 4, dtype=torch.float64))
+    assert a_run(problem, tolerance=0.0).converged.tolist() == [True]
+
+
+@pytest.mark.parametrize("design", MAPS, ids=name_of)
+def test_one_expert_alone_is_met_but_for_the_anchor(design: object, generator: torch.Generator) -> None:
+    update = random_updates(generator, 1, 1, 4, 5)
+    poe = ProductOfExperts.of(["a"], design, Gaussian(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.3)))  # type: ignore[arg-type]
+    posterior = full_posterior(poe, update)
+    problem = Problem(posterior, quadratic_of(posterior))
+    point = a_run(problem).point
+    leaf = problem.quadratic.lift(point.x).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(posterior.energy(leaf).sum(), leaf)
+    assert float(gradient.abs().max()) < 1e-10
+
+
+def test_a_line_search_ends_between_the_points_and_lower(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 3, 3, 4, 5), energy=GeneralizedGaussian(6.0))
+    point = problem.at(somewhere(problem, generator))
+    candidate = problem.at(point.x - 3 * problem.half_gradient(point) / problem.half_gradient(point).norm())
+    worse = torch.tensor([True, True, False])
+    found = _line_search(problem, point, candidate, worse)
+    direction = candidate.x - point.x
+    slope, size = problem.line_minimum(point, direction)
+    assert bool((slope < 0).all())
+    share = ((found.x - point.x) * direction).sum((-2, -1)) / direction.square().sum((-2, -1))
+    assert_close(found.x, point.x + share[:, None, None] * direction)
+    assert float(share[2]) == 0.0
+    # The first trial is Newton's; each after it half of the one before.
+    halvings = torch.log2(size / share)[:2]
+    assert_close(halvings, halvings.round(), 1e-9)
+    assert bool((halvings > -1e-9).all())
+    assert bool((found.energy < point.energy)[:2].all())
+    assert_close(found.energy, problem.at(found.x).energy, 1e-14)
 
 
 def test_a_step_tolerance_is_a_frobenius_norm(generator: torch.Generator) -> None:
