@@ -130,9 +130,13 @@ def test_verdicts_tell_what_did_not_converge(updates: Tensor) -> None:
 
 
 def test_a_point_that_is_no_minimum_is_a_caution(updates: Tensor) -> None:
-    found = replace(convergence(updates), strict_minimum=np.array([True, False]), rate=np.array([0.5, 1.2]))
+    statuses = (Status.CONVERGED, Status.SADDLE)
+    found = replace(convergence(updates), status=statuses, rate=np.array([0.5, 1.2]))
     assert [verdict.level for verdict in found.verdicts] == [Level.CAUTION, Level.CAUTION, Level.NOTE]
-    assert "b.weight" in found.verdicts[0].text
+    assert "1 of 2 modules converged; b.weight: stopped at a saddle" in found.verdicts[0].text
+    worse = replace(found, status=(Status.MAX_STEPS, Status.SADDLE)).verdicts[0]
+    assert worse.level is Level.BAD
+    assert "raise max_steps" in worse.text
 
 
 def test_rates_that_are_not_known_are_not_good(updates: Tensor) -> None:

@@ -173,7 +173,7 @@ def test_traces_are_the_energies_above_the_last(results: Results) -> None:
 def test_contraction_shows_rate_and_bound(results: Results) -> None:
     found = lines(plots.plot_contraction(results.convergence))
     assert np.allclose(found["exact rate"].get_ydata(), results.convergence.rate)
-    assert np.allclose(found["bound L ([PoE] Eq. 26)"].get_ydata(), results.convergence.bound)
+    assert np.allclose(found["bound L ([PoE] Eq. 41)"].get_ydata(), results.convergence.bound)
 
 
 def test_the_heat_map_hatches_silent_experts(results: Results) -> None:
