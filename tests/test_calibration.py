@@ -17,11 +17,12 @@ from diagnostics.calibration import _scores, calibration, calibration_difference
 from diagnostics.predictions import Array, labelled
 from diagnostics.reliability import brier_parts, reliability
 from inference import scores
+from tests.seeds import seeded
 
 
 def predictions(size: int, classes: int, sharpness: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Probabilities too sure for `sharpness` above 1, and labels."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     logits = 1.5 * torch.randn(size, classes, generator=generator, dtype=torch.float64)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
     return (sharpness * logits).softmax(1), labels
@@ -86,7 +87,7 @@ def test_debiased_square_is_unbiased() -> None:
     """Confidence 0.8 or 0.6 with accuracy 0.7 or 0.6: the mean squared gap is 0.005."""
     p = torch.tensor([[0.8, 0.2]] * 4 + [[0.6, 0.4]] * 4, dtype=torch.float64)
     accuracy = torch.tensor([0.7] * 4 + [0.6] * 4)
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     found, plain = [], []
     for _ in range(600):
         y = (torch.rand(8, generator=generator) > accuracy).long()

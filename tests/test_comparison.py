@@ -14,13 +14,14 @@ from diagnostics.agreement import pareto_front, rank_agreement
 from diagnostics.calibration import calibration, calibration_difference
 from diagnostics.comparison import SCORES, BySeed, Comparison, compare_methods
 from inference import scores
+from tests.seeds import seeded
 
 SIZES = {"a": 120, "b": 80, "c": 60}
 
 
 def suite(sharpness: dict[str, float], seeds: int = 1) -> tuple[dict[str, dict[str, list[Tensor]]], dict[str, Tensor]]:
     """Methods whose logits carry the label by their sharpness."""
-    generator = torch.Generator().manual_seed(11)
+    generator = seeded(11)
     labels = {task: torch.randint(0, 3, (size,), generator=generator) for task, size in SIZES.items()}
     predictions = {
         method: {

@@ -41,6 +41,7 @@ from poe_models import (
     span_statistics,
 )
 from tests.helpers import assert_close, random_updates
+from tests.seeds import seeded, seeded_numpy
 
 NAMES = ("mnist", "emoji", "animals")
 MODULES = ["a.weight", "b.weight"]
@@ -245,7 +246,7 @@ def test_gammas_that_do_not_make_a_grid(updates: Tensor) -> None:
 
 
 def independent(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape)
+    return seeded_numpy(seed).normal(size=shape)
 
 
 def chains(values: np.ndarray, **stats: Any) -> ChainConvergence:
@@ -336,9 +337,7 @@ def test_draws_that_are_not_finite_are_bad_whatever_the_others(value: float) -> 
 def test_draws_of_hmc(updates: Tensor) -> None:
     statistics = span_statistics(product(anchor=Anchor(average)), updates, MODULES)
     posterior, coordinates = span_posterior(product(anchor=Anchor(average)), statistics)
-    draws = SpanDraws.of(
-        hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100), coordinates, statistics
-    )
+    draws = SpanDraws.of(hmc(posterior, 100, generator=seeded(0), warmup=100), coordinates, statistics)
     found = chain_convergence(draws)
     assert found.quantities == (*NAMES, "center")
     assert found.statistics.r_hat.shape == (2, 4)
@@ -353,7 +352,7 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     states = {name: {"a.weight": updates[0, i], "b.weight": updates[1, i]} for i, name in enumerate(NAMES)}
     vectors = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
     poe = product(anchor=Anchor(precision=AbsolutePrecision(0.1)))
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     found = chain_convergence(sample_full(vectors, poe, 100, generator=generator))
     assert found.quantities == ("lp", "log weight 1", "log weight 2", "log weight 3")
     assert found.statistics.r_hat.shape == (2, 4)

@@ -41,6 +41,7 @@ from poe_models import (
     span_statistics,
 )
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
+from tests.seeds import seeded
 
 NAMES = ["a", "b", "c"]
 SHAPES = [(5, 4), (3, 9), (40, 2), (2, 40), (1, 6), (6, 1)]
@@ -478,7 +479,7 @@ def test_an_embedding_of_30000_rows_merges_in_ordinary_memory(residual_map: str)
 @pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
 def test_small_scales_in_float32_do_not_break_the_acceleration(energy: Energy) -> None:
     for seed in range(4):
-        updates = torch.randn(4, 3, 12, 16, generator=torch.Generator().manual_seed(seed))
+        updates = torch.randn(4, 3, 12, 16, generator=seeded(seed))
         for residual_map in (InputGram(), OutputGram(), Directional()):
             poe = ProductOfExperts.of(NAMES, residual_map, energy, Relative(0.05))
             solution = fixed_point(poe, updates, max_steps=500)

@@ -12,10 +12,11 @@ from torch import Tensor
 from diagnostics.selective import aurc_difference, risk_coverage
 from diagnostics.soft_labels import soft_label_scores
 from inference import scores
+from tests.seeds import seeded
 
 
 def scored(size: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     score = torch.rand(size, generator=generator, dtype=torch.float64)
     return score, (torch.rand(size, generator=generator) > 0.3 + 0.6 * score).long()
 
@@ -80,7 +81,7 @@ def test_area_covers_its_mean() -> None:
 
 def test_paired_difference_of_areas() -> None:
     score, wrong = scored()
-    noisy = score + 0.05 * torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noisy = score + 0.05 * torch.rand(200, generator=seeded(1), dtype=torch.float64)
     found = aurc_difference(score, wrong, noisy, wrong, seed=0, num_resamples=100)
     one, two = (risk_coverage(each, wrong, seed=0, num_resamples=100).aurc for each in (score, noisy))
     assert found.value == pytest.approx(one.value - two.value)
@@ -111,7 +112,7 @@ def test_levels_refused() -> None:
 
 def raters(size: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions, true shares and votes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     p, truth = torch.randn(2, size, 3, generator=generator, dtype=torch.float64).softmax(-1)
     votes = torch.nn.functional.one_hot(torch.multinomial(truth, number, replacement=True, generator=generator), 3)
     return p, truth, votes.sum(1)

@@ -38,6 +38,7 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import name_of, random_updates
+from tests.seeds import seed_of, seeded
 
 NAMES = ["a", "b", "c"]
 
@@ -125,7 +126,7 @@ def wobbling(log_temperature_star: float, n: int = 400) -> tuple[Any, Any, Tenso
 
     At log temperature ``t`` the members' logits for class 1 are ``exp(t - t*) - 1`` apart from the truth.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     truth = torch.randn(n, generator=generator, dtype=torch.float64)
     labels = (torch.rand(n, generator=generator, dtype=torch.float64) < truth.sigmoid()).long()
 
@@ -234,7 +235,7 @@ def test_bad_arguments_are_named() -> None:
 
 def test_from_weights_to_a_temperature(generator: torch.Generator) -> None:
     """The whole way on a real model: at the chosen temperature the ensemble is what `predict` says."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     base = {name: value.clone() for name, value in model.state_dict().items()}
     experts = {
@@ -250,7 +251,7 @@ def test_from_weights_to_a_temperature(generator: torch.Generator) -> None:
 
     def sample(temperature: float) -> SpanDraws:
         tempered = replace(posterior, temperature=temperature)
-        draws = gibbs_posterior(tempered, 20, generator=torch.Generator().manual_seed(1), warmup=20)
+        draws = gibbs_posterior(tempered, 20, generator=seeded(1), warmup=20)
         return SpanDraws.of(draws, coordinates, statistics).thinned(5).restrict(r"2\.weight")
 
     def members(draws: SpanDraws) -> Iterator[SpanDraws]:
