@@ -35,6 +35,7 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
+from tests.levels import chi_squared_bound
 from tests.seeds import seed_of, seeded
 
 NAMES = ["a", "b", "c"]
@@ -171,14 +172,17 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
     )
     posterior = full_posterior(poe.for_modules(modules), updates)
     draws = gibbs_posterior(posterior, kept, generator=generator, chains=1, warmup=200, thin=20)
-    ranks = (draws.values[0] < truth).sum(0).flatten()
-    counts = torch.bincount(ranks, minlength=kept + 1).double()
-    expected = ranks.numel() / (kept + 1)
-    chi_squared = float(((counts - expected).square() / expected).sum())
-    # Entries of one simulation are dependent, so the statistic is compared with a wide band around kept = 15.
-    assert chi_squared < 45
-    shifted = torch.bincount((draws.values[0] + 0.3 < truth).sum(0).flatten(), minlength=kept + 1).double()
-    assert float(((shifted - expected).square() / expected).sum()) > 45
+
+    def chi_squared(shift: float) -> Tensor:
+        """Of each entry on its own, `(4,)`: those of one simulation are dependent."""
+        ranks = (draws.values[0] + shift < truth).sum(0).flatten(1)
+        counts = torch.stack([torch.bincount(entry, minlength=kept + 1) for entry in ranks.mT])
+        expected = simulations / (kept + 1)
+        return (counts - expected).square().sum(-1) / expected
+
+    bound = chi_squared_bound(kept, tests=4)
+    assert float(chi_squared(0.0).max()) < bound
+    assert float(chi_squared(0.5).min()) > bound
 
 
 def test_seeds_decide_everything_and_draws_regenerate_bit_for_bit(generator: torch.Generator) -> None:

@@ -99,6 +99,16 @@ def test_where_the_minimum_turns_into_a_saddle_it_is_too_flat_to_tell(widening: 
     assert fixed_point(poe, updates, starts=["twin"]).status == (status,)
 
 
+def test_a_start_beside_a_saddle_is_not_taken_for_on_its_way_there() -> None:
+    updates = torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64)
+    anchor = Anchor(precision=AbsolutePrecision(1e-3))
+    poe = ProductOfExperts.of(NAMES, Identity(), Cauchy(), Absolute(0.5), anchor=anchor)
+    saddle, beside = (torch.full((1, 1, 1), z, dtype=torch.float64) for z in (0.0, 1e-3))
+    solution = fixed_point(poe, updates, starts=[saddle, beside])
+    assert solution.converged
+    assert float(solution.value) > 0.5
+
+
 def test_merge_counts_a_saddle_as_not_converged(tmp_path: Path, generator: torch.Generator) -> None:
     update = random_updates(generator, 1, 1, 4, 5)[0, 0]
     states = {"a": {"up.weight": update, "down.weight": update}, "b": {"up.weight": -update, "down.weight": update}}

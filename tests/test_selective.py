@@ -12,6 +12,7 @@ from torch import Tensor
 from diagnostics.selective import aurc_difference, risk_coverage
 from diagnostics.soft_labels import soft_label_scores
 from inference import scores
+from tests.levels import binomial_range
 from tests.seeds import seeded
 
 
@@ -74,9 +75,10 @@ def test_risk_at_a_coverage() -> None:
 
 
 def test_area_covers_its_mean() -> None:
-    every = [risk_coverage(*scored(100, seed), seed=seed, num_resamples=100).aurc for seed in range(100, 160)]
+    every = [risk_coverage(*scored(100, seed), seed=seed, num_resamples=100).aurc for seed in range(100, 220)]
     truth = risk_coverage(*scored(40000, 7), seed=0, num_resamples=2).aurc.value
-    assert sum(each.low <= truth <= each.high for each in every) >= 52
+    fewest, _ = binomial_range(120, 0.91, 0.95)  # percentiles of a hundred resamples of a hundred examples
+    assert sum(each.low <= truth <= each.high for each in every) >= fewest
 
 
 def test_paired_difference_of_areas() -> None:
@@ -134,12 +136,12 @@ def test_against_scipy_and_numpy() -> None:
     p, _, votes = raters(80, 5)
     v = (votes / 5).numpy()
     found = soft_label_scores(p.float(), votes.numpy(), seed=0, num_resamples=10)
-    q = p.numpy()
+    q = p.float().double().numpy()
     safe = np.where(v > 0, v, 1)
-    assert found.divergence.value == pytest.approx((v * np.log(safe / q)).sum(1).mean(), rel=1e-5)
-    assert found.total_variation.value == pytest.approx(np.abs(v - q).sum(1).mean() / 2, rel=1e-5)
+    assert found.divergence.value == pytest.approx((v * np.log(safe / q)).sum(1).mean(), abs=1e-6)
+    assert found.total_variation.value == pytest.approx(np.abs(v - q).sum(1).mean() / 2, abs=1e-6)
     entropies = -(q * np.log(q)).sum(1) + (v * np.log(safe)).sum(1)
-    assert found.entropy_gap.value == pytest.approx(entropies.mean(), rel=1e-4)
+    assert found.entropy_gap.value == pytest.approx(entropies.mean(), abs=1e-6)
 
 
 def test_squared_distance_is_unbiased_in_the_number_of_raters() -> None:
