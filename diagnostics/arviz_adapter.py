@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +16,11 @@ from inference.evidence import radial_normalizer
 from inference.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
+
+with warnings.catch_warnings():
+    # ArviZ 0.23 announces its next version on its first import of the day, by a stamp in the user's cache folder.
+    warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+    import arviz as az
 
 __all__ = [
     "ChainStatistics",

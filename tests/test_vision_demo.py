@@ -29,6 +29,7 @@ from inference.design import Design
 from inference.scores import nll
 from poe_models import TaskVectors
 from poe_models.anchors import MergingMethod, ModuleBatch
+from tests.seeds import seeded
 
 AVERAGE, ARITHMETIC = BASELINES
 BY_NAME = {method.name: method for method in METHODS}
@@ -36,7 +37,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 def toy_vectors() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], TaskVectors]:
     """Two convolutions, one of them twice, and their biases; three experts, float64."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = {"a.weight": (4, 3, 3, 3), "b.weight": (4, 3, 3, 3), "c.weight": (6, 4, 1, 1), "a.bias": (4,)}
 
     def draw(scale: float) -> dict[str, Tensor]:
@@ -255,7 +256,7 @@ class TestMemory:
 
 def toy_suite(folder: Path) -> Suite:
     """A random SqueezeNet, two experts near it and two tasks of two classes."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     shapes = {name: value.shape for name, value in SqueezeNet().state_dict().items()}
     base = {n: torch.randn(s, generator=generator) * (2 / max(1, s[1:].numel())) ** 0.5 for n, s in shapes.items()}
     save_folder(folder / "base", base)

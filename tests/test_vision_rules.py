@@ -23,6 +23,7 @@ from benchmarks.vision.search import Settings
 from benchmarks.vision.train import Suite
 from poe_models import TaskVectors
 from poe_models.anchors import METHODS, AdaMerging, Average
+from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
 
 
@@ -60,7 +61,7 @@ class TestCalibration:
         data = Calibration(suite, 4).data()
         state = load_file(suite.experts["two"] / "model.safetensors")
         (batch,) = data.loaders["one"]
-        rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:4]
+        rows = torch.randperm(12, generator=seeded(0))[:4]
         train = suite.tasks["one"].splits["train"]
         some = {"some": dataclasses.replace(train, images=train.images[rows])}
         tasks = {"one": dataclasses.replace(suite.tasks["one"], splits=some)}

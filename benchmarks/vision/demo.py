@@ -28,7 +28,7 @@ from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, 
 from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.vision.methods import FINAL_STARTS, METHODS, SEARCH_STARTS, Merge, Method, solve
+from benchmarks.vision.methods import METHODS, Merge, Method, solve
 from benchmarks.vision.page import report
 from benchmarks.vision.parallel import cores
 from benchmarks.vision.plot import bar_plot
@@ -47,7 +47,6 @@ from benchmarks.vision.report import (
 from benchmarks.vision.search import Settings, search
 from benchmarks.vision.train import Suite, accuracy_table, make_suite
 from inference.design import Design
-from inference.reweighting import SolverOptions
 from inference.streaming import merge_checkpoint
 from poe_models import TaskVectors
 
@@ -90,7 +89,7 @@ def choose(method: Method, suite: Suite, vectors: TaskVectors, trials: int, seed
 
     def validation(settings: Settings) -> Scores:
         if settings.eta not in merges:  # another scale alone needs no other solve
-            merges[settings.eta] = solve(method, vectors, settings.eta, SEARCH_STARTS)
+            merges[settings.eta] = solve(method, vectors, settings.eta)
         state = merges[settings.eta].state(settings.scale)
         return mean_scores(evaluate(state, suite.tasks, suite.heads, "validation"))
 
@@ -102,7 +101,7 @@ def merge_row(method: Method, suite: Suite, settings: Settings) -> Row:
     """Merge with given settings from the checkpoint folders, measure that, and test."""
     with PeakMemory() as memory:
         started = time.perf_counter()
-        merge = solve(method, TaskVectors(suite.base, suite.experts), settings.eta, FINAL_STARTS)
+        merge = solve(method, TaskVectors(suite.base, suite.experts), settings.eta)
         state = merge.state(settings.scale)
         seconds = time.perf_counter() - started
     return replace(
@@ -160,9 +159,7 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> D
     """
     if out.exists() and not (out / "poe_merge.json").is_file():
         raise FileExistsError(f"`save_merge(out={str(out)!r})`: it is not a merged model. Give another --out folder.")
-    design = Design(
-        method.design(tuple(suite.experts), settings.eta), settings.scale, options=SolverOptions(starts=FINAL_STARTS)
-    )
+    design = Design(method.design(tuple(suite.experts), settings.eta), settings.scale)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary:
         merge_checkpoint(TaskVectors(suite.base, suite.experts), design, Path(temporary) / MERGED)
         shutil.rmtree(out, ignore_errors=True)
