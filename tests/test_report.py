@@ -120,7 +120,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 
 def test_figures_are_svg_and_the_same_every_time() -> None:
-    first, second = (re.search(r"base64,([^\"]+)", plot().html()) for _ in range(2))
+    first, second = (re.search(r"base64,([^\"]+)", page("t", "s", [Section("p", [], [plot()])]).html) for _ in range(2))
     assert first is not None
     assert second is not None
     assert first[1] == second[1]
@@ -155,7 +155,8 @@ def test_levels_are_words_and_not_only_colours() -> None:
 
 
 def test_columns_of_numbers_are_not_columns_of_text() -> None:
-    html = Table("c", ["name", "value", "word"], [["a", "1.5 [1, 2]", "x"], ["b", "-0.2", "y"]]).html()
+    table = Table("c", ["name", "value", "word"], [["a", "1.5 [1, 2]", "x"], ["b", "-0.2", "y"]])
+    html = page("t", "s", [Section("p", [], [table])]).html
     assert "<td>-0.2</td>" in html
     assert '<td class="text">y</td>' in html
 
