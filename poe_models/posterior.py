@@ -143,7 +143,7 @@ class Posterior:
         """
         if isinstance(self.temperature, Tensor):
             raise ValueError(
-                f"`Posterior(temperature={self.temperature})`: a tensor is for a Pyro model that infers the temperature "
+                f"`Posterior(temperature={self.temperature})`: a tensor is for a Pyro model that infers it "
                 "with `program` or `log_density`. Samplers, Laplace and evidence take a number: give `float(...)`."
             )
         return self.temperature
