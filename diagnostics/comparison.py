@@ -20,7 +20,7 @@ on other data such as validation: `Comparison.difference`. Several such pairs, o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -180,18 +180,21 @@ class Comparison:
         means = torch.stack([self._of(method, score)[0].mean() for method in self.methods])
         return self.methods[int(means.argmax() if score == "accuracy" else means.argmin())]
 
+    def of(self, methods: Sequence[str]) -> Comparison:
+        """The comparison of some of the methods, on the same resamples: a smaller family."""
+        places = [_place(method, self.methods, "method") for method in methods]
+        values = {score: rows[places] for score, rows in self.values.items()}
+        replicates = {score: rows[:, places] for score, rows in self.replicates.items()}
+        return replace(self, methods=tuple(methods), values=values, replicates=replicates)
+
     def against_best(self, score: str = "accuracy") -> dict[str, Estimate]:
         r"""The winner's score less each other method's, where these same scores made it the winner.
 
-        Picking the largest of K numbers and comparing it with another one finds a difference where there is none: of
-        ten methods that are equal the winner "beats" some other by 95 % intervals of single pairs in more than half of
-        all data sets. Any pair might have been the one, so these intervals hold for all pairs of methods together
-        (Tukey's comparisons, by the maximum over resamples as in `differences`). The question that they answer is
-        *which methods does the winner beat?*; "multiple comparisons with the best" (Hsu, 1984, Annals of Statistics
-        12(3)) ask instead *which methods may be the best?*, and their intervals allow no claim about the winner.
-
-        Args:
-            score: One of `SCORES`.
+        Of ten equal methods the winner "beats" some other by 95 % intervals of single pairs in more than half of all
+        data sets. Any pair might have been the one, so these intervals hold for all pairs of methods together (Tukey's
+        comparisons, by resamples as in `differences`). They say *which methods the winner beats*; "multiple comparisons
+        with the best" (Hsu, 1984, Annals of Statistics 12(3)) say *which may be the best*: of equal methods they rule
+        some out too often.
 
         Returns:
             By the name of the other method; empty if there is none.

@@ -284,27 +284,36 @@ def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) 
             assert difference.value == pytest.approx(getattr(each.mean, name) - getattr(point.mean, name), abs=1e-6)
             assert difference.low <= difference.value <= difference.high
     for scope in (ensembles[:4], ensembles[4:]):
-        assert len({each.temperature for each in scope}) == 1
-        assert scope[0].search is not None
-        assert scope[0].temperature in [tried.temperature for tried in scope[0].search.tempering.path]
         assert len({each.mean.nll for each in scope}) >= 3  # the twin of a Gaussian design draws the same members
+        for each in scope:
+            assert each.search is not None
+            assert each.temperature == each.search.tempering.temperature
+            assert {tried.num_members for tried in each.search.tempering.path} == {2}
+            assert len(each.search.tempering.draws) == 2
+            assert each.nll_from_scaled is not None
+            assert each.nll_from_scaled.value == pytest.approx(each.mean.nll - scaled.mean.nll, abs=1e-6)
     found = load_predictions(out / "predictions.npz")
     assert {EXPERTS, "task arithmetic", "MAP", "Gibbs, all layers", "white noise, last layer"} <= set(found.methods)
     mean_nll = [nll(found.probabilities["Gibbs, last layer"][task].log(), found.labels[task]) for task in found.tasks]
     assert sum(mean_nll) / len(mean_nll) == pytest.approx(ensembles[4].mean.nll, abs=1e-9)
     with (out / "temperatures.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["members"] for line in lines] == ["Gibbs"] * 4 + ["white noise"] * 2
+    assert list(dict.fromkeys((line["members"], line["sampled"]) for line in lines)) == [
+        (each.name, each.scope) for each in ensembles
+    ]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(word in page for word in ("Convergence", "tails", "Calibration", "Comparison", EXPERTS))
-    assert (out / "ensembles.md").read_text().count("\n| ") == len(outcomes)
+    text = (out / "ensembles.md").read_text()
+    assert text.count("\n| ") == len(outcomes) + 1
+    assert text.startswith("One run (seed 0 of searches and draws, ")
+    assert "Ensembles of 2 around the best merge" in text
 
 
 def test_white_noise_is_as_far_away_as_the_posterior(tmp_path: Path) -> None:
     suite = toy_suite(tmp_path)
     design = Design(BY_NAME["InputGram, Cauchy"].design(tuple(suite.experts), 0.1))
     save_folder(tmp_path / "merged", load_file(suite.base / "model.safetensors"))
-    ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(2, 1, 2, 0, 1, 1))
+    ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(members=2, warmup=1, thin=1))
     drawn, noise = (ensembles.ensemble("last layer", kind, 1e-5, 2) for kind in (GIBBS, NOISE))
     low, high = ensembles.ensemble("last layer", GIBBS, 1e-9, 1), ensembles.ensemble("last layer", GIBBS, 1e-3, 1)
     name = "fire9.expand3x3.weight"
@@ -317,7 +326,7 @@ def test_white_noise_is_as_far_away_as_the_posterior(tmp_path: Path) -> None:
 
 class TestDemo:
     methods = (*BASELINES, BY_NAME["Directional, Cauchy"], BY_NAME["InputGram, Gaussian"])
-    budget = Budget(members=2, search_members=1, temperatures=2, refinements=0, warmup=1, thin=1)
+    budget = Budget(members=2, temperatures=2, refinements=0, walk_temperatures=2, warmup=1, thin=1)
 
     def test_from_end_to_end(self, tmp_path: Path) -> None:
         suite, out = toy_suite(tmp_path), tmp_path / "out"

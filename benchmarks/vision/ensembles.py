@@ -173,6 +173,8 @@ class Outcome:
         search: The search over temperatures; None for a point estimate.
         differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval. The intervals of one
             score hold for all rows together.
+        nll_from_scaled: Mean NLL minus that of the MAP with scaled logits, by intervals that hold for all ensembles
+            together; None for a point estimate.
     """
 
     name: str
@@ -184,6 +186,7 @@ class Outcome:
     mutual_information: Mapping[str, Tensor] = field(default_factory=dict)
     search: Search | None = None
     differences: Mapping[str, Estimate] = field(default_factory=dict)
+    nll_from_scaled: Estimate | None = None
 
     @property
     def label(self) -> str:
@@ -346,15 +349,20 @@ class Ensembles:
 
 
 def _with_differences(outcomes: Sequence[Outcome], compared: Comparison) -> list[Outcome]:
-    """Every way to predict minus the first, by intervals that hold for all of them together."""
-    point, *others = outcomes
-    pairs = [(each.label, point.label) for each in others]
-    found = {score: compared.differences(pairs, score) for score in SCORES}
+    """Every way to predict minus the point estimates, which come first."""
+    point, scaled, *drawn = outcomes
+    others = [(each.label, point.label) for each in (scaled, *drawn)]
+    found = {score: compared.differences(others, score) for score in SCORES}
+    from_scaled = compared.differences([(each.label, scaled.label) for each in drawn], "nll")
     return [
         point,
         *(
-            replace(each, differences={score: found[score][pair] for score in SCORES})
-            for each, pair in zip(others, pairs, strict=True)
+            replace(
+                each,
+                differences={score: found[score][each.label, point.label] for score in SCORES},
+                nll_from_scaled=from_scaled.get((each.label, scaled.label)),
+            )
+            for each in (scaled, *drawn)
         ),
     ]
 
