@@ -65,7 +65,7 @@ class JudgedPredictions:
         found = self.comparison
         best, gaps = found.best(), found.against_best()
         tied = [method for method, gap in gaps.items() if not gap.low > 0]
-        text = f"{best} has the largest mean accuracy here, {found.mean(best)}"
+        text = f"{best} has the largest mean accuracy, {found.mean(best)}"
         how = f"paired over examples, for all pairs of the {len(found.methods)} methods together"
         if tied:
             text += f"; {how}, {', '.join(tied)} cannot be told from it"

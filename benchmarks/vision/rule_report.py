@@ -186,8 +186,8 @@ def _most_accurate(rules: Sequence[str], found: Comparison, name: str) -> str:
     told = sum(gap.low > 0 for gap in column.against_best().values())
     centre = next(rule for rule in rules if label(rule, name) == best)
     return (
-        f"The most accurate on these test images is anchored at {centre}, {interval(found.mean(best))}; by intervals "
-        f"that hold for all pairs of the column it is above {told} of the other {len(rules) - 1}."
+        f"The most accurate on these test images is anchored at {centre}: {interval(found.mean(best))}. By intervals "
+        f"that hold for all pairs of the column together it is above {told} of the other {len(rules) - 1}."
     )
 
 
