@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.vision import demo, report
-from benchmarks.vision.ensembles import GIBBS, NOISE, Budget, Ensembles, Outcome
+from benchmarks.vision.ensemble_report import ensemble_note
+from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, SCOPES, Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Head, Scores, evaluate, mean_scores
 from benchmarks.vision.memory import PeakMemory
 from benchmarks.vision.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
@@ -24,6 +25,7 @@ from benchmarks.vision.report import EXPERTS, MEAN, Row
 from benchmarks.vision.search import ETA_HALF_DECADES, Settings, search
 from benchmarks.vision.tasks import Split, Task
 from benchmarks.vision.train import Suite, save_folder
+from diagnostics.estimates import Estimate
 from diagnostics.prediction_files import load_predictions
 from inference.design import Design
 from inference.scores import nll
@@ -228,6 +230,37 @@ class TestReport:
     def test_selection_note(self) -> None:
         error = (0.6 * 0.4 / 300 + 0.6 * 0.4 / 150) ** 0.5 / 2
         assert f"standard error of {100 * error:.1f} points" in report.selection_note(self.best, (300, 150))
+
+    def test_notes_follow_from_the_numbers(self) -> None:
+        note = report.best_note(self.best, self.rows[0])
+        gap, error = report.paired_difference(self.best, self.rows[0])
+        assert f"less that of base is {100 * gap:+.1f} ± {100 * error:.1f} points" in note
+        assert report.run_note((0, 3), 7).startswith("One run (training seed 0, 3, seed 7 of searches and draws, ")
+        assert report.run_note((), 7).startswith("One run (seed 7 of ")
+
+    def test_the_note_on_ensembles_says_on_which_side_intervals_lie(self) -> None:
+        sides = {"below": (-0.2, -0.1), "above": (0.1, 0.2), "not told apart": (-0.1, 0.1)}
+        estimates = {side: Estimate(sum(ends) / 2, *ends, 0.05) for side, ends in sides.items()}
+        scores = {"s": Scores(0.5, 1.0, 0.5, 0.1)}
+        scaled = Outcome(SCALED_MAP, {}, scores, logit_temperature=1.7, differences={"nll": estimates["below"]})
+        drawn = [
+            Outcome(
+                kind, {}, scores, scope=scope, nll_from_scaled=estimates[other],
+                differences={"accuracy": estimates["not told apart"], "nll": estimates[side]},
+            )
+            for scope in SCOPES
+            for kind, side, other in ((GIBBS, "below", "above"), (NOISE, "above", "not told apart"))
+        ]  # fmt: skip
+        note = ensemble_note([Outcome(MAP, {}, scores), scaled, *drawn])
+        assert "Dividing the MAP's logits by 1.70 gives NLL 1.000" in note
+        for scope in SCOPES:
+            both = f"not told apart: Gibbs ({estimates['not told apart']}), white noise"
+            assert f"Sampling {scope}, accuracy against the MAP's is {both}" in note
+            split = f"below: Gibbs ({estimates['below']}); above: white noise ({estimates['above']})."
+            assert f"Sampling {scope}, NLL against the MAP's is {split}" in note
+        assert (
+            note.count(f"scaled logits, NLL is above: Gibbs ({estimates['above']}); not told apart: white noise") == 2
+        )
 
     def test_plot(self) -> None:
         other = dataclasses.replace(self.best, name="average", family="average", energy="")

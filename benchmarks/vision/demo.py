@@ -6,6 +6,8 @@ folder gets the numbers (`results.csv`, `results.md`), a plot (`results.png`) an
 ordinary checkpoint folder (`merged`), which is loaded again and evaluated. Then ensembles are drawn from the posterior
 around that merge (`ensembles.md`, `temperatures.csv`, `temperatures.png`), and everything ends in one page
 (`report.html`), made from `draws` and `predictions.npz` as `poe-merge diagnose` makes it.
+
+It is one run: `--training-seed` trains other experts (give another `--out`), `--seed` changes searches and draws.
 """
 
 from __future__ import annotations

@@ -71,9 +71,9 @@ def ensemble_note(outcomes: Sequence[Outcome]) -> str:
         drawn = {each.name: each for each in outcomes if each.scope == scope}
         for score in ("accuracy", "nll"):
             found = {name: each.differences[score] for name, each in drawn.items()}
-            sentences.append(f"Sampling {scope}, {SHOWN[score]} against the MAP's: {_placed(found)}.")
+            sentences.append(f"Sampling {scope}, {SHOWN[score]} against the MAP's is {_placed(found)}.")
         against = {name: each.nll_from_scaled for name, each in drawn.items() if each.nll_from_scaled is not None}
-        sentences.append(f"Against that of the MAP with scaled logits, NLL: {_placed(against)}.")
+        sentences.append(f"Against that of the MAP with scaled logits, NLL is {_placed(against)}.")
     return " ".join(sentences)
 
 
@@ -82,7 +82,7 @@ def _placed(differences: Mapping[str, Estimate]) -> str:
     kinds: dict[str, list[str]] = {"below": [], "above": [], "not told apart": []}
     for name, each in differences.items():
         kinds["below" if each.high < 0 else "above" if each.low > 0 else "not told apart"].append(f"{name} ({each})")
-    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
 
 
 def ensemble_markdown(outcomes: Sequence[Outcome], run: str) -> str:
