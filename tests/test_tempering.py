@@ -170,7 +170,8 @@ def test_every_score_is_that_of_the_mean_probabilities() -> None:
         assert point.num_members == 2
 
 
-def test_the_chosen_members_are_those_that_were_judged() -> None:
+@pytest.mark.parametrize("refinements", [0, 2])  # the grid alone ends far from its best point
+def test_the_chosen_members_are_those_that_were_judged(refinements: int) -> None:
     """The draws that are kept have the best point's scores, whatever a second call of `sample` would give."""
     sample, predict, labels = wobbling(math.log(0.05))
     asked: list[float] = []
@@ -179,7 +180,7 @@ def test_the_chosen_members_are_those_that_were_judged() -> None:
         asked.append(temperature)
         return [draw + 0.01 * len(asked) for draw in sample(temperature)]
 
-    found = temper(fresh, predict, labels, (1e-3, 1.0), num_temperatures=5, refinements=2)
+    found = temper(fresh, predict, labels, (1e-3, 1.0), num_temperatures=5, refinements=refinements)
     mean = torch.stack([predict(draw).exp() for draw in found.draws]).mean(0)
     assert math.isclose(found.best.nll, float(nn.functional.nll_loss(mean.log(), labels)), rel_tol=1e-12)
     assert found.best.num_members == len(found.draws) == 2
