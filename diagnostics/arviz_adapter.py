@@ -174,7 +174,7 @@ def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) 
     columns = []
     for i, expert in enumerate(posterior.experts):
         try:
-            normalizer = radial_normalizer(expert, dimension[..., i], posterior.temperature)
+            normalizer = radial_normalizer(expert, dimension[..., i], posterior.fixed_temperature)
         except ValueError as error:
             warnings.warn(
                 f"the log_likelihood group is left out: expert {expert.name!r} has the energy {_plain(expert)}, whose "

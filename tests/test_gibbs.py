@@ -25,7 +25,6 @@ from poe_models import (
     OutputGram,
     ProductOfExperts,
     Relative,
-    RelativePrecision,
     ResidualMap,
     StudentT,
     average,
@@ -104,7 +103,7 @@ def test_gaussian_draws_are_the_exact_normal(
 ) -> None:
     updates = random_updates(generator, 2, 3, *shape)
     poe = ProductOfExperts.of(
-        NAMES, residual_map, Gaussian(), Relative(1.0), anchor=Anchor(average, RelativePrecision(0.3)), temperature=0.5
+        NAMES, residual_map, Gaussian(), Relative(1.0), [1.0, 0.5, 2.0], Anchor(average, AbsolutePrecision(0.3)), 0.5
     )  # type: ignore[arg-type]
     posterior = full_posterior(poe, updates)
     draws = gibbs(poe, updates, 3000, generator=generator, chains=2, warmup=0)
@@ -125,21 +124,23 @@ def test_gaussian_draws_are_the_exact_normal(
         assert float((white @ white.mT / 3000 - torch.eye(len(white))).abs().max()) < 5 * math.sqrt(2 / 3000)
 
 
-def test_compression_and_span_do_not_change_the_distribution(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+def test_compression_and_span_do_not_change_the_distribution(temperature: float, generator: torch.Generator) -> None:
     # One row: InputGram compresses 12 inputs to 3 directions; the energy along the way must have the same law.
     updates = random_updates(generator, 1, 3, 1, 12)
     poe = ProductOfExperts.of(
-        NAMES, InputGram(), StudentT(3.0), Relative(1.0), anchor=Anchor(precision=RelativePrecision(1.0))
-    )
+        NAMES, InputGram(), StudentT(3.0), Relative(1.0), [1.0, 0.5, 2.0], Anchor(precision=AbsolutePrecision(1.0)),
+        temperature,
+    )  # fmt: skip
     posterior = full_posterior(poe, updates)
     draws = gibbs(poe, updates, 4000, generator=generator, chains=4)
     z = torch.stack([torch.stack([draws.latents(c, s) for s in range(0, 4000, 4)]) for c in range(4)])
-    recomputed = -posterior.energy(z)
+    recomputed = -posterior.energy(z) / temperature
     assert_close(recomputed, draws.stats["lp"][:, ::4], 1e-8)
     # Outside the span of the updates the posterior is the anchor's: variance T / (2 eta).
     basis = torch.linalg.svd(updates[0, :, 0], full_matrices=True).Vh[3:]
     outside = (z.flatten(2) @ basis.mT).flatten()
-    truth = float(1 / (2 * posterior.anchor_precision))
+    truth = float(temperature / (2 * posterior.anchor_precision))
     assert abs(float(outside.square().mean()) / truth - 1) < 5 * math.sqrt(2 / outside.numel())
 
 
