@@ -270,8 +270,10 @@ def test_independent_draws_are_good() -> None:
     )
     assert [verdict.level for verdict in found.verdicts] == [Level.GOOD] * 4
     size = found.statistics.ess_bulk
-    assert ((size > 1400) & (size < 2800)).all()  # 2000 independent draws
-    assert_close(torch.from_numpy(found.statistics.mcse_mean), torch.tensor(2000**-0.5).double(), 0.15)
+    # 2000 independent draws. Over 1500 repetitions the estimated size was 1960 with a standard deviation of 120, and
+    # the error 1.01 of the true one with one of 0.036: bounds six of these away.
+    assert ((size > 1960 - 6 * 120) & (size < 1960 + 6 * 120)).all()
+    assert_close(torch.from_numpy(found.statistics.mcse_mean), torch.tensor(2000**-0.5).double(), 0.23)
 
 
 def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
@@ -279,7 +281,8 @@ def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
     for t in range(1, noise.shape[1]):
         noise[:, t] = rho * noise[:, t - 1] + (1 - rho**2) ** 0.5 * noise[:, t]
     expected = 8 * 4000 * (1 - rho) / (1 + rho)
-    assert float(chains(noise).statistics.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.15)
+    # Over 60 repetitions the estimate was 0.99 of it with a standard deviation of 0.05: six of these.
+    assert float(chains(noise).statistics.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.3)
 
 
 def test_chains_apart_are_bad() -> None:
@@ -293,7 +296,8 @@ def test_chains_apart_are_bad() -> None:
 
 
 def test_slow_chains_are_a_caution() -> None:
-    assert chains(independent((4, 75, 1, 1))).verdicts[1].level is Level.CAUTION
+    # ArviZ lets no size exceed n log10 n = 200 here, and 400 are wanted.
+    assert chains(independent((4, 25, 1, 1))).verdicts[1].level is Level.CAUTION
 
 
 def test_divergences_and_energies_speak_up() -> None:
@@ -308,7 +312,7 @@ def test_divergences_and_energies_speak_up() -> None:
 
 
 def test_one_chain_or_constants_cannot_be_judged() -> None:
-    found = chains(independent((1, 500, 1, 1)))
+    found = chains(independent((1, 2000, 1, 1)))
     assert found.verdicts[0].level is Level.UNKNOWN
     assert "one chain" in found.verdicts[0].text
     assert found.verdicts[1].level is Level.GOOD  # within one chain, it can
