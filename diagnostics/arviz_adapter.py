@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +16,11 @@ from inference.evidence import radial_normalizer
 from inference.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
+
+with warnings.catch_warnings():
+    # ArviZ 0.23 announces its next version on its first import of the day, by a stamp in the user's cache folder.
+    warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+    import arviz as az
 
 __all__ = [
     "ChainStatistics",
@@ -170,7 +174,7 @@ def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) 
     columns = []
     for i, expert in enumerate(posterior.experts):
         try:
-            normalizer = radial_normalizer(expert, dimension[..., i], posterior.temperature)
+            normalizer = radial_normalizer(expert, dimension[..., i], posterior.fixed_temperature)
         except ValueError as error:
             warnings.warn(
                 f"the log_likelihood group is left out: expert {expert.name!r} has the energy {_plain(expert)}, whose "

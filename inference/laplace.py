@@ -173,10 +173,11 @@ class DenseLaplace:
         mode: ``x*``, ``(M, *event)``.
 
     Raises:
-        ValueError: the Hessian is not positive definite at the mode.
+        ValueError: the Hessian is not positive definite at the mode, or the temperature is a tensor.
     """
 
     def __init__(self, posterior: Posterior, mode: Tensor) -> None:
+        _ = posterior.fixed_temperature  # or its error
         self.posterior = posterior
         self.mode = mode
         density = log_density(posterior, joint=True)
