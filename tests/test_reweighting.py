@@ -273,7 +273,32 @@ def test_ten_steps_without_progress_are_rounding() -> None:
 
 def test_zero_tolerance_is_met_where_nothing_moves() -> None:
     problem = problem_of(torch.zeros(1, 2, 3, 4, dtype=torch.float64))
-    assert a_run(problem, tolerance=0.0).converged.tolist() == [True]
+    run = a_run(problem, tolerance=0.0)
+    assert run.converged.tolist() == [True]
+    refined = problem.refine(run)
+    assert (refined.converged.tolist(), refined.forward_error.tolist()) == ([True], [0.0])
+    assert problem.uphill(run.point, run.point).tolist() == [False]
+
+
+def test_a_run_that_starts_at_its_end_is_done_at_once(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
+    end = a_run(problem, tolerance=1e-13).point.log_weights.exp()
+    again = run_from(problem, end, SolverOptions())
+    assert again.steps.tolist() == [1.0, 1.0]
+    assert again.converged.tolist() == [True, True]
+    assert again.rejected.tolist() == [0.0, 0.0]
+
+
+def test_a_basin_is_a_log_weight_on_either_side(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 3, 4, 5)
+    updates[:, 2] = 0.0
+    problem = problem_of(updates)
+    known = problem.at(problem.quadratic.targets[0])
+    assert problem.posterior.active.tolist() == [[True, True, False]]
+    for place, off, same in ((0, 0.5, False), (1, -0.5, False), (0, 0.01, True), (1, -0.01, True), (2, 5.0, True)):
+        moved_there = known.log_weights.clone()
+        moved_there[:, place] += off
+        assert problem.same_basin(replace(known, log_weights=moved_there), known).tolist() == [same]
 
 
 @pytest.mark.parametrize("design", MAPS, ids=name_of)
@@ -379,6 +404,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         with pytest.raises(ValueError, match="at least one start and one step"):
             SolverOptions(**options)  # type: ignore[arg-type]
     SolverOptions(max_steps=1)
+    assert SolverOptions() == SolverOptions(("twin", "experts"), 100, None, None, True)
 
 
 def linear_map(generator: torch.Generator, modules: int, size: int) -> tuple[Tensor, Tensor]:

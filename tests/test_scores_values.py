@@ -95,6 +95,9 @@ def test_calibration_by_hand_in_every_form() -> None:
     assert found.ece.value == pytest.approx(apart)
     assert found.ece_top_label.value == pytest.approx(apart)  # both say class 0
     assert found.ece_class_wise.value == pytest.approx(apart)  # the other class mirrors it
+    for name, score in found.scores.items():
+        assert score.low <= score.value <= score.high or name == "ece_if_calibrated", name
+        assert score.high - score.low < 1.0, name
     few = calibration(p, y, seed=0, bins=2, num_resamples=50)
     assert few.ece.value == pytest.approx(together)
     assert few.ece_equal_mass.value == pytest.approx(apart)
@@ -141,6 +144,15 @@ def test_a_calibrated_models_ece_is_what_labels_drawn_from_it_give() -> None:
     assert found.value == pytest.approx(mean, rel=0.05)
     assert found.high == pytest.approx(2.24 * sd, rel=0.06)  # the 97.5 % quantile of |N(0, sd)|
     assert found.low == pytest.approx(0.0314 * sd, abs=0.0015)
+
+
+def test_bins_of_one_example_are_left_out_of_the_debiased_square_and_said() -> None:
+    p, y = blocks(block(0.62, 1, 0), block(0.97, 2, 8))
+    found = calibration(p, y, seed=0, bins=11, num_resamples=20).rms_debiased
+    crowd = calibration(*block(0.97, 2, 8), seed=0, bins=1, num_resamples=20).rms_debiased
+    assert found.value == pytest.approx(crowd.value)
+    assert any("1 bins with one example left out" in each for each in found.warnings)
+    assert not any("left out" in each for each in crowd.warnings)
 
 
 def test_differences_are_the_first_less_the_second() -> None:
