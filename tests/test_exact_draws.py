@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
-from inference.gibbs import GibbsKernel, anchor_spread, draw_weights, gibbs_posterior, seeded_noise
+from inference.gibbs import GibbsKernel, anchor_spread, draw_weights, gibbs, gibbs_posterior, seeded_noise
 from inference.laplace import Laplace, laplace
 from poe_models import (
     AbsolutePrecision,
@@ -189,6 +189,25 @@ def test_a_state_knows_its_own_energy(design: object, shape: tuple[int, int], ge
         assert state.z.shape == (3, 1, *shape)
         assert_close(state.residuals, posterior.residuals(state.z), 1e-9)
         assert_close(state.energy, posterior.energy(state.z), 1e-9)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_draws_are_made_again_from_weights_and_seeds_with_their_energies(
+    modules: int, generator: torch.Generator
+) -> None:
+    updates = random_updates(generator, modules, 2, 3, 4)
+    poe = ProductOfExperts.of(NAMES, OutputGram(), Cauchy(), Relative(0.8), temperature=0.5)
+    draws = gibbs(poe, updates, 4, chains=3, warmup=2, generator=generator)
+    posterior = full_posterior(poe, updates)
+    assert (draws.num_chains, draws.num_draws) == (3, 4)
+    z = torch.stack([torch.stack([draws.latents(c, s) for s in range(4)]) for c in range(3)])
+    assert z.shape == (3, 4, modules, 3, 4)
+    assert_close(draws.stats["lp"], -posterior.energy(z) / 0.5, 1e-9)
+    kept = gibbs_posterior(posterior, 4, chains=3, warmup=2, generator=generator)
+    assert_close(kept.stats["lp"], -posterior.energy(kept.values) / 0.5, 1e-9)
+    kernel = GibbsKernel(posterior, regenerable=True)
+    assert kernel.init(2, generator).z.numel() == 0
+    assert GibbsKernel(posterior, regenerable=False).init(2, generator).seeds.numel() == 0
 
 
 def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -148,13 +149,17 @@ def test_exponents_may_differ_between_modules(generator: torch.Generator) -> Non
     require_proper(replace(posterior, anchor_precision=torch.tensor([0.0, 1.0], dtype=torch.float64)))
 
 
-def test_so_many_subsets_are_not_looked_at(generator: torch.Generator) -> None:
+def test_so_many_subsets_are_not_looked_at(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is on experts whose tails are powers; anything that grows may come on top."""
     updates = normal(generator, 1, MOST_EXPERTS + 1, 1, 2)
     with pytest.raises(ValueError, match=f"{MOST_EXPERTS + 1} power-law experts are too many"):
         require_proper(bare(Identity(), Cauchy(), updates))
-    fewer = bare(Identity(), Cauchy(), updates[:, :5])
-    require_proper(fewer)
+    module = import_module("inference.propriety")
+    monkeypatch.setattr(module, "MOST_EXPERTS", 3)
+    require_proper(bare(Identity(), Cauchy(), updates[:, :3]))
+    with pytest.raises(ValueError, match="4 power-law experts are too many"):
+        require_proper(bare(Identity(), Cauchy(), updates[:, :4]))
+    require_proper(bare(Identity(), Gaussian(), updates[:, :4]))
 
 
 @pytest.mark.parametrize(

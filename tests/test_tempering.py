@@ -26,6 +26,7 @@ from poe_models import (
     Gaussian,
     Huber,
     Identity,
+    InputGram,
     ProductOfExperts,
     Relative,
     StudentT,
@@ -116,6 +117,16 @@ def test_modules_of_different_rank_span_the_range(generator: torch.Generator) ->
     nothing, coordinates = span_posterior(poe, span_statistics(poe, updates[2:]))
     with pytest.raises(ValueError, match="every update is zero"):
         temperature_range(nothing, coordinates)
+
+
+def test_modules_without_updates_say_nothing_in_full_coordinates_either(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 2, 4)
+    updates[1] = 0.0
+    anchored = Anchor(precision=AbsolutePrecision(0.3))
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(1.0), anchor=anchored)
+    both = temperature_range(full_posterior(poe, updates))
+    assert both == temperature_range(full_posterior(poe, updates[:1]))
+    assert both[0] > 0
 
 
 # --- the search ---
