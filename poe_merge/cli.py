@@ -198,7 +198,15 @@ def diagnose(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of resamples and simulations.")] = 0,
+    num_surrogates: Annotated[
+        int,
+        typer.Option(
+            "--surrogates",
+            min=0,
+            help="Merges of Gaussian updates that tails are compared with; each takes as long as the merge.",
+        ),
+    ] = 19,
+    seed: Annotated[int, typer.Option("--seed", help="Of resamples and surrogates.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
@@ -206,7 +214,17 @@ def diagnose(
 
     diagnosis.check_out(out)
     measure = None if residual_map is None else parse_spec(residual_map, RESIDUAL_MAP)
-    page = diagnosis.diagnose(run, draws=draws, predictions=predictions, tails=tails, residual_map=measure, seed=seed)
+    with show.Bars() as bars:
+        page = diagnosis.diagnose(
+            run,
+            draws=draws,
+            predictions=predictions,
+            tails=tails,
+            residual_map=measure,
+            num_surrogates=num_surrogates,
+            seed=seed,
+            progress=bars,
+        )
     show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)
 
 
