@@ -11,6 +11,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from benchmarks import tails_null, tails_suites
 from benchmarks.tails_null import SIMULATIONS, Simulated, p_values
 from diagnostics.residuals import Residuals, module_residuals, residuals
 from diagnostics.tails import (
@@ -338,3 +339,23 @@ def test_gaussian_updates_are_not_called_heavy_tailed(case: Simulated) -> None:
 def test_heavy_tails_are_called_so_far_more_often_than_the_level(case: Simulated) -> None:
     rejected = int((p_values(case, SEEDS) <= 0.05).sum())
     assert rejected > binom.isf(ERROR, SEEDS, 0.05)
+
+
+# The benchmarks' pages
+
+
+def test_the_pages_say_what_was_found() -> None:
+    found = {case.name: np.full(20, 0.05 if not case.null else 1.0) for case in SIMULATIONS}
+    page = tails_null.report(found, 7.0)
+    assert "| rows of equal size | holds | 0% | 1.00 |" in page
+    assert "| Student-t(4) entries, sd 0.3 | does not hold | 100% | 0.05 |" in page
+    real, made = control(vectors())
+    chosen = tails_suites.parts(real, {"first": r"^a\.", "none": "nothing"})
+    assert list(chosen) == ["all modules", "first"]
+    assert {entry.tensor for entry in chosen["first"].entries} == {"a.weight"}
+    null = null_control(real, made, level=0.25)
+    answer = tails_suites.Answer("toy", "Gaussian", "own", "all modules", null)
+    page = tails_suites.report([answer], 3, 7.0)
+    assert f"| toy | Gaussian | own | all modules | {null.gain:.1f} |" in page
+    how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"
+    assert f"- toy, Gaussian, own sizes: {how} Gaussian updates (p = {null.p_value:.2f})." in page

@@ -15,6 +15,9 @@ draws given the sizes and a test by rank is exact; columns add a dependence that
 Experts share components (they started alike and were tuned alike). The surrogates of ``N`` experts have the correlation
 ``C_ij = <S_i, S_j> / D`` of the standardised updates ``S``, and identical experts have identical surrogates.
 
+With own sizes of correlated experts this is slightly conservative: what a row's noisy size says of one expert, its
+direction in another one says again.
+
 ``"own"`` sizes are fitted to every expert by itself. A row that is heavy-tailed as a whole (a multivariate Student-t)
 is then a large row and no evidence. ``"shared"`` sizes are one ``r`` and one ``c`` for all experts, up to a factor for
 each: what all experts share belongs to the model, what sticks out in one expert's row is evidence. They are fitted
