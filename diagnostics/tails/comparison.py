@@ -199,6 +199,7 @@ def fit_tails(
     Raises:
         ValueError: If there are too few draws.
 
+    >>> import numpy as np
     >>> heavy = np.random.default_rng(0).standard_t(2.0, 500)
     >>> fit_tails(heavy, ["Gaussian", "Student-t", "Cauchy"]).tie_set
     ('Student-t',)
