@@ -13,10 +13,10 @@ from torch import Tensor
 from inference.fixed_point import fixed_point
 from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
+from poe_models._span_labels import stored_center
 from poe_models.anchors import MergingMethod
 from poe_models.checkpoints import Checkpoint, CheckpointError
 from poe_models.experts import ProductOfExperts
-from poe_models.span import stored_center
 
 
 @dataclass(frozen=True, eq=False)

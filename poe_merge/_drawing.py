@@ -23,6 +23,7 @@ from inference.full_draws import not_drawn, sample_full
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.laplace import Laplace
+from inference.merge_distance import MergeDistance, span_distance
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
 from inference.nuts import nuts
@@ -97,7 +98,7 @@ def draw_span(
         notes += said
         if bool(posterior.active.any()):
             notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
-        parts.append(SpanDraws.of(draws, coordinates, some))
+        parts.append(_named(draws, posterior, coordinates, some, design))
     order = [place for _, places in groups for place in places]
     return Drawn(_joined(parts, order, digest), tuple(data), tuple(dict.fromkeys(notes)))
 
@@ -219,7 +220,7 @@ def _run(
                 warnings.warn(f"the MAP of {name!r}: {status}", stacklevel=2)
         made = Laplace(posterior, solution.value).sample(what.draws, generator)
         values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
-        return StoredDraws(values)
+        return StoredDraws(values, made_by="laplace", heat=posterior.temperature)
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
     if what.method == "gibbs":
         return gibbs_posterior(posterior, what.draws, generator=generator, thin=what.thin, **settings)
@@ -244,6 +245,17 @@ def _inference_data(
     return data, notes
 
 
+def _named(
+    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, design: Design
+) -> SpanDraws:
+    """The draws of some modules, with their distance from the merge also where it is the MAP of the span."""
+    named = SpanDraws.of(draws, coordinates, statistics)
+    if named.from_merge is not None:
+        return named
+    mode = coordinates.coefficients(solve_posterior(posterior, design.options).value)
+    return dataclasses.replace(named, from_merge=span_distance(statistics, named.coefficients, mode))
+
+
 def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> SpanDraws:
     """The draws of several groups of modules as one, in the order of the statistics."""
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
@@ -252,12 +264,15 @@ def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> Sp
         return torch.cat(list(values), dim).index_select(dim, back)
 
     modules = [name for part in parts for name in part.modules]
+    designs = [text for part in parts for text in part.designs]
     return dataclasses.replace(
         parts[0],
         modules=tuple(modules[place] for place in back.tolist()),
         squared_norms=join([part.squared_norms for part in parts], 0),
         source=digest,
         stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
+        from_merge=MergeDistance.joined([part.from_merge for part in parts if part.from_merge]).select(back.tolist()),
+        designs=tuple(designs[place] for place in back.tolist() if designs),
         coefficients=join([part.coefficients for part in parts], 2),
     )
 
@@ -270,7 +285,7 @@ def _digest(statistics: Sequence[SpanStatistics]) -> str:
 
 def _silent(statistics: Sequence[SpanStatistics]) -> list[str]:
     """Experts whose update is zero wherever something is merged: they drop out, and copies of the base do."""
-    norms = torch.cat([each.gram.diagonal(dim1=-2, dim2=-1)[:, :-1] for each in statistics])
+    norms = torch.cat([each.gram.diagonal(dim1=-2, dim2=-1)[:, : len(each.updates)] for each in statistics])
     silent = [name for name, found in zip(statistics[0].updates, (norms > 0).any(0).tolist(), strict=True) if not found]
     return [f"{name!r} has no update in any merged tensor; is it a copy of the base?" for name in silent]
 

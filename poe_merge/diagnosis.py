@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -22,10 +21,10 @@ from diagnostics.residuals import Experts, Residuals, residuals
 from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.verdicts import Level, Verdict
 from inference._digest import Silent, digest_inputs
-from inference._folder import RECORD
 from inference.draw_files import load_draws
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
+from poe_merge._merged import read_record
 from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, Kind, parse_spec
 from poe_models.checkpoints import CheckpointError
 from poe_models.experts import Expert, ProductOfExperts
@@ -104,31 +103,6 @@ def diagnose(
         predictions=found.predictions,
         verdicts=found.verdicts,
     )
-
-
-def read_record(run: Path) -> dict[str, Any]:
-    """Read the record of a merge.
-
-    Args:
-        run: the merged folder.
-
-    Returns:
-        The contents of `poe_merge.json`.
-
-    Raises:
-        ValueError: there is none, or it is not one.
-    """
-    path = run / RECORD
-    if not path.is_file():
-        raise ValueError(f"{run}: no merge, {RECORD} is missing. Give a folder that `poe-merge merge` made.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}). Merge again.") from error
-    keys = {"tensors", "inputs", "designs", "versions", "rules", "compute_dtype"}
-    if not isinstance(record, dict) or not keys <= set(record) or not isinstance(record["tensors"], list):
-        raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
-    return record
 
 
 def check_out(out: Path) -> None:
