@@ -82,8 +82,8 @@ def to_inference_data(
         modules: names of the modules of a Full posterior; numbered if not given.
         include_update: put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
 
-    Attributes of the whole say what the draws are: ``coordinates``, ``sampler``, ``temperature``, and where the span goes
-    through a merge, how far their centre is from it (``merge_distance``, in standard deviations of the draws).
+    Attributes of the whole say what the draws are: ``coordinates``, ``sampler``, ``temperature``, and where the span
+    goes through a merge, how far their centre is from it (``merge_distance``, in standard deviations of the draws).
 
     Returns:
         An `arviz.InferenceData`.

@@ -82,8 +82,8 @@ def _check_merge(draws: PosteriorDraws, designs: Mapping[str, Design]) -> None:
         if merged != draws.surrounds:
             raise ValueError(
                 f"`MergedEnsemble(...)`: the draws of {name!r} are around {where[draws.surrounds]}, the design's "
-                f"merge is {where[merged]}, which may lie far away (`distance_from_merge` says how far). Draw around it "
-                "(`collect_statistics(task_vectors, design)` or `sample_full`), or give a `Design` with "
+                f"merge is {where[merged]}, which may lie far away (`distance_from_merge` says how far). Draw "
+                "around it (`collect_statistics(task_vectors, design)` or `sample_full`), or give a `Design` with "
                 f"coordinates={draws.surrounds!r}."
             )
     if isinstance(draws, SpanDraws):

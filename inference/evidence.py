@@ -42,11 +42,10 @@ from inference.fixed_point import solve_posterior
 from inference.gibbs import draw_weights
 from inference.laplace import Laplace
 from poe_models.experts import ProductOfExperts
-from poe_models.operators import Gram, Operator, sum_of_squares
+from poe_models.operators import RANK_TOLERANCE, Gram, Operator, sum_of_squares
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.program import log_constant
 from poe_models.quadratics import quadratic_of
-from poe_models.span import RANK_TOLERANCE
 
 MODE_SLACK = 0.01
 """Most nats that a Newton step may gain from what is said to be the mode."""
