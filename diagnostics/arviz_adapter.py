@@ -82,8 +82,9 @@ def to_inference_data(
         modules: names of the modules of a Full posterior; numbered if not given.
         include_update: put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
 
-    Attributes of the whole say what the draws are: ``coordinates``, ``sampler``, ``temperature``, and where the span
-    goes through a merge, how far their centre is from it (``merge_distance``, in standard deviations of the draws).
+    Attributes of the whole say what the draws are: ``coordinates_of_draws``, ``sampler``, ``temperature``, and
+    where the span goes through a merge, how far their centre is from it (``merge_distance``, in standard deviations of
+    the draws).
 
     Returns:
         An `arviz.InferenceData`.
@@ -250,7 +251,7 @@ def _attributes(
     """What netCDF can keep: text and numbers."""
     attributes: dict[str, str | float] = {
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
-        "coordinates": "full" if statistics is None else "span",
+        "coordinates_of_draws": "full" if statistics is None else "span",
         "sampler": draws.sampler or "unknown",
         "temperature": posterior.temperature,
         "energies": "; ".join(f"{expert.name}: {_plain(expert)}" for expert in posterior.experts),
@@ -273,12 +274,12 @@ def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
         found: the distances of all modules.
 
     Returns:
-        The largest with its module, and the root mean square, in standard deviations of the draws.
+        The largest with its module, and the mean over modules, in standard deviations of the draws.
     """
     return {
         "merge_distance": found.worst,
         "merge_distance_module": found.where,
-        "merge_distance_typical": found.typical,
+        "merge_distance_mean": found.typical,
         "merge_displacement_share": found.share,
     }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from inference.design import Design
-from inference.full_draws import design_text, warn_of_changes
+from inference.design import Design, design_text
+from inference.full_draws import warn_of_changes
 from inference.method_design import AnyDesign, MethodDesign
 from inference.method_draws import MethodDraws, method_text
 from inference.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws

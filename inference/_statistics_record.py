@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from inference._modules import checked_names
-from inference.design import Design, Designs, as_function
-from poe_models._span_labels import center_label, merge_label
+from inference.design import Design, Designs, as_function, design_text
+from poe_models._span_labels import center_label
 from poe_models.checkpoints import CheckpointError
 from poe_models.task_vectors import TaskVectors
 
@@ -85,9 +85,9 @@ def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
         "residual_maps": list(maps),
         "center": center,
         "coordinates": coordinates,
-        "merge": {name: _merge(each) for name, each in family.items()} if coordinates == "full" else None,
         "dtype": str(task_vectors.dtype).removeprefix("torch."),
         "tensors": {name: str(task_vectors.treatments[name].view) for name in family},
+        "merge": _merges(family) if coordinates == "full" else None,
     }
 
 
@@ -177,9 +177,12 @@ def _kind(task_vectors: TaskVectors, tensor: str, design: Design) -> _Kind:
     return names, maps, center_label(design.span_product.anchor.center), design.coordinates
 
 
-def _merge(design: Design) -> str:
-    """What decides a merge in Full coordinates besides residual maps and centre."""
-    return f"{merge_label(design.poe)}; {design.options}"
+def _merges(family: Mapping[str, Design]) -> list[dict[str, Any]]:
+    """What decides the merge in Full coordinates: each distinct design, with its tensors."""
+    found: dict[str, list[str]] = {}
+    for name, design in family.items():
+        found.setdefault(design_text(design, solver=True), []).append(name)
+    return [{**json.loads(text), "tensors": names} for text, names in found.items()]
 
 
 def _shown(kind: _Kind) -> str:

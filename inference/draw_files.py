@@ -109,8 +109,6 @@ def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
     if record["coordinates"] == "span":
         draws = _span(tensors, record)
         own = {"coefficients": (modules, len(draws.basis))}
-        if len(draws.designs) not in (0, modules):
-            raise ValueError(f"{len(draws.designs)} designs of {modules} modules")
     elif record["coordinates"] == "seeds":
         draws = _seeds(tensors, record)
         own = {"seeds": ()}
@@ -127,6 +125,8 @@ def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
         finite = name.startswith((_STATS, _MERGE)) or bool(torch.isfinite(tensors[name]).all())
         if tuple(tensors[name].shape) != shape or not finite:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected finite {shape}")
+    if isinstance(draws, SpanDraws) and len(draws.designs) not in (0, modules):
+        raise ValueError(f"there are {len(draws.designs)} designs of {modules} modules")
     return draws
 
 

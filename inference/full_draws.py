@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from inference._digest import Progress, Silent
 from inference._modules import Module, module_names, read_modules, with_names
-from inference.design import Design, Designs, as_function
+from inference.design import Designs, as_function, design_text
 from inference.draws import RegeneratedDraws
 from inference.gibbs import GibbsKernel, gibbs, seeded_noise
 from inference.laplace import Laplace
@@ -26,7 +25,7 @@ from inference.surrounding import gibbs_distance
 from poe_models.operators import sum_of_squares
 from poe_models.task_vectors import TaskVectors
 
-__all__ = ["TOLERANCE", "RegenerationWarning", "design_text", "environment", "noise_control", "sample_full"]
+__all__ = ["TOLERANCE", "RegenerationWarning", "environment", "noise_control", "sample_full"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 """How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
@@ -176,23 +175,6 @@ def noise_control(
         seeds=torch.randint(2**62, draws.seeds.shape, generator=generator, device=generator.device).cpu(),
         designs=tuple(texts),
     )
-
-
-def design_text(design: Design, *, solver: bool) -> str:
-    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
-
-    Args:
-        design: The design.
-        solver: Whether the MAP matters, too, and with it the settings that it is found with.
-
-    Returns:
-        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
-    """
-    described = design.describe()
-    if design.center is not None:
-        described["anchor"] = {**described["anchor"], "center": "checkpoint"}
-    keys = ("experts", "anchor", "solver") if solver else ("experts", "anchor")
-    return json.dumps({key: described[key] for key in keys}, sort_keys=True)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

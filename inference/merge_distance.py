@@ -61,8 +61,8 @@ class MergeDistance:
 
     @property
     def typical(self) -> float:
-        """Root mean square over modules; nan if it is not known for one."""
-        return float(self.distance.square().mean().sqrt())
+        """Mean over modules; nan if it is not known for one."""
+        return float(self.distance.mean())
 
     @property
     def worst(self) -> float:
@@ -131,13 +131,13 @@ class MergeDistance:
         """A sentence without its end.
 
         >>> print(MergeDistance(("a",), *torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)))
-        their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (typically 0.5)
+        their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (mean 0.5)
         """
         if math.isnan(self.worst):
             return "they are too few to tell how far their centre is from the merge"
         return (
             f"their centre is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "
-            f"farthest module (typically {self.typical:.2g})"
+            f"farthest module (mean {self.typical:.2g})"
         )
 
 
