@@ -39,6 +39,7 @@ from diagnostics.shift import (
     under_corruption,
 )
 from diagnostics.soft_labels import SoftLabelScores, soft_label_scores
+from diagnostics.surround import surround_verdict
 from diagnostics.tails import (
     FamilyResult,
     Fit,
@@ -145,6 +146,7 @@ __all__ = [
     "scale_logits",
     "soft_label_scores",
     "solution_records",
+    "surround_verdict",
     "tail_posterior",
     "tail_program",
     "tails_by",

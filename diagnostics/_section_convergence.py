@@ -21,6 +21,7 @@ from diagnostics.plots.convergence import (
 from diagnostics.plots.experts import plot_expert_weights, plot_forest
 from diagnostics.sensitivity import GammaSensitivity
 from diagnostics.verdicts import Verdict
+from poe_models._span_labels import MERGE
 
 __all__ = ["convergence_section"]
 
@@ -53,6 +54,8 @@ def convergence_section(
     if coefficients is not None:
         caption = (
             "How much of each task the posterior puts into each module; a wide interval is a task it is unsure of."
+            if MERGE not in coefficients.updates
+            else "What the posterior adds to the merge of each module: at the merge all are 0 but 'merge', which is 1."
         )
         blocks.append(Plot(plot_forest(coefficients), caption))
     if sensitivity is not None:

@@ -9,6 +9,7 @@ OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where 
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -33,10 +34,11 @@ from inference.ensemble import MergedEnsemble
 from inference.method_design import AnyDesign
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from inference.retention import ExpertRetention, concerns, totals_of
 from inference.statistics_files import collect_statistics
 from inference.surrounding import distance_from_merge
 from poe_merge._drawing import Drawn, draw_full, draw_span
-from poe_merge._merged import check_inputs
+from poe_merge._merged import check_inputs, read_record
 from poe_merge._sampling import Sampling, Seeds
 from poe_merge._stats import Table, check_apart, checked_statistics, checkpoints_of
 from poe_merge.config import MergeConfig
@@ -73,6 +75,7 @@ class SampleReport:
         nbytes: Bytes of all files.
         convergence: R-hat, effective sample size and verdicts; None for independent draws.
         around: What the draws are, and how far their centre is from the merge; None for a method's seeds.
+        experts: What the merge kept of each expert.
         warnings: What a reader should know.
         seconds: Wall time of this run.
     """
@@ -84,6 +87,7 @@ class SampleReport:
     nbytes: int
     convergence: Mapping[str, Any] | None
     around: str | None
+    experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
     seconds: float
 
@@ -147,6 +151,7 @@ def sample(
             elsewhere=merged,
         )
         record = {**asked, "source": drawn.draws.source, "around": _placed(drawn.draws)}
+        record["experts"] = [each.record() for each in drawn.experts]
         record |= {"convergence": convergence, "warnings": drawn.warnings}
 
         def extras(folder: Path) -> None:
@@ -163,6 +168,7 @@ def sample(
         nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         convergence=convergence,
         around=_described(drawn.draws),
+        experts=drawn.experts,
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
         seconds=time.monotonic() - began,
     )
@@ -173,7 +179,7 @@ def _draw(
 ) -> Drawn:
     if isinstance(what, Seeds):
         draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
-        return Drawn(draws, (), ())
+        return Drawn(draws, (), (), ())
     products = _products(designs)
     if what.coordinates == "full":
         return draw_full(task_vectors, products, what, bars)
@@ -200,8 +206,9 @@ def _around(
         if draws.from_merge is not None:
             places = [draws.index(str(name)) for name in data.posterior["module"].values]
             data.attrs |= merge_attributes(draws.from_merge.select(places))
+    experts = drawn.experts if merged is None else totals_of(read_record(merged))
     far = () if draws.far_from_merge is None else (draws.far_from_merge,)
-    return Drawn(draws, drawn.data, (*drawn.warnings, *far))
+    return Drawn(draws, drawn.data, experts, (*drawn.warnings, *far, *concerns(experts)))
 
 
 def _described(draws: ModelDraws) -> str | None:
@@ -240,7 +247,12 @@ def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[
         )
     draws = load_draws(partial / DRAWS, record["source"])
     assert isinstance(draws, SpanDraws | FullDraws | MethodDraws)
-    return Drawn(draws, (), tuple(record["warnings"])), record["convergence"]
+    numbers = ("kept", "residual_left", "length")
+    known = tuple(
+        ExpertRetention(each["name"], *(math.nan if each[key] is None else each[key] for key in numbers))
+        for each in record["experts"]
+    )
+    return Drawn(draws, (), known, tuple(record["warnings"])), record["convergence"]
 
 
 def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:

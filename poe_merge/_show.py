@@ -146,6 +146,9 @@ def sample(done: SampleReport) -> None:
         console.print(f"{chains} of {what.draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
         for text in done.convergence["warnings"]:
             warning(text)
+    if done.experts:
+        kept = ", ".join(map(_kept, done.experts))
+        console.print(escape(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
     if done.around is not None:
         console.print(escape(f"{done.around}."), soft_wrap=True)
     for text in done.warnings:

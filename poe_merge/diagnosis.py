@@ -23,7 +23,8 @@ from diagnostics.verdicts import Level, Verdict
 from inference._digest import Silent, digest_inputs
 from inference.draw_files import load_draws
 from inference.method_draws import MethodDraws
-from inference.model_draws import FullDraws, SpanDraws
+from inference.model_draws import FullDraws, PosteriorDraws, SpanDraws
+from poe_merge._beside import beside_verdict
 from poe_merge._merged import read_record
 from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, Kind, parse_spec
 from poe_models.checkpoints import CheckpointError
@@ -85,7 +86,7 @@ def diagnose(
     if solved:
         found.fixed_point = fixed_point_convergence(solved)
     if draws is not None:
-        _judge_draws(draws, [str(module["module"]) for module in modules], found)
+        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
     if tails and modules:
         _fit_tails(run, record, found, seed, residual_map)
     if predictions is not None:
@@ -142,13 +143,15 @@ def write_page(text: str, out: Path) -> Path:
     return target
 
 
-def _judge_draws(path: Path, modules: list[str], found: Findings) -> None:
+def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list[str], found: Findings) -> None:
     draws = load_draws(path)
     strange = sorted(set(draws.modules) - set(modules))
     if strange:
         raise ValueError(
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
+    if isinstance(draws, PosteriorDraws):
+        found.verdicts.append(beside_verdict(draws, run, record, lambda: _task_vectors(record), _product))
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
     if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):

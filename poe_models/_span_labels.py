@@ -42,7 +42,8 @@ def merge_label(poe: ProductOfExperts) -> str:
 
 def _plain(setting: object) -> str:
     """A setting as text that does not change from run to run."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(setting))
+    text = repr(setting) if is_dataclass(setting) else f"{type(setting).__qualname__}()"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def basis_names(updates: Sequence[str], through: bool) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def test_designs_that_do_not_go_together_name_two_tensors(vectors: TaskVectors) 
     # Energies and scales may differ: statistics depend on them by the merge alone.
     energies = {"a.weight": poe_of(vectors, energy=StudentT(3.0))}
 
-    def collected(given: dict[str, ProductOfExperts], coordinates: Any) -> SpanStatistics:
+    def collected(given: dict[str, ProductOfExperts], coordinates: Any) -> Any:
         return collect_statistics(
             vectors, lambda name: Design(given.get(name, poe_of(vectors)), coordinates=coordinates)
         )
