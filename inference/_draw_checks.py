@@ -36,9 +36,9 @@ def check_designs(draws: ModelDraws, designs: Mapping[str, AnyDesign], task_vect
             )
         products[name] = design
     assert isinstance(draws, PosteriorDraws)
-    _check_merge(draws, products)
     if isinstance(draws, SpanDraws):
         _check_order(draws, products)
+    _check_merge(draws, products)
     if isinstance(draws, FullDraws):
         _check_full(draws, products, task_vectors)
 

@@ -697,10 +697,10 @@ def test_a_map_that_did_not_converge_is_said(vectors: TaskVectors, poe: ProductO
     from inference.fixed_point import SolverOptions
 
     hasty = Design(replace(poe, temperature=1.0), options=SolverOptions(max_steps=1, tolerance=1e-14))
-    with pytest.warns(UserWarning, match=r"the MAP of 'stem.weight': not converged"):
+    with pytest.warns(UserWarning, match=r"the MAP of '.*': not converged"):
         draws = span_draws(vectors, hasty)
     ensemble = MergedEnsemble(vectors, hasty, draws).restrict("out")
-    with pytest.warns(UserWarning, match=r"the MAP of 'stem.weight': not converged"):
+    with pytest.warns(UserWarning, match=r"the MAP of '.*': not converged"):
         next(ensemble.members())
 
 
@@ -973,7 +973,7 @@ def test_memory_does_not_grow_with_the_number_of_members(coordinates: str, tmp_p
     done = subprocess.run(script, capture_output=True, text=True, env=environment, check=True)
     few, many, saving = (int(text) / (8 * 600 * 500 * 4) for text in done.stdout.split())  # in models of 9.6 MB
     assert many < few + 0.3
-    merge = 1 + 1.2 if coordinates == "full" else 0  # which the draws go through; solving for it takes 9 tensors more
+    merge = 3.0 if coordinates == "full" else 0.0  # which draws go through: kept, and solved for once
     assert many < 3.2 + merge  # the loop holds one member while the next is made; 7 tensors are at work meanwhile
     assert saving < 1.7 + merge  # no member is ever held as a whole
 
