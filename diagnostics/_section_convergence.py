@@ -30,6 +30,7 @@ def convergence_section(
     fixed_point: FixedPointConvergence | None,
     chains: ChainConvergence | None = None,
     coefficients: CoefficientIntervals | None = None,
+    around: Verdict | None = None,
     sensitivity: GammaSensitivity | None = None,
 ) -> Section:
     """Solver, chains and sensitivity, as far as they are there.
@@ -38,6 +39,7 @@ def convergence_section(
         fixed_point: of the merge.
         chains: of draws.
         coefficients: of Span draws.
+        around: what was found of the centre of the draws.
         sensitivity: to gamma.
 
     Returns:
@@ -48,6 +50,8 @@ def convergence_section(
     if fixed_point is not None:
         verdicts += fixed_point.verdicts
         blocks += _solver_blocks(fixed_point)
+    if around is not None:
+        verdicts.append(around)
     if chains is not None:
         verdicts += chains.verdicts
         blocks += _chain_blocks(chains)

@@ -45,6 +45,7 @@ class Findings:
     fixed_point: FixedPointConvergence | None = None
     chains: ChainConvergence | None = None
     coefficients: CoefficientIntervals | None = None
+    around: Verdict | None = None
     residuals: Residuals | None = None
     tails: PooledTails | None = None
     measured: str = ""
@@ -98,6 +99,7 @@ def diagnose(
         fixed_point=found.fixed_point,
         chains=found.chains,
         coefficients=found.coefficients,
+        around=found.around,
         residuals=found.residuals,
         tails=found.tails,
         measured=found.measured,
@@ -151,7 +153,7 @@ def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
     if isinstance(draws, PosteriorDraws):
-        found.verdicts.append(beside_verdict(draws, run, record, lambda: _task_vectors(record), _product))
+        found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record), _product)
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
     if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):

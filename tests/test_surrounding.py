@@ -232,9 +232,9 @@ def test_full_draws_are_measured_by_what_they_are_made_of(vectors: TaskVectors) 
     along = ((made - module.mode) * direction).sum((-2, -1))
     assert draws.from_merge is not None
     assert draws.from_merge.worst < 0.3
-    found = distance_of_module(draws, module, module.mode - 4 * along.std() * direction)
-    error = SIGMAS * 4 / math.sqrt(2 * len(draws))  # of the standard deviation of so many draws
-    assert abs(found.worst - 4.0) < error + draws.from_merge.worst
+    found = distance_of_module(draws, module, module.mode - 40 * along.std() * direction)
+    error = SIGMAS / math.sqrt(2 * len(draws))  # of the standard deviation of so many draws
+    assert abs(found.worst / 40 - 1) < error + draws.from_merge.worst / 4
 
 
 # --- the measure ---
@@ -315,10 +315,8 @@ def test_rounding_of_the_merged_weights_is_no_displacement(vectors: TaskVectors,
     for dtype in (torch.bfloat16, torch.float32):
         folder = tmp_path / str(dtype)
         merge_checkpoint(vectors, Design(poe, 0.8), folder, out_dtype=dtype)
-        for draws in (
-            around(vectors, poe),
-            sample_full(vectors, poe, 8, generator=torch.Generator().manual_seed(0), warmup=10),
-        ):
+        generator = torch.Generator().manual_seed(0)
+        for draws in (around(vectors, poe, 50), sample_full(vectors, poe, 8, generator=generator, warmup=10)):
             assert distance_from_merge(draws, vectors, Design(poe, 0.8), folder).beyond == ()
             other = distance_from_merge(draws, vectors, Design(poe, 3.0), folder)  # as if lambda had been 3
             assert dtype == torch.bfloat16 or other.beyond == tuple(SHAPES)
