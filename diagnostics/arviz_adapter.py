@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +18,11 @@ from inference.model_draws import SpanDraws
 from inference.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
+
+with warnings.catch_warnings():
+    # ArviZ 0.23 announces its next version on its first import of the day, by a stamp in the user's cache folder.
+    warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+    import arviz as az
 
 __all__ = [
     "ChainStatistics",
@@ -175,7 +179,7 @@ def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) 
     columns = []
     for i, expert in enumerate(posterior.experts):
         try:
-            normalizer = radial_normalizer(expert, dimension[..., i], posterior.temperature)
+            normalizer = radial_normalizer(expert, dimension[..., i], posterior.fixed_temperature)
         except ValueError as error:
             warnings.warn(
                 f"the log_likelihood group is left out: expert {expert.name!r} has the energy {_plain(expert)}, whose "
@@ -253,7 +257,7 @@ def _attributes(
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
         "coordinates_of_draws": "full" if statistics is None else "span",
         "sampler": draws.sampler or "unknown",
-        "temperature": posterior.temperature,
+        "temperature": posterior.fixed_temperature,
         "energies": "; ".join(f"{expert.name}: {_plain(expert)}" for expert in posterior.experts),
     }
     if statistics is not None:

@@ -73,9 +73,9 @@ def gibbs(
     def regenerate(module: int, weight: Tensor, seed: int) -> Tensor:
         return singles[module].regenerate(weight, seed)
 
-    statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
+    statistics = {"lp": -torch.stack(energies, 1) / posterior.fixed_temperature}
     return RegeneratedDraws(
-        torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics, "gibbs", posterior.temperature
+        torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics, "gibbs", posterior.fixed_temperature
     )
 
 
@@ -109,7 +109,7 @@ def gibbs_posterior(
         values.append(state.z)
         energies.append(state.energy)
     statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
-    return StoredDraws(torch.stack(values, 1), statistics, "gibbs", posterior.temperature)
+    return StoredDraws(torch.stack(values, 1), statistics, "gibbs", posterior.fixed_temperature)
 
 
 def _kept(

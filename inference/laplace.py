@@ -111,7 +111,7 @@ class Laplace:
             seeds,
             lambda m, _, seed: singles[m].draw(seed),
             made_by="laplace",
-            heat=self.posterior.temperature,
+            heat=self.posterior.fixed_temperature,
         )
 
     def draw(self, seed: int) -> Tensor:
@@ -179,10 +179,11 @@ class DenseLaplace:
         mode: ``x*``, ``(M, *event)``.
 
     Raises:
-        ValueError: the Hessian is not positive definite at the mode.
+        ValueError: the Hessian is not positive definite at the mode, or the temperature is a tensor.
     """
 
     def __init__(self, posterior: Posterior, mode: Tensor) -> None:
+        _ = posterior.fixed_temperature  # or its error
         self.posterior = posterior
         self.mode = mode
         density = log_density(posterior, joint=True)

@@ -224,7 +224,7 @@ def _run(
     if what.method == "laplace":
         made = Laplace(posterior, merge).sample(what.draws, generator)
         values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
-        return StoredDraws(values, made_by="laplace", heat=posterior.temperature)
+        return StoredDraws(values, made_by="laplace", heat=posterior.fixed_temperature)
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
     if what.method == "gibbs":
         return gibbs_posterior(posterior, what.draws, generator=generator, thin=what.thin, **settings)

@@ -28,6 +28,7 @@ from poe_merge import _drawing, _ensemble, _sampling, _stats
 from poe_merge.cli import run
 from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT, span_posterior
 from tests.helpers import assert_close
+from tests.seeds import seeded
 
 State = dict[str, Tensor]
 Cli = Callable[..., tuple[int, str, str]]
@@ -145,7 +146,7 @@ def test_every_span_method_runs_from_the_file_alone(done: Cli, here: Path) -> No
     for tensor, coefficients in zip(MERGED, coordinates.coefficients(mode), strict=True):
         merged = base[tensor].double() + 0.7 * torch.einsum("j,jab->ab", coefficients[:2], basis[tensor])
         assert_close(merged, expected[tensor].double(), 1e-5)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     exact = gibbs_posterior(posterior, 1000, generator=generator).values.flatten(0, 1)
     general = hmc(posterior, 400, generator=generator, warmup=100).values.flatten(0, 1)
     normal = Laplace(posterior, mode)

@@ -48,6 +48,7 @@ from poe_models import (
 )
 from poe_models.treatments import DEFAULT_RULES, Rule
 from tests.helpers import assert_close, name_of
+from tests.seeds import seeded
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (5, 6), "b.bias": (5,), "attn.in_proj_weight": (12, 4)}
 MODULES = ("a.weight", "b.weight", *(f"attn.in_proj_weight[{i}]" for i in range(3)))
@@ -75,7 +76,7 @@ def poe_of(vectors: TaskVectors, **options: Any) -> ProductOfExperts:
 def span_draws(vectors: TaskVectors, poe: ProductOfExperts, seed: int = 0, count: int = 50) -> SpanDraws:
     statistics = collect_statistics(vectors, poe)
     posterior, coordinates = span_posterior(poe, statistics)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return SpanDraws.of(gibbs_posterior(posterior, count, generator=generator), coordinates, statistics)
 
 
@@ -185,8 +186,7 @@ def test_statistics_come_back_bit_for_bit_and_give_the_same_posterior(vectors: T
         before, after = getattr(statistics, name), getattr(loaded, name)
         assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
     draws = [
-        gibbs_posterior(span_posterior(poe, each)[0], 3, generator=torch.Generator().manual_seed(1)).values
-        for each in (statistics, loaded)
+        gibbs_posterior(span_posterior(poe, each)[0], 3, generator=seeded(1)).values for each in (statistics, loaded)
     ]
     assert torch.equal(*draws)
     record = json.loads((folder / "statistics.json").read_text())
@@ -295,7 +295,7 @@ def test_span_draws_are_coefficients_of_the_latents(vectors: TaskVectors) -> Non
     poe = poe_of(vectors, anchor=Anchor(average))
     statistics = collect_statistics(vectors, poe)
     posterior, coordinates = span_posterior(poe, statistics)
-    latents = gibbs_posterior(posterior, 4, generator=torch.Generator().manual_seed(0), chains=2)
+    latents = gibbs_posterior(posterior, 4, generator=seeded(0), chains=2)
     draws = SpanDraws.of(latents, coordinates, statistics)
     design = Design(poe)
     for index, name in enumerate(MODULES):
@@ -357,7 +357,7 @@ def test_full_draws_come_back_bit_for_bit(
     residual_map: Any, energy: Any, method: Any, vectors: TaskVectors, tmp_path: Path
 ) -> None:
     poe = poe_of(vectors, residual_map=residual_map, energy=energy, anchor=Anchor(average, RelativePrecision(1.0)))
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     draws = sample_full(vectors, poe, 2, generator=generator, method=method, chains=2, warmup=10)
     save_draws(draws, tmp_path / "draws")
     loaded = load_draws(tmp_path / "draws", draws.source)
@@ -372,9 +372,9 @@ def test_full_draws_come_back_bit_for_bit(
 
 def test_full_draws_of_a_model_are_those_of_the_sampler(vectors: TaskVectors) -> None:
     poe = poe_of(vectors, energy=StudentT(4.0), temperature=0.3)
-    draws = sample_full(vectors, poe, 3, generator=torch.Generator().manual_seed(5), chains=2, warmup=10)
+    draws = sample_full(vectors, poe, 3, generator=seeded(5), chains=2, warmup=10)
     (module,) = read_modules(vectors, "a.weight", Design(poe))
-    own = gibbs(poe, module.updates, 3, generator=torch.Generator().manual_seed(5), chains=2, warmup=10)
+    own = gibbs(poe, module.updates, 3, generator=seeded(5), chains=2, warmup=10)
     assert torch.equal(draws.update(module, 4), own.latents(1, 1)[0])
     # The energy the chain had at this draw.
     energy = module.posterior.energy(draws.update(module, 4).unsqueeze(0))
@@ -382,9 +382,7 @@ def test_full_draws_of_a_model_are_those_of_the_sampler(vectors: TaskVectors) ->
 
 
 def test_full_draws_of_some_modules(vectors: TaskVectors) -> None:
-    draws = sample_full(
-        vectors, poe_of(vectors), 2, generator=torch.Generator().manual_seed(5), pattern=r"a\.weight|\[1\]", warmup=2
-    )
+    draws = sample_full(vectors, poe_of(vectors), 2, generator=seeded(5), pattern=r"a\.weight|\[1\]", warmup=2)
     assert draws.modules == ("a.weight", "attn.in_proj_weight[1]")
     with pytest.raises(ValueError, match="fits none of the merged modules"):
         sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), pattern="nothing")
@@ -430,7 +428,7 @@ def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tm
         vectors,
         lambda name: designs.get(name, Design(poe_of(vectors))),
         2,
-        generator=torch.Generator().manual_seed(1),
+        generator=seeded(1),
         warmup=3,
     )
     assert draws.weights.shape == (4, 2, 5, 3)
@@ -438,7 +436,7 @@ def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tm
     assert float(draws.squared_norms[0, 3]) == 0.0
     loaded = load_draws(save_draws(draws, tmp_path / "draws"))
     (module,) = read_modules(vectors, "a.weight", Design(few))
-    own = gibbs(few, module.updates, 2, generator=torch.Generator().manual_seed(1), warmup=3)
+    own = gibbs(few, module.updates, 2, generator=seeded(1), warmup=3)
     assert torch.equal(loaded.update(module, 7), own.latents(3, 1)[0])
 
 
@@ -468,7 +466,7 @@ def test_adapters_are_drawn_with_their_factors(residual_map: Any, generator: tor
         tmp_path / "base.safetensors", {name: tmp_path / name for name in ("x", "y")}, dtype=torch.float64
     )
     poe = poe_of(vectors, residual_map=residual_map)
-    draws = sample_full(vectors, poe, 1, generator=torch.Generator().manual_seed(0), chains=1, warmup=3)
+    draws = sample_full(vectors, poe, 1, generator=seeded(0), chains=1, warmup=3)
     (module,) = read_modules(vectors, "a.weight", Design(poe))
     assert module.low_rank is not None
     energy = replace(module, low_rank=None).posterior.energy(draws.update(module, 0).unsqueeze(0))
@@ -497,7 +495,7 @@ def test_span_draws_from_other_statistics_are_refused(vectors: TaskVectors, tmp_
 
 
 def test_full_draws_from_other_weights_are_refused(vectors: TaskVectors, tmp_path: Path) -> None:
-    draws = sample_full(vectors, poe_of(vectors), 1, generator=torch.Generator().manual_seed(1), warmup=2)
+    draws = sample_full(vectors, poe_of(vectors), 1, generator=seeded(1), warmup=2)
     save_draws(draws, tmp_path / "draws")
     with pytest.raises(CheckpointError, match="made from other weights"):
         load_draws(tmp_path / "draws", "0" * 64)
@@ -520,7 +518,7 @@ DRAW_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("damage", DRAW_DAMAGES, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("kind", ["span", "full"])
 def test_damaged_draws_are_one_clear_error(damage: str, kind: str, vectors: TaskVectors, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     poe = poe_of(vectors)
     draws: ModelDraws = span_draws(vectors, poe, count=2)
     if kind == "full":
@@ -555,7 +553,7 @@ def test_other_threads_warn_and_the_tolerance_holds(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        draws = sample_full(vectors, poe, 1, generator=torch.Generator().manual_seed(3), chains=1, warmup=3)
+        draws = sample_full(vectors, poe, 1, generator=seeded(3), chains=1, warmup=3)
         save_draws(draws, tmp_path / "draws")
         (module,) = read_modules(vectors, "a.weight", Design(poe))
         with warnings.catch_warnings():
@@ -570,7 +568,7 @@ def test_other_threads_warn_and_the_tolerance_holds(
 
 
 def test_another_torch_or_other_noise_warn_with_what_holds(vectors: TaskVectors, tmp_path: Path) -> None:
-    draws = sample_full(vectors, poe_of(vectors), 1, generator=torch.Generator().manual_seed(1), warmup=2)
+    draws = sample_full(vectors, poe_of(vectors), 1, generator=seeded(1), warmup=2)
     older = replace(draws, environment={**draws.environment, "torch": "1.0.0"})
     save_draws(older, tmp_path / "older")
     with pytest.warns(RegenerationWarning, match=r"torch 1\.0\.0 -> .*within 1e-11"):

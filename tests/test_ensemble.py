@@ -44,6 +44,7 @@ from poe_models import (
     span_posterior,
 )
 from tests.helpers import assert_close
+from tests.seeds import seed_of, seeded
 
 CLASSES = 5
 
@@ -128,14 +129,14 @@ def span_draws(vectors: TaskVectors, design: ProductOfExperts | Design, count: i
     statistics = collect_statistics(vectors, design)
     poe = design.poe if isinstance(design, Design) else design
     posterior, coordinates = span_posterior(poe, statistics)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     draws = gibbs_posterior(posterior, 100, generator=generator, warmup=20)
     return SpanDraws.of(draws, coordinates, statistics).thinned(count)
 
 
 @pytest.fixture
 def model() -> Net:
-    torch.manual_seed(3)
+    torch.manual_seed(seed_of(3))
     return Net()
 
 
@@ -188,7 +189,7 @@ def test_members_are_the_base_plus_lambda_times_the_draw(
 
 
 def test_full_members_are_the_draws_made_again(vectors: TaskVectors, poe: ProductOfExperts) -> None:
-    draws = sample_full(vectors, poe, 2, generator=torch.Generator().manual_seed(1), chains=2, warmup=5)
+    draws = sample_full(vectors, poe, 2, generator=seeded(1), chains=2, warmup=5)
     states = list(MergedEnsemble(vectors, poe, draws).members())
     (module,) = read_modules(vectors, "layers.1.fc2.weight", Design(poe))
     for member, state in enumerate(states):
@@ -220,7 +221,7 @@ def test_what_is_not_sampled_is_the_merge_whatever_the_draws_are(
         else:
             assert first[name] is second[name]
             assert_close(first[name].double(), expected[name].double(), 1e-9)
-    full = sample_full(vectors, poe, 1, generator=torch.Generator().manual_seed(0), pattern="out", warmup=2)
+    full = sample_full(vectors, poe, 1, generator=seeded(0), pattern="out", warmup=2)
     state = next(MergedEnsemble(vectors, poe, full).members())
     assert_close(state["layers.0.fc1.weight"], expected["layers.0.fc1.weight"], 1e-9)
 
@@ -267,7 +268,7 @@ def test_blocks_of_one_tensor_can_be_sampled_alone(with_elsewhere: bool, generat
 def test_members_have_the_dtype_of_the_base_unless_told_otherwise(
     asked: torch.dtype | None, got: torch.dtype, generator: torch.Generator
 ) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     vectors = tuned(Net(dtype=torch.bfloat16), generator)
     poe = ProductOfExperts.of(vectors.names)
     state = next(MergedEnsemble(vectors, poe, span_draws(vectors, poe), out_dtype=asked).members())
@@ -275,7 +276,7 @@ def test_members_have_the_dtype_of_the_base_unless_told_otherwise(
 
 
 def test_tied_weights_stay_tied(generator: torch.Generator, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = Tied()
     vectors = tuned(model, generator)
     poe = ProductOfExperts.of(vectors.names)
@@ -395,7 +396,7 @@ def test_features_before_a_cut_are_computed_once(
 
 
 def test_sequential_models_are_cut_by_themselves(generator: torch.Generator) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 6))
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), inner, nn.Linear(6, CLASSES)).double()
     vectors = tuned(model, generator)
@@ -419,7 +420,7 @@ def test_a_module_may_write_into_the_features_it_is_given(generator: torch.Gener
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x.mul_(2.0))
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = nn.Sequential(nn.Linear(4, 6), InPlace()).double()
     vectors = tuned(model, generator)
     poe = ProductOfExperts.of(vectors.names)
@@ -446,7 +447,7 @@ class Early(nn.Module):
 
 
 def test_a_sampled_weight_before_the_cut_is_found_out_even_if_members_hardly_differ(generator: torch.Generator) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model, x = Early(), torch.randn(5, 4, generator=generator, dtype=torch.float64)
     vectors = tuned(model, generator)
     cold, hot = (
@@ -472,7 +473,7 @@ def test_a_sampled_weight_before_the_cut_is_found_out_even_if_members_hardly_dif
 def test_a_skip_across_the_cut_is_found_out(
     generator: torch.Generator, loader: DataLoader[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = Skipping()
     vectors = tuned(model, generator)
     poe = ProductOfExperts.of(vectors.names)
@@ -518,7 +519,7 @@ def test_a_weight_that_is_used_without_calling_its_module_is_found_out(
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x * self.out.weight.mean())
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = Peeking()
     vectors = tuned(model, generator)
     poe = ProductOfExperts.of(vectors.names)
@@ -542,7 +543,7 @@ def test_torch_transformers_are_cut_at_their_layers(generator: torch.Generator) 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return self.out(self.encoder(x, src_key_padding_mask=mask).mean(1))
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = Encoder()
     vectors = tuned(model, generator)
     poe = ProductOfExperts.of(vectors.names)
@@ -571,7 +572,7 @@ def test_a_head_on_top_and_another_dtype(
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.body(x))
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed_of(1))
     whole = Classifier()
     ensemble = MergedEnsemble(vectors, poe, span_draws(vectors, poe)).restrict(r"layers\.1")
     found = ensemble.predict(whole, loader, submodule="body")
@@ -608,7 +609,7 @@ def test_full_draws_keep_their_temperature_in_a_predictor(
 ) -> None:
     def drawn(temperature: float) -> Any:
         tempered = replace(poe, temperature=temperature)
-        return sample_full(vectors, tempered, 1, generator=torch.Generator().manual_seed(2), chains=2, warmup=5)
+        return sample_full(vectors, tempered, 1, generator=seeded(2), chains=2, warmup=5)
 
     warm, cold = drawn(0.3), drawn(1e-3)
     predictor = MergedEnsemble(vectors, poe, warm).predictor(model, loader)
@@ -724,7 +725,7 @@ def save_folder(folder: Path, state: dict[str, Tensor], shards: int = 1) -> Path
 @pytest.fixture
 def on_disk(tmp_path: Path, generator: torch.Generator) -> Callable[..., TaskVectors]:
     def make(dtype: torch.dtype = torch.float32, shards: int = 1) -> TaskVectors:
-        torch.manual_seed(0)
+        torch.manual_seed(seed_of(0))
         memory = tuned(Net(depth=1, dtype=dtype), generator, size=0.02)
         folders = {}
         for name, source in {"base": memory.base, **memory.experts}.items():
@@ -880,7 +881,7 @@ def test_members_load_with_from_pretrained(generator: torch.Generator, tmp_path:
     config = transformers.GPT2Config(
         n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = transformers.GPT2LMHeadModel(config).eval()
     names = ("base", "x", "y")
     for name in names:
@@ -981,7 +982,7 @@ def test_memory_does_not_grow_with_the_number_of_members(coordinates: str, tmp_p
 def test_noise_is_as_far_from_the_mode_as_the_draws_and_points_anywhere(
     vectors: TaskVectors, poe: ProductOfExperts, tmp_path: Path
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     draws = sample_full(vectors, poe, 3, generator=generator, chains=2, warmup=5)
     noise = noise_control(draws, vectors, poe, generator=generator)
     mode = sample_full(vectors, replace(poe, temperature=1e-14), 1, generator=generator, chains=1, warmup=5)
@@ -1005,7 +1006,7 @@ def test_noise_is_as_far_from_the_mode_as_the_draws_and_points_anywhere(
 def test_laplace_members_solve_for_the_mode_once(
     vectors: TaskVectors, poe: ProductOfExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draws = sample_full(vectors, poe, 4, generator=torch.Generator().manual_seed(0), method="laplace")
+    draws = sample_full(vectors, poe, 4, generator=seeded(0), method="laplace")
     solves: list[object] = []
     solve = _modules.solve_posterior
 
