@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: venv lint test demo bench clean
+.PHONY: venv lint test test-matrix demo bench clean
 
 venv: $(STAMP)
 
@@ -21,9 +21,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One torch thread a worker: two workers on two cores, and the same sums everywhere.
+# One torch thread a worker: two workers on two cores, and the same sums everywhere. Caches start empty, as they do on a
+# fresh machine: what a library does or says there for the first time shows in every run.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT HUP INT TERM && \
+	XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The tests with other kernels of torch, threads, seeds and orders: hours, and not in CI.
+test-matrix: $(STAMP)
+	.ci/matrix $(BIN)/python
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.demo

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,13 @@ import torch
 from rich.console import Console
 
 from benchmarks.vision.train import make_suite
+from diagnostics.arviz_adapter import chain_statistics
 from inference.draws import StoredDraws
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.nuts import nuts
 from poe_models import Cauchy, InputGram, Posterior, ProductOfExperts, Relative, TaskVectors, span_posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_statistics
-
-with warnings.catch_warnings():  # ArviZ announces its next version on import
-    warnings.simplefilter("ignore", FutureWarning)
-    import arviz as az
 
 MIXED = 1.01
 TEMPERATURE = 0.1
@@ -103,12 +99,12 @@ def measure(sampler: Sampler, posterior: Posterior, span: SpanCoordinates, seed:
     seconds = time.process_time() - started
     # The last coefficient is the zero centre's, which moves nothing.
     coefficients = span.coefficients(draws.values)[..., :-1].flatten(2)
-    data = az.convert_to_dataset({"c": coefficients.numpy()})
+    found = chain_statistics(coefficients.numpy())
     diverging = draws.stats.get("diverging", torch.zeros(1))
     return Figure(
         seconds,
-        float(az.ess(data)["c"].min()),
-        float(az.rhat(data)["c"].max()),
+        float(found.ess_bulk.min()),
+        float(found.r_hat.max()),
         int(diverging.sum()),
     )
 

@@ -39,6 +39,7 @@ from diagnostics.shift import (
     under_corruption,
 )
 from diagnostics.soft_labels import SoftLabelScores, soft_label_scores
+from diagnostics.surround import surround_verdict
 from diagnostics.tails import (
     FamilyResult,
     Fit,
@@ -149,6 +150,7 @@ __all__ = [
     "soft_label_scores",
     "solution_records",
     "surrogate_residuals",
+    "surround_verdict",
     "tail_posterior",
     "tail_program",
     "tails_by",

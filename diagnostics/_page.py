@@ -7,13 +7,13 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import ClassVar
 
 import matplotlib as mpl
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diagnostics._page_style import STYLE
 from diagnostics.verdicts import Level, Verdict
 
 __all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
@@ -31,11 +31,8 @@ class Text:
         text: plain.
     """
 
+    kind: ClassVar[str] = "text"
     text: str
-
-    def html(self) -> str:
-        """As HTML."""
-        return f"<p>{escape(self.text)}</p>"
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,8 @@ class Facts:
         rows: pairs.
     """
 
+    kind: ClassVar[str] = "facts"
     rows: Sequence[tuple[str, str]]
-
-    def html(self) -> str:
-        """As HTML."""
-        rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in self.rows)
-        return f"<dl>{rows}</dl>"
 
 
 @dataclass(frozen=True)
@@ -64,26 +57,16 @@ class Table:
         rows: cells.
     """
 
+    kind: ClassVar[str] = "table"
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def html(self) -> str:
-        """As HTML."""
-        kinds = ["" if _numeric(column) else ' class="text"' for column in zip(self.header, *self.rows, strict=True)]
-        head = "".join(
-            f'<th scope="col"{kind}>{escape(cell)}</th>' for kind, cell in zip(kinds, self.header, strict=True)
-        )
-        body = "".join(
-            f'<tr><th scope="row">{escape(row[0])}</th>'
-            + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds[1:], row[1:], strict=True))
-            + "</tr>"
-            for row in self.rows
-        )
-        return (
-            f'<div class="wide"><table><caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-        )
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers beneath their header."""
+        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.header)
+        return [all(not cell or re.match(r"[-+±(]?\d|nan", cell) for cell in column) for column in columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +78,29 @@ class Plot:
         caption: what it shows and how to read it; also its text for those who cannot see it.
     """
 
+    kind: ClassVar[str] = "plot"
     axes: Axes | Figure
     caption: str
 
-    def html(self) -> str:
-        """As HTML."""
+    @property
+    def figure(self) -> Figure:
+        """The figure that the axes belong to."""
         figure = self.axes if isinstance(self.axes, Figure) else self.axes.get_figure(root=True)
         assert figure is not None
-        width, _ = figure.get_size_inches()
-        source = f"data:image/svg+xml;base64,{base64.b64encode(_svg(figure)).decode()}"
-        picture = f'<img src="{source}" alt="{escape(self.caption)}" style="width: {width * 6:.0f}rem">'
-        return f"<figure>{picture}<figcaption>{escape(self.caption)}</figcaption></figure>"
+        return figure
+
+    @property
+    def rem(self) -> str:
+        """Width on the page in units of its font."""
+        return f"{self.figure.get_size_inches()[0] * 6:.0f}"
+
+    @property
+    def base64(self) -> str:
+        """The SVG: the same for the same picture, without date or random names; text as paths, which need no font."""
+        buffer = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": "poe-merge", "svg.fonttype": "path"}):
+            self.figure.savefig(buffer, format="svg", dpi=DOTS, metadata={"Date": None})
+        return base64.b64encode(buffer.getvalue()).decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +112,9 @@ class Details:
         blocks: what is inside.
     """
 
+    kind: ClassVar[str] = "details"
     summary: str
     blocks: Sequence[Block]
-
-    def html(self) -> str:
-        """As HTML."""
-        inside = "".join(block.html() for block in self.blocks)
-        return f"<details><summary>{escape(self.summary)}</summary>{inside}</details>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +125,8 @@ class Gallery:
         plots: the figures.
     """
 
+    kind: ClassVar[str] = "gallery"
     plots: Sequence[Plot]
-
-    def html(self) -> str:
-        """As HTML."""
-        return f'<div class="gallery">{"".join(plot.html() for plot in self.plots)}</div>'
 
 
 Block = Text | Facts | Table | Plot | Gallery | Details
@@ -157,15 +145,6 @@ class Section:
     title: str
     verdicts: Sequence[Verdict]
     blocks: Sequence[Block]
-
-    def html(self, anchor: str) -> str:
-        """As HTML.
-
-        Args:
-            anchor: its id.
-        """
-        body = "".join(block.html() for block in self.blocks)
-        return f'<section id="{anchor}"><h2>{escape(self.title)}</h2>{verdict_list(self.verdicts)}{body}</section>'
 
 
 @dataclass(frozen=True)
@@ -198,55 +177,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     >>> "&lt;b&gt;" in page("<b>", "", []).html and "<b>" not in page("<b>", "", []).html
     True
     """
-    names = [f"part-{index}" for index in range(len(sections))]
-    links = "".join(f'<a href="#{n}">{escape(s.title)}</a>' for n, s in zip(names, sections, strict=True))
-    body = "".join(section.html(name) for name, section in zip(names, sections, strict=True))
     every = [*verdicts, *(verdict for section in sections for verdict in section.verdicts)]
     warnings = tuple(sorted((v for v in every if v.level > Level.GOOD), key=lambda verdict: -verdict.level))
-    html = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>"
-        f"{_warning_box(warnings)}<nav>{links}</nav>{body}</main></body></html>\n"
-    )
+    template = Environment(
+        loader=PackageLoader("diagnostics", "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    ).get_template("page.html.jinja")
+    html = template.render(title=title, subtitle=subtitle, sections=sections, warnings=warnings, words=WORDS)
     return Page(html, warnings)
-
-
-def verdict_list(verdicts: Sequence[Verdict]) -> str:
-    """Verdicts as a list, each with its level in words.
-
-    Args:
-        verdicts: in the order of the list.
-
-    Returns:
-        HTML, empty without verdicts.
-    """
-    items = "".join(
-        f'<li class="{v.level.name.lower()}"><strong>{WORDS[v.level]}</strong> <em>{escape(v.about)}:</em> '
-        f"{escape(v.text)}</li>"
-        for v in verdicts
-    )
-    return f'<ul class="verdicts">{items}</ul>' if items else ""
-
-
-def _warning_box(found: Sequence[Verdict]) -> str:
-    if not found:
-        return '<section class="warnings"><h2>No warnings</h2><p>Every check below came out well.</p></section>'
-    title = "1 warning" if len(found) == 1 else f"{len(found)} warnings"
-    return f'<section class="warnings"><h2>{title}</h2>{verdict_list(found)}</section>'
-
-
-def _numeric(column: Sequence[str]) -> bool:
-    """Whether the cells beneath a header start like numbers."""
-    return all(not cell or re.match(r"[-+±(]?\d|nan", cell) for cell in column[1:])
-
-
-def _svg(figure: Figure) -> bytes:
-    """The same bytes for the same picture: no date, no random names; text as paths, which need no font."""
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "poe-merge", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", dpi=DOTS, metadata={"Date": None})
-    return buffer.getvalue()

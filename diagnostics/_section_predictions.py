@@ -75,7 +75,8 @@ def comparison_section(result: JudgedPredictions) -> Section:
         for each in found.summaries()
     ]
     caption = (
-        "Means over tasks. Normalised: accuracy over the own expert's. Rank by accuracy, mean over tasks. On the "
+        "Means over tasks; each interval is of one number by itself. Normalised: accuracy over the own expert's. Rank "
+        "by accuracy, mean over tasks. On the "
         f"front: share of resamples in which no other method is both as accurate and as well calibrated. {DOUBT}"
     )
     pareto = "Accuracy against calibration with 95 % intervals; below and to the right is better."

@@ -3,6 +3,10 @@ r"""Methods compared over tasks and seeds, on the same resampled examples.
 Tasks are taken as given: intervals say how the numbers would move with other test examples and, where several seeds are
 given, with other seeds, and not with other tasks.
 
+Which interval to read depends on how a pair came to be looked at. One pair, named before its scores were seen or chosen
+on other data such as validation: `Comparison.difference`. Several such pairs, of which some stand out by chance:
+`Comparison.differences`. The winner and the others, where these scores made it the winner: `Comparison.against_best`.
+
 >>> labels = {"digits": torch.tensor([0, 1] * 20), "letters": torch.tensor([0, 0, 1, 0] * 10)}
 >>> sure = {task: torch.nn.functional.one_hot(y, 2) * 0.8 + 0.1 for task, y in labels.items()}
 >>> guess = {task: torch.full((len(y), 2), 0.5) for task, y in labels.items()}
@@ -16,7 +20,7 @@ given, with other seeds, and not with other tasks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -141,9 +145,67 @@ class Comparison:
         return estimate_of(float(ranks[0].mean()), ranks[1:].mean(1), self.confidence)
 
     def difference(self, first: str, second: str, score: str = "accuracy") -> Estimate:
-        """Mean over tasks of the first method's score less the second's, paired over examples and seeds."""
+        """Mean over tasks of the first method's score less the second's, paired over examples and seeds.
+
+        The interval is for one pair that was named without looking at these scores.
+        """
         (one, ones), (two, twos) = (self._of(method, score) for method in (first, second))
         return self._estimate((one - two).mean(), (ones - twos).mean(1), score, bounded=False)
+
+    def differences(self, pairs: Sequence[tuple[str, str]], score: str = "accuracy") -> dict[tuple[str, str], Estimate]:
+        r"""Differences of several pairs by intervals that hold for all of them together.
+
+        With the level's probability *every* interval covers, so that each claim may be made whatever the others show.
+        They are ``value -+ c error`` with one ``c``: the level's quantile over resamples of the largest
+        ``|difference - mean| / error`` among the pairs, which uses how the pairs move together (Romano and Wolf, 2005,
+        Econometrica 73(4)). The pairs must not have been picked by these scores: for the winner see `against_best`.
+
+        Args:
+            pairs: Names of two methods each; of one against all others, these are the comparisons of Dunnett (1955).
+            score: One of `SCORES`.
+
+        Returns:
+            By pair the mean over tasks of the first method's score less the second's.
+        """
+        names = {name: self._of(name, score) for pair in pairs for name in pair}
+        value = torch.stack([(names[one][0] - names[two][0]).mean() for one, two in pairs])
+        moved = torch.stack([(names[one][1] - names[two][1]).mean(1) for one, two in pairs], 1)
+        error = moved.std(0)
+        reach = error * _largest(moved, error).quantile(self.confidence)
+        ends = zip(value.tolist(), (value - reach).tolist(), (value + reach).tolist(), error.tolist(), strict=True)
+        return {pair: Estimate(*each, self.confidence) for pair, each in zip(pairs, ends, strict=True)}
+
+    def best(self, score: str = "accuracy") -> str:
+        """The method with the best mean over tasks: the highest accuracy, or the lowest of another score."""
+        means = torch.stack([self._of(method, score)[0].mean() for method in self.methods])
+        return self.methods[int(means.argmax() if score == "accuracy" else means.argmin())]
+
+    def of(self, methods: Sequence[str]) -> Comparison:
+        """The comparison of some of the methods, on the same resamples: a smaller family."""
+        places = [_place(method, self.methods, "method") for method in methods]
+        values = {score: rows[places] for score, rows in self.values.items()}
+        replicates = {score: rows[:, places] for score, rows in self.replicates.items()}
+        return replace(self, methods=tuple(methods), values=values, replicates=replicates)
+
+    def against_best(self, score: str = "accuracy") -> dict[str, Estimate]:
+        r"""The winner's score less each other method's, where these same scores made it the winner.
+
+        Of ten equal methods the winner "beats" some other by 95 % intervals of single pairs in more than half of all
+        data sets. Any pair might have been the one, so these intervals hold for all pairs of methods together (Tukey's
+        comparisons, by resamples as in `differences`). They say *which methods the winner beats*; "multiple comparisons
+        with the best" (Hsu, 1984, Annals of Statistics 12(3)) say *which may be the best*: of equal methods they rule
+        some out too often.
+
+        Returns:
+            By the name of the other method; empty if there is none.
+        """
+        winner = self.best(score)
+        others = [method for method in self.methods if method != winner]
+        if not others:
+            return {}
+        rest = [(one, two) for i, one in enumerate(others) for two in others[i + 1 :]]
+        found = self.differences([*((winner, other) for other in others), *rest], score)
+        return {other: found[winner, other] for other in others}
 
     def front(self, score: str = "ece") -> dict[str, float]:
         """Share of resamples in which each method is on the Pareto front of mean accuracy and another score."""
@@ -281,6 +343,14 @@ class _Columns:
             parts = torch.cat([batch[score] for batch in batches]).split(counts, 1)
             found[score] = torch.stack([(own * mix).sum(1) for own, mix in zip(parts, mixing, strict=True)], 1)
         return found
+
+
+def _largest(moved: Tensor, error: Tensor) -> Tensor:
+    """In each resample the largest deviation ``(B,)``, in units of its error, of differences ``(B, pairs)``.
+
+    Pairs that never move, such as a method with itself, have no deviation.
+    """
+    return torch.where(error > 0, (moved - moved.mean(0)).abs() / error, 0.0).amax(1)
 
 
 def _weights(size: int, num_resamples: int, seed: int) -> Iterator[Tensor]:

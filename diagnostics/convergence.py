@@ -45,9 +45,8 @@ class FixedPointConvergence:
         start_energies: final energies in nats of every start, one array for each module.
         steps: reweighted solves, ``(M,)`` int64.
         rate: spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
-        bound: [PoE] Eq. 26's ``L``, ``(M,)``.
+        bound: [PoE] Eq. 41's ``L``, ``(M,)``.
         gradient_norm: relative norm of the gradient at the solution, ``(M,)``.
-        strict_minimum: whether the Hessian is positive definite there, ``(M,)`` bool.
         weight_spread: largest over smallest relative weight of the active experts, ``(M,)``.
         relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``; nan where an expert is inactive or not of this module.
     """
@@ -61,7 +60,6 @@ class FixedPointConvergence:
     rate: np.ndarray
     bound: np.ndarray
     gradient_norm: np.ndarray
-    strict_minimum: np.ndarray
     weight_spread: np.ndarray
     relative_weights: np.ndarray
 
@@ -78,17 +76,10 @@ class FixedPointConvergence:
         steps = f"in {low} to {high} steps (median {np.median(self.steps):g})" if low < high else f"in {high} steps"
         failed = [name for name, status in zip(self.modules, self.status, strict=True) if not status.converged]
         if failed:
-            worst = Status.MAX_STEPS if counts[Status.MAX_STEPS] else Status.ROUNDING
+            worst = next(status for status in (Status.MAX_STEPS, Status.SADDLE, Status.ROUNDING) if counts[status])
             level = Level.BAD if worst is Status.MAX_STEPS else Level.CAUTION
             text = f"{converged} of {total} modules converged; {_listed(failed)}: {worst}."
             return Verdict("fixed point", level, text)
-        saddles = [name for name, strict in zip(self.modules, self.strict_minimum, strict=True) if not strict]
-        if saddles:
-            text = (
-                f"all {total} modules converged {steps}, but {_listed(saddles)} to a point that is no strict minimum: "
-                "raise the anchor's precision, or add a start."
-            )
-            return Verdict("fixed point", Level.CAUTION, text)
         return Verdict("fixed point", Level.GOOD, f"all {total} modules converged {steps}, to strict minima.")
 
     def _contraction(self) -> Verdict:
@@ -189,7 +180,6 @@ def _collected(found: Sequence[Mapping[str, Any]]) -> FixedPointConvergence:
         rate=column("contraction_rate"),
         bound=column("contraction_bound"),
         gradient_norm=column("gradient_norm"),
-        strict_minimum=np.array([record["strict_minimum"] for record in found], dtype=bool),
         weight_spread=column("weight_spread"),
         relative_weights=np.array(relative, dtype=np.float64),
     )

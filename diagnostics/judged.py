@@ -58,17 +58,20 @@ class JudgedPredictions:
 
     @property
     def winner(self) -> Verdict:
-        """Which method has the largest mean accuracy, and which cannot be told from it."""
+        """Which method has the largest mean accuracy, and which cannot be told from it.
+
+        These examples made it the winner, so that the intervals of its lead hold for all pairs of methods together.
+        """
         found = self.comparison
-        best = max(found.methods, key=lambda method: found.mean(method).value)
-        gaps = {method: found.difference(best, method) for method in found.methods if method != best}
+        best, gaps = found.best(), found.against_best()
         tied = [method for method, gap in gaps.items() if not gap.low > 0]
         text = f"{best} has the largest mean accuracy, {found.mean(best)}"
+        how = f"paired over examples, for all pairs of the {len(found.methods)} methods together"
         if tied:
-            text += f"; paired over examples {', '.join(tied)} cannot be told from it"
+            text += f"; {how}, {', '.join(tied)} cannot be told from it"
         elif gaps:
             second, gap = min(gaps.items(), key=lambda item: item[1].value)
-            text += f", {gap} above {second}, the next, paired over examples"
+            text += f", {gap} above {second}, the next, {how}"
         doubts = f" ({'; '.join(found.warnings)})" if found.warnings else ""
         return Verdict("comparison", Level.NOTE, f"{text}{doubts}.")
 

@@ -127,7 +127,7 @@ def log_normalizers(posterior: Posterior) -> Tensor:
             f"`log_normalizers(...)`: {posterior.factors[0].name!r} is a FactorExpert, a function without a "
             "normaliser. Designs can be compared without it."
         )
-    return torch.stack([_log_normalizer(expert, posterior.temperature) for expert in posterior.experts], -1)
+    return torch.stack([_log_normalizer(expert, posterior.fixed_temperature) for expert in posterior.experts], -1)
 
 
 def dimensions(posterior: Posterior) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference.inputs import unpack
 from inference.retention import retention
-from inference.reweighting import Point, Problem, Run, SolverOptions, Start, run_from, select
+from inference.reweighting import FLAT, Point, Problem, Run, SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
@@ -131,7 +131,7 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
     displacement = problem.quadratic.lift(best.point.x)
     value = displacement if posterior.center is None else posterior.center + displacement
     info = _info(problem, best, contraction, names, torch.stack(energies, -1), value)
-    return Solution(value, _statuses(best), info)
+    return Solution(value, _statuses(best, contraction), info)
 
 
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
@@ -154,7 +154,7 @@ def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Contraction:
-    """Spectral radius of the log-weight map, [PoE] Eq. 26's bound, and whether it is a strict minimum; ``(M,)``."""
+    """Spectral radius of the log-weight map, [PoE] Eq. 41's bound, and whether it is a strict minimum; ``(M,)``."""
 
     rate: Tensor
     bound: Tensor
@@ -202,16 +202,17 @@ def _require_finite(posterior: Posterior, starts: Sequence[tuple[str, Tensor]]) 
             )
 
 
-def _statuses(run: Run) -> tuple[Status, ...]:
-    outcome = []
-    for converged, rounding, searched in zip(
-        run.converged.tolist(), run.rounding.tolist(), run.searched.tolist(), strict=True
-    ):
-        if converged:
-            outcome.append(Status.CONVERGED_LINE_SEARCH if searched else Status.CONVERGED)
-        else:
-            outcome.append(Status.ROUNDING if rounding else Status.MAX_STEPS)
-    return tuple(outcome)
+def _statuses(run: Run, contraction: Contraction) -> tuple[Status, ...]:
+    flags = (run.converged, run.rounding, run.searched, contraction.strict)
+    return tuple(_status(*each) for each in zip(*(flag.tolist() for flag in flags), strict=True))
+
+
+def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> Status:
+    if not converged:
+        return Status.ROUNDING if rounding else Status.MAX_STEPS
+    if not strict:
+        return Status.SADDLE
+    return Status.CONVERGED_LINE_SEARCH if searched else Status.CONVERGED
 
 
 def _info(
@@ -253,8 +254,8 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
 
     With ``f_i = P_i (Z - U_i)`` the Jacobian of the log-weight map is
     ``d log w_i / d log w_j = -2 (rho''_i / rho'_i s_i^2) w_j <f_i, H^-1 f_j>``: a diagonal matrix times the Gram matrix
-    ``<f_i, H^-1 f_j>``, whose spectrum is real. The energy's Hessian is positive definite iff its largest eigenvalue is
-    below 1. ``L = 2 sum_i a_i |rho''_i| / s_i^4 |f_i| |H^-1 f_i|``.
+    ``<f_i, H^-1 f_j>``, whose spectrum is real. Relative to ``2 H`` the energy's Hessian is ``1`` less this spectrum:
+    positive definite iff the largest eigenvalue is below 1.
     """
     weights = problem.posterior.weights(point.q)
     precision = problem.quadratic.precision(weights, problem.shift)
@@ -268,5 +269,8 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     spectrum = torch.linalg.eigvalsh(root.mT @ (-2 * curvature.unsqueeze(-1) * root))
+    # The bound is [PoE] Eq. 41 in our terms. At a fixed point a step Z -> Z' changes by dZ' = -H^-1 sum_i dw_i f_i with
+    # dw_i = (a_i rho''_i / s_i^4) dq_i and dq_i = 2 <f_i, dZ>. The triangle inequality and Cauchy-Schwarz give
+    # |dZ'| <= 2 sum_i (a_i |rho''_i| / s_i^4) |H^-1 f_i| |f_i| |dZ|; tightened: each term keeps its own |f_i|, at Z.
     bound = 2 * (curvature.abs() * torch.stack(lengths, -1)).sum(-1)
-    return Contraction(spectrum.abs().amax(-1), bound, spectrum[..., -1] < 1)
+    return Contraction(spectrum.abs().amax(-1), bound, 1 - spectrum[..., -1] > FLAT[problem.dtype])

@@ -106,7 +106,13 @@ class Laplace:
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
         singles = [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
-        return RegeneratedDraws(torch.zeros(*size, 0), seeds, lambda m, _, seed: singles[m].draw(seed))
+        return RegeneratedDraws(
+            torch.zeros(*size, 0),
+            seeds,
+            lambda m, _, seed: singles[m].draw(seed),
+            made_by="laplace",
+            heat=self.posterior.fixed_temperature,
+        )
 
     def draw(self, seed: int) -> Tensor:
         """One draw of a posterior of one module from a seed, ``(*event)``."""
@@ -173,10 +179,11 @@ class DenseLaplace:
         mode: ``x*``, ``(M, *event)``.
 
     Raises:
-        ValueError: the Hessian is not positive definite at the mode.
+        ValueError: the Hessian is not positive definite at the mode, or the temperature is a tensor.
     """
 
     def __init__(self, posterior: Posterior, mode: Tensor) -> None:
+        _ = posterior.fixed_temperature  # or its error
         self.posterior = posterior
         self.mode = mode
         density = log_density(posterior, joint=True)

@@ -39,11 +39,11 @@ def minimize(
     """
     if start is None:
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
-    density = log_density(posterior, joint=True)
+    density, temperature = log_density(posterior, joint=True), posterior.fixed_temperature
     x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
 
     def energy() -> Tensor:
-        return -posterior.temperature * density(x)
+        return -temperature * density(x)
 
     optimizer = torch.optim.LBFGS(
         [x],

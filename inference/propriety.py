@@ -34,8 +34,10 @@ def require_proper(posterior: Posterior) -> None:
         posterior: in Full or Span coordinates, without factor experts.
 
     Raises:
-        ValueError: the posterior is improper, or cannot be shown to be proper; says why and what to change.
+        ValueError: the posterior is improper, or cannot be shown to be proper; says why and what to change. Or its
+            temperature is a tensor, to be inferred in a Pyro model.
     """
+    _ = posterior.fixed_temperature  # or its error: every sampler comes by here
     silent = undetermined(posterior).tolist()
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     for module in loose:
@@ -81,7 +83,7 @@ def _exponent(expert: BoundExpert, posterior: Posterior, module: int) -> float |
     if not isinstance(expert.rho, Cauchy | StudentT):
         return None
     k = torch.as_tensor(expert.rho.k, dtype=torch.float64).expand(posterior.num_modules)[module]
-    return expert.importance * float(k) / posterior.temperature
+    return expert.importance * float(k) / posterior.fixed_temperature
 
 
 def _null_dimension(operators: list[Operator], module: int, shape: tuple[int, int]) -> int:

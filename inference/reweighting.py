@@ -24,6 +24,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 FORWARD_ERROR = {torch.float32: 1e-4, torch.float64: 1e-7}
 """Relative error of ``Z`` by rounding above which a solution does not count as converged, per dtype."""
 
+FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
+"""Least curvature of the energy in any direction, relative to its majoriser's, at a point that counts as a strict
+minimum; less is a saddle or cannot be told from one, per dtype."""
+
 REFINEMENTS = 5
 
 SAME_BASIN = 0.02

@@ -23,12 +23,16 @@ class Status(Enum):
         "stopped at the rounding of its dtype, with the gradient or the error of Z above the tolerance: compute in "
         "float64, or raise the anchor's precision or the tolerance"
     )
+    SADDLE = (
+        "stopped at a saddle, or at a point too flat to be told from one, where no start led lower: add starts "
+        "('twin' and 'experts' are the default), or raise the scale or the anchor's precision"
+    )
     COMPUTED = "computed: a merging method has no solver"
     MAX_STEPS = "not converged: raise max_steps, or the scale or the anchor's precision, which make the energy easier"
 
     @property
     def converged(self) -> bool:
-        """Whether the tolerance was reached."""
+        """Whether the tolerance was reached, at a minimum."""
         return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH, Status.COMPUTED)
 
     @override
@@ -59,9 +63,11 @@ class FixedPointInfo:
         weight_change: largest change of a log-weight in the last step, ``(M,)``.
         forward_error: last correction of the iterative refinement relative to ``Z``, ``(M,)``: the error that rounding
             leaves; nan where nothing was refined.
-        strict_minimum: whether the energy's Hessian is positive definite at the solution, ``(M,)``.
+        strict_minimum: whether the energy's Hessian is positive definite at the solution, by more than rounding,
+            ``(M,)``.
         contraction_rate: spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
-        contraction_bound: [PoE] Eq. 26's ``L``, generalised to any map and energy, ``(M,)``.
+        contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
+            solution) and for any map and energy, ``(M,)``: no smaller than the rate.
         anchor_precision: ``eta``, ``(M,)``.
         coefficients: ``c`` on the updates and the centre, ``(M, N + 1)``; Span coordinates only.
     """

@@ -6,6 +6,10 @@ themselves only below ``T = 2 sum_i kappa_i / D``; above it one samples the anch
 a thousandth of it, where the ensemble is the MAP. In Full coordinates ``D`` counts the directions that experts act on
 (thousands); in Span coordinates it is the dimension of the span, at most ``N + 1``.
 
+The best temperature of an ensemble depends on how many members it has and on what they are. So all temperatures of a
+search are judged with the same number, the chosen members are kept (`Tempering.draws`), and every kind of ensemble
+(Gibbs draws, Laplace's, noise) wants a search of its own.
+
 >>> labels = torch.tensor([0, 1, 1])
 >>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
 >>> round(fit_logit_temperature(logits, labels), 4)               # two thirds right: logit gap log 2 instead of 4
@@ -16,9 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import count
+from typing import Any, Generic, TypeVar
 
 import torch
 from scipy.optimize import brentq
@@ -38,7 +43,8 @@ COLDEST = 1e-3
 LOGIT_TEMPERATURES = (0.01, 100.0)
 """Where a logit temperature is looked for."""
 
-Draw = TypeVar("Draw")
+Members = TypeVar("Members", bound=Iterable[Any])
+"""The draws of an ensemble's members: a list, `SpanDraws`, `FullDraws` and so on."""
 PerTask = Tensor | Mapping[str, Tensor]
 """A tensor, or one for each of several tasks, whose scores are averaged."""
 
@@ -62,18 +68,20 @@ class TemperaturePoint:
     num_members: int
 
 
-@dataclass(frozen=True)
-class Tempering:
+@dataclass(frozen=True, eq=False)
+class Tempering(Generic[Members]):
     """The whole path of a search.
 
     Attributes:
         temperature: the one with the lowest validation NLL.
+        draws: what `sample` gave there, the members that were judged: make the final ensemble of these.
         path: every temperature that was tried, ascending.
         status: what to make of it, in words.
         num_evaluations: members that were evaluated, those from the cache not counted.
     """
 
     temperature: float
+    draws: Members
     path: tuple[TemperaturePoint, ...]
     status: str
     num_evaluations: int
@@ -120,40 +128,49 @@ def temperature_range(posterior: Posterior, coordinates: SpanCoordinates | None 
 
 
 def temper(
-    sample: Callable[[float], Iterable[Draw]],
-    predict: Callable[[Draw], PerTask],
+    sample: Callable[[float], Members],
+    predict: Callable[[Any], PerTask],
     labels: PerTask,
     temperatures: tuple[float, float],
     *,
     num_temperatures: int = 10,
     refinements: int = 1,
+    start: float | None = None,
     cache: MutableMapping[str, Mapping[str, Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Tempering:
+) -> Tempering[Members]:
     """Choose the posterior's temperature by the ensemble's negative log-likelihood on validation.
 
-    A grid over the log temperature, then points halfway to the neighbours of the best one, as often as asked for.
+    A grid over the log temperature, or a walk on it downhill from ``start``, then points halfway to the neighbours of
+    the best one, as often as asked for. What is chosen belongs to these members: a larger ensemble, or one of another
+    kind, has another best temperature.
 
     Args:
         sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs_posterior(
-            replace(posterior, temperature=t), ...), coordinates, statistics).thinned(10)``. The same seed at every
-            temperature makes the path smoother.
+            replace(posterior, temperature=t), ...), coordinates, statistics).thinned(10)``: as many members as the
+            final ensemble is to have, and the same number at every temperature. The same seed at every temperature
+            makes the path smoother.
         predict: Maps a draw to the log probabilities of its member on validation, ``(n, classes)``, or to a dict of
             these by task; `MergedEnsemble.predictor` makes such functions.
         labels: ``(n,)`` integers, or a dict of these by task.
         temperatures: The lowest and the highest, as `temperature_range` gives them.
         num_temperatures: Size of the grid.
         refinements: How often the grid is refined around the best point.
+        start: Where to begin, for instance the best temperature of a cheaper ensemble of the same kind: of the grid
+            only the nearest point and its neighbours are tried, and on from there as long as the NLL falls. That finds
+            a local minimum.
         cache: Evaluated members by the digest of their draw; hand the same dict to several searches with the same
             `predict` to evaluate nothing twice. The digest knows nothing of λ, of what is not sampled, or of the data:
             with another ensemble or other validation data begin a new dict.
-        progress: Called with the number of finished temperatures and their total.
+        progress: Called with the number of finished temperatures and the most that there can be.
 
     Returns:
-        The chosen temperature with the whole path.
+        The chosen temperature with its members and the whole path. The final ensemble is
+        ``MergedEnsemble(task_vectors, design, found.draws)``.
 
     Raises:
-        ValueError: The range is empty, there are no members, or a prediction is no table of log probabilities.
+        ValueError: The range is empty, there are no members or not everywhere the same number, they can be iterated
+            once only, or a prediction is no table of log probabilities.
     """
     low, high = temperatures
     if not 0 < low < high < math.inf or num_temperatures < 2 or refinements < 0:
@@ -162,58 +179,53 @@ def temper(
             f"refinements={refinements})`: give 0 < lowest < highest, at least 2 temperatures, and 0 or more "
             "refinements."
         )
-    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache)
-    total, step = num_temperatures + 2 * refinements, math.log(high / low) / (num_temperatures - 1)
-    for index in range(num_temperatures):
-        search.visit(low * math.exp(index * step) if index + 1 < num_temperatures else high)
+    if start is not None and not 0 < start < math.inf:
+        raise ValueError(f"`temper(start={start:g})`: give a temperature, positive and finite.")
+    step = math.log(high / low) / (num_temperatures - 1)
+    grid = [*(low * math.exp(index * step) for index in range(num_temperatures - 1)), high]
+    done, total = count(1), num_temperatures + 2 * refinements
+
+    def tell() -> None:
         if progress is not None:
-            progress(index + 1, total)
-    for round_ in range(refinements):
+            progress(next(done), total)
+
+    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache, tell)
+    if start is None:
+        search.visit(*grid)
+    else:
+        search.descend(grid, start)
+    for _ in range(refinements):
         step /= 2
         best = search.best.temperature
-        for side, sign in enumerate((-1, 1)):
-            nearby = best * math.exp(sign * step)
-            if low <= nearby <= high:
-                search.visit(nearby)
-            if progress is not None:
-                progress(num_temperatures + 2 * round_ + side + 1, total)
+        search.visit(*(near for near in (best * math.exp(-step), best * math.exp(step)) if low <= near <= high))
     return search.result(low, high)
 
 
-def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
     """The calibration baseline: one number that divides the logits (Guo et al., 2017, arXiv 1706.04599).
 
-    The negative log-likelihood is convex in its inverse, so that the root of the derivative is the minimum.
+    It minimises the mean negative log-likelihood: of all examples, or with several tasks the unweighted mean of the
+    tasks' means, as `temper` and tables of means over tasks have it. That is convex in the inverse of the number, so
+    that the root of the derivative is the minimum.
 
     Args:
-        logits: ``(n, classes)`` on validation.
-        labels: ``(n,)`` integers.
+        logits: ``(n, classes)`` on validation, or a dict of these by task; tasks may have different numbers of classes.
+        labels: ``(n,)`` integers, or a dict of these by task.
 
     Returns:
         The logit temperature, between 0.01 (predictions that are all right have no better one) and 100 (logits that say
         less than nothing); 1 if every example's logits are equal, which no temperature changes.
 
     Raises:
-        ValueError: Shapes do not fit, or a logit is not finite.
+        ValueError: Shapes or tasks do not fit, or a logit is not finite.
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
-        raise ValueError(
-            f"`fit_logit_temperature(...)`: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; give "
-            "(n, classes) and (n,) of validation examples."
-        )
-    z = logits.detach().double().cpu()
-    if not bool(z.isfinite().all()):
-        raise ValueError(
-            "`fit_logit_temperature(...)`: some logits are NaN or infinite. Give those of classes that are ruled out a "
-            "large negative number."
-        )
-    if bool((z == z[:, :1]).all()):
+    tables = _labelled_logits(_by_task(logits), _by_task(labels))
+    if all(bool((z == z[:, :1]).all()) for z, _ in tables):
         return 1.0
-    own = z.gather(1, labels.detach().cpu().long().unsqueeze(1)).squeeze(1)
 
     def slope(inverse: float) -> float:
         """Derivative of the mean negative log-likelihood in the inverse temperature: expected less observed logit."""
-        return float(((inverse * z).softmax(1) * z).sum(1).sub(own).mean())
+        return sum(float(((inverse * z).softmax(1) * z).sum(1).sub(own).mean()) for z, own in tables) / len(tables)
 
     coldest, hottest = LOGIT_TEMPERATURES
     if slope(1 / coldest) <= 0:
@@ -223,46 +235,82 @@ def fit_logit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 1 / float(brentq(slope, 1 / hottest, 1 / coldest, xtol=1e-12, rtol=1e-12))
 
 
-class _Search(Generic[Draw]):
-    """The points of a path, each evaluated once."""
+def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of every task the logits ``(n, classes)`` and that of each example's label ``(n,)``, float64."""
+    if not labels or logits.keys() != labels.keys():
+        raise ValueError(
+            f"`fit_logit_temperature(...)`: logits of {', '.join(logits)}; labels of {', '.join(labels)}. Give both "
+            "for the same tasks."
+        )
+    found = []
+    for task, own in labels.items():
+        table = logits[task]
+        if table.ndim != 2 or own.shape != table.shape[:1] or len(own) == 0:
+            raise ValueError(
+                f"`fit_logit_temperature(...)`: logits {tuple(table.shape)} and labels {tuple(own.shape)} of {task}; "
+                "give (n, classes) and (n,) of validation examples."
+            )
+        z = table.detach().double().cpu()
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                "`fit_logit_temperature(...)`: some logits are NaN or infinite. Give classes that are ruled out -1e4."
+            )
+        found.append((z, z.gather(1, own.detach().cpu().long().unsqueeze(1)).squeeze(1)))
+    return found
+
+
+class _Search(Generic[Members]):
+    """The points of a path, each evaluated once, and the members of the best one."""
 
     def __init__(
         self,
-        sample: Callable[[float], Iterable[Draw]],
-        predict: Callable[[Draw], PerTask],
+        sample: Callable[[float], Members],
+        predict: Callable[[Any], PerTask],
         labels: Mapping[str, Tensor],
         cache: MutableMapping[str, Mapping[str, Tensor]],
+        tell: Callable[[], None],
     ) -> None:
         self._sample, self._predict, self._labels, self._cache = sample, predict, labels, cache
+        self._tell = tell
         self._points: dict[float, TemperaturePoint] = {}
+        self._best_draws: list[Members] = []
         self._evaluations = 0
 
     @property
     def best(self) -> TemperaturePoint:
         return min(self._points.values(), key=lambda point: (point.nll, point.temperature))
 
-    def visit(self, temperature: float) -> None:
-        """Sample and score one temperature."""
-        if temperature in self._points:
-            return
+    def visit(self, *temperatures: float) -> None:
+        """Sample and score temperatures that have not been tried."""
+        for temperature in temperatures:
+            if temperature not in self._points:
+                self._try(temperature)
+                self._tell()
+
+    def descend(self, grid: Sequence[float], start: float) -> None:
+        """Try the grid's points outwards from the one nearest to ``start`` until both neighbours of the best are."""
+        place = min(range(len(grid)), key=lambda index: abs(math.log(grid[index] / start)))
+        while True:
+            self.visit(*grid[max(place - 1, 0) : place + 2])
+            best = grid.index(self.best.temperature)
+            if best == place:
+                return
+            place = best
+
+    def _try(self, temperature: float) -> None:
+        draws = self._drawn(temperature)
         total: dict[str, Tensor] = {}
         members = 0
-        for draw in self._sample(temperature):
+        for draw in draws:
             found = self._member(draw)
             total = {task: torch.logaddexp(total[task], found[task]) for task in found} if total else dict(found)
             members += 1
-        if members == 0:
-            raise ValueError(f"`temper(sample=...)`: no members at temperature {temperature:g}. Return some draws.")
-        mean = {task: values - math.log(members) for task, values in total.items()}
-        pairs = [(mean[task], labels.detach().cpu()) for task, labels in self._labels.items()]
-        nll = sum(scores.nll(values, labels) for values, labels in pairs) / len(pairs)
-        accuracy, ece = (
-            sum(score(values.exp(), labels) for values, labels in pairs) / len(pairs)
-            for score in (scores.accuracy, scores.ece)
-        )
-        self._points[temperature] = TemperaturePoint(temperature, nll, accuracy, ece, members)
+        self._check_number(members, temperature)
+        self._points[temperature] = self._scored(total, members, temperature)
+        if self.best.temperature == temperature:
+            self._best_draws = [draws]
 
-    def result(self, low: float, high: float) -> Tempering:
+    def result(self, low: float, high: float) -> Tempering[Members]:
         path = tuple(self._points[temperature] for temperature in sorted(self._points))
         best = self.best.temperature
         status = "the best temperature is inside the range"
@@ -270,9 +318,39 @@ class _Search(Generic[Draw]):
             status = "the lowest temperature is the best: no ensemble here is better than a point estimate"
         elif best >= high:
             status = "the highest temperature is the best: look further up, or use energies that hold the update there"
-        return Tempering(best, path, status, self._evaluations)
+        return Tempering(best, self._best_draws[0], path, status, self._evaluations)
 
-    def _member(self, draw: Draw) -> Mapping[str, Tensor]:
+    def _drawn(self, temperature: float) -> Members:
+        draws = self._sample(temperature)
+        if isinstance(draws, Iterator):
+            raise ValueError(
+                f"`temper(sample=...)`: it gave a {type(draws).__name__}, which can be iterated once only, so that the "
+                "chosen members could not be kept. Return the draws themselves, or a list."
+            )
+        return draws
+
+    def _check_number(self, members: int, temperature: float) -> None:
+        if members == 0:
+            raise ValueError(f"`temper(sample=...)`: no members at temperature {temperature:g}. Return some draws.")
+        others = {point.num_members for point in self._points.values()} - {members}
+        if others:
+            raise ValueError(
+                f"`temper(sample=...)`: {members} members at temperature {temperature:g}, {others.pop()} at another. "
+                "Larger ensembles are better at higher temperatures: return the same number at every temperature."
+            )
+
+    def _scored(self, total: Mapping[str, Tensor], members: int, temperature: float) -> TemperaturePoint:
+        """Scores of the mean of ``members`` whose probabilities sum to ``exp(total)``."""
+        mean = {task: values - math.log(members) for task, values in total.items()}
+        pairs = [(mean[task], labels.detach().cpu()) for task, labels in self._labels.items()]
+        nll = sum(scores.nll(values, labels) for values, labels in pairs) / len(pairs)
+        accuracy, ece = (
+            sum(score(values.exp(), labels) for values, labels in pairs) / len(pairs)
+            for score in (scores.accuracy, scores.ece)
+        )
+        return TemperaturePoint(temperature, nll, accuracy, ece, members)
+
+    def _member(self, draw: object) -> Mapping[str, Tensor]:
         key = _key(draw)
         if key is not None and key in self._cache:
             return self._cache[key]

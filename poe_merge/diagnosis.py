@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -23,10 +22,11 @@ from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
 from inference._digest import Progress, Silent, digest_inputs
-from inference._folder import RECORD
 from inference.draw_files import load_draws
 from inference.method_draws import MethodDraws
-from inference.model_draws import FullDraws, SpanDraws
+from inference.model_draws import FullDraws, PosteriorDraws, SpanDraws
+from poe_merge._beside import beside_verdict
+from poe_merge._merged import read_record
 from poe_merge._recorded import experts_of, merge_of
 from poe_models.checkpoints import CheckpointError
 from poe_models.residual_maps import InputGram, ResidualMap
@@ -47,6 +47,7 @@ class Findings:
     fixed_point: FixedPointConvergence | None = None
     chains: ChainConvergence | None = None
     coefficients: CoefficientIntervals | None = None
+    around: Verdict | None = None
     residuals: Residuals | None = None
     tails: PooledTails | None = None
     measured: str = ""
@@ -93,7 +94,7 @@ def diagnose(
     if solved:
         found.fixed_point = fixed_point_convergence(solved)
     if draws is not None:
-        _judge_draws(draws, [str(module["module"]) for module in modules], found)
+        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
     if tails and modules:
         _fit_tails(run, record, found, seed, residual_map, num_surrogates, progress or Silent())
     if predictions is not None:
@@ -105,37 +106,13 @@ def diagnose(
         fixed_point=found.fixed_point,
         chains=found.chains,
         coefficients=found.coefficients,
+        around=found.around,
         residuals=found.residuals,
         tails=found.tails,
         measured=found.measured,
         predictions=found.predictions,
         verdicts=found.verdicts,
     )
-
-
-def read_record(run: Path) -> dict[str, Any]:
-    """Read the record of a merge.
-
-    Args:
-        run: the merged folder.
-
-    Returns:
-        The contents of `poe_merge.json`.
-
-    Raises:
-        ValueError: there is none, or it is not one.
-    """
-    path = run / RECORD
-    if not path.is_file():
-        raise ValueError(f"{run}: no merge, {RECORD} is missing. Give a folder that `poe-merge merge` made.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}). Merge again.") from error
-    keys = {"tensors", "inputs", "designs", "versions", "rules", "compute_dtype"}
-    if not isinstance(record, dict) or not keys <= set(record) or not isinstance(record["tensors"], list):
-        raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
-    return record
 
 
 def check_out(out: Path) -> None:
@@ -175,13 +152,15 @@ def write_page(text: str, out: Path) -> Path:
     return target
 
 
-def _judge_draws(path: Path, modules: list[str], found: Findings) -> None:
+def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list[str], found: Findings) -> None:
     draws = load_draws(path)
     strange = sorted(set(draws.modules) - set(modules))
     if strange:
         raise ValueError(
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
+    if isinstance(draws, PosteriorDraws):
+        found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record), experts_of)
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
     if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):

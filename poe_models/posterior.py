@@ -117,7 +117,8 @@ class Posterior:
         experts: the bound experts.
         center: ``Z_0``, ``(M, *event)``, or None for zero.
         anchor_precision: ``eta``, ``(M,)`` float64.
-        temperature: ``T``.
+        temperature: ``T``, a number. In a Pyro model of one's own also a scalar tensor that the model has drawn: such a
+            posterior is for :func:`~poe_models.program.program` and :func:`~poe_models.program.log_density` only.
         event_shape: shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
         factors: bound factor experts.
     """
@@ -125,13 +126,34 @@ class Posterior:
     experts: tuple[BoundExpert, ...]
     center: Tensor | None
     anchor_precision: Tensor
-    temperature: float
+    temperature: float | Tensor
     event_shape: tuple[int, int]
     factors: tuple[BoundFactor, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, Tensor):
+            if self.temperature.ndim:
+                shape = tuple(self.temperature.shape)
+                raise ValueError(
+                    f"`Posterior(temperature=...)`: a tensor of shape {shape}. All modules share one temperature: give "
+                    "a number, or a scalar tensor."
+                )
+        elif not 0 < self.temperature < math.inf:
             raise ValueError(f"`Posterior(temperature={self.temperature})`: must be positive and finite.")
+
+    @property
+    def fixed_temperature(self) -> float:
+        """``T`` as a number, which everything but the Pyro program needs.
+
+        Raises:
+            ValueError: it is a tensor.
+        """
+        if isinstance(self.temperature, Tensor):
+            raise ValueError(
+                f"`Posterior(temperature={self.temperature})`: a tensor is for a Pyro model that infers it "
+                "with `program` or `log_density`. Samplers, Laplace and evidence take a number: give `float(...)`."
+            )
+        return self.temperature
 
     @property
     def num_modules(self) -> int:

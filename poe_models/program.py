@@ -3,12 +3,24 @@
 The program is the single source of truth: its log density is ``-E(Z) / T`` plus the anchor's normaliser
 (:func:`log_constant`), in Full and in Span coordinates alike. Site names are part of the interface:
 ``update`` for the latent and ``expert/<name>`` for each factor.
+
+The temperature may be inferred, too: a model of one's own draws it and runs the program at it.
+
+    def model() -> None:
+        temperature = pyro.sample("temperature", dist.LogNormal(0.0, 1.0))
+        program(replace(posterior, temperature=temperature))()
+
+A sampler may propose any number on its way. Where the temperature is not positive and finite, or the anchor's spread
+``(T / (2 eta))^(1/2)`` is not in the latents' precision, the log density is ``-inf`` (``temperature/support``). The
+joint density is ``p(T) N(Z; Z_0, T / (2 eta)) exp(-sum_i E_i(Z) / T)``: the experts bring no normaliser that depends on
+``T`` unless their energies have one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -23,16 +35,21 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
     """A Pyro model of the posterior, for any of Pyro's own inference algorithms.
 
     Args:
-        posterior: in Full or Span coordinates.
+        posterior: in Full or Span coordinates; its temperature may be a scalar tensor.
 
     Returns:
         A function without arguments; sampling it draws from the anchor and scores the experts. With
         ``eta = 0`` the anchor is improper uniform and the model can be scored but not sampled.
     """
+    supported = _support(posterior)
+    if supported is not None:  # outside it everything else is evaluated at 1, and the sum is -inf
+        posterior = replace(posterior, temperature=torch.where(supported, posterior.temperature, 1.0))
     prior = anchor_prior(posterior)
     temperature = posterior.temperature
 
     def model() -> Tensor:
+        if supported is not None:
+            pyro.factor("temperature/support", torch.where(supported, 0.0, -math.inf))
         with pyro.plate("module", posterior.num_modules):
             z = pyro.sample("update", prior)
             for expert in posterior.experts:
@@ -66,8 +83,7 @@ def anchor_prior(posterior: Posterior) -> dist.TorchDistribution:
             "the others do. Leave these modules out: nothing is to be inferred there."
         )
     center = posterior.like.new_zeros(shape) if posterior.center is None else posterior.center
-    spread = (posterior.temperature / (2 * eta)).sqrt().to(center.dtype)
-    return dist.Normal(center, spread[:, None, None].expand(shape)).to_event(2)
+    return dist.Normal(center, _spread(posterior)[:, None, None].expand(shape)).to_event(2)
 
 
 def log_constant(posterior: Posterior) -> Tensor:
@@ -97,10 +113,11 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
             f"`log_density(...)`: factor expert {coupled[0]!r} sees all modules at once, so there is no log density "
             "per module. Call `log_density(posterior, joint=True)`."
         )
-    model = program(posterior)
+    # Argument checks branch on data, which torch.func transforms cannot trace.
+    with pyro.validation_enabled(False):
+        model = program(posterior)
 
     def density(z: Tensor) -> Tensor:
-        # Argument checks branch on data, which torch.func transforms cannot trace.
         with pyro.validation_enabled(False):
             trace = poutine.trace(poutine.condition(model, data={"update": z})).get_trace()
             trace.compute_log_prob()
@@ -114,3 +131,18 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
         return total
 
     return density
+
+
+def _spread(posterior: Posterior) -> Tensor:
+    """Standard deviation of the anchor's Gaussian, ``(M,)``, in the latents' dtype."""
+    spread = (posterior.temperature / (2 * posterior.anchor_precision)).sqrt()
+    return spread.to(posterior.dtype)
+
+
+def _support(posterior: Posterior) -> Tensor | None:
+    """Whether the log density is finite at a temperature that is a tensor, a scalar bool; None for a number."""
+    if not isinstance(posterior.temperature, Tensor):
+        return None
+    anchored, spread = posterior.anchor_precision > 0, _spread(posterior)
+    inside = (posterior.temperature > 0) & (posterior.temperature < math.inf)
+    return inside & (~anchored | ((spread > 0) & (spread < math.inf))).all()

@@ -1,30 +1,54 @@
-"""Shared fixtures: explicit randomness, nothing left behind in Pyro, no GPU tests without a GPU."""
+"""Shared fixtures: explicit randomness, any order, nothing left behind in Pyro, no GPU tests without a GPU.
+
+`TEST_SEED=1` moves every seed (see seeds.py), `TEST_ORDER=1` shuffles the files and the tests within each.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 
 import pyro
 import pytest
 import torch
 
+import diagnostics.arviz_adapter  # noqa: F401  (before any test imports ArviZ, whose notice of the day is kept out there)
+from tests.seeds import SHIFT, seed_of, seeded
+
+ORDER = os.environ.get("TEST_ORDER")
+
 
 @pytest.fixture(autouse=True)
 def _isolated() -> Iterator[None]:
     pyro.clear_param_store()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed_of(0))
         yield
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(20261122)
+    return seeded(20261122)
+
+
+def pytest_report_header() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"seeds moved by {SHIFT}, order {ORDER or 'as written'}, {capability}, {torch.get_num_threads()} threads"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ORDER is not None:
+        _shuffle(items, random.Random(ORDER))
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _shuffle(items: list[pytest.Item], chance: random.Random) -> None:
+    """Files in any order, and the tests of each in any order; what a file's tests share is made once."""
+    files = {path: chance.random() for path in sorted({item.path for item in items})}
+    tests = {item.nodeid: chance.random() for item in items}
+    items.sort(key=lambda item: (files[item.path], tests[item.nodeid]))

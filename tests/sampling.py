@@ -5,19 +5,15 @@ Every comparison is in units of the chains' own Monte Carlo error, so that longe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
+import arviz
 import numpy as np
 import torch
 from torch import Tensor
 
 from inference.draws import Draws
 from poe_models import Posterior
-
-with warnings.catch_warnings():  # ArviZ announces its next version on import
-    warnings.simplefilter("ignore", FutureWarning)
-    import arviz
 
 
 class DoesNotMix(AssertionError):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from poe_models import _lora_config
 from poe_models.adapters import LoraCheckpoint
 from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from tests.seeds import seed_of, seeded
 
 
 @pytest.fixture(autouse=True)
@@ -118,15 +119,15 @@ def save_base(model: nn.Module, folder: Path) -> Checkpoint:
 def train_adapter(model: nn.Module, folder: Path, **settings: Any) -> None:
     """Save an adapter with random values in everything that would be trained."""
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    randomise(adapted, torch.Generator().manual_seed(1), only_trainable=True)
+    randomise(adapted, seeded(1), only_trainable=True)
     adapted.save_pretrained(folder)
 
 
 def build(kind: str, tmp_path: Path, **settings: Any) -> tuple[nn.Module, Checkpoint, Path]:
     """A random base model, its checkpoint, and the folder of an adapter on it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model, trained = MODELS[kind](), MODELS[kind]()
-    randomise(model, torch.Generator().manual_seed(0))
+    randomise(model, seeded(0))
     trained.load_state_dict(model.state_dict())
     base = save_base(model, tmp_path / "base")
     train_adapter(trained, tmp_path / "adapter", **settings)

@@ -45,6 +45,7 @@ from poe_models.anchors import (
     TaskData,
 )
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seed_of, seeded
 
 EXPERTS = ("a", "b", "c")
 MODULES = ("m", "n")
@@ -281,7 +282,7 @@ class Net(nn.Module):
 
 
 def setting(seed: int = 0) -> tuple[TaskVectors, TaskData, Net, dict[str, list[Tensor]]]:
-    torch.manual_seed(seed)
+    torch.manual_seed(seed_of(seed))
     base = Net().double()
     experts = {}
     for name in ("a", "b"):
@@ -362,7 +363,7 @@ def test_concrete_by_hand() -> None:
     method = ConcreteTaskArithmetic(scale=0.5, steps=5, learning_rate=0.3, seed=3).prepare(vectors, data)
     totals = {m.name: m.updates[0] + m.updates[1] for m in vectors}
     learned = {name: torch.zeros_like(total).requires_grad_() for name, total in totals.items()}
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
 
     def updates() -> dict[str, Tensor]:
         found = {}

@@ -37,6 +37,7 @@ from poe_models.anchors import (
 from poe_models.anchors.spectral import directions
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seeded
 
 ALL: list[MergingMethod] = [
     *(cls() for name, cls in METHODS.items() if cls.about.data == "none" and name not in ("DogeTA", "WudiAdam")),
@@ -85,7 +86,7 @@ def test_registered_with_a_citation_and_a_repr_that_builds_it(method: MergingMet
     assert "arXiv" in method.about.citation
     assert method.about.random == ("seed" in {field.name for field in fields(method)})  # type: ignore[arg-type]
     assert rebuilt(repr(method)) == method
-    updates = random_updates(torch.Generator().manual_seed(0), 1, 2, 4, 3)
+    updates = random_updates(seeded(0), 1, 2, 4, 3)
     ready = method.prepare(as_modules(batch_of(updates)))
     assert rebuilt(repr(ready)) == ready
     assert ready.prepare(as_modules(batch_of(2 * updates))) is ready
@@ -135,7 +136,7 @@ def test_half_precision_is_computed_in_single(method: MergingMethod, generator: 
 
 
 def test_half_precision_adapters_are_prepared_in_single() -> None:
-    batch = low_rank_batch(torch.Generator().manual_seed(2))
+    batch = low_rank_batch(seeded(2))
     assert batch.low_rank is not None
     halves = [x.bfloat16() for x in (batch.updates, *batch.low_rank)]
     singles = [x.float() for x in halves]

@@ -48,6 +48,7 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seeded
 
 NAMES = ["mnist", "emoji", "animals"]
 MODULES = ["a.weight", "b.weight"]
@@ -67,7 +68,7 @@ def span(
 ) -> tuple[StoredDraws, Posterior, SpanCoordinates, SpanStatistics]:
     statistics = span_statistics(poe, updates, MODULES[: len(updates)])
     posterior, coordinates = span_posterior(poe, statistics)
-    draws = gibbs_posterior(posterior, count, generator=torch.Generator().manual_seed(0), chains=chains, warmup=50)
+    draws = gibbs_posterior(posterior, count, generator=seeded(0), chains=chains, warmup=50)
     return draws, posterior, coordinates, statistics
 
 
@@ -110,7 +111,7 @@ def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor
 
 def test_sample_stats_keep_the_samplers_names(updates: Tensor) -> None:
     _, posterior, coordinates, statistics = span(normalised(), updates)
-    draws = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100)
+    draws = hmc(posterior, 100, generator=seeded(0), warmup=100)
     data = to_inference_data(draws, posterior, coordinates, statistics)
     assert {"lp", "diverging", "acceptance_rate", "energy", "n_steps", "step_size"} <= set(data.sample_stats)
     assert data.sample_stats["diverging"].dims == ("chain", "draw", "module")
@@ -187,7 +188,7 @@ def test_energies_without_a_normaliser_are_named(energy: Energy, updates: Tensor
     poe = ProductOfExperts.of(NAMES, InputGram(), energy)
     statistics = span_statistics(poe, updates, MODULES)
     posterior, coordinates = span_posterior(poe, statistics)
-    values = torch.randn(4, 100, 2, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.randn(4, 100, 2, 4, 1, generator=seeded(0), dtype=torch.float64)
     with pytest.warns(
         UserWarning, match=rf"log_likelihood group is left out: expert 'mnist' .*{type(energy).__name__}"
     ):
@@ -200,7 +201,7 @@ def test_a_factor_expert_is_left_out_by_name(updates: Tensor) -> None:
     poe = normalised() * FactorExpert("prior", lambda c: c.square().sum(-1), "span")
     statistics = span_statistics(poe, updates, MODULES)
     posterior, coordinates = span_posterior(poe, statistics)
-    values = torch.randn(4, 100, 2, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.randn(4, 100, 2, 4, 1, generator=seeded(0), dtype=torch.float64)
     with pytest.warns(UserWarning, match="leaves out 'prior'"):
         data = to_inference_data(StoredDraws(values), posterior, coordinates, statistics)
     assert list(data.log_likelihood.expert.values) == NAMES
@@ -266,7 +267,7 @@ def test_arviz_takes_it_as_it_is(updates: Tensor) -> None:
 def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), energy, anchor=Anchor(average))
     _, posterior, coordinates, statistics = span(poe, updates)
-    draws = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100)
+    draws = hmc(posterior, 100, generator=seeded(0), warmup=100)
     data = to_inference_data(draws, posterior, coordinates, statistics)
     data.to_netcdf(str(tmp_path / "draws.nc"))
     back = az.from_netcdf(str(tmp_path / "draws.nc"))
@@ -302,7 +303,7 @@ def test_constants_are_those_of_the_posterior(updates: Tensor) -> None:
 @pytest.mark.parametrize("include_update", [False, True])
 def test_full_draws_are_judged_by_residuals_and_distance(include_update: bool, updates: Tensor) -> None:
     poe = normalised(anchor=Anchor(average, AbsolutePrecision(0.3)))
-    draws = gibbs(poe, updates, 100, generator=torch.Generator().manual_seed(0), warmup=20)
+    draws = gibbs(poe, updates, 100, generator=seeded(0), warmup=20)
     posterior = full_posterior(poe, updates)
     data = to_inference_data(draws, posterior, modules=MODULES, include_update=include_update)
     assert ("update" in data.posterior) == include_update

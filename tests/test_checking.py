@@ -15,6 +15,7 @@ from poe_models import ModuleStatistics, TaskVectors
 from poe_models.anchors import METHODS, About, FisherMerging, MergingMethod, ModuleBatch, TaskArithmetic, Ties, Wudi
 from poe_models.anchors.checking import PROPERTIES, Report, check
 from tests.helpers import random_updates
+from tests.seeds import seed_of, seeded
 
 QUICK = {"DogeTA": 5, "WudiAdam": 5, "AdaMerging": 5, "ConcreteTaskArithmetic": 5}
 
@@ -28,7 +29,7 @@ def made(name: str) -> MergingMethod:
 
 
 def real(count: int = 3) -> TaskVectors:
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     updates = random_updates(generator, 2, count, 9, 7)
     wide = random_updates(generator, 1, count, 4, 11)
     base = {"a": torch.zeros(9, 7), "b": torch.zeros(9, 7), "c": torch.ones(4, 11)}
@@ -122,7 +123,7 @@ def test_a_rule_that_takes_buffers_or_needs_untied_weights_is_found_out() -> Non
 
 def test_seed_determinism_with_the_global_generator_reseeded() -> None:
     def reseeds(updates: Tensor) -> Tensor:
-        torch.manual_seed(0)
+        torch.manual_seed(seed_of(0))
         return updates.mean(0) + 0 * torch.rand(1, dtype=updates.dtype)
 
     assert check(reseeds, properties=["seed determinism"]).broken[0].detail == "it draws from torch's global generator"
@@ -145,7 +146,7 @@ def test_further_exceptions_and_their_reasons() -> None:
 
 def test_real_modules_with_statistics(tmp_path: Path) -> None:
     vectors = real()
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     fisher = {name: {m.name: torch.rand(m.base.shape, generator=generator) for m in vectors} for name in vectors.names}
     ModuleStatistics("fisher", fisher).save(tmp_path)
     report = check(FisherMerging(str(tmp_path)), vectors)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from poe_models import _weight_files
 from poe_models.checkpoints import CheckpointError, MemoryCheckpoint, TensorInfo, open_checkpoint, same_weights
+from tests.seeds import seeded
 
 
 def random_state(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {
         "emb.weight": torch.randn(10, 4, generator=generator).to(dtype),
         "fc.weight": torch.randn(6, 4, generator=generator).to(dtype),
@@ -137,7 +138,7 @@ def test_safetensors_come_before_torch_files(tmp_path: Path) -> None:
 
 
 def test_tied_weights_in_a_torch_file_and_in_memory(tmp_path: Path) -> None:
-    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 3, generator=seeded(0))
     state = {
         "wte": weight,
         "h": weight[:2],

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from poe_merge.cli import run
 from poe_models.anchors.checking import PROPERTIES
+from tests.seeds import seeded
 
 OWN = """
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class First(MergingMethod):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own.py").write_text(OWN)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for name in ("base", "a", "b"):
         save_file({"fc.weight": torch.randn(6, 5, generator=generator)}, tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)

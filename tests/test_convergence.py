@@ -41,6 +41,8 @@ from poe_models import (
     span_statistics,
 )
 from tests.helpers import assert_close, random_updates
+from tests.levels import binomial_range
+from tests.seeds import seeded, seeded_numpy
 
 NAMES = ("mnist", "emoji", "animals")
 MODULES = ["a.weight", "b.weight"]
@@ -130,9 +132,13 @@ def test_verdicts_tell_what_did_not_converge(updates: Tensor) -> None:
 
 
 def test_a_point_that_is_no_minimum_is_a_caution(updates: Tensor) -> None:
-    found = replace(convergence(updates), strict_minimum=np.array([True, False]), rate=np.array([0.5, 1.2]))
+    statuses = (Status.CONVERGED, Status.SADDLE)
+    found = replace(convergence(updates), status=statuses, rate=np.array([0.5, 1.2]))
     assert [verdict.level for verdict in found.verdicts] == [Level.CAUTION, Level.CAUTION, Level.NOTE]
-    assert "b.weight" in found.verdicts[0].text
+    assert "1 of 2 modules converged; b.weight: stopped at a saddle" in found.verdicts[0].text
+    worse = replace(found, status=(Status.MAX_STEPS, Status.SADDLE)).verdicts[0]
+    assert worse.level is Level.BAD
+    assert "raise max_steps" in worse.text
 
 
 def test_rates_that_are_not_known_are_not_good(updates: Tensor) -> None:
@@ -241,7 +247,7 @@ def test_gammas_that_do_not_make_a_grid(updates: Tensor) -> None:
 
 
 def independent(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape)
+    return seeded_numpy(seed).normal(size=shape)
 
 
 def chains(values: np.ndarray, **stats: Any) -> ChainConvergence:
@@ -264,8 +270,10 @@ def test_independent_draws_are_good() -> None:
     )
     assert [verdict.level for verdict in found.verdicts] == [Level.GOOD] * 4
     size = found.statistics.ess_bulk
-    assert ((size > 1400) & (size < 2800)).all()  # 2000 independent draws
-    assert_close(torch.from_numpy(found.statistics.mcse_mean), torch.tensor(2000**-0.5).double(), 0.15)
+    # 2000 independent draws. Over 1500 repetitions the estimated size was 1960 with a standard deviation of 120, and
+    # the error 1.01 of the true one with one of 0.036: bounds six of these away.
+    assert ((size > 1960 - 6 * 120) & (size < 1960 + 6 * 120)).all()
+    assert_close(torch.from_numpy(found.statistics.mcse_mean), torch.tensor(2000**-0.5).double(), 0.23)
 
 
 def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
@@ -273,7 +281,8 @@ def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
     for t in range(1, noise.shape[1]):
         noise[:, t] = rho * noise[:, t - 1] + (1 - rho**2) ** 0.5 * noise[:, t]
     expected = 8 * 4000 * (1 - rho) / (1 + rho)
-    assert float(chains(noise).statistics.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.15)
+    # Over 60 repetitions the estimate was 0.99 of it with a standard deviation of 0.05: six of these.
+    assert float(chains(noise).statistics.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.3)
 
 
 def test_chains_apart_are_bad() -> None:
@@ -287,7 +296,8 @@ def test_chains_apart_are_bad() -> None:
 
 
 def test_slow_chains_are_a_caution() -> None:
-    assert chains(independent((4, 75, 1, 1))).verdicts[1].level is Level.CAUTION
+    # ArviZ lets no size exceed n log10 n = 200 here, and 400 are wanted.
+    assert chains(independent((4, 25, 1, 1))).verdicts[1].level is Level.CAUTION
 
 
 def test_divergences_and_energies_speak_up() -> None:
@@ -302,7 +312,7 @@ def test_divergences_and_energies_speak_up() -> None:
 
 
 def test_one_chain_or_constants_cannot_be_judged() -> None:
-    found = chains(independent((1, 500, 1, 1)))
+    found = chains(independent((1, 2000, 1, 1)))
     assert found.verdicts[0].level is Level.UNKNOWN
     assert "one chain" in found.verdicts[0].text
     assert found.verdicts[1].level is Level.GOOD  # within one chain, it can
@@ -332,9 +342,7 @@ def test_draws_that_are_not_finite_are_bad_whatever_the_others(value: float) -> 
 def test_draws_of_hmc(updates: Tensor) -> None:
     statistics = span_statistics(product(anchor=Anchor(average)), updates, MODULES)
     posterior, coordinates = span_posterior(product(anchor=Anchor(average)), statistics)
-    draws = SpanDraws.of(
-        hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=100), coordinates, statistics
-    )
+    draws = SpanDraws.of(hmc(posterior, 100, generator=seeded(0), warmup=100), coordinates, statistics)
     found = chain_convergence(draws)
     assert found.quantities == (*NAMES, "center")
     assert found.statistics.r_hat.shape == (2, 4)
@@ -349,7 +357,7 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     states = {name: {"a.weight": updates[0, i], "b.weight": updates[1, i]} for i, name in enumerate(NAMES)}
     vectors = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
     poe = product(anchor=Anchor(precision=AbsolutePrecision(0.1)))
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     found = chain_convergence(sample_full(vectors, poe, 100, generator=generator))
     assert found.quantities == ("lp", "log weight 1", "log weight 2", "log weight 3")
     assert found.statistics.r_hat.shape == (2, 4)
@@ -369,7 +377,7 @@ def test_ranks_of_alike_chains_are_flat() -> None:
     ranks = rank_histogram(independent((4, 2000)), bins=10)
     assert ranks.counts.sum(1).tolist() == [2000] * 4
     inside = (ranks.counts >= ranks.low) & (ranks.counts <= ranks.high)
-    assert inside.mean() >= 0.85
+    assert inside.sum() >= binomial_range(40, 0.95, 0.95)[0]
     assert rank_histogram(np.zeros((2, 40)), bins=4).counts.sum() == 80  # all ties
 
 

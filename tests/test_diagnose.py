@@ -49,6 +49,7 @@ from poe_models import (
     span_statistics,
 )
 from tests.helpers import random_updates
+from tests.seeds import seeded
 
 NAMES = ("mnist", "emoji")
 MODULES = ("a.weight", "b.weight")
@@ -59,7 +60,7 @@ TITLES = ["What was merged", "Convergence", "Residuals and their tails", "Calibr
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two fine-tunes of it."""
     home = tmp_path_factory.mktemp("models")
-    updates = random_updates(torch.Generator().manual_seed(0), 2, 2, 40, 7, dtype=torch.float32)
+    updates = random_updates(seeded(0), 2, 2, 40, 7, dtype=torch.float32)
     base = {name: torch.zeros(40, 7) for name in MODULES} | {"a.bias": torch.zeros(40)}
     states = {"base": base}
     for index, name in enumerate(NAMES):
@@ -104,7 +105,7 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
     updates = torch.stack([module.updates for module in vectors(folders)])
     statistics = span_statistics(poe, updates, list(MODULES))
     posterior, coordinates = span_posterior(poe, statistics)
-    drawn = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), warmup=50)
+    drawn = hmc(posterior, 100, generator=seeded(0), warmup=50)
     save_draws(SpanDraws.of(drawn, coordinates, statistics), tmp_path / "draws")
     out = tmp_path / "new" / "report.html"
     given = ["--draws", str(tmp_path / "draws"), "--predictions", str(predictions(tmp_path / "p.npz"))]
@@ -291,7 +292,7 @@ def test_a_merge_that_only_averages(folders: Path, tmp_path: Path) -> None:
 
 
 def test_full_draws(folders: Path, merged: Path, tmp_path: Path) -> None:
-    poe, generator = ProductOfExperts.of(NAMES), torch.Generator().manual_seed(0)
+    poe, generator = ProductOfExperts.of(NAMES), seeded(0)
     save_draws(sample_full(vectors(folders), poe, 60, generator=generator), tmp_path / "gibbs")
     page = diagnosis.diagnose(merged, draws=tmp_path / "gibbs", tails=False)
     assert "effective sample size" in page.html

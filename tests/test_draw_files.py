@@ -48,6 +48,7 @@ from poe_models import (
 )
 from poe_models.treatments import DEFAULT_RULES, Rule
 from tests.helpers import assert_close, name_of
+from tests.seeds import seeded
 
 SHAPES = {"a.weight": (6, 4), "b.weight": (5, 6), "b.bias": (5,), "attn.in_proj_weight": (12, 4)}
 MODULES = ("a.weight", "b.weight", *(f"attn.in_proj_weight[{i}]" for i in range(3)))
@@ -75,7 +76,7 @@ def poe_of(vectors: TaskVectors, **options: Any) -> ProductOfExperts:
 def span_draws(vectors: TaskVectors, poe: ProductOfExperts, seed: int = 0, count: int = 50) -> SpanDraws:
     statistics = collect_statistics(vectors, poe)
     posterior, coordinates = span_posterior(poe, statistics)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return SpanDraws.of(gibbs_posterior(posterior, count, generator=generator), coordinates, statistics)
 
 
@@ -94,7 +95,8 @@ def test_one_pass_gives_the_statistics_of_every_module(center: Any, vectors: Tas
     statistics = collect_statistics(vectors, poe)
     assert statistics.modules == MODULES
     for index, module in enumerate(vectors):
-        alone = span_statistics(poe, module.updates, [module.name])
+        merged = fixed_point(poe, module).value
+        alone = span_statistics(poe, module.updates, [module.name], through=merged)
         for name in ("gram", "forms", "mean_curvature", "dimension"):
             assert torch.equal(getattr(statistics, name)[index], getattr(alone, name)[0])
 
@@ -104,7 +106,7 @@ def test_a_checkpoint_as_the_centre_counts_as_the_last_basis_vector(
 ) -> None:
     base = {name: vectors.base.read(name) for name in SHAPES}
     center = {name: value + torch.randn(value.shape, generator=generator) for name, value in base.items()}
-    design = Design(poe_of(vectors), center=open_checkpoint(center))
+    design = Design(poe_of(vectors), center=open_checkpoint(center), coordinates="span")
     statistics = collect_statistics(vectors, design)
     displacement = (center["a.weight"].double() - base["a.weight"].double()).square().sum()
     assert_close(statistics.gram[0, -1, -1], displacement, 1e-12)
@@ -121,8 +123,8 @@ def test_a_checkpoint_as_the_centre_counts_as_the_last_basis_vector(
 def test_the_order_of_the_products_names_decides(vectors: TaskVectors) -> None:
     there = collect_statistics(vectors, ProductOfExperts.of(["x", "y", "z"]))
     back = collect_statistics(vectors, ProductOfExperts.of(["z", "y", "x"]))
-    flipped = torch.tensor([2, 1, 0, 3])
-    assert_close(back.gram, there.gram[:, flipped][:, :, flipped], 1e-14)
+    flipped = torch.tensor([2, 1, 0, 3, 4])
+    assert_close(back.gram, there.gram[:, flipped][:, :, flipped], 1e-9)
 
 
 def test_progress_counts_modules_and_bytes(vectors: TaskVectors) -> None:
@@ -144,10 +146,24 @@ def test_designs_that_do_not_go_together_name_two_tensors(vectors: TaskVectors) 
     kinds = {"a.weight": poe_of(vectors, residual_map=OutputGram())}
     with pytest.raises(ValueError, match=r"'b.weight' has InputGram\(\).*'a.weight' has OutputGram\(\)"):
         collect_statistics(vectors, lambda name: Design(kinds.get(name, poe_of(vectors))))
-    # Energies and scales may differ: statistics do not depend on them.
+    with pytest.raises(ValueError, match=r"merged in full coordinates; tensor 'a.weight' has .* in span coordinates"):
+        collect_statistics(
+            vectors, lambda name: Design(poe_of(vectors), coordinates="span" if name == "a.weight" else "full")
+        )
+    # Energies and scales may differ: statistics depend on them by the merge alone.
     energies = {"a.weight": poe_of(vectors, energy=StudentT(3.0))}
-    mixed = collect_statistics(vectors, lambda name: Design(energies.get(name, poe_of(vectors))))
-    assert statistics_digest(mixed) == statistics_digest(collect_statistics(vectors, poe_of(vectors)))
+
+    def collected(given: dict[str, ProductOfExperts], coordinates: Any) -> Any:
+        return collect_statistics(
+            vectors, lambda name: Design(given.get(name, poe_of(vectors)), coordinates=coordinates)
+        )
+
+    mixed, alike = ([collected(given, kind) for kind in ("span", "full")] for given in (energies, {}))
+    assert statistics_digest(mixed[0]) == statistics_digest(alike[0])
+    assert statistics_digest(mixed[1]) != statistics_digest(alike[1])
+    assert torch.equal(mixed[1].gram[1:], alike[1].gram[1:])
+    with pytest.raises(ValueError, match="the statistics of 'a.weight' go through the merge of the design x StudentT"):
+        span_posterior(poe_of(vectors), mixed[1])
     with pytest.raises(ValueError, match=r"'a.weight' is about 'nobody'; the task vectors are x, y, z"):
         collect_statistics(vectors, ProductOfExperts.of(["x", "nobody"]))
 
@@ -170,8 +186,7 @@ def test_statistics_come_back_bit_for_bit_and_give_the_same_posterior(vectors: T
         before, after = getattr(statistics, name), getattr(loaded, name)
         assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
     draws = [
-        gibbs_posterior(span_posterior(poe, each)[0], 3, generator=torch.Generator().manual_seed(1)).values
-        for each in (statistics, loaded)
+        gibbs_posterior(span_posterior(poe, each)[0], 3, generator=seeded(1)).values for each in (statistics, loaded)
     ]
     assert torch.equal(*draws)
     record = json.loads((folder / "statistics.json").read_text())
@@ -233,7 +248,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other names": (
         lambda folder: edit_json(folder / "statistics.json", lambda data: data["modules"].append("more")),
-        r"incomplete statistics \(ValueError: gram is \(5, 4, 4\)",
+        r"incomplete statistics \(ValueError: there are 6 modules, and designs of 5 merges",
     ),
     "renamed experts": (
         lambda folder: edit_json(folder / "statistics.json", lambda data: data["updates"].reverse()),
@@ -280,7 +295,7 @@ def test_span_draws_are_coefficients_of_the_latents(vectors: TaskVectors) -> Non
     poe = poe_of(vectors, anchor=Anchor(average))
     statistics = collect_statistics(vectors, poe)
     posterior, coordinates = span_posterior(poe, statistics)
-    latents = gibbs_posterior(posterior, 4, generator=torch.Generator().manual_seed(0), chains=2)
+    latents = gibbs_posterior(posterior, 4, generator=seeded(0), chains=2)
     draws = SpanDraws.of(latents, coordinates, statistics)
     design = Design(poe)
     for index, name in enumerate(MODULES):
@@ -290,7 +305,7 @@ def test_span_draws_are_coefficients_of_the_latents(vectors: TaskVectors) -> Non
         # |Z - Z_0| is the same in both coordinates, those aside that only pad the span (the average lies in it).
         assert posterior.center is not None
         inside = (coordinates.transform[index] != 0).any(0)
-        assert int(inside.sum()) == 3
+        assert int(inside.sum()) == 4  # three updates and the merge
         distance = (latents.values[1, 2, index] - posterior.center[index])[inside].square().sum()
         assert module.center is not None
         assert_close((update - module.center).square().sum(), distance, 1e-9)
@@ -342,7 +357,7 @@ def test_full_draws_come_back_bit_for_bit(
     residual_map: Any, energy: Any, method: Any, vectors: TaskVectors, tmp_path: Path
 ) -> None:
     poe = poe_of(vectors, residual_map=residual_map, energy=energy, anchor=Anchor(average, RelativePrecision(1.0)))
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     draws = sample_full(vectors, poe, 2, generator=generator, method=method, chains=2, warmup=10)
     save_draws(draws, tmp_path / "draws")
     loaded = load_draws(tmp_path / "draws", draws.source)
@@ -357,9 +372,9 @@ def test_full_draws_come_back_bit_for_bit(
 
 def test_full_draws_of_a_model_are_those_of_the_sampler(vectors: TaskVectors) -> None:
     poe = poe_of(vectors, energy=StudentT(4.0), temperature=0.3)
-    draws = sample_full(vectors, poe, 3, generator=torch.Generator().manual_seed(5), chains=2, warmup=10)
+    draws = sample_full(vectors, poe, 3, generator=seeded(5), chains=2, warmup=10)
     (module,) = read_modules(vectors, "a.weight", Design(poe))
-    own = gibbs(poe, module.updates, 3, generator=torch.Generator().manual_seed(5), chains=2, warmup=10)
+    own = gibbs(poe, module.updates, 3, generator=seeded(5), chains=2, warmup=10)
     assert torch.equal(draws.update(module, 4), own.latents(1, 1)[0])
     # The energy the chain had at this draw.
     energy = module.posterior.energy(draws.update(module, 4).unsqueeze(0))
@@ -367,9 +382,7 @@ def test_full_draws_of_a_model_are_those_of_the_sampler(vectors: TaskVectors) ->
 
 
 def test_full_draws_of_some_modules(vectors: TaskVectors) -> None:
-    draws = sample_full(
-        vectors, poe_of(vectors), 2, generator=torch.Generator().manual_seed(5), pattern=r"a\.weight|\[1\]", warmup=2
-    )
+    draws = sample_full(vectors, poe_of(vectors), 2, generator=seeded(5), pattern=r"a\.weight|\[1\]", warmup=2)
     assert draws.modules == ("a.weight", "attn.in_proj_weight[1]")
     with pytest.raises(ValueError, match="fits none of the merged modules"):
         sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), pattern="nothing")
@@ -401,7 +414,8 @@ def test_draws_from_the_mode_go_with_the_solver_that_finds_it(vectors: TaskVecto
     assert_close(mode, early.solve(module.updates.unsqueeze(0)).value[0], 1e-9)
     with pytest.raises(ValueError, match="another design .experts, anchor or solver"):
         MergedEnsemble(vectors, poe, draws)
-    exact = sample_full(vectors, early, 2, generator=torch.Generator(), pattern=r"a\.weight", warmup=2)
+    with pytest.warns(UserWarning, match="not converged"):
+        exact = sample_full(vectors, early, 2, generator=torch.Generator(), pattern=r"a\.weight", warmup=2)
     MergedEnsemble(vectors, poe, exact)  # Gibbs draws need no MAP
     with pytest.raises(ValueError, match="experts, anchor or solver"):
         MergedEnsemble(vectors, early, noise_control(exact, vectors, poe, generator=torch.Generator()))
@@ -414,7 +428,7 @@ def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tm
         vectors,
         lambda name: designs.get(name, Design(poe_of(vectors))),
         2,
-        generator=torch.Generator().manual_seed(1),
+        generator=seeded(1),
         warmup=3,
     )
     assert draws.weights.shape == (4, 2, 5, 3)
@@ -422,7 +436,7 @@ def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tm
     assert float(draws.squared_norms[0, 3]) == 0.0
     loaded = load_draws(save_draws(draws, tmp_path / "draws"))
     (module,) = read_modules(vectors, "a.weight", Design(few))
-    own = gibbs(few, module.updates, 2, generator=torch.Generator().manual_seed(1), warmup=3)
+    own = gibbs(few, module.updates, 2, generator=seeded(1), warmup=3)
     assert torch.equal(loaded.update(module, 7), own.latents(3, 1)[0])
 
 
@@ -452,7 +466,7 @@ def test_adapters_are_drawn_with_their_factors(residual_map: Any, generator: tor
         tmp_path / "base.safetensors", {name: tmp_path / name for name in ("x", "y")}, dtype=torch.float64
     )
     poe = poe_of(vectors, residual_map=residual_map)
-    draws = sample_full(vectors, poe, 1, generator=torch.Generator().manual_seed(0), chains=1, warmup=3)
+    draws = sample_full(vectors, poe, 1, generator=seeded(0), chains=1, warmup=3)
     (module,) = read_modules(vectors, "a.weight", Design(poe))
     assert module.low_rank is not None
     energy = replace(module, low_rank=None).posterior.energy(draws.update(module, 0).unsqueeze(0))
@@ -481,7 +495,7 @@ def test_span_draws_from_other_statistics_are_refused(vectors: TaskVectors, tmp_
 
 
 def test_full_draws_from_other_weights_are_refused(vectors: TaskVectors, tmp_path: Path) -> None:
-    draws = sample_full(vectors, poe_of(vectors), 1, generator=torch.Generator().manual_seed(1), warmup=2)
+    draws = sample_full(vectors, poe_of(vectors), 1, generator=seeded(1), warmup=2)
     save_draws(draws, tmp_path / "draws")
     with pytest.raises(CheckpointError, match="made from other weights"):
         load_draws(tmp_path / "draws", "0" * 64)
@@ -504,7 +518,7 @@ DRAW_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("damage", DRAW_DAMAGES, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("kind", ["span", "full"])
 def test_damaged_draws_are_one_clear_error(damage: str, kind: str, vectors: TaskVectors, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     poe = poe_of(vectors)
     draws: ModelDraws = span_draws(vectors, poe, count=2)
     if kind == "full":
@@ -539,7 +553,7 @@ def test_other_threads_warn_and_the_tolerance_holds(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        draws = sample_full(vectors, poe, 1, generator=torch.Generator().manual_seed(3), chains=1, warmup=3)
+        draws = sample_full(vectors, poe, 1, generator=seeded(3), chains=1, warmup=3)
         save_draws(draws, tmp_path / "draws")
         (module,) = read_modules(vectors, "a.weight", Design(poe))
         with warnings.catch_warnings():
@@ -554,7 +568,7 @@ def test_other_threads_warn_and_the_tolerance_holds(
 
 
 def test_another_torch_or_other_noise_warn_with_what_holds(vectors: TaskVectors, tmp_path: Path) -> None:
-    draws = sample_full(vectors, poe_of(vectors), 1, generator=torch.Generator().manual_seed(1), warmup=2)
+    draws = sample_full(vectors, poe_of(vectors), 1, generator=seeded(1), warmup=2)
     older = replace(draws, environment={**draws.environment, "torch": "1.0.0"})
     save_draws(older, tmp_path / "older")
     with pytest.warns(RegenerationWarning, match=r"torch 1\.0\.0 -> .*within 1e-11"):
@@ -580,7 +594,8 @@ def test_files_have_nothing_but_tensors_and_json(vectors: TaskVectors, tmp_path:
     folder = save_draws(span_draws(vectors, poe_of(vectors), count=2), tmp_path / "draws")
     assert sorted(path.name for path in folder.iterdir()) == ["draws.json", "draws.safetensors"]
     tensors = load_file(folder / "draws.safetensors")
-    assert set(tensors) == {"coefficients", "squared_norms", "stats.lp"}
+    distance = {"merge.displacement", "merge.spread", "merge.length"}
+    assert set(tensors) == {"coefficients", "squared_norms", "stats.lp", *distance}
     save_file(tensors, folder / "draws.safetensors", metadata={"other": "file"})
     with pytest.raises(CheckpointError, match="not the file that was saved"):
         load_draws(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 from diagnostics.estimates import (
@@ -15,6 +16,7 @@ from diagnostics.estimates import (
     estimate_of,
     resamples,
 )
+from tests.levels import Z, binomial_range, deviation_error
 
 
 def test_resamples_are_multinomial() -> None:
@@ -23,8 +25,9 @@ def test_resamples_are_multinomial() -> None:
     assert bool((counts.sum(1) == 5).all())
     covariance = torch.cov(counts.T)
     expected = torch.eye(5, dtype=torch.float64) - 0.2
-    assert float((counts.mean(0) - 1).abs().max()) < 0.03
-    assert float((covariance - expected).abs().max()) < 0.05
+    assert float((counts.mean(0) - 1).abs().max()) < Z * math.sqrt(0.8 / 20000)
+    # A count is binomial with five trials of 1/5: fourth central moment 0.8 (1 + 9 * 0.16), variance 0.8.
+    assert float((covariance - expected).abs().max()) < Z * math.sqrt((1.952 - 0.64) / 20000)
 
 
 def test_resamples_do_not_depend_on_batching(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,19 +50,23 @@ def test_error_of_a_mean_is_the_closed_form(generator: torch.Generator) -> None:
     found = bootstrap_mean(values, seed=0, num_resamples=4000)
     error = float(values.std(unbiased=False)) / math.sqrt(400)
     assert found.value == pytest.approx(float(values.mean()))
-    assert found.error == pytest.approx(error, rel=0.05)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert found.error == pytest.approx(error, rel=deviation_error(4000))
+    # Each end is a 2.5 % quantile of the resamples: error sqrt(p (1 - p) / 4000) over the normal density there.
+    end = math.sqrt(0.025 * 0.975 / 4000) / float(scipy.stats.norm.pdf(1.96))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, abs=Z * math.sqrt(2) * end * error)
     assert found.trusted
 
 
 @pytest.mark.parametrize("interval", ["percentile", "normal"])
 def test_coverage_of_a_mean(generator: torch.Generator, interval: str) -> None:
-    hits = 0
-    for seed in range(300):
+    hits, trials = 0, 1000
+    for seed in range(trials):
         x = torch.randn(50, generator=generator, dtype=torch.float64)
         found = bootstrap(lambda w, x=x: w @ x / 50, 50, seed=seed, num_resamples=300, interval=interval)  # type: ignore[misc, arg-type]
         hits += found.low <= 0 <= found.high
-    assert 0.89 <= hits / 300 <= 0.98
+    # Fifty values: their standard deviation without n - 1, and Student's tails, take about 1 % from 95 %.
+    fewest, most = binomial_range(trials, 0.93, 0.95)
+    assert fewest <= hits <= most
 
 
 def test_weights_and_samples_are_two_routes(generator: torch.Generator) -> None:

@@ -25,7 +25,6 @@ from poe_models import (
     OutputGram,
     ProductOfExperts,
     Relative,
-    RelativePrecision,
     ResidualMap,
     StudentT,
     average,
@@ -35,6 +34,8 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
+from tests.levels import chi_squared_bound
+from tests.seeds import seed_of, seeded
 
 NAMES = ["a", "b", "c"]
 
@@ -102,7 +103,7 @@ def test_gaussian_draws_are_the_exact_normal(
 ) -> None:
     updates = random_updates(generator, 2, 3, *shape)
     poe = ProductOfExperts.of(
-        NAMES, residual_map, Gaussian(), Relative(1.0), anchor=Anchor(average, RelativePrecision(0.3)), temperature=0.5
+        NAMES, residual_map, Gaussian(), Relative(1.0), [1.0, 0.5, 2.0], Anchor(average, AbsolutePrecision(0.3)), 0.5
     )  # type: ignore[arg-type]
     posterior = full_posterior(poe, updates)
     draws = gibbs(poe, updates, 3000, generator=generator, chains=2, warmup=0)
@@ -123,21 +124,23 @@ def test_gaussian_draws_are_the_exact_normal(
         assert float((white @ white.mT / 3000 - torch.eye(len(white))).abs().max()) < 5 * math.sqrt(2 / 3000)
 
 
-def test_compression_and_span_do_not_change_the_distribution(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+def test_compression_and_span_do_not_change_the_distribution(temperature: float, generator: torch.Generator) -> None:
     # One row: InputGram compresses 12 inputs to 3 directions; the energy along the way must have the same law.
     updates = random_updates(generator, 1, 3, 1, 12)
     poe = ProductOfExperts.of(
-        NAMES, InputGram(), StudentT(3.0), Relative(1.0), anchor=Anchor(precision=RelativePrecision(1.0))
-    )
+        NAMES, InputGram(), StudentT(3.0), Relative(1.0), [1.0, 0.5, 2.0], Anchor(precision=AbsolutePrecision(1.0)),
+        temperature,
+    )  # fmt: skip
     posterior = full_posterior(poe, updates)
     draws = gibbs(poe, updates, 4000, generator=generator, chains=4)
     z = torch.stack([torch.stack([draws.latents(c, s) for s in range(0, 4000, 4)]) for c in range(4)])
-    recomputed = -posterior.energy(z)
+    recomputed = -posterior.energy(z) / temperature
     assert_close(recomputed, draws.stats["lp"][:, ::4], 1e-8)
     # Outside the span of the updates the posterior is the anchor's: variance T / (2 eta).
     basis = torch.linalg.svd(updates[0, :, 0], full_matrices=True).Vh[3:]
     outside = (z.flatten(2) @ basis.mT).flatten()
-    truth = float(1 / (2 * posterior.anchor_precision))
+    truth = float(temperature / (2 * posterior.anchor_precision))
     assert abs(float(outside.square().mean()) / truth - 1) < 5 * math.sqrt(2 / outside.numel())
 
 
@@ -150,7 +153,7 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
     simulations, kept, eta, df, scale = 300, 15, 0.5, 3.0, 0.8
     truth = torch.randn(simulations, 2, 2, generator=generator, dtype=torch.float64) / math.sqrt(2 * eta)
     gamma = torch.distributions.Gamma(df / 2, 0.5)
-    torch.manual_seed(7)
+    torch.manual_seed(seed_of(7))
     mixing = gamma.sample((simulations, 3)).double()[..., None, None]
     noise = torch.randn(simulations, 3, 2, 2, generator=generator, dtype=torch.float64)
     residual_map: ResidualMap = Identity()
@@ -170,20 +173,23 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
     )
     posterior = full_posterior(poe.for_modules(modules), updates)
     draws = gibbs_posterior(posterior, kept, generator=generator, chains=1, warmup=200, thin=20)
-    ranks = (draws.values[0] < truth).sum(0).flatten()
-    counts = torch.bincount(ranks, minlength=kept + 1).double()
-    expected = ranks.numel() / (kept + 1)
-    chi_squared = float(((counts - expected).square() / expected).sum())
-    # Entries of one simulation are dependent, so the statistic is compared with a wide band around kept = 15.
-    assert chi_squared < 45
-    shifted = torch.bincount((draws.values[0] + 0.3 < truth).sum(0).flatten(), minlength=kept + 1).double()
-    assert float(((shifted - expected).square() / expected).sum()) > 45
+
+    def chi_squared(shift: float) -> Tensor:
+        """Of each entry on its own, `(4,)`: those of one simulation are dependent."""
+        ranks = (draws.values[0] + shift < truth).sum(0).flatten(1)
+        counts = torch.stack([torch.bincount(entry, minlength=kept + 1) for entry in ranks.mT])
+        expected = simulations / (kept + 1)
+        return (counts - expected).square().sum(-1) / expected
+
+    bound = chi_squared_bound(kept, tests=4)
+    assert float(chi_squared(0.0).max()) < bound
+    assert float(chi_squared(0.5).min()) > bound
 
 
 def test_seeds_decide_everything_and_draws_regenerate_bit_for_bit(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 6, 4)
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
-    runs = [gibbs(poe, updates, 5, generator=torch.Generator().manual_seed(3), chains=2, warmup=3) for _ in range(2)]
+    runs = [gibbs(poe, updates, 5, generator=seeded(3), chains=2, warmup=3) for _ in range(2)]
     assert torch.equal(runs[0].seeds, runs[1].seeds)
     assert torch.equal(runs[0].latents(1, 4), runs[1].latents(1, 4))
     assert torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 4))
@@ -216,7 +222,7 @@ def test_an_update_that_is_rounding_beside_the_others_drops_out_as_one_that_is_z
         updates[0, 2] *= size
         posterior = full_posterior(poe, updates)
         assert posterior.active.tolist() == [[True, True, False], [True, True, True]]
-        values.append(gibbs_posterior(posterior, 5, generator=torch.Generator().manual_seed(0)).values)
+        values.append(gibbs_posterior(posterior, 5, generator=seeded(0)).values)
     assert_close(values[0], values[1], 1e-12)
 
 

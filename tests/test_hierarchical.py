@@ -41,6 +41,7 @@ from poe_models import (
     span_statistics,
 )
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seed_of, seeded
 
 ETA = 0.5
 
@@ -202,7 +203,7 @@ def test_gamma_has_its_exact_posterior(generator: torch.Generator) -> None:
 
 
 def test_one_tail_for_the_whole_model_is_recovered() -> None:
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     gamma, nu = torch.tensor(0.3, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
     _, updates = simulate(gamma, nu, (40, 4), generator)
     poe = design(["a", "b", "c", "d"], StudentT(10.0, "multivariate"), Absolute(0.5))
@@ -237,8 +238,8 @@ def test_every_task_gets_its_own_scale_and_tail(generator: torch.Generator) -> N
 @cache
 def module_wise() -> tuple[Tensor, Tensor, HierarchicalDraws]:
     """Fifty replications at once: every module has its own `gamma` and `nu`, drawn from the priors."""
-    generator = torch.Generator().manual_seed(5)
-    torch.manual_seed(5)
+    generator = seeded(5)
+    torch.manual_seed(seed_of(5))
     gamma_prior, df_prior = dist.LogNormal(-1.0, 0.5), dist.Gamma(4.0, 1.0)
     gamma, nu = gamma_prior.sample((50,)).double(), df_prior.sample((50,)).double()
     _, updates = simulate(gamma[:, None], nu[:, None], (50, 3), generator)
@@ -253,7 +254,7 @@ def module_wise() -> tuple[Tensor, Tensor, HierarchicalDraws]:
 def rank_p_value(truth: Tensor, draws: Tensor) -> float:
     """Simulation-based calibration (Talts et al., 2018, arXiv 1804.06788): ranks of the truth are uniform."""
     thinned = draws[0, ::5]
-    jitter = torch.rand(len(truth), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    jitter = torch.rand(len(truth), generator=seeded(1), dtype=torch.float64)
     ranks = ((thinned < truth).sum(0) + jitter) / (len(thinned) + 1)
     return float(stats.kstest(ranks.numpy(), "uniform").pvalue)
 

@@ -41,6 +41,7 @@ from poe_models.program import log_constant
 from poe_models.span import concatenate, span_basis
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
 from tests.sampling import DoesNotMix, IsBiased, assert_same_mean, gaussian_means, grid_means
+from tests.seeds import seeded
 
 SKEWED = ProductOfExperts.of(
     ["a", "b"],
@@ -456,10 +457,7 @@ def test_statistics_have_arviz_names_and_shapes(generator: torch.Generator) -> N
 def test_the_generator_decides_everything(generator: torch.Generator) -> None:
     posterior = span_of(SKEWED, random_updates(generator, 2, 2, 3, 4))
     before = torch.random.get_rng_state()
-    first, same, other = (
-        hmc(posterior, 20, chains=4, warmup=60, generator=torch.Generator().manual_seed(seed)).values
-        for seed in (1, 1, 2)
-    )
+    first, same, other = (hmc(posterior, 20, chains=4, warmup=60, generator=seeded(seed)).values for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -42,6 +43,18 @@ CASES = [
 ]
 
 
+def assert_white(white: torch.Tensor) -> None:
+    """Rows ``(D, n)`` are independent standard normals: means and second moments, all together at a level of 1e-6.
+
+    Means have variance 1 / n, second moments of i = j and i != j variances 2 / n and 1 / n.
+    """
+    size, n = white.shape
+    reach = NormalDist().inv_cdf(1 - 1e-6 / (size * (size + 3)))  # two-sided, of size means and size (size + 1) / 2
+    assert float(white.mean(1).abs().max()) < reach / math.sqrt(n)
+    excess = (white @ white.mT / n - torch.eye(size)) / (1 + torch.eye(size)).sqrt()
+    assert float(excess.abs().max()) < reach / math.sqrt(n)
+
+
 def dense_hessian(poe: ProductOfExperts, updates: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     posterior = full_posterior(poe, updates)
     return torch.func.hessian(lambda z: posterior.energy(z.view(at.shape)).sum())(at.flatten())
@@ -70,24 +83,37 @@ def test_structure_equals_the_dense_autograd_hessian(
     assert_close(ours.log_integral(), integral - 0.5 * torch.linalg.slogdet(hessian)[1], 1e-8)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 4.0])
 @pytest.mark.parametrize(("residual_map", "shape"), CASES, ids=name_of)
 def test_draws_have_the_dense_covariance(
-    residual_map: object, shape: tuple[int, int], generator: torch.Generator
+    residual_map: object, shape: tuple[int, int], temperature: float, generator: torch.Generator
 ) -> None:
     updates = random_updates(generator, 1, 3, *shape)
     poe = ProductOfExperts.of(
-        NAMES, residual_map, Cauchy(), Relative(0.8), anchor=Anchor(precision=RelativePrecision(0.5))
-    )  # type: ignore[arg-type]
+        NAMES, residual_map, Cauchy(), Relative(0.8), [1.0, 0.5, 2.0], Anchor(precision=AbsolutePrecision(0.5)),
+        temperature,
+    )  # type: ignore[arg-type]  # fmt: skip
     solution = fixed_point(poe, updates)
-    draws = laplace(poe, updates, solution).sample(4000, generator)
+    draws = laplace(poe, updates, solution).sample(2000, generator)
     values = torch.stack([draws.latents(0, i).flatten() for i in range(draws.num_draws)]) - solution.value.flatten()
-    covariance = torch.linalg.inv(dense_hessian(poe, updates, solution.value))
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), values.mT, upper=False)
-    # Of white noise: means have variance 1 / n, second moments of i = j and i != j have variances 2 / n and 1 / n.
-    n = values.shape[0]
-    assert float(white.mean(1).abs().max()) < 5 / math.sqrt(n)
-    assert float((white @ white.mT / n - torch.eye(len(white))).abs().max()) < 5 * math.sqrt(2 / n)
+    covariance = temperature * torch.linalg.inv(dense_hessian(poe, updates, solution.value))
+    assert_white(torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), values.mT, upper=False))
     assert torch.equal(draws.latents(0, 7), draws.latents(0, 7))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 4.0])
+def test_dense_draws_have_the_dense_covariance(temperature: float, generator: torch.Generator) -> None:
+    """Over two modules that a factor expert couples, against the Hessian of the summed energies."""
+    updates = random_updates(generator, 2, 2, 3, 4)
+    coupling = FactorExpert("coupling", lambda c: (c[..., 0, 0] - c[..., 1, 0]).square(), "span", "model")
+    anchor = Anchor(precision=AbsolutePrecision(0.5))
+    poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.8), [0.5, 2.0], anchor, temperature)
+    posterior, _ = span_posterior(poe * coupling, span_statistics(poe, updates))
+    mode = minimize(posterior).value
+    draws = DenseLaplace(posterior, mode).sample(4000, generator) - mode
+    hessian = torch.func.hessian(lambda x: posterior.joint_energy(x.view(mode.shape)))(mode.flatten())
+    covariance = temperature * torch.linalg.inv(hessian)
+    assert_white(torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), draws.flatten(1).mT, upper=False))
 
 
 def test_span_laplace_and_the_dense_one_agree(generator: torch.Generator) -> None:

@@ -30,6 +30,7 @@ from poe_models import (
 )
 from tests.helpers import assert_close, random_updates
 from tests.sampling import IsBiased, assert_same_mean, gaussian_means, grid_means
+from tests.seeds import seeded
 
 GAUSSIAN = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian(), Relative(0.5), temperature=0.5)
 
@@ -84,13 +85,11 @@ def test_statistics_seeds_progress_and_the_global_generator(generator: torch.Gen
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     seen: list[tuple[int, int]] = []
     first = nuts(
-        posterior, 8, chains=2, warmup=12, generator=torch.Generator().manual_seed(1),
+        posterior, 8, chains=2, warmup=12, generator=seeded(1),
         progress=lambda *count: seen.append(count),
     )  # fmt: skip
     assert seen == [(i, 40) for i in range(1, 41)]
-    same, other = (
-        nuts(posterior, 8, chains=2, warmup=12, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
-    )
+    same, other = (nuts(posterior, 8, chains=2, warmup=12, generator=seeded(seed)) for seed in (1, 2))
     assert torch.equal(first.values, same.values)
     assert not torch.equal(first.values, other.values)
     assert not torch.equal(first.values[0], first.values[1])

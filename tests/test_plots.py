@@ -31,6 +31,7 @@ from inference import fixed_point
 from inference.model_draws import SpanDraws
 from poe_models import Cauchy, InputGram, ModuleUpdates, ProductOfExperts, Relative
 from tests.helpers import random_updates
+from tests.seeds import seeded, seeded_numpy
 
 NAMES = ("mnist", "emoji", "animals")
 MODULES = ("layers.0.fc.weight", "layers.1.fc.weight")
@@ -55,7 +56,7 @@ class Results:
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     updates = random_updates(generator, 2, 3, 6, 7)
     updates[0, 1] = 0
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.5))
@@ -63,7 +64,7 @@ def results() -> Results:
     solution = fixed_point(poe, updates)
     coefficients = torch.randn(4, 60, 2, 4, generator=generator, dtype=torch.float64)
     draws = SpanDraws(MODULES, torch.tensor([[1.0, 1, 1, 0]] * 2), "", NAMES, coefficients)
-    values = np.random.default_rng(0).standard_t(2.0, 300)
+    values = seeded_numpy(0).standard_t(2.0, 300)
     labels = {task: torch.randint(4, (80,), generator=generator) for task in NAMES}
     tables = {
         method: {t: (k * torch.nn.functional.one_hot(y, 4) + torch.rand(80, 4)).softmax(1) for t, y in labels.items()}
@@ -173,7 +174,7 @@ def test_traces_are_the_energies_above_the_last(results: Results) -> None:
 def test_contraction_shows_rate_and_bound(results: Results) -> None:
     found = lines(plots.plot_contraction(results.convergence))
     assert np.allclose(found["exact rate"].get_ydata(), results.convergence.rate)
-    assert np.allclose(found["bound L ([PoE] Eq. 26)"].get_ydata(), results.convergence.bound)
+    assert np.allclose(found["bound L ([PoE] Eq. 41)"].get_ydata(), results.convergence.bound)
 
 
 def test_the_heat_map_hatches_silent_experts(results: Results) -> None:

@@ -38,6 +38,8 @@ from inference import fixed_point
 from inference.model_draws import SpanDraws
 from poe_models import InputGram, ModuleUpdates, ProductOfExperts, TaskVectors
 from tests.helpers import random_updates
+from tests.levels import binomial_range
+from tests.seeds import seeded
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 NAMES = ("mnist", "emoji", "animals")
@@ -120,7 +122,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 
 def test_figures_are_svg_and_the_same_every_time() -> None:
-    first, second = (re.search(r"base64,([^\"]+)", plot().html()) for _ in range(2))
+    first, second = (re.search(r"base64,([^\"]+)", page("t", "s", [Section("p", [], [plot()])]).html) for _ in range(2))
     assert first is not None
     assert second is not None
     assert first[1] == second[1]
@@ -155,7 +157,8 @@ def test_levels_are_words_and_not_only_colours() -> None:
 
 
 def test_columns_of_numbers_are_not_columns_of_text() -> None:
-    html = Table("c", ["name", "value", "word"], [["a", "1.5 [1, 2]", "x"], ["b", "-0.2", "y"]]).html()
+    table = Table("c", ["name", "value", "word"], [["a", "1.5 [1, 2]", "x"], ["b", "-0.2", "y"]])
+    html = page("t", "s", [Section("p", [], [table])]).html
     assert "<td>-0.2</td>" in html
     assert '<td class="text">y</td>' in html
 
@@ -172,7 +175,7 @@ def test_links_lead_to_the_parts() -> None:
 
 @pytest.fixture(scope="module")
 def updates() -> Tensor:
-    return random_updates(torch.Generator().manual_seed(0), 2, 3, 30, 7)
+    return random_updates(seeded(0), 2, 3, 30, 7)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def solved(updates: Tensor) -> FixedPointConvergence:
 
 
 def predictions(size: int = 60) -> Predictions:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     labels = {task: torch.randint(4, (size,), generator=generator) for task in NAMES}
     tables = {
         method: {t: (k * torch.nn.functional.one_hot(y, 4).double()).softmax(1) for t, y in labels.items()}
@@ -204,7 +207,7 @@ def predictions(size: int = 60) -> Predictions:
 
 
 def shifted() -> tuple[tuple[Corrupted, ...], ShiftComparison]:
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     images = torch.randint(256, (40, 3, 8, 8), generator=generator, dtype=torch.uint8)
     rows = under_corruption(
         lambda shown: shown[:, :, 0, 0].double().softmax(1),
@@ -295,7 +298,7 @@ def test_records_that_are_none(broken: dict[str, Any]) -> None:
 
 
 def test_a_report_of_everything(modules: list[ModuleUpdates], solved: FixedPointConvergence) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     coefficients = torch.randn(4, 150, 2, 4, generator=generator, dtype=torch.float64)
     draws = SpanDraws(solved.modules, torch.tensor([[1.0, 1, 1, 0]] * 2), "", NAMES, coefficients)
     z = [fixed_point(ProductOfExperts.of(NAMES), module).value for module in modules]
@@ -418,7 +421,7 @@ def test_judged_scores_are_those_of_the_predictions_alone() -> None:
 
 
 def overconfident(factor: float) -> Predictions:
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     logits = 2 * torch.randn(4000, 3, generator=generator, dtype=torch.float64)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
     return predictions_of({"t": labels}, {"m": {"t": (factor * logits).softmax(1)}})
@@ -436,9 +439,9 @@ def test_confidence_is_judged_against_calibrated_predictions(factor: float, leve
 
 def test_many_tasks_do_not_make_calibrated_predictions_look_off() -> None:
     """Of eight tasks one has an ECE above its 97.5 % point in a fifth of the cases and more."""
-    above, off = 0, 0
-    for seed in range(40):
-        generator = torch.Generator().manual_seed(seed)
+    above, off, trials = 0, 0, 60
+    for seed in range(trials):
+        generator = seeded(seed)
         labels, tables = {}, {}
         for task in "abcdefgh":
             tables[task] = (2 * torch.randn(100, 4, generator=generator)).double().softmax(1)
@@ -447,8 +450,8 @@ def test_many_tasks_do_not_make_calibrated_predictions_look_off() -> None:
         each = found.calibrations["m"].values()
         above += any(one.ece.value > one.ece_if_calibrated.high for one in each)
         off += found.verdicts[0].level is not Level.GOOD
-    assert above > 6
-    assert off <= 4
+    assert above > off
+    assert off <= binomial_range(trials, 0.0, 0.05)[1]
 
 
 def test_doubts_about_single_scores_are_told_with_the_methods() -> None:

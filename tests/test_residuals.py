@@ -41,6 +41,7 @@ from poe_models import (
 )
 from poe_models.treatments import DEFAULT_RULES
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seeded_numpy
 
 NAMES = ("mnist", "emoji", "animals")
 PLAIN: list[ResidualMap] = [Identity(), Directional(), OutputGram(), InputGram()]
@@ -339,7 +340,7 @@ def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
 
 def synthetic(heavy: bool) -> Residuals:
     """Residuals of two experts in ten modules of very different scale."""
-    rng = np.random.default_rng(7)
+    rng = seeded_numpy(7)
     entries = []
     for m, scale in enumerate(np.exp(2 * rng.normal(size=10))):
         for name in NAMES[:2]:

@@ -12,10 +12,12 @@ from torch import Tensor
 from diagnostics.selective import aurc_difference, risk_coverage
 from diagnostics.soft_labels import soft_label_scores
 from inference import scores
+from tests.levels import binomial_range
+from tests.seeds import seeded
 
 
 def scored(size: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     score = torch.rand(size, generator=generator, dtype=torch.float64)
     return score, (torch.rand(size, generator=generator) > 0.3 + 0.6 * score).long()
 
@@ -73,14 +75,15 @@ def test_risk_at_a_coverage() -> None:
 
 
 def test_area_covers_its_mean() -> None:
-    every = [risk_coverage(*scored(100, seed), seed=seed, num_resamples=100).aurc for seed in range(100, 160)]
+    every = [risk_coverage(*scored(100, seed), seed=seed, num_resamples=100).aurc for seed in range(100, 220)]
     truth = risk_coverage(*scored(40000, 7), seed=0, num_resamples=2).aurc.value
-    assert sum(each.low <= truth <= each.high for each in every) >= 52
+    fewest, _ = binomial_range(120, 0.91, 0.95)  # percentiles of a hundred resamples of a hundred examples
+    assert sum(each.low <= truth <= each.high for each in every) >= fewest
 
 
 def test_paired_difference_of_areas() -> None:
     score, wrong = scored()
-    noisy = score + 0.05 * torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noisy = score + 0.05 * torch.rand(200, generator=seeded(1), dtype=torch.float64)
     found = aurc_difference(score, wrong, noisy, wrong, seed=0, num_resamples=100)
     one, two = (risk_coverage(each, wrong, seed=0, num_resamples=100).aurc for each in (score, noisy))
     assert found.value == pytest.approx(one.value - two.value)
@@ -111,7 +114,7 @@ def test_levels_refused() -> None:
 
 def raters(size: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions, true shares and votes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     p, truth = torch.randn(2, size, 3, generator=generator, dtype=torch.float64).softmax(-1)
     votes = torch.nn.functional.one_hot(torch.multinomial(truth, number, replacement=True, generator=generator), 3)
     return p, truth, votes.sum(1)
@@ -133,12 +136,12 @@ def test_against_scipy_and_numpy() -> None:
     p, _, votes = raters(80, 5)
     v = (votes / 5).numpy()
     found = soft_label_scores(p.float(), votes.numpy(), seed=0, num_resamples=10)
-    q = p.numpy()
+    q = p.float().double().numpy()
     safe = np.where(v > 0, v, 1)
-    assert found.divergence.value == pytest.approx((v * np.log(safe / q)).sum(1).mean(), rel=1e-5)
-    assert found.total_variation.value == pytest.approx(np.abs(v - q).sum(1).mean() / 2, rel=1e-5)
+    assert found.divergence.value == pytest.approx((v * np.log(safe / q)).sum(1).mean(), abs=1e-6)
+    assert found.total_variation.value == pytest.approx(np.abs(v - q).sum(1).mean() / 2, abs=1e-6)
     entropies = -(q * np.log(q)).sum(1) + (v * np.log(safe)).sum(1)
-    assert found.entropy_gap.value == pytest.approx(entropies.mean(), rel=1e-4)
+    assert found.entropy_gap.value == pytest.approx(entropies.mean(), abs=1e-6)
 
 
 def test_squared_distance_is_unbiased_in_the_number_of_raters() -> None:

@@ -38,13 +38,14 @@ from diagnostics.tails.families import (
     families_named,
 )
 from diagnostics.tails.groups import standardised, student_gain, usable_groups
+from tests.seeds import seeded_numpy
 
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 SHAPES = {"Student-t": 2.7, "generalised Gaussian": 0.8}
 
 
 def data(count: int = 300, seed: int = 1) -> Array:
-    return 3.0 * np.random.default_rng(seed).standard_t(3.0, count)
+    return 3.0 * seeded_numpy(seed).standard_t(3.0, count)
 
 
 # Families
@@ -262,7 +263,7 @@ def test_the_verdict_states_nu_and_the_gap() -> None:
 
 def test_one_family_alone_is_its_own_tie_set() -> None:
     assert fit_tails(data(60), ["Cauchy"]).tie_set == ("Cauchy",)
-    one = leave_one_out(np.random.default_rng(0).normal(size=(200, 3)))
+    one = leave_one_out(seeded_numpy(0).normal(size=(200, 3)))
     assert compare_leave_one_out({"a": one})["a"]["error"] == pytest.approx(math.sqrt(3 * one.pointwise.var()))
 
 
@@ -274,7 +275,7 @@ def test_a_limit_takes_so_many_and_says_how_many_there_were() -> None:
 
 
 def test_a_lone_outlier_is_said() -> None:
-    outlier = np.append(np.random.default_rng(0).normal(size=200), 60.0)
+    outlier = np.append(seeded_numpy(0).normal(size=200), 60.0)
     assert any("one residual decides about" in note for note in fit_tails(outlier, ["Gaussian", "Cauchy"]).notes)
 
 
@@ -288,7 +289,7 @@ def test_the_true_family_is_in_the_tie_set(truth: object) -> None:
 
 
 def test_standardised_residuals_do_not_see_location_and_scale_of_their_group() -> None:
-    groups = [np.random.default_rng(i).normal(size=21) for i in range(4)]
+    groups = [seeded_numpy(i).normal(size=21) for i in range(4)]
     moved = [10.0**i * (group - 3) for i, group in enumerate(groups)]
     np.testing.assert_allclose(standardised(moved), standardised(groups), atol=1e-9)
 
@@ -318,19 +319,19 @@ def test_groups_without_a_scale_are_left_out_and_said() -> None:
 
 
 def test_hill_finds_the_index_of_a_power_law() -> None:
-    pareto = np.random.default_rng(0).random(20000) ** (-1 / 2.5)
+    pareto = seeded_numpy(0).random(20000) ** (-1 / 2.5)
     curve = hill(pareto)
     tail = curve.at(5000)
     assert tail.low < 2.5 < tail.high
     assert tail.error == pytest.approx(tail.value / math.sqrt(5000))
     sizes = np.sort(pareto)[::-1]
     assert curve.at(10).value == pytest.approx(1 / np.mean(np.log(sizes[:10] / sizes[10])))
-    gaussian = hill(np.random.default_rng(0).normal(size=20000))
+    gaussian = hill(seeded_numpy(0).normal(size=20000))
     assert gaussian.at(50).low > 2 * gaussian.at(5000).high  # no plateau
 
 
 def test_quantiles_of_the_truth_lie_on_the_diagonal() -> None:
-    x = np.random.default_rng(0).logistic(scale=2.0, size=5000)
+    x = seeded_numpy(0).logistic(scale=2.0, size=5000)
     data_ = quantiles(x, maximum_likelihood(x, LOGISTIC))
     middle = slice(250, -250)
     np.testing.assert_allclose(data_.observed[middle], data_.theoretical[middle], atol=0.4)

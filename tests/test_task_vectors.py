@@ -17,10 +17,11 @@ from poe_models.adapters import LoraCheckpoint
 from poe_models.checkpoints import CheckpointError, open_checkpoint
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.treatments import DEFAULT_RULES
+from tests.seeds import seeded
 
 
 def state(seed: int = 0, dtype: torch.dtype = torch.float64, vocabulary: int = 10) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -185,7 +186,7 @@ def test_updates_go_to_the_device() -> None:
 
 
 def tied(seed: int, first: str = "wte", second: str = "head") -> dict[str, Tensor]:
-    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(5, 3, generator=seeded(seed))
     return {first: weight, "fc": torch.ones(3, 3) * seed, second: weight}
 
 
@@ -243,7 +244,7 @@ def adapter(folder: Path, seed: int, **settings: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(Small(), peft.LoraConfig(**settings))
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         with torch.no_grad():
             for parameter in adapted.parameters():
                 if parameter.requires_grad:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +37,8 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import name_of, random_updates
+from tests.levels import inverse_temperature_error
+from tests.seeds import seed_of, seeded
 
 NAMES = ["a", "b", "c"]
 
@@ -125,7 +126,7 @@ def wobbling(log_temperature_star: float, n: int = 400) -> tuple[Any, Any, Tenso
 
     At log temperature ``t`` the members' logits for class 1 are ``exp(t - t*) - 1`` apart from the truth.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     truth = torch.randn(n, generator=generator, dtype=torch.float64)
     labels = (torch.rand(n, generator=generator, dtype=torch.float64) < truth.sigmoid()).long()
 
@@ -147,7 +148,12 @@ def test_the_best_temperature_is_found_with_its_whole_path() -> None:
         progress=lambda i, n: ticks.append((i, n)),
     )  # fmt: skip
     assert isinstance(found, Tempering)
-    assert abs(math.log(found.temperature / 0.05)) < 0.12
+    # The labels' own best temperature, by a fine grid. The search halves its first spacing four times.
+    grid = [math.log(0.05) + step / 100 for step in range(-80, 81)]
+    means = (torch.stack([predict(member).exp() for member in sample(math.exp(t))]).mean(0) for t in grid)
+    nll = [float(nn.functional.nll_loss(mean.log(), labels)) for mean in means]
+    spacing = math.log(1e3) / 6 / 2**4
+    assert abs(math.log(found.temperature) - grid[nll.index(min(nll))]) < spacing + 0.01
     assert found.best.nll == min(point.nll for point in found.path)
     temperatures = [point.temperature for point in found.path]
     assert temperatures == sorted(set(temperatures))
@@ -155,7 +161,7 @@ def test_the_best_temperature_is_found_with_its_whole_path() -> None:
     assert temperatures[-1] == 1.0
     assert 7 <= len(found.path) <= 15
     assert found.status == "the best temperature is inside the range"
-    assert ticks == [(i, 15) for i in range(1, 16)]
+    assert ticks == [(i, 15) for i in range(1, len(found.path) + 1)]
     assert found.num_evaluations == 2 * len(found.path)
 
 
@@ -169,6 +175,63 @@ def test_every_score_is_that_of_the_mean_probabilities() -> None:
         oracle = multiclass_calibration_error(mean, labels, num_classes=2, n_bins=20, norm="l1")
         assert math.isclose(point.ece, float(oracle), rel_tol=1e-5)
         assert point.num_members == 2
+
+
+@pytest.mark.parametrize("refinements", [0, 2])  # the grid alone ends far from its best point
+def test_the_chosen_members_are_those_that_were_judged(refinements: int) -> None:
+    """The draws that are kept have the best point's scores, whatever a second call of `sample` would give."""
+    sample, predict, labels = wobbling(math.log(0.05))
+    asked: list[float] = []
+
+    def fresh(temperature: float) -> list[Tensor]:
+        asked.append(temperature)
+        return [draw + 0.01 * len(asked) for draw in sample(temperature)]
+
+    found = temper(fresh, predict, labels, (1e-3, 1.0), num_temperatures=5, refinements=refinements)
+    mean = torch.stack([predict(draw).exp() for draw in found.draws]).mean(0)
+    assert math.isclose(found.best.nll, float(nn.functional.nll_loss(mean.log(), labels)), rel_tol=1e-12)
+    assert found.best.num_members == len(found.draws) == 2
+    assert len(asked) == len(set(asked)) == len(found.path)
+
+
+def test_all_temperatures_are_judged_with_the_same_number_of_members() -> None:
+    sample, predict, labels = wobbling(0.0)
+    with pytest.raises(ValueError, match="1 members at temperature 1, 2 at another"):
+        temper(lambda t: sample(t)[: 1 if t == 1.0 else 2], predict, labels, (0.1, 1.0), num_temperatures=3)
+    with pytest.raises(ValueError, match="gave a list_iterator, which can be iterated once only"):
+        temper(lambda t: iter(sample(t)), predict, labels, (0.1, 1.0))
+
+
+def test_more_members_want_another_temperature() -> None:
+    """Why the number is kept: of one member the coldest is best here; the mean of many wants a spread."""
+    generator = torch.Generator().manual_seed(0)
+    truth = 2 * torch.randn(400, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(400, generator=generator, dtype=torch.float64) < truth.sigmoid()).long()
+    noise = torch.randn(32, 400, generator=generator, dtype=torch.float64)
+
+    def predict(draw: Tensor) -> Tensor:
+        logit = 3 * truth + draw  # too sure
+        return torch.stack([torch.zeros_like(logit), logit], 1).log_softmax(1)
+
+    one, many = (
+        temper(lambda t, n=n: list(t * noise[:n]), predict, labels, (0.1, 30.0), num_temperatures=9).temperature
+        for n in (1, 32)
+    )
+    assert one < 0.7
+    assert many > 2.0
+
+
+@pytest.mark.parametrize("start", [1e-9, 1e-3, 0.04, 1.0, 50.0])
+@pytest.mark.parametrize("star", [1e-3, 0.05, 1.0])
+def test_a_walk_from_anywhere_finds_what_the_grid_finds(start: float, star: float) -> None:
+    sample, predict, labels = wobbling(math.log(star))
+    grid = temper(sample, predict, labels, (1e-3, 1.0), num_temperatures=13, refinements=1)
+    walk = temper(sample, predict, labels, (1e-3, 1.0), num_temperatures=13, refinements=1, start=start)
+    assert walk.temperature == grid.temperature
+    assert set(walk.path) <= set(grid.path)
+    assert walk.status == grid.status
+    if start == 0.04 and star == 0.05:
+        assert len(walk.path) <= 6
 
 
 @pytest.mark.parametrize(("star", "word"), [(1e-6, "lowest temperature is the best"), (1e6, "highest temperature is")])
@@ -222,6 +285,8 @@ def test_bad_arguments_are_named() -> None:
     for bounds in ((1.0, 1.0), (0.0, 1.0), (1.0, math.inf)):
         with pytest.raises(ValueError, match="give 0 < lowest < highest"):
             temper(sample, predict, labels, bounds)
+    with pytest.raises(ValueError, match=r"`temper\(start=0\)`: give a temperature"):
+        temper(sample, predict, labels, (0.1, 1.0), start=0.0)
     with pytest.raises(ValueError, match="no members at temperature 0.1"):
         temper(lambda temperature: [], predict, labels, (0.1, 1.0))
     with pytest.raises(ValueError, match=r"expected log probabilities \(400, classes\).*log_softmax"):
@@ -234,7 +299,7 @@ def test_bad_arguments_are_named() -> None:
 
 def test_from_weights_to_a_temperature(generator: torch.Generator) -> None:
     """The whole way on a real model: at the chosen temperature the ensemble is what `predict` says."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     base = {name: value.clone() for name, value in model.state_dict().items()}
     experts = {
@@ -250,20 +315,17 @@ def test_from_weights_to_a_temperature(generator: torch.Generator) -> None:
 
     def sample(temperature: float) -> SpanDraws:
         tempered = replace(posterior, temperature=temperature)
-        draws = gibbs_posterior(tempered, 20, generator=torch.Generator().manual_seed(1), warmup=20)
+        draws = gibbs_posterior(tempered, 20, generator=seeded(1), warmup=20)
         return SpanDraws.of(draws, coordinates, statistics).thinned(5).restrict(r"2\.weight")
-
-    def members(draws: SpanDraws) -> Iterator[SpanDraws]:
-        return iter(draws)
 
     low, high = temperature_range(posterior, coordinates)
     ensemble = MergedEnsemble(vectors, poe, sample(high))
     predictor = ensemble.predictor(model, [x])
-    found = temper(lambda t: members(sample(t)), predictor, labels, (low, high), num_temperatures=5)
+    found = temper(sample, predictor, labels, (low, high), num_temperatures=5)
     assert predictor.reused == "2"
     # Labels are random, so the most spread-out predictions are the best ones, and the status says where they are.
     assert found.temperature > 10 * low
-    chosen = MergedEnsemble(vectors, poe, sample(found.temperature)).predict(model, [x])
+    chosen = MergedEnsemble(vectors, poe, found.draws).predict(model, [x])
     nll = nn.functional.nll_loss(chosen.probabilities.log(), labels)
     assert math.isclose(found.best.nll, float(nll), rel_tol=1e-10)
 
@@ -282,7 +344,36 @@ def test_the_logit_temperature_is_the_minimum_of_the_nll(generator: torch.Genera
     nn.functional.cross_entropy(logits / t, labels).backward()
     assert t.grad is not None
     assert abs(float(t.grad)) < 1e-9
-    assert abs(found - 2.5) < 0.5
+    assert abs(1 / found - 1 / 2.5) < inverse_temperature_error(logits, 1 / 2.5)
+
+
+def test_tasks_count_alike_in_the_logit_temperature(generator: torch.Generator) -> None:
+    """The minimum of the unweighted mean over tasks, of unequal sizes and classes; not the pooled one."""
+    logits = {
+        "small": 4 * torch.randn(60, 3, generator=generator, dtype=torch.float64),
+        "large": 4 * torch.randn(900, 7, generator=generator, dtype=torch.float64),
+    }
+    truth = {"small": 4.0, "large": 1.0}
+    labels = {task: torch.distributions.Categorical(logits=z / truth[task]).sample() for task, z in logits.items()}
+    found = fit_logit_temperature(logits, labels)
+    t = torch.tensor(found, dtype=torch.float64, requires_grad=True)
+    losses = [nn.functional.cross_entropy(z / t, labels[task]) for task, z in logits.items()]
+    torch.stack(losses).mean().backward()
+    assert t.grad is not None
+    assert abs(float(t.grad)) < 1e-9
+    padded = torch.cat([nn.functional.pad(z, (0, 7 - z.shape[1]), value=-1e4) for z in logits.values()])
+    pooled = fit_logit_temperature(padded, torch.cat(list(labels.values())))
+    assert abs(found - pooled) > 0.1
+    # Of tasks of one size, pooling is the same; and one task is that task.
+    even = {task: z[:60] for task, z in logits.items()}, {task: y[:60] for task, y in labels.items()}
+    padded = torch.cat([nn.functional.pad(z, (0, 7 - z.shape[1]), value=-1e4) for z in even[0].values()])
+    assert math.isclose(
+        fit_logit_temperature(*even), fit_logit_temperature(padded, torch.cat(list(even[1].values()))), rel_tol=1e-6
+    )
+    alone = fit_logit_temperature({"small": logits["small"]}, {"small": labels["small"]})
+    assert alone == fit_logit_temperature(logits["small"], labels["small"])
+    with pytest.raises(ValueError, match="logits of small, large; labels of small"):
+        fit_logit_temperature(logits, {"small": labels["small"]})
 
 
 def test_the_logit_temperature_scales_with_the_logits_and_takes_any_dtype(generator: torch.Generator) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.vision import demo, report
-from benchmarks.vision.ensembles import GIBBS, NOISE, Budget, Ensembles, Outcome
+from benchmarks.vision.ensemble_report import ensemble_note
+from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, SCOPES, Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Head, Scores, evaluate, mean_scores
 from benchmarks.vision.memory import PeakMemory
 from benchmarks.vision.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
@@ -24,11 +25,13 @@ from benchmarks.vision.report import EXPERTS, MEAN, Row
 from benchmarks.vision.search import ETA_HALF_DECADES, Settings, search
 from benchmarks.vision.tasks import Split, Task
 from benchmarks.vision.train import Suite, save_folder
+from diagnostics.estimates import Estimate
 from diagnostics.prediction_files import load_predictions
 from inference.design import Design
 from inference.scores import nll
 from poe_models import TaskVectors
 from poe_models.anchors import MergingMethod, ModuleBatch
+from tests.seeds import seeded
 
 AVERAGE, ARITHMETIC = BASELINES
 BY_NAME = {method.name: method for method in METHODS}
@@ -36,7 +39,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 def toy_vectors() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], TaskVectors]:
     """Two convolutions, one of them twice, and their biases; three experts, float64."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = {"a.weight": (4, 3, 3, 3), "b.weight": (4, 3, 3, 3), "c.weight": (6, 4, 1, 1), "a.bias": (4,)}
 
     def draw(scale: float) -> dict[str, Tensor]:
@@ -229,6 +232,37 @@ class TestReport:
         error = (0.6 * 0.4 / 300 + 0.6 * 0.4 / 150) ** 0.5 / 2
         assert f"standard error of {100 * error:.1f} points" in report.selection_note(self.best, (300, 150))
 
+    def test_notes_follow_from_the_numbers(self) -> None:
+        note = report.best_note(self.best, self.rows[0])
+        gap, error = report.paired_difference(self.best, self.rows[0])
+        assert f"less that of base is {100 * gap:+.1f} ± {100 * error:.1f} points" in note
+        assert report.run_note((0, 3), 7).startswith("One run (training seed 0, 3, seed 7 of searches and draws, ")
+        assert report.run_note((), 7).startswith("One run (seed 7 of ")
+
+    def test_the_note_on_ensembles_says_on_which_side_intervals_lie(self) -> None:
+        sides = {"below": (-0.2, -0.1), "above": (0.1, 0.2), "not told apart": (-0.1, 0.1)}
+        estimates = {side: Estimate(sum(ends) / 2, *ends, 0.05) for side, ends in sides.items()}
+        scores = {"s": Scores(0.5, 1.0, 0.5, 0.1)}
+        scaled = Outcome(SCALED_MAP, {}, scores, logit_temperature=1.7, differences={"nll": estimates["below"]})
+        drawn = [
+            Outcome(
+                kind, {}, scores, scope=scope, nll_from_scaled=estimates[other],
+                differences={"accuracy": estimates["not told apart"], "nll": estimates[side]},
+            )
+            for scope in SCOPES
+            for kind, side, other in ((GIBBS, "below", "above"), (NOISE, "above", "not told apart"))
+        ]  # fmt: skip
+        note = ensemble_note([Outcome(MAP, {}, scores), scaled, *drawn])
+        assert "Dividing the MAP's logits by 1.70 gives NLL 1.000" in note
+        for scope in SCOPES:
+            both = f"not told apart: Gibbs ({estimates['not told apart']}), white noise"
+            assert f"Sampling {scope}, accuracy against the MAP's is {both}" in note
+            split = f"below: Gibbs ({estimates['below']}); above: white noise ({estimates['above']})."
+            assert f"Sampling {scope}, NLL against the MAP's is {split}" in note
+        assert (
+            note.count(f"scaled logits, NLL is above: Gibbs ({estimates['above']}); not told apart: white noise") == 2
+        )
+
     def test_plot(self) -> None:
         other = dataclasses.replace(self.best, name="average", family="average", energy="")
         figure = bar_plot((*self.rows, other), [(self.best, self.rows[0])])
@@ -255,7 +289,7 @@ class TestMemory:
 
 def toy_suite(folder: Path) -> Suite:
     """A random SqueezeNet, two experts near it and two tasks of two classes."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     shapes = {name: value.shape for name, value in SqueezeNet().state_dict().items()}
     base = {n: torch.randn(s, generator=generator) * (2 / max(1, s[1:].numel())) ** 0.5 for n, s in shapes.items()}
     save_folder(folder / "base", base)
@@ -284,27 +318,36 @@ def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) 
             assert difference.value == pytest.approx(getattr(each.mean, name) - getattr(point.mean, name), abs=1e-6)
             assert difference.low <= difference.value <= difference.high
     for scope in (ensembles[:4], ensembles[4:]):
-        assert len({each.temperature for each in scope}) == 1
-        assert scope[0].search is not None
-        assert scope[0].temperature in [tried.temperature for tried in scope[0].search.tempering.path]
         assert len({each.mean.nll for each in scope}) >= 3  # the twin of a Gaussian design draws the same members
+        for each in scope:
+            assert each.search is not None
+            assert each.temperature == each.search.tempering.temperature
+            assert {tried.num_members for tried in each.search.tempering.path} == {2}
+            assert len(each.search.tempering.draws) == 2
+            assert each.nll_from_scaled is not None
+            assert each.nll_from_scaled.value == pytest.approx(each.mean.nll - scaled.mean.nll, abs=1e-6)
     found = load_predictions(out / "predictions.npz")
     assert {EXPERTS, "task arithmetic", "MAP", "Gibbs, all layers", "white noise, last layer"} <= set(found.methods)
     mean_nll = [nll(found.probabilities["Gibbs, last layer"][task].log(), found.labels[task]) for task in found.tasks]
     assert sum(mean_nll) / len(mean_nll) == pytest.approx(ensembles[4].mean.nll, abs=1e-9)
     with (out / "temperatures.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["members"] for line in lines] == ["Gibbs"] * 4 + ["white noise"] * 2
+    assert list(dict.fromkeys((line["members"], line["sampled"]) for line in lines)) == [
+        (each.name, each.scope) for each in ensembles
+    ]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(word in page for word in ("Convergence", "tails", "Calibration", "Comparison", EXPERTS))
-    assert (out / "ensembles.md").read_text().count("\n| ") == len(outcomes)
+    text = (out / "ensembles.md").read_text()
+    assert text.count("\n| ") == len(outcomes) + 1
+    assert text.startswith("One run (seed 0 of searches and draws, ")
+    assert "Ensembles of 2 around the best merge" in text
 
 
 def test_white_noise_is_as_far_away_as_the_posterior(tmp_path: Path) -> None:
     suite = toy_suite(tmp_path)
     design = Design(BY_NAME["InputGram, Cauchy"].design(tuple(suite.experts), 0.1))
     save_folder(tmp_path / "merged", load_file(suite.base / "model.safetensors"))
-    ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(2, 1, 2, 0, 1, 1))
+    ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(members=2, warmup=1, thin=1))
     drawn, noise = (ensembles.ensemble("last layer", kind, 1e-5, 2) for kind in (GIBBS, NOISE))
     low, high = ensembles.ensemble("last layer", GIBBS, 1e-9, 1), ensembles.ensemble("last layer", GIBBS, 1e-3, 1)
     name = "fire9.expand3x3.weight"
@@ -317,7 +360,7 @@ def test_white_noise_is_as_far_away_as_the_posterior(tmp_path: Path) -> None:
 
 class TestDemo:
     methods = (*BASELINES, BY_NAME["Directional, Cauchy"], BY_NAME["InputGram, Gaussian"])
-    budget = Budget(members=2, search_members=1, temperatures=2, refinements=0, warmup=1, thin=1)
+    budget = Budget(members=2, temperatures=2, refinements=0, walk_temperatures=2, warmup=1, thin=1)
 
     def test_from_end_to_end(self, tmp_path: Path) -> None:
         suite, out = toy_suite(tmp_path), tmp_path / "out"

@@ -23,6 +23,7 @@ from benchmarks.vision.search import Settings
 from benchmarks.vision.train import Suite
 from poe_models import TaskVectors
 from poe_models.anchors import METHODS, AdaMerging, Average
+from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
 
 
@@ -60,7 +61,7 @@ class TestCalibration:
         data = Calibration(suite, 4).data()
         state = load_file(suite.experts["two"] / "model.safetensors")
         (batch,) = data.loaders["one"]
-        rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:4]
+        rows = torch.randperm(12, generator=seeded(0))[:4]
         train = suite.tasks["one"].splits["train"]
         some = {"some": dataclasses.replace(train, images=train.images[rows])}
         tasks = {"one": dataclasses.replace(suite.tasks["one"], splits=some)}
@@ -215,7 +216,11 @@ class TestReport:
         alone, after, difference = (cell.strip() for cell in ties.split("|")[3:6])
         assert alone.startswith("0.600 [0.5")
         assert after == "0.850"
-        assert difference.startswith("+0.250 [+0.2")
+        pairs = [(f"{line.rule}, InputGram", f"{line.rule}, alone") for line in self.lines]
+        family = found.differences(pairs)["TIES, InputGram", "TIES, alone"]
+        assert difference == f"+0.250 [{family.low:+.3f}, {family.high:+.3f}]"
+        single = found.difference(*pairs[1])
+        assert 0 < family.low < single.low  # of three differences, each by itself is narrower
         assert next(line for line in body if line.startswith("| *own experts* |")).split("|")[3].startswith(" 0.950 [")
         assert "| RegMean | activations | 0.900 [" in text
         assert "Made by `the command` in 2 minutes" in text
@@ -228,6 +233,7 @@ class TestReport:
         assert "above (in 1 of 2 cases), below (1) or not told from the rule alone" in line
         assert "above (in 2 of 2 cases), below (0) or not told from InputGram anchored at the base" in line
         assert "anchored at TIES: 0.850 [" in line
+        assert "all pairs of the column together it is above 2 of the other 2." in line
 
     def test_calibration_settings_and_seeds(self) -> None:
         text, _ = rule_report.report(self.lines, self.bounds, LABELS, "", 0.0)

@@ -27,7 +27,8 @@ from inference.tempering import fit_logit_temperature
 from tests.test_vision_demo import toy_suite
 
 INPUT = next(method for method in METHODS if method.name == "InputGram, Cauchy")
-BUDGET = Budget(members=2, warmup=1, thin=1)
+BUDGET = Budget(warmup=1, thin=1)
+OTHER_TEMPERATURES = {TWIN: 2e-4, NOISE: 5e-5}
 
 
 def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapping[float, float]) -> None:
@@ -36,8 +37,9 @@ def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapp
     lines = ["method,task,scale,eta,validation_accuracy"]
     lines += [f'"{name}",mean,0.8,0.1,{value}\n"{name}",one,0.8,0.1,' for name, value in rows.items()]
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
-    lines = ["members,sampled,temperature,nll", "Gibbs,all layers,1e-9,0", "white noise,last layer,2e-9,0"]
-    lines += [f"Gibbs,last layer,{temperature},{nll}" for temperature, nll in path.items()]
+    lines = ["members,sampled,temperature,nll,num_members", "Gibbs,all layers,1e-9,0,5", "Laplace,last layer,1e-9,0,5"]
+    lines += [f"Gibbs,last layer,{temperature},{nll},2" for temperature, nll in path.items()]
+    lines += [f'"{kind}",last layer,{temperature},1,2' for kind, temperature in OTHER_TEMPERATURES.items()]
     (folder / "temperatures.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -69,7 +71,8 @@ def found(suite: Suite, best: Best) -> dict[str, Predictions]:
 
 class TestReadDemo:
     def test_best_product_of_experts_and_its_temperature(self, best: Best) -> None:
-        assert (best.name, best.temperature, best.design.scaling) == ("InputGram, Cauchy", 1e-4, 0.8)
+        assert (best.name, best.members, best.design.scaling) == ("InputGram, Cauchy", 2, 0.8)
+        assert best.temperatures == {GIBBS: 1e-4, **OTHER_TEMPERATURES}
         assert best.design.poe == INPUT.design(("one", "two"), 0.1)
 
     def test_another_folder_is_refused(self, tmp_path: Path) -> None:
@@ -90,7 +93,9 @@ class TestPredictions:
         self, kind: str, suite: Suite, best: Best, found: dict[str, Predictions]
     ) -> None:
         """By `MergedEnsemble.predict` on corrupted images."""
-        ensemble = Ensembles(suite, best.design, best.merged, 3, BUDGET).ensemble("last layer", kind, 1e-4, 2)
+        ensemble = Ensembles(suite, best.design, best.merged, 3, BUDGET).ensemble(
+            "last layer", kind, best.temperatures[kind], 2
+        )
         model = SuiteModel(load_file(best.merged / "model.safetensors"), suite.heads)
         images = corrupt(suite.tasks["two"].splits["test"].images, "shot_noise", 2, seed=3)
         expected = ensemble.predict(
@@ -117,8 +122,8 @@ class TestPredictions:
 
     def test_scaled_logits(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
         validation = task_logits(best.merged, suite.tasks, suite.heads, "validation")
-        labels = torch.cat([task.splits["validation"].labels for task in suite.tasks.values()])
-        divisor = fit_logit_temperature(torch.cat(list(validation.values())), labels)
+        labels = {name: task.splits["validation"].labels for name, task in suite.tasks.items()}
+        divisor = fit_logit_temperature(validation, labels)
         logits = task_logits(best.merged, suite.tasks, suite.heads, "test")["one"]
         expected = (logits.double() / divisor).softmax(1)
         torch.testing.assert_close(found[SCALED_MAP][CLEAN]["one"].probabilities, expected, rtol=1e-4, atol=1e-6)

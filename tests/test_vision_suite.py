@@ -39,6 +39,7 @@ from benchmarks.vision.model import SqueezeNet, _pad_same, build, convert, prepr
 from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
 from benchmarks.vision.sources import EMOJI, cache_folder
 from benchmarks.vision.tasks import SPLITS, TASKS, Split, SplitSizes, Task, load_task, load_tasks, split_indices
+from tests.seeds import seeded, seeded_numpy
 
 QUIET = Console(quiet=True)
 
@@ -118,7 +119,7 @@ class TestSources:
 
 def toy_pool(official: bool = False, duplicate: int = 0) -> Pool:
     """400 images, 5 classes, groups of 1 to 4, the first `duplicate` images once more with other labels."""
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     images = torch.randint(0, 256, (400, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels, groups = torch.arange(400) % 5, torch.randint(0, 160, (400,), generator=generator)
     test = torch.arange(400) >= 300 if official else torch.zeros(400, dtype=torch.bool)
@@ -266,7 +267,7 @@ class TestModel:
         assert windows[0, :, -1].tolist() == expected
 
     def test_kernel_layout(self) -> None:
-        generator = np.random.default_rng(0)
+        generator = seeded_numpy(0)
         kernel, bias = generator.normal(size=(3, 3, 2, 4)), generator.normal(size=4)
         state = convert({"fire2/expand3x3": [kernel, bias]})
         patch = generator.normal(size=(3, 3, 2))
@@ -287,7 +288,7 @@ class TestModel:
 class TestMetrics:
     @pytest.mark.parametrize("sharpness", [0.3, 1.0, 5.0])
     def test_against_other_libraries(self, sharpness: float) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         logits = sharpness * torch.randn(500, 7, generator=generator, dtype=torch.float64)
         labels = torch.where(
             torch.rand(500, generator=generator) < 0.6,
@@ -319,7 +320,7 @@ class TestMetrics:
 
 def toy_task(name: str = "mnist") -> Task:
     """Squares of three brightnesses, which a few steps can learn."""
-    generator = torch.Generator().manual_seed(len(name))
+    generator = seeded(len(name))
     splits = {}
     for i, (split, n) in enumerate({"test": 21, "validation": 12, "head": 15, "train": 96}.items()):
         labels = torch.arange(n) % 3
@@ -330,7 +331,7 @@ def toy_task(name: str = "mnist") -> Task:
 
 
 def random_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = {name: value.shape for name, value in SqueezeNet().state_dict().items()}
     fans = {name: max(1, shape[1:].numel()) for name, shape in shapes.items()}
     return {name: torch.randn(shapes[name], generator=generator) * (2 / fan) ** 0.5 for name, fan in fans.items()}

@@ -6,6 +6,8 @@ folder gets the numbers (`results.csv`, `results.md`), a plot (`results.png`) an
 ordinary checkpoint folder (`merged`), which is loaded again and evaluated. Then ensembles are drawn from the posterior
 around that merge (`ensembles.md`, `temperatures.csv`, `temperatures.png`), and everything ends in one page
 (`report.html`), made from `draws` and `predictions.npz` as `poe-merge diagnose` makes it.
+
+It is one run: `--training-seed` trains other experts (give another `--out`), `--seed` changes searches and draws.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, 
 from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
 from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.vision.methods import FINAL_STARTS, METHODS, SEARCH_STARTS, Merge, Method, solve
+from benchmarks.vision.methods import METHODS, Merge, Method, solve
 from benchmarks.vision.page import report
 from benchmarks.vision.parallel import cores
 from benchmarks.vision.plot import bar_plot
@@ -36,18 +38,18 @@ from benchmarks.vision.report import (
     EXPERTS,
     MEAN,
     Row,
+    best_note,
     device_table,
     markdown,
-    paired_difference,
+    run_note,
     selection_note,
     tail_table,
     task_table,
     write_csv,
 )
 from benchmarks.vision.search import Settings, search
-from benchmarks.vision.train import Suite, accuracy_table, make_suite
+from benchmarks.vision.train import Recipe, Suite, accuracy_table, make_suite
 from inference.design import Design
-from inference.reweighting import SolverOptions
 from inference.streaming import merge_checkpoint
 from poe_models import TaskVectors
 
@@ -90,7 +92,7 @@ def choose(method: Method, suite: Suite, vectors: TaskVectors, trials: int, seed
 
     def validation(settings: Settings) -> Scores:
         if settings.eta not in merges:  # another scale alone needs no other solve
-            merges[settings.eta] = solve(method, vectors, settings.eta, SEARCH_STARTS)
+            merges[settings.eta] = solve(method, vectors, settings.eta)
         state = merges[settings.eta].state(settings.scale)
         return mean_scores(evaluate(state, suite.tasks, suite.heads, "validation"))
 
@@ -102,7 +104,7 @@ def merge_row(method: Method, suite: Suite, settings: Settings) -> Row:
     """Merge with given settings from the checkpoint folders, measure that, and test."""
     with PeakMemory() as memory:
         started = time.perf_counter()
-        merge = solve(method, TaskVectors(suite.base, suite.experts), settings.eta, FINAL_STARTS)
+        merge = solve(method, TaskVectors(suite.base, suite.experts), settings.eta)
         state = merge.state(settings.scale)
         seconds = time.perf_counter() - started
     return replace(
@@ -160,9 +162,7 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> D
     """
     if out.exists() and not (out / "poe_merge.json").is_file():
         raise FileExistsError(f"`save_merge(out={str(out)!r})`: it is not a merged model. Give another --out folder.")
-    design = Design(
-        method.design(tuple(suite.experts), settings.eta), settings.scale, options=SolverOptions(starts=FINAL_STARTS)
-    )
+    design = Design(method.design(tuple(suite.experts), settings.eta), settings.scale)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary:
         merge_checkpoint(TaskVectors(suite.base, suite.experts), design, Path(temporary) / MERGED)
         shutil.rmtree(out, ignore_errors=True)
@@ -224,8 +224,7 @@ def run(
     rows = [*reference_rows(suite), *merged]
     for task in (*suite.tasks, MEAN):
         console.print(task_table(rows, task))
-    _, best = best_of(merged, methods)
-    note = selection_note(best, [len(task.splits["validation"]) for task in suite.tasks.values()])
+    note = notes(suite, merged, methods, seed)
     console.print(note, highlight=False)
     console.print(tail_table(tails))
     design = report_best(methods, merged, suite, out, console)
@@ -240,6 +239,24 @@ def run(
         f"numbers, plots and merged model: {out}; report with {len(warnings)} warnings: {page}", highlight=False
     )
     return rows, outcomes
+
+
+def notes(suite: Suite, merged: Sequence[Row], methods: Sequence[Method], seed: int) -> str:
+    """What the table of methods says and what it does not, from its numbers.
+
+    Args:
+        suite: What was merged and judged.
+        merged: A row for each method.
+        methods: The methods.
+        seed: Of the searches.
+
+    Returns:
+        Sentences.
+    """
+    _, best = best_of(merged, methods)
+    arithmetic = next(row for row in merged if row.name == "task arithmetic")
+    validation = [len(task.splits["validation"]) for task in suite.tasks.values()]
+    return " ".join([run_note(suite.seeds, seed), best_note(best, arithmetic), selection_note(best, validation)])
 
 
 def compare_ensembles(ensembles: Ensembles, out: Path, console: Console) -> list[Outcome]:
@@ -259,22 +276,20 @@ def compare_ensembles(ensembles: Ensembles, out: Path, console: Console) -> list
     for table in ensemble_tables(outcomes):
         console.print(table)
     console.print(ensemble_note(outcomes), highlight=False)
-    (out / "ensembles.md").write_text(ensemble_markdown(outcomes), encoding="utf-8")
+    run = run_note(ensembles.suite.seeds, ensembles.seed)
+    (out / "ensembles.md").write_text(ensemble_markdown(outcomes, run), encoding="utf-8")
     write_paths(out / "temperatures.csv", outcomes)
     path_plot(ensembles, outcomes).savefig(out / "temperatures.png", dpi=150)
     return outcomes
 
 
 def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> Design:
-    """Save the best merge, load it again, and say how it compares with task arithmetic."""
+    """Save the best merge, load it again, and say what to know about the solves."""
     method, best = best_of(merged, methods)
     assert best.settings is not None
     design = save_merge(method, best.settings, suite, out / MERGED)
     again = evaluate(out / MERGED, suite.tasks, suite.heads, "test")
     console.print(f"{best.name}, best on validation, saved and loaded again: test {mean_scores(again).accuracy:.3f}")
-    arithmetic = next(row for row in merged if row.name == "task arithmetic")
-    gap, error = paired_difference(best, arithmetic)
-    console.print(f"against task arithmetic: {100 * gap:+.1f} ± {100 * error:.1f} points of mean test accuracy")
     if torch.cuda.is_available():
         console.print(device_table(best.name, device_seconds(method, best.settings, suite)))
     for row in merged:
@@ -292,7 +307,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for numbers, plot and merged model")
     parser.add_argument("--trials", type=int, default=TRIALS, help="settings that each method may try on validation")
-    parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument("--seed", type=int, default=0, help="of searches, draws and resamples")
+    parser.add_argument(
+        "--training-seed", type=int, default=0, help="of the experts' training; another one trains anew"
+    )
     parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
     arguments = parser.parse_args()
     console = Console()
@@ -300,7 +318,7 @@ def main() -> None:
         console = Console(width=140)
     torch.set_num_threads(1)  # see `parallel`
     started = time.perf_counter()
-    suite = make_suite(cache=arguments.cache, console=console)
+    suite = make_suite(Recipe(seed=arguments.training_seed), arguments.cache, console)
     console.print(accuracy_table(suite))
     made = time.perf_counter()
     run(suite, arguments.out, arguments.trials, arguments.seed, console)

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.vision.ensembles import GIBBS, LAST, Ensembles, Outcome
+from benchmarks.vision.ensembles import LAST, SCALED_MAP, SCOPES, Ensembles, Outcome
 from diagnostics.comparison import compare_methods
+from diagnostics.estimates import Estimate
 from diagnostics.plots import plot_pareto
 
 PATH_RESAMPLES = 200
@@ -41,7 +42,8 @@ def ensemble_tables(outcomes: Sequence[Outcome]) -> tuple[Table, Table]:
     """Point estimates and ensembles on the test images, means over tasks; and what they differ by from the MAP."""
     title = "test, mean over tasks: the MAP and ensembles around it"
     scores = _table(title, [column for column in COLUMNS if column != MINUS])
-    differences = _table("minus the MAP, with 95 % intervals over test images", [*COLUMNS[:2], *SHOWN.values()])
+    title = "minus the MAP, with 95 % intervals over test images that hold for all rows of a column together"
+    differences = _table(title, [*COLUMNS[:2], *SHOWN.values()])
     for outcome in outcomes:
         row = cells(outcome)
         scores.add_row(*(cell for cell, column in zip(row, COLUMNS, strict=True) if column != MINUS))
@@ -60,27 +62,48 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def ensemble_note(outcomes: Sequence[Outcome]) -> str:
     """What the table shows, in words that follow from its intervals."""
-    sentences = []
-    for outcome in outcomes:
-        if outcome.name != GIBBS:
-            continue
-        nll, accuracy = outcome.differences["nll"], outcome.differences["accuracy"]
-        better = "is below" if nll.high < 0 else "is above" if nll.low > 0 else "cannot be told from"
-        lost = "accuracy is lost" if accuracy.high < 0 else "no accuracy is lost within the interval"
-        sentences.append(f"Gibbs, {outcome.scope}: NLL {better} the MAP's by {nll}; {lost} ({accuracy}).")
-    scaled = next(outcome for outcome in outcomes if outcome.logit_temperature != 1)
-    sentences.append(
+    scaled = next(outcome for outcome in outcomes if outcome.name == SCALED_MAP)
+    sentences = [
         f"Dividing the MAP's logits by {scaled.logit_temperature:.2f} gives NLL {scaled.mean.nll:.3f} and ECE "
         f"{scaled.mean.ece:.3f}."
-    )
+    ]
+    for scope in SCOPES:
+        drawn = {each.name: each for each in outcomes if each.scope == scope}
+        for score in ("accuracy", "nll"):
+            found = {name: each.differences[score] for name, each in drawn.items()}
+            sentences.append(f"Sampling {scope}, {SHOWN[score]} against the MAP's is {_placed(found)}.")
+        against = {name: each.nll_from_scaled for name, each in drawn.items() if each.nll_from_scaled is not None}
+        sentences.append(f"Against that of the MAP with scaled logits, NLL is {_placed(against)}.")
     return " ".join(sentences)
 
 
-def ensemble_markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table and the note, for a README."""
+def _placed(differences: Mapping[str, Estimate]) -> str:
+    """Names by the side of zero on which their intervals lie."""
+    kinds: dict[str, list[str]] = {"below": [], "above": [], "not told apart": []}
+    for name, each in differences.items():
+        kinds["below" if each.high < 0 else "above" if each.low > 0 else "not told apart"].append(f"{name} ({each})")
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+
+
+def ensemble_markdown(outcomes: Sequence[Outcome], run: str) -> str:
+    """The table and what it says, for a README.
+
+    Args:
+        outcomes: The result of `Ensembles.compare`.
+        run: Which run it is, in a sentence.
+
+    Returns:
+        Markdown.
+    """
+    members = next(each.search.tempering.best.num_members for each in outcomes if each.search is not None)
+    heading = (
+        f"{run} Ensembles of {members} around the best merge; each kind has the temperature, and the very members, "
+        "that validation NLL chooses for it. Test images, means over tasks; differences with 95 % intervals, paired "
+        "over test images, that hold for all rows of a column together."
+    )
     lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, *(cells(outcome) for outcome in outcomes))]
     table = [lines[0], "|---|---|" + "---:|" * (len(COLUMNS) - 2), *lines[1:]]
-    return "\n".join([*table, "", ensemble_note(outcomes)]) + "\n"
+    return "\n".join([heading, "", *table, "", ensemble_note(outcomes)]) + "\n"
 
 
 def write_paths(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -100,7 +123,7 @@ def write_paths(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
-    """Accuracy against ECE on validation over temperatures, draws and white noise: the counterpart of [BMM] Figure 4.
+    """Accuracy against ECE on validation over temperatures, every kind of ensemble: the counterpart of [BMM] Figure 4.
 
     Args:
         ensembles: What was drawn.

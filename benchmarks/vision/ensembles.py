@@ -1,17 +1,18 @@
 """Ensembles drawn from the posterior of the best merge, beside its MAP: is the merge calibrated, and at what cost?
 
 For the last layer (the two kernels that end fire9; [BMM] samples the last MLP matrix only) and for all layers:
-exact Gibbs draws at the temperature that validation NLL chooses; at the same temperature draws of Laplace's
-approximation and of the Gaussian twin, so that only the approximation or the tail differs; and white noise as the
-control, each member as far from the MAP as the Gibbs draw of that number. The point estimate to beat is the MAP with
-its logits divided by one temperature, chosen on validation too. For the last layer the noise gets its own path over
-temperatures, as in [BMM] Figure 4.
+exact Gibbs draws, draws of Laplace's approximation and of the Gaussian twin, and white noise as the control, each
+member as far from the MAP as the Gibbs draw of that number. Every one of these has the temperature that validation NLL
+chooses for it, judged with as many members as are used in the end, and the members that were judged are the ones used.
+For the last layer the whole range of temperatures is tried ([BMM] Figure 4); for all layers, where every member runs
+the whole network, the search walks from the last layer's best. The point estimate to beat is the MAP with its logits
+divided by one temperature, which minimises the same mean over tasks of the validation NLL.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -42,7 +43,7 @@ ALL, LAST = "all layers", "last layer"
 SCOPES = {ALL: "", LAST: r"fire9\.expand"}
 CUTS = {ALL: None, LAST: "backbone.fire9"}
 MAP, SCALED_MAP = "MAP", "MAP, scaled logits"
-GIBBS, LAPLACE, TWIN, NOISE = "Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise"
+KINDS = (GIBBS, LAPLACE, TWIN, NOISE) = ("Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise")
 NO_CLASS = -1e4
 """Logit of classes that a task does not have."""
 
@@ -52,18 +53,18 @@ class Budget:
     """How much is drawn. In Full coordinates temperatures are small: mixture weights hardly move, and a few steps mix.
 
     Args:
-        members: Of every ensemble on the test images; 10 in [BMM].
-        search_members: At every temperature that is tried on validation.
-        temperatures: Size of the grid of temperatures.
-        refinements: How often the grid is refined around its best point.
+        members: Of every ensemble, at every temperature that is tried on validation and in the end; 10 in [BMM].
+        temperatures: Size of the last layer's grid of temperatures.
+        refinements: How often that grid is refined around its best point.
+        walk_temperatures: Size of all layers' grid, on which the search walks from the last layer's best.
         warmup: Gibbs steps before the first member.
         thin: Gibbs steps between members.
     """
 
     members: int = 10
-    search_members: int = 4
     temperatures: int = 4
-    refinements: int = 3
+    refinements: int = 2
+    walk_temperatures: int = 16
     warmup: int = 20
     thin: int = 2
 
@@ -153,7 +154,7 @@ class Search:
         probabilities: Temperature -> task -> (n, classes), the members' mean on validation.
     """
 
-    tempering: Tempering
+    tempering: Tempering[ModelDraws]
     probabilities: Mapping[float, Mapping[str, Tensor]]
 
 
@@ -169,8 +170,11 @@ class Outcome:
         temperature: Of the posterior; None for a point estimate.
         logit_temperature: What the logits were divided by.
         mutual_information: Task -> (n,) nats; empty for a point estimate.
-        search: The search over temperatures, if there was one for this row.
-        differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval.
+        search: The search over temperatures; None for a point estimate.
+        differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval. The intervals of one
+            score hold for all rows together.
+        nll_from_scaled: Mean NLL minus that of the MAP with scaled logits, by intervals that hold for all ensembles
+            together; None for a point estimate.
     """
 
     name: str
@@ -182,6 +186,7 @@ class Outcome:
     mutual_information: Mapping[str, Tensor] = field(default_factory=dict)
     search: Search | None = None
     differences: Mapping[str, Estimate] = field(default_factory=dict)
+    nll_from_scaled: Estimate | None = None
 
     @property
     def label(self) -> str:
@@ -218,31 +223,33 @@ class Ensembles:
         Returns:
             One outcome each.
         """
-        searches = [*((scope, GIBBS) for scope in SCOPES), (LAST, NOISE)]
-        jobs = [(scope, kind) for scope in SCOPES for kind in (GIBBS, LAPLACE, TWIN, NOISE)]
         done = count()
 
         def told(result: Result) -> Result:
-            progress(next(done) + 1, len(searches) + len(jobs))
+            progress(next(done) + 1, 2 * len(SCOPES) * len(KINDS))
             return result
 
-        found = dict(zip(searches, run_all(lambda job: told(self.search(*job)), searches), strict=True))
-        ensembles = run_all(lambda job: told(self._judge(*job, found)), jobs)
-        outcomes = [*self._points(), *ensembles]
-        predictions = {each.label: each.probabilities for each in outcomes}
-        compared = compare_methods(predictions, self.test.labels, seed=self.seed)
-        point, *others = outcomes
-        return [point, *(replace(each, differences=_differences(compared, each, point)) for each in others)]
+        def searched(kind: str) -> dict[tuple[str, str], Search]:
+            last = told(self.search(LAST, kind))
+            everywhere = told(self.search(ALL, kind, start=last.tempering.temperature))
+            return {(ALL, kind): everywhere, (LAST, kind): last}
 
-    def search(self, scope: str, kind: str) -> Search:
-        """Choose a temperature by validation NLL.
+        found = {key: search for each in run_all(searched, KINDS) for key, search in each.items()}
+        jobs = [(scope, kind) for scope in SCOPES for kind in KINDS]
+        outcomes = [*self._points(), *run_all(lambda job: told(self._judge(*job, found[job])), jobs)]
+        predictions = {each.label: each.probabilities for each in outcomes}
+        return _with_differences(outcomes, compare_methods(predictions, self.test.labels, seed=self.seed))
+
+    def search(self, scope: str, kind: str, start: float | None = None) -> Search:
+        """Choose the temperature of one kind of ensemble by validation NLL.
 
         Args:
             scope: Which layers are sampled, a key of `SCOPES`.
             kind: What the members are.
+            start: Where to walk from on the finer grid; None tries the whole range.
 
         Returns:
-            The temperature with the whole path, and the ensembles' predictions along it.
+            The temperature with its members and the whole path, and the ensembles' predictions along it.
         """
         low, high = self._temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
@@ -256,12 +263,13 @@ class Ensembles:
             return self.validation.by_task(log_probabilities)
 
         tempering = temper(
-            lambda temperature: self.ensemble(scope, kind, temperature, self.budget.search_members).draws,
+            lambda temperature: self.ensemble(scope, kind, temperature, self.budget.members).draws,
             predict,
             self.validation.labels,
             (low, high),
-            num_temperatures=self.budget.temperatures,
-            refinements=self.budget.refinements,
+            num_temperatures=self.budget.temperatures if start is None else self.budget.walk_temperatures,
+            refinements=self.budget.refinements if start is None else 0,
+            start=start,
         )
         means = {point.temperature: torch.stack(tried[point.temperature]).mean(0) for point in tempering.path}
         return Search(tempering, {t: self._own(self.validation.by_task(mean)) for t, mean in means.items()})
@@ -279,28 +287,33 @@ class Ensembles:
             The ensemble.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        poe = self.design.poe.twin() if kind == TWIN else self.design.poe
-        design = replace(self.design, poe=replace(poe, temperature=temperature))
-        vectors = TaskVectors(self.suite.base, self.suite.experts)  # of its own: ensembles are drawn side by side
+        vectors, design = self._tempered(kind, temperature)
         draw = partial(sample_full, vectors, design, members, generator=generator, chains=1, pattern=SCOPES[scope])
         draws = draw(method="laplace") if kind == LAPLACE else draw(warmup=self.budget.warmup, thin=self.budget.thin)
         if kind == NOISE:
             draws = noise_control(draws, vectors, design, generator=generator)
         return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
 
-    def _judge(self, scope: str, kind: str, found: Mapping[tuple[str, str], Search]) -> Outcome:
-        """One ensemble on the test images, at the temperature found for Gibbs draws of these layers."""
-        temperature = found[scope, GIBBS].tempering.temperature
-        prediction = self.ensemble(scope, kind, temperature, self.budget.members).predict(
+    def _tempered(self, kind: str, temperature: float) -> tuple[TaskVectors, Design]:
+        """Task vectors of its own, because ensembles are drawn side by side, and the design at this temperature."""
+        poe = self.design.poe.twin() if kind == TWIN else self.design.poe
+        design = replace(self.design, poe=replace(poe, temperature=temperature))
+        return TaskVectors(self.suite.base, self.suite.experts), design
+
+    def _judge(self, scope: str, kind: str, search: Search) -> Outcome:
+        """The members that the search chose, on the test images."""
+        temperature = search.tempering.temperature
+        vectors, design = self._tempered(kind, temperature)
+        ensemble = MergedEnsemble(vectors, design, search.tempering.draws, elsewhere=self.merged)
+        prediction = ensemble.predict(
             self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
-        outcome = self._outcome(kind, self.test.by_task(prediction.probabilities))
         return replace(
-            outcome,
+            self._outcome(kind, self.test.by_task(prediction.probabilities)),
             scope=scope,
             temperature=temperature,
             mutual_information=self.test.by_task(prediction.mutual_information),
-            search=found.get((scope, kind)),
+            search=search,
         )
 
     def _points(self) -> tuple[Outcome, Outcome]:
@@ -308,9 +321,7 @@ class Ensembles:
         validation, test = (
             task_logits(self.merged, self.suite.tasks, self.suite.heads, split) for split in ("validation", "test")
         )
-        classes = max(logits.shape[1] for logits in validation.values())
-        everything = torch.cat([filled(logits, classes) for logits in validation.values()])
-        divisor = fit_logit_temperature(everything, torch.cat(list(self.validation.labels.values())))
+        divisor = fit_logit_temperature(validation, self.validation.labels)
         scaled = {task: (logits.double() / divisor).softmax(1) for task, logits in test.items()}
         point = {task: logits.double().softmax(1) for task, logits in test.items()}
         return self._outcome(MAP, point), replace(self._outcome(SCALED_MAP, scaled), logit_temperature=divisor)
@@ -337,8 +348,23 @@ class Ensembles:
         return SuiteModel(load_file(self.merged / "model.safetensors"), self.suite.heads)
 
 
-def _differences(compared: Comparison, one: Outcome, other: Outcome) -> dict[str, Estimate]:
-    return {score: compared.difference(one.label, other.label, score) for score in SCORES}
+def _with_differences(outcomes: Sequence[Outcome], compared: Comparison) -> list[Outcome]:
+    """Every way to predict minus the point estimates, which come first."""
+    point, scaled, *drawn = outcomes
+    others = [(each.label, point.label) for each in (scaled, *drawn)]
+    found = {score: compared.differences(others, score) for score in SCORES}
+    from_scaled = compared.differences([(each.label, scaled.label) for each in drawn], "nll")
+    return [
+        point,
+        *(
+            replace(
+                each,
+                differences={score: found[score][each.label, point.label] for score in SCORES},
+                nll_from_scaled=from_scaled.get((each.label, scaled.label)),
+            )
+            for each in (scaled, *drawn)
+        ),
+    ]
 
 
 def _temperature(draw: ModelDraws) -> float:

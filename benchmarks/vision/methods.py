@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmarks.vision.parallel import run_all
 from inference.fixed_point import fixed_point
-from inference.reweighting import Start
 from inference.solution import FixedPointInfo, Solution
 from poe_models import (
     Anchor,
@@ -31,9 +30,6 @@ from poe_models import (
     average,
 )
 from poe_models.anchors import TSVM, DareTies, IsoC, MergingMethod, ModuleBatch, Ties, WudiAdam
-
-SEARCH_STARTS: tuple[Start, ...] = ("twin",)
-FINAL_STARTS: tuple[Start, ...] = ("twin", "experts")
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,6 @@ def solve(
     method: Method,
     vectors: TaskVectors,
     eta: float,
-    starts: tuple[Start, ...] = FINAL_STARTS,
     centers: Mapping[str, Tensor] | None = None,
 ) -> Merge:
     """Merge every tensor; matrices of one shape are solved as one batch.
@@ -174,7 +169,6 @@ def solve(
         method: What to do.
         vectors: The task vectors.
         eta: Relative precision of the anchor; methods without experts have none and must be given 0.
-        starts: Where the fixed point starts; the lowest energy wins.
         centers: Of the anchor by module, (d_out, d_in); None for the base.
 
     Returns:
@@ -197,7 +191,7 @@ def solve(
         if rule is not None:
             return batch, rule.merge(ModuleBatch.of(updates, labels, vectors.names)), None
         center = None if centers is None else torch.stack([centers[label] for label in labels])
-        solution = fixed_point(method.design(vectors.names, eta, center), updates, starts=starts)
+        solution = fixed_point(method.design(vectors.names, eta, center), updates)
         return batch, solution.value, solution
 
     return _assemble(vectors, modules, run_all(solved, largest_first))

@@ -8,6 +8,7 @@ depend on the number of cores.
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,11 @@ def cores() -> int:
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """What it ran on, in words."""
+    return f"{cores()} {'core' if cores() == 1 else 'cores'} of a {platform.machine()} CPU"
 
 
 def run_all(

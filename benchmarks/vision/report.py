@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.vision.evaluate import Scores, mean_scores
+from benchmarks.vision.parallel import machine
 from benchmarks.vision.search import Settings
 
 MEAN = "mean"
@@ -136,13 +137,36 @@ def tail_table(pairs: Sequence[tuple[Row, Row]]) -> Table:
     return table
 
 
+def run_note(training_seeds: Sequence[int], seed: int) -> str:
+    """Which run the numbers are of; they differ between machines and seeds.
+
+    Args:
+        training_seeds: Of the experts' trainings, different ones only.
+        seed: Of searches, draws and resamples.
+    """
+    trained = f"training seed {', '.join(map(str, training_seeds))}, " if training_seeds else ""
+    return f"One run ({trained}seed {seed} of searches and draws, {machine()}): other runs give other numbers."
+
+
+def best_note(best: Row, other: Row) -> str:
+    """How the merge that validation chose compares with another on the test images, which had no part in the choice."""
+    gap, error = paired_difference(best, other)
+    return (
+        f"{best.name} was chosen on validation among the products of experts. On test images, independent of that, its "
+        f"accuracy less that of {other.name} is {100 * gap:+.1f} ± {100 * error:.1f} points (one standard error, "
+        "paired over images). Which row leads on the test images themselves was not settled beforehand: of so many "
+        "rows some lead by chance."
+    )
+
+
 def selection_note(row: Row, validation_sizes: Sequence[int]) -> str:
     """How well validation can tell two settings apart: the binomial standard error of its mean accuracy."""
     p = row.validation or 0.0
     error = sum(p * (1 - p) / size for size in validation_sizes) ** 0.5 / len(validation_sizes)
     return (
         f"λ and η were chosen by validation accuracies with a standard error of {100 * error:.1f} points, so rows may "
-        "differ by their settings more than by their method. Twins are merged at the same settings."
+        "differ by their settings more than by their method. Twins are merged at the same settings; their standard "
+        "errors are each of one pair by itself, and of several pairs one may be off by two."
     )
 
 

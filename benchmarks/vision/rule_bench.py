@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.vision.calibration import Calibration
 from benchmarks.vision.evaluate import Scores, evaluate, mean_scores, task_logits
-from benchmarks.vision.methods import MAPS, SEARCH_STARTS, Merge, Method, solve
+from benchmarks.vision.methods import MAPS, Merge, Method, solve
 from benchmarks.vision.rulebook import RULES, Rule
 from benchmarks.vision.search import Settings, search
 from benchmarks.vision.train import Suite
@@ -113,7 +113,7 @@ class Bench:
         """The tuned MAP under each residual map, anchored at a merge."""
         return {
             each.family: self.tune(
-                lambda s, each=each: solve(each, self.vectors, s.eta, SEARCH_STARTS, centers),  # type: ignore[misc]
+                lambda s, each=each: solve(each, self.vectors, s.eta, centers),  # type: ignore[misc]
                 each.tuned,
                 first=FIRST,
             )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.vision.demo import MERGED
-from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, filled
+from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles
 from benchmarks.vision.evaluate import backbone, task_logits
 from benchmarks.vision.methods import METHODS
 from benchmarks.vision.model import preprocess
@@ -43,18 +43,20 @@ class Best:
     Args:
         name: Of the method.
         design: With λ and η.
-        temperature: Of the last layer's posterior.
+        temperatures: Of the last layer's ensembles, by kind.
+        members: Of each, with which its temperature was chosen.
         merged: The MAP as a checkpoint folder.
     """
 
     name: str
     design: Design
-    temperature: float
+    temperatures: Mapping[str, float]
+    members: int
     merged: Path
 
 
 def read_demo(folder: Path, names: Sequence[str]) -> Best:
-    """The demo's best product of experts on validation, and the last layer's temperature with the lowest NLL there.
+    """The demo's best product of experts on validation, and each ensemble's temperature with the lowest NLL there.
 
     Args:
         folder: The demo's output folder.
@@ -75,10 +77,16 @@ def read_demo(folder: Path, names: Sequence[str]) -> Best:
         rows = [row for row in csv.DictReader(file) if row["task"] == MEAN and row["method"] in methods]
     best = max(rows, key=lambda row: float(row["validation_accuracy"]))
     with files[1].open(newline="", encoding="utf-8") as file:
-        path = [row for row in csv.DictReader(file) if (row["members"], row["sampled"]) == (GIBBS, SCOPE)]
-    coldest_best = min(path, key=lambda row: (float(row["nll"]), float(row["temperature"])))
+        tried = [row for row in csv.DictReader(file) if row["sampled"] == SCOPE]
+    chosen = {kind: _coldest_best([row for row in tried if row["members"] == kind]) for kind in ENSEMBLES}
+    temperatures = {kind: float(row["temperature"]) for kind, row in chosen.items()}
     design = Design(methods[best["method"]].design(names, float(best["eta"])), float(best["scale"]))
-    return Best(best["method"], design, float(coldest_best["temperature"]), folder / MERGED)
+    return Best(best["method"], design, temperatures, int(chosen[GIBBS]["num_members"]), folder / MERGED)
+
+
+def _coldest_best(path: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """The row of a path with the lowest NLL."""
+    return min(path, key=lambda row: (float(row["nll"]), float(row["temperature"])))
 
 
 class Shift:
@@ -88,7 +96,7 @@ class Shift:
         suite: Tasks, heads and experts.
         best: The merge.
         seed: Of draws and of the noise in images.
-        budget: Members, and how they are drawn.
+        budget: How members are drawn.
     """
 
     def __init__(self, suite: Suite, best: Best, seed: int, budget: Budget) -> None:
@@ -103,7 +111,7 @@ class Shift:
         ensembles = Ensembles(self.suite, self.best.design, self.best.merged, self.seed, self.budget)
 
         def drawn(kind: str) -> list[nn.Module]:
-            ensemble = ensembles.ensemble(SCOPE, kind, self.best.temperature, self.budget.members)
+            ensemble = ensembles.ensemble(SCOPE, kind, self.best.temperatures[kind], self.best.members)
             return [_last_layer(state) for state in ensemble.members()]
 
         self.layers |= dict(zip(ENSEMBLES, run_all(drawn, ENSEMBLES), strict=True))
@@ -157,9 +165,8 @@ class Shift:
     def scaled(self, point: Predictions) -> Predictions:
         """The MAP's predictions with logits divided by what is best on validation."""
         logits = task_logits(self.best.merged, self.suite.tasks, self.suite.heads, "validation")
-        labels = torch.cat([task.splits["validation"].labels for task in self.suite.tasks.values()])
-        classes = max(len(head.bias) for head in self.suite.heads.values())
-        divisor = fit_logit_temperature(torch.cat([filled(each, classes) for each in logits.values()]), labels)
+        labels = {name: task.splits["validation"].labels for name, task in self.suite.tasks.items()}
+        divisor = fit_logit_temperature(logits, labels)
         return {
             condition: {
                 task: mixture((each.probabilities.log() / divisor).softmax(1).unsqueeze(0))

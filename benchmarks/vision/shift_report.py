@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.vision.ensembles import GIBBS, MAP, SCALED_MAP
-from benchmarks.vision.rule_report import interval, machine, markdown_table, signed
+from benchmarks.vision.parallel import machine
+from benchmarks.vision.rule_report import interval, markdown_table, signed
 from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, ENSEMBLES, OTHERS, Condition, Predictions
 from diagnostics.comparison import SCORES, Comparison, compare_methods
 from diagnostics.corruptions import CORRUPTIONS, SEVERITIES
@@ -56,7 +57,7 @@ def write_report(
         f"`{command}` in {seconds:.0f} seconds on {machine()}, after `make demo`.",
         f"Test images as they are and under {len(CORRUPTIONS)} corruptions ({', '.join(CORRUPTIONS)}), at severities "
         "1, 3 and 5 of Hendrycks and Dietterich (2019); means over tasks and corruptions, NLL in nats, ECE in 20 bins. "
-        "Brackets are 95 % intervals of the difference to the MAP, paired over test images.",
+        "Brackets are 95 % intervals of the difference to the MAP, paired over test images, each by itself.",
         severity_table(scored),
         corruption_verdict(scored),
         "By corruption, at severity 5:",

@@ -77,6 +77,11 @@ class Suite:
     records: Mapping[str, dict[str, Any]]
     skipped: Mapping[str, str]
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Different seeds of the experts' trainings, as far as they are recorded."""
+        return tuple(sorted({record["recipe"]["seed"] for record in self.records.values()}))
+
 
 def fit_head(state: Mapping[str, Tensor], task: Task, c: float) -> Head:
     """Logistic regression on the base's features of the few-shot split.

@@ -75,7 +75,7 @@ def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> A
     """
     ax = axes_of(ax, (7.2, 4.2))
     place = np.arange(len(result.modules))
-    for index, (name, values) in enumerate((("bound L ([PoE] Eq. 26)", result.bound), ("exact rate", result.rate))):
+    for index, (name, values) in enumerate((("bound L ([PoE] Eq. 41)", result.bound), ("exact rate", result.rate))):
         ax.semilogy(place, np.maximum(values, ROUNDING), label=name, **line_style(index))
     ax.axhline(1, color="black", linewidth=1, linestyle=":", label="1: no contraction above")
     ax.set(ylabel="contraction per plain step")
