@@ -3,7 +3,7 @@
 `python -m benchmarks.tails` draws 500 residuals from each of five distributions, a hundred times, compares all six
 families by leave-one-out and writes `benchmarks/results/tails.md`: how often the true family, or one that nests it, is
 within two standard errors of the best, and how often the right one of two families that do not nest wins when they
-differ by more than four standard errors. Last, whether the null control takes a mixture of Gaussians for a heavy tail.
+differ by more than four standard errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from diagnostics.tails import FAMILIES, Family, TailComparison, fit_tails, null_control
+from diagnostics.tails import FAMILIES, Family, TailComparison, fit_tails
 from diagnostics.tails.families import CAUCHY, GAUSSIAN, STUDENT_T, Array
 
 Draw = Callable[[np.random.Generator, int], Array]
@@ -100,22 +100,7 @@ def score(truth: Truth, seeds: int, size: int = 500) -> Score:
     return result
 
 
-def null_rates(seeds: int, groups: int = 20, size: int = 50) -> dict[str, tuple[float, float]]:
-    """How often Student-t beats Gaussian in the pooled fit, and how often the null control calls it heavy-tailed."""
-    rates = {}
-    for name, draw in {"Gaussian": TRUTHS[0].draw, "Student-t, ν = 4": TRUTHS[2].draw}.items():
-        pooled, flagged = 0, 0
-        for seed in range(seeds):
-            rng = np.random.default_rng(seed)
-            sample = [scale * draw(rng, size) for scale in np.exp(rng.normal(size=groups))]
-            comparison = fit_tails(np.concatenate(sample), ["Gaussian", "Student-t"], seed=seed)
-            pooled += "Gaussian" not in comparison.tie_set
-            flagged += null_control(sample, seed=seed).heavy_tailed
-        rates[name] = (pooled / seeds, flagged / seeds)
-    return rates
-
-
-def report(scores: dict[str, Score], rates: dict[str, tuple[float, float]], seconds: float, null_seeds: int) -> str:
+def report(scores: dict[str, Score], seconds: float) -> str:
     """The page."""
     seeds = next(iter(scores.values())).seeds
     lines = [
@@ -137,14 +122,6 @@ def report(scores: dict[str, Score], rates: dict[str, tuple[float, float]], seco
         )
     lines += [
         "",
-        f"Twenty groups of fifty residuals, each group with a scale of its own (log-normal, σ = 1), {null_seeds} "
-        "seeds. *pooled*: the pooled fit puts Student-t beyond two standard errors of Gaussian. *flagged*: the null "
-        "control says heavy-tailed, at the level 0.01.",
-        "",
-        "| groups of | pooled | flagged |",
-        "|---|---:|---:|",
-        *(f"| {name} | {pooled:.0%} | {flagged:.0%} |" for name, (pooled, flagged) in rates.items()),
-        "",
     ]
     return "\n".join(lines)
 
@@ -154,7 +131,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tails.md"))
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--null-seeds", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
@@ -163,8 +139,7 @@ def main() -> None:
     for truth in TRUTHS:
         scores[truth.name] = score(truth, arguments.seeds)
         console.print(f"{truth.name}: {scores[truth.name].covered} of {arguments.seeds} covered")
-    rates = null_rates(arguments.null_seeds)
-    text = report(scores, rates, time.process_time() - started, arguments.null_seeds)
+    text = report(scores, time.process_time() - started)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
     console.print(text, markup=False)

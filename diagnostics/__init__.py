@@ -39,6 +39,7 @@ from diagnostics.shift import (
     under_corruption,
 )
 from diagnostics.soft_labels import SoftLabelScores, soft_label_scores
+from diagnostics.surround import surround_verdict
 from diagnostics.tails import (
     FamilyResult,
     Fit,
@@ -47,6 +48,7 @@ from diagnostics.tails import (
     NullControl,
     PooledTails,
     Quantiles,
+    Surrogates,
     TailComparison,
     TailDraws,
     TailPosterior,
@@ -58,6 +60,7 @@ from diagnostics.tails import (
     nuts_posterior,
     pooled_tails,
     quantiles,
+    surrogate_residuals,
     tail_posterior,
     tail_program,
     tails_by,
@@ -100,6 +103,7 @@ __all__ = [
     "ShiftComparison",
     "ShiftDetection",
     "SoftLabelScores",
+    "Surrogates",
     "TailComparison",
     "TailDraws",
     "TailPosterior",
@@ -145,6 +149,8 @@ __all__ = [
     "scale_logits",
     "soft_label_scores",
     "solution_records",
+    "surrogate_residuals",
+    "surround_verdict",
     "tail_posterior",
     "tail_program",
     "tails_by",

@@ -21,6 +21,7 @@ from diagnostics.plots.convergence import (
 from diagnostics.plots.experts import plot_expert_weights, plot_forest
 from diagnostics.sensitivity import GammaSensitivity
 from diagnostics.verdicts import Verdict
+from poe_models._span_labels import MERGE
 
 __all__ = ["convergence_section"]
 
@@ -29,6 +30,7 @@ def convergence_section(
     fixed_point: FixedPointConvergence | None,
     chains: ChainConvergence | None = None,
     coefficients: CoefficientIntervals | None = None,
+    around: Verdict | None = None,
     sensitivity: GammaSensitivity | None = None,
 ) -> Section:
     """Solver, chains and sensitivity, as far as they are there.
@@ -37,6 +39,7 @@ def convergence_section(
         fixed_point: of the merge.
         chains: of draws.
         coefficients: of Span draws.
+        around: what was found of the centre of the draws.
         sensitivity: to gamma.
 
     Returns:
@@ -47,12 +50,16 @@ def convergence_section(
     if fixed_point is not None:
         verdicts += fixed_point.verdicts
         blocks += _solver_blocks(fixed_point)
+    if around is not None:
+        verdicts.append(around)
     if chains is not None:
         verdicts += chains.verdicts
         blocks += _chain_blocks(chains)
     if coefficients is not None:
         caption = (
             "How much of each task the posterior puts into each module; a wide interval is a task it is unsure of."
+            if MERGE not in coefficients.updates
+            else "What the posterior adds to the merge of each module: at the merge all are 0 but 'merge', which is 1."
         )
         blocks.append(Plot(plot_forest(coefficients), caption))
     if sensitivity is not None:

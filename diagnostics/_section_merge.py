@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from diagnostics._page import Block, Details, Facts, Section, Table
 from diagnostics.verdicts import Level, Verdict
 from inference._folder import rounding_of, short_source
+from inference.retention import ExpertRetention, concerns, totals_of
 
 __all__ = ["merge_section"]
 
@@ -53,13 +55,15 @@ def _merge_section(record: Mapping[str, Any]) -> Section:
         ("Computed in", f"{record['compute_dtype']} on {record['device']}, seed {record['seed']}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
     ]
+    experts_kept = totals_of(record)
     blocks: list[Block] = [
         Facts(facts),
         *(_design_table(index, design, len(record["designs"])) for index, design in enumerate(record["designs"])),
+        *_kept_table(experts_kept),
         Details("Treatment of each tensor", [_treatments(tensors)]),
         Details("Digests of the inputs", [_digests(inputs)]),
     ]
-    return Section("What was merged", _rounding(tensors), blocks)
+    return Section("What was merged", [*_kept(experts_kept), *_rounding(tensors)], blocks)
 
 
 def _sources(entries: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -110,6 +114,26 @@ def _digests(inputs: Mapping[str, Any]) -> Table:
         for file, digest in entry.get("sha256", {}).items()
     ]
     return Table("Sha256 of the inputs", ("input", "file", "sha256"), rows)
+
+
+def _kept(experts: Sequence[ExpertRetention]) -> list[Verdict]:
+    """Experts that the merge passed by, and merges that are little more than the base or one expert."""
+    if not any(math.isfinite(each.kept) for each in experts):
+        return []
+    found = [Verdict("experts", Level.CAUTION, text) for text in concerns(experts)]
+    least = min((each for each in experts if math.isfinite(each.kept)), key=lambda each: each.kept)
+    text = f"every expert has its share; the least kept is {least.name!r}, with {least.kept:.0%} of its update."
+    return found or [Verdict("experts", Level.GOOD, text)]
+
+
+def _kept_table(experts: Sequence[ExpertRetention]) -> list[Block]:
+    rows = [[each.name, *map(_share, (each.kept, each.residual_left, each.length))] for each in experts]
+    header = ("expert", "of its update kept", "of its squared residual left", "length of the merge over its own")
+    return [Table("What the merge kept of each expert", header, rows)] if rows else []
+
+
+def _share(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "unknown"
 
 
 def _rounding(tensors: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -16,17 +16,18 @@ from diagnostics.plots.tails import (
 from diagnostics.residuals import Residuals
 from diagnostics.tails import TailComparison, hill, log_density, quantiles
 from diagnostics.tails.comparison import with_error
-from diagnostics.tails.pooled import PooledTails
+from diagnostics.tails.pooled import NO_SURROGATES, PooledTails
 from diagnostics.verdicts import Level, Verdict
 
 __all__ = ["tails_section"]
 
+SURROGATE = "Residuals within modules of the same merge of Gaussian updates"
 CENTRED = 0.1
 """Robust scales up to which an offset of the residuals is none."""
 
 
 def tails_section(residuals: Residuals | None, tails: PooledTails | None, measured: str = "") -> Section:
-    """Residuals of the merge, and their tails beside the null controls.
+    """Residuals of the merge, and their tails beside the null control.
 
     Args:
         residuals: of the merge.
@@ -49,12 +50,18 @@ def tails_section(residuals: Residuals | None, tails: PooledTails | None, measur
 
 def _tail_verdicts(tails: PooledTails) -> list[Verdict]:
     fits = (("tails, pooled", tails.pooled), ("tails within modules", tails.standardised))
-    named = (*fits, ("null control", tails.null))
     return [
+        _null_verdict(tails),
         Verdict("offset", Level.NOTE, _offset(tails.offset)),
-        *(Verdict(about, Level.UNKNOWN if each.warnings else Level.NOTE, f"{each.verdict}.") for about, each in named),
+        *(Verdict(about, Level.UNKNOWN if each.warnings else Level.NOTE, f"{each.verdict}.") for about, each in fits),
         *(Verdict(about, Level.CAUTION, f"{'; '.join(fit.notes)}.") for about, fit in fits if fit.notes),
     ]
+
+
+def _null_verdict(tails: PooledTails) -> Verdict:
+    if tails.null is None:
+        return Verdict("null control", Level.NOTE, f"{NO_SURROGATES}.")
+    return Verdict("null control", Level.UNKNOWN if tails.null.warnings else Level.NOTE, f"{tails.null.verdict}.")
 
 
 def _offset(offset: float) -> str:
@@ -68,18 +75,18 @@ def _tail_blocks(tails: PooledTails) -> list[Block]:
     pooled, own = tails.pooled, tails.standardised
     shown = [own.result(name).fit for name in dict.fromkeys((own.best.name, "Gaussian"))]
     note = (
-        "Pooling modules of different size makes a heavy tail out of Gaussians: read the pooled fit beside the one "
-        "within modules (each residual less the location and over the robust scale of its module and expert), the "
-        "simulated Gaussians, and the null control."
+        "Pooling modules of different size makes a heavy tail out of Gaussians, and rows of different size within a "
+        "module do so, too. Read the fits (within modules: each residual less the location and over the robust scale "
+        "of its module and expert) beside the null control, the same merge of Gaussian updates with the row and "
+        "column sizes of the real ones, and the same fit to what that leaves."
     )
+    surrogate = [] if tails.surrogate is None else [_family_table(SURROGATE, tails.surrogate)]
     densities = [log_density(each.values, [result.fit for result in each.results]) for each in (pooled, own)]
     return [
         Text(note),
         _family_table("Pooled residuals, in units of the experts' scales", pooled),
         _family_table("Residuals within modules", own),
-        _family_table(
-            "Simulated Gaussians with the location and scale of each module and expert, pooled", tails.simulated
-        ),
+        *surrogate,
         Plot(plot_residual_histogram(pooled), "Pooled residuals with fitted densities."),
         Plot(plot_log_density(densities[0]), "The same as log densities: a Gaussian is a parabola."),
         Plot(plot_log_density(densities[1]), "Within modules: what is left of the tail."),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from inference.draws import Draws, StoredDraws
 from inference.evidence import radial_normalizer
+from inference.merge_distance import MergeDistance
+from inference.model_draws import SpanDraws
 from inference.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
@@ -30,11 +32,10 @@ __all__ = [
     "compare_leave_one_out",
     "energy_fraction",
     "leave_one_out",
+    "merge_attributes",
     "to_inference_data",
 ]
 
-CENTER = "center"
-"""Name of the last entry of the basis: the coefficient of the anchor's centre."""
 FEWEST_CHAINS, FEWEST_DRAWS = 4, 100
 
 
@@ -85,6 +86,10 @@ def to_inference_data(
         modules: names of the modules of a Full posterior; numbered if not given.
         include_update: put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
 
+    Attributes of the whole say what the draws are: ``coordinates_of_draws``, ``sampler``, ``temperature``, and
+    where the span goes through a merge, how far their centre is from it (``merge_distance``, in standard deviations of
+    the draws).
+
     Returns:
         An `arviz.InferenceData`.
 
@@ -123,7 +128,7 @@ def to_inference_data(
         dims=_dims(draws),
     )
     data.constant_data["temperature"] = posterior.temperature  # `from_dict` makes an array of a number
-    data.attrs |= _attributes(posterior, statistics)
+    data.attrs |= _attributes(draws, posterior, coordinates, statistics)
     return data
 
 
@@ -151,7 +156,7 @@ def _posterior(
     if coordinates is not None:
         assert statistics is not None
         coefficients = coordinates.coefficients(stacked["latents"])
-        variables = {"coefficients": coefficients[..., : len(_basis(statistics))], **variables}
+        variables = {"coefficients": coefficients[..., _varying(statistics)], **variables}
     elif include_update:
         variables = {"update": stacked["latents"], **variables}
     return stacked["residuals"], variables
@@ -207,9 +212,9 @@ def _constants(posterior: Posterior, statistics: SpanStatistics | None, dimensio
         "anchor_precision": posterior.anchor_precision,
     }
     if statistics is not None:
-        size = len(_basis(statistics))
-        constants["gram"] = statistics.gram[:, :size, :size]
-        constants["forms"] = statistics.forms[..., :size, :size]
+        kept = _varying(statistics)
+        constants["gram"] = statistics.gram[:, kept][:, :, kept]
+        constants["forms"] = statistics.forms[..., kept, :][..., kept]
         constants["mean_curvature"] = statistics.mean_curvature
     return {name: _array(value) for name, value in constants.items()}
 
@@ -233,23 +238,54 @@ def _dims(draws: Draws) -> dict[str, list[str]]:
 
 
 def _basis(statistics: SpanStatistics | None) -> list[str]:
-    """Names of the coefficients; a centre that is zero everywhere has none, for its coefficient is always zero."""
-    if statistics is None:
-        return []
-    centered = bool((statistics.gram[:, -1, -1] > 0).any())
-    return [*statistics.updates, *([CENTER] if centered else [])]
+    """Names of the coefficients."""
+    return [] if statistics is None else [statistics.basis[place] for place in _varying(statistics)]
 
 
-def _attributes(posterior: Posterior, statistics: SpanStatistics | None) -> dict[str, str]:
-    """What netCDF can keep: text."""
-    attributes = {
+def _varying(statistics: SpanStatistics) -> list[int]:
+    """Positions of the coefficients, without that of a centre that is zero everywhere, which is always zero."""
+    center = len(statistics.updates)
+    centered = bool((statistics.gram[:, center, center] > 0).any())
+    return [place for place in range(len(statistics.basis)) if place != center or centered]
+
+
+def _attributes(
+    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates | None, statistics: SpanStatistics | None
+) -> dict[str, str | float]:
+    """What netCDF can keep: text and numbers."""
+    attributes: dict[str, str | float] = {
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
+        "coordinates_of_draws": "full" if statistics is None else "span",
+        "sampler": draws.sampler or "unknown",
+        "temperature": posterior.fixed_temperature,
         "energies": "; ".join(f"{expert.name}: {_plain(expert)}" for expert in posterior.experts),
     }
     if statistics is not None:
         attributes["residual_maps"] = "; ".join(statistics.residual_maps)
         attributes["statistics_digest"] = statistics_digest(statistics)
+        attributes["around"] = "the MAP of the span" if statistics.through is None else "the merge"
+        assert coordinates is not None
+        named = SpanDraws.of(draws, coordinates, statistics)
+        if named.from_merge is not None:
+            attributes |= merge_attributes(named.from_merge)
     return attributes
+
+
+def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
+    """How far draws are from the merge, as attributes of their InferenceData.
+
+    Args:
+        found: the distances of all modules.
+
+    Returns:
+        The largest with its module, and the mean over modules, in standard deviations of the draws.
+    """
+    return {
+        "merge_distance": found.worst,
+        "merge_distance_module": found.where,
+        "merge_distance_mean": found.typical,
+        "merge_displacement_share": found.share,
+    }
 
 
 def _plain(expert: BoundExpert) -> str:

@@ -34,7 +34,6 @@ ESS = (400.0, 100.0)
 ENERGY_FRACTION = 0.3
 """E-BFMI below which the momentum's refreshment is too weak for the energy's range (Betancourt, 2016)."""
 DIVERGENT_SHARE = 0.01
-CENTER = "center"
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,9 +230,7 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
 def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """What draws are judged by, ``(C, S, M, K)``, where a module lacks it, ``(M, K)``, and its names."""
     if isinstance(draws, SpanDraws):
-        centered = bool((draws.squared_norms[:, -1] > 0).any())
-        names = (*draws.updates, *((CENTER,) if centered else ()))
-        values = draws.coefficients[..., : len(names)]
+        values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
         return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
     if not isinstance(draws, FullDraws) or draws.method != "gibbs":
         raise ValueError(

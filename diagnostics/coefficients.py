@@ -13,11 +13,12 @@ __all__ = ["CoefficientIntervals", "coefficient_intervals"]
 
 @dataclass(frozen=True, eq=False)
 class CoefficientIntervals:
-    """Posterior quantiles of the coefficients of ``K`` updates in ``M`` modules; float64 ``(M, K)`` arrays.
+    """Posterior quantiles of ``K`` coefficients in ``M`` modules; float64 ``(M, K)`` arrays.
 
     Attributes:
         modules: names.
-        updates: names of the updates, then of the anchor's centre where it has one.
+        updates: names of the updates, then of the anchor's centre where it has one, then of a merge that the span goes
+            through; a draw at that merge has a one there, and zeros at the updates.
         median: of all chains together.
         low: lower end of the central interval.
         high: upper end.
@@ -56,8 +57,7 @@ def coefficient_intervals(draws: SpanDraws, confidence: float = 0.9) -> Coeffici
             f"`coefficient_intervals({type(draws).__name__}, confidence={confidence})`: give Span draws, which have "
             "coefficients, and a level between 0 and 1."
         )
-    centered = bool((draws.squared_norms[:, -1] > 0).any())
-    names = (*draws.updates, *(("center",) if centered else ()))
-    values = draws.coefficients[..., : len(names)].detach().cpu().double().numpy()
+    names = tuple(draws.basis[place] for place in draws.varying)
+    values = draws.coefficients[..., draws.varying].detach().cpu().double().numpy()
     low, median, high = np.quantile(values, [(1 - confidence) / 2, 0.5, (1 + confidence) / 2], axis=(0, 1))
     return CoefficientIntervals(draws.modules, names, median, low, high, confidence)

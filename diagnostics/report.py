@@ -39,6 +39,7 @@ def report(
     fixed_point: FixedPointConvergence | None = None,
     chains: ChainConvergence | None = None,
     coefficients: CoefficientIntervals | None = None,
+    around: Verdict | None = None,
     sensitivity: GammaSensitivity | None = None,
     residuals: Residuals | None = None,
     tails: PooledTails | None = None,
@@ -57,6 +58,7 @@ def report(
         fixed_point: convergence of the solver.
         chains: convergence of draws.
         coefficients: of Span draws.
+        around: what `surround_verdict` says of draws.
         sensitivity: to gamma.
         residuals: of the merge.
         tails: of the residuals.
@@ -76,8 +78,8 @@ def report(
     sections = []
     if record is not None:
         sections.append(merge_section(record))
-    if any(result is not None for result in (fixed_point, chains, coefficients, sensitivity)):
-        sections.append(convergence_section(fixed_point, chains, coefficients, sensitivity))
+    if any(result is not None for result in (fixed_point, chains, coefficients, around, sensitivity)):
+        sections.append(convergence_section(fixed_point, chains, coefficients, around, sensitivity))
     if residuals is not None or tails is not None:
         sections.append(tails_section(residuals, tails, measured))
     if predictions is not None:

@@ -7,7 +7,8 @@ the merged update, ``gibbs_posterior``, ``hmc`` and ``nuts`` that of a bound pos
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
-draws into models. ``temper`` chooses the temperature, ``compare_designs`` ranks designs by their evidence, and
+draws into models. Both kinds of posterior draws surround what ``merge_checkpoint`` writes, and ``distance_from_merge``
+says whether they do. ``temper`` chooses the temperature, ``compare_designs`` ranks designs by their evidence, and
 ``hierarchical`` infers scales and tails.
 """
 
@@ -31,6 +32,7 @@ from inference.hierarchical import HierarchicalDraws, HierarchicalModel, hierarc
 from inference.hmc import hmc
 from inference.laplace import DenseLaplace, Laplace, laplace
 from inference.lbfgs import minimize
+from inference.merge_distance import MergeDistance
 from inference.method_design import MethodDesign
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
@@ -40,6 +42,7 @@ from inference.reweighting import SolverOptions
 from inference.solution import Solution, Status
 from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from inference.streaming import MergeReport, merge_checkpoint, plan
+from inference.surrounding import distance_from_merge
 from inference.tempering import TemperaturePoint, Tempering, fit_logit_temperature, temper, temperature_range
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "HierarchicalModel",
     "Laplace",
     "MemberPredictor",
+    "MergeDistance",
     "MergeReport",
     "MergedEnsemble",
     "MethodDesign",
@@ -72,6 +76,7 @@ __all__ = [
     "annealed_evidence",
     "collect_statistics",
     "compare_designs",
+    "distance_from_merge",
     "fit_logit_temperature",
     "fixed_point",
     "gibbs",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from inference.design import Design
-from inference.full_draws import design_text, warn_of_changes
+from inference.design import Design, design_text
+from inference.full_draws import warn_of_changes
 from inference.method_design import AnyDesign, MethodDesign
 from inference.method_draws import MethodDraws, method_text
-from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from poe_models._span_labels import merge_label
 from poe_models.task_vectors import TaskVectors
 
 
@@ -34,8 +35,10 @@ def check_designs(draws: ModelDraws, designs: Mapping[str, AnyDesign], task_vect
                 f"{design.method!r}. Give the product that it was drawn from, or draw seeds: `MethodDraws.of`."
             )
         products[name] = design
+    assert isinstance(draws, PosteriorDraws)
     if isinstance(draws, SpanDraws):
         _check_order(draws, products)
+    _check_merge(draws, products)
     if isinstance(draws, FullDraws):
         _check_full(draws, products, task_vectors)
 
@@ -69,6 +72,27 @@ def _check_methods(draws: MethodDraws, designs: Mapping[str, AnyDesign], task_ve
                 f"`MergedEnsemble(...)`: {name!r} was drawn by {json.loads(text)['method']}, and is merged by {now} "
                 "here. Give the method of the draws, with what it was given or has learned; only its seed may differ."
             )
+
+
+def _check_merge(draws: PosteriorDraws, designs: Mapping[str, Design]) -> None:
+    """Refuse draws that are drawn around something else than what the design merges to."""
+    where = {"full": "the MAP in Full coordinates", "span": "the MAP in Span coordinates"}
+    for name in draws.modules:
+        merged = designs[name].coordinates
+        if merged != draws.surrounds:
+            raise ValueError(
+                f"`MergedEnsemble(...)`: the draws of {name!r} are around {where[draws.surrounds]}, the design's "
+                f"merge is {where[merged]}, which may lie far away (`distance_from_merge` says how far). Draw "
+                "around it (`collect_statistics(task_vectors, design)` or `sample_full`), or give a `Design` with "
+                f"coordinates={draws.surrounds!r}."
+            )
+    if isinstance(draws, SpanDraws):
+        for name, text in zip(draws.modules, draws.designs, strict=False):
+            if merge_label(designs[name].poe) != text:
+                raise ValueError(
+                    f"`MergedEnsemble(...)`: the draws of {name!r} go through the merge of another design ({text}; "
+                    f"here it is {merge_label(designs[name].poe)}). Give the design that they were drawn with."
+                )
 
 
 def _check_order(draws: SpanDraws, designs: Mapping[str, Design]) -> None:

@@ -17,7 +17,7 @@ from inference._folder import RECORD, companion_files
 from inference._member_tensors import MemberTensors
 from inference._output import OutputError, check_output, check_space
 from inference._staging import Staging
-from inference.full_draws import design_text
+from inference.design import design_text
 from inference.method_design import MethodDesign
 from inference.model_draws import ModelDraws
 from poe_models.checkpoints import Checkpoint, open_checkpoint

@@ -1,4 +1,4 @@
-"""The tensors of an ensemble's members, one at a time: drawn, the MAP, averaged or the base's."""
+"""The tensors of an ensemble's members, one at a time: drawn, the merge's, averaged or the base's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from inference._draw_checks import check_designs, designs_of
 from inference._method_members import MethodMembers
-from inference._modules import Module, module_names, read_modules
+from inference._modules import Module, merged_update, module_names, read_modules
 from inference.design import Design
 from inference.method_design import AnyDesigns, MethodDesign, as_any_function
 from inference.method_draws import MethodDraws
-from inference.model_draws import ModelDraws, PosteriorDraws
+from inference.model_draws import ModelDraws, PosteriorDraws, SpanDraws
 from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from poe_models.operators import sum_of_squares
 from poe_models.task_vectors import ModuleUpdates, Source, TaskVectors
@@ -63,6 +63,8 @@ class MemberTensors:
         self.sampled = tuple(tensor for tensor, names in self._modules.items() if own.intersection(names))
         self.shared = tuple(name for name in task_vectors.treatments if name not in self.sampled)
         self._check_draws()
+        if isinstance(draws, PosteriorDraws) and (text := draws.far_from_merge) is not None:
+            warnings.warn(text, stacklevel=3)
         self._checked: set[str] = set()
         self._shared_tensors: dict[str, Tensor] | None = None
         self._shared_blocks: dict[str, Tensor] = {}
@@ -155,7 +157,7 @@ class MemberTensors:
                 self._check_weights(module)
                 blocks.append(module.base + design.scaling * self._update(module, draw))
             else:
-                blocks.append(self._shared_block(tensor, module, partial(_map, module, design, self.draws)))
+                blocks.append(self._shared_block(tensor, module, partial(_merged_weights, module, design)))
         return blocks
 
     def _merged(self, tensor: str, draw: ModelDraws | None) -> list[Tensor]:
@@ -174,7 +176,10 @@ class MemberTensors:
         assert isinstance(draw, PosteriorDraws)
         if not draw.uses_modes:
             return draw.update(module, 0)
-        module = replace(module, known_mode=self._modes.get(module.name))
+        known = self._modes.get(module.name)
+        module = replace(module, known_mode=known)
+        if known is None and isinstance(draw, SpanDraws):
+            _check_merge(module, draw)
         self._modes[module.name] = module.mode
         return draw.update(module, 0)
 
@@ -228,16 +233,19 @@ class MemberTensors:
         return checkpoint
 
 
-def _map(module: Module, design: Design, draws: ModelDraws) -> Tensor:
-    """``W_0 + λ Z`` at the MAP, in the coordinates of the draws if they are a posterior's."""
-    coordinates = draws.coordinates if isinstance(draws, PosteriorDraws) else design.coordinates
-    alone = replace(design, poe=module.poe, center=None, coordinates=coordinates)
-    factors = module.low_rank
-    low_rank = None if factors is None else (factors[0].unsqueeze(0), factors[1].unsqueeze(0))
-    solution = alone.solve(module.updates.unsqueeze(0), low_rank)
-    if not solution.status[0].converged:
-        warnings.warn(f"the MAP of {module.name!r}, which is not sampled: {solution.status[0]}", stacklevel=2)
-    return module.base + design.scaling * solution.value[0]
+def _merged_weights(module: Module, design: Design) -> Tensor:
+    """``W_0 + λ Z_*``, as the merge has it."""
+    return module.base + design.scaling * merged_update(module, design)
+
+
+def _check_merge(module: Module, draw: SpanDraws) -> None:
+    """Refuse draws through another merge than the one solved for here."""
+    expected, found = draw.squared_norms[draw.index(module.name), -1], sum_of_squares(module.mode).cpu()
+    if not torch.allclose(found, expected, rtol=_SAME_NORM, atol=0.0):
+        raise ValueError(
+            f"`MergedEnsemble(...)`: the draws of {module.name!r} go through a merge of norm {expected.sqrt():.4g}, "
+            f"the design's has {found.sqrt():.4g} here. Give the settings of the solver that the draws were made with."
+        )
 
 
 def _shown(squared: Tensor) -> str:

@@ -76,6 +76,24 @@ class Module:
         return None if self.low_rank is None else (self.low_rank[0].unsqueeze(0), self.low_rank[1].unsqueeze(0))
 
 
+def merged_update(module: Module, design: Design) -> Tensor:
+    """What a merge makes of a module: the MAP in the coordinates of the design, ``(d_out, d_in)``.
+
+    Args:
+        module: One of the tensor's modules.
+        design: The design of the tensor.
+
+    Returns:
+        ``Z_*``, with a warning if its solve did not converge.
+    """
+    if design.coordinates == "full":
+        return module.mode
+    solution = replace(design, poe=module.poe, center=None).solve(module.updates.unsqueeze(0))
+    if not solution.status[0].converged:
+        warnings.warn(f"the MAP of {module.name!r}: {solution.status[0]}", stacklevel=2)
+    return solution.value[0]
+
+
 def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Module]:
     """Read one merged tensor of every model.
 

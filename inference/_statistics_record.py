@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from inference._modules import checked_names
-from inference.design import Design, Designs, as_function
+from inference.design import Design, Designs, as_function, design_text
+from poe_models._span_labels import center_label
 from poe_models.checkpoints import CheckpointError
-from poe_models.span import center_label
 from poe_models.task_vectors import TaskVectors
 
 _CONFIG = "config.json"
 """Says how tensors are treated, which is compared by itself."""
-_Kind = tuple[tuple[str, ...], tuple[str, ...], str]
-"""Names of the task vectors, residual maps and centre."""
+_Kind = tuple[tuple[str, ...], tuple[str, ...], str, str]
+"""Names of the task vectors, residual maps, centre, and the coordinates that the merge is solved in."""
 
 
 def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
@@ -74,17 +74,20 @@ def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
         designs: One product or design for all tensors, or a function from the tensor's name.
 
     Returns:
-        Plain data: task vectors, residual maps, centre, dtype of the updates, and each merged tensor's matrices.
+        Plain data: task vectors, residual maps, centre, what decides the merge that the span goes through
+        (None where the merge itself is solved in Span coordinates), dtype of the updates, and each tensor's matrices.
     """
     family = family_of(task_vectors, designs)
     tensor, design = next(iter(family.items()))
-    updates, maps, center = _kind(task_vectors, tensor, design)
+    updates, maps, center, coordinates = _kind(task_vectors, tensor, design)
     return {
         "updates": list(updates),
         "residual_maps": list(maps),
         "center": center,
+        "coordinates": coordinates,
         "dtype": str(task_vectors.dtype).removeprefix("torch."),
         "tensors": {name: str(task_vectors.treatments[name].view) for name in family},
+        "merge": _merges(family) if coordinates == "full" else None,
     }
 
 
@@ -110,13 +113,25 @@ def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, An
             f"{path}: these statistics are about another design: {where[0]} was {where[1]}, now it is {where[2]}. Make "
             "the statistics again with `poe-merge stats`, or give the settings that they were made with."
         )
-    before, now = _contents(record["inputs"]), _contents(inputs)
-    for role in dict.fromkeys([*before, *now]):
-        if before.get(role) != now.get(role):
-            raise CheckpointError(
-                f"{path}: these statistics were made from other checkpoints: {_changed(role, before, now)}. Make the "
-                "statistics again with `poe-merge stats`, or give the checkpoints that they were made from."
-            )
+    changed = changed_input(record["inputs"], inputs)
+    if changed is not None:
+        raise CheckpointError(
+            f"{path}: these statistics were made from other checkpoints: {changed}. Make the statistics again with "
+            "`poe-merge stats`, or give the checkpoints that they were made from."
+        )
+
+
+def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first checkpoint whose contents differ, in words; None if all are the same.
+
+    Args:
+        before: What `digest_inputs` gave then.
+        now: What it gives now.
+    """
+    old, new = _contents(before), _contents(now)
+    differing = (role for role in dict.fromkeys([*old, *new]) if old.get(role) != new.get(role))
+    role = next(differing, None)
+    return None if role is None else _changed(role, old, new)
 
 
 def difference(before: Any, now: Any) -> tuple[str, str, str] | None:
@@ -159,11 +174,19 @@ def _kinds(task_vectors: TaskVectors, designs: Mapping[str, Design]) -> dict[str
 def _kind(task_vectors: TaskVectors, tensor: str, design: Design) -> _Kind:
     names = checked_names(task_vectors, tensor, design)
     maps = tuple(repr(expert.residual_map) for expert in design.poe.experts)
-    return names, maps, center_label(design.span_product.anchor.center)
+    return names, maps, center_label(design.span_product.anchor.center), design.coordinates
+
+
+def _merges(family: Mapping[str, Design]) -> list[dict[str, Any]]:
+    """What decides the merge in Full coordinates: each distinct design, with its tensors."""
+    found: dict[str, list[str]] = {}
+    for name, design in family.items():
+        found.setdefault(design_text(design, solver=True), []).append(name)
+    return [{**json.loads(text), "tensors": names} for text, names in found.items()]
 
 
 def _shown(kind: _Kind) -> str:
-    return f"{', '.join(kind[1])} on {', '.join(kind[0])} around the centre {kind[2]}"
+    return f"{', '.join(kind[1])} on {', '.join(kind[0])} around the centre {kind[2]}, merged in {kind[3]} coordinates"
 
 
 def _contents(inputs: Mapping[str, Any]) -> dict[str, dict[str, str]]:

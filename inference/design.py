@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -13,10 +14,10 @@ from torch import Tensor
 from inference.fixed_point import fixed_point
 from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
+from poe_models._span_labels import stored_center
 from poe_models.anchors import MergingMethod
 from poe_models.checkpoints import Checkpoint, CheckpointError
 from poe_models.experts import ProductOfExperts
-from poe_models.span import stored_center
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,23 @@ def require_data(method: MergingMethod) -> None:
         raise ValueError(
             f"`{method!r}`: it needs data ({method.about.data}). Give what `.prepare(task_vectors, data)` returns."
         )
+
+
+def design_text(design: Design, *, solver: bool) -> str:
+    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
+
+    Args:
+        design: The design.
+        solver: Whether the MAP matters, too, and with it the settings that it is found with.
+
+    Returns:
+        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
+    """
+    described = design.describe()
+    if design.center is not None:
+        described["anchor"] = {**described["anchor"], "center": "checkpoint"}
+    keys = ("experts", "anchor", "solver") if solver else ("experts", "anchor")
+    return json.dumps({key: described[key] for key in keys}, sort_keys=True)
 
 
 Designs = ProductOfExperts | Design | Callable[[str], Design]

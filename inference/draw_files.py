@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inference._artifacts import read_artifact, write_artifact
 from inference.full_draws import check_environment, warn_of_changes
+from inference.merge_distance import MergeDistance
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.statistics_files import statistics_digest
@@ -19,7 +20,8 @@ from poe_models.span import SpanStatistics
 __all__ = ["load_draws", "save_draws"]
 
 _KIND = "draws"
-_STATS = "stats."
+_STATS, _MERGE = "stats.", "merge."
+_DISTANCE = ("displacement", "spread", "length")
 
 
 def save_draws(draws: ModelDraws, path: str | Path) -> Path:
@@ -48,8 +50,11 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
     }
     stats = {_STATS + name: value for name, value in draws.stats.items()}
     tensors = {"squared_norms": draws.squared_norms, **draws.numbers, **stats}
+    if isinstance(draws, SpanDraws | FullDraws) and draws.from_merge is not None:
+        tensors |= {_MERGE + name: getattr(draws.from_merge, name) for name in _DISTANCE}
     if isinstance(draws, SpanDraws):
-        record["updates"] = list(draws.updates)
+        record |= {"updates": list(draws.updates), "through": list(draws.designs)}
+        record |= {"sampler": draws.sampler, "temperature": draws.temperature}
         return write_artifact(path, _KIND, tensors, record)
     distinct = list(dict.fromkeys(draws.designs))
     record["designs"] = distinct
@@ -103,7 +108,7 @@ def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
     own: dict[str, tuple[int, ...]]
     if record["coordinates"] == "span":
         draws = _span(tensors, record)
-        own = {"coefficients": (modules, len(draws.updates) + 1)}
+        own = {"coefficients": (modules, len(draws.basis))}
     elif record["coordinates"] == "seeds":
         draws = _seeds(tensors, record)
         own = {"seeds": ()}
@@ -115,21 +120,34 @@ def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
     shapes |= {name: (*start, modules) for name in tensors if name.startswith(_STATS)}
     if isinstance(draws, FullDraws):
         shapes["temperature"] = (modules,)
+    shapes |= {name: (modules,) for name in tensors if name.startswith(_MERGE)}
     for name, shape in shapes.items():
-        finite = name.startswith(_STATS) or bool(torch.isfinite(tensors[name]).all())
+        finite = name.startswith((_STATS, _MERGE)) or bool(torch.isfinite(tensors[name]).all())
         if tuple(tensors[name].shape) != shape or not finite:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected finite {shape}")
+    if isinstance(draws, SpanDraws) and len(draws.designs) not in (0, modules):
+        raise ValueError(f"there are {len(draws.designs)} designs of {modules} modules")
     return draws
 
 
 def _span(tensors: dict[str, Tensor], record: dict[str, Any]) -> SpanDraws:
-    return SpanDraws(**_common(tensors, record), updates=tuple(record["updates"]), coefficients=tensors["coefficients"])
+    temperature = record["temperature"]
+    return SpanDraws(
+        **_common(tensors, record),
+        from_merge=_distance(tensors, record),
+        updates=tuple(record["updates"]),
+        coefficients=tensors["coefficients"],
+        designs=tuple(record["through"]),
+        made_by=record["sampler"],
+        temperature=None if temperature is None else float(temperature),
+    )
 
 
 def _full(tensors: dict[str, Tensor], record: dict[str, Any]) -> FullDraws:
     check_environment(record["environment"])
     return FullDraws(
         **_common(tensors, record),
+        from_merge=_distance(tensors, record),
         method=record["method"],
         weights=tensors["weights"],
         seeds=tensors["seeds"],
@@ -156,6 +174,13 @@ def _common(tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any
         "source": record["source"],
         "stats": stats,
     }
+
+
+def _distance(tensors: dict[str, Tensor], record: dict[str, Any]) -> MergeDistance | None:
+    """How far the draws are from their merge, if that was found out."""
+    if not any(name.startswith(_MERGE) for name in tensors):
+        return None
+    return MergeDistance(tuple(record["modules"]), *(tensors[_MERGE + name] for name in _DISTANCE))
 
 
 def _designs(record: dict[str, Any]) -> tuple[str, ...]:

@@ -32,6 +32,16 @@ class Draws(ABC):
     def stats(self) -> Mapping[str, Tensor]:
         """Statistics of the sampler by ArviZ's names (``lp``, ``diverging``, ...), ``(C, S, M)`` each."""
 
+    @property
+    @abstractmethod
+    def sampler(self) -> str | None:
+        """Name of the function that made them; None if nobody said."""
+
+    @property
+    @abstractmethod
+    def temperature(self) -> float | None:
+        """Temperature of the posterior; None if nobody said."""
+
     @abstractmethod
     def latents(self, chain: int, draw: int) -> Tensor:
         """One draw of all modules, ``(M, *event)``."""
@@ -44,10 +54,24 @@ class StoredDraws(Draws):
     Attributes:
         values: ``(C, S, M, *event)``.
         statistics: see :attr:`Draws.stats`.
+        made_by: see :attr:`Draws.sampler`.
+        heat: see :attr:`Draws.temperature`.
     """
 
     values: Tensor
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    made_by: str | None = None
+    heat: float | None = None
+
+    @property
+    @override
+    def sampler(self) -> str | None:
+        return self.made_by
+
+    @property
+    @override
+    def temperature(self) -> float | None:
+        return self.heat
 
     @property
     @override
@@ -78,12 +102,26 @@ class RegeneratedDraws(Draws):
         seeds: seed of every draw's noise, ``(C, S, M)`` int64.
         regenerate: maps a module's index, its weights ``(E,)`` and a seed to its ``Z``, ``(d_out, d_in)``.
         statistics: see :attr:`Draws.stats`.
+        made_by: see :attr:`Draws.sampler`.
+        heat: see :attr:`Draws.temperature`.
     """
 
     weights: Tensor
     seeds: Tensor
     regenerate: Callable[[int, Tensor, int], Tensor]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    made_by: str | None = None
+    heat: float | None = None
+
+    @property
+    @override
+    def sampler(self) -> str | None:
+        return self.made_by
+
+    @property
+    @override
+    def temperature(self) -> float | None:
+        return self.heat
 
     @property
     @override

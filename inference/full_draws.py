@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,18 @@ from torch import Tensor
 
 from inference._digest import Progress, Silent
 from inference._modules import Module, module_names, read_modules, with_names
-from inference.design import Design, Designs, as_function
+from inference.design import Designs, as_function, design_text
 from inference.draws import RegeneratedDraws
-from inference.gibbs import gibbs, seeded_noise
+from inference.gibbs import GibbsKernel, gibbs, seeded_noise
 from inference.laplace import Laplace
+from inference.merge_distance import MergeDistance
 from inference.model_draws import FullDraws
 from inference.propriety import undetermined
+from inference.surrounding import gibbs_distance
+from poe_models.operators import sum_of_squares
 from poe_models.task_vectors import TaskVectors
 
-__all__ = ["TOLERANCE", "RegenerationWarning", "design_text", "environment", "noise_control", "sample_full"]
+__all__ = ["TOLERANCE", "RegenerationWarning", "environment", "noise_control", "sample_full"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 """How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
@@ -80,7 +82,7 @@ def sample_full(
         raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")
     nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor, names in wanted.items() if names}
     progress.begin("sampling", count, sum(nbytes.values()))
-    names, texts, norms, parts, temperatures, silent = [], [], [], [], [], []
+    names, texts, norms, parts, temperatures, distances, silent = [], [], [], [], [], [], []
     digest = hashlib.sha256()
     for tensor in nbytes:
         here = for_tensor(tensor)
@@ -91,6 +93,7 @@ def sample_full(
                 continue
             try:
                 drawn = _draw(module, num_samples, generator, method, chains, warmup, thin)
+                distances.append(_from_mode(module, drawn, method))
             except ValueError as error:
                 raise with_names(error, [module.name]) from error
             parts.append((drawn.weights, drawn.seeds, drawn.stats))  # the draws themselves hold on to the module
@@ -110,6 +113,7 @@ def sample_full(
         squared_norms=torch.nn.utils.rnn.pad_sequence(norms, batch_first=True),
         source=digest.hexdigest(),
         stats={name: torch.cat([each[name] for each in stats], -1).cpu() for name in stats[0]},
+        from_merge=MergeDistance.joined(distances),
         method=method,
         weights=_joined(weights),
         seeds=torch.cat(seeds, -1).cpu(),
@@ -165,28 +169,12 @@ def noise_control(
     return replace(
         draws,
         stats={},
+        from_merge=None if draws.from_merge is None else MergeDistance.zero(draws.modules, draws.from_merge.length),
         method="noise",
         weights=lengths.unflatten(0, draws.seeds.shape[:2]),
         seeds=torch.randint(2**62, draws.seeds.shape, generator=generator, device=generator.device).cpu(),
         designs=tuple(texts),
     )
-
-
-def design_text(design: Design, *, solver: bool) -> str:
-    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
-
-    Args:
-        design: The design.
-        solver: Whether the MAP matters, too, and with it the settings that it is found with.
-
-    Returns:
-        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
-    """
-    described = design.describe()
-    if design.center is not None:
-        described["anchor"] = {**described["anchor"], "center": "checkpoint"}
-    keys = ("experts", "anchor", "solver") if solver else ("experts", "anchor")
-    return json.dumps({key: described[key] for key in keys}, sort_keys=True)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -268,6 +256,15 @@ def _draw(
         thin=thin,
         low_rank=module.low_rank,
     )
+
+
+def _from_mode(module: Module, drawn: RegeneratedDraws, method: str) -> MergeDistance:
+    """How far the draws are from the MAP, which is the mean of Laplace's draws."""
+    if method == "gibbs":
+        kernel = GibbsKernel(module.posterior, regenerable=True)
+        return gibbs_distance(module.name, kernel, drawn.weights.flatten(0, 1)[:, 0], module.mode)
+    length = sum_of_squares(module.mode).sqrt().cpu().reshape(1)
+    return MergeDistance.zero([module.name], length)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

@@ -73,8 +73,10 @@ def gibbs(
     def regenerate(module: int, weight: Tensor, seed: int) -> Tensor:
         return singles[module].regenerate(weight, seed)
 
-    statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
-    return RegeneratedDraws(torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics)
+    statistics = {"lp": -torch.stack(energies, 1) / posterior.fixed_temperature}
+    return RegeneratedDraws(
+        torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics, "gibbs", posterior.fixed_temperature
+    )
 
 
 def gibbs_posterior(
@@ -107,7 +109,7 @@ def gibbs_posterior(
         values.append(state.z)
         energies.append(state.energy)
     statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
-    return StoredDraws(torch.stack(values, 1), statistics)
+    return StoredDraws(torch.stack(values, 1), statistics, "gibbs", posterior.fixed_temperature)
 
 
 def _kept(
@@ -208,6 +210,26 @@ class GibbsKernel:
         noise = self._noise(torch.tensor([seed]))
         white = self.quadratic.compression.compress(noise)
         return self._latent(self._conditional(weights.unsqueeze(0), white), noise, white).squeeze(0)
+
+    def conditional_mean(self, weights: Tensor) -> Tensor:
+        """``E[Z | tau] = H^-1 b`` given mixture weights ``(*C, M, E)``, ``(*C, M, *event)``."""
+        like = self.posterior.like
+        still = like.new_zeros(*weights.shape[:-1], *self.posterior.event_shape)
+        white = self.quadratic.compression.compress(still)
+        return self._latent(self._conditional(weights, white), still, white)
+
+    def conditional_variance(self, weights: Tensor, direction: Tensor) -> Tensor:
+        """Variance of ``<Z, direction>`` given mixture weights ``(*C, M, E)``, ``(*C, M)`` float64.
+
+        Args:
+            weights: of the ``P_i``, ``1 / T`` included.
+            direction: ``(M, *event)``.
+        """
+        seen = self.quadratic.compression.compress(direction)
+        solved = self.quadratic.precision(weights, self.shift).solve(seen.expand(*weights.shape[:-1], *seen.shape[-2:]))
+        inside = (seen.double() * solved.double()).sum((-2, -1)) / 2
+        outside = (sum_of_squares(direction) - sum_of_squares(seen)).clamp(min=0)
+        return inside + outside * anchor_spread(self.shift).square()
 
     def _draw(self, weights: Tensor, generator: torch.Generator) -> GibbsState:
         """``Z | tau`` for all chains at once."""

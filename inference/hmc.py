@@ -78,7 +78,7 @@ def hmc(
         positions.append(kept.position)
         statistics.append(_statistics(kept, info, tuning, target))
     stacked = {name: torch.stack([each[name] for each in statistics], 1) for name in statistics[0]}
-    return StoredDraws(target.latents(torch.stack(positions, 1)), stacked)
+    return StoredDraws(target.latents(torch.stack(positions, 1)), stacked, "hmc", posterior.fixed_temperature)
 
 
 def _kept(

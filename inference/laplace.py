@@ -106,7 +106,13 @@ class Laplace:
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
         singles = [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
-        return RegeneratedDraws(torch.zeros(*size, 0), seeds, lambda m, _, seed: singles[m].draw(seed))
+        return RegeneratedDraws(
+            torch.zeros(*size, 0),
+            seeds,
+            lambda m, _, seed: singles[m].draw(seed),
+            made_by="laplace",
+            heat=self.posterior.fixed_temperature,
+        )
 
     def draw(self, seed: int) -> Tensor:
         """One draw of a posterior of one module from a seed, ``(*event)``."""

@@ -15,187 +15,51 @@ A sampler's :class:`~inference.draws.Draws` are latents of one batch. Here they 
 
 from __future__ import annotations
 
-import hashlib
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from inference._modules import Module
+from inference._named_draws import ModelDraws, PosteriorDraws
 from inference.draws import Draws
 from inference.gibbs import GibbsKernel, seeded_noise
 from inference.laplace import Laplace
+from inference.merge_distance import span_distance
 from inference.statistics_files import statistics_digest
+from poe_models._span_labels import CENTER, basis_names
 from poe_models.span import SpanCoordinates, SpanStatistics
 
 __all__ = ["FullDraws", "ModelDraws", "PosteriorDraws", "SpanDraws"]
 
 
 @dataclass(frozen=True, eq=False)
-class ModelDraws(ABC):
-    """Draws of the modules of a model. Their ``len`` counts all chains; iterating gives one draw at a time.
-
-    Attributes:
-        modules: names of the modules, ``M`` of them.
-        squared_norms: ``|B_j|^2`` of the updates and the centre, ``(M, K)``, filled up with zeros: an ensemble checks
-            its weights against them.
-        source: digest of the statistics or inputs that the draws are about.
-        stats: statistics of the sampler by ArviZ's names, ``(C, S, M)`` each.
-    """
-
-    modules: tuple[str, ...]
-    squared_norms: Tensor
-    source: str
-    stats: Mapping[str, Tensor] = field(kw_only=True, default_factory=dict)
-
-    @property
-    @abstractmethod
-    def coordinates(self) -> Literal["span", "full", "seeds"]:
-        """What the draws are draws of: coefficients, the merged update itself, or a random method's seed."""
-
-    @property
-    @abstractmethod
-    def num_chains(self) -> int:
-        """Number of chains ``C``."""
-
-    @property
-    @abstractmethod
-    def num_draws(self) -> int:
-        """Draws per chain ``S``."""
-
-    @property
-    @abstractmethod
-    def numbers(self) -> dict[str, Tensor]:
-        """What decides the draws, by name: the tensors that a file keeps."""
-
-    @property
-    @abstractmethod
-    def labels(self) -> tuple[str, ...]:
-        """What decides the draws besides numbers."""
-
-    @abstractmethod
-    def _only(self, chains: Tensor, draws: Tensor) -> Self:
-        """The draws at these places, ``(n,)`` each, as one chain."""
-
-    @abstractmethod
-    def _modules(self, kept: Sequence[int]) -> Self:
-        """The draws of some modules."""
-
-    def __len__(self) -> int:
-        return self.num_chains * self.num_draws
-
-    def __getitem__(self, member: int) -> Self:
-        if not 0 <= member < len(self):
-            raise IndexError(f"draw {member} of {len(self)}")
-        return self._only(torch.tensor([member // self.num_draws]), torch.tensor([member % self.num_draws]))
-
-    def __iter__(self) -> Iterator[Self]:
-        return (self[member] for member in range(len(self)))
-
-    def thinned(self, count: int) -> Self:
-        """A few draws from all chains, evenly spaced along each.
-
-        Args:
-            count: how many.
-
-        Returns:
-            The draws, as one chain.
-
-        Raises:
-            ValueError: there are not so many.
-        """
-        if not 1 <= count <= len(self):
-            raise ValueError(
-                f"`thinned({count})`: there are {len(self)} draws. Ask for 1 to {len(self)}, or draw more."
-            )
-        places = []
-        for chain in range(self.num_chains):
-            share = len(range(chain, count, self.num_chains))
-            places += [(chain, int((i + 0.5) * self.num_draws / share)) for i in range(share)]
-        return self._only(*torch.tensor(places).unbind(-1))
-
-    def restrict(self, pattern: str) -> Self:
-        r"""The draws of the modules whose names a regular expression finds.
-
-        Args:
-            pattern: for instance ``r"layers\.11\.mlp"``.
-
-        Raises:
-            ValueError: it finds none.
-        """
-        kept = [index for index, name in enumerate(self.modules) if re.search(pattern, name)]
-        if not kept:
-            raise ValueError(
-                f"`restrict({pattern!r})`: fits none of the {len(self.modules)} modules that were drawn "
-                f"({', '.join(self.modules[:3])}{', ...' if len(self.modules) > 3 else ''})."
-            )
-        return self._modules(kept)
-
-    def digest(self) -> str:
-        """Sha256 of what the draws are about and of every number: draws with the same digest are the same."""
-        digest = hashlib.sha256(repr((self.modules, self.source, self.labels)).encode())
-        for name, values in self.numbers.items():
-            digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
-            digest.update(values.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def index(self, module: str) -> int:
-        """Position of a module among the draws.
-
-        Args:
-            module: its name.
-        """
-        return self.modules.index(module)
-
-
-@dataclass(frozen=True, eq=False)
-class PosteriorDraws(ModelDraws):
-    """Draws of the posterior of each module, which make its merged update from the module alone."""
-
-    @property
-    @abstractmethod
-    @override
-    def coordinates(self) -> Literal["span", "full"]:
-        """What the draws are draws of."""
-
-    @property
-    def uses_modes(self) -> bool:
-        """Whether making a draw needs the module's MAP, which is then worth keeping."""
-        return False
-
-    @abstractmethod
-    def update(self, module: Module, member: int) -> Tensor:
-        """The merged update of one module in one draw, ``(d_out, d_in)``.
-
-        Args:
-            module: a module whose name is among ``modules``.
-            member: number of the draw, chain after chain.
-        """
-
-
-@dataclass(frozen=True, eq=False)
 class SpanDraws(PosteriorDraws):
-    """Coefficients on the experts' updates and the anchor's centre.
+    """Coefficients on the experts' updates, the anchor's centre, and the merge if the span goes through it.
 
     Attributes:
         updates: names of the task vectors, the order of the first ``N`` coefficients.
-        coefficients: ``c``, ``(C, S, M, N + 1)``.
+        coefficients: ``c``, ``(C, S, M, K)`` with ``K = N + 1``, or ``N + 2`` through a merge.
+        designs: text of the design whose merge the span goes through, for each module; none without one.
+        made_by: see :attr:`PosteriorDraws.sampler`.
+        temperature: of the posterior; None if nobody said.
     """
 
     updates: tuple[str, ...]
     coefficients: Tensor
+    designs: tuple[str, ...] = ()
+    made_by: str | None = None
+    temperature: float | None = None
 
     @classmethod
     def of(cls, draws: Draws, coordinates: SpanCoordinates, statistics: SpanStatistics) -> SpanDraws:
-        """Name the draws of a Span posterior.
+        """Name the draws of a Span posterior, and measure how far they are from a merge that the span goes through.
 
         Args:
-            draws: latents ``(M, N + 1, 1)`` each.
+            draws: latents ``(M, K, 1)`` each.
             coordinates: what `span_posterior` returned beside the posterior.
             statistics: what it was made from.
 
@@ -206,14 +70,55 @@ class SpanDraws(PosteriorDraws):
             torch.stack([draws.latents(chain, draw) for draw in range(draws.num_draws)])
             for chain in range(draws.num_chains)
         ]
+        coefficients = coordinates.coefficients(torch.stack(latents))
         return cls(
             modules=statistics.modules,
             squared_norms=statistics.gram.diagonal(dim1=-2, dim2=-1).clone(),
             source=statistics_digest(statistics),
             stats=dict(draws.stats),
+            from_merge=span_distance(statistics, coefficients),
             updates=statistics.updates,
-            coefficients=coordinates.coefficients(torch.stack(latents)),
+            coefficients=coefficients,
+            designs=statistics.through or (),
+            made_by=draws.sampler,
+            temperature=draws.temperature,
         )
+
+    @property
+    def through_merge(self) -> bool:
+        """Whether the last coefficient is that of the merge."""
+        return bool(self.designs)
+
+    @property
+    def basis(self) -> tuple[str, ...]:
+        """Names of the coefficients, ``K`` of them."""
+        return basis_names(self.updates, self.through_merge)
+
+    @property
+    def varying(self) -> list[int]:
+        """Positions of the coefficients that can vary: all but that of a centre that is zero everywhere."""
+        centered = bool((self.squared_norms[:, len(self.updates)] > 0).any())
+        return [place for place, name in enumerate(self.basis) if name != CENTER or centered]
+
+    @property
+    @override
+    def surrounds(self) -> Literal["span", "full"]:
+        return "full" if self.through_merge else "span"
+
+    @property
+    @override
+    def uses_modes(self) -> bool:
+        return self.through_merge
+
+    @property
+    @override
+    def sampler(self) -> str | None:
+        return self.made_by
+
+    @property
+    @override
+    def temperatures(self) -> tuple[float, ...]:
+        return () if self.temperature is None else (self.temperature,)
 
     @property
     @override
@@ -238,16 +143,26 @@ class SpanDraws(PosteriorDraws):
     @property
     @override
     def labels(self) -> tuple[str, ...]:
-        return self.updates
+        return (*self.updates, *self.designs)
 
     @override
     def update(self, module: Module, member: int) -> Tensor:
-        """``sum_j c_j U_j + c_0 Z_0``."""
+        """``sum_j c_j U_j + c_0 Z_0``, and ``c_* Z_*`` through a merge."""
         coefficients = self.coefficients[member // self.num_draws, member % self.num_draws, self.index(module.name)]
-        own = coefficients.to(module.updates)
-        center = module.center
-        update = torch.tensordot(own[:-1], module.updates, dims=1)
-        return update if center is None else update + own[-1] * center
+        return self.combined(module, coefficients)
+
+    def combined(self, module: Module, coefficients: Tensor) -> Tensor:
+        """The merged update that coefficients stand for, ``(d_out, d_in)``.
+
+        Args:
+            module: a module whose name is among ``modules``.
+            coefficients: ``(K,)``.
+        """
+        own, count = coefficients.to(module.updates), len(self.updates)
+        update = torch.tensordot(own[:count], module.updates, dims=1)
+        if (center := module.center) is not None:
+            update = update + own[count] * center
+        return update + own[count + 1] * module.mode if self.through_merge else update
 
     @override
     def _only(self, chains: Tensor, draws: Tensor) -> SpanDraws:
@@ -261,7 +176,9 @@ class SpanDraws(PosteriorDraws):
             modules=tuple(self.modules[index] for index in kept),
             squared_norms=self.squared_norms[kept],
             stats={name: value[:, :, kept] for name, value in self.stats.items()},
+            from_merge=None if self.from_merge is None else self.from_merge.select(kept),
             coefficients=self.coefficients[:, :, kept],
+            designs=tuple(self.designs[index] for index in kept if self.designs),
         )
 
 
@@ -291,6 +208,21 @@ class FullDraws(PosteriorDraws):
     @override
     def coordinates(self) -> Literal["span", "full"]:
         return "full"
+
+    @property
+    @override
+    def surrounds(self) -> Literal["span", "full"]:
+        return "full"
+
+    @property
+    @override
+    def sampler(self) -> str | None:
+        return self.method
+
+    @property
+    @override
+    def temperatures(self) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(self.temperature.tolist()))
 
     @property
     @override
@@ -345,6 +277,7 @@ class FullDraws(PosteriorDraws):
             modules=tuple(self.modules[index] for index in kept),
             squared_norms=self.squared_norms[kept],
             stats={name: value[:, :, kept] for name, value in self.stats.items()},
+            from_merge=None if self.from_merge is None else self.from_merge.select(kept),
             weights=self.weights[:, :, kept],
             seeds=self.seeds[:, :, kept],
             temperature=self.temperature[kept],

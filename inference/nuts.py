@@ -147,4 +147,4 @@ def _collect(target: Target, values: Tensor, records: list[_Record], max_tree_de
     }
     for name, value in of_all.items():
         statistics[name] = value.unsqueeze(-1).expand(*value.shape, target.posterior.num_modules).to(values.device)
-    return StoredDraws(values.to(torch.float64), statistics)
+    return StoredDraws(values.to(torch.float64), statistics, "nuts", target.posterior.fixed_temperature)

@@ -158,6 +158,23 @@ def totals(records: Iterable[tuple[float, Mapping[str, Any]]]) -> tuple[ExpertRe
     )
 
 
+def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
+    """Sum up the modules in a merge's `poe_merge.json`.
+
+    Args:
+        record: its contents.
+
+    Returns:
+        One entry per expert, in order of first appearance.
+    """
+    return totals(
+        (record["designs"][tensor["design"]]["scaling"], module)
+        for tensor in record["tensors"]
+        for module in tensor.get("modules", ())
+        if "update_norms" in module
+    )
+
+
 def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
     """What a reader should know about a merge before using it; nothing where every expert has its share.
 

@@ -47,10 +47,15 @@ def collect_statistics(
 ) -> SpanStatistics:
     """One pass over the weights, a tensor at a time.
 
+    Where the design's merge is solved in Full coordinates, which is the default, it is solved here as well and the span
+    goes through it, so that draws surround what `merge_checkpoint` writes; such statistics belong to one energy, scale
+    and anchor. Those of a design with ``coordinates="span"`` serve any, and their draws surround its merge, too: the
+    MAP in Span coordinates.
+
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name. Only the residual maps and
-            the anchor's centre matter here, and both must be the same for all tensors.
+        design: One product or design for all tensors, or a function from the tensor's name. Residual maps, the anchor's
+            centre and the coordinates of the merge must be the same for all tensors.
         tensors: Read only these merged tensors.
         progress: Told how far the pass is.
 
@@ -69,7 +74,11 @@ def collect_statistics(
     parts = []
     for name, each_design in designs.items():
         read = read_modules(task_vectors, name, each_design)
-        parts += [_on_cpu(span_statistics(each.poe, each.updates, [each.name])) for each in read]
+        through = each_design.coordinates == "full"
+        parts += [
+            _on_cpu(span_statistics(each.poe, each.updates, [each.name], through=each.mode if through else None))
+            for each in read
+        ]
         progress.advance(len(read), nbytes[name])
     return concatenate(parts)
 
@@ -86,7 +95,8 @@ def statistics_digest(statistics: SpanStatistics) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(repr((statistics.modules, statistics.updates, statistics.residual_maps)).encode())
+    names = (statistics.modules, statistics.updates, statistics.residual_maps, statistics.through)
+    digest = hashlib.sha256(repr(names).encode())
     for name in _TENSORS:
         values: Tensor = getattr(statistics, name)
         digest.update(f"{name}{tuple(values.shape)}".encode())
@@ -129,6 +139,7 @@ def save_statistics(
         "updates": list(statistics.updates),
         "residual_maps": list(statistics.residual_maps),
         "center": statistics.center,
+        "through": None if statistics.through is None else list(statistics.through),
         "digest": statistics_digest(statistics),
         "about": None if about is None else dict(about),
         "inputs": None if inputs is None else dict(inputs),
@@ -156,6 +167,7 @@ def load_statistics(path: str | Path) -> SpanStatistics:
             updates=tuple(record["updates"]),
             residual_maps=tuple(record["residual_maps"]),
             center=str(record["center"]),
+            through=None if record["through"] is None else tuple(record["through"]),
             **{name: tensors[name] for name in _TENSORS},
         )
         _check(statistics)
@@ -175,7 +187,9 @@ def _on_cpu(part: SpanStatistics) -> SpanStatistics:
 
 def _check(statistics: SpanStatistics) -> None:
     """Raise ValueError unless all shapes fit the names and all values are finite."""
-    modules, size, experts = len(statistics.modules), len(statistics.updates) + 1, len(statistics.residual_maps)
+    modules, size, experts = len(statistics.modules), len(statistics.basis), len(statistics.residual_maps)
+    if statistics.through is not None and len(statistics.through) != modules:
+        raise ValueError(f"there are {modules} modules, and designs of {len(statistics.through)} merges")
     shapes = {
         "gram": (modules, size, size),
         "forms": (modules, experts, size, size),

@@ -18,17 +18,19 @@ from inference._digest import Progress
 from inference._modules import module_names, read_modules, with_names
 from inference.design import Design
 from inference.draws import Draws, StoredDraws
-from inference.fixed_point import solve_posterior
 from inference.full_draws import not_drawn, sample_full
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
 from inference.laplace import Laplace
+from inference.merge_distance import MergeDistance, span_distance
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import undetermined
+from inference.retention import ExpertRetention
 from inference.statistics_files import statistics_digest
 from inference.tempering import temperature_range
+from poe_merge._kept import kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge._sampling import Sampling
 from poe_merge._stats import Table
 from poe_models.posterior import Posterior
@@ -46,11 +48,13 @@ class Drawn:
     Attributes:
         draws: Of all modules.
         data: ArviZ's InferenceData, one for each distinct design; Span only.
+        experts: What the merge that they surround kept of each expert; none for a method's seeds.
         warnings: What a reader should know.
     """
 
     draws: SpanDraws | FullDraws | MethodDraws
     data: tuple[Any, ...]
+    experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
 
 
@@ -80,26 +84,31 @@ def draw_span(
     modules = [name for each in statistics for name in each.modules]
     sets = [(each, place) for each in statistics for place in range(len(each.modules))]
     groups = _groups(task_vectors, designs, modules, what.pattern)
+    whole = [(each, _selected(sets, places)) for each, places in _groups(task_vectors, designs, modules, "")]
     generator, digest = what.generator(), _digest(statistics)
     groups, left = _determined(groups, sets, what)
     parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
     for number, (design, places) in enumerate(groups):
         some = _selected(sets, places)
         posterior, coordinates = _posterior(design, some, what)
+        merge = merge_in_span(posterior, coordinates, some, design)
         step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
         try:
-            draws = _run(posterior, design, some.modules, what, generator, step)
+            chains = _run(posterior, merge, what, generator, step)
         except ValueError as error:
             raise with_names(error, some.modules) from error
-        made, said = _inference_data(draws, posterior, coordinates, some, chains=what.method != "laplace")
+        made, said = _inference_data(chains, posterior, coordinates, some, chains=what.method != "laplace")
         made.attrs["statistics_digest"] = digest
         data.append(made)
         notes += said
         if bool(posterior.active.any()):
             notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
-        parts.append(SpanDraws.of(draws, coordinates, some))
+        named = SpanDraws.of(chains, coordinates, some)
+        away = span_distance(some, named.coefficients, coordinates.coefficients(merge))
+        parts.append(dataclasses.replace(named, from_merge=away))
     order = [place for _, places in groups for place in places]
-    return Drawn(_joined(parts, order, digest), tuple(data), tuple(dict.fromkeys(notes)))
+    draws = _joined(parts, order, digest)
+    return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
 def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progress: Progress) -> Drawn:
@@ -139,7 +148,8 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
     notes = [not_drawn(left)] if left else []
     if what.method != "laplace" and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
         notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
-    return Drawn(draws, (), tuple(notes + _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))))
+    notes += _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))
+    return Drawn(draws, (), kept_when_solved(task_vectors, designs, draws.modules), tuple(notes))
 
 
 def _groups(
@@ -206,20 +216,15 @@ def _check_method(design: Design, what: Sampling) -> None:
 
 def _run(
     posterior: Posterior,
-    design: Design,
-    names: Sequence[str],
+    merge: Tensor,
     what: Sampling,
     generator: torch.Generator,
     step: Callable[[int, int], None],
 ) -> Draws:
     if what.method == "laplace":
-        solution = solve_posterior(posterior, design.options)
-        for name, status in zip(names, solution.status, strict=True):
-            if not status.converged:
-                warnings.warn(f"the MAP of {name!r}: {status}", stacklevel=2)
-        made = Laplace(posterior, solution.value).sample(what.draws, generator)
+        made = Laplace(posterior, merge).sample(what.draws, generator)
         values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
-        return StoredDraws(values)
+        return StoredDraws(values, made_by="laplace", heat=posterior.fixed_temperature)
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
     if what.method == "gibbs":
         return gibbs_posterior(posterior, what.draws, generator=generator, thin=what.thin, **settings)
@@ -252,12 +257,15 @@ def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> Sp
         return torch.cat(list(values), dim).index_select(dim, back)
 
     modules = [name for part in parts for name in part.modules]
+    designs = [text for part in parts for text in part.designs]
     return dataclasses.replace(
         parts[0],
         modules=tuple(modules[place] for place in back.tolist()),
         squared_norms=join([part.squared_norms for part in parts], 0),
         source=digest,
         stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
+        from_merge=MergeDistance.joined([part.from_merge for part in parts if part.from_merge]).select(back.tolist()),
+        designs=tuple(designs[place] for place in back.tolist() if designs),
         coefficients=join([part.coefficients for part in parts], 2),
     )
 
@@ -270,7 +278,7 @@ def _digest(statistics: Sequence[SpanStatistics]) -> str:
 
 def _silent(statistics: Sequence[SpanStatistics]) -> list[str]:
     """Experts whose update is zero wherever something is merged: they drop out, and copies of the base do."""
-    norms = torch.cat([each.gram.diagonal(dim1=-2, dim2=-1)[:, :-1] for each in statistics])
+    norms = torch.cat([each.gram.diagonal(dim1=-2, dim2=-1)[:, : len(each.updates)] for each in statistics])
     silent = [name for name, found in zip(statistics[0].updates, (norms > 0).any(0).tolist(), strict=True) if not found]
     return [f"{name!r} has no update in any merged tensor; is it a copy of the base?" for name in silent]
 

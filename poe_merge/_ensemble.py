@@ -9,15 +9,17 @@ OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where 
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from diagnostics.arviz_adapter import merge_attributes
 from diagnostics.chains import chain_convergence
 from diagnostics.verdicts import Level
 from inference._artifacts import versions
@@ -31,9 +33,12 @@ from inference.draw_files import load_draws, save_draws
 from inference.ensemble import MergedEnsemble
 from inference.method_design import AnyDesign
 from inference.method_draws import MethodDraws
-from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from inference.retention import ExpertRetention, concerns, totals_of
 from inference.statistics_files import collect_statistics
+from inference.surrounding import distance_from_merge
 from poe_merge._drawing import Drawn, draw_full, draw_span
+from poe_merge._merged import check_inputs, read_record
 from poe_merge._sampling import Sampling, Seeds
 from poe_merge._stats import Table, check_apart, checked_statistics, checkpoints_of
 from poe_merge.config import MergeConfig
@@ -69,6 +74,8 @@ class SampleReport:
         shared: Number of merged tensors that were not: they are the MAP, or the method's at its own seed.
         nbytes: Bytes of all files.
         convergence: R-hat, effective sample size and verdicts; None for independent draws.
+        around: What the draws are, and how far their centre is from the merge; None for a method's seeds.
+        experts: What the merge kept of each expert.
         warnings: What a reader should know.
         seconds: Wall time of this run.
     """
@@ -79,6 +86,8 @@ class SampleReport:
     shared: int
     nbytes: int
     convergence: Mapping[str, Any] | None
+    around: str | None
+    experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
     seconds: float
 
@@ -92,9 +101,10 @@ def sample(
     bars: Bars,
     *,
     statistics: Path | None,
+    merged: Path | None,
     resume: bool,
 ) -> SampleReport:
-    """Draw merged models and write them.
+    """Draw merged models around the merge and write them.
 
     Args:
         settings: The configuration.
@@ -104,6 +114,7 @@ def sample(
         what: What to draw.
         bars: Told how far it is.
         statistics: Folder of Span statistics, instead of a pass over the weights.
+        merged: Folder of the merge, whose tensors are taken for all that is not drawn; by default it is solved here.
         resume: Go on with an interrupted run of the same settings.
 
     Returns:
@@ -122,33 +133,42 @@ def sample(
         raise ValueError(
             "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
         )
-    asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved()}))
+    folder_of_merge = None if merged is None else str(merged.absolute())
+    asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if resume and (partial / DRAWS).is_dir():
             drawn, convergence = _drawn_before(partial, asked)
         else:
-            drawn = _draw(task_vectors, designs, what, statistics, bars)
+            drawn = _around(merged, _draw(task_vectors, designs, what, statistics, bars), task_vectors, designs, bars)
             chains = isinstance(what, Sampling) and what.method != "laplace"
             convergence = _convergence(drawn.draws) if chains else None
         ensemble = MergedEnsemble(
-            task_vectors, designs, drawn.draws.thinned(what.members), out_dtype=settings.output_dtype
+            task_vectors,
+            designs,
+            drawn.draws.thinned(what.members),
+            out_dtype=settings.output_dtype,
+            elsewhere=merged,
         )
-        record = {**asked, "source": drawn.draws.source, "convergence": convergence, "warnings": drawn.warnings}
+        record = {**asked, "source": drawn.draws.source, "around": _placed(drawn.draws)}
+        record["experts"] = [each.record() for each in drawn.experts]
+        record |= {"convergence": convergence, "warnings": drawn.warnings}
 
         def extras(folder: Path) -> None:
             _write(folder, drawn, {"kind": "sample", **record, "versions": versions()})
 
         folder = ensemble.save(out, format=what.format, resume=resume, progress=bars, extras=extras)
-    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
     return SampleReport(
         out=folder,
         what=what,
         modules=len(drawn.draws.modules),
-        shared=sum(1 for name in merged if not sampled.intersection(module_names(task_vectors, name))),
+        shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
         nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         convergence=convergence,
+        around=_described(drawn.draws),
+        experts=drawn.experts,
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
         seconds=time.monotonic() - began,
     )
@@ -159,7 +179,7 @@ def _draw(
 ) -> Drawn:
     if isinstance(what, Seeds):
         draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
-        return Drawn(draws, (), ())
+        return Drawn(draws, (), (), ())
     products = _products(designs)
     if what.coordinates == "full":
         return draw_full(task_vectors, products, what, bars)
@@ -169,6 +189,42 @@ def _draw(
     else:
         found = [checked_statistics(statistics, task_vectors, products, bars)]
     return draw_span(found, task_vectors, products, what, bars.steps)
+
+
+def _around(
+    merged: Path | None, drawn: Drawn, task_vectors: TaskVectors, designs: AnyTable, progress: Progress
+) -> Drawn:
+    """The draws with their distance from the merged folder, if there is one, and a warning if they are far from it."""
+    draws = drawn.draws
+    if isinstance(draws, MethodDraws):
+        return drawn
+    if merged is not None:
+        products = _products(designs)
+        check_inputs(merged, task_vectors, products, progress)
+        draws = replace(draws, from_merge=distance_from_merge(draws, task_vectors, products, merged))
+    for data in drawn.data:
+        if draws.from_merge is not None:
+            places = [draws.index(str(name)) for name in data.posterior["module"].values]
+            data.attrs |= merge_attributes(draws.from_merge.select(places))
+    experts = drawn.experts if merged is None else totals_of(read_record(merged))
+    far = () if draws.far_from_merge is None else (draws.far_from_merge,)
+    return Drawn(draws, drawn.data, experts, (*drawn.warnings, *far, *concerns(experts)))
+
+
+def _described(draws: ModelDraws) -> str | None:
+    if not isinstance(draws, PosteriorDraws) or draws.from_merge is None:
+        return None
+    return f"{draws.about}: {draws.from_merge}"
+
+
+def _placed(draws: ModelDraws) -> dict[str, Any] | None:
+    """What the draws are, and where their centre is, as plain data."""
+    if not isinstance(draws, PosteriorDraws):
+        return None
+    found = None if draws.from_merge is None else merge_attributes(draws.from_merge)
+    numbers = {key: None if value != value else value for key, value in (found or {}).items()}
+    kinds = {"coordinates": draws.coordinates, "surrounds": draws.surrounds, "sampler": draws.sampler}
+    return {**kinds, "temperatures": list(draws.temperatures), **numbers}
 
 
 def _products(designs: AnyTable) -> Table:
@@ -191,7 +247,12 @@ def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[
         )
     draws = load_draws(partial / DRAWS, record["source"])
     assert isinstance(draws, SpanDraws | FullDraws | MethodDraws)
-    return Drawn(draws, (), tuple(record["warnings"])), record["convergence"]
+    numbers = ("kept", "residual_left", "length")
+    known = tuple(
+        ExpertRetention(each["name"], *(math.nan if each[key] is None else each[key] for key in numbers))
+        for each in record["experts"]
+    )
+    return Drawn(draws, (), known, tuple(record["warnings"])), record["convergence"]
 
 
 def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:

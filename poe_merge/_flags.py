@@ -82,7 +82,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("parameters", "lambda"), "Scales the merged update: W = W_0 + lambda Z."),
     Flag(("parameters", "eta"), "Precision of the anchor: a number (relative) or 'AbsolutePrecision(1e-3)'."),
     Flag(("parameters", "anchor"), "zero, a merging method such as average or task_arithmetic(0.3), or a checkpoint."),
-    Flag(("parameters", "coordinates"), "full or span."),
+    Flag(("parameters", "coordinates"), "What the merge is solved in: full or span.", only=(*MERGES, "stats")),
     Flag(("parameters", "starts"), "ones, twin, experts or center; once for each start.", many=True),
     Flag(("parameters", "max_steps"), "Most reweighted solves per start."),
     Flag(("parameters", "tolerance"), "Relative tolerance on gradient and weights."),

@@ -30,7 +30,7 @@ class Sampling:
     Args:
         members: How many merged models.
         method: The sampler.
-        coordinates: Coefficients on the experts' updates, or the merged updates themselves.
+        coordinates: Coefficients on the experts' updates and the merge, or the merged updates themselves.
         temperature: Of the posterior.
         pattern: Regular expression; modules whose names it does not find stay at the MAP.
         chains: How many; 1 for Laplace's independent draws.
@@ -126,23 +126,25 @@ def sampling_of(
     pattern: str,
     format: str,
     given: Mapping[str, int | None],
+    coordinates: str = "span",
 ) -> Sampling:
     """Fill in what was not given, and refuse what does not go together.
 
     Args:
-        settings: The configuration: its seed, and its coordinates if it says any; Span otherwise.
+        settings: The configuration; its own `coordinates` are those of the merge, whatever the draws are.
         members: How many merged models.
         method: Name of the sampler.
         temperature: Of the posterior.
         pattern: Regular expression of module names.
         format: What the members are written as.
         given: `chains`, `draws`, `warmup` and `thin`, None where they were not given.
+        coordinates: Of the draws: "span" or "full".
 
     Returns:
         What to draw.
 
     Raises:
-        ValueError: An option cannot be used, or not with another; says which.
+        ValueError: An option cannot be used, or not with another or with the merge; says which.
     """
     if names_method(method):
         raise ValueError(
@@ -153,7 +155,8 @@ def sampling_of(
     _check_common(pattern, format)
     if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
-    coordinates = _coordinates(settings)
+    _check_choice("coordinates", coordinates, get_args(Coordinates))
+    _check_merge(settings, coordinates)
     if coordinates == "full" and method in ("hmc", "nuts"):
         raise ValueError(
             f"--method {method}: runs in Span coordinates only, not on whole updates. Add --coordinates span, or use "
@@ -163,7 +166,7 @@ def sampling_of(
     return Sampling(
         members,
         cast(Method, method),
-        coordinates,
+        cast(Coordinates, coordinates),
         temperature,
         pattern,
         seed=settings.seed,
@@ -186,15 +189,19 @@ def _check_choice(option: str, value: str, valid: Sequence[str]) -> None:
         raise ValueError(f"--{option} {value}: {nearest(value, valid)}Choose from {', '.join(valid)}.")
 
 
-def _coordinates(settings: MergeConfig) -> Coordinates:
-    said = settings.parameters.settings().get("coordinates")
-    values = {value for _, value in said.cases} if said is not None else {"span"}
-    if len(values) > 1 or (said is not None and not said.complete):
+def _check_merge(settings: MergeConfig, coordinates: str) -> None:
+    """Refuse draws that cannot surround the merge."""
+    merged = {value for _, value in settings.shared()["coordinates"].cases}
+    if len(merged) > 1:
         raise ValueError(
-            "`coordinates` differ between tensors, and draws have one kind. Give --coordinates span or --coordinates "
-            "full."
+            "`coordinates` differ between tensors: the merge is solved in Full coordinates here and in Span there, and "
+            "draws have one kind. Give the configuration one, `coordinates: full` or `coordinates: span`."
         )
-    return "full" if values == {"full"} else "span"
+    if coordinates == "full" and merged == {"span"}:
+        raise ValueError(
+            "--coordinates full: the configuration's merge is the MAP in Span coordinates, which Full draws do not "
+            "surround. Draw with --coordinates span, or merge with `coordinates: full`."
+        )
 
 
 def _numbers(members: int, method: str, given: Mapping[str, int | None]) -> dict[str, Any]:

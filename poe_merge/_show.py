@@ -146,6 +146,11 @@ def sample(done: SampleReport) -> None:
         console.print(f"{chains} of {what.draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
         for text in done.convergence["warnings"]:
             warning(text)
+    if done.experts:
+        kept = ", ".join(map(_kept, done.experts))
+        console.print(escape(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
+    if done.around is not None:
+        console.print(escape(f"{done.around}."), soft_wrap=True)
     for text in done.warnings:
         warning(text)
 
@@ -154,7 +159,7 @@ def _how_drawn(what: Sampling | Seeds, shared: int) -> str:
     if isinstance(what, Seeds):
         rest = f", {shared} more tensors at seed {what.first}" if shared else ""
         return f"at the seeds {', '.join(map(str, what.seeds))}{rest}"
-    rest = f", {shared} more tensors at the MAP" if shared else ""
+    rest = f", {shared} more tensors at the merge" if shared else ""
     return f"in {what.coordinates.capitalize()} coordinates at temperature {what.temperature:g}{rest}"
 
 

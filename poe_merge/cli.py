@@ -18,6 +18,7 @@ from inference.streaming import plan as plan_merge
 from poe_merge import _show as show
 from poe_merge._check import check_method, summary
 from poe_merge._flags import overrides, with_flags
+from poe_merge._merged import config_of
 from poe_merge._sampling import Sampling, Seeds, sampling_of, seeds_of
 from poe_merge._stats import make_statistics
 from poe_merge._yaml import Document, read_yaml
@@ -127,11 +128,21 @@ def sample(
     config: Config = None,
     members: Annotated[int, typer.Option("-n", "--members", min=1, help="How many merged models.")] = 10,
     out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
+    merged: Annotated[
+        Path | None,
+        typer.Option(
+            "--merge", help="What `poe-merge merge` made: draw around it, instead of CONFIG.", show_default=False
+        ),
+    ] = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="What `poe-merge stats` made of the same merge.", show_default=False)
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", help="gibbs, which is the default, laplace, hmc or nuts.")
+    ] = None,
+    coordinates: Annotated[
+        str | None,
+        typer.Option(help="span, the default: combinations of the updates and the merge; or full: any update."),
     ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="Of the posterior; 1.")] = None,
     pattern: Annotated[str, typer.Option("--pattern", help="Regular expression: draw only these modules.")] = "",
@@ -149,28 +160,31 @@ def sample(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw merged models from the posterior, in Span coordinates unless told otherwise.
+    """Draw merged models from the posterior around the merge.
 
-    If the configuration's merge_method is a random one, such as dare, the members are merges at as many seeds instead.
+    The merge is the one that `poe-merge merge` makes of the same configuration, or has made (--merge). If the
+    configuration's merge_method is a random one, such as dare, the members are merges at as many seeds instead.
     """
     from poe_merge._ensemble import sample as draw_members  # with ArviZ, which takes seconds to import
 
     if out is None:
         raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
-    settings, task_vectors = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags) if merged is None else _taken_up(merged, config, flags)
     numbers = {"chains": chains, "draws": draws, "warmup": warmup, "thin": thin}
     what: Sampling | Seeds
     if settings.merge_method == POE:
         heat = 1.0 if temperature is None else temperature
-        what = sampling_of(settings, members, method or "gibbs", heat, pattern, format, numbers)
+        what = sampling_of(settings, members, method or "gibbs", heat, pattern, format, numbers, coordinates or "span")
     else:
-        others = {"stats": stats, "method": method, "temperature": temperature, **numbers}
+        others = {"stats": stats, "method": method, "coordinates": coordinates, "temperature": temperature, **numbers}
         what = seeds_of(settings, members, pattern, format, others)
     table = designs_of(settings, task_vectors.base)
     try:
         with show.Bars() as bars:
             designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
-            report = draw_members(settings, task_vectors, designs, out, what, bars, statistics=stats, resume=resume)
+            report = draw_members(
+                settings, task_vectors, designs, out, what, bars, statistics=stats, merged=merged, resume=resume
+            )
     except KeyboardInterrupt:
         begun = out.with_name(out.name + ".partial")
         left = f"Go on with the same command and --resume; what is done so far is in {begun}."
@@ -198,7 +212,15 @@ def diagnose(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of resamples and simulations.")] = 0,
+    num_surrogates: Annotated[
+        int,
+        typer.Option(
+            "--surrogates",
+            min=0,
+            help="Merges of Gaussian updates that tails are compared with; each takes as long as the merge.",
+        ),
+    ] = 19,
+    seed: Annotated[int, typer.Option("--seed", help="Of resamples and surrogates.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
@@ -206,7 +228,17 @@ def diagnose(
 
     diagnosis.check_out(out)
     measure = None if residual_map is None else parse_spec(residual_map, RESIDUAL_MAP)
-    page = diagnosis.diagnose(run, draws=draws, predictions=predictions, tails=tails, residual_map=measure, seed=seed)
+    with show.Bars() as bars:
+        page = diagnosis.diagnose(
+            run,
+            draws=draws,
+            predictions=predictions,
+            tails=tails,
+            residual_map=measure,
+            num_surrogates=num_surrogates,
+            seed=seed,
+            progress=bars,
+        )
     show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)
 
 
@@ -253,11 +285,23 @@ def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, T
     cwd = Path.cwd()
     folder = cwd if path is None else path.absolute().parent
     settings = parse_config(document.overridden(overrides(flags, document)), dict.fromkeys((folder, cwd)))
+    return settings, _vectors(settings)
+
+
+def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
+    """The configuration of a merge, and what it names."""
+    if config is not None:
+        raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
+    settings = config_of(merged, flags)
+    return settings, _vectors(settings)
+
+
+def _vectors(settings: MergeConfig) -> TaskVectors:
     task_vectors = open_task_vectors(settings)
     for rule in task_vectors.unused_rules:
         if rule.to_dict() in settings.rules:
             show.warning(f"the rule {{match: {rule.match}, action: {rule.action}}} fits no tensor of the base.")
-    return settings, task_vectors
+    return task_vectors
 
 
 def run(arguments: Sequence[str]) -> int:

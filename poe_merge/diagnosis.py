@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -20,20 +19,23 @@ from diagnostics.prediction_files import load_predictions
 from diagnostics.report import Page, report
 from diagnostics.residuals import Experts, Residuals, residuals
 from diagnostics.tails.pooled import PooledTails, pooled_tails
+from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
-from inference._digest import Silent, digest_inputs
-from inference._folder import RECORD
+from inference._digest import Progress, Silent, digest_inputs
 from inference.draw_files import load_draws
 from inference.method_draws import MethodDraws
-from inference.model_draws import FullDraws, SpanDraws
-from poe_merge.specs import ENERGY, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from inference.model_draws import FullDraws, PosteriorDraws, SpanDraws
+from poe_merge._beside import beside_verdict
+from poe_merge._merged import read_record
+from poe_merge._recorded import experts_of, merge_of
 from poe_models.checkpoints import CheckpointError
-from poe_models.experts import Expert, ProductOfExperts
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.task_vectors import TaskVectors
 from poe_models.treatments import RuleTable
 
 EXPERT = "expert "
+NUM_SURROGATES = 19
+LEVEL = 0.05
 METHODS_MAP = InputGram()
 """What measures the residuals of a method's merge unless told otherwise."""
 
@@ -45,6 +47,7 @@ class Findings:
     fixed_point: FixedPointConvergence | None = None
     chains: ChainConvergence | None = None
     coefficients: CoefficientIntervals | None = None
+    around: Verdict | None = None
     residuals: Residuals | None = None
     tails: PooledTails | None = None
     measured: str = ""
@@ -59,7 +62,9 @@ def diagnose(
     predictions: Path | None = None,
     tails: bool = True,
     residual_map: ResidualMap | None = None,
+    num_surrogates: int = NUM_SURROGATES,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Page:
     """Make the report of a merged folder.
 
@@ -70,7 +75,10 @@ def diagnose(
         tails: read base, experts and merge again for the residuals and their tails.
         residual_map: measures residuals in the place of the merge's experts; `InputGram` by default where a method,
             which has no experts, has merged.
-        seed: of resamples and simulations.
+        num_surrogates: Gaussian updates that are merged in the same way, as the null of a heavy tail; 0 for none. Each
+            costs about as much as the merge.
+        seed: of resamples and surrogates.
+        progress: told about the merges of surrogates.
 
     Returns:
         The page.
@@ -86,9 +94,9 @@ def diagnose(
     if solved:
         found.fixed_point = fixed_point_convergence(solved)
     if draws is not None:
-        _judge_draws(draws, [str(module["module"]) for module in modules], found)
+        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
     if tails and modules:
-        _fit_tails(run, record, found, seed, residual_map)
+        _fit_tails(run, record, found, seed, residual_map, num_surrogates, progress or Silent())
     if predictions is not None:
         found.predictions = judge(load_predictions(predictions), seed=seed)
     return report(
@@ -98,37 +106,13 @@ def diagnose(
         fixed_point=found.fixed_point,
         chains=found.chains,
         coefficients=found.coefficients,
+        around=found.around,
         residuals=found.residuals,
         tails=found.tails,
         measured=found.measured,
         predictions=found.predictions,
         verdicts=found.verdicts,
     )
-
-
-def read_record(run: Path) -> dict[str, Any]:
-    """Read the record of a merge.
-
-    Args:
-        run: the merged folder.
-
-    Returns:
-        The contents of `poe_merge.json`.
-
-    Raises:
-        ValueError: there is none, or it is not one.
-    """
-    path = run / RECORD
-    if not path.is_file():
-        raise ValueError(f"{run}: no merge, {RECORD} is missing. Give a folder that `poe-merge merge` made.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}). Merge again.") from error
-    keys = {"tensors", "inputs", "designs", "versions", "rules", "compute_dtype"}
-    if not isinstance(record, dict) or not keys <= set(record) or not isinstance(record["tensors"], list):
-        raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
-    return record
 
 
 def check_out(out: Path) -> None:
@@ -168,13 +152,15 @@ def write_page(text: str, out: Path) -> Path:
     return target
 
 
-def _judge_draws(path: Path, modules: list[str], found: Findings) -> None:
+def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list[str], found: Findings) -> None:
     draws = load_draws(path)
     strange = sorted(set(draws.modules) - set(modules))
     if strange:
         raise ValueError(
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
+    if isinstance(draws, PosteriorDraws):
+        found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record), experts_of)
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
     if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):
@@ -186,7 +172,13 @@ def _judge_draws(path: Path, modules: list[str], found: Findings) -> None:
 
 
 def _fit_tails(
-    run: Path, record: Mapping[str, Any], found: Findings, seed: int, residual_map: ResidualMap | None = None
+    run: Path,
+    record: Mapping[str, Any],
+    found: Findings,
+    seed: int,
+    residual_map: ResidualMap | None = None,
+    num_surrogates: int = NUM_SURROGATES,
+    progress: Progress | None = None,
 ) -> None:
     """Residuals and tails; where the inputs are not what they were, a note why there are none."""
     try:
@@ -197,11 +189,40 @@ def _fit_tails(
         found.residuals = residuals(
             run, vectors, lambda tensor: experts[tensor], scaling=lambda tensor: float(designs[tensor]["scaling"])
         )
-        found.tails = pooled_tails(found.residuals, seed=seed)
+        surrogates = None
+        if num_surrogates:
+            surrogates = _surrogates(record, vectors, experts, num_surrogates, seed, progress, found)
+        found.tails = pooled_tails(found.residuals, surrogates=surrogates, level=_level(num_surrogates), seed=seed)
     except (ValueError, CheckpointError, OSError) as error:
         part = "tails" if found.residuals is not None else "residuals"
         text = f"left out: {error}"
         found.verdicts.append(Verdict(part, Level.UNKNOWN, text))
+
+
+def _surrogates(
+    record: Mapping[str, Any],
+    vectors: TaskVectors,
+    experts: Mapping[str, Experts],
+    count: int,
+    seed: int,
+    progress: Progress | None,
+    found: Findings,
+) -> Surrogates | None:
+    """Residuals of the same merge of Gaussian updates; where the record does not hold the merge, a note why not."""
+    try:
+        merge = merge_of(record, vectors.base)
+        return surrogate_residuals(
+            vectors, merge, lambda tensor: experts[tensor], num_surrogates=count, seed=seed, progress=progress
+        )
+    except ValueError as error:
+        text = f"the same merge of Gaussian updates could not be made, so that no tail has a null: {error}"
+        found.verdicts.append(Verdict("null control", Level.UNKNOWN, text))
+        return None
+
+
+def _level(num_surrogates: int) -> float:
+    """5 %, or what so few surrogates can reach."""
+    return max(LEVEL, 1 / (num_surrogates + 1))
 
 
 def _design(record: Mapping[str, Any], tensor: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -213,7 +234,7 @@ def _experts(design: Mapping[str, Any], residual_map: ResidualMap | None) -> Exp
     """Who measures the residuals of a tensor."""
     if residual_map is not None:
         return residual_map
-    return METHODS_MAP if "method" in design else _product(design)
+    return METHODS_MAP if "method" in design else experts_of(design)
 
 
 def _measured(designs: Mapping[str, Mapping[str, Any]], residual_map: ResidualMap | None) -> str:
@@ -248,26 +269,3 @@ def _task_vectors(record: Mapping[str, Any]) -> TaskVectors:
         if entry["sha256"] != inputs[role]["sha256"]:
             raise CheckpointError(f"{role} ({entry['source']}) has changed since the merge. Merge again.")
     return vectors
-
-
-def _product(design: Mapping[str, Any]) -> ProductOfExperts:
-    return ProductOfExperts(
-        tuple(
-            Expert(
-                name=str(each["name"]),
-                residual_map=_known(each["residual_map"], RESIDUAL_MAP),
-                energy=_known(each["energy"], ENERGY),
-                scale=_known(each["scale"], SCALE),
-                importance=float(each["importance"]),
-                update=None if each["update"] is None else str(each["update"]),
-            )
-            for each in design["experts"]
-        )
-    )
-
-
-def _known(text: Any, kind: Kind[Any]) -> Any:
-    """What a record's text describes, if it is one of ours: nothing is imported because a file says so."""
-    if str(text).partition("(")[0] not in kind.registry:
-        raise ValueError(f"{kind.noun} {text} is not built in, and a record does not hold its code.")
-    return parse_spec(str(text), kind)

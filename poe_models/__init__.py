@@ -5,6 +5,7 @@ merged update is an :class:`Expert`: a residual map, an energy and a scale. Thei
 :class:`Posterior` once it meets the updates; ``program`` writes the same posterior in Pyro.
 """
 
+from poe_models._span_labels import stored_center
 from poe_models.adapters import LoraCheckpoint
 from poe_models.anchors import (
     METHODS,
@@ -74,7 +75,7 @@ from poe_models.scales import (
     RelativePrecision,
     Scale,
 )
-from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior, span_statistics, stored_center
+from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior, span_statistics
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.views import View

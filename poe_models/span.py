@@ -4,21 +4,29 @@ With ``Z = sum_j c_j B_j``, ``B = (U_1, ..., U_N, Z_0)``, every squared residual
 numbers, ``q_i(c) = (c - e_i)^T K_i (c - e_i)`` with ``K_i[j, k] = <B_j, P_i B_k>``. One pass over the weights
 gives ``K`` and the Gram matrix ``G[j, k] = <B_j, B_k>``; after it any energy, solver or sampler is small.
 
+The span of the updates alone does not hold the merge in general: the MAP in Span coordinates is another point than the
+one in Full coordinates, by up to nine tenths of its length for Gram maps. A span *through a merge* has the merged
+update ``Z_*`` as one more member of the basis, ``B = (U_1, ..., U_N, Z_0, Z_*)``. It is the same posterior restricted
+to a larger span, and because ``Z_*`` minimises the energy over all ``Z``, it minimises it there as well: the draws
+surround it. Such statistics belong to one design, for another energy has another merge.
+
 The latents are not ``c`` itself but coordinates ``x`` in an orthonormal basis of the span, ``c = T x``: identical
 or zero experts make ``G`` singular, and an orthonormal basis keeps the anchor isotropic. Directions that the
-span does not have are padded with zeros, so that all modules have ``N + 1`` coordinates.
+span does not have are padded with zeros, so that all modules have ``K`` coordinates: ``N + 1``, or ``N + 2`` through a
+merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from poe_models.experts import CenterRule, FactorExpert, ProductOfExperts
+from poe_models._span_labels import basis_names, center_label, merge_label
+from poe_models.experts import FactorExpert, ProductOfExperts
 from poe_models.operators import RANK_TOLERANCE, Gram, inner_products, mean_curvatures
 from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
 
@@ -32,10 +40,11 @@ class SpanStatistics:
         updates: names of the task vectors, in the order of the first ``N`` coordinates.
         residual_maps: ``repr`` of each expert's residual map: ``forms`` belong to these.
         center: what the anchor's centre was: "zero", the text of a rule, or "tensor" for values of its own.
-        gram: ``G``, ``(M, N + 1, N + 1)``.
-        forms: ``K``, ``(M, E, N + 1, N + 1)``, one form per expert.
+        gram: ``G``, ``(M, K, K)`` with ``K = N + 1``, or ``N + 2`` through a merge.
+        forms: ``K_i``, ``(M, E, K, K)``, one form per expert.
         mean_curvature: ``tr(P_i) / d_i``, ``(M, E)``.
         dimension: rank of ``P_i``, ``(M, E)``; nan if it was not asked for.
+        through: text of the design whose merge is the last member of the basis, for each module; None without one.
     """
 
     modules: tuple[str, ...]
@@ -46,6 +55,12 @@ class SpanStatistics:
     forms: Tensor
     mean_curvature: Tensor
     dimension: Tensor
+    through: tuple[str, ...] | None = None
+
+    @property
+    def basis(self) -> tuple[str, ...]:
+        """Names of the members of the basis, ``K`` of them: the updates, the centre, and the merge if there is one."""
+        return basis_names(self.updates, self.through is not None)
 
     def select(self, kept: Sequence[int]) -> SpanStatistics:
         """The statistics of some modules.
@@ -61,6 +76,7 @@ class SpanStatistics:
             forms=self.forms[places],
             mean_curvature=self.mean_curvature[places],
             dimension=self.dimension[places],
+            through=None if self.through is None else tuple(self.through[place] for place in places),
         )
 
 
@@ -69,49 +85,39 @@ class SpanCoordinates:
     """The change of variables ``c = T x`` between coefficients and orthonormal coordinates.
 
     Attributes:
-        transform: ``T``, ``(M, N + 1, N + 1)``, with zero columns where the span has fewer dimensions.
-        inverse: ``x = S c``, ``(M, N + 1, N + 1)``.
+        transform: ``T``, ``(M, K, K)``, with zero columns where the span has fewer dimensions.
+        inverse: ``x = S c``, ``(M, K, K)``.
     """
 
     transform: Tensor
     inverse: Tensor
 
     def coefficients(self, x: Tensor) -> Tensor:
-        """``c`` of latents ``x``, ``(*S, M, N + 1, 1)`` to ``(*S, M, N + 1)``."""
+        """``c`` of latents ``x``, ``(*S, M, K, 1)`` to ``(*S, M, K)``."""
         return (self.transform @ x).squeeze(-1)
 
     def latents(self, c: Tensor) -> Tensor:
-        """``x`` of coefficients ``c``, ``(*S, M, N + 1)`` to ``(*S, M, N + 1, 1)``."""
+        """``x`` of coefficients ``c``, ``(*S, M, K)`` to ``(*S, M, K, 1)``."""
         return self.inverse @ c.unsqueeze(-1)
 
 
-def stored_center(updates: Tensor) -> Tensor:
-    """The anchor's centre that statistics carry as a tensor, for instance a checkpoint's, whatever its values.
-
-    ``Anchor(stored_center)`` makes of the design that such statistics were made with one for Span coordinates, where
-    the values themselves are not needed again.
-
-    Args:
-        updates: ``(..., N, d_out, d_in)``.
-
-    Raises:
-        ValueError: always: the updates do not tell it.
-    """
-    raise ValueError(
-        "`Anchor(stored_center)` stands for the centre that Span statistics carry, and the updates "
-        f"{tuple(updates.shape)} do not tell its values. Give the centre itself, as a tensor or a `Design.center`."
-    )
-
-
 def span_statistics(
-    poe: ProductOfExperts, updates: Tensor, modules: Sequence[str] | None = None, *, ranks: bool = True
+    poe: ProductOfExperts,
+    updates: Tensor,
+    modules: Sequence[str] | None = None,
+    *,
+    through: Tensor | None = None,
+    ranks: bool = True,
 ) -> SpanStatistics:
     """One pass over a batch of modules of equal shape.
 
     Args:
-        poe: the design; only its residual maps and its centre matter here.
+        poe: the design; only its residual maps and its centre matter here, unless the span is to go through its merge.
         updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``.
         modules: names of the modules; numbered if not given.
+        through: the merged updates ``Z_*`` of this design, ``(M, d_out, d_in)`` or ``(d_out, d_in)``, as `fixed_point`
+            solves for them: draws from these statistics then surround the merge. Without, they surround the minimum
+            over the span of the updates and the centre alone, which is another point.
         ranks: find the rank of every ``P_i``, by singular values of the updates; without, only energies whose exponent
             does not depend on it can be used, and nothing that needs normalised experts.
 
@@ -129,7 +135,7 @@ def span_statistics(
         )
     updates = check_updates(updates, names)
     poe = poe if modules is None else poe.for_modules(modules)
-    basis = span_basis(poe, updates)
+    basis = span_basis(poe, updates, through)
     position = {name: i for i, name in enumerate(names)}
     operators = [e.residual_map.operator(updates[:, position[e.update_name]]) for e in poe.experts]
     labels = tuple(modules) if modules is not None else tuple(str(i) for i in range(len(updates)))
@@ -146,6 +152,7 @@ def span_statistics(
         dimension=torch.stack([operator.dimension() for operator in operators], 1)
         if ranks
         else torch.full_like(curvature, torch.nan),
+        through=None if through is None else (merge_label(poe),) * len(updates),
     )
 
 
@@ -153,13 +160,14 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
     """Statistics of several batches of modules as one.
 
     Raises:
-        ValueError: the parts are about different task vectors, residual maps or centres.
+        ValueError: the parts are about different task vectors, residual maps or centres, or only some go through a
+            merge.
     """
     first = parts[0]
     for part in parts[1:]:
-        kinds = [(each.updates, each.residual_maps, each.center) for each in (part, first)]
+        kinds = [(each.basis, each.residual_maps, each.center) for each in (part, first)]
         if kinds[0] != kinds[1]:
-            shown = [f"{updates} under {maps} with the centre {center}" for updates, maps, center in kinds]
+            shown = [f"{basis} under {maps} with the centre {center}" for basis, maps, center in kinds]
             raise ValueError(
                 f"`concatenate(...)`: one part is about {shown[0]}, another about {shown[1]}. Make all parts with one "
                 "design."
@@ -173,6 +181,7 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
         forms=torch.cat([part.forms for part in parts]),
         mean_curvature=torch.cat([part.mean_curvature for part in parts]),
         dimension=torch.cat([part.dimension for part in parts]),
+        through=None if first.through is None else tuple(text for part in parts for text in part.through or ()),
     )
 
 
@@ -197,15 +206,16 @@ def span_posterior(
     """The posterior restricted to the span, from statistics alone.
 
     Args:
-        poe: the design; its residual maps must be those of the statistics.
+        poe: the design; its residual maps must be those of the statistics, and where these go through a merge, it must
+            be the design of that merge. The temperature may be any.
         statistics: of all modules, whatever their shapes.
-        bases: ``B`` of each module, ``(N + 1, d_out, d_in)``; needed only by factor experts that see updates.
+        bases: ``B`` of each module, ``(K, d_out, d_in)``; needed only by factor experts that see updates.
 
     Returns:
-        The posterior over ``x``, ``(M, N + 1, 1)``, and its coordinates.
+        The posterior over ``x``, ``(M, K, 1)``, and its coordinates.
 
     Raises:
-        ValueError: the residual maps differ, or a factor expert needs ``bases``.
+        ValueError: the statistics are about another design, or a factor expert needs ``bases``.
     """
     maps = tuple(repr(expert.residual_map) for expert in poe.experts)
     if maps != statistics.residual_maps:
@@ -214,6 +224,7 @@ def span_posterior(
             "Make the statistics again with this design."
         )
     _require_same_center(poe, statistics)
+    _require_same_merge(poe, statistics)
     coordinates = span_coordinates(statistics)
     size = statistics.gram.shape[-1]
     position = {name: i for i, name in enumerate(statistics.updates)}
@@ -233,7 +244,7 @@ def span_posterior(
             "`span_posterior(...)`: the anchor's precision is zero, and Span coordinates need one to hold directions "
             "that the updates do not have. Give a small one, or use Full coordinates."
         )
-    center = coordinates.latents(units[-1].expand(num_modules, size))
+    center = coordinates.latents(units[len(statistics.updates)].expand(num_modules, size))
     factors = tuple(_bind_factor(factor, coordinates, statistics, bases) for factor in poe.factors)
     return Posterior(experts, center, precision, poe.temperature, (size, 1), factors), coordinates
 
@@ -256,13 +267,15 @@ def _require_same_center(poe: ProductOfExperts, statistics: SpanStatistics) -> N
         )
 
 
-def center_label(center: Tensor | CenterRule | None) -> str:
-    """What `SpanStatistics.center` says: the kind of a centre, without its values."""
-    if center is None:
-        return "zero"
-    if isinstance(center, Tensor) or center is stored_center:
-        return "tensor"
-    return repr(center) if is_dataclass(center) else getattr(center, "__qualname__", type(center).__qualname__)
+def _require_same_merge(poe: ProductOfExperts, statistics: SpanStatistics) -> None:
+    label = merge_label(poe)
+    for name, through in zip(statistics.modules, statistics.through or (), strict=False):
+        if through != label:
+            raise ValueError(
+                f"`span_posterior(...)`: the statistics of {name!r} go through the merge of the design {through}, this "
+                f"design is {label} and has another merge. Make the statistics again with this design; those of "
+                "`span_statistics(poe, updates)` and of designs with coordinates='span' go through none and serve any."
+            )
 
 
 def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
@@ -276,15 +289,27 @@ def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
     return ranks
 
 
-def span_basis(poe: ProductOfExperts, updates: Tensor) -> Tensor:
-    """``B = (U_1, ..., U_N, Z_0)``, ``(M, N + 1, d_out, d_in)``; the last is zero for a zero centre."""
+def span_basis(poe: ProductOfExperts, updates: Tensor, through: Tensor | None = None) -> Tensor:
+    """``B = (U_1, ..., U_N, Z_0)``, and ``Z_*`` if it is given, ``(M, K, d_out, d_in)``; a zero centre is zeros.
+
+    Raises:
+        ValueError: ``through`` is not one merged update for each module.
+    """
     center = center_of(poe.anchor, updates)
-    last = torch.zeros_like(updates[:, 0]) if center is None else center
-    return torch.cat([updates, last.unsqueeze(1)], 1)
+    parts = [updates, (torch.zeros_like(updates[:, 0]) if center is None else center).unsqueeze(1)]
+    if through is not None:
+        merged = through.to(updates).reshape(-1, *through.shape[-2:])
+        if merged.shape != updates[:, 0].shape or not bool(merged.isfinite().all()):
+            raise ValueError(
+                f"`span_statistics(through={tuple(through.shape)})`: give one finite merged update for each module, "
+                f"{tuple(updates[:, 0].shape)}, as `fixed_point(poe, updates).value`."
+            )
+        parts.append(merged.unsqueeze(1))
+    return torch.cat(parts, 1)
 
 
 def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
-    """A factor ``F`` with ``F F^T = T^T K T``, ``(M, N + 1, N + 1)``; rounding below zero is clipped."""
+    """A factor ``F`` with ``F F^T = T^T K_i T``, ``(M, K, K)``; rounding below zero is clipped."""
     projected = coordinates.transform.mT @ form @ coordinates.transform
     eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
     return vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
@@ -327,7 +352,7 @@ def _bind_factor(
 
 
 def _update_functions(coordinates: SpanCoordinates, bases: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:
-    """One function per module from latents ``(*S, M, N + 1, 1)`` to its merged update ``(*S, d_out, d_in)``."""
+    """One function per module from latents ``(*S, M, K, 1)`` to its merged update ``(*S, d_out, d_in)``."""
 
     def update_of(module: int) -> Callable[[Tensor], Tensor]:
         basis = bases[module]

@@ -130,7 +130,7 @@ def test_stats_saves_everything_and_says_what(done: Cli, here: Path) -> None:
 
 
 def test_every_span_method_runs_from_the_file_alone(done: Cli, here: Path) -> None:
-    done("stats", "config.yaml", "--out", "stats")
+    done("stats", "config.yaml", "--coordinates", "span", "--out", "stats")
     done("merge", "config.yaml", "--coordinates", "span", "--dtype", "float64", "--out", "merged")
     base, expected = weights(here / "base"), weights(here / "merged")
     basis = {tensor: updates(here, tensor) for tensor in MERGED}
@@ -219,11 +219,22 @@ def test_statistics_of_something_else_name_it(
     assert re.search(rf"^stats: these statistics .*{what}.*Make the statistics again", message)
 
 
-def test_statistics_do_not_depend_on_paths_energies_or_lambda(done: Cli, here: Path) -> None:
-    done("stats", "config.yaml", "--out", "stats")
+def test_statistics_through_a_merge_belong_to_one_energy_and_others_to_any(
+    done: Cli, fails: Callable[..., str], here: Path
+) -> None:
+    done("stats", "config.yaml", "--out", "through")
+    spans = yaml.safe_dump({**CONFIG, "parameters": {**CONFIG["parameters"], "coordinates": "span"}})  # type: ignore[dict-item]
+    (here / "span.yaml").write_text(spans)
+    done("stats", "span.yaml", "--out", "plain")
     (here / "mnist").rename(here / "moved")
-    arguments = ("--model", "mnist=moved", "--model", "emoji", "--energy", "Cauchy", "--lambda", "0.3", "--eta", "2")
-    done("sample", "config.yaml", "--stats", "stats", "--out", "out", "-n", "1", *QUICK, *arguments)
+    paths = ("--model", "mnist=moved", "--model", "emoji", "--lambda", "0.3")
+    done("sample", "config.yaml", "--stats", "through", "--out", "out", "-n", "1", *QUICK, *paths)
+    other = (*paths, "--energy", "Cauchy", "--eta", "2")
+    message = fails("sample", "config.yaml", "--stats", "through", "--out", "o", *other)
+    assert re.search(r'merge\[0\].anchor.precision was "RelativePrecision\(eta=0.2\)", now it is "Rel', message)
+    done("sample", "span.yaml", "--stats", "plain", "--out", "again", "-n", "1", *QUICK, *other)
+    message = fails("sample", "config.yaml", "--stats", "plain", "--out", "o", *paths)
+    assert 'coordinates was "span", now it is "full"' in message
 
 
 def test_files_that_are_no_statistics(done: Cli, fails: Callable[..., str], here: Path) -> None:
@@ -246,18 +257,25 @@ def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
     assert isinstance(draws, SpanDraws)
     assert (draws.num_chains, draws.num_draws, draws.modules) == (4, 500, MERGED)
     some = draws.thinned(3).coefficients[0]
+    done("merge", "config.yaml", "--lambda", "1", "--out", "merged")
+    base, merged = weights(here / "base"), weights(here / "merged")
     for number in range(3):
         member = weights(here / "out" / f"member-{number:03d}")
         assert {name: tuple(value.shape) for name, value in member.items()} == SHAPES
         for index, tensor in enumerate(MERGED):
-            update = torch.einsum("j,jab->ab", some[number, index, :2], updates(here, tensor))
-            expected = weights(here / "base")[tensor].double() + 0.7 * update
-            assert_close(member[tensor].double(), expected, 1e-5)
+            basis = torch.stack([*updates(here, tensor), (merged[tensor] - base[tensor]).double()])
+            update = torch.einsum("j,jab->ab", some[number, index, [0, 1, 3]], basis)
+            assert_close(member[tensor].double(), base[tensor].double() + 0.7 * update, 1e-5)
     data = az.from_netcdf(str(here / "out" / "draws.nc"))
-    assert data.posterior["coefficients"].shape == (4, 500, 3, 2)
-    assert np.array_equal(data.posterior["coefficients"].values, draws.coefficients[..., :2].numpy())
+    assert data.posterior["coefficients"].shape == (4, 500, 3, 3)
+    assert np.array_equal(data.posterior["coefficients"].values, draws.coefficients[..., [0, 1, 3]].numpy())
     assert "lp" in data.sample_stats
     assert data.attrs["statistics_digest"] == draws.source
+    told = {key: data.attrs[key] for key in ("coordinates_of_draws", "sampler", "temperature", "around")}
+    assert told == {"coordinates_of_draws": "span", "sampler": "gibbs", "temperature": 1.0, "around": "the merge"}
+    assert draws.from_merge is not None
+    assert data.attrs["merge_distance"] == pytest.approx(draws.from_merge.worst)
+    assert f"{draws.from_merge.worst:.2g} standard deviations of the draws from the merge in" in out
     found = float(az.rhat(data.posterior["coefficients"])["coefficients"].max())
     assert float(shown[1]) == pytest.approx(found, abs=6e-4)
     record = json.loads((here / "out" / "sample.json").read_text())
@@ -305,13 +323,13 @@ def test_deltas_add_up_to_the_checkpoints(done: Cli, here: Path) -> None:
 def test_a_pattern_leaves_the_rest_at_the_map(done: Cli, here: Path) -> None:
     _, out, _ = done("sample", "config.yaml", "-n", "2", *QUICK, "--pattern", r"^1\.(mlp|bias)", "--out", "out")
     assert "1 modules drawn" in out
-    assert "2 more tensors at the MAP" in out
-    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged")
+    assert "2 more tensors at the merge" in out
+    done("merge", "config.yaml", "--out", "merged")
     first, second, merged = (weights(here / n) for n in ("out/member-000", "out/member-001", "merged"))
     for name in SHAPES:
         assert torch.equal(first[name], second[name]) == (name != "1.mlp.weight")
         if name != "1.mlp.weight":
-            assert_close(first[name], merged[name], 1e-4)
+            assert_close(first[name], merged[name], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +349,7 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     config = {**CONFIG, "parameters": {"energy": energies, "eta": [{"filter": "attn", "value": 0.5}, {"value": 0.1}]}}
     (here / "config.yaml").write_text(yaml.safe_dump(config))
     coordinates = "full" if "full" in method else "span"
-    done("merge", "config.yaml", "--coordinates", coordinates, "--out", "merged")
+    done("merge", "config.yaml", "--out", "merged")
     # Trajectories from starts at the task vectors take longer, the colder it is.
     temperature, tolerance = (1e-2, 0.5) if method in ("hmc", "nuts") else (1e-9, 2e-3)
     options = ("--method", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
@@ -349,7 +367,8 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
         for number in range(2):
             data = az.from_netcdf(str(here / "out" / f"draws-{number}.nc"))
             places = [MERGED.index(name) for name in data.posterior["module"].values]
-            assert np.array_equal(data.posterior["coefficients"].values, draws.coefficients[:, :, places, :2].numpy())
+            kept = draws.coefficients[:, :, places][..., [0, 1, 3]]
+            assert np.array_equal(data.posterior["coefficients"].values, kept.numpy())
     else:
         assert isinstance(draws, FullDraws)
         assert draws.temperature.tolist() == [1e-9] * 3
@@ -360,7 +379,7 @@ def test_maps_that_differ_between_tensors_need_no_file(done: Cli, fails: Callabl
     config = {**CONFIG, "parameters": {"residual_map": maps, "eta": 0.1}}
     (here / "config.yaml").write_text(yaml.safe_dump(config))
     assert "`poe-merge sample` without --stats makes them on the way" in fails("stats", "config.yaml", "--out", "s")
-    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged")
+    done("merge", "config.yaml", "--out", "merged")
     done("sample", "config.yaml", "-n", "1", "--out", "out", "--temperature", "1e-9", *QUICK)
     merged, member, base = (weights(here / name) for name in ("merged", "out/member-000", "base"))
     for name in MERGED:
@@ -377,7 +396,7 @@ def test_maps_that_differ_between_tensors_need_no_file(done: Cli, fails: Callabl
 @pytest.mark.parametrize("stats", [True, False])
 def test_a_checkpoint_as_the_anchor(stats: bool, done: Cli, fails: Callable[..., str], here: Path) -> None:
     anchor = ("--anchor", "other", "--eta", "1.0")
-    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged", *anchor)
+    done("merge", "config.yaml", "--out", "merged", *anchor)
     given: tuple[str, ...] = ()
     if stats:
         _, out, _ = done("stats", "config.yaml", "--out", "stats", *anchor)
@@ -389,7 +408,7 @@ def test_a_checkpoint_as_the_anchor(stats: bool, done: Cli, fails: Callable[...,
         assert_close(member[name] - base[name], merged[name] - base[name], 2e-3)
     draws = load_draws(here / "out" / "draws")
     assert isinstance(draws, SpanDraws)
-    assert bool((draws.coefficients[..., -1] > 0.05).all())
+    assert bool((draws.squared_norms[:, 2] > 0).all())  # the centre is in the basis
     if stats:
         shutil.copy(here / "mnist" / "model.safetensors", here / "other" / "model.safetensors")
         message = fails("sample", "config.yaml", "--stats", "stats", "--out", "again", *anchor)
@@ -672,4 +691,98 @@ def test_a_fused_tensor_is_several_modules_and_one_tensor(done: Cli, here: Path,
     assert "more tensors" not in out
     _, out, _ = done("sample", "config.yaml", "-n", "1", "--out", "some", "--pattern", r"in_proj_weight\[1\]", *QUICK)
     assert "1 modules drawn" in out
-    assert "3 more tensors at the MAP" in out
+    assert "3 more tensors at the merge" in out
+
+
+# --- around a merge ---
+
+
+def test_draws_around_a_folder_have_its_settings_and_its_tensors(
+    done: Cli, fails: Callable[..., str], here: Path
+) -> None:
+    done("merge", "config.yaml", "--out", "merged")
+    settings = ("-n", 2, *QUICK, "--temperature", "0.01", "--pattern", "mlp")
+    _, out, _ = done("sample", "--merge", "merged", *settings, "--out", "around")
+    _, same, _ = done("sample", "config.yaml", *settings, "--out", "solved")
+    assert re.search("gibbs draws in Span coordinates through the merge at temperature 0.01: their centre is", out)
+    assert re.search(
+        r"The merge kept of the experts' updates: mnist \d+% \(\d+% of its squared residual left\), em", same
+    )
+    one, other = (load_draws(here / name / "draws") for name in ("around", "solved"))
+    assert one.digest() == other.digest()
+    assert isinstance(one, SpanDraws)
+    assert isinstance(other, SpanDraws)
+    assert one.from_merge is not None
+    assert other.from_merge is not None
+    assert abs(one.from_merge.worst - other.from_merge.worst) < 0.05  # measured on the weights, and by the statistics
+    merged = weights(here / "merged")
+    for name in ("around/member-000", "around/member-001", "solved/member-000"):
+        member = weights(here / name)
+        for tensor in ("1.attn.weight", "1.bias"):
+            assert torch.equal(member[tensor], merged[tensor]) or name.startswith("solved")
+            assert_close(member[tensor], merged[tensor], 1e-6)
+    record = json.loads((here / "around" / "sample.json").read_text())
+    told = record["around"]
+    assert (told["coordinates"], told["surrounds"], told["sampler"]) == ("span", "full", "gibbs")
+    assert told["merge_distance"] == pytest.approx(one.from_merge.worst)
+    assert [each["name"] for each in record["experts"]] == ["mnist", "emoji"]
+    data = az.from_netcdf(str(here / "around" / "draws.nc"))
+    assert data.attrs["merge_distance"] == pytest.approx(one.from_merge.worst)
+    assert data.attrs["merge_distance_module"] == one.from_merge.where
+    message = fails("sample", "config.yaml", "--merge", "merged", "--out", "o")
+    assert "config.yaml: --merge merged has its own configuration" in message
+    assert "--eta: the merge in merged was made with settings of its own" in fails(
+        "sample", "--merge", "merged", "--eta", "3", "--out", "o"
+    )
+    assert "base: no merge, poe_merge.json is missing" in fails("sample", "--merge", "base", "--out", "o")
+    shutil.copy(here / "other" / "model.safetensors", here / "mnist" / "model.safetensors")
+    message = fails("sample", "--merge", "merged", *settings, "--out", "o")
+    assert "merged: it was merged from other checkpoints: model.safetensors of the expert mnist has the" in message
+
+
+def test_a_merge_in_span_coordinates_has_draws_of_its_own(done: Cli, fails: Callable[..., str], here: Path) -> None:
+    done("merge", "config.yaml", "--coordinates", "span", "--out", "merged")
+    _, out, _ = done("sample", "--merge", "merged", "-n", 1, "--draws", 100, "--temperature", "0.01", "--out", "around")
+    assert "gibbs draws in Span coordinates around the MAP of the span at temperature 0.01: their centre is" in out
+    draws = load_draws(here / "around" / "draws")
+    assert isinstance(draws, SpanDraws)
+    assert not draws.through_merge
+    assert draws.from_merge is not None
+    assert draws.from_merge.worst < 1.0
+    message = fails("sample", "--merge", "merged", "--coordinates", "full", "--out", "o")
+    assert "--coordinates full: the configuration's merge is the MAP in Span coordinates" in message
+    done("merge", "config.yaml", "--out", "full")  # draws of one merge beside another
+    _, _, err = done("diagnose", "full", "--draws", "around/draws", "--no-tails", "--out", "page.html")
+    assert "centre of the draws: the merge was solved in Full coordinates, and these draws are around another" in err
+    assert re.search(r"their centre is [\d.]+ standard deviations of the draws from the merge in", err)
+
+
+@pytest.mark.parametrize("coordinates", ["span", "full"])
+def test_a_report_says_where_draws_are(coordinates: str, done: Cli, here: Path) -> None:
+    done("merge", "config.yaml", "--out", "merged")
+    more = ("--coordinates", coordinates, "--temperature", "0.01", *QUICK)
+    done("sample", "--merge", "merged", "-n", 1, "--out", "around", *more)
+    done("diagnose", "merged", "--draws", "around/draws", "--no-tails", "--out", "page.html")
+    page = (here / "page.html").read_text()
+    assert re.search(f"gibbs draws in {coordinates.capitalize()} coordinates.* at temperature 0.01: their centre", page)
+    assert "What the merge kept of each expert" in page
+    done("sample", "config.yaml", "--eta", "3", "-n", 1, "--out", "elsewhere", *more)
+    _, _, err = done("diagnose", "merged", "--draws", "elsewhere/draws", "--no-tails", "--out", "page.html")
+    assert "were drawn under other experts, scales or anchor than this merge was made with" in err
+
+
+def test_an_expert_that_is_passed_by_is_a_warning(done: Cli, here: Path, generator: torch.Generator) -> None:
+    base = weights(here / "base")
+    for name, length in (("mnist", 1e-3), ("emoji", 1.0)):
+        state = {k: v + length * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+        save_file(state, here / name / "model.safetensors")
+    shared = ("--scale", "Relative(1.0)", "--energy", "Gaussian")
+    done("merge", "config.yaml", "--out", "merged", *shared)
+    _, _, err = done("sample", "--merge", "merged", "-n", 1, "--out", "around", *QUICK)
+    assert "warning: expert 'emoji': " in err or "warning: the merge is little more than the base" in err
+    _, _, same = done("sample", "config.yaml", "-n", 1, "--out", "solved", *QUICK, *shared)
+    assert [line for line in err.splitlines() if "of its" in line or "little more" in line] == [
+        line for line in same.splitlines() if "of its" in line or "little more" in line
+    ]
+    _, _, err = done("diagnose", "merged", "--no-tails", "--out", "page.html")
+    assert "experts: " in err

@@ -17,6 +17,7 @@ from typing_extensions import override
 from diagnostics.prediction_files import predictions_of, save_predictions
 from diagnostics.residuals import residuals
 from diagnostics.tails.pooled import pooled_tails
+from diagnostics.tails.surrogates import surrogate_residuals
 from inference import hmc
 from inference.design import Design
 from inference.draw_files import save_draws
@@ -24,15 +25,21 @@ from inference.full_draws import sample_full
 from inference.method_design import MethodDesign
 from inference.method_draws import MethodDraws
 from inference.model_draws import SpanDraws
+from inference.reweighting import SolverOptions
 from inference.streaming import merge_checkpoint
 from poe_merge import diagnosis
+from poe_merge._recorded import merge_of
 from poe_merge.cli import run
 from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Anchor,
     Cauchy,
     Dare,
     Directional,
     Energy,
     InputGram,
+    IsoC,
     OutputGram,
     ProductOfExperts,
     StudentT,
@@ -114,7 +121,7 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
 
 def test_residuals_are_those_of_the_merge_at_its_own_scaling(folders: Path, merged: Path) -> None:
     found = diagnosis.Findings()
-    diagnosis._fit_tails(merged, diagnosis.read_record(merged), found, seed=3)
+    diagnosis._fit_tails(merged, diagnosis.read_record(merged), found, seed=3, num_surrogates=3)
     poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(4.0))
     expected = residuals(merged, vectors(folders), poe, scaling=0.5)
     assert found.residuals is not None
@@ -122,8 +129,47 @@ def test_residuals_are_those_of_the_merge_at_its_own_scaling(folders: Path, merg
     assert found.measured == ""
     assert found.residuals.values().tolist() == expected.values().tolist()
     assert found.residuals.weights().tolist() == expected.weights().tolist()
-    assert found.tails.verdict == pooled_tails(expected, seed=3).verdict
+    made = surrogate_residuals(vectors(folders), poe, num_surrogates=3, seed=3)
+    assert found.tails.verdict == pooled_tails(expected, surrogates=made, level=0.25, seed=3).verdict
     assert found.verdicts == []
+
+
+def test_a_record_holds_the_merge_that_made_the_folder(folders: Path, merged: Path, tmp_path: Path) -> None:
+    anchor = Anchor(IsoC(0.5), AbsolutePrecision(2.0))
+    given = vectors(folders)
+    designs = {
+        "a.weight": Design(ProductOfExperts.of(NAMES, OutputGram(), Cauchy(), Absolute(3.0), anchor=anchor), 0.7),
+        "b.weight": Design(
+            ProductOfExperts.of(NAMES), options=SolverOptions(("ones",), max_steps=3), center=given.base
+        ),
+    }
+    merge_checkpoint(given, lambda tensor: designs[tensor], tmp_path / "out")
+    record = diagnosis.read_record(tmp_path / "out")
+    again = merge_of(record, given.base)
+    assert {name: each.describe() for name, each in again.items()} == {n: d.describe() for n, d in designs.items()}
+    merged_tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for module in given:
+        design = again[module.tensor]
+        assert isinstance(design, Design)
+        center = torch.zeros(1, 40, 7) if design.center is not None else None
+        value = design.for_modules([module.name]).solve(module.updates.unsqueeze(0), None, center).value[0]
+        torch.testing.assert_close(design.scaling * value, merged_tensors[module.tensor])
+    record["designs"][0]["solver"]["starts"] = ["tensor (1, 40, 7)"]
+    with pytest.raises(ValueError, match="which a record does not hold"):
+        merge_of(record, given.base)
+    record["designs"][0]["anchor"]["center"] = "somewhere/else"
+    with pytest.raises(ValueError, match="somewhere/else, is not in the record"):
+        merge_of(record, given.base)
+
+
+def test_what_cannot_be_merged_again_leaves_the_null_unknown(by_ties: Path) -> None:
+    page = diagnosis.diagnose(by_ties)
+    (verdict,) = [v for v in page.warnings if v.about == "null control"]
+    assert "could not be made, so that no tail has a null" in verdict.text
+    assert "not known" in page.html
+    quiet = diagnosis.diagnose(by_ties, num_surrogates=0)
+    assert not [v for v in quiet.warnings if v.about == "null control"]
+    assert "surrogate_residuals" in quiet.html
 
 
 def test_the_same_page_every_time(merged: Path) -> None:
@@ -192,7 +238,7 @@ def test_a_merge_by_a_method(by_ties: Path, tmp_path: Path, capsys: pytest.Captu
 def test_residuals_of_a_methods_merge(chosen: str | None, folders: Path, by_ties: Path) -> None:
     residual_map = None if chosen is None else OutputGram()
     found = diagnosis.Findings()
-    diagnosis._fit_tails(by_ties, diagnosis.read_record(by_ties), found, 0, residual_map)
+    diagnosis._fit_tails(by_ties, diagnosis.read_record(by_ties), found, 0, residual_map, 0)
     expected = residuals(by_ties, vectors(folders), residual_map or InputGram(), scaling=0.8)
     assert found.residuals is not None
     assert found.residuals.values().tolist() == expected.values().tolist()
@@ -203,7 +249,7 @@ def test_another_residual_map_for_a_products_merge(folders: Path, merged: Path, 
     assert run(["diagnose", str(merged), "--residual-map", "Directional", "--out", str(tmp_path / "r.html")]) == 0
     assert "measured by Directional(), which was asked for" in (tmp_path / "r.html").read_text(encoding="utf-8")
     found = diagnosis.Findings()
-    diagnosis._fit_tails(merged, diagnosis.read_record(merged), found, 0, Directional())
+    diagnosis._fit_tails(merged, diagnosis.read_record(merged), found, 0, Directional(), 0)
     expected = residuals(merged, vectors(folders), Directional(), scaling=0.5)
     assert found.residuals is not None
     assert found.residuals.values().tolist() == expected.values().tolist()

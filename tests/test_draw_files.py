@@ -95,7 +95,8 @@ def test_one_pass_gives_the_statistics_of_every_module(center: Any, vectors: Tas
     statistics = collect_statistics(vectors, poe)
     assert statistics.modules == MODULES
     for index, module in enumerate(vectors):
-        alone = span_statistics(poe, module.updates, [module.name])
+        merged = fixed_point(poe, module).value
+        alone = span_statistics(poe, module.updates, [module.name], through=merged)
         for name in ("gram", "forms", "mean_curvature", "dimension"):
             assert torch.equal(getattr(statistics, name)[index], getattr(alone, name)[0])
 
@@ -105,7 +106,7 @@ def test_a_checkpoint_as_the_centre_counts_as_the_last_basis_vector(
 ) -> None:
     base = {name: vectors.base.read(name) for name in SHAPES}
     center = {name: value + torch.randn(value.shape, generator=generator) for name, value in base.items()}
-    design = Design(poe_of(vectors), center=open_checkpoint(center))
+    design = Design(poe_of(vectors), center=open_checkpoint(center), coordinates="span")
     statistics = collect_statistics(vectors, design)
     displacement = (center["a.weight"].double() - base["a.weight"].double()).square().sum()
     assert_close(statistics.gram[0, -1, -1], displacement, 1e-12)
@@ -122,8 +123,8 @@ def test_a_checkpoint_as_the_centre_counts_as_the_last_basis_vector(
 def test_the_order_of_the_products_names_decides(vectors: TaskVectors) -> None:
     there = collect_statistics(vectors, ProductOfExperts.of(["x", "y", "z"]))
     back = collect_statistics(vectors, ProductOfExperts.of(["z", "y", "x"]))
-    flipped = torch.tensor([2, 1, 0, 3])
-    assert_close(back.gram, there.gram[:, flipped][:, :, flipped], 1e-14)
+    flipped = torch.tensor([2, 1, 0, 3, 4])
+    assert_close(back.gram, there.gram[:, flipped][:, :, flipped], 1e-9)
 
 
 def test_progress_counts_modules_and_bytes(vectors: TaskVectors) -> None:
@@ -145,10 +146,24 @@ def test_designs_that_do_not_go_together_name_two_tensors(vectors: TaskVectors) 
     kinds = {"a.weight": poe_of(vectors, residual_map=OutputGram())}
     with pytest.raises(ValueError, match=r"'b.weight' has InputGram\(\).*'a.weight' has OutputGram\(\)"):
         collect_statistics(vectors, lambda name: Design(kinds.get(name, poe_of(vectors))))
-    # Energies and scales may differ: statistics do not depend on them.
+    with pytest.raises(ValueError, match=r"merged in full coordinates; tensor 'a.weight' has .* in span coordinates"):
+        collect_statistics(
+            vectors, lambda name: Design(poe_of(vectors), coordinates="span" if name == "a.weight" else "full")
+        )
+    # Energies and scales may differ: statistics depend on them by the merge alone.
     energies = {"a.weight": poe_of(vectors, energy=StudentT(3.0))}
-    mixed = collect_statistics(vectors, lambda name: Design(energies.get(name, poe_of(vectors))))
-    assert statistics_digest(mixed) == statistics_digest(collect_statistics(vectors, poe_of(vectors)))
+
+    def collected(given: dict[str, ProductOfExperts], coordinates: Any) -> Any:
+        return collect_statistics(
+            vectors, lambda name: Design(given.get(name, poe_of(vectors)), coordinates=coordinates)
+        )
+
+    mixed, alike = ([collected(given, kind) for kind in ("span", "full")] for given in (energies, {}))
+    assert statistics_digest(mixed[0]) == statistics_digest(alike[0])
+    assert statistics_digest(mixed[1]) != statistics_digest(alike[1])
+    assert torch.equal(mixed[1].gram[1:], alike[1].gram[1:])
+    with pytest.raises(ValueError, match="the statistics of 'a.weight' go through the merge of the design x StudentT"):
+        span_posterior(poe_of(vectors), mixed[1])
     with pytest.raises(ValueError, match=r"'a.weight' is about 'nobody'; the task vectors are x, y, z"):
         collect_statistics(vectors, ProductOfExperts.of(["x", "nobody"]))
 
@@ -233,7 +248,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other names": (
         lambda folder: edit_json(folder / "statistics.json", lambda data: data["modules"].append("more")),
-        r"incomplete statistics \(ValueError: gram is \(5, 4, 4\)",
+        r"incomplete statistics \(ValueError: there are 6 modules, and designs of 5 merges",
     ),
     "renamed experts": (
         lambda folder: edit_json(folder / "statistics.json", lambda data: data["updates"].reverse()),
@@ -290,7 +305,7 @@ def test_span_draws_are_coefficients_of_the_latents(vectors: TaskVectors) -> Non
         # |Z - Z_0| is the same in both coordinates, those aside that only pad the span (the average lies in it).
         assert posterior.center is not None
         inside = (coordinates.transform[index] != 0).any(0)
-        assert int(inside.sum()) == 3
+        assert int(inside.sum()) == 4  # three updates and the merge
         distance = (latents.values[1, 2, index] - posterior.center[index])[inside].square().sum()
         assert module.center is not None
         assert_close((update - module.center).square().sum(), distance, 1e-9)
@@ -399,7 +414,8 @@ def test_draws_from_the_mode_go_with_the_solver_that_finds_it(vectors: TaskVecto
     assert_close(mode, early.solve(module.updates.unsqueeze(0)).value[0], 1e-9)
     with pytest.raises(ValueError, match="another design .experts, anchor or solver"):
         MergedEnsemble(vectors, poe, draws)
-    exact = sample_full(vectors, early, 2, generator=torch.Generator(), pattern=r"a\.weight", warmup=2)
+    with pytest.warns(UserWarning, match="not converged"):
+        exact = sample_full(vectors, early, 2, generator=torch.Generator(), pattern=r"a\.weight", warmup=2)
     MergedEnsemble(vectors, poe, exact)  # Gibbs draws need no MAP
     with pytest.raises(ValueError, match="experts, anchor or solver"):
         MergedEnsemble(vectors, early, noise_control(exact, vectors, poe, generator=torch.Generator()))
@@ -578,7 +594,8 @@ def test_files_have_nothing_but_tensors_and_json(vectors: TaskVectors, tmp_path:
     folder = save_draws(span_draws(vectors, poe_of(vectors), count=2), tmp_path / "draws")
     assert sorted(path.name for path in folder.iterdir()) == ["draws.json", "draws.safetensors"]
     tensors = load_file(folder / "draws.safetensors")
-    assert set(tensors) == {"coefficients", "squared_norms", "stats.lp"}
+    distance = {"merge.displacement", "merge.spread", "merge.length"}
+    assert set(tensors) == {"coefficients", "squared_norms", "stats.lp", *distance}
     save_file(tensors, folder / "draws.safetensors", metadata={"other": "file"})
     with pytest.raises(CheckpointError, match="not the file that was saved"):
         load_draws(folder)

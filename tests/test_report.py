@@ -32,10 +32,11 @@ from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.sensitivity import gamma_sensitivity
 from diagnostics.shift import Corrupted, ShiftComparison, compare_detection, point_prediction, under_corruption
 from diagnostics.tails.pooled import pooled_tails
+from diagnostics.tails.surrogates import surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
 from inference import fixed_point
 from inference.model_draws import SpanDraws
-from poe_models import InputGram, ModuleUpdates, ProductOfExperts
+from poe_models import InputGram, ModuleUpdates, ProductOfExperts, TaskVectors
 from tests.helpers import random_updates
 from tests.levels import binomial_range
 from tests.seeds import seeded
@@ -183,6 +184,11 @@ def modules(updates: Tensor) -> list[ModuleUpdates]:
     return [ModuleUpdates(n, n, NAMES, torch.zeros(30, 7), u) for n, u in zip(names, updates, strict=True)]
 
 
+def vectors_of(modules: list[ModuleUpdates]) -> TaskVectors:
+    experts = {name: {m.tensor: m.base + m.updates[i] for m in modules} for i, name in enumerate(NAMES)}
+    return TaskVectors({m.tensor: m.base for m in modules}, experts)
+
+
 @pytest.fixture(scope="module")
 def solved(updates: Tensor) -> FixedPointConvergence:
     return fixed_point_convergence(
@@ -305,7 +311,11 @@ def test_a_report_of_everything(modules: list[ModuleUpdates], solved: FixedPoint
         coefficients=coefficient_intervals(draws),
         sensitivity=gamma_sensitivity(ProductOfExperts.of(NAMES), modules, [0.5, 2.0]),
         residuals=left,
-        tails=pooled_tails(left, ["Gaussian", "Student-t"], num_simulations=99),
+        tails=pooled_tails(
+            left,
+            ["Gaussian", "Student-t"],
+            surrogates=surrogate_residuals(vectors_of(modules), ProductOfExperts.of(NAMES), InputGram()),
+        ),
         predictions=judge(predictions(), seed=0, num_resamples=50),
         corrupted={"merge": shifted()[0]},
         detection={"mnist, shown emoji": shifted()[1]},

@@ -24,12 +24,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import override
 
-from benchmarks.vision import metrics, train
-from benchmarks.vision.evaluate import Head, Scores, evaluate, features, mean_scores, score
-from benchmarks.vision.model import SqueezeNet, _pad_same, build, convert, preprocess, published_weights
-from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
-from benchmarks.vision.sources import (
-    EMOJI,
+from benchmarks.archives import (
     CorruptSourceError,
     MissingSourceError,
     Source,
@@ -38,6 +33,11 @@ from benchmarks.vision.sources import (
     members,
     read_members,
 )
+from benchmarks.vision import metrics, train
+from benchmarks.vision.evaluate import Head, Scores, evaluate, features, mean_scores, score
+from benchmarks.vision.model import SqueezeNet, _pad_same, build, convert, preprocess, published_weights
+from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
+from benchmarks.vision.sources import EMOJI, cache_folder
 from benchmarks.vision.tasks import SPLITS, TASKS, Split, SplitSizes, Task, load_task, load_tasks, split_indices
 from tests.seeds import seeded, seeded_numpy
 
@@ -227,7 +227,7 @@ class TestRealTasks:
 
 def emoji_code_points() -> dict[bytes, list[str]]:
     """Pixels of an image in the archive -> code points of all emoji that look so."""
-    archive = fetch(EMOJI)
+    archive = fetch(EMOJI, cache_folder())
     rows = {row["image"]: row["unified"] for row in json.loads(read_members(archive, "/emoji.json")[0])}
     points: dict[bytes, list[str]] = collections.defaultdict(list)
     for name, content in members(archive):

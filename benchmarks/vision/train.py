@@ -8,9 +8,7 @@ cache and prints the accuracies.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import tempfile
 import threading
 import time
@@ -28,6 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.folders import key_of, move_into_place
 from benchmarks.vision.evaluate import Head, backbone, features, score
 from benchmarks.vision.model import CONFIG, base_state, preprocess
 from benchmarks.vision.parallel import run_all
@@ -151,24 +150,12 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, 
     save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _move_into_place(made: Path, folder: Path) -> None:
-    try:
-        os.rename(made, folder)
-    except OSError:
-        if not folder.exists():  # else another run made the same folder meanwhile: keep that one
-            raise
-
-
 def _make_base(root: Path, cache: Path) -> Path:
-    folder = root / f"base-{_key(SQUEEZENET.sha256)}"
+    folder = root / f"base-{key_of(VERSION, SQUEEZENET.sha256)}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=root, prefix=".base-") as temporary:
             save_folder(Path(temporary) / "base", base_state(cache))
-            _move_into_place(Path(temporary) / "base", folder)
+            move_into_place(Path(temporary) / "base", folder)
     return folder
 
 
@@ -191,7 +178,7 @@ def _make_expert(
         save_folder(made / "expert", expert)
         save_file({"weight": head.weight, "bias": head.bias}, made / "heads.safetensors")
         (made / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        _move_into_place(made, folder)
+        move_into_place(made, folder)
 
 
 def make_suite(recipe: Recipe | None = None, cache: Path | None = None, console: Console | None = None) -> Suite:
@@ -218,7 +205,9 @@ def make_suite(recipe: Recipe | None = None, cache: Path | None = None, console:
         console.print(line, style="yellow", highlight=False)
     if not tasks:
         raise RuntimeError("`make_suite`: no task could be loaded, for the reasons above. Check the network.")
-    folders = {name: root / f"{name}-{_key(base.name, task.key, asdict(recipe))}" for name, task in tasks.items()}
+    folders = {
+        name: root / f"{name}-{key_of(VERSION, base.name, task.key, asdict(recipe))}" for name, task in tasks.items()
+    }
     stop = threading.Event()
     with Progress(console=console) as progress:
 

@@ -1,9 +1,10 @@
 """How heavy the tails of residuals are, and how sure that is.
 
 ``fit_tails(values)`` fits six families by maximum likelihood and by their exact posterior, compares them by PSIS-LOO
-and says which are tied; ``null_control(groups)`` asks whether the tail is more than pooled Gaussians of different
-scales; ``pooled_tails(residuals)`` does both for the residuals of a merge. ``hill``, ``quantiles`` and ``log_density``
-are what pictures are drawn from, and ``nuts_posterior`` is the same posterior in Pyro.
+and says which are tied. ``surrogate_residuals(task_vectors, merge)`` merges Gaussian updates of the same sizes, and
+``null_control(residuals, surrogates)`` asks whether the real residuals are heavier-tailed than theirs;
+``pooled_tails(residuals, surrogates=...)`` does all of it. ``hill``, ``quantiles`` and ``log_density`` are what
+pictures are drawn from, and ``nuts_posterior`` is the posterior of the families in Pyro.
 """
 
 from diagnostics.tails.comparison import FamilyResult, TailComparison, fit_tails
@@ -14,20 +15,28 @@ from diagnostics.tails.null import NullControl, null_control
 from diagnostics.tails.pooled import PooledTails, pooled_tails, tails_by
 from diagnostics.tails.posteriors import TailPosterior, tail_posterior
 from diagnostics.tails.program import TailDraws, nuts_posterior, tail_program
+from diagnostics.tails.sizes import FittedSizes, Sizes, fit_sizes
+from diagnostics.tails.surrogates import Merge, MergeModule, Surrogates, surrogate_residuals
 
 __all__ = [
     "FAMILIES",
     "Family",
     "FamilyResult",
     "Fit",
+    "FittedSizes",
     "Hill",
     "LogDensity",
+    "Merge",
+    "MergeModule",
     "NullControl",
     "PooledTails",
     "Quantiles",
+    "Sizes",
+    "Surrogates",
     "TailComparison",
     "TailDraws",
     "TailPosterior",
+    "fit_sizes",
     "fit_tails",
     "hill",
     "log_density",
@@ -36,6 +45,7 @@ __all__ = [
     "nuts_posterior",
     "pooled_tails",
     "quantiles",
+    "surrogate_residuals",
     "tail_posterior",
     "tail_program",
     "tails_by",

@@ -1,209 +1,166 @@
-r"""Is it the tail, or are modules of different scales pooled? The null control of a heavy tail.
+r"""Is it the tail, or would Gaussian updates of the same sizes look the same? The null control of a heavy tail.
 
-A mixture of Gaussians of different scales is heavy-tailed without any of them being so; and at a merge that is shrunk
-every expert's residuals lie around an offset of their own. Under the null hypothesis every group (a module and an
-expert) is Gaussian with a location and a scale of its own. Its residuals, less the group's robust location and over its
-robust scale, then have a distribution that depends on neither, so that simulated groups of the same sizes, treated
-alike, give an exact test: the gain in log likelihood of Student-t over Gaussian is compared with the simulated ones.
+Residuals of a merge of exactly Gaussian updates are heavy-tailed as soon as rows differ in size, and they depend on
+each other, for all of them share the merged update. So the null hypothesis is about the updates: independent Gaussian
+entries with the rows' and columns' own sizes, as correlated between experts as the real ones. Such surrogates went
+through the same merge and the same residual map (`diagnostics.tails.surrogates`), and here the same statistic is
+computed for all: the gain in log likelihood of a Student-t over a Gaussian, of residuals less their group's robust
+location and over its robust scale (a group is a module and an expert). The p-value is the rank of the real gain among
+the surrogates'.
 
-What it cannot see: under heavy-tailed experts a MAP shrinks small residuals more than large ones, so that such a merge
-makes its own residuals look heavier. Look at the residuals of a merge without a tail (an average) as well. And
-residuals of one module are taken as independent, though they share the merged update.
+What it says, and what not: a small p means that entries (with shared sizes: entries or rows) are heavier-tailed than
+Gaussian in a way that reaches the residuals. A large one means that sizes explain what tail there is. A gain far
+*below* the surrogates' says that real updates differ from Gaussians in something else: a few directions that carry most
+of an update make the parts of its residual alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
 
-from diagnostics.tails.families import GAUSSIAN, STUDENT_T, Array
-from diagnostics.tails.fits import profile
-from diagnostics.tails.samples import Values, as_array, sample_of
+from diagnostics._residual_sets import Residuals, Unit
+from diagnostics.tails.families import Array
+from diagnostics.tails.groups import location_and_scale, standardised, student_gain, usable_groups
+from diagnostics.tails.sizes import Sizes
+from diagnostics.tails.surrogates import Surrogates
 
-__all__ = ["Groups", "NullControl", "location_and_scale", "null_control", "simulated", "standardised"]
+__all__ = ["NullControl", "null_control"]
 
-Groups = Sequence[Values] | Mapping[str, Values]
-"""Signed residuals of several groups, in each of which they share a scale."""
-SMALLEST_GROUP = 3
-"""Residuals over the scale of one or two of them say nothing about a tail."""
-DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Where the Student-t likelihood is profiled; any statistic gives an exact test."""
-MEDIAN_OF_NORMAL = float(norm.ppf(0.75))
+HELD = {
+    "own": "each expert's own row and column sizes",
+    "shared": "the row and column sizes that the experts share",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class NullControl:
-    """Whether residuals are heavier-tailed than Gaussians of each group's own scale.
+    """Whether residuals are heavier-tailed than those of the same merge of Gaussian updates.
 
     Attributes:
-        gain: log likelihood of Student-t over Gaussian, nats, of the pooled residuals.
-        simulated_gains: the same of pooled Gaussians with each group's location and scale, ``(S,)``.
-        standardised_gain: of residuals less their group's robust location, over its robust scale.
-        simulated_standardised_gains: the same of the Gaussians, ``(S,)``.
+        gain: log likelihood of Student-t over Gaussian, nats, of the residuals within their groups.
+        surrogate_gains: the same of every surrogate, ``(K,)``.
+        pooled_gain: of the residuals as they are, all groups together.
+        surrogate_pooled_gains: the same of every surrogate, ``(K,)``.
         level: of the test.
+        sizes: what the surrogates have in common with the updates.
+        row_spread: median standard deviation of the log row sizes of the updates.
         warnings: why it is not to be trusted; empty if it is.
     """
 
     gain: float
-    simulated_gains: Array
-    standardised_gain: float
-    simulated_standardised_gains: Array
+    surrogate_gains: Array
+    pooled_gain: float
+    surrogate_pooled_gains: Array
     level: float
+    sizes: Sizes
+    row_spread: float
     warnings: tuple[str, ...]
 
     @property
-    def p_pooled(self) -> float:
-        """Share of simulations with at least the gain of the pooled residuals, themselves included."""
-        return _p_value(self.gain, self.simulated_gains)
+    def p_value(self) -> float:
+        """Share of at least this gain among surrogates and the real updates: the test."""
+        return _share_above(self.gain, self.surrogate_gains)
 
     @property
-    def p_value(self) -> float:
-        """The same of the standardised residuals: the test."""
-        return _p_value(self.standardised_gain, self.simulated_standardised_gains)
+    def p_pooled(self) -> float:
+        """The same of the pooled residuals."""
+        return _share_above(self.pooled_gain, self.surrogate_pooled_gains)
+
+    @property
+    def p_lighter(self) -> float:
+        """Share of at most this gain: the test on the other side."""
+        return _share_above(-self.gain, -self.surrogate_gains)
 
     @property
     def heavy_tailed(self) -> bool:
-        """Whether groups are heavy-tailed themselves, at the level of the test."""
+        """Whether residuals are heavier-tailed than the surrogates', at the level of the test."""
         return self.p_value <= self.level
+
+    @property
+    def lighter(self) -> bool:
+        """Whether they are lighter-tailed than the surrogates'; at the level, by itself."""
+        return self.p_lighter <= self.level
 
     @property
     def verdict(self) -> str:
         """The control in a sentence."""
-        evidence = f"Student-t gains {self.standardised_gain:.1f} nats within groups, p = {self.p_value:.3g}"
+        low, middle, high = np.quantile(self.surrogate_gains, (0.0, 0.5, 1.0))
+        evidence = (
+            f"within modules a Student-t gains {self.gain:.1f} nats, in {len(self.surrogate_gains)} merges of Gaussian "
+            f"updates with {HELD[self.sizes]} {middle:.1f} ({low:.1f} to {high:.1f}): p = {self.p_value:.3g}; the log "
+            f"sizes of rows have a standard deviation of {self.row_spread:.2g}"
+        )
         if self.heavy_tailed:
-            text = f"heavy-tailed beyond groups of different location and scale ({evidence})"
-        elif self.gain > 2.0:
-            text = f"not heavy-tailed: pooling different groups gives {self.gain:.1f} nats, but {evidence}"
+            text = f"heavier-tailed than Gaussian updates of the same sizes ({evidence})"
+        elif self.lighter:
+            text = f"not heavy-tailed but lighter-tailed than Gaussian updates of the same sizes ({evidence})"
         else:
-            text = f"not heavy-tailed ({evidence})"
+            text = f"no heavier-tailed than Gaussian updates of the same sizes ({evidence})"
         return text + (f" (not to be trusted: {'; '.join(self.warnings)})" if self.warnings else "")
 
 
 def null_control(
-    groups: Groups,
-    *,
-    num_simulations: int = 199,
-    level: float = 0.01,
-    seed: int = 0,
+    residuals: Residuals, surrogates: Surrogates, *, unit: Unit = "scale", level: float = 0.05
 ) -> NullControl:
-    """Test residuals of several groups against Gaussians of each group's own location and scale.
+    """Test residuals of a merge against those of the same merge of Gaussian updates.
 
     Args:
-        groups: signed residuals of each group, for instance the rows of one module under one expert.
-        num_simulations: how many sets of Gaussians are made; p-values are at least one over one more.
+        residuals: of the real merge, or some of them; by the experts that measured the surrogates.
+        surrogates: of the same merge.
+        unit: of the residuals.
         level: of the test.
-        seed: of the simulations.
 
     Returns:
         The control.
 
     Raises:
-        ValueError: If a residual is NaN or infinite, no group has three residuals, or the level cannot be reached with
-            so few simulations.
+        ValueError: If the level cannot be reached with so few surrogates, there is nothing to test, a residual is NaN
+            or infinite, or the surrogates are of another merge.
 
-    >>> rng = np.random.default_rng(0)
-    >>> null_control([scale * rng.normal(size=100) for scale in (0.1, 1.0, 10.0)]).heavy_tailed
-    False
+    Example:
+        ``null_control(residuals(merged, vectors, poe), surrogate_residuals(vectors, poe)).verdict``
     """
-    if not 1 / (num_simulations + 1) <= level < 1:
+    count = len(surrogates.residuals)
+    if not 1 / (count + 1) <= level < 1:
         raise ValueError(
-            f"`null_control(num_simulations={num_simulations}, level={level})`: p-values are 1/{num_simulations + 1} "
-            "or above, which never reaches the level. Simulate more."
+            f"`null_control(level={level})`: with {count} surrogates p-values are 1/{count + 1} or above, which never "
+            "reaches the level. Make more surrogates."
         )
-    usable, warnings = usable_groups(groups)
-    rng = np.random.default_rng(seed)
-    gains = np.empty((num_simulations, 2))
-    for row in gains:
-        made = simulated(usable, rng)
-        row[:] = _gain(np.concatenate(made)), _gain(standardised(made))
+    made = [_alike(residuals, each, unit) for each in surrogates.of(residuals).residuals]
+    usable, warnings = usable_groups(residuals.groups(unit))
+    names = [name for name in usable if all(location_and_scale(groups[name])[1] > 0 for groups in made)]
+    gains = np.array([_gains(groups, names) for groups in [usable, *made]])
     return NullControl(
-        _gain(np.concatenate(usable)), gains[:, 0], _gain(standardised(usable)), gains[:, 1], level, warnings
+        gain=float(gains[0, 0]),
+        surrogate_gains=gains[1:, 0],
+        pooled_gain=float(gains[0, 1]),
+        surrogate_pooled_gains=gains[1:, 1],
+        level=level,
+        sizes=surrogates.sizes,
+        row_spread=surrogates.row_spread,
+        warnings=(*warnings, *surrogates.notes),
     )
 
 
-def usable_groups(groups: Groups) -> tuple[list[Array], tuple[str, ...]]:
-    """Groups with a scale, and warnings about those without.
-
-    Args:
-        groups: signed residuals of each group.
-
-    Returns:
-        The groups of at least three residuals and a positive scale, and what was left out.
-
-    Raises:
-        ValueError: If a residual is NaN or infinite, no group is left, or they cannot be fitted together.
-    """
-    arrays = [as_array(group) for group in members(groups)]
-    _require_finite(groups, arrays)
-    usable = [group for group in arrays if len(group) >= SMALLEST_GROUP and location_and_scale(group)[1] > 0]
-    if not usable:
+def _alike(residuals: Residuals, surrogate: Residuals, unit: Unit) -> dict[str, Array]:
+    groups, wanted = surrogate.groups(unit), residuals.groups(unit)
+    different = [name for name, group in wanted.items() if name not in groups or len(groups[name]) != len(group)]
+    if different:
         raise ValueError(
-            f"`null_control(...)`: none of {len(arrays)} groups has {SMALLEST_GROUP} residuals that differ, so "
-            "that scales of groups are not known. Give rows or columns (Gram maps), or larger groups."
+            f"`null_control(...)`: the surrogates have other residuals of {different[0]!r}. Measure both by the same "
+            "experts, with the same task vectors."
         )
-    sample = sample_of(np.concatenate(usable))
-    left_out = len(arrays) - len(usable)
-    lost = (f"{left_out} of {len(arrays)} groups left out: too few residuals that differ",) if left_out else ()
-    return usable, (*sample.warnings, *lost)
+    return groups
 
 
-def _require_finite(groups: Groups, arrays: Sequence[Array]) -> None:
-    names = list(groups) if isinstance(groups, Mapping) else range(len(arrays))
-    for name, array in zip(names, arrays, strict=True):
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"`null_control(...)`: {int((~np.isfinite(array)).sum())} of {len(array)} residuals of group {name!r} "
-                "are NaN or infinite. Look for where they come from, or leave them out: `values[np.isfinite(values)]`."
-            )
+def _gains(groups: Mapping[str, Array], names: list[str]) -> tuple[float, float]:
+    """Gain within groups, and of all of them pooled."""
+    chosen = [groups[name] for name in names]
+    return student_gain(standardised(chosen)), student_gain(np.concatenate(chosen))
 
 
-def members(groups: Groups) -> Sequence[Values]:
-    """The groups without their names."""
-    return list(groups.values()) if isinstance(groups, Mapping) else groups
-
-
-def location_and_scale(values: Array) -> tuple[float, float]:
-    """Interquartile mean, and the standard deviation of the Gaussian with the same median distance from it.
-
-    >>> location, scale = location_and_scale(np.array([1.0, 3.0, 1.0, 3.0, -50.0, 70.0]))
-    >>> location, round(scale, 4)
-    (2.0, 1.4826)
-    """
-    cut = len(values) // 4
-    location = float(np.sort(values)[cut : len(values) - cut].mean())
-    return location, float(np.median(np.abs(values - location))) / MEDIAN_OF_NORMAL
-
-
-def standardised(groups: Sequence[Array]) -> Array:
-    """Residuals less their group's robust location and over its robust scale, pooled.
-
-    >>> standardised([np.array([0.0, 1.0, 5.0]), np.array([7.0, 17.0, 57.0])]).round(3)
-    array([-0.674, -0.337,  1.012, -0.674, -0.337,  1.012])
-    """
-    pooled = []
-    for group in groups:
-        location, scale = location_and_scale(group)
-        pooled.append((group - location) / scale)
-    return np.concatenate(pooled)
-
-
-def simulated(groups: Sequence[Array], rng: np.random.Generator) -> list[Array]:
-    """Gaussian residuals of the same numbers, robust locations and scales.
-
-    >>> [len(group) for group in simulated([np.ones(3), np.ones(5)], np.random.default_rng(0))]
-    [3, 5]
-    """
-    return [rng.normal(*location_and_scale(group), len(group)) for group in groups]
-
-
-def _gain(values: Array) -> float:
-    """Greatest log likelihood of Student-t over that of the Gaussian, nats."""
-    sizes = np.abs(values) / np.median(np.abs(values))
-    return max(profile(sizes, STUDENT_T, df)[1] for df in DEGREES) - profile(sizes, GAUSSIAN, 1.0)[1]
-
-
-def _p_value(observed: float, simulations: Array) -> float:
-    return (1 + int((simulations >= observed).sum())) / (1 + len(simulations))
+def _share_above(observed: float, others: Array) -> float:
+    return (1 + int((others >= observed).sum())) / (1 + len(others))

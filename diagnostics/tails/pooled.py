@@ -1,8 +1,8 @@
-"""Tails of a merge's residuals: pooled, per layer or per task, each beside its null controls.
+"""Tails of a merge's residuals: pooled, per layer or per task, each beside its null control.
 
-Pooling modules whose residuals differ in size makes a heavy tail out of Gaussians, so that a pooled fit never stands
-alone: beside it are the fit to residuals less the robust location of their own group and over its robust scale, the fit
-to simulated Gaussians of each group's location and scale, and the test of `null_control`.
+Pooling modules whose residuals differ in size makes a heavy tail out of Gaussians, and within a module rows that differ
+in size do the same, so that a fit never stands alone: beside it are the same fit to the residuals of a merge of
+Gaussian surrogates, and the test of `null_control`, if there are surrogates.
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ import numpy as np
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.comparison import TailComparison, fit_tails
 from diagnostics.tails.families import Array
-from diagnostics.tails.null import (
-    Groups,
-    NullControl,
-    location_and_scale,
-    members,
-    null_control,
-    simulated,
-    standardised,
-    usable_groups,
-)
-from diagnostics.tails.samples import as_array
+from diagnostics.tails.groups import Groups, location_and_scale, named_groups, standardised, usable_groups
+from diagnostics.tails.null import NullControl, null_control
+from diagnostics.tails.surrogates import Surrogates
 
 __all__ = ["PooledTails", "pooled_tails", "tails_by"]
 
 FEWEST_KEPT = 20
 """What thinning leaves of a group, for the sake of its scale."""
+NO_SURROGATES = (
+    "not known: nothing says how heavy-tailed the same merge of Gaussian updates would look; rows of different size "
+    "alone make a heavy tail (`surrogate_residuals` makes such merges)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +37,8 @@ class PooledTails:
     Attributes:
         pooled: of the residuals as they are.
         standardised: of residuals less the robust location of their group, over its robust scale.
-        simulated: of one set of Gaussians with each group's robust location and scale.
-        null: whether groups are heavy-tailed themselves.
+        surrogate: the same of the first merge of Gaussian surrogates; None without any.
+        null: whether residuals are heavier-tailed than those of such merges; None without any.
         offset: median over groups of the location over the scale: below zero where merges fall short of the experts.
         smallest: residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
             test allows for it, the standardised fit does not.
@@ -52,8 +48,8 @@ class PooledTails:
 
     pooled: TailComparison
     standardised: TailComparison
-    simulated: TailComparison
-    null: NullControl
+    surrogate: TailComparison | None
+    null: NullControl | None
     offset: float
     smallest: int
     weight_spread: float | None = None
@@ -64,9 +60,10 @@ class PooledTails:
         lines = [
             f"pooled: {self.pooled.verdict}",
             f"within groups ({self.offset:+.1f} scales off zero): {self.standardised.verdict}",
-            f"Gaussians like the groups: {self.simulated.verdict}",
-            f"null control: {self.null.verdict}",
         ]
+        if self.surrogate is not None:
+            lines.append(f"one merge of Gaussian updates, within groups: {self.surrogate.verdict}")
+        lines.append(f"null control: {NO_SURROGATES if self.null is None else self.null.verdict}")
         if self.weight_spread is not None:
             lines.append(f"effective expert weights, relative to the twin's, differ {self.weight_spread:.3g}-fold")
         return ".\n".join(lines) + "."
@@ -74,7 +71,7 @@ class PooledTails:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Why the numbers are not to be trusted; empty if they are."""
-        parts = (self.pooled.warnings, self.standardised.warnings, self.null.warnings)
+        parts = (self.pooled.warnings, self.standardised.warnings, () if self.null is None else self.null.warnings)
         return tuple(dict.fromkeys(text for part in parts for text in part))
 
 
@@ -82,42 +79,50 @@ def pooled_tails(
     residuals: Residuals | Groups,
     families: Sequence[str] | None = None,
     *,
+    surrogates: Surrogates | None = None,
     unit: Unit = "scale",
     limit: int = 2000,
-    num_simulations: int = 199,
-    level: float = 0.01,
+    level: float = 0.05,
     seed: int = 0,
 ) -> PooledTails:
-    """Fit tails to the residuals of a merge, with the controls that a pooled fit needs.
+    """Fit tails to the residuals of a merge, with the control that a fit needs.
 
     Args:
-        residuals: of a merge, or groups of signed residuals that share a scale.
+        residuals: of a merge, or groups of signed residuals that share a location and a scale.
         families: names; all six by default.
+        surrogates: residuals of the same merge of Gaussian updates, made by `surrogate_residuals`.
         unit: of a merge's residuals.
-        limit: at most about so many residuals, drawn at random from every group; at least 20 are kept of each.
-        num_simulations: of the null control.
+        limit: fits are to at most about so many residuals, drawn at random from every group; at least 20 are kept of
+            each. The null control is about all residuals.
         level: of the null control.
         seed: of everything that is drawn.
 
     Returns:
-        The fits and the test.
+        The fits, and the test if there are surrogates.
+
+    Raises:
+        ValueError: If there are surrogates, but of groups it is not known which they belong to.
 
     >>> rng = np.random.default_rng(0)
     >>> groups = [scale * rng.normal(size=60) for scale in (0.1, 0.3, 1.0, 3.0, 10.0)]
-    >>> tails = pooled_tails(groups, ["Gaussian", "Student-t"], num_simulations=99)
-    >>> tails.pooled.tie_set, tails.standardised.best.name, tails.null.heavy_tailed
-    (('Student-t',), 'Gaussian', False)
+    >>> tails = pooled_tails(groups, ["Gaussian", "Student-t"])
+    >>> tails.pooled.tie_set, tails.standardised.best.name, tails.null is None
+    (('Student-t',), 'Gaussian', True)
     """
+    if surrogates is not None and not isinstance(residuals, Residuals):
+        raise ValueError("`pooled_tails(surrogates=...)`: groups have no modules. Give the `Residuals` of the merge.")
     groups = residuals.groups(unit) if isinstance(residuals, Residuals) else residuals
-    rng = np.random.default_rng(seed)
-    thinned = _thinned([as_array(group) for group in members(groups)], limit, rng)
-    null = null_control(thinned, num_simulations=num_simulations, level=level, seed=seed)
-    kept, _ = usable_groups(thinned)
-    samples = (np.concatenate(kept), standardised(kept), np.concatenate(simulated(kept, rng)))
-    pooled, own, made = (fit_tails(values, families, limit=limit, seed=seed) for values in samples)
+    null = made = None
+    if isinstance(residuals, Residuals) and surrogates is not None:
+        null = null_control(residuals, surrogates, unit=unit, level=level)
+        made = _kept(surrogates.of(residuals).residuals[0].groups(unit), limit, seed)
+    kept = _kept(groups, limit, seed)
+    pooled = fit_tails(np.concatenate(kept), families, limit=limit, seed=seed)
+    own = fit_tails(standardised(kept), families, limit=limit, seed=seed)
+    surrogate = None if made is None else fit_tails(standardised(made), families, limit=limit, seed=seed)
     spread = float(residuals.weight_spread().max()) if isinstance(residuals, Residuals) else None
     offset = float(np.median([location / scale for location, scale in map(location_and_scale, kept)]))
-    return PooledTails(pooled, own, made, null, offset, min(map(len, kept)), spread)
+    return PooledTails(pooled, own, surrogate, null, offset, min(map(len, kept)), spread)
 
 
 def tails_by(
@@ -125,10 +130,10 @@ def tails_by(
     by: Literal["module", "tensor", "expert"],
     families: Sequence[str] | None = None,
     *,
+    surrogates: Surrogates | None = None,
     unit: Unit = "scale",
     limit: int = 2000,
-    num_simulations: int = 199,
-    level: float = 0.01,
+    level: float = 0.05,
     seed: int = 0,
 ) -> dict[str, PooledTails]:
     """Tails of each layer or task.
@@ -137,9 +142,9 @@ def tails_by(
         residuals: of a merge.
         by: what is fitted by itself.
         families: see `pooled_tails`.
+        surrogates: see `pooled_tails`.
         unit: see `pooled_tails`.
         limit: of each fit.
-        num_simulations: see `pooled_tails`.
         level: of each test; with many modules some are below it by chance.
         seed: of everything that is drawn.
 
@@ -147,15 +152,16 @@ def tails_by(
         Name to tails: ``tails_by(residuals("merged", task_vectors, InputGram()), "expert")["mnist"].verdict``.
     """
     return {
-        name: pooled_tails(
-            part, families, unit=unit, limit=limit, num_simulations=num_simulations, level=level, seed=seed
-        )
+        name: pooled_tails(part, families, surrogates=surrogates, unit=unit, limit=limit, level=level, seed=seed)
         for name, part in residuals.split(by).items()
     }
 
 
-def _thinned(groups: Sequence[Array], limit: int, rng: np.random.Generator) -> list[Array]:
-    """About `limit` residuals in all, the same share of every group."""
-    share = min(1.0, limit / max(1, sum(len(group) for group in groups)))
-    sizes = [max(min(len(group), FEWEST_KEPT), round(share * len(group))) for group in groups]
-    return [rng.choice(group, size, replace=False) for group, size in zip(groups, sizes, strict=True)]
+def _kept(groups: Groups, limit: int, seed: int) -> list[Array]:
+    """About `limit` residuals in all, the same share of every usable group."""
+    rng = np.random.default_rng(seed)
+    named = named_groups(groups)
+    share = min(1.0, limit / max(1, sum(map(len, named.values()))))
+    sizes = {name: max(min(len(group), FEWEST_KEPT), round(share * len(group))) for name, group in named.items()}
+    thinned = {name: rng.choice(group, sizes[name], replace=False) for name, group in named.items()}
+    return list(usable_groups(thinned)[0].values())

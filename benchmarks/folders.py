@@ -1,0 +1,34 @@
+"""Folders that suites keep in the cache: named by what decides their contents, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def key_of(*parts: object) -> str:
+    """A short name for plain data, the same in every run: 16 hexadecimal digits.
+
+    >>> key_of(1, {"a": 2, "b": 3}) == key_of(1, {"b": 3, "a": 2}) != key_of(2, {"a": 2, "b": 3})
+    True
+    """
+    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def move_into_place(made: Path, folder: Path) -> None:
+    """Rename a finished folder; one that another run has made meanwhile is kept.
+
+    Args:
+        made: The finished folder.
+        folder: Its place.
+
+    Raises:
+        OSError: If it cannot be renamed, and nobody else has made it.
+    """
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not folder.exists():
+            raise

@@ -1,0 +1,209 @@
+r"""How far the centre of draws is from the merge that they are to surround, in units of the draws' own spread.
+
+The members of an ensemble stand beside one merged model, and what is said of the one is believed of the other. So for
+every module the mean of the draws is compared with the merged update ``Z_*``. With ``D = E Z - Z_*``, ``u = D / |D|``,
+
+    distance = |D| / sd(<Z, u>),
+
+the displacement in standard deviations of the draws *along the displacement*. Unlike ``|D|`` over the draws' length
+this is the same in ten and in ten million dimensions. What is known not to be displacement is taken off ``|D|^2``
+first: the squared Monte Carlo error of the mean, the rounding of the merged weights, and a thousandth of the merge's
+length, which is where solvers in float32 stop. Draws that surround the merge are at about 0, skewed posteriors at a
+fraction of 1; beyond `FAR` the merge is no place that the draws come near.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.span import SpanStatistics
+
+__all__ = ["FAR", "MergeDistance"]
+
+FAR = 3.0
+"""Standard deviations between the centre of the draws and the merge that are worth a warning."""
+RESOLUTION = 1e-3
+"""Displacements below this share of the merge's length are rounding."""
+FEWEST = 10
+"""Draws below which their spread is not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class MergeDistance:
+    """How far draws are from the merge, module by module; float64.
+
+    Attributes:
+        modules: names.
+        displacement: ``|E Z - Z_*|`` less what is Monte Carlo error or rounding, ``(M,)``.
+        spread: standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell.
+        length: ``|Z_*|``, ``(M,)``.
+
+    >>> far = MergeDistance(("a", "b"), *torch.tensor([[0.1, 4.0], [1.0, 1.0], [2.0, 4.0]], dtype=torch.float64))
+    >>> far.worst, far.where, far.beyond
+    (4.0, 'b', ('b',))
+    """
+
+    modules: tuple[str, ...]
+    displacement: Tensor
+    spread: Tensor
+    length: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """Displacements in standard deviations of the draws, ``(M,)``; nan where the spread is not known."""
+        return torch.where(self.displacement > 0, self.displacement / self.spread, 0.0)
+
+    @property
+    def typical(self) -> float:
+        """Mean over modules; nan if it is not known for one."""
+        return float(self.distance.mean())
+
+    @property
+    def worst(self) -> float:
+        """The largest of all modules; nan if it is known for none."""
+        return float(self._known.max()) if not bool(self.distance.isnan().all()) else math.nan
+
+    @property
+    def where(self) -> str:
+        """Name of the module that is farthest."""
+        return self.modules[int(self._known.argmax())]
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Names of the modules whose draws are farther from the merge than `FAR`."""
+        far = (self._known > FAR).tolist()
+        return tuple(name for name, each in zip(self.modules, far, strict=True) if each)
+
+    @property
+    def share(self) -> float:
+        """Length of the displacement of all modules together over that of the merge."""
+        return float(self.displacement.norm() / self.length.norm().clamp(min=torch.finfo(torch.float64).tiny))
+
+    @property
+    def _known(self) -> Tensor:
+        return self.distance.nan_to_num(nan=-1.0, posinf=math.inf)
+
+    def select(self, kept: Sequence[int]) -> MergeDistance:
+        """Of some modules.
+
+        Args:
+            kept: their positions.
+        """
+        places = list(kept)
+        return replace(
+            self,
+            modules=tuple(self.modules[place] for place in places),
+            displacement=self.displacement[places],
+            spread=self.spread[places],
+            length=self.length[places],
+        )
+
+    @classmethod
+    def zero(cls, modules: Sequence[str], length: Tensor) -> MergeDistance:
+        """Of draws whose mean is the merge by construction.
+
+        Args:
+            modules: names.
+            length: ``|Z_*|``, ``(M,)``.
+        """
+        return cls(tuple(modules), torch.zeros_like(length), torch.full_like(length, torch.nan), length)
+
+    @classmethod
+    def joined(cls, parts: Sequence[MergeDistance]) -> MergeDistance:
+        """Of several groups of modules.
+
+        Args:
+            parts: one for each group.
+        """
+        return cls(
+            tuple(name for part in parts for name in part.modules),
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("displacement", "spread", "length")),
+        )
+
+    @override
+    def __str__(self) -> str:
+        """A sentence without its end.
+
+        >>> print(MergeDistance(("a",), *torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)))
+        their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (mean 0.5)
+        """
+        if math.isnan(self.worst):
+            return "they are too few to tell how far their centre is from the merge"
+        return (
+            f"their centre is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "
+            f"farthest module (mean {self.typical:.2g})"
+        )
+
+
+def span_distance(
+    statistics: SpanStatistics, coefficients: Tensor, merge: Tensor | None = None
+) -> MergeDistance | None:
+    """Of draws in Span coordinates, where the merge is in the span.
+
+    Args:
+        statistics: what they were drawn from.
+        coefficients: of the draws, ``(C, S, M, K)``.
+        merge: coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
+
+    Returns:
+        The distance of every module; None if there is no merge in the span.
+    """
+    if merge is None and statistics.through is None:
+        return None
+    gram = statistics.gram
+    if merge is None:
+        merge = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)[-1].expand(len(gram), -1)
+    mean = coefficients.mean((0, 1))
+    away = mean - merge
+    squared = torch.einsum("mj,mjk,mk->m", away, gram, away)
+    along = torch.einsum("mjk,mk->mj", gram, away) / squared.clamp(min=torch.finfo(torch.float64).tiny).sqrt()[:, None]
+    length = torch.einsum("mj,mjk,mk->m", merge, gram, merge).clamp(min=0).sqrt()
+    return MergeDistance(
+        statistics.modules,
+        displacement_of(squared, squared_error(coefficients, gram), length),
+        spread_along(coefficients, along),
+        length,
+    )
+
+
+def displacement_of(squared: Tensor, error: Tensor, length: Tensor) -> Tensor:
+    """``|D|`` less Monte Carlo error and rounding, all ``(M,)``.
+
+    Args:
+        squared: ``|D|^2`` as it is found.
+        error: expected square of what is no displacement.
+        length: of the merge.
+    """
+    return (squared - error - (RESOLUTION * length).square()).clamp(min=0).sqrt()
+
+
+def squared_error(coefficients: Tensor, gram: Tensor) -> Tensor:
+    """Expected ``|mean - E Z|^2``, ``(M,)``: from the chains' means, whose draws depend on each other, where it can be.
+
+    Args:
+        coefficients: ``(C, S, M, K)``.
+        gram: ``(M, K, K)``.
+    """
+    groups = coefficients.mean(1) if len(coefficients) > 1 else coefficients[0]
+    count = len(groups)
+    if count < 2:
+        return torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
+    away = groups - groups.mean(0)
+    return torch.einsum("nmj,mjk,nmk->m", away, gram, away).clamp(min=0) / (count * (count - 1))
+
+
+def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:
+    """Standard deviation of the draws along a direction, ``(M,)``; nan of fewer than `FEWEST`.
+
+    Args:
+        coefficients: ``(C, S, M, K)``.
+        along: inner products of the basis with the direction, ``(M, K)``.
+    """
+    projected = torch.einsum("csmj,mj->csm", coefficients, along).flatten(0, 1)
+    return projected.std(0) if len(projected) >= FEWEST else torch.full_like(projected[0], torch.nan)

@@ -1,0 +1,379 @@
+"""Draws surround the merge: at a size where the span of the updates and the whole space are far apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diagnostics.surround import surround_verdict
+from diagnostics.verdicts import Level
+from inference import (
+    Design,
+    MergedEnsemble,
+    MergeDistance,
+    SpanDraws,
+    collect_statistics,
+    distance_from_merge,
+    fixed_point,
+    gibbs_posterior,
+    hmc,
+    load_draws,
+    merge_checkpoint,
+    sample_full,
+    save_draws,
+    solve_posterior,
+)
+from inference._modules import read_modules
+from inference.merge_distance import FAR, span_distance
+from inference.model_draws import PosteriorDraws
+from inference.surrounding import distance_of_module
+from poe_models import (
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Directional,
+    Gaussian,
+    InputGram,
+    OutputGram,
+    ProductOfExperts,
+    Relative,
+    RelativePrecision,
+    StudentT,
+    TaskVectors,
+    average,
+    full_posterior,
+    span_posterior,
+    span_statistics,
+)
+from poe_models.span import span_coordinates
+from tests.helpers import assert_close
+
+NAMES = ("a", "b", "c", "d")
+LENGTHS = (0.3, 1.0, 1.0, 2.0)
+SHAPES = {"one.weight": (48, 64), "two.weight": (24, 40)}
+SIGMAS = 5.2
+"""Two-sided level of about 2e-7."""
+
+
+def low_rank(generator: torch.Generator, shape: tuple[int, int], length: float, rank: int = 5) -> Tensor:
+    """An update of low rank with a little noise and rows of unequal size."""
+    left = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
+    right = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    rows = torch.randn(shape[0], 1, generator=generator, dtype=torch.float64).mul(0.5).exp()
+    update = rows * (left @ right + 0.3 * noise)
+    return length * update / update.norm()
+
+
+@pytest.fixture
+def vectors(generator: torch.Generator) -> TaskVectors:
+    base = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+    experts = {
+        name: {key: value + low_rank(generator, SHAPES[key], length) for key, value in base.items()}
+        for name, length in zip(NAMES, LENGTHS, strict=True)
+    }
+    return TaskVectors(base, experts, dtype=torch.float64)
+
+
+def product(energy: Any, residual_map: Any = None, center: Any = None, temperature: float = 1.0) -> ProductOfExperts:
+    anchor = Anchor(center, RelativePrecision(0.05))
+    maps = InputGram() if residual_map is None else residual_map
+    return ProductOfExperts.of(NAMES, maps, energy, Relative(1.0), anchor=anchor, temperature=temperature)
+
+
+def around(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500, seed: int = 0) -> SpanDraws:
+    """Gibbs draws through the merge."""
+    statistics = collect_statistics(vectors, poe)
+    posterior, span = span_posterior(poe, statistics)
+    generator = torch.Generator().manual_seed(seed)
+    return SpanDraws.of(gibbs_posterior(posterior, count, generator=generator), span, statistics)
+
+
+def plain(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500) -> SpanDraws:
+    """What used to be drawn beside a merge: the posterior on the span of the updates alone."""
+    statistics = collect_statistics(vectors, Design(poe, coordinates="span"))
+    posterior, span = span_posterior(poe, statistics)
+    draws = gibbs_posterior(posterior, count, generator=torch.Generator().manual_seed(0))
+    return SpanDraws.of(draws, span, statistics)
+
+
+def merges(vectors: TaskVectors, poe: ProductOfExperts) -> dict[str, Tensor]:
+    return {module.name: fixed_point(poe, module).value for module in vectors}
+
+
+# --- the span through a merge ---
+
+
+@pytest.mark.parametrize(
+    "residual_map", [InputGram(), OutputGram(), Directional(), (InputGram(), OutputGram())], ids=repr
+)
+@pytest.mark.parametrize("energy", [Gaussian(), Cauchy(), StudentT(4.0, "multivariate")], ids=repr)
+@pytest.mark.parametrize("center", [None, average], ids=["zero", "average"])
+def test_the_merge_is_a_stationary_point_of_the_same_energy(
+    residual_map: Any, energy: Any, center: Any, generator: torch.Generator
+) -> None:
+    updates = torch.stack([low_rank(generator, (12, 16), length) for length in LENGTHS]).unsqueeze(0)
+    poe = product(energy, residual_map, center)
+    merge = fixed_point(poe, updates, tolerance=1e-12).value
+    statistics = span_statistics(poe, updates, through=merge)
+    assert statistics.basis == (*NAMES, "center", "merge")
+    posterior, span = span_posterior(poe, statistics)
+    full = full_posterior(poe, updates)
+    basis = torch.cat([updates[0], updates.mean(1) if center else torch.zeros_like(merge), merge])
+    c = torch.randn(3, 1, 6, generator=generator, dtype=torch.float64)
+    combined = torch.einsum("smk,kab->smab", c, basis)
+    assert_close(posterior.energy(span.latents(c)), full.energy(combined), 1e-8)
+    latents = span.latents(torch.eye(6, dtype=torch.float64)[-1:]).requires_grad_()
+    (gradient,) = torch.autograd.grad(posterior.energy(latents).sum(), latents)
+    scale = torch.autograd.grad(posterior.energy(start := torch.zeros_like(latents).requires_grad_()).sum(), start)[0]
+    assert float(gradient.norm() / scale.norm().clamp(min=1e-12)) < 1e-6 or center is not None
+    assert float(gradient.norm()) < 1e-6 * max(1.0, float(full.energy(torch.zeros_like(merge)).sum()))
+
+
+def test_a_span_through_a_merge_belongs_to_its_design(generator: torch.Generator) -> None:
+    updates = torch.stack([low_rank(generator, (6, 8), length) for length in LENGTHS])
+    poe = product(Cauchy())
+    statistics = span_statistics(poe, updates, ["m"], through=fixed_point(poe, updates).value)
+    span_posterior(replace(poe, temperature=0.1), statistics)
+    for other in (product(StudentT(3.0)), poe * Anchor(precision=AbsolutePrecision(1.0))):
+        with pytest.raises(ValueError, match="'m' go through the merge of the design a Cauchy.*has another merge"):
+            span_posterior(other, statistics)
+    with pytest.raises(ValueError, match=r"give one finite merged update for each module, \(1, 6, 8\)"):
+        span_statistics(poe, updates, through=torch.zeros(8, 6, dtype=torch.float64))
+
+
+# --- where draws are ---
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.05, 2.0])
+def test_draws_through_the_merge_have_it_as_their_mean(temperature: float, vectors: TaskVectors) -> None:
+    poe = product(Gaussian(), temperature=temperature)
+    draws = around(vectors, poe, 250)
+    expected = merges(vectors, poe)
+    for tensor in SHAPES:
+        (module,) = read_modules(vectors, tensor, Design(poe))
+        chosen = draws.coefficients[:, :, draws.index(tensor)].flatten(0, 1)
+        basis = torch.stack([*module.updates, torch.zeros_like(module.mode), module.mode])
+        for direction in (expected[tensor], *module.updates):  # draws of a Gaussian are independent
+            along = chosen @ (basis * direction).sum((-2, -1))
+            error = (along.mean() - (expected[tensor] * direction).sum()) / (along.std() / math.sqrt(len(along)))
+            assert abs(float(error)) < SIGMAS
+    assert draws.from_merge is not None
+    assert draws.from_merge.worst < 0.3
+    assert draws.far_from_merge is None
+    assert surround_verdict(draws).level == Level.GOOD
+    assert f"gibbs draws in Span coordinates through the merge at temperature {temperature:g}" in draws.about
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.05, 2.0])
+def test_full_draws_have_the_merge_as_their_mean(temperature: float, vectors: TaskVectors) -> None:
+    poe = product(Gaussian(), temperature=temperature)
+    draws = sample_full(vectors, poe, 50, generator=torch.Generator().manual_seed(0), chains=2, warmup=1)
+    assert draws.from_merge is not None
+    assert draws.from_merge.worst == 0.0
+    expected = merges(vectors, poe)
+    (module,) = read_modules(vectors, "two.weight", Design(poe))
+    made = torch.stack([draws.update(module, member) for member in range(len(draws))])
+    for direction in (expected["two.weight"], *module.updates):
+        along = (made * direction).sum((-2, -1))
+        error = (along.mean() - (expected["two.weight"] * direction).sum()) / (along.std() / math.sqrt(len(along)))
+        assert abs(float(error)) < SIGMAS
+
+
+def test_the_span_of_the_updates_alone_is_elsewhere_and_that_is_said(vectors: TaskVectors) -> None:
+    poe = product(StudentT(4.0), temperature=0.01)
+    draws = plain(vectors, poe, 100)
+    with pytest.raises(ValueError, match=r"around the MAP in Span coordinates, the design's merge is the MAP in Full"):
+        MergedEnsemble(vectors, poe, draws)
+    assert surround_verdict(draws).level == Level.UNKNOWN
+    found = replace(draws, from_merge=distance_from_merge(draws, vectors, poe))
+    assert found.from_merge is not None
+    assert found.from_merge.beyond == tuple(SHAPES)
+    assert found.from_merge.worst > 2 * FAR
+    verdict = surround_verdict(found)
+    assert verdict.level == Level.CAUTION
+    assert "around the MAP of the span at temperature 0.01: their centre is" in verdict.text
+    own = Design(poe, coordinates="span")  # a merge that is solved in the span is another matter
+    MergedEnsemble(vectors, own, draws)
+    assert distance_from_merge(draws, vectors, own).worst < 1.0
+    with pytest.raises(ValueError, match="the MAP in Full coordinates, the design's merge is the MAP in Span"):
+        MergedEnsemble(vectors, own, around(vectors, poe, 20))
+
+
+@pytest.mark.parametrize("energy", [Gaussian(), Cauchy(), StudentT(4.0)], ids=repr)
+@pytest.mark.parametrize("temperature", [1e-5, 0.02])
+def test_statistics_and_weights_give_the_same_distance(energy: Any, temperature: float, vectors: TaskVectors) -> None:
+    poe = product(energy, center=average, temperature=temperature)
+    draws = around(vectors, poe, 60)
+    draws = replace(draws, coefficients=draws.coefficients + 0.2)  # somewhere else
+    statistics = collect_statistics(vectors, poe)
+    small, large = span_distance(statistics, draws.coefficients), distance_from_merge(draws, vectors, poe)
+    assert small is not None
+    for name in ("displacement", "spread", "length"):
+        assert_close(getattr(small, name), getattr(large, name), 1e-7)
+    assert small.worst > 1.0
+
+
+def test_full_draws_are_measured_by_what_they_are_made_of(vectors: TaskVectors) -> None:
+    """Against the draws themselves, where the dimension is small enough for their mean to be known."""
+    poe = product(StudentT(4.0), temperature=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    draws = sample_full(vectors, poe, 150, generator=generator, chains=2, pattern="two", warmup=20)
+    (module,) = read_modules(vectors, "two.weight", Design(poe))
+    direction = module.updates[0] / module.updates[0].norm()
+    made = torch.stack([draws.update(module, member) for member in range(len(draws))])
+    along = ((made - module.mode) * direction).sum((-2, -1))
+    assert draws.from_merge is not None
+    assert draws.from_merge.worst < 0.3
+    found = distance_of_module(draws, module, module.mode - 40 * along.std() * direction)
+    error = SIGMAS / math.sqrt(2 * len(draws))  # of the standard deviation of so many draws
+    assert abs(found.worst / 40 - 1) < error + draws.from_merge.worst / 4
+
+
+# --- the measure ---
+
+
+def statistics_of(dimension: int, size: int, generator: torch.Generator) -> Any:
+    """Statistics of one module whose merge is the last of `size` vectors."""
+    vectors = torch.randn(size, dimension, generator=generator, dtype=torch.float64)
+    updates = vectors[: size - 2].reshape(1, size - 2, 1, dimension)
+    poe = ProductOfExperts.of([str(i) for i in range(size - 2)], InputGram(), Gaussian(), Relative(1.0))
+    return span_statistics(poe, updates, through=vectors[-1].reshape(1, 1, dimension), ranks=False)
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_honest_draws_are_never_far(size: int, generator: torch.Generator) -> None:
+    """Of few independent draws: the warning would come by chance, if the mean's own error were not taken off."""
+    statistics = statistics_of(200, size, generator)
+    root = torch.linalg.cholesky(torch.cov(torch.randn(size, 40, generator=generator, dtype=torch.float64)))
+    merge = torch.eye(size, dtype=torch.float64)[-1]
+    far = 0
+    for _ in range(500):
+        noise = torch.randn(1, 10, 1, size, generator=generator, dtype=torch.float64)
+        found = span_distance(statistics, merge + noise @ root.mT)
+        assert found is not None
+        far += found.worst > FAR
+    assert far == 0
+
+
+@pytest.mark.parametrize("dimension", [8, 2000])
+@pytest.mark.parametrize("away", [0.0, 2.0, 8.0])
+def test_a_displacement_is_found_in_standard_deviations(
+    away: float, dimension: int, generator: torch.Generator
+) -> None:
+    size, count = 6, 4000
+    statistics = statistics_of(dimension, size, generator)
+    transform = span_coordinates(statistics).transform[0]  # a zero centre is no direction
+    direction = torch.randn(size, generator=generator, dtype=torch.float64) * (transform != 0).any(0)
+    direction = direction / direction.norm()
+    noise = torch.randn(4, count // 4, 1, size, generator=generator, dtype=torch.float64)
+    coefficients = torch.eye(size, dtype=torch.float64)[-1] + 0.2 * (noise + away * direction) @ transform.mT
+    found = span_distance(statistics, coefficients)
+    assert found is not None
+    # d = away + N(0, (1 + away^2 / 2) / count), and for away = 0 the length of the mean's error
+    error = SIGMAS * math.sqrt((1 + away**2 / 2) / count) + (0.0 if away else math.sqrt(size / count))
+    floor = float(found.length) * 1e-3 / 0.2
+    assert abs(found.worst - away) < error + floor**2 / max(away, 1.0)
+
+
+def test_few_draws_and_none_beyond() -> None:
+    length = torch.ones(2, dtype=torch.float64)
+    unknown = MergeDistance(("m", "n"), length, torch.full_like(length, torch.nan), length)
+    assert math.isnan(unknown.worst)
+    assert unknown.beyond == ()
+    assert "too few" in str(unknown)
+    stuck = MergeDistance(("m", "n"), length, torch.zeros_like(length), length)
+    assert (stuck.worst, stuck.beyond) == (math.inf, ("m", "n"))
+    assert MergeDistance.joined([stuck.select([1]), unknown.select([0])]).modules == ("n", "m")
+
+
+# --- whole models ---
+
+
+def test_what_is_left_is_the_merge(vectors: TaskVectors, tmp_path: Path) -> None:
+    poe = product(StudentT(4.0), temperature=0.05)
+    merge_checkpoint(vectors, Design(poe, 0.8), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for kind in (around, lambda v, p: sample_full(v, p, 2, generator=torch.Generator().manual_seed(0), warmup=3)):
+        draws: PosteriorDraws = kind(vectors, poe).restrict("two").thinned(2)
+        assert draws.from_merge is not None
+        assert draws.from_merge.modules == ("two.weight",)
+        for member in MergedEnsemble(vectors, Design(poe, 0.8), draws).members():
+            assert_close(member["one.weight"], merged["one.weight"], 1e-12)
+            assert float((member["two.weight"] - merged["two.weight"]).abs().max()) > 1e-3
+
+
+def test_rounding_of_the_merged_weights_is_no_displacement(vectors: TaskVectors, tmp_path: Path) -> None:
+    poe = product(StudentT(4.0), temperature=1e-3)
+    for dtype in (torch.bfloat16, torch.float32):
+        folder = tmp_path / str(dtype)
+        merge_checkpoint(vectors, Design(poe, 0.8), folder, out_dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        for draws in (around(vectors, poe, 50), sample_full(vectors, poe, 8, generator=generator, warmup=10)):
+            assert distance_from_merge(draws, vectors, Design(poe, 0.8), folder).beyond == ()
+            other = distance_from_merge(draws, vectors, Design(poe, 3.0), folder)  # as if lambda had been 3
+            assert dtype == torch.bfloat16 or other.beyond == tuple(SHAPES)
+
+
+def test_an_ensemble_far_from_its_merge_warns(vectors: TaskVectors) -> None:
+    poe = product(Gaussian(), temperature=1e-3)
+    draws = around(vectors, poe, 50)
+    moved = draws.coefficients + 0.5 * torch.eye(6, dtype=torch.float64)[-1]
+    statistics = collect_statistics(vectors, poe)
+    far = replace(draws, coefficients=moved, from_merge=span_distance(statistics, moved))
+    with pytest.warns(
+        UserWarning, match="2 of 2 modules are beyond 3, and the displacement has 50% of the merge's len"
+    ):
+        MergedEnsemble(vectors, poe, far.thinned(3))
+
+
+def test_draws_keep_what_they_are_in_files(vectors: TaskVectors, tmp_path: Path) -> None:
+    poe = product(StudentT(4.0), temperature=0.05)
+    for name, draws in (
+        ("span", around(vectors, poe, 20)),
+        ("full", sample_full(vectors, poe, 5, generator=torch.Generator().manual_seed(0), chains=2, warmup=2)),
+    ):
+        again = load_draws(save_draws(draws, tmp_path / name))
+        assert isinstance(again, PosteriorDraws)
+        assert again.about == draws.about
+        assert "gibbs draws in" in again.about
+        assert str(again.from_merge) == str(draws.from_merge)
+        assert again.digest() == draws.digest()
+    unsaid = replace(around(vectors, poe, 20), from_merge=None, made_by=None, temperature=None)
+    again = load_draws(save_draws(unsaid, tmp_path / "unsaid"))
+    assert isinstance(again, SpanDraws)
+    assert (again.from_merge, again.sampler, again.temperatures) == (None, None, ())
+
+
+def test_draws_through_another_merge_are_refused(vectors: TaskVectors) -> None:
+    poe = product(StudentT(4.0))
+    draws = around(vectors, poe, 20)
+    with pytest.raises(ValueError, match="'one.weight' go through the merge of another design"):
+        MergedEnsemble(vectors, product(Cauchy()), draws)
+    wrong = replace(draws, squared_norms=draws.squared_norms * torch.tensor([1.0, 1, 1, 1, 1, 2]))
+    with pytest.raises(ValueError, match="go through a merge of norm .* Give the settings of the solver"):
+        next(MergedEnsemble(vectors, poe, wrong).members())
+
+
+def test_hmc_and_the_modes_of_both_spans_agree_on_where_the_merge_is(vectors: TaskVectors) -> None:
+    """Another sampler, and the solver in the span, find the merge that was solved for in the whole space."""
+    poe = product(StudentT(4.0), temperature=0.02)
+    statistics = collect_statistics(vectors, poe)
+    posterior, span = span_posterior(poe, statistics)
+    mode = span.coefficients(solve_posterior(posterior).value)
+    away = mode - torch.eye(6, dtype=torch.float64)[-1]
+    lengths = torch.einsum("mj,mjk,mk->m", away, statistics.gram, away).clamp(min=0).sqrt()
+    assert float((lengths / statistics.gram[:, -1, -1].sqrt()).max()) < 1e-6
+    draws = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), chains=8, warmup=100)
+    named = SpanDraws.of(draws, span, statistics)
+    assert named.sampler == "hmc"
+    assert named.temperatures == (0.02,)
+    assert named.from_merge is not None
+    assert named.from_merge.worst < 1.0
