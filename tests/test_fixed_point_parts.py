@@ -16,6 +16,7 @@ from poe_models import (
     Anchor,
     Cauchy,
     Custom,
+    Directional,
     Energy,
     Expert,
     FactorExpert,
@@ -209,6 +210,26 @@ def test_modules_alone_and_in_span_coordinates_keep_their_shape_and_dtype(genera
     posterior, span = span_posterior(poe, span_statistics(poe, updates))
     assert_close(span.coefficients(solve_posterior(posterior).value), coefficients, 1e-9)
     assert fixed_point(poe, updates).info.coefficients is None
+
+
+def test_one_expert_alone_from_the_centre(generator: torch.Generator) -> None:
+    update = random_updates(generator, 1, 1, 4, 5)
+    poe = ProductOfExperts.of(
+        ["a"], InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=AbsolutePrecision(0.2))
+    )
+    found = fixed_point(poe, update, starts=("center",))
+    assert found.converged
+    assert found.info.start == ("center",)
+    assert_close(found.value, fixed_point(poe, update).value, 1e-8)
+
+
+def test_ranks_are_found_in_span_as_soon_as_one_energy_needs_them(generator: torch.Generator) -> None:
+    """Directional experts, for which Span is Full: one energy knows its dimension, the other does not."""
+    updates = random_updates(generator, 2, 2, 4, 5)
+    poe = Expert("a", Directional(), StudentT(3.0, "multivariate"), Relative(0.7))
+    poe = poe * Expert("b", Directional(), Cauchy(), Relative(0.7)) * Anchor(precision=AbsolutePrecision(0.2))
+    full, span = fixed_point(poe, updates), fixed_point(poe, updates, coordinates="span")
+    assert_close(span.value, full.value, 1e-7)
 
 
 def test_a_step_tolerance_gives_the_iterate_as_it_is(generator: torch.Generator) -> None:
