@@ -12,18 +12,11 @@ draws into models. ``temper`` chooses the temperature, ``compare_designs`` ranks
 """
 
 from inference.design import Design
+from inference.design_evidence import DesignEvidence, EvidenceTable, compare_designs
 from inference.draw_files import load_draws, save_draws
 from inference.draws import Draws, RegeneratedDraws, StoredDraws
 from inference.ensemble import MemberPredictor, MergedEnsemble, Prediction
-from inference.evidence import (
-    DesignEvidence,
-    Evidence,
-    EvidenceTable,
-    annealed_evidence,
-    compare_designs,
-    log_evidence,
-    with_restricted_exponents,
-)
+from inference.evidence import Evidence, LeaveOneExpertOut, UntrustedEvidence, leave_one_expert_out, log_evidence
 from inference.fixed_point import fixed_point, solve_posterior
 from inference.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
@@ -53,6 +46,7 @@ __all__ = [
     "HierarchicalDraws",
     "HierarchicalModel",
     "Laplace",
+    "LeaveOneExpertOut",
     "MemberPredictor",
     "MergeReport",
     "MergedEnsemble",
@@ -69,7 +63,7 @@ __all__ = [
     "StoredDraws",
     "TemperaturePoint",
     "Tempering",
-    "annealed_evidence",
+    "UntrustedEvidence",
     "collect_statistics",
     "compare_designs",
     "fit_logit_temperature",
@@ -79,6 +73,7 @@ __all__ = [
     "hierarchical",
     "hmc",
     "laplace",
+    "leave_one_expert_out",
     "load_draws",
     "load_statistics",
     "log_evidence",
@@ -95,5 +90,4 @@ __all__ = [
     "statistics_digest",
     "temper",
     "temperature_range",
-    "with_restricted_exponents",
 ]

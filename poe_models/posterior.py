@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ class Posterior:
         temperature: ``T``.
         event_shape: shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
         factors: bound factor experts.
+        coordinates: whether the latent is the merged update itself, or coefficients on the updates.
     """
 
     experts: tuple[BoundExpert, ...]
@@ -121,6 +123,7 @@ class Posterior:
     temperature: float
     event_shape: tuple[int, int]
     factors: tuple[BoundFactor, ...] = ()
+    coordinates: Literal["full", "span"] = "full"
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
