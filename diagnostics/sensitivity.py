@@ -142,7 +142,7 @@ def with_gamma(poe: ProductOfExperts, gamma: float) -> ProductOfExperts:
         ValueError: a scale has no ``gamma``.
 
     >>> with_gamma(ProductOfExperts.of(["a"]), 0.5).experts[0].scale
-    Relative(gamma=0.5)
+    Balanced(gamma=0.5)
     """
     return replace(poe, experts=tuple(replace(each, scale=_rescaled(each.scale, gamma)) for each in poe.experts))
 
@@ -150,8 +150,8 @@ def with_gamma(poe: ProductOfExperts, gamma: float) -> ProductOfExperts:
 def _rescaled(scale: Scale, gamma: float) -> Scale:
     if "gamma" not in {item.name for item in fields(scale)}:  # type: ignore[arg-type]
         raise ValueError(
-            f"`with_gamma(...)`: the scale {scale!r} has no gamma. Give the experts `Relative`, `NormScaled` or "
-            "`Absolute` scales."
+            f"`with_gamma(...)`: the scale {scale!r} has no gamma. Give the experts `Balanced`, `Relative`, "
+            "`NormScaled` or `Absolute` scales."
         )
     return replace(scale, gamma=gamma)  # type: ignore[type-var]
 

@@ -11,12 +11,12 @@ import torch
 from poe_models.energies import StudentT
 from poe_models.experts import ProductOfExperts
 from poe_models.posterior import Posterior
-from poe_models.scales import Absolute, NormScaled, Relative, Scale
+from poe_models.scales import Absolute, Balanced, NormScaled, Relative, Scale
 
 Shared = Literal["model", "expert", "module"]
 """What has a ``gamma`` and ``nu`` of its own: the whole model, every expert (task), or every module (layer)."""
 
-POWERS: dict[type[Scale], int] = {Absolute: 2, Relative: 2, NormScaled: 1}
+POWERS: dict[type[Scale], int] = {Absolute: 2, Balanced: 2, Relative: 2, NormScaled: 1}
 """``s^2`` is proportional to this power of ``gamma``."""
 
 

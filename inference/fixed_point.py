@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from inference.inputs import unpack
+from inference.retention import retention
 from inference.reweighting import Point, Problem, Run, SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.experts import ProductOfExperts
@@ -129,7 +130,8 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
     names = tuple(starts[i][0] for i in winner.tolist())
     displacement = problem.quadratic.lift(best.point.x)
     value = displacement if posterior.center is None else posterior.center + displacement
-    return Solution(value, _statuses(best), _info(problem, best, contraction, names, torch.stack(energies, -1)))
+    info = _info(problem, best, contraction, names, torch.stack(energies, -1), value)
+    return Solution(value, _statuses(best), info)
 
 
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
@@ -213,7 +215,7 @@ def _statuses(run: Run) -> tuple[Status, ...]:
 
 
 def _info(
-    problem: Problem, run: Run, contraction: Contraction, names: tuple[str, ...], energies: Tensor
+    problem: Problem, run: Run, contraction: Contraction, names: tuple[str, ...], energies: Tensor, value: Tensor
 ) -> FixedPointInfo:
     posterior, point = problem.posterior, run.point
     weights = posterior.weights(point.q)
@@ -233,6 +235,7 @@ def _info(
         weight_spread=torch.where(active.any(-1), top / bottom, torch.ones_like(top)),
         inactive=~active,
         residuals=point.q / scales,
+        retention=retention(posterior, value, point.q),
         steps=run.steps.long(),
         rejected=run.rejected.long(),
         gradient_norm=run.gradient_norm,

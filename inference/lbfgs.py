@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inference.retention import retention
 from inference.solution import MinimizeInfo, Solution, Status
 from poe_models.posterior import Posterior
 from poe_models.program import log_density
@@ -69,6 +70,7 @@ def minimize(
         joint_energy=posterior.joint_energy(value),
         energy=posterior.energy(value),
         gradient_norm=gradient,
+        retention=retention(posterior, value, posterior.residuals(value)),
         steps=int(optimizer.state[x]["func_evals"]),
     )
     return Solution(value, status, info)

@@ -10,6 +10,7 @@ import torch
 
 from inference._digest import Progress
 from inference.design import Design, Designs, as_function, require_data
+from inference.retention import retention_of_updates
 from inference.solution import MethodInfo, Solution, Status
 from poe_models.anchors import MergingMethod, ModuleBatch
 from poe_models.task_vectors import ModuleUpdates, TaskVectors
@@ -48,7 +49,8 @@ class MethodDesign:
             The merged updates, ``value`` of shape ``(M, d_out, d_in)``.
         """
         value = self.method.merge(batch)
-        return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(torch.linalg.matrix_norm(value)))
+        kept = retention_of_updates(batch.experts, batch.updates, value)
+        return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(kept))
 
     def describe(self) -> dict[str, Any]:
         """The design as plain data, for the record of a merge."""

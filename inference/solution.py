@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from typing_extensions import override
 
+from inference.retention import Retention
+
 
 class Status(Enum):
     """How a module's solve ended; the text says what to do about it."""
@@ -50,6 +52,7 @@ class FixedPointInfo:
             a Gaussian's.
         inactive: experts that say nothing because their update is zero, ``(M, E)``.
         residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
+        retention: how much of every expert the solution kept.
         steps: reweighted solves until convergence, ``(M,)``; steps that were taken back are not among them.
         rejected: accelerated or full steps that were taken back, ``(M,)``.
         gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
@@ -73,6 +76,7 @@ class FixedPointInfo:
     weight_spread: Tensor
     inactive: Tensor
     residuals: Tensor
+    retention: Retention
     steps: Tensor
     rejected: Tensor
     gradient_norm: Tensor
@@ -103,7 +107,7 @@ class FixedPointInfo:
             "weights": dict(zip(self.experts, self.weights[module].tolist(), strict=True)),
             "relative_weights": self._active(self.relative_weights, module),
             "weight_spread": float(self.weight_spread[module]),
-            "residuals": dict(zip(self.experts, self.residuals[module].tolist(), strict=True)),
+            **self.retention.record(module),
             "inactive": [n for n, silent in zip(self.experts, self.inactive[module].tolist(), strict=True) if silent],
         }
 
@@ -121,12 +125,14 @@ class MinimizeInfo:
         joint_energy: energy of all modules together in nats.
         energy: per module, ``(M,)``, without the factors that couple modules.
         gradient_norm: norm of the energy's gradient over the summed norms of its terms' gradients, ``(M,)``.
+        retention: how much of every expert the solution kept; factor experts have no update.
         steps: evaluations of the energy.
     """
 
     joint_energy: Tensor
     energy: Tensor
     gradient_norm: Tensor
+    retention: Retention
     steps: int
 
     def record(self, module: int) -> dict[str, Any]:
@@ -135,22 +141,23 @@ class MinimizeInfo:
             "steps": self.steps,
             "energy": float(self.energy[module]),
             "gradient_norm": float(self.gradient_norm[module]),
+            **self.retention.record(module),
         }
 
 
 @dataclass(frozen=True, eq=False)
 class MethodInfo:
-    """What there is to know about a module that a merging method has merged.
+    """What there is to know about modules that a merging method has merged.
 
     Attributes:
-        norm: Frobenius norm of the merged update, ``(M,)``.
+        retention: how much of every expert the merge kept.
     """
 
-    norm: Tensor
+    retention: Retention
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
-        return {"norm": float(self.norm[module])}
+        return self.retention.record(module)
 
 
 InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo, MethodInfo)

@@ -25,6 +25,7 @@ from inference._plan import BATCH_BYTES, Plan, inputs_of, plan
 from inference._staging import Staging
 from inference.design import Design
 from inference.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
+from inference.retention import ExpertRetention, totals
 from inference.solution import Status
 from poe_models.checkpoints import CheckpointError
 from poe_models.task_vectors import TaskVectors
@@ -44,6 +45,7 @@ class MergeReport:
         modules: Number of matrices solved.
         status: Number of matrices per status of the solver.
         not_converged: Names of the matrices whose solve did not converge.
+        experts: How much the merge kept of every expert, over all matrices.
         updated: Entries of half-precision tensors that the merge changed, before rounding; 0 without such tensors.
         rounded_back: How many of them rounding to half precision took back to the base's value.
         nbytes: Bytes of weights written.
@@ -56,6 +58,7 @@ class MergeReport:
     modules: int
     status: Mapping[str, int]
     not_converged: tuple[str, ...]
+    experts: tuple[ExpertRetention, ...]
     updated: int
     rounded_back: int
     nbytes: int
@@ -129,7 +132,9 @@ def merge_checkpoint(
             resumed = _write_shards(task_vectors, planned, staging, seed, progress)
             records = staging.records()
             described = [each.describe() for each in planned.designs]
-            record = {**state, "designs": described, "summary": summary_of(records), "tensors": records}
+            experts = [each.record() for each in _retention(planned, records)]
+            summary = {**summary_of(records), "experts": experts}
+            record = {**state, "designs": described, "summary": summary, "tensors": records}
             write_companions(staging, task_vectors.base, planned, out_dtype, record)
         except CheckpointError:
             staging.discard()  # the inputs are at fault: there is nothing to go on with
@@ -168,6 +173,15 @@ def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, se
     return resumed
 
 
+def _retention(planned: Plan, records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
+    """How much all matrices together kept of every expert."""
+    return totals(
+        (planned.designs[record["design"]].scaling, module)
+        for record in records
+        for module in record.get("modules", ())
+    )
+
+
 def _report(
     out: Path, planned: Plan, records: Sequence[Mapping[str, Any]], resumed: int, seconds: float
 ) -> MergeReport:
@@ -179,6 +193,7 @@ def _report(
         modules=len(modules),
         status=dict(Counter(module["status"] for module in modules)),
         not_converged=tuple(m["module"] for m in modules if not Status[m["status"].upper()].converged),
+        experts=_retention(planned, records),
         updated=updated,
         rounded_back=rounded_back,
         nbytes=planned.write_bytes,

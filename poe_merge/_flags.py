@@ -77,7 +77,7 @@ FLAGS: tuple[Flag, ...] = (
         ("parameters", "residual_map"), f"{_names(RESIDUAL_MAP)}, or my_module:MyMap. Twice for both sides.", True, True
     ),
     Flag(("parameters", "energy"), f"{_names(ENERGY)}, my_module:MyEnergy or file.py:MyEnergy.", per_model=True),
-    Flag(("parameters", "scale"), f"{_names(SCALE)}, with their gamma: 'Relative(1.0)'.", per_model=True),
+    Flag(("parameters", "scale"), f"{_names(SCALE)}, with their gamma: 'Balanced(1.0)'.", per_model=True),
     Flag(("parameters", "weight"), "Importance of the experts.", per_model=True),
     Flag(("parameters", "lambda"), "Scales the merged update: W = W_0 + lambda Z."),
     Flag(("parameters", "eta"), "Precision of the anchor: a number (relative) or 'AbsolutePrecision(1e-3)'."),

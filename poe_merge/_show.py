@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from diagnostics.verdicts import Verdict
+from inference.retention import ExpertRetention, concerns
 from inference.solution import Status
 from inference.streaming import MergeReport, Plan
 from poe_merge._sampling import Sampling, Seeds
@@ -95,6 +97,10 @@ def report(done: MergeReport) -> None:
     if done.updated:
         share = done.rounded_back / done.updated
         console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")
+    if done.experts:
+        console.print(escape(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}."), soft_wrap=True)
+    for text in concerns(done.experts):
+        warning(text)
     for name, count in done.status.items():
         status = Status[name.upper()]
         if not status.converged:
@@ -102,6 +108,11 @@ def report(done: MergeReport) -> None:
     if done.not_converged:
         more = ", ..." if len(done.not_converged) > _SHOWN else ""
         warning(f"not converged: {', '.join(done.not_converged[:_SHOWN])}{more}; poe_merge.json lists all.")
+
+
+def _kept(expert: ExpertRetention) -> str:
+    left = "" if math.isnan(expert.residual_left) else f" ({expert.residual_left:.0%} of its squared residual left)"
+    return f"{expert.name} {'nothing, its update is zero' if math.isnan(expert.kept) else f'{expert.kept:.0%}'}{left}"
 
 
 def statistics(done: StatisticsReport) -> None:

@@ -31,7 +31,7 @@ DEFAULTS: Mapping[str, Any] = {
     "weight": 1.0,
     "residual_map": "InputGram",
     "energy": "Cauchy",
-    "scale": "Relative(1.0)",
+    "scale": "Balanced(1.0)",
     "lambda": 1.0,
     "eta": 0.1,
     "anchor": "zero",

@@ -80,6 +80,18 @@ class Energy(ABC):
         """Half-quadratic weight ``rho'(q)``, shape ``(...,)``."""
         return _derivative(self.rho, q)
 
+    def weight_at_rest(self, like: Tensor) -> Tensor:
+        """Weight of a residual that is met, ``rho'(0)``: what a relative anchor precision measures curvature by.
+
+        Where it is zero or infinite no Gaussian has it, and the weight of a residual of one scale, ``rho'(1)``, stands
+        in its place.
+
+        Args:
+            like: any tensor ``(...,)`` of the wanted shape, for dtype and device, too.
+        """
+        met, at_one = self.weight(torch.zeros_like(like)), self.weight(torch.ones_like(like))
+        return torch.where((met > 0) & met.isfinite(), met, at_one)
+
     def curvature(self, q: Tensor) -> Tensor:
         """Second derivative ``rho''(q)``, shape ``(...,)``."""
         return _derivative(lambda point: _derivative(self.rho, point, create_graph=True), q)
@@ -422,6 +434,10 @@ class GeneralizedGaussian(Energy):
     @override
     def weight(self, q: Tensor) -> Tensor:
         return 0.5 * (q + self.epsilon) ** (self.power / 2 - 1)
+
+    @override
+    def weight_at_rest(self, like: Tensor) -> Tensor:
+        return self.weight(torch.ones_like(like))  # at q = 0 it is epsilon's alone
 
     @override
     def curvature(self, q: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from poe_models.anchors.method import MergingMethod
 from poe_models.energies import Cauchy, Energy
 from poe_models.residual_maps import InputGram, ResidualMap
-from poe_models.scales import AnchorPrecision, Relative, RelativePrecision, Scale
+from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
 
 CenterRule = Callable[[Tensor], Tensor]
 """A centre computed from the updates ``(..., N, d_out, d_in)``, of shape ``(..., d_out, d_in)``."""
@@ -47,7 +47,7 @@ class Expert:
     name: str
     residual_map: ResidualMap = field(default_factory=InputGram)
     energy: Energy = field(default_factory=Cauchy)
-    scale: Scale = field(default_factory=Relative)
+    scale: Scale = field(default_factory=Balanced)
     importance: float = 1.0
     update: str | None = None
 
@@ -176,7 +176,7 @@ class ProductOfExperts:
             names: names of the task vectors, in the order of ``updates``.
             residual_map: one map, or several (for instance both sides), each making an expert per update.
             energy: shared energy, Cauchy by default.
-            scale: shared scale, ``Relative(1.0)`` by default.
+            scale: shared scale, ``Balanced(1.0)`` by default.
             importance: one number, or one per task vector.
             anchor: the anchor; zero centre and relative precision 0.1 by default.
             temperature: of the posterior.
@@ -194,7 +194,7 @@ class ProductOfExperts:
                 name=name if one_map else f"{name}/{type(each).__name__}",
                 residual_map=each,
                 energy=energy or Cauchy(),
-                scale=scale or Relative(),
+                scale=scale or Balanced(),
                 importance=weight,
                 update=name,
             )

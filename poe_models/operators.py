@@ -7,6 +7,7 @@ itself, so that ``q = |L x|^2`` can never be negative. Leading dimensions are mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,6 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+RANK_TOLERANCE = 1e-10
+"""Eigenvalues of unit vectors' Gram matrix below this share of the largest are rounding, not directions."""
 
 
 class Operator(ABC):
@@ -28,11 +32,14 @@ class Operator(ABC):
         """``P x``, shape ``(..., d_out, d_in)``."""
 
     @abstractmethod
-    def mean_curvature(self, num_updates: int) -> Tensor:
+    def mean_curvature(self, directions: Tensor | float) -> Tensor:
         """``tr(P) / d`` in float64, shape ``(...,)``, what a relative anchor precision is relative to.
 
         For a Gram map trace and ``d`` are the Gram's; for diagonal maps ``d`` is the number of entries; for a
-        rank-one map it is the number of updates, because they span the only directions it can act on.
+        rank-one map it is the number of directions in which the product's rank-one maps act together.
+
+        Args:
+            directions: that number, ``(...,)``; see :func:`mean_curvatures`.
         """
 
     @abstractmethod
@@ -88,7 +95,7 @@ class ScaledIdentity(Operator):
         return x
 
     @override
-    def mean_curvature(self, num_updates: int) -> Tensor:
+    def mean_curvature(self, directions: Tensor | float) -> Tensor:
         return self.like.new_ones(self.like.shape[:-2], dtype=torch.float64)
 
     @override
@@ -123,7 +130,7 @@ class Diagonal(Operator):
         return self.values * x
 
     @override
-    def mean_curvature(self, num_updates: int) -> Tensor:
+    def mean_curvature(self, directions: Tensor | float) -> Tensor:
         return self.values.double().mean((-2, -1))
 
     @override
@@ -181,7 +188,7 @@ class Gram(Operator):
         return self.factor @ self.root(x) if self.side == "left" else self.root(x) @ self.factor.mT
 
     @override
-    def mean_curvature(self, num_updates: int) -> Tensor:
+    def mean_curvature(self, directions: Tensor | float) -> Tensor:
         return sum_of_squares(self.factor) / self.factor.shape[-2]
 
     @override
@@ -221,8 +228,8 @@ class RankOne(Operator):
         return (self.vector.to(torch.float64) * self.root(x)).to(x.dtype)
 
     @override
-    def mean_curvature(self, num_updates: int) -> Tensor:
-        return sum_of_squares(self.vector) / num_updates
+    def mean_curvature(self, directions: Tensor | float) -> Tensor:
+        return sum_of_squares(self.vector) / directions
 
     @override
     def dimension(self) -> Tensor:
@@ -237,6 +244,39 @@ class RankOne(Operator):
 def sum_of_squares(x: Tensor) -> Tensor:
     """Squared Frobenius norm over the last two dimensions, summed in float64, shape ``(...,)``."""
     return x.to(torch.float64).square().sum((-2, -1))
+
+
+def inner_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Gram matrix of ``N`` tensors ``(M, a, b)`` over their last two dimensions, summed in float64: ``(M, N, N)``."""
+    size = len(vectors)
+    result = vectors[0].new_zeros((len(vectors[0]), size, size), dtype=torch.float64)
+    for j in range(size):
+        left = vectors[j].to(torch.float64)
+        for k in range(j + 1):
+            result[:, j, k] = result[:, k, j] = (left * vectors[k].to(torch.float64)).sum((-2, -1))
+    return result
+
+
+def mean_curvatures(operators: Sequence[Operator]) -> list[Tensor]:
+    """``tr(P_i) / d_i`` of a product's operators, ``(M,)`` float64 each.
+
+    Rank-one operators act in as many directions as their vectors span, so that a vector given twice counts as one of
+    twice the importance.
+
+    Args:
+        operators: of a batch of ``M`` modules.
+    """
+    vectors = [operator.vector for operator in operators if isinstance(operator, RankOne)]
+    directions = span_rank(inner_products(vectors)).clamp(min=1) if vectors else 1
+    return [operator.mean_curvature(directions) for operator in operators]
+
+
+def span_rank(gram: Tensor) -> Tensor:
+    """How many dimensions vectors of any lengths span, from their inner products ``(M, N, N)``: ``(M,)`` float64."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    eigenvalues = torch.linalg.eigvalsh(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
+    return (eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)).double().sum(-1)
 
 
 def thin(factor: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from poe_models.anchors.method import MergingMethod, NamedMethod
 from poe_models.energies import Energy
 from poe_models.experts import Anchor, Expert, ProductOfExperts
-from poe_models.operators import Operator, sum_of_squares
+from poe_models.operators import Operator, mean_curvatures, sum_of_squares
+from poe_models.scales import ExpertSizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class BoundExpert:
         update: ``U_i``, ``(M, d_out, d_in)``.
         rho: the energy of the scaled squared residual.
         scale_squared: ``s_i^2``, ``(M,)`` float64.
+        norm_squared: ``|U_i|^2``, ``(M,)`` float64.
+        residual_at_zero: ``q_i(0)``, the squared residual of merging nothing, ``(M,)`` float64.
         importance: ``a_i``.
         active: ``(M,)``; false where ``P_i`` vanishes (a zero update under a map made from it, or one that is zero to
             rounding beside the others): the expert drops out.
@@ -48,6 +51,8 @@ class BoundExpert:
     update: Tensor
     rho: Energy
     scale_squared: Tensor
+    norm_squared: Tensor
+    residual_at_zero: Tensor
     importance: float
     active: Tensor
     low_rank: tuple[Tensor, Tensor] | None = None
@@ -68,6 +73,8 @@ class BoundExpert:
             update=self.update[one],
             rho=self.rho.module(one),
             scale_squared=self.scale_squared[one],
+            norm_squared=self.norm_squared[one],
+            residual_at_zero=self.residual_at_zero[one],
             active=self.active[one],
             low_rank=None if self.low_rank is None else (self.low_rank[0][one], self.low_rank[1][one]),
         )
@@ -226,7 +233,7 @@ def full_posterior(poe: ProductOfExperts, updates: Tensor, low_rank: tuple[Tenso
         )
     names = poe.update_names
     updates = check_updates(updates, names)
-    num_updates, d_out, d_in = updates.shape[1:]
+    d_out, d_in = updates.shape[2:]
     index = [names.index(expert.update_name) for expert in poe.experts]
     factors = None if low_rank is None else _check_factors(low_rank, updates)
     operators = [
@@ -240,7 +247,7 @@ def full_posterior(poe: ProductOfExperts, updates: Tensor, low_rank: tuple[Tenso
         operators=operators,
         updates=[updates[:, i] for i in index],
         norms=[sum_of_squares(updates[:, i]) for i in index],
-        mean_curvatures=[operator.mean_curvature(num_updates) for operator in operators],
+        mean_curvatures=mean_curvatures(operators),
         dimensions=[operator.dimension for operator in operators],
     )
     if factors is not None:
@@ -271,10 +278,14 @@ def bind(
     Returns:
         The bound experts and ``eta``, ``(M,)``.
     """
-    at_zero = [operator.quadratic(update) for operator, update in zip(operators, updates, strict=True)]
-    active = _active(poe.experts, mean_curvatures, updates[0].dtype)
-    by_rule = [e.scale.squared(n, q) for e, n, q in zip(poe.experts, norms, at_zero, strict=True)]
-    scales = _with_fallback(poe.experts, torch.stack(by_rule, -1), active)
+    sizes = ExpertSizes(
+        norm_squared=torch.stack(list(norms), -1),
+        residual_at_zero=torch.stack([p.quadratic(u) for p, u in zip(operators, updates, strict=True)], -1),
+        mean_curvature=torch.stack(list(mean_curvatures), -1),
+        importance=torch.tensor([e.importance for e in poe.experts], dtype=torch.float64, device=updates[0].device),
+        active=_active(poe.experts, mean_curvatures, updates[0].dtype),
+    )
+    scales = _with_fallback(poe.experts, _scales_by_rule(poe.experts, sizes), sizes.active)
     experts = tuple(
         BoundExpert(
             name=expert.name,
@@ -283,14 +294,28 @@ def bind(
             update=updates[i],
             rho=expert.energy.for_dimension(dimensions[i]()) if expert.energy.needs_dimension else expert.energy,
             scale_squared=scales[..., i],
+            norm_squared=sizes.norm_squared[..., i],
+            residual_at_zero=sizes.residual_at_zero[..., i],
             importance=expert.importance,
-            active=active[..., i],
+            active=sizes.active[..., i],
         )
         for i, expert in enumerate(poe.experts)
     )
-    terms = [e.importance * t / e.scale_squared for e, t in zip(experts, mean_curvatures, strict=True)]
-    curvature = torch.where(active, torch.stack(terms, -1), 0.0).sum(-1)
+    terms = [
+        2 * e.importance * e.rho.weight_at_rest(t) * t / e.scale_squared
+        for e, t in zip(experts, mean_curvatures, strict=True)
+    ]
+    curvature = torch.where(sizes.active, torch.stack(terms, -1), 0.0).sum(-1)
     return experts, poe.anchor.precision.value(curvature)
+
+
+def _scales_by_rule(experts: Sequence[Expert], sizes: ExpertSizes) -> Tensor:
+    """Every expert's rule, asked about the experts that share its map: ``(M, E)``, zero where a rule gives none."""
+    columns = []
+    for i, (expert, group) in enumerate(zip(experts, _same_map(experts), strict=True)):
+        squared = expert.scale.squared(sizes.among(group, expert.residual_map.common_units))
+        columns.append(squared[..., group.index(i)])
+    return torch.stack(columns, -1)
 
 
 def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:

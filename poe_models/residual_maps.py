@@ -33,6 +33,14 @@ from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdenti
 class ResidualMap(ABC):
     """Makes the operator ``P_i`` of an expert from its update."""
 
+    @property
+    def common_units(self) -> bool:
+        """Whether operators are in units that all experts share, so that a smaller one is information.
+
+        False where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
+        """
+        return False
+
     @override
     def __repr__(self) -> str:
         """The map and its settings; statistics remember by it what they were made with."""
@@ -78,6 +86,11 @@ class ResidualMap(ABC):
 @dataclass(frozen=True)
 class Identity(ResidualMap):
     """``q = |Z - U|^2``: every entry counts alike; averaging ([PoE] Eq. 13)."""
+
+    @property
+    @override
+    def common_units(self) -> bool:
+        return True
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -136,6 +149,11 @@ class StatisticsMap(ResidualMap):
     kind: ClassVar[Kind]
     """Of the statistics."""
 
+    @property
+    @override
+    def common_units(self) -> bool:
+        return True
+
     @override
     def __repr__(self) -> str:
         values = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in fields(self))
@@ -181,6 +199,11 @@ class _OfModules(ResidualMap):
     update: str = field(compare=False)
     modules: tuple[str, ...] = field(compare=False)
     source: ModuleStatistics = field(compare=False)
+
+    @property
+    @override
+    def common_units(self) -> bool:
+        return self.map.common_units
 
     @override
     def __repr__(self) -> str:

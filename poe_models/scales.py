@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,19 +12,59 @@ from torch import Tensor
 from typing_extensions import override
 
 
-class Scale(ABC):
-    """The squared scale ``s_i**2`` of an expert, computed once from its update."""
+@dataclass(frozen=True, eq=False)
+class ExpertSizes:
+    """What a scale is computed from: the ``n`` experts of a module that share a residual map.
 
-    @abstractmethod
-    def squared(self, norm_squared: Tensor, residual_at_zero: Tensor) -> Tensor:
-        """Squared scale in the units of ``q_i``.
+    Residuals of one map have the same units, so a rule may compare these experts with each other.
+
+    Attributes:
+        norm_squared: ``|U_i|^2``, shape ``(..., n)``.
+        residual_at_zero: ``q_i(0)``, the squared residual of merging nothing, ``(..., n)``.
+        mean_curvature: ``tr(P_i) / d``, ``(..., n)``.
+        importance: ``a_i``, ``(n,)``.
+        active: experts whose operator is not zero, ``(..., n)``.
+        common_units: whether ``P_i`` is in units that all experts share, so that a smaller one is information; false
+            for maps made from the update itself, whose ``P_i`` grows with its length.
+    """
+
+    norm_squared: Tensor
+    residual_at_zero: Tensor
+    mean_curvature: Tensor
+    importance: Tensor
+    active: Tensor
+    common_units: bool = False
+
+    def among(self, experts: Sequence[int], common_units: bool) -> ExpertSizes:
+        """The sizes of some experts.
 
         Args:
-            norm_squared: ``|U_i|^2``, shape ``(...,)``.
-            residual_at_zero: ``q_i(0)``, the squared residual of merging nothing, shape ``(...,)``.
+            experts: their positions.
+            common_units: of the map that they share.
+        """
+        some = list(experts)
+        return ExpertSizes(
+            norm_squared=self.norm_squared[..., some],
+            residual_at_zero=self.residual_at_zero[..., some],
+            mean_curvature=self.mean_curvature[..., some],
+            importance=self.importance[some],
+            active=self.active[..., some],
+            common_units=common_units,
+        )
+
+
+class Scale(ABC):
+    """The squared scales ``s_i**2`` of experts, computed once from their updates."""
+
+    @abstractmethod
+    def squared(self, sizes: ExpertSizes) -> Tensor:
+        """Squared scales in the units of ``q_i``.
+
+        Args:
+            sizes: of the experts of a module that share a residual map.
 
         Returns:
-            ``s_i**2``, shape ``(...,)``; zero where the rule gives none (the caller falls back).
+            ``s_i**2``, shape ``(..., n)``; zero where the rule gives none (the caller falls back).
         """
 
 
@@ -37,8 +78,8 @@ class Absolute(Scale):
         _require_positive("Absolute", "gamma", self.gamma)
 
     @override
-    def squared(self, norm_squared: Tensor, residual_at_zero: Tensor) -> Tensor:
-        return torch.full_like(residual_at_zero, self.gamma**2)
+    def squared(self, sizes: ExpertSizes) -> Tensor:
+        return torch.full_like(sizes.residual_at_zero, self.gamma**2)
 
 
 @dataclass(frozen=True)
@@ -55,13 +96,43 @@ class NormScaled(Scale):
         _require_positive("NormScaled", "gamma", self.gamma)
 
     @override
-    def squared(self, norm_squared: Tensor, residual_at_zero: Tensor) -> Tensor:
-        return self.gamma * norm_squared
+    def squared(self, sizes: ExpertSizes) -> Tensor:
+        return self.gamma * sizes.norm_squared
+
+
+@dataclass(frozen=True)
+class Balanced(Scale):
+    """``s_i^2 = gamma^2 t_i median_j(q_j(0) / t_j)``: free of units, and an expert's length gives it no say.
+
+    ``t_i`` is ``tr(P_i) / d`` for maps made from the update itself (Directional and the Grams), so that every expert
+    has the same mean precision ``tr(P_i) / (d s_i^2)`` however long its update is; for maps in units that all experts
+    share (Identity, Fisher, Activation, Mixed) it is 1, since there a smaller ``P_i`` is information. The median is
+    over the module's experts of the same map and weighted by their importance: an expert given twice is an expert of
+    importance 2. For experts of equal length it is :class:`Relative`.
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("Balanced", "gamma", self.gamma)
+
+    @override
+    def squared(self, sizes: ExpertSizes) -> Tensor:
+        strength = torch.ones_like(sizes.mean_curvature) if sizes.common_units else sizes.mean_curvature
+        known = sizes.active & (sizes.residual_at_zero > 0)
+        ratio = torch.where(known, sizes.residual_at_zero / torch.where(known, strength, 1.0), torch.inf)
+        typical = weighted_median(ratio, torch.where(known, sizes.importance.to(ratio), 0.0))
+        return self.gamma**2 * strength * typical.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Relative(Scale):
-    """``s^2 = gamma^2 * q_i(0)``: free of units; an expert that is not merged at all has ``q / s^2 = 1 / gamma^2``."""
+    """``s^2 = gamma^2 * q_i(0)``: each expert in units of its own residual, so that the shortest update decides.
+
+    An expert that is not merged at all has ``q / s^2 = 1 / gamma^2``. Under a map made from the update the precision
+    ``P_i / s_i^2`` grows as ``|U_i|^-2``: of four experts one a tenth as long holds the merge at itself, and the others
+    keep .39 of their updates instead of .92. Use :class:`Balanced` where lengths differ; for equal lengths they agree.
+    """
 
     gamma: float = 1.0
 
@@ -69,8 +140,34 @@ class Relative(Scale):
         _require_positive("Relative", "gamma", self.gamma)
 
     @override
-    def squared(self, norm_squared: Tensor, residual_at_zero: Tensor) -> Tensor:
-        return self.gamma**2 * residual_at_zero
+    def squared(self, sizes: ExpertSizes) -> Tensor:
+        return self.gamma**2 * sizes.residual_at_zero
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """Median over the last dimension of values that count ``weights >= 0`` times; zero where all weights are zero.
+
+    Where half of the weight is at or below one value and half at or above the next, it is the mean of the two, as
+    usual.
+
+    Args:
+        values: ``(..., n)``; those of weight zero do not matter and may be infinite.
+        weights: ``(..., n)``.
+
+    >>> weighted_median(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 2.0]))
+    tensor(2.)
+    >>> weighted_median(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 1.0]))
+    tensor(2.5000)
+    """
+    order = torch.where(weights > 0, values, torch.inf).argsort(-1)
+    values, cumulative = values.gather(-1, order), weights.gather(-1, order).cumsum(-1)
+    half = cumulative[..., -1:] / 2
+    rounding = 8 * torch.finfo(values.dtype).eps * half  # importances are sums of decimals: a tie is a tie
+    last = (weights > 0).sum(-1, keepdim=True).clamp(min=1) - 1
+    low = torch.minimum((cumulative < half - rounding).sum(-1, keepdim=True), last)
+    high = torch.minimum((cumulative <= half + rounding).sum(-1, keepdim=True), last)
+    middle = ((values.gather(-1, low) + values.gather(-1, high)) / 2).squeeze(-1)
+    return torch.where(half.squeeze(-1) > 0, middle, 0.0)
 
 
 class AnchorPrecision(ABC):
@@ -81,7 +178,8 @@ class AnchorPrecision(ABC):
         """``eta`` per module.
 
         Args:
-            mean_curvature: ``sum_i a_i tr(P_i) / (d_i s_i^2)``, shape ``(...,)``, from the updates alone.
+            mean_curvature: ``sum_i 2 a_i rho_i'(0) tr(P_i) / (d_i s_i^2)``, shape ``(...,)``, from the updates alone:
+                the summed mean curvature of the experts' Gaussian twins.
 
         Returns:
             ``eta``, shape ``(...,)``.
@@ -104,13 +202,13 @@ class AbsolutePrecision(AnchorPrecision):
 
 @dataclass(frozen=True)
 class RelativePrecision(AnchorPrecision):
-    """``eta`` times the experts' mean curvature, so that one number suits modules of every size.
+    """``eta`` times the summed mean curvature of the experts' Gaussian twins.
 
-    It is computed once from the updates and not from the current weights: the posterior is one fixed
-    density. With :class:`Relative` scales the merge of ``c U_i`` is ``c`` times the merge of ``U_i``. The mean is a sum
-    over experts and, with those scales, an expert counts as one over its squared size: an expert that hardly changed a
-    module strengthens the anchor there, and draws the other experts' merge to the centre. Watch ``anchor_precision``
-    in the solution's info where updates differ much in size.
+    One number then suits modules of every size and shrinks identical experts alike whatever their energy. It is
+    computed once from the updates and not from the current weights: the posterior is one fixed density. With
+    :class:`Balanced` or :class:`Relative` scales the merge of ``c U_i`` is ``c`` times the merge of ``U_i``. With
+    `Balanced` every expert counts alike in the sum; with `Relative` an expert counts as one over its squared length,
+    and one that hardly changed a module strengthens the anchor there and draws the others' merge to the centre.
     """
 
     eta: float = 0.1
@@ -123,7 +221,7 @@ class RelativePrecision(AnchorPrecision):
         return self.eta * mean_curvature
 
 
-SCALES: dict[str, type[Scale]] = {cls.__name__: cls for cls in (Absolute, NormScaled, Relative)}
+SCALES: dict[str, type[Scale]] = {cls.__name__: cls for cls in (Balanced, Absolute, NormScaled, Relative)}
 PRECISIONS: dict[str, type[AnchorPrecision]] = {cls.__name__: cls for cls in (AbsolutePrecision, RelativePrecision)}
 
 

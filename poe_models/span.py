@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 from poe_models.experts import CenterRule, FactorExpert, ProductOfExperts
-from poe_models.operators import Gram
+from poe_models.operators import RANK_TOLERANCE, Gram, inner_products, mean_curvatures
 from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
-
-RANK_TOLERANCE = 1e-10
-"""Eigenvalues of the normalised ``G`` below this share of the largest are rounding and no directions of the span."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +138,11 @@ def span_statistics(
         updates=names,
         residual_maps=tuple(repr(expert.residual_map) for expert in poe.experts),
         center=center_label(poe.anchor.center),
-        gram=_gram([basis[:, j] for j in range(basis.shape[1])]),
+        gram=inner_products([basis[:, j] for j in range(basis.shape[1])]),
         forms=torch.stack(
-            [_gram([operator.root(basis[:, j]) for j in range(basis.shape[1])]) for operator in operators], 1
+            [inner_products([operator.root(basis[:, j]) for j in range(basis.shape[1])]) for operator in operators], 1
         ),
-        mean_curvature=(curvature := torch.stack([operator.mean_curvature(len(names)) for operator in operators], 1)),
+        mean_curvature=(curvature := torch.stack(mean_curvatures(operators), 1)),
         dimension=torch.stack([operator.dimension() for operator in operators], 1)
         if ranks
         else torch.full_like(curvature, torch.nan),
@@ -284,17 +281,6 @@ def span_basis(poe: ProductOfExperts, updates: Tensor) -> Tensor:
     center = center_of(poe.anchor, updates)
     last = torch.zeros_like(updates[:, 0]) if center is None else center
     return torch.cat([updates, last.unsqueeze(1)], 1)
-
-
-def _gram(vectors: list[Tensor]) -> Tensor:
-    """Inner products over the last two dimensions, summed in float64: N tensors ``(M, a, b)`` to ``(M, N, N)``."""
-    size = len(vectors)
-    result = vectors[0].new_zeros((len(vectors[0]), size, size), dtype=torch.float64)
-    for j in range(size):
-        left = vectors[j].to(torch.float64)
-        for k in range(j + 1):
-            result[:, j, k] = result[:, k, j] = (left * vectors[k].to(torch.float64)).sum((-2, -1))
-    return result
 
 
 def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from poe_merge.config import ConfigError, MergeConfig, load_config, parse_config
 from poe_merge.presets import PRESETS
 from poe_models import (
     AbsolutePrecision,
+    Balanced,
     Cauchy,
     Gaussian,
     InputGram,
@@ -64,7 +65,7 @@ def test_defaults(folder: Path) -> None:
     design = designs(folder)("0.mlp.weight")
     assert [expert.name for expert in design.poe.experts] == ["one", "two"]
     for expert in design.poe.experts:
-        assert (expert.residual_map, expert.energy, expert.scale) == (InputGram(), Cauchy(), Relative(1.0))
+        assert (expert.residual_map, expert.energy, expert.scale) == (InputGram(), Cauchy(), Balanced(1.0))
         assert expert.importance == 1.0
     assert design.poe.anchor.precision == RelativePrecision(0.1)
     assert (design.poe.anchor.center, design.center) == (None, None)

@@ -343,7 +343,7 @@ def test_several_starts_find_the_lower_of_two_minima() -> None:
 def test_contraction_rate_is_that_of_the_plain_iteration(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)
     poe = ProductOfExperts.of(
-        NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=RelativePrecision(0.3))
+        NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=RelativePrecision(0.15))
     )
     posterior = full_posterior(poe, updates)
     solution = fixed_point(poe, updates, starts=["twin"])

@@ -13,6 +13,7 @@ from poe_models import (
     Absolute,
     AbsolutePrecision,
     Anchor,
+    Balanced,
     Cauchy,
     Energy,
     Expert,
@@ -40,7 +41,7 @@ from poe_models.span import concatenate, span_basis, stored_center
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
 
 NAMES = ["a", "b", "c"]
-SCALES: list[Scale] = [Absolute(1.3), NormScaled(0.5), Relative(0.8)]
+SCALES: list[Scale] = [Absolute(1.3), NormScaled(0.5), Relative(0.8), Balanced(0.9)]
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=name_of)
@@ -75,7 +76,9 @@ def test_energy_is_the_formula_written_out(generator: torch.Generator) -> None:
     poe = poe * Anchor(center=second, precision=RelativePrecision(0.2))
     q_a = (first.mT @ (z[0] - first)).square().sum() / 4.0
     q_b = ((z[0] - second) @ second.mT).square().sum() / (0.1 * second.square().sum())
-    eta = 0.2 * (3.0 * first.square().sum() / 3 / 4.0 + second.square().sum() / 4 / (0.1 * second.square().sum()))
+    curvature_a = 2 * 3.0 * 1.0 * first.square().sum() / 3 / 4.0  # 2 a rho'(0) tr(P) / (d s^2)
+    curvature_b = 2 * ((5.0 + 1) / 2 / 5.0) * second.square().sum() / 4 / (0.1 * second.square().sum())
+    eta = 0.2 * (curvature_a + curvature_b)
     expected = 3 * torch.log1p(q_a) + 3 * torch.log1p(q_b / 5) + eta * (z[0] - second).square().sum()
     assert_close(full_posterior(poe, updates).energy(z), expected.unsqueeze(0), 1e-12)
 
@@ -188,13 +191,19 @@ def test_scales_and_relative_precision_are_the_documented_numbers(generator: tor
     updates = random_updates(generator, 1, 3, 4, 5)
     norm = updates[0].square().sum((-2, -1))
     at_zero = (updates[0] @ updates[0].mT).square().sum((-2, -1))
-    truth = {Absolute: torch.full((3,), 1.69), NormScaled: 0.5 * norm, Relative: 0.64 * at_zero}
+    balanced = 0.81 * norm * (at_zero / norm).sort().values[1]
+    truth = {
+        Absolute: torch.full((3,), 1.69),
+        NormScaled: 0.5 * norm,
+        Relative: 0.64 * at_zero,
+        Balanced: balanced,
+    }
     for scale in SCALES:
         poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), scale, anchor=Anchor(precision=RelativePrecision(0.3)))
         posterior = full_posterior(poe, updates)
         squared = torch.stack([expert.scale_squared[0] for expert in posterior.experts])
         assert_close(squared, truth[type(scale)].double(), 1e-6)
-        assert_close(posterior.anchor_precision, (0.3 * norm / 5 / squared).sum().unsqueeze(0), 1e-12)
+        assert_close(posterior.anchor_precision, (0.3 * 2 * norm / 5 / squared).sum().unsqueeze(0), 1e-12)
 
 
 def test_a_zero_update_under_identity_takes_the_modules_median_scale(generator: torch.Generator) -> None:

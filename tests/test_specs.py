@@ -146,7 +146,7 @@ def test_only_names_with_literals_are_read(text: str, tmp_path: Path, monkeypatc
         ("Couchy", ENERGY, "unknown name `Couchy`; did you mean `Cauchy`? Known: Gaussian, Cauchy"),
         ("student_t(4)", ENERGY, "did you mean `StudentT`?"),
         ("Inputgram", RESIDUAL_MAP, "did you mean `InputGram`? Known: Identity, Directional, OutputGram, InputGram"),
-        ("xyz", SCALE, "unknown name `xyz`; Known: Absolute, NormScaled, Relative"),
+        ("xyz", SCALE, "unknown name `xyz`; Known: Balanced, Absolute, NormScaled, Relative"),
         ("Relative(-1.0)", SCALE, "scale `Relative(-1.0)`: `Relative(gamma=-1.0)`: a scale must be a positive"),
         ("StudentT", ENERGY, "missing 1 required positional argument: 'df'"),
         ("Cauchy(k=3)", ENERGY, "unexpected keyword argument 'k'"),

@@ -343,7 +343,7 @@ def test_the_model_card(models: Any, out: Path) -> None:
         "**Base:** `base`",
         "**Expert emoji:** `emoji`",
         "W = W_0 + 0.5 Z, anchored at the base with `RelativePrecision(eta=0.1)`",
-        "| mnist | `InputGram()` | `StudentT(df=4.0, exponent=None)` | `Relative(gamma=1.0)` | 1 |",
+        "| mnist | `InputGram()` | `StudentT(df=4.0, exponent=None)` | `Balanced(gamma=1.0)` | 1 |",
         "| 2 | merged | split into 3 equal row blocks | fused [q; k; v] |",
         "| 1 | base kept |  | rule {match: 'head', action: base} |",
         "9 of 9 matrices: converged",
@@ -375,7 +375,9 @@ def test_the_record(models: Any, out: Path) -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert record["inputs"][role]["sha256"]["model.safetensors"] == digest
         assert record["inputs"][role]["source"] == checkpoint.source
+    experts = record["summary"].pop("experts")
     assert record["summary"] == {"tensors": {"merge": 6, "average": 2, "base": 1}, "matrices": {"converged": 10}}
+    assert [each["name"] for each in experts] == list(vectors.names)
     by_name = {each["tensor"]: each for each in record["tensors"]}
     assert by_name.keys() == {*SHAPES, "position_ids"}
     fused = by_name["layers.1.attn.in_proj_weight"]

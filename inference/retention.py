@@ -1,0 +1,214 @@
+"""How much of every expert a merge kept: the first question to ask of any merge, whatever made it.
+
+Two numbers per module and expert: the share of its update that the merged update contains, ``<Z, U_i> / |U_i|^2``, and
+the share of its squared residual that is left, ``q_i(Z) / q_i(0)``. :func:`totals` sums them over the modules of a
+checkpoint and :func:`concerns` says in words where a merge is little more than the base, or than one of its experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poe_models.operators import sum_of_squares
+from poe_models.posterior import Posterior
+
+MOST_LEFT = 0.9
+"""Share of an expert's squared residual from which the merge is said to have passed it by."""
+
+MOST_GROWN = 2.0
+"""Factor from which a residual is said to have grown rather than to be left."""
+
+LEAST_KEPT = 0.1
+"""Share kept, relative to the best kept expert's, below which the merge is said to have passed an expert by."""
+
+LEAST_LENGTH = 0.1
+"""Length of the merged update, relative to the experts' median, below which it is little more than the base."""
+
+
+@dataclass(frozen=True, eq=False)
+class Retention:
+    """What a merge kept of its experts; tensors are float64, one entry per module ``(M, ...)``.
+
+    Attributes:
+        experts: names of the experts, the order of the last dimension.
+        kept: ``<Z, U_i> / |U_i|^2``, ``(M, E)``; nan for a zero update.
+        norm: ``|Z|``, ``(M,)``.
+        update_norms: ``|U_i|``, ``(M, E)``.
+        residuals: ``q_i(Z) / s_i^2``, ``(M, E)``; None for merging methods, whose experts have no residual.
+        residuals_at_zero: the same of merging nothing, ``q_i(0) / s_i^2``, ``(M, E)``.
+    """
+
+    experts: tuple[str, ...]
+    kept: Tensor
+    norm: Tensor
+    update_norms: Tensor
+    residuals: Tensor | None = None
+    residuals_at_zero: Tensor | None = None
+
+    @property
+    def residual_left(self) -> Tensor:
+        """Share of every expert's squared residual that is left, ``q_i(Z) / q_i(0)``, ``(M, E)``; nan if unknown."""
+        if self.residuals is None or self.residuals_at_zero is None:
+            return torch.full_like(self.kept, torch.nan)
+        return self.residuals / self.residuals_at_zero
+
+    def record(self, module: int) -> dict[str, Any]:
+        """One module's numbers, ready for JSON."""
+        numbers: dict[str, Any] = {"norm": float(self.norm[module])}
+        for name in ("update_norms", "kept", "residuals", "residuals_at_zero"):
+            values = getattr(self, name)
+            if values is not None:
+                pairs = zip(self.experts, values[module].tolist(), strict=True)
+                numbers[name] = {expert: value for expert, value in pairs if math.isfinite(value)}
+        return numbers
+
+
+@dataclass(frozen=True)
+class ExpertRetention:
+    """What a whole merge kept of one expert.
+
+    Attributes:
+        name: of the expert.
+        kept: ``sum <λZ, U_i> / sum |U_i|^2`` over the modules that it changed; nan if it changed none.
+        residual_left: its scaled squared residuals over what merging nothing would leave, summed over modules; nan for
+            merging methods.
+        length: ``|λZ| / |U_i|`` over the same modules.
+    """
+
+    name: str
+    kept: float
+    residual_left: float
+    length: float
+
+    def record(self) -> dict[str, str | float | None]:
+        """The numbers, ready for JSON."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
+    """What a merged update keeps of a posterior's experts.
+
+    Args:
+        posterior: in Full or Span coordinates.
+        z: merged updates in the same coordinates, ``(M, *event)``.
+        q: the experts' squared residuals there, ``(M, E)``.
+    """
+    experts = posterior.experts
+    norm_squared = torch.stack([expert.norm_squared for expert in experts], -1)
+    inner = torch.stack([(z.double() * expert.update.double()).sum((-2, -1)) for expert in experts], -1)
+    scales = torch.stack([expert.scale_squared for expert in experts], -1)
+    return Retention(
+        experts=tuple(expert.name for expert in experts),
+        kept=inner / norm_squared,
+        norm=sum_of_squares(z).sqrt(),
+        update_norms=norm_squared.sqrt(),
+        residuals=q / scales,
+        residuals_at_zero=torch.stack([expert.residual_at_zero for expert in experts], -1) / scales,
+    )
+
+
+def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Retention:
+    """What a merged update that no posterior stands behind keeps of the updates.
+
+    Args:
+        names: of the ``N`` task vectors.
+        updates: ``(M, N, d_out, d_in)``.
+        z: merged updates, ``(M, d_out, d_in)``.
+    """
+    norm_squared = sum_of_squares(updates)
+    inner = torch.stack([(z.double() * each.double()).sum((-2, -1)) for each in updates.unbind(1)], -1)
+    return Retention(tuple(names), inner / norm_squared, sum_of_squares(z).sqrt(), norm_squared.sqrt())
+
+
+def totals(records: Iterable[tuple[float, Mapping[str, Any]]]) -> tuple[ExpertRetention, ...]:
+    """Sum up a merge's modules.
+
+    Args:
+        records: scaling ``λ`` and :meth:`Retention.record` of every module.
+
+    Returns:
+        One entry per expert, in order of first appearance.
+    """
+    sums: dict[str, dict[str, float]] = {}
+    for scaling, record in records:
+        for name, length in record["update_norms"].items():
+            of = sums.setdefault(name, dict.fromkeys(("inner", "squared", "merged", "left", "zero"), 0.0))
+            if name not in record["kept"]:  # a zero update
+                continue
+            of["inner"] += scaling * record["kept"][name] * length**2
+            of["squared"] += length**2
+            of["merged"] += (scaling * record["norm"]) ** 2
+            if name in record.get("residuals_at_zero", {}):
+                of["left"] += record["residuals"][name]
+                of["zero"] += record["residuals_at_zero"][name]
+    return tuple(
+        ExpertRetention(
+            name,
+            kept=_ratio(of["inner"], of["squared"]),
+            residual_left=_ratio(of["left"], of["zero"]),
+            length=math.sqrt(_ratio(of["merged"], of["squared"])),
+        )
+        for name, of in sums.items()
+    )
+
+
+def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
+    """What a reader should know about a merge before using it; nothing where every expert has its share.
+
+    Args:
+        experts: :func:`totals` of the merge.
+
+    Returns:
+        Sentences, the most general first.
+
+    >>> mnist, emoji = (ExpertRetention(name, 0.9, 0.05, 1.0) for name in ("mnist", "emoji"))
+    >>> concerns([mnist, emoji, ExpertRetention("sre", 0.03, 0.97, 1.0)])
+    ["expert 'sre': 97 % of its squared residual left, 3 % of its update kept."]
+    """
+    known = [each for each in experts if not math.isnan(each.kept)]
+    if not known:
+        return []
+    if sorted(each.length for each in known)[len(known) // 2] < LEAST_LENGTH:
+        return [_pale(known)]
+    best = max(each.kept for each in known)
+    passed_by = [each for each in known if each.residual_left >= MOST_LEFT or each.kept < LEAST_KEPT * best]
+    if len(passed_by) == len(known) > 1:
+        return ["no expert has its share: every one has most of its squared residual left. " + _ways_out()]
+    found = [_passed_by(each) for each in passed_by]
+    if len(passed_by) == len(known) - 1 > 0:
+        (kept,) = (each for each in known if each not in passed_by)
+        found.insert(0, f"the merge is little more than the expert {kept.name!r}. " + _ways_out())
+    return found
+
+
+def _pale(known: Sequence[ExpertRetention]) -> str:
+    length = sorted(each.length for each in known)[len(known) // 2]
+    nearest = max(known, key=lambda each: each.length)
+    beside = f", as long as {nearest.name!r} is" if nearest.length > 5 * LEAST_LENGTH else ""
+    return (
+        f"the merge is little more than the base: its update has {length:.1%} of the experts' median length{beside}. "
+        + _ways_out()
+    ).replace("%", " %", 1)
+
+
+def _passed_by(expert: ExpertRetention) -> str:
+    left = ""
+    if expert.residual_left > MOST_GROWN:
+        left = f"its squared residual grew {expert.residual_left:.0f}-fold, "
+    elif not math.isnan(expert.residual_left):
+        left = f"{expert.residual_left:.0%} of its squared residual left, "
+    return f"expert {expert.name!r}: {left}{expert.kept:.0%} of its update kept.".replace("%", " %")
+
+
+def _ways_out() -> str:
+    return "Look at λ, the anchor's precision (eta) and the scale: Balanced lets no expert's length decide."
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan

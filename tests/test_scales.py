@@ -1,0 +1,208 @@
+"""Laws of scales and relative precisions: what an expert's length, copies and units may and may not decide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from inference import fixed_point
+from poe_models import (
+    Absolute,
+    Anchor,
+    Balanced,
+    Cauchy,
+    Directional,
+    Energy,
+    Expert,
+    Fisher,
+    Gaussian,
+    GeneralizedGaussian,
+    Huber,
+    Identity,
+    InputGram,
+    ModuleStatistics,
+    OutputGram,
+    ProductOfExperts,
+    Relative,
+    RelativePrecision,
+    ResidualMap,
+    Scale,
+    StudentT,
+    Welsch,
+    full_posterior,
+    span_posterior,
+    span_statistics,
+)
+from poe_models.scales import weighted_median
+from tests.helpers import assert_close, name_of, random_updates
+
+NAMES = list("abcd")
+ENERGIES: list[Energy] = [
+    Gaussian(),
+    Cauchy(),
+    StudentT(4.0),
+    StudentT(4.0, "multivariate"),
+    Huber(1.0),
+    Welsch(),
+    GeneralizedGaussian(1.0),
+]
+MAPS: list[ResidualMap | tuple[ResidualMap, ...]] = [
+    Directional(),
+    OutputGram(),
+    InputGram(),
+    Identity(),
+    (OutputGram(), InputGram()),
+]
+
+
+def product(
+    residual_map: ResidualMap | tuple[ResidualMap, ...],
+    energy: Energy,
+    scale: Scale | None = None,
+    importance: float | list[float] = 1.0,
+    names: list[str] = NAMES,
+) -> ProductOfExperts:
+    """The usual product with a relative anchor."""
+    return ProductOfExperts.of(
+        names, residual_map, energy, scale or Balanced(), importance, Anchor(precision=RelativePrecision(0.1))
+    )
+
+
+def fine_tunes(generator: torch.Generator) -> Tensor:
+    """Four updates as fine-tunes have them: mostly of low rank, of equal length, `(4, 24, 32)`."""
+    low = torch.randn(4, 24, 6, generator=generator, dtype=torch.float64) @ torch.randn(
+        4, 6, 32, generator=generator, dtype=torch.float64
+    )
+    updates = low + 0.3 * torch.randn(4, 24, 32, generator=generator, dtype=torch.float64)
+    return updates / updates.norm(dim=(-2, -1), keepdim=True)
+
+
+def kept(poe: ProductOfExperts, updates: Tensor) -> Tensor:
+    """`<Z, U_i> / |U_i|^2` of every update, `(N,)`."""
+    z = fixed_point(poe, updates).value
+    return (z * updates).sum((-2, -1)) / updates.square().sum((-2, -1))
+
+
+@pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
+@pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
+def test_a_shorter_expert_never_takes_more_than_its_share(
+    residual_map: ResidualMap, energy: Energy, generator: torch.Generator
+) -> None:
+    updates = fine_tunes(generator)
+    poe = product(residual_map, energy)
+    equal = kept(poe, updates)
+    # Under Identity a short update lies nearest to the others' mean, and tails weigh what is near: up to twice here.
+    least = 0.9 if residual_map != Identity() or isinstance(energy, Gaussian | Huber) else 0.5
+    for length in (0.3, 0.1, 0.01):
+        shorter = updates.clone()
+        shorter[3] *= length
+        others = kept(poe, shorter)[:3]
+        assert bool((others > least * equal[:3]).all()), (length, others, equal)
+
+
+@pytest.mark.parametrize("residual_map", [Directional(), OutputGram(), InputGram()], ids=name_of)
+def test_relative_scales_let_the_shortest_expert_decide(residual_map: ResidualMap, generator: torch.Generator) -> None:
+    updates = fine_tunes(generator)
+    updates[3] *= 0.1
+    of_relative = kept(product(residual_map, Gaussian(), Relative()), updates)
+    of_balanced = kept(product(residual_map, Gaussian()), updates)
+    assert bool((of_relative[:3] < 0.6 * of_balanced[:3]).all())
+    assert float(of_relative[3]) > 0.9
+
+
+@pytest.mark.parametrize("residual_map", [Directional(), OutputGram(), InputGram()], ids=name_of)
+def test_balanced_experts_have_one_mean_precision(residual_map: ResidualMap, generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 4, 6, 5) * torch.tensor([1.0, 0.1, 3.0, 0.01]).double()[:, None, None]
+    posterior = full_posterior(product(residual_map, Cauchy(), Balanced(0.7)), updates)
+    precisions = torch.stack([e.operator.mean_curvature(4) / e.scale_squared for e in posterior.experts], -1)
+    assert_close(precisions, precisions[:, :1].expand_as(precisions), 1e-12)
+    ratios = torch.stack([e.residual_at_zero / e.operator.mean_curvature(4) for e in posterior.experts], -1)
+    assert_close(1 / precisions[:, 0], 0.49 * torch.as_tensor(np.median(ratios.numpy(), -1)), 1e-12)
+
+
+def test_a_smaller_operator_in_common_units_is_information(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 2, 3, 4)
+    importance = torch.rand(3, 4, generator=generator, dtype=torch.float64) + 0.5
+    statistics = ModuleStatistics("fisher", {"a": {"m": importance}, "b": {"m": importance / 100}})
+    poe = product(Fisher(statistics), Gaussian(), names=["a", "b"]).for_modules(["m"])
+    first, second = full_posterior(poe, updates).experts
+    assert_close(first.scale_squared, second.scale_squared, 1e-12)
+    pulls = sum(f * u for f, u in ((importance, updates[0, 0]), (importance / 100, updates[0, 1])))
+    held = importance * 1.01 + 0.1 * 2 * importance.mean() * 1.01  # eta s^2 / rho'(0) = 0.1 * 2 * the mean curvature
+    assert_close(fixed_point(poe, updates).value[0], pulls / held, 1e-9)
+
+
+@pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
+@pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
+@pytest.mark.parametrize("scale", [Balanced(0.8), Relative(0.8), Absolute(1.0)], ids=name_of)
+@pytest.mark.parametrize("coordinates", ["full", "span"])
+def test_an_expert_given_twice_is_importance_two(
+    residual_map: ResidualMap, energy: Energy, scale: Scale, coordinates: str, generator: torch.Generator
+) -> None:
+    one = fine_tunes(generator)[:3] * torch.tensor([1.0, 0.4, 2.0], dtype=torch.float64)[:, None, None]
+    twice = one[[0, 0, 1, 2]]
+    doubled = product(residual_map, energy, scale, [2.0, 1.0, 1.0], ["a", "b", "c"])
+    copied = product(residual_map, energy, scale, names=["a", "copy", "b", "c"])
+    for first, second in ((doubled, one), (copied, twice)):
+        if coordinates == "full":
+            posterior = full_posterior(first, second)
+        else:
+            posterior, _ = span_posterior(first, span_statistics(first, second))
+        if first is doubled:
+            expected = posterior.anchor_precision
+    assert_close(posterior.anchor_precision, expected, 1e-9)
+    values = [
+        fixed_point(poe, updates, coordinates=coordinates, starts=["twin"]).value  # type: ignore[arg-type]
+        for poe, updates in ((doubled, one), (copied, twice))
+    ]
+    assert_close(values[0], values[1], 1e-6)
+
+
+@pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
+@pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
+@pytest.mark.parametrize("scale", [Balanced(0.8), Relative(0.8)], ids=name_of)
+def test_merging_scaled_updates_scales_the_merge(
+    residual_map: ResidualMap, energy: Energy, scale: Scale, generator: torch.Generator
+) -> None:
+    updates = fine_tunes(generator) * torch.tensor([1.0, 0.4, 2.0, 0.1], dtype=torch.float64)[:, None, None]
+    poe = product(residual_map, energy, scale)
+    expected = fixed_point(poe, updates).value
+    for factor in (1e-4, 1e3):
+        assert_close(fixed_point(poe, factor * updates).value / factor, expected, 1e-6)
+
+
+@pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
+def test_one_relative_precision_shrinks_identical_experts_alike(energy: Energy, generator: torch.Generator) -> None:
+    update = torch.randn(1, 16, 16, generator=generator, dtype=torch.float64)
+    z = fixed_point(product(Identity(), energy), update.expand(4, -1, -1).clone()).value
+    length = float(z.norm() / update.norm())
+    if isinstance(energy, GeneralizedGaussian):  # its pull does not fade with the residual: the experts are met
+        assert length == pytest.approx(1.0, abs=1e-3)
+    else:  # 1 / (1 + 2 * 0.1) at the weights of rest, and q = 0.03 here
+        assert length == pytest.approx(1 / 1.2, rel=0.02)
+
+
+def test_weighted_median_is_numpys_of_repeated_values() -> None:
+    random = np.random.default_rng(0)
+    for size in range(1, 9):
+        values, counts = random.normal(size=size), random.integers(0, 4, size)
+        if counts.sum() == 0:
+            counts[0] = 1
+        expected = np.median(np.repeat(values, counts))
+        found = weighted_median(torch.as_tensor(values), torch.as_tensor(counts * 0.1))
+        assert float(found) == pytest.approx(expected, abs=1e-12)
+    assert float(weighted_median(torch.tensor([1.0, 2.0]), torch.zeros(2))) == 0.0
+
+
+def test_experts_about_one_update_share_its_direction(generator: torch.Generator) -> None:
+    updates = fine_tunes(generator)[:2]
+    experts = [
+        Expert(n, Directional(), Gaussian(), Absolute(1.0), update=u) for n, u in (("p", "a"), ("q", "a"), ("r", "b"))
+    ]
+    poe = ProductOfExperts(tuple(experts), Anchor(precision=RelativePrecision(0.1)))
+    norms = updates.square().sum((-2, -1))
+    assert_close(
+        full_posterior(poe, updates).anchor_precision, (0.1 * (2 * norms[0] + norms[1]) / 2).unsqueeze(0), 1e-12
+    )
