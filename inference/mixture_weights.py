@@ -28,8 +28,11 @@ from poe_models.posterior import Posterior
 MOST_STEPS = 60
 LONGEST_STEP = 2.0
 """Newton steps are cut to this length in ``log tau``."""
-DIFFERENCE = 1e-4
+DIFFERENCE = 1e-5
 """Step of the finite differences of the gradient, for the Hessian."""
+EM_STEPS = 4
+SAME = 0.1
+"""Starts that are no further apart in any ``log tau`` have met: the target's modes are of the order of 1 apart."""
 CONVERGED = 1e-6
 """Nats that a Newton step may still promise."""
 HEAVIER = 5.0
@@ -81,12 +84,10 @@ class WeightTarget:
         return self._prior(u) + value, self.shape - tau + slope * tau / self.unit
 
     def hessian(self, u: Tensor) -> Tensor:
-        """Second derivatives by central differences of the gradient, ``(*S, M, F)`` to ``(*S, M, F, F)``."""
-        columns = []
-        for step in DIFFERENCE * torch.eye(u.shape[-1]).to(u):
-            up, down = (self.log_density_and_slope(u + sign * step)[1] for sign in (1, -1))
-            columns.append((up - down) / (2 * DIFFERENCE))
-        rough = torch.stack(columns, -1)
+        """Second derivatives by differences of the gradient, ``(*S, M, F)`` to ``(*S, M, F, F)``."""
+        slope = self.log_density_and_slope(u)[1]
+        steps = DIFFERENCE * torch.eye(u.shape[-1]).to(u)
+        rough = torch.stack([self.log_density_and_slope(u + step)[1] - slope for step in steps], -1) / DIFFERENCE
         return (rough + rough.mT) / 2
 
     def _prior(self, u: Tensor) -> Tensor:
@@ -130,9 +131,10 @@ def weight_target(posterior: Posterior) -> WeightTarget:
 
 
 def starts(target: WeightTarget, posterior: Posterior) -> Tensor:
-    """Where to climb from, ``(E + 2, M, F)``.
+    """Where to climb from, ``(K, M, F)``.
 
-    The best weights for the merge at each expert's update, for none at all, and for the one of Gaussian twins.
+    The best weights for the merge at each expert's update, for none at all, and for the one of Gaussian twins, after a
+    few steps of expectation maximisation; ``K`` is less than these ``E + 2`` where some have met.
 
     Args:
         target: of the posterior.
@@ -142,8 +144,19 @@ def starts(target: WeightTarget, posterior: Posterior) -> Tensor:
     residuals = [posterior.residuals(z) for z in (center, *(expert.update for expert in posterior.experts))]
     twins = target.weights(target.shape.log())
     residuals.append(-target.integral.value_and_slope(twins)[1])
-    seen = torch.stack(residuals)[..., list(target.free)]
-    return (target.shape / (1 + seen / target.unit)).log()
+    u = _best_weights(target, torch.stack(residuals))
+    for _ in range(EM_STEPS):
+        u = _best_weights(target, -target.integral.value_and_slope(target.weights(u))[1])
+    kept: list[Tensor] = []
+    for one in u:
+        if all(bool(((one - other).abs() > SAME).any()) for other in kept):
+            kept.append(one)
+    return torch.stack(kept)
+
+
+def _best_weights(target: WeightTarget, residuals: Tensor) -> Tensor:
+    """``log E[tau | q]``, for residuals ``(K, M, E)``."""
+    return (target.shape / (1 + residuals[..., list(target.free)] / target.unit)).log()
 
 
 def climb(target: WeightTarget, u: Tensor) -> Tensor:
