@@ -7,8 +7,8 @@ the merged update, ``gibbs_posterior``, ``hmc`` and ``nuts`` that of a bound pos
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
-draws into models. ``temper`` chooses the temperature, ``compare_designs`` ranks designs by their evidence, and
-``hierarchical`` infers scales and tails.
+draws into models. ``temper`` chooses the temperature, ``compare_designs`` ranks designs by their evidence
+(``leave_one_expert_out`` by what the others predict), and ``hierarchical`` infers scales and tails.
 """
 
 from inference.design import Design

@@ -327,8 +327,8 @@ def _require_trusted(evidence: Evidence, posterior: Posterior, samples: int) -> 
         advice += f", or use an energy that is a Gaussian scale mixture, which {others[0].name!r} has not"
     effective, tail = float(evidence.effective_samples[bad[0]]), float(evidence.pareto_k[bad[0]])
     raise UntrustedEvidence(
-        f"module {bad[0]} of the batch: {effective:.0f} of {samples} importance samples are effective and their weights "
-        f"have a Pareto k of {tail:.2f} (trusted from "
+        f"module {bad[0]} of the batch: {effective:.0f} of {samples} importance samples are effective and their "
+        f"weights have a Pareto k of {tail:.2f} (trusted from "
         f"{FEWEST_EFFECTIVE:g} and up to {LARGEST_PARETO_K:g}), so that neither value nor error can be trusted. "
         f"{advice}.",
         evidence,

@@ -168,8 +168,8 @@ def report(found: list[Candidate], tasks: list[str], command: str, seconds: floa
     rows = [[score, name, str(each)] for (score, name), each in agreements(found).items()]
     return "\n\n".join([
         f"Log evidence of designs and test scores of their MAP (λ = 1), both in Full coordinates, on the vision suite "
-        f"({', '.join(tasks)}). Balanced scales, relative anchor precisions, T = 1, normalised (multivariate) Student-t "
-        f"and Cauchy experts. Made by `{command}` in {seconds:.0f} seconds on {machine()}.",
+        f"({', '.join(tasks)}). Balanced scales, relative anchor precisions, T = 1, normalised (multivariate) "
+        f"Student-t and Cauchy experts. Made by `{command}` in {seconds:.0f} seconds on {machine()}.",
         "Evidence in nats below the best of the same map, with the standard error of importance sampling (0 for "
         "Gaussian designs, which are exact). Evidences of different maps are densities of different numbers.",
         markdown_table(["map", "design", "log evidence", "accuracy", "NLL"], body, left=2),
