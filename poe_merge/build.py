@@ -10,16 +10,15 @@ from typing import Any
 from inference.design import Design
 from inference.method_design import MethodDesign
 from inference.reweighting import SolverOptions
-from poe_merge._custom import source_file
-from poe_merge._settings import Setting, is_method
-from poe_merge.config import POE, ConfigError, MergeConfig
-from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
+from poe_merge.settings import Setting
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_call, parse_spec, source_file
 from poe_models.checkpoints import Checkpoint, open_checkpoint
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.task_vectors import TaskVectors
 
 _SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
-_PER_EXPERT = ("weight", "residual_map", "energy", "scale")
+_PER_EXPERT = tuple(ModelParameters.values())
 
 
 def open_task_vectors(config: MergeConfig) -> TaskVectors:
@@ -122,7 +121,7 @@ class DesignTable:
     def _center(self, anchor: str) -> tuple[Callable[..., Any] | None, Checkpoint | None]:
         if anchor == "zero":
             return None, None
-        if is_method(anchor):
+        if is_call(anchor):
             return parse_spec(anchor, METHOD), None
         if anchor not in self._centers:
             self._centers[anchor] = open_checkpoint(anchor, base=self._base)
@@ -176,19 +175,12 @@ def custom_sources(config: MergeConfig) -> list[Path]:
     Returns:
         Each file once.
     """
-    kinds: dict[str, Kind[Any]] = {
-        "residual_map": RESIDUAL_MAP,
-        "energy": ENERGY,
-        "scale": SCALE,
-        "eta": PRECISION,
-        "anchor": METHOD,
-    }
-    specs = [(config.merge_method, METHOD)] if config.merge_method != POE else []
+    specs = [] if config.merge_method == POE else [(config.merge_method, METHOD)]
     for settings in (config.shared(), *(entry.parameters.settings() for entry in config.models)):
-        for key, kind in kinds.items():
-            for _, value in settings[key].cases if key in settings else ():
-                given = value if isinstance(value, tuple) else (value,)
-                specs += [(spec, kind) for spec in given if kind is not METHOD or is_method(spec)]
+        for key, setting in settings.items():
+            kind = Parameters.values()[key].kind
+            values = [value for _, case in setting.cases for value in (case if isinstance(case, tuple) else (case,))]
+            specs += [(value, kind) for value in values if kind is not None and is_call(value)]
     classes = {type(parse_spec(spec, kind)): kind for spec, kind in specs}
     files = {source_file(found) for found, kind in classes.items() if found not in kind.registry.values()}
     return sorted(file for file in files if file is not None)
