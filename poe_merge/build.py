@@ -18,17 +18,11 @@ from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.task_vectors import TaskVectors
 
 _SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
-_PER_EXPERT = tuple(ModelParameters.values())
+_PER_EXPERT = tuple(ModelParameters.valid_keys())
 
 
 def open_task_vectors(config: MergeConfig) -> TaskVectors:
-    """Open base and experts by their headers.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        The task vectors, in the compute dtype, with the configuration's rules.
+    """Open base and experts by their headers, in the compute dtype and with the configuration's rules.
 
     Raises:
         CheckpointError: If a checkpoint cannot be opened, or an expert does not fit the base.
@@ -66,14 +60,7 @@ class DesignTable:
         self._centers: dict[str, Checkpoint] = {}
 
     def __call__(self, tensor: str) -> Design:
-        """The design for one tensor.
-
-        Args:
-            tensor: Name of the tensor.
-
-        Returns:
-            The design, the same object for the same settings.
-        """
+        """The design for one tensor, the same object for the same settings."""
         own = tuple(
             (name, *(self._value(settings, key, tensor) for key in _PER_EXPERT)) for name, settings in self._experts
         )
@@ -129,11 +116,7 @@ class DesignTable:
 
 
 class MethodTable:
-    """The design of each tensor where all are merged by one method; tensors with the same λ share one.
-
-    Args:
-        config: The configuration.
-    """
+    """The design of each tensor where all are merged by one method; tensors with the same λ share one."""
 
     def __init__(self, config: MergeConfig) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
@@ -141,40 +124,18 @@ class MethodTable:
         self._designs: dict[Any, MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:
-        """The design for one tensor.
-
-        Args:
-            tensor: Name of the tensor.
-
-        Returns:
-            The design, the same object for the same settings.
-        """
+        """The design for one tensor, the same object for the same settings."""
         scaling: Any = self._scaling.get(tensor)
         return self._designs.setdefault(scaling, MethodDesign(self._method, scaling))
 
 
 def designs_of(config: MergeConfig, base: Checkpoint) -> DesignTable | MethodTable:
-    """The designs that a configuration describes, of products of experts or of a merging method.
-
-    Args:
-        config: The configuration.
-        base: The open base.
-
-    Returns:
-        The design of each tensor by its name.
-    """
+    """The design of each tensor by its name, of products of experts or of a merging method."""
     return DesignTable(config, base) if config.merge_method == POE else MethodTable(config)
 
 
 def custom_sources(config: MergeConfig) -> list[Path]:
-    """Source files of the user's own classes that a configuration names.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Each file once.
-    """
+    """The source files of the user's own classes that a configuration names, each once."""
     specs = [] if config.merge_method == POE else [(config.merge_method, METHOD)]
     for settings in (config.shared(), *(entry.parameters.settings() for entry in config.models)):
         for key, setting in settings.items():

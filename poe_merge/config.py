@@ -23,16 +23,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
@@ -54,16 +45,15 @@ Checkpoint = Annotated[str, Value(s.located, "PATH", path=True)]
 Texts = Setting[tuple[str, ...]] | None
 
 
-def about(description: str, default: Any = None) -> Any:
-    """A field that need not be given, with its help text."""
-    return Field(default, description=description)
-
-
 class Section(BaseModel):
     """A section of the configuration. Keys without a value say nothing; unknown ones are errors."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), alias_generator=lambda name: name.rstrip("_")
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # a key's description, which is its help text, stands below it
+        alias_generator=lambda name: name.rstrip("_"),
     )
 
     @classmethod
@@ -92,42 +82,39 @@ class Section(BaseModel):
 class ModelParameters(Section):
     """What may differ per model; whatever is missing comes from the shared `Parameters`."""
 
-    weight: Annotated[Number, s.number(1.0, 0.0)] = about("Importance of the experts.")
-    residual_map: Annotated[Texts, s.spec(RESIDUAL_MAP, "InputGram", many=True)] = about(
-        "Directions of the update that an expert cares about; two for both sides of the matrices."
-    )
-    energy: Annotated[Text, s.spec(ENERGY, "Cauchy")] = about("Energy of an expert's scaled squared residual.")
-    scale: Annotated[Text, s.spec(SCALE, "Balanced(1.0)")] = about(
-        "What an expert's squared residual is measured in, with its gamma."
-    )
+    weight: Annotated[Number, s.number(1.0, 0.0)] = None
+    """Importance of the experts."""
+    residual_map: Annotated[Texts, s.spec(RESIDUAL_MAP, "InputGram", many=True)] = None
+    """Directions of the update that an expert cares about; two for both sides of the matrices."""
+    energy: Annotated[Text, s.spec(ENERGY, "Cauchy")] = None
+    """Energy of an expert's scaled squared residual."""
+    scale: Annotated[Text, s.spec(SCALE, "Balanced(1.0)")] = None
+    """What an expert's squared residual is measured in, with its gamma."""
 
 
 class Parameters(ModelParameters):
     """The design shared by all models, and the solver's settings."""
 
-    lambda_: Annotated[Number, s.number(1.0)] = about("Factor of the merged update: W = W_0 + lambda Z.")
-    eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = about(
-        "Precision of the anchor: a number is relative to the experts' curvature."
-    )
-    anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = about(
-        "Centre of the anchor: zero, a merging method such as task_arithmetic(0.3), or a checkpoint."
-    )
-    coordinates: Annotated[Text, s.choice("kind of coordinates", "full", "span", default="full")] = about(
-        "What is solved for: whole updates, or coefficients on the experts' updates."
-    )
+    lambda_: Annotated[Number, s.number(1.0)] = None
+    """Factor of the merged update: W = W_0 + lambda Z."""
+    eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = None
+    """Precision of the anchor: a number is relative to the experts' curvature."""
+    anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = None
+    """Centre of the anchor: zero, a merging method such as task_arithmetic(0.3), or a checkpoint."""
+    coordinates: Annotated[Text, s.choice("kind of coordinates", "full", "span", default="full")] = None
+    """What is solved for: whole updates, or coefficients on the experts' updates."""
     starts: Annotated[
         Texts, s.choice("start", "ones", "twin", "experts", "center", default=["twin", "experts"], many=True)
-    ] = about("Where the solver starts; the lowest energy wins.")
-    max_steps: Annotated[Setting[int] | None, s.number(100, 1, whole=True)] = about("Most reweighted solves per start.")
-    tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = about(
-        "Relative tolerance on gradient and weights; 1e-5, or 1e-10 in float64, if not given."
-    )
-    step_tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = about(
-        "Stop when a step is shorter than this instead."
-    )
-    acceleration: Annotated[Setting[bool] | None, s.choice("switch", True, False, default=True)] = about(
-        "Anderson extrapolation of the weights."
-    )
+    ] = None
+    """Where the solver starts; the lowest energy wins."""
+    max_steps: Annotated[Setting[int] | None, s.number(100, 1, whole=True)] = None
+    """Most reweighted solves per start."""
+    tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = None
+    """Relative tolerance on gradient and weights; 1e-5, or 1e-10 in float64, if not given."""
+    step_tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = None
+    """Stop when a step is shorter than this instead."""
+    acceleration: Annotated[Setting[bool] | None, s.choice("switch", True, False, default=True)] = None
+    """Anderson extrapolation of the weights."""
 
     @field_validator("step_tolerance")
     @classmethod
@@ -141,9 +128,12 @@ class Parameters(ModelParameters):
 class ModelEntry(Section):
     """One expert: where it is, what it is called, and what is particular to it."""
 
-    model: Checkpoint = Field(description="A folder, a weight file, or a model id of the Hub.")
-    name: str | None = Field(None, min_length=1, description="What it is called; the name of its path if not given.")
-    parameters: ModelParameters = about("What differs from the other experts.", ModelParameters())
+    model: Checkpoint
+    """A folder, a weight file, or a model id of the Hub."""
+    name: Annotated[str | None, Field(min_length=1)] = None
+    """What it is called; the name of its path if not given."""
+    parameters: ModelParameters = ModelParameters()
+    """What differs from the other experts."""
 
     @property
     def label(self) -> str:
@@ -166,38 +156,31 @@ def label_of(name: str | None, model: str) -> str:
     return name or path.name
 
 
-def _checked_rule(rule: dict[str, Any]) -> dict[str, Any]:
-    from poe_models.treatments import Rule
-
-    return Rule.from_dict(rule).to_dict()
-
-
 class MergeConfig(Section):
     """A whole merge: everything that decides what comes out."""
 
-    merge_method: Annotated[str, Value(s.merge_method, "METHOD", kind=METHOD)] = about(
-        "A merging method instead of a product of experts, poe.", POE
-    )
-    base_model: Checkpoint = Field(description="The base: a folder, a weight file, or a model id of the Hub.")
-    models: tuple[ModelEntry, ...] = Field(description="An expert; once for each.")
-    parameters: Parameters = about("The design and the solver's settings.", Parameters())
-    preset: Annotated[str | None, s.choice("preset", *PRESETS)] = about(f"Settings of a paper: {', '.join(PRESETS)}.")
-    rules: tuple[Annotated[dict[str, Any], AfterValidator(_checked_rule)], ...] = about(
-        "A treatment, '{match: lm_head, action: base}'; goes before the file's rules.", ()
-    )
-    dtype: Annotated[str | None, s.choice("dtype", *_DTYPES)] = about(
-        "Dtype of the output; the merge itself is computed in float64 if that is it, else in float32."
-    )
-    out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = about(
-        "Dtype of the output, if other than dtype; that of the base if neither is given."
-    )
-    device: Annotated[str, Value(s.device, "DEVICE")] = about("Where to compute: cpu, cuda, cuda:1.", "cpu")
-    seed: Annotated[int, s.number(low=0, whole=True)] = about(
-        "Of the draws of `sample`, and of torch's generators for energies that draw.", 0
-    )
-    batch_bytes: Annotated[int, s.number(low=1, whole=True)] = about(
-        "Most bytes of updates that are solved as one batch.", 256 * 2**20
-    )
+    merge_method: Annotated[str, Value(s.merge_method, "METHOD", kind=METHOD)] = POE
+    """A merging method instead of a product of experts, poe."""
+    base_model: Checkpoint
+    """The base: a folder, a weight file, or a model id of the Hub."""
+    models: tuple[ModelEntry, ...]
+    """An expert; once for each."""
+    parameters: Parameters = Parameters()
+    """The design and the solver's settings."""
+    preset: Annotated[str | None, s.choice("preset", *PRESETS)] = None
+    """Settings of a paper, which `poe-merge presets` lists."""
+    rules: tuple[Annotated[dict[str, Any], Value(s.rule, "RULE")], ...] = ()
+    """A treatment, '{match: lm_head, action: base}'; a flag's goes before the file's."""
+    dtype: Annotated[str | None, s.choice("dtype", *_DTYPES)] = None
+    """Dtype of the output; the merge itself is computed in float64 if that is it, else in float32."""
+    out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
+    """Dtype of the output, if other than dtype; that of the base if neither is given."""
+    device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+    seed: Annotated[int, s.number(low=0, whole=True)] = 0
+    """Of the draws of `sample`, and of torch's generators for energies that draw."""
+    batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
+    """Most bytes of updates that are solved as one batch."""
 
     @field_validator("models")
     @classmethod

@@ -199,6 +199,15 @@ def located(raw: Any, folders: Folders) -> str:
     return raw if _HUB_ID.fullmatch(raw) and not path.exists() else str(path.absolute())
 
 
+def rule(raw: Any, folders: Folders) -> dict[str, Any]:
+    """Parse a rule on tensors: what they are called, and what happens to them."""
+    from poe_models.treatments import Rule
+
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r} is no rule; write `{{match: lm_head, action: base}}`")
+    return Rule.from_dict(raw).to_dict()
+
+
 def device(raw: Any, folders: Folders) -> str:
     """Parse the name of a device that torch can use."""
     import torch

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import re
@@ -21,6 +20,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -30,19 +30,6 @@ if TYPE_CHECKING:
     from poe_models.energies import Energy
     from poe_models.residual_maps import ResidualMap
     from poe_models.scales import AnchorPrecision, Scale
-
-__all__ = [
-    "ENERGY",
-    "METHOD",
-    "PRECISION",
-    "RESIDUAL_MAP",
-    "SCALE",
-    "Kind",
-    "SpecError",
-    "canonical",
-    "format_spec",
-    "parse_spec",
-]
 
 T = TypeVar("T")
 _CALL = r"[A-Za-z_]\w*\s*(?:\(.*\))?"
@@ -143,18 +130,9 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
-    """The spec written out in full: every argument by name, files by their absolute path.
+    """The spec written out in full, which `parse_spec` reads the same from any folder.
 
-    Args:
-        text: A spec.
-        kind: What is expected.
-        folders: See `parse_spec`.
-
-    Returns:
-        A spec that builds the same object from any folder (a plain module must still be importable).
-
-    Raises:
-        SpecError: As `parse_spec`.
+    Every argument has its name, and files their absolute path; a plain module must still be importable.
 
     >>> canonical("StudentT(4.0)", ENERGY)
     'StudentT(df=4.0, exponent=None)'
@@ -167,18 +145,10 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
 
 
 def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
-    """The spec of a merging method that may be written as it usually is.
+    """As `canonical`, for a merging method that may be written as it usually is.
 
-    Args:
-        text: ``Ties(density=0.3)``, ``dare-ties``, ``task_arithmetic(0.4)``.
-        folders: See `parse_spec`.
-
-    Returns:
-        Its spec in full.
-
-    Raises:
-        SpecError: As `parse_spec`.
-
+    >>> canonical_method("dare-ties")[:9]
+    'DareTies('
     >>> canonical_method("task_arithmetic(0.4)")
     'TaskArithmetic(scale=0.4)'
     """
@@ -320,7 +290,7 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
 
 def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[Path]) -> Any:
     """Import class `name`, which must derive from `base`, from a module or a file."""
-    module = _from_file(what, where, folders) if where.endswith(".py") else _from_name(what, where, folders)
+    module = _module(what, where, folders)
     found = getattr(module, name, None)
     at = getattr(module, "__file__", None) or where
     if found is None:
@@ -335,35 +305,35 @@ def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[P
     return found
 
 
-def _from_file(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
-    candidates = [folder / Path(where).expanduser() for folder in folders]
+def _module(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
+    """A file, or a module, of which a file in one of the folders goes before an installed one of its name."""
+    is_file = where.endswith(".py")
+    candidates = [folder / Path(where if is_file else f"{where}.py").expanduser() for folder in folders]
     file = next((path.resolve() for path in candidates if path.is_file()), None)
-    if file is None:
-        raise SpecError(f"{what}: there is no file {' or '.join(str(path) for path in candidates)}.")
+    if file is not None:
+        return _module_of_file(what, file)
+    if is_file:
+        raise SpecError(f"{what}: there is no file {' or '.join(map(str, candidates))}.")
+    with _importing(what, Path(where), folders):
+        importlib.invalidate_caches()
+        return importlib.import_module(where)
+
+
+def _module_of_file(what: str, file: Path) -> ModuleType:
     name = _FILE_MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise SpecError(f"{what}: {file} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(name, str(file))
+    module = ModuleType(name)
+    module.__file__, module.__loader__ = str(file), loader
     sys.modules[name] = module  # dataclasses look their module up while the file runs
     try:
         with _importing(what, file, [file.parent]):
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     return module
-
-
-def _from_name(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
-    file = next((folder / f"{where}.py" for folder in folders if (folder / f"{where}.py").is_file()), None)
-    if file is not None:  # by its path: whatever else is called so does not matter
-        return _from_file(what, str(file), folders)
-    with _importing(what, Path(where), folders):
-        importlib.invalidate_caches()
-        return importlib.import_module(where)
 
 
 @contextmanager
