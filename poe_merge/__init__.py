@@ -31,3 +31,7 @@ else:
         if name == "__all__" or name in getattr(api, "__all__", ()):
             return getattr(api, name)
         raise AttributeError(f"module 'poe_merge' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """What an interactive session completes."""
+        return [*globals(), *import_module("poe_merge.api").__all__]

@@ -94,6 +94,8 @@ class Value:
         return core_schema.with_info_plain_validator_function(validate)
 
     def _setting(self, raw: Any, folders: Folders) -> Setting[Any]:
+        if isinstance(raw, Setting):
+            return raw
         if isinstance(raw, list) and any(isinstance(item, Mapping) for item in raw):
             return Setting(tuple(self._case(item, folders) for item in raw))
         return Setting(((None, self._read(raw, folders)),))
@@ -248,8 +250,14 @@ class Document:
         """The nearest enclosing place whose origin is known."""
         return next((place[:n] for n in range(len(place), 0, -1) if place[:n] in self.origins), ())
 
+    def wrote(self, place: Place, origin: str) -> None:
+        """Remember where a place was written; what stood there before is forgotten with all below it."""
+        if place in self.origins:
+            self.origins = {other: text for other, text in self.origins.items() if other[: len(place)] != place}
+        self.origins[place] = origin
+
     def put(self, place: Place, value: Any, origin: str) -> None:
-        """Set a value and where it comes from, making sections on the way; what stood there is forgotten."""
+        """Set a value and where it comes from, making sections on the way."""
         section: Any = self.data
         for key in place[:-1]:
             if isinstance(section, dict) and section.get(key) is None:
@@ -258,8 +266,7 @@ class Document:
         if not isinstance(section, dict):
             return  # the file has no section there, which validation will say
         section[place[-1]] = value
-        self.origins = {other: text for other, text in self.origins.items() if other[: len(place)] != place}
-        self.origins[place] = origin
+        self.wrote(place, origin)
 
     def put_first(self, place: Place, items: list[Any], origin: str) -> None:
         """Put items before those of a list, which keep their origins."""
@@ -293,7 +300,7 @@ def read_yaml(path: Path) -> Document:
         if place in document.origins and place[-1] != "<<":
             first = document.origins[place]
             document.problems.append(f"{where}: `{place[-1]}` is given twice, first at {first}. Keep one.")
-        document.origins[place] = where
+        document.wrote(place, where)
     return document
 
 

@@ -430,6 +430,15 @@ dtype: float23
         assert problem.startswith(f"  {path}:{part}")
 
 
+def test_a_section_that_is_given_twice_is_one_mistake(folder: Path) -> None:
+    path = write(folder, "base_model: base\nmodels:\n- {model: one, name: a}\nmodels:\n- {model: two, nam: b}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert len(str(raised.value).splitlines()) == 3
+    assert f"{path}:4:1: `models` is given twice, first at {path}:2:1. Keep one." in str(raised.value)
+    assert f"{path}:5:16: models[0].nam: unknown key `nam`; did you mean `name`?" in str(raised.value)
+
+
 def test_what_a_method_has_no_use_for_is_told_once_for_each_section(folder: Path) -> None:
     text = (
         "base_model: base\nmerge_method: ties\nmodels:\n- {model: one, parameters: {weight: 2}}\nparameters:\n"

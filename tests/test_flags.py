@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import save_file
 from typer.main import get_command
 
+import inference
+import poe_models
 from inference.reweighting import TOLERANCE
 from inference.streaming import merge_checkpoint
 from poe_merge.cli import app, run
@@ -188,3 +190,16 @@ def test_help_and_misspelled_options_need_no_torch(arguments: list[str]) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_found_when_they_are_used() -> None:
+    import poe_merge
+
+    own = {"MergeConfig", "load_config", "merge_checkpoint", "parse_spec", "PRESETS", "plan"}
+    assert own | set(inference.__all__) | set(poe_models.__all__) <= set(poe_merge.__all__) <= set(dir(poe_merge))
+    for package in (inference, poe_models):
+        for name in package.__all__:
+            if name not in own:
+                assert getattr(poe_merge, name) is getattr(package, name)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = poe_merge.no_such_name
