@@ -85,22 +85,19 @@ class Value:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """How pydantic validates it."""
-        by_filter = any(get_origin(option) is Setting for option in get_args(source))
+        if not any(get_origin(option) is Setting for option in get_args(source)):
+            return core_schema.with_info_plain_validator_function(self._read)
+        case = core_schema.with_info_plain_validator_function(self._case)
+        return core_schema.with_info_wrap_validator_function(self._setting, core_schema.list_schema(case))
 
-        def validate(raw: Any, info: ValidationInfo) -> Any:
-            folders = (info.context or {}).get("folders") or (Path.cwd(),)
-            return self._setting(raw, folders) if by_filter else self._read(raw, folders)
-
-        return core_schema.with_info_plain_validator_function(validate)
-
-    def _setting(self, raw: Any, folders: Folders) -> Setting[Any]:
+    def _setting(self, raw: Any, read_cases: Callable[[Any], Any], info: ValidationInfo) -> Setting[Any]:
         if isinstance(raw, Setting):
             return raw
         if isinstance(raw, list) and any(isinstance(item, Mapping) for item in raw):
-            return Setting(tuple(self._case(item, folders) for item in raw))
-        return Setting(((None, self._read(raw, folders)),))
+            return Setting(tuple(read_cases(raw)))
+        return Setting(((None, self._read(raw, info)),))
 
-    def _case(self, item: Any, folders: Folders) -> tuple[str | None, Any]:
+    def _case(self, item: Any, info: ValidationInfo) -> tuple[str | None, Any]:
         if not isinstance(item, Mapping) or not set(item) <= {"filter", "value"} or "value" not in item:
             raise ValueError(
                 f"{item!r} is no case of a conditional list; write `{{filter: mlp, value: ...}}` or `{{value: ...}}`"
@@ -108,9 +105,10 @@ class Value:
         word = item.get("filter")
         if word is not None and not isinstance(word, str):
             raise ValueError(f"filter {word!r} is no text; quote it")
-        return None if word in (None, "*") else word, self._read(item["value"], folders)
+        return None if word in (None, "*") else word, self._read(item["value"], info)
 
-    def _read(self, raw: Any, folders: Folders) -> Any:
+    def _read(self, raw: Any, info: ValidationInfo) -> Any:
+        folders = (info.context or {}).get("folders") or (Path.cwd(),)
         if not self.many:
             return self.parse(raw, folders)
         items = tuple(self.parse(item, folders) for item in (raw if isinstance(raw, list | tuple) else [raw]))

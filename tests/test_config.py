@@ -405,7 +405,7 @@ rules:
 parameters:
   energy: Couchy
   energy: Cauchi
-  lambda: [{filter: mlp, value: much}, {value: 1.0}]
+  lambda: [{filter: mlp, value: much}, {valeu: 1.0}]
   tolerance: 1e-3
   step_tolerance: 1e-3
 dtype: float23
@@ -421,7 +421,8 @@ dtype: float23
         "5:27: models[0].parameters.scale: scale `Relative(-1.0)`: ",
         "10:3: rules[1]: `Rule(action='bsae')`: unknown action; did you mean 'base'?",
         "13:3: parameters.energy: energy `Cauchi`: unknown name `Cauchi`; did you mean `Cauchy`?",
-        "14:3: parameters.lambda: 'much' is not a finite number.",
+        "14:12: parameters.lambda[0]: 'much' is not a finite number.",
+        "14:40: parameters.lambda[1]: {'valeu': 1.0} is no case of a conditional list",
         "16:3: parameters.step_tolerance: `tolerance` and `step_tolerance` are two ways to stop",
         "17:1: dtype: unknown dtype `float23`; did you mean `float32`?",
     ]
