@@ -368,7 +368,8 @@ def _one_line(place: Place, problem: Any, document: Document) -> str:
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     origin = document.origins.get(document.known(place), "")
     known = (origin,) if origin.startswith("--") else (origin, dotted)
-    return ": ".join(part for part in (*known, message.rstrip(".") + ".") if part)
+    end = "" if message.endswith(("?", ".")) else "."
+    return ": ".join(part for part in (*known, message + end) if part)
 
 
 def _unknown_key(place: Place) -> str:
