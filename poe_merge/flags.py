@@ -22,7 +22,7 @@ from poe_merge.specs import nearest
 
 _OPTIONS = {"merge_method": "--method", "models": "--model", "rules": "--rule"}
 """Flags that are not called as their key."""
-_COMMANDS = {"merge_method": ("plan", "merge")}
+COMMANDS = {"merge_method": ("plan", "merge")}
 """Commands that have the flag, where not all have it."""
 _LISTS = {key: Value(lambda raw, _: raw, word, many=True) for key, word in (("models", "PATH"), ("rules", "RULE"))}
 """Lists of sections, one for each time that the flag is given."""
@@ -124,7 +124,7 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
     own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "flags"]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    used = [flag for flag in FLAGS if command.__name__ in _COMMANDS.get(str(flag.place[-1]), (command.__name__,))]
+    used = [flag for flag in FLAGS if command.__name__ in COMMANDS.get(str(flag.place[-1]), (command.__name__,))]
     parameters += [flag.parameter for flag in used]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
