@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diagnostics._hierarchical_groups import hierarchical_groups
 from inference.draws import Draws, StoredDraws
-from inference.evidence import radial_normalizer
+from inference.evidence import log_normalizers
+from inference.hierarchical import HierarchicalDraws
 from inference.merge_distance import MergeDistance
 from inference.model_draws import SpanDraws
 from inference.statistics_files import statistics_digest
@@ -57,29 +59,33 @@ class TooFewDraws(UserWarning):
 
 
 def to_inference_data(
-    draws: Draws,
-    posterior: Posterior,
+    draws: Draws | HierarchicalDraws,
+    posterior: Posterior | None = None,
     coordinates: SpanCoordinates | None = None,
     statistics: SpanStatistics | None = None,
     *,
     modules: Sequence[str] | None = None,
     include_update: bool = False,
 ) -> az.InferenceData:
-    r"""Everything that ArviZ can use, with named coordinates; `az.summary`, `az.loo`, `to_netcdf` take it as it is.
+    r"""Everything that ArviZ can use, with named coordinates; `az.summary`, `az.plot_trace`, `to_netcdf` take it as is.
 
     Groups:
         ``posterior``: ``coefficients`` (module, basis) in Span coordinates; in any ``residual`` ``q_i / s_i^2``
         (module, expert) and ``distance`` ``|Z - Z_0|`` (module), on which chains of Full draws can be judged.
         ``sample_stats``: what the sampler reports (module).
-        ``log_likelihood``: ``updates`` (module, expert), ``-E_i / T - log Z_i`` in nats with ``Z_i`` the integral of
-        ``exp(-E_i / T)`` over residuals of ``rank(P_i)`` dimensions. Energies, scales, importances and temperatures
-        can be compared by it, residual maps cannot: they measure different things. Left out, with a warning, if an
-        energy has no normaliser. An expert with a zero update adds a zero.
+        ``log_likelihood``: ``updates`` (module, expert), ``-E_i / T - log Z_i`` in nats, the density of what an expert
+        sees of its update, normalised as in :func:`inference.evidence.log_normalizers`. Full posteriors only, because
+        the span is made of the updates. Left out, with a warning, if an energy has no normaliser. An expert that says
+        nothing adds a zero. `az.loo` and `az.compare` on it do not work: leaving out one expert of a few moves the
+        posterior so far that Pareto shapes are above 0.7 nearly everywhere.
+        :func:`inference.evidence.leave_one_expert_out` has the exact answer, and
+        :func:`inference.design_evidence.compare_designs` compares designs.
         ``constant_data``: ``scale_squared``, ``dimension``, ``importance``, ``anchor_precision``, ``temperature``, and
         in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
 
     Args:
-        draws: of any sampler.
+        draws: of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then has
+            ``gamma``, ``nu`` and ``weights``.
         posterior: what they are draws of.
         coordinates: of a Span posterior.
         statistics: of a Span posterior; always together with `coordinates`.
@@ -94,7 +100,8 @@ def to_inference_data(
         An `arviz.InferenceData`.
 
     Raises:
-        ValueError: Coordinates and statistics are not given together, or do not fit the posterior.
+        ValueError: Coordinates and statistics are not given together, or do not fit the posterior; or the posterior is
+            missing, or given beside hierarchical draws.
 
     >>> from inference import gibbs_posterior
     >>> from poe_models import Gaussian, ProductOfExperts, span_posterior, span_statistics
@@ -104,10 +111,14 @@ def to_inference_data(
     >>> draws = gibbs_posterior(posterior, 100, generator=torch.Generator().manual_seed(0))
     >>> data = to_inference_data(draws, posterior, coordinates, statistics)
     >>> data.groups()
-    ['posterior', 'log_likelihood', 'sample_stats', 'constant_data']
+    ['posterior', 'sample_stats', 'constant_data']
     >>> az.summary(data, var_names="coefficients").index.tolist()
     ['coefficients[fc.weight, a]', 'coefficients[fc.weight, b]']
     """
+    if isinstance(draws, HierarchicalDraws):
+        return _hierarchical_data(draws, (posterior, coordinates, statistics, modules), include_update)
+    if posterior is None:
+        raise ValueError("`to_inference_data(draws)`: give the posterior that they are draws of.")
     _check(posterior, coordinates, statistics, modules)
     if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
         warnings.warn(TooFewDraws(draws.num_chains, draws.num_draws), stacklevel=2)
@@ -122,13 +133,24 @@ def to_inference_data(
     data = az.from_dict(
         posterior={name: _array(value) for name, value in variables.items()},
         sample_stats={name: _array(value) for name, value in draws.stats.items()},
-        log_likelihood=_log_likelihood(posterior, residuals, dimension),
+        log_likelihood=_log_likelihood(posterior, residuals),
         constant_data=_constants(posterior, statistics, dimension),
         coords={key: value for key, value in coords.items() if value},
         dims=_dims(draws),
     )
     data.constant_data["temperature"] = posterior.temperature  # `from_dict` makes an array of a number
     data.attrs |= _attributes(draws, posterior, coordinates, statistics)
+    return data
+
+
+def _hierarchical_data(draws: HierarchicalDraws, others: tuple[object, ...], include_update: bool) -> az.InferenceData:
+    if include_update or any(each is not None for each in others):
+        raise ValueError(
+            "`to_inference_data(draws, ...)`: hierarchical draws are of scales, tails and weights, and know their "
+            "modules. Give them alone; `draws.update(module, chain, draw)` makes a merged update."
+        )
+    data = az.from_dict(**hierarchical_groups(draws))
+    data.attrs |= {"draws_of": "scales, tails and weights (Full)", "shared": draws.shared}
     return data
 
 
@@ -174,27 +196,18 @@ def _by_chain(values: list[Tensor], draws: Draws) -> Tensor:
     return joined if isinstance(draws, StoredDraws) else joined.unflatten(0, (draws.num_chains, draws.num_draws))
 
 
-def _log_likelihood(posterior: Posterior, residuals: Tensor, dimension: Tensor) -> dict[str, np.ndarray] | None:
-    """Normalised log densities of the experts' updates ``(C, S, M, E)``, or None with a warning."""
-    columns = []
-    for i, expert in enumerate(posterior.experts):
-        try:
-            normalizer = radial_normalizer(expert, dimension[..., i], posterior.fixed_temperature)
-        except ValueError as error:
-            warnings.warn(
-                f"the log_likelihood group is left out: expert {expert.name!r} has the energy {_plain(expert)}, whose "
-                f"density is not normalised at temperature {posterior.temperature:g} ({error})",
-                stacklevel=3,
-            )
-            return None
-        density = -expert.energy_of(residuals[..., i]) / posterior.temperature - normalizer
-        columns.append(torch.where(expert.active, density, 0.0))
-    if posterior.factors:
-        warnings.warn(
-            f"the log_likelihood group leaves out {posterior.factors[0].name!r}: a FactorExpert has no normaliser.",
-            stacklevel=3,
-        )
-    return {"updates": _array(torch.stack(columns, -1))}
+def _log_likelihood(posterior: Posterior, residuals: Tensor) -> dict[str, np.ndarray] | None:
+    """Normalised log densities of the experts' updates ``(C, S, M, E)``; None in Span, or with a warning."""
+    if posterior.coordinates == "span":
+        return None
+    try:
+        normalizers = log_normalizers(posterior)
+    except ValueError as error:
+        warnings.warn(f"the log_likelihood group is left out: {error}", stacklevel=3)
+        return None
+    temperature = posterior.fixed_temperature
+    columns = [-expert.energy_of(residuals[..., i]) / temperature for i, expert in enumerate(posterior.experts)]
+    return {"updates": _array(torch.stack(columns, -1) - normalizers)}
 
 
 def _dimensions(posterior: Posterior, statistics: SpanStatistics | None) -> Tensor:

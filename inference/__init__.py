@@ -8,23 +8,16 @@ the merged update, ``gibbs_posterior``, ``hmc`` and ``nuts`` that of a bound pos
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
 draws into models. Both kinds of posterior draws surround what ``merge_checkpoint`` writes, and ``distance_from_merge``
-says whether they do. ``temper`` chooses the temperature, ``compare_designs`` ranks designs by their evidence, and
-``hierarchical`` infers scales and tails.
+says whether they do. ``temper`` chooses the temperature, ``compare_designs`` ranks designs by their evidence
+(``leave_one_expert_out`` by what the others predict), and ``hierarchical`` infers scales and tails.
 """
 
 from inference.design import Design
+from inference.design_evidence import DesignEvidence, EvidenceTable, compare_designs
 from inference.draw_files import load_draws, save_draws
 from inference.draws import Draws, RegeneratedDraws, StoredDraws
 from inference.ensemble import MemberPredictor, MergedEnsemble, Prediction
-from inference.evidence import (
-    DesignEvidence,
-    Evidence,
-    EvidenceTable,
-    annealed_evidence,
-    compare_designs,
-    log_evidence,
-    with_restricted_exponents,
-)
+from inference.evidence import Evidence, LeaveOneExpertOut, UntrustedEvidence, leave_one_expert_out, log_evidence
 from inference.fixed_point import fixed_point, solve_posterior
 from inference.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
@@ -56,6 +49,7 @@ __all__ = [
     "HierarchicalDraws",
     "HierarchicalModel",
     "Laplace",
+    "LeaveOneExpertOut",
     "MemberPredictor",
     "MergeDistance",
     "MergeReport",
@@ -73,7 +67,7 @@ __all__ = [
     "StoredDraws",
     "TemperaturePoint",
     "Tempering",
-    "annealed_evidence",
+    "UntrustedEvidence",
     "collect_statistics",
     "compare_designs",
     "distance_from_merge",
@@ -84,6 +78,7 @@ __all__ = [
     "hierarchical",
     "hmc",
     "laplace",
+    "leave_one_expert_out",
     "load_draws",
     "load_statistics",
     "log_evidence",
@@ -100,5 +95,4 @@ __all__ = [
     "statistics_digest",
     "temper",
     "temperature_range",
-    "with_restricted_exponents",
 ]

@@ -7,55 +7,48 @@ and what an expert sees of ``U_i`` scatters around ``Z``. Its evidence is the de
     log Z_i = log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2
 
 where ``D_i`` is the rank of ``P_i`` and ``pdet`` the product of its nonzero eigenvalues: ``Z_i`` integrates over the
-``D_i`` directions that the expert sees. Everything is taken in the posterior's own coordinates: in Span ones the
-operator is its restriction to the span, and ``exponent="multivariate"`` should be as well:
-:func:`with_restricted_exponents`.
+``D_i`` directions that the expert sees. The operators ``P_i``, the units of scales and a relative ``eta`` are computed
+from the updates and then held fixed.
 
-**What can be compared.** The operators ``P_i``, the units of :class:`~poe_models.scales.Relative` scales and a relative
-``eta`` are computed from the updates and then held fixed: differences are log Bayes factors given these.
+**How.** Gaussian designs have a closed form. Scale mixtures (Student-t and Cauchy with ``exponent="multivariate"``, or
+any power of them that is a density) have one given a number per expert, the mixture weight, and these few numbers are
+integrated by importance sampling (:mod:`inference.mixture_weights`). Other energies with a normaliser (Huber,
+GeneralizedGaussian) are sampled in the merged update itself (:mod:`inference.direct_weights`). Values come with a
+standard error, and an estimate that cannot be trusted is refused. Laplace's approximation is not among the methods: at
+64 numbers per update it is off by 26 nats a module for a Student-t of 3 degrees of freedom, and ranks a lighter tail
+above the true one.
 
-- *Energies, scales, importances, temperatures, anchors:* comparable wherever the residual maps are the same.
-- *Maps and sides:* only where they see the same directions of every update, because densities of ``r d_out`` and of
-  ``r d_in`` numbers have different units. In Full coordinates that means operators of full rank. In Span coordinates
-  the Gram maps and Identity see the same numbers of every update, as many as the span has dimensions; Directional one.
-- *Full and Span:* never; they are densities of different numbers.
-- *Several experts about one update* (both sides) are normalised one by one. That is a composite likelihood, in which
-  the update counts more than once: comparable with others of its kind only.
+**In Full coordinates only.** Span coordinates are made of the updates, so that every residual lies inside the span. A
+likelihood of what is seen there finds a scale of 23 where it was 1 (1024 numbers, 4 experts), and takes tails for
+Gaussian.
 
-:func:`compare_designs` refuses the rest. There are two estimators: Laplace's (:func:`log_evidence`), exact for Gaussian
-energies, and annealed importance sampling (:func:`annealed_evidence`), which knows nothing of the mode and states its
-own error.
+>>> from poe_models import AbsolutePrecision, Absolute, Anchor, Gaussian, Identity, ProductOfExperts, full_posterior
+>>> anchor = Anchor(precision=AbsolutePrecision(0.5))
+>>> poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), Absolute(1.0), anchor=anchor)
+>>> posterior = full_posterior(poe, torch.zeros(2, 1, 1, dtype=torch.float64))
+>>> found = log_evidence(posterior, generator=torch.Generator().manual_seed(0))   # covariance [[2, 1], [1, 2]]
+>>> bool(torch.isclose(found.value, torch.tensor(-math.log(2 * math.pi) - math.log(3) / 2, dtype=torch.float64)))
+True
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
-from inference.fixed_point import solve_posterior
-from inference.gibbs import draw_weights
-from inference.laplace import Laplace
-from poe_models.experts import ProductOfExperts
-from poe_models.operators import RANK_TOLERANCE, Gram, Operator, sum_of_squares
+from inference.direct_weights import direct_log_weights
+from inference.importance import FEWEST_EFFECTIVE, LARGEST_PARETO_K, importance_mean, trusted
+from inference.mixture_weights import mixture_log_weights
 from poe_models.posterior import BoundExpert, Posterior
-from poe_models.program import log_constant
-from poe_models.quadratics import quadratic_of
 
-MODE_SLACK = 0.01
-"""Most nats that a Newton step may gain from what is said to be the mode."""
-
-FEWEST_EFFECTIVE = 0.1
-"""Share of effective among all particles below which a standard error is not to be trusted."""
-
-PILOT_PARTICLES = 64
-MOST_UNITS = 3000
-MOST_SHRINKS = 200
+SAMPLES = 1000
+"""Importance samples by default."""
+MOST_TOGETHER = 2**17
+"""Importance samples of all modules that are handled at once, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +57,17 @@ class Evidence:
 
     Attributes:
         value: ``log p(U | design)`` in nats, ``(M,)`` float64.
+        standard_error: Monte Carlo standard error of ``value`` in nats, ``(M,)``; 0 where it is exact.
         dimension: how many numbers of its update each expert sees, ``(M, E)``; ``value`` is a density of all of them.
-        standard_error: of ``value``, from the spread of the particles, ``(M,)``; None for Laplace, whose error is
-            systematic.
-        effective_samples: Kish's effective number of particles, ``(M,)``; None for Laplace.
-        path_length: thermodynamic length of the annealing path, ``(M,)``: the log weights have a variance of about its
-            square over the number of steps where particles mix at once, and more where they do not; None for Laplace.
+        effective_samples: Kish's effective number of importance samples, ``(M,)``; infinite where ``value`` is exact.
+        pareto_k: shape of the upper tail of the importance weights, ``(M,)``; ``-inf`` where ``value`` is exact.
     """
 
     value: Tensor
+    standard_error: Tensor
     dimension: Tensor
-    standard_error: Tensor | None = None
-    effective_samples: Tensor | None = None
-    path_length: Tensor | None = None
+    effective_samples: Tensor
+    pareto_k: Tensor
 
     @property
     def total(self) -> float:
@@ -84,44 +75,148 @@ class Evidence:
         return float(self.value.sum())
 
     @property
-    def total_error(self) -> float | None:
-        """Standard error of :attr:`total`; None for Laplace."""
-        return None if self.standard_error is None else float(self.standard_error.square().sum().sqrt())
+    def total_error(self) -> float:
+        """Standard error of :attr:`total` in nats."""
+        return float(self.standard_error.square().sum().sqrt())
+
+    @property
+    def trusted(self) -> Tensor:
+        """Modules whose value and error can be trusted, ``(M,)`` bool."""
+        return trusted(self.pareto_k, self.effective_samples)
 
 
-def log_evidence(posterior: Posterior, mode: Tensor) -> Evidence:
-    """Laplace's approximation of the log evidence; exact for Gaussian energies.
+class UntrustedEvidence(ValueError):
+    """An estimate whose value and error cannot be trusted.
+
+    Attributes:
+        evidence: the estimate all the same.
+    """
+
+    def __init__(self, message: str, evidence: Evidence) -> None:
+        super().__init__(message)
+        self.evidence = evidence
+
+
+def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: int = SAMPLES) -> Evidence:
+    """Log evidence of a design in a batch of modules.
 
     Args:
-        posterior: in Full or Span coordinates.
-        mode: its MAP, ``(M, *event)``.
+        posterior: in Full coordinates, with an anchor in every module.
+        generator: source of all randomness; not touched where all energies are Gaussian.
+        samples: importance samples per module. Each costs one factorisation of the smaller compressed side.
 
     Returns:
-        The evidence, without a standard error: what Laplace misses (tails, other modes) it cannot know.
+        The evidence with its standard error; exact for Gaussian energies.
 
     Raises:
-        ValueError: an expert or the anchor has no normaliser, or ``mode`` is not a mode.
+        ValueError: an expert or the anchor has no normaliser, the posterior is in Span coordinates, or the samples are
+            fewer than would be trusted.
+        UntrustedEvidence: the importance weights are too uneven; carries the estimate.
     """
-    _require_anchor(posterior)
+    if samples < 2 * FEWEST_EFFECTIVE:
+        raise ValueError(
+            f"`log_evidence(samples={samples})`: fewer than {FEWEST_EFFECTIVE:g} effective samples are never trusted. "
+            f"Give at least {2 * FEWEST_EFFECTIVE:g}."
+        )
     normalizers = log_normalizers(posterior)
-    approximation = Laplace(posterior, mode)
-    _require_mode(approximation)
-    value = approximation.log_integral() + log_constant(posterior) - normalizers.sum(-1)
-    return Evidence(value, dimensions(posterior))
+    _require_anchor(posterior)
+    value = -normalizers.sum(-1)
+    error, effective, tail = (
+        torch.zeros_like(value),
+        value.new_full((len(value),), math.inf),
+        value.new_full((len(value),), -math.inf),
+    )
+    for modules, part in _homogeneous(posterior, samples):
+        log_weights = _log_weights(part, samples, generator)
+        if len(log_weights) == 1:
+            value[modules] += log_weights[0]
+            continue
+        mean = importance_mean(log_weights)
+        value[modules] += mean.value
+        error[modules], effective[modules], tail[modules] = mean.standard_error, mean.effective_samples, mean.pareto_k
+    evidence = Evidence(value, error, dimensions(posterior), effective, tail)
+    _require_trusted(evidence, posterior, samples)
+    return evidence
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveOneExpertOut:
+    """Log density of every expert's update given the other experts'.
+
+    Attributes:
+        updates: names of the updates, ``N``.
+        whole: evidence of all experts.
+        without: evidence without the experts on each update.
+    """
+
+    updates: tuple[str, ...]
+    whole: Evidence
+    without: tuple[Evidence, ...]
+
+    @property
+    def value(self) -> Tensor:
+        """``log p(U_i | U_-i)`` in nats, ``(M, N)``; 0 where nothing is seen of an update."""
+        return torch.stack([self.whole.value - each.value for each in self.without], -1)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of each value, ``(M, N)``; 0 where it is exact."""
+        squares = [self.whole.standard_error.square() + each.standard_error.square() for each in self.without]
+        return torch.stack(squares, -1).sqrt()
+
+
+def leave_one_expert_out(
+    posterior: Posterior, *, generator: torch.Generator, samples: int = SAMPLES
+) -> LeaveOneExpertOut:
+    """How well the other experts and the anchor predict each expert's update, by two evidences.
+
+    ``log p(U_i | U_-i) = log p(U) - log p(U_-i)``: exact for Gaussian designs, with an error for others. It holds fixed
+    what the design has computed from all updates: operators, scales and the anchor. `az.loo` on posterior draws is not
+    usable for this question: one expert of a few is so much of the data that its importance weights have Pareto shapes
+    above 0.7 nearly everywhere.
+
+    Args:
+        posterior: in Full coordinates, with an anchor in every module.
+        generator: source of all randomness; not touched where all energies are Gaussian.
+        samples: importance samples per module and evidence.
+
+    Returns:
+        Densities with standard errors. Several experts about one update are left out together.
+
+    Raises:
+        ValueError: as :func:`log_evidence`.
+    """
+    names = tuple(dict.fromkeys(expert.update_name for expert in posterior.experts))
+    whole = log_evidence(posterior, generator=generator, samples=samples)
+    without = []
+    for name in names:
+        others = tuple(expert for expert in posterior.experts if expert.update_name != name)
+        if others:
+            rest = replace(posterior, experts=others)
+            without.append(log_evidence(rest, generator=generator, samples=samples))
+        else:
+            without.append(_nothing(posterior))
+    return LeaveOneExpertOut(names, whole, tuple(without))
 
 
 def log_normalizers(posterior: Posterior) -> Tensor:
     """``log Z_i`` of every expert in nats, ``(M, E)``: ``-E_i / T - log Z_i`` is its normalised log likelihood.
 
     Args:
-        posterior: in Full or Span coordinates, without factor experts.
+        posterior: in Full coordinates, without factor experts.
 
     Returns:
         ``log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2``; zero where an expert sees nothing.
 
     Raises:
-        ValueError: an expert has no normaliser; names it.
+        ValueError: an expert has no normaliser, which names it; or the posterior is in Span coordinates.
     """
+    if posterior.coordinates == "span":
+        raise ValueError(
+            "`log_normalizers(...)`: a posterior in Span coordinates. The span is made of the updates themselves, so "
+            "that a likelihood of what is seen of them there says nothing about the design. Use `full_posterior(poe, "
+            "updates)`; a model's evidence is `compare_designs(designs, task_vectors)`."
+        )
     if posterior.factors:
         raise ValueError(
             f"`log_normalizers(...)`: {posterior.factors[0].name!r} is a FactorExpert, a function without a "
@@ -131,408 +226,85 @@ def log_normalizers(posterior: Posterior) -> Tensor:
 
 
 def dimensions(posterior: Posterior) -> Tensor:
-    """``D_i``, the ranks of the experts' operators in the posterior's own coordinates, ``(M, E)``.
-
-    Zero where an expert drops out.
-    """
-    return torch.stack([_dimension(expert, _without_rounding(expert.operator)) for expert in posterior.experts], -1)
-
-
-def radial_normalizer(expert: BoundExpert, dimension: Tensor, temperature: float) -> Tensor:
-    """Log integral of ``exp(-E_i / T)`` over residuals, ``|x|^2 = q_i``, of so many dimensions.
+    """``D_i``, the ranks of the experts' operators, ``(M, E)``; zero where an expert drops out.
 
     Args:
-        expert: with any operator.
-        dimension: of the residual in each module, ``(M,)``.
-        temperature: ``T``.
-
-    Returns:
-        Nats, ``(M,)`` float64; zero where the expert drops out or sees nothing.
-
-    Raises:
-        ValueError: its energy has no normaliser.
+        posterior: in Full coordinates.
     """
-    scale, power = expert.scale_squared.sqrt(), expert.importance / temperature
-    seen = expert.active & (dimension > 0)
-    if bool(seen.all()):
-        return expert.rho.log_normalizer(scale, dimension, power).expand_as(dimension)
-    result = torch.zeros_like(dimension)
-    for module in seen.nonzero().flatten().tolist():
-        rho = expert.rho.module(slice(module, module + 1))
-        result[module] = rho.log_normalizer(scale[module], dimension[module], power).squeeze()
-    return result
-
-
-def with_restricted_exponents(poe: ProductOfExperts, posterior: Posterior) -> Posterior:
-    """The posterior with ``exponent="multivariate"`` set from the ranks in its own coordinates.
-
-    In Span coordinates that makes such an expert the marginal of its Student-t on what it sees of the span, again a
-    Student-t with the same scale and degrees of freedom. The exponent that :func:`~poe_models.span.span_posterior` sets
-    comes from the rank on all of ``vec(Z)``: that is the whole density along the span, far narrower and nearly
-    Gaussian. In Full coordinates nothing changes.
-
-    Args:
-        poe: the design.
-        posterior: the same design bound to updates, in Full or Span coordinates.
-
-    Returns:
-        The posterior with the other exponents.
-    """
-    ranks = dimensions(posterior)
-    experts = tuple(
-        replace(bound, rho=expert.energy.for_dimension(ranks[:, i]))
-        for i, (expert, bound) in enumerate(zip(poe.experts, posterior.experts, strict=True))
-    )
-    return replace(posterior, experts=experts)
-
-
-def annealed_evidence(
-    posterior: Posterior,
-    *,
-    generator: torch.Generator,
-    particles: int = 256,
-    steps: int = 200,
-    sweeps: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evidence:
-    """Log evidence by annealed importance sampling (Neal, 2001, Statistics and Computing 11(2)).
-
-    Particles start as exact draws of the anchor and move to the posterior along ``anchor * prod_i exp(-b E_i / T)``, by
-    steps that leave each of these bridges invariant: exact Gibbs steps where every energy has a Gaussian scale mixture,
-    for then ``exp(-b E_i / T)`` has one too, with the shape ``b kappa_i / T``; otherwise elliptical slice sampling
-    (Murray, Adams and MacKay, 2010, AISTATS, PMLR 9), exact for a Gaussian times anything and without settings.
-
-    The mean weight is an unbiased estimate of the evidence even if the particles do not mix; then the weights spread,
-    and its logarithm is low by about half the squared error. A pilot run of other particles places the bridges at equal
-    thermodynamic length, for every module by itself (Gelman and Meng, 1998, Statistical Science 13(2)).
-
-    Only directions that some expert sees are simulated; elsewhere the posterior is the anchor, which integrates to one.
-    The path grows with their number and with the distance of the updates from the anchor's centre in its standard
-    deviations ``sqrt(T / (2 eta))``: cold posteriors and large modules in Full coordinates need many steps. All
-    particles of all modules are in memory at once, in Full coordinates each with a factored matrix of its own.
-
-    Args:
-        posterior: in Full or Span coordinates.
-        generator: source of all randomness, on the posterior's device.
-        particles: independent runs per module.
-        steps: bridges from the anchor to the posterior.
-        sweeps: transitions at every bridge.
-        progress: called with the number of finished steps and their total.
-
-    Returns:
-        The evidence with its standard error (delta method), effective number of particles and path length.
-
-    Raises:
-        ValueError: an expert or the anchor has no normaliser, or the path is too long to follow.
-    """
-    if particles < 2 or steps < 1 or sweeps < 1:
-        raise ValueError(
-            f"`annealed_evidence(particles={particles}, steps={steps}, sweeps={sweeps})`: needs at least two particles "
-            "(for the standard error), one step and one sweep."
-        )
-    normalizers = log_normalizers(posterior)
-    path = _Path(posterior, generator)
-    knots, length = _pilot(path, sweeps)
-    schedule = _schedule(knots, length, steps)
-    x, q = path.start(particles)
-    log_weights = torch.zeros_like(q[..., 0])
-    for k in range(steps):
-        log_weights = log_weights + (schedule[k + 1] - schedule[k]) * path.tilt(q)
-        if k + 1 < steps:  # draws of the posterior itself would enter no weight
-            for _ in range(sweeps):
-                x, q = path.move(x, q, schedule[k + 1])
-        if progress is not None:
-            progress(k + 1, steps)
-    log_mean, error, effective = _summary(log_weights)
-    _warn_if_poor(effective, particles, length, steps)
-    return Evidence(log_mean - normalizers.sum(-1), dimensions(posterior), error, effective, length)
-
-
-class _Path:
-    """The bridges ``N(x; anchor) prod_i exp(-b E_i / T)``, ``b`` between 0 and 1 for each module, ``(M,)``.
-
-    Particles ``x`` are ``(P, M, a, b)``: displacements from the centre in the compressed coordinates of the
-    least-squares problem.
-    """
-
-    def __init__(self, posterior: Posterior, generator: torch.Generator) -> None:
-        _require_anchor(posterior)
-        self.posterior = posterior
-        self.generator = generator
-        self.quadratic = quadratic_of(posterior, for_draws=True)
-        self.pulls = self.quadratic.pulls()
-        self.shift = posterior.anchor_precision / posterior.temperature
-        self.has_mixtures = all(_has_mixture(expert) for expert in posterior.experts)
-
-    def start(self, particles: int) -> tuple[Tensor, Tensor]:
-        """Exact draws of the anchor and their residuals, ``(P, M, E)``."""
-        x = self._anchor_noise(particles)
-        return x, self.quadratic.residuals(x)
-
-    def tilt(self, q: Tensor) -> Tensor:
-        """``-sum_i E_i / T`` at residuals ``(P, M, E)``, ``(P, M)``."""
-        return -self.posterior.energy_of(q) / self.posterior.temperature
-
-    def move(self, x: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """One transition that leaves the bridges at ``b > 0`` invariant."""
-        return self._gibbs_step(q, b) if self.has_mixtures else self._slice_step(x, q, b)
-
-    def _gibbs_step(self, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``tau_i | x ~ Gamma(b kappa_i / T, rate 1 + q_i / s_i^2)``, then ``x | tau``; see :mod:`inference.gibbs`."""
-        weights = draw_weights(self.posterior, q, b / self.posterior.temperature, self.generator)
-        precision = self.quadratic.precision(weights, self.shift)
-        pulls = [weights[..., i].to(pull.dtype)[..., None, None] * pull for i, pull in enumerate(self.pulls)]
-        x = precision.solve(torch.stack(pulls).sum(0)) + precision.sample(self._white(len(q))) * 0.5**0.5
-        return x, self.quadratic.residuals(x)
-
-    def _slice_step(self, x: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Elliptical slice sampling: a point above a level, on the ellipse through ``x`` and a draw of the anchor."""
-        across = self._anchor_noise(len(x))
-        level = b * self.tilt(q) + self._uniform(q).log()
-        angle = 2 * math.pi * self._uniform(q)
-        low, high = angle - 2 * math.pi, angle
-        start, waiting = x, torch.ones_like(level, dtype=torch.bool)
-        for _ in range(MOST_SHRINKS):  # a bracket that shrank to nothing leaves x where it is
-            turn = angle.to(x.dtype)[..., None, None]
-            proposal = start * turn.cos() + across * turn.sin()
-            proposed = self.quadratic.residuals(proposal)
-            taken = waiting & (b * self.tilt(proposed) > level)
-            x = torch.where(taken[..., None, None], proposal, x)
-            q = torch.where(taken.unsqueeze(-1), proposed, q)
-            waiting = waiting & ~taken
-            if not bool(waiting.any()):
-                break
-            low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)
-            angle = low + (high - low) * self._uniform(q)
-        return x, q
-
-    def _anchor_noise(self, particles: int) -> Tensor:
-        white = self._white(particles)
-        return white * (2 * self.shift).rsqrt().to(white.dtype)[:, None, None]
-
-    def _white(self, particles: int) -> Tensor:
-        like = self.pulls[0]
-        return torch.randn((particles, *like.shape), generator=self.generator, dtype=like.dtype, device=like.device)
-
-    def _uniform(self, q: Tensor) -> Tensor:
-        return torch.rand(q.shape[:-1], generator=self.generator, dtype=torch.float64, device=q.device)
-
-
-def _pilot(path: _Path, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Follow the path in steps of one unit of thermodynamic length, ``db sd(tilt) = 1``.
-
-    Returns:
-        Where the units end, ``(J + 1, M)`` from 0 to 1, and the length of each module's path, ``(M,)``.
-    """
-    x, q = path.start(PILOT_PARTICLES)
-    knots = [torch.zeros_like(path.shift)]
-    length = torch.zeros_like(path.shift)
-    while bool((knots[-1] < 1).any()):
-        if len(knots) > MOST_UNITS:
-            worst = int(knots[-1].argmin())
-            raise ValueError(
-                f"`annealed_evidence(...)`: the path of module {worst} of the batch is longer than {MOST_UNITS} units "
-                f"(at b = {float(knots[-1][worst]):.2g}): the anchor is too far from the posterior in its own standard "
-                "deviations. Lower its precision, raise the temperature, or use Span coordinates."
-            )
-        deviation = path.tilt(q).std(0)
-        reach = knots[-1] + 1 / deviation
-        length = length + torch.where(reach < 1, torch.ones_like(length), (1 - knots[-1]) * deviation)
-        knots.append(reach.clamp(max=1))
-        for _ in range(sweeps):
-            x, q = path.move(x, q, knots[-1])
-    return torch.stack(knots), length
-
-
-def _schedule(knots: Tensor, length: Tensor, steps: int) -> Tensor:
-    """Bridges at equal thermodynamic length, between knots one unit apart, ``(steps + 1, M)``."""
-    share = torch.linspace(0, 1, steps + 1, dtype=length.dtype, device=length.device).unsqueeze(-1)
-    position = share * length
-    below = position.floor().long().clamp(max=len(knots) - 2)
-    start, end = knots.gather(0, below), knots.gather(0, below + 1)
-    unit = (length - below).clamp(min=torch.finfo(length.dtype).tiny, max=1)  # the last one is cut short
-    schedule = start + (end - start) * ((position - below) / unit).clamp(max=1)
-    schedule[-1] = 1
-    return schedule
-
-
-def _summary(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log mean, its standard error and the effective number of weights, ``(P, M)`` to ``(M,)`` each."""
-    count = len(log_weights)
-    log_mean = torch.logsumexp(log_weights, 0) - math.log(count)
-    relative = (log_weights - log_mean).exp()
-    return log_mean, relative.std(0) / math.sqrt(count), count**2 / relative.square().sum(0)
-
-
-def _warn_if_poor(effective: Tensor, particles: int, length: Tensor, steps: int) -> None:
-    if float(effective.min()) < FEWEST_EFFECTIVE * particles:
-        worst = int(effective.argmin())
-        warnings.warn(
-            f"`annealed_evidence(steps={steps})`: only {float(effective[worst]):.1f} of {particles} particles are "
-            f"effective in module {worst} of the batch, so that neither its value nor its standard error can be "
-            f"trusted. Raise `steps` or `sweeps`: its path is {float(length[worst]):.0f} units long, which even for "
-            f"particles that mix at once takes about {math.ceil(float(length[worst]) ** 2)} steps.",
-            stacklevel=3,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class DesignEvidence:
-    """One row of :class:`EvidenceTable`.
-
-    Attributes:
-        name: of the design.
-        annealed: by annealed importance sampling.
-        laplace: by Laplace's approximation at the MAP.
-    """
-
-    name: str
-    annealed: Evidence
-    laplace: Evidence
-
-
-@dataclass(frozen=True, eq=False)
-class EvidenceTable:
-    """Designs by log evidence, the best first; prints as a table.
-
-    Attributes:
-        rows: one per design.
-    """
-
-    rows: tuple[DesignEvidence, ...]
-
-    @override
-    def __str__(self) -> str:
-        width = max(len("design"), *(len(row.name) for row in self.rows))
-        titles = ("log evidence", "s.e.", "below best", "Laplace", "least ESS")
-        lines = [f"{'design':<{width}}" + "".join(f"{title:>14}" for title in titles)]
-        for row in self.rows:
-            annealed = row.annealed
-            assert annealed.effective_samples is not None
-            least = float(annealed.effective_samples.min())
-            below = self.rows[0].annealed.total - annealed.total
-            numbers = (annealed.total, annealed.total_error, below, row.laplace.total, least)
-            lines.append(f"{row.name:<{width}}" + "".join(f"{number:>14.2f}" for number in numbers))
-        return "\n".join(lines)
-
-
-def compare_designs(
-    posteriors: Mapping[str, Posterior],
-    *,
-    generator: torch.Generator,
-    particles: int = 256,
-    steps: int = 200,
-) -> EvidenceTable:
-    """Evidence of several designs for the same merge, by both estimators, the best first.
-
-    Args:
-        posteriors: name to a design that has met its updates, all in the same coordinates. For a whole model,
-            ``with_restricted_exponents(poe, span_posterior(poe, statistics)[0])`` with the statistics of that design's
-            residual maps.
-        generator: source of all randomness.
-        particles: see :func:`annealed_evidence`.
-        steps: see :func:`annealed_evidence`.
-
-    Returns:
-        The table, in nats summed over modules, sorted by annealed importance sampling.
-
-    Raises:
-        ValueError: two designs cannot be compared, or one has no evidence or no MAP; names the design.
-    """
-    _require_comparable(posteriors)
-    rows = []
-    for name, posterior in posteriors.items():
-        try:
-            log_normalizers(posterior)  # refuse before anything takes time
-            annealed = annealed_evidence(posterior, generator=generator, particles=particles, steps=steps)
-            rows.append(DesignEvidence(name, annealed, log_evidence(posterior, _mode(posterior))))
-        except ValueError as error:
-            raise ValueError(f"`compare_designs(...)`: design {name!r}: {error}") from error
-    return EvidenceTable(tuple(sorted(rows, key=lambda row: row.annealed.total, reverse=True)))
-
-
-def _mode(posterior: Posterior) -> Tensor:
-    solution = solve_posterior(posterior)
-    lost = [i for i, status in enumerate(solution.status) if not status.converged]
-    if lost:
-        raise ValueError(f"no MAP was found in module {lost[0]} of the batch: {solution.status[lost[0]]}")
-    return solution.value
-
-
-def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:
-    """Raise unless all evidences are densities of the same numbers, as far as shapes, ranks and lengths tell."""
-    if not posteriors:
-        raise ValueError("`compare_designs({})`: no designs. Give at least one.")
-    (first, reference), *others = posteriors.items()
-    for name, posterior in others:
-        reason = _difference(reference, posterior)
-        if reason is not None:
-            raise ValueError(
-                f"`compare_designs(...)`: {first!r} and {name!r} cannot be compared, because their evidences are "
-                f"densities of different numbers: {reason}. Compare designs of the same updates in the same "
-                "coordinates; Gram maps on different sides can be compared in Span coordinates."
-            )
-
-
-def _difference(one: Posterior, other: Posterior) -> str | None:
-    """What makes two evidences densities of different numbers; None if nothing is seen to."""
-    shapes = [(each.num_modules, *each.event_shape) for each in (one, other)]
-    if shapes[0] != shapes[1]:
-        return f"the latents are {shapes[0]} and {shapes[1]}"
-    pairs = [sorted(enumerate(each.experts), key=lambda pair: pair[1].update_name) for each in (one, other)]
-    if [e.update_name for _, e in pairs[0]] != [e.update_name for _, e in pairs[1]]:
-        return "their experts are not about the same updates, one by one"
-    ranks, other_ranks = dimensions(one), dimensions(other)
-    for (i, a), (j, b) in zip(*pairs, strict=True):
-        left, right = ranks[:, i], other_ranks[:, j]
-        if not torch.allclose(sum_of_squares(a.update), sum_of_squares(b.update), rtol=1e-4):
-            return f"the two updates {a.update_name!r} differ in length"
-        if not torch.equal(left, right):
-            return f"{a.name!r} sees {_range(left)} numbers of an update, {b.name!r} {_range(right)}"
-        if _kind(a.operator) != _kind(b.operator) and bool((left < math.prod(one.event_shape)).any()):
-            return f"{a.name!r} and {b.name!r} see different directions of {a.update_name!r}"
-    return None
-
-
-def _range(ranks: Tensor) -> str:
-    least, most = int(ranks.min()), int(ranks.max())
-    return str(least) if least == most else f"{least} to {most}"
-
-
-def _kind(operator: Operator) -> tuple[type[Operator], str]:
-    return type(operator), operator.side if isinstance(operator, Gram) else ""
+    return torch.stack([_dimension(expert) for expert in posterior.experts], -1)
 
 
 def _log_normalizer(expert: BoundExpert, temperature: float) -> Tensor:
-    operator = _without_rounding(expert.operator)
-    dimension = _dimension(expert, operator)
+    dimension = _dimension(expert)
+    scale, power, seen = expert.scale_squared.sqrt(), expert.importance / temperature, dimension > 0
+    result = torch.zeros_like(dimension)
     try:
-        value = radial_normalizer(expert, dimension, temperature)
+        if bool(seen.all()):
+            result = expert.rho.log_normalizer(scale, dimension, power).expand_as(dimension)
+        else:
+            for module in seen.nonzero().flatten().tolist():
+                rho = expert.rho.module(slice(module, module + 1))
+                result[module] = rho.log_normalizer(scale[module], dimension[module], power).squeeze()
     except ValueError as error:
         raise ValueError(f"expert {expert.name!r} is not a density: {error}") from error
-    return torch.where(dimension > 0, value - operator.log_pseudo_determinant() / 2, torch.zeros_like(dimension))
+    return torch.where(seen, result - expert.operator.log_pseudo_determinant() / 2, 0.0)
 
 
-def _dimension(expert: BoundExpert, operator: Operator) -> Tensor:
+def _dimension(expert: BoundExpert) -> Tensor:
     """Rank of an expert's operator, ``(M,)``; zero where the expert drops out, for then it has no energy either."""
-    return torch.where(expert.active, operator.dimension(), 0.0)
+    return torch.where(expert.active, expert.operator.dimension(), 0.0)
 
 
-def _without_rounding(operator: Operator) -> Operator:
-    """A Span form without eigenvalues that are rounding: forms are differences of inner products of the weights."""
-    if not isinstance(operator, Gram) or operator.shape[1] != 1 or operator.factor.shape[-1] != operator.shape[0]:
-        return operator
-    left, singular, _ = torch.linalg.svd(operator.factor)
-    kept = singular.square() > RANK_TOLERANCE * singular[..., :1].square()
-    return Gram(left * torch.where(kept, singular, 0.0).unsqueeze(-2), operator.side, operator.shape)
+def _homogeneous(posterior: Posterior, samples: int) -> Iterator[tuple[slice, Posterior]]:
+    """The modules in runs, without experts that say nothing there.
+
+    Yields:
+        Positions in the batch, and the posterior of these modules.
+    """
+    complete = posterior.active.all(-1).tolist()
+    most, start = max(1, MOST_TOGETHER // samples), 0
+    while start < len(complete):
+        end = start + 1
+        while complete[start] and end < len(complete) and complete[end] and end - start < most:
+            end += 1
+        speaking = posterior.active[start].nonzero().flatten().tolist()
+        if speaking:
+            yield slice(start, end), _part(posterior, slice(start, end), speaking)
+        start = end
 
 
-def _has_mixture(expert: BoundExpert) -> bool:
+def _part(posterior: Posterior, modules: slice, experts: Sequence[int]) -> Posterior:
+    return replace(
+        posterior,
+        experts=tuple(posterior.experts[i].module(modules) for i in experts),
+        center=None if posterior.center is None else posterior.center[modules],
+        anchor_precision=posterior.anchor_precision[modules],
+    )
+
+
+def _log_weights(posterior: Posterior, samples: int, generator: torch.Generator) -> Tensor:
+    if all(has_mixture(expert) for expert in posterior.experts):
+        return mixture_log_weights(posterior, samples, generator)
+    return direct_log_weights(posterior, samples, generator)
+
+
+def has_mixture(expert: BoundExpert) -> bool:
+    """Whether an expert's density is a known Gaussian scale mixture.
+
+    Args:
+        expert: any.
+    """
     try:
         expert.rho.scale_mixture()
     except ValueError:
         return False
     return True
+
+
+def _nothing(posterior: Posterior) -> Evidence:
+    """Evidence of no experts: the density of no numbers."""
+    zero = torch.zeros_like(posterior.anchor_precision)
+    return Evidence(zero, zero, zero.new_zeros(len(zero), 0), zero + math.inf, zero - math.inf)
 
 
 def _require_anchor(posterior: Posterior) -> None:
@@ -545,23 +317,19 @@ def _require_anchor(posterior: Posterior) -> None:
         )
 
 
-def _require_mode(approximation: Laplace) -> None:
-    """Raise if a Newton step from the mode would lower ``E / T`` by more than :data:`MODE_SLACK` nats and rounding."""
-    posterior, quadratic = approximation.posterior, approximation.quadratic
-    displacement = approximation.mode if posterior.center is None else approximation.mode - posterior.center
-    x = quadratic.compression.compress(displacement)
-    weights, shift = posterior.weights(quadratic.residuals(x)), posterior.anchor_precision
-    pulls = [weights[:, i].to(pull.dtype)[:, None, None] * pull for i, pull in enumerate(quadratic.pulls())]
-    gradient = 2 * (quadratic.apply(weights, shift, x) - torch.stack(pulls).sum(0))
-    # Where no expert sees anything the step leads to the centre and gains the whole anchor energy.
-    outside = shift * (sum_of_squares(displacement) - sum_of_squares(x))
-    gain = (gradient * approximation.hessian.solve(gradient)).double().sum((-2, -1)) / 2 + outside
-    rounding = 100 * torch.finfo(x.dtype).eps * posterior.energy(approximation.mode)
-    excess = (gain - rounding) / posterior.temperature
-    if bool((excess > MODE_SLACK).any()):
-        worst = int(excess.argmax())
-        raise ValueError(
-            f"`log_evidence(posterior, mode)`: module {worst} of the batch is not at its mode, a Newton step gains "
-            f"{float(gain[worst]) / posterior.temperature:.3g} nats. Pass the value of a converged "
-            "`solve_posterior(posterior)`."
-        )
+def _require_trusted(evidence: Evidence, posterior: Posterior, samples: int) -> None:
+    bad = (~evidence.trusted).nonzero().flatten().tolist()
+    if not bad:
+        return
+    others = [expert for expert in posterior.experts if not has_mixture(expert)]
+    advice = "Raise `samples`"
+    if others:
+        advice += f", or use an energy that is a Gaussian scale mixture, which {others[0].name!r} has not"
+    effective, tail = float(evidence.effective_samples[bad[0]]), float(evidence.pareto_k[bad[0]])
+    raise UntrustedEvidence(
+        f"module {bad[0]} of the batch: {effective:.0f} of {samples} importance samples are effective and their "
+        f"weights have a Pareto k of {tail:.2f} (trusted from "
+        f"{FEWEST_EFFECTIVE:g} and up to {LARGEST_PARETO_K:g}), so that neither value nor error can be trusted. "
+        f"{advice}.",
+        evidence,
+    )

@@ -281,7 +281,7 @@ def draw_weights(posterior: Posterior, residuals: Tensor, power: Tensor, generat
     Args:
         posterior: every energy has a Gaussian scale mixture.
         residuals: ``q_i``, ``(*C, M, E)``.
-        power: ``1 / T``, or less on the way from the anchor to the posterior, ``(M,)``.
+        power: ``1 / T``, ``(M,)``.
         generator: source of the ``tau_i``.
 
     Returns:

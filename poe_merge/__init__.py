@@ -8,39 +8,30 @@ configuration that the command line `poe-merge` reads::
     vectors = pm.TaskVectors("path/to/base", {"mnist": "path/to/mnist", "emoji": "path/to/emoji"})
     poe = pm.ProductOfExperts.of(vectors.names, residual_map=pm.InputGram(), energy=pm.StudentT(4.0))
     pm.merge_checkpoint(vectors, poe, "merged")
+
+The names are imported when the first of them is used: `poe-merge --help` need not wait for torch.
 """
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from poe_merge._neighbours import check_neighbours
 
 check_neighbours()
 
-import inference  # noqa: E402 (only once it is known to be ours)
-import poe_models  # noqa: E402
-from inference import *  # noqa: E402, F403
-from inference.streaming import Design, MergeReport, OutputError, Plan, Progress, merge_checkpoint, plan  # noqa: E402
-from poe_merge.build import DesignTable, open_task_vectors  # noqa: E402
-from poe_merge.config import ConfigError, MergeConfig, load_config  # noqa: E402
-from poe_merge.presets import PRESETS  # noqa: E402
-from poe_merge.specs import SpecError, format_spec, parse_spec  # noqa: E402
-from poe_models import *  # noqa: E402, F403
+if TYPE_CHECKING:
+    from poe_merge.api import *  # noqa: F403
+else:
 
-__all__ = [
-    "PRESETS",
-    "ConfigError",
-    "Design",
-    "DesignTable",
-    "MergeConfig",
-    "MergeReport",
-    "OutputError",
-    "Plan",
-    "Progress",
-    "SpecError",
-    "format_spec",
-    "load_config",
-    "merge_checkpoint",
-    "open_task_vectors",
-    "parse_spec",
-    "plan",
-]
-__all__ += inference.__all__
-__all__ += poe_models.__all__
+    def __getattr__(name: str) -> Any:
+        """A public name, or `__all__`; modules of this package are left to the import that asks for them."""
+        public = name == "__all__" or not (name.startswith("_") or find_spec(f"poe_merge.{name}"))
+        api = import_module("poe_merge.api") if public else None
+        if name == "__all__" or name in getattr(api, "__all__", ()):
+            return getattr(api, name)
+        raise AttributeError(f"module 'poe_merge' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """What an interactive session completes."""
+        return [*globals(), *import_module("poe_merge.api").__all__]

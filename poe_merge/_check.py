@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from poe_merge._settings import method as as_written
 from poe_merge._show import Bars
-from poe_merge.specs import METHOD, nearest, parse_spec
+from poe_merge.specs import METHOD, canonical_method, nearest, parse_spec
 from poe_models.anchors.checking import PROPERTIES, Report, check
 from poe_models.task_vectors import TaskVectors
 
@@ -35,7 +34,7 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
             raise ValueError(
                 f"--not-promised {name!r}: no such property; {nearest(name, PROPERTIES)}Known: {', '.join(PROPERTIES)}."
             )
-    built = parse_spec(as_written(method, [Path.cwd()]), METHOD)
+    built = parse_spec(canonical_method(method, [Path.cwd()]), METHOD)
     with Bars() as bars:
         return check(
             built,

@@ -235,17 +235,11 @@ def _run(
 def _inference_data(
     draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, chains: bool
 ) -> tuple[Any, list[str]]:
-    """ArviZ's InferenceData, and what it says about densities and, if the draws are chains, about their number."""
+    """ArviZ's InferenceData, and what it says about the number of draws if they are chains."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = to_inference_data(draws, posterior, coordinates, statistics)
     notes = [str(each.message) for each in caught if chains and each.category is TooFewDraws]
-    if "log_likelihood" not in data.groups():
-        energies = ", ".join(dict.fromkeys(type(expert.rho).__name__ for expert in posterior.experts))
-        notes.append(
-            f"no log_likelihood for ArviZ: {energies} experts are no normalised densities here, at temperature "
-            f"{posterior.temperature:g}; exponent='multivariate' makes them so for Cauchy and StudentT at 1 and below."
-        )
     return data, notes
 
 

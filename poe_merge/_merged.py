@@ -10,10 +10,10 @@ from typing import Any
 from inference._digest import Progress, digest_inputs
 from inference._folder import RECORD
 from inference._statistics_record import changed_input
-from poe_merge._flags import overrides
 from poe_merge._stats import Table, checkpoints_of
-from poe_merge._yaml import ConfigError, Document
 from poe_merge.config import POE, MergeConfig, parse_config
+from poe_merge.flags import overridden
+from poe_merge.settings import ConfigError, Document
 from poe_models.checkpoints import CheckpointError
 from poe_models.task_vectors import TaskVectors
 
@@ -70,15 +70,14 @@ def config_of(run: Path, flags: Mapping[str, Any]) -> MergeConfig:
             f"--merge {run}: merged by {config.get('merge_method')}, which has no posterior. Give its configuration "
             "instead, to draw a random method at several seeds."
         )
-    document = Document(config)
-    given = overrides(flags, document)
-    fixed = [origin for place, origin in given.origins.items() if place[0] not in FREE]
+    document = overridden(Document(config), flags)
+    fixed = [origin for place, origin in document.origins.items() if origin.startswith("--") and place[0] not in FREE]
     if fixed:
         raise ConfigError(
             f"{fixed[0]}: the merge in {run} was made with settings of its own, and draws around it have the same. "
             "Leave it out, or merge again with it."
         )
-    return parse_config(document.overridden(given), (run.absolute().parent, Path.cwd()))
+    return parse_config(document, [run.absolute().parent, Path.cwd()])
 
 
 def check_inputs(run: Path, task_vectors: TaskVectors, designs: Table, progress: Progress) -> None:

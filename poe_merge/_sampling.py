@@ -10,9 +10,8 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from poe_merge._settings import names_method
 from poe_merge.config import MergeConfig
-from poe_merge.specs import METHOD, nearest, parse_spec
+from poe_merge.specs import METHOD, names_method, nearest, parse_spec
 from poe_models.anchors import METHODS
 
 Method = Literal["gibbs", "laplace", "hmc", "nuts"]

@@ -17,18 +17,16 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from diagnostics.verdicts import Verdict
-from inference.retention import ExpertRetention, concerns
-from inference.solution import Status
-from inference.streaming import MergeReport, Plan
-from poe_merge._sampling import Sampling, Seeds
-from poe_merge._stats import StatisticsReport
-from poe_merge.presets import Preset
-from poe_models.anchors import MergingMethod
-from poe_models.task_vectors import TaskVectors
-
-if TYPE_CHECKING:
-    from poe_merge._ensemble import SampleReport  # with ArviZ, which takes seconds to import
+if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
+    from diagnostics.verdicts import Verdict
+    from inference.retention import ExpertRetention
+    from inference.streaming import MergeReport, Plan
+    from poe_merge._ensemble import SampleReport
+    from poe_merge._sampling import Sampling, Seeds
+    from poe_merge._stats import StatisticsReport
+    from poe_merge.presets import Preset
+    from poe_models.anchors import MergingMethod
+    from poe_models.task_vectors import TaskVectors
 
 _PIPED_WIDTH = 200
 _SHOWN = 3
@@ -85,6 +83,9 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
 
 def report(done: MergeReport) -> None:
     """Print what a merge did, and what did not converge."""
+    from inference.retention import concerns
+    from inference.solution import Status
+
     console = _console()
     counts = ", ".join(
         f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
@@ -129,6 +130,8 @@ def statistics(done: StatisticsReport) -> None:
 
 def sample(done: SampleReport) -> None:
     """Print what was drawn, whether the chains agree, and what to know about it."""
+    from poe_merge._sampling import Seeds
+
     what, console = done.what, _console()
     made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
     how = f"{done.modules} modules drawn by {what.method} {_how_drawn(what, done.shared)}"
@@ -156,6 +159,8 @@ def sample(done: SampleReport) -> None:
 
 
 def _how_drawn(what: Sampling | Seeds, shared: int) -> str:
+    from poe_merge._sampling import Seeds
+
     if isinstance(what, Seeds):
         rest = f", {shared} more tensors at seed {what.first}" if shared else ""
         return f"at the seeds {', '.join(map(str, what.seeds))}{rest}"

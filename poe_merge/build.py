@@ -10,26 +10,19 @@ from typing import Any
 from inference.design import Design
 from inference.method_design import MethodDesign
 from inference.reweighting import SolverOptions
-from poe_merge._custom import source_file
-from poe_merge._settings import Setting, is_method
-from poe_merge.config import POE, ConfigError, MergeConfig
-from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
+from poe_merge.settings import Setting
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_call, parse_spec, source_file
 from poe_models.checkpoints import Checkpoint, open_checkpoint
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.task_vectors import TaskVectors
 
 _SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
-_PER_EXPERT = ("weight", "residual_map", "energy", "scale")
+_PER_EXPERT = tuple(ModelParameters.valid_keys())
 
 
 def open_task_vectors(config: MergeConfig) -> TaskVectors:
-    """Open base and experts by their headers.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        The task vectors, in the compute dtype, with the configuration's rules.
+    """Open base and experts by their headers, in the compute dtype and with the configuration's rules.
 
     Raises:
         CheckpointError: If a checkpoint cannot be opened, or an expert does not fit the base.
@@ -67,14 +60,7 @@ class DesignTable:
         self._centers: dict[str, Checkpoint] = {}
 
     def __call__(self, tensor: str) -> Design:
-        """The design for one tensor.
-
-        Args:
-            tensor: Name of the tensor.
-
-        Returns:
-            The design, the same object for the same settings.
-        """
+        """The design for one tensor, the same object for the same settings."""
         own = tuple(
             (name, *(self._value(settings, key, tensor) for key in _PER_EXPERT)) for name, settings in self._experts
         )
@@ -122,7 +108,7 @@ class DesignTable:
     def _center(self, anchor: str) -> tuple[Callable[..., Any] | None, Checkpoint | None]:
         if anchor == "zero":
             return None, None
-        if is_method(anchor):
+        if is_call(anchor):
             return parse_spec(anchor, METHOD), None
         if anchor not in self._centers:
             self._centers[anchor] = open_checkpoint(anchor, base=self._base)
@@ -130,11 +116,7 @@ class DesignTable:
 
 
 class MethodTable:
-    """The design of each tensor where all are merged by one method; tensors with the same λ share one.
-
-    Args:
-        config: The configuration.
-    """
+    """The design of each tensor where all are merged by one method; tensors with the same λ share one."""
 
     def __init__(self, config: MergeConfig) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
@@ -142,53 +124,24 @@ class MethodTable:
         self._designs: dict[Any, MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:
-        """The design for one tensor.
-
-        Args:
-            tensor: Name of the tensor.
-
-        Returns:
-            The design, the same object for the same settings.
-        """
+        """The design for one tensor, the same object for the same settings."""
         scaling: Any = self._scaling.get(tensor)
         return self._designs.setdefault(scaling, MethodDesign(self._method, scaling))
 
 
 def designs_of(config: MergeConfig, base: Checkpoint) -> DesignTable | MethodTable:
-    """The designs that a configuration describes, of products of experts or of a merging method.
-
-    Args:
-        config: The configuration.
-        base: The open base.
-
-    Returns:
-        The design of each tensor by its name.
-    """
+    """The design of each tensor by its name, of products of experts or of a merging method."""
     return DesignTable(config, base) if config.merge_method == POE else MethodTable(config)
 
 
 def custom_sources(config: MergeConfig) -> list[Path]:
-    """Source files of the user's own classes that a configuration names.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Each file once.
-    """
-    kinds: dict[str, Kind[Any]] = {
-        "residual_map": RESIDUAL_MAP,
-        "energy": ENERGY,
-        "scale": SCALE,
-        "eta": PRECISION,
-        "anchor": METHOD,
-    }
-    specs = [(config.merge_method, METHOD)] if config.merge_method != POE else []
+    """The source files of the user's own classes that a configuration names, each once."""
+    specs = [] if config.merge_method == POE else [(config.merge_method, METHOD)]
     for settings in (config.shared(), *(entry.parameters.settings() for entry in config.models)):
-        for key, kind in kinds.items():
-            for _, value in settings[key].cases if key in settings else ():
-                given = value if isinstance(value, tuple) else (value,)
-                specs += [(spec, kind) for spec in given if kind is not METHOD or is_method(spec)]
+        for key, setting in settings.items():
+            kind = Parameters.values()[key].kind
+            values = [value for _, case in setting.cases for value in (case if isinstance(case, tuple) else (case,))]
+            specs += [(value, kind) for value in values if kind is not None and is_call(value)]
     classes = {type(parse_spec(spec, kind)): kind for spec, kind in specs}
     files = {source_file(found) for found, kind in classes.items() if found not in kind.registry.values()}
     return sorted(file for file in files if file is not None)

@@ -1,4 +1,7 @@
-"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `diagnose`, `check`, `presets`, `methods`."""
+"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `diagnose`, `check`, `presets`, `methods`.
+
+A command imports what it needs when it runs: torch and ArviZ take seconds, which `poe-merge --help` need not wait for.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from inference.method_design import prepare_designs
-from inference.streaming import OutputError, merge_checkpoint
-from inference.streaming import plan as plan_merge
 from poe_merge import _show as show
-from poe_merge._check import check_method, summary
-from poe_merge._flags import overrides, with_flags
-from poe_merge._merged import config_of
-from poe_merge._sampling import Sampling, Seeds, sampling_of, seeds_of
-from poe_merge._stats import make_statistics
-from poe_merge._yaml import Document, read_yaml
-from poe_merge.build import DesignTable, MethodTable, custom_sources, designs_of, open_task_vectors
 from poe_merge.config import POE, MergeConfig, parse_config
+from poe_merge.flags import ConfiguredCommand, overridden, with_flags
 from poe_merge.presets import PRESETS
-from poe_merge.specs import RESIDUAL_MAP, nearest, parse_spec
-from poe_models.anchors import METHODS
-from poe_models.task_vectors import TaskVectors
+from poe_merge.settings import Document, read_yaml
+from poe_merge.specs import METHOD, RESIDUAL_MAP, nearest, parse_spec
+
+if TYPE_CHECKING:
+    from poe_merge._sampling import Sampling, Seeds
+    from poe_models.task_vectors import TaskVectors
 
 app = typer.Typer(
     name="poe-merge",
@@ -54,17 +51,20 @@ def _root(
         print(context.get_help())
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 @with_flags
 def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
     """Say what a merge would do, from headers alone."""
+    from inference.streaming import plan as plan_merge
+    from poe_merge.build import designs_of
+
     settings, task_vectors = _opened(config, flags)
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 @with_flags
 def merge(
     flags: Mapping[str, Any],
@@ -74,6 +74,9 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge, and write a Hugging Face folder."""
+    from inference.streaming import merge_checkpoint
+    from poe_merge.build import custom_sources, designs_of
+
     if out is None:
         raise ValueError("`poe-merge merge`: give the folder to make, --out DIR.")
     settings, task_vectors = _opened(config, flags)
@@ -98,7 +101,7 @@ def merge(
     show.report(report)
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 @with_flags
 def stats(
     flags: Mapping[str, Any],
@@ -107,6 +110,10 @@ def stats(
     debug: Debug = False,
 ) -> None:
     """Read the weights once, and save all that Span coordinates need."""
+    from inference.method_design import prepare_designs
+    from poe_merge._stats import make_statistics
+    from poe_merge.build import DesignTable
+
     if out is None:
         raise ValueError("`poe-merge stats`: give the folder to make, --out DIR.")
     settings, task_vectors = _opened(config, flags)
@@ -121,7 +128,7 @@ def stats(
     show.statistics(report)
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 @with_flags
 def sample(
     flags: Mapping[str, Any],
@@ -165,7 +172,10 @@ def sample(
     The merge is the one that `poe-merge merge` makes of the same configuration, or has made (--merge). If the
     configuration's merge_method is a random one, such as dare, the members are merges at as many seeds instead.
     """
-    from poe_merge._ensemble import sample as draw_members  # with ArviZ, which takes seconds to import
+    from inference.method_design import prepare_designs
+    from poe_merge._ensemble import sample as draw_members
+    from poe_merge._sampling import sampling_of, seeds_of
+    from poe_merge.build import MethodTable, designs_of
 
     if out is None:
         raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
@@ -224,7 +234,7 @@ def diagnose(
     debug: Debug = False,
 ) -> None:
     """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
-    from poe_merge import diagnosis  # with ArviZ, which takes seconds to import
+    from poe_merge import diagnosis
 
     diagnosis.check_out(out)
     measure = None if residual_map is None else parse_spec(residual_map, RESIDUAL_MAP)
@@ -242,7 +252,7 @@ def diagnose(
     show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 @with_flags
 def check(
     flags: Mapping[str, Any],
@@ -259,6 +269,8 @@ def check(
 
     Statistics and data of random modules are random. The exit status is 1 if a property is broken.
     """
+    from poe_merge._check import check_method, summary
+
     real = config is not None or any(value is not None for value in flags.values())
     task_vectors = _opened(config, flags)[1] if real else None
     report = check_method(method, task_vectors, not_promised or [], random_seed)
@@ -276,20 +288,20 @@ def presets(debug: Debug = False) -> None:
 @app.command()
 def methods(debug: Debug = False) -> None:
     """List the merging methods of the literature, with what they need and whom to cite."""
-    show.methods(METHODS)
+    show.methods(METHOD.registry)
 
 
 def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
     """Read the configuration and open what it names."""
-    document = Document() if path is None else read_yaml(path)
-    cwd = Path.cwd()
-    folder = cwd if path is None else path.absolute().parent
-    settings = parse_config(document.overridden(overrides(flags, document)), dict.fromkeys((folder, cwd)))
+    document = overridden(Document() if path is None else read_yaml(path), flags)
+    settings = parse_config(document, [Path.cwd() if path is None else path.absolute().parent, Path.cwd()])
     return settings, _vectors(settings)
 
 
 def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
     """The configuration of a merge, and what it names."""
+    from poe_merge._merged import config_of
+
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
     settings = config_of(merged, flags)
@@ -297,6 +309,9 @@ def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tu
 
 
 def _vectors(settings: MergeConfig) -> TaskVectors:
+    """What a configuration names, opened; rules and settings that match nothing are warned about."""
+    from poe_merge.build import open_task_vectors
+
     task_vectors = open_task_vectors(settings)
     for rule in task_vectors.unused_rules:
         if rule.to_dict() in settings.rules:
@@ -322,9 +337,17 @@ def run(arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             raise
         usage = hasattr(error, "format_message")  # typer's own, which come from either of two libraries
-        wrong_input = usage or isinstance(error, ValueError | OutputError | OSError)
+        wrong_input = usage or _is_wrong_input(error)
         show.error(_usage(error, arguments) if usage else _text(error, wrong_input))
         return 2 if wrong_input else 1
+
+
+def _is_wrong_input(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError):
+        return True
+    from inference.streaming import OutputError
+
+    return isinstance(error, OutputError)
 
 
 def _text(error: Exception, wrong_input: bool) -> str:

@@ -1,6 +1,7 @@
-"""The YAML configuration of a merge, in mergekit's field names where mergekit has them.
+"""The configuration of a merge: one description of every key gives the YAML file, the flags and their help texts.
 
-Relative paths are relative to the YAML file; any parameter may be a list of values by filter, as in mergekit::
+Fields are mergekit's where mergekit has them. Relative paths are relative to the YAML file; any parameter may be a list
+of values by filter, as in mergekit::
 
     merge_method: poe                   # or a merging method: ties, Ties(density=0.3), my_module:MyMethod(1.0)
     base_model: path/to/base
@@ -20,107 +21,199 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from inference._plan import BATCH_BYTES
-from inference.reweighting import TOLERANCE
-from poe_merge import _settings as s
-from poe_merge._sections import ModelEntry, ModelParameters, Parameters, Section
-from poe_merge._yaml import ConfigError, Document, Place, read_yaml
-from poe_merge.presets import DEFAULTS, PRESETS
-from poe_merge.specs import nearest
-from poe_models.treatments import DEFAULT_RULES, RuleTable
+from poe_merge import settings as s
+from poe_merge.presets import PRESETS
+from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from poe_models.treatments import RuleTable
 
 __all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config", "parse_config"]
 
-POE = "poe"
-"""The merge method of this package: a product of experts."""
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+Number = Setting[float] | None
+Text = Setting[str] | None
+Checkpoint = Annotated[str, Value(s.located, "PATH", path=True)]
+Texts = Setting[tuple[str, ...]] | None
 
-DType = Literal["float32", "float64", "bfloat16", "float16"]
+
+class Section(BaseModel):
+    """A section of the configuration. Keys without a value say nothing; unknown ones are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # a key's description, which is its help text, stands below it
+        alias_generator=lambda name: name.rstrip("_"),
+    )
+
+    @classmethod
+    def valid_keys(cls) -> list[str]:
+        """The keys as they are written in YAML."""
+        return [str(field.alias) for field in cls.model_fields.values()]
+
+    @classmethod
+    def values(cls) -> dict[str, Value]:
+        """What may stand at each key that holds no further section."""
+        marks = ((str(field.alias), mark) for field in cls.model_fields.values() for mark in field.metadata)
+        return {key: mark for key, mark in marks if isinstance(mark, Value)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.valid_keys()}
+
+    def settings(self) -> dict[str, Setting[Any]]:
+        """The settings that are given, by their key."""
+        return {name.rstrip("_"): value for name, value in self if isinstance(value, Setting)}
+
+
+class ModelParameters(Section):
+    """What may differ per model; whatever is missing comes from the shared `Parameters`."""
+
+    weight: Annotated[Number, s.number(1.0, 0.0)] = None
+    """Importance of the experts."""
+    residual_map: Annotated[Texts, s.spec(RESIDUAL_MAP, "InputGram", many=True)] = None
+    """Directions of the update that an expert cares about; two for both sides of the matrices."""
+    energy: Annotated[Text, s.spec(ENERGY, "Cauchy")] = None
+    """Energy of an expert's scaled squared residual."""
+    scale: Annotated[Text, s.spec(SCALE, "Balanced(1.0)")] = None
+    """What an expert's squared residual is measured in, with its gamma."""
+
+
+class Parameters(ModelParameters):
+    """The design shared by all models, and the solver's settings."""
+
+    lambda_: Annotated[Number, s.number(1.0)] = None
+    """Factor of the merged update: W = W_0 + lambda Z."""
+    eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = None
+    """Precision of the anchor: a number is relative to the experts' curvature."""
+    anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = None
+    """Centre of the anchor: zero, a merging method such as task_arithmetic(0.3), or a checkpoint."""
+    coordinates: Annotated[Text, s.choice("kind of coordinates", "full", "span", default="full")] = None
+    """What is solved for: whole updates, or coefficients on the experts' updates."""
+    starts: Annotated[
+        Texts, s.choice("start", "ones", "twin", "experts", "center", default=["twin", "experts"], many=True)
+    ] = None
+    """Where the solver starts; the lowest energy wins."""
+    max_steps: Annotated[Setting[int] | None, s.number(100, 1, whole=True)] = None
+    """Most reweighted solves per start."""
+    tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = None
+    """Relative tolerance on gradient and weights; 1e-5, or 1e-10 in float64, if not given."""
+    step_tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = None
+    """Stop when a step is shorter than this instead."""
+    acceleration: Annotated[Setting[bool] | None, s.choice("switch", True, False, default=True)] = None
+    """Anderson extrapolation of the weights."""
+
+    @field_validator("step_tolerance")
+    @classmethod
+    def _one_tolerance(cls, value: Number, info: ValidationInfo) -> Number:
+        other = info.data.get("tolerance")
+        if value and other and value.complete and other.complete:
+            raise ValueError("`tolerance` and `step_tolerance` are two ways to stop; give one of them")
+        return value
+
+
+class ModelEntry(Section):
+    """One expert: where it is, what it is called, and what is particular to it."""
+
+    model: Checkpoint
+    """A folder, a weight file, or a model id of the Hub."""
+    name: Annotated[str | None, Field(min_length=1)] = None
+    """What it is called; the name of its path if not given."""
+    parameters: ModelParameters = ModelParameters()
+    """What differs from the other experts."""
+
+    @property
+    def label(self) -> str:
+        """The name of the expert: as given, or from its path."""
+        return label_of(self.name, self.model)
+
+
+def label_of(name: str | None, model: str) -> str:
+    """The name of an expert: as given, or from its path.
+
+    >>> label_of(None, "runs/mnist/model.safetensors"), label_of(None, "org/emoji@v2")
+    ('mnist', 'emoji')
+    """
+    path = Path(model)
+    if not path.exists():
+        path = Path(model.partition("@")[0])
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+        generic = path.stem in ("model", "pytorch_model", "adapter_model")
+        path = path.parent if generic else path.with_suffix("")
+    return name or path.name
 
 
 class MergeConfig(Section):
     """A whole merge: everything that decides what comes out."""
 
-    merge_method: str = POE
-    base_model: str
+    merge_method: Annotated[str, Value(s.merge_method, "METHOD", kind=METHOD)] = POE
+    """A merging method instead of a product of experts, poe."""
+    base_model: Checkpoint
+    """The base: a folder, a weight file, or a model id of the Hub."""
     models: tuple[ModelEntry, ...]
+    """An expert; once for each."""
     parameters: Parameters = Parameters()
-    preset: str | None = None
-    rules: tuple[dict[str, Any], ...] = ()
-    dtype: DType | None = None
-    out_dtype: Literal["base"] | DType | None = None
-    device: str = "cpu"
-    seed: int = Field(default=0, ge=0)
-    batch_bytes: int = Field(default=BATCH_BYTES, gt=0)
+    """The design and the solver's settings."""
+    preset: Annotated[str | None, s.choice("preset", *PRESETS)] = None
+    """Settings of a paper, which `poe-merge presets` lists."""
+    rules: tuple[Annotated[dict[str, Any], Value(s.rule, "RULE")], ...] = ()
+    """A treatment, '{match: lm_head, action: base}'; a flag's goes before the file's."""
+    dtype: Annotated[str | None, s.choice("dtype", *_DTYPES)] = None
+    """Dtype of the output; the merge itself is computed in float64 if that is it, else in float32."""
+    out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
+    """Dtype of the output, if other than dtype; that of the base if neither is given."""
+    device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+    seed: Annotated[int, s.number(low=0, whole=True)] = 0
+    """Of the draws of `sample`, and of torch's generators for energies that draw."""
+    batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
+    """Most bytes of updates that are solved as one batch."""
 
-    @field_validator("merge_method")
+    @field_validator("models")
     @classmethod
-    def _known_method(cls, value: str, info: ValidationInfo) -> str:
-        if value == POE:
-            return value
-        try:
-            return s.method(value, s.folders_of(info))
-        except ValueError as error:
-            raise ValueError(f"{error} A product of experts is `merge_method: {POE}`.") from error
-
-    @field_validator("base_model")
-    @classmethod
-    def _absolute(cls, value: str, info: ValidationInfo) -> str:
-        return s.source(value, s.folders_of(info))
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str | None) -> str | None:
-        if value is not None and value not in PRESETS:
-            raise ValueError(f"unknown preset `{value}`; {nearest(value, PRESETS)}Known: {', '.join(PRESETS)}")
-        return value
-
-    @field_validator("rules")
-    @classmethod
-    def _valid_rules(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        return tuple(RuleTable.from_dicts(value).to_dicts())
-
-    @field_validator("device")
-    @classmethod
-    def _usable_device(cls, value: str) -> str:
-        try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device `{value}` cannot be used: {str(error).splitlines()[0]}") from error
-        return value
-
-    @model_validator(mode="after")
-    def _distinct_models(self) -> MergeConfig:
-        if not self.models:
+    def _distinct_models(cls, value: tuple[ModelEntry, ...], info: ValidationInfo) -> tuple[ModelEntry, ...]:
+        if not value:
             raise ValueError("`models` is empty; list at least one expert, `- model: PATH`")
-        labels = [entry.label for entry in self.models]
+        labels = [entry.label for entry in value]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"two models are called `{twice[0]}`; give each a `name` of its own")
-        if any(entry.model == self.base_model for entry in self.models):
+        base = info.data.get("base_model")
+        if any(entry.model == base for entry in value):
             raise ValueError(
-                f"the base {self.base_model} is also listed as an expert; remove it from `models` (mergekit lists it "
-                "there for some methods, this one does not)"
+                f"the base {base} is also listed as an expert; remove it from `models` (mergekit lists it there for "
+                "some methods, this one does not)"
             )
-        return self
+        return value
 
-    @model_validator(mode="after")
-    def _settings_of_the_method(self) -> MergeConfig:
-        if self.merge_method == POE:
-            return self
-        given = {key for part in (self.parameters, *(e.parameters for e in self.models)) for key in part.settings()}
-        foreign = [*sorted(given - {"lambda"}), *(["preset"] if self.preset else [])]
+    @field_validator("models", "parameters", "preset")
+    @classmethod
+    def _of_a_product_of_experts(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what a merging method has no use for."""
+        method = info.data.get("merge_method", POE)
+        foreign = [] if method == POE else _design_keys(value)
         if foreign:
-            name = self.merge_method.partition("(")[0]
-            raise ValueError(
-                f"`{foreign[0]}` belongs to a product of experts, and `merge_method` is {name}. Leave it out, or write "
-                f"`merge_method: {POE}`. The method's own settings are {self.merge_method}; `lambda` scales any merge"
+            words = list(dict.fromkeys(f"`{place[-1] if place else 'preset'}`" for place in foreign))
+            message = (
+                f"{', '.join(words)} {'belongs' if len(words) == 1 else 'belong'} to a product of experts, and "
+                f"`merge_method` is {method.partition('(')[0]}. Leave it out, or write `merge_method: {POE}`. The "
+                f"method's own settings are {method}; `lambda` scales any merge"
             )
-        return self
+            raise PydanticCustomError("misplaced", "{message}", {"message": message, "place": foreign[0]})
+        return value
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,49 +223,57 @@ class MergeConfig(Section):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
+        import torch
+
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
     def output_dtype(self) -> torch.dtype | None:
         """Dtype of the merged weights: `out_dtype`, else `dtype`, else (None) that of each tensor of the base."""
+        import torch
+
         name = self.out_dtype or self.dtype or "base"
         return None if name == "base" else getattr(torch, name)
 
-    def shared(self) -> dict[str, s.Setting[Any]]:
+    def shared(self) -> dict[str, Setting[Any]]:
         """Every shared parameter: what the configuration says, then its preset, then the defaults."""
+        from inference.reweighting import TOLERANCE
+
         given = self.parameters.settings()
-        preset = _parameters(PRESETS[self.preset].parameters if self.preset else {})
+        preset = _settings(PRESETS[self.preset].parameters if self.preset else {})
         if "tolerance" in given:
             preset.pop("step_tolerance", None)
-        default = _parameters({**DEFAULTS, "tolerance": TOLERANCE[self.compute_dtype]})
-        keys = {**default, **preset, **given}
-        layers = [[layer[key] for layer in (given, preset, default) if key in layer] for key in keys]
-        return dict(zip(keys, (reduce(s.Setting.otherwise, layer) for layer in layers), strict=True))
+        defaults = {key: value.default for key, value in Parameters.values().items()}
+        default = _settings({**defaults, "tolerance": TOLERANCE[self.compute_dtype]})
+        layers = {key: [layer[key] for layer in (given, preset, default) if key in layer] for key in defaults}
+        return {key: reduce(Setting.otherwise, layer) for key, layer in layers.items() if layer}
 
     def rule_table(self) -> RuleTable:
         """Treatments: the configuration's rules, then its preset's, then the defaults."""
-        return DEFAULT_RULES.extended([*self.rules, *(PRESETS[self.preset].rules if self.preset else ())])
+        from poe_models.treatments import DEFAULT_RULES
+
+        return DEFAULT_RULES.extended(self._own_rules())
+
+    def _own_rules(self) -> list[dict[str, Any]]:
+        return [*self.rules, *(map(dict, PRESETS[self.preset].rules) if self.preset else ())]
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration with presets and defaults filled in, as plain data that reproduces the run."""
-        used = self.shared() if self.merge_method == POE else {"lambda": self.shared()["lambda"]}
-        shared = {key: setting.plain() for key, setting in used.items()}
-        if "step_tolerance" in shared and self.shared()["step_tolerance"].complete:
+        shared = self.shared()
+        if self.merge_method != POE:
+            shared = {"lambda": shared["lambda"]}
+        elif "step_tolerance" in shared and shared["step_tolerance"].complete:
             del shared["tolerance"]
         models = [
-            {
-                "model": entry.model,
-                "name": entry.label,
-                "parameters": {key: setting.plain() for key, setting in entry.parameters.settings().items()},
-            }
+            {"model": entry.model, "name": entry.label, "parameters": _plain(entry.parameters.settings())}
             for entry in self.models
         ]
         return {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             "models": models,
-            "parameters": shared,
-            "rules": [*self.rules, *(map(dict, PRESETS[self.preset].rules) if self.preset else ())],
+            "parameters": _plain(shared),
+            "rules": self._own_rules(),
             "dtype": str(self.compute_dtype).removeprefix("torch."),
             "out_dtype": "base" if self.output_dtype is None else str(self.output_dtype).removeprefix("torch."),
             "device": self.device,
@@ -181,17 +282,47 @@ class MergeConfig(Section):
         }
 
 
+def _plain(settings: Mapping[str, Setting[Any]]) -> dict[str, Any]:
+    return {key: setting.plain() for key, setting in settings.items()}
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Setting[Any]]:
+    return Parameters.model_validate(values).settings()
+
+
+def _design_keys(value: Any) -> list[Place]:
+    """Places, within a top-level key's value, of settings that only a product of experts has."""
+    if isinstance(value, ModelParameters):
+        return [(key,) for key in value.settings() if key != "lambda"]
+    if isinstance(value, tuple):
+        entries = enumerate(entry.parameters for entry in value)
+        return [(index, "parameters", *place) for index, own in entries for place in _design_keys(own)]
+    return [] if value is None else [()]
+
+
+_MERGEKIT_ONLY = {
+    "slices": "experts share the base's layers",
+    "modules": "one merge handles one checkpoint",
+    "tokenizer": "the base's tokenizer is copied",
+    "tokenizer_source": "the base's tokenizer is copied",
+    "chat_template": "the base's chat template is copied",
+    "int8_mask": "masks are made as they are used",
+    "density": "methods have their settings with their name, `merge_method: Ties(density=0.2)`",
+    "normalize": "a product of experts weighs by precision",
+}
+_SECTIONS: dict[tuple[str, ...], type[Section]] = {
+    (): MergeConfig,
+    ("parameters",): Parameters,
+    ("models",): ModelEntry,
+    ("models", "parameters"): ModelParameters,
+}
+
+
 def load_config(path: Path) -> MergeConfig:
     """Read a configuration from a YAML file.
 
-    Args:
-        path: The file.
-
-    Returns:
-        The validated configuration.
-
     Raises:
-        ConfigError: One message with the place of the mistake and the nearest valid name.
+        ConfigError: All mistakes, each with its place and the nearest valid name.
     """
     return parse_config(read_yaml(path), dict.fromkeys((path.absolute().parent, Path.cwd())))
 
@@ -207,35 +338,42 @@ def parse_config(document: Document, folders: Iterable[Path] = ()) -> MergeConfi
         The configuration.
 
     Raises:
-        ConfigError: One message with the place of the mistake and the nearest valid name.
+        ConfigError: All mistakes, each with its place and the nearest valid name.
     """
+    problems = list(document.problems)
     try:
-        return MergeConfig.model_validate(document.data, context={"folders": tuple(folders) or (Path.cwd(),)})
+        config = MergeConfig.model_validate(document.data, context={"folders": tuple(folders)})
     except ValidationError as error:
-        problems = error.errors()
-        more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
-        raise ConfigError(_one_line(problems[0], document) + more) from error
+        order = {place: position for position, place in enumerate(document.origins)}
+        found = [((*each["loc"], *each.get("ctx", {}).get("place", ())), each) for each in error.errors()]
+        found.sort(key=lambda item: order.get(document.known(item[0]), -1))
+        problems += [_one_line(place, each, document) for place, each in found]
+    if problems:
+        listed = "\n  ".join([f"{len(problems)} mistakes in the configuration:", *problems])
+        raise ConfigError(problems[0] if len(problems) == 1 else listed)
+    return config
 
 
-def _one_line(problem: Any, document: Document) -> str:
-    place: Place = tuple(problem["loc"])
+def _one_line(place: Place, problem: Any, document: Document) -> str:
+    """A mistake with its origin, its key, and what would be right."""
     message = problem["msg"].removeprefix("Value error, ")
-    context = problem.get("ctx", {})
-    if problem["type"] == "unknown_key":
-        place = (*place, context["key"])
+    if problem["type"] == "extra_forbidden":
+        message = _unknown_key(place)
     elif problem["type"] == "missing":
-        message = f"`{place[-1]}` is missing"
-        if len(place) == 1:
-            message += (
-                f": write it in the YAML file, or give --{str(place[0]).replace('_', '-').replace('models', 'model')}"
-            )
-    elif not isinstance(context.get("error"), ValueError):
+        flag = str(place[-1]).replace("_", "-").replace("models", "model")
+        where = f": write it in the YAML file, or give --{flag}" if len(place) == 1 else ""
+        message = f"`{place[-1]}` is missing{where}"
+    elif problem["type"] not in ("value_error", "misplaced"):
         message = f"{message}, got {problem['input']!r}"
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
-    origin = document.origin(place)
+    origin = document.origins.get(document.known(place), "")
     known = (origin,) if origin.startswith("--") else (origin, dotted)
-    return ": ".join(part for part in (*known, message.rstrip(".") + ".") if part)
+    end = "" if message.endswith(("?", ".")) else "."
+    return ": ".join(part for part in (*known, message + end) if part)
 
 
-def _parameters(values: Mapping[str, Any]) -> dict[str, s.Setting[Any]]:
-    return Parameters.model_validate(values).settings()
+def _unknown_key(place: Place) -> str:
+    key = str(place[-1])
+    valid = _SECTIONS[tuple(part for part in place[:-1] if isinstance(part, str))].valid_keys()
+    why = f"mergekit's key has no use here: {_MERGEKIT_ONLY[key]}. " if key in _MERGEKIT_ONLY else nearest(key, valid)
+    return f"unknown key `{key}`; {why}Valid keys: {', '.join(valid)}"

@@ -1,4 +1,4 @@
-"""Named settings: the defaults, and [PoE]'s Table 5 (Bui et al., 2026, arXiv 2607.01689).
+"""Named settings: [PoE]'s Table 5 (Bui et al., 2026, arXiv 2607.01689).
 
 A preset fills in parameters and treatments; whatever a configuration says itself goes before it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DEFAULTS", "PRESETS", "Preset"]
+__all__ = ["PRESETS", "Preset"]
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,6 @@ class Preset:
     parameters: Mapping[str, Any]
     rules: tuple[Mapping[str, Any], ...] = field(default=())
 
-
-DEFAULTS: Mapping[str, Any] = {
-    "weight": 1.0,
-    "residual_map": "InputGram",
-    "energy": "Cauchy",
-    "scale": "Balanced(1.0)",
-    "lambda": 1.0,
-    "eta": 0.1,
-    "anchor": "zero",
-    "coordinates": "full",
-    "starts": ["twin", "experts"],
-    "max_steps": 100,
-    "tolerance": 1e-6,
-    "acceleration": True,
-}
 
 # The released vision code cuts each weight into square row blocks and takes the mean of c_proj, convolutions and norms;
 # `fc2` is what transformers calls `mlp.c_proj`.

@@ -10,59 +10,70 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import hashlib
+import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-
-from poe_merge._custom import SpecError, custom_class, custom_prefix
-from poe_models.anchors import METHODS, MergingMethod
-from poe_models.anchors.given import StatisticsMethod
-from poe_models.energies import ENERGIES, Energy
-from poe_models.residual_maps import RESIDUAL_MAPS, ResidualMap, StatisticsMap
-from poe_models.scales import PRECISIONS, SCALES, AnchorPrecision, Scale
-
-__all__ = [
-    "ENERGY",
-    "METHOD",
-    "PRECISION",
-    "RESIDUAL_MAP",
-    "SCALE",
-    "Kind",
-    "SpecError",
-    "canonical",
-    "format_spec",
-    "parse_spec",
-]
+if TYPE_CHECKING:
+    from poe_models.anchors import MergingMethod
+    from poe_models.energies import Energy
+    from poe_models.residual_maps import ResidualMap
+    from poe_models.scales import AnchorPrecision, Scale
 
 T = TypeVar("T")
-_SPEC = re.compile(r"^(?:(?P<where>.+?\.py|[A-Za-z_][\w.]*):)?(?P<call>[A-Za-z_]\w*\s*(?:\(.*\))?)$", re.DOTALL)
+_CALL = r"[A-Za-z_]\w*\s*(?:\(.*\))?"
+_SPEC = re.compile(rf"^(?:(?P<where>.+?\.py|[A-Za-z_][\w.]*):)?(?P<call>{_CALL})$", re.DOTALL)
+_FILE_MODULE = "_poe_merge_file_"
+
+
+class SpecError(ValueError):
+    """A spec that cannot be read, or names something that is not there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind(Generic[T]):
-    """What may stand at one place of a configuration.
+    """What may stand at one place of a configuration; its home is imported when it is first needed.
 
     Args:
         noun: What it is called in error messages.
-        base: The class every member derives from; your own classes must, too.
-        registry: Members that need no module name.
+        home: The module that defines it.
+        base_name: Name of the class every member derives from; your own classes must, too.
+        registry_name: Name of the mapping of members that need no module name.
     """
 
     noun: str
-    base: Any  # type[T], which mypy wants concrete
-    registry: Mapping[str, type[T]]
+    home: str
+    base_name: str
+    registry_name: str
+
+    @cached_property
+    def base(self) -> type[T]:
+        """The class that every member derives from."""
+        return getattr(importlib.import_module(self.home), self.base_name)
+
+    @cached_property
+    def registry(self) -> Mapping[str, type[T]]:
+        """Members that need no module name."""
+        return getattr(importlib.import_module(self.home), self.registry_name)
 
 
-ENERGY: Kind[Energy] = Kind("energy", Energy, ENERGIES)
-RESIDUAL_MAP: Kind[ResidualMap] = Kind("residual map", ResidualMap, RESIDUAL_MAPS)
-SCALE: Kind[Scale] = Kind("scale", Scale, SCALES)
-METHOD: Kind[MergingMethod] = Kind("merging method", MergingMethod, METHODS)
-PRECISION: Kind[AnchorPrecision] = Kind("precision", AnchorPrecision, PRECISIONS)
+ENERGY: Kind[Energy] = Kind("energy", "poe_models.energies", "Energy", "ENERGIES")
+RESIDUAL_MAP: Kind[ResidualMap] = Kind("residual map", "poe_models.residual_maps", "ResidualMap", "RESIDUAL_MAPS")
+SCALE: Kind[Scale] = Kind("scale", "poe_models.scales", "Scale", "SCALES")
+PRECISION: Kind[AnchorPrecision] = Kind("precision", "poe_models.scales", "AnchorPrecision", "PRECISIONS")
+METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.anchors", "MergingMethod", "METHODS")
+KINDS: tuple[Kind[Any], ...] = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -95,45 +106,33 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     StudentT(df=4.0, exponent=None)
     """
     where, name, args, kwargs = _read(text, kind)
-    if where is None:
-        if name not in kind.registry:
-            raise SpecError(
-                f"{kind.noun} `{text}`: unknown name `{name}`; {nearest(name, kind.registry)}Known: "
-                f"{', '.join(kind.registry)}, or your own as `my_module:{name}` or `file.py:{name}`."
-            )
-        found: type[T] = kind.registry[name]
-    else:
-        found = custom_class(f"{kind.noun} `{text}`", where, name, kind.base, folders or [Path.cwd()])
-    if issubclass(found, StatisticsMap | StatisticsMethod) and not args and "statistics" not in kwargs:
+    what, folders = f"{kind.noun} `{text}`", folders or [Path.cwd()]
+    if where is None and name not in kind.registry:
         raise SpecError(
-            f"{kind.noun} `{text}`: it needs statistics. Give their folder: `{name}('statistics/{found.kind}')`."
+            f"{what}: unknown name `{name}`; {nearest(name, kind.registry)}Known: {', '.join(kind.registry)}, or your "
+            f"own as `my_module:{name}` or `file.py:{name}`."
         )
+    found: type[T] = kind.registry[name] if where is None else _own_class(what, where, name, kind.base, folders)
+    if _takes_statistics(found) and not args and "statistics" not in kwargs:
+        example = f"{name}('statistics/{found.kind}')"  # type: ignore[attr-defined]
+        raise SpecError(f"{what}: it needs statistics. Give their folder: `{example}`.")
     try:
         value = found(*args, **kwargs)
     except TypeError as error:
-        raise SpecError(f"{kind.noun} `{text}`: {error}. Write it as `{_template(found)}`.") from error
+        parameters = inspect.signature(found).parameters.values()
+        template = f"{found.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
+        raise SpecError(f"{what}: {error}. Write it as `{template}`.") from error
     except ValueError as error:
-        raise SpecError(f"{kind.noun} `{text}`: {error}") from error
-    if isinstance(value, Energy):
-        _check_energy(f"{kind.noun} `{text}`", value)
-    if isinstance(value, StatisticsMap | StatisticsMethod):
-        return _located(value, folders or [Path.cwd()])
-    return value
+        raise SpecError(f"{what}: {error}") from error
+    if kind is ENERGY:
+        _check_energy(what, value)
+    return _located(value, folders) if _takes_statistics(found) else value
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
-    """The spec written out in full: every argument by name, files by their absolute path.
+    """The spec written out in full, which `parse_spec` reads the same from any folder.
 
-    Args:
-        text: A spec.
-        kind: What is expected.
-        folders: See `parse_spec`.
-
-    Returns:
-        A spec that builds the same object from any folder (a plain module must still be importable).
-
-    Raises:
-        SpecError: As `parse_spec`.
+    Every argument has its name, and files their absolute path; a plain module must still be importable.
 
     >>> canonical("StudentT(4.0)", ENERGY)
     'StudentT(df=4.0, exponent=None)'
@@ -142,7 +141,46 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
     if dataclasses.is_dataclass(value):
         return format_spec(value)  # type: ignore[arg-type]
     _, name, args, kwargs = _read(text, kind)
-    return f"{custom_prefix(type(value))}{name}({_arguments(args, kwargs)})"
+    return f"{_prefix(type(value))}{name}({_arguments(args, kwargs)})"
+
+
+def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
+    """As `canonical`, for a merging method that may be written as it usually is.
+
+    >>> canonical_method("dare-ties")[:9]
+    'DareTies('
+    >>> canonical_method("task_arithmetic(0.4)")
+    'TaskArithmetic(scale=0.4)'
+    """
+    if not isinstance(text, str):
+        raise SpecError(f"{text!r} is no merging method; write its name, such as `Ties`")
+    name, bracket, rest = text.strip().partition("(")
+    if ":" not in name:
+        usual = {_plain_name(method): method for method in METHOD.registry}
+        name = usual.get(_plain_name(name), name.replace("-", "_"))
+    return canonical(name + bracket + rest, METHOD, folders)
+
+
+def names_method(text: str) -> bool:
+    """Whether a text begins with the name of a known merging method, as it is usually written or as it is called.
+
+    >>> names_method("dare-ties"), names_method("Ties(density=0.2)"), names_method("gibbs")
+    (True, True, False)
+    """
+    return _plain_name(text.partition("(")[0]) in map(_plain_name, METHOD.registry)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+def is_call(text: str) -> bool:
+    """Whether a text is a call with brackets, as every canonical spec is and no path.
+
+    >>> is_call("mine.py:Mine(2.0)"), is_call("runs/mnist")
+    (True, False)
+    """
+    return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)", text, re.DOTALL) is not None
 
 
 def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingMethod) -> str:
@@ -157,11 +195,10 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingM
     Raises:
         SpecError: If the arguments cannot be recovered, because the class is no dataclass and keeps state.
 
-    >>> format_spec(ENERGIES["Cauchy"]())
+    >>> from poe_models import Cauchy
+    >>> format_spec(Cauchy())
     'Cauchy(exponent=1.0)'
     """
-    known = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
-    prefix = "" if any(type(value) in kind.registry.values() for kind in known) else custom_prefix(type(value))
     shown: dict[str, Any] = {}
     if dataclasses.is_dataclass(value):
         shown = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
@@ -170,7 +207,26 @@ def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingM
             f"`format_spec({type(value).__name__})`: the arguments of a class that is no dataclass cannot be read "
             "back. Put `@dataclass(frozen=True)` above it."
         )
-    return f"{prefix}{type(value).__name__}({_arguments([], shown)})"
+    known = any(type(value) in kind.registry.values() for kind in KINDS)
+    return f"{'' if known else _prefix(type(value))}{type(value).__name__}({_arguments([], shown)})"
+
+
+def source_file(found: type) -> Path | None:
+    """The file that defines a class, if it has one."""
+    file = getattr(sys.modules.get(found.__module__), "__file__", None)
+    return Path(file) if file else None
+
+
+def _prefix(found: type) -> str:
+    """How a class is found again: ``module:`` or ``/absolute/file.py:``."""
+    return f"{source_file(found) if found.__module__.startswith(_FILE_MODULE) else found.__module__}:"
+
+
+def _takes_statistics(found: type) -> bool:
+    from poe_models.anchors.given import StatisticsMethod
+    from poe_models.residual_maps import StatisticsMap
+
+    return issubclass(found, StatisticsMap | StatisticsMethod)
 
 
 def _located(value: Any, folders: Sequence[Path]) -> Any:
@@ -179,8 +235,10 @@ def _located(value: Any, folders: Sequence[Path]) -> Any:
     return dataclasses.replace(value, statistics=str(next((path for path in paths if path.exists()), paths[0])))
 
 
-def _check_energy(what: str, energy: Energy) -> None:
+def _check_energy(what: str, energy: Any) -> None:
     """An energy must be 0 at 0, finite and non-decreasing; found out now rather than in the middle of a merge."""
+    import torch
+
     q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
     try:
         energy = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64))
@@ -202,12 +260,6 @@ def _check_energy(what: str, energy: Energy) -> None:
         )
 
 
-def _template(found: type) -> str:
-    """A class's name with its arguments and their defaults: ``StudentT(df, exponent=None)``."""
-    parameters = inspect.signature(found).parameters.values()
-    return f"{found.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
-
-
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     return ", ".join([*(repr(arg) for arg in args), *(f"{name}={value!r}" for name, value in kwargs.items())])
 
@@ -224,7 +276,9 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
         args = [ast.literal_eval(arg) for arg in node.args]
-        kwargs = {_keyword(item): ast.literal_eval(item.value) for item in node.keywords}
+        kwargs = {item.arg: ast.literal_eval(item.value) for item in node.keywords if item.arg}
+        if len(kwargs) < len(node.keywords):  # **mapping
+            raise ValueError
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         example = next(iter(kind.registry))
         raise SpecError(
@@ -234,7 +288,69 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
     return match["where"], node.func.id, args, kwargs
 
 
-def _keyword(item: ast.keyword) -> str:
-    if item.arg is None:
-        raise ValueError
-    return item.arg
+def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[Path]) -> Any:
+    """Import class `name`, which must derive from `base`, from a module or a file."""
+    module = _module(what, where, folders)
+    found = getattr(module, name, None)
+    at = getattr(module, "__file__", None) or where
+    if found is None:
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
+        known = ", ".join(key for key in classes if key != base.__name__) or f"no class derived from {base.__name__}"
+        raise SpecError(f"{what}: {at} has no `{name}`; it has {known}.")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise SpecError(f"{what}: `{name}` in {at} is no {base.__name__}. Write `class {name}({base.__name__}): ...`.")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise SpecError(f"{what}: `{name}` in {at} lacks {missing}. Define it.")
+    return found
+
+
+def _module(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
+    """A file, or a module, of which a file in one of the folders goes before an installed one of its name."""
+    is_file = where.endswith(".py")
+    candidates = [folder / Path(where if is_file else f"{where}.py").expanduser() for folder in folders]
+    file = next((path.resolve() for path in candidates if path.is_file()), None)
+    if file is not None:
+        return _module_of_file(what, file)
+    if is_file:
+        raise SpecError(f"{what}: there is no file {' or '.join(map(str, candidates))}.")
+    with _importing(what, Path(where), folders):
+        importlib.invalidate_caches()
+        return importlib.import_module(where)
+
+
+def _module_of_file(what: str, file: Path) -> ModuleType:
+    name = _FILE_MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    loader = SourceFileLoader(name, str(file))
+    module = ModuleType(name)
+    module.__file__, module.__loader__ = str(file), loader
+    sys.modules[name] = module  # dataclasses look their module up while the file runs
+    try:
+        with _importing(what, file, [file.parent]):
+            loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def _importing(what: str, file: Path, folders: Sequence[Path]) -> Iterator[None]:
+    """Import with folders first on the path; whatever goes wrong is one `SpecError` with file, line and cause."""
+    added = [str(folder.resolve()) for folder in folders]
+    sys.path[:0] = added
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        if isinstance(error, SyntaxError) and error.filename == str(file):
+            lines = [error.lineno]
+        line = f", line {lines[-1]}" if lines else ""
+        raise SpecError(f"{what}: {file}{line} does not import: {type(error).__name__}: {error}") from error
+    finally:
+        for folder in added:
+            sys.path.remove(folder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -121,6 +122,7 @@ class Posterior:
             posterior is for :func:`~poe_models.program.program` and :func:`~poe_models.program.log_density` only.
         event_shape: shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
         factors: bound factor experts.
+        coordinates: whether the latent is the merged update itself, or coefficients on the updates.
     """
 
     experts: tuple[BoundExpert, ...]
@@ -129,6 +131,7 @@ class Posterior:
     temperature: float | Tensor
     event_shape: tuple[int, int]
     factors: tuple[BoundFactor, ...] = ()
+    coordinates: Literal["full", "span"] = "full"
 
     def __post_init__(self) -> None:
         if isinstance(self.temperature, Tensor):

@@ -246,7 +246,7 @@ def span_posterior(
         )
     center = coordinates.latents(units[len(statistics.updates)].expand(num_modules, size))
     factors = tuple(_bind_factor(factor, coordinates, statistics, bases) for factor in poe.factors)
-    return Posterior(experts, center, precision, poe.temperature, (size, 1), factors), coordinates
+    return Posterior(experts, center, precision, poe.temperature, (size, 1), factors, "span"), coordinates
 
 
 def _require_same_center(poe: ProductOfExperts, statistics: SpanStatistics) -> None:

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poe_merge import _show
-from poe_merge._flags import FLAGS
-from poe_merge._sections import ModelParameters, Parameters
 from poe_merge.cli import run
-from poe_merge.config import MergeConfig
+from poe_merge.config import MergeConfig, ModelParameters, Parameters
+from poe_merge.flags import FLAGS
 from poe_merge.presets import PRESETS
 
 State = dict[str, Tensor]
@@ -261,7 +260,10 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
         (["merge", "config.yaml", "other.yaml", "--out", "out"], "unexpected extra argument"),
         (["merge", "config.yaml", "--out"], "requires an argument"),
         (["merge", "none.yaml", "--out", "out"], "none.yaml: cannot be read: No such file or directory."),
-        (["merge", "--out", "out"], "`base_model` is missing: write it in the YAML file, or give --base-model."),
+        (
+            ["merge", "--model", "mnist", "--out", "o"],
+            "`base_model` is missing: write it in the YAML file, or give --base-model.",
+        ),
         (["merge", "--base-model", "base", "--out", "out"], "`models` is missing: write it in the YAML file, or"),
         (["merge", "--base-model", "bse", "--model", "mnist", "--out", "out"], "no such file or folder"),
         (
@@ -289,7 +291,7 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
         (["merge", "config.yaml", "--device", "cudo", "--out", "o"], "--device: device `cudo` cannot be used"),
         (
             ["merge", "config.yaml", "--rule", "{mach: x}", "--out", "o"],
-            "--rule: rules[0]: rule {'mach': 'x'}: unknown key",
+            "--rule: rule {'mach': 'x'}: unknown key",
         ),
         (["merge", "config.yaml", "--model", "emoji", "--model", "base", "--out", "o"], "is also listed as an expert"),
         (["merge", "config.yaml", "--out", "mnist"], "contains the input"),
@@ -370,7 +372,7 @@ def test_out_of_memory_says_what_helps(cli: Cli, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("poe_merge.cli.merge_checkpoint", full)
+    monkeypatch.setattr("inference.streaming.merge_checkpoint", full)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err.count("\n")) == (1, 1)
     assert "out of memory (CUDA out of memory). Lower --batch-bytes, and go on with --resume." in err
@@ -385,7 +387,7 @@ def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli,
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("poe_merge.cli.merge_checkpoint", broken)
+    monkeypatch.setattr("inference.streaming.merge_checkpoint", broken)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err) == (1, "error: ZeroDivisionError: oh (--debug shows where)\n")
     with pytest.raises(ZeroDivisionError):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference.draw_files import load_draws
-from inference.evidence import annealed_evidence, log_evidence
+from inference.evidence import log_evidence
 from inference.fixed_point import solve_posterior
 from inference.gibbs import gibbs_posterior
 from inference.hmc import hmc
@@ -155,9 +155,8 @@ def test_every_span_method_runs_from_the_file_alone(done: Cli, here: Path) -> No
     assert float((spread / exact.std(0))[..., :2, :].log().abs().max()) < 1.0
     bounded = ProductOfExperts.of(["mnist", "emoji"], energy=StudentT(4.0, "multivariate"), anchor=anchor)
     normalised, _ = span_posterior(bounded, statistics)
-    by_laplace = log_evidence(normalised, solve_posterior(normalised).value)
-    by_annealing = annealed_evidence(normalised, particles=64, steps=64, generator=generator)
-    assert float((by_laplace.value - by_annealing.value).abs().max()) < 0.5
+    with pytest.raises(ValueError, match="span is made of the updates"):
+        log_evidence(normalised, generator=generator)
 
 
 def test_stats_leaves_nothing_half_written(
@@ -281,16 +280,7 @@ def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
     record = json.loads((here / "out" / "sample.json").read_text())
     assert record["convergence"]["r_hat"] == pytest.approx(found)
     assert ("R-hat" in err) == (found > 1.01)
-    assert "no log_likelihood for ArviZ" in err
     assert json.loads((here / "out" / "ensemble.json").read_text())["members"] == 3
-
-
-def test_normalised_experts_have_a_log_likelihood(done: Cli, here: Path) -> None:
-    energy = "StudentT(4.0, exponent='multivariate')"
-    _, _, err = done("sample", "config.yaml", "--out", "out", "-n", "1", "--energy", energy)
-    assert "log_likelihood" not in err
-    data = az.from_netcdf(str(here / "out" / "draws.nc"))
-    assert data.log_likelihood["updates"].shape == (4, 500, 3, 2)
 
 
 def test_statistics_and_a_pass_over_the_weights_give_the_same_bytes(done: Cli, here: Path) -> None:

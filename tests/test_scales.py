@@ -37,6 +37,7 @@ from poe_models import (
 )
 from poe_models.scales import weighted_median
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seeded_numpy
 
 NAMES = list("abcd")
 ENERGIES: list[Energy] = [
@@ -185,7 +186,7 @@ def test_one_relative_precision_shrinks_identical_experts_alike(energy: Energy, 
 
 
 def test_weighted_median_is_numpys_of_repeated_values() -> None:
-    random = np.random.default_rng(0)
+    random = seeded_numpy(0)
     for size in range(1, 9):
         values, counts = random.normal(size=size), random.integers(0, 4, size)
         if counts.sum() == 0:

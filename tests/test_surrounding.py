@@ -54,6 +54,7 @@ from poe_models import (
 )
 from poe_models.span import span_coordinates
 from tests.helpers import assert_close
+from tests.seeds import seeded
 
 NAMES = ("a", "b", "c", "d")
 LENGTHS = (0.3, 1.0, 1.0, 2.0)
@@ -92,7 +93,7 @@ def around(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500, seed: 
     """Gibbs draws through the merge."""
     statistics = collect_statistics(vectors, poe)
     posterior, span = span_posterior(poe, statistics)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return SpanDraws.of(gibbs_posterior(posterior, count, generator=generator), span, statistics)
 
 
@@ -100,7 +101,7 @@ def plain(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500) -> Span
     """What used to be drawn beside a merge: the posterior on the span of the updates alone."""
     statistics = collect_statistics(vectors, Design(poe, coordinates="span"))
     posterior, span = span_posterior(poe, statistics)
-    draws = gibbs_posterior(posterior, count, generator=torch.Generator().manual_seed(0))
+    draws = gibbs_posterior(posterior, count, generator=seeded(0))
     return SpanDraws.of(draws, span, statistics)
 
 
@@ -175,7 +176,7 @@ def test_draws_through_the_merge_have_it_as_their_mean(temperature: float, vecto
 @pytest.mark.parametrize("temperature", [1e-4, 0.05, 2.0])
 def test_full_draws_have_the_merge_as_their_mean(temperature: float, vectors: TaskVectors) -> None:
     poe = product(Gaussian(), temperature=temperature)
-    draws = sample_full(vectors, poe, 50, generator=torch.Generator().manual_seed(0), chains=2, warmup=1)
+    draws = sample_full(vectors, poe, 50, generator=seeded(0), chains=2, warmup=1)
     assert draws.from_merge is not None
     assert draws.from_merge.worst == 0.0
     expected = merges(vectors, poe)
@@ -224,7 +225,7 @@ def test_statistics_and_weights_give_the_same_distance(energy: Any, temperature:
 def test_full_draws_are_measured_by_what_they_are_made_of(vectors: TaskVectors) -> None:
     """Against the draws themselves, where the dimension is small enough for their mean to be known."""
     poe = product(StudentT(4.0), temperature=1e-3)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     draws = sample_full(vectors, poe, 150, generator=generator, chains=2, pattern="two", warmup=20)
     (module,) = read_modules(vectors, "two.weight", Design(poe))
     direction = module.updates[0] / module.updates[0].norm()
@@ -301,7 +302,7 @@ def test_what_is_left_is_the_merge(vectors: TaskVectors, tmp_path: Path) -> None
     poe = product(StudentT(4.0), temperature=0.05)
     merge_checkpoint(vectors, Design(poe, 0.8), tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    for kind in (around, lambda v, p: sample_full(v, p, 2, generator=torch.Generator().manual_seed(0), warmup=3)):
+    for kind in (around, lambda v, p: sample_full(v, p, 2, generator=seeded(0), warmup=3)):
         draws: PosteriorDraws = kind(vectors, poe).restrict("two").thinned(2)
         assert draws.from_merge is not None
         assert draws.from_merge.modules == ("two.weight",)
@@ -315,7 +316,7 @@ def test_rounding_of_the_merged_weights_is_no_displacement(vectors: TaskVectors,
     for dtype in (torch.bfloat16, torch.float32):
         folder = tmp_path / str(dtype)
         merge_checkpoint(vectors, Design(poe, 0.8), folder, out_dtype=dtype)
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         for draws in (around(vectors, poe, 50), sample_full(vectors, poe, 8, generator=generator, warmup=10)):
             assert distance_from_merge(draws, vectors, Design(poe, 0.8), folder).beyond == ()
             other = distance_from_merge(draws, vectors, Design(poe, 3.0), folder)  # as if lambda had been 3
@@ -338,7 +339,7 @@ def test_draws_keep_what_they_are_in_files(vectors: TaskVectors, tmp_path: Path)
     poe = product(StudentT(4.0), temperature=0.05)
     for name, draws in (
         ("span", around(vectors, poe, 20)),
-        ("full", sample_full(vectors, poe, 5, generator=torch.Generator().manual_seed(0), chains=2, warmup=2)),
+        ("full", sample_full(vectors, poe, 5, generator=seeded(0), chains=2, warmup=2)),
     ):
         again = load_draws(save_draws(draws, tmp_path / name))
         assert isinstance(again, PosteriorDraws)
@@ -371,7 +372,7 @@ def test_hmc_and_the_modes_of_both_spans_agree_on_where_the_merge_is(vectors: Ta
     away = mode - torch.eye(6, dtype=torch.float64)[-1]
     lengths = torch.einsum("mj,mjk,mk->m", away, statistics.gram, away).clamp(min=0).sqrt()
     assert float((lengths / statistics.gram[:, -1, -1].sqrt()).max()) < 1e-6
-    draws = hmc(posterior, 100, generator=torch.Generator().manual_seed(0), chains=8, warmup=100)
+    draws = hmc(posterior, 100, generator=seeded(0), chains=8, warmup=100)
     named = SpanDraws.of(draws, span, statistics)
     assert named.sampler == "hmc"
     assert named.temperatures == (0.02,)

@@ -47,6 +47,7 @@ from poe_models import (
 )
 from poe_models.anchors import AdaMerging
 from tests.helpers import assert_close
+from tests.seeds import seeded
 
 NAMES = ("mnist", "emoji", "animals")
 BOTH: list[Sizes] = ["own", "shared"]
@@ -54,7 +55,7 @@ ERROR = 1e-6
 
 
 def updates_of(seed: int = 0, shape: tuple[int, int] = (12, 7), common: float = 0.5) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     drawn = torch.randn(3, *shape, generator=g, dtype=torch.float64)
     drawn = drawn + common * torch.randn(shape, generator=g, dtype=torch.float64)
     rows = torch.randn(shape[0], 1, generator=g, dtype=torch.float64).exp()
@@ -116,7 +117,7 @@ def test_shared_sizes_have_no_slope_of_the_joint_likelihood() -> None:
 def test_a_surrogate_has_the_fitted_sizes_of_the_real_updates(sizes: Sizes, dtype: torch.dtype) -> None:
     updates = updates_of().to(dtype)
     found = fit_sizes(updates, sizes)
-    made = found.surrogate(torch.Generator().manual_seed(5))
+    made = found.surrogate(seeded(5))
     again = fit_sizes(made, sizes)
     tolerance = 1e-3 if dtype == torch.float32 else 1e-8
     assert made.dtype == dtype
@@ -131,21 +132,21 @@ def test_a_surrogate_has_the_fitted_sizes_of_the_real_updates(sizes: Sizes, dtyp
 def test_standardised_surrogates_do_not_depend_on_the_sizes(sizes: Sizes) -> None:
     updates = updates_of()
     factor = torch.linspace(0.1, 9, 12, dtype=torch.float64)[:, None] * torch.linspace(3, 0.5, 7, dtype=torch.float64)
-    one, other = (fit_sizes(u, sizes).surrogate(torch.Generator().manual_seed(1)) for u in (updates, updates * factor))
+    one, other = (fit_sizes(u, sizes).surrogate(seeded(1)) for u in (updates, updates * factor))
     assert_close(one * factor, other, 1e-7)
 
 
 @pytest.mark.parametrize("sizes", BOTH)
 def test_surrogates_are_as_correlated_as_the_experts(sizes: Sizes) -> None:
     updates = updates_of(shape=(60, 50), common=1.0)
-    made = fit_sizes(updates, sizes).surrogate(torch.Generator().manual_seed(2))
+    made = fit_sizes(updates, sizes).surrogate(seeded(2))
 
     def correlation(u: Tensor) -> Tensor:
         found = fit_sizes(u)
         return torch.corrcoef((u / (found.rows * found.columns)).flatten(1))
 
     assert_close(correlation(made), correlation(updates), 0.02)
-    same = fit_sizes(updates[:1].expand(3, -1, -1), sizes).surrogate(torch.Generator().manual_seed(2))
+    same = fit_sizes(updates[:1].expand(3, -1, -1), sizes).surrogate(seeded(2))
     assert_close(same[0], same[2], 1e-9)
 
 
@@ -153,7 +154,7 @@ def test_surrogates_are_as_correlated_as_the_experts(sizes: Sizes) -> None:
 def test_zero_rows_columns_and_experts_stay_zero(sizes: Sizes) -> None:
     updates = updates_of()
     updates[:, 3], updates[:, :, 2], updates[1] = 0.0, 0.0, 0.0
-    made = fit_sizes(updates, sizes).surrogate(torch.Generator().manual_seed(0))
+    made = fit_sizes(updates, sizes).surrogate(seeded(0))
     assert torch.equal(made == 0, updates == 0)
     nothing = fit_sizes(torch.zeros_like(updates), sizes)
     assert not nothing.surrogate(torch.Generator()).any()

@@ -215,7 +215,7 @@ def test_all_temperatures_are_judged_with_the_same_number_of_members() -> None:
 
 def test_more_members_want_another_temperature() -> None:
     """Why the number is kept: of one member the coldest is best here; the mean of many wants a spread."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     truth = 2 * torch.randn(400, generator=generator, dtype=torch.float64)
     labels = (torch.rand(400, generator=generator, dtype=torch.float64) < truth.sigmoid()).long()
     noise = torch.randn(32, 400, generator=generator, dtype=torch.float64)

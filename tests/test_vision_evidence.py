@@ -10,62 +10,66 @@ from safetensors.torch import load_file
 
 from benchmarks.vision import evidence
 from benchmarks.vision.evaluate import Scores
-from benchmarks.vision.evidence import Candidate, agreements, candidates, merged_state, posteriors, report
+from benchmarks.vision.evidence import Candidate, agreements, candidates, designs, merged_state, report
 from inference import fixed_point
-from poe_models import Anchor, Gaussian, OutputGram, ProductOfExperts, Relative, RelativePrecision, TaskVectors
+from inference.evidence import log_evidence
+from poe_models import Gaussian, OutputGram, TaskVectors, full_posterior
+from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
 
 
-def test_merge_is_the_map_in_span_coordinates(tmp_path: Path) -> None:
+def test_merge_is_the_map_in_full_coordinates(tmp_path: Path) -> None:
     suite = toy_suite(tmp_path)
     vectors = TaskVectors(suite.base, suite.experts)
-    bound = posteriors(TaskVectors(suite.base, suite.experts, dtype=torch.float64))
-    assert len(bound) == 24
-    state = merged_state(*bound["OutputGram, Gaussian, γ = 0.3, η = 1"], vectors)
-    anchor = Anchor(precision=RelativePrecision(1.0))
-    poe = ProductOfExperts.of(vectors.names, OutputGram(), Gaussian(), Relative(0.3), anchor=anchor)
+    poes = designs(vectors.names, OutputGram())
+    assert len(poes) == 18
+    poe = poes["Cauchy, γ = 0.3, η = 1"]
+    state = merged_state(poe, vectors)
     base = load_file(suite.base / "model.safetensors")
     for module in list(vectors)[::6]:
-        update = fixed_point(poe, module.updates.double(), coordinates="span").value
+        update = fixed_point(poe, module.updates.double()).value
         found = (state[module.tensor] - base[module.tensor]).flatten(1).double()
         torch.testing.assert_close(found, update, rtol=1e-3, atol=1e-6)
 
 
-def test_designs_are_ordered_by_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_designs_are_ordered_by_evidence_within_each_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "GAMMAS", (1.0,))
     monkeypatch.setattr(evidence, "ETAS", (1.0, 10.0))
+    monkeypatch.setattr(evidence, "ENERGIES", {"Gaussian": Gaussian()})
     told: list[str] = []
-    found = candidates(toy_suite(tmp_path), 0, 16, told.append)
-    assert told[1:] == [each.name for each in found]
-    assert len(found) == 8
-    values = [each.evidence for each in found]
-    assert values == sorted(values, reverse=True)
-    for each in found:
-        if "Gaussian" in each.name:  # Laplace is exact there
-            assert each.evidence == pytest.approx(each.laplace, abs=6 * each.error)
+    suite = toy_suite(tmp_path)
+    found = candidates(suite, 0, 100, told.append)
+    assert [name for name in told if "evidence" not in name] == [f"{e.residual_map}, {e.name}" for e in found]
+    assert [each.residual_map for each in found] == ["InputGram"] * 2 + ["OutputGram"] * 2
+    vectors = TaskVectors(suite.base, suite.experts, dtype=torch.float64)
+    for one, other in (found[:2], found[2:]):
+        assert one.evidence > other.evidence
+    poe = designs(vectors.names, evidence.MAPS["InputGram"])[found[0].name]
+    generator = seeded(0)
+    single = [log_evidence(full_posterior(poe, module.updates), generator=generator).total for module in vectors]
+    assert found[0].evidence == pytest.approx(sum(single), rel=1e-9)
 
 
 def grid() -> list[Candidate]:
     """Accuracy follows evidence under the first map and runs against it under the second; NLL is twice reversed."""
-    found = []
-    for i in range(5):
-        found.append(Candidate(f"InputGram, {i}", -float(i), 0.1, -float(i), Scores(0.9 - i / 10, 1.0 + i, 0.1, 0.1)))
-        found.append(Candidate(f"OutputGram, {i}", -9.0 - i, 0.1, -9.5, Scores(0.5 + i / 10, 2.0 - i / 10, 0.1, 0.1)))
-    return sorted(found, key=lambda each: -each.evidence)
+    first = [Candidate("InputGram", f"{i}", -float(i), 0.1, Scores(0.9 - i / 10, 1.0 + i, 0.1, 0.1)) for i in range(5)]
+    return first + [
+        Candidate("OutputGram", f"{i}", -9.0 - i, 0.1, Scores(0.5 + i / 10, 2.0 - i / 10, 0.1, 0.1)) for i in range(5)
+    ]
 
 
 def test_agreements() -> None:
     found = agreements(grid())
-    assert found["accuracy, InputGram"].value == pytest.approx(1)
-    assert found["nll, InputGram"].value == pytest.approx(1)
-    assert found["accuracy, OutputGram"].value == pytest.approx(-1)
-    assert found["nll, OutputGram"].value == pytest.approx(-1)
-    assert abs(found["accuracy, all designs"].value) < 0.5
+    assert found["accuracy", "InputGram"].value == pytest.approx(1)
+    assert found["nll", "InputGram"].value == pytest.approx(1)
+    assert found["accuracy", "OutputGram"].value == pytest.approx(-1)
+    assert found["nll", "OutputGram"].value == pytest.approx(-1)
+    assert len(found) == 4
 
 
 def test_page() -> None:
     text = report(grid(), ["s", "t"], "the command", 3.0)
-    assert "| InputGram, 0 | 0 ± 0.1 | 0 | 0.900 | 1.000 |" in text
-    assert "| OutputGram, 4 | -13 ± 0.1 | -10 | 0.900 | 1.600 |" in text
+    assert "| InputGram | 0 | 0 ± 0.1 | 0.900 | 1.000 |" in text
+    assert "| OutputGram | 4 | -4 ± 0.1 | 0.900 | 1.600 |" in text
     assert "| accuracy | OutputGram | -1.0" in text
     assert "Made by `the command` in 3 seconds" in text

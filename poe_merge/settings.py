@@ -1,0 +1,315 @@
+"""Values of a configuration: what may stand at a key, values by filter, and YAML that remembers its lines.
+
+A key of :mod:`poe_merge.config` is a pydantic field annotated with a `Value`, which validates it and gives its flag and
+its help text. This module imports neither torch nor the models' packages, so that `poe-merge --help` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import GetCoreSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, core_schema
+
+from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_call, names_method, nearest
+
+T = TypeVar("T")
+Place = tuple[str | int, ...]
+Folders = Sequence[Path]
+POE = "poe"
+"""The merge method of this package: a product of experts."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """Values by filter: the first case whose filter is part of the tensor's name decides, as in mergekit.
+
+    Args:
+        cases: Pairs of filter (None: every tensor) and value.
+
+    >>> setting = Setting((("mlp", 1.0), (None, 0.5)))
+    >>> setting.get("layers.0.mlp.weight"), setting.get("layers.0.attention.weight")
+    (1.0, 0.5)
+    """
+
+    cases: tuple[tuple[str | None, T], ...]
+
+    def get(self, tensor: str) -> T | None:
+        """The value for one tensor, or None if no filter matches."""
+        return next((value for word, value in self.cases if word is None or word in tensor), None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor has a value."""
+        return any(word is None for word, _ in self.cases)
+
+    def otherwise(self, fallback: Setting[T]) -> Setting[T]:
+        """These cases first, then those of `fallback`."""
+        return self if self.complete else Setting(self.cases + fallback.cases)
+
+    def plain(self) -> Any:
+        """As it is written in YAML."""
+        cases = [(word, list(value) if isinstance(value, tuple) else value) for word, value in self.cases]
+        if len(cases) == 1 and self.complete:
+            return cases[0][1]
+        return [{**({} if word is None else {"filter": word}), "value": value} for word, value in cases]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What may stand at a key: ``Annotated[float, number()]``, or by filter, ``Annotated[Setting[float], number()]``.
+
+    Args:
+        parse: From a value of YAML or a flag's text, and the folders that relative paths refer to, to the value kept;
+            raises ValueError.
+        metavar: Its type in the help text.
+        default: What holds where neither configuration nor preset says anything.
+        many: Whether it is a tuple, of one value or several.
+        kind: The specs it may be.
+        path: Whether it may be a path; a flag's is relative to the current folder.
+    """
+
+    parse: Callable[[Any, Folders], Any]
+    metavar: str
+    default: Any = None
+    many: bool = False
+    kind: Kind[Any] | None = None
+    path: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """How pydantic validates it."""
+        if not any(get_origin(option) is Setting for option in get_args(source)):
+            return core_schema.with_info_plain_validator_function(self._read)
+        case = core_schema.with_info_plain_validator_function(self._case)
+        return core_schema.with_info_wrap_validator_function(self._setting, core_schema.list_schema(case))
+
+    def _setting(self, raw: Any, read_cases: Callable[[Any], Any], info: ValidationInfo) -> Setting[Any]:
+        if isinstance(raw, Setting):
+            return raw
+        if isinstance(raw, list) and any(isinstance(item, Mapping) for item in raw):
+            return Setting(tuple(read_cases(raw)))
+        return Setting(((None, self._read(raw, info)),))
+
+    def _case(self, item: Any, info: ValidationInfo) -> tuple[str | None, Any]:
+        if not isinstance(item, Mapping) or not set(item) <= {"filter", "value"} or "value" not in item:
+            raise ValueError(
+                f"{item!r} is no case of a conditional list; write `{{filter: mlp, value: ...}}` or `{{value: ...}}`"
+            )
+        word = item.get("filter")
+        if word is not None and not isinstance(word, str):
+            raise ValueError(f"filter {word!r} is no text; quote it")
+        return None if word in (None, "*") else word, self._read(item["value"], info)
+
+    def _read(self, raw: Any, info: ValidationInfo) -> Any:
+        folders = (info.context or {}).get("folders") or (Path.cwd(),)
+        if not self.many:
+            return self.parse(raw, folders)
+        items = tuple(self.parse(item, folders) for item in (raw if isinstance(raw, list | tuple) else [raw]))
+        if not items or len(set(items)) < len(items):
+            noun = self.kind.noun if self.kind else "value"
+            raise ValueError(f"{raw if items else 'an empty list'}: give each {noun} once, and at least one")
+        return items
+
+
+def number(default: float | None = None, low: float = -math.inf, *, above: bool = False, whole: bool = False) -> Value:
+    """A finite number of at least `low`, or above it; YAML's reading of ``1e-3`` as text is understood."""
+    least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
+    wanted = f"a {'whole' if whole else 'finite'} number{least}"
+
+    def parse(raw: Any, folders: Folders) -> float | int:
+        if isinstance(raw, list | tuple):
+            raise ValueError(
+                f"{list(raw)!r}: mergekit's gradients over layers are not supported; write a conditional list, "
+                "`[{filter: layers.0., value: 1.0}, {value: 0.5}]`"
+            )
+        value = _float(raw)
+        if not math.isfinite(value) or value < low or (above and value == low) or (whole and value != int(value)):
+            raise ValueError(f"{raw!r} is not {wanted}")
+        return int(value) if whole else value
+
+    return Value(parse, "INTEGER" if whole else "NUMBER", default)
+
+
+def choice(noun: str, *options: Any, default: Any = None, many: bool = False) -> Value:
+    """One of a few values of the same type."""
+
+    def parse(raw: Any, folders: Folders) -> Any:
+        if type(raw) is not type(options[0]) or raw not in options:
+            hint = nearest(str(raw), map(str, options))
+            raise ValueError(f"unknown {noun} `{raw}`; {hint}Choose from {', '.join(map(repr, options))}")
+        return raw
+
+    listed = "|".join(map(str, options))
+    return Value(parse, listed if len(listed) < 60 else noun.upper(), default, many)
+
+
+def spec(kind: Kind[Any], default: str, *, many: bool = False) -> Value:
+    """An energy, residual map or scale as text; the value is its canonical text."""
+
+    def parse(raw: Any, folders: Folders) -> str:
+        if not isinstance(raw, str):
+            raise ValueError(f"{raw!r} is no {kind.noun}; write its name, such as `{next(iter(kind.registry))}`")
+        return canonical(raw, kind, folders)
+
+    return Value(parse, kind.noun.upper().replace(" ", "_"), default, many, kind)
+
+
+def eta(raw: Any, folders: Folders) -> str:
+    """Parse an anchor's precision: a spec, or a bare number, which is relative."""
+    value = _float(raw)
+    return canonical(str(raw) if math.isnan(value) else f"RelativePrecision({value!r})", PRECISION, folders)
+
+
+def merge_method(raw: Any, folders: Folders) -> str:
+    """Parse `poe` or a merging method."""
+    try:
+        return POE if raw == POE else canonical_method(raw, folders)
+    except ValueError as error:
+        raise ValueError(f"{error} A product of experts is `merge_method: {POE}`.") from error
+
+
+def anchor(raw: Any, folders: Folders) -> str:
+    """Parse an anchor's centre: `zero`, a merging method, or a checkpoint."""
+    text = str(raw).strip()
+    if text == "zero":
+        return text
+    if names_method(text) or is_call(text):
+        return canonical_method(text, folders)
+    found = located(text, folders)
+    if Path(found).exists() or _HUB_ID.fullmatch(text):
+        return found
+    raise ValueError(
+        f"{raw!r}: {nearest(text, ['zero', *METHOD.registry])}Write zero, a merging method "
+        f"({', '.join(METHOD.registry)}), or the path of a checkpoint that exists"
+    )
+
+
+def located(raw: Any, folders: Folders) -> str:
+    """Make a checkpoint's path absolute; a model id of the Hub that is no local path stays as it is."""
+    if not isinstance(raw, str):
+        raise ValueError(f"{raw!r} is no checkpoint; write a path, or a model id of the Hub")
+    path = folders[0] / Path(raw).expanduser()
+    return raw if _HUB_ID.fullmatch(raw) and not path.exists() else str(path.absolute())
+
+
+def rule(raw: Any, folders: Folders) -> dict[str, Any]:
+    """Parse a rule on tensors: what they are called, and what happens to them."""
+    from poe_models.treatments import Rule
+
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r} is no rule; write `{{match: lm_head, action: base}}`")
+    return Rule.from_dict(raw).to_dict()
+
+
+def device(raw: Any, folders: Folders) -> str:
+    """Parse the name of a device that torch can use."""
+    import torch
+
+    try:
+        torch.empty(0, device=raw)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device `{raw}` cannot be used: {str(error).splitlines()[0]}") from error
+    return str(raw)
+
+
+def _float(raw: Any) -> float:
+    try:
+        return math.nan if isinstance(raw, bool) else float(raw)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists where it is wrong and what would be right."""
+
+
+@dataclass
+class Document:
+    """Plain configuration data with the origin of its parts.
+
+    Args:
+        data: Nested dicts and lists, as YAML has them.
+        origins: For places (paths of keys and indices) where they were written: `file:line:column`, or a flag.
+        problems: Mistakes that are known before validation, one line each.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Place, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def known(self, place: Place) -> Place:
+        """The nearest enclosing place whose origin is known."""
+        return next((place[:n] for n in range(len(place), 0, -1) if place[:n] in self.origins), ())
+
+    def wrote(self, place: Place, origin: str) -> None:
+        """Remember where a place was written; what stood there before is forgotten with all below it."""
+        if place in self.origins:
+            self.origins = {other: text for other, text in self.origins.items() if other[: len(place)] != place}
+        self.origins[place] = origin
+
+    def put(self, place: Place, value: Any, origin: str) -> None:
+        """Set a value and where it comes from, making sections on the way."""
+        section: Any = self.data
+        for key in place[:-1]:
+            if isinstance(section, dict) and section.get(key) is None:
+                section[key] = {}
+            section = section[key]
+        if not isinstance(section, dict):
+            return  # the file has no section there, which validation will say
+        section[place[-1]] = value
+        self.wrote(place, origin)
+
+    def put_first(self, place: Place, items: list[Any], origin: str) -> None:
+        """Put items before those of a list, which keep their origins."""
+        (key,), n = place, len(items)
+        old, origins = self.data.get(str(key)), self.origins
+        self.put(place, [*items, *(old if isinstance(old, list) else ())], origin)
+        self.origins |= {(key, p[1] + n, *p[2:]): text for p, text in origins.items() if p[:1] == place and len(p) > 1}  # type: ignore[operator]
+
+
+def read_yaml(path: Path) -> Document:
+    """Read a YAML file; keys that are given twice are among the problems of the result.
+
+    Raises:
+        ConfigError: If there is no such file, it is no YAML, or it is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: a configuration is a mapping, with `base_model: ...` and `models: ...`.")
+    document = Document(data, {(): f"{path}:1:1"})
+    for place, mark in _marks(node, ()):
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}"
+        if place in document.origins and place[-1] != "<<":
+            first = document.origins[place]
+            document.problems.append(f"{where}: `{place[-1]}` is given twice, first at {first}. Keep one.")
+        document.wrote(place, where)
+    return document
+
+
+def _marks(node: yaml.Node, place: Place) -> Iterator[tuple[Place, yaml.Mark]]:
+    # every key and list item below a node with its start, in the order of the file
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*place, index), item.start_mark
+            yield from _marks(item, (*place, index))
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*place, str(getattr(key, "value", "")))
+            yield below, key.start_mark
+            yield from _marks(value, below)
