@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
+from inference.fixed_point import solve_posterior
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -29,8 +30,11 @@ from poe_models import (
     TaskArithmetic,
     average,
     full_posterior,
+    span_posterior,
+    span_statistics,
 )
 from poe_models.posterior import BoundFactor, Posterior, center_of, check_updates
+from poe_models.span import span_basis
 from tests.helpers import assert_close, name_of, random_updates
 
 NAMES = ["a", "b", "c"]
@@ -217,6 +221,41 @@ def test_a_posterior_without_experts_has_the_anchors_dtype() -> None:
     for temperature in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="positive and finite"):
             Posterior((), None, like, temperature, (3, 4))
+
+
+def test_a_span_through_the_merge_has_it_as_a_coordinate_in_every_module(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 4, 5)
+    anchor = Anchor(precision=AbsolutePrecision(0.3))
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=anchor)
+    merged = fixed_point(poe, updates).value
+    basis = span_basis(poe, updates, merged)
+    assert basis.shape == (2, 5, 4, 5)
+    assert_close(basis[:, :3], updates)
+    assert float(basis[:, 3].abs().max()) == 0.0
+    assert_close(basis[:, 4], merged)
+    assert_close(span_basis(poe, updates[:1], merged[0]), basis[:1])
+    with pytest.raises(ValueError, match="through"):
+        span_basis(poe, updates, merged[:1])
+    statistics = span_statistics(poe, updates, through=merged)
+    posterior, coordinates = span_posterior(poe, statistics)
+    solution = solve_posterior(posterior)
+    back = torch.einsum("mj,mjab->mab", coordinates.coefficients(solution.value), basis)
+    assert_close(back, merged, 1e-7)
+
+
+def test_a_centre_of_zeros_is_no_centre(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 4, 5)
+    poe = ProductOfExperts.of(
+        NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=AbsolutePrecision(0.3))
+    )
+    statistics = span_statistics(poe, updates)
+    zeros = poe * Anchor(torch.zeros(2, 4, 5), AbsolutePrecision(0.3))
+    assert_close(
+        span_posterior(zeros, statistics)[0].anchor_precision, span_posterior(poe, statistics)[0].anchor_precision
+    )
+    for elsewhere in (torch.ones(2, 4, 5), torch.eye(4, 5).expand(2, -1, -1)):
+        with pytest.raises(ValueError, match="the statistics were made with the centre zero"):
+            span_posterior(poe * Anchor(elsewhere, AbsolutePrecision(0.3)), statistics)
 
 
 def test_factor_experts_are_refused_in_full_coordinates(generator: torch.Generator) -> None:
