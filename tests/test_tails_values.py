@@ -120,6 +120,8 @@ def test_samples_at_their_limits() -> None:
     with pytest.raises(ValueError, match="all 6 residuals have the absolute value 2"):
         sample_of([2.0, -2.0, 2.0, -2.0, 2.0, 2.0 * (1 + 1e-13)])
     sample_of([2.0, -2.0, 2.0, -2.0, 2.0, 2.0 * (1 + 1e-11)])
+    with pytest.raises(ValueError, match="have the absolute value 1e"):
+        sample_of(1e6 * np.array([1.0, -1.0, 1.0, -1.0, 1.0, 1 + 1e-13]))
     with pytest.raises(ValueError, match="1 of 6 residuals are NaN or infinite"):
         sample_of([1.0, 2.0, 3.0, -math.inf, 4.0, 5.0])
     assert as_array([[1.0, 2.0], [3.0, 4.0]]).tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -254,17 +256,17 @@ def test_draws_are_as_frequent_as_their_weights() -> None:
 
 
 def test_boxes_around_what_matters() -> None:
-    axes = (np.linspace(0.0, 4.0, 5), np.linspace(10.0, 14.0, 5))
-    inside = np.zeros((5, 5), dtype=bool)
+    axes = (np.linspace(0.0, 8.0, 9), np.linspace(10.0, 18.0, 9))
+    inside = np.zeros((9, 9), dtype=bool)
     inside[2, 1:4] = True
     low, high = grids._box(axes, inside)
     assert (low.tolist(), high.tolist()) == ([1.0, 10.0], [3.0, 14.0])  # a step wider
-    inside[0, 4] = True
+    inside[0, 8] = inside[8, 0] = True
     low, high = grids._box(axes, inside)
-    assert (low.tolist(), high.tolist()) == ([-1.0, 10.0], [3.0, 15.0])  # a quarter wider where it touches an end
-    single = (np.linspace(0.0, 4.0, 5), np.array([0.0]))
-    low, high = grids._box(single, inside[:, 4:])
-    assert (low.tolist(), high.tolist()) == ([-1.0, 0.0], [1.0, 0.0])
+    assert (low.tolist(), high.tolist()) == ([-2.0, 8.0], [10.0, 20.0])  # a quarter wider where it touches an end
+    single = (np.linspace(0.0, 8.0, 9), np.array([0.0]))
+    low, high = grids._box(single, inside[:, 8:])
+    assert (low.tolist(), high.tolist()) == ([-2.0, 0.0], [1.0, 0.0])
 
 
 @pytest.mark.parametrize(("place", "axis"), [((0, 2), 0), ((-1, 2), 0), ((2, 0), 1), ((2, -1), 1)])
@@ -300,6 +302,16 @@ def test_the_grid_holds_the_likeliest_parameters_and_all_within_its_depth(family
     grid = found.weights.reshape(-1, 1 if family.shape is None else grids.NODES)
     assert max(grid[0].max(), grid[-1].max()) < 1e-6 * grid.max()
     assert float(np.mean(found.weights > math.exp(-grids.DEPTH) * found.weights.max())) > 0.05
+
+
+@pytest.mark.parametrize("family", [GAUSSIAN, STUDENT_T], ids=lambda family: family.name)
+def test_the_grid_is_no_wider_than_it_needs(family: Family) -> None:
+    """Of many residuals the posterior is narrow; half of the nodes of each axis are within its depth all the same."""
+    found = tail_posterior(data(2000), family)
+    grid = found.weights.reshape(-1, 1 if family.shape is None else grids.NODES)
+    inside = grid > math.exp(-grids.DEPTH) * grid.max()
+    assert np.mean(inside.any(1)) > 0.5
+    assert np.mean(inside.any(0)) > 0.5
 
 
 def test_large_samples_are_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
