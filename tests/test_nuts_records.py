@@ -68,9 +68,7 @@ def test_statistics_of_all_modules_together_stand_in_every_module(generator: tor
         assert found.stats["n_steps"][..., module].tolist() == [[5, 6, 7], [5, 6, 8]]
         assert found.stats["reached_max_treedepth"][..., module].tolist() == [[False, False, True]] * 2  # 2^3 - 1
         assert found.stats["diverging"][..., module].tolist() == [[False] * 3, [False, True, False]]
-        assert_close(
-            found.stats["step_size"][..., module], torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 1.3]]).double(), 1e-12
-        )
+        assert found.stats["step_size"][..., module].tolist() == [[0.1, 0.2, 0.3], [0.1, 0.2, 1.3]]
 
 
 def test_one_draw_of_one_chain_is_the_least(generator: torch.Generator) -> None:
