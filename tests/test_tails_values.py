@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
-from diagnostics.tails import FAMILIES, Family, hill, log_density, maximum_likelihood, quantiles, tail_posterior
+from diagnostics.tails import (
+    FAMILIES,
+    Family,
+    comparison,
+    hill,
+    log_density,
+    maximum_likelihood,
+    quantiles,
+    tail_posterior,
+)
 from diagnostics.tails import posteriors as grids
 from diagnostics.tails.comparison import with_error
 from diagnostics.tails.families import CAUCHY, GAUSSIAN, GENERALIZED_GAUSSIAN, LAPLACE, LOGISTIC, STUDENT_T, Array
 from diagnostics.tails.fits import profile
+from diagnostics.tails.program import _GeneralizedNormal, nuts_posterior, tail_program
 from diagnostics.tails.samples import as_array, sample_of
 
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -321,7 +333,83 @@ def test_large_samples_are_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(tail_posterior(x, CAUCHY).weights, whole.weights, rtol=1e-12)
 
 
+# The program
+
+
+def test_subbotins_density_is_scipys_and_has_slopes_at_zero() -> None:
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    for scale, power in ((0.7, 1.5), (2.0, 0.8)):
+        ours = _GeneralizedNormal(torch.tensor(scale).double(), torch.tensor(power).double()).log_prob(x)
+        np.testing.assert_allclose(ours, scipy.stats.gennorm(power, scale=scale).logpdf(x.numpy()), rtol=1e-7)
+    power = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    _GeneralizedNormal(torch.tensor(1.0).double(), power).log_prob(torch.zeros(1).double()).sum().backward()
+    assert power.grad is not None
+    assert bool(power.grad.isfinite())
+
+
+def test_draws_of_nuts_are_in_the_units_of_the_residuals() -> None:
+    """The posterior of a Laplace scale of 50 has a relative spread of 1/7; a factor of 2 is far outside."""
+    x = 1000 * data(50)
+    found = nuts_posterior(x, LAPLACE, 20, seed=0, chains=1, warmup=30)
+    assert found.shape is None
+    assert 0.5 < float(found.scale.mean()) / maximum_likelihood(x, LAPLACE).scale < 2.0
+    with pytest.raises(ValueError, match="no Pyro density"):
+        tail_program(torch.ones(3), Family("own", *[lambda u, _: u] * 2, lambda _: 0.0, lambda s, _: None))
+
+
+# What a comparison says
+
+
+def result(name: str, *, difference: float, error: float, pointwise: Array, unreliable: int = 0) -> SimpleNamespace:
+    loo = SimpleNamespace(pointwise=pointwise, unreliable=unreliable, good_k=0.7)
+    tied = difference <= 2 * error
+    return SimpleNamespace(name=name, difference=difference, difference_error=error, loo=loo, tied=tied)
+
+
+def test_notes_say_what_decides_and_what_is_close() -> None:
+    sample = sample_of(np.arange(1.0, 101.0))
+    even, one = np.zeros(100), np.zeros(100)
+    one[0] = 9.0
+    best = result("best", difference=0.0, error=0.0, pointwise=even, unreliable=2)
+    alone = result("alone", difference=9.0, error=3.0, pointwise=-one)  # within four standard errors, by one residual
+    clear = result("clear", difference=9.0, error=2.0, pointwise=-one)  # beyond them: nothing to say
+    many = result("many", difference=9.0, error=3.0, pointwise=-np.tile([0.0, 0.18], 50))
+    little = result("little", difference=3.9, error=0.9, pointwise=-np.tile([0.0, 0.08], 50))
+    enough = result("enough", difference=4.0, error=0.9, pointwise=-np.tile([0.0, 0.08], 50))
+    found = comparison._notes(sample, (best, alone, clear, many, little, enough))  # type: ignore[arg-type]
+    assert len(found) == 3
+    assert found[0].startswith("one residual decides about alone:")
+    assert found[1] == "2 residuals have Pareto k above 0.70 (best)"
+    assert found[2].startswith("little is behind by less than 4 nats")
+    assert comparison._notes(sample, (result("best", difference=0.0, error=0.0, pointwise=even),)) == ()  # type: ignore[arg-type]
+
+
+def test_a_residual_dominates_with_more_than_half_of_the_variance() -> None:
+    """Of deviations 1, -1 and nothing each has half; of 2, -1, -1 the first has two thirds."""
+    assert not comparison._dominated(np.array([1.0, -1.0, 0.0]))
+    assert comparison._dominated(np.array([2.0, -1.0, -1.0]))
+    assert comparison._dominated(np.array([12.0, 9.0, 9.0]))
+
+
+def test_warnings_are_about_families_that_may_be_the_best() -> None:
+    sample, even = sample_of(np.arange(1.0, 201.0)), np.zeros(200)
+    for count, tied, warned in ((3, True, True), (2, True, False), (3, False, False)):
+        row = result("t", difference=0.0 if tied else 9.0, error=1.0, pointwise=even, unreliable=count)
+        found = comparison._warnings(sample, (row,))  # type: ignore[arg-type]
+        assert found == (("Pareto k above 0.70 for 3 residuals under t",) if warned else ())
+    few = comparison._warnings(sample_of(np.arange(1.0, 9.0)), ())
+    assert few == ("only 8 residuals",)
+
+
+def test_tables_show_shapes_where_there_are_some() -> None:
+    found = comparison.fit_tails(data(60), ["Student-t", "Laplace"], num_draws=100)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in found.table().splitlines()[2:]}
+    assert rows["Student-t"][2] == f"nu = {found.result('Student-t').shape}"
+    assert rows["Laplace"][2] == ""
+
+
 def test_numbers_with_their_errors() -> None:
+    assert with_error(3.0, math.inf) == "3 ± inf"
     assert with_error(12.345, 0.0234) == "12.345 ± 0.023"
     assert with_error(12.345, 2.34) == "12.3 ± 2.3"
     assert with_error(1234.5, 234.0) == "1234 ± 234"
