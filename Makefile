@@ -46,7 +46,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 
-# Single edits of the core and whether the tests notice them; two hours, so not part of CI.
+# Single edits of the core and whether the tests notice them; half an hour, so not part of CI.
 mutants: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.mutants
 

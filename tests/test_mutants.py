@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 import types
 from pathlib import Path
 
 import pytest
 
+from benchmarks.mutants.__main__ import TABLE
 from benchmarks.mutants.edits import edits_of
 from benchmarks.mutants.report import FileResult, Tried, digest_of, judged, markdown, with_stored
 from benchmarks.mutants.run import patch
@@ -118,3 +120,13 @@ def test_a_judgement_needs_the_same_code() -> None:
     assert judged(each, "area.py", {"equivalent": [entry]}).outcome == "equivalent"
     assert judged(each, "area.py", {"equivalent": [{**entry, "edit": "0 -> 2"}]}).outcome == "open"
     assert judged(each, "other.py", {"equivalent": [entry]}).outcome == "open"
+
+
+def test_the_table_names_files_and_tests_that_exist() -> None:
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    root = Path(__file__).parents[1]
+    for file, tests in table["guards"].items():
+        assert (root / file).is_file(), file
+        for test in tests:
+            path, _, name = test.partition("::")
+            assert not name or f"def {name}(" in (root / path).read_text(encoding="utf-8"), test

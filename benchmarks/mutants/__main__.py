@@ -121,10 +121,10 @@ def main() -> None:
     """Try the edits that are not known yet and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("files", nargs="*", help="source files; all of the table by default")
-    parser.add_argument("--per-file", type=int, default=20, help="edits sampled from each file")
+    parser.add_argument("--per-file", type=int, default=25, help="edits sampled from each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--seconds", type=float, default=120, help="CPU time of the tests an edit may meet")
+    parser.add_argument("--seconds", type=float, default=12, help="CPU time of the tests an edit may meet")
     parser.add_argument("--survivors", action="store_true", help="try those again that survived before")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mutants.md"))
     arguments = parser.parse_args()
