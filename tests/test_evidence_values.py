@@ -43,6 +43,7 @@ from poe_models import (
     full_posterior,
 )
 from tests.helpers import assert_close, random_updates
+from tests.seeds import seeded
 
 
 def f64(*values: object) -> Tensor:
@@ -144,7 +145,7 @@ def test_pareto_shapes_of_exact_quantiles(shape: float) -> None:
     """Weights at the quantiles of a generalised Pareto: the fit is within the weak prior's pull of the truth."""
     uniform = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
     weights = 1 + ((1 - uniform) ** -shape - 1) / shape
-    order = torch.randperm(40_000, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(40_000, generator=seeded(0))
     found = pareto_k(weights.log()[order].unsqueeze(-1) + 300.0)
     # The prior is ten observations of 1/2 among 600; the standard error of the fit is (1 + k) / sqrt(600).
     assert float(found) == pytest.approx((600 * shape + 5) / 610, abs=0.05)

@@ -37,6 +37,7 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
+from tests.seeds import seeded
 
 NAMES = ["a", "b"]
 DESIGNS = [Identity(), Directional(), OutputGram(), InputGram(), (OutputGram(), InputGram())]
@@ -124,17 +125,34 @@ def test_laplace_draws_have_the_inverse_hessian_times_the_temperature(
     assert draws.seeds.shape == (1, 3, 1)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("design", DESIGNS, ids=name_of)
+def test_conditional_moments_are_those_of_the_conditional_normal(
+    design: object, shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    posterior = posterior_of(design, shape, Cauchy(), 0.7, generator)
+    kernel = GibbsKernel(posterior, regenerable=True)
+    weights = 0.2 + torch.rand(3, 1, len(posterior.experts), generator=generator, dtype=torch.float64)
+    direction = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+    means, variances = kernel.conditional_mean(weights), kernel.conditional_variance(weights, direction)
+    for chain in range(3):
+        matrix, right = dense(posterior, weights[chain, 0])
+        assert_close(means[chain].flatten(), torch.linalg.solve(matrix, right), 1e-9)
+        along = direction.flatten()
+        assert_close(variances[chain], (along @ torch.linalg.solve(2 * matrix, along)).unsqueeze(0), 1e-9)
+
+
 def test_laplace_draws_of_a_batch_are_those_of_its_modules(generator: torch.Generator) -> None:
     updates = random_updates(generator, 3, 2, 3, 4)
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.8), temperature=0.5)
     posterior, mode = full_posterior(poe, updates), fixed_point(poe, updates).value
-    draws = Laplace(posterior, mode).sample(2, torch.Generator().manual_seed(3))
+    draws = Laplace(posterior, mode).sample(2, seeded(3))
     assert len(draws.seeds.unique()) == 6
     for m in range(3):
         alone = Laplace(posterior.module(m), mode[m : m + 1])
         for s in range(2):
             assert torch.equal(draws.latents(0, s)[m], alone.draw(int(draws.seeds[0, s, m])))
-    seeds = Laplace(posterior, mode).sample(2000, torch.Generator().manual_seed(3)).seeds.double()
+    seeds = Laplace(posterior, mode).sample(2000, seeded(3)).seeds.double()
     # Seeds are uniform up to 2^62: of 6000, the largest is beyond half of that but for a chance of 2^-6000.
     assert 2**61 < float(seeds.max()) < 2**62
 
@@ -215,9 +233,8 @@ def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> 
 
     def run(num_samples: int, **options: int) -> tuple[Tensor, list[tuple[int, int]]]:
         ticks: list[tuple[int, int]] = []
-        seeded = torch.Generator().manual_seed(5)
         draws = gibbs_posterior(
-            posterior, num_samples, generator=seeded, chains=2, progress=lambda i, n: ticks.append((i, n)), **options
+            posterior, num_samples, generator=seeded(5), chains=2, progress=lambda i, n: ticks.append((i, n)), **options
         )
         return draws.values, ticks
 

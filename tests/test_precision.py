@@ -118,6 +118,15 @@ def test_marginal_variances_in_other_coordinates(case: Case, generator: torch.Ge
     assert_close(update.inverse_diagonal_change(lambda x: turn @ x).flatten(-2), expected)
 
 
+def test_modules_without_chains(generator: torch.Generator) -> None:
+    values = 0.2 + torch.rand(3, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    assert_close(DiagonalPrecision(values, (ROWS, COLUMNS)).logdet(), values.log().sum((-2, -1)))
+    a, b = (torch.diag_embed(values.mean(dim)) for dim in (2, 1))
+    shift = torch.full((3, 1, 1), 0.5, dtype=torch.float64)
+    sums = values.mean(2).unsqueeze(-1) + values.mean(1).unsqueeze(-2) + 0.5
+    assert_close(KroneckerSum(a, b, shift).logdet(), sums.log().sum((-2, -1)))
+
+
 def test_a_correction_keeps_the_dtype_of_its_base(generator: torch.Generator) -> None:
     base = GramPrecision(positive(generator, ROWS).float(), "left", (ROWS, COLUMNS))
     vectors = [torch.randn(*LEADING, ROWS, COLUMNS, generator=generator)]

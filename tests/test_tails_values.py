@@ -26,12 +26,13 @@ from diagnostics.tails.families import CAUCHY, GAUSSIAN, GENERALIZED_GAUSSIAN, L
 from diagnostics.tails.fits import profile
 from diagnostics.tails.program import _GeneralizedNormal, nuts_posterior, tail_program
 from diagnostics.tails.samples import as_array, sample_of
+from tests.seeds import seeded_numpy
 
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 def data(count: int = 200, seed: int = 1) -> Array:
-    return 3.0 * np.random.default_rng(seed).standard_t(3.0, count)
+    return 3.0 * seeded_numpy(seed).standard_t(3.0, count)
 
 
 # Families
