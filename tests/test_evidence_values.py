@@ -154,3 +154,9 @@ def test_pareto_shapes_of_exact_quantiles(shape: float) -> None:
 def test_tails_that_are_none() -> None:
     assert float(pareto_k(torch.zeros(100, 1, dtype=torch.float64))) == -math.inf
     assert float(pareto_k(torch.randn(10, 1, dtype=torch.float64))) == math.inf  # too few to say
+
+
+def test_weights_may_lie_thousands_of_nats_apart() -> None:
+    spread = torch.linspace(-3000.0, 0.0, 1000, dtype=torch.float64).unsqueeze(-1)
+    assert bool(pareto_k(spread).isfinite())
+    assert bool(importance_mean(spread).effective_samples.isfinite())
