@@ -282,7 +282,7 @@ def test_the_helper_catches_a_wrong_level(
 ) -> None:
     monkeypatch.setattr(sys.modules["inference.slice"], "height", wrong)
     draws = chain(skewed, plain, generator)
-    with pytest.raises(IsBiased):
+    with pytest.raises((IsBiased, DoesNotMix)):  # a chain that only climbs stays where it is
         assert_same_mean(skewed, draws, grid_means(skewed, [1, 2]))
 
 
