@@ -72,6 +72,11 @@ def sample(posterior: Posterior, generator: torch.Generator) -> StoredDraws:
     return slice_sample(posterior, 300, chains=16, warmup=120, generator=generator)
 
 
+def agree(posterior: Posterior, draws: StoredDraws | Tensor, truth: StoredDraws | Tensor | dict[str, Tensor]) -> None:
+    """The shared comparison, with the R-hat that 16 short chains of one distribution have."""
+    assert_same_mean(posterior, draws, truth, max_rhat=1.04)
+
+
 def by_gibbs(posterior: Posterior, generator: torch.Generator) -> StoredDraws:
     return gibbs_posterior(posterior, 300, chains=16, warmup=50, generator=generator)
 
@@ -86,7 +91,7 @@ def test_gaussian_experts_have_closed_forms(residual_map: object, generator: tor
     poe = ProductOfExperts.of(["a", "b"], residual_map, Gaussian(), Relative(0.4), temperature=0.7)  # type: ignore[arg-type]
     posterior = span_of(poe, updates)
     draws = sample(posterior, generator)
-    assert_same_mean(posterior, draws, gaussian_means(posterior))
+    agree(posterior, draws, gaussian_means(posterior))
     assert not bool(draws.stats["stuck"].any())
 
 
@@ -110,7 +115,7 @@ def test_a_grid_agrees_on_a_skewed_posterior(energy: Energy, temperature: float,
     )
     posterior = span_of(poe, random_updates(generator, 1, 2, 2, 3))
     draws = sample(posterior, generator)
-    assert_same_mean(posterior, draws, grid_means(posterior, seen_of(posterior)))
+    agree(posterior, draws, grid_means(posterior, seen_of(posterior)))
     if isinstance(energy, Cauchy) and temperature == 0.5:
         centred = draws.values - draws.values.mean((0, 1))
         skewness = (centred**3).mean((0, 1)) / (centred**2).mean((0, 1)) ** 1.5
@@ -122,30 +127,30 @@ def test_gibbs_agrees_on_many_modules(generator: torch.Generator) -> None:
     posterior = span_of(ProductOfExperts.of(list("abc"), InputGram(), StudentT(3.0, exponent=4.0)), updates)
     exact = by_gibbs(posterior, generator)
     draws = sample(posterior, generator)
-    assert_same_mean(posterior, draws, exact)
+    agree(posterior, draws, exact)
     hotter = dataclasses.replace(posterior, temperature=1.2)
     with pytest.raises(IsBiased):
-        assert_same_mean(posterior, sample(hotter, generator), exact)
+        agree(posterior, sample(hotter, generator), exact)
 
 
 def test_full_coordinates(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 2, 2, 3)
     poe = ProductOfExperts.of(["a", "b"], (OutputGram(), InputGram()), Gaussian(), Relative(0.5), temperature=0.4)
     posterior = full_posterior(poe, updates)
-    assert_same_mean(posterior, sample(posterior, generator), gaussian_means(posterior))
+    agree(posterior, sample(posterior, generator), gaussian_means(posterior))
     heavy = full_posterior(ProductOfExperts.of(["a", "b"], InputGram(), StudentT(3.0), temperature=0.4), updates)
     exact = by_gibbs(heavy, generator)
-    assert_same_mean(heavy, sample(heavy, generator), exact)
+    agree(heavy, sample(heavy, generator), exact)
 
 
 def test_no_anchor_where_the_experts_hold_every_direction(generator: torch.Generator) -> None:
     anchor = Anchor(precision=AbsolutePrecision(0.0))
     updates = random_updates(generator, 1, 2, 1, 2)
     light = full_posterior(ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), anchor=anchor), updates)
-    assert_same_mean(light, sample(light, generator), gaussian_means(light))
+    agree(light, sample(light, generator), gaussian_means(light))
     heavy = full_posterior(ProductOfExperts.of(["a", "b"], Identity(), Cauchy(4.0), anchor=anchor), updates)
     exact = by_gibbs(heavy, generator)
-    assert_same_mean(heavy, sample(heavy, generator), exact)
+    agree(heavy, sample(heavy, generator), exact)
 
 
 def test_a_batch_of_modules_is_its_modules_alone(generator: torch.Generator) -> None:
@@ -155,7 +160,7 @@ def test_a_batch_of_modules_is_its_modules_alone(generator: torch.Generator) -> 
     for module in range(3):
         alone = span_of(SKEWED, updates[module : module + 1])
         other = sample(alone, generator)
-        assert_same_mean(alone, draws.values[:, :, module : module + 1], other)
+        agree(alone, draws.values[:, :, module : module + 1], other)
 
 
 def test_an_expert_without_an_update_says_nothing(generator: torch.Generator) -> None:
@@ -166,7 +171,7 @@ def test_an_expert_without_an_update_says_nothing(generator: torch.Generator) ->
     assert not bool(posterior.experts[1].active.any())
     exact = by_gibbs(posterior, generator)
     speaking = dataclasses.replace(posterior, experts=(posterior.experts[0], posterior.experts[2]))
-    assert_same_mean(speaking, sample(posterior, generator), exact)
+    agree(speaking, sample(posterior, generator), exact)
 
 
 def test_a_factor_expert_that_couples_modules(generator: torch.Generator) -> None:
@@ -177,9 +182,9 @@ def test_a_factor_expert_that_couples_modules(generator: torch.Generator) -> Non
     truth, untied = gaussian_means(posterior), gaussian_means(span_of(poe * ridge, updates))
     assert float((truth["x"] - untied["x"]).abs().max()) > 0.1
     draws = sample(posterior, generator)
-    assert_same_mean(posterior, draws, truth)
+    agree(posterior, draws, truth)
     with pytest.raises(IsBiased):
-        assert_same_mean(posterior, draws, untied)
+        agree(posterior, draws, untied)
     # One ellipse: both modules have the same statistics, those of the joint density.
     assert_close(draws.stats["lp"], -posterior.joint_energy(draws.values).unsqueeze(-1) / 0.5, 1e-12)
     assert bool((draws.stats["evaluations"][..., 0] == draws.stats["evaluations"][..., 1]).all())
@@ -196,14 +201,14 @@ def test_the_fit_reaches_a_posterior_that_is_nothing_like_its_mode(generator: to
     reference = Reference.majoriser(posterior, mode_of(posterior))
     unfitted = chain(posterior, reference, generator, num_samples=300)
     with pytest.raises(DoesNotMix):
-        assert_same_mean(posterior, unfitted, grid_means(posterior, seen_of(posterior)))
-    assert_same_mean(posterior, sample(posterior, generator), grid_means(posterior, seen_of(posterior)))
+        agree(posterior, unfitted, grid_means(posterior, seen_of(posterior)))
+    agree(posterior, sample(posterior, generator), grid_means(posterior, seen_of(posterior)))
 
 
 # Samplers that are wrong on purpose
 
 
-def chain(posterior: Posterior, reference: Reference, generator: torch.Generator, num_samples: int = 700) -> Tensor:
+def chain(posterior: Posterior, reference: Reference, generator: torch.Generator, num_samples: int = 500) -> Tensor:
     """Draws of 16 chains of single steps with a reference that stays as it is."""
     state = init(torch.randn(16, 1, 3, generator=generator, dtype=torch.float64), posterior)
     positions = []
@@ -258,9 +263,9 @@ def a_level_that_is_too_low(log_ratio: Tensor, generator: torch.Generator) -> Te
 
 def test_any_reference_is_exact(skewed: Posterior, plain: Reference, generator: torch.Generator) -> None:
     truth = grid_means(skewed, [1, 2])
-    assert_same_mean(skewed, chain(skewed, plain, generator), truth)
+    agree(skewed, chain(skewed, plain, generator), truth)
     odd = Reference(torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64), 2 * plain.root)
-    assert_same_mean(skewed, chain(skewed, odd, generator), truth)
+    agree(skewed, chain(skewed, odd, generator, num_samples=900), truth)
 
 
 @pytest.mark.parametrize("wrong", [WithoutCorrection, OneDimensionTooMany, ForgetfulScale])
@@ -269,7 +274,7 @@ def test_the_helper_catches_a_wrong_reference(
 ) -> None:
     draws = chain(skewed, wrong(plain.center, plain.root), generator)
     with pytest.raises(IsBiased):
-        assert_same_mean(skewed, draws, grid_means(skewed, [1, 2]))
+        agree(skewed, draws, grid_means(skewed, [1, 2]))
 
 
 @pytest.mark.parametrize("wrong", [a_level_without_its_uniform, a_level_that_is_too_low])
@@ -283,18 +288,18 @@ def test_the_helper_catches_a_wrong_level(
     monkeypatch.setattr(sys.modules["inference.slice"], "height", wrong)
     draws = chain(skewed, plain, generator)
     with pytest.raises((IsBiased, DoesNotMix)):  # a chain that only climbs stays where it is
-        assert_same_mean(skewed, draws, grid_means(skewed, [1, 2]))
+        agree(skewed, draws, grid_means(skewed, [1, 2]))
 
 
 def test_the_helper_catches_another_target(skewed: Posterior, plain: Reference, generator: torch.Generator) -> None:
     truth = grid_means(skewed, [1, 2])
     with pytest.raises(IsBiased):
-        assert_same_mean(skewed, chain(dataclasses.replace(skewed, temperature=1.2), plain, generator), truth)
+        agree(skewed, chain(dataclasses.replace(skewed, temperature=1.2), plain, generator), truth)
     draws = chain(skewed, plain, generator)
     with pytest.raises(IsBiased):
-        assert_same_mean(skewed, 2 * draws.mean((0, 1)) - draws, truth)  # mirrored at the mean
+        agree(skewed, 2 * draws.mean((0, 1)) - draws, truth)  # mirrored at the mean
     with pytest.raises(DoesNotMix):
-        assert_same_mean(skewed, draws[:, :20], truth)
+        agree(skewed, draws[:, :20], truth)
 
 
 # The parts
