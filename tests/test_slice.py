@@ -99,7 +99,7 @@ def test_gaussian_experts_have_closed_forms(residual_map: object, generator: tor
 @pytest.mark.parametrize(
     ("energy", "temperature"),
     [
-        (Cauchy(), 0.3),
+        (StudentT(4.0), 0.3),
         (Cauchy(), 0.5),
         (Cauchy(), 4.0),
         (StudentT(2.0), 0.5),
@@ -124,7 +124,7 @@ def test_a_grid_agrees_on_a_skewed_posterior(energy: Energy, temperature: float,
 
 
 def test_gibbs_agrees_on_many_modules(generator: torch.Generator) -> None:
-    updates = random_updates(generator, 6, 3, 4, 5)
+    updates = random_updates(generator, 3, 3, 4, 5)
     posterior = span_of(ProductOfExperts.of(list("abc"), InputGram(), StudentT(3.0, exponent=4.0)), updates)
     exact = by_gibbs(posterior, generator)
     draws = sample(posterior, generator)
@@ -155,10 +155,10 @@ def test_no_anchor_where_the_experts_hold_every_direction(generator: torch.Gener
 
 
 def test_a_batch_of_modules_is_its_modules_alone(generator: torch.Generator) -> None:
-    updates = random_updates(generator, 3, 2, 3, 4)
+    updates = random_updates(generator, 2, 2, 3, 4)
     updates[1] *= 0.05
     draws = sample(span_of(SKEWED, updates), generator)
-    for module in range(3):
+    for module in range(2):
         alone = span_of(SKEWED, updates[module : module + 1])
         other = sample(alone, generator)
         agree(alone, draws.values[:, :, module : module + 1], other)
