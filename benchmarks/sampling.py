@@ -1,4 +1,4 @@
-"""Effective samples per CPU second of Gibbs, batched HMC and Pyro's NUTS on one posterior of the vision suite.
+"""Effective samples per CPU second of Gibbs, slice sampling and Pyro's NUTS on one posterior of the vision suite.
 
 `python -m benchmarks.sampling` takes the Span posterior of all matrices of the suite's SqueezeNet, draws from it with
 each sampler, and writes `benchmarks/results/sampling.md`. A sampler's figure is its smallest bulk effective sample size
@@ -22,8 +22,8 @@ from benchmarks.vision.train import make_suite
 from diagnostics.arviz_adapter import chain_statistics
 from inference.draws import StoredDraws
 from inference.gibbs import gibbs_posterior
-from inference.hmc import hmc
 from inference.nuts import nuts
+from inference.slice import slice_sample
 from poe_models import Cauchy, InputGram, Posterior, ProductOfExperts, Relative, TaskVectors, span_posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_statistics
 
@@ -75,9 +75,9 @@ def samplers(nuts_draws: int) -> list[Sampler]:
             lambda p, g: gibbs_posterior(p, 2000, generator=g, chains=8, warmup=200),
         ),
         Sampler(
-            "batched HMC",
-            "32 chains, 500 + 500 steps",
-            lambda p, g: hmc(p, 500, generator=g, chains=32, warmup=500),
+            "elliptical slices",
+            "32 chains, 200 + 500 steps",
+            lambda p, g: slice_sample(p, 500, generator=g, chains=32, warmup=200),
         ),
         Sampler(
             "Pyro NUTS",

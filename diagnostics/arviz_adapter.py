@@ -32,7 +32,6 @@ __all__ = [
     "TooFewDraws",
     "chain_statistics",
     "compare_leave_one_out",
-    "energy_fraction",
     "leave_one_out",
     "merge_attributes",
     "to_inference_data",
@@ -376,22 +375,6 @@ def chain_statistics(values: np.ndarray) -> ChainStatistics:
         constant, mean, sd = np.ptp(values, axis=(0, 1)) == 0, values.mean((0, 1)), values.std((0, 1), ddof=1)
     bulk, tail = (np.where(constant, np.nan, size) for size in (bulk, tail))
     return ChainStatistics(r_hat, bulk, tail, mean, sd, error)
-
-
-def energy_fraction(energy: np.ndarray) -> np.ndarray:
-    """E-BFMI of each chain, the energy's fraction of missing information (Betancourt, 2016, arXiv 1604.00695).
-
-    Args:
-        energy: of the Hamiltonian, ``(chain, draw)``.
-
-    Returns:
-        ``(chain,)``; nan for constant energies.
-
-    >>> energy_fraction(np.random.default_rng(0).normal(size=(2, 1000))).round()
-    array([2., 2.])
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(az.bfmi(energy), dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)

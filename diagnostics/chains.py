@@ -1,4 +1,4 @@
-"""Did the chains mix: R-hat, effective sample sizes, Monte Carlo errors, energies, divergences and ranks.
+"""Did the chains mix: R-hat, effective sample sizes, Monte Carlo errors, divergences and ranks.
 
 >>> from inference.gibbs import gibbs_posterior
 >>> from inference.model_draws import SpanDraws
@@ -21,7 +21,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from diagnostics.arviz_adapter import ChainStatistics, chain_statistics, energy_fraction
+from diagnostics.arviz_adapter import ChainStatistics, chain_statistics
 from diagnostics.verdicts import Level, Verdict
 from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 
@@ -31,8 +31,6 @@ R_HAT = (1.01, 1.05)
 """Above the first, caution; above the second, bad (Vehtari et al., 2021, arXiv 1903.08008)."""
 ESS = (400.0, 100.0)
 """Effective sample size below the first, caution; below the second, bad (ibid.: 100 per chain for four chains)."""
-ENERGY_FRACTION = 0.3
-"""E-BFMI below which the momentum's refreshment is too weak for the energy's range (Betancourt, 2016)."""
 DIVERGENT_SHARE = 0.01
 
 
@@ -46,7 +44,6 @@ class ChainConvergence:
         values: the draws themselves, ``(C, S, M, K)`` float64.
         silent: quantities that a module does not have, whose values are NaN, ``(M, K)`` bool.
         statistics: of every quantity, ``(M, K)`` arrays.
-        energy_fraction: E-BFMI, ``(C, M)``; None if the sampler has no energy.
         divergences: divergent transitions, ``(M,)`` int64; None if the sampler reports none.
     """
 
@@ -55,7 +52,6 @@ class ChainConvergence:
     values: np.ndarray
     silent: np.ndarray
     statistics: ChainStatistics
-    energy_fraction: np.ndarray | None
     divergences: np.ndarray | None
 
     @property
@@ -70,13 +66,11 @@ class ChainConvergence:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """On R-hat and on effective sample sizes; on energies and divergences where the sampler has them.
+        """On R-hat and on effective sample sizes; on divergences where the sampler reports them.
 
         Draws that are not finite come first: nothing else that is said of their quantities counts.
         """
         found = [*self._broken(), self._r_hat(), self._sample_size()]
-        if self.energy_fraction is not None:
-            found.append(self._energy(self.energy_fraction))
         if self.divergences is not None:
             found.append(self._divergences(self.divergences))
         return tuple(found)
@@ -123,19 +117,6 @@ class ChainConvergence:
         level = Level.CAUTION if least >= ESS[1] else Level.BAD
         return Verdict("effective sample size", level, f"{text}; {ESS[0]:.0f} are wanted: draw more.")
 
-    def _energy(self, fraction: np.ndarray) -> Verdict:
-        if not np.isfinite(fraction).any():
-            return Verdict("energy", Level.UNKNOWN, "cannot be judged: the energies are constant or not finite.")
-        least = float(np.nanmin(fraction))
-        text = f"smallest E-BFMI {least:.2f}"
-        if least >= ENERGY_FRACTION:
-            return Verdict("energy", Level.GOOD, f"{text}.")
-        return Verdict(
-            "energy",
-            Level.CAUTION,
-            f"{text}, below {ENERGY_FRACTION}: the tails may be unexplored. Use Gibbs where it applies.",
-        )
-
     def _divergences(self, counts: np.ndarray) -> Verdict:
         total, draws = int(counts.sum()), self.num_chains * self.num_draws * len(counts)
         if total == 0:
@@ -167,14 +148,13 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
     """
     values, silent, names = _quantities(draws)
     array = values.detach().cpu().double().numpy()
-    energy, divergent = draws.stats.get("energy"), draws.stats.get("diverging")
+    divergent = draws.stats.get("diverging")
     return ChainConvergence(
         modules=draws.modules,
         quantities=names,
         values=array,
         silent=silent.cpu().numpy(),
         statistics=chain_statistics(array),
-        energy_fraction=None if energy is None else _fractions(energy),
         divergences=None if divergent is None else divergent.long().sum((0, 1)).cpu().numpy(),
     )
 
@@ -242,8 +222,3 @@ def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     density = draws.stats["lp"].double().unsqueeze(-1)
     silent = torch.nn.functional.pad(silent, (1, 0))
     return torch.cat([density, weights], -1), silent, ("lp", *(f"log weight {i + 1}" for i in range(weights.shape[-1])))
-
-
-def _fractions(energy: Tensor) -> np.ndarray:
-    modules = energy.double().cpu().numpy()
-    return np.stack([energy_fraction(modules[..., m]) for m in range(modules.shape[-1])], -1)

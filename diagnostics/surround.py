@@ -25,7 +25,8 @@ def surround_verdict(draws: PosteriorDraws) -> Verdict:
     >>> from inference.merge_distance import MergeDistance
     >>> from inference.model_draws import SpanDraws
     >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
-    >>> draws = SpanDraws(("m",), torch.tensor([[1.0, 0.0]]), "", ("a",), coefficients, made_by="hmc", temperature=0.1)
+    >>> shapes = torch.tensor([[1.0, 0.0]])
+    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, made_by="slice", temperature=0.1)
     >>> surround_verdict(draws).level.name
     'UNKNOWN'
     """

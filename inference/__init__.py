@@ -2,7 +2,7 @@
 
 ``fixed_point(poe, updates)`` solves modules and ``merge_checkpoint(task_vectors, poe, out)`` a whole model;
 ``laplace(poe, updates, at=solution)`` and ``gibbs(poe, updates, num_samples, generator=...)`` describe the posterior of
-the merged update, ``gibbs_posterior``, ``hmc`` and ``nuts`` that of a bound posterior in its own (Span) coordinates;
+the merged update, ``gibbs_posterior``, ``slice_sample`` and ``nuts`` that of a bound posterior in its own coordinates;
 ``minimize(posterior)`` serves experts that are only a function.
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
@@ -22,7 +22,6 @@ from inference.fixed_point import fixed_point, solve_posterior
 from inference.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
 from inference.hierarchical import HierarchicalDraws, HierarchicalModel, hierarchical
-from inference.hmc import hmc
 from inference.laplace import DenseLaplace, Laplace, laplace
 from inference.lbfgs import minimize
 from inference.merge_distance import MergeDistance
@@ -32,6 +31,7 @@ from inference.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import require_proper
 from inference.reweighting import SolverOptions
+from inference.slice import slice_sample
 from inference.solution import Solution, Status
 from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from inference.streaming import MergeReport, merge_checkpoint, plan
@@ -76,7 +76,6 @@ __all__ = [
     "gibbs",
     "gibbs_posterior",
     "hierarchical",
-    "hmc",
     "laplace",
     "leave_one_expert_out",
     "load_draws",
@@ -91,6 +90,7 @@ __all__ = [
     "sample_full",
     "save_draws",
     "save_statistics",
+    "slice_sample",
     "solve_posterior",
     "statistics_digest",
     "temper",

@@ -6,8 +6,6 @@ another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,78 +18,51 @@ SPREAD = 2.0
 """Standard deviation of the starts around their centres, in those of the posterior's Gaussian approximation."""
 
 
-@dataclass(frozen=True, eq=False)
-class Starts:
-    """Starting points.
-
-    Attributes:
-        points: one per chain, ``(C, M, *event)``.
-        scale: rough standard deviations of the posterior, ``(M, *event)``, positive.
-    """
-
-    points: Tensor
-    scale: Tensor
+def mode_of(posterior: Posterior) -> Tensor:
+    """The MAP of any posterior in its dtype, ``(M, *event)``."""
+    return (minimize(posterior) if posterior.factors else solve_posterior(posterior)).value.to(posterior.dtype)
 
 
-def starts_of(posterior: Posterior, chains: int, generator: torch.Generator, start: Tensor | None) -> Starts:
-    """The caller's start, with the anchor's standard deviation (1 without an anchor) as a first scale, or our own.
-
-    Args:
-        posterior: in Full or Span coordinates, proper without its factor experts.
-        chains: ``C``.
-        generator: source of the noise.
-        start: ``(C, M, *event)``, or None for :func:`overdispersed_starts`.
-
-    Returns:
-        The starts.
-
-    Raises:
-        ValueError: ``start`` has the wrong shape.
-    """
-    if start is None:
-        return overdispersed_starts(posterior, chains, generator)
-    shape = (chains, posterior.num_modules, *posterior.event_shape)
-    if tuple(start.shape) != shape:
-        raise ValueError(
-            f"`start` has shape {tuple(start.shape)}, but {chains} chains of this posterior have {shape}. "
-            "Give one point per chain, for instance `point.expand(chains, *point.shape)`."
-        )
-    eta = posterior.anchor_precision
-    spread = torch.where(eta > 0, (posterior.temperature / (2 * eta)).sqrt(), torch.ones_like(eta))
-    return Starts(start, spread[:, None, None].expand(shape[1:]))
-
-
-def overdispersed_starts(posterior: Posterior, chains: int, generator: torch.Generator) -> Starts:
+def overdispersed_starts(posterior: Posterior, mode: Tensor, chains: int, generator: torch.Generator) -> Tensor:
     """Chain 0 starts at the MAP, the next ones at every task vector in turn, and so on, all with noise.
 
     The noise is Gaussian with twice the standard deviations of the quadratic that majorises the energy at the MAP.
 
     Args:
         posterior: in Full or Span coordinates, proper without its factor experts.
+        mode: the MAP, ``(M, *event)``.
         chains: ``C``.
         generator: source of the noise.
 
     Returns:
-        The starts.
+        The starts, ``(C, M, *event)``.
 
     Raises:
         ValueError: the modules' operators do not share a factorisation (Full coordinates only).
     """
-    mode = (minimize(posterior) if posterior.factors else solve_posterior(posterior)).value.to(posterior.dtype)
     by_update = {expert.update_name: expert.update for expert in posterior.experts}
     centers = [mode, *by_update.values()]
-    noise = _noise(posterior, mode, chains, generator)
-    points = torch.stack([centers[chain % len(centers)] for chain in range(chains)]) + SPREAD * noise
-    return Starts(points, noise.square().mean(0).sqrt())
+    noise = torch.randn((chains, *mode.shape), generator=generator, dtype=mode.dtype, device=mode.device)
+    points = torch.stack([centers[chain % len(centers)] for chain in range(chains)])
+    return points + SPREAD * majoriser_draws(posterior, mode, noise)
 
 
-def _noise(posterior: Posterior, mode: Tensor, chains: int, generator: torch.Generator) -> Tensor:
-    """Draws of ``N(0, T H^-1 / 2)`` with ``H = sum_i w_i P_i + eta I`` at the mode, ``(C, M, *event)``."""
+def majoriser_draws(posterior: Posterior, mode: Tensor, noise: Tensor) -> Tensor:
+    """Draws of ``N(0, T H^-1 / 2)`` with ``H = sum_i w_i P_i + eta I`` at the mode.
+
+    They are linear in the noise: ``R`` with ``R R^T = T H^-1 / 2`` has the draws of the unit vectors as its columns.
+
+    Args:
+        posterior: in Full or Span coordinates, proper without its factor experts.
+        mode: the MAP, ``(M, *event)``.
+        noise: standard normal, ``(S, M, *event)``.
+
+    Returns:
+        The draws, ``(S, M, *event)``.
+    """
     quadratic = quadratic_of(posterior, for_draws=True)
     weights = posterior.weights(posterior.residuals(mode))
     precision = quadratic.precision(weights, posterior.anchor_precision)
-    shape = (chains, posterior.num_modules, *posterior.event_shape)
-    noise = torch.randn(shape, generator=generator, dtype=mode.dtype, device=mode.device)
     white = quadratic.compression.compress(noise)
     draws = quadratic.lift(precision.sample(white))
     if not quadratic.compression.trivial:

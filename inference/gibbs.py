@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inference._chains import kept_states, require_counts
 from inference.draws import RegeneratedDraws, StoredDraws
 from inference.inputs import unpack
 from inference.propriety import require_proper
@@ -65,7 +66,7 @@ def gibbs(
     modules = range(posterior.num_modules)
     singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in modules] if len(modules) > 1 else [kernel]
     weights, seeds, energies = [], [], []
-    for state in _kept(kernel, num_samples, chains, warmup, thin, generator, progress):
+    for state in _chains(kernel, num_samples, chains, warmup, thin, generator, progress):
         weights.append(state.weights)
         seeds.append(state.seeds)
         energies.append(state.energy)
@@ -105,14 +106,14 @@ def gibbs_posterior(
     """
     kernel = GibbsKernel(posterior, regenerable=False)
     values, energies = [], []
-    for state in _kept(kernel, num_samples, chains, warmup, thin, generator, progress):
+    for state in _chains(kernel, num_samples, chains, warmup, thin, generator, progress):
         values.append(state.z)
         energies.append(state.energy)
     statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
     return StoredDraws(torch.stack(values, 1), statistics, "gibbs", posterior.fixed_temperature)
 
 
-def _kept(
+def _chains(
     kernel: GibbsKernel,
     num_samples: int,
     chains: int,
@@ -121,27 +122,10 @@ def _kept(
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[GibbsState]:
-    """Run all chains.
-
-    Yields:
-        The states that are kept.
-
-    Raises:
-        ValueError: a count cannot be used.
-    """
-    if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
-        raise ValueError(
-            f"`gibbs(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least one draw, "
-            "one chain and one step per draw are needed, and no negative warmup."
-        )
-    total = warmup + num_samples * thin
-    state = kernel.init(chains, generator)
-    for step in range(1, total + 1):
-        state = kernel.step(state, generator)
-        if progress is not None:
-            progress(step, total)
-        if step > warmup and (step - warmup) % thin == 0:
-            yield state
+    """The states that are kept."""
+    require_counts("gibbs", num_samples=num_samples, chains=chains, thin=thin, warmup=warmup)
+    first = kernel.init(chains, generator)
+    return kept_states(lambda state, _: kernel.step(state, generator), first, num_samples, warmup, thin, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +164,7 @@ class GibbsKernel:
         if posterior.factors:
             raise ValueError(
                 f"`gibbs(...)`: {posterior.factors[0].name!r} is a FactorExpert, which has no Gaussian scale mixture. "
-                "Use `hmc` or `nuts` in Span coordinates."
+                "Use `slice_sample` or `nuts` in Span coordinates."
             )
         for expert in posterior.experts:
             expert.rho.scale_mixture()  # or an error that names the energy

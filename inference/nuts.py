@@ -1,7 +1,7 @@
-"""Pyro's NUTS on the very same program: the reference sampler, and the door for people who write Pyro models.
+"""Pyro's NUTS on the program itself: a reference for the other samplers.
 
 It sees all modules as one state with one step size and one trajectory, and runs chain after chain. For many modules
-:func:`inference.hmc.hmc` does the same job much faster; this one shares no code with it but the energies.
+:func:`inference.slice.slice_sample` does the same job much faster; the two share the starts and the energies alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from inference._leapfrog import init
-from inference._starts import starts_of
-from inference._target import Target
+from inference._starts import mode_of, overdispersed_starts
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
@@ -64,9 +62,9 @@ def nuts(
             f"`nuts(num_samples={num_samples}, chains={chains}, warmup={warmup})`: at least one of each is needed."
         )
     require_proper(posterior)
-    target = Target(posterior)
-    starts = starts_of(posterior, chains, generator, start).points
-    init(target.states(starts), target)  # Pyro's own message on a bad start does not say what is wrong
+    if start is None:
+        start = overdispersed_starts(posterior, mode_of(posterior), chains, generator)
+    _require_start(posterior, start, chains)
     seeds = torch.randint(2**62, (chains,), generator=generator, device=generator.device).tolist()
     total = chains * (warmup + num_samples)
     values, records = [], []
@@ -74,7 +72,7 @@ def nuts(
         record = _Record(program(posterior), chain * (warmup + num_samples), total, progress)
         kernel = NUTS(
             record.model,
-            init_strategy=init_to_value(values={"update": starts[chain].to(posterior.dtype)}),
+            init_strategy=init_to_value(values={"update": start[chain].to(posterior.dtype)}),
             max_plate_nesting=1,  # Pyro would find it out by sampling the anchor, which may be improper
             max_tree_depth=max_tree_depth,
             target_accept_prob=target_acceptance,
@@ -84,7 +82,23 @@ def nuts(
             mcmc.run()
         values.append(mcmc.get_samples()["update"])
         records.append(record)
-    return _collect(target, torch.stack(values), records, max_tree_depth)
+    return _collect(posterior, torch.stack(values), records, max_tree_depth)
+
+
+def _require_start(posterior: Posterior, start: Tensor, chains: int) -> None:
+    """Refuse starts that do not fit or have no density; Pyro's own message does not say what is wrong."""
+    shape = (chains, posterior.num_modules, *posterior.event_shape)
+    if tuple(start.shape) != shape:
+        raise ValueError(
+            f"`nuts(start=...)` has shape {tuple(start.shape)}, but {chains} chains of this posterior have {shape}. "
+            "Give one point per chain, for instance `point.expand(chains, *point.shape)`."
+        )
+    finite = posterior.group_energy(start.to(posterior.dtype)).isfinite().all(-1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"`nuts(...)`: the energy is not finite where chain {int(finite.long().argmin())} starts. Give another "
+            "`start`, or look at the experts' energies there."
+        )
 
 
 class _Record:
@@ -134,7 +148,7 @@ def _global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-def _collect(target: Target, values: Tensor, records: list[_Record], max_tree_depth: int) -> StoredDraws:
+def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_tree_depth: int) -> StoredDraws:
     n_steps = torch.tensor([record.n_steps for record in records])
     of_all = {
         "step_size": torch.tensor([record.step_size for record in records], dtype=torch.float64),
@@ -142,9 +156,8 @@ def _collect(target: Target, values: Tensor, records: list[_Record], max_tree_de
         "diverging": torch.tensor([record.diverging for record in records]),
         "reached_max_treedepth": n_steps >= 2**max_tree_depth - 1,
     }
-    statistics = {
-        "lp": target.per_module(target(target.states(values).flatten(0, 1))[0].unflatten(0, values.shape[:2]))
-    }
+    shape = values.shape[:3]
+    statistics = {"lp": (-posterior.group_energy(values) / posterior.temperature).expand(shape)}
     for name, value in of_all.items():
-        statistics[name] = value.unsqueeze(-1).expand(*value.shape, target.posterior.num_modules).to(values.device)
-    return StoredDraws(values.to(torch.float64), statistics, "nuts", target.posterior.fixed_temperature)
+        statistics[name] = value.unsqueeze(-1).expand(shape).to(values.device)
+    return StoredDraws(values.to(torch.float64), statistics, "nuts", posterior.fixed_temperature)

@@ -20,7 +20,6 @@ from inference.design import Design
 from inference.draws import Draws, StoredDraws
 from inference.full_draws import not_drawn, sample_full
 from inference.gibbs import gibbs_posterior
-from inference.hmc import hmc
 from inference.laplace import Laplace
 from inference.merge_distance import MergeDistance, span_distance
 from inference.method_draws import MethodDraws
@@ -28,6 +27,7 @@ from inference.model_draws import FullDraws, SpanDraws
 from inference.nuts import nuts
 from inference.propriety import undetermined
 from inference.retention import ExpertRetention
+from inference.slice import slice_sample
 from inference.statistics_files import statistics_digest
 from inference.tempering import temperature_range
 from poe_merge._kept import kept_in_statistics, kept_when_solved, merge_in_span
@@ -210,7 +210,7 @@ def _check_method(design: Design, what: Sampling) -> None:
         except ValueError:
             raise ValueError(
                 f"--method gibbs: the energy {expert.energy!r} of {expert.name!r} has no known Gaussian scale mixture. "
-                "Use --method hmc or --method nuts, with --coordinates span."
+                "Use --method slice or --method nuts, with --coordinates span."
             ) from None
 
 
@@ -226,10 +226,10 @@ def _run(
         values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
         return StoredDraws(values, made_by="laplace", heat=posterior.fixed_temperature)
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
-    if what.method == "gibbs":
-        return gibbs_posterior(posterior, what.draws, generator=generator, thin=what.thin, **settings)
-    sampler = hmc if what.method == "hmc" else nuts
-    return sampler(posterior, what.draws, generator=generator, **settings)
+    if what.method == "nuts":
+        return nuts(posterior, what.draws, generator=generator, **settings)
+    sampler = gibbs_posterior if what.method == "gibbs" else slice_sample
+    return sampler(posterior, what.draws, generator=generator, thin=what.thin, **settings)
 
 
 def _inference_data(

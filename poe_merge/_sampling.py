@@ -14,11 +14,11 @@ from poe_merge.config import MergeConfig
 from poe_merge.specs import METHOD, names_method, nearest, parse_spec
 from poe_models.anchors import METHODS
 
-Method = Literal["gibbs", "laplace", "hmc", "nuts"]
+Method = Literal["gibbs", "laplace", "slice", "nuts"]
 Coordinates = Literal["span", "full"]
 Format = Literal["checkpoints", "deltas"]
-CHAINS = {"gibbs": 4, "hmc": 16, "nuts": 4}
-WARMUP = {"gibbs": 200, "hmc": 500, "nuts": 500}
+CHAINS = 4
+WARMUP = {"gibbs": 200, "slice": 200, "nuts": 500}
 DRAWS = 500
 
 
@@ -150,13 +150,15 @@ def sampling_of(
             f"--method {method}: here it names a sampler. To draw a merging method at several seeds, write "
             f"`merge_method: {method}` in the configuration."
         )
+    if method == "hmc":
+        raise ValueError("--method hmc: slice has taken its place, for the same energies. Use --method slice.")
     _check_choice("method", method, get_args(Method))
     _check_common(pattern, format)
     if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
     _check_choice("coordinates", coordinates, get_args(Coordinates))
     _check_merge(settings, coordinates)
-    if coordinates == "full" and method in ("hmc", "nuts"):
+    if coordinates == "full" and method in ("slice", "nuts"):
         raise ValueError(
             f"--method {method}: runs in Span coordinates only, not on whole updates. Add --coordinates span, or use "
             "--method gibbs or laplace."
@@ -208,8 +210,8 @@ def _numbers(members: int, method: str, given: Mapping[str, int | None]) -> dict
     if method == "laplace":
         _refuse(given, ("chains", "draws", "warmup", "thin"), "its draws are independent, one for each member")
         return {"chains": 1, "draws": members, "warmup": 0, "thin": 1}
-    _refuse(given, () if method == "gibbs" else ("thin",), "it keeps every step; ask for --draws")
-    chains = CHAINS[method] if given["chains"] is None else given["chains"]
+    _refuse(given, ("thin",) if method == "nuts" else (), "it keeps every step; ask for --draws")
+    chains = CHAINS if given["chains"] is None else given["chains"]
     draws = max(DRAWS, -(-members // chains)) if given["draws"] is None else given["draws"]
     if draws * chains < members:
         raise ValueError(

@@ -36,7 +36,7 @@ app = typer.Typer(
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 INTERRUPTED = 130
-_WARMUP = "Steps per chain before the first kept draw; 200, or 500 for hmc and nuts."
+_WARMUP = "Steps per chain before the first kept draw; 200, or 500 for nuts."
 
 
 @app.callback(invoke_without_command=True)
@@ -145,7 +145,7 @@ def sample(
         Path | None, typer.Option("--stats", help="What `poe-merge stats` made of the same merge.", show_default=False)
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="gibbs, which is the default, laplace, hmc or nuts.")
+        str | None, typer.Option("--method", help="gibbs, which is the default, laplace, slice or nuts.")
     ] = None,
     coordinates: Annotated[
         str | None,
@@ -154,15 +154,13 @@ def sample(
     temperature: Annotated[float | None, typer.Option("--temperature", help="Of the posterior; 1.")] = None,
     pattern: Annotated[str, typer.Option("--pattern", help="Regular expression: draw only these modules.")] = "",
     format: Annotated[str, typer.Option("--format", help="checkpoints, or deltas in float32.")] = "checkpoints",
-    chains: Annotated[
-        int | None, typer.Option("--chains", min=1, help="How many; 4, or 16 for hmc.", show_default=False)
-    ] = None,
+    chains: Annotated[int | None, typer.Option("--chains", min=1, help="How many; 4.", show_default=False)] = None,
     draws: Annotated[
         int | None, typer.Option("--draws", min=1, help="Kept per chain; 500.", show_default=False)
     ] = None,
     warmup: Annotated[int | None, typer.Option("--warmup", min=0, help=_WARMUP, show_default=False)] = None,
     thin: Annotated[
-        int | None, typer.Option("--thin", min=1, help="Steps per kept draw of gibbs.", show_default=False)
+        int | None, typer.Option("--thin", min=1, help="Steps per kept draw of gibbs and slice.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     debug: Debug = False,

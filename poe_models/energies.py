@@ -126,7 +126,7 @@ class Energy(ABC):
         """
         raise ValueError(
             f"`{self!r}`: this energy has no known Gaussian scale mixture, so Gibbs sampling does not apply. "
-            "Use `hmc` or `nuts`, which need only a gradient."
+            "Use `slice_sample` or `nuts`, which serve any energy."
         )
 
     def for_dimension(self, dim: Tensor) -> Energy:

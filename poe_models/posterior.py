@@ -213,6 +213,15 @@ class Posterior:
                 total = total + factor.energy(z)
         return total
 
+    @property
+    def joint(self) -> bool:
+        """Whether a factor expert couples the modules."""
+        return any(factor.joint for factor in self.factors)
+
+    def group_energy(self, z: Tensor) -> Tensor:
+        """Energy in nats of independent groups, ``(*S, M, *event)`` to ``(*S, G)``: the modules, or all if joint."""
+        return self.joint_energy(z).unsqueeze(-1) if self.joint else self.energy(z)
+
     def module(self, index: int) -> Posterior:
         """The posterior of one module of the batch alone.
 

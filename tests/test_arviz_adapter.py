@@ -22,7 +22,7 @@ from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
 from inference.draws import StoredDraws
 from inference.evidence import log_normalizers
 from inference.gibbs import gibbs, gibbs_posterior
-from inference.hmc import hmc
+from inference.slice import slice_sample
 from inference.statistics_files import statistics_digest
 from poe_models import (
     Absolute,
@@ -113,11 +113,11 @@ def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor
 
 def test_sample_stats_keep_the_samplers_names(updates: Tensor) -> None:
     _, posterior, coordinates, statistics = span(normalised(), updates)
-    draws = hmc(posterior, 100, generator=seeded(0), warmup=100)
+    draws = slice_sample(posterior, 100, generator=seeded(0), warmup=100)
     data = to_inference_data(draws, posterior, coordinates, statistics)
-    assert {"lp", "diverging", "acceptance_rate", "energy", "n_steps", "step_size"} <= set(data.sample_stats)
-    assert data.sample_stats["diverging"].dims == ("chain", "draw", "module")
-    assert data.sample_stats["diverging"].dtype == bool
+    assert {"lp", "evaluations", "stuck"} <= set(data.sample_stats)
+    assert data.sample_stats["stuck"].dims == ("chain", "draw", "module")
+    assert data.sample_stats["stuck"].dtype == bool
     assert np.array_equal(data.sample_stats["lp"].values, draws.stats["lp"].numpy())
 
 
@@ -243,7 +243,7 @@ def test_arviz_takes_it_as_it_is(updates: Tensor) -> None:
 def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), energy, anchor=Anchor(average))
     _, posterior, coordinates, statistics = span(poe, updates)
-    draws = hmc(posterior, 100, generator=seeded(0), warmup=100)
+    draws = slice_sample(posterior, 100, generator=seeded(0), warmup=100)
     data = to_inference_data(draws, posterior, coordinates, statistics)
     data.to_netcdf(str(tmp_path / "draws.nc"))
     back = az.from_netcdf(str(tmp_path / "draws.nc"))

@@ -19,10 +19,10 @@ from inference.draw_files import load_draws
 from inference.evidence import log_evidence
 from inference.fixed_point import solve_posterior
 from inference.gibbs import gibbs_posterior
-from inference.hmc import hmc
 from inference.laplace import Laplace
 from inference.method_draws import MethodDraws
 from inference.model_draws import FullDraws, SpanDraws
+from inference.slice import slice_sample
 from inference.statistics_files import load_statistics, statistics_digest
 from poe_merge import _drawing, _ensemble, _sampling, _stats
 from poe_merge.cli import run
@@ -148,7 +148,7 @@ def test_every_span_method_runs_from_the_file_alone(done: Cli, here: Path) -> No
         assert_close(merged, expected[tensor].double(), 1e-5)
     generator = seeded(0)
     exact = gibbs_posterior(posterior, 1000, generator=generator).values.flatten(0, 1)
-    general = hmc(posterior, 400, generator=generator, warmup=100).values.flatten(0, 1)
+    general = slice_sample(posterior, 1000, generator=generator).values.flatten(0, 1)
     normal = Laplace(posterior, mode)
     spread = normal.standard_deviations()
     assert float((exact.mean(0) - general.mean(0)).abs().max() / exact.std(0).max()) < 0.15
@@ -327,7 +327,7 @@ def test_a_pattern_leaves_the_rest_at_the_map(done: Cli, here: Path) -> None:
     [
         ("gibbs", ("--draws", "5", "--thin", "2", "--warmup", "20")),
         ("laplace", ()),
-        ("hmc", ("--chains", "4", "--draws", "3", "--warmup", "60")),
+        ("slice", ("--draws", "5", "--thin", "2", "--warmup", "60")),
         ("nuts", ("--chains", "2", "--draws", "2", "--warmup", "20")),
         ("full-gibbs", ("--draws", "5", "--warmup", "20", "--coordinates", "full")),
         ("full-laplace", ("--coordinates", "full")),
@@ -341,7 +341,7 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     coordinates = "full" if "full" in method else "span"
     done("merge", "config.yaml", "--out", "merged")
     # Trajectories from starts at the task vectors take longer, the colder it is.
-    temperature, tolerance = (1e-2, 0.5) if method in ("hmc", "nuts") else (1e-9, 2e-3)
+    temperature, tolerance = (1e-2, 0.5) if method == "nuts" else (1e-9, 2e-3)
     options = ("--method", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
     done("sample", "config.yaml", "-n", "2", "--out", "out", *options)
     merged, base = weights(here / "merged"), weights(here / "base")
@@ -618,14 +618,14 @@ def test_seeds_that_cannot_be_drawn(
         (("--out", "o", "-n", "9", "--chains", "2", "--draws", "4"), "2 chains of 4 draws are only 8"),
         (
             ("--out", "o", "--energy", "Welsch"),
-            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --method hmc",
+            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --method slice",
         ),
         (("--out", "o", "--energy", "Huber(1.0)", "--coordinates", "full"), "with --coordinates span"),
         (("--out", "o", "--coordinates", "full", "--method", "nuts"), "--method nuts: runs in Span coordinates only"),
         (("--out", "o", "--coordinates", "full", "--stats", "s"), "--stats: Full draws are made from the weights"),
         (("--out", "o", "--method", "laplace", "--warmup", "3"), "--warmup 3: the method has no use for it"),
-        (("--out", "o", "--method", "hmc", "--thin", "3"), "--thin 3: the method has no use for it"),
-        (("--out", "o", "--method", "hmc", "--chains", "1"), "2 chains"),
+        (("--out", "o", "--method", "nuts", "--thin", "3"), "--thin 3: the method has no use for it"),
+        (("--out", "o", "--method", "hmc"), "Use --method slice"),
         (("--out", "o", "--eta", "0"), "the anchor's precision is zero"),
         (("--out", "o", "--eta", "0", "--coordinates", "full"), "the posterior of '0.mlp.weight' has no anchor"),
     ],

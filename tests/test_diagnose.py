@@ -18,7 +18,7 @@ from diagnostics.prediction_files import predictions_of, save_predictions
 from diagnostics.residuals import residuals
 from diagnostics.tails.pooled import pooled_tails
 from diagnostics.tails.surrogates import surrogate_residuals
-from inference import hmc
+from inference import slice_sample
 from inference.design import Design
 from inference.draw_files import save_draws
 from inference.full_draws import sample_full
@@ -105,7 +105,7 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
     updates = torch.stack([module.updates for module in vectors(folders)])
     statistics = span_statistics(poe, updates, list(MODULES))
     posterior, coordinates = span_posterior(poe, statistics)
-    drawn = hmc(posterior, 100, generator=seeded(0), warmup=50)
+    drawn = slice_sample(posterior, 100, generator=seeded(0), warmup=50)
     save_draws(SpanDraws.of(drawn, coordinates, statistics), tmp_path / "draws")
     out = tmp_path / "new" / "report.html"
     given = ["--draws", str(tmp_path / "draws"), "--predictions", str(predictions(tmp_path / "p.npz"))]

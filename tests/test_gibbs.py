@@ -264,7 +264,7 @@ def test_progress_is_reported(generator: torch.Generator) -> None:
 
 def test_energies_without_a_mixture_name_the_way_out(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 2, 2)
-    with pytest.raises(ValueError, match="Huber.*`hmc` or `nuts`"):
+    with pytest.raises(ValueError, match="Huber.*`slice_sample` or `nuts`"):
         gibbs(ProductOfExperts.of(NAMES, InputGram(), Huber(1.0)), updates, 1, generator=generator)
     poe = ProductOfExperts.of(NAMES) * FactorExpert("f", lambda c: c.sum(-1), "span")
     posterior, _ = span_posterior(poe, span_statistics(poe, updates))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from inference.gibbs import gibbs_posterior
-from inference.hmc import hmc
 from inference.nuts import nuts
+from inference.slice import slice_sample
 from poe_models import (
     AbsolutePrecision,
     Anchor,
@@ -39,21 +39,21 @@ def span_of(poe: ProductOfExperts, updates: Tensor) -> Posterior:
     return span_posterior(poe, span_statistics(poe, updates))[0]
 
 
-def test_nuts_gibbs_hmc_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Generator) -> None:
+def test_nuts_gibbs_slice_sampling_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Generator) -> None:
     anchor = Anchor(precision=RelativePrecision(0.1))
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.6), [1.0, 2.0], anchor)
     posterior, coordinates = span_posterior(poe, span_statistics(poe, random_updates(generator, 1, 2, 2, 3)))
     by_nuts = nuts(posterior, 250, chains=2, warmup=100, generator=generator)
     active = coordinates.transform[0].abs().sum(0).nonzero().flatten().tolist()
     assert_same_mean(posterior, by_nuts, grid_means(posterior, active), min_ess=80, max_rhat=1.05)
-    by_hmc = hmc(posterior, 400, warmup=300, generator=generator)
-    assert_same_mean(posterior, by_nuts, by_hmc, min_ess=80, max_rhat=1.05)
+    by_slices = slice_sample(posterior, 1000, generator=generator)
+    assert_same_mean(posterior, by_nuts, by_slices, min_ess=80, max_rhat=1.05)
     by_gibbs = gibbs_posterior(posterior, 1000, generator=generator)
     assert_same_mean(posterior, by_nuts, by_gibbs, min_ess=80, max_rhat=1.05)
-    assert_same_mean(posterior, by_hmc, by_gibbs)
+    assert_same_mean(posterior, by_slices, by_gibbs)
     colder = gibbs_posterior(dataclasses.replace(posterior, temperature=0.7), 1000, generator=generator)
     with pytest.raises(IsBiased):
-        assert_same_mean(posterior, by_hmc, colder)
+        assert_same_mean(posterior, by_slices, colder)
 
 
 def test_nuts_on_modules_that_a_factor_expert_couples(generator: torch.Generator) -> None:
@@ -74,7 +74,7 @@ def test_nuts_without_an_anchor(generator: torch.Generator) -> None:
     posterior = full_posterior(poe, random_updates(generator, 1, 2, 1, 2))
     draws = nuts(posterior, 250, chains=2, warmup=80, generator=generator)
     assert_same_mean(posterior, draws, gaussian_means(posterior), min_ess=80, max_rhat=1.05)
-    assert_same_mean(posterior, hmc(posterior, 300, warmup=300, generator=generator), gaussian_means(posterior))
+    assert_same_mean(posterior, slice_sample(posterior, 500, generator=generator), gaussian_means(posterior))
     improper = ProductOfExperts.of(["a", "b"], Identity(), Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
         nuts(full_posterior(improper, random_updates(generator, 1, 2, 1, 2)), 10, generator=generator)

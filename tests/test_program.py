@@ -16,9 +16,9 @@ from torch import Tensor
 
 from inference import minimize
 from inference.gibbs import gibbs_posterior
-from inference.hmc import hmc
 from inference.laplace import DenseLaplace, Laplace
 from inference.nuts import nuts
+from inference.slice import slice_sample
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -204,7 +204,7 @@ def test_samplers_take_numbers(temperature: float, generator: torch.Generator) -
     mode = posterior.experts[0].update
     calls: list[Callable[[], object]] = [
         lambda: gibbs_posterior(posterior, 1, generator=generator),
-        lambda: hmc(posterior, 1, generator=generator),
+        lambda: slice_sample(posterior, 1, generator=generator),
         lambda: nuts(posterior, 1, generator=generator),
         lambda: Laplace(posterior, mode),
         lambda: DenseLaplace(posterior, mode),

@@ -23,11 +23,11 @@ from inference import (
     distance_from_merge,
     fixed_point,
     gibbs_posterior,
-    hmc,
     load_draws,
     merge_checkpoint,
     sample_full,
     save_draws,
+    slice_sample,
     solve_posterior,
 )
 from inference._modules import read_modules
@@ -372,9 +372,9 @@ def test_hmc_and_the_modes_of_both_spans_agree_on_where_the_merge_is(vectors: Ta
     away = mode - torch.eye(6, dtype=torch.float64)[-1]
     lengths = torch.einsum("mj,mjk,mk->m", away, statistics.gram, away).clamp(min=0).sqrt()
     assert float((lengths / statistics.gram[:, -1, -1].sqrt()).max()) < 1e-6
-    draws = hmc(posterior, 100, generator=seeded(0), chains=8, warmup=100)
+    draws = slice_sample(posterior, 100, generator=seeded(0), chains=8, warmup=100)
     named = SpanDraws.of(draws, span, statistics)
-    assert named.sampler == "hmc"
+    assert named.sampler == "slice"
     assert named.temperatures == (0.02,)
     assert named.from_merge is not None
     assert named.from_merge.worst < 1.0

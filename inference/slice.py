@@ -1,0 +1,296 @@
+r"""Generalised elliptical slice sampling: draws of any posterior from its energy alone, without gradients.
+
+The density is written as a multivariate t near by times what that misses, ``exp(-E(x) / T) = t(x) R(x)``. With
+``delta(x) = (x - m)^T S^-1 (x - m)`` in ``D`` dimensions the t is a Gaussian of random scale, and two draws alternate:
+
+    s | x ~ InverseGamma((df + D) / 2, (df + delta(x)) / 2)
+    x | s   by a step that leaves N(m, s S) R invariant: a level at a uniform height below R(x), a draw of N(m, s S),
+            and a uniform angle on the ellipse through both, from a bracket that shrinks towards x until R is above it
+
+(Murray, Adams and MacKay, 2010, *Elliptical slice sampling*, AISTATS, PMLR 9:541-548; with the t: Nishihara, Murray
+and Adams, 2014, *Parallel MCMC with generalized elliptical slice sampling*, JMLR 15:2087-2112).
+
+The steps are exact for any ``m``, ``S`` and ``df``, which only decide how fast the chains mix. A t has heavier tails
+than every posterior with an anchor, so that ``R`` is bounded and no chain is held far out, where a Gaussian would hold
+it. ``m`` and ``S`` are first those of the quadratic that majorises the energy at the MAP. Where experts disagree, or
+the MAP lies on a kink, the posterior looks nothing like that, so they are fitted to the draws of all chains during the
+warm-up, as Nishihara et al. do, and are fixed afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference._chains import kept_states, require_counts
+from inference._starts import majoriser_draws, mode_of, overdispersed_starts
+from inference.draws import StoredDraws
+from inference.propriety import require_proper
+from poe_models.posterior import Posterior
+
+DEGREES = 4.0
+"""``df`` of the t: tails far heavier than an anchor's, and still a variance."""
+FIT_AT = (0.1, 0.2, 0.4, 0.8)
+"""Shares of the warm-up at which the t is fitted to the draws since the last time."""
+MOST_SHRINKS = 100
+"""A bracket that was cut this often has shrunk to nothing in float64."""
+MOST_COORDINATES = 2000
+"""Coordinates up to which a dense covariance is kept."""
+
+
+def slice_sample(
+    posterior: Posterior,
+    num_samples: int,
+    *,
+    generator: torch.Generator,
+    chains: int = 4,
+    warmup: int = 200,
+    thin: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoredDraws:
+    """Draws of a posterior in its own coordinates by generalised elliptical slice sampling.
+
+    All chains of all modules are one tensor program. It can be interrupted at any step (also by an exception from
+    ``progress``): it keeps no state but its locals and the generator.
+
+    Args:
+        posterior: in Span coordinates, or Full ones of few entries; any energy and factor expert.
+        num_samples: draws kept per chain.
+        generator: source of all randomness, on the posterior's device.
+        chains: independent chains, from overdispersed starts; more cost little time.
+        warmup: steps per chain before the first kept draw, during which the t is fitted.
+        thin: steps per kept draw.
+        progress: called with the number of finished steps and their total.
+
+    Returns:
+        Draws ``(C, S, M, *event)`` in float64. ``stats`` has ``lp`` (``-E / T``), ``evaluations`` of the energy in the
+        last step and whether it was ``stuck``; where a factor expert couples the modules they are of all modules
+        together.
+
+    Raises:
+        ValueError: the posterior is improper or has too many coordinates, its energy is not finite at a start, or a
+            count cannot be used.
+    """
+    require_counts("slice_sample", num_samples=num_samples, chains=chains, thin=thin, warmup=warmup)
+    require_proper(posterior)
+    mode = mode_of(posterior)
+    reference = Reference.majoriser(posterior, mode)
+    starts = overdispersed_starts(posterior, mode, chains, generator)
+    move = _Fitting(posterior, reference, warmup, generator)
+    first = init(states(posterior, starts), posterior)
+    untaken = SliceInfo(torch.zeros_like(first.log_density), torch.zeros_like(first.log_density))
+    positions, statistics = [], []
+    for state, info in kept_states(move, (first, untaken), num_samples, warmup, thin, progress):
+        positions.append(state.position)
+        statistics.append({"lp": state.log_density, "evaluations": info.evaluations, "stuck": info.stuck})
+    shape = (chains, num_samples, posterior.num_modules)
+    stats = {name: torch.stack([each[name] for each in statistics], 1).expand(shape) for name in statistics[0]}
+    return StoredDraws(latents(posterior, torch.stack(positions, 1)), stats, "slice", posterior.fixed_temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class SliceState:
+    """State of ``C`` chains of ``G`` groups: a group is one module, or all of them where a factor expert couples them.
+
+    Attributes:
+        position: ``(C, G, D)`` float64.
+        log_density: ``-E / T`` there, in nats, ``(C, G)``.
+    """
+
+    position: Tensor
+    log_density: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SliceInfo:
+    """Course of one step.
+
+    Attributes:
+        evaluations: energies until a point above the level was found, ``(C, G)``: one more than the bracket shrank.
+        stuck: whether the bracket shrank to nothing, which leaves the chain where it was, ``(C, G)``.
+    """
+
+    evaluations: Tensor
+    stuck: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The multivariate t of each group, ``DEGREES`` degrees of freedom.
+
+    Attributes:
+        center: ``m``, ``(G, D)``.
+        root: lower triangular ``L`` with ``S = L L^T``, ``(G, D, D)``.
+    """
+
+    center: Tensor
+    root: Tensor
+
+    @classmethod
+    def majoriser(cls, posterior: Posterior, mode: Tensor) -> Reference:
+        """About the MAP ``(M, *event)``, with the covariance of the quadratic that majorises ``E / T`` there.
+
+        Raises:
+            ValueError: there are too many coordinates for a dense covariance.
+        """
+        center = states(posterior, mode)
+        size = center.shape[-1]
+        if size > MOST_COORDINATES:
+            raise ValueError(
+                f"`slice_sample(...)`: {size} coordinates in one group (a module, or all of them where a factor expert "
+                f"couples them), and it keeps their dense covariance, at most {MOST_COORDINATES} wide. Use Span "
+                "coordinates, or `gibbs` or `laplace` in Full ones."
+            )
+        return cls(center, _triangular(_majoriser_root(posterior, mode)))
+
+    def standardize(self, position: Tensor) -> Tensor:
+        """``y = L^-1 (x - m)``, ``(C, G, D)``; ``|y|^2 = delta(x)``."""
+        away = (position - self.center).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.root, away, upper=False).squeeze(-1)
+
+    def position(self, y: Tensor) -> Tensor:
+        """``x = m + L y``, ``(C, G, D)``."""
+        return self.center + (self.root @ y.unsqueeze(-1)).squeeze(-1)
+
+    def log_density(self, y: Tensor) -> Tensor:
+        """Log of the t without its constant at standardized ``y``, ``(C, G, D)`` to ``(C, G)``."""
+        return -(DEGREES + y.shape[-1]) / 2 * torch.log1p(y.square().sum(-1) / DEGREES)
+
+    def scale(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw of ``s | x``, ``(C, G)``."""
+        shape = torch.full_like(y[..., 0], (DEGREES + y.shape[-1]) / 2)
+        # The distribution objects take no generator; this is the kernel beneath torch.distributions.Gamma.
+        return (DEGREES + y.square().sum(-1)) / 2 / torch._standard_gamma(shape, generator=generator)
+
+    def fitted(self, positions: Tensor) -> Reference:
+        """Mean and covariance of draws ``(n, G, D)`` together with ``D`` pseudo-draws of this one's covariance.
+
+        Computed in this one's own units, in which a long and narrow posterior is not ill-conditioned.
+        """
+        count, size = len(positions), positions.shape[-1]
+        y = self.standardize(positions)
+        away = y - y.mean(0)
+        covariance = torch.einsum("ngi,ngj->gij", away, away) + size * torch.eye(size).to(y)
+        return Reference(self.position(y.mean(0)), self.root @ torch.linalg.cholesky(covariance / (count + size)))
+
+
+def init(position: Tensor, posterior: Posterior) -> SliceState:
+    """The state at a position ``(C, G, D)``.
+
+    Raises:
+        ValueError: the energy is not finite there.
+    """
+    state = _at(position, posterior)
+    finite = state.log_density.isfinite()
+    if not bool(finite.all()):
+        chain, group = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"the energy of group {group} (a module, unless a factor expert couples them) is not finite where chain "
+            f"{chain} starts. Look at the experts' energies around the MAP and the task vectors."
+        )
+    return state
+
+
+def step(
+    state: SliceState, posterior: Posterior, reference: Reference, generator: torch.Generator
+) -> tuple[SliceState, SliceInfo]:
+    """One elliptical slice step of all chains and groups.
+
+    Args:
+        state: where the chains are.
+        posterior: what they sample.
+        reference: the t that the ellipses come from; any is exact.
+        generator: source of scales, ellipses, levels and angles.
+
+    Returns:
+        The next state, and the course of the step.
+    """
+    start = reference.standardize(state.position)
+    noise = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
+    across = noise * reference.scale(start, generator).sqrt().unsqueeze(-1)
+    level = height(state.log_density - reference.log_density(start), generator)
+    angle = 2 * math.pi * _uniform(level, generator)
+    low, high = angle - 2 * math.pi, angle
+    waiting, evaluations = torch.ones_like(level, dtype=torch.bool), torch.zeros_like(level, dtype=torch.long)
+    for _ in range(MOST_SHRINKS):
+        turn = angle.unsqueeze(-1)
+        y = start * turn.cos() + across * turn.sin()
+        proposal = _at(reference.position(y), posterior)
+        evaluations = evaluations + waiting
+        taken = waiting & (proposal.log_density - reference.log_density(y) > level)
+        state = _choose(taken, proposal, state)
+        waiting = waiting & ~taken
+        if not bool(waiting.any()):
+            break
+        low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)  # 0 is where x is
+        angle = low + (high - low) * _uniform(level, generator)
+    return state, SliceInfo(evaluations, waiting)
+
+
+def height(log_ratio: Tensor, generator: torch.Generator) -> Tensor:
+    """Log of a uniform height below ``R(x)``, from ``log R(x)``."""
+    return log_ratio + _uniform(log_ratio, generator).log()
+
+
+def states(posterior: Posterior, z: Tensor) -> Tensor:
+    """Latents ``(*S, M, *event)`` as states ``(*S, G, D)``, float64."""
+    x = z.to(torch.float64).flatten(-2)
+    return x.flatten(-2).unsqueeze(-2) if posterior.joint else x
+
+
+def latents(posterior: Posterior, x: Tensor) -> Tensor:
+    """States ``(*S, G, D)`` as latents ``(*S, M, *event)``."""
+    return x.reshape(*x.shape[:-2], posterior.num_modules, *posterior.event_shape)
+
+
+def _majoriser_root(posterior: Posterior, mode: Tensor) -> Tensor:
+    """``R`` with ``R R^T`` the covariance of the quadratic that majorises ``E / T`` at the mode, ``(G, D, D)``."""
+    entries = mode[0].numel()
+    units = torch.eye(entries, dtype=mode.dtype, device=mode.device).view(entries, 1, *posterior.event_shape)
+    columns = majoriser_draws(posterior, mode, units.expand(entries, *mode.shape)).double().flatten(2)  # (D, M, D)
+    blocks = columns.permute(1, 2, 0)
+    return torch.block_diag(*blocks).unsqueeze(0) if posterior.joint else blocks
+
+
+def _triangular(root: Tensor) -> Tensor:
+    """Lower triangular ``L`` with ``L L^T = R R^T``."""
+    return torch.linalg.qr(root.mT).R.mT
+
+
+class _Fitting:
+    """Steps of all chains whose t is fitted to their draws during the warm-up and fixed afterwards."""
+
+    def __init__(self, posterior: Posterior, reference: Reference, warmup: int, generator: torch.Generator) -> None:
+        self.posterior, self.reference, self.warmup, self.generator = posterior, reference, warmup, generator
+        self.fit_at = {round(share * warmup) for share in FIT_AT}
+        self.recent: list[Tensor] = []
+
+    def __call__(self, now: tuple[SliceState, SliceInfo], count: int) -> tuple[SliceState, SliceInfo]:
+        state, info = step(now[0], self.posterior, self.reference, self.generator)
+        if count <= self.warmup:
+            self.recent.append(state.position)
+            if count in self.fit_at:
+                self.reference = self.reference.fitted(torch.cat(self.recent))
+                self.recent = []
+        return state, info
+
+
+def _at(position: Tensor, posterior: Posterior) -> SliceState:
+    z = latents(posterior, position).to(posterior.dtype)
+    return SliceState(position, -posterior.group_energy(z) / posterior.temperature)
+
+
+def _choose(where: Tensor, one: SliceState, other: SliceState) -> SliceState:
+    """Per chain and group, ``one`` where true and ``other`` elsewhere."""
+    return SliceState(
+        torch.where(where.unsqueeze(-1), one.position, other.position),
+        torch.where(where, one.log_density, other.log_density),
+    )
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
