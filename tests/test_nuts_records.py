@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inference._target import Target
 from inference.nuts import _collect, _global_seed, _Record, nuts
 from poe_models import (
     AbsolutePrecision,
@@ -61,7 +60,7 @@ def test_statistics_of_all_modules_together_stand_in_every_module(generator: tor
         record.diverging = [False, chain == 1, False]
         records.append(record)
     values = torch.randn(2, 3, 2, 1, 2, generator=generator, dtype=torch.float64)
-    found = _collect(Target(posterior), values, records, 3)
+    found = _collect(posterior, values, records, 3)
     assert torch.equal(found.values, values)
     assert_close(found.stats["lp"], -posterior.energy(values) / 0.5)
     for module in range(2):
