@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,8 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=140)
     torch.set_num_threads(1)  # see `parallel`
+    # How far ensembles are from the merge is a column of their table, for each temperature that was tried no news.
+    warnings.filterwarnings("ignore", message=".*standard deviations of the draws from the merge", category=UserWarning)
     started = time.perf_counter()
     suite = make_suite(Recipe(seed=arguments.training_seed), arguments.cache, console)
     console.print(accuracy_table(suite))

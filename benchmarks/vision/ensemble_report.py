@@ -19,7 +19,7 @@ from diagnostics.plots import plot_pareto
 PATH_RESAMPLES = 200
 SHOWN = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
 MINUS = "minus MAP"
-COLUMNS = ("members", "sampled", "T", *(column for shown in SHOWN.values() for column in (shown, MINUS)))
+COLUMNS = ("members", "sampled", "T", "centre", *(column for shown in SHOWN.values() for column in (shown, MINUS)))
 
 
 def cells(outcome: Outcome) -> list[str]:
@@ -28,6 +28,7 @@ def cells(outcome: Outcome) -> list[str]:
         outcome.name,
         outcome.scope,
         "" if outcome.temperature is None else f"{outcome.temperature:.1e}",
+        "" if outcome.distance is None else f"{outcome.distance:.1f}",
     ]
     for score in SHOWN:
         difference = outcome.differences.get(score)
@@ -98,8 +99,10 @@ def ensemble_markdown(outcomes: Sequence[Outcome], run: str) -> str:
     members = next(each.search.tempering.best.num_members for each in outcomes if each.search is not None)
     heading = (
         f"{run} Ensembles of {members} around the best merge; each kind has the temperature, and the very members, "
-        "that validation NLL chooses for it. Test images, means over tasks; differences with 95 % intervals, paired "
-        "over test images, that hold for all rows of a column together."
+        "that validation NLL chooses for it. *Centre* is how far the members' mean is from the MAP in the farthest "
+        "module, in standard deviations of the draws: beyond 3 an ensemble does not surround the merge. Test images, "
+        "means over tasks; differences with 95 % intervals, paired over test images, that hold for all rows of a "
+        "column together."
     )
     lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, *(cells(outcome) for outcome in outcomes))]
     table = [lines[0], "|---|---|" + "---:|" * (len(COLUMNS) - 2), *lines[1:]]

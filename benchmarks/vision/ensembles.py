@@ -175,6 +175,8 @@ class Outcome:
             score hold for all rows together.
         nll_from_scaled: Mean NLL minus that of the MAP with scaled logits, by intervals that hold for all ensembles
             together; None for a point estimate.
+        distance: Of the members' centre from the MAP, in standard deviations of the draws, in the farthest module;
+            None for a point estimate.
     """
 
     name: str
@@ -187,6 +189,7 @@ class Outcome:
     search: Search | None = None
     differences: Mapping[str, Estimate] = field(default_factory=dict)
     nll_from_scaled: Estimate | None = None
+    distance: float | None = None
 
     @property
     def label(self) -> str:
@@ -304,7 +307,9 @@ class Ensembles:
         """The members that the search chose, on the test images."""
         temperature = search.tempering.temperature
         vectors, design = self._tempered(kind, temperature)
-        ensemble = MergedEnsemble(vectors, design, search.tempering.draws, elsewhere=self.merged)
+        draws = search.tempering.draws
+        assert isinstance(draws, FullDraws)
+        ensemble = MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
         prediction = ensemble.predict(
             self._model(), self.test.batches, forward=_forward, submodule="backbone", cut=CUTS[scope]
         )
@@ -314,6 +319,7 @@ class Ensembles:
             temperature=temperature,
             mutual_information=self.test.by_task(prediction.mutual_information),
             search=search,
+            distance=None if draws.from_merge is None else draws.from_merge.worst,
         )
 
     def _points(self) -> tuple[Outcome, Outcome]:
