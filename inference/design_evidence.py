@@ -34,7 +34,7 @@ from inference._modules import with_names
 from inference.evidence import SAMPLES, Evidence, UntrustedEvidence, dimensions, log_evidence
 from inference.module_batches import Updates, module_batches
 from poe_models.experts import ProductOfExperts
-from poe_models.operators import Gram, Operator, sum_of_squares
+from poe_models.operators import Diagonal, Gram, Operator, RankOne, sum_of_squares
 from poe_models.posterior import Posterior
 
 
@@ -149,7 +149,7 @@ def _joined(parts: list[Evidence]) -> Evidence:
 
 
 def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:
-    """Raise unless all evidences are densities of the same numbers, as far as shapes, ranks and lengths tell."""
+    """Raise unless all evidences are densities of the same numbers: equal lengths of updates, ranks and ranges."""
     (first, reference), *others = posteriors.items()
     for name, posterior in others:
         reason = _difference(reference, posterior)
@@ -162,7 +162,10 @@ def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:
 
 def _difference(one: Posterior, other: Posterior) -> str | None:
     """What makes two evidences densities of different numbers; None if nothing is seen to."""
-    pairs = [sorted(enumerate(each.experts), key=lambda pair: pair[1].update_name) for each in (one, other)]
+    pairs = [
+        sorted(enumerate(each.experts), key=lambda pair: (pair[1].update_name, _kind(pair[1].operator)))
+        for each in (one, other)
+    ]
     if [e.update_name for _, e in pairs[0]] != [e.update_name for _, e in pairs[1]]:
         return "their experts are not about the same updates, one by one"
     ranks, other_ranks = dimensions(one), dimensions(other)
@@ -172,7 +175,7 @@ def _difference(one: Posterior, other: Posterior) -> str | None:
             return f"the two updates {a.update_name!r} differ in length"
         if not torch.equal(left, right):
             return f"{a.name!r} sees {_range(left)} numbers of an update, {b.name!r} {_range(right)}"
-        if _kind(a.operator) != _kind(b.operator) and bool((left < math.prod(one.event_shape)).any()):
+        if bool((left < math.prod(one.event_shape)).any()) and not _same_directions(a.operator, b.operator):
             return f"{a.name!r} and {b.name!r} see different directions of {a.update_name!r}"
     return None
 
@@ -182,5 +185,26 @@ def _range(ranks: Tensor) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def _kind(operator: Operator) -> tuple[type[Operator], str]:
-    return type(operator), operator.side if isinstance(operator, Gram) else ""
+def _kind(operator: Operator) -> tuple[str, str]:
+    return type(operator).__name__, operator.side if isinstance(operator, Gram) else ""
+
+
+def _same_directions(one: Operator, other: Operator) -> bool:
+    """Whether two operators of equal ranks have the same range in every module of the batch."""
+    if _kind(one) != _kind(other):
+        return False
+    if isinstance(one, Gram) and isinstance(other, Gram) and not torch.equal(one.factor, other.factor):
+        both = torch.cat([_unit(one.factor), _unit(other.factor)], -1)
+        return torch.equal(torch.linalg.matrix_rank(both), torch.linalg.matrix_rank(one.factor))
+    if isinstance(one, Diagonal) and isinstance(other, Diagonal):
+        return torch.equal(one.values > 0, other.values > 0)
+    if isinstance(one, RankOne) and isinstance(other, RankOne):
+        across = (_unit(one.vector) * _unit(other.vector)).sum((-2, -1)).abs()
+        lengths = sum_of_squares(_unit(one.vector))  # 1, or 0 of nothing
+        return torch.allclose(across.double(), lengths, atol=1e-4)
+    return True
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Matrices ``(M, a, b)`` of Frobenius norm 1; zeros stay zeros."""
+    return x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)

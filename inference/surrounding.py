@@ -18,6 +18,8 @@ from poe_models.task_vectors import Source, TaskVectors
 
 __all__ = ["distance_from_merge"]
 
+SIGMAS = 5.0
+"""Standard deviations of the squared rounding error that are allowed for, beyond its mean."""
 MOST = 32
 """Draws that are made again to find the centre and spread of Full ones."""
 
@@ -63,7 +65,7 @@ def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, err
         draws: Of a whole model.
         module: One of its modules.
         merge: ``Z_*``, ``(d_out, d_in)``.
-        error: Expected squared error of its values.
+        error: Squared error of its values that is allowed for.
 
     Returns:
         The distance of this module.
@@ -90,7 +92,7 @@ def gibbs_distance(name: str, kernel: GibbsKernel, weights: Tensor, merge: Tenso
         kernel: Of its posterior.
         weights: Mixture weights of all draws, ``(S, E)``; at most `MOST` of them are used.
         merge: ``Z_*``, ``(d_out, d_in)``.
-        error: Expected squared error of its values.
+        error: Squared error of its values that is allowed for.
 
     Returns:
         The distance of this module.
@@ -164,7 +166,14 @@ def _blocks(task_vectors: TaskVectors, tensor: str, folder: Checkpoint) -> list[
 
 
 def _written(module: Module, block: Tensor, design: Design, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """``Z_*`` of merged weights, and the largest squared error that rounding them can have made."""
+    """``Z_*`` of merged weights, and the squared error that rounding them has made: hardly ever more."""
     weights = block.to(module.base)
-    error = float(sum_of_squares(weights)) * (torch.finfo(dtype).eps / 2 / design.scaling) ** 2
-    return (weights - module.base) / design.scaling, error
+    squares = _spacing(weights, dtype).square()
+    mean, deviation = squares.sum() / 12, (squares.square().sum() / 180).sqrt()  # of squares of uniform errors
+    return (weights - module.base) / design.scaling, float(mean + SIGMAS * deviation) / design.scaling**2
+
+
+def _spacing(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance of neighbouring numbers of a dtype, float64; rounding errors are uniform over it, about the weight."""
+    exponents = torch.frexp(weights.double())[1]  # the mantissa is in [1/2, 1)
+    return torch.where(weights == 0, 0.0, torch.finfo(dtype).eps / 2 * exponents.double().exp2())

@@ -4,7 +4,7 @@ A posterior at ``T = 1`` is not calibrated: its energies are in the experts' own
 in ``D`` dimensions has a finite integral only if ``2 kappa / T > D``, so the experts hold the merged update by
 themselves only below ``T = 2 sum_i kappa_i / D``; above it one samples the anchor. The search goes from there down to
 a thousandth of it, where the ensemble is the MAP. In Full coordinates ``D`` counts the directions that experts act on
-(thousands); in Span coordinates it is the dimension of the span, at most ``N + 1``.
+(thousands); in Span coordinates it is the dimension of the span, at most ``N + 1``, or ``N + 2`` through a merge.
 
 The best temperature of an ensemble depends on how many members it has and on what they are. So all temperatures of a
 search are judged with the same number, the chosen members are kept (`Tempering.draws`), and every kind of ensemble
@@ -101,7 +101,7 @@ def temperature_range(posterior: Posterior, coordinates: SpanCoordinates | None 
 
     Args:
         posterior: in Full or Span coordinates; its own temperature does not matter.
-        coordinates: of a Span posterior, which pads every module to ``N + 1`` coordinates.
+        coordinates: of a Span posterior, which pads every module to the same number of coordinates.
 
     Returns:
         The lowest and the highest temperature, over all modules.

@@ -71,7 +71,7 @@ class SampleReport:
         out: The folder.
         what: The settings.
         modules: Number of modules that were drawn.
-        shared: Number of merged tensors that were not: they are the MAP, or the method's at its own seed.
+        shared: Number of merged tensors that were not: they are the merge's, or the method's at its own seed.
         nbytes: Bytes of all files.
         convergence: R-hat, effective sample size and verdicts; None for independent draws.
         around: What the draws are, and how far their centre is from the merge; None for a method's seeds.

@@ -31,7 +31,7 @@ class Sampling:
         method: The sampler.
         coordinates: Coefficients on the experts' updates and the merge, or the merged updates themselves.
         temperature: Of the posterior.
-        pattern: Regular expression; modules whose names it does not find stay at the MAP.
+        pattern: Regular expression; modules whose names it does not find stay the merge's.
         chains: How many; 1 for Laplace's independent draws.
         draws: Kept per chain.
         warmup: Steps per chain before the first kept draw.

@@ -160,13 +160,13 @@ def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
     if isinstance(draws, PosteriorDraws):
-        found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record), experts_of)
+        found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record))
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
     if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):
         how = draws.method if isinstance(draws, FullDraws) else "seeds of a merging method"
         text = f"{len(draws)} independent draws ({how}): there are no chains to judge."
-        found.verdicts.append(Verdict("draws", Level.GOOD, text))
+        found.verdicts.append(Verdict("draws", Level.NOTE, text))
     else:
         found.chains = chain_convergence(draws)
 

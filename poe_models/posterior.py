@@ -23,7 +23,7 @@ from poe_models.anchors.method import MergingMethod, NamedMethod
 from poe_models.energies import Energy
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.operators import Operator, mean_curvatures, sum_of_squares
-from poe_models.scales import ExpertSizes
+from poe_models.scales import ExpertSizes, weighted_median
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +316,7 @@ def bind(
         importance=torch.tensor([e.importance for e in poe.experts], dtype=torch.float64, device=updates[0].device),
         active=_active(poe.experts, mean_curvatures, updates[0].dtype),
     )
-    scales = _with_fallback(poe.experts, _scales_by_rule(poe.experts, sizes), sizes.active)
+    scales = _with_fallback(poe.experts, _scales_by_rule(poe.experts, sizes), sizes)
     experts = tuple(
         BoundExpert(
             name=expert.name,
@@ -429,13 +429,16 @@ def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype:
     return torch.stack(columns, -1)
 
 
-def _with_fallback(experts: Sequence[Expert], scales: Tensor, active: Tensor) -> Tensor:
-    """Replace zero scales ``(M, E)``: by the median of the same map's positive scales in the module, else by 1."""
-    known = torch.where(scales > 0, scales, torch.nan)
+def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes) -> Tensor:
+    """Replace zero scales ``(M, E)``: by the median of the same map's positive scales in the module, else by 1.
+
+    The median is weighted by importance, so that an expert given twice is one of importance 2.
+    """
+    known = torch.where(scales > 0, sizes.importance.to(scales), 0.0)
     columns = []
     for i, group in enumerate(_same_map(experts)):
-        median = known[..., group].nanmedian(-1).values
-        fallback = torch.where(active[..., i] & median.isfinite(), median, torch.ones_like(median))
+        median = weighted_median(scales[..., group], known[..., group])
+        fallback = torch.where(sizes.active[..., i] & (median > 0), median, torch.ones_like(median))
         columns.append(torch.where(scales[..., i] > 0, scales[..., i], fallback))
     return torch.stack(columns, -1)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from inference.design_evidence import compare_designs
 from inference.evidence import UntrustedEvidence, dimensions, log_evidence
@@ -18,11 +19,13 @@ from poe_models import (
     OutputGram,
     ProductOfExperts,
     Relative,
+    ResidualMap,
     StudentT,
     TaskVectors,
     Welsch,
     full_posterior,
 )
+from poe_models.operators import Diagonal, Operator
 from tests.helpers import assert_close, name_of, random_updates
 from tests.test_evidence import plain, simulate
 
@@ -90,6 +93,46 @@ def test_sides_and_directions_are_densities_of_different_numbers(generator: torc
     square = random_updates(generator, 2, 3, 3, 3)
     full = compare_designs({**designs, "I": gaussian(Identity())}, square, generator=generator)
     assert len(full.rows) == 3
+
+
+class _Turned(ResidualMap):
+    """A map of one's own: what `inner` makes of the update with its columns in another order."""
+
+    def __init__(self, inner: ResidualMap) -> None:
+        self.inner = inner
+
+    def operator(self, update: Tensor) -> Operator:
+        return self.inner.operator(update.roll(1, -1))
+
+
+class _Weighted(ResidualMap):
+    """A diagonal map that sees some entries, with weights."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def operator(self, update: Tensor) -> Operator:
+        return Diagonal(torch.tensor(self.values, dtype=update.dtype).expand(update.shape))
+
+
+@pytest.mark.parametrize("inner", [InputGram(), Directional()], ids=name_of)
+def test_the_same_ranks_in_other_directions_are_other_numbers(inner: ResidualMap, generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 5, 2) @ random_updates(generator, 2, 3, 2, 6)
+    designs = {"map": gaussian(inner), "turned": gaussian(_Turned(inner))}
+    with pytest.raises(ValueError, match="different directions of 'a'"):
+        compare_designs(designs, updates, generator=generator)
+
+
+def test_the_same_directions_in_other_proportions_are_the_same_numbers(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 2, 3)
+    designs = {"one": gaussian(_Weighted(1.0, 2.0, 0.0)), "other": gaussian(_Weighted(3.0, 1.0, 0.0))}
+    assert len(compare_designs(designs, updates, generator=generator).rows) == 2
+    with pytest.raises(ValueError, match="different directions"):
+        compare_designs(designs | {"last": gaussian(_Weighted(0.0, 2.0, 1.0))}, updates, generator=generator)
+    orders = (InputGram(), OutputGram()), (OutputGram(), InputGram())
+    both = {str(i): ProductOfExperts.of(NAMES, maps, Gaussian(), Relative(1.0)) for i, maps in enumerate(orders)}
+    one, other = (row.evidence.value for row in compare_designs(both, updates, generator=generator).rows)
+    assert_close(one, other, 1e-10)
 
 
 def test_the_same_names_in_another_order_are_other_updates(generator: torch.Generator) -> None:

@@ -23,6 +23,7 @@ from poe_models import (
     Identity,
     InputGram,
     ModuleStatistics,
+    NormScaled,
     OutputGram,
     ProductOfExperts,
     Relative,
@@ -207,3 +208,17 @@ def test_experts_about_one_update_share_its_direction(generator: torch.Generator
     assert_close(
         full_posterior(poe, updates).anchor_precision, (0.1 * (2 * norms[0] + norms[1]) / 2).unsqueeze(0), 1e-12
     )
+
+
+@pytest.mark.parametrize("scale", [Relative(0.7), NormScaled(0.3), Balanced(0.7)])
+def test_an_expert_given_twice_is_importance_two_beside_one_that_has_no_scale(
+    scale: Scale, generator: torch.Generator
+) -> None:
+    """A zero update under Identity says "stay at the base" in the units of the others: the long one counts twice."""
+    long, short = 3.0 * random_updates(generator, 1, 1, 3, 2)[0, 0], random_updates(generator, 1, 1, 3, 2)[0, 0]
+    nothing = torch.zeros_like(long)
+    weighted = ProductOfExperts.of(["a", "b", "c"], Identity(), Cauchy(), scale, [2.0, 1.0, 1.0])
+    repeated = ProductOfExperts.of(["a", "b", "c", "d"], Identity(), Cauchy(), scale)
+    one = fixed_point(weighted, torch.stack([long, short, nothing])).value
+    other = fixed_point(repeated, torch.stack([long, short, nothing, long])).value
+    assert_close(one, other, 1e-8)

@@ -35,11 +35,13 @@ from inference.merge_distance import FAR, span_distance
 from inference.model_draws import PosteriorDraws
 from inference.surrounding import distance_of_module
 from poe_models import (
+    Absolute,
     AbsolutePrecision,
     Anchor,
     Cauchy,
     Directional,
     Gaussian,
+    Identity,
     InputGram,
     OutputGram,
     ProductOfExperts,
@@ -378,3 +380,33 @@ def test_hmc_and_the_modes_of_both_spans_agree_on_where_the_merge_is(vectors: Ta
     assert named.temperatures == (0.02,)
     assert named.from_merge is not None
     assert named.from_merge.worst < 1.0
+
+
+def test_rounding_is_taken_off_as_it_is_and_not_as_it_could_be_at_worst(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    """Written in bfloat16 with updates of a hundredth of the weights; the draws lie at .75 of the merge, 30 times their
+    own spread away. The largest possible rounding error has .3 of the merge's length, and would have hidden that."""
+    base = {"m.weight": torch.randn(40, 40, generator=generator, dtype=torch.float64).bfloat16().double()}
+    update = 0.012 * torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    vectors = TaskVectors(base, {name: {"m.weight": base["m.weight"] + update} for name in "ab"}, dtype=torch.float64)
+
+    def design(eta: float) -> Design:
+        poe = ProductOfExperts.of(
+            ["a", "b"], Identity(), Gaussian(), Absolute(1.0), anchor=Anchor(precision=AbsolutePrecision(eta))
+        )
+        return Design(replace(poe, temperature=1e-7))
+
+    full, shorter = design(0.0), design(1 / 3)  # Z = U, and 2 U / (2 + 2 / 3)
+    merge_checkpoint(vectors, full, tmp_path / "merged", out_dtype=torch.bfloat16)
+    draws = sample_full(vectors, shorter, 20, generator=seeded(0), method="laplace")
+    found = distance_from_merge(draws, vectors, shorter, tmp_path / "merged")
+    assert found.share == pytest.approx(0.25, abs=0.02)
+    assert found.beyond == ("m.weight",)
+    around = distance_from_merge(
+        sample_full(vectors, design(1e-9), 20, generator=seeded(0), method="laplace"),
+        vectors,
+        design(1e-9),
+        tmp_path / "merged",
+    )
+    assert around.share < 0.05

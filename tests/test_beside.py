@@ -1,0 +1,100 @@
+"""Draws beside a merge that is not theirs: what a report says of their centre."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diagnostics.verdicts import Level, Verdict
+from inference import Design, SpanDraws, fixed_point, gibbs_posterior, merge_checkpoint, sample_full
+from inference.merge_distance import span_distance
+from inference.model_draws import PosteriorDraws
+from poe_merge._beside import beside_verdict
+from poe_merge._merged import read_record
+from poe_models import (
+    Absolute,
+    Anchor,
+    Cauchy,
+    Directional,
+    Gaussian,
+    InputGram,
+    ProductOfExperts,
+    Relative,
+    RelativePrecision,
+    ResidualMap,
+    TaskVectors,
+    span_posterior,
+    span_statistics,
+)
+from tests.seeds import seeded
+
+NAMES = ("a", "b", "c")
+FAR_AWAY = torch.full((12, 10), 30.0, dtype=torch.float64)
+POE = ProductOfExperts.of(
+    NAMES, InputGram(), Cauchy(), Relative(0.5), anchor=Anchor(precision=RelativePrecision(0.1)), temperature=1e-3
+)
+
+
+@pytest.fixture
+def vectors(generator: torch.Generator) -> TaskVectors:
+    base = {"m.weight": torch.zeros(12, 10, dtype=torch.float64)}
+    experts = {name: {"m.weight": torch.randn(12, 10, generator=generator, dtype=torch.float64)} for name in NAMES}
+    return TaskVectors(base, experts, dtype=torch.float64)
+
+
+def judged(draws: PosteriorDraws, design: Design, vectors: TaskVectors, out: Path) -> Verdict:
+    merge_checkpoint(vectors, design, out)
+    return beside_verdict(draws, out, read_record(out), lambda: vectors)
+
+
+def span_draws(poe: ProductOfExperts, vectors: TaskVectors, through: bool) -> SpanDraws:
+    (module,) = vectors
+    merge = fixed_point(poe, module.updates, coordinates="full" if through else "span")
+    statistics = span_statistics(poe, module.updates, [module.name], through=merge.value if through else None)
+    posterior, coordinates = span_posterior(poe, statistics)
+    draws = SpanDraws.of(gibbs_posterior(posterior, 100, generator=seeded(0), warmup=50), coordinates, statistics)
+    if through:
+        return draws
+    return replace(draws, from_merge=span_distance(statistics, draws.coefficients, merge.info.coefficients))
+
+
+@pytest.mark.parametrize(("residual_map", "level"), [(InputGram(), Level.GOOD), (Directional(), Level.CAUTION)])
+def test_draws_through_the_merge_of_another_residual_map_are_found_out(
+    residual_map: ResidualMap, level: Level, vectors: TaskVectors, tmp_path: Path
+) -> None:
+    experts = tuple(replace(each, residual_map=residual_map) for each in POE.experts)
+    draws = span_draws(replace(POE, experts=experts), vectors, through=True)
+    assert judged(draws, Design(POE), vectors, tmp_path / "merged").level is level
+
+
+def test_draws_through_the_merge_around_another_centre_are_found_out(vectors: TaskVectors, tmp_path: Path) -> None:
+    elsewhere = replace(POE, anchor=replace(POE.anchor, center=FAR_AWAY))
+    draws = span_draws(elsewhere, vectors, through=True)
+    assert judged(draws, Design(POE), vectors, tmp_path / "merged").level is Level.CAUTION
+
+
+@pytest.mark.parametrize(("moved", "level"), [(False, Level.GOOD), (True, Level.CAUTION)])
+def test_full_draws_around_another_centre_are_found_out(
+    moved: bool, level: Level, vectors: TaskVectors, tmp_path: Path
+) -> None:
+    design = Design(replace(POE, anchor=replace(POE.anchor, center=FAR_AWAY if moved else None)))
+    draws = sample_full(vectors, design, 50, generator=seeded(0), warmup=20)
+    assert judged(draws, Design(POE), vectors, tmp_path / "merged").level is level
+
+
+@pytest.mark.parametrize(("energy", "level"), [(Cauchy(), Level.GOOD), (Gaussian(), Level.CAUTION)])
+def test_span_draws_of_another_design_are_measured_against_a_merge_in_span_coordinates(
+    energy: Cauchy | Gaussian, level: Level, vectors: TaskVectors, tmp_path: Path
+) -> None:
+    """They do not say of which design they are; the Gaussian's MAP is many of their standard deviations away."""
+    scale = Relative(0.5) if level is Level.GOOD else Absolute(100.0)
+    experts = tuple(replace(each, energy=energy, scale=scale) for each in POE.experts)
+    draws = span_draws(replace(POE, experts=experts), vectors, through=False)
+    assert draws.from_merge is not None
+    assert draws.from_merge.worst < 1.0  # around their own
+    found = judged(draws, Design(POE, coordinates="span"), vectors, tmp_path / "merged")
+    assert found.level is level
+    assert "standard deviations of the draws from the merge" in found.text
