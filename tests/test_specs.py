@@ -248,3 +248,7 @@ def test_custom_functions_have_no_spec() -> None:
 def test_wrong_arguments_show_the_right_ones(text: str, written: str) -> None:
     with pytest.raises(SpecError, match=re.escape(f"Write it as `{written}`")):
         parse_spec(text, ENERGY)
+
+
+def test_an_energy_of_one_s_own_is_printed_by_its_name() -> None:
+    assert repr(Root()) == "Root()"
