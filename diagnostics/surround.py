@@ -37,5 +37,5 @@ def surround_verdict(draws: PosteriorDraws) -> Verdict:
         return Verdict(ABOUT, Level.UNKNOWN, text)
     if draws.far_from_merge is not None:
         return Verdict(ABOUT, Level.CAUTION, draws.far_from_merge)
-    level = Level.UNKNOWN if math.isnan(draws.from_merge.worst) else Level.GOOD
+    level = Level.UNKNOWN if math.isnan(draws.from_merge.typical) else Level.GOOD
     return Verdict(ABOUT, level, f"{draws.about}: {draws.from_merge}.")

@@ -133,7 +133,7 @@ class MergeDistance:
         >>> print(MergeDistance(("a",), *torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)))
         their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (mean 0.5)
         """
-        if math.isnan(self.worst):
+        if math.isnan(self.typical):
             return "they are too few to tell how far their centre is from the merge"
         return (
             f"their centre is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "

@@ -67,8 +67,8 @@ def config_of(run: Path, flags: Mapping[str, Any]) -> MergeConfig:
         )
     if config.get("merge_method") != POE:
         raise ConfigError(
-            f"--merge {run}: merged by {config.get('merge_method')}, which has no posterior. Give its configuration "
-            "instead, to draw a random method at several seeds."
+            f"--merge {run}: merged by {config.get('merge_method')}, which has no posterior. Draw around a "
+            "product of experts; a method that is random is drawn at several seeds from its configuration."
         )
     document = overridden(Document(config), flags)
     fixed = [origin for place, origin in document.origins.items() if origin.startswith("--") and place[0] not in FREE]

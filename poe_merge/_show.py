@@ -90,7 +90,8 @@ def report(done: MergeReport) -> None:
     counts = ", ".join(
         f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
     )
-    resumed = f", {done.resumed_groups} groups from before" if done.resumed_groups else ""
+    groups = "group" if done.resumed_groups == 1 else "groups"
+    resumed = f", {done.resumed_groups} {groups} from before" if done.resumed_groups else ""
     console.print(
         f"{escape(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
         f"{done.seconds:.1f} s{resumed}."
@@ -112,7 +113,11 @@ def report(done: MergeReport) -> None:
 
 
 def _kept(expert: ExpertRetention) -> str:
+    from inference.retention import MOST_GROWN
+
     left = "" if math.isnan(expert.residual_left) else f" ({expert.residual_left:.0%} of its squared residual left)"
+    if expert.residual_left > MOST_GROWN:
+        left = f" (its squared residual grew {expert.residual_left:.0f}-fold)"
     return f"{expert.name} {'nothing, its update is zero' if math.isnan(expert.kept) else f'{expert.kept:.0%}'}{left}"
 
 
@@ -134,7 +139,8 @@ def sample(done: SampleReport) -> None:
 
     what, console = done.what, _console()
     made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
-    how = f"{done.modules} modules drawn by {what.method} {_how_drawn(what, done.shared)}"
+    modules = "1 module" if done.modules == 1 else f"{done.modules} modules"
+    how = f"{modules} drawn by {what.method} {_how_drawn(what, done.shared)}"
     console.print(escape(f"{made}; {how}."), soft_wrap=True)
     if isinstance(what, Seeds):
         console.print("Independent draws, one for each seed: there are no chains to judge.")

@@ -96,8 +96,7 @@ def merge(
                 progress=bars,
             )
     except KeyboardInterrupt:
-        show.warning(f"interrupted. Go on with the same command and --resume; what is done so far is in {out}.partial.")
-        raise typer.Exit(INTERRUPTED) from None
+        raise _interrupted(out) from None
     show.report(report)
 
 
@@ -123,8 +122,7 @@ def stats(
             designs = prepare_designs(task_vectors, table, bars)
             report = make_statistics(settings, task_vectors, designs, out, bars)
     except KeyboardInterrupt:
-        show.warning("interrupted; nothing was written.")
-        raise typer.Exit(INTERRUPTED) from None
+        raise InterruptedByUser("interrupted; nothing was written.") from None
     show.statistics(report)
 
 
@@ -194,10 +192,7 @@ def sample(
                 settings, task_vectors, designs, out, what, bars, statistics=stats, merged=merged, resume=resume
             )
     except KeyboardInterrupt:
-        begun = out.with_name(out.name + ".partial")
-        left = f"Go on with the same command and --resume; what is done so far is in {begun}."
-        show.warning(f"interrupted. {left if begun.exists() else 'Nothing was written.'}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise _interrupted(out) from None
     show.sample(report)
 
 
@@ -317,6 +312,17 @@ def _vectors(settings: MergeConfig) -> TaskVectors:
     return task_vectors
 
 
+class InterruptedByUser(Exception):
+    """Ctrl-C, with what to say of it."""
+
+
+def _interrupted(out: Path) -> InterruptedByUser:
+    """How to go on with what has been begun, if anything has."""
+    begun = out.with_name(out.name + ".partial")
+    left = f"Go on with the same command and --resume; what is done so far is in {begun}."
+    return InterruptedByUser(f"interrupted. {left if begun.exists() else 'Nothing was written.'}")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line.
 
@@ -328,8 +334,11 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         result = get_command(app).main(args=list(arguments), prog_name="poe-merge", standalone_mode=False)
+        if result == INTERRUPTED:  # typer's own answer to Ctrl-C
+            show.warning("interrupted.")
         return result if isinstance(result, int) else 0
-    except KeyboardInterrupt:
+    except InterruptedByUser as told:
+        show.warning(str(told))
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:

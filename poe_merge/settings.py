@@ -17,7 +17,7 @@ import yaml
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
-from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_call, names_method, nearest
+from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_call, is_own, names_method, nearest
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -180,14 +180,14 @@ def anchor(raw: Any, folders: Folders) -> str:
     text = str(raw).strip()
     if text == "zero":
         return text
-    if names_method(text) or is_call(text):
+    if names_method(text) or is_call(text) or is_own(text):
         return canonical_method(text, folders)
     found = located(text, folders)
     if Path(found).exists() or _HUB_ID.fullmatch(text):
         return found
     raise ValueError(
         f"{raw!r}: {nearest(text, ['zero', *METHOD.registry])}Write zero, a merging method "
-        f"({', '.join(METHOD.registry)}), or the path of a checkpoint that exists"
+        f"({', '.join(METHOD.registry)}, or your own as `my_module:Name`), or the path of a checkpoint that exists"
     )
 
 

@@ -183,6 +183,15 @@ def is_call(text: str) -> bool:
     return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)", text, re.DOTALL) is not None
 
 
+def is_own(text: str) -> bool:
+    """Whether a text names a class of one's own, without arguments.
+
+    >>> is_own("mine:Mine"), is_own("folder/mine.py:Mine"), is_own("runs/mnist"), is_own("C:runs/mnist")
+    (True, True, False, False)
+    """
+    return re.fullmatch(r".+:[A-Za-z_]\w*", text) is not None
+
+
 def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingMethod) -> str:
     """The inverse of `parse_spec`.
 

@@ -66,6 +66,11 @@ class Energy(ABC):
     def rho(self, q: Tensor) -> Tensor:
         """Energy in nats of squared residuals ``q`` of shape ``(...,)`` in units of the squared scale."""
 
+    @override
+    def __repr__(self) -> str:
+        """Its name; a dataclass says its settings, too."""
+        return f"{type(self).__qualname__}()"
+
     @property
     def is_concave(self) -> bool:
         """Whether this instance is concave in ``q`` (:class:`GeneralizedGaussian` depends on its power)."""

@@ -138,6 +138,8 @@ def test_a_method_of_one_s_own(cli: Cli, here: Path) -> None:
     as_anchor = write(here, parameters={"anchor": "mine.py:First(2.0)"})
     assert custom_sources(load_config(as_anchor)) == [here / "mine.py"]
     cli("merge", "config.yaml", "--out", "anchored")
+    plain = write(here, parameters={"anchor": "mine.py:First"})  # without settings, as for every other kind of class
+    assert load_config(plain).resolved()["parameters"]["anchor"] == f"{here / 'mine.py'}:First(scale=1.0)"
 
 
 # --- as an anchor ---

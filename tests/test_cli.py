@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poe_merge import _show
+from poe_merge import cli as cli_module
 from poe_merge.cli import run
 from poe_merge.config import MergeConfig, ModelParameters, Parameters
 from poe_merge.flags import FLAGS
@@ -399,6 +400,20 @@ def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli,
 # --- interruptions ---
 
 
+def test_an_interruption_before_anything_is_written(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_show.Bars, "begin", interrupted)
+        status, _, err = cli("merge", "config.yaml", "--out", "out")
+    assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
+    monkeypatch.setattr(cli_module, "_opened", interrupted)
+    status, _, err = cli("merge", "config.yaml", "--out", "out")
+    assert (status, err.strip()) == (130, "warning: interrupted.")
+    assert not list(here.glob("out*"))
+
+
 def test_an_interruption_says_how_to_go_on(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = _show.Bars.advance
 
@@ -421,7 +436,7 @@ def test_an_interruption_says_how_to_go_on(cli: Cli, here: Path, monkeypatch: py
     assert "was begun with `settings.config.parameters.lambda` = 1.0, now it is 0.5" in err
     status, out, _ = cli("merge", "config.yaml", "--out", "out", "--resume")
     assert status == 0
-    assert ", 1 groups from before." in out
+    assert ", 1 group from before." in out
     assert cli("merge", "config.yaml", "--out", "whole")[0] == 0
     for path in (here / "whole").iterdir():
         assert path.read_bytes() == (here / "out" / path.name).read_bytes()

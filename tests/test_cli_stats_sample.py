@@ -312,7 +312,7 @@ def test_deltas_add_up_to_the_checkpoints(done: Cli, here: Path) -> None:
 
 def test_a_pattern_leaves_the_rest_at_the_map(done: Cli, here: Path) -> None:
     _, out, _ = done("sample", "config.yaml", "-n", "2", *QUICK, "--pattern", r"^1\.(mlp|bias)", "--out", "out")
-    assert "1 modules drawn" in out
+    assert "1 module drawn" in out
     assert "2 more tensors at the merge" in out
     done("merge", "config.yaml", "--out", "merged")
     first, second, merged = (weights(here / n) for n in ("out/member-000", "out/member-001", "merged"))
@@ -544,7 +544,7 @@ def test_members_are_merges_at_the_methods_seed_and_those_after_it(
 def test_some_modules_at_seeds(done: Cli, by_method: Callable[..., Path], here: Path) -> None:
     config = by_method("dare")
     _, out, _ = done("sample", config, "-n", "2", "--pattern", "attn", "--format", "deltas", "--out", "out")
-    assert "1 modules drawn by Dare(" in out
+    assert "1 module drawn by Dare(" in out
     assert "2 more tensors at seed 0" in out
     one, two = (load_file(here / "out" / f"member-00{i}" / "delta.safetensors") for i in range(2))
     assert set(one) == {"1.attn.weight"}
@@ -680,7 +680,7 @@ def test_a_fused_tensor_is_several_modules_and_one_tensor(done: Cli, here: Path,
     assert "6 modules drawn" in out
     assert "more tensors" not in out
     _, out, _ = done("sample", "config.yaml", "-n", "1", "--out", "some", "--pattern", r"in_proj_weight\[1\]", *QUICK)
-    assert "1 modules drawn" in out
+    assert "1 module drawn" in out
     assert "3 more tensors at the merge" in out
 
 

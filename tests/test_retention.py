@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from inference import Design, fixed_point, merge_checkpoint, minimize
 from inference.method_design import MethodDesign
 from inference.retention import ExpertRetention, concerns, totals
+from poe_merge._show import _kept
 from poe_merge.cli import app
 from poe_models import (
     Anchor,
@@ -148,6 +149,11 @@ def test_averages_of_many_models_are_not_called_the_base(generator: torch.Genera
     names = list("abcdefgh")
     poe = ProductOfExperts.of(names, InputGram(), Gaussian(), Balanced(1.0))
     assert concerns(totals([(1.0, fixed_point(poe, updates).info.retention.record(0))])) == []
+
+
+def test_a_residual_that_grew_is_printed_as_a_factor() -> None:
+    assert _kept(ExpertRetention("a", 0.48, 6.66, 1.0)) == "a 48% (its squared residual grew 7-fold)"
+    assert _kept(ExpertRetention("a", 0.48, 0.2, 1.0)) == "a 48% (20% of its squared residual left)"
 
 
 def test_merge_prints_what_was_kept(tmp_path: Path, generator: torch.Generator) -> None:

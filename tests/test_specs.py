@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from poe_merge.specs import ENERGY, PRECISION, RESIDUAL_MAP, SCALE, Kind, SpecError, canonical, format_spec, parse_spec
 from poe_models import (
     AbsolutePrecision,
     Cauchy,
     Custom,
+    Energy,
     GeneralizedGaussian,
     Huber,
     InputGram,
@@ -248,3 +250,12 @@ def test_custom_functions_have_no_spec() -> None:
 def test_wrong_arguments_show_the_right_ones(text: str, written: str) -> None:
     with pytest.raises(SpecError, match=re.escape(f"Write it as `{written}`")):
         parse_spec(text, ENERGY)
+
+
+def test_an_energy_of_one_s_own_is_printed_by_its_name() -> None:
+    class Root(Energy):
+        def rho(self, q: Tensor) -> Tensor:
+            return (1 + q).sqrt() - 1
+
+    assert repr(Root()).endswith("Root()")
+    assert " at 0x" not in repr(Root())

@@ -292,6 +292,8 @@ def test_few_draws_and_none_beyond() -> None:
     assert math.isnan(unknown.worst)
     assert unknown.beyond == ()
     assert "too few" in str(unknown)
+    halved = replace(unknown, displacement=torch.tensor([0.0, 1.0], dtype=torch.float64))  # one within rounding
+    assert "too few" in str(halved)
     stuck = MergeDistance(("m", "n"), length, torch.zeros_like(length), length)
     assert (stuck.worst, stuck.beyond) == (math.inf, ("m", "n"))
     assert MergeDistance.joined([stuck.select([1]), unknown.select([0])]).modules == ("n", "m")

@@ -381,6 +381,8 @@ def test_notes_say_what_decides_and_what_is_close() -> None:
     assert len(found) == 3
     assert found[0].startswith("one residual decides about alone:")
     assert found[1] == "2 residuals have Pareto k above 0.70 (best)"
+    one_bad = result("best", difference=0.0, error=0.0, pointwise=even, unreliable=1)
+    assert comparison._notes(sample, (one_bad,)) == ("1 residual has Pareto k above 0.70 (best)",)  # type: ignore[arg-type]
     assert found[2].startswith("little is behind by less than 4 nats")
     assert comparison._notes(sample, (result("best", difference=0.0, error=0.0, pointwise=even),)) == ()  # type: ignore[arg-type]
 

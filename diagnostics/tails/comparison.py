@@ -273,7 +273,8 @@ def _notes(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]
         notes.append(f"one residual decides about {', '.join(alone)}: the standard error of that means little")
     for result in results:
         if result.loo.unreliable:
-            many = f"{result.loo.unreliable} residuals have Pareto k above {result.loo.good_k:.2f}"
+            count = result.loo.unreliable
+            many = f"{count} residual{' has' if count == 1 else 's have'} Pareto k above {result.loo.good_k:.2f}"
             notes.append(f"{many} ({result.name})")
     for result in results:
         if not result.tied and result.difference < SMALL:
