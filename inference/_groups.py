@@ -157,8 +157,9 @@ def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list
         center = torch.stack(batch.centers) if batch.centers else None
         solution = design.for_modules(batch.labels).solve(batch.updates, factors, center)
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
+    kept = solution.info.retention.scaled(design.scaling)  # of what is written
     records = [
-        {"module": label, "status": status.name.lower(), **solution.info.record(index)}
+        {"module": label, "status": status.name.lower(), **solution.info.record(index), "retention": kept.record(index)}
         for index, (label, status) in enumerate(zip(batch.labels, solution.status, strict=True))
     ]
     return merged, records

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Retention:
         update_norms: ``|U_i|``, ``(M, E)``.
         residuals: ``q_i(Z) / s_i^2``, ``(M, E)``; None for merging methods, whose experts have no residual.
         residuals_at_zero: the same of merging nothing, ``q_i(0) / s_i^2``, ``(M, E)``.
+        sizes: ``<Z, P_i Z> / s_i^2``, ``(M, E)``: with the other two it gives the residual of any multiple of ``Z``.
     """
 
     experts: tuple[str, ...]
@@ -50,6 +51,20 @@ class Retention:
     update_norms: Tensor
     residuals: Tensor | None = None
     residuals_at_zero: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def scaled(self, scaling: float) -> Retention:
+        """What ``λ Z`` keeps, the update that a merge with this scaling writes.
+
+        Args:
+            scaling: ``λ``.
+        """
+        moved = replace(self, kept=scaling * self.kept, norm=abs(scaling) * self.norm)
+        if self.residuals is None or self.residuals_at_zero is None or self.sizes is None:
+            return moved
+        along = (self.residuals_at_zero + self.sizes - self.residuals) / 2  # <Z, P U> / s^2
+        residuals = self.residuals_at_zero - 2 * scaling * along + scaling**2 * self.sizes
+        return replace(moved, residuals=residuals.clamp(min=0), sizes=scaling**2 * self.sizes)
 
     @property
     def residual_left(self) -> Tensor:
@@ -110,6 +125,7 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
         update_norms=norm_squared.sqrt(),
         residuals=q / scales,
         residuals_at_zero=torch.stack([expert.residual_at_zero for expert in experts], -1) / scales,
+        sizes=torch.stack([expert.operator.quadratic(z) for expert in experts], -1) / scales,
     )
 
 
@@ -126,24 +142,24 @@ def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Re
     return Retention(tuple(names), inner / norm_squared, sum_of_squares(z).sqrt(), norm_squared.sqrt())
 
 
-def totals(records: Iterable[tuple[float, Mapping[str, Any]]]) -> tuple[ExpertRetention, ...]:
+def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
     """Sum up a merge's modules.
 
     Args:
-        records: scaling ``λ`` and :meth:`Retention.record` of every module.
+        records: :meth:`Retention.record` of every module, of the update that is written.
 
     Returns:
         One entry per expert, in order of first appearance.
     """
     sums: dict[str, dict[str, float]] = {}
-    for scaling, record in records:
+    for record in records:
         for name, length in record["update_norms"].items():
             of = sums.setdefault(name, dict.fromkeys(("inner", "squared", "merged", "left", "zero"), 0.0))
             if name not in record["kept"]:  # a zero update
                 continue
-            of["inner"] += scaling * record["kept"][name] * length**2
+            of["inner"] += record["kept"][name] * length**2
             of["squared"] += length**2
-            of["merged"] += (scaling * record["norm"]) ** 2
+            of["merged"] += record["norm"] ** 2
             if name in record.get("residuals_at_zero", {}):
                 of["left"] += record["residuals"][name]
                 of["zero"] += record["residuals_at_zero"][name]
@@ -168,10 +184,10 @@ def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
         One entry per expert, in order of first appearance.
     """
     return totals(
-        (record["designs"][tensor["design"]]["scaling"], module)
+        module["retention"]
         for tensor in record["tensors"]
         for module in tensor.get("modules", ())
-        if "update_norms" in module
+        if "retention" in module
     )
 
 

@@ -113,7 +113,8 @@ class FixedPointInfo:
             "weights": dict(zip(self.experts, self.weights[module].tolist(), strict=True)),
             "relative_weights": self._active(self.relative_weights, module),
             "weight_spread": float(self.weight_spread[module]),
-            **self.retention.record(module),
+            "residuals": dict(zip(self.experts, self.residuals[module].tolist(), strict=True)),
+            "norm": float(self.retention.norm[module]),
             "inactive": [n for n, silent in zip(self.experts, self.inactive[module].tolist(), strict=True) if silent],
         }
 
@@ -147,7 +148,6 @@ class MinimizeInfo:
             "steps": self.steps,
             "energy": float(self.energy[module]),
             "gradient_norm": float(self.gradient_norm[module]),
-            **self.retention.record(module),
         }
 
 
@@ -163,7 +163,7 @@ class MethodInfo:
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
-        return self.retention.record(module)
+        return {"norm": float(self.retention.norm[module])}
 
 
 InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo, MethodInfo)

@@ -132,7 +132,7 @@ def merge_checkpoint(
             resumed = _write_shards(task_vectors, planned, staging, seed, progress)
             records = staging.records()
             described = [each.describe() for each in planned.designs]
-            experts = [each.record() for each in _retention(planned, records)]
+            experts = [each.record() for each in _retention(records)]
             summary = {**summary_of(records), "experts": experts}
             record = {**state, "designs": described, "summary": summary, "tensors": records}
             write_companions(staging, task_vectors.base, planned, out_dtype, record)
@@ -173,13 +173,9 @@ def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, se
     return resumed
 
 
-def _retention(planned: Plan, records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
+def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
     """How much all matrices together kept of every expert."""
-    return totals(
-        (planned.designs[record["design"]].scaling, module)
-        for record in records
-        for module in record.get("modules", ())
-    )
+    return totals(module["retention"] for record in records for module in record.get("modules", ()))
 
 
 def _report(
@@ -193,7 +189,7 @@ def _report(
         modules=len(modules),
         status=dict(Counter(module["status"] for module in modules)),
         not_converged=tuple(m["module"] for m in modules if not Status[m["status"].upper()].converged),
-        experts=_retention(planned, records),
+        experts=_retention(records),
         updated=updated,
         rounded_back=rounded_back,
         nbytes=planned.write_bytes,

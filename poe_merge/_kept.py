@@ -18,7 +18,7 @@ from poe_models.posterior import Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
 from poe_models.task_vectors import TaskVectors
 
-Records = list[tuple[float, Mapping[str, Any]]]
+Records = list[Mapping[str, Any]]
 """Scaling λ and what a module kept."""
 
 
@@ -60,7 +60,8 @@ def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple
         posterior, coordinates = span_posterior(design.span_product, statistics)
         merge = merge_in_span(posterior, coordinates, statistics, design)
         found = retention(posterior, merge, posterior.residuals(merge))
-        records += [(design.scaling, found.record(module)) for module in range(len(statistics.modules))]
+        written = found.scaled(design.scaling)
+        records += [written.record(module) for module in range(len(statistics.modules))]
     return totals(records)
 
 
@@ -84,5 +85,5 @@ def kept_when_solved(task_vectors: TaskVectors, designs: Table, drawn: Collectio
             if module.name in drawn:
                 posterior, merge = module.posterior, merged_update(module, design).unsqueeze(0)
                 found = retention(posterior, merge, posterior.residuals(merge))
-                records.append((design.scaling, found.record(0)))
+                records.append(found.scaled(design.scaling).record(0))
     return totals(records)

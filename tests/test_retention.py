@@ -62,6 +62,19 @@ def test_kept_and_left_are_their_formulas(coordinates: str, generator: torch.Gen
     assert_close(found.update_norms, updates.square().sum((-2, -1)).sqrt(), 1e-10)
 
 
+@pytest.mark.parametrize("scaling", [0.25, 1.0, -2.0])
+def test_multiples_of_a_merge_keep_what_they_keep(scaling: float, generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 6, 5)
+    solution = fixed_point(product(), updates)
+    z, found = scaling * solution.value, solution.info.retention.scaled(scaling)
+    for i in range(3):
+        u = updates[:, i]
+        assert_close(found.kept[:, i], (z * u).sum((-2, -1)) / u.square().sum((-2, -1)), 1e-10)
+        left = ((z - u) @ u.mT).square().sum((-2, -1)) / (u @ u.mT).square().sum((-2, -1))
+        assert_close(found.residual_left[:, i], left, 1e-9)
+    assert_close(found.norm, z.square().sum((-2, -1)).sqrt(), 1e-10)
+
+
 def test_every_solver_says_what_was_kept(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 6, 5)
     posterior, _ = span_posterior(product(), span_statistics(product(), updates))
@@ -84,7 +97,8 @@ def test_totals_weigh_modules_by_their_size_and_know_lambda(tmp_path: Path, gene
         assert expert.kept == pytest.approx(float(0.5 * inner / squared), rel=1e-4)
     about_b = report.experts[1]
     assert about_b.length == pytest.approx(float(0.5 * merged["one"].norm() / updates["one"][1].norm()), rel=1e-4)
-    left = fixed_point(product(), updates["one"].float()).info.retention.residual_left[0, 1]
+    u, z = updates["one"][1], 0.5 * merged["one"]
+    left = ((z - u) @ u.mT).square().sum() / (u @ u.mT).square().sum()  # of what is written
     assert about_b.residual_left == pytest.approx(float(left), rel=1e-4)
     record = json.loads((tmp_path / "out" / "poe_merge.json").read_text())
     assert record["summary"]["experts"] == [each.record() for each in report.experts]
@@ -104,7 +118,7 @@ def test_merging_methods_say_what_was_kept(tmp_path: Path, generator: torch.Gene
 def test_a_fair_merge_raises_no_concern(generator: torch.Generator) -> None:
     updates = torch.randn(1, 3, 32, 24, generator=generator, dtype=torch.float64)
     info = fixed_point(product(), updates).info.retention
-    assert concerns(totals([(1.0, info.record(0))])) == []
+    assert concerns(totals([info.record(0)])) == []
 
 
 def test_the_shortest_expert_in_command_is_said(generator: torch.Generator) -> None:
@@ -113,12 +127,12 @@ def test_the_shortest_expert_in_command_is_said(generator: torch.Generator) -> N
     of_relative = fixed_point(product(Relative(1.0)), updates).info.retention
     updates[:, 2] /= 30
     shortest = fixed_point(product(Relative(1.0)), updates).info.retention
-    assert concerns(totals([(1.0, of_relative.record(0))])) == []  # a third as long: the others keep their share still
-    (said,) = concerns(totals([(1.0, shortest.record(0))]))
+    assert concerns(totals([of_relative.record(0)])) == []  # a third as long: the others keep their share still
+    (said,) = concerns(totals([shortest.record(0)]))
     assert said.startswith("the merge is little more than the base")
     assert "as long as 'c' is" in said
     balanced = fixed_point(product(), updates).info.retention
-    (drowned,) = concerns(totals([(1.0, balanced.record(0))]))  # by what the others change in its few directions
+    (drowned,) = concerns(totals([balanced.record(0)]))  # by what the others change in its few directions
     assert drowned.startswith("expert 'c': its squared residual grew ")
 
 
@@ -126,7 +140,7 @@ def test_the_shortest_expert_in_command_is_said(generator: torch.Generator) -> N
 def test_a_merge_that_the_anchor_holds_is_said(eta: float, generator: torch.Generator) -> None:
     updates = torch.randn(1, 3, 32, 24, generator=generator, dtype=torch.float64)
     info = fixed_point(product(eta=eta), updates).info.retention
-    (said,) = concerns(totals([(1.0, info.record(0))]))
+    (said,) = concerns(totals([info.record(0)]))
     assert said.startswith("the merge is little more than the base")
 
 
@@ -148,7 +162,7 @@ def test_averages_of_many_models_are_not_called_the_base(generator: torch.Genera
     updates = torch.randn(8, 32, 24, generator=generator, dtype=torch.float64)
     names = list("abcdefgh")
     poe = ProductOfExperts.of(names, InputGram(), Gaussian(), Balanced(1.0))
-    assert concerns(totals([(1.0, fixed_point(poe, updates).info.retention.record(0))])) == []
+    assert concerns(totals([fixed_point(poe, updates).info.retention.record(0)])) == []
 
 
 def test_a_residual_that_grew_is_printed_as_a_factor() -> None:

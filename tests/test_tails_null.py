@@ -166,6 +166,23 @@ def test_zero_rows_columns_and_experts_stay_zero(sizes: Sizes) -> None:
 
 
 @pytest.mark.parametrize("sizes", BOTH)
+def test_a_row_that_one_expert_never_touched_stays_zero_in_it_alone(sizes: Sizes) -> None:
+    updates = updates_of()
+    updates[1, 2] = 0.0
+    updates[0, :, 3] = 0.0
+    made = fit_sizes(updates, sizes).surrogate(seeded(1))
+    assert torch.equal(made.ne(0), updates.ne(0))
+    given = TaskVectors(
+        {"m.weight": torch.zeros(12, 7)},
+        {name: {"m.weight": u.float()} for name, u in zip(NAMES, updates, strict=True)},
+    )
+    poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Relative(1.0))
+    found = [e for m in given for e in module_residuals(fixed_point(poe, m).value, m, poe)]
+    surrogates = surrogate_residuals(given, poe, num_surrogates=3, sizes=sizes)
+    assert 0 < null_control(Residuals(tuple(found)), surrogates, level=0.25).p_value <= 1
+
+
+@pytest.mark.parametrize("sizes", BOTH)
 def test_surrogates_are_merged_and_measured_as_the_updates_are(sizes: Sizes) -> None:
     given, poe = vectors(), ProductOfExperts.of(NAMES, OutputGram(), Cauchy(), Relative(1.0))
     found = surrogate_residuals(given, poe, num_surrogates=2, sizes=sizes, seed=4)

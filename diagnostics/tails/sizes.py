@@ -52,12 +52,15 @@ class FittedSizes:
         rows: ``(N, d_out, 1)``, in ``"shared"`` ``(1, d_out, 1)``; zero for rows that are zero.
         columns: ``(N, 1, d_in)`` or ``(1, 1, d_in)``.
         root: ``(N, k)``, the correlation is ``root @ root.T``; in ``"shared"`` it has the experts' factors in it.
+        touched: rows and columns that each expert's update has at all, ``(N, d_out, d_in)`` bool; the others are zero
+            in its surrogates, too.
     """
 
     sizes: Sizes
     rows: Tensor
     columns: Tensor
     root: Tensor
+    touched: Tensor
 
     @property
     def row_spread(self) -> Tensor:
@@ -79,8 +82,8 @@ class FittedSizes:
         white = _shared(drawn)[0] if self.sizes == "shared" else _white(drawn, _root(_gram(drawn)))
         made = torch.einsum("nk,kab->nab", self.root, white)
         if self.sizes == "own":
-            made = _own(made * (self.rows > 0) * (self.columns > 0))[0]
-        return made * self.rows * self.columns
+            made = _own(made * self.touched)[0]
+        return made * self.rows * self.columns * self.touched
 
 
 def fit_sizes(updates: Tensor, sizes: Sizes = "own") -> FittedSizes:
@@ -103,11 +106,12 @@ def fit_sizes(updates: Tensor, sizes: Sizes = "own") -> FittedSizes:
     """
     if sizes not in get_args(Sizes):
         raise ValueError(f"`fit_sizes(sizes={sizes!r})`: sizes are 'own' or 'shared'.")
+    touched = updates.ne(0).any(-1, keepdim=True) & updates.ne(0).any(-2, keepdim=True)
     if sizes == "shared":
         _, rows, columns, root = _shared(updates)
-        return FittedSizes(sizes, rows, columns, root)
+        return FittedSizes(sizes, rows, columns, root, touched)
     standardised, rows, columns = _own(updates)
-    return FittedSizes(sizes, rows, columns, _root(_gram(standardised)))
+    return FittedSizes(sizes, rows, columns, _root(_gram(standardised)), touched)
 
 
 def _own(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
