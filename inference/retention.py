@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
+
+BLOCK = 2**17
+"""Entries that are multiplied at once in float64."""
 
 MOST_LEFT = 0.9
 """Share of an expert's squared residual from which the merge is said to have passed it by."""
@@ -116,12 +118,12 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
     """
     experts = posterior.experts
     norm_squared = torch.stack([expert.norm_squared for expert in experts], -1)
-    inner = torch.stack([(z.double() * expert.update.double()).sum((-2, -1)) for expert in experts], -1)
+    inner = torch.stack([_inner(z, expert.update) for expert in experts], -1)
     scales = torch.stack([expert.scale_squared for expert in experts], -1)
     return Retention(
         experts=tuple(expert.name for expert in experts),
         kept=inner / norm_squared,
-        norm=sum_of_squares(z).sqrt(),
+        norm=_inner(z, z).sqrt(),
         update_norms=norm_squared.sqrt(),
         residuals=q / scales,
         residuals_at_zero=torch.stack([expert.residual_at_zero for expert in experts], -1) / scales,
@@ -137,9 +139,9 @@ def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Re
         updates: ``(M, N, d_out, d_in)``.
         z: merged updates, ``(M, d_out, d_in)``.
     """
-    norm_squared = sum_of_squares(updates)
-    inner = torch.stack([(z.double() * each.double()).sum((-2, -1)) for each in updates.unbind(1)], -1)
-    return Retention(tuple(names), inner / norm_squared, sum_of_squares(z).sqrt(), norm_squared.sqrt())
+    norm_squared = torch.stack([_inner(each, each) for each in updates.unbind(1)], -1)
+    inner = torch.stack([_inner(z, each) for each in updates.unbind(1)], -1)
+    return Retention(tuple(names), inner / norm_squared, _inner(z, z).sqrt(), norm_squared.sqrt())
 
 
 def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
@@ -241,6 +243,13 @@ def _passed_by(expert: ExpertRetention) -> str:
 
 def _ways_out() -> str:
     return "Look at λ, the anchor's precision (eta) and the scale: Balanced lets no expert's length decide."
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products over the last two dimensions in float64, ``(M,)``, in the memory of a few rows."""
+    rows = max(1, BLOCK // max(left[..., 0, :].numel(), 1))
+    pairs = zip(left.split(rows, -2), right.split(rows, -2), strict=True)
+    return torch.stack([(a.double() * b.double()).sum((-2, -1)) for a, b in pairs]).sum(0)
 
 
 def _ratio(part: float, whole: float) -> float:

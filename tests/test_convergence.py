@@ -265,10 +265,8 @@ def chains(values: np.ndarray, **stats: Any) -> ChainConvergence:
 
 
 def test_independent_draws_are_good() -> None:
-    found = chains(
-        independent((4, 500, 1, 2)), energy=independent((4, 500, 1), 1), diverging=np.zeros((4, 500, 1), bool)
-    )
-    assert [verdict.level for verdict in found.verdicts] == [Level.GOOD] * 4
+    found = chains(independent((4, 500, 1, 2)), diverging=np.zeros((4, 500, 1), bool))
+    assert [verdict.level for verdict in found.verdicts] == [Level.GOOD] * 3
     size = found.statistics.ess_bulk
     # 2000 independent draws. Over 1500 repetitions the estimated size was 1960 with a standard deviation of 120, and
     # the error 1.01 of the true one with one of 0.036: bounds six of these away.
@@ -296,8 +294,8 @@ def test_chains_apart_are_bad() -> None:
 
 
 def test_slow_chains_are_a_caution() -> None:
-    # ArviZ lets no size exceed n log10 n = 200 here, and 400 are wanted.
-    assert chains(independent((4, 25, 1, 1))).verdicts[1].level is Level.CAUTION
+    # About 300 of 300 draws, give or take 50; 400 are wanted, and fewer than 100 would be bad.
+    assert chains(independent((4, 75, 1, 1))).verdicts[1].level is Level.CAUTION
 
 
 def test_divergences_speak_up() -> None:

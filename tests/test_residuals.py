@@ -34,6 +34,7 @@ from poe_models import (
     NormScaled,
     OutputGram,
     ProductOfExperts,
+    Relative,
     ResidualMap,
     Rule,
     StudentT,
@@ -128,11 +129,12 @@ def test_nothing_merged_falls_short_by_everything_and_an_expert_itself_by_nothin
     residual_map: ResidualMap, generator: torch.Generator
 ) -> None:
     given = module(generator)
-    for entry in module_residuals(torch.zeros(4, 6, dtype=torch.float64), given, residual_map):
+    poe = ProductOfExperts.of(NAMES, residual_map, Cauchy(), Relative(1.0))
+    for entry in module_residuals(torch.zeros(4, 6, dtype=torch.float64), given, poe):
         np.testing.assert_allclose(entry.signed, -entry.own, rtol=1e-12)
         np.testing.assert_allclose(entry.values("own"), -1.0, rtol=1e-12)
-        assert entry.squared == pytest.approx(entry.scale**2)  # Relative(1)
-    own = module_residuals(given.updates[1], given, residual_map)[1]
+        assert entry.squared == pytest.approx(entry.scale**2)
+    own = module_residuals(given.updates[1], given, poe)[1]
     assert own.squared == 0.0
     assert own.weight == 1.0
 
@@ -155,7 +157,7 @@ def test_relative_weights_are_one_for_a_gaussian_and_fall_with_the_residual(
     energy: Energy, generator: torch.Generator
 ) -> None:
     given = module(generator)
-    poe = ProductOfExperts.of(NAMES, InputGram(), energy)
+    poe = ProductOfExperts.of(NAMES, InputGram(), energy, Relative(1.0))
     found = Residuals(module_residuals(torch.zeros(4, 6, dtype=torch.float64), given, poe))
     expected = 1.0 if isinstance(energy, Gaussian) else 4 / (4 + 1.0)  # q / s^2 = 1 at Z = 0
     np.testing.assert_allclose(found.weights(), expected)
@@ -237,8 +239,9 @@ def test_a_streamed_average_is_what_is_in_memory(generator: torch.Generator) -> 
     base, experts = state_dicts(generator)
     vectors = TaskVectors(base, experts, dtype=torch.float64)
     average = {name: torch.stack([expert[name] for expert in experts.values()]).mean(0) for name in base}
-    found = residuals(average, vectors, InputGram())
-    expected = [e for m in vectors for e in module_residuals(average[m.name].double() - m.base, m, InputGram())]
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(1.0))
+    found = residuals(average, vectors, poe)
+    expected = [e for m in vectors for e in module_residuals(average[m.name].double() - m.base, m, poe)]
     assert found.modules == ("a.weight", "b.weight")
     assert found.experts == NAMES
     for one, other in zip(found.entries, expected, strict=True):
@@ -246,7 +249,7 @@ def test_a_streamed_average_is_what_is_in_memory(generator: torch.Generator) -> 
     squared = [[e.squared for e in expected[:3]], [e.squared for e in expected[3:]]]
     np.testing.assert_allclose(found.squared(), squared, rtol=1e-10)
     np.testing.assert_allclose(found.mean_squared("raw"), np.mean(squared, 1), rtol=1e-10)
-    np.testing.assert_allclose(found.mean_squared("scale"), found.mean_squared("own"), rtol=1e-6)  # Relative(1)
+    np.testing.assert_allclose(found.mean_squared("scale"), found.mean_squared("own"), rtol=1e-6)
 
 
 def test_a_merged_folder_has_the_residuals_of_its_solution(tmp_path: Path, generator: torch.Generator) -> None:

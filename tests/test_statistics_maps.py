@@ -438,13 +438,13 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
     if coordinates == "full":
         draws: ModelDraws = sample_full(vectors, poe, 3, generator=generator, chains=1, warmup=0)
     else:
-        collected = collect_statistics(vectors, poe)
+        collected = collect_statistics(vectors, poe)  # through the merge in Full coordinates
         posterior, span = span_posterior(poe, collected)
         draws = SpanDraws.of(gibbs_posterior(posterior, 3, chains=1, warmup=0, generator=generator), span, collected)
     ensemble = MergedEnsemble(vectors, poe, draws).restrict("one")  # "two" is solved for its MAP
     for member in ensemble.members():
         for m, module in enumerate(vectors):
-            expected = fixed_point(poe, module, coordinates=coordinates).value  # type: ignore[arg-type]
+            expected = fixed_point(poe, module).value
             assert_close(member[MODULES[m]], expected, 1e-4)
 
 

@@ -145,10 +145,12 @@ class TestBench:
         for module in list(bench.vectors)[::8]:
             u, z = module.updates.double(), found.matrices[module.name].double()
             gram = u.mT @ u
-            scale = (u @ gram @ u.mT).diagonal(dim1=-2, dim2=-1).sum(-1)  # q(0), Relative(1)
+            lengths = u.square().sum((-2, -1))
+            at_zero = (u @ gram @ u.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+            scale = lengths * (at_zero / lengths).quantile(0.5)  # Balanced(1)
             q = ((z - u) @ gram @ (z - u).mT).diagonal(dim1=-2, dim2=-1).sum(-1)
             weights = 1 / (1 + q / scale) / scale  # Cauchy
-            precision = eta * (gram.diagonal(dim1=-2, dim2=-1).sum(-1) / scale).sum() / u.shape[-1]
+            precision = eta * 2 * (gram.diagonal(dim1=-2, dim2=-1).sum(-1) / scale).sum() / u.shape[-1]
             pull = (weights[:, None, None] * ((z - u) @ gram)).sum(0)
             gradient = pull + precision * (z - 0.3 * u.sum(0))
             assert gradient.norm() < 1e-3 * (precision * 0.3 * u.sum(0)).norm()
