@@ -130,15 +130,27 @@ class MergeDistance:
     def __str__(self) -> str:
         """A sentence without its end.
 
-        >>> print(MergeDistance(("a",), *torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)))
-        their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (mean 0.5)
+        >>> said = str(MergeDistance(("a",), *torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)))
+        >>> print(said[:103])
+        their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (mean 0.5
+        >>> print(said[105:])
+        there one standard deviation is 50 % of the merge's length)
         """
         if math.isnan(self.typical):
             return "they are too few to tell how far their centre is from the merge"
         return (
             f"their centre is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "
-            f"farthest module (mean {self.typical:.2g})"
+            f"farthest module (mean {self.typical:.2g}{self._wide})"
         )
+
+    @property
+    def _wide(self) -> str:
+        """How wide draws are beside the merge: far apart ones may have their centre anywhere and still be near it."""
+        place = int(self._known.argmax())
+        share = float(self.spread[place] / self.length[place])
+        if not math.isfinite(share):
+            return ""
+        return f"; there one standard deviation is {100 * share:.2g} % of the merge's length"
 
 
 def span_distance(
