@@ -158,6 +158,7 @@ def test_zero_rows_columns_and_experts_stay_zero(sizes: Sizes) -> None:
     assert torch.equal(made == 0, updates == 0)
     nothing = fit_sizes(torch.zeros_like(updates), sizes)
     assert not nothing.surrogate(torch.Generator()).any()
+    assert nothing.row_spread.isnan().all()
     with pytest.raises(ValueError, match="sizes are 'own' or 'shared'"):
         fit_sizes(updates, "none")  # type: ignore[arg-type]
 

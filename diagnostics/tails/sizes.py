@@ -64,8 +64,9 @@ class FittedSizes:
 
     @property
     def row_spread(self) -> Tensor:
-        """Standard deviation of the log row sizes, ``(N,)`` or ``(1,)``; rows that are zero left out."""
-        return torch.stack([rows[rows > 0].log().std(correction=0) for rows in self.rows])
+        """Standard deviation of the log row sizes, ``(N,)`` or ``(1,)``; zero rows left out, nan if all are zero."""
+        live = [rows[rows > 0].log() for rows in self.rows]
+        return torch.stack([logs.std(correction=0) if len(logs) else self.rows.new_tensor(torch.nan) for logs in live])
 
     def surrogate(self, generator: torch.Generator) -> Tensor:
         """Gaussian updates with the same fitted sizes, ``(N, d_out, d_in)``.
