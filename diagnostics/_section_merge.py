@@ -122,7 +122,7 @@ def _kept(experts: Sequence[ExpertRetention]) -> list[Verdict]:
         return []
     found = [Verdict("experts", Level.CAUTION, text) for text in concerns(experts)]
     least = min((each for each in experts if math.isfinite(each.kept)), key=lambda each: each.kept)
-    text = f"every expert has its share; the least kept is {least.name!r}, with {least.kept:.0%} of its update."
+    text = f"every expert has its share; the least kept is {least.name!r}, with {least.kept_percent} of its update."
     return found or [Verdict("experts", Level.GOOD, text)]
 
 

@@ -103,6 +103,15 @@ class ExpertRetention:
     residual_left: float
     length: float
 
+    @property
+    def kept_percent(self) -> str:
+        """`kept` in whole per cent; nothing is 0 and never -0.
+
+        >>> ExpertRetention("a", -0.001, 1.0, 1.0).kept_percent
+        '0%'
+        """
+        return f"{round(self.kept, 2) + 0.0:.0%}"
+
     def record(self) -> dict[str, str | float | None]:
         """The numbers, ready for JSON."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
@@ -238,7 +247,7 @@ def _passed_by(expert: ExpertRetention) -> str:
         left = f"its squared residual grew {expert.residual_left:.0f}-fold, "
     elif not math.isnan(expert.residual_left):
         left = f"{expert.residual_left:.0%} of its squared residual left, "
-    return f"expert {expert.name!r}: {left}{expert.kept:.0%} of its update kept.".replace("%", " %")
+    return f"expert {expert.name!r}: {left}{expert.kept_percent} of its update kept.".replace("%", " %")
 
 
 def _ways_out() -> str:

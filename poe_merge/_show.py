@@ -118,7 +118,7 @@ def _kept(expert: ExpertRetention) -> str:
     left = "" if math.isnan(expert.residual_left) else f" ({expert.residual_left:.0%} of its squared residual left)"
     if expert.residual_left > MOST_GROWN:
         left = f" (its squared residual grew {expert.residual_left:.0f}-fold)"
-    return f"{expert.name} {'nothing, its update is zero' if math.isnan(expert.kept) else f'{expert.kept:.0%}'}{left}"
+    return f"{expert.name} {'nothing, its update is zero' if math.isnan(expert.kept) else expert.kept_percent}{left}"
 
 
 def statistics(done: StatisticsReport) -> None:

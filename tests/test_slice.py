@@ -274,7 +274,7 @@ def test_the_helper_catches_a_wrong_reference(
     wrong: type[Reference], skewed: Posterior, plain: Reference, generator: torch.Generator
 ) -> None:
     draws = chain(skewed, wrong(plain.center, plain.root), generator)
-    with pytest.raises(IsBiased):
+    with pytest.raises((IsBiased, DoesNotMix)):  # some wrong chains stick before their bias shows
         agree(skewed, draws, grid_means(skewed, [1, 2]))
 
 
