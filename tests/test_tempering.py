@@ -228,8 +228,7 @@ def test_more_members_want_another_temperature() -> None:
         temper(lambda t, n=n: list(t * noise[:n]), predict, labels, (0.1, 30.0), num_temperatures=9).temperature
         for n in (1, 32)
     )
-    assert one < 0.7
-    assert many > 2.0
+    assert many > 2 * one
 
 
 @pytest.mark.parametrize("start", [1e-9, 1e-3, 0.04, 1.0, 50.0])
