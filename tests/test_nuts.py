@@ -127,7 +127,8 @@ def test_divergences_are_collected(generator: torch.Generator) -> None:
         posterior, 40, chains=1, warmup=30, generator=generator, max_tree_depth=6, target_acceptance=0.5,
         start=torch.zeros(1, 1, 3, 1, dtype=torch.float64),
     )  # fmt: skip
-    assert 0 < int(draws.stats["diverging"].sum()) <= 40  # of 40 draws
+    assert draws.stats["diverging"].shape == (1, 40, 1)
+    assert bool(draws.stats["diverging"].any())
 
 
 def test_an_interruption_puts_the_global_generator_back_and_bad_settings_are_clear_errors(

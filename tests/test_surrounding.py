@@ -38,6 +38,7 @@ from poe_models import (
     Absolute,
     AbsolutePrecision,
     Anchor,
+    Balanced,
     Cauchy,
     Directional,
     Gaussian,
@@ -412,3 +413,20 @@ def test_rounding_is_taken_off_as_it_is_and_not_as_it_could_be_at_worst(
         tmp_path / "merged",
     )
     assert around.share < 0.05
+
+
+@pytest.mark.parametrize(("energy", "surrounds"), [(Cauchy(), False), (Cauchy("multivariate"), True)])
+def test_full_draws_surround_the_merge_if_the_exponent_grows_with_the_dimension(
+    energy: Cauchy, surrounds: bool, generator: torch.Generator
+) -> None:
+    """With k = 1 typical residuals exceed the mode's, weights fall, and the anchor pulls the mean away."""
+    experts = {}
+    for name in "abcd":
+        low = torch.randn(96, 12, generator=generator) @ torch.randn(12, 128, generator=generator)
+        experts[name] = {"m.weight": low + 0.1 * torch.randn(96, 128, generator=generator)}
+    vectors = TaskVectors({"m.weight": torch.zeros(96, 128)}, experts)
+    poe = ProductOfExperts.of(vectors.names, InputGram(), energy, Balanced(1.0), temperature=0.01)
+    draws = sample_full(vectors, poe, 20, generator=generator, chains=4, warmup=20)
+    assert draws.from_merge is not None
+    assert (draws.from_merge.worst < 1) == surrounds
+    assert (draws.from_merge.worst > 3) != surrounds
