@@ -24,7 +24,7 @@ from inference.draws import StoredDraws
 from inference.gibbs import gibbs_posterior
 from inference.nuts import nuts
 from inference.slice import slice_sample
-from poe_models import Cauchy, InputGram, Posterior, ProductOfExperts, Relative, TaskVectors, span_posterior
+from poe_models import Balanced, Cauchy, InputGram, Posterior, ProductOfExperts, TaskVectors, span_posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_statistics
 
 MIXED = 1.01
@@ -138,7 +138,7 @@ def main() -> None:
     console = Console()
     suite = make_suite(console=console)
     vectors = TaskVectors(suite.base, suite.experts)
-    poe = ProductOfExperts.of(vectors.names, InputGram(), Cauchy(), Relative(1.0), temperature=TEMPERATURE)
+    poe = ProductOfExperts.of(vectors.names, InputGram(), Cauchy(), Balanced(1.0), temperature=TEMPERATURE)
     statistics = span_of_suite(vectors, poe)
     posterior, span = span_posterior(poe, statistics)
     chosen = samplers(arguments.nuts_draws)
@@ -148,7 +148,7 @@ def main() -> None:
         figures[sampler.name] = measure(sampler, posterior, span, arguments.seed)
     coordinates = len(statistics.modules) * len(vectors.names)
     title = (
-        f"Cauchy experts, InputGram, Relative(1.0), relative η = 0.1, T = {TEMPERATURE}: the Span posterior of all "
+        f"Cauchy experts, InputGram, Balanced(1.0), relative η = 0.1, T = {TEMPERATURE}: the Span posterior of all "
         f"{len(statistics.modules)} matrices of the vision suite's SqueezeNet, {coordinates} coefficients; one thread, "
         f"{platform.machine()} CPU. Made by `python -m benchmarks.sampling --nuts-draws {arguments.nuts_draws}`.\n"
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.vision.train import make_suite
 from inference import fixed_point
-from poe_models import Cauchy, InputGram, OutputGram, ProductOfExperts, Relative, ResidualMap, TaskVectors
+from poe_models import Balanced, Cauchy, InputGram, OutputGram, ProductOfExperts, ResidualMap, TaskVectors
 
 MAPS: tuple[ResidualMap, ...] = (OutputGram(), InputGram())
 GAMMAS = (1.0, 0.3, 0.1, 0.03, 0.01)
@@ -92,11 +92,11 @@ def main() -> None:
     batches = [torch.stack(updates) for updates in by_shape.values()]
     lines = []
     for residual_map, gamma in track([(m, g) for m in MAPS for g in GAMMAS], description="solving"):
-        poe = ProductOfExperts.of(vectors.names, residual_map, Cauchy(), Relative(gamma))
+        poe = ProductOfExperts.of(vectors.names, residual_map, Cauchy(), Balanced(gamma))
         lines.append(row(residual_map, gamma, count(batches, poe, False), count(batches, poe, True)))
     modules = sum(len(batch) for batch in batches)
     title = (
-        f"Cauchy experts, Relative(γ), relative η = 0.1: all {modules} matrices of the vision suite's SqueezeNet, "
+        f"Cauchy experts, Balanced(γ), relative η = 0.1: all {modules} matrices of the vision suite's SqueezeNet, "
         f"{len(vectors.names)} experts, tolerance 1e-8 in float64, at most {MAX_STEPS} steps; one thread.\n"
         "Made by `python -m benchmarks.solver`.\n"
     )
