@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from inference.design_evidence import compare_designs
-from inference.hierarchical import HierarchicalDraws, hierarchical
+from inference.evidence.designs import compare_designs
+from inference.hierarchical.sampler import HierarchicalDraws, hierarchical
 from poe_models import (
     Absolute,
     AbsolutePrecision,

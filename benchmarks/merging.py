@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from inference.streaming import merge_checkpoint, plan
+from inference.models.merge import merge_checkpoint, plan
 from poe_merge.specs import METHOD, parse_spec
 from poe_models import TaskVectors
 

@@ -22,7 +22,7 @@ from scipy.stats import binom
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.tails import Merge, Sizes, null_control, surrogate_residuals
 from diagnostics.tails.families import Array
-from inference.fixed_point import fixed_point
+from inference.map import fixed_point
 from poe_models import (
     Anchor,
     Average,

@@ -24,8 +24,8 @@ from benchmarks.language import train as language
 from benchmarks.vision import train as vision
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.tails import NullControl, Sizes, null_control, surrogate_residuals
-from inference._digest import Silent
-from inference.fixed_point import fixed_point
+from inference.map import fixed_point
+from inference.models.digest import Silent
 from poe_models import Cauchy, Energy, Gaussian, InputGram, ProductOfExperts, TaskVectors
 
 ENERGIES: dict[str, Energy] = {"Gaussian": Gaussian(), "Cauchy": Cauchy()}

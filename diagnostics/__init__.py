@@ -11,24 +11,23 @@ on one page (as ``poe-merge diagnose`` does), and ``to_inference_data`` hands dr
 'Cauchy'
 """
 
-from diagnostics._residual_sets import ExpertResiduals, Residuals
-from diagnostics.agreement import pareto_front, rank_agreement
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
-from diagnostics.calibration import Calibration, LogitScaling, calibration, calibration_difference, scale_logits
-from diagnostics.chains import ChainConvergence, Ranks, chain_convergence, rank_histogram
-from diagnostics.coefficients import CoefficientIntervals, coefficient_intervals
-from diagnostics.comparison import Comparison, MethodSummary, compare_methods
-from diagnostics.convergence import FixedPointConvergence, fixed_point_convergence, solution_records
-from diagnostics.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
+from diagnostics.chains import ChainConvergence, Ranks, chain_convergence, rank_histogram, surround_verdict
 from diagnostics.estimates import Estimate, bootstrap, bootstrap_mean, bootstrap_samples
-from diagnostics.judged import OWN_EXPERTS, JudgedPredictions, judge
-from diagnostics.prediction_files import Predictions, load_predictions, predictions_of, save_predictions
-from diagnostics.reliability import BrierParts, Reliability, brier_parts, reliability
-from diagnostics.report import Page, report
-from diagnostics.residuals import Experts, module_residuals, residuals
-from diagnostics.selective import RiskCoverage, aurc_difference, risk_coverage
-from diagnostics.sensitivity import GammaSensitivity, gamma_sensitivity, with_gamma
-from diagnostics.shift import (
+from diagnostics.predictions.agreement import pareto_front, rank_agreement
+from diagnostics.predictions.calibration import (
+    Calibration,
+    LogitScaling,
+    calibration,
+    calibration_difference,
+    scale_logits,
+)
+from diagnostics.predictions.comparison import Comparison, MethodSummary, compare_methods
+from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
+from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
+from diagnostics.predictions.reliability import BrierParts, Reliability, brier_parts, reliability
+from diagnostics.predictions.selective import RiskCoverage, aurc_difference, risk_coverage
+from diagnostics.predictions.shift import (
     Corrupted,
     ShiftComparison,
     ShiftDetection,
@@ -38,8 +37,19 @@ from diagnostics.shift import (
     point_prediction,
     under_corruption,
 )
-from diagnostics.soft_labels import SoftLabelScores, soft_label_scores
-from diagnostics.surround import surround_verdict
+from diagnostics.predictions.soft_labels import SoftLabelScores, soft_label_scores
+from diagnostics.report.evaluation import OWN_EXPERTS, JudgedPredictions, judge
+from diagnostics.report.report import Page, report
+from diagnostics.residual_sets import ExpertResiduals, Residuals
+from diagnostics.residuals import Experts, module_residuals, residuals
+from diagnostics.sensitivity import GammaSensitivity, gamma_sensitivity, with_gamma
+from diagnostics.solver import (
+    CoefficientIntervals,
+    FixedPointConvergence,
+    coefficient_intervals,
+    fixed_point_convergence,
+    solution_records,
+)
 from diagnostics.tails import (
     FamilyResult,
     Fit,

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics._hierarchical_groups import hierarchical_groups
+from diagnostics.hierarchical_groups import hierarchical_groups
 from inference.draws import Draws, StoredDraws
-from inference.evidence import log_normalizers
-from inference.hierarchical import HierarchicalDraws
+from inference.evidence.estimate import log_normalizers
+from inference.hierarchical.sampler import HierarchicalDraws
 from inference.merge_distance import MergeDistance
-from inference.model_draws import SpanDraws
-from inference.statistics_files import statistics_digest
+from inference.models.model_draws import SpanDraws
+from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics
 
@@ -73,17 +73,18 @@ def to_inference_data(
         (module, expert) and ``distance`` ``|Z - Z_0|`` (module), on which chains of Full draws can be judged.
         ``sample_stats``: what the sampler reports (module).
         ``log_likelihood``: ``updates`` (module, expert), ``-E_i / T - log Z_i`` in nats, the density of what an expert
-        sees of its update, normalised as in :func:`inference.evidence.log_normalizers`. Full posteriors only, because
-        the span is made of the updates. Left out, with a warning, if an energy has no normaliser. An expert that says
-        nothing adds a zero. `az.loo` and `az.compare` on it do not work: leaving out one expert of a few moves the
-        posterior so far that Pareto shapes are above 0.7 nearly everywhere.
-        :func:`inference.evidence.leave_one_expert_out` has the exact answer, and
-        :func:`inference.design_evidence.compare_designs` compares designs.
+        sees of its update, normalised as in :func:`inference.evidence.estimate.log_normalizers`. Full posteriors only,
+        because the span is made of the updates. Left out, with a warning, if an energy has no normaliser. An expert
+        that says nothing adds a zero. `az.loo` and `az.compare` on it do not work: leaving out one expert of a few
+        moves the posterior so far that Pareto shapes are above 0.7 nearly everywhere.
+        :func:`inference.evidence.estimate.leave_one_expert_out` has the exact answer, and
+        :func:`inference.evidence.designs.compare_designs` compares designs.
         ``constant_data``: ``scale_squared``, ``dimension``, ``importance``, ``anchor_precision``, ``temperature``, and
         in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
 
     Args:
-        draws: of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then has
+        draws: of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then
+        has
             ``gamma``, ``nu`` and ``weights``.
         posterior: what they are draws of.
         coordinates: of a Span posterior.

@@ -1,7 +1,7 @@
 """Did the chains mix: R-hat, effective sample sizes, Monte Carlo errors, divergences and ranks.
 
 >>> from inference.gibbs import gibbs_posterior
->>> from inference.model_draws import SpanDraws
+>>> from inference.models.model_draws import SpanDraws
 >>> from poe_models import ProductOfExperts, span_posterior, span_statistics
 >>> poe = ProductOfExperts.of(["a", "b"])
 >>> statistics = span_statistics(poe, torch.eye(4, dtype=torch.float64).reshape(1, 2, 2, 4), ["fc.weight"])
@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +24,42 @@ from torch import Tensor
 
 from diagnostics.arviz_adapter import ChainStatistics, chain_statistics
 from diagnostics.verdicts import Level, Verdict
-from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
 
-__all__ = ["ChainConvergence", "Ranks", "chain_convergence", "rank_histogram"]
+__all__ = ["ChainConvergence", "Ranks", "chain_convergence", "rank_histogram", "surround_verdict"]
+
+
+ABOUT = "centre of the draws"
+
+
+def surround_verdict(draws: PosteriorDraws) -> Verdict:
+    """Judge how far the centre of draws is from the merge, in standard deviations of the draws.
+
+    Args:
+        draws: of a whole model, or of some of its modules.
+
+    Returns:
+        A verdict that says what the draws are: sampler, coordinates, temperature and distance.
+
+    >>> import torch
+    >>> from inference.merge_distance import MergeDistance
+    >>> from inference.models.model_draws import SpanDraws
+    >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
+    >>> shapes = torch.tensor([[1.0, 0.0]])
+    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, made_by="slice", temperature=0.1)
+    >>> surround_verdict(draws).level.name
+    'UNKNOWN'
+    """
+    if draws.from_merge is None:
+        text = (
+            f"{draws.about}: how far their centre is from the merge is not known; `distance_from_merge` finds it out."
+        )
+        return Verdict(ABOUT, Level.UNKNOWN, text)
+    if draws.far_from_merge is not None:
+        return Verdict(ABOUT, Level.CAUTION, draws.far_from_merge)
+    level = Level.UNKNOWN if math.isnan(draws.from_merge.typical) else Level.GOOD
+    return Verdict(ABOUT, level, f"{draws.about}: {draws.from_merge}.")
+
 
 R_HAT = (1.01, 1.05)
 """Above the first, caution; above the second, bad (Vehtari et al., 2021, arXiv 1903.08008)."""

@@ -30,15 +30,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diagnostics._residual_sets import ExpertResiduals, Residuals, Unit
+from diagnostics.residual_sets import ExpertResiduals, Residuals, Unit
 from inference.inputs import unpack
-from poe_models.checkpoints import open_checkpoint, same_weights
 from poe_models.energies import Gaussian
 from poe_models.experts import Anchor, ProductOfExperts
 from poe_models.operators import Gram, Operator, RankOne
 from poe_models.posterior import BoundExpert, full_posterior
 from poe_models.residual_maps import ResidualMap
-from poe_models.task_vectors import ModuleUpdates, Source, TaskVectors
+from poe_models.weights.loading import open_checkpoint, same_weights
+from poe_models.weights.task_vectors import ModuleUpdates, Source, TaskVectors
 
 __all__ = ["ExpertResiduals", "Experts", "Residuals", "Unit", "module_residuals", "residuals"]
 

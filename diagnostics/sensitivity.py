@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from diagnostics.verdicts import Level, Verdict
-from inference.fixed_point import fixed_point
+from inference.map import fixed_point
 from poe_models.experts import ProductOfExperts
 from poe_models.scales import Scale
-from poe_models.task_vectors import ModuleUpdates
+from poe_models.weights.task_vectors import ModuleUpdates
 
 __all__ = ["GammaSensitivity", "gamma_sensitivity", "with_gamma"]
 

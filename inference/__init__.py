@@ -12,30 +12,36 @@ says whether they do. ``temper`` chooses the temperature, ``compare_designs`` ra
 (``leave_one_expert_out`` by what the others predict), and ``hierarchical`` infers scales and tails.
 """
 
-from inference.design import Design
-from inference.design_evidence import DesignEvidence, EvidenceTable, compare_designs
-from inference.draw_files import load_draws, save_draws
 from inference.draws import Draws, RegeneratedDraws, StoredDraws
-from inference.ensemble import MemberPredictor, MergedEnsemble, Prediction
-from inference.evidence import Evidence, LeaveOneExpertOut, UntrustedEvidence, leave_one_expert_out, log_evidence
-from inference.fixed_point import fixed_point, solve_posterior
-from inference.full_draws import RegenerationWarning, noise_control, sample_full
+from inference.evidence.designs import DesignEvidence, EvidenceTable, compare_designs
+from inference.evidence.estimate import (
+    Evidence,
+    LeaveOneExpertOut,
+    UntrustedEvidence,
+    leave_one_expert_out,
+    log_evidence,
+)
 from inference.gibbs import gibbs, gibbs_posterior
-from inference.hierarchical import HierarchicalDraws, HierarchicalModel, hierarchical
+from inference.hierarchical.sampler import HierarchicalDraws, HierarchicalModel, hierarchical
 from inference.laplace import DenseLaplace, Laplace, laplace
-from inference.lbfgs import minimize
+from inference.map import fixed_point, solve_posterior
 from inference.merge_distance import MergeDistance
-from inference.method_design import MethodDesign
-from inference.method_draws import MethodDraws
-from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.minimize import minimize
+from inference.models.design import Design
+from inference.models.draw_files import load_draws, save_draws
+from inference.models.ensemble import MemberPredictor, MergedEnsemble, Prediction
+from inference.models.full_draws import RegenerationWarning, noise_control, sample_full
+from inference.models.merge import MergeReport, merge_checkpoint, plan
+from inference.models.method_design import MethodDesign
+from inference.models.method_draws import MethodDraws
+from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
+from inference.models.surrounding import distance_from_merge
 from inference.nuts import nuts
 from inference.propriety import require_proper
 from inference.reweighting import SolverOptions
 from inference.slice import slice_sample
 from inference.solution import Solution, Status
-from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
-from inference.streaming import MergeReport, merge_checkpoint, plan
-from inference.surrounding import distance_from_merge
 from inference.tempering import TemperaturePoint, Tempering, fit_logit_temperature, temper, temperature_range
 
 __all__ = [

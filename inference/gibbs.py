@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference._chains import kept_states, require_counts
+from inference.chains import kept_states, require_counts
 from inference.draws import RegeneratedDraws, StoredDraws
 from inference.inputs import unpack
 from inference.propriety import require_proper
 from poe_models.experts import ProductOfExperts
+from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior, full_posterior
-from poe_models.quadratics import quadratic_of
-from poe_models.task_vectors import ModuleUpdates
+from poe_models.weights.task_vectors import ModuleUpdates
 
 
 def gibbs(
@@ -46,7 +46,7 @@ def gibbs(
     Args:
         poe: the design; every energy must be Gaussian, Cauchy or Student-t.
         updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one module of
-            a :class:`~poe_models.task_vectors.TaskVectors`.
+            a :class:`~poe_models.weights.task_vectors.TaskVectors`.
         num_samples: draws kept per chain.
         generator: source of all randomness, on the updates' device.
         chains: independent chains, from overdispersed starts.

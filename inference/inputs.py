@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from poe_models.experts import ProductOfExperts
-from poe_models.task_vectors import ModuleUpdates
+from poe_models.weights.task_vectors import ModuleUpdates
 
 
 def unpack(

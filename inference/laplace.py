@@ -20,12 +20,12 @@ from inference.inputs import unpack
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, Solution
 from poe_models.experts import ProductOfExperts
+from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior, full_posterior
-from poe_models.precision import DiagonalPrecision, GramPrecision, LowRankUpdate
+from poe_models.precisions import DiagonalPrecision, GramPrecision, LowRankUpdate
 from poe_models.program import log_density
-from poe_models.quadratics import quadratic_of
-from poe_models.task_vectors import ModuleUpdates
+from poe_models.weights.task_vectors import ModuleUpdates
 
 
 def laplace(
@@ -39,7 +39,7 @@ def laplace(
     Args:
         poe: the design.
         updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one module of
-            a :class:`~poe_models.task_vectors.TaskVectors`.
+            a :class:`~poe_models.weights.task_vectors.TaskVectors`.
         at: the MAP of the same design and updates.
         low_rank: factors of the updates, if they are adapters.
 

@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from inference._starts import mode_of, overdispersed_starts
+from inference.chains import mode_of, overdispersed_starts
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior

@@ -2,7 +2,7 @@ r"""Scores of class probabilities: probabilities and labels in, one number for e
 
 The negative log-likelihood takes log probabilities, which do not underflow. Everything is float64 and stays on the
 device of its input. Intervals, other bins and checks of the input are in
-`diagnostics.calibration`, which builds on these.
+`diagnostics.predictions.calibration`, which builds on these.
 
 >>> import torch
 >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6]], dtype=torch.float64)

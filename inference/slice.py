@@ -26,8 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference._chains import kept_states, require_counts
-from inference._starts import majoriser_draws, mode_of, overdispersed_starts
+from inference.chains import kept_states, majoriser_draws, mode_of, overdispersed_starts, require_counts
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior

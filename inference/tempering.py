@@ -30,10 +30,10 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from inference import scores
-from inference.model_draws import ModelDraws
+from inference.models.model_draws import ModelDraws
 from poe_models.energies import Cauchy, StudentT
+from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
-from poe_models.quadratics import quadratic_of
 from poe_models.span import SpanCoordinates
 
 __all__ = ["TemperaturePoint", "Tempering", "fit_logit_temperature", "temper", "temperature_range"]

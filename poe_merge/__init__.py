@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from poe_merge._neighbours import check_neighbours
+from poe_merge.neighbours import check_neighbours
 
 check_neighbours()
 

@@ -3,7 +3,7 @@
 import inference
 import poe_models
 from inference import *  # noqa: F403
-from inference.streaming import Design, MergeReport, OutputError, Plan, Progress, merge_checkpoint, plan
+from inference.models.merge import Design, MergeReport, OutputError, Plan, Progress, merge_checkpoint, plan
 from poe_merge.build import DesignTable, open_task_vectors
 from poe_merge.config import ConfigError, MergeConfig, load_config
 from poe_merge.presets import PRESETS

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from inference.design import Design
-from inference.method_design import MethodDesign
+from inference.models.design import Design
+from inference.models.method_design import MethodDesign
 from inference.reweighting import SolverOptions
 from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
 from poe_merge.settings import Setting
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_call, parse_spec, source_file
-from poe_models.checkpoints import Checkpoint, open_checkpoint
 from poe_models.experts import Anchor, Expert, ProductOfExperts
-from poe_models.task_vectors import TaskVectors
+from poe_models.weights.loading import Checkpoint, open_checkpoint
+from poe_models.weights.task_vectors import TaskVectors
 
 _SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
 _PER_EXPERT = tuple(ModelParameters.valid_keys())

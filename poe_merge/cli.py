@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
-from poe_merge import _show as show
+from poe_merge import console as show
 from poe_merge.config import POE, MergeConfig, parse_config
 from poe_merge.flags import ConfiguredCommand, overridden, with_flags
 from poe_merge.presets import PRESETS
@@ -23,8 +23,8 @@ from poe_merge.settings import Document, read_yaml
 from poe_merge.specs import METHOD, RESIDUAL_MAP, nearest, parse_spec
 
 if TYPE_CHECKING:
-    from poe_merge._sampling import Sampling, Seeds
-    from poe_models.task_vectors import TaskVectors
+    from poe_merge.sampling import Sampling, Seeds
+    from poe_models.weights.task_vectors import TaskVectors
 
 app = typer.Typer(
     name="poe-merge",
@@ -55,7 +55,7 @@ def _root(
 @with_flags
 def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
     """Say what a merge would do, from headers alone."""
-    from inference.streaming import plan as plan_merge
+    from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
 
     settings, task_vectors = _opened(config, flags)
@@ -74,7 +74,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge, and write a Hugging Face folder."""
-    from inference.streaming import merge_checkpoint
+    from inference.models.merge import merge_checkpoint
     from poe_merge.build import custom_sources, designs_of
 
     if out is None:
@@ -109,9 +109,9 @@ def stats(
     debug: Debug = False,
 ) -> None:
     """Read the weights once, and save all that Span coordinates need."""
-    from inference.method_design import prepare_designs
-    from poe_merge._stats import make_statistics
+    from inference.models.method_design import prepare_designs
     from poe_merge.build import DesignTable
+    from poe_merge.stats import make_statistics
 
     if out is None:
         raise ValueError("`poe-merge stats`: give the folder to make, --out DIR.")
@@ -168,10 +168,10 @@ def sample(
     The merge is the one that `poe-merge merge` makes of the same configuration, or has made (--merge). If the
     configuration's merge_method is a random one, such as dare, the members are merges at as many seeds instead.
     """
-    from inference.method_design import prepare_designs
-    from poe_merge._ensemble import sample as draw_members
-    from poe_merge._sampling import sampling_of, seeds_of
+    from inference.models.method_design import prepare_designs
     from poe_merge.build import MethodTable, designs_of
+    from poe_merge.ensemble import sample as draw_members
+    from poe_merge.sampling import sampling_of, seeds_of
 
     if out is None:
         raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
@@ -227,7 +227,7 @@ def diagnose(
     debug: Debug = False,
 ) -> None:
     """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
-    from poe_merge import diagnosis
+    from poe_merge import diagnose as diagnosis
 
     diagnosis.check_out(out)
     measure = None if residual_map is None else parse_spec(residual_map, RESIDUAL_MAP)
@@ -262,7 +262,7 @@ def check(
 
     Statistics and data of random modules are random. The exit status is 1 if a property is broken.
     """
-    from poe_merge._check import check_method, summary
+    from poe_merge.check import check_method, summary
 
     real = config is not None or any(value is not None for value in flags.values())
     task_vectors = _opened(config, flags)[1] if real else None
@@ -293,7 +293,7 @@ def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, T
 
 def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
     """The configuration of a merge, and what it names."""
-    from poe_merge._merged import config_of
+    from poe_merge.merged import config_of
 
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
@@ -352,7 +352,7 @@ def run(arguments: Sequence[str]) -> int:
 def _is_wrong_input(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError):
         return True
-    from inference.streaming import OutputError
+    from inference.models.merge import OutputError
 
     return isinstance(error, OutputError)
 

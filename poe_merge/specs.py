@@ -26,8 +26,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from poe_models.anchors import MergingMethod
     from poe_models.energies import Energy
+    from poe_models.methods import MergingMethod
     from poe_models.residual_maps import ResidualMap
     from poe_models.scales import AnchorPrecision, Scale
 
@@ -72,7 +72,7 @@ ENERGY: Kind[Energy] = Kind("energy", "poe_models.energies", "Energy", "ENERGIES
 RESIDUAL_MAP: Kind[ResidualMap] = Kind("residual map", "poe_models.residual_maps", "ResidualMap", "RESIDUAL_MAPS")
 SCALE: Kind[Scale] = Kind("scale", "poe_models.scales", "Scale", "SCALES")
 PRECISION: Kind[AnchorPrecision] = Kind("precision", "poe_models.scales", "AnchorPrecision", "PRECISIONS")
-METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.anchors", "MergingMethod", "METHODS")
+METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.methods", "MergingMethod", "METHODS")
 KINDS: tuple[Kind[Any], ...] = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
 
 
@@ -232,7 +232,7 @@ def _prefix(found: type) -> str:
 
 
 def _takes_statistics(found: type) -> bool:
-    from poe_models.anchors.given import StatisticsMethod
+    from poe_models.methods.data_based import StatisticsMethod
     from poe_models.residual_maps import StatisticsMap
 
     return issubclass(found, StatisticsMap | StatisticsMethod)

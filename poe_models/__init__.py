@@ -5,9 +5,19 @@ merged update is an :class:`Expert`: a residual map, an energy and a scale. Thei
 :class:`Posterior` once it meets the updates; ``program`` writes the same posterior in Pyro.
 """
 
-from poe_models._span_labels import stored_center
-from poe_models.adapters import LoraCheckpoint
-from poe_models.anchors import (
+from poe_models.energies import (
+    ENERGIES,
+    Cauchy,
+    Custom,
+    Energy,
+    Gaussian,
+    GeneralizedGaussian,
+    Huber,
+    StudentT,
+    Welsch,
+)
+from poe_models.experts import Anchor, Expert, FactorExpert, ProductOfExperts
+from poe_models.methods import (
     METHODS,
     TSVM,
     AdaMerging,
@@ -33,21 +43,6 @@ from poe_models.anchors import (
     WudiAdam,
     average,
 )
-from poe_models.checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
-from poe_models.collecting import collect_activations, collect_fisher
-from poe_models.energies import (
-    ENERGIES,
-    Cauchy,
-    Custom,
-    Energy,
-    Gaussian,
-    GeneralizedGaussian,
-    Huber,
-    StudentT,
-    Welsch,
-)
-from poe_models.experts import Anchor, Expert, FactorExpert, ProductOfExperts
-from poe_models.module_statistics import ModuleStatistics, open_statistics
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import Posterior, full_posterior
 from poe_models.program import log_density, program
@@ -76,9 +71,14 @@ from poe_models.scales import (
     Scale,
 )
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior, span_statistics
-from poe_models.task_vectors import ModuleUpdates, TaskVectors
-from poe_models.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment
-from poe_models.views import View
+from poe_models.span_labels import stored_center
+from poe_models.weights.collecting import collect_activations, collect_fisher
+from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.moments import ModuleStatistics, open_statistics
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.weights.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment
+from poe_models.weights.views import View
 
 __all__ = [
     "DEFAULT_RULES",

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models._normalizers import log_sphere, radial_log_integral, student_log_normalizer
+from poe_models.densities import log_sphere, radial_log_integral, student_log_normalizer
 
 Exponent = float | Tensor | Literal["multivariate"]
 Parameter = float | Tensor

@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from poe_models.anchors.method import MergingMethod
 from poe_models.energies import Cauchy, Energy
+from poe_models.methods.method import MergingMethod
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
 
@@ -112,7 +112,7 @@ class Anchor:
 
     Args:
         center: ``Z_0``: ``None`` for zero (the base model), a tensor ``(..., d_out, d_in)``, or a function of the
-            updates, such as a :class:`poe_models.anchors.MergingMethod`.
+            updates, such as a :class:`poe_models.methods.MergingMethod`.
         precision: ``eta``, absolute or relative to the experts' curvature.
     """
 

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from poe_models.anchors.method import MergingMethod, NamedMethod
 from poe_models.energies import Energy
 from poe_models.experts import Anchor, Expert, ProductOfExperts
+from poe_models.methods.method import MergingMethod, NamedMethod
 from poe_models.operators import Operator, mean_curvatures, sum_of_squares
 from poe_models.scales import ExpertSizes, weighted_median
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models._checkpoint import Checkpoint
-from poe_models.module_statistics import Kind, ModuleStatistics, given_statistics
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, root_of, thin
+from poe_models.weights.checkpoint import Checkpoint
+from poe_models.weights.moments import Kind, ModuleStatistics, given_statistics
 
 
 class ResidualMap(ABC):

@@ -25,10 +25,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from poe_models._span_labels import basis_names, center_label, merge_label
 from poe_models.experts import FactorExpert, ProductOfExperts
 from poe_models.operators import RANK_TOLERANCE, Gram, inner_products, mean_curvatures
 from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
+from poe_models.span_labels import basis_names, center_label, merge_label
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """The merging rules once more, in numpy on whole models in memory: what the streaming ones are compared with.
 
 A model is a dict from module name to the experts' updates, `(N, d_out, d_in)` float64. Written from the papers'
-formulas; nothing is shared with `poe_models.anchors`.
+formulas; nothing is shared with `poe_models.methods`.
 """
 
 from __future__ import annotations

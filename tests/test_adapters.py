@@ -15,9 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from poe_models import _lora_config
-from poe_models.adapters import LoraCheckpoint
-from poe_models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from poe_models.weights import lora as _lora_config
+from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
+from poe_models.weights.lora import LoraCheckpoint
 from tests.seeds import seed_of, seeded
 
 

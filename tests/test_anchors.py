@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference import fixed_point
 from poe_models import Absolute, AbsolutePrecision, Anchor, Gaussian, Identity, InputGram, NormScaled, ProductOfExperts
-from poe_models.anchors import (
+from poe_models.methods import (
     TSVM,
     Average,
     Dare,
@@ -29,8 +29,8 @@ from poe_models.anchors import (
     Wudi,
     WudiAdam,
 )
-from poe_models.anchors._selection import magnitude_thresholds
-from poe_models.task_vectors import ModuleUpdates
+from poe_models.methods.selection import magnitude_thresholds
+from poe_models.weights.task_vectors import ModuleUpdates
 from tests import dense_anchors as dense
 from tests.helpers import assert_close, random_updates
 

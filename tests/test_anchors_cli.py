@@ -19,7 +19,7 @@ from poe_merge.cli import run
 from poe_merge.config import ConfigError, load_config
 from poe_merge.specs import METHOD, canonical, format_spec, parse_spec
 from poe_models import TaskVectors
-from poe_models.anchors import METHODS, DareTies, MergingMethod, ModuleBatch, TaskArithmetic, Ties
+from poe_models.methods import METHODS, DareTies, MergingMethod, ModuleBatch, TaskArithmetic, Ties
 
 SHAPES = {"0.mlp.weight": (8, 4), "1.mlp.weight": (8, 4), "1.attn.weight": (4, 4), "1.bias": (4,)}
 DATA_FREE = [name for name, cls in METHODS.items() if cls.about.data == "none"]
@@ -27,7 +27,7 @@ Cli = Callable[..., str]
 MINE = """
 from dataclasses import dataclass
 
-from poe_models.anchors import About, MergingMethod
+from poe_models.methods import About, MergingMethod
 
 
 @dataclass(frozen=True)

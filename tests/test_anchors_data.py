@@ -31,7 +31,7 @@ from poe_models import (
     collect_activations,
     collect_fisher,
 )
-from poe_models.anchors import (
+from poe_models.methods import (
     METHODS,
     AdaMerging,
     Average,
@@ -72,7 +72,7 @@ def moments_of(inputs: Tensor) -> ModuleStatistics:
 
 
 def modules_of(updates: Tensor) -> list[Any]:
-    from poe_models.task_vectors import ModuleUpdates
+    from poe_models.weights.task_vectors import ModuleUpdates
 
     return [ModuleUpdates(m, m, EXPERTS, torch.zeros(SHAPE), u) for m, u in zip(MODULES, updates, strict=True)]
 

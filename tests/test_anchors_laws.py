@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from poe_models import AbsolutePrecision, Anchor, ProductOfExperts, full_posterior
-from poe_models import anchors as anchors_package
-from poe_models.anchors import (
+from poe_models import methods as anchors_package
+from poe_models.methods import (
     METHODS,
     TSVM,
     About,
@@ -34,8 +34,8 @@ from poe_models.anchors import (
     Wudi,
     WudiAdam,
 )
-from poe_models.anchors.spectral import directions
-from poe_models.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.methods.spectral import directions
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from tests.helpers import assert_close, name_of, random_updates
 from tests.seeds import seeded
 

@@ -13,7 +13,7 @@ MEASURE = r"""
 import ctypes, re, sys, threading, time
 from pathlib import Path
 import torch
-from inference.streaming import merge_checkpoint, plan
+from inference.models.merge import merge_checkpoint, plan
 from poe_models import TaskVectors, Ties, Wudi
 from safetensors.torch import save_file
 

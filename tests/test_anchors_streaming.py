@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference import fixed_point
-from inference.design import Design
-from inference.method_design import MethodDesign, as_any_function, prepare_designs
-from inference.streaming import merge_checkpoint, plan
+from inference.models.design import Design
+from inference.models.merge import merge_checkpoint, plan
+from inference.models.method_design import MethodDesign, as_any_function, prepare_designs
 from poe_models import Anchor, Gaussian, ProductOfExperts, RelativePrecision, TaskVectors
-from poe_models.anchors import (
+from poe_models.methods import (
     METHODS,
     TSVM,
     About,

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
 from inference.draws import StoredDraws
-from inference.evidence import log_normalizers
+from inference.evidence.estimate import log_normalizers
 from inference.gibbs import gibbs, gibbs_posterior
+from inference.models.statistics_files import statistics_digest
 from inference.slice import slice_sample
-from inference.statistics_files import statistics_digest
 from poe_models import (
     Absolute,
     AbsolutePrecision,

@@ -11,9 +11,9 @@ import torch
 from diagnostics.verdicts import Level, Verdict
 from inference import Design, SpanDraws, fixed_point, gibbs_posterior, merge_checkpoint, sample_full
 from inference.merge_distance import span_distance
-from inference.model_draws import PosteriorDraws
-from poe_merge._beside import beside_verdict
-from poe_merge._merged import read_record
+from inference.models.model_draws import PosteriorDraws
+from poe_merge.beside import beside_verdict
+from poe_merge.merged import read_record
 from poe_models import (
     Absolute,
     Anchor,

@@ -12,10 +12,10 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from diagnostics.binning import Binning, equal_mass_bins
-from diagnostics.calibration import _scores, calibration, calibration_difference, scale_logits
-from diagnostics.predictions import Array, labelled
-from diagnostics.reliability import brier_parts, reliability
+from diagnostics.estimates import Binning, equal_mass_bins
+from diagnostics.predictions.calibration import _scores, calibration, calibration_difference, scale_logits
+from diagnostics.predictions.inputs import Array, labelled
+from diagnostics.predictions.reliability import brier_parts, reliability
 from inference import scores
 from tests.levels import inverse_temperature_error
 from tests.seeds import seeded

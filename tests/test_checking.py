@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models import ModuleStatistics, TaskVectors
-from poe_models.anchors import METHODS, About, FisherMerging, MergingMethod, ModuleBatch, TaskArithmetic, Ties, Wudi
-from poe_models.anchors.checking import PROPERTIES, Report, check
+from poe_models.methods import METHODS, About, FisherMerging, MergingMethod, ModuleBatch, TaskArithmetic, Ties, Wudi
+from poe_models.methods.checking import PROPERTIES, Report, check
 from tests.helpers import random_updates
 from tests.seeds import seed_of, seeded
 

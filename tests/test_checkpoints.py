@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from poe_models import _weight_files
-from poe_models.checkpoints import CheckpointError, MemoryCheckpoint, TensorInfo, open_checkpoint, same_weights
+from poe_models.weights import weight_files as _weight_files
+from poe_models.weights.loading import CheckpointError, MemoryCheckpoint, TensorInfo, open_checkpoint, same_weights
 from tests.seeds import seeded
 
 
@@ -238,7 +238,7 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
-from poe_models.checkpoints import open_checkpoint
+from poe_models.weights.loading import open_checkpoint
 path, how = sys.argv[1:]
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 start = peak()

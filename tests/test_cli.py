@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from poe_merge import _show
 from poe_merge import cli as cli_module
+from poe_merge import console as _show
 from poe_merge.cli import run
 from poe_merge.config import MergeConfig, ModelParameters, Parameters
 from poe_merge.flags import FLAGS
@@ -365,7 +365,7 @@ def test_a_copy_of_the_base(fails: Any, here: Path) -> None:
 
 
 def test_a_full_disk(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference._output.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("inference.models.staging.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     assert "the merge needs" in fails("merge", "config.yaml", "--out", "out")
 
 
@@ -373,7 +373,7 @@ def test_out_of_memory_says_what_helps(cli: Cli, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("inference.streaming.merge_checkpoint", full)
+    monkeypatch.setattr("inference.models.merge.merge_checkpoint", full)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err.count("\n")) == (1, 1)
     assert "out of memory (CUDA out of memory). Lower --batch-bytes, and go on with --resume." in err
@@ -388,7 +388,7 @@ def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli,
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("inference.streaming.merge_checkpoint", broken)
+    monkeypatch.setattr("inference.models.merge.merge_checkpoint", broken)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err) == (1, "error: ZeroDivisionError: oh (--debug shows where)\n")
     with pytest.raises(ZeroDivisionError):

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from poe_merge.cli import run
-from poe_models.anchors.checking import PROPERTIES
+from poe_models.methods.checking import PROPERTIES
 from tests.seeds import seeded
 
 OWN = """
 from dataclasses import dataclass
-from poe_models.anchors import About, MergingMethod
+from poe_models.methods import About, MergingMethod
 
 @dataclass(frozen=True)
 class First(MergingMethod):

@@ -15,16 +15,19 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.draw_files import load_draws
-from inference.evidence import log_evidence
-from inference.fixed_point import solve_posterior
+from inference.evidence.estimate import log_evidence
 from inference.gibbs import gibbs_posterior
 from inference.laplace import Laplace
-from inference.method_draws import MethodDraws
-from inference.model_draws import FullDraws, SpanDraws
+from inference.map import solve_posterior
+from inference.models.draw_files import load_draws
+from inference.models.method_draws import MethodDraws
+from inference.models.model_draws import FullDraws, SpanDraws
+from inference.models.statistics_files import load_statistics, statistics_digest
 from inference.slice import slice_sample
-from inference.statistics_files import load_statistics, statistics_digest
-from poe_merge import _drawing, _ensemble, _sampling, _stats
+from poe_merge import drawing as _drawing
+from poe_merge import ensemble as _ensemble
+from poe_merge import sampling as _sampling
+from poe_merge import stats as _stats
 from poe_merge.cli import run
 from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT, span_posterior
 from tests.helpers import assert_close
@@ -177,7 +180,7 @@ def test_stats_leaves_nothing_half_written(
             status, _, err = cli("stats", "config.yaml", "--out", "stats")
         assert (status, err) == (130, "warning: interrupted; nothing was written.\n")
         assert listing(here) == before
-    monkeypatch.setattr("inference._artifacts.save_file", interrupted)
+    monkeypatch.setattr("inference.models.artifacts.save_file", interrupted)
     assert cli("stats", "config.yaml", "--out", "stats")[0] == 130
     assert listing(here) == before
 
@@ -561,7 +564,7 @@ def test_seeds_go_on_after_an_interruption(
         def stop(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr("inference._ensemble_files._Writer._companions", stop)
+        patched.setattr("inference.models.ensemble_files._Writer._companions", stop)
         assert cli("sample", config, "-n", "2", "--out", "out")[0] == 130
     assert (here / "out.partial" / "draws").is_dir()
     assert (

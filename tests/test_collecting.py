@@ -22,8 +22,8 @@ from poe_models import (
     View,
     full_posterior,
 )
-from poe_models.anchors import ModuleBatch, RegMean
-from poe_models.collecting import collect_activations, collect_fisher
+from poe_models.methods import ModuleBatch, RegMean
+from poe_models.weights.collecting import collect_activations, collect_fisher
 from tests.helpers import assert_close
 from tests.seeds import seed_of
 

@@ -10,9 +10,9 @@ import torch
 from scipy.stats import binom, rankdata, spearmanr
 from torch import Tensor
 
-from diagnostics.agreement import pareto_front, rank_agreement
-from diagnostics.calibration import calibration, calibration_difference
-from diagnostics.comparison import SCORES, BySeed, Comparison, compare_methods
+from diagnostics.predictions.agreement import pareto_front, rank_agreement
+from diagnostics.predictions.calibration import calibration, calibration_difference
+from diagnostics.predictions.comparison import SCORES, BySeed, Comparison, compare_methods
 from inference import scores
 from tests.levels import binomial_range, deviation_error
 from tests.seeds import seeded

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from diagnostics.arviz_adapter import chain_statistics
 from diagnostics.chains import ChainConvergence, chain_convergence, rank_histogram
-from diagnostics.convergence import FixedPointConvergence, fixed_point_convergence, solution_records
 from diagnostics.sensitivity import gamma_sensitivity, with_gamma
+from diagnostics.solver import FixedPointConvergence, fixed_point_convergence, solution_records
 from diagnostics.verdicts import Level, Verdict, worst
 from inference import SolverOptions, Status, fixed_point, merge_checkpoint, slice_sample
-from inference.design import Design
-from inference.full_draws import sample_full
-from inference.model_draws import SpanDraws
+from inference.models.design import Design
+from inference.models.full_draws import sample_full
+from inference.models.model_draws import SpanDraws
 from poe_models import (
     Absolute,
     AbsolutePrecision,

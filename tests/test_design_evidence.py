@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.design_evidence import compare_designs
-from inference.evidence import UntrustedEvidence, dimensions, log_evidence
+from inference.evidence.designs import compare_designs
+from inference.evidence.estimate import UntrustedEvidence, dimensions, log_evidence
 from poe_models import (
     Absolute,
     AbsolutePrecision,

@@ -14,22 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
-from diagnostics.prediction_files import predictions_of, save_predictions
+from diagnostics.predictions.files import predictions_of, save_predictions
 from diagnostics.residuals import residuals
 from diagnostics.tails.pooled import pooled_tails
 from diagnostics.tails.surrogates import surrogate_residuals
 from inference import slice_sample
-from inference.design import Design
-from inference.draw_files import save_draws
-from inference.full_draws import sample_full
-from inference.method_design import MethodDesign
-from inference.method_draws import MethodDraws
-from inference.model_draws import SpanDraws
+from inference.models.design import Design
+from inference.models.draw_files import save_draws
+from inference.models.full_draws import sample_full
+from inference.models.merge import merge_checkpoint
+from inference.models.method_design import MethodDesign
+from inference.models.method_draws import MethodDraws
+from inference.models.model_draws import SpanDraws
 from inference.reweighting import SolverOptions
-from inference.streaming import merge_checkpoint
-from poe_merge import diagnosis
-from poe_merge._recorded import merge_of
+from poe_merge import diagnose as diagnosis
 from poe_merge.cli import run
+from poe_merge.recorded import merge_of
 from poe_models import (
     Absolute,
     AbsolutePrecision,

@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference import full_draws
-from inference._modules import Module, read_modules
-from inference.design import Design
-from inference.draw_files import load_draws, save_draws
 from inference.draws import StoredDraws
-from inference.ensemble import MergedEnsemble
-from inference.fixed_point import fixed_point, solve_posterior
-from inference.full_draws import TOLERANCE, RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs, gibbs_posterior
-from inference.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.map import fixed_point, solve_posterior
+from inference.models import full_draws
+from inference.models.design import Design
+from inference.models.draw_files import load_draws, save_draws
+from inference.models.ensemble import MergedEnsemble
+from inference.models.full_draws import TOLERANCE, RegenerationWarning, noise_control, sample_full
+from inference.models.merge import OutputError
+from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.models.modules import Module, read_modules
+from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from inference.reweighting import SolverOptions
-from inference.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
-from inference.streaming import OutputError
 from poe_models import (
     Anchor,
     Cauchy,
@@ -46,7 +46,7 @@ from poe_models import (
     span_posterior,
     span_statistics,
 )
-from poe_models.treatments import DEFAULT_RULES, Rule
+from poe_models.weights.treatments import DEFAULT_RULES, Rule
 from tests.helpers import assert_close, name_of
 from tests.seeds import seeded
 
@@ -222,7 +222,7 @@ def test_writing_is_all_or_nothing(vectors: TaskVectors, tmp_path: Path, monkeyp
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("inference._artifacts.json.dumps", fail)
+    monkeypatch.setattr("inference.models.artifacts.json.dumps", fail)
     with pytest.raises(OSError, match="no space left"):
         save_statistics(statistics, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

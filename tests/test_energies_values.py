@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poe_models import Cauchy, Custom, Energy, Gaussian, GeneralizedGaussian, Huber, StudentT, Welsch
-from poe_models._normalizers import log_sphere, radial_log_integral, student_log_normalizer
+from poe_models.densities import log_sphere, radial_log_integral, student_log_normalizer
 from poe_models.energies import ENERGIES, TwinOf
 from tests.helpers import assert_close
 

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from inference import _ensemble_files as files_module
-from inference import _modules
-from inference import _staging as staging_module
-from inference._modules import read_modules
-from inference.design import Design
-from inference.draw_files import load_draws, save_draws
-from inference.ensemble import MergedEnsemble
-from inference.fixed_point import fixed_point
-from inference.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.gibbs import gibbs_posterior
-from inference.model_draws import SpanDraws
-from inference.statistics_files import collect_statistics
-from inference.streaming import OutputError, merge_checkpoint
+from inference.map import fixed_point
+from inference.models import ensemble_files as files_module
+from inference.models import modules as _modules
+from inference.models import staging as staging_module
+from inference.models.design import Design
+from inference.models.draw_files import load_draws, save_draws
+from inference.models.ensemble import MergedEnsemble
+from inference.models.full_draws import RegenerationWarning, noise_control, sample_full
+from inference.models.merge import OutputError, merge_checkpoint
+from inference.models.model_draws import SpanDraws
+from inference.models.modules import read_modules
+from inference.models.statistics_files import collect_statistics
 from poe_models import (
     Anchor,
     CheckpointError,
@@ -386,7 +386,7 @@ def test_features_before_a_cut_are_computed_once(
     ensemble = MergedEnsemble(vectors, poe, span_draws(vectors, poe, 6)).restrict(pattern)
     expected = by_hand(model, ensemble, loader)
     calls = counted(model.stem)
-    with caplog.at_level(logging.INFO, "inference.ensemble"):
+    with caplog.at_level(logging.INFO, "inference.models.ensemble"):
         found = ensemble.predict(model, loader, cut=cut)
     assert found.reused == reused
     assert calls == [18 if reused is None else 3 + 1]  # three batches; one more to compare the two ways once
@@ -478,7 +478,7 @@ def test_a_skip_across_the_cut_is_found_out(
     vectors = tuned(model, generator)
     poe = ProductOfExperts.of(vectors.names)
     ensemble = MergedEnsemble(vectors, poe, span_draws(vectors, poe)).restrict(r"layers\.2\.fc2")
-    with caplog.at_level(logging.INFO, "inference.ensemble"):
+    with caplog.at_level(logging.INFO, "inference.models.ensemble"):
         found = ensemble.predict(model, loader)
     assert found.reused is None
     assert "uses what comes before 'layers.2' by another way" in caplog.text
@@ -695,7 +695,7 @@ def test_values_beyond_the_output_dtype_are_refused(vectors: TaskVectors, poe: P
 
 
 def test_a_map_that_did_not_converge_is_said(vectors: TaskVectors, poe: ProductOfExperts) -> None:
-    from inference.fixed_point import SolverOptions
+    from inference.map import SolverOptions
 
     hasty = Design(replace(poe, temperature=1.0), options=SolverOptions(max_steps=1, tolerance=1e-14))
     with pytest.warns(UserWarning, match=r"the MAP of '.*': not converged"):
@@ -849,7 +849,7 @@ def test_folders_are_not_written_over(
         ensemble.save(tmp_path / "in" / "base")
     with pytest.raises(ValueError, match=r"save\(format='zip'\)"):
         ensemble.save(tmp_path / "out", format="zip")  # type: ignore[arg-type]
-    monkeypatch.setattr("inference._output.shutil.disk_usage", lambda path: _Full())
+    monkeypatch.setattr("inference.models.staging.shutil.disk_usage", lambda path: _Full())
     with pytest.raises(OutputError, match="needs"):
         ensemble.save(tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
@@ -920,12 +920,12 @@ import ctypes, re, sys, threading, time
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-import inference._ensemble_files as files
-from inference.design import Design
-from inference.ensemble import MergedEnsemble
+import inference.models.ensemble_files as files
+from inference.models.design import Design
+from inference.models.ensemble import MergedEnsemble
 from inference.gibbs import gibbs_posterior
-from inference.model_draws import SpanDraws
-from inference.statistics_files import collect_statistics
+from inference.models.model_draws import SpanDraws
+from inference.models.statistics_files import collect_statistics
 from poe_models import ProductOfExperts, TaskVectors, span_posterior
 
 def anonymous():

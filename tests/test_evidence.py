@@ -11,8 +11,8 @@ from scipy import integrate, special, stats
 from torch import Tensor
 from typing_extensions import override
 
-from inference.direct_weights import direct_log_weights
-from inference.evidence import (
+from inference.evidence.direct_weights import direct_log_weights
+from inference.evidence.estimate import (
     Evidence,
     UntrustedEvidence,
     dimensions,
@@ -20,7 +20,7 @@ from inference.evidence import (
     log_evidence,
     log_normalizers,
 )
-from inference.importance import importance_mean, pareto_k
+from inference.evidence.importance import importance_mean, pareto_k
 from poe_models import (
     Absolute,
     AbsolutePrecision,

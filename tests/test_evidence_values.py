@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.evidence import (
+from inference.evidence.estimate import (
     Evidence,
     LeaveOneExpertOut,
     UntrustedEvidence,
@@ -19,7 +19,7 @@ from inference.evidence import (
     leave_one_expert_out,
     log_evidence,
 )
-from inference.importance import (
+from inference.evidence.importance import (
     FEWEST_EFFECTIVE,
     GOOD_K,
     GOOD_SHARE,

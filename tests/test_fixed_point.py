@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference import Status, fixed_point, minimize
-from inference.fixed_point import plain_iterates
+from inference.map import plain_iterates
 from poe_models import (
     Absolute,
     AbsolutePrecision,

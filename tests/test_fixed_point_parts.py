@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inference import fixed_point
-from inference.fixed_point import _contraction, _initial_weights, _status, plain_iterates, solve_posterior
+from inference.map import _contraction, _initial_weights, _status, plain_iterates, solve_posterior
 from inference.reweighting import Problem
 from inference.solution import Status
 from poe_models import (
@@ -34,8 +34,8 @@ from poe_models import (
     span_posterior,
     span_statistics,
 )
+from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
-from poe_models.quadratics import quadratic_of
 from poe_models.span import span_basis
 from tests.helpers import assert_close, name_of, random_updates
 

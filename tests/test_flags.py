@@ -18,8 +18,8 @@ from typer.main import get_command
 
 import inference
 import poe_models
+from inference.models.merge import merge_checkpoint
 from inference.reweighting import TOLERANCE
-from inference.streaming import merge_checkpoint
 from poe_merge.cli import app, run
 from poe_merge.config import MergeConfig, ModelEntry, ModelParameters, Parameters, load_config, parse_config
 from poe_merge.flags import COMMANDS, FLAGS, Flag, overridden

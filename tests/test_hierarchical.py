@@ -14,10 +14,10 @@ from scipy import stats
 from torch import Tensor
 
 from diagnostics.arviz_adapter import chain_statistics, to_inference_data
-from inference.evidence import log_evidence, log_normalizers
-from inference.gaussian_integrals import Elementwise, GaussianIntegral, OneSided, TwoSided, gaussian_integral
-from inference.hierarchical import HierarchicalDraws, HierarchicalModel, Shared, gather, hierarchical
-from inference.hierarchical_model import integrated
+from inference.evidence.estimate import log_evidence, log_normalizers
+from inference.evidence.gaussian_integrals import Elementwise, GaussianIntegral, OneSided, TwoSided, gaussian_integral
+from inference.hierarchical.model import integrated
+from inference.hierarchical.sampler import HierarchicalDraws, HierarchicalModel, Shared, gather, hierarchical
 from poe_models import (
     Absolute,
     AbsolutePrecision,

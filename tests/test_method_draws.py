@@ -35,7 +35,7 @@ from poe_models import (
     TaskVectors,
     Ties,
 )
-from poe_models.anchors import About
+from poe_models.methods import About
 from tests.helpers import assert_close
 
 SHAPES = {

@@ -17,18 +17,17 @@ from matplotlib.figure import Figure
 
 from diagnostics import plots
 from diagnostics.chains import chain_convergence, rank_histogram
-from diagnostics.coefficients import coefficient_intervals
-from diagnostics.comparison import compare_methods
-from diagnostics.convergence import fixed_point_convergence, solution_records
-from diagnostics.plots._style import COLORS, distinct, line_style, point_style, shortened
-from diagnostics.reliability import reliability
+from diagnostics.plots.style import COLORS, distinct, line_style, point_style, shortened
+from diagnostics.predictions.comparison import compare_methods
+from diagnostics.predictions.reliability import reliability
+from diagnostics.predictions.selective import risk_coverage
+from diagnostics.predictions.shift import under_corruption
 from diagnostics.residuals import Residuals, module_residuals
-from diagnostics.selective import risk_coverage
 from diagnostics.sensitivity import gamma_sensitivity
-from diagnostics.shift import under_corruption
+from diagnostics.solver import coefficient_intervals, fixed_point_convergence, solution_records
 from diagnostics.tails import fit_tails, hill, log_density, quantiles
 from inference import fixed_point
-from inference.model_draws import SpanDraws
+from inference.models.model_draws import SpanDraws
 from poe_models import Cauchy, InputGram, ModuleUpdates, ProductOfExperts, Relative
 from tests.helpers import random_updates
 from tests.seeds import seeded, seeded_numpy

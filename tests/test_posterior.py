@@ -36,9 +36,9 @@ from poe_models import (
     span_posterior,
     span_statistics,
 )
-from poe_models._span_labels import stored_center
 from poe_models.program import log_constant
 from poe_models.span import concatenate, span_basis
+from poe_models.span_labels import stored_center
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
 
 NAMES = ["a", "b", "c"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
-from inference.fixed_point import solve_posterior
+from inference.map import solve_posterior
 from poe_models import (
     Absolute,
     AbsolutePrecision,

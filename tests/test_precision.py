@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from poe_models.precision import (
+from poe_models.precisions import (
     DiagonalPrecision,
     GramPrecision,
     KroneckerSum,

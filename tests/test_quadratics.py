@@ -21,10 +21,10 @@ from poe_models import (
     average,
     full_posterior,
 )
+from poe_models.least_squares import Compression, Quadratic, quadratic_of
 from poe_models.operators import Diagonal, Operator
 from poe_models.posterior import Posterior
-from poe_models.precision import DiagonalPrecision, GramPrecision, KroneckerSum
-from poe_models.quadratics import Compression, Quadratic, quadratic_of
+from poe_models.precisions import DiagonalPrecision, GramPrecision, KroneckerSum
 from tests.helpers import assert_close, name_of, random_updates
 
 NAMES = ["a", "b"]

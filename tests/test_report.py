@@ -18,24 +18,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from diagnostics._page import Block, Details, Facts, Gallery, Plot, Section, Table, Text, page
-from diagnostics._section_convergence import convergence_section
-from diagnostics._section_merge import merge_section
-from diagnostics.calibration import calibration
 from diagnostics.chains import chain_convergence
-from diagnostics.coefficients import coefficient_intervals
-from diagnostics.convergence import FixedPointConvergence, fixed_point_convergence, solution_records
-from diagnostics.judged import OWN_EXPERTS, judge
-from diagnostics.prediction_files import Predictions, load_predictions, predictions_of, save_predictions
-from diagnostics.report import report
+from diagnostics.predictions.calibration import calibration
+from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
+from diagnostics.predictions.shift import (
+    Corrupted,
+    ShiftComparison,
+    compare_detection,
+    point_prediction,
+    under_corruption,
+)
+from diagnostics.report.convergence import convergence_section
+from diagnostics.report.evaluation import OWN_EXPERTS, judge
+from diagnostics.report.merge import merge_section
+from diagnostics.report.page import Block, Details, Facts, Gallery, Plot, Section, Table, Text, page
+from diagnostics.report.report import report
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.sensitivity import gamma_sensitivity
-from diagnostics.shift import Corrupted, ShiftComparison, compare_detection, point_prediction, under_corruption
+from diagnostics.solver import FixedPointConvergence, coefficient_intervals, fixed_point_convergence, solution_records
 from diagnostics.tails.pooled import pooled_tails
 from diagnostics.tails.surrogates import surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
 from inference import fixed_point
-from inference.model_draws import SpanDraws
+from inference.models.model_draws import SpanDraws
 from poe_models import InputGram, ModuleUpdates, ProductOfExperts, TaskVectors
 from tests.helpers import random_updates
 from tests.levels import binomial_range

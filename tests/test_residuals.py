@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diagnostics.residuals import ExpertResiduals, Residuals, module_residuals, residuals
 from diagnostics.tails import pooled_tails, tails_by
-from diagnostics.tails.groups import standardised
-from inference.fixed_point import fixed_point
-from inference.streaming import merge_checkpoint
+from diagnostics.tails.null import standardised
+from inference.map import fixed_point
+from inference.models.merge import merge_checkpoint
 from poe_models import (
     Activation,
     Cauchy,
@@ -40,7 +40,7 @@ from poe_models import (
     StudentT,
     TaskVectors,
 )
-from poe_models.treatments import DEFAULT_RULES
+from poe_models.weights.treatments import DEFAULT_RULES
 from tests.helpers import assert_close, name_of, random_updates
 from tests.seeds import seeded_numpy
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from inference import Design, fixed_point, merge_checkpoint, minimize
-from inference.method_design import MethodDesign
+from inference.models.method_design import MethodDesign
 from inference.retention import ExpertRetention, concerns, totals
-from poe_merge._show import _kept
 from poe_merge.cli import app
+from poe_merge.console import _kept
 from poe_models import (
     Anchor,
     Balanced,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.anderson import Anderson
 from inference.reweighting import (
     FORWARD_ERROR,
     TOLERANCE,
+    Anderson,
     Point,
     Problem,
     Run,
@@ -41,7 +41,7 @@ from poe_models import (
     average,
     full_posterior,
 )
-from poe_models.quadratics import quadratic_of
+from poe_models.least_squares import quadratic_of
 from tests.helpers import assert_close, name_of, random_updates
 from tests.seeds import seeded
 

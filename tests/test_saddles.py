@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inference import Status, fixed_point
+from inference.models.merge import Design, merge_checkpoint
 from inference.reweighting import SolverOptions
-from inference.streaming import Design, merge_checkpoint
 from poe_merge.cli import run
 from poe_models import (
     Absolute,

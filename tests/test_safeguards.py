@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
-from inference.anderson import Anderson
-from inference.reweighting import Problem, SolverOptions, _line_search, run_from
+from inference.reweighting import Anderson, Problem, SolverOptions, _line_search, run_from
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -20,7 +19,7 @@ from poe_models import (
     ProductOfExperts,
     full_posterior,
 )
-from poe_models.quadratics import quadratic_of
+from poe_models.least_squares import quadratic_of
 from tests.helpers import assert_close
 
 OPTIONS = SolverOptions(acceleration=False)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.calibration import calibration, calibration_difference, scale_logits
-from diagnostics.reliability import brier_parts, reliability
+from diagnostics.predictions.calibration import calibration, calibration_difference, scale_logits
+from diagnostics.predictions.reliability import brier_parts, reliability
 from inference import scores
 from tests.helpers import assert_close
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.selective import aurc_difference, risk_coverage
-from diagnostics.soft_labels import soft_label_scores
+from diagnostics.predictions.selective import aurc_difference, risk_coverage
+from diagnostics.predictions.soft_labels import soft_label_scores
 from inference import scores
 from tests.levels import binomial_range
 from tests.seeds import seeded

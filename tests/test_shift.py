@@ -12,9 +12,9 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from diagnostics.corruptions import CORRUPTIONS, SETTINGS, Corruption, corrupt
-from diagnostics.shift import auroc, compare_detection, detect_shift, point_prediction, under_corruption
-from inference.ensemble import Prediction
+from diagnostics.predictions.corruptions import CORRUPTIONS, SETTINGS, Corruption, corrupt
+from diagnostics.predictions.shift import auroc, compare_detection, detect_shift, point_prediction, under_corruption
+from inference.models.ensemble import Prediction
 from tests.levels import binomial_range
 
 

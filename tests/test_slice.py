@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference._starts import majoriser_draws, mode_of, overdispersed_starts
+from inference.chains import majoriser_draws, mode_of, overdispersed_starts
 from inference.draws import StoredDraws
 from inference.gibbs import gibbs_posterior
 from inference.slice import DEGREES, Reference, init, latents, slice_sample, states, step

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference import Design, fixed_point, gibbs, gibbs_posterior, laplace, merge_checkpoint, plan
-from inference.ensemble import MergedEnsemble
-from inference.full_draws import sample_full
-from inference.model_draws import ModelDraws, SpanDraws
-from inference.statistics_files import collect_statistics
+from inference.models.ensemble import MergedEnsemble
+from inference.models.full_draws import sample_full
+from inference.models.model_draws import ModelDraws, SpanDraws
+from inference.models.statistics_files import collect_statistics
 from poe_merge.cli import run
 from poe_merge.specs import RESIDUAL_MAP, SpecError, canonical, format_spec, parse_spec
 from poe_models import (
@@ -42,9 +42,9 @@ from poe_models import (
     span_posterior,
     span_statistics,
 )
-from poe_models.module_statistics import Kind
 from poe_models.operators import root_of
 from poe_models.program import log_constant
+from poe_models.weights.moments import Kind
 from tests.helpers import assert_close, random_updates
 
 NAMES = ("a", "b", "c")

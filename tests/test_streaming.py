@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference import Status, fixed_point
-from inference import _output as output_module
-from inference import _staging as staging_module
-from inference.streaming import Design, OutputError, merge_checkpoint, plan
+from inference.models import staging as output_module
+from inference.models import staging as staging_module
+from inference.models.merge import Design, OutputError, merge_checkpoint, plan
 from poe_models import (
     DEFAULT_RULES,
     Anchor,
@@ -571,7 +571,7 @@ def test_the_plan_reads_no_tensor(models: Any, monkeypatch: pytest.MonkeyPatch) 
     def read(self: Any, name: str) -> Tensor:
         raise AssertionError(f"read {name}")
 
-    monkeypatch.setattr("poe_models.checkpoints.Checkpoint.read", read)
+    monkeypatch.setattr("poe_models.weights.loading.Checkpoint.read", read)
     plan(vectors, poe(vectors))
 
 
@@ -579,7 +579,7 @@ MEASURE = """
 import ctypes, re, sys, threading, time
 from pathlib import Path
 import torch
-from inference.streaming import Design, merge_checkpoint, plan
+from inference.models.merge import Design, merge_checkpoint, plan
 from poe_models import Directional, Identity, InputGram, OutputGram, ProductOfExperts, TaskVectors
 from safetensors.torch import save_file
 
@@ -682,8 +682,8 @@ def test_there_are_no_other_points_of_interruption(uninterrupted: Any) -> None:
 KILL = """
 import os, signal, sys
 from pathlib import Path
-import inference._staging as staging
-from inference.streaming import merge_checkpoint
+import inference.models.staging as staging
+from inference.models.merge import merge_checkpoint
 from poe_models import ProductOfExperts, TaskVectors
 
 folder, out, at, where = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -811,8 +811,8 @@ def test_outputs_that_would_overwrite_something(models: Any, tmp_path: Path, mon
     def read(*_: Any) -> Tensor:
         raise AssertionError("read before the output was checked")
 
-    monkeypatch.setattr("poe_models.checkpoints.Checkpoint.read", read)
-    monkeypatch.setattr("inference.streaming.digest_inputs", read)
+    monkeypatch.setattr("poe_models.weights.loading.Checkpoint.read", read)
+    monkeypatch.setattr("inference.models.merge.digest_inputs", read)
     inputs = tmp_path / "in"
     (tmp_path / "exists").mkdir()
     (tmp_path / "file").write_text("x")
@@ -936,7 +936,7 @@ def test_a_disk_that_really_fills_up(small_disk: Path, tmp_path: Path, monkeypat
     with pytest.raises(OutputError, match="the merge needs"):
         merge_checkpoint(vectors, poe(vectors), small_disk / "out", batch_bytes=1)
     assert list(small_disk.iterdir()) == []
-    monkeypatch.setattr("inference.streaming.check_space", lambda folder, needed: None)
+    monkeypatch.setattr("inference.models.merge.check_space", lambda folder, needed: None)
     with pytest.raises(OutputError, match="is full"):
         merge_checkpoint(vectors, poe(vectors), small_disk / "out", batch_bytes=1)
     assert [path.name for path in small_disk.iterdir()] == ["out.partial"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diagnostics.surround import surround_verdict
+from diagnostics.chains import surround_verdict
 from diagnostics.verdicts import Level
 from inference import (
     Design,
@@ -30,10 +30,10 @@ from inference import (
     slice_sample,
     solve_posterior,
 )
-from inference._modules import read_modules
 from inference.merge_distance import FAR, span_distance
-from inference.model_draws import PosteriorDraws
-from inference.surrounding import distance_of_module
+from inference.models.model_draws import PosteriorDraws
+from inference.models.modules import read_modules
+from inference.models.surrounding import distance_of_module
 from poe_models import (
     Absolute,
     AbsolutePrecision,

@@ -37,7 +37,7 @@ from diagnostics.tails.families import (
     Array,
     families_named,
 )
-from diagnostics.tails.groups import standardised, student_gain, usable_groups
+from diagnostics.tails.null import standardised, student_gain, usable_groups
 from tests.seeds import seeded_numpy
 
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -24,10 +24,10 @@ from diagnostics.tails import (
     surrogate_residuals,
     tails_by,
 )
-from diagnostics.tails.groups import student_gain
-from inference.design import Design
-from inference.fixed_point import fixed_point
-from inference.method_design import MethodDesign
+from diagnostics.tails.null import student_gain
+from inference.map import fixed_point
+from inference.models.design import Design
+from inference.models.method_design import MethodDesign
 from poe_models import (
     Activation,
     Average,
@@ -45,7 +45,7 @@ from poe_models import (
     TaskVectors,
     Ties,
 )
-from poe_models.anchors import AdaMerging
+from poe_models.methods import AdaMerging
 from tests.helpers import assert_close
 from tests.seeds import seeded
 

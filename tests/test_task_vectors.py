@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poe_models.adapters import LoraCheckpoint
-from poe_models.checkpoints import CheckpointError, open_checkpoint
-from poe_models.task_vectors import ModuleUpdates, TaskVectors
-from poe_models.treatments import DEFAULT_RULES
+from poe_models.weights.loading import CheckpointError, open_checkpoint
+from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.weights.treatments import DEFAULT_RULES
 from tests.seeds import seeded
 
 
@@ -484,7 +484,7 @@ def test_rules_that_fit_nothing_are_listed() -> None:
 MEASURE = """
 import re, sys
 from pathlib import Path
-from poe_models.task_vectors import TaskVectors
+from poe_models.weights.task_vectors import TaskVectors
 from safetensors.torch import load_file
 folder, how = Path(sys.argv[1]), sys.argv[2]
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from inference.ensemble import MergedEnsemble
 from inference.gibbs import gibbs_posterior
-from inference.model_draws import SpanDraws
+from inference.models.ensemble import MergedEnsemble
+from inference.models.model_draws import SpanDraws
+from inference.models.statistics_files import collect_statistics
 from inference.propriety import require_proper
-from inference.statistics_files import collect_statistics
 from inference.tempering import COLDEST, Tempering, fit_logit_temperature, temper, temperature_range
 from poe_models import (
     AbsolutePrecision,

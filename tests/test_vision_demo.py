@@ -26,11 +26,11 @@ from benchmarks.vision.search import ETA_HALF_DECADES, Settings, search
 from benchmarks.vision.tasks import Split, Task
 from benchmarks.vision.train import Suite, save_folder
 from diagnostics.estimates import Estimate
-from diagnostics.prediction_files import load_predictions
-from inference.design import Design
+from diagnostics.predictions.files import load_predictions
+from inference.models.design import Design
 from inference.scores import nll
 from poe_models import TaskVectors
-from poe_models.anchors import MergingMethod, ModuleBatch
+from poe_models.methods import MergingMethod, ModuleBatch
 from tests.seeds import seeded
 
 AVERAGE, ARITHMETIC = BASELINES

@@ -12,7 +12,7 @@ from benchmarks.vision import evidence
 from benchmarks.vision.evaluate import Scores
 from benchmarks.vision.evidence import Candidate, agreements, candidates, designs, merged_state, report
 from inference import fixed_point
-from inference.evidence import log_evidence
+from inference.evidence.estimate import log_evidence
 from poe_models import Gaussian, OutputGram, TaskVectors, full_posterior
 from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite

@@ -22,7 +22,7 @@ from benchmarks.vision.rulebook import RULES, Rule
 from benchmarks.vision.search import Settings
 from benchmarks.vision.train import Suite
 from poe_models import TaskVectors
-from poe_models.anchors import METHODS, AdaMerging, Average
+from poe_models.methods import METHODS, AdaMerging, Average
 from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
 

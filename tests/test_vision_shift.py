@@ -21,8 +21,8 @@ from benchmarks.vision.model import preprocess
 from benchmarks.vision.search import Settings
 from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, OTHERS, Best, Predictions, Shift, mixture, read_demo
 from benchmarks.vision.train import Suite
-from diagnostics.corruptions import corrupt
-from inference.ensemble import Prediction
+from diagnostics.predictions.corruptions import corrupt
+from inference.models.ensemble import Prediction
 from inference.tempering import fit_logit_temperature
 from tests.test_vision_demo import toy_suite
 

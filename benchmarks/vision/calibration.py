@@ -16,9 +16,9 @@ from benchmarks.vision.model import preprocess
 from benchmarks.vision.parallel import run_all
 from benchmarks.vision.train import Suite
 from poe_models import TaskVectors
-from poe_models.anchors import TaskData
-from poe_models.collecting import collect_activations, collect_fisher
-from poe_models.module_statistics import ModuleStatistics
+from poe_models.methods import TaskData
+from poe_models.weights.collecting import collect_activations, collect_fisher
+from poe_models.weights.moments import ModuleStatistics
 
 BATCH = 16
 

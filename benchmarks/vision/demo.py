@@ -50,8 +50,8 @@ from benchmarks.vision.report import (
 )
 from benchmarks.vision.search import Settings, search
 from benchmarks.vision.train import Recipe, Suite, accuracy_table, make_suite
-from inference.design import Design
-from inference.streaming import merge_checkpoint
+from inference.models.design import Design
+from inference.models.merge import merge_checkpoint
 from poe_models import TaskVectors
 
 TRIALS = 12

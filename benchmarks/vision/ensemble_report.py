@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.vision.ensembles import LAST, SCALED_MAP, SCOPES, Ensembles, Outcome
-from diagnostics.comparison import compare_methods
 from diagnostics.estimates import Estimate
 from diagnostics.plots import plot_pareto
+from diagnostics.predictions.comparison import compare_methods
 
 PATH_RESAMPLES = 200
 SHOWN = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}

@@ -29,12 +29,12 @@ from benchmarks.vision.evaluate import Head, Scores, mean_scores, score, task_lo
 from benchmarks.vision.model import SqueezeNet, build, preprocess
 from benchmarks.vision.parallel import run_all
 from benchmarks.vision.train import Suite
-from diagnostics.comparison import SCORES, Comparison, compare_methods
 from diagnostics.estimates import Estimate
-from inference.design import Design
-from inference.ensemble import MergedEnsemble
-from inference.full_draws import noise_control, sample_full
-from inference.model_draws import FullDraws, ModelDraws
+from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
+from inference.models.design import Design
+from inference.models.ensemble import MergedEnsemble
+from inference.models.full_draws import noise_control, sample_full
+from inference.models.model_draws import FullDraws, ModelDraws
 from inference.tempering import Tempering, fit_logit_temperature, temper, temperature_range
 from poe_models import TaskVectors
 from poe_models.posterior import full_posterior

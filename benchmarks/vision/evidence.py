@@ -27,10 +27,10 @@ from benchmarks.vision.evaluate import Scores, evaluate, mean_scores
 from benchmarks.vision.methods import Method, solve
 from benchmarks.vision.rule_report import machine, markdown_table
 from benchmarks.vision.train import Suite, make_suite
-from diagnostics.agreement import rank_agreement
 from diagnostics.estimates import Estimate
-from inference.design_evidence import compare_designs
-from inference.fixed_point import fixed_point
+from diagnostics.predictions.agreement import rank_agreement
+from inference.evidence.designs import compare_designs
+from inference.map import fixed_point
 from poe_models import (
     Anchor,
     Balanced,
@@ -45,7 +45,7 @@ from poe_models import (
     StudentT,
     TaskVectors,
 )
-from poe_models.anchors import About, MergingMethod, ModuleBatch
+from poe_models.methods import About, MergingMethod, ModuleBatch
 
 MAPS: dict[str, ResidualMap] = {"InputGram": InputGram(), "OutputGram": OutputGram()}
 ENERGIES: dict[str, Energy] = {

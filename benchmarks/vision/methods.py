@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.vision.parallel import run_all
-from inference.fixed_point import fixed_point
+from inference.map import fixed_point
 from inference.solution import FixedPointInfo, Solution
 from poe_models import (
     Anchor,
@@ -29,7 +29,7 @@ from poe_models import (
     TaskVectors,
     average,
 )
-from poe_models.anchors import TSVM, DareTies, IsoC, MergingMethod, ModuleBatch, Ties, WudiAdam
+from poe_models.methods import TSVM, DareTies, IsoC, MergingMethod, ModuleBatch, Ties, WudiAdam
 
 
 @dataclass(frozen=True)

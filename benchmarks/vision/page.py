@@ -13,14 +13,14 @@ from torch import Tensor
 from benchmarks.vision.ensembles import GIBBS, LAST, NOISE, Outcome
 from benchmarks.vision.report import Row
 from benchmarks.vision.train import Suite
-from diagnostics.prediction_files import predictions_of, save_predictions
+from diagnostics.predictions.files import predictions_of, save_predictions
 from diagnostics.verdicts import Verdict
-from inference.design import Design
-from inference.draw_files import save_draws
 from inference.gibbs import gibbs_posterior
-from inference.model_draws import SpanDraws
-from inference.statistics_files import collect_statistics
-from poe_merge.diagnosis import diagnose, write_page
+from inference.models.design import Design
+from inference.models.draw_files import save_draws
+from inference.models.model_draws import SpanDraws
+from inference.models.statistics_files import collect_statistics
+from poe_merge.diagnose import diagnose, write_page
 from poe_models import TaskVectors, span_posterior
 
 TEMPERATURE = 0.1

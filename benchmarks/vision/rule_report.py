@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.vision.parallel import machine
 from benchmarks.vision.rule_bench import BASE, Chosen, Line, Tables
-from diagnostics.comparison import SCORES, Comparison, compare_methods
 from diagnostics.estimates import Estimate
+from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from inference import scores
 
 OWN, AVERAGE = "own experts", "average of all experts' predictions"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.vision.calibration import Calibration
 from benchmarks.vision.methods import Method
 from benchmarks.vision.search import Settings
-from poe_models.anchors import (
+from poe_models.methods import (
     TSVM,
     AdaMerging,
     Average,

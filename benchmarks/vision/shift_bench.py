@@ -20,9 +20,9 @@ from benchmarks.vision.model import preprocess
 from benchmarks.vision.parallel import run_all
 from benchmarks.vision.report import MEAN
 from benchmarks.vision.train import Suite
-from diagnostics.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from inference.design import Design
-from inference.ensemble import Prediction
+from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from inference.models.design import Design
+from inference.models.ensemble import Prediction
 from inference.tempering import fit_logit_temperature
 
 SCOPE = "last layer"

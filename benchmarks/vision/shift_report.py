@@ -14,10 +14,10 @@ from benchmarks.vision.ensembles import GIBBS, MAP, SCALED_MAP
 from benchmarks.vision.parallel import machine
 from benchmarks.vision.rule_report import interval, markdown_table, signed
 from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, ENSEMBLES, OTHERS, Condition, Predictions
-from diagnostics.comparison import SCORES, Comparison, compare_methods
-from diagnostics.corruptions import CORRUPTIONS, SEVERITIES
 from diagnostics.estimates import Estimate
-from diagnostics.shift import ShiftComparison, compare_detection
+from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
+from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES
+from diagnostics.predictions.shift import ShiftComparison, compare_detection
 
 SEVERITY = dict(zip((0, *SEVERITIES), ("clean", "1", "3", "5"), strict=True))
 """In the numbers of Hendrycks and Dietterich."""

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from diagnostics.plots._style import axes_of, finish, line_style
-from diagnostics.reliability import Reliability
-from diagnostics.selective import RiskCoverage
-from diagnostics.shift import Corrupted
+from diagnostics.plots.style import axes_of, finish, line_style
+from diagnostics.predictions.reliability import Reliability
+from diagnostics.predictions.selective import RiskCoverage
+from diagnostics.predictions.shift import Corrupted
 
 __all__ = ["plot_corruptions", "plot_reliability", "plot_risk_coverage"]
 

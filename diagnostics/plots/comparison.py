@@ -1,4 +1,4 @@
-"""Figures that compare methods; each draws a result of `diagnostics.comparison`."""
+"""Figures that compare methods; each draws a result of `diagnostics.predictions.comparison`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from diagnostics.comparison import Comparison
-from diagnostics.plots._style import COLORS, axes_of, finish, line_style, point_style
+from diagnostics.plots.style import COLORS, axes_of, finish, line_style, point_style
+from diagnostics.predictions.comparison import Comparison
 
 __all__ = ["plot_pareto", "plot_radar"]
 

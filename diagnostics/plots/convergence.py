@@ -1,4 +1,4 @@
-"""Figures of the fixed point and of chains; each draws a result of `diagnostics.convergence` and its neighbours."""
+"""Figures of the fixed point and of chains; each draws a result of `diagnostics.solver` and its neighbours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.chains import ESS, R_HAT, ChainConvergence, Ranks
-from diagnostics.convergence import FixedPointConvergence
-from diagnostics.plots._style import DEPTH, LINES, MARKERS, axes_of, finish, label_modules, line_style, point_style
+from diagnostics.plots.style import DEPTH, LINES, MARKERS, axes_of, finish, label_modules, line_style, point_style
 from diagnostics.sensitivity import GammaSensitivity
+from diagnostics.solver import FixedPointConvergence
 
 __all__ = [
     "plot_chain_traces",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from diagnostics.coefficients import CoefficientIntervals
-from diagnostics.convergence import FixedPointConvergence
-from diagnostics.plots._style import DEPTH, axes_of, finish, label_modules, point_style, shortened
+from diagnostics.plots.style import DEPTH, axes_of, finish, label_modules, point_style, shortened
+from diagnostics.solver import CoefficientIntervals, FixedPointConvergence
 
 __all__ = ["plot_expert_weights", "plot_forest"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from diagnostics.plots._style import axes_of, finish, label_modules, line_style
+from diagnostics.plots.style import axes_of, finish, label_modules, line_style
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails import FAMILIES, Hill, LogDensity, Quantiles, TailComparison
 

@@ -16,8 +16,15 @@ import numpy as np
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.comparison import TailComparison, fit_tails
 from diagnostics.tails.families import Array
-from diagnostics.tails.groups import Groups, location_and_scale, named_groups, standardised, usable_groups
-from diagnostics.tails.null import NullControl, null_control
+from diagnostics.tails.null import (
+    Groups,
+    NullControl,
+    location_and_scale,
+    named_groups,
+    null_control,
+    standardised,
+    usable_groups,
+)
 from diagnostics.tails.surrogates import Surrogates
 
 __all__ = ["PooledTails", "pooled_tails", "tails_by"]

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics._residual_sets import ExpertResiduals, Residuals
+from diagnostics.residual_sets import ExpertResiduals, Residuals
 from diagnostics.residuals import Experts, module_residuals
 from diagnostics.tails.sizes import Sizes, fit_sizes
-from inference._digest import Progress, Silent
-from inference.design import Design
-from inference.method_design import AnyDesign, MethodDesign
-from poe_models.anchors import MergingMethod, ModuleBatch
+from inference.models.design import Design
+from inference.models.digest import Progress, Silent
+from inference.models.method_design import AnyDesign, MethodDesign
 from poe_models.experts import ProductOfExperts
-from poe_models.task_vectors import ModuleUpdates, TaskVectors, block_names
+from poe_models.methods import MergingMethod, ModuleBatch
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
 
 __all__ = ["Merge", "MergeModule", "Surrogates", "surrogate_residuals"]
 

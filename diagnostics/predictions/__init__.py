@@ -1,0 +1,1 @@
+"""Predictions of merges and ensembles: calibration, comparison, selective prediction, shift."""

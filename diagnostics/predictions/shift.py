@@ -1,0 +1,296 @@
+r"""Predictions under shift: corrupted images, and inputs of another task that a model should not be sure of.
+
+>>> inside, outside = torch.arange(40.0), torch.arange(20.0, 60.0)
+>>> print(auroc(inside, outside, seed=0))
+0.875 [0.794, 0.933]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagnostics.estimates import FEWEST, Binning, Estimate, bootstrap
+from diagnostics.predictions.calibration import Calibration, calibration
+from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
+from diagnostics.predictions.inputs import Array, checked_probabilities
+from inference.models.ensemble import Prediction
+
+__all__ = [
+    "Corrupted",
+    "ShiftComparison",
+    "ShiftDetection",
+    "auroc",
+    "compare_detection",
+    "detect_shift",
+    "point_prediction",
+    "under_corruption",
+]
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Scores on one kind of corrupted images.
+
+    Attributes:
+        kind: of corruption; "clean" for none.
+        severity: 1 to 3; 0 for none.
+        calibration: all scores.
+    """
+
+    kind: str
+    severity: int
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class ShiftDetection:
+    """How well uncertainty tells another task's inputs from the model's own: 0.5 is chance, 1 is always.
+
+    Attributes:
+        entropy: AUROC of the entropy of the (mean) probabilities.
+        mutual_information: AUROC of the disagreement between members; 0.5 for a single model, which has none.
+    """
+
+    entropy: Estimate
+    mutual_information: Estimate
+
+
+@dataclass(frozen=True)
+class ShiftComparison:
+    """MAP against ensemble on the same inputs; differences are paired, and above 0 where the ensemble is better.
+
+    Attributes:
+        point: the MAP's detection.
+        ensemble: the ensemble's.
+        entropy_gain: AUROC of the ensemble's entropy less that of the MAP's.
+        mutual_information_gain: AUROC of the ensemble's mutual information less that of the MAP's entropy.
+    """
+
+    point: ShiftDetection
+    ensemble: ShiftDetection
+    entropy_gain: Estimate
+    mutual_information_gain: Estimate
+
+
+def point_prediction(probabilities: Array) -> Prediction:
+    """A single model's probabilities as a prediction: its own entropy, and no disagreement.
+
+    Args:
+        probabilities: ``(n, classes)``.
+
+    Returns:
+        The prediction of one member.
+
+    >>> point_prediction(torch.tensor([[1.0, 0.0]])).entropy
+    tensor([0.], dtype=torch.float64)
+    """
+    table = checked_probabilities(probabilities, "point_prediction")
+    return Prediction(table, torch.special.entr(table).sum(1), table.new_zeros(len(table)), 1, None)
+
+
+def auroc(inside: Array, outside: Array, *, seed: int, num_resamples: int = 1000, confidence: float = 0.95) -> Estimate:
+    """Probability that a score outside is larger than one inside, ties half: the area under the ROC curve.
+
+    Args:
+        inside: ``(n,)`` scores of the model's own inputs.
+        outside: ``(m,)`` scores of other inputs.
+        seed: Of the resamples; both samples keep their sizes.
+        num_resamples: How many resamples.
+        confidence: Level of the interval.
+
+    Returns:
+        The area.
+
+    Raises:
+        ValueError: If a sample is empty or has NaN.
+    """
+    ranks = _Ranks(inside, outside, "auroc")
+    return ranks.estimate(ranks.area, seed, num_resamples, confidence)
+
+
+def detect_shift(
+    inside: Prediction, outside: Prediction, *, seed: int, num_resamples: int = 1000, confidence: float = 0.95
+) -> ShiftDetection:
+    """How well a model's uncertainty finds inputs of another task.
+
+    Args:
+        inside: Prediction for the model's own inputs; `point_prediction` makes one of a single model.
+        outside: Prediction for other inputs.
+        seed: Of the resamples.
+        num_resamples: How many resamples.
+        confidence: Level of the intervals.
+
+    Returns:
+        Two areas.
+
+    Raises:
+        ValueError: If a prediction is empty or has NaN.
+
+    >>> shares = torch.linspace(0.0, 0.4, 41).unsqueeze(1)
+    >>> own, other = (point_prediction(torch.cat([1 - p, p], 1)) for p in (shares, 0.1 + shares))
+    >>> print(detect_shift(own, other, seed=0).entropy)
+    0.714 [0.592, 0.817]
+    """
+    entropy, disagreement = (_Ranks(*pair, "detect_shift") for pair in _pairs(inside, outside))
+    doubts = _doubts(inside, outside)
+    return ShiftDetection(
+        entropy.estimate(entropy.area, seed, num_resamples, confidence),
+        disagreement.estimate(disagreement.area, seed, num_resamples, confidence, doubts),
+    )
+
+
+def compare_detection(
+    point: tuple[Prediction, Prediction],
+    ensemble: tuple[Prediction, Prediction],
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> ShiftComparison:
+    """Does the ensemble find another task's inputs better than the MAP?
+
+    Args:
+        point: The MAP's predictions for its own inputs and for others, by `point_prediction`.
+        ensemble: The ensemble's predictions for the same inputs in the same order.
+        seed: Of the resamples.
+        num_resamples: How many resamples.
+        confidence: Level of the intervals.
+
+    Returns:
+        Both, and their paired differences.
+
+    Raises:
+        ValueError: If the inputs are not the same in number, or predictions are empty or have NaN.
+
+    >>> shares = torch.linspace(0.0, 0.4, 41).unsqueeze(1)
+    >>> point = [point_prediction(torch.cat([1 - p, p], 1)) for p in (shares, 0.1 + shares)]
+    >>> disagreement = [torch.zeros(41, dtype=torch.float64), 0.2 * torch.ones(41, dtype=torch.float64)]
+    >>> ensemble = [Prediction(p.probabilities, p.entropy, m, 5, None) for p, m in zip(point, disagreement)]
+    >>> found = compare_detection(tuple(point), tuple(ensemble), seed=0)
+    >>> found.entropy_gain.value, found.mutual_information_gain.low > 0
+    (0.0, True)
+    """
+    sizes = [[len(each.entropy) for each in pair] for pair in (point, ensemble)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`compare_detection(...)`: the MAP saw {sizes[0]} examples and the ensemble {sizes[1]}. Give both the "
+            "same inputs."
+        )
+    before = _Ranks(point[0].entropy, point[1].entropy, "compare_detection")
+    after = [_Ranks(*pair, "compare_detection") for pair in _pairs(*ensemble)]
+    gains = [
+        before.estimate(
+            lambda w, each=each: each.area(w) - before.area(w),  # type: ignore[misc]
+            seed,
+            num_resamples,
+            confidence,
+            doubts,
+        )
+        for each, doubts in zip(after, ((), _doubts(*ensemble)), strict=True)
+    ]
+    return ShiftComparison(
+        detect_shift(*point, seed=seed, num_resamples=num_resamples, confidence=confidence),
+        detect_shift(*ensemble, seed=seed, num_resamples=num_resamples, confidence=confidence),
+        *gains,
+    )
+
+
+def under_corruption(
+    predict: Callable[[Tensor], Array],
+    images: Tensor,
+    labels: Array,
+    *,
+    seed: int,
+    kinds: Sequence[Corruption] = CORRUPTIONS,
+    severities: Sequence[int] = SEVERITIES,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[Corrupted, ...]:
+    """Scores on clean images and on every kind of corrupted ones.
+
+    Args:
+        predict: Maps images ``(n, channels, height, width)`` uint8 to probabilities ``(n, classes)``.
+        images: The clean images.
+        labels: ``(n,)`` integers.
+        seed: Of noise and resamples; the same for every kind, so that two models see the same images.
+        kinds: Which corruptions.
+        severities: Which of 1, 2, 3.
+        num_resamples: How many resamples.
+        confidence: Level of the intervals.
+
+    Returns:
+        The clean scores first, then by kind and severity.
+
+    >>> images = torch.arange(32, dtype=torch.uint8).view(32, 1, 1, 1).expand(-1, 1, 4, 4)
+    >>> found = under_corruption(lambda x: torch.full((len(x), 2), 0.5), images, torch.arange(32) % 2, seed=0,
+    ...     kinds=["contrast"])
+    >>> [(each.kind, each.severity) for each in found]
+    [('clean', 0), ('contrast', 1), ('contrast', 2), ('contrast', 3)]
+    """
+
+    def scored(kind: str, severity: int, shown: Tensor) -> Corrupted:
+        found = calibration(predict(shown), labels, seed=seed, num_resamples=num_resamples, confidence=confidence)
+        return Corrupted(kind, severity, found)
+
+    rows = [scored("clean", 0, images)]
+    for kind in kinds:
+        rows += [scored(kind, severity, corrupt(images, kind, severity, seed=seed)) for severity in severities]
+    return tuple(rows)
+
+
+def _pairs(inside: Prediction, outside: Prediction) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return (inside.entropy, outside.entropy), (inside.mutual_information, outside.mutual_information)
+
+
+def _doubts(inside: Prediction, outside: Prediction) -> tuple[str, ...]:
+    """Why mutual information may say nothing."""
+    single = min(inside.num_members, outside.num_members) < 2
+    return ("one member has no mutual information",) if single else ()
+
+
+class _Ranks:
+    """Area under the ROC curve for weights ``(batch, n + m)`` of the examples inside, then outside."""
+
+    def __init__(self, inside: Array, outside: Array, called: str) -> None:
+        low, high = (torch.as_tensor(each).detach().double().cpu() for each in (inside, outside))
+        shaped = low.ndim == high.ndim == 1 and min(len(low), len(high)) >= 1
+        if not shaped or bool(torch.cat([low, high]).isnan().any()):
+            raise ValueError(
+                f"`{called}(...)`: scores {tuple(low.shape)} inside and {tuple(high.shape)} outside. Give (n,) and "
+                "(m,) with one score each at least, and without NaN."
+            )
+        groups = torch.cat([low, high]).unique(return_inverse=True)[1]
+        self._binning = Binning.of(groups, int(groups.max()) + 1)
+        self._outside = torch.cat([torch.zeros_like(low), torch.ones_like(high)]).unsqueeze(1)
+        self._sizes = len(low), len(high)
+
+    def area(self, weights: Tensor) -> Tensor:
+        """``sum_g outside_g (inside below g + inside_g / 2) / (n m)``."""
+        outside = self._binning.sums(self._outside, weights)
+        inside = self._binning.counts(weights) - outside
+        return (outside * (inside.cumsum(1) - inside / 2)).sum(1) / (self._sizes[0] * self._sizes[1])
+
+    def estimate(
+        self,
+        of: Callable[[Tensor], Tensor],
+        seed: int,
+        num_resamples: int,
+        confidence: float,
+        warnings: tuple[str, ...] = (),
+    ) -> Estimate:
+        few = min(self._sizes)
+        value = float(self.area(torch.ones(1, sum(self._sizes), dtype=torch.float64)))
+        doubts = [*warnings, *(["samples do not overlap: resamples cannot differ"] if value in (0.0, 1.0) else [])]
+        return bootstrap(
+            of,
+            sum(self._sizes),
+            seed=seed,
+            num_resamples=num_resamples,
+            confidence=confidence,
+            strata=self._outside[:, 0].long(),
+            warnings=(*doubts, *([f"only {few} examples on one side"] if few < FEWEST <= sum(self._sizes) else [])),
+        )

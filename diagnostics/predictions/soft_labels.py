@@ -1,0 +1,135 @@
+r"""Scores against several raters, who disagree: the votes are a distribution and not one label.
+
+>>> votes = torch.tensor([[3, 1], [0, 4]] * 20)
+>>> found = soft_label_scores(votes / 4, votes, seed=0)
+>>> found.divergence.value, found.total_variation.value
+(0.0, 0.0)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagnostics.estimates import Binning, Estimate, bootstrap, check_bins
+from diagnostics.predictions.inputs import Array, checked_probabilities
+from inference.scores import ECE_BINS, equal_width_bins
+
+__all__ = ["SoftLabelScores", "soft_label_scores"]
+
+
+@dataclass(frozen=True)
+class SoftLabelScores:
+    """How far probabilities ``p`` are from the raters' shares ``v``.
+
+    Attributes:
+        cross_entropy: ``-sum_c v_c log p_c``, nats per example (Peterson et al., 2019, arXiv 1908.07086).
+        divergence: ``KL(v || p)``, nats: the cross-entropy less the raters' own entropy.
+        squared_distance: ``|p - v|^2`` less what the finite number of raters adds, ``sum_c v_c (1 - v_c) / (m - 1)``:
+            unbiased for the distance from infinitely many raters. Examples with one rater are left out.
+        total_variation: ``|p - v|_1 / 2`` (Baan et al., 2022, arXiv 2210.16133).
+        ece: expected calibration error, where an example is right to the share of raters that agree.
+        entropy_gap: entropy of the prediction less that of the raters' shares, nats; below 0 it is surer than they are.
+        num_examples: n.
+        fewest_raters: the smallest number of raters of an example.
+    """
+
+    cross_entropy: Estimate
+    divergence: Estimate
+    squared_distance: Estimate
+    total_variation: Estimate
+    ece: Estimate
+    entropy_gap: Estimate
+    num_examples: int
+    fewest_raters: int
+
+
+def soft_label_scores(
+    probabilities: Array,
+    votes: Array,
+    *,
+    seed: int,
+    bins: int = ECE_BINS,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> SoftLabelScores:
+    """Scores against counts of votes, with bootstrap intervals over examples.
+
+    Args:
+        probabilities: ``(n, classes)``.
+        votes: ``(n, classes)``: how many raters chose each class, at least one rater for each example.
+        seed: Of the resamples.
+        bins: Number of bins of the calibration error.
+        num_resamples: How many resamples.
+        confidence: Level of the intervals.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: If probabilities are none, or votes are no counts of this shape.
+    """
+    p = checked_probabilities(probabilities, "soft_label_scores").cpu()
+    counts = _checked_votes(votes, p)
+    check_bins(bins, "soft_label_scores")
+    raters = counts.sum(1)
+    v = counts / raters.unsqueeze(1)
+    cross, own = -torch.xlogy(v, p).sum(1), torch.special.entr(v).sum(1)
+    several = (raters > 1).double()
+    distance = several * ((p - v).square() - v * (1 - v) / (raters - 1).clamp_min(1).unsqueeze(1)).sum(1)
+    top, guess = p.max(1)
+    gap = (v.gather(1, guess.unsqueeze(1)).squeeze(1) - top).unsqueeze(1)
+    binning = Binning.of(equal_width_bins(top, bins), bins)
+    impossible = ("a rater's class has probability zero",) * bool(cross.isinf().any())
+    alone = int((raters == 1).sum())
+
+    def mean(values: Tensor, warnings: tuple[str, ...] = ()) -> Estimate:
+        return bootstrap(
+            lambda w: w @ values / len(p),
+            len(p),
+            seed=seed,
+            num_resamples=num_resamples,
+            confidence=confidence,
+            warnings=warnings,
+        )
+
+    return SoftLabelScores(
+        mean(cross, impossible),
+        mean(cross - own, impossible),
+        bootstrap(
+            lambda w: w @ distance / (w @ several),
+            len(p),
+            seed=seed,
+            num_resamples=num_resamples,
+            confidence=confidence,
+            warnings=(f"{alone} examples with one rater left out",) if alone else (),
+        ),
+        mean((p - v).abs().sum(1) / 2),
+        bootstrap(
+            lambda w: binning.sums(gap, w).abs().sum(1) / len(p),
+            len(p),
+            seed=seed,
+            num_resamples=num_resamples,
+            confidence=confidence,
+            interval="normal",
+            bounds=(0.0, math.inf),
+        ),
+        mean(torch.special.entr(p).sum(1) - own),
+        len(p),
+        int(raters.min()),
+    )
+
+
+def _checked_votes(votes: Array, probabilities: Tensor) -> Tensor:
+    counts = torch.as_tensor(votes).detach().double().cpu()
+    whole = counts.shape == probabilities.shape and bool(((counts >= 0) & (counts == counts.round())).all())
+    if not whole or not bool((counts.sum(1) >= 1).all()):
+        raise ValueError(
+            f"`soft_label_scores(votes=...)`: expected whole numbers {tuple(probabilities.shape)} with at least one "
+            f"vote in each row, got {tuple(counts.shape)}. Give counts of raters, not shares; leave out examples that "
+            "nobody rated."
+        )
+    return counts

@@ -1,0 +1,90 @@
+"""One page that says whether a merge can be trusted: warnings first, then what was merged and each diagnostic.
+
+    from diagnostics.report.report import report
+
+    page = report("my merge", record=record, fixed_point=found)
+    Path("report.html").write_text(page.html, encoding="utf-8")
+
+`poe-merge diagnose` makes the same page from a merged folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diagnostics.chains import ChainConvergence
+from diagnostics.predictions.shift import Corrupted, ShiftComparison
+from diagnostics.report.convergence import convergence_section
+from diagnostics.report.evaluation import JudgedPredictions
+from diagnostics.report.merge import merge_section
+from diagnostics.report.page import Page, page
+from diagnostics.report.predictions import calibration_section, comparison_section, shift_section
+from diagnostics.report.tails import tails_section
+from diagnostics.residuals import Residuals
+from diagnostics.sensitivity import GammaSensitivity
+from diagnostics.solver import CoefficientIntervals, FixedPointConvergence
+from diagnostics.tails.pooled import PooledTails
+from diagnostics.verdicts import Verdict
+
+__all__ = ["Page", "report"]
+
+
+def report(
+    title: str,
+    *,
+    subtitle: str = "",
+    record: Mapping[str, Any] | None = None,
+    fixed_point: FixedPointConvergence | None = None,
+    chains: ChainConvergence | None = None,
+    coefficients: CoefficientIntervals | None = None,
+    around: Verdict | None = None,
+    sensitivity: GammaSensitivity | None = None,
+    residuals: Residuals | None = None,
+    tails: PooledTails | None = None,
+    measured: str = "",
+    predictions: JudgedPredictions | None = None,
+    corrupted: Mapping[str, Sequence[Corrupted]] | None = None,
+    detection: Mapping[str, ShiftComparison] | None = None,
+    verdicts: Sequence[Verdict] = (),
+) -> Page:
+    """The page, from whatever results there are; parts without any are left out.
+
+    Args:
+        title: its heading.
+        subtitle: a line beneath.
+        record: the contents of `poe_merge.json`.
+        fixed_point: convergence of the solver.
+        chains: convergence of draws.
+        coefficients: of Span draws.
+        around: what `surround_verdict` says of draws.
+        sensitivity: to gamma.
+        residuals: of the merge.
+        tails: of the residuals.
+        measured: a sentence about who measured residuals, if not the experts of the merge.
+        predictions: judged predictions.
+        corrupted: name of the method to what `under_corruption` gave.
+        detection: name of the inputs ("mnist, shown emoji") to what `compare_detection` gave.
+        verdicts: others, for the top of the page.
+
+    Returns:
+        The page and its warnings. Figures are inline, nothing is loaded, nothing runs, strings are escaped.
+
+    >>> text = report("a merge", subtitle="of nothing").html
+    >>> "<h1>a merge</h1>" in text, "http" in text.replace("http-equiv", "")
+    (True, False)
+    """
+    sections = []
+    if record is not None:
+        sections.append(merge_section(record))
+    if any(result is not None for result in (fixed_point, chains, coefficients, around, sensitivity)):
+        sections.append(convergence_section(fixed_point, chains, coefficients, around, sensitivity))
+    if residuals is not None or tails is not None:
+        sections.append(tails_section(residuals, tails, measured))
+    if predictions is not None:
+        sections.append(calibration_section(predictions))
+    if corrupted or detection:
+        sections.append(shift_section(corrupted, detection))
+    if predictions is not None:
+        sections.append(comparison_section(predictions))
+    return page(title, subtitle, sections, verdicts)

@@ -1,0 +1,276 @@
+r"""MAP by reweighted least squares: the solver that the product of experts was made for.
+
+Every energy concave in ``q`` lies below its tangent, so with ``w_i = a_i rho'(q_i / s_i^2) / s_i^2`` at the current
+point the quadratic ``sum_i w_i q_i(Z) + eta |Z - Z_0|^2`` majorises the energy, and minimising it never increases
+``E`` ([PoE] Algorithm 1; half-quadratic minimisation). With ``eta > 0`` the energy is coercive and the iterates
+converge to a stationary point from any start.
+
+Two things are added to the plain iteration. Anderson extrapolation acts on the ``N`` log-weights, which are all that
+the iteration carries from step to step; an extrapolated step that raises the energy is replaced by the plain one.
+And where an energy is not concave, the plain step is a descent direction and is line-searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from inference.inputs import unpack
+from inference.retention import retention
+from inference.reweighting import FLAT, Point, Problem, Run, SolverOptions, Start, run_from, select
+from inference.solution import FixedPointInfo, Solution, Status
+from poe_models.experts import ProductOfExperts
+from poe_models.least_squares import quadratic_of
+from poe_models.operators import sum_of_squares
+from poe_models.posterior import Posterior, check_updates, full_posterior
+from poe_models.span import span_basis, span_posterior, span_statistics
+from poe_models.weights.task_vectors import ModuleUpdates
+
+
+def fixed_point(
+    poe: ProductOfExperts,
+    updates: Tensor | ModuleUpdates,
+    *,
+    coordinates: Literal["full", "span"] = "full",
+    starts: Sequence[Start] = ("twin", "experts"),
+    max_steps: int = 100,
+    tolerance: float | None = None,
+    step_tolerance: float | None = None,
+    acceleration: bool = True,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Solution[FixedPointInfo]:
+    """MAP of the merged update, for a batch of modules of equal shape at once.
+
+    Args:
+        poe: the design.
+        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one
+            module of a :class:`~poe_models.weights.task_vectors.TaskVectors`. Never changed.
+        coordinates: ``"full"`` solves for the merged update, ``"span"`` for its coefficients on the updates and
+            the anchor's centre (a restriction for the Gram maps, the same for Directional).
+        starts: where to start; the lowest energy wins. Where every energy is convex in the residual the MAP is
+            unique and only the first is used.
+        max_steps: reweighted solves per start.
+        tolerance: on ``|H Z - b| / |b|`` and on the change of the log-weights; by default 1e-5 in float32 and 1e-10 in
+            float64.
+        step_tolerance: stop instead when a step moves ``Z`` by less than this Frobenius norm, as [PoE] does.
+        acceleration: Anderson extrapolation of the log-weights.
+        low_rank: factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of the updates, if they are adapters.
+
+    Returns:
+        The solution, with a status per module. ``value`` has the updates' dtype.
+
+    Raises:
+        ValueError: shapes, names or values do not fit, or the design cannot be solved in these coordinates.
+    """
+    if coordinates not in ("full", "span"):
+        raise ValueError(f"`fixed_point(coordinates={coordinates!r})`: 'full' or 'span'.")
+    if coordinates == "span" and low_rank is not None:
+        raise ValueError(
+            "`fixed_point(coordinates='span', low_rank=...)`: factors save nothing in Span. Leave them out."
+        )
+    if isinstance(updates, ModuleUpdates):
+        poe, updates, low_rank = unpack(poe, updates, low_rank)
+    single, dtype = updates.ndim == 3, updates.dtype
+    updates = check_updates(updates, poe.update_names)
+    options = SolverOptions(_as_tuple(starts), max_steps, tolerance, step_tolerance, acceleration)
+    if coordinates == "full":
+        solution = solve_posterior(full_posterior(poe, updates, low_rank), options)
+        value = solution.value
+    else:
+        ranks = any(expert.energy.needs_dimension for expert in poe.experts)
+        posterior, span = span_posterior(poe, span_statistics(poe, updates, ranks=ranks))
+        solution = solve_posterior(posterior, options)
+        coefficients = span.coefficients(solution.value)
+        value = torch.einsum("mj,mjab->mab", coefficients.to(updates), span_basis(poe, updates))
+        solution = replace(solution, info=replace(solution.info, coefficients=coefficients))
+    return replace(solution, value=(value.squeeze(0) if single else value).to(dtype))
+
+
+def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) -> Solution[FixedPointInfo]:
+    """MAP of a bound posterior in its own coordinates.
+
+    Args:
+        posterior: in Full or Span coordinates.
+        options: settings of the solver.
+
+    Returns:
+        The solution; ``value`` is ``(M, *event)``.
+
+    Raises:
+        ValueError: the posterior has factor experts.
+    """
+    options = options or SolverOptions()
+    if posterior.factors:
+        raise ValueError(
+            f"`fixed_point(...)`: {posterior.factors[0].name!r} is a FactorExpert; reweighting needs an energy of a "
+            "squared residual. Use `minimize` from inference.minimize."
+        )
+    problem = Problem(posterior, quadratic_of(posterior))
+    starts = list(_initial_weights(problem, options.starts))
+    _require_finite(posterior, starts)
+    if all(expert.rho.is_convex for expert in posterior.experts):
+        starts = starts[:1]
+    best = run_from(problem, starts[0][1], options)
+    contraction = _contraction(problem, best.point)
+    energies = [best.point.energy]
+    winner = torch.zeros_like(best.steps, dtype=torch.long)
+    for i, (_, weights) in enumerate(starts[1:], 1):
+        run = run_from(problem, weights, options, known=replace(best, converged=best.converged & contraction.strict))
+        energies.append(run.point.energy)
+        lower = run.point.energy < best.point.energy - problem.slack(best.point.energy)
+        if bool(lower.any()):
+            best, winner = select(lower, run, best), torch.where(lower, i, winner)
+            contraction = _contraction(problem, best.point)
+    if options.step_tolerance is None:  # which asks for [PoE]'s iterate as it is
+        best = problem.refine(best)
+    names = tuple(starts[i][0] for i in winner.tolist())
+    displacement = problem.quadratic.lift(best.point.x)
+    value = displacement if posterior.center is None else posterior.center + displacement
+    info = _info(problem, best, contraction, names, torch.stack(energies, -1), value)
+    return Solution(value, _statuses(best, contraction), info)
+
+
+def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
+    """Plain reweighting without end, acceleration or safeguard: the iterates ``Z`` of [PoE] Algorithm 1.
+
+    Args:
+        posterior: in Full or Span coordinates.
+        weights: initial weights ``(M, E)``; the released code starts with ones.
+
+    Yields:
+        ``Z`` after each solve, ``(M, *event)``.
+    """
+    problem = Problem(posterior, quadratic_of(posterior))
+    while True:
+        point = problem.solve(weights)
+        displacement = problem.quadratic.lift(point.x)
+        yield displacement if posterior.center is None else posterior.center + displacement
+        weights = point.log_weights.exp()
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """Spectral radius of the log-weight map, [PoE] Eq. 41's bound, and whether it is a strict minimum; ``(M,)``."""
+
+    rate: Tensor
+    bound: Tensor
+    strict: Tensor
+
+
+def _as_tuple(starts: Sequence[Start]) -> tuple[Start, ...]:
+    if isinstance(starts, str):
+        raise ValueError(f"`fixed_point(starts={starts!r})`: a sequence of starts is wanted: ({starts!r},).")
+    return tuple(starts)
+
+
+def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tuple[str, Tensor]]:
+    posterior, quadratic = problem.posterior, problem.quadratic
+    at_zero = torch.zeros_like(posterior.anchor_precision).unsqueeze(-1).expand(-1, len(posterior.experts))
+    for start in starts:
+        if isinstance(start, Tensor):
+            yield "point", posterior.weights(posterior.residuals(start))
+        elif start == "ones":
+            yield start, torch.ones_like(at_zero)
+        elif start == "twin":
+            yield start, posterior.weights(at_zero)
+        elif start == "center":
+            yield start, posterior.weights(quadratic.residuals(torch.zeros_like(quadratic.targets[0])))
+        elif start == "experts":
+            by_update = {e.update_name: t for e, t in zip(posterior.experts, quadratic.targets, strict=True)}
+            for name, target in by_update.items():
+                yield f"expert:{name}", posterior.weights(quadratic.residuals(target))
+        else:
+            raise ValueError(
+                f"`fixed_point(starts=...)`: no start is called {start!r}. Known: 'ones', 'twin', 'experts', 'center', "
+                "or a tensor."
+            )
+
+
+def _require_finite(posterior: Posterior, starts: Sequence[tuple[str, Tensor]]) -> None:
+    for name, weights in starts:
+        bad = (~weights.isfinite()).nonzero().tolist()
+        if bad:
+            module, expert = bad[0]
+            raise ValueError(
+                f"`fixed_point(...)`: expert {posterior.experts[expert].name!r} has a weight that is not finite at the "
+                f"start {name!r} in module {module} of the batch. Its energy needs a finite slope at q = 0, and the "
+                "updates a size that their dtype can hold: rescale them, or compute in float64."
+            )
+
+
+def _statuses(run: Run, contraction: Contraction) -> tuple[Status, ...]:
+    flags = (run.converged, run.rounding, run.searched, contraction.strict)
+    return tuple(_status(*each) for each in zip(*(flag.tolist() for flag in flags), strict=True))
+
+
+def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> Status:
+    if not converged:
+        return Status.ROUNDING if rounding else Status.MAX_STEPS
+    if not strict:
+        return Status.SADDLE
+    return Status.CONVERGED_LINE_SEARCH if searched else Status.CONVERGED
+
+
+def _info(
+    problem: Problem, run: Run, contraction: Contraction, names: tuple[str, ...], energies: Tensor, value: Tensor
+) -> FixedPointInfo:
+    posterior, point = problem.posterior, run.point
+    weights = posterior.weights(point.q)
+    relative = weights / posterior.weights(torch.zeros_like(point.q))
+    active = posterior.active
+    top = torch.where(active, relative, -torch.inf).amax(-1)
+    bottom = torch.where(active, relative, torch.inf).amin(-1)
+    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
+    return FixedPointInfo(
+        experts=tuple(expert.name for expert in posterior.experts),
+        energy=point.energy,
+        energy_trace=run.trace,
+        start=names,
+        start_energies=energies,
+        weights=weights,
+        relative_weights=relative,
+        weight_spread=torch.where(active.any(-1), top / bottom, torch.ones_like(top)),
+        inactive=~active,
+        residuals=point.q / scales,
+        retention=retention(posterior, value, point.q),
+        steps=run.steps.long(),
+        rejected=run.rejected.long(),
+        gradient_norm=run.gradient_norm,
+        weight_change=run.weight_change,
+        forward_error=run.forward_error,
+        strict_minimum=contraction.strict,
+        contraction_rate=contraction.rate,
+        contraction_bound=contraction.bound,
+        anchor_precision=posterior.anchor_precision,
+    )
+
+
+def _contraction(problem: Problem, point: Point) -> Contraction:
+    """How the plain iteration contracts at a solution.
+
+    With ``f_i = P_i (Z - U_i)`` the Jacobian of the log-weight map is
+    ``d log w_i / d log w_j = -2 (rho''_i / rho'_i s_i^2) w_j <f_i, H^-1 f_j>``: a diagonal matrix times the Gram matrix
+    ``<f_i, H^-1 f_j>``, whose spectrum is real. Relative to ``2 H`` the energy's Hessian is ``1`` less this spectrum:
+    positive definite iff the largest eigenvalue is below 1.
+    """
+    weights = problem.posterior.weights(point.q)
+    precision = problem.quadratic.precision(weights, problem.shift)
+    forces = problem.quadratic.forces(point.x)
+    solved = [precision.solve(force) for force in forces]
+    inner = torch.stack(
+        [torch.stack([(f.double() * s.double()).sum((-2, -1)) for s in solved], -1) for f in forces], -2
+    )
+    curvature = problem.posterior.curvatures(point.q)
+    lengths = [sum_of_squares(f).sqrt() * sum_of_squares(s).sqrt() for f, s in zip(forces, solved, strict=True)]
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    spectrum = torch.linalg.eigvalsh(root.mT @ (-2 * curvature.unsqueeze(-1) * root))
+    # The bound is [PoE] Eq. 41 in our terms. At a fixed point a step Z -> Z' changes by dZ' = -H^-1 sum_i dw_i f_i with
+    # dw_i = (a_i rho''_i / s_i^4) dq_i and dq_i = 2 <f_i, dZ>. The triangle inequality and Cauchy-Schwarz give
+    # |dZ'| <= 2 sum_i (a_i |rho''_i| / s_i^4) |H^-1 f_i| |f_i| |dZ|; tightened: each term keeps its own |f_i|, at Z.
+    bound = 2 * (curvature.abs() * torch.stack(lengths, -1)).sum(-1)
+    return Contraction(spectrum.abs().amax(-1), bound, 1 - spectrum[..., -1] > FLAT[problem.dtype])

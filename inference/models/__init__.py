@@ -1,0 +1,1 @@
+"""Whole checkpoints: designs, plans, merges, draws, statistics files and ensembles."""

@@ -1,0 +1,236 @@
+"""The design of a merge: which product of experts is solved for a tensor, how, and by how much its MAP is added."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inference.map import fixed_point
+from inference.reweighting import SolverOptions
+from inference.solution import FixedPointInfo, Solution
+from poe_models.experts import ProductOfExperts
+from poe_models.methods import MergingMethod
+from poe_models.span_labels import stored_center
+from poe_models.weights.loading import Checkpoint, CheckpointError
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """How the matrices of one tensor are merged. Tensors that share one `Design` object are solved as a batch.
+
+    Args:
+        poe: The product of experts; `update_names` are names of task vectors.
+        scaling: λ in ``W = W_0 + λ Z``.
+        coordinates: Solve for the merged update (``"full"``) or its coefficients on the experts' (``"span"``).
+        options: Settings of the solver.
+        center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to `poe.anchor`.
+    """
+
+    poe: ProductOfExperts
+    scaling: float = 1.0
+    coordinates: Literal["full", "span"] = "full"
+    options: SolverOptions = field(default_factory=SolverOptions)
+    center: Checkpoint | None = None
+
+    @property
+    def span_product(self) -> ProductOfExperts:
+        """The product for `span_posterior` and whatever else runs from statistics alone.
+
+        There a checkpoint as the centre is what the statistics carry.
+        """
+        if self.center is None:
+            return self.poe
+        return replace(self.poe, anchor=replace(self.poe.anchor, center=stored_center))
+
+    def solve(
+        self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None, center: Tensor | None = None
+    ) -> Solution[FixedPointInfo]:
+        """Solve a batch of modules.
+
+        Args:
+            updates: ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``.
+            low_rank: Factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)``, if they are adapters.
+            center: ``Z_0``, ``(M, d_out, d_in)``, where the centre is a checkpoint.
+
+        Returns:
+            The MAP, ``value`` of shape ``(M, d_out, d_in)``.
+        """
+        poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
+        options = {item.name: getattr(self.options, item.name) for item in fields(self.options)}
+        return fixed_point(poe, updates, coordinates=self.coordinates, low_rank=low_rank, **options)
+
+    def order(self, names: Sequence[str]) -> list[int]:
+        """Positions of the task vectors that the product is about, in the order of its updates.
+
+        Args:
+            names: Names of the task vectors.
+
+        Returns:
+            Their positions.
+        """
+        return [names.index(name) for name in self.poe.update_names]
+
+    @property
+    def method(self) -> MergingMethod | None:
+        """The merging method that is the anchor's centre, if it is one."""
+        center = self.poe.anchor.center
+        return center if isinstance(center, MergingMethod) else None
+
+    def with_method(self, method: MergingMethod) -> Design:
+        """The design with another method as the centre.
+
+        Args:
+            method: The method.
+
+        Returns:
+            The new design.
+        """
+        return replace(self, poe=replace(self.poe, anchor=replace(self.poe.anchor, center=method)))
+
+    def for_modules(self, modules: Sequence[str]) -> Design:
+        """The design in named modules, for residual maps on given statistics and centres that draw.
+
+        Args:
+            modules: Names of the modules of a batch, in its order.
+
+        Returns:
+            A design for the updates of this batch.
+        """
+        return replace(self, poe=self.poe.for_modules(modules))
+
+    def describe(self) -> dict[str, Any]:
+        """The design as plain data, for the record of a merge."""
+        anchor = self.poe.anchor
+        center = shown(anchor.center) if self.center is None else self.center.source
+        experts = [
+            {item.name: shown(getattr(expert, item.name)) for item in fields(expert)} for expert in self.poe.experts
+        ]
+        return {
+            "experts": experts,
+            "anchor": {"center": center, "precision": shown(anchor.precision)},
+            "temperature": self.poe.temperature,
+            "scaling": self.scaling,
+            "coordinates": self.coordinates,
+            "solver": {item.name: shown(getattr(self.options, item.name)) for item in fields(self.options)},
+        }
+
+    def check(self, names: Sequence[str]) -> None:
+        """Find out before anything is read whether this design can be solved at all.
+
+        Args:
+            names: Names of the task vectors.
+
+        Raises:
+            ValueError: If it is about other task vectors, or cannot be solved in these coordinates.
+        """
+        missing = [name for name in self.poe.update_names if name not in names]
+        if missing:
+            raise ValueError(
+                f"`Design(...)`: the product is about {missing[0]!r}, but the task vectors are {', '.join(names)}. "
+                "Give the experts these names, or set `update=`."
+            )
+        if self.poe.factors:
+            raise ValueError(
+                f"`Design(...)`: {self.poe.factors[0].name!r} is a FactorExpert, which whole checkpoints cannot be "
+                "merged with. Use `minimize` on the modules it is about."
+            )
+        if self.method is not None:
+            require_data(self.method)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
+        given_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None or self.method is not None
+        experts = tuple(replace(each, residual_map=each.residual_map.stand_in()) for each in self.poe.experts)
+        poe = replace(self.poe, experts=experts)
+        once = replace(self, poe=poe, options=replace(self.options, max_steps=1))
+        with torch.random.fork_rng(devices=[]):  # a centre may draw
+            once.solve(probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if given_center else None)
+
+
+def require_data(method: MergingMethod) -> None:
+    """Refuse a method that cannot be made ready by the updates alone.
+
+    Args:
+        method: The method, or an anchor's centre.
+
+    Raises:
+        ValueError: If it needs data and has not seen any.
+    """
+    if method.needs_loaders and not method.ready:
+        raise ValueError(
+            f"`{method!r}`: it needs data ({method.about.data}). Give what `.prepare(task_vectors, data)` returns."
+        )
+
+
+def design_text(design: Design, *, solver: bool) -> str:
+    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
+
+    Args:
+        design: The design.
+        solver: Whether the MAP matters, too, and with it the settings that it is found with.
+
+    Returns:
+        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
+    """
+    described = design.describe()
+    if design.center is not None:
+        described["anchor"] = {**described["anchor"], "center": "checkpoint"}
+    keys = ("experts", "anchor", "solver") if solver else ("experts", "anchor")
+    return json.dumps({key: described[key] for key in keys}, sort_keys=True)
+
+
+Designs = ProductOfExperts | Design | Callable[[str], Design]
+"""One design for all tensors, or a function from the tensor's name."""
+
+
+def as_function(designs: Designs) -> Callable[[str], Design]:
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
+
+    Args:
+        designs: What the caller gave.
+
+    Returns:
+        The function.
+    """
+    if callable(designs):
+        return designs
+    design = designs if isinstance(designs, Design) else Design(designs)
+    return lambda tensor: design
+
+
+def check_center(design: Design, base: Checkpoint, tensor: str) -> None:
+    """Check from headers that the anchor's checkpoint has a tensor of the base's shape.
+
+    Args:
+        design: The design of the tensor.
+        base: The base.
+        tensor: Name of the tensor.
+
+    Raises:
+        CheckpointError: If it has none, or another shape.
+    """
+    if design.center is None:
+        return
+    found = design.center.tensors.get(design.center.aliases.get(tensor, tensor))
+    if found is None or found.shape != base.tensors[tensor].shape:
+        what = "is missing" if found is None else f"is {found.shape}, the base's {base.tensors[tensor].shape}"
+        raise CheckpointError(
+            f"anchor {design.center.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
+        )
+
+
+def shown(value: Any) -> Any:
+    """A setting as plain data that does not change from run to run."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return [shown(item) for item in value]
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}"
+    text = repr(value) if is_dataclass(value) else getattr(value, "__qualname__", f"{type(value).__qualname__}()")
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,0 +1,139 @@
+"""Checksums of everything that decides what a merge gives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from poe_models.weights.loading import Checkpoint, CheckpointError
+
+_BLOCK = 8 * 2**20
+_CONFIGS = ("config.json", "adapter_config.json")
+
+
+class Progress(Protocol):
+    """What a merge tells about its progress; the command line draws bars with it."""
+
+    def begin(self, stage: str, modules: int, nbytes: int) -> None:
+        """A stage begins.
+
+        Args:
+            stage: Its name.
+            modules: Matrices it will solve.
+            nbytes: Bytes it will read or write.
+        """
+
+    def advance(self, modules: int, nbytes: int) -> None:
+        """Some of it is done.
+
+        Args:
+            modules: Matrices solved since the last call.
+            nbytes: Bytes since the last call.
+        """
+
+
+class Silent:
+    """No progress shown."""
+
+    def begin(self, stage: str, modules: int, nbytes: int) -> None:
+        """Show nothing."""
+
+    def advance(self, modules: int, nbytes: int) -> None:
+        """Show nothing."""
+
+
+def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], progress: Progress) -> dict[str, Any]:
+    """Sha256 of every input file, read in blocks; of tensors in memory, their names, dtypes, shapes and bytes.
+
+    Args:
+        checkpoints: Role ("base", "expert mnist") to checkpoint.
+        code: Source files that decide what comes out, such as a user's energy.
+        progress: Told about the bytes.
+
+    Returns:
+        For each role its source and the digests of its files.
+    """
+    progress.begin("checksums", 0, sum(nbytes_of(checkpoint) for checkpoint in checkpoints.values()))
+    known: dict[Path, str] = {}
+
+    def of_file(path: Path) -> str:
+        real = path.resolve()
+        if real not in known:
+            known[real] = _file_digest(path, progress)
+        else:
+            progress.advance(0, path.stat().st_size)
+        return known[real]
+
+    inputs: dict[str, Any] = {}
+    for role, checkpoint in checkpoints.items():
+        files = {path.name: of_file(path) for path in files_of(checkpoint)}
+        inputs[role] = {
+            "source": checkpoint.source,
+            "sha256": files or {"memory": _memory_digest(checkpoint, progress)},
+        }
+    if code:
+        inputs["code"] = {"sha256": {str(path): _file_digest(path, Silent()) for path in code}}
+    return inputs
+
+
+def refuse_copies(inputs: Mapping[str, Any]) -> None:
+    """Refuse an expert whose files are a copy of the base's.
+
+    Args:
+        inputs: What `digest_inputs` gave.
+
+    Raises:
+        CheckpointError: Naming the expert.
+    """
+    base = _weights(inputs["base"])
+    for role, entry in inputs.items():
+        if role.startswith("expert ") and _weights(entry) == base:
+            raise CheckpointError(
+                f"{role}: {entry['source']} holds the same weights as the base {inputs['base']['source']}, so that its "
+                "update is zero. Give models that were fine-tuned from the base."
+            )
+
+
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """Weight files of a checkpoint, and the configs beside them that decide how they are understood."""
+    folders = list(dict.fromkeys(path.parent for path in checkpoint.files))
+    whole = [folder for folder in folders if Path(checkpoint.source).is_dir()]
+    return [*checkpoint.files, *(folder / name for folder in whole for name in _CONFIGS if (folder / name).is_file())]
+
+
+def nbytes_of(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's files, or of its tensors in memory."""
+    files = files_of(checkpoint)
+    return sum(path.stat().st_size for path in files) if files else sum(i.nbytes for i in checkpoint.tensors.values())
+
+
+def _weights(entry: Mapping[str, Any]) -> list[str]:
+    return sorted(digest for name, digest in entry["sha256"].items() if name not in _CONFIGS)
+
+
+def _file_digest(path: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            progress.advance(0, len(block))
+    return digest.hexdigest()
+
+
+def _memory_digest(checkpoint: Checkpoint, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    for name, block in _memory_blocks(checkpoint):
+        digest.update(name.encode())
+        digest.update(block)
+        progress.advance(0, len(block))
+    return digest.hexdigest()
+
+
+def _memory_blocks(checkpoint: Checkpoint) -> Iterator[tuple[str, memoryview]]:
+    for name, info in sorted(checkpoint.tensors.items()):
+        data = checkpoint.read(name).contiguous().reshape(-1).view(torch.uint8)
+        yield f"{name}{info.dtype}{info.shape}", memoryview(data.numpy())  # type: ignore[arg-type]

@@ -1,0 +1,284 @@
+r"""Merged models drawn from a posterior, made one at a time from the experts' weights and a few numbers each.
+
+::
+
+    draws = SpanDraws.of(gibbs_posterior(posterior, 1000, generator=generator), coordinates, statistics)
+    ensemble = MergedEnsemble(task_vectors, poe, draws.thinned(10)).restrict(r"layers\.11\.mlp\.fc2")
+    prediction = ensemble.predict(model, loader)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inference.models.digest import Progress
+from inference.models.ensemble_files import save_members
+from inference.models.member_tensors import MemberTensors
+from inference.models.method_design import AnyDesigns
+from inference.models.model_draws import ModelDraws
+from inference.models.predictor import Forward, Runner
+from poe_models.weights.task_vectors import Source, TaskVectors
+
+__all__ = ["MemberPredictor", "MergedEnsemble", "Prediction"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What an ensemble says about ``n`` examples.
+
+    Attributes:
+        probabilities: mean of the members' class probabilities, ``(n, classes)`` float64.
+        entropy: entropy of the mean in nats, ``(n,)``: total uncertainty.
+        mutual_information: between class and member in nats, ``(n,)``: the entropy of the mean less the mean entropy,
+            that is how much the members disagree (Houlsby et al., 2011, arXiv 1112.5745).
+        num_members: how many members.
+        reused: the submodule before which features were computed once; None if every member ran in full.
+    """
+
+    probabilities: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+    num_members: int
+    reused: str | None
+
+
+class MergedEnsemble:
+    """Merged models ``W_0 + λ Z``, one for each draw of ``Z``.
+
+    A merged module that the draws do not have is the design's MAP, solved once in the coordinates of the draws, or what
+    its merging method gives at its own seed; other tensors are averaged or the base's, as their treatment says. In
+    memory is one member at a time, beside the tensors
+    that all members share; draws that are made from the MAP (Laplace's, noise) keep the sampled modules' MAP as well.
+
+    Args:
+        task_vectors: Base and experts.
+        design: One product, method or design for all tensors, or a function from the tensor's name; λ is its `scaling`.
+        draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
+        out_dtype: Dtype of floating tensors; the base's own by default.
+        elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.
+
+    Raises:
+        CheckpointError: If `elsewhere` lacks a tensor.
+        ValueError: If the draws have modules that are not merged here, or belong to another design or dtype.
+
+    >>> from inference.models.full_draws import sample_full
+    >>> from poe_models import ProductOfExperts
+    >>> base, tuned = {"fc.weight": torch.zeros(2, 2)}, {"fc.weight": torch.eye(2)}
+    >>> vectors = TaskVectors(base, {"tuned": tuned})
+    >>> poe = ProductOfExperts.of(vectors.names)
+    >>> ensemble = MergedEnsemble(vectors, poe, sample_full(vectors, poe, 3, generator=torch.Generator(), chains=1))
+    >>> [member["fc.weight"].shape for member in ensemble.members()]
+    [torch.Size([2, 2]), torch.Size([2, 2]), torch.Size([2, 2])]
+    """
+
+    def __init__(
+        self,
+        task_vectors: TaskVectors,
+        design: AnyDesigns,
+        draws: ModelDraws,
+        *,
+        out_dtype: torch.dtype | None = None,
+        elsewhere: Source | None = None,
+    ) -> None:
+        self._tensors = MemberTensors(task_vectors, design, draws, out_dtype, elsewhere)
+        self._design = design
+        self._base = task_vectors.base
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    @property
+    def draws(self) -> ModelDraws:
+        """The draws: one member each, in their order."""
+        return self._tensors.draws
+
+    @property
+    def sampled(self) -> tuple[str, ...]:
+        """Names of the modules that differ between members."""
+        return self.draws.modules
+
+    def restrict(self, pattern: str, elsewhere: Source | None = None) -> MergedEnsemble:
+        """Sample only some modules; [BMM] samples the last MLP matrix.
+
+        Args:
+            pattern: Regular expression that finds the names of the modules to sample.
+            elsewhere: A merged checkpoint for everything else; by default what this ensemble has, or the MAP.
+
+        Returns:
+            An ensemble of the same size.
+
+        Raises:
+            ValueError: If it finds no sampled module.
+        """
+        tensors = self._tensors
+        kept = tensors.elsewhere if elsewhere is None else elsewhere
+        draws = self.draws.restrict(pattern)
+        return MergedEnsemble(tensors.task_vectors, self._design, draws, out_dtype=tensors.out_dtype, elsewhere=kept)
+
+    def members(self) -> Iterator[dict[str, Tensor]]:
+        """State dicts of all members, one after another.
+
+        Yields:
+            Names of the base (tied names included, as one tensor) to CPU tensors. What members share are the same
+            objects in all of them: copy before writing.
+        """
+        for draw in self.draws:
+            yield self.member(draw)
+
+    def member(self, draw: ModelDraws) -> dict[str, Tensor]:
+        """State dict of one member.
+
+        Args:
+            draw: One draw (`draws[i]`) of the ensemble's modules, its own or another.
+
+        Returns:
+            As `members` yields.
+
+        Raises:
+            ValueError: If it is not one draw of these modules.
+        """
+        self._tensors.check_draw(draw)
+        tensors = {**self._tensors.all_shared(), **self._tensors.all_sampled(draw)}
+        return {name: tensors[each] for each in self._base.tensors for name in self._base.tied_names(each)}
+
+    def predictor(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        submodule: str = "",
+        cut: str | None = None,
+    ) -> MemberPredictor:
+        """A function from a draw to its member's log probabilities, for instance for `temper`.
+
+        Args:
+            model: A model of the base's architecture, or one that contains it; never written to.
+            loader: Batches, the same ones in every pass. Tensors are moved to the model's device.
+            forward: Maps the model and a batch to logits ``(b, classes)``; by default the model is called with the
+                batch, or with its first element.
+            submodule: Where in the model the checkpoint is, if a head was put on it.
+            cut: A submodule of the model. What is before it is computed once and its inputs are kept in main memory;
+                they must not depend on sampled modules. By default the first sampled element of an `nn.Sequential` or
+                `nn.ModuleList`, if there is one and it works; `reused` says which was used.
+
+        Returns:
+            The function.
+
+        Raises:
+            ValueError: If model, loader or cut do not fit.
+        """
+        prefix = f"{submodule}." if submodule else ""
+        shared = {
+            prefix + name: t for key, t in self._tensors.all_shared().items() for name in self._base.tied_names(key)
+        }
+        sampled = {
+            prefix + name: self._base.tensors[key].shape
+            for key in self._tensors.sampled
+            for name in self._base.tied_names(key)
+        }
+        return MemberPredictor(self._tensors, Runner(model, loader, shared, sampled, forward, cut), prefix)
+
+    def predict(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        submodule: str = "",
+        cut: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Prediction:
+        """Mean class probabilities of all members, and how much they disagree; members are added up one by one.
+
+        Args:
+            model: See `predictor`, as for the next four.
+            loader: Batches.
+            forward: Maps the model and a batch to logits.
+            submodule: Where in the model the checkpoint is.
+            cut: Before which features are computed once.
+            progress: Called with the number of finished members and their total.
+
+        Returns:
+            The prediction, in the order of the loader.
+
+        Raises:
+            ValueError: If model, loader or cut do not fit.
+        """
+        predictor = self.predictor(model, loader, forward=forward, submodule=submodule, cut=cut)
+        total, entropies = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for done, draw in enumerate(self.draws, 1):
+            probabilities = predictor(draw).exp()
+            total = total + probabilities
+            entropies = entropies + torch.special.entr(probabilities).sum(-1)
+            if progress is not None:
+                progress(done, len(self))
+        mean = total / len(self)
+        entropy = torch.special.entr(mean).sum(-1)
+        disagreement = (entropy - entropies / len(self)).clamp(min=0)  # below zero only by rounding
+        return Prediction(mean, entropy, disagreement, len(self), predictor.reused)
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        format: Literal["checkpoints", "deltas"] = "checkpoints",
+        resume: bool = False,
+        progress: Progress | None = None,
+        extras: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write all members into a new folder, a few tensors in memory at a time.
+
+        As checkpoints, ``OUT/member-000`` and so on are folders like the base's, with its config and tokenizer. As
+        deltas, ``OUT/member-000/delta.safetensors`` has ``W - W_0`` of the sampled tensors in float32, unrounded, and
+        ``OUT/shared/delta.safetensors`` that of what all members share: a member is the base plus both.
+        ``OUT/ensemble.json`` says what everything is.
+
+        Args:
+            out: The folder to make.
+            format: What to write.
+            resume: Go on with an interrupted save of the same ensemble.
+            progress: Told how far it is.
+            extras: Writes further files into the folder, for instance the draws. Called with it before the first member
+                is made, again when an interrupted save goes on; what it writes is in place once all is done.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: If the folder exists, the disk is full, or an interrupted save is there and `resume` is false.
+            ValueError: If `format` is unknown.
+        """
+        return save_members(self._tensors, Path(out), format, resume, progress, extras)
+
+
+class MemberPredictor:
+    """Log probabilities of one member after another; see `MergedEnsemble.predictor`."""
+
+    def __init__(self, tensors: MemberTensors, runner: Runner, prefix: str) -> None:
+        self._tensors, self._runner, self._prefix = tensors, runner, prefix
+
+    @property
+    def reused(self) -> str | None:
+        """The submodule before which features are computed once; None where every member runs in full."""
+        return self._runner.reused
+
+    def __call__(self, draw: ModelDraws) -> Tensor:
+        """Log probabilities of one member, ``(n, classes)`` float64 on the CPU.
+
+        Args:
+            draw: One draw of the ensemble's modules, its own or from another temperature.
+
+        Raises:
+            ValueError: If it is not one draw of these modules, or the model gives no finite logits.
+        """
+        self._tensors.check_draw(draw)
+        tied_names = self._tensors.base.tied_names
+        sampled = self._tensors.all_sampled(draw)
+        return self._runner({self._prefix + name: value for key, value in sampled.items() for name in tied_names(key)})

@@ -1,0 +1,210 @@
+"""Work on one group of tensors: read, solve as one batch, add to the base, round to the output's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.models.method_design import AnyDesign, MethodDesign
+from inference.models.plan import Group, TensorPlan
+from inference.solution import FixedPointInfo, MethodInfo, Solution
+from poe_models.methods import ModuleBatch
+from poe_models.weights.loading import CheckpointError
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+
+HALF = (torch.bfloat16, torch.float16)
+_Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
+
+
+def merge_group(
+    task_vectors: TaskVectors, group: Group, designs: Sequence[AnyDesign], seed: int
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Make the tensors of one group.
+
+    Args:
+        task_vectors: Base and experts.
+        group: Tensors with the same treatment; merged ones share a design and shapes.
+        designs: The designs of the whole merge; records name theirs by its position.
+        seed: Of torch's generators while the group is solved, for energies and centres that draw.
+
+    Returns:
+        The tensors in their output dtype on the CPU, and a record for each.
+
+    Raises:
+        CheckpointError: If a value is not finite, in an input or once rounded to the output's dtype.
+    """
+    first = group.tensors[0]
+    made: Iterable[_Made]
+    if first.design is not None:
+        with _seeded(seed, task_vectors.device):
+            made = _solved(task_vectors, group.tensors, first.design)
+    elif first.treatment.action == "average":
+        made = ((tensor, task_vectors.average(tensor.name).cpu(), []) for tensor in group.tensors)
+    else:
+        made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in group.tensors)
+    tensors, records = {}, []
+    for tensor, value, modules in made:
+        rounded, rounding = _rounded(task_vectors, tensor, value)
+        tensors[tensor.name] = rounded
+        records.append(_record(tensor, rounding))
+        if tensor.design is not None:
+            records[-1] |= {"design": designs.index(tensor.design), "modules": modules}
+    return tensors, records
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass
+class _Batch:
+    """Modules of equal shape, filled one by one."""
+
+    updates: Tensor
+    bases: list[Tensor]
+    places: list[tuple[int, int]]  # position of the tensor in the group, of the module in the tensor
+    labels: list[str]
+    factors: list[tuple[Tensor, Tensor] | None]
+    centers: list[Tensor]
+
+
+def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: AnyDesign) -> list[_Made]:
+    order = design.order(task_vectors.names)
+    batches = _empty_batches(task_vectors, tensors[0].matrices, len(tensors), order)
+    for position, tensor in enumerate(tensors):
+        _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor, design))
+    values: dict[tuple[int, int], Tensor] = {}
+    records: dict[tuple[int, int], dict[str, Any]] = {}
+    while batches:
+        _, batch = batches.popitem()
+        merged, found = _solve(batch, design, task_vectors.names)
+        values |= dict(zip(batch.places, merged, strict=True))
+        records |= dict(zip(batch.places, found, strict=True))
+        del batch
+    made = []
+    for position, tensor in enumerate(tensors):
+        assert tensor.treatment.view is not None
+        places = [(position, index) for index in range(len(tensor.matrices))]
+        value = tensor.treatment.view.join([values.pop(place) for place in places], tensor.shape)
+        made.append((tensor, value, [records[place] for place in places]))
+    return made
+
+
+def _empty_batches(
+    task_vectors: TaskVectors, matrices: Sequence[tuple[int, int]], tensors: int, order: Sequence[int]
+) -> dict[tuple[int, int], _Batch]:
+    batches = {}
+    for shape in dict.fromkeys(matrices):
+        count = tensors * matrices.count(shape)
+        size = (count, len(order), *shape)
+        updates = torch.empty(size if count > 1 else (0,), dtype=task_vectors.dtype, device=task_vectors.device)
+        batches[shape] = _Batch(updates, [], [], [], [], [])
+    return batches
+
+
+def _fill(
+    batches: dict[tuple[int, int], _Batch],
+    position: int,
+    modules: list[ModuleUpdates],
+    order: list[int],
+    centers: Sequence[Tensor],
+) -> None:
+    identity = order == list(range(len(modules[0].names)))
+    for index in range(len(modules)):
+        module = modules[index]
+        batch = batches[(module.base.shape[0], module.base.shape[1])]
+        updates = module.updates if identity else module.updates[order]
+        if batch.updates.ndim == 1:  # the only one of its shape needs no copy
+            batch.updates = updates.unsqueeze(0)
+        else:
+            batch.updates[len(batch.places)] = updates
+        low_rank = module.low_rank
+        batch.factors.append(low_rank if identity or low_rank is None else (low_rank[0][order], low_rank[1][order]))
+        batch.bases.append(module.base)
+        batch.places.append((position, index))
+        batch.labels.append(module.name)
+        if centers:
+            batch.centers.append(centers[index] - module.base)
+
+
+def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: AnyDesign) -> list[Tensor]:
+    """The matrices of the anchor's checkpoint; none if the centre is not a checkpoint."""
+    if isinstance(design, MethodDesign) or design.center is None or tensor.treatment.view is None:
+        return []
+    weights = design.center.read(tensor.name).to(task_vectors.dtype)
+    if not bool(weights.isfinite().all()):
+        raise CheckpointError(
+            f"anchor {design.center.source}: tensor {tensor.name!r} has values that are NaN or infinite. Give another "
+            "checkpoint."
+        )
+    return [block.to(task_vectors.device) for block in tensor.treatment.view.split(weights)]
+
+
+def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    factors = _stacked(batch.factors)
+    solution: Solution[FixedPointInfo] | Solution[MethodInfo]
+    if isinstance(design, MethodDesign):
+        solution = design.solve(ModuleBatch.of(batch.updates, batch.labels, names, factors))
+    else:
+        center = torch.stack(batch.centers) if batch.centers else None
+        solution = design.for_modules(batch.labels).solve(batch.updates, factors, center)
+    merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
+    kept = solution.info.retention.scaled(design.scaling)  # of what is written
+    records = [
+        {"module": label, "status": status.name.lower(), **solution.info.record(index), "retention": kept.record(index)}
+        for index, (label, status) in enumerate(zip(batch.labels, solution.status, strict=True))
+    ]
+    return merged, records
+
+
+def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """Low-rank factors of a batch, smaller ranks filled up with zeros; None unless every module has them."""
+    known = [pair for pair in factors if pair is not None]
+    if len(known) < len(factors):
+        return None
+    rank = max(right.shape[-2] for _, right in known)
+    left = [torch.nn.functional.pad(b, (0, rank - b.shape[-1])) for b, _ in known]
+    right = [torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[-2])) for _, a in known]
+    return torch.stack(left), torch.stack(right)
+
+
+def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tuple[Tensor, dict[str, int] | None]:
+    """The tensor in its output dtype, and how many of its updated entries rounding took back to the base."""
+    rounded = value.to(tensor.dtype).contiguous()
+    if tensor.dtype.is_floating_point and not bool(rounded.isfinite().all()):
+        where = "the base" if tensor.treatment.action == "base" else "the merge"
+        raise CheckpointError(
+            f"tensor {tensor.name!r} of {where} has values that are not finite as {tensor.dtype}. Write another dtype: "
+            "`out_dtype: float32` (or bfloat16, which has float32's range), or keep the base's tensor with a rule."
+        )
+    if tensor.dtype not in HALF or tensor.treatment.action == "base":
+        return rounded, None
+    base = task_vectors.base.read(tensor.name)
+    updated = value != base.to(value.dtype)
+    unchanged = updated & (rounded == base.to(tensor.dtype))
+    return rounded, {"updated": int(updated.sum()), "rounded_back": int(unchanged.sum())}
+
+
+def _record(tensor: TensorPlan, rounding: dict[str, int] | None) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "tensor": tensor.name,
+        "aliases": list(tensor.aliases),
+        "action": tensor.treatment.action,
+        "view": None if tensor.treatment.view is None else str(tensor.treatment.view),
+        "reason": tensor.treatment.reason,
+        "shape": list(tensor.shape),
+        "matrices": [list(shape) for shape in tensor.matrices],
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "numel": int(torch.Size(tensor.shape).numel()),
+    }
+    if rounding is not None:
+        record["rounding"] = rounding
+    return record

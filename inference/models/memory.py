@@ -1,0 +1,107 @@
+"""Predicted peak memory of a batch of modules, from shapes alone.
+
+Counted in copies of one merged matrix, as the solver allocates them: each Gram expert keeps its Gram matrix, its pull,
+force and curvature terms, on the side compressed to the directions in which anything happens. A test holds the
+prediction against measured memory. Adapters, which compress further, are predicted as if they had full rank: an upper
+bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inference.models.design import Design
+from inference.models.method_design import AnyDesign, MethodDesign
+from poe_models.residual_maps import (
+    Activation,
+    Directional,
+    Fisher,
+    Identity,
+    InputGram,
+    Mixed,
+    OutputGram,
+    ResidualMap,
+)
+
+_TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
+
+
+def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
+    """Numbers that solving one module holds at its peak, the given updates not counted.
+
+    Args:
+        design: How it is solved.
+        experts: Number of task vectors ``N``.
+        shape: ``(d_out, d_in)``.
+
+    Returns:
+        A count, in units of the compute dtype.
+    """
+    d_out, d_in = shape
+    entries = d_out * d_in
+    maps = [expert.residual_map for expert in design.poe.experts]
+    if design.coordinates == "span":
+        return (3 * experts + 6) * entries
+    if any(isinstance(each, Fisher) for each in maps):
+        return (4 * len(maps) + 7) * entries
+    if all(isinstance(each, Identity | Directional) for each in maps):
+        directional = any(isinstance(each, Directional) for each in maps)
+        return max(4 + len(maps), 2 * len(maps)) * entries if directional else (2 * len(maps) + 7) * entries
+    return _gram_floats(maps, d_out, d_in)
+
+
+def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
+    """Gram experts, or a user's maps, which are taken for Grams of both sides."""
+    given = sum(isinstance(each, Activation | Mixed) for each in maps)
+    left = sum(not isinstance(each, InputGram | Identity | Activation | Mixed) for each in maps)
+    right = sum(not isinstance(each, OutputGram | Identity) for each in maps)
+    columns = len(maps) * min(d_out, d_in)
+    rows, cols = (
+        min(d_out, len(maps) * d_in if not left else columns),
+        d_in if given else min(d_in, len(maps) * d_out if not right else columns),
+    )
+    grams = left * rows**2 + right * cols**2
+    bases = (rows < d_out) * d_out * rows + (cols < d_in) * d_in * cols
+    compressed = rows * cols
+    targets = len(maps) * compressed if bases else 0
+    sums = 2 * (rows**2 * (left > 0) + cols**2 * (right > 0))
+    iteration = grams + sums + (3 * len(maps) + _TEMPORARIES) * compressed + targets + bases
+    decomposing = given * d_in**2 + 8 * d_in**2 * (given > 0)  # one root at a time, in float64
+    return max(iteration, 4 * d_out * d_in + 2 * bases, decomposing) + d_out * d_in
+
+
+def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
+    """Peak memory of solving some tensors as one batch.
+
+    Args:
+        design: How they are solved.
+        experts: Number of task vectors that are read, ``N``.
+        matrices: Shapes of the modules of each tensor.
+        itemsize: Bytes of a number in the compute dtype.
+
+    Returns:
+        Bytes.
+    """
+    shapes = [shape for tensor in matrices for shape in tensor]
+    total = sum(d_out * d_in for d_out, d_in in shapes)
+    reading = (experts + 4) * max(sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices)
+    if isinstance(design, MethodDesign):
+        held = (experts + 2) * total
+        solving = max(design.method.working_floats(shapes.count(one), experts, one) for one in set(shapes))
+        return itemsize * (held + max(reading, solving))
+    held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
+    solving = max(sum(solve_floats(design, experts, each) for each in shapes if each == one) for one in set(shapes))
+    return itemsize * (held + max(reading, solving))
+
+
+def averaged_bytes(shape_entries: int, itemsize: int) -> int:
+    """Peak memory of averaging one tensor beside the result: base, sum, one update.
+
+    Args:
+        shape_entries: Number of its entries.
+        itemsize: Bytes of a number in the compute dtype.
+
+    Returns:
+        Bytes.
+    """
+    return 3 * shape_entries * itemsize

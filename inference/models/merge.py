@@ -1,0 +1,197 @@
+"""Merge a whole checkpoint, shard by shard, into a Hugging Face folder.
+
+Tensors are worked on in groups; a finished group is saved at once, so that memory stays at a few tensors and an
+interrupted merge goes on where it was. Nothing is in the output folder's place before everything is done.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.models.design import Design
+from inference.models.digest import Progress, Silent, digest_inputs, files_of, refuse_copies
+from inference.models.folder import companion_files, rounding_of, summary_of, write_companions
+from inference.models.groups import merge_group
+from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
+from inference.models.plan import BATCH_BYTES, Plan, inputs_of, plan
+from inference.models.staging import OutputError, Staging, check_output, check_space
+from inference.retention import ExpertRetention, totals
+from inference.solution import Status
+from poe_models.weights.loading import CheckpointError
+from poe_models.weights.task_vectors import TaskVectors
+
+__all__ = ["Design", "MergeReport", "MethodDesign", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
+
+_LIBRARIES = ("poe-merge", "torch", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        out: The folder.
+        tensors: Number of tensors per action: merge, average, base.
+        modules: Number of matrices solved.
+        status: Number of matrices per status of the solver.
+        not_converged: Names of the matrices whose solve did not converge.
+        experts: How much the merge kept of every expert, over all matrices.
+        updated: Entries of half-precision tensors that the merge changed, before rounding; 0 without such tensors.
+        rounded_back: How many of them rounding to half precision took back to the base's value.
+        nbytes: Bytes of weights written.
+        resumed_groups: Groups that an interrupted run had finished before.
+        seconds: Wall time of this run.
+    """
+
+    out: Path
+    tensors: Mapping[str, int]
+    modules: int
+    status: Mapping[str, int]
+    not_converged: tuple[str, ...]
+    experts: tuple[ExpertRetention, ...]
+    updated: int
+    rounded_back: int
+    nbytes: int
+    resumed_groups: int
+    seconds: float
+
+
+def merge_checkpoint(
+    task_vectors: TaskVectors,
+    design: AnyDesigns,
+    out: str | Path,
+    *,
+    out_dtype: torch.dtype | None = None,
+    batch_bytes: int = BATCH_BYTES,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    code: Sequence[Path] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge a checkpoint into a new folder.
+
+    The folder has the base's shards, config and tokenizer files, a model card, and `poe_merge.json` with the digests of
+    all inputs, versions, settings, and what happened to each tensor. Merged tensors are ``W_0 + λ Z``, averaged ones
+    ``W_0 + mean(U_i)``. The work is done in `OUT.partial` beside it, which an interrupted merge leaves behind.
+
+    Args:
+        task_vectors: Base and experts.
+        design: One product, method or design for all tensors, or a function from the tensor's name.
+        out: The folder to make.
+        out_dtype: Dtype of floating tensors in the output; the base's own by default.
+        batch_bytes: Byte budget of the updates that are solved as one batch.
+        seed: Of torch's generators while a group is solved, for energies and centres that draw; methods have their own.
+        settings: What the merge was configured with, for the record.
+        code: Source files that decide what comes out, such as a user's energy; their digests are recorded.
+        resume: Go on with an interrupted merge of the same inputs and settings.
+        progress: Told how far the merge is.
+
+    Returns:
+        What was done.
+
+    Raises:
+        OutputError: If the folder exists or would overwrite an input, the disk is full, or the interrupted merge was
+            another one.
+        CheckpointError: If an input has values that are not finite, or is a copy of the base; nothing is left behind.
+        ValueError: If the design cannot be solved.
+    """
+    began = time.monotonic()
+    progress = progress or Silent()
+    planned = plan(task_vectors, design, out_dtype=out_dtype, batch_bytes=batch_bytes)
+    staging = _checked(task_vectors, planned, Path(out), resume)
+    inputs = digest_inputs(inputs_of(task_vectors, planned.designs), code, progress)
+    refuse_copies(inputs)
+    state = {
+        "settings": dict(settings or {}),
+        "seed": seed,
+        "compute_dtype": str(task_vectors.dtype).removeprefix("torch."),
+        "out_dtype": None if out_dtype is None else str(out_dtype).removeprefix("torch."),
+        "device": str(task_vectors.device),
+        "batch_bytes": batch_bytes,
+        "designs": [each.describe() for each in planned.designs],
+        "rules": task_vectors.rules.to_dicts(),
+        "inputs": inputs,
+        "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
+    }
+    with staging.begin(state):
+        try:
+            if any(each.method is not None and not each.method.ready for each in planned.designs):
+                ready = prepare_designs(task_vectors, as_any_function(design), progress)
+                planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
+            resumed = _write_shards(task_vectors, planned, staging, seed, progress)
+            records = staging.records()
+            described = [each.describe() for each in planned.designs]
+            experts = [each.record() for each in _retention(records)]
+            summary = {**summary_of(records), "experts": experts}
+            record = {**state, "designs": described, "summary": summary, "tensors": records}
+            write_companions(staging, task_vectors.base, planned, out_dtype, record)
+        except CheckpointError:
+            staging.discard()  # the inputs are at fault: there is nothing to go on with
+            raise
+        staging.publish()
+    return _report(staging.out, planned, records, resumed, time.monotonic() - began)
+
+
+def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) -> Staging:
+    """The staging folder, once it is clear that the output can be written there."""
+    checkpoints = inputs_of(task_vectors, planned.designs).values()
+    sources = [Path(checkpoint.source) for checkpoint in checkpoints if checkpoint.files]
+    staging = Staging(check_output(out, [*sources, *(file for c in checkpoints for file in files_of(c))]))
+    staging.check(resume)
+    companions = sum(path.stat().st_size for path, _ in companion_files(task_vectors.base))
+    check_space(staging.folder, planned.disk_bytes + companions - staging.nbytes())
+    return staging
+
+
+def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, seed: int, progress: Progress) -> int:
+    """Write every shard; returns how many groups were there already."""
+    progress.begin("merging", planned.modules, planned.write_bytes)
+    resumed = 0
+    for index, shard in enumerate(planned.shards):
+        done = staging.has_shard(index, shard.file)
+        for number, group in enumerate(shard.groups):
+            if done or staging.has_part(index, number, group.names):
+                resumed += 1
+            else:
+                tensors, records = merge_group(task_vectors, group, planned.designs, seed)
+                staging.save_part(index, number, tensors, records)
+            progress.advance(group.modules, group.nbytes)
+        if not done:
+            staging.finish_shard(index, shard.file, len(shard.groups), shard.aliases)
+        staging.drop_parts(index)
+    return resumed
+
+
+def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
+    """How much all matrices together kept of every expert."""
+    return totals(module["retention"] for record in records for module in record.get("modules", ()))
+
+
+def _report(
+    out: Path, planned: Plan, records: Sequence[Mapping[str, Any]], resumed: int, seconds: float
+) -> MergeReport:
+    modules = [module for record in records for module in record.get("modules", ())]
+    updated, rounded_back = rounding_of(records)
+    return MergeReport(
+        out=out,
+        tensors={action: planned.count(action) for action in ("merge", "average", "base")},
+        modules=len(modules),
+        status=dict(Counter(module["status"] for module in modules)),
+        not_converged=tuple(m["module"] for m in modules if not Status[m["status"].upper()].converged),
+        experts=_retention(records),
+        updated=updated,
+        rounded_back=rounded_back,
+        nbytes=planned.write_bytes,
+        resumed_groups=resumed,
+        seconds=seconds,
+    )

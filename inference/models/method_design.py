@@ -1,0 +1,210 @@
+"""Merging methods in the place of a product of experts, and the look at the whole model that some of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+
+from inference.models.design import Design, Designs, as_function, require_data
+from inference.models.digest import Progress
+from inference.retention import retention_of_updates
+from inference.solution import MethodInfo, Solution, Status
+from poe_models.methods import MergingMethod, ModuleBatch
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+
+
+@dataclass(frozen=True, eq=False)
+class MethodDesign:
+    """The matrices of a tensor are merged by a method, of all task vectors; what `Design` is for products of experts.
+
+    Args:
+        method: The method; where it has to see the whole model first, `merge_checkpoint` shows it.
+        scaling: λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
+    """
+
+    method: MergingMethod
+    scaling: float = 1.0
+
+    def order(self, names: Sequence[str]) -> list[int]:
+        """Positions of the task vectors that are merged: all of them.
+
+        Args:
+            names: Names of the task vectors.
+
+        Returns:
+            Their positions.
+        """
+        return list(range(len(names)))
+
+    def solve(self, batch: ModuleBatch) -> Solution[MethodInfo]:
+        """Merge a batch of modules.
+
+        Args:
+            batch: Updates of all task vectors, in their order, with names and factors.
+
+        Returns:
+            The merged updates, ``value`` of shape ``(M, d_out, d_in)``.
+        """
+        value = self.method.merge(batch)
+        kept = retention_of_updates(batch.experts, batch.updates, value)
+        return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(kept))
+
+    def describe(self) -> dict[str, Any]:
+        """The design as plain data, for the record of a merge."""
+        about = self.method.about
+        return {
+            "method": repr(self.method),
+            "title": about.title,
+            "citation": about.citation,
+            "scaling": self.scaling,
+        }
+
+    def check(self, names: Sequence[str]) -> None:
+        """Find out before anything is read whether the method can merge anything at all.
+
+        Args:
+            names: Names of the task vectors.
+
+        Raises:
+            ValueError: If it needs data, or fails on random updates.
+        """
+        require_data(self.method)
+        if self.method.ready and self.method.about.scope == "module" and self.method.about.data == "none":
+            generator = torch.Generator().manual_seed(0)
+            self.method(torch.randn(len(names), 3, 3, generator=generator, dtype=torch.float64))
+
+    def with_method(self, method: MergingMethod) -> MethodDesign:
+        """The design with another method.
+
+        Args:
+            method: The method.
+
+        Returns:
+            The new design.
+        """
+        return replace(self, method=method)
+
+    def at_seed(self, seed: int) -> MethodDesign:
+        """The design at another seed, which may have to look at the model anew; itself if its method does not draw.
+
+        Args:
+            seed: The seed.
+
+        Returns:
+            The design.
+
+        Raises:
+            ValueError: If the method draws and has no field `seed`, or was made ready at a seed of its own.
+        """
+        method = self.method
+        if not method.about.random:
+            return self
+        if not is_dataclass(method) or "seed" not in {item.name for item in fields(method)}:
+            raise ValueError(
+                f"`{method!r}`: its `about` says that it draws, but it is no dataclass with a field `seed`, so that it "
+                "cannot be drawn again at another one. Give it one."
+            )
+        if method.ready and method.about.scope == "model" and not method.needs_loaders:
+            raise ValueError(
+                f"`{method!r}`: it has seen the model at the seed {method.seed}, and at another one it would see "
+                "something else. Give it as it was before `.prepare(...)`; each seed's is done on the way."
+            )
+        return replace(self, method=replace(method, seed=seed))
+
+
+AnyDesign = Design | MethodDesign
+AnyDesignT = TypeVar("AnyDesignT", bound=AnyDesign)
+AnyDesigns = Designs | MergingMethod | MethodDesign | Callable[[str], AnyDesign]
+"""One product, method or design for all tensors, or a function from the tensor's name."""
+
+
+def as_any_function(designs: AnyDesigns) -> Callable[[str], AnyDesign]:
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
+
+    Args:
+        designs: What the caller gave.
+
+    Returns:
+        The function.
+    """
+    design = MethodDesign(designs) if isinstance(designs, MergingMethod) else designs
+    if isinstance(design, MethodDesign):
+        return lambda tensor: design
+    return as_function(design)  # type: ignore[arg-type]
+
+
+class Modules:
+    """The matrices that one design merges, read again in every pass.
+
+    Args:
+        task_vectors: Base and experts.
+        tensors: Names of the tensors.
+        order: Positions of the experts that the design is about.
+        progress: Told about every pass.
+    """
+
+    def __init__(
+        self, task_vectors: TaskVectors, tensors: Sequence[str], order: Sequence[int], progress: Progress
+    ) -> None:
+        self._task_vectors = task_vectors
+        self._tensors = tensors
+        self._order = list(order)
+        self._progress = progress
+        self._passes = 0
+
+    def __iter__(self) -> Iterator[ModuleUpdates]:
+        self._passes += 1
+        sizes = {name: self._task_vectors.base.tensors[name].nbytes for name in self._tensors}
+        self._progress.begin(f"preparing, pass {self._passes}", len(self._tensors), sum(sizes.values()))
+        for name, size in sizes.items():
+            modules = self._task_vectors.modules(name)
+            while modules:  # each is let go of when it is done
+                yield self._selected(modules.pop(0))
+            self._progress.advance(1, size)
+
+    def _selected(self, module: ModuleUpdates) -> ModuleUpdates:
+        if self._order == list(range(len(module.names))):
+            return module
+        low_rank = module.low_rank
+        return replace(
+            module,
+            names=tuple(module.names[i] for i in self._order),
+            updates=module.updates[self._order],
+            low_rank=None if low_rank is None else (low_rank[0][self._order], low_rank[1][self._order]),
+        )
+
+
+def prepare_designs(
+    task_vectors: TaskVectors, designs: Callable[[str], AnyDesignT], progress: Progress
+) -> Callable[[str], AnyDesignT]:
+    """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
+
+    Designs that differ in something else than the method, such as λ, are one model to it.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: The design of each merged tensor by its name.
+        progress: Told about every pass.
+
+    Returns:
+        The ready design of each merged tensor by its name, the same object where it was the same.
+    """
+    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    given = {name: designs(name) for name in merged}
+    ready: dict[int, AnyDesignT] = {}
+    known: list[tuple[MergingMethod, list[int], MergingMethod]] = []
+    for design in {id(each): each for each in given.values()}.values():
+        method, order = design.method, design.order(task_vectors.names)
+        if method is None or method.ready:
+            ready[id(design)] = design
+            continue
+        found = next((after for before, about, after in known if (before, about) == (method, order)), None)
+        if found is None:
+            same = [n for n in merged if (given[n].method, given[n].order(task_vectors.names)) == (method, order)]
+            found = method.prepare(Modules(task_vectors, same, order, progress))
+            known.append((method, order, found))
+        ready[id(design)] = cast(AnyDesignT, design.with_method(found))
+    return lambda tensor: ready[id(given[tensor])]

@@ -1,0 +1,193 @@
+"""Merges by a random method at several seeds, as draws: how much of a result was the luck of one seed.
+
+>>> from inference import MergedEnsemble, MethodDraws
+>>> from poe_models.methods import Dare
+>>> base, tuned = {"fc.weight": torch.zeros(1, 4)}, {"fc.weight": torch.ones(1, 4)}
+>>> vectors = TaskVectors(base, {"tuned": tuned})
+>>> method = Dare(drop=0.5, scale=1.0)
+>>> ensemble = MergedEnsemble(vectors, method, MethodDraws.of(vectors, method, range(2)))
+>>> [member["fc.weight"].tolist() for member in ensemble.members()]
+[[[0.0, 2.0, 2.0, 0.0]], [[0.0, 0.0, 2.0, 2.0]]]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from inference.models.design import require_data
+from inference.models.digest import Progress, Silent, digest_inputs
+from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
+from inference.models.model_draws import ModelDraws
+from inference.models.modules import module_names
+from poe_models.operators import sum_of_squares
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+
+__all__ = ["MethodDraws", "method_text"]
+
+
+@dataclass(frozen=True, eq=False)
+class MethodDraws(ModelDraws):
+    """Seeds of random merging methods; a draw is the merge at one of them.
+
+    The masks of a method depend on its seed and on names only, so that seeds are all there is to keep, and a draw is
+    what `merge_checkpoint` makes of the method at that seed. Methods that look at the whole model do so once for every
+    seed, in bounded memory.
+
+    Attributes:
+        seeds: ``(C, S)`` int64.
+        experts: names of the task vectors, in the order in which they are merged.
+        designs: for each module what its method is besides its seed, as text; draws are refused under another one.
+    """
+
+    seeds: Tensor
+    experts: tuple[str, ...]
+    designs: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        task_vectors: TaskVectors,
+        design: AnyDesigns,
+        seeds: Iterable[int],
+        *,
+        pattern: str = "",
+        progress: Progress | None = None,
+    ) -> MethodDraws:
+        """Draws at given seeds; one pass over the weights, to know them again.
+
+        Modules that a product of experts or a method without randomness merges are the same in every draw.
+
+        Args:
+            task_vectors: Base and experts.
+            design: A random method or a design with one, for all tensors, or a function from the tensor's name.
+            seeds: One for each draw.
+            pattern: Regular expression; only modules whose names it finds are drawn.
+            progress: Told how far it is.
+
+        Returns:
+            The draws, as one chain.
+
+        Raises:
+            ValueError: If seeds are missing or repeated, no module is merged at random, or a method cannot be drawn at
+                other seeds.
+        """
+        given = list(seeds)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(
+                f"`MethodDraws.of(seeds={given})`: every draw needs a seed of its own. Give distinct ones, such as "
+                "`range(10)`."
+            )
+        drawn = _drawn(task_vectors, design, pattern)
+        nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor in drawn}
+        progress = progress or Silent()
+        progress.begin("seeds", sum(map(len, drawn.values())), sum(nbytes.values()))
+        norms, digest = [], hashlib.sha256()
+        for tensor, names in drawn.items():
+            for module in task_vectors.modules(tensor):
+                if module.name in names:
+                    norms.append(sum_of_squares(module.updates).cpu())
+                    _feed(digest, module)
+            progress.advance(len(names), nbytes[tensor])
+        return cls(
+            modules=tuple(name for names in drawn.values() for name in names),
+            squared_norms=torch.stack(norms),
+            source=digest.hexdigest(),
+            seeds=torch.tensor([given], dtype=torch.int64),
+            experts=task_vectors.names,
+            designs=tuple(text for names in drawn.values() for text in names.values()),
+        )
+
+    @property
+    @override
+    def coordinates(self) -> Literal["seeds"]:
+        return "seeds"
+
+    @property
+    @override
+    def num_chains(self) -> int:
+        return self.seeds.shape[0]
+
+    @property
+    @override
+    def num_draws(self) -> int:
+        return self.seeds.shape[1]
+
+    @property
+    @override
+    def numbers(self) -> dict[str, Tensor]:
+        return {"seeds": self.seeds}
+
+    @property
+    @override
+    def labels(self) -> tuple[str, ...]:
+        return (*self.experts, *self.designs)
+
+    @override
+    def _only(self, chains: Tensor, draws: Tensor) -> MethodDraws:
+        return replace(self, seeds=self.seeds[chains, draws].unsqueeze(0))
+
+    @override
+    def _modules(self, kept: Sequence[int]) -> MethodDraws:
+        return replace(
+            self,
+            modules=tuple(self.modules[index] for index in kept),
+            squared_norms=self.squared_norms[kept],
+            designs=tuple(self.designs[index] for index in kept),
+        )
+
+
+def method_text(design: MethodDesign, task_vectors: TaskVectors) -> str:
+    """What decides a draw of a random method besides its seed and the updates.
+
+    Args:
+        design: With the method.
+        task_vectors: Base and experts.
+
+    Returns:
+        JSON: the method at seed 0, with digests of what it was given or has learned.
+    """
+    inputs = digest_inputs(design.method.inputs(task_vectors.names, {}), [], Silent())
+    digests = {role: entry["sha256"] for role, entry in inputs.items()}
+    return json.dumps({"method": repr(design.at_seed(0).method), "inputs": digests}, sort_keys=True)
+
+
+def _drawn(task_vectors: TaskVectors, design: AnyDesigns, pattern: str) -> Mapping[str, Mapping[str, str]]:
+    """Merged tensors to the modules that are drawn in them, and the texts of their methods."""
+    for_tensor = as_any_function(design)
+    given = {name: for_tensor(name) for name, each in task_vectors.treatments.items() if each.action == "merge"}
+    random = {name: each for name, each in given.items() if isinstance(each, MethodDesign) and each.method.about.random}
+    if not random:
+        others = dict.fromkeys(repr(d.method) if isinstance(d, MethodDesign) else "a product" for d in given.values())
+        raise ValueError(
+            f"`MethodDraws.of(...)`: nothing is drawn by {' and '.join(others) or 'anything'}: every seed gives the "
+            "same merge. Give a random method, such as `Dare()` or `DareTies()`; a product of experts has a posterior, "
+            "`sample_full` and `SpanDraws`."
+        )
+    texts: dict[int, str] = {}
+    for each in random.values():
+        require_data(each.method)
+        texts[id(each)] = texts.get(id(each)) or method_text(each, task_vectors)
+    found = {
+        tensor: {name: texts[id(each)] for name in module_names(task_vectors, tensor) if re.search(pattern, name)}
+        for tensor, each in random.items()
+    }
+    if not any(found.values()):
+        raise ValueError(
+            f"`MethodDraws.of(pattern={pattern!r})`: fits none of the modules that are merged at random; `plan` lists "
+            "the tensors."
+        )
+    return {tensor: names for tensor, names in found.items() if names}
+
+
+def _feed(digest: Any, module: ModuleUpdates) -> None:
+    digest.update(f"{module.name}{tuple(module.updates.shape)}{module.updates.dtype}".encode())
+    digest.update(module.updates.cpu().contiguous().numpy().tobytes())

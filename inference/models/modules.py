@@ -1,0 +1,195 @@
+"""One module of a whole model with everything that its posterior needs: its updates, its product, its centre."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from inference.map import solve_posterior
+from inference.models.design import Design, check_center
+from inference.reweighting import SolverOptions
+from poe_models.experts import ProductOfExperts
+from poe_models.operators import sum_of_squares
+from poe_models.posterior import Posterior, center_of, full_posterior
+from poe_models.weights.loading import CheckpointError
+from poe_models.weights.task_vectors import TaskVectors, block_names
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """A matrix of a checkpoint that has met its design.
+
+    Attributes:
+        name: its name, as `ModuleUpdates` has it.
+        poe: the design's product; a checkpoint as the anchor's centre is a tensor in it.
+        base: ``W_0``, ``(d_out, d_in)``.
+        updates: ``(N, d_out, d_in)`` in the order of ``poe.update_names``.
+        low_rank: factors of the updates in the same order, if all are adapters'.
+        options: settings of the solver, for the MAP.
+        known_mode: the MAP in Full coordinates, if it has been solved for before.
+    """
+
+    name: str
+    poe: ProductOfExperts
+    base: Tensor
+    updates: Tensor
+    low_rank: tuple[Tensor, Tensor] | None
+    options: SolverOptions = field(default_factory=SolverOptions)
+    known_mode: Tensor | None = None
+
+    @cached_property
+    def mode(self) -> Tensor:
+        """The MAP in Full coordinates, ``(d_out, d_in)``; it is the same at every temperature."""
+        if self.known_mode is not None:
+            return self.known_mode
+        solution = solve_posterior(self.posterior, self.options)
+        if not solution.status[0].converged:
+            warnings.warn(f"the MAP of {self.name!r}: {solution.status[0]}", stacklevel=2)
+        return solution.value[0]
+
+    @property
+    def center(self) -> Tensor | None:
+        """``Z_0``, ``(d_out, d_in)``; None for zero."""
+        center = center_of(self.poe.anchor, self.updates.unsqueeze(0), self._factors)
+        return None if center is None else center.squeeze(0)
+
+    @property
+    def squared_norms(self) -> Tensor:
+        """``|B_j|^2`` of the updates and the centre, ``(N + 1,)`` float64 on the CPU: what this module is about."""
+        center = self.center
+        last = self.updates.new_zeros((), dtype=torch.float64) if center is None else sum_of_squares(center)
+        return torch.cat([sum_of_squares(self.updates), last.reshape(1)]).cpu()
+
+    @property
+    def posterior(self) -> Posterior:
+        """The posterior of its merged update, a batch of one."""
+        return full_posterior(self.poe, self.updates.unsqueeze(0), self._factors)
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.low_rank is None else (self.low_rank[0].unsqueeze(0), self.low_rank[1].unsqueeze(0))
+
+
+def merged_update(module: Module, design: Design) -> Tensor:
+    """What a merge makes of a module: the MAP in the coordinates of the design, ``(d_out, d_in)``.
+
+    Args:
+        module: One of the tensor's modules.
+        design: The design of the tensor.
+
+    Returns:
+        ``Z_*``, with a warning if its solve did not converge.
+    """
+    if design.coordinates == "full":
+        return module.mode
+    solution = replace(design, poe=module.poe, center=None).solve(module.updates.unsqueeze(0))
+    if not solution.status[0].converged:
+        warnings.warn(f"the MAP of {module.name!r}: {solution.status[0]}", stacklevel=2)
+    return solution.value[0]
+
+
+def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Module]:
+    """Read one merged tensor of every model.
+
+    Args:
+        task_vectors: Base and experts.
+        tensor: Name of the tensor.
+        design: Its design.
+
+    Returns:
+        Its matrices.
+
+    Raises:
+        CheckpointError: If a value is not finite, or the anchor's checkpoint lacks the tensor.
+        ValueError: If the product is about task vectors that are not there.
+    """
+    order = [task_vectors.names.index(name) for name in checked_names(task_vectors, tensor, design)]
+    centers = _centers(task_vectors, tensor, design)
+    modules = []
+    for index, each in enumerate(task_vectors.modules(tensor)):
+        anchor = design.poe.anchor
+        if centers is not None:
+            anchor = replace(anchor, center=centers[index] - each.base)
+        poe = replace(design.poe, anchor=anchor).for_modules([each.name])
+        low_rank = None if each.low_rank is None else (each.low_rank[0][order], each.low_rank[1][order])
+        updates = each.updates if order == list(range(len(each.names))) else each.updates[order]
+        modules.append(Module(each.name, poe, each.base, updates, low_rank, design.options))
+    return modules
+
+
+def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
+    """An error of a batch with its module by name.
+
+    Args:
+        error: It may say "module 2 of the batch".
+        names: Names of the modules of the batch.
+
+    Returns:
+        The same error about ``names[2]``.
+
+    >>> with_names(ValueError("module 1 of the batch is not at a minimum"), ["a", "b"])
+    ValueError("'b' is not at a minimum")
+    """
+    return ValueError(re.sub(r"module (\d+) of the batch", lambda found: repr(names[int(found[1])]), str(error)))
+
+
+def checked_names(task_vectors: TaskVectors, tensor: str, design: Design) -> tuple[str, ...]:
+    """Names of the task vectors that the design of a tensor is about.
+
+    Args:
+        task_vectors: Base and experts.
+        tensor: Name of the tensor.
+        design: Its design.
+
+    Returns:
+        ``design.poe.update_names``.
+
+    Raises:
+        ValueError: If there are none, or some are not there.
+    """
+    names = design.poe.update_names
+    missing = [name for name in names if name not in task_vectors.names]
+    if missing or not names:
+        what = f"{missing[0]!r}" if missing else "no task vector (factor experts only)"
+        raise ValueError(
+            f"the design of tensor {tensor!r} is about {what}; the task vectors are {', '.join(task_vectors.names)}. "
+            "Give the experts these names, or set `update=`."
+        )
+    return names
+
+
+def module_names(task_vectors: TaskVectors, tensor: str) -> list[str]:
+    """Names of the matrices of one tensor, from headers.
+
+    Args:
+        task_vectors: Base and experts.
+        tensor: Name of the tensor.
+
+    Returns:
+        The names that `TaskVectors.modules` gives them; empty if the tensor is not merged.
+    """
+    view = task_vectors.treatments[tensor].view
+    if view is None:
+        return []
+    return block_names(tensor, len(view.block_shapes(task_vectors.base.tensors[tensor].shape)))
+
+
+def _centers(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Tensor] | None:
+    """The matrices of the anchor's checkpoint, or None if the centre is not a checkpoint."""
+    view = task_vectors.treatments[tensor].view
+    if design.center is None or view is None:
+        return None
+    check_center(design, task_vectors.base, tensor)
+    weights = design.center.read(tensor).to(task_vectors.dtype)
+    if not bool(weights.isfinite().all()):
+        raise CheckpointError(
+            f"anchor {design.center.source}: tensor {tensor!r} has values that are NaN or infinite. Give another "
+            "checkpoint."
+        )
+    return [block.to(task_vectors.device) for block in view.split(weights)]

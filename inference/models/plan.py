@@ -1,0 +1,305 @@
+"""What a merge is going to do, from headers alone: treatments, batches, bytes, peak memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inference.models.design import Design, check_center
+from inference.models.digest import nbytes_of
+from inference.models.memory import averaged_bytes, merged_bytes
+from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
+from poe_models.methods import MergingMethod
+from poe_models.weights.fitting import keys_of
+from poe_models.weights.loading import Checkpoint
+from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.task_vectors import TaskVectors, block_names
+from poe_models.weights.treatments import Treatment
+
+BATCH_BYTES = 256 * 2**20
+"""Default byte budget of the updates that are solved as one batch."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor.
+
+    Attributes:
+        name: Its name in the base.
+        aliases: Further names it is tied to; written with equal values.
+        treatment: Merged, averaged or kept, with the reason.
+        shape: Its shape as stored.
+        matrices: Shapes ``(d_out, d_in)`` of the matrices it is seen as; empty if it is not merged.
+        dtype: Dtype it is written in.
+        design: The design of a merged tensor.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    treatment: Treatment
+    shape: tuple[int, ...]
+    matrices: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    design: AnyDesign | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written for it, aliases not counted."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are finished together: merged ones of the same shapes and design, solved as one batch.
+
+    Attributes:
+        tensors: In the order of the shard.
+        peak_bytes: Predicted peak memory while it is worked on.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    peak_bytes: int
+
+    @property
+    def modules(self) -> int:
+        """Number of matrices that are solved."""
+        return sum(len(tensor.matrices) for tensor in self.tensors)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its tensors."""
+        return [tensor.name for tensor in self.tensors]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written for its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file.
+
+    Attributes:
+        file: Its name.
+        groups: Its tensors.
+    """
+
+    file: str
+    groups: tuple[Group, ...]
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of its tied tensors, to the names they are tied to."""
+        return {alias: t.name for group in self.groups for t in group.tensors for alias in t.aliases}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, aliases included."""
+        return sum(t.nbytes * (1 + len(t.aliases)) for group in self.groups for t in group.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge is going to do.
+
+    Attributes:
+        shards: Output files with their groups of tensors.
+        designs: The distinct designs.
+        peak_bytes: Predicted peak memory of tensors, on top of the interpreter with its libraries and of mapped file
+            pages, which the system takes back as it needs them.
+        read_bytes: Bytes read: every input once for its checksum, and what is merged once more; the passes in which a
+            merging method looks at the whole model come on top.
+        write_bytes: Bytes of the merged weights.
+        disk_bytes: Space needed while merging: the weights, and the parts of the largest shard.
+    """
+
+    shards: tuple[Shard, ...]
+    designs: tuple[AnyDesign, ...]
+    peak_bytes: int
+    read_bytes: int
+    write_bytes: int
+    disk_bytes: int
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups, in order."""
+        return [group for shard in self.shards for group in shard.groups]
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """All tensors, in the order they are worked on."""
+        return [tensor for group in self.groups for tensor in group.tensors]
+
+    @property
+    def modules(self) -> int:
+        """Number of matrices that are solved."""
+        return sum(group.modules for group in self.groups)
+
+    def count(self, action: str) -> int:
+        """Number of tensors that are merged, averaged, or kept from the base."""
+        return sum(tensor.treatment.action == action for tensor in self.tensors)
+
+
+def plan(
+    task_vectors: TaskVectors,
+    design: AnyDesigns,
+    *,
+    out_dtype: torch.dtype | None = None,
+    batch_bytes: int = BATCH_BYTES,
+) -> Plan:
+    """Say what `merge_checkpoint` with the same arguments will do; nothing but headers is read.
+
+    Args:
+        task_vectors: Base and experts.
+        design: One product, method or design for all tensors, or a function from the tensor's name.
+        out_dtype: Dtype of floating tensors in the output; the base's own by default.
+        batch_bytes: Byte budget of the updates that are solved as one batch; a larger tensor is a batch of its own.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a design is about other task vectors or cannot be solved.
+        CheckpointError: If an anchor's checkpoint lacks a tensor.
+    """
+    for_tensor = as_any_function(design)
+    tensors = {name: _tensor_plan(task_vectors, name, for_tensor, out_dtype) for name in task_vectors.treatments}
+    designs = tuple({id(t.design): t.design for t in tensors.values() if t.design is not None}.values())
+    for each in designs:
+        each.check(task_vectors.names)
+    _given(task_vectors, designs, _modules_by_design(list(tensors.values())))
+    shards = tuple(
+        Shard(_safetensors_name(file), tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
+        for file, names in task_vectors.base.layout.items()
+    )
+    written = sum(shard.nbytes for shard in shards)
+    return Plan(
+        shards=shards,
+        designs=designs,
+        peak_bytes=max((group.peak_bytes for shard in shards for group in shard.groups), default=0),
+        read_bytes=_read_bytes(task_vectors, designs, list(tensors.values())),
+        write_bytes=written,
+        disk_bytes=written + max(shard.nbytes for shard in shards),
+    )
+
+
+def inputs_of(task_vectors: TaskVectors, designs: Sequence[AnyDesign]) -> dict[str, Checkpoint]:
+    """Every checkpoint that is read, by its role."""
+    centers = {f"anchor {d.center.source}": d.center for d in _products(designs) if d.center is not None}
+    experts = {f"expert {name}": checkpoint for name, checkpoint in task_vectors.experts.items()}
+    return {"base": task_vectors.base, **experts, **centers, **_given(task_vectors, designs, {})}
+
+
+def _products(designs: Sequence[AnyDesign]) -> list[Design]:
+    """The designs that are products of experts."""
+    return [design for design in designs if isinstance(design, Design)]
+
+
+def _given(
+    task_vectors: TaskVectors, designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
+) -> dict[str, Checkpoint]:
+    """What residual maps and methods read, by its role; checked for the modules given by the `id` of their design."""
+    found: dict[str, Checkpoint] = {}
+    for design in designs:
+        here = modules.get(id(design), {})
+        if isinstance(design, MethodDesign):
+            found |= design.method.inputs(task_vectors.names, here)
+            continue
+        center = design.poe.anchor.center
+        if isinstance(center, MergingMethod):
+            found |= center.inputs(design.poe.update_names, here)
+        for expert in design.poe.experts:
+            found |= expert.residual_map.inputs(expert.update_name, here)
+    return found
+
+
+def _tensor_plan(
+    task_vectors: TaskVectors, name: str, for_tensor: Callable[[str], AnyDesign], out_dtype: torch.dtype | None
+) -> TensorPlan:
+    base, treatment = task_vectors.base, task_vectors.treatments[name]
+    info = base.tensors[name]
+    design = for_tensor(name) if treatment.action == "merge" else None
+    if isinstance(design, Design):
+        check_center(design, base, name)
+    return TensorPlan(
+        name=name,
+        aliases=base.tied_names(name)[1:],
+        treatment=treatment,
+        shape=info.shape,
+        matrices=() if treatment.view is None else tuple(treatment.view.block_shapes(info.shape)),
+        dtype=out_dtype if out_dtype is not None and info.dtype.is_floating_point else info.dtype,
+        design=design,
+    )
+
+
+def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tuple[int, int]]]:
+    """Names and shapes of the modules of each design, by its `id`."""
+    modules: dict[int, dict[str, tuple[int, int]]] = {}
+    for tensor in tensors:
+        if tensor.design is not None:
+            names = block_names(tensor.name, len(tensor.matrices))
+            modules.setdefault(id(tensor.design), {}).update(zip(names, tensor.matrices, strict=True))
+    return modules
+
+
+def _safetensors_name(file: str) -> str:
+    """The name of a shard once it is safetensors, whatever it was.
+
+    >>> _safetensors_name("pytorch_model-00001-of-00002.bin")
+    'model-00001-of-00002.safetensors'
+    """
+    path = Path(file)
+    return file if path.suffix == ".safetensors" else f"{path.stem.replace('pytorch_model', 'model')}.safetensors"
+
+
+def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: int) -> list[Group]:
+    """Tensors that fit together, at most `budget` bytes of updates each, in the order of their first tensor."""
+    alike: dict[tuple[object, ...], list[TensorPlan]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.treatment.action, id(tensor.design), tensor.matrices), []).append(tensor)
+    batches: list[list[TensorPlan]] = []
+    for members in alike.values():
+        filled = budget
+        for tensor in members:
+            copies = len(task_vectors.names) if tensor.design is not None else 1
+            size = math.prod(tensor.shape) * copies * task_vectors.dtype.itemsize
+            if filled + size > budget:
+                batches.append([])
+                filled = 0
+            batches[-1].append(tensor)
+            filled += size
+    return [Group(tuple(batch), _peak_bytes(task_vectors, batch)) for batch in batches]
+
+
+def _read_bytes(task_vectors: TaskVectors, designs: Sequence[AnyDesign], tensors: Sequence[TensorPlan]) -> int:
+    """Every input once for its checksum; once more the base, and of the others what is merged or averaged."""
+    checkpoints = inputs_of(task_vectors, designs)
+    total = sum(nbytes_of(checkpoint) for checkpoint in checkpoints.values())
+    base = task_vectors.base
+    total += sum(info.nbytes for info in base.tensors.values())
+    used = [tensor.name for tensor in tensors if tensor.treatment.action != "base"]
+    for role, checkpoint in checkpoints.items():
+        if isinstance(checkpoint, LoraCheckpoint):
+            total += nbytes_of(checkpoint)
+        elif role.startswith(("expert ", "anchor ")):
+            keys = [key for name in used for key in keys_of(base, checkpoint, name)]
+            total += sum(checkpoint.tensors[key].nbytes for key in keys)
+    return total
+
+
+def _peak_bytes(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> int:
+    """Predicted peak while a group is made; its finished tensors are held until all of them are saved."""
+    design, itemsize = tensors[0].design, task_vectors.dtype.itemsize
+    finished = sum(tensor.nbytes for tensor in tensors)
+    if design is not None:
+        work = merged_bytes(design, len(task_vectors.names), [tensor.matrices for tensor in tensors], itemsize)
+        entries = max(math.prod(tensor.shape) for tensor in tensors)
+        return max(work, sum(math.prod(t.shape) for t in tensors) * itemsize + finished + 2 * entries)
+    if tensors[0].treatment.action == "average":
+        return finished + averaged_bytes(max(math.prod(tensor.shape) for tensor in tensors), itemsize)
+    return finished

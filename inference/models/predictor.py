@@ -1,0 +1,273 @@
+"""Class log probabilities of a model under changing weights, batch by batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
+
+from inference.models.cut import Cut, CutError, structural_cut
+
+_log = logging.getLogger("inference.models.ensemble")
+Forward = Callable[[nn.Module, Any], Tensor]
+"""From a model and a batch of the loader to logits ``(b, classes)``."""
+
+
+class Runner:
+    """A model that is run over a loader again and again, with some of its tensors replaced; it is never written to.
+
+    Args:
+        model: The model; put into evaluation mode while it runs.
+        loader: The batches; the same ones in every pass.
+        fixed: Tensors that replace the model's in every pass, by the model's names.
+        changing: Names and shapes of those that each pass brings.
+        forward: Logits of a batch; by default the model is called with the batch, or with its first element.
+        cut: A submodule whose inputs do not depend on the changing tensors.
+
+    Raises:
+        ValueError: The model lacks a tensor or has it in another shape, or the loader can be used only once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        fixed: Mapping[str, Tensor],
+        changing: Mapping[str, Sequence[int]],
+        forward: Forward | None,
+        cut: str | None,
+    ) -> None:
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                "`predict(loader=...)`: got an iterator, which gives its batches once, and every member needs them. "
+                "Give a DataLoader or a list of batches."
+            )
+        self._model, self._loader = model, loader
+        self._caller = _Caller(model, forward or _call)
+        self._own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        first = next(iter(self._own.values()), torch.empty(0))
+        self._device = first.device
+        self._check({name: tensor.shape for name, tensor in fixed.items()} | dict(changing))
+        self._fixed = self._fitted(fixed)
+        self._fingerprint: list[str] | None = None
+        self._passes = 0
+        self._named = cut is not None
+        self._changing = tuple(changing)
+        self._cut = self._first_cut(cut, self._with_ties(changing))
+        self._announce()
+
+    @property
+    def reused(self) -> str | None:
+        """The submodule before which features are computed once; None where every pass is a full one."""
+        return None if self._cut is None else self._cut.name
+
+    @torch.no_grad()
+    def __call__(self, changing: Mapping[str, Tensor]) -> Tensor:
+        """Log probabilities of all batches.
+
+        Args:
+            changing: Tensors by the model's names.
+
+        Returns:
+            ``(n, classes)`` float64 on the CPU.
+
+        Raises:
+            ValueError: The output is no finite logits, the loader gives other batches than before, or a cut that was
+                asked for cannot be used.
+        """
+        state = {f"model.{name}": value for name, value in {**self._fixed, **self._fitted(changing)}.items()}
+        results, fingerprint = [], []
+        if self._cut is not None and self._passes == 0:
+            self._cut.clear()
+        with _evaluating(self._model):
+            for index, batch in enumerate(self._loader):
+                fingerprint.append(_fingerprint(batch))
+                if self._fingerprint is not None and fingerprint[-1:] != self._fingerprint[index : index + 1]:
+                    raise _other_batches(index)
+                moved = tree_map(lambda x: x.to(self._device) if isinstance(x, Tensor) else x, batch)
+                results.append(_log_probabilities(self._run(state, moved, index)))
+        if self._fingerprint is not None and len(fingerprint) != len(self._fingerprint):
+            raise _other_batches(len(fingerprint))
+        self._fingerprint = fingerprint
+        self._passes += 1
+        if not results:
+            raise ValueError("`predict(loader=...)`: the loader has no batches. Give it some data.")
+        return torch.cat(results)
+
+    def _run(self, state: Mapping[str, Tensor], batch: Any, index: int) -> Tensor:
+        if self._cut is None:
+            return self._full(state, batch)
+        if self._passes == 0:
+            try:
+                with self._cut.recording():
+                    output = self._full(state, batch)
+            except CutError as error:
+                self._give_up(str(error))
+                output = self._full(state, batch)
+            return output
+        if self._passes == 1 and index == 0:
+            return self._verified(state, batch)
+        with self._cut.replaying(index, self._device):
+            return self._full(state, batch)
+
+    def _full(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
+        output: Tensor = functional_call(self._caller, dict(state), (batch,))
+        return output
+
+    def _verified(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The first batch both ways: what a member gives must not depend on whether features are reused.
+
+        Members at a low temperature hardly differ, so this is tried with changing tensors that certainly do.
+        """
+        assert self._cut is not None
+        shaken = _shaken(state, {f"model.{name}" for name in self._changing})
+        try:
+            full = self._full(shaken, batch)
+            with self._cut.replaying(0, self._device):
+                reused = self._full(shaken, batch)
+            same = torch.allclose(full, reused, rtol=1e-3, atol=1e-4)
+            why = (
+                f"the model uses what comes before {self._cut.name!r} by another way than its inputs, or a sampled "
+                "tensor before it"
+            )
+        except Exception as error:  # whatever a model does with NaN in the place of what it needs
+            same, why = False, f"without what comes before {self._cut.name!r} the model fails: {error}"
+        if not same:
+            self._give_up(why)
+            return self._full(state, batch)
+        with self._cut.replaying(0, self._device):
+            return self._full(state, batch)
+
+    def _give_up(self, why: str) -> None:
+        """Raise for a cut that was asked for, run in full instead of one that the structure suggested."""
+        if self._named:
+            assert self._cut is not None
+            raise ValueError(
+                f"`predict(cut={self._cut.name!r})`: features cannot be reused: {why}. Name a submodule that "
+                "everything flows through and that comes before all sampled modules, or leave `cut` out."
+            )
+        self._cut = None
+        _log.info("full forward for every member: %s", why)
+
+    def _first_cut(self, name: str | None, changing: set[str]) -> Cut | None:
+        found = structural_cut(self._model, changing) if name is None else name
+        try:
+            return None if found is None else Cut(self._model, found, changing)
+        except CutError as error:
+            raise ValueError(f"`predict(cut={name!r})`: {error}.") from None
+
+    def _announce(self) -> None:
+        if self._cut is None:
+            _log.info("full forward for every member: no cut named, and no Sequential or ModuleList gives one")
+        else:
+            _log.info("features before %r are computed once", self._cut.name)
+
+    def _with_ties(self, names: Iterable[str]) -> set[str]:
+        """Names of the model's tensors that are, or share memory with, the named ones."""
+        given = {id(self._own[name]) for name in names}
+        return {name for name, tensor in self._own.items() if id(tensor) in given}
+
+    def _check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        for name, shape in shapes.items():
+            own = self._own.get(name)
+            if own is None or tuple(own.shape) != tuple(shape):
+                has = "has no such tensor" if own is None else f"has {tuple(own.shape)}"
+                raise ValueError(
+                    f"`predict(model=...)`: the members have {name!r} of shape {tuple(shape)}, the model {has}. Give a "
+                    "model of the base's architecture, or say where in it the checkpoint is: `submodule=`."
+                )
+
+    def _fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in the dtype and on the device of the model's own."""
+        fitted: dict[str, Tensor] = {}
+        first: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            own = self._own[name]
+            fitted[name] = tensor.to(device=own.device, dtype=own.dtype)
+            twin = first.setdefault(id(own), name)  # the model may tie what the files hold twice
+            if twin != name and torch.equal(fitted[twin], fitted[name]):
+                fitted[name] = fitted[twin]
+        return fitted
+
+
+def _shaken(state: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """A state with noise of their own size on some of its tensors, the same noise on tied ones."""
+    made: dict[int, Tensor] = {}
+    for name in names:
+        value = state[name]
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+        made.setdefault(id(value), value + noise * value.float().square().mean().sqrt().to(value))
+    return {name: made[id(value)] if name in names else value for name, value in state.items()}
+
+
+class _Caller(nn.Module):
+    """A function of a model as a module, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, function: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    @override
+    def forward(self, batch: Any) -> Tensor:
+        return self.function(self.model, batch)
+
+
+def _call(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        raise ValueError(
+            f"`predict(...)`: the batches are mappings with {', '.join(map(str, batch))}, and it is not clear how the "
+            "model takes them. Give `forward=lambda model, batch: model(**batch).logits`, or what fits."
+        )
+    result: Tensor = model(batch[0] if isinstance(batch, tuple | list) else batch)
+    return result
+
+
+def _log_probabilities(logits: Any) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"`predict(...)`: a batch gave {got}, expected logits (b, classes). Give "
+            "`forward=lambda model, batch: ...` that returns them."
+        )
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            "`predict(...)`: a member gives logits that are NaN or infinite. Its weights are far from the experts': "
+            "lower the temperature, or raise the anchor's precision."
+        )
+    return logits.detach().cpu().double().log_softmax(-1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _fingerprint(batch: Any) -> str:
+    """A number that another batch hardly has."""
+    total = 0.0
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().reshape(-1)[:4096].double()
+            total += float((flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum()) + leaf.numel()
+    return repr(total)
+
+
+def _other_batches(index: int) -> ValueError:
+    return ValueError(
+        f"`predict(loader=...)`: batch {index} differs from the one in the first pass, and members are averaged "
+        "example by example. Turn shuffling and random augmentation off."
+    )

@@ -1,0 +1,221 @@
+"""What Span statistics are about, as plain data: written beside them, and compared before they are used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from inference.models.design import Design, Designs, as_function, design_text
+from inference.models.modules import checked_names
+from poe_models.span_labels import center_label
+from poe_models.weights.loading import CheckpointError
+from poe_models.weights.task_vectors import TaskVectors
+
+_CONFIG = "config.json"
+"""Says how tensors are treated, which is compared by itself."""
+_Kind = tuple[tuple[str, ...], tuple[str, ...], str, str]
+"""Names of the task vectors, residual maps, centre, and the coordinates that the merge is solved in."""
+
+
+def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
+    """Merged tensors by the kind of their design: one set of statistics can be made of each.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: One product or design for all tensors, or a function from the tensor's name.
+
+    Returns:
+        Names of the tensors that have the same updates, maps and centre.
+
+    Raises:
+        ValueError: If nothing is merged, or a design does not fit the task vectors.
+    """
+    found: dict[_Kind, list[str]] = {}
+    for name, kind in _kinds(task_vectors, _designs(task_vectors, designs)).items():
+        found.setdefault(kind, []).append(name)
+    return list(found.values())
+
+
+def family_of(task_vectors: TaskVectors, designs: Designs, tensors: Collection[str] | None = None) -> dict[str, Design]:
+    """The design of each merged tensor, once all are known to be about the same updates, maps and centre.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: One product or design for all tensors, or a function from the tensor's name.
+        tensors: Only these.
+
+    Returns:
+        Name of the tensor to its design.
+
+    Raises:
+        ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
+    """
+    found = _designs(task_vectors, designs)
+    found = {name: design for name, design in found.items() if tensors is None or name in tensors}
+    kinds = _kinds(task_vectors, found)
+    first = next(iter(found))
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            raise ValueError(
+                f"`collect_statistics(...)`: tensor {name!r} has {_shown(kind)}; tensor {first!r} has "
+                f"{_shown(kinds[first])}. One set of statistics has one kind of expert: give all tensors the same, or "
+                "make two sets, each with a rule that keeps the other tensors. `poe-merge sample` without --stats "
+                "makes them on the way."
+            )
+    return found
+
+
+def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
+    """What decides statistics besides the contents of the checkpoints, from headers alone.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: One product or design for all tensors, or a function from the tensor's name.
+
+    Returns:
+        Plain data: task vectors, residual maps, centre, what decides the merge that the span goes through
+        (None where the merge itself is solved in Span coordinates), dtype of the updates, and each tensor's matrices.
+    """
+    family = family_of(task_vectors, designs)
+    tensor, design = next(iter(family.items()))
+    updates, maps, center, coordinates = _kind(task_vectors, tensor, design)
+    return {
+        "updates": list(updates),
+        "residual_maps": list(maps),
+        "center": center,
+        "coordinates": coordinates,
+        "dtype": str(task_vectors.dtype).removeprefix("torch."),
+        "tensors": {name: str(task_vectors.treatments[name].view) for name in family},
+        "merge": _merges(family) if coordinates == "full" else None,
+    }
+
+
+def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Refuse statistics of other checkpoints or another design.
+
+    Args:
+        path: Where they are.
+        record: Their JSON, saved with ``about`` and ``inputs``.
+        about: What `describe` gives now.
+        inputs: What `digest_inputs` gives now.
+
+    Raises:
+        CheckpointError: If something differs, or nothing was recorded; names it.
+    """
+    if not isinstance(record.get("about"), Mapping) or not isinstance(record.get("inputs"), Mapping):
+        raise CheckpointError(
+            f"{path}: nothing is recorded about what these statistics were made from. Make them with `poe-merge stats`."
+        )
+    where = difference(record["about"], about)
+    if where is not None:
+        raise CheckpointError(
+            f"{path}: these statistics are about another design: {where[0]} was {where[1]}, now it is {where[2]}. Make "
+            "the statistics again with `poe-merge stats`, or give the settings that they were made with."
+        )
+    changed = changed_input(record["inputs"], inputs)
+    if changed is not None:
+        raise CheckpointError(
+            f"{path}: these statistics were made from other checkpoints: {changed}. Make the statistics again with "
+            "`poe-merge stats`, or give the checkpoints that they were made from."
+        )
+
+
+def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first checkpoint whose contents differ, in words; None if all are the same.
+
+    Args:
+        before: What `digest_inputs` gave then.
+        now: What it gives now.
+    """
+    old, new = _contents(before), _contents(now)
+    differing = (role for role in dict.fromkeys([*old, *new]) if old.get(role) != new.get(role))
+    role = next(differing, None)
+    return None if role is None else _changed(role, old, new)
+
+
+def difference(before: Any, now: Any) -> tuple[str, str, str] | None:
+    """The first place where two pieces of plain data differ.
+
+    Args:
+        before: One.
+        now: The other.
+
+    Returns:
+        The dotted place and both values as JSON, "missing" where there is none; None if they are the same.
+
+    >>> difference({"a": {"b": 1}, "c": [2]}, {"a": {"b": 1}, "c": [3]})
+    ('c[0]', '2', '3')
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    for place in dict.fromkeys([*old, *new]):
+        one, other = (json.dumps(each[place]) if place in each else "missing" for each in (old, new))
+        if one != other:
+            return place, one, other
+    return None
+
+
+def _designs(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
+    """The design of each merged tensor."""
+    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    if not tensors:
+        raise ValueError(
+            "`collect_statistics(...)`: no tensor of the base is merged, so there is no module. `poe-merge plan` (or "
+            "`TaskVectors.treatments`) says what happens to each and why; a rule can merge it."
+        )
+    for_tensor = as_function(designs)
+    return {name: for_tensor(name) for name in tensors}
+
+
+def _kinds(task_vectors: TaskVectors, designs: Mapping[str, Design]) -> dict[str, _Kind]:
+    return {name: _kind(task_vectors, name, each) for name, each in designs.items()}
+
+
+def _kind(task_vectors: TaskVectors, tensor: str, design: Design) -> _Kind:
+    names = checked_names(task_vectors, tensor, design)
+    maps = tuple(repr(expert.residual_map) for expert in design.poe.experts)
+    return names, maps, center_label(design.span_product.anchor.center), design.coordinates
+
+
+def _merges(family: Mapping[str, Design]) -> list[dict[str, Any]]:
+    """What decides the merge in Full coordinates: each distinct design, with its tensors."""
+    found: dict[str, list[str]] = {}
+    for name, design in family.items():
+        found.setdefault(design_text(design, solver=True), []).append(name)
+    return [{**json.loads(text), "tensors": names} for text, names in found.items()]
+
+
+def _shown(kind: _Kind) -> str:
+    return f"{', '.join(kind[1])} on {', '.join(kind[0])} around the centre {kind[2]}, merged in {kind[3]} coordinates"
+
+
+def _contents(inputs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Digests of the files that decide statistics, by role; anchors by number, for their role has their path."""
+    anchors = [role for role in inputs if role.startswith("anchor ")]
+    return {
+        f"anchor {anchors.index(role) + 1}" if role in anchors else role: {
+            name: digest for name, digest in entry["sha256"].items() if name != _CONFIG
+        }
+        for role, entry in inputs.items()
+        if role != "code"
+    }
+
+
+def _changed(role: str, before: Mapping[str, dict[str, str]], now: Mapping[str, dict[str, str]]) -> str:
+    if role not in before or role not in now:
+        return f"the {role} {'is new' if role in now else 'is not there any more'}"
+    old, new = before[role], now[role]
+    file = next(name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name))
+    shown = [f"{each[file][:12]}..." if file in each else "missing" for each in (old, new)]
+    return f"{file} of the {role} has the sha256 {shown[1]} and had {shown[0]}"
+
+
+def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, Mapping) and data:
+        for key, value in data.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(data, list | tuple) and data:
+        for index, value in enumerate(data):
+            yield from _leaves(value, f"{prefix}[{index}]")
+    else:
+        yield prefix, data

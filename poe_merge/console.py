@@ -1,0 +1,294 @@
+"""What the command line prints."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
+
+if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
+    from diagnostics.verdicts import Verdict
+    from inference.models.merge import MergeReport, Plan
+    from inference.retention import ExpertRetention
+    from poe_merge.ensemble import SampleReport
+    from poe_merge.presets import Preset
+    from poe_merge.sampling import Sampling, Seeds
+    from poe_merge.stats import StatisticsReport
+    from poe_models.methods import MergingMethod
+    from poe_models.weights.task_vectors import TaskVectors
+
+_PIPED_WIDTH = 200
+_SHOWN = 3
+
+
+def _console(stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)
+
+
+def error(message: str) -> None:
+    """Print an error to stderr: one line unless it lists several things; the terminal's width breaks it."""
+    _print("red", "error", message)
+
+
+def warning(message: str) -> None:
+    """Print a warning to stderr."""
+    _print("yellow", "warning", message)
+
+
+def _print(colour: str, word: str, message: str) -> None:
+    console = _console(stderr=True)
+    console.print(f"[{colour}]{word}:[/{colour}] {escape(message.strip())}", soft_wrap=not console.is_terminal)
+
+
+def plan(planned: Plan, task_vectors: TaskVectors) -> None:
+    """Print each tensor's treatment, and what the merge takes."""
+    table = Table("tensor", "shape", "treatment", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.columns[0].overflow = "fold"
+    table.columns[1].no_wrap = True
+    for tensor in planned.tensors:
+        tied = "".join(f" = {escape(alias)}" for alias in tensor.aliases)
+        table.add_row(escape(tensor.name) + tied, "x".join(map(str, tensor.shape)), escape(str(tensor.treatment)))
+    console = _console()
+    console.print(table)
+    facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    batches = [group.modules for group in planned.groups if group.modules]
+    rows = {
+        "base": task_vectors.base.source,
+        "experts": ", ".join(task_vectors.names),
+        "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
+        f"{planned.count('base')} kept from the base",
+        "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
+        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
+        "to read": f"{size(planned.read_bytes)} (checksums included)",
+        "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",
+        "free disk": f"{size(planned.disk_bytes)} needed while merging",
+    }
+    for key, value in rows.items():
+        facts.add_row(f"[bold]{key}[/bold]", escape(value))
+    console.print()
+    console.print(facts)
+
+
+def report(done: MergeReport) -> None:
+    """Print what a merge did, and what did not converge."""
+    from inference.retention import concerns
+    from inference.solution import Status
+
+    console = _console()
+    counts = ", ".join(
+        f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
+    )
+    groups = "group" if done.resumed_groups == 1 else "groups"
+    resumed = f", {done.resumed_groups} {groups} from before" if done.resumed_groups else ""
+    console.print(
+        f"{escape(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
+        f"{done.seconds:.1f} s{resumed}."
+    )
+    if done.updated:
+        share = done.rounded_back / done.updated
+        console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")
+    if done.experts:
+        console.print(escape(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}."), soft_wrap=True)
+    for text in concerns(done.experts):
+        warning(text)
+    for name, count in done.status.items():
+        status = Status[name.upper()]
+        if not status.converged:
+            warning(f"{count} of {done.modules} matrices {status}.")
+    if done.not_converged:
+        more = ", ..." if len(done.not_converged) > _SHOWN else ""
+        warning(f"not converged: {', '.join(done.not_converged[:_SHOWN])}{more}; poe_merge.json lists all.")
+
+
+def _kept(expert: ExpertRetention) -> str:
+    from inference.retention import MOST_GROWN
+
+    left = "" if math.isnan(expert.residual_left) else f" ({expert.residual_left:.0%} of its squared residual left)"
+    if expert.residual_left > MOST_GROWN:
+        left = f" (its squared residual grew {expert.residual_left:.0f}-fold)"
+    return f"{expert.name} {'nothing, its update is zero' if math.isnan(expert.kept) else expert.kept_percent}{left}"
+
+
+def statistics(done: StatisticsReport) -> None:
+    """Print what statistics are about."""
+    _console().print(
+        escape(
+            f"{done.out}: {done.modules} modules, {len(done.updates)} experts ({', '.join(done.updates)}), "
+            f"{', '.join(done.residual_maps)} around the centre {done.center}; {size(done.nbytes)} in "
+            f"{done.seconds:.1f} s; digest {done.digest[:12]}."
+        ),
+        soft_wrap=True,
+    )
+
+
+def sample(done: SampleReport) -> None:
+    """Print what was drawn, whether the chains agree, and what to know about it."""
+    from poe_merge.sampling import Seeds
+
+    what, console = done.what, _console()
+    made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
+    modules = "1 module" if done.modules == 1 else f"{done.modules} modules"
+    how = f"{modules} drawn by {what.method} {_how_drawn(what, done.shared)}"
+    console.print(escape(f"{made}; {how}."), soft_wrap=True)
+    if isinstance(what, Seeds):
+        console.print("Independent draws, one for each seed: there are no chains to judge.")
+    elif done.convergence is None:
+        console.print("Independent draws of Laplace's approximation: there are no chains to judge.")
+    else:
+        r_hat, ess = (
+            "unknown" if value is None else f"{value:{form}}"
+            for value, form in ((done.convergence["r_hat"], ".3f"), (done.convergence["ess"], ".0f"))
+        )
+        chains = "1 chain" if what.chains == 1 else f"{what.chains} chains"
+        console.print(f"{chains} of {what.draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
+        for text in done.convergence["warnings"]:
+            warning(text)
+    if done.experts:
+        kept = ", ".join(map(_kept, done.experts))
+        console.print(escape(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
+    if done.around is not None:
+        console.print(escape(f"{done.around}."), soft_wrap=True)
+    for text in done.warnings:
+        warning(text)
+
+
+def _how_drawn(what: Sampling | Seeds, shared: int) -> str:
+    from poe_merge.sampling import Seeds
+
+    if isinstance(what, Seeds):
+        rest = f", {shared} more tensors at seed {what.first}" if shared else ""
+        return f"at the seeds {', '.join(map(str, what.seeds))}{rest}"
+    rest = f", {shared} more tensors at the merge" if shared else ""
+    return f"in {what.coordinates.capitalize()} coordinates at temperature {what.temperature:g}{rest}"
+
+
+def diagnosis(path: Path, warnings: Sequence[Verdict]) -> None:
+    """Print where the page is and its warnings, the worst first."""
+    for found in warnings:
+        warning(f"{found.about}: {found.text}")
+    _console().print(f"{escape(str(path))}: {len(warnings) or 'no'} warning{'' if len(warnings) == 1 else 's'}.")
+
+
+def presets(known: Mapping[str, Preset]) -> None:
+    """Print the presets: what they are for, and what they set."""
+    table = Table("preset", "lambda", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.columns[0].no_wrap = True
+    common = set.intersection(*({*map(str, preset.parameters.items())} for preset in known.values()))
+    for name, preset in known.items():
+        values = preset.parameters
+        table.add_row(name, str(values["lambda"]), values["scale"], escape(preset.about))
+    console = _console()
+    console.print("Bui et al. (2026), arXiv 2607.01689, Table 5:\n")
+    console.print(table)
+    first = next(iter(known.values())).parameters
+    shared = ", ".join(f"{key}: {value}" for key, value in first.items() if str((key, value)) in common)
+    console.print(f"\nAll of them: {escape(shared)}.")
+
+
+def methods(known: Mapping[str, type[MergingMethod]]) -> None:
+    """Print the merging methods: how they are called, what they need, whom to cite."""
+    columns = ("method", "in the literature", "sees", "data", "streams", "draws", "citation")
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    for name, method in known.items():
+        about = method.about
+        streams, draws = (("yes" if flag else "no") for flag in (about.streaming, about.random))
+        row = (name, about.title, f"a {about.scope}", about.data, streams, draws, about.citation)
+        table.add_row(*map(escape, row))
+    console = _console()
+    console.print(table)
+    console.print()
+    for name, method in known.items():
+        console.print(escape(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
+
+
+def _settings(method: type[MergingMethod]) -> list[str]:
+    """Its settings with their defaults; without those that are filled in by a look at the model, which are None."""
+    parameters = inspect.signature(method).parameters.values()
+    named = ((p.name, p.default) for p in parameters if p.default is not None)
+    return [name if default is inspect.Parameter.empty else f"{name}={default!r}" for name, default in named]
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> size(0), size(1536), size(3 * 10**9)
+    ('0 bytes', '1.5 kB', '3.0 GB')
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+class _Modules(ProgressColumn):
+    """How many matrices are solved."""
+
+    @override
+    def render(self, task: Task) -> Text:
+        total = task.fields["modules"]
+        return Text(f"{task.fields['solved']}/{total} matrices" if total else "")
+
+
+class _Amount(DownloadColumn):
+    """Bytes, or a sampler's steps."""
+
+    @override
+    def render(self, task: Task) -> Text:
+        counted = task.fields.get("steps")
+        return Text(f"{task.completed:.0f}/{task.total or 0:.0f} steps") if counted else super().render(task)
+
+
+class Bars:
+    """Progress bars on stderr; a context manager and an `inference.models.merge.Progress`."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            _Modules(),
+            _Amount(),
+            TimeRemainingColumn(compact=True),
+            console=_console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._solved = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, stage: str, modules: int, nbytes: int) -> None:
+        """Add the bar of a stage; the first one makes them appear."""
+        self._progress.start()
+        self._solved = 0
+        self._task = self._progress.add_task(stage, total=nbytes, modules=modules, solved=0)
+
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """Add the bar of a sampler; what is returned moves it on."""
+        self._progress.start()
+        task = self._progress.add_task(stage, total=None, modules=0, solved=0, steps=True)
+        return lambda finished, total: self._progress.update(task, completed=finished, total=total)
+
+    def advance(self, modules: int, nbytes: int) -> None:
+        """Move the newest bar on."""
+        self._solved += modules
+        self._progress.update(self._task, advance=nbytes, solved=self._solved)

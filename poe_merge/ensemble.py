@@ -1,0 +1,283 @@
+"""`poe-merge sample`: draw, then write the members with the draws they came from; or go on where that was interrupted.
+
+OUT/member-000, ...    the members, OUT/shared their common part (deltas only), OUT/ensemble.json what everything is
+OUT/sample.json        settings, and whether the chains agree, if there are any
+OUT/draws              every draw, not only the members': `inference.models.draw_files.load_draws`
+OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where designs differ between tensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from diagnostics.arviz_adapter import merge_attributes
+from diagnostics.chains import chain_convergence
+from diagnostics.verdicts import Level
+from inference.models.artifacts import versions
+from inference.models.design import Design
+from inference.models.digest import Progress
+from inference.models.draw_files import load_draws, save_draws
+from inference.models.ensemble import MergedEnsemble
+from inference.models.ensemble_files import check_begun
+from inference.models.method_design import AnyDesign
+from inference.models.method_draws import MethodDraws
+from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from inference.models.modules import module_names
+from inference.models.staging import OutputError
+from inference.models.statistics_files import collect_statistics
+from inference.models.statistics_record import difference, families
+from inference.models.surrounding import distance_from_merge
+from inference.retention import ExpertRetention, concerns, totals_of
+from poe_merge.config import MergeConfig
+from poe_merge.drawing import Drawn, draw_full, draw_span
+from poe_merge.merged import check_inputs, read_record
+from poe_merge.sampling import Sampling, Seeds
+from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
+from poe_models.weights.task_vectors import TaskVectors
+
+RECORD, DRAWS = "sample.json", "draws"
+AnyTable = Callable[[str], AnyDesign]
+
+
+class Bars(Progress, Protocol):
+    """Progress in modules and bytes, and in steps of a sampler."""
+
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """A sampler begins.
+
+        Args:
+            stage: Its name.
+
+        Returns:
+            What is told the finished steps and their total.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What `poe-merge sample` did.
+
+    Attributes:
+        out: The folder.
+        what: The settings.
+        modules: Number of modules that were drawn.
+        shared: Number of merged tensors that were not: they are the merge's, or the method's at its own seed.
+        nbytes: Bytes of all files.
+        convergence: R-hat, effective sample size and verdicts; None for independent draws.
+        around: What the draws are, and how far their centre is from the merge; None for a method's seeds.
+        experts: What the merge kept of each expert.
+        warnings: What a reader should know.
+        seconds: Wall time of this run.
+    """
+
+    out: Path
+    what: Sampling | Seeds
+    modules: int
+    shared: int
+    nbytes: int
+    convergence: Mapping[str, Any] | None
+    around: str | None
+    experts: tuple[ExpertRetention, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+def sample(
+    settings: MergeConfig,
+    task_vectors: TaskVectors,
+    designs: AnyTable,
+    out: Path,
+    what: Sampling | Seeds,
+    bars: Bars,
+    *,
+    statistics: Path | None,
+    merged: Path | None,
+    resume: bool,
+) -> SampleReport:
+    """Draw merged models around the merge and write them.
+
+    Args:
+        settings: The configuration.
+        task_vectors: Base and experts.
+        designs: The design of each tensor.
+        out: The folder to make.
+        what: What to draw.
+        bars: Told how far it is.
+        statistics: Folder of Span statistics, instead of a pass over the weights.
+        merged: Folder of the merge, whose tensors are taken for all that is not drawn; by default it is solved here.
+        resume: Go on with an interrupted run of the same settings.
+
+    Returns:
+        What was done.
+
+    Raises:
+        OutputError: If the folder exists, the disk is full, or the interrupted run was another one.
+        CheckpointError: If an input cannot be used, or the statistics are about something else.
+        ValueError: If something cannot be drawn; says what.
+    """
+    began = time.monotonic()
+    partial = check_apart(out, checkpoints_of(task_vectors, designs))
+    partial = partial.with_name(partial.name + ".partial")
+    check_begun(partial, resume)
+    if statistics is not None and isinstance(what, Sampling) and what.coordinates == "full":
+        raise ValueError(
+            "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
+        )
+    folder_of_merge = None if merged is None else str(merged.absolute())
+    asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if resume and (partial / DRAWS).is_dir():
+            drawn, convergence = _drawn_before(partial, asked)
+        else:
+            drawn = _around(merged, _draw(task_vectors, designs, what, statistics, bars), task_vectors, designs, bars)
+            chains = isinstance(what, Sampling) and what.method != "laplace"
+            convergence = _convergence(drawn.draws) if chains else None
+        ensemble = MergedEnsemble(
+            task_vectors,
+            designs,
+            drawn.draws.thinned(what.members),
+            out_dtype=settings.output_dtype,
+            elsewhere=merged,
+        )
+        record = {**asked, "source": drawn.draws.source, "around": _placed(drawn.draws)}
+        record["experts"] = [each.record() for each in drawn.experts]
+        record |= {"convergence": convergence, "warnings": drawn.warnings}
+
+        def extras(folder: Path) -> None:
+            _write(folder, drawn, {"kind": "sample", **record, "versions": versions()})
+
+        folder = ensemble.save(out, format=what.format, resume=resume, progress=bars, extras=extras)
+    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
+    return SampleReport(
+        out=folder,
+        what=what,
+        modules=len(drawn.draws.modules),
+        shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
+        nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        convergence=convergence,
+        around=_described(drawn.draws),
+        experts=drawn.experts,
+        warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _draw(
+    task_vectors: TaskVectors, designs: AnyTable, what: Sampling | Seeds, statistics: Path | None, bars: Bars
+) -> Drawn:
+    if isinstance(what, Seeds):
+        draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
+        return Drawn(draws, (), (), ())
+    products = _products(designs)
+    if what.coordinates == "full":
+        return draw_full(task_vectors, products, what, bars)
+    if statistics is None:
+        sets = families(task_vectors, products)
+        found = [collect_statistics(task_vectors, products, tensors=each, progress=bars) for each in sets]
+    else:
+        found = [checked_statistics(statistics, task_vectors, products, bars)]
+    return draw_span(found, task_vectors, products, what, bars.steps)
+
+
+def _around(
+    merged: Path | None, drawn: Drawn, task_vectors: TaskVectors, designs: AnyTable, progress: Progress
+) -> Drawn:
+    """The draws with their distance from the merged folder, if there is one, and a warning if they are far from it."""
+    draws = drawn.draws
+    if isinstance(draws, MethodDraws):
+        return drawn
+    if merged is not None:
+        products = _products(designs)
+        check_inputs(merged, task_vectors, products, progress)
+        draws = replace(draws, from_merge=distance_from_merge(draws, task_vectors, products, merged))
+    for data in drawn.data:
+        if draws.from_merge is not None:
+            places = [draws.index(str(name)) for name in data.posterior["module"].values]
+            data.attrs |= merge_attributes(draws.from_merge.select(places))
+    experts = drawn.experts if merged is None else totals_of(read_record(merged))
+    far = () if draws.far_from_merge is None else (draws.far_from_merge,)
+    return Drawn(draws, drawn.data, experts, (*drawn.warnings, *far, *concerns(experts)))
+
+
+def _described(draws: ModelDraws) -> str | None:
+    if not isinstance(draws, PosteriorDraws) or draws.from_merge is None:
+        return None
+    return f"{draws.about}: {draws.from_merge}"
+
+
+def _placed(draws: ModelDraws) -> dict[str, Any] | None:
+    """What the draws are, and where their centre is, as plain data."""
+    if not isinstance(draws, PosteriorDraws):
+        return None
+    found = None if draws.from_merge is None else merge_attributes(draws.from_merge)
+    numbers = {key: None if value != value else value for key, value in (found or {}).items()}
+    kinds = {"coordinates": draws.coordinates, "surrounds": draws.surrounds, "sampler": draws.sampler}
+    return {**kinds, "temperatures": list(draws.temperatures), **numbers}
+
+
+def _products(designs: AnyTable) -> Table:
+    def product(tensor: str) -> Design:
+        design = designs(tensor)
+        assert isinstance(design, Design)
+        return design
+
+    return product
+
+
+def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[str, Any] | None]:
+    """The draws of an interrupted run, if they are what is asked for now."""
+    record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
+    where = difference({key: record[key] for key in asked}, asked)
+    if where is not None:
+        raise OutputError(
+            f"{partial} was begun with {where[0]} = {where[1]}, now it is {where[2]}. Restore what it was, or remove "
+            "that folder to start again."
+        )
+    draws = load_draws(partial / DRAWS, record["source"])
+    assert isinstance(draws, SpanDraws | FullDraws | MethodDraws)
+    numbers = ("kept", "residual_left", "length")
+    known = tuple(
+        ExpertRetention(each["name"], *(math.nan if each[key] is None else each[key] for key in numbers))
+        for each in record["experts"]
+    )
+    return Drawn(draws, (), known, tuple(record["warnings"])), record["convergence"]
+
+
+def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
+    """Write everything beside the members; the draws last, for they say that the rest is there."""
+    if (folder / DRAWS).is_dir():
+        return
+    for number, data in enumerate(drawn.data):
+        name = "draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc"
+        data.to_netcdf(str(folder / f"{name}.tmp"))
+        (folder / f"{name}.tmp").replace(folder / name)
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_draws(drawn.draws, folder / DRAWS)
+
+
+def _convergence(draws: ModelDraws) -> dict[str, Any]:
+    """Whether the chains agree, as plain data."""
+    found = chain_convergence(draws)
+    sizes = np.fmin(found.statistics.ess_bulk, found.statistics.ess_tail)
+    return {
+        "r_hat": _extreme(found.statistics.r_hat, np.max),
+        "ess": _extreme(sizes, np.min),
+        "warnings": [f"{each.about}: {each.text}" for each in found.verdicts if each.level != Level.GOOD],
+    }
+
+
+def _extreme(values: np.ndarray, reduce: Any) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(reduce(known)) if known.size else None

@@ -1,0 +1,146 @@
+"""`poe-merge stats`: the one pass over the weights; and its folder opened again, if it is about the same merge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.models.artifacts import read_record
+from inference.models.design import Design
+from inference.models.digest import Progress, digest_inputs, files_of, refuse_copies
+from inference.models.method_design import AnyDesign
+from inference.models.plan import inputs_of
+from inference.models.staging import check_output
+from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
+from inference.models.statistics_record import describe, require_same
+from poe_merge.build import custom_sources
+from poe_merge.config import MergeConfig
+from poe_models.span import SpanStatistics
+from poe_models.weights.loading import Checkpoint
+from poe_models.weights.task_vectors import TaskVectors
+
+Table = Callable[[str], Design]
+
+
+@dataclass(frozen=True)
+class StatisticsReport:
+    """What `poe-merge stats` did.
+
+    Attributes:
+        out: The folder.
+        modules: Number of modules.
+        updates: Names of the task vectors.
+        residual_maps: Each kind of residual map once.
+        center: The anchor's centre.
+        nbytes: Size of the folder's files.
+        digest: Of the statistics.
+        seconds: Wall time.
+    """
+
+    out: Path
+    modules: int
+    updates: tuple[str, ...]
+    residual_maps: tuple[str, ...]
+    center: str
+    nbytes: int
+    digest: str
+    seconds: float
+
+
+def make_statistics(
+    settings: MergeConfig, task_vectors: TaskVectors, designs: Table, out: Path, progress: Progress
+) -> StatisticsReport:
+    """Make the one pass over the weights and save the statistics as a new folder, whole or not at all.
+
+    Args:
+        settings: The configuration, for the record.
+        task_vectors: Base and experts.
+        designs: The design of each tensor.
+        out: The folder to make.
+        progress: Told how far it is.
+
+    Returns:
+        What was done.
+
+    Raises:
+        OutputError: If the folder exists or would overwrite an input.
+        CheckpointError: If an input has values that are not finite, or is a copy of the base.
+        ValueError: If nothing is merged, or the designs do not fit each other.
+    """
+    began = time.monotonic()
+    checkpoints = checkpoints_of(task_vectors, designs)
+    check_apart(out, checkpoints)
+    about = describe(task_vectors, designs)
+    inputs = digest_inputs(checkpoints, custom_sources(settings), progress)
+    refuse_copies(inputs)
+    statistics = collect_statistics(task_vectors, designs, progress=progress)
+    folder = save_statistics(
+        statistics, out, about=about, inputs=inputs, settings={"preset": settings.preset, "config": settings.resolved()}
+    )
+    return StatisticsReport(
+        out=folder,
+        modules=len(statistics.modules),
+        updates=statistics.updates,
+        residual_maps=tuple(dict.fromkeys(statistics.residual_maps)),
+        center=statistics.center,
+        nbytes=sum(path.stat().st_size for path in folder.iterdir()),
+        digest=statistics_digest(statistics),
+        seconds=time.monotonic() - began,
+    )
+
+
+def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, progress: Progress) -> SpanStatistics:
+    """Load statistics once it is clear that they are about these checkpoints and this design.
+
+    Args:
+        path: The folder that `poe-merge stats` made.
+        task_vectors: Base and experts.
+        designs: The design of each tensor.
+        progress: Told how far the checksums are.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        CheckpointError: If the folder is none of statistics, or is about something else; says what differs.
+        ValueError: If the designs do not fit each other.
+    """
+    statistics = load_statistics(path)
+    about = describe(task_vectors, designs)
+    inputs = digest_inputs(checkpoints_of(task_vectors, designs), (), progress)
+    require_same(path, read_record(path, "statistics"), about, inputs)
+    return statistics
+
+
+def checkpoints_of(task_vectors: TaskVectors, designs: Callable[[str], AnyDesign]) -> dict[str, Checkpoint]:
+    """Every checkpoint that is read, by its role.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: The design of each tensor.
+
+    Returns:
+        Base, experts and the anchors' checkpoints.
+    """
+    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    distinct = {id(design): design for design in map(designs, merged)}
+    return inputs_of(task_vectors, list(distinct.values()))
+
+
+def check_apart(out: Path, checkpoints: dict[str, Checkpoint]) -> Path:
+    """Refuse an output folder that exists, or that an input is part of.
+
+    Args:
+        out: The folder to make.
+        checkpoints: What is read.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        OutputError: If it does.
+    """
+    sources = [Path(checkpoint.source) for checkpoint in checkpoints.values() if checkpoint.files]
+    return check_output(out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))])

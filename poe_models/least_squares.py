@@ -1,0 +1,240 @@
+"""The experts' squared residuals of a batch of modules as one weighted least-squares problem.
+
+Given weights ``w_i`` the merged update minimises ``sum_i w_i q_i(Z) + shift |Z - Z_0|^2``, whatever the energies
+are. The problem is written for the displacement ``x = Z - Z_0`` and, where the experts' operators span few
+directions, in an orthonormal basis of those: ``Z = Z_0 + Q_out x Q_in^T``. That reaches the same solution as
+Woodbury's identity on the stacked updates without its cancellation at a small anchor, and makes Directional
+experts (vectors in ``d_out d_in`` dimensions) an ordinary Gram problem of ``N`` dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
+from poe_models.posterior import BoundExpert, Posterior
+from poe_models.precisions import DiagonalPrecision, GramPrecision, KroneckerSum, Precision
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """Orthonormal coordinates of the directions that matter: ``x = Q_out^T X Q_in``, or ``Q^T vec(X)``.
+
+    Attributes:
+        left: ``Q_out``, ``(M, d_out, a)``; None for all directions.
+        right: ``Q_in``, ``(M, d_in, b)``; None for all directions.
+        flat: ``Q``, ``(M, d_out d_in, a)``, for matrices taken as vectors; excludes the other two.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    flat: Tensor | None = None
+
+    @property
+    def trivial(self) -> bool:
+        """Whether nothing is compressed."""
+        return self.left is None and self.right is None and self.flat is None
+
+    def compress(self, x: Tensor) -> Tensor:
+        """``(..., M, d_out, d_in)`` to ``(..., M, a, b)``."""
+        if self.flat is not None:
+            return self.flat.mT @ x.flatten(-2).unsqueeze(-1)
+        x = x if self.left is None else self.left.mT @ x
+        return x if self.right is None else x @ self.right
+
+    def lift(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """``(..., M, a, b)`` back to ``(..., M, d_out, d_in)``, orthogonal to everything that was left out."""
+        if self.flat is not None:
+            return (self.flat @ x).squeeze(-1).unflatten(-1, shape)
+        x = x if self.left is None else self.left @ x
+        return x if self.right is None else x @ self.right.mT
+
+    def operator(self, operator: Operator, like: Tensor) -> Operator:
+        """An operator in these coordinates; ``like`` is any compressed tensor ``(M, a, b)``."""
+        shape = (int(like.shape[-2]), int(like.shape[-1]))
+        if isinstance(operator, RankOne) and self.flat is not None:
+            return Gram(self.compress(operator.vector), "left", shape)
+        if isinstance(operator, ScaledIdentity):
+            return ScaledIdentity(shape, like)
+        if isinstance(operator, Gram):
+            basis = self.left if operator.side == "left" else self.right
+            return operator if self.trivial else Gram(_project(basis, operator.factor), operator.side, shape)
+        return operator
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """Weighted least squares over ``x = Z - Z_0`` in compressed coordinates ``(M, a, b)``.
+
+    Points, weights and shifts may have leading dimensions ``(*S)`` before ``M`` (chains of a sampler).
+
+    Attributes:
+        operators: ``P_i`` in these coordinates, one per expert.
+        targets: ``U_i - Z_0`` in these coordinates, ``(M, a, b)`` each.
+        compression: the change of coordinates.
+        shape: ``(d_out, d_in)`` of the merged update.
+    """
+
+    operators: tuple[Operator, ...]
+    targets: tuple[Tensor, ...]
+    compression: Compression
+    shape: tuple[int, int]
+
+    @property
+    def event_shape(self) -> tuple[int, int]:
+        """``(a, b)``."""
+        return int(self.targets[0].shape[-2]), int(self.targets[0].shape[-1])
+
+    def lift(self, x: Tensor) -> Tensor:
+        """Displacement ``Z - Z_0`` of ``x``, ``(*S, M, a, b)`` to ``(*S, M, d_out, d_in)``."""
+        return self.compression.lift(x, self.shape)
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Squared residuals ``q_i``, ``(*S, M, E)`` float64."""
+        pairs = zip(self.operators, self.targets, strict=True)
+        return torch.stack([operator.quadratic(x - target) for operator, target in pairs], -1)
+
+    def forces(self, x: Tensor) -> list[Tensor]:
+        """``P_i (x - target_i)`` per expert, ``(*S, M, a, b)`` each: half the gradients of ``q_i``."""
+        return [operator.apply(x - target) for operator, target in zip(self.operators, self.targets, strict=True)]
+
+    def pulls(self) -> list[Tensor]:
+        """``P_i target_i`` per expert, ``(M, a, b)``: right-hand sides of the normal equations before weighting."""
+        return [operator.apply(target) for operator, target in zip(self.operators, self.targets, strict=True)]
+
+    def precision(self, weights: Tensor, shift: Tensor) -> Precision:
+        """``H = sum_i w_i P_i + shift I``, factored, for weights ``(*S, M, E)`` and a shift ``(*S, M)``."""
+        left, right, diagonal = self._assemble(weights, shift)
+        if left is not None and right is not None:
+            return KroneckerSum(left, right, diagonal)
+        if left is not None:
+            return GramPrecision(_add_diagonal(left, diagonal), "left", self.event_shape)
+        if right is not None:
+            return GramPrecision(_add_diagonal(right, diagonal), "right", self.event_shape)
+        return DiagonalPrecision(diagonal, self.event_shape)
+
+    def apply(self, weights: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+        """``H x`` for the same ``H``, ``(*S, M, a, b)``."""
+        left, right, diagonal = self._assemble(weights, shift)
+        result = diagonal * x
+        if left is not None:
+            result = result + left @ x
+        return result if right is None else result + x @ right
+
+    def _assemble(self, weights: Tensor, shift: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The weighted sums of what acts on the left, on the right and elementwise."""
+        dtype = self.targets[0].dtype
+        sides: dict[str, Tensor] = {}
+        diagonal = shift.to(dtype)[..., None, None]
+        for i, operator in enumerate(self.operators):
+            weight = weights[..., i].to(dtype)[..., None, None]
+            if isinstance(operator, Gram):
+                term = weight * operator.gram
+                sides[operator.side] = sides[operator.side].add_(term) if operator.side in sides else term
+            elif isinstance(operator, Diagonal):
+                diagonal = diagonal + weight * operator.values
+            elif isinstance(operator, ScaledIdentity):
+                diagonal = diagonal + weight
+            else:
+                raise TypeError(
+                    f"`{type(operator).__name__}` is an operator that no factorisation in Full coordinates knows. "
+                    "Return a Gram, Diagonal, RankOne or ScaledIdentity, or use coordinates='span'."
+                )
+        return sides.get("left"), sides.get("right"), diagonal
+
+
+def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
+    """The least-squares problem behind a posterior, in few coordinates.
+
+    Args:
+        posterior: of a batch of modules, without factor experts.
+        for_draws: leave out only directions that no expert sees, where the posterior is the anchor's alone. A MAP
+            needs fewer: it does not move where experts see something but pull nowhere.
+
+    Returns:
+        The problem; ``lift(x) + Z_0`` is exact for every minimiser.
+
+    Raises:
+        ValueError: the operators of one module do not share a factorisation (or their draws do not).
+    """
+    kinds = {type(expert.operator) for expert in posterior.experts} - {ScaledIdentity}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(
+            f"one module mixes experts whose operators do not share a factorisation ({names}; Directional is RankOne, "
+            "the Gram maps are Gram, Fisher is Diagonal). Use coordinates='span', or one kind per module."
+        )
+    center = posterior.center
+    targets = [e.update if center is None else e.update - center for e in posterior.experts]
+    compression = Compression()
+    if kinds == {RankOne}:
+        compression = Compression(flat=_flat_basis(posterior.experts, targets, for_draws))
+    elif kinds == {Gram}:
+        compression = Compression(
+            left=_side_basis(posterior.experts, targets, "left", center is not None, for_draws),
+            right=_side_basis(posterior.experts, targets, "right", center is not None, for_draws),
+        )
+    reduced = tuple(compression.compress(target) for target in targets)
+    operators = tuple(compression.operator(expert.operator, reduced[0]) for expert in posterior.experts)
+    return Quadratic(operators, reduced, compression, posterior.event_shape)
+
+
+def _flat_basis(experts: tuple[BoundExpert, ...], targets: list[Tensor], for_draws: bool) -> Tensor:
+    """Directional experts see their update, Identity experts everything (a MAP only moves towards their targets)."""
+    columns = [
+        e.operator.vector if isinstance(e.operator, RankOne) else t for e, t in zip(experts, targets, strict=True)
+    ]
+    stacked = torch.stack([column.flatten(1) for column in columns], -1)
+    if for_draws and any(isinstance(e.operator, ScaledIdentity) for e in experts):
+        raise ValueError(
+            "draws in Full coordinates cannot mix Directional with Identity experts: every entry of the merged update "
+            "would need a dense covariance. Use coordinates='span'."
+        )
+    return orthonormal(stacked)
+
+
+def _side_basis(
+    experts: tuple[BoundExpert, ...],
+    targets: list[Tensor],
+    side: Literal["left", "right"],
+    displaced: bool,
+    for_draws: bool,
+) -> Tensor | None:
+    """Orthonormal directions of one side that matter; None where they are all of them.
+
+    These are the range of the operators that act on this side and, for the others, the targets themselves. Draws also
+    move in the latter's complement, so for draws every expert must act on this side.
+    """
+    columns = []
+    for expert, target in zip(experts, targets, strict=True):
+        if isinstance(expert.operator, Gram) and expert.operator.side == side:
+            columns.append(expert.operator.factor)
+        elif for_draws:
+            return None
+        elif expert.low_rank is not None and not displaced:
+            columns.append(expert.low_rank[0] if side == "left" else expert.low_rank[1].mT)
+        else:
+            columns.append(target if side == "left" else target.mT)
+    columns = list({(c.data_ptr(), c.shape, c.stride()): c for c in columns}.values())  # both sides share an update
+    length = columns[0].shape[-2]
+    if sum(column.shape[-1] for column in columns) >= length:
+        return None
+    return orthonormal(torch.cat(columns, -1))
+
+
+def _project(basis: Tensor | None, factor: Tensor) -> Tensor:
+    return factor if basis is None else basis.mT @ factor
+
+
+def _add_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:
+    matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(-1))
+    return matrix
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal basis whose range holds the columns, ``(M, d, k)`` to ``(M, d, k)``, by QR."""
+    return torch.linalg.qr(columns).Q

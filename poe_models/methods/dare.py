@@ -1,0 +1,153 @@
+"""DARE: drop entries at random and rescale the rest (Yu et al., 2024, arXiv 2311.03099), alone or before TIES."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.methods.arguments import for_each_expert, require_choice, require_number, require_share
+from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.methods.random_streams import named_generator
+from poe_models.methods.ties import Combine, merged_by_sign, trimming
+from poe_models.weights.task_vectors import ModuleUpdates
+
+
+@dataclass(frozen=True)
+class Dare(MergingMethod):
+    """``scale * sum_i m_i U_i / (1 - drop)`` with masks ``m_i`` of Bernoulli(1 - drop) entries (Yu et al., 2024).
+
+    Its expectation over seeds is task arithmetic. The masks depend on the seed and on the names of module and expert,
+    not on the order in which anything is merged.
+
+    Args:
+        drop: probability of dropping an entry.
+        scale: the task-arithmetic coefficient.
+        seed: of the masks.
+
+    >>> Dare(drop=0.5, scale=1.0, seed=1)(torch.ones(1, 1, 8))
+    tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
+    """
+
+    about = About(
+        "DARE",
+        "Yu et al., 2024, Language models are super Mario, arXiv 2311.03099",
+        random=True,
+        exceptions={
+            "one expert": "entries are dropped at random",
+            "identical experts": "entries are dropped at random",
+        },
+    )
+
+    drop: float = 0.5
+    scale: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_share("Dare", "drop", self.drop, one=False)
+        require_number("Dare", "scale", self.scale)
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        total = torch.zeros_like(batch.updates[:, 0])
+        for index, expert in enumerate(batch.experts):
+            for position, module in enumerate(batch.names):
+                total[position] += dropped(batch.updates[position, index], self.drop, self.seed, module, expert)
+        return self.scale * total
+
+
+@dataclass(frozen=True)
+class DareTies(MergingMethod):
+    """TIES on randomly dropped and rescaled updates (Yu et al., 2024; see `Dare` and `Ties`).
+
+    Args:
+        drop: probability of dropping an entry.
+        density: share of the entries that an expert keeps; dropped ones, which are zero, count.
+        scale: coefficient of the merged update.
+        combine: what becomes of the entries that agree.
+        seed: of the masks.
+        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
+        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+
+    >>> DareTies(drop=0.5, seed=1, thresholds=(0.0,), majority=1)(torch.ones(1, 1, 8))
+    tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
+    """
+
+    about = About(
+        "DARE-TIES",
+        "Yu et al., 2024, Language models are super Mario, arXiv 2311.03099",
+        scope="model",
+        random=True,
+        exceptions={
+            "one expert": "entries are dropped and trimmed",
+            "identical experts": "entries are dropped and trimmed",
+        },
+    )
+
+    drop: float = 0.5
+    density: float = 0.2
+    scale: float = 1.0
+    combine: Combine = "mean"
+    seed: int = 0
+    thresholds: tuple[float, ...] | None = None
+    majority: int | None = None
+
+    def __post_init__(self) -> None:
+        require_share("DareTies", "drop", self.drop, one=False)
+        require_share("DareTies", "density", self.density)
+        require_number("DareTies", "scale", self.scale)
+        require_choice("DareTies", "combine", self.combine, Combine)
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return None not in (self.thresholds, self.majority)
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> DareTies:
+        def vectors() -> Iterable[Tensor]:
+            for module in modules:
+                yield self._dropped(module.updates, module.name, module.names).flatten(1)
+
+        thresholds, majority = trimming(vectors, self.density)
+        return replace(self, thresholds=thresholds, majority=majority)
+
+    @override
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return (2 * experts + 8) * shape[0] * shape[1]
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
+        merged = torch.empty_like(batch.updates[:, 0])
+        for position, name in enumerate(batch.names):
+            values = self._dropped(batch.updates[position], name, batch.experts)
+            pairs = list(zip(values, thresholds, strict=True))
+            merged[position] = merged_by_sign(pairs, self.combine, self.majority or 0)
+        return merged.mul_(self.scale)
+
+    def _dropped(self, updates: Tensor, module: str, experts: Iterable[str]) -> Tensor:
+        """The thinned updates of one module, ``(N, d_out, d_in)``."""
+        pairs = zip(updates, experts, strict=True)
+        return torch.stack([dropped(update, self.drop, self.seed, module, expert) for update, expert in pairs])
+
+
+def dropped(values: Tensor, drop: float, seed: int, module: str, expert: str) -> Tensor:
+    """Entries dropped with a probability, the others divided by one minus it.
+
+    Args:
+        values: of one expert in one module, any shape.
+        drop: the probability.
+        seed: of the mask.
+        module: name of the module.
+        expert: name of the expert.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    drawn = torch.rand(values.shape, generator=named_generator(seed, module, expert))
+    uniform = drawn.to(values.device)  # the same whatever the dtype and device
+    return torch.where(uniform >= drop, values / (1 - drop), 0)

@@ -1,0 +1,212 @@
+"""Rules that learn from unlabelled data of every task: AdaMerging and Concrete task arithmetic.
+
+Both minimise the entropy of the merged model's predictions. They hold the updates of all experts in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.methods.arguments import require_count, require_number
+from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.methods.random_streams import named_generator
+from poe_models.methods.whole_model import WholeModel, minimise_entropy
+from poe_models.weights.checkpoint import Checkpoint
+from poe_models.weights.loading import open_checkpoint
+from poe_models.weights.task_vectors import ModuleUpdates
+
+
+@dataclass(frozen=True)
+class AdaMerging(MergingMethod):
+    """``sum_i c_i^l U_i^l`` with coefficients learned for every module ``l`` (Yang et al., 2024, layer-wise).
+
+    Args:
+        initial: every coefficient before the first step.
+        steps: of Adam; each takes one batch of every task.
+        learning_rate: of Adam.
+        clamp: keep coefficients between 0 and 1, as the released code does.
+        coefficients: name of the module and ``c_i``, in the order of the experts; filled in by `prepare`.
+
+    >>> AdaMerging(coefficients=(("0", (0.5, 2.0)),))(torch.tensor([1.0, 3.0])[:, None, None])
+    tensor([[6.5000]])
+    """
+
+    about = About(
+        "layer-wise AdaMerging",
+        "Yang et al., 2024, AdaMerging: adaptive model merging for multi-task learning, arXiv 2310.02575",
+        scope="model",
+        data="inputs",
+        streaming=False,
+        exceptions={
+            "one expert": "times a learned coefficient",
+            "identical experts": "times learned coefficients",
+            "scale equivariance": "learned on predictions",
+        },
+    )
+
+    initial: float = 0.3
+    steps: int = 500
+    learning_rate: float = 1e-3
+    clamp: bool = True
+    coefficients: tuple[tuple[str, tuple[float, ...]], ...] | None = None
+
+    def __post_init__(self) -> None:
+        require_number("AdaMerging", "initial", self.initial)
+        require_count("AdaMerging", "steps", self.steps, 0)
+        require_number("AdaMerging", "learning_rate", self.learning_rate, 0.0)
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.coefficients is not None
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> AdaMerging:
+        assert data is not None  # `prepare` has seen to it
+        model = WholeModel("AdaMerging", modules)
+        learned = {
+            name: module.updates.new_full((len(model.names),), self.initial).requires_grad_()
+            for name, module in model.modules.items()
+        }
+
+        def updates() -> dict[str, Tensor]:
+            return {
+                name: torch.einsum("n,nij->ij", self._allowed(learned[name]), module.updates)
+                for name, module in model.modules.items()
+            }
+
+        minimise_entropy(learned.values(), updates, model, data, self.steps, self.learning_rate)
+        found = tuple((name, tuple(self._allowed(values.detach()).tolist())) for name, values in learned.items())
+        return replace(self, coefficients=found)
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        known = dict(self.coefficients or ())
+        _require_known("AdaMerging", "coefficients", known, batch)
+        counts = {len(known[name]) for name in batch.names}
+        if counts != {batch.updates.shape[1]}:
+            raise ValueError(
+                f"`AdaMerging(coefficients=...)`: has {counts} for each module, but the updates are of "
+                f"{batch.updates.shape[1]} experts. Prepare the method on the experts it merges, in the same order."
+            )
+        weights = batch.updates.new_tensor([known[name] for name in batch.names])
+        return torch.einsum("mn,mnij->mij", weights, batch.updates)
+
+    def _allowed(self, values: Tensor) -> Tensor:
+        return values.clamp(0, 1) if self.clamp else values
+
+
+@dataclass(frozen=True)
+class ConcreteTaskArithmetic(MergingMethod):
+    """``scale * m / mean(m) * sum_i U_i`` with a learned random mask ``m``, shared by the experts (Tang et al., 2023).
+
+    While learning, the mask is a sample of the Concrete distribution, ``sigmoid((logits + logit(u)) / temperature)``;
+    the merge takes a sample of zeros and ones with the same logits. The mean is a module's.
+
+    Args:
+        scale: the task-arithmetic coefficient.
+        steps: of Adam; each takes one batch of every task.
+        learning_rate: of Adam.
+        temperature: of the Concrete distribution.
+        initial_logit: of every entry before the first step.
+        rescale: divide a mask by its mean.
+        seed: of all samples.
+        logits: by name of the module, ``(d_out, d_in)``; filled in by `prepare`, and no part of its ``repr``.
+
+    >>> prepared = ConcreteTaskArithmetic(scale=1.0, logits={"0": torch.tensor([[9.0, -99.0]])})
+    >>> prepared(torch.tensor([[[1.0, 1.0]], [[3.0, 1.0]]]))
+    tensor([[8., 0.]])
+    """
+
+    about = About(
+        "Concrete task arithmetic",
+        "Tang et al., 2023, Concrete subspace learning based interference elimination, arXiv 2312.06173",
+        scope="model",
+        data="inputs",
+        streaming=False,
+        random=True,
+        exceptions={
+            "one expert": "entries are masked",
+            "identical experts": "entries are masked",
+            "scale equivariance": "learned on predictions",
+        },
+    )
+
+    scale: float = 0.3
+    steps: int = 2000
+    learning_rate: float = 1e-3
+    temperature: float = 0.5
+    initial_logit: float = 0.0
+    rescale: bool = True
+    seed: int = 0
+    logits: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require_number("ConcreteTaskArithmetic", "scale", self.scale)
+        require_count("ConcreteTaskArithmetic", "steps", self.steps, 0)
+        require_number("ConcreteTaskArithmetic", "learning_rate", self.learning_rate, 0.0)
+        require_number("ConcreteTaskArithmetic", "temperature", self.temperature, torch.finfo(torch.float32).eps)
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.logits is not None
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> ConcreteTaskArithmetic:
+        assert data is not None  # `prepare` has seen to it
+        model = WholeModel("ConcreteTaskArithmetic", modules)
+        totals = {name: module.updates.sum(0) for name, module in model.modules.items()}
+        logits = {name: torch.full_like(total, self.initial_logit).requires_grad_() for name, total in totals.items()}
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def updates() -> dict[str, Tensor]:
+            masks = {name: self._relaxed(values, generator) for name, values in logits.items()}
+            return {name: self.scale * self._scaled(mask) * totals[name] for name, mask in masks.items()}
+
+        minimise_entropy(logits.values(), updates, model, data, self.steps, self.learning_rate)
+        return replace(self, logits={name: values.detach() for name, values in logits.items()})
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        logits = self.logits or {}
+        _require_known("ConcreteTaskArithmetic", "logits", logits, batch)
+        masks = torch.stack([self._drawn(name, logits[name].to(batch.updates)) for name in batch.names])
+        return self.scale * masks * batch.updates.sum(1)
+
+    @override
+    def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        return {} if self.logits is None else {"learned mask": open_checkpoint(self.logits)}
+
+    def _relaxed(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        uniform = _uniform(logits, generator)
+        return ((logits + uniform.log() - (-uniform).log1p()) / self.temperature).sigmoid()
+
+    def _drawn(self, name: str, logits: Tensor) -> Tensor:
+        """A mask of zeros and ones, the same for a module whatever the others are."""
+        uniform = _uniform(logits, named_generator(self.seed, name))
+        return self._scaled((uniform < logits.sigmoid()).to(logits))
+
+    def _scaled(self, mask: Tensor) -> Tensor:
+        return mask / mask.mean().clamp(min=torch.finfo(mask.dtype).tiny) if self.rescale else mask
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform numbers strictly between 0 and 1, the same in every dtype and on any device."""
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return drawn.clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps)
+
+
+def _require_known(method: str, what: str, known: Mapping[str, object], batch: ModuleBatch) -> None:
+    missing = [name for name in batch.names if name not in known]
+    if missing:
+        others = f"{', '.join(list(known)[:3])}{', ...' if len(known) > 3 else ''}"
+        raise ValueError(
+            f"`{method}({what}=...)`: there are none for module {missing[0]!r}, only for {others}. Prepare the method "
+            "on the model it merges."
+        )

@@ -1,0 +1,321 @@
+"""What every merging method is: from the updates of a module to one merged update.
+
+A method is a frozen dataclass of plain numbers, so that its ``repr`` builds it again. A new one is one method:
+
+>>> class Largest(MergingMethod):
+...     "The expert with the largest update wins."
+...     about = About("largest update", "made up for this example")
+...     def merged(self, batch):
+...         norms = batch.updates.square().sum((-2, -1))
+...         return batch.updates[torch.arange(len(norms)), norms.argmax(-1)]
+>>> Largest()(torch.stack([torch.ones(2, 2), 3 * torch.eye(2)]))
+tensor([[3., 0.],
+        [0., 3.]])
+
+What is global over the model (a quantile of all entries, a norm), or comes from data, is gathered by `prepare`, which
+gives a method that is ready to merge any module.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, final, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.methods.passes import passes
+from poe_models.weights.checkpoint import Checkpoint
+from poe_models.weights.moments import Kind
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+
+_LOADED = ("inputs", "labels")
+Factors = tuple[Tensor, Tensor]
+Forward = Callable[[Mapping[str, Tensor], Any], Tensor]
+"""From the floating tensors of a whole model, by name, and a batch to logits ``(B, K)``; differentiable in both."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a reader of the registry wants to know about a method.
+
+    Attributes:
+        title: its name in the literature.
+        citation: authors, year and where to find it.
+        scope: whether a module can be merged alone, or something has to be known about the whole model first.
+        data: what it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to `prepare`;
+            ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
+        streaming: whether memory stays at a few tensors of each model.
+        random: whether it draws; it then has a field ``seed``.
+        exceptions: properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
+    """
+
+    title: str
+    citation: str
+    scope: Literal["module", "model"] = "module"
+    data: Literal["none", "inputs", "labels", "fisher", "activations"] = "none"
+    streaming: bool = True
+    random: bool = False
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """What a data-assisted method is given.
+
+    Attributes:
+        loaders: batches of each expert's task, by the expert's name; iterated once for each pass.
+        forward: logits of a model on a batch.
+        progress: called with the number of finished steps and their total.
+    """
+
+    loaders: Mapping[str, Iterable[Any]]
+    forward: Forward
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleBatch:
+    """Modules of equal shape that are merged together.
+
+    Attributes:
+        updates: ``U_i``, ``(M, N, d_out, d_in)``.
+        names: of the modules, ``M``; their positions if nobody knows them.
+        experts: names of the experts, ``N``; their positions if nobody knows them.
+        low_rank: factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)`` of the updates, if all are adapters'.
+    """
+
+    updates: Tensor
+    names: tuple[str, ...]
+    experts: tuple[str, ...]
+    low_rank: Factors | None = None
+
+    @classmethod
+    def of(
+        cls,
+        updates: Tensor,
+        names: Sequence[str] | None = None,
+        experts: Sequence[str] | None = None,
+        low_rank: Factors | None = None,
+    ) -> ModuleBatch:
+        """A batch of whatever is known about it.
+
+        Args:
+            updates: ``(M, N, d_out, d_in)``.
+            names: of the modules.
+            experts: names of the experts.
+            low_rank: factors of the updates.
+
+        Returns:
+            The batch, with positions for names that are not given.
+
+        Raises:
+            ValueError: if the updates have another shape or number of names.
+        """
+        if updates.ndim != 4 or 0 in updates.shape:
+            raise ValueError(
+                f"`ModuleBatch.of(updates)`: shape {tuple(updates.shape)}, but (M, N, d_out, d_in) with nothing empty "
+                "is wanted. Stack the updates of M modules; `method(updates)` takes any leading dimensions."
+            )
+        modules, count = updates.shape[:2]
+        names = tuple(map(str, range(modules))) if names is None else tuple(names)
+        experts = tuple(map(str, range(count))) if experts is None else tuple(experts)
+        if (len(names), len(experts)) != (modules, count):
+            raise ValueError(
+                f"`ModuleBatch.of(updates, names, experts)`: {modules} modules of {count} experts, but {len(names)} "
+                f"and {len(experts)} names. Give one name for each."
+            )
+        return cls(updates, names, experts, low_rank)
+
+    @classmethod
+    def of_module(cls, module: ModuleUpdates) -> ModuleBatch:
+        """One module of a checkpoint as a batch."""
+        factors = module.low_rank
+        low_rank = None if factors is None else (factors[0].unsqueeze(0), factors[1].unsqueeze(0))
+        return cls.of(module.updates.unsqueeze(0), [module.name], module.names, low_rank)
+
+
+class MergingMethod(ABC):
+    """A rule from the updates of the experts to one merged update.
+
+    An instance is an anchor's centre as it is: ``Anchor(center=TaskArithmetic(0.3))``. Methods never write to what they
+    are given.
+
+    Attributes:
+        about: what it is, for the registry.
+    """
+
+    about: ClassVar[About]
+
+    @abstractmethod
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        """The merged updates ``(M, d_out, d_in)``; called with finite float32 or float64 updates, once prepared."""
+
+    @property
+    def needs_loaders(self) -> bool:
+        """Whether `prepare` has to be given `TaskData`."""
+        return self.about.data in _LOADED
+
+    @property
+    def ready(self) -> bool:
+        """Whether modules can be merged; a method that needs a look at the whole model first is not."""
+        return self.about.scope == "module" and not self.needs_loaders
+
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> MergingMethod:
+        """The method with everything it has to know about the model filled in; itself by default.
+
+        Args:
+            modules: can be iterated several times; peak memory should stay at a few modules.
+            data: loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
+
+        Returns:
+            A method that is ready.
+        """
+        return self
+
+    def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
+        """What decides the merge besides the updates and the ``repr``, once it is known to be there; headers only.
+
+        Args:
+            experts: names of the experts.
+            modules: names and shapes ``(d_out, d_in)`` of all modules it will merge.
+
+        Returns:
+            Checkpoints by what they are; none, but for given statistics and learned masks.
+        """
+        return {}
+
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        """Numbers that merging a batch holds at its peak, beside the updates and the result.
+
+        Args:
+            modules: how many.
+            experts: how many.
+            shape: ``(d_out, d_in)`` of each module.
+
+        Returns:
+            A count in units of the compute dtype, for the prediction of `plan`; enough for sums by default.
+        """
+        return 4 * modules * shape[0] * shape[1]
+
+    @final
+    def prepare(self, modules: TaskVectors | Iterable[ModuleUpdates], data: TaskData | None = None) -> MergingMethod:
+        """Look at the whole model, if the method has to.
+
+        Args:
+            modules: `TaskVectors`, or any modules that can be iterated several times, with the experts in one order.
+            data: for methods that need it.
+
+        Returns:
+            A method that is ready; itself if it already was.
+
+        Raises:
+            ValueError: if data is missing, or given in vain, or the modules are none or can be iterated only once.
+        """
+        name = type(self).__name__
+        wants = self.about.data
+        if (data is not None) != self.needs_loaders:
+            missing = f"it needs data ({wants})" if data is None else "it needs no data"
+            elsewhere = "Its statistics are a field" if wants in get_args(Kind) else "Leave `data` out"
+            way_out = "Give `data=TaskData(loaders, forward)`" if data is None else elsewhere
+            raise ValueError(f"`{name}.prepare(modules, data)`: {missing}. {way_out}.")
+        if isinstance(modules, Iterator):
+            raise ValueError(
+                f"`{name}.prepare({type(modules).__name__})`: it may look at the modules several times. Give "
+                "`TaskVectors` or a list."
+            )
+        return self if self.ready else self.gathered(passes(name, modules), data)
+
+    @final
+    def merge(self, batch: ModuleBatch) -> Tensor:
+        """Merge modules of equal shape.
+
+        Args:
+            batch: their updates, names and factors.
+
+        Returns:
+            The merged updates ``(M, d_out, d_in)`` in the dtype of the updates; half precision is computed in float32.
+
+        Raises:
+            ValueError: if the method is not prepared, or the updates are not finite numbers.
+        """
+        updates = batch.updates
+        if not self.ready:
+            wanted = "task_vectors" if self.about.data == "none" else "task_vectors, data"
+            raise ValueError(
+                f"`{self!r}`: it has to see the whole model before a module can be merged. Call `.prepare({wanted})` "
+                "and use the result; `merge_checkpoint` does so itself."
+            )
+        if not updates.is_floating_point():
+            raise ValueError(f"`{self!r}`: the updates are {updates.dtype}. Give floating-point updates, W_i - W_0.")
+        if not bool(torch.stack(updates.aminmax()).isfinite().all()):
+            raise ValueError(
+                f"`{self!r}`: the updates have NaN or infinite values. Leave that expert out, or look at the "
+                "checkpoint it came from."
+            )
+        if updates.dtype in (torch.float32, torch.float64):
+            return self.merged(batch)
+        factors = None if batch.low_rank is None else (batch.low_rank[0].float(), batch.low_rank[1].float())
+        return self.merged(replace(batch, updates=updates.float(), low_rank=factors)).to(updates.dtype)
+
+    @final
+    def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:
+        """Merge modules without names: ``(..., N, d_out, d_in)``, with factors or not, to ``(..., d_out, d_in)``."""
+        if updates.ndim < 3:
+            raise ValueError(
+                f"`{self!r}(updates)`: shape {tuple(updates.shape)}, but (..., N, d_out, d_in) is wanted. Stack the "
+                "updates of the experts."
+            )
+        leading = updates.shape[:-3]
+
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(math.prod(leading), *x.shape[-3:])
+
+        factors = None if low_rank is None else (flat(low_rank[0]), flat(low_rank[1]))
+        merged = self.merge(ModuleBatch.of(flat(updates), low_rank=factors))
+        return merged.reshape(*leading, *merged.shape[1:])
+
+    def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
+        """The method in named modules.
+
+        Args:
+            modules: names of the ``M`` modules of the updates it will be given.
+            experts: names of their ``N`` experts.
+
+        Returns:
+            A function of the updates ``(M, N, d_out, d_in)``.
+        """
+        return NamedMethod(self, tuple(modules), tuple(experts))
+
+    @override
+    def __repr__(self) -> str:
+        """The method and its settings, for classes that are no dataclass."""
+        return f"{type(self).__qualname__}()"
+
+
+@dataclass(frozen=True)
+class NamedMethod:
+    """A method in named modules of named experts, as an anchor's centre in them.
+
+    Attributes:
+        method: the method.
+        modules: names of the modules.
+        experts: names of the experts.
+    """
+
+    method: MergingMethod
+    modules: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:
+        """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``, with their factors or not."""
+        return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts, low_rank))
+
+    @override
+    def __repr__(self) -> str:
+        """The method's: designs are told apart by it, whatever the modules."""
+        return repr(self.method)

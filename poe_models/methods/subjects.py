@@ -1,0 +1,214 @@
+"""What a rule is checked on: updates of a few modules, and a way to merge variants of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.methods.method import MergingMethod, ModuleBatch, TaskData
+from poe_models.methods.random_streams import named_generator
+from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+
+Updates = dict[str, Tensor]
+"""By name of the module, ``(N, d_out, d_in)``."""
+_SHAPES = ((12, 8), (6, 10), (8, 8))
+_REAL_SHAPES = 3
+_EXAMPLES, _CLASSES = 16, 4
+
+
+class Subject(ABC):
+    """A method, and updates to try it on.
+
+    Args:
+        method: the method, as it was given.
+
+    Attributes:
+        kind: where the updates come from.
+    """
+
+    kind: ClassVar[Literal["random", "real"]]
+
+    def __init__(self, method: MergingMethod) -> None:
+        self.method = method
+
+    @property
+    @abstractmethod
+    def updates(self) -> Updates:
+        """Float64 updates of all experts, to be used and not written to."""
+
+    @property
+    @abstractmethod
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts."""
+
+    @abstractmethod
+    def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
+        """The method, ready for these updates.
+
+        Args:
+            updates: float32 or float64.
+            experts: their names.
+        """
+
+    def merge(self, updates: Updates, experts: Sequence[str] | None = None) -> Updates:
+        """Merge variants of the updates, as a user would: prepare the method on all, then merge each module.
+
+        Args:
+            updates: in any floating dtype.
+            experts: their names; those of the subject by default.
+
+        Returns:
+            The merged update of each module, ``(d_out, d_in)``.
+        """
+        names = tuple(self.experts if experts is None else experts)
+        exact = {name: u if u.dtype in (torch.float32, torch.float64) else u.float() for name, u in updates.items()}
+        ready = self.prepared(exact, names)
+        return {n: ready.merge(ModuleBatch.of(u.unsqueeze(0), [n], names)).squeeze(0) for n, u in updates.items()}
+
+
+class RandomModules(Subject):
+    """Three modules of different shapes with four experts that share some directions and differ in size.
+
+    Args:
+        method: the method; given statistics are replaced by random ones.
+        seed: of everything.
+    """
+
+    kind = "random"
+
+    def __init__(self, method: MergingMethod, seed: int) -> None:
+        super().__init__(method)
+        self.seed = seed
+        self._updates = {
+            f"layers.{i}.weight": self._random("update", str(i), shape=(4, *shape)) + self._random(str(i), shape=shape)
+            for i, shape in enumerate(_SHAPES)
+        }
+        sizes = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)[:, None, None]
+        self._updates = {name: (sizes * values).float().double() for name, values in self._updates.items()}
+
+    @property
+    @override
+    def updates(self) -> Updates:
+        return self._updates
+
+    @property
+    @override
+    def experts(self) -> tuple[str, ...]:
+        return ("a", "b", "c", "d")
+
+    @override
+    def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
+        base = {name: torch.zeros_like(values[0]) for name, values in updates.items()}
+        tuned = {expert: {n: u[i].clone() for n, u in updates.items()} for i, expert in enumerate(experts)}
+        dtype = next(iter(updates.values())).dtype
+        vectors = TaskVectors(base, tuned, dtype=dtype)
+        method = self._with_statistics(updates, experts)
+        return method.prepare(vectors, self._data(vectors) if method.needs_loaders else None)
+
+    def vectors(self) -> TaskVectors:
+        """A small model with an integer buffer, a bias and tied matrices, around the first module."""
+        name, updates = next(iter(self._updates.items()))
+        states: dict[str, dict[str, Tensor]] = {}
+        for i in range(len(updates) + 1):
+            weight = torch.zeros_like(updates[0]) if i == 0 else updates[i - 1].clone()
+            states[("base", *self.experts)[i]] = {
+                name: weight,
+                "tied.weight": weight,
+                "bias": torch.full((3,), float(i), dtype=torch.float64),
+                "steps": torch.tensor(i),
+            }
+        return TaskVectors(states.pop("base"), states, dtype=torch.float64)
+
+    def _random(self, *names: str, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=named_generator(self.seed, *names), dtype=torch.float64)
+
+    def _with_statistics(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
+        kind = self.method.about.data
+        if kind not in ("fisher", "activations"):
+            return self.method
+        made: dict[str, dict[str, Tensor]] = {expert: {} for expert in experts}
+        for expert in experts:
+            for name, values in updates.items():
+                if kind == "fisher":
+                    made[expert][name] = self._random("fisher", expert, name, shape=values.shape[1:]).square()
+                else:
+                    rows = self._random("inputs", expert, name, shape=(3 * values.shape[2], values.shape[2]))
+                    made[expert][name] = rows.mT @ rows / len(rows)
+        return replace(self.method, statistics=ModuleStatistics(kind, made))  # type: ignore[type-var]
+
+    def _data(self, vectors: TaskVectors) -> TaskData:
+        """Inputs of a model that adds up what its modules make of them."""
+        widest = max(info.shape[1] for info in vectors.base.tensors.values())
+        loaders = {
+            name: [self._random("batch", name, shape=(_EXAMPLES, widest)).to(vectors.dtype)] for name in vectors.names
+        }
+        return TaskData(loaders, _forward)
+
+
+class RealModules(Subject):
+    """The first real module of each shape, a few at most.
+
+    Args:
+        method: the method; not one that learns from data.
+        modules: real modules.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    kind = "real"
+
+    def __init__(self, method: MergingMethod, modules: Iterable[ModuleUpdates]) -> None:
+        super().__init__(method)
+        chosen: dict[tuple[int, ...], ModuleUpdates] = {}
+        for module in _one_of_each_shape(modules) if isinstance(modules, TaskVectors) else modules:
+            chosen.setdefault(tuple(module.base.shape), module)
+        if not chosen:
+            raise ValueError("`check(..., modules)`: there are no modules. Give `TaskVectors` that merge something.")
+        taken = list(islice(chosen.values(), _REAL_SHAPES))
+        self._updates = {module.name: module.updates.double() for module in taken}
+        self._experts = taken[0].names
+
+    @property
+    @override
+    def updates(self) -> Updates:
+        return self._updates
+
+    @property
+    @override
+    def experts(self) -> tuple[str, ...]:
+        return self._experts
+
+    @override
+    def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
+        return self.method.prepare(
+            [ModuleUpdates(name, name, tuple(experts), torch.zeros_like(u[0]), u) for name, u in updates.items()]
+        )
+
+
+def _one_of_each_shape(vectors: TaskVectors) -> Iterator[ModuleUpdates]:
+    """Modules of every shape, the first tensor of a shape at least, without reading all tensors.
+
+    Yields:
+        All modules of those tensors.
+    """
+    seen: set[tuple[int, int]] = set()
+    for name, view in vectors.views.items():
+        shapes = set(view.block_shapes(vectors.base.tensors[name].shape))
+        if not shapes <= seen:
+            seen |= shapes
+            yield from vectors.modules(name)
+
+
+def _forward(weights: Mapping[str, Tensor], batch: Any) -> Tensor:
+    """Logits ``(B, 4)`` of a sum of one-layer networks."""
+    outputs = [torch.tanh(batch[:, : weight.shape[1]] @ weight.mT)[:, :_CLASSES] for weight in weights.values()]
+    return torch.stack(outputs).sum(0)

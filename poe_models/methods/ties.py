@@ -1,0 +1,171 @@
+"""TIES: trim, elect signs, merge what agrees (Yadav et al., 2023, arXiv 2306.01708)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.methods.arguments import for_each_expert, require_choice, require_number, require_share
+from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
+from poe_models.methods.selection import magnitude_thresholds
+from poe_models.weights.task_vectors import ModuleUpdates
+
+Combine = Literal["mean", "sum", "max"]
+
+
+def trimmed(values: Tensor, threshold: float) -> Tensor:
+    """The entries whose magnitude reaches the threshold, zero elsewhere."""
+    return torch.where(values.abs() >= threshold, values, 0)
+
+
+def elected_sum(experts: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """The sum of the trimmed experts, whose sign is elected.
+
+    Float64 makes the sum of a few float32 numbers exact, so that the election does not depend on the order of experts.
+
+    Args:
+        experts: values ``(...)`` and threshold of each.
+
+    Returns:
+        Float64, ``(...)``.
+    """
+    total: Tensor | None = None
+    for values, threshold in experts:
+        kept = trimmed(values, threshold)
+        total = kept.double() if total is None else total.add_(kept)
+    assert total is not None
+    return total
+
+
+def merged_by_sign(experts: Sequence[tuple[Tensor, float]], combine: Combine, majority: int) -> Tensor:
+    """Merge the trimmed entries that have the elected sign.
+
+    Args:
+        experts: values ``(...)`` and threshold of each.
+        combine: the mean over the experts that agree, their sum, or the one of largest magnitude.
+        majority: the sign, 1, 0 or -1, where the trimmed experts cancel; 0 counts as -1.
+
+    Returns:
+        The merged values, ``(...)``.
+    """
+    total = elected_sum(experts)
+    positive = (total > 0) | ((total == 0) & (majority > 0))
+    del total
+    merged = torch.zeros_like(experts[0][0])
+    count = torch.zeros_like(merged)
+    for values, threshold in experts:
+        kept = trimmed(values, threshold)
+        kept = torch.where(positive == (kept > 0), kept, 0)
+        if combine == "max":
+            merged = torch.where(kept.abs() > merged.abs(), kept, merged)
+        else:
+            merged += kept
+            count += kept != 0
+    return merged / count.clamp(min=1) if combine == "mean" else merged
+
+
+Scope = Literal["model", "module"]
+Vectors = Callable[[], Iterable[Tensor]]
+"""Starts a pass over a model: for each module the experts' entries, ``(N, L)``."""
+
+
+@dataclass(frozen=True)
+class Ties(MergingMethod):
+    """``scale * merge(elect(trim(U_i)))`` (Yadav et al., 2023, Algorithm 1).
+
+    Every expert keeps its largest entries; each entry elects the sign of the sum of what is left; the mean of the
+    experts that have this sign is taken. The paper trims the task vector as a whole and takes the mean; merging tools
+    differ: some trim each tensor (``scope="module"``), some take the sum.
+
+    Args:
+        density: share of the entries that an expert keeps.
+        scale: coefficient of the merged update; 1 is the paper's choice without validation data.
+        combine: what becomes of the entries that agree.
+        scope: trim over the whole model, or within each module.
+        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
+        majority: sign of the entries whose trimmed values cancel: the more frequent one of the model;
+            filled in by `prepare`.
+
+    >>> updates = torch.tensor([[[4.0, 1.0, -3.0]], [[2.0, 0.0, 5.0]]])
+    >>> Ties(density=0.5, scope="module")(updates)
+    tensor([[3., 0., 5.]])
+    """
+
+    about = About(
+        "TIES",
+        "Yadav et al., 2023, TIES-Merging, arXiv 2306.01708",
+        scope="model",
+        exceptions={
+            "one expert": "small entries are trimmed",
+            "identical experts": "small entries are trimmed",
+        },
+    )
+
+    density: float = 0.2
+    scale: float = 1.0
+    combine: Combine = "mean"
+    scope: Scope = "model"
+    thresholds: tuple[float, ...] | None = None
+    majority: int | None = None
+
+    def __post_init__(self) -> None:
+        require_share("Ties", "density", self.density)
+        require_number("Ties", "scale", self.scale)
+        require_choice("Ties", "combine", self.combine, Combine)
+        require_choice("Ties", "scope", self.scope, Scope)
+        if self.scope == "module" and (self.thresholds, self.majority) != (None, None):
+            raise ValueError(
+                "`Ties(scope='module', thresholds=..., majority=...)`: a module's own are used. Leave them out, or "
+                "take scope='model'."
+            )
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.scope == "module" or None not in (self.thresholds, self.majority)
+
+    @override
+    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> Ties:
+        thresholds, majority = trimming(lambda: (module.updates.flatten(1) for module in modules), self.density)
+        return replace(self, thresholds=thresholds, majority=majority)
+
+    @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        thresholds = None
+        if self.scope == "model":
+            thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
+        merged = torch.empty_like(batch.updates[:, 0])
+        for position, updates in enumerate(batch.updates):
+            merged[position] = self._module(updates, thresholds)
+        return merged.mul_(self.scale)
+
+    @override
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return 8 * shape[0] * shape[1]
+
+    def _module(self, updates: Tensor, thresholds: tuple[float, ...] | None) -> Tensor:
+        """Merge one module, ``(N, d_out, d_in)``, with the model's thresholds or, without, its own."""
+        if thresholds is not None:
+            return merged_by_sign(list(zip(updates, thresholds, strict=True)), self.combine, self.majority or 0)
+        own, majority = trimming(lambda: [updates.flatten(1)], self.density)
+        return merged_by_sign(list(zip(updates, own, strict=True)), self.combine, majority)
+
+
+def trimming(vectors: Vectors, density: float) -> tuple[tuple[float, ...], int]:
+    """Thresholds and majority sign of a whole model.
+
+    Args:
+        vectors: starts a pass over the model.
+        density: share of the entries that an expert keeps.
+
+    Returns:
+        One threshold for each expert; 1, 0 or -1.
+    """
+    thresholds = magnitude_thresholds(vectors, density)
+    surplus = sum(int(elected_sum(zip(values, thresholds, strict=True)).sign().sum().item()) for values in vectors())
+    return thresholds, (surplus > 0) - (surplus < 0)

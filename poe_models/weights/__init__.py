@@ -1,0 +1,1 @@
+"""Reading models: checkpoints, adapters, rules for their tensors, matrices, task vectors and moments."""

@@ -1,0 +1,230 @@
+"""What every checkpoint looks like, whatever file it came from: named tensors that are read one at a time."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+class CheckpointError(ValueError):
+    """Something is wrong with an input file, its tensors, or how two of them fit together."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a file says about one tensor.
+
+    Args:
+        name: name of the tensor in its checkpoint.
+        shape: its shape as stored.
+        dtype: its dtype as stored.
+        file: the file that holds it; None for tensors in memory.
+
+    >>> TensorInfo("fc.weight", (3, 2), torch.bfloat16).nbytes
+    12
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data as stored, in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint(ABC):
+    """Named tensors; opening reads headers only, `read` reads one tensor.
+
+    Attributes:
+        source: the path it was opened from, or `"<memory>"`.
+        tensors: name to `TensorInfo`, in the order of the files; a tied tensor appears once, under its canonical name.
+        aliases: further name of a tied tensor to its canonical name. Known from shared storage (PyTorch files, state
+            dicts in memory) and from the metadata that safetensors' `save_model` writes.
+        config: the folder's parsed `config.json`, or None.
+        files: the weight files, in order (what a checksum of the checkpoint covers).
+        layout: file name to the names of the tensors it holds; `"model.safetensors"` for single files and memory.
+        metadata: the `__metadata__` of safetensors files.
+    """
+
+    source: str
+    tensors: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+    config: dict[str, Any] | None
+    files: tuple[Path, ...]
+    layout: Mapping[str, tuple[str, ...]]
+    metadata: Mapping[str, str]
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor:
+        """Read the tensor of a canonical name."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            name: canonical name or alias.
+
+        Returns:
+            The tensor on the CPU in the checkpoint's own dtype. It may share memory with the file or with the caller's
+            state dict: never write into it.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or its data cannot be read.
+        """
+        canonical = self.aliases.get(name, name)
+        if canonical not in self.tensors:
+            near = difflib.get_close_matches(name, [*self.tensors, *self.aliases], n=1)
+            hint = f"the nearest name is {near[0]!r}" if near else "`tensors` lists the names"
+            raise CheckpointError(f"`read({name!r})`: {self.source} has no such tensor; {hint}.")
+        return self._read(canonical)
+
+    def tied_names(self, name: str) -> tuple[str, ...]:
+        """Return all names of the tensor called `name`, the canonical one first.
+
+        Args:
+            name: canonical name or alias.
+
+        Returns:
+            One name for an ordinary tensor, more for a tied one.
+        """
+        canonical = self.aliases.get(name, name)
+        return (canonical, *(alias for alias, target in self.aliases.items() if target == canonical))
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r}, {len(self.tensors)} tensors)"
+
+
+def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find tied tensors: the same memory seen with the same offset, shape and strides.
+
+    Args:
+        tensors: name to tensor.
+
+    Returns:
+        Every later name to the first name of the same tensor. Other overlapping views are tensors of their own.
+
+    >>> w = torch.zeros(2, 2)
+    >>> find_aliases({"wte": w, "lm_head": w, "row": w[:1]})
+    {'lm_head': 'wte'}
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
+            continue
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if view in first:
+            aliases[name] = first[view]
+        else:
+            first[view] = name
+    return aliases
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: if the file is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Copy the file anew.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. Copy the file anew.")
+    return value
+
+
+# Names that only a quantiser writes, and what they belong to.
+_MARKERS = (
+    (r"(^|\.)(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
+    (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.[\w.]+)$", "bitsandbytes 4-bit"),
+    (r"(^|\.)(SCB|weight_format)$", "bitsandbytes int8"),
+    (r"(^|\.)weight_packed$", "compressed-tensors"),
+    (r"(^|\.)weight_scale_inv$", "block-scaled fp8"),
+    (r"(^|\.)W_q$", "HQQ"),
+)
+_SUB_BYTE = re.compile(r"\.(u?int[1-7]$|qu?int|bits)")
+_PACKED = (torch.int8, torch.uint8)
+# Integer tensors with two or more axes that are tables and masks rather than packed weights, by the end of their name.
+_BUFFER = re.compile(r"(bias|mask|ids?|index|indices|table|tracked|buffer|state|positions?|counts?|offsets?)$")
+
+
+def refuse_quantised(source: str, tensors: Iterable[TensorInfo], config: dict[str, Any] | None) -> None:
+    """Raise if a checkpoint's header or config says that its weights are quantised.
+
+    Integer buffers (position ids, counters, masks) are no weights and pass.
+
+    Args:
+        source: what to call the checkpoint in the message.
+        tensors: its headers.
+        config: its `config.json`, or None.
+
+    Raises:
+        CheckpointError: naming the kind of quantisation and the tensor or the config key.
+    """
+    if config is not None and config.get("quantization_config"):
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
+        raise _error(source, f"config.json has `quantization_config` (method {method!r})")
+    for info in tensors:
+        kind = quantisation_of(info)
+        if kind is not None:
+            raise _error(source, f"tensor {info.name!r} ({str(info.dtype).removeprefix('torch.')}) is {kind}")
+
+
+def quantisation_of(info: TensorInfo) -> str | None:
+    """Name the kind of quantisation a tensor belongs to.
+
+    Args:
+        info: header of one tensor.
+
+    Returns:
+        The kind, or None for ordinary weights and for integer buffers.
+
+    >>> quantisation_of(TensorInfo("fc.weight", (4, 4), torch.int8))
+    'packed integer weights'
+    >>> quantisation_of(TensorInfo("position_ids", (1, 512), torch.int64)) is None
+    True
+    """
+    for pattern, kind in _MARKERS:
+        if re.search(pattern, info.name):
+            return kind
+    dtype = str(info.dtype)
+    if "float8" in dtype or "float4" in dtype:
+        return "fp8 or fp4 weights"
+    if _SUB_BYTE.search(dtype):
+        return "packed integer weights"
+    integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool)
+    last = info.name.rpartition(".")[2]
+    if integer and len(info.shape) >= 2 and (last == "weight" or (info.dtype in _PACKED and not _BUFFER.search(last))):
+        return "packed integer weights"
+    return None
+
+
+def _error(source: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"`open_checkpoint({source!r})`: {what}: quantised weights cannot be merged. Give the checkpoint in a floating "
+        "dtype (float32, bfloat16 or float16), for instance the one it was quantised from."
+    )

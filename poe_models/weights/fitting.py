@@ -1,0 +1,119 @@
+"""Do the experts fit the base? Decided from headers alone, all problems in one error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from poe_models.weights.loading import same_weights
+from poe_models.weights.treatments import RuleTable, Treatment
+
+_SHOWN = 5
+
+
+def refuse_misfits(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    treatments: Mapping[str, Treatment],
+    rules: RuleTable,
+    model_type: str | None,
+) -> None:
+    """Raise if an expert is the base, or lacks a tensor, has one too many, or has one of another shape.
+
+    Tensors that stay the base's may differ or be absent, and so may integer buffers.
+
+    Args:
+        base: the base.
+        experts: name to expert.
+        treatments: name of each tensor of the base to its treatment.
+        rules: the rules they came from, asked about tensors that only an expert has.
+        model_type: `model_type` of the base's config, or None.
+
+    Raises:
+        CheckpointError: listing the first problems and their number.
+    """
+    problems: list[tuple[str, str]] = []
+    for expert, checkpoint in experts.items():
+        if same_weights(checkpoint, base):
+            raise CheckpointError(
+                f"`TaskVectors(base, experts)`: expert {expert!r} is the base itself ({base.source}), so that its "
+                "update is zero. Give models that were fine-tuned from the base."
+            )
+        problems += [(f"expert {expert!r}: {text}", name) for text, name in _misfits(base, checkpoint, treatments)]
+        problems += [
+            (f"expert {expert!r}: tensor {name!r} {info.shape} is not in the base", name)
+            for name, info in _extra(base, checkpoint)
+            if (rule := rules.deciding(info, model_type)) is None or rule.action != "base"
+        ]
+    if problems:
+        raise CheckpointError(
+            f"`TaskVectors(base, experts)`: {len(problems)} {'tensor does' if len(problems) == 1 else 'tensors do'} "
+            f"not fit {base.source}{f', the first {_SHOWN} are' if len(problems) > _SHOWN else ''}:\n"
+            + "".join(f"  - {text}\n" for text, _ in problems[:_SHOWN])
+            + "Every expert must be fine-tuned from this base. To keep the base's tensor, or leave out an expert's, "
+            f"add a rule, here for instance {suggested_rule(problems[0][1])}."
+        )
+
+
+def suggested_rule(name: str) -> str:
+    """Write the rule that keeps a tensor at the base.
+
+    Args:
+        name: name of the tensor.
+
+    Returns:
+        The rule in YAML's inline form.
+
+    >>> suggested_rule("model.embed_tokens.weight")
+    '{match: embed_tokens, action: base}'
+    """
+    module, _, last = name.rpartition(".")
+    word = module.rpartition(".")[2] if last in {"weight", "bias"} and module else last
+    return f"{{match: {re.escape(word) if not word.isdigit() else re.escape(name)}, action: base}}"
+
+
+def _misfits(base: Checkpoint, expert: Checkpoint, treatments: Mapping[str, Treatment]) -> Iterator[tuple[str, str]]:
+    for name, info in base.tensors.items():
+        if treatments[name].action == "base":
+            continue
+        found = [expert.tensors[key] for key in keys_of(base, expert, name)]
+        if not found:
+            yield f"tensor {name!r} {info.shape} is missing", name
+        for other in found:
+            if other.shape != info.shape:
+                yield f"tensor {other.name!r} is {other.shape}, the base's {info.shape}{_rows(info, other)}", name
+            elif not other.dtype.is_floating_point:
+                yield f"tensor {other.name!r} is {other.dtype}, the base's {info.dtype}", name
+
+
+def _rows(info: TensorInfo, other: TensorInfo) -> str:
+    """Explain a vocabulary that was extended or cut: matrices that differ in the number of their rows only."""
+    if len(info.shape) != 2 or info.shape[1:] != other.shape[1:]:
+        return ""
+    return (
+        f": {other.shape[0]:,} rows against {info.shape[0]:,}. If this is another vocabulary or another head, keep the "
+        f"base's with the rule {suggested_rule(info.name)}"
+    )
+
+
+def _extra(base: Checkpoint, expert: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+    for name, info in expert.tensors.items():
+        names = expert.tied_names(name)
+        if info.dtype.is_floating_point and not any(n in base.tensors or n in base.aliases for n in names):
+            yield name, info
+
+
+def keys_of(base: Checkpoint, expert: Checkpoint, name: str) -> list[str]:
+    """Find an expert's tensors for one of the base's, which it may hold under any of the tied names.
+
+    Args:
+        base: the base.
+        expert: the expert.
+        name: name in the base.
+
+    Returns:
+        Canonical names in the expert: none if it lacks the tensor, several if it stores tied names apart.
+    """
+    keys = (expert.aliases.get(tied, tied) for tied in base.tied_names(name))
+    return list(dict.fromkeys(key for key in keys if key in expert.tensors))

@@ -1,0 +1,294 @@
+"""Open checkpoints lazily: Hugging Face folders, weight files, PEFT LoRA adapters, state dicts in memory.
+
+`open_checkpoint` reads headers; a tensor's data is read when it is asked for. Supported:
+
+- a folder with `model.safetensors`, `model.safetensors.index.json` and its shards, `pytorch_model.bin`, or
+  `pytorch_model.bin.index.json` and its shards, looked for in this order, and `config.json` if there is one;
+- one `.safetensors` file;
+- one PyTorch state dict (`.pt`, `.pth`, `.bin`, `.ckpt`), loaded without running code: a dict of tensors, or one nested
+  under `"state_dict"` or `"model"` provided that every leaf of it is a tensor;
+- a PEFT LoRA folder (`adapter_config.json`) on top of its base, see `poe_models.weights.lora`;
+- a mapping of names to tensors;
+- a model id of the Hugging Face hub, `org/name` or `org/name@revision`, downloaded with `huggingface_hub`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.weights.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    find_aliases,
+    read_json,
+    refuse_quantised,
+)
+from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+def download(source: str) -> Path:
+    """Download a model or an adapter, safetensors if it has them.
+
+    Args:
+        source: `org/name` or `org/name@revision`.
+
+    Returns:
+        The folder with its files.
+
+    Raises:
+        CheckpointError: if `source` is no such id, or the download fails.
+    """
+    hub = _HUB_ID.fullmatch(source)
+    if hub is None:
+        raise CheckpointError(
+            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id "
+            "'org/name'."
+        )
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(_snapshot(hub["repo"], hub["revision"], patterns))
+        if not any((folder / name).is_file() for name in _SAFETENSORS):
+            folder = Path(_snapshot(hub["repo"], hub["revision"], [*patterns, "*.bin"]))
+    except Exception as error:  # network, cache, authorisation: one message for all
+        raise CheckpointError(
+            f"`open_checkpoint({source!r})`: no such file or folder here, and downloading it from the hub failed: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check "
+            "the id and the connection."
+        ) from error
+    return folder
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+    return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "FileCheckpoint",
+    "MemoryCheckpoint",
+    "TensorInfo",
+    "open_checkpoint",
+    "same_weights",
+]
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def open_checkpoint(
+    source: str | Path | Mapping[str, Tensor] | Checkpoint, base: Checkpoint | None = None
+) -> Checkpoint:
+    """Open a checkpoint by its headers.
+
+    Args:
+        source: a folder, a weight file, a hub id, or name to tensor; an open checkpoint is returned as it is.
+        base: the model that an adapter was trained on; only adapter folders need it.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: if `source` does not exist, is incomplete, corrupt, quantised, holds code, or is an adapter of
+            an unsupported kind.
+
+    >>> import torch
+    >>> checkpoint = open_checkpoint({"fc.weight": torch.zeros(2, 3)})
+    >>> checkpoint.tensors["fc.weight"].shape
+    (2, 3)
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return MemoryCheckpoint(source)
+    if not isinstance(source, (str, Path)):
+        raise CheckpointError(
+            f"`open_checkpoint(...)`: got {type(source).__name__}; expected a path, a hub id, or a mapping of names to "
+            "tensors such as `model.state_dict()`."
+        )
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = download(str(source))
+    if path.is_file():
+        return FileCheckpoint(path, [_weight_file(path)])
+    return _open_folder(path, base)
+
+
+class FileCheckpoint(Checkpoint):
+    """A checkpoint in one or more weight files.
+
+    Args:
+        path: the folder or the file it was opened from.
+        parts: its weight files.
+        config: its `config.json`, or None.
+
+    Raises:
+        CheckpointError: if two files hold a tensor of the same name, or the weights are quantised.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[WeightFile], config: dict[str, Any] | None = None) -> None:
+        self.source = str(path)
+        self.config = config
+        self.files = tuple(part.path for part in parts)
+        self.layout = {
+            "model.safetensors" if len(parts) == 1 else part.path.name: tuple(part.tensors) for part in parts
+        }
+        self.metadata = {key: value for part in parts for key, value in part.metadata.items()}
+        self.aliases = {name: target for part in parts for name, target in part.aliases.items()}
+        self._parts: dict[str, WeightFile] = {}
+        for part in parts:
+            for name in part.tensors:
+                if name in self._parts:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is in both {self._parts[name].path.name} and {part.path.name}. "
+                        "Remove the files of another save from the folder."
+                    )
+                self._parts[name] = part
+        self.tensors = {name: part.tensors[name] for part in parts for name in part.tensors}
+        self._last: WeightFile | None = None
+        refuse_quantised(self.source, self.tensors.values(), config)
+
+    @override
+    def _read(self, name: str) -> Tensor:
+        part = self._parts[name]
+        if self._last is not None and self._last is not part:
+            self._last.release()  # one open map at a time
+        self._last = part
+        return part.read(name)
+
+
+class MemoryCheckpoint(Checkpoint):
+    """A state dict in memory; its tensors are never written to.
+
+    Args:
+        tensors: name to tensor, on any device.
+        config: what `config.json` would hold, or None.
+
+    Raises:
+        CheckpointError: if a value is not an ordinary dense tensor, or the weights are quantised.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: dict[str, Any] | None = None) -> None:
+        self.source = "<memory>"
+        odd = [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if odd or not tensors:
+            raise CheckpointError(
+                f"`open_checkpoint(mapping)`: {', '.join(odd[:5]) or 'the mapping is empty'}: every value must be a "
+                "tensor, as in `model.state_dict()`. Pass the inner dict if the state dict is nested."
+            )
+        self._tensors = {name: tensor.detach() for name, tensor in check_plain(tensors, self.source).items()}
+        self.config = config
+        self.files = ()
+        self.metadata = {}
+        self.aliases = find_aliases(self._tensors)
+        self.tensors = {
+            name: TensorInfo(name, tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._tensors.items()
+            if name not in self.aliases
+        }
+        self.layout = {"model.safetensors": tuple(self.tensors)}
+        refuse_quantised(self.source, self.tensors.values(), config)
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where in memory each tensor with data begins."""
+        return {name: tensor.data_ptr() for name, tensor in self._tensors.items() if tensor.numel()}
+
+    @override
+    def _read(self, name: str) -> Tensor:
+        return self._tensors[name].cpu()
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Say whether two checkpoints are the same one: the same files, or the same memory.
+
+    Args:
+        one: a checkpoint.
+        other: another.
+
+    Returns:
+        False also for copies: contents are not compared.
+    """
+    if one is other:
+        return True
+    if isinstance(one, MemoryCheckpoint) and isinstance(other, MemoryCheckpoint):
+        return one.addresses == other.addresses
+    plain = isinstance(one, FileCheckpoint) and isinstance(other, FileCheckpoint)
+    return plain and {path.resolve() for path in one.files} == {path.resolve() for path in other.files}
+
+
+def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if (folder / "adapter_config.json").is_file():
+        from poe_models.weights.lora import LoraCheckpoint  # adapters are checkpoints themselves
+
+        if weights is not None:
+            raise CheckpointError(
+                f"{folder}: holds both an adapter (adapter_config.json) and a whole model ({weights.name}). Move one "
+                "of them to a folder of its own."
+            )
+        if base is None:
+            raise CheckpointError(
+                f"`open_checkpoint({str(folder)!r})`: an adapter needs the model it was trained on: "
+                "`open_checkpoint(adapter, base=open_checkpoint(model))`."
+            )
+        return LoraCheckpoint(folder, base)
+    if weights is None:
+        found = sorted(entry.name for entry in folder.iterdir())
+        raise CheckpointError(
+            f"{folder}: no weights: looked for {', '.join(_WEIGHTS)} and adapter_config.json, found "
+            f"{', '.join(found[:10]) or 'an empty folder'}{', ...' if len(found) > 10 else ''}. Name the weight file "
+            "itself if it has another name."
+        )
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    if weights.suffix == ".json":
+        return FileCheckpoint(folder, _open_shards(weights), config)
+    return FileCheckpoint(folder, [_weight_file(weights)], config)
+
+
+def _open_shards(index: Path) -> list[WeightFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{index}: has no `weight_map` of tensor names to shard files. Copy the file anew.")
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: lists {len(missing)} of {len(shards)} shards that are not in the folder: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download the missing files."
+        )
+    parts = {name: _weight_file(index.parent / name) for name in shards}
+    absent = [
+        f"{name!r} (in {shard})"
+        for name, shard in weight_map.items()
+        if name not in parts[shard].tensors and name not in parts[shard].aliases
+    ]
+    if absent:
+        raise CheckpointError(
+            f"{index}: lists {len(absent)} tensors that their shard does not hold: {', '.join(absent[:5])}"
+            f"{', ...' if len(absent) > 5 else ''}. Index and shards are from different saves: copy the folder anew."
+        )
+    return list(parts.values())
+
+
+def _weight_file(path: Path) -> WeightFile:
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in _TORCH_SUFFIXES:
+        return TorchFile(path)
+    kind = "GGUF files hold quantised weights" if path.suffix == ".gguf" else f"unknown suffix {path.suffix!r}"
+    raise CheckpointError(
+        f"`open_checkpoint({str(path)!r})`: {kind}. Supported are .safetensors and {', '.join(_TORCH_SUFFIXES)} files, "
+        "and folders of them."
+    )

@@ -1,0 +1,316 @@
+"""PEFT LoRA adapters on top of their base: W = W_0 + scaling * B A, without ever merging the whole model.
+
+Supported, with the result of PEFT's own `merge_and_unload`: linear layers, GPT-2's Conv1D, convolutions without groups,
+and embeddings; `lora_alpha`, `use_rslora`, `rank_pattern`, `alpha_pattern`, `fan_in_fan_out`;
+`modules_to_save` and trained biases, which replace the base's tensors. Every other variant is refused by name
+(`poe_models.weights.lora` decides field by field). The way out is then always the same: merge the adapter with PEFT and
+give the folder of the merged model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo, read_json, refuse_quantised
+from poe_models.weights.lora_names import Renaming, find_renaming, refuse_untied, sort_keys
+from poe_models.weights.rules import CONV1D_TYPES
+from poe_models.weights.treatments import DEFAULT_RULES, model_type_of
+from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile
+
+T = TypeVar("T")
+
+_USED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "init_lora_weights",
+}
+
+# Where the layers were, how they were trained and started, and how they are run: none of it changes scaling * B @ A.
+# The settings of one initialisation only matter with that `init_lora_weights`, which is judged itself. Trained biases
+# and `modules_to_save` show in the weights. `qalora_group_size` and `megatron_core` matter with refused fields only.
+_WITHOUT_EFFECT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+    *("lora_dropout", "runtime_config", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
+}
+
+_REFUSED = {
+    "use_dora": "DoRA",
+    "velora_config": "VeLoRA",
+    "alora_invocation_tokens": "Activated LoRA (aLoRA), which changes some tokens only",
+    "use_qalora": "QALoRA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "layer replication",
+    "lora_bias": "LoRA with a bias on B (`lora_bias`)",
+    "target_parameters": "LoRA on parameters (`target_parameters`)",
+    "trainable_token_indices": "trainable tokens (`trainable_token_indices`)",
+    "use_bdlora": "block-diagonal LoRA (BD-LoRA)",
+    "arrow_config": "Arrow routing, which chooses adapters for each token",
+    "kasa_config": "KaSA, which truncates the base",
+    "megatron_config": "Megatron's parallel layers",
+}
+
+# Initialisations that leave the base as it was, so that the update is scaling * B @ A; orthogonal and MiCA differ from
+# the default only in where B and A start.
+_PLAIN_INITS = {"True", "False", "gaussian", "eva", "orthogonal", "mica"}
+_BASE_CHANGING_INITS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an adapter's config says about its updates.
+
+    Args:
+        rank: `r`, unless `rank_pattern` has the module.
+        alpha: `lora_alpha`, unless `alpha_pattern` has the module.
+        rank_stabilised: divide alpha by sqrt(r) instead of r.
+        rank_pattern: module name or regular expression to rank.
+        alpha_pattern: module name or regular expression to alpha.
+        fan_in_fan_out: the layers store their weight (in, out).
+    """
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    fan_in_fan_out: bool
+
+    @classmethod
+    def read(cls, path: Path) -> LoraSettings:
+        """Read `adapter_config.json` and refuse what is not supported.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The settings.
+
+        Raises:
+            CheckpointError: naming the unsupported variant or field, or a value that makes no sense.
+        """
+        config = read_json(path)
+        for reason in _unsupported(config):
+            raise CheckpointError(
+                f"{path}: {reason} is not supported. Merge the adapter with PEFT and give that folder."
+            )
+        settings = cls(
+            rank=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            rank_stabilised=bool(config.get("use_rslora")),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        )
+        ranks = {"r": settings.rank, **settings.rank_pattern}
+        alphas = {"lora_alpha": settings.alpha, **settings.alpha_pattern}
+        _check(path, ranks, lambda value: type(value) is int and value > 0, "a whole number above 0")
+        _check(path, alphas, lambda value: type(value) in {int, float} and math.isfinite(value), "a finite number")
+        return settings
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module.
+
+        Args:
+            module: its name in the model that was trained.
+
+        Returns:
+            The rank that its factors must have.
+        """
+        return _from_pattern(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """Return what a module's B @ A is multiplied with.
+
+        Args:
+            module: its name in the model that was trained.
+
+        Returns:
+            alpha / r, or alpha / sqrt(r) if rank-stabilised.
+        """
+        rank = self.rank_of(module)
+        return _from_pattern(self.alpha_pattern, module, self.alpha) / (
+            math.sqrt(rank) if self.rank_stabilised else rank
+        )
+
+
+def _from_pattern(pattern: Mapping[str, T], module: str, default: T) -> T:
+    """Look a module up as PEFT does: the first key that matches the end of its name, as a regular expression."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return [f"an adapter of type {kind}" if kind else "a config without `peft_type`"]
+    init = str(config.get("init_lora_weights", True))
+    changing = [name for prefix, name in _BASE_CHANGING_INITS.items() if init.lower().startswith(prefix)]
+    if changing:
+        return [
+            f"LoRA with {changing[0]} initialisation (`init_lora_weights` {init!r}), which changed the base weights,"
+        ]
+    if init not in _PLAIN_INITS:
+        return [f"LoRA with the unknown initialisation {init!r}"]
+    set_fields = [field for field, value in config.items() if value not in (None, False, [], {}, "")]
+    named = [f"{_REFUSED[field]}" for field in set_fields if field in _REFUSED]
+    unknown = [f"the unknown field `{f}` ({config[f]!r})" for f in set_fields if f not in _USED | _WITHOUT_EFFECT]
+    return named + unknown
+
+
+def _check(path: Path, values: Mapping[str, Any], valid: Callable[[Any], bool], wanted: str) -> None:
+    for key, value in values.items():
+        if not valid(value):
+            raise CheckpointError(f"{path}: {key!r} is {value!r}, not {wanted}. Correct the config.")
+
+
+__all__ = ["LoraCheckpoint"]
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The factors of one tensor as the file stores them: A (r, in, ...), B (out, r, ...), flattened on reading."""
+
+    tensor: str  # its name in the base
+    a: TensorInfo
+    b: TensorInfo
+    scaling: float
+    transposed: bool  # the tensor is stored (in, out): embeddings and Conv1D
+
+
+class LoraCheckpoint(Checkpoint):
+    """The model that an adapter makes of its base.
+
+    An adapter on one of several tied tensors is refused where the base says that they are tied. A base that stores the
+    tied tensor once, under one name, cannot say so; there the adapter changes that one tensor, as PEFT's merge does.
+
+    Args:
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+        base: the model the adapter was trained on. The prefix of its names may differ from the adapter's (`bert.`,
+            `model.`) as long as one change of prefix fits every module.
+
+    Attributes:
+        base: the base it was opened on.
+
+    Raises:
+        CheckpointError: if the adapter is of an unsupported kind, or does not fit the base.
+    """
+
+    base: Checkpoint
+
+    def __init__(self, folder: Path, base: Checkpoint) -> None:
+        path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if path is None:
+            raise CheckpointError(
+                f"{folder}: an adapter without weights: looked for {' and '.join(_FILES)}. Copy it anew."
+            )
+        self.base = base
+        self.source = str(folder)
+        settings = LoraSettings.read(folder / "adapter_config.json")
+        self._file: WeightFile = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+        refuse_quantised(self.source, self._file.tensors.values(), None)
+        self.files = (path,)
+        self.metadata = self._file.metadata
+        self.config, self.aliases, self.layout = base.config, base.aliases, base.layout
+        factors, full = sort_keys(path, [*self._file.tensors, *self._file.aliases])
+        renaming = find_renaming(path, factors, base)
+        pairs = [self._pair(module, sides, renaming, settings) for module, sides in factors.items()]
+        self._pairs = {pair.tensor: pair for pair in pairs}
+        self._full = {renaming.tensor(name, base): key for name, key in full.items()}
+        refuse_untied(path, {**self._full, **{pair.tensor: pair.a.name for pair in pairs}}, base)
+        replaced = {name: replace(self._file.info(key), name=name) for name, key in self._full.items()}
+        self.tensors = {**base.tensors, **replaced}
+
+    def changes(self, name: str) -> bool:
+        """Say from the headers whether the adapter holds anything for a tensor.
+
+        Args:
+            name: name of a tensor.
+
+        Returns:
+            False if `read(name)` is the base's tensor.
+        """
+        canonical = self.aliases.get(name, name)
+        return canonical in self._pairs or canonical in self._full
+
+    def lora_factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return the update of a tensor as two factors.
+
+        Args:
+            name: name of a tensor of the base.
+
+        Returns:
+            Left (rows, r), scaling included, and right (r, columns), float64: `left @ right` is the update of the
+            tensor as it is stored, its axes after the first flattened. None if the adapter does not change it, or
+            replaces it whole.
+        """
+        canonical = self.aliases.get(name, name)
+        if canonical not in self._pairs or not self._on_base(canonical):
+            return None
+        return self._factors(self._pairs[canonical])
+
+    def _factors(self, pair: _Pair) -> tuple[Tensor, Tensor]:
+        a = self._file.read(pair.a.name).double().flatten(1)
+        b = self._file.read(pair.b.name).double().flatten(1) * pair.scaling
+        return (a.T, b.T) if pair.transposed else (b, a)
+
+    def _on_base(self, name: str) -> bool:
+        """Say whether the factors add to the base's own tensor; PEFT may store a copy of it beside an embedding's."""
+        return name not in self._full or torch.equal(self._file.read(self._full[name]), self.base.read(name))
+
+    @override
+    def _read(self, name: str) -> Tensor:
+        value = self._file.read(self._full[name]) if name in self._full else self.base.read(name)
+        if name not in self._pairs:
+            return value
+        wide = torch.promote_types(value.dtype, torch.float32)
+        left, right = (factor.to(wide) for factor in self._factors(self._pairs[name]))
+        return (value.to(wide) + (left @ right).reshape(value.shape)).to(value.dtype)
+
+    def _pair(self, module: str, sides: Mapping[str, str], renaming: Renaming, settings: LoraSettings) -> _Pair:
+        embedding = "embedding_A" in sides
+        a, b = (self._file.info(sides[f"embedding_{side}" if embedding else side]) for side in "AB")
+        name = renaming.matrix(module, self.base)
+        assert name is not None  # `find_renaming` checked every module
+        info = self.base.tensors[self.base.aliases.get(name, name)]
+        rank = settings.rank_of(module)
+        fits = _orientations(a, b, info, rank) & ({True} if embedding else {True, False})
+        if not fits:
+            raise CheckpointError(
+                f"{self.source}: module {module!r} has A {a.shape} and B {b.shape}, which do not fit rank {rank} of "
+                f"the config and {name!r} {info.shape} of {self.base.source}. Is this the base it was trained on? "
+                "Convolutions with groups are not supported: merge those with PEFT."
+            )
+        transposed = self._stored_transposed(info, settings) if len(fits) == 2 else fits == {True}
+        return _Pair(name, a, b, settings.scaling_of(module), transposed)
+
+    def _stored_transposed(self, info: TensorInfo, settings: LoraSettings) -> bool:
+        """Decide how a square matrix lies, which its shape cannot say."""
+        kind = model_type_of(self.base)
+        view = DEFAULT_RULES.treat(info, kind).view if info.dtype.is_floating_point else None
+        return settings.fan_in_fan_out if kind not in CONV1D_TYPES else view is not None and view.transpose
+
+
+def _orientations(a: TensorInfo, b: TensorInfo, info: TensorInfo, rank: int) -> set[bool]:
+    """Return which of B A (False) and its transpose (True) have the rank and the shape of the base's tensor."""
+    if len(a.shape) < 2 or len(b.shape) < 2 or (a.shape[0], b.shape[1]) != (rank, rank) or math.prod(b.shape[2:]) != 1:
+        return set()
+    out, fan_in = b.shape[0], a.shape[1:]
+    plain = {False} if (out, *fan_in) == info.shape else set()
+    return plain | ({True} if len(fan_in) == 1 and (*fan_in, out) == info.shape else set())

@@ -1,0 +1,171 @@
+"""Names in an adapter file, and which tensor of the base each of them is about."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+
+
+def sort_keys(path: Path, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Tell factors from whole tensors.
+
+    Args:
+        path: the adapter file, for messages.
+        keys: the names in it.
+
+    Returns:
+        Module to its two keys (`{"A": ..., "B": ...}`, of an embedding `{"embedding_A": ..., "embedding_B": ...}`), and
+        the name of each replaced tensor to its key. Names are those of the model that was trained.
+
+    Raises:
+        CheckpointError: for a factor without its partner, a key of an unknown kind, and nn.MultiheadAttention.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    full: dict[str, str] = {}
+    for key in keys:
+        if ".base_layer.out_proj.lora_" in key:
+            raise CheckpointError(
+                f"{path}: the adapter is on nn.MultiheadAttention ({key!r}), which is not supported: PEFT counts the "
+                "update of its out_proj once or twice, depending on its version. Merge the adapter with PEFT and give "
+                "that folder."
+            )
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        match = _FACTOR.fullmatch(name)
+        if match:
+            side = match["linear"] or f"embedding_{match['embedding']}"
+            factors.setdefault(match["module"], {})[side] = key
+        elif "lora_" in name:
+            raise CheckpointError(
+                f"{path}: the adapter has a tensor {key!r}, which plain LoRA does not have. Merge the adapter with "
+                "PEFT and give that folder."
+            )
+        elif ".original_module." not in name:  # PEFT's `bias="all"` saves the untrained copy too
+            full.setdefault(name.replace(".modules_to_save.", "."), key)
+    for module, sides in factors.items():
+        if set(sides) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+            raise CheckpointError(
+                f"{path}: module {module!r} has {' and '.join(sorted(sides))} alone; LoRA needs A and B. Copy the file "
+                "anew."
+            )
+    return factors, full
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """One change of prefix that turns an adapter's names into the base's.
+
+    Args:
+        strip: prefix that only the adapter's names have.
+        add: prefix that only the base's names have.
+    """
+
+    strip: str = ""
+    add: str = ""
+
+    def __call__(self, name: str) -> str:
+        """Return the base's name.
+
+        Args:
+            name: a name in the adapter.
+
+        Returns:
+            The name with the prefix changed.
+        """
+        return self.add + name.removeprefix(self.strip)
+
+    def matrix(self, module: str, base: Checkpoint) -> str | None:
+        """Find the tensor that a module's factors add to.
+
+        Args:
+            module: a module of the adapter.
+            base: the base.
+
+        Returns:
+            The name in the base, or None.
+        """
+        name = f"{self(module)}.weight"
+        return name if name in base.tensors or name in base.aliases else None
+
+    def tensor(self, name: str, base: Checkpoint) -> str:
+        """Find the tensor that a whole tensor replaces.
+
+        Args:
+            name: its name in the adapter.
+            base: the base.
+
+        Returns:
+            The name in the base; the adapter's own name for a tensor that the base lacks (a new head).
+        """
+        renamed = self(name)
+        return renamed if renamed in base.tensors or renamed in base.aliases else name
+
+
+def find_renaming(path: Path, modules: Iterable[str], base: Checkpoint) -> Renaming:
+    """Find how an adapter's module names become the base's.
+
+    Args:
+        path: the adapter file, for messages.
+        modules: the modules that have factors.
+        base: the base.
+
+    Returns:
+        No change if every name is the base's own, else the one change of prefix that fits every module.
+
+    Raises:
+        CheckpointError: if no change of prefix fits, or several do (naming the tensors they lead to).
+    """
+    wanted = list(modules)
+    if not wanted or all(Renaming().matrix(module, base) for module in wanted):
+        return Renaming()
+    first = next(module for module in wanted if not Renaming().matrix(module, base))
+    fits = [r for r in _candidates(first, base) if all(r.matrix(module, base) for module in wanted)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        names = ", ".join(repr(renaming.matrix(first, base)) for renaming in fits)
+        raise CheckpointError(
+            f"{path}: module {first!r} could be any of {names} in {base.source}. Give the base as the adapter's model "
+            "saves it, with the same names."
+        )
+    near = difflib.get_close_matches(f"{first}.weight", [*base.tensors, *base.aliases], n=1)
+    raise CheckpointError(
+        f"{path}: the adapter changes {first!r}, but {base.source} has no tensor '{first}.weight'"
+        f"{f'; the nearest is {near[0]!r}' if near else ''}. Is this the base it was trained on, and not another, or "
+        "one that stores this tensor under the name of the tensor it is tied to?"
+    )
+
+
+def _candidates(module: str, base: Checkpoint) -> list[Renaming]:
+    dots = [match.end() for match in re.finditer(r"\.", module)]
+    stripping = [Renaming(strip=module[:end]) for end in dots]
+    end = f"{module}.weight"
+    adding = [Renaming(add=n.removesuffix(end)) for n in (*base.tensors, *base.aliases) if n.endswith(f".{end}")]
+    return [r for r in dict.fromkeys([*stripping, *adding]) if r.matrix(module, base)]
+
+
+def refuse_untied(path: Path, changed: Mapping[str, str], base: Checkpoint) -> None:
+    """Raise if an adapter changes one of several tied tensors.
+
+    Args:
+        path: the adapter file, for messages.
+        changed: name in the base of each changed tensor, to its name in the adapter.
+        base: the base.
+
+    Raises:
+        CheckpointError: naming the tied tensors.
+    """
+    for name, key in changed.items():
+        tied = base.tied_names(name)
+        if len(tied) > 1:
+            raise CheckpointError(
+                f"{path}: the adapter changes {key!r}, but {' and '.join(map(repr, tied))} are one tied tensor in "
+                f"{base.source}: the adapter unties them. Merge the adapter with PEFT and give that folder, and a base "
+                "that stores the two apart."
+            )

@@ -1,0 +1,246 @@
+"""What the experts' data say about each module: diagonal Fisher information, or second moments of its inputs.
+
+Statistics go by the names of experts and modules, as :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them,
+and in the orientation of its matrices. They are made by :mod:`poe_models.weights.collecting`, and kept as one
+safetensors file per expert in one folder. Residual maps read them a batch of modules at a time.
+
+>>> given = ModuleStatistics("fisher", {"mnist": {"fc.weight": torch.ones(2, 3)}})
+>>> given.read("mnist", ["fc.weight"], (2, 3)).shape
+torch.Size([1, 2, 3])
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import quote, unquote
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError
+from poe_models.weights.loading import open_checkpoint
+
+__all__ = ["Kind", "ModuleStatistics", "given_statistics", "open_statistics"]
+
+Kind = Literal["fisher", "activations"]
+"""Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
+
+_KEY = "poe_merge_statistics"
+_SUFFIX = ".safetensors"
+
+
+class ModuleStatistics:
+    """Statistics of several experts, read when they are asked for.
+
+    Args:
+        kind: what they are.
+        experts: name of the expert to its statistics by name of the module, in memory or as a file.
+
+    Raises:
+        ValueError: if the kind is unknown, or there are no experts.
+    """
+
+    def __init__(self, kind: Kind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
+        if kind not in get_args(Kind):
+            raise ValueError(f"`ModuleStatistics({kind!r})`: the kinds are {', '.join(map(repr, get_args(Kind)))}.")
+        if not experts:
+            raise ValueError("`ModuleStatistics(experts={})`: there are none. Give the statistics of each expert.")
+        self.kind: Kind = kind
+        self.experts = {name: open_checkpoint(source) for name, source in experts.items()}
+        self._digest: str | None = None
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Shape of the statistics of a module of shape ``(d_out, d_in)``."""
+        d_out, d_in = shape
+        return (d_out, d_in) if self.kind == "fisher" else (d_in, d_in)
+
+    def check(self, expert: str, module: str, shape: Sequence[int]) -> None:
+        """Find out from headers whether the statistics of a module are there.
+
+        Args:
+            expert: name of the expert.
+            module: name of the module.
+            shape: its shape ``(d_out, d_in)``.
+
+        Raises:
+            CheckpointError: if they are not, or are those of another shape.
+        """
+        if expert not in self.experts:
+            raise CheckpointError(
+                f"{self.kind} statistics: there are none of expert {expert!r}, only of {', '.join(self.experts)}. "
+                "Collect them, or give the expert the name they have."
+            )
+        checkpoint = self.experts[expert]
+        found = checkpoint.tensors.get(checkpoint.aliases.get(module, module))
+        if found is None:
+            near = difflib.get_close_matches(module, checkpoint.tensors, n=1)
+            raise CheckpointError(
+                f"{self.kind} statistics of expert {expert!r} ({checkpoint.source}): there is no module {module!r}"
+                f"{f'; the nearest is {near[0]!r}' if near else ''}. Collect them with the rules of this merge, or "
+                "keep the module with a rule."
+            )
+        if tuple(found.shape) != self.shape(shape):
+            raise CheckpointError(
+                f"{self.kind} statistics of expert {expert!r} ({checkpoint.source}): module {module!r} has "
+                f"{tuple(found.shape)}, expected {self.shape(shape)} for a matrix {tuple(shape)}. Collect them with "
+                "the rules of this merge."
+            )
+
+    def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """Statistics of some modules of equal shape.
+
+        Args:
+            expert: name of the expert.
+            modules: names of ``M`` modules.
+            shape: their shape ``(d_out, d_in)``.
+
+        Returns:
+            ``(M, d_out, d_in)`` of Fisher information, ``(M, d_in, d_in)`` of activations, in float32 or float64.
+
+        Raises:
+            CheckpointError: if statistics are missing or have another shape, are not finite, negative, or (of
+                activations) not symmetric.
+        """
+        return torch.stack([self._read(expert, module, shape) for module in modules])
+
+    def _read(self, expert: str, module: str, shape: Sequence[int]) -> Tensor:
+        self.check(expert, module, shape)
+        values = self.experts[expert].read(module)
+        values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        problem = None
+        if not bool(values.isfinite().all()):
+            problem = "values that are NaN or infinite"
+        elif float((values if self.kind == "fisher" else values.diagonal()).min()) < 0:
+            problem = f"{'entries' if self.kind == 'fisher' else 'diagonal entries'} below zero"
+        elif self.kind == "activations" and not _symmetric(values):
+            problem = "a matrix that is not symmetric"
+        if problem is not None:
+            raise CheckpointError(
+                f"{self.kind} statistics of expert {expert!r} ({self.experts[expert].source}): module {module!r} has "
+                f"{problem}. Collect them again, in float64 if they overflowed."
+            )
+        return values
+
+    def save(self, folder: str | Path) -> Path:
+        """Save one file per expert, each whole or not at all; a folder may be filled expert by expert.
+
+        Args:
+            folder: made if it is not there.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: if an expert's file is there already.
+        """
+        target = Path(folder).expanduser()
+        target.mkdir(parents=True, exist_ok=True)
+        for name, checkpoint in self.experts.items():
+            file = target / f"{quote(name, safe='')}{_SUFFIX}"
+            if file.exists():
+                raise FileExistsError(
+                    f"`save({str(folder)!r})`: {file} is there already. Remove it, or choose another."
+                )
+            tensors = {module: checkpoint.read(module).cpu().contiguous() for module in checkpoint.tensors}
+            handle, partial = tempfile.mkstemp(dir=target, suffix=".partial")
+            os.close(handle)
+            try:
+                save_file(tensors, partial, metadata={**checkpoint.aliases, _KEY: self.kind})
+                Path(partial).chmod(0o644)
+                Path(partial).rename(file)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+        return target
+
+    def digest(self) -> str:
+        """Sha256 of all names and numbers, computed once: statistics are not changed after they were given."""
+        if self._digest is None:
+            digest = hashlib.sha256(self.kind.encode())
+            for name, checkpoint in self.experts.items():
+                for module, info in sorted(checkpoint.tensors.items()):
+                    digest.update(f"{name}/{module}{info.dtype}{info.shape}".encode())
+                    digest.update(checkpoint.read(module).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    @override
+    def __repr__(self) -> str:
+        """With a digest of the numbers, so that a record of a merge tells two sets of statistics apart."""
+        return f"ModuleStatistics({self.kind!r}, {', '.join(self.experts)}, {self.digest()[:16]})"
+
+
+def open_statistics(folder: str | Path, kind: Kind, experts: Sequence[str] | None = None) -> ModuleStatistics:
+    """Open a folder that :meth:`ModuleStatistics.save` filled, by its headers.
+
+    Args:
+        folder: the folder.
+        kind: what it should hold.
+        experts: names of the experts to open; all by default.
+
+    Returns:
+        Their statistics.
+
+    Raises:
+        CheckpointError: if it is missing or empty, lacks an expert, or holds something else.
+    """
+    path = Path(folder).expanduser()
+    files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(path.glob(f"*{_SUFFIX}"))}
+    if not files:
+        what = "there are no statistics" if path.is_dir() else "there is no such folder"
+        raise CheckpointError(
+            f"`open_statistics({str(folder)!r})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
+            "`ModuleStatistics.save` writes them."
+        )
+    missing = [name for name in experts or () if name not in files]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: there are no {kind} statistics of expert {missing[0]!r}, only of {', '.join(files)}. Collect "
+            "them, or give the expert the name they have."
+        )
+    checkpoints = {name: open_checkpoint(files[name]) for name in experts or files}
+    for checkpoint in checkpoints.values():
+        found = checkpoint.metadata.get(_KEY)
+        if found != kind:
+            raise CheckpointError(
+                f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
+                f"{kind} statistics."
+            )
+    return ModuleStatistics(kind, checkpoints)
+
+
+def given_statistics(source: ModuleStatistics | str, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
+    """The statistics that a residual map or a merging method was given.
+
+    Args:
+        source: in memory or as a folder; of a folder the headers are read anew.
+        kind: what they should be.
+        experts: names of those that are needed.
+
+    Returns:
+        The statistics, of these experts at least.
+
+    Raises:
+        CheckpointError: the folder lacks an expert, or holds something else.
+        TypeError: they are something else, or of another kind.
+    """
+    if isinstance(source, str):
+        return open_statistics(source, kind, experts)
+    if not isinstance(source, ModuleStatistics) or source.kind != kind:
+        raise TypeError(
+            f"`statistics={source!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the folder "
+            "of some."
+        )
+    return source
+
+
+def _symmetric(values: Tensor) -> bool:
+    tolerance = 1e3 * torch.finfo(values.dtype).eps * float(values.abs().amax())
+    return bool(((values - values.mT).abs() <= tolerance).all())

@@ -1,0 +1,311 @@
+"""Task vectors: what fine-tuning added to the base, one tensor at a time."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
+from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint, same_weights
+from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment, model_type_of
+from poe_models.weights.views import View
+
+__all__ = ["ModuleUpdates", "Source", "TaskVectors"]
+
+Source = str | Path | Mapping[str, Tensor] | Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleUpdates:
+    """The experts' updates of one matrix. All tensors are copies and may be written to.
+
+    Args:
+        name: name of the tensor; with the number of the block, `"layer.weight[1]"`, if its view has several.
+        tensor: name of the tensor.
+        names: names of the experts.
+        base: the base's matrix W_0, (d_out, d_in).
+        updates: U_i = W_i - W_0, (N, d_out, d_in).
+        low_rank: factors B (N, d_out, r) and A (N, r, d_in) with U_i = B_i A_i, if every expert is a LoRA adapter on
+            this base; smaller ranks are filled up with zeros. None otherwise.
+    """
+
+    name: str
+    tensor: str
+    names: tuple[str, ...]
+    base: Tensor
+    updates: Tensor
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+
+class TaskVectors:
+    """A base and the experts that were fine-tuned from it.
+
+    Everything that headers can tell is checked at construction. Iterating reads one tensor of every model at a time and
+    gives its matrices; peak memory is a few tensors, not N models.
+
+    Args:
+        base: the base, as `open_checkpoint` takes it.
+        experts: name to expert, or (name, expert) pairs; adapters are opened on `base`.
+        rules: what happens to which tensor.
+        dtype: dtype in which updates are formed, float32 or float64. The difference of two bfloat16 weights is exact in
+            float32 unless they differ by orders of magnitude; in bfloat16 it would lose what fine-tuning did.
+        device: where updates go.
+
+    Attributes:
+        names: names of the experts, in order.
+        base: the open base.
+        experts: name to open expert.
+        treatments: name of each tensor of the base to its treatment. A tied tensor is there once, under its canonical
+            name.
+
+    Raises:
+        CheckpointError: if a checkpoint cannot be opened, or the experts do not fit the base.
+        ValueError: if there are no experts, or names or arguments make no sense.
+
+    >>> base, tuned = {"fc.weight": torch.zeros(2, 2)}, {"fc.weight": torch.eye(2)}
+    >>> vectors = TaskVectors(base, {"tuned": tuned})
+    >>> [(module.name, module.updates.shape) for module in vectors]
+    [('fc.weight', torch.Size([1, 2, 2]))]
+    """
+
+    def __init__(
+        self,
+        base: Source,
+        experts: Mapping[str, Source] | Sequence[tuple[str, Source]],
+        rules: RuleTable = DEFAULT_RULES,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in {torch.float32, torch.float64}:
+            raise ValueError(f"`TaskVectors(dtype={dtype})`: updates are formed in torch.float32 or torch.float64.")
+        if not isinstance(rules, RuleTable):
+            raise ValueError(
+                "`TaskVectors(rules=...)`: expected a `RuleTable`; `DEFAULT_RULES.extended(rules)` makes one."
+            )
+        named = _unique_names(experts)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.rules = rules
+        self.base = open_checkpoint(base)
+        self.experts = {name: open_checkpoint(source, base=self.base) for name, source in named.items()}
+        self.names = tuple(named)
+        self.model_type = model_type_of(self.base)
+        self.treatments = self._treat_all()
+        refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
+
+    def __iter__(self) -> Iterator[ModuleUpdates]:
+        for tensor, treatment in self.treatments.items():
+            if treatment.action == "merge":
+                yield from self.modules(tensor)
+
+    def modules(self, tensor: str) -> list[ModuleUpdates]:
+        """Read one tensor of every model and take it apart into matrices.
+
+        Args:
+            tensor: name of a tensor whose treatment is to merge.
+
+        Returns:
+            One `ModuleUpdates` for each matrix of its view; `view.join` of their merged updates is the tensor's.
+
+        Raises:
+            CheckpointError: if a value is NaN or infinite, or an expert has untied tied tensors.
+            ValueError: if the tensor is not to be merged.
+        """
+        name = self._canonical(tensor)
+        view = self.treatments[name].view
+        if view is None:
+            raise ValueError(
+                f"`TaskVectors.modules({tensor!r})`: its treatment is '{self.treatments[name]}'. Use `average` or the "
+                "base, or a rule that merges it."
+            )
+        base = self._base(name)
+        shapes = view.block_shapes(base.shape)
+        updates = [torch.empty(len(self.names), *shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        for index, expert in enumerate(self.names):
+            for block, part in zip(updates, view.split(self._update(expert, name, base)), strict=True):
+                block[index].copy_(part)
+        bases = [block.to(self.device).clone(memory_format=torch.contiguous_format) for block in view.split(base)]
+        low_rank = self._low_rank(name, view, len(shapes))
+        parts = zip(block_names(name, len(shapes)), bases, updates, low_rank, strict=True)
+        return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
+
+    def average(self, tensor: str) -> Tensor:
+        """Read one tensor of every model and average the updates.
+
+        Args:
+            tensor: name of a tensor that is averaged or merged.
+
+        Returns:
+            W_0 + mean of U_i, of the tensor's shape, in the compute dtype.
+
+        Raises:
+            CheckpointError: if a value is NaN or infinite, or an expert has untied tied tensors.
+            ValueError: if the tensor stays the base's.
+        """
+        name = self._canonical(tensor)
+        if self.treatments[name].action == "base":
+            raise ValueError(
+                f"`TaskVectors.average({tensor!r})`: its treatment is '{self.treatments[name]}'. Read it from the "
+                f"base: `base.read({tensor!r})`."
+            )
+        base = self._base(name)
+        total = torch.zeros_like(base)
+        for expert in self.names:
+            total += self._update(expert, name, base)
+        return (base + total / len(self.names)).to(self.device)
+
+    @property
+    def views(self) -> dict[str, View]:
+        """How each merged tensor is seen as matrices: what statistics of its modules are collected for."""
+        return {name: treatment.view for name, treatment in self.treatments.items() if treatment.view is not None}
+
+    @property
+    def unused_rules(self) -> tuple[Rule, ...]:
+        """Rules of the user that no tensor of the base fits, in all likelihood misspelt."""
+        named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items()]
+        own = [rule for rule in self.rules.rules if rule not in DEFAULT_RULES.rules]
+        return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
+
+    def _treat_all(self) -> dict[str, Treatment]:
+        adapters = [self._adapter(name) for name in self.names]
+        treatments = {}
+        problems = []
+        for name, info in self.base.tensors.items():
+            try:
+                treatment = self.rules.treat(info, self.model_type, self.base.tied_names(name)[1:])
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            untouched = all(adapter is not None and not adapter.changes(name) for adapter in adapters)
+            if untouched and treatment.action != "base":
+                treatment = Treatment("base", None, "no adapter changes it")
+            treatments[name] = treatment
+        if problems:
+            raise CheckpointError(
+                f"`TaskVectors(rules=...)`: {len(problems)} of the tensors cannot be treated as the rules say:\n"
+                + "".join(f"  - {problem}\n" for problem in problems[:5])
+                + "Make the rule more specific, or put another one before it."
+            )
+        return treatments
+
+    def _canonical(self, tensor: str) -> str:
+        name = self.base.aliases.get(tensor, tensor)
+        if name not in self.treatments:
+            near = difflib.get_close_matches(tensor, self.treatments, n=1)
+            raise ValueError(
+                f"`TaskVectors`: the base has no tensor {tensor!r}{f'; the nearest is {near[0]!r}' if near else ''}. "
+                "`treatments` lists them."
+            )
+        return name
+
+    def _adapter(self, expert: str) -> LoraCheckpoint | None:
+        """Return the expert if it is an adapter on this base, so that its factors are its update."""
+        checkpoint = self.experts[expert]
+        if isinstance(checkpoint, LoraCheckpoint) and same_weights(checkpoint.base, self.base):
+            return checkpoint
+        return None
+
+    def _base(self, name: str) -> Tensor:
+        return _finite(self.base.read(name).to(self.dtype), f"the base ({self.base.source})", name)
+
+    def _update(self, expert: str, name: str, base: Tensor) -> Tensor:
+        """Form U_i of one expert; the result may be shared and is not written to."""
+        adapter = self._adapter(expert)
+        if adapter is not None and not adapter.changes(name):
+            return torch.zeros_like(base)
+        factors = adapter.lora_factors(name) if adapter is not None else None
+        if factors is not None:
+            left, right = (factor.to(self.dtype) for factor in factors)
+            return _finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
+        return _finite(self._weight(expert, name), f"expert {expert!r}", name) - base
+
+    def _weight(self, expert: str, name: str) -> Tensor:
+        checkpoint = self.experts[expert]
+        keys = keys_of(self.base, checkpoint, name)
+        weight = checkpoint.read(keys[0])
+        for other in keys[1:]:
+            if not torch.equal(weight, checkpoint.read(other)):
+                raise CheckpointError(
+                    f"`TaskVectors`: expert {expert!r} has untied {keys[0]!r} and {other!r}, which are one tensor in "
+                    f"the base ({self.base.source}). Give a base that stores the two apart, or tie the expert's again."
+                )
+        return weight.to(self.dtype)
+
+    def _low_rank(self, name: str, view: View, blocks: int) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """Return the factors of each block, or None for each if an expert has none."""
+        adapters = [self._adapter(expert) for expert in self.names]
+        factors: list[list[tuple[Tensor, Tensor]]] = []
+        for adapter in adapters:
+            if adapter is None or not view.has_factors:
+                return [None] * blocks
+            if not adapter.changes(name):
+                factors.append([])
+                continue
+            pair = adapter.lora_factors(name)
+            if pair is None:
+                return [None] * blocks
+            factors.append(view.split_factors(*(factor.to(self.device, self.dtype) for factor in pair)))
+        return [_padded([parts[i] if parts else None for parts in factors]) for i in range(blocks)]
+
+
+def block_names(tensor: str, count: int) -> list[str]:
+    """Names of the matrices that a tensor is seen as.
+
+    Args:
+        tensor: name of the tensor.
+        count: how many matrices.
+
+    Returns:
+        The tensor's name, with the number of the block if there are several.
+
+    >>> block_names("attn.qkv", 3)
+    ['attn.qkv[0]', 'attn.qkv[1]', 'attn.qkv[2]']
+    """
+    return [tensor] if count == 1 else [f"{tensor}[{i}]" for i in range(count)]
+
+
+def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) -> dict[str, Source]:
+    pairs = list(experts.items()) if isinstance(experts, Mapping) else list(experts)
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            "`TaskVectors(experts=...)`: experts have names. Give a dict {'mnist': 'path/to/mnist', ...}, or (name, "
+            "expert) pairs."
+        )
+    names = [name for name, _ in pairs]
+    if not names:
+        raise ValueError("`TaskVectors(experts={})`: there are no experts. Give at least one fine-tuned model.")
+    bad = [name for name in names if not isinstance(name, str) or not name]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if bad or twice:
+        what = f"{twice[0]!r} is the name of several experts" if twice else f"{bad[0]!r} is no name"
+        raise ValueError(f"`TaskVectors(experts=...)`: {what}. Give every expert a name of its own.")
+    return dict(pairs)
+
+
+def _finite(tensor: Tensor, owner: str, name: str) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"`TaskVectors`: {owner}: tensor {name!r} has {bad:,} values that are NaN or infinite (as {tensor.dtype}). "
+            f"Save it from an earlier step, or keep the base's tensor with the rule {suggested_rule(name)}."
+        )
+    return tensor
+
+
+def _padded(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """Stack factors of different rank, filled up with zeros; None stands for an update of rank 0."""
+    left, right = next(pair for pair in factors if pair is not None)
+    rank = max(pair[0].shape[1] for pair in factors if pair is not None)
+    b = left.new_zeros(len(factors), left.shape[0], rank)
+    a = right.new_zeros(len(factors), rank, right.shape[1])
+    for i, pair in enumerate(factors):
+        if pair is not None:
+            b[i, :, : pair[0].shape[1]] = pair[0]
+            a[i, : pair[1].shape[0]] = pair[1]
+    return b, a

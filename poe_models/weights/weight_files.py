@@ -1,0 +1,323 @@
+"""Weight files: one safetensors file, or one PyTorch state dict, opened by its header and read a tensor at a time.
+
+Both kinds are memory-mapped. Pages that were read stay resident for as long as the map lives, so that reading a whole
+file would in the end hold a whole model; the map is therefore dropped and made anew after `RESIDENT_BYTES`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from typing_extensions import override
+
+from poe_models.weights.checkpoint import CheckpointError, TensorInfo, find_aliases
+
+
+def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
+    """Find the state dict in what a PyTorch file holds.
+
+    Either the object itself maps names to tensors, or its entry `"state_dict"` or `"model"` does, every leaf of it a
+    tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and are left alone.
+
+    Args:
+        loaded: the unpickled object.
+        source: what to call the file in messages.
+
+    Returns:
+        Name to tensor.
+
+    Raises:
+        CheckpointError: if there is no such mapping, or more than one.
+    """
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{source}: holds a {type(loaded).__name__}, not a state dict. Save `model.state_dict()` with `torch.save`."
+        )
+    if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+        return check_plain(loaded, source)
+    inner = [key for key, value in loaded.items() if _is_state_dict(value)]
+    if len(inner) == 1 and inner[0] in {"state_dict", "model"}:
+        return check_plain(loaded[inner[0]], source)
+    if len(inner) > 1:
+        raise CheckpointError(
+            f"{source}: holds more than one state dict ({', '.join(map(repr, inner))}). Save the one to merge by "
+            "itself."
+        )
+    odd = [f"{key!r} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
+    raise CheckpointError(
+        f"{source}: not a state dict: {', '.join(odd[:5]) or 'it is empty'}{', ...' if len(odd) > 5 else ''}. Expected "
+        "a dict of tensors, or one under 'state_dict' or 'model' whose every leaf is a tensor."
+    )
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
+
+
+def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]:
+    """Refuse tensors that have no ordinary dense data.
+
+    Args:
+        tensors: name to tensor.
+        source: what to call their origin in messages.
+
+    Returns:
+        The same tensors as a dict.
+
+    Raises:
+        CheckpointError: naming the first tensor that is quantised, sparse, without data, or of a foreign subclass.
+    """
+    for name, tensor in tensors.items():
+        plain = type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+        if (
+            not isinstance(name, str)
+            or not plain
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.layout != torch.strided
+        ):
+            kind = f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, device {tensor.device}"
+            raise CheckpointError(
+                f"{source}: tensor {name!r} is not an ordinary dense tensor with a name ({kind}). Quantised, sparse "
+                "and meta tensors cannot be merged: give dense floating weights."
+            )
+    return dict(tensors)
+
+
+RESIDENT_BYTES = 16 * 2**20
+
+_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "BOOL": torch.bool,
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class WeightFile(ABC):
+    """One file of named tensors.
+
+    Attributes:
+        path: the file.
+        tensors: name to header, tied tensors once.
+        aliases: further name of a tied tensor to its canonical name.
+        metadata: safetensors `__metadata__`; empty for PyTorch files.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+    metadata: dict[str, str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: Any = None
+        self._resident = 0
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """Map the file."""
+
+    @abstractmethod
+    def _get(self, mapped: Any, name: str) -> Tensor:
+        """Read one tensor from the map."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Return the header of a tensor.
+
+        Args:
+            name: a name in `tensors` or `aliases`.
+
+        Returns:
+            Its header, under its canonical name.
+        """
+        return self.tensors[self.aliases.get(name, name)]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            name: a name in `tensors` or `aliases`.
+
+        Returns:
+            The tensor, on the CPU; it may share memory with the map.
+
+        Raises:
+            CheckpointError: if the data is not what the header said when the file was opened.
+        """
+        info = self.info(name)
+        name = info.name
+        if self._resident > RESIDENT_BYTES:
+            self.release()
+        if self._map is None:
+            self._map = self._open()
+        try:
+            tensor = self._get(self._map, name)
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} cannot be read: {error}. Copy the file anew."
+            ) from error
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype} and was {info.shape} "
+                f"{info.dtype} when the file was opened. The file changed while it was in use; open it again."
+            )
+        self._resident += info.nbytes
+        return tensor
+
+    def release(self) -> None:
+        """Drop the map; the next read makes a new one."""
+        self._map = None
+        self._resident = 0
+
+
+class SafetensorsFile(WeightFile):
+    """One `.safetensors` file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: if the header is truncated or corrupt, or names a dtype that torch lacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        handle = self._open()
+        self.tensors = {name: self._info(handle, name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        self.metadata = dict(handle.metadata() or {})
+        # safetensors' `save_model` notes each name it left out, with the name it kept.
+        self.aliases = {k: v for k, v in self.metadata.items() if k not in self.tensors and v in self.tensors}
+
+    @override
+    def _open(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a complete safetensors file ({error}). It is truncated or corrupt: copy it anew."
+            ) from error
+        except RuntimeError as error:
+            return self._open_unmapped(error)
+
+    def _open_unmapped(self, cause: RuntimeError) -> Any:
+        """Open a file that is too large to be mapped: the map is private, which the system counts as memory."""
+        try:
+            return safe_open(self.path, framework="pt", device="cpu", backend="pread")
+        except TypeError:
+            raise CheckpointError(
+                f"{self.path}: too large to be mapped into this machine's memory ({cause}). Install safetensors 0.8 or "
+                "later, which can read it without a map, or save the model in smaller shards."
+            ) from cause
+
+    def _info(self, handle: Any, name: str) -> TensorInfo:
+        header = handle.get_slice(name)
+        dtype = _SAFETENSORS_DTYPES.get(header.get_dtype())
+        if dtype is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has dtype {header.get_dtype()}, which is not supported: sub-byte and "
+                "packed dtypes hold quantised weights. Give the checkpoint in float32, bfloat16 or float16."
+            )
+        return TensorInfo(name, tuple(header.get_shape()), dtype, self.path)
+
+    @override
+    def _get(self, mapped: Any, name: str) -> Tensor:
+        return mapped.get_tensor(name)
+
+
+class TorchFile(WeightFile):
+    """One PyTorch state dict: a flat dict of tensors, or one nested under `"state_dict"` or `"model"`.
+
+    Loaded with `weights_only=True`, so that no code in the file ever runs. Files of the zip format (torch 1.6 and
+    later) are memory-mapped; older ones have no index and are read whole.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: if the file holds code, is corrupt, or is no state dict.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._legacy = not zipfile.is_zipfile(path)
+        state = self._open()
+        self.aliases = find_aliases(state)
+        self.tensors = {
+            name: TensorInfo(name, tuple(tensor.shape), tensor.dtype, path)
+            for name, tensor in state.items()
+            if name not in self.aliases
+        }
+        self.metadata = {}
+        self._map = state if self._legacy else None
+
+    @override
+    def release(self) -> None:
+        if not self._legacy:  # a legacy file would have to be read whole again
+            super().release()
+
+    @override
+    def _open(self) -> Any:
+        return state_dict_of(_load(self.path, mmap=not self._legacy), str(self.path))
+
+    @override
+    def _get(self, mapped: Any, name: str) -> Tensor:
+        return mapped[name].detach()
+
+
+def _load(path: Path, mmap: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused just below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a corrupt pickle can fail in any way
+        text = str(error)
+        if "TorchScript" in text:
+            raise _holds_code(path, "a TorchScript program") from error
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in text:
+            called = re.search(r"GLOBAL (\S+)", text)
+            raise _holds_code(path, f"it calls `{called[1] if called else 'a function'}`") from error
+        if isinstance(error, pickle.UnpicklingError) and _pickled_objects(path):
+            raise _holds_code(path, "it builds Python objects") from error
+        if "unable to mmap" in text:
+            raise CheckpointError(
+                f"{path}: too large to be mapped into this machine's memory. Convert it to safetensors shards."
+            ) from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a PyTorch state dict ({type(error).__name__}: "
+            f"{text.splitlines()[0] if text else ''}). It is truncated, corrupt, or not written by `torch.save`: copy "
+            "it anew."
+        ) from error
+
+
+def _pickled_objects(path: Path) -> bool:
+    """Say, without running it, whether a plain pickle of a newer protocol than torch reads builds objects."""
+    try:
+        with path.open("rb") as file:
+            return any(op.name in {"REDUCE", "STACK_GLOBAL"} for op, _, _ in pickletools.genops(file))
+    except Exception:  # no pickle at all, which can fail in any way
+        return False
+
+
+def _holds_code(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: this pickle holds code ({what}), not only tensors, and is not loaded: loading it would run that "
+        "code. Its author should convert it to safetensors."
+    )
