@@ -20,12 +20,12 @@ from rich.console import Console
 
 from benchmarks.vision.train import make_suite
 from diagnostics.arviz_adapter import chain_statistics
-from inference.draws import StoredDraws
-from inference.gibbs import gibbs_posterior
+from inference.draws import Draws, StoredDraws
+from inference.gibbs import gibbs
 from inference.nuts import nuts
 from inference.slice import slice_sample
-from poe_models import Balanced, Cauchy, InputGram, Posterior, ProductOfExperts, TaskVectors, span_posterior
-from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_statistics
+from poe_models import Balanced, Cauchy, InputGram, Posterior, ProductOfExperts, TaskVectors
+from poe_models.span import SpanStatistics, concatenate, span_statistics
 
 MIXED = 1.01
 TEMPERATURE = 0.1
@@ -43,7 +43,7 @@ class Sampler:
 
     name: str
     setting: str
-    draw: Callable[[Posterior, torch.Generator], StoredDraws]
+    draw: Callable[[Posterior, torch.Generator], Draws]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def samplers(nuts_draws: int) -> list[Sampler]:
         Sampler(
             "Gibbs",
             "8 chains, 200 + 2000 steps",
-            lambda p, g: gibbs_posterior(p, 2000, generator=g, chains=8, warmup=200),
+            lambda p, g: gibbs(p, 2000, generator=g, chains=8, warmup=200),
         ),
         Sampler(
             "elliptical slices",
@@ -92,13 +92,14 @@ def span_of_suite(vectors: TaskVectors, poe: ProductOfExperts) -> SpanStatistics
     return concatenate([span_statistics(poe, module.updates, [module.name]) for module in vectors])
 
 
-def measure(sampler: Sampler, posterior: Posterior, span: SpanCoordinates, seed: int) -> Figure:
+def measure(sampler: Sampler, posterior: Posterior, seed: int) -> Figure:
     """Run one sampler and judge all coefficients on the experts' updates."""
     started = time.process_time()
     draws = sampler.draw(posterior, torch.Generator().manual_seed(seed))
     seconds = time.process_time() - started
+    assert isinstance(draws, StoredDraws)  # as they are in Span coordinates
     # The last coefficient is the zero centre's, which moves nothing.
-    coefficients = span.coefficients(draws.values)[..., :-1].flatten(2)
+    coefficients = posterior.coefficients(draws.values)[..., :-1].flatten(2)
     found = chain_statistics(coefficients.numpy())
     diverging = draws.stats.get("diverging", torch.zeros(1))
     return Figure(
@@ -140,12 +141,12 @@ def main() -> None:
     vectors = TaskVectors(suite.base, suite.experts)
     poe = ProductOfExperts.of(vectors.names, InputGram(), Cauchy(), Balanced(1.0), temperature=TEMPERATURE)
     statistics = span_of_suite(vectors, poe)
-    posterior, span = span_posterior(poe, statistics)
+    posterior = poe.bind(statistics)
     chosen = samplers(arguments.nuts_draws)
     figures = {}
     for sampler in chosen:
         console.print(f"{sampler.name}: {sampler.setting}")
-        figures[sampler.name] = measure(sampler, posterior, span, arguments.seed)
+        figures[sampler.name] = measure(sampler, posterior, arguments.seed)
     coordinates = len(statistics.modules) * len(vectors.names)
     title = (
         f"Cauchy experts, InputGram, Balanced(1.0), relative η = 0.1, T = {TEMPERATURE}: the Span posterior of all "

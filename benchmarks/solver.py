@@ -54,7 +54,7 @@ def count(batches: Sequence[Tensor], poe: ProductOfExperts, acceleration: bool) 
     """Solve all batches of modules from the twin's weights."""
     started = time.process_time()
     solutions = [
-        fixed_point(poe, updates, starts=("twin",), max_steps=MAX_STEPS, tolerance=1e-8, acceleration=acceleration)
+        fixed_point(poe.bind(updates), starts=("twin",), max_steps=MAX_STEPS, tolerance=1e-8, acceleration=acceleration)
         for updates in batches
     ]
     return Count(

@@ -123,7 +123,7 @@ def p_values(case: Simulated, seeds: int, num_surrogates: int = 19) -> Array:
 def merge_once(merge: Merge, module: ModuleUpdates) -> torch.Tensor:
     """The merged update of the real module."""
     if isinstance(merge, ProductOfExperts):
-        return fixed_point(merge, module).value
+        return fixed_point(merge.bind(module)).value
     assert isinstance(merge, Average)
     return merge(module.updates)
 

@@ -96,7 +96,9 @@ class _Shown(Silent):
 
 def merged_residuals(vectors: TaskVectors, poe: ProductOfExperts) -> Residuals:
     """Residuals of the MAP of every module."""
-    found = [entry for module in vectors for entry in module_residuals(fixed_point(poe, module).value, module, poe)]
+    found = [
+        entry for module in vectors for entry in module_residuals(fixed_point(poe.bind(module)).value, module, poe)
+    ]
     return Residuals(tuple(found))
 
 

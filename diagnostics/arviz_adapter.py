@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from inference.merge_distance import MergeDistance
 from inference.models.model_draws import SpanDraws
 from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
-from poe_models.span import SpanCoordinates, SpanStatistics
+from poe_models.span import SpanStatistics
 
 with warnings.catch_warnings():
     # ArviZ 0.23 announces its next version on its first import of the day, by a stamp in the user's cache folder.
@@ -60,10 +60,7 @@ class TooFewDraws(UserWarning):
 def to_inference_data(
     draws: Draws | HierarchicalDraws,
     posterior: Posterior | None = None,
-    coordinates: SpanCoordinates | None = None,
-    statistics: SpanStatistics | None = None,
     *,
-    modules: Sequence[str] | None = None,
     include_update: bool = False,
 ) -> az.InferenceData:
     r"""Everything that ArviZ can use, with named coordinates; `az.summary`, `az.plot_trace`, `to_netcdf` take it as is.
@@ -83,13 +80,9 @@ def to_inference_data(
         in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
 
     Args:
-        draws: of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then
-        has
+        draws: of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then has
             ``gamma``, ``nu`` and ``weights``.
         posterior: what they are draws of.
-        coordinates: of a Span posterior.
-        statistics: of a Span posterior; always together with `coordinates`.
-        modules: names of the modules of a Full posterior; numbered if not given.
         include_update: put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
 
     Attributes of the whole say what the draws are: ``coordinates_of_draws``, ``sampler``, ``temperature``, and
@@ -100,33 +93,31 @@ def to_inference_data(
         An `arviz.InferenceData`.
 
     Raises:
-        ValueError: Coordinates and statistics are not given together, or do not fit the posterior; or the posterior is
-            missing, or given beside hierarchical draws.
+        ValueError: If the posterior is missing, or given beside hierarchical draws.
 
-    >>> from inference import gibbs_posterior
-    >>> from poe_models import Gaussian, ProductOfExperts, span_posterior, span_statistics
+    >>> from inference import gibbs
+    >>> from poe_models import Gaussian, ProductOfExperts, span_statistics
     >>> poe = ProductOfExperts.of(["a", "b"], energy=Gaussian())
     >>> statistics = span_statistics(poe, torch.eye(4, dtype=torch.float64).reshape(1, 2, 2, 4), ["fc.weight"])
-    >>> posterior, coordinates = span_posterior(poe, statistics)
-    >>> draws = gibbs_posterior(posterior, 100, generator=torch.Generator().manual_seed(0))
-    >>> data = to_inference_data(draws, posterior, coordinates, statistics)
+    >>> posterior = poe.bind(statistics)
+    >>> draws = gibbs(posterior, 100, generator=torch.Generator().manual_seed(0))
+    >>> data = to_inference_data(draws, posterior)
     >>> data.groups()
     ['posterior', 'sample_stats', 'constant_data']
     >>> az.summary(data, var_names="coefficients").index.tolist()
     ['coefficients[fc.weight, a]', 'coefficients[fc.weight, b]']
     """
     if isinstance(draws, HierarchicalDraws):
-        return _hierarchical_data(draws, (posterior, coordinates, statistics, modules), include_update)
+        return _hierarchical_data(draws, posterior, include_update)
     if posterior is None:
         raise ValueError("`to_inference_data(draws)`: give the posterior that they are draws of.")
-    _check(posterior, coordinates, statistics, modules)
     if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
         warnings.warn(TooFewDraws(draws.num_chains, draws.num_draws), stacklevel=2)
-    names = statistics.modules if statistics is not None else tuple(modules or map(str, range(posterior.num_modules)))
-    residuals, variables = _posterior(draws, posterior, coordinates, statistics, include_update)
+    statistics = None if posterior.span is None else posterior.span.statistics
+    residuals, variables = _posterior(draws, posterior, include_update)
     dimension = _dimensions(posterior, statistics)
     coords: dict[str, Any] = {
-        "module": list(names),
+        "module": list(posterior.modules),
         "expert": [expert.name for expert in posterior.experts],
         "basis": _basis(statistics),
     }
@@ -139,12 +130,12 @@ def to_inference_data(
         dims=_dims(draws),
     )
     data.constant_data["temperature"] = posterior.temperature  # `from_dict` makes an array of a number
-    data.attrs |= _attributes(draws, posterior, coordinates, statistics)
+    data.attrs |= _attributes(draws, posterior)
     return data
 
 
-def _hierarchical_data(draws: HierarchicalDraws, others: tuple[object, ...], include_update: bool) -> az.InferenceData:
-    if include_update or any(each is not None for each in others):
+def _hierarchical_data(draws: HierarchicalDraws, posterior: Posterior | None, include_update: bool) -> az.InferenceData:
+    if include_update or posterior is not None:
         raise ValueError(
             "`to_inference_data(draws, ...)`: hierarchical draws are of scales, tails and weights, and know their "
             "modules. Give them alone; `draws.update(module, chain, draw)` makes a merged update."
@@ -154,19 +145,14 @@ def _hierarchical_data(draws: HierarchicalDraws, others: tuple[object, ...], inc
     return data
 
 
-def _posterior(
-    draws: Draws,
-    posterior: Posterior,
-    coordinates: SpanCoordinates | None,
-    statistics: SpanStatistics | None,
-    include_update: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _posterior(draws: Draws, posterior: Posterior, include_update: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Residuals ``(C, S, M, E)`` and the variables of the posterior group; Full draws are made again one at a time."""
     parts: dict[str, list[Tensor]] = {"residuals": [], "distance": []}
-    whole = coordinates is not None or include_update
+    span = posterior.span
+    whole = span is not None or include_update
     for z in _latents(draws):
-        if coordinates is not None:  # coordinates that only pad the span have draws of their own, which are no update
-            z = z * (coordinates.transform != 0).any(-2).unsqueeze(-1)
+        if span is not None:  # coordinates that only pad the span have draws of their own, which are no update
+            z = z * span.known.unsqueeze(-1)
         parts["residuals"].append(posterior.residuals(z.to(posterior.like)))
         away = z if posterior.center is None else z - posterior.center
         parts["distance"].append(away.double().flatten(-2).norm(dim=-1))
@@ -175,10 +161,9 @@ def _posterior(
     stacked = {name: _by_chain(values, draws) for name, values in parts.items()}
     scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
     variables = {"residual": stacked["residuals"] / scales, "distance": stacked["distance"]}
-    if coordinates is not None:
-        assert statistics is not None
-        coefficients = coordinates.coefficients(stacked["latents"])
-        variables = {"coefficients": coefficients[..., _varying(statistics)], **variables}
+    if span is not None:
+        coefficients = span.coefficients(stacked["latents"])
+        variables = {"coefficients": coefficients[..., _varying(span.statistics)], **variables}
     elif include_update:
         variables = {"update": stacked["latents"], **variables}
     return stacked["residuals"], variables
@@ -262,10 +247,9 @@ def _varying(statistics: SpanStatistics) -> list[int]:
     return [place for place in range(len(statistics.basis)) if place != center or centered]
 
 
-def _attributes(
-    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates | None, statistics: SpanStatistics | None
-) -> dict[str, str | float]:
-    """What netCDF can keep: text and numbers."""
+def _attributes(draws: Draws, posterior: Posterior) -> dict[str, str | float]:
+    """Attributes of the InferenceData; netCDF stores text and numbers only."""
+    statistics = None if posterior.span is None else posterior.span.statistics
     attributes: dict[str, str | float] = {
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
         "coordinates_of_draws": "full" if statistics is None else "span",
@@ -277,8 +261,7 @@ def _attributes(
         attributes["residual_maps"] = "; ".join(statistics.residual_maps)
         attributes["statistics_digest"] = statistics_digest(statistics)
         attributes["around"] = "the MAP of the span" if statistics.through is None else "the merge"
-        assert coordinates is not None
-        named = SpanDraws.of(draws, coordinates, statistics)
+        named = SpanDraws.of(draws, posterior)
         if named.from_merge is not None:
             attributes |= merge_attributes(named.from_merge)
     return attributes
@@ -312,25 +295,6 @@ def _plain(expert: BoundExpert) -> str:
 def _array(values: Tensor) -> np.ndarray:
     array: np.ndarray = values.detach().cpu().numpy()
     return array
-
-
-def _check(
-    posterior: Posterior,
-    coordinates: SpanCoordinates | None,
-    statistics: SpanStatistics | None,
-    modules: Sequence[str] | None,
-) -> None:
-    if (coordinates is None) != (statistics is None):
-        raise ValueError(
-            "`to_inference_data(...)`: a Span posterior needs both `coordinates` and `statistics`: what "
-            "`span_posterior` returned beside it, and what it was made from. A Full posterior needs neither."
-        )
-    names = statistics.modules if statistics is not None else modules
-    if names is not None and len(names) != posterior.num_modules:
-        raise ValueError(
-            f"`to_inference_data(...)`: {len(names)} names for {posterior.num_modules} modules of the posterior. Give "
-            "the statistics that it was made from, or one name for each module."
-        )
 
 
 @dataclass(frozen=True, eq=False)

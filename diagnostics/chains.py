@@ -1,13 +1,13 @@
 """Did the chains mix: R-hat, effective sample sizes, Monte Carlo errors, divergences and ranks.
 
->>> from inference.gibbs import gibbs_posterior
+>>> from inference.gibbs import gibbs
 >>> from inference.models.model_draws import SpanDraws
->>> from poe_models import ProductOfExperts, span_posterior, span_statistics
+>>> from poe_models import ProductOfExperts, span_statistics
 >>> poe = ProductOfExperts.of(["a", "b"])
 >>> statistics = span_statistics(poe, torch.eye(4, dtype=torch.float64).reshape(1, 2, 2, 4), ["fc.weight"])
->>> posterior, coordinates = span_posterior(poe, statistics)
->>> draws = gibbs_posterior(posterior, 500, generator=torch.Generator().manual_seed(0))
->>> found = chain_convergence(SpanDraws.of(draws, coordinates, statistics))
+>>> posterior = poe.bind(statistics)
+>>> draws = gibbs(posterior, 500, generator=torch.Generator().manual_seed(0))
+>>> found = chain_convergence(SpanDraws.of(draws, posterior))
 >>> found.quantities, [verdict.level.name for verdict in found.verdicts]
 (('a', 'b'), ['GOOD', 'GOOD'])
 """

@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.residual_sets import ExpertResiduals, Residuals, Unit
-from inference.inputs import unpack
 from poe_models.energies import Gaussian
 from poe_models.experts import Anchor, ProductOfExperts
 from poe_models.operators import Gram, Operator, RankOne
-from poe_models.posterior import BoundExpert, full_posterior
+from poe_models.posterior import BoundExpert
 from poe_models.residual_maps import ResidualMap
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.task_vectors import ModuleUpdates, Source, TaskVectors
@@ -110,9 +109,7 @@ def module_residuals(
         )
     if isinstance(experts, ResidualMap):
         experts = ProductOfExperts.of(updates.names, experts, Gaussian())
-    poe, stacked, low_rank = unpack(replace(experts, anchor=Anchor()), updates, None)
-    factors = None if low_rank is None else (low_rank[0].unsqueeze(0), low_rank[1].unsqueeze(0))
-    posterior = full_posterior(poe, stacked.unsqueeze(0), factors)
+    posterior = replace(experts, anchor=Anchor()).bind(updates)
     z = (merged.double() / scaling).to(posterior.dtype).unsqueeze(0)
     return tuple(_of_expert(expert, z, updates) for expert in posterior.experts)
 

@@ -166,10 +166,10 @@ def _merges(poe: ProductOfExperts, modules: Iterable[ModuleUpdates], max_steps: 
         Name, then merged update, its twin's, weight spread, and whether both converged.
     """
     for module in modules:
-        solution = fixed_point(poe, module, max_steps=max_steps)
-        twin = fixed_point(poe.twin(), module, max_steps=max_steps)
+        solution = fixed_point(poe.bind(module), max_steps=max_steps)
+        twin = fixed_point(poe.twin().bind(module), max_steps=max_steps)
         spread = float(solution.info.weight_spread[0])
-        yield module.name, (solution.value, twin.value, spread, solution.converged and twin.converged)
+        yield module.name, (solution.value[0], twin.value[0], spread, solution.converged and twin.converged)
 
 
 def _row(

@@ -6,7 +6,7 @@ Works on the records that a merge leaves in `poe_merge.json` and on solutions in
 >>> from inference import fixed_point
 >>> from poe_models import ProductOfExperts
 >>> updates = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [1.0, 0.0]]]], dtype=torch.float64)
->>> solution = fixed_point(ProductOfExperts.of(["a", "b"]), updates)
+>>> solution = fixed_point(ProductOfExperts.of(["a", "b"]).bind(updates))
 >>> found = fixed_point_convergence(solution_records(solution, ["fc.weight"]))
 >>> found.modules, found.status[0].name, bool(found.rate[0] < 1)
 (('fc.weight',), 'CONVERGED', True)

@@ -1,9 +1,10 @@
 """From belief to numbers: the MAP of a product of experts, its posterior, and whole merged checkpoints.
 
-``fixed_point(poe, updates)`` solves modules and ``merge_checkpoint(task_vectors, poe, out)`` a whole model;
-``laplace(poe, updates, at=solution)`` and ``gibbs(poe, updates, num_samples, generator=...)`` describe the posterior of
-the merged update, ``gibbs_posterior``, ``slice_sample`` and ``nuts`` that of a bound posterior in its own coordinates;
-``minimize(posterior)`` serves experts that are only a function.
+``posterior = poe.bind(updates)`` binds a design to modules, and everything else takes the posterior, in Full or Span
+coordinates: ``fixed_point(posterior)`` is its MAP, ``laplace(posterior)`` the Gaussian there, ``gibbs``,
+``slice_sample`` and ``nuts`` draw from it (``gibbs(posterior, num_samples, generator=...)``), ``log_evidence``
+integrates it, and ``minimize(posterior)`` serves experts that are only a function.
+``merge_checkpoint(task_vectors, poe, out)`` merges a whole model.
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
@@ -21,10 +22,10 @@ from inference.evidence.estimate import (
     leave_one_expert_out,
     log_evidence,
 )
-from inference.gibbs import gibbs, gibbs_posterior
+from inference.gibbs import gibbs
 from inference.hierarchical.sampler import HierarchicalDraws, HierarchicalModel, hierarchical
 from inference.laplace import DenseLaplace, Laplace, laplace
-from inference.map import fixed_point, solve_posterior
+from inference.map import fixed_point, plain_iterates
 from inference.merge_distance import MergeDistance
 from inference.minimize import minimize
 from inference.models.design import Design
@@ -80,7 +81,6 @@ __all__ = [
     "fit_logit_temperature",
     "fixed_point",
     "gibbs",
-    "gibbs_posterior",
     "hierarchical",
     "laplace",
     "leave_one_expert_out",
@@ -91,13 +91,13 @@ __all__ = [
     "minimize",
     "noise_control",
     "nuts",
+    "plain_iterates",
     "plan",
     "require_proper",
     "sample_full",
     "save_draws",
     "save_statistics",
     "slice_sample",
-    "solve_posterior",
     "statistics_digest",
     "temper",
     "temperature_range",

@@ -1,14 +1,20 @@
-"""The loop over steps that samplers share."""
+"""What Markov chain samplers share: the kernel's interface, the loop over its steps, and overdispersed starts.
+
+Chains that start in different places, around the MAP and around every task vector, disagree for as long as they have
+not mixed; from one mode they would not notice another.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from inference.map import solve_posterior
+from inference.draws import StoredDraws
+from inference.map import fixed_point
 from inference.minimize import minimize
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
@@ -19,7 +25,7 @@ SPREAD = 2.0
 
 def mode_of(posterior: Posterior) -> Tensor:
     """The MAP of any posterior in its dtype, ``(M, *event)``."""
-    return (minimize(posterior) if posterior.factors else solve_posterior(posterior)).value.to(posterior.dtype)
+    return (minimize(posterior) if posterior.factors else fixed_point(posterior)).value.to(posterior.dtype)
 
 
 def overdispersed_starts(posterior: Posterior, mode: Tensor, chains: int, generator: torch.Generator) -> Tensor:
@@ -72,53 +78,110 @@ def majoriser_draws(posterior: Posterior, mode: Tensor, noise: Tensor) -> Tensor
 
 
 State = TypeVar("State")
+Info = TypeVar("Info")
+Progress = Callable[[int, int], None]
+"""Called with the number of finished steps and their total; an exception from it interrupts the sampler."""
 
 
-def kept_states(
-    step: Callable[[State, int], State],
-    state: State,
+class Kernel(ABC, Generic[State, Info]):
+    """A Markov chain's transition for all chains and modules of a posterior at once.
+
+    The state is what a chain needs for its next step, the info what a reader wants to know of the last one.
+
+    Attributes:
+        name: Name of the sampler.
+        posterior: Density that the transition leaves invariant.
+    """
+
+    name: str
+    posterior: Posterior
+
+    @abstractmethod
+    def init(self, chains: int, generator: torch.Generator) -> State:
+        """Overdispersed first states of ``C`` chains."""
+
+    @abstractmethod
+    def step(self, state: State, generator: torch.Generator) -> tuple[State, Info]:
+        """The next state, and the info of the step."""
+
+    def warm_up(self, state: State, step: int, steps: int) -> None:
+        """Adapt the transition after a step of the warm-up; by default there is nothing to adapt."""
+
+    @abstractmethod
+    def latents(self, state: State, info: Info) -> Tensor:
+        """The latents, ``(C, M, *event)``."""
+
+    @abstractmethod
+    def stats(self, state: State, info: Info) -> dict[str, Tensor]:
+        """Statistics of the draw by ArviZ's names, ``lp`` (``-E / T``) among them; broadcastable to ``(C, M)``."""
+
+
+def run_chains(
+    kernel: Kernel[State, Info],
     num_samples: int,
+    *,
+    generator: torch.Generator,
+    chains: int,
     warmup: int,
     thin: int,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[State]:
-    """Run all chains of a sampler.
+    progress: Progress | None,
+) -> Iterator[tuple[State, Info]]:
+    """The loop over steps that all samplers share.
 
     Args:
-        step: maps a state of all chains and the number of the step, from 1, to the next state.
-        state: the first state.
-        num_samples: states to keep.
-        warmup: steps before the first one that counts.
-        thin: steps per kept state.
-        progress: called with the number of finished steps and their total.
+        kernel: The transition.
+        num_samples: States to keep.
+        generator: Source of all randomness.
+        chains: Independent chains.
+        warmup: Steps before the first one that counts.
+        thin: Steps per kept state.
+        progress: Called after every step.
 
     Yields:
-        The states that are kept.
-    """
-    total = warmup + num_samples * thin
-    for count in range(1, total + 1):
-        state = step(state, count)
-        if progress is not None:
-            progress(count, total)
-        if count > warmup and (count - warmup) % thin == 0:
-            yield state
-
-
-def require_counts(sampler: str, *, num_samples: int, chains: int, thin: int, warmup: int) -> None:
-    """Refuse numbers of draws, chains and steps that cannot be used.
-
-    Args:
-        sampler: name of the function that was called.
-        num_samples: draws kept per chain.
-        chains: independent chains.
-        thin: steps per kept draw.
-        warmup: steps before the first kept draw.
+        The states that are kept, with their infos.
 
     Raises:
-        ValueError: one is too small.
+        ValueError: If a count is too small.
     """
     if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
         raise ValueError(
-            f"`{sampler}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least one "
+            f"`{kernel.name}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least one "
             "draw, one chain and one step per draw are needed, and no negative warmup."
         )
+    state = kernel.init(chains, generator)
+    total = warmup + num_samples * thin
+    for count in range(1, total + 1):
+        state, info = kernel.step(state, generator)
+        if count <= warmup:
+            kernel.warm_up(state, count, warmup)
+        if progress is not None:
+            progress(count, total)
+        if count > warmup and (count - warmup) % thin == 0:
+            yield state, info
+
+
+def stored_draws(
+    kernel: Kernel[State, Info],
+    num_samples: int,
+    *,
+    generator: torch.Generator,
+    chains: int,
+    warmup: int,
+    thin: int,
+    progress: Progress | None,
+) -> StoredDraws:
+    """Draws of a kernel with their latents kept as they are; for arguments see :func:`run_chains`.
+
+    Returns:
+        Draws ``(C, S, M, *event)``.
+    """
+    values, statistics = [], []
+    kept = run_chains(
+        kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
+    )
+    for state, info in kept:
+        values.append(kernel.latents(state, info))
+        statistics.append(kernel.stats(state, info))
+    shape = (chains, num_samples, kernel.posterior.num_modules)
+    stats = {name: torch.stack([each[name] for each in statistics], 1).expand(shape) for name in statistics[0]}
+    return StoredDraws(torch.stack(values, 1), stats, kernel.name, kernel.posterior.fixed_temperature)

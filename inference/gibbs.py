@@ -12,75 +12,22 @@ the same ``H`` and ``b`` with the expected weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from inference.chains import kept_states, require_counts
-from inference.draws import RegeneratedDraws, StoredDraws
-from inference.inputs import unpack
+from inference.chains import Kernel, Progress, run_chains, stored_draws
+from inference.draws import Draws, RegeneratedDraws
 from inference.propriety import require_proper
-from poe_models.experts import ProductOfExperts
 from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
-from poe_models.posterior import Posterior, full_posterior
-from poe_models.weights.task_vectors import ModuleUpdates
+from poe_models.posterior import Posterior
 
 
 def gibbs(
-    poe: ProductOfExperts,
-    updates: Tensor | ModuleUpdates,
-    num_samples: int,
-    *,
-    generator: torch.Generator,
-    chains: int = 4,
-    warmup: int = 200,
-    thin: int = 1,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> RegeneratedDraws:
-    """Draws of the merged update itself (Full coordinates), kept as mixture weights and seeds.
-
-    Args:
-        poe: the design; every energy must be Gaussian, Cauchy or Student-t.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one module of
-            a :class:`~poe_models.weights.task_vectors.TaskVectors`.
-        num_samples: draws kept per chain.
-        generator: source of all randomness, on the updates' device.
-        chains: independent chains, from overdispersed starts.
-        warmup: steps per chain before the first kept draw.
-        thin: steps per kept draw.
-        low_rank: factors of the updates, if they are adapters.
-        progress: called with the number of finished steps and their total.
-
-    Returns:
-        Draws whose ``latents(chain, draw)`` are merged updates ``(M, d_out, d_in)``.
-
-    Raises:
-        ValueError: an energy has no scale mixture, or the posterior is improper.
-    """
-    posterior = full_posterior(*unpack(poe, updates, low_rank))
-    kernel = GibbsKernel(posterior, regenerable=True)
-    modules = range(posterior.num_modules)
-    singles = [GibbsKernel(posterior.module(m), regenerable=True) for m in modules] if len(modules) > 1 else [kernel]
-    weights, seeds, energies = [], [], []
-    for state in _chains(kernel, num_samples, chains, warmup, thin, generator, progress):
-        weights.append(state.weights)
-        seeds.append(state.seeds)
-        energies.append(state.energy)
-
-    def regenerate(module: int, weight: Tensor, seed: int) -> Tensor:
-        return singles[module].regenerate(weight, seed)
-
-    statistics = {"lp": -torch.stack(energies, 1) / posterior.fixed_temperature}
-    return RegeneratedDraws(
-        torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics, "gibbs", posterior.fixed_temperature
-    )
-
-
-def gibbs_posterior(
     posterior: Posterior,
     num_samples: int,
     *,
@@ -88,79 +35,109 @@ def gibbs_posterior(
     chains: int = 4,
     warmup: int = 200,
     thin: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> StoredDraws:
-    """Draws of a bound posterior in its own coordinates, stored as they are; meant for Span coordinates.
+    progress: Progress | None = None,
+) -> Draws:
+    """Draws of a posterior by Gibbs sampling.
 
     Args:
-        posterior: in Full or Span coordinates.
-        num_samples: draws kept per chain.
-        generator: source of all randomness.
-        chains: independent chains, from overdispersed starts.
-        warmup: steps per chain before the first kept draw.
-        thin: steps per kept draw.
-        progress: called with the number of finished steps and their total.
+        posterior: In Full or Span coordinates; every energy must be Gaussian, Cauchy or Student-t.
+        num_samples: Draws kept per chain.
+        generator: Source of all randomness, on the posterior's device.
+        chains: Independent chains, from overdispersed starts.
+        warmup: Steps per chain before the first kept draw.
+        thin: Steps per kept draw.
+        progress: Called with the number of finished steps and their total.
 
     Returns:
-        Draws of the latents, ``(C, S, M, *event)``.
+        Draws of the latents ``(C, S, M, *event)``. In Span coordinates they are kept as they are, in Full ones as
+        mixture weights and seeds, from which ``latents(chain, draw)`` makes merged updates again.
+
+    Raises:
+        ValueError: If an energy has no scale mixture, the posterior is improper or has factor experts, its modules'
+            operators do not share a factorisation, or a count cannot be used.
     """
-    kernel = GibbsKernel(posterior, regenerable=False)
-    values, energies = [], []
-    for state in _chains(kernel, num_samples, chains, warmup, thin, generator, progress):
-        values.append(state.z)
-        energies.append(state.energy)
-    statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
-    return StoredDraws(torch.stack(values, 1), statistics, "gibbs", posterior.fixed_temperature)
+    kernel = GibbsKernel(posterior)
+    if not kernel.regenerable:
+        return stored_draws(
+            kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
+        )
+    kept = run_chains(
+        kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
+    )
+    infos = [info for _, info in kept]
+    return RegeneratedDraws(
+        torch.stack([info.weights for info in infos], 1),
+        torch.stack([info.seeds for info in infos], 1),
+        regenerate_with(posterior),
+        {"lp": -torch.stack([info.energy for info in infos], 1) / posterior.fixed_temperature},
+        kernel.name,
+        posterior.fixed_temperature,
+    )
 
 
-def _chains(
-    kernel: GibbsKernel,
-    num_samples: int,
-    chains: int,
-    warmup: int,
-    thin: int,
-    generator: torch.Generator,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[GibbsState]:
-    """The states that are kept."""
-    require_counts("gibbs", num_samples=num_samples, chains=chains, thin=thin, warmup=warmup)
-    first = kernel.init(chains, generator)
-    return kept_states(lambda state, _: kernel.step(state, generator), first, num_samples, warmup, thin, progress)
+def regenerate_with(posterior: Posterior) -> Callable[[int, Tensor, int], Tensor]:
+    """A function that makes a module's merged update from its position, mixture weights ``(E,)`` and seed.
+
+    One module at a time, whatever batch it was drawn in, because batched linear algebra may round differently.
+
+    Args:
+        posterior: In Full coordinates.
+    """
+    singles: dict[int, GibbsKernel] = {}
+
+    def regenerate(module: int, weights: Tensor, seed: int) -> Tensor:
+        if module not in singles:
+            singles[module] = GibbsKernel(posterior.module(module))
+        return singles[module].regenerate(weights, seed)
+
+    return regenerate
 
 
 @dataclass(frozen=True, eq=False)
 class GibbsState:
-    """What ``C`` chains of ``M`` modules need.
+    """State of ``C`` chains of ``M`` modules.
 
     Attributes:
-        z: the latents, ``(C, M, *event)``; empty where they can be regenerated.
-        residuals: ``q_i``, ``(C, M, E)``.
+        residuals: ``q_i``, ``(C, M, E)``: all that the next mixture weights depend on.
+    """
+
+    residuals: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GibbsInfo:
+    """Draw of one step.
+
+    Attributes:
+        z: Latents, ``(C, M, *event)``; empty where they can be regenerated.
         energy: ``E(Z)`` in nats, ``(C, M)``.
-        weights: the mixture weights that ``Z`` was drawn with, ``(C, M, E)``.
-        seeds: seed of the noise of each chain and module, ``(C, M)`` int64; empty where latents are kept.
+        weights: Mixture weights that ``Z`` was drawn with, ``(C, M, E)``.
+        seeds: Seed of the noise of each chain and module, ``(C, M)`` int64; empty where latents are kept.
     """
 
     z: Tensor
-    residuals: Tensor
     energy: Tensor
     weights: Tensor
     seeds: Tensor
 
 
-class GibbsKernel:
-    """One exact Gibbs step for all chains and modules of a posterior.
+class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
+    """Exact Gibbs steps for all chains and modules of a posterior.
+
+    In Full coordinates the noise of every chain and module has a seed of its own, so that a latent can be made again
+    from its mixture weights and seed instead of being kept.
 
     Args:
-        posterior: in Full or Span coordinates.
-        regenerable: give the noise of every chain and module a seed of its own, so that a latent can be made again from
-            its mixture weights and seed instead of being kept.
+        posterior: In Full or Span coordinates.
 
     Raises:
         ValueError: an energy has no scale mixture, the posterior is improper, or its modules' operators do not share a
             factorisation.
     """
 
-    def __init__(self, posterior: Posterior, regenerable: bool) -> None:
+    name = "gibbs"
+
+    def __init__(self, posterior: Posterior) -> None:
         if posterior.factors:
             raise ValueError(
                 f"`gibbs(...)`: {posterior.factors[0].name!r} is a FactorExpert, which has no Gaussian scale mixture. "
@@ -170,27 +147,43 @@ class GibbsKernel:
             expert.rho.scale_mixture()  # or an error that names the energy
         require_proper(posterior)
         self.posterior = posterior
-        self.regenerable = regenerable
+        self.regenerable = posterior.span is None
         self.quadratic = quadratic_of(posterior, for_draws=True)
         self.pulls = self.quadratic.pulls()
         self.shift = posterior.anchor_precision / posterior.temperature
         self.power = torch.ones_like(self.shift) / posterior.temperature
 
+    @override
     def init(self, chains: int, generator: torch.Generator) -> GibbsState:
-        """Overdispersed start: mixture weights from their priors, then ``Z`` given them."""
+        """Mixture weights from their priors, then ``Z`` given them."""
         shape = (chains, self.posterior.num_modules, len(self.posterior.experts))
         zeros = torch.zeros(shape, dtype=torch.float64, device=self.shift.device)
-        return self._draw(draw_weights(self.posterior, zeros, self.power, generator), generator)
+        return self.step(GibbsState(zeros), generator)[0]
 
-    def step(self, state: GibbsState, generator: torch.Generator) -> GibbsState:
+    @override
+    def step(self, state: GibbsState, generator: torch.Generator) -> tuple[GibbsState, GibbsInfo]:
         """``tau | Z``, then ``Z | tau``."""
-        return self._draw(draw_weights(self.posterior, state.residuals, self.power, generator), generator)
+        weights = draw_weights(self.posterior, state.residuals, self.power, generator)
+        noise, seeds = self._fresh_noise(len(weights), generator)
+        white = self.quadratic.compression.compress(noise)
+        x = self._conditional(weights, white)
+        residuals = self.quadratic.residuals(x)
+        # Outside the compressed coordinates Z is white noise of variance 1 / (2 shift), which costs T / 2 per unit.
+        outside = (sum_of_squares(noise) - sum_of_squares(white)) * self.posterior.temperature / 2
+        energy = self.posterior.energy_of(residuals) + self.posterior.anchor_precision * sum_of_squares(x) + outside
+        z = noise.new_empty(0) if self.regenerable else self._latent(x, noise, white)
+        return GibbsState(residuals), GibbsInfo(z, energy, weights, seeds)
+
+    @override
+    def latents(self, state: GibbsState, info: GibbsInfo) -> Tensor:
+        return info.z
+
+    @override
+    def stats(self, state: GibbsState, info: GibbsInfo) -> dict[str, Tensor]:
+        return {"lp": -info.energy / self.posterior.temperature}
 
     def regenerate(self, weights: Tensor, seed: int) -> Tensor:
-        """``Z`` of a posterior of one module from its mixture weights ``(E,)`` and seed, ``(*event)``.
-
-        One module at a time, whatever batch it was drawn in, because batched linear algebra may round differently.
-        """
+        """``Z`` of a posterior of one module from its mixture weights ``(E,)`` and seed, ``(*event)``."""
         noise = self._noise(torch.tensor([seed]))
         white = self.quadratic.compression.compress(noise)
         return self._latent(self._conditional(weights.unsqueeze(0), white), noise, white).squeeze(0)
@@ -215,28 +208,15 @@ class GibbsKernel:
         outside = (sum_of_squares(direction) - sum_of_squares(seen)).clamp(min=0)
         return inside + outside * anchor_spread(self.shift).square()
 
-    def _draw(self, weights: Tensor, generator: torch.Generator) -> GibbsState:
-        """``Z | tau`` for all chains at once."""
-        chains = len(weights)
+    def _fresh_noise(self, chains: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Standard normal noise ``(C, M, *event)``, and its seeds ``(C, M)`` where a latent is to be made again."""
+        like, size = self.posterior.like, (chains, self.posterior.num_modules)
         if self.regenerable:
-            size = (chains, self.posterior.num_modules)
             seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
-            noise = torch.stack([self._noise(row) for row in seeds])
-        else:
-            seeds = torch.empty(0, dtype=torch.int64)
-            like = self.posterior.like
-            noise = torch.randn(
-                (chains, self.posterior.num_modules, *self.posterior.event_shape),
-                generator=generator, dtype=like.dtype, device=like.device,
-            )  # fmt: skip
-        white = self.quadratic.compression.compress(noise)
-        x = self._conditional(weights, white)
-        residuals = self.quadratic.residuals(x)
-        # Outside the compressed coordinates Z is white noise of variance 1 / (2 shift), which costs T / 2 per unit.
-        outside = (sum_of_squares(noise) - sum_of_squares(white)) * self.posterior.temperature / 2
-        energy = self.posterior.energy_of(residuals) + self.posterior.anchor_precision * sum_of_squares(x) + outside
-        z = noise.new_empty(0) if self.regenerable else self._latent(x, noise, white)
-        return GibbsState(z, residuals, energy, weights, seeds)
+            return torch.stack([self._noise(row) for row in seeds]), seeds
+        shape = (*size, *self.posterior.event_shape)
+        noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+        return noise, torch.empty(0, dtype=torch.int64)
 
     def _conditional(self, weights: Tensor, white: Tensor) -> Tensor:
         """``H^-1 b + L^-T white / sqrt 2``: weights ``(*C, M, E)`` and noise ``(*C, M, a, b)`` to ``(*C, M, a, b)``."""

@@ -16,45 +16,35 @@ from torch import Tensor
 
 from inference.draws import RegeneratedDraws
 from inference.gibbs import anchor_spread, seeded_noise
-from inference.inputs import unpack
+from inference.map import fixed_point
 from inference.propriety import require_proper
-from inference.solution import FixedPointInfo, Solution
-from poe_models.experts import ProductOfExperts
+from inference.solution import FixedPointInfo, MinimizeInfo, Solution
 from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
-from poe_models.posterior import Posterior, full_posterior
+from poe_models.posterior import Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, LowRankUpdate
 from poe_models.program import log_density
-from poe_models.weights.task_vectors import ModuleUpdates
 
 
-def laplace(
-    poe: ProductOfExperts,
-    updates: Tensor | ModuleUpdates,
-    at: Solution[FixedPointInfo],
-    low_rank: tuple[Tensor, Tensor] | None = None,
-) -> Laplace:
-    """Laplace's approximation of the merged update itself (Full coordinates).
+def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[MinimizeInfo] | None = None) -> Laplace:
+    """Laplace's approximation of a posterior without factor experts.
 
     Args:
-        poe: the design.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one module of
-            a :class:`~poe_models.weights.task_vectors.TaskVectors`.
-        at: the MAP of the same design and updates.
-        low_rank: factors of the updates, if they are adapters.
+        posterior: In Full or Span coordinates.
+        at: The MAP of the same posterior; by default it is solved for.
 
     Returns:
-        The approximation; a warning says so if the MAP had not converged. In Span coordinates:
-        ``Laplace(span_posterior, latents)``.
+        The approximation; a warning says so if the MAP had not converged.
 
     Raises:
-        ValueError: ``at`` is of other modules, or its Hessian is not positive definite.
+        ValueError: If ``at`` is of other modules, its Hessian is not positive definite, or the posterior is improper.
     """
-    posterior = full_posterior(*unpack(poe, updates, low_rank))
-    if len(at.status) != posterior.num_modules or at.value.shape[-2:] != posterior.event_shape:
+    at = fixed_point(posterior) if at is None else at
+    expected = (posterior.num_modules, *posterior.event_shape)
+    if tuple(at.value.shape) != expected:
         raise ValueError(
-            f"`laplace(at=...)`: a solution of {len(at.status)} modules of shape {tuple(at.value.shape[-2:])} for "
-            f"updates of {posterior.num_modules} modules of {posterior.event_shape}. Solve these updates first."
+            f"`laplace(at=...)`: a solution of shape {tuple(at.value.shape)} for a posterior with latents {expected}. "
+            "Solve this posterior first."
         )
     loose = [index for index, status in enumerate(at.status) if not status.converged]
     if loose:
@@ -63,7 +53,7 @@ def laplace(
             "approximation is centred beside the mode.",
             stacklevel=2,
         )
-    return Laplace(posterior, at.value.to(posterior.dtype).reshape(posterior.num_modules, *posterior.event_shape))
+    return Laplace(posterior, at.value.to(posterior.dtype))
 
 
 class Laplace:

@@ -5,114 +5,110 @@ point the quadratic ``sum_i w_i q_i(Z) + eta |Z - Z_0|^2`` majorises the energy,
 ``E`` ([PoE] Algorithm 1; half-quadratic minimisation). With ``eta > 0`` the energy is coercive and the iterates
 converge to a stationary point from any start.
 
-Two things are added to the plain iteration. Anderson extrapolation acts on the ``N`` log-weights, which are all that
-the iteration carries from step to step; an extrapolated step that raises the energy is replaced by the plain one.
-And where an energy is not concave, the plain step is a descent direction and is line-searched.
+``plain_iterates`` is the algorithm as published. :func:`fixed_point` adds two things. Anderson extrapolation acts on
+the ``N`` log-weights, which are all that the iteration carries from step to step; an extrapolated step that raises the
+energy is replaced by the plain one. And where an energy is not concave, the plain step is a descent direction and is
+line-searched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from inference.inputs import unpack
 from inference.retention import retention
 from inference.reweighting import FLAT, Point, Problem, Run, SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
-from poe_models.experts import ProductOfExperts
 from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
-from poe_models.posterior import Posterior, check_updates, full_posterior
-from poe_models.span import span_basis, span_posterior, span_statistics
-from poe_models.weights.task_vectors import ModuleUpdates
+from poe_models.posterior import Posterior
+
+
+def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
+    """[PoE] Algorithm 1: reweighted solves without end, acceleration or safeguard.
+
+    Args:
+        posterior: In Full or Span coordinates.
+        weights: Initial weights ``(M, E)``; the released code starts with ones.
+
+    Yields:
+        The iterates ``Z``, ``(M, *event)``.
+    """
+    problem = quadratic_of(posterior)
+    pulls = torch.stack(problem.pulls(), -1)  # P_i (U_i - Z_0), (M, a, b, E)
+    while True:
+        # Z <- argmin sum_i w_i q_i(Z) + eta |Z - Z_0|^2, solved for the displacement x = Z - Z_0
+        precision = problem.precision(weights, posterior.anchor_precision)
+        x = precision.solve((pulls * weights[:, None, None].to(pulls)).sum(-1))
+        yield problem.lift(x) + (0.0 if posterior.center is None else posterior.center)
+        # w_i <- a_i rho'(q_i(Z) / s_i^2) / s_i^2
+        weights = posterior.weights(problem.residuals(x))
 
 
 def fixed_point(
-    poe: ProductOfExperts,
-    updates: Tensor | ModuleUpdates,
+    posterior: Posterior,
     *,
-    coordinates: Literal["full", "span"] = "full",
     starts: Sequence[Start] = ("twin", "experts"),
     max_steps: int = 100,
     tolerance: float | None = None,
     step_tolerance: float | None = None,
     acceleration: bool = True,
-    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Solution[FixedPointInfo]:
-    """MAP of the merged update, for a batch of modules of equal shape at once.
+    """MAP of a posterior by reweighted least squares, all modules of the batch at once.
 
     Args:
-        poe: the design.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``poe.update_names``, or one
-            module of a :class:`~poe_models.weights.task_vectors.TaskVectors`. Never changed.
-        coordinates: ``"full"`` solves for the merged update, ``"span"`` for its coefficients on the updates and
-            the anchor's centre (a restriction for the Gram maps, the same for Directional).
-        starts: where to start; the lowest energy wins. Where every energy is convex in the residual the MAP is
+        posterior: In Full or Span coordinates, without factor experts.
+        starts: Where to start; the lowest energy wins. Where every energy is convex in the residual the MAP is
             unique and only the first is used.
-        max_steps: reweighted solves per start.
-        tolerance: on ``|H Z - b| / |b|`` and on the change of the log-weights; by default 1e-5 in float32 and 1e-10 in
+        max_steps: Reweighted solves per start.
+        tolerance: On ``|H Z - b| / |b|`` and on the change of the log-weights; by default 1e-5 in float32 and 1e-10 in
             float64.
-        step_tolerance: stop instead when a step moves ``Z`` by less than this Frobenius norm, as [PoE] does.
-        acceleration: Anderson extrapolation of the log-weights.
-        low_rank: factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of the updates, if they are adapters.
+        step_tolerance: Stop instead when a step moves ``Z`` by less than this Frobenius norm, as [PoE] does.
+        acceleration: Whether to extrapolate the log-weights (Anderson).
 
     Returns:
-        The solution, with a status per module. ``value`` has the updates' dtype.
+        The solution, with a status per module; ``value`` is ``(M, *event)`` in the posterior's coordinates, of which
+        ``posterior.update`` makes merged updates.
 
     Raises:
-        ValueError: shapes, names or values do not fit, or the design cannot be solved in these coordinates.
+        ValueError: If the posterior has factor experts, its modules' operators do not share a factorisation, or a
+            setting or start cannot be used.
     """
-    if coordinates not in ("full", "span"):
-        raise ValueError(f"`fixed_point(coordinates={coordinates!r})`: 'full' or 'span'.")
-    if coordinates == "span" and low_rank is not None:
-        raise ValueError(
-            "`fixed_point(coordinates='span', low_rank=...)`: factors save nothing in Span. Leave them out."
-        )
-    if isinstance(updates, ModuleUpdates):
-        poe, updates, low_rank = unpack(poe, updates, low_rank)
-    single, dtype = updates.ndim == 3, updates.dtype
-    updates = check_updates(updates, poe.update_names)
-    options = SolverOptions(_as_tuple(starts), max_steps, tolerance, step_tolerance, acceleration)
-    if coordinates == "full":
-        solution = solve_posterior(full_posterior(poe, updates, low_rank), options)
-        value = solution.value
-    else:
-        ranks = any(expert.energy.needs_dimension for expert in poe.experts)
-        posterior, span = span_posterior(poe, span_statistics(poe, updates, ranks=ranks))
-        solution = solve_posterior(posterior, options)
-        coefficients = span.coefficients(solution.value)
-        value = torch.einsum("mj,mjab->mab", coefficients.to(updates), span_basis(poe, updates))
-        solution = replace(solution, info=replace(solution.info, coefficients=coefficients))
-    return replace(solution, value=(value.squeeze(0) if single else value).to(dtype))
-
-
-def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) -> Solution[FixedPointInfo]:
-    """MAP of a bound posterior in its own coordinates.
-
-    Args:
-        posterior: in Full or Span coordinates.
-        options: settings of the solver.
-
-    Returns:
-        The solution; ``value`` is ``(M, *event)``.
-
-    Raises:
-        ValueError: the posterior has factor experts.
-    """
-    options = options or SolverOptions()
+    options = SolverOptions(starts, max_steps, tolerance, step_tolerance, acceleration)
     if posterior.factors:
         raise ValueError(
             f"`fixed_point(...)`: {posterior.factors[0].name!r} is a FactorExpert; reweighting needs an energy of a "
-            "squared residual. Use `minimize` from inference.minimize."
+            "squared residual. Use `minimize`."
         )
     problem = Problem(posterior, quadratic_of(posterior))
+    return _solution(problem, _best_run(problem, options))
+
+
+@dataclass(frozen=True, eq=False)
+class _Best:
+    """The run that reached the lowest energy in every module.
+
+    Attributes:
+        run: The run.
+        contraction: How the plain iteration contracts there.
+        start: Name of the winning start of each module.
+        energies: Energy reached from every start, ``(M, S)``.
+    """
+
+    run: Run
+    contraction: Contraction
+    start: tuple[str, ...]
+    energies: Tensor
+
+
+def _best_run(problem: Problem, options: SolverOptions) -> _Best:
+    """Run from every start that can matter, and keep the lowest energy of each module."""
     starts = list(_initial_weights(problem, options.starts))
-    _require_finite(posterior, starts)
-    if all(expert.rho.is_convex for expert in posterior.experts):
+    _require_finite(problem.posterior, starts)
+    if all(expert.rho.is_convex for expert in problem.posterior.experts):
         starts = starts[:1]
     best = run_from(problem, starts[0][1], options)
     contraction = _contraction(problem, best.point)
@@ -127,29 +123,7 @@ def solve_posterior(posterior: Posterior, options: SolverOptions | None = None) 
             contraction = _contraction(problem, best.point)
     if options.step_tolerance is None:  # which asks for [PoE]'s iterate as it is
         best = problem.refine(best)
-    names = tuple(starts[i][0] for i in winner.tolist())
-    displacement = problem.quadratic.lift(best.point.x)
-    value = displacement if posterior.center is None else posterior.center + displacement
-    info = _info(problem, best, contraction, names, torch.stack(energies, -1), value)
-    return Solution(value, _statuses(best, contraction), info)
-
-
-def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
-    """Plain reweighting without end, acceleration or safeguard: the iterates ``Z`` of [PoE] Algorithm 1.
-
-    Args:
-        posterior: in Full or Span coordinates.
-        weights: initial weights ``(M, E)``; the released code starts with ones.
-
-    Yields:
-        ``Z`` after each solve, ``(M, *event)``.
-    """
-    problem = Problem(posterior, quadratic_of(posterior))
-    while True:
-        point = problem.solve(weights)
-        displacement = problem.quadratic.lift(point.x)
-        yield displacement if posterior.center is None else posterior.center + displacement
-        weights = point.log_weights.exp()
+    return _Best(best, contraction, tuple(starts[i][0] for i in winner.tolist()), torch.stack(energies, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +133,6 @@ class Contraction:
     rate: Tensor
     bound: Tensor
     strict: Tensor
-
-
-def _as_tuple(starts: Sequence[Start]) -> tuple[Start, ...]:
-    if isinstance(starts, str):
-        raise ValueError(f"`fixed_point(starts={starts!r})`: a sequence of starts is wanted: ({starts!r},).")
-    return tuple(starts)
 
 
 def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tuple[str, Tensor]]:
@@ -215,38 +183,37 @@ def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> St
     return Status.CONVERGED_LINE_SEARCH if searched else Status.CONVERGED
 
 
-def _info(
-    problem: Problem, run: Run, contraction: Contraction, names: tuple[str, ...], energies: Tensor, value: Tensor
-) -> FixedPointInfo:
-    posterior, point = problem.posterior, run.point
-    weights = posterior.weights(point.q)
+def _solution(problem: Problem, best: _Best) -> Solution[FixedPointInfo]:
+    posterior, run, point = problem.posterior, best.run, best.run.point
+    displacement = problem.quadratic.lift(point.x)
+    value = displacement if posterior.center is None else posterior.center + displacement
+    weights, active = posterior.weights(point.q), posterior.active
     relative = weights / posterior.weights(torch.zeros_like(point.q))
-    active = posterior.active
     top = torch.where(active, relative, -torch.inf).amax(-1)
     bottom = torch.where(active, relative, torch.inf).amin(-1)
-    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
-    return FixedPointInfo(
+    info = FixedPointInfo(
         experts=tuple(expert.name for expert in posterior.experts),
         energy=point.energy,
         energy_trace=run.trace,
-        start=names,
-        start_energies=energies,
+        start=best.start,
+        start_energies=best.energies,
         weights=weights,
         relative_weights=relative,
         weight_spread=torch.where(active.any(-1), top / bottom, torch.ones_like(top)),
         inactive=~active,
-        residuals=point.q / scales,
+        residuals=point.q / torch.stack([expert.scale_squared for expert in posterior.experts], -1),
         retention=retention(posterior, value, point.q),
         steps=run.steps.long(),
         rejected=run.rejected.long(),
         gradient_norm=run.gradient_norm,
         weight_change=run.weight_change,
         forward_error=run.forward_error,
-        strict_minimum=contraction.strict,
-        contraction_rate=contraction.rate,
-        contraction_bound=contraction.bound,
+        strict_minimum=best.contraction.strict,
+        contraction_rate=best.contraction.rate,
+        contraction_bound=best.contraction.bound,
         anchor_precision=posterior.anchor_precision,
     )
+    return Solution(value, _statuses(run, best.contraction), info)
 
 
 def _contraction(problem: Problem, point: Point) -> Contraction:

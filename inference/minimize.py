@@ -1,13 +1,12 @@
 """MAP of any differentiable posterior by L-BFGS: for factor experts, which have no weights to iterate on.
 
 >>> from poe_models.experts import FactorExpert, ProductOfExperts
->>> from poe_models.span import span_posterior, span_statistics
 >>> updates = torch.eye(2, dtype=torch.float64).unsqueeze(1)                     # two experts, (2, 1, 2)
 >>> small = FactorExpert("small", lambda c: c.square().sum(-1), coordinates="span")
 >>> poe = ProductOfExperts.of(["a", "b"]) * small
->>> posterior, span = span_posterior(poe, span_statistics(poe, updates))
+>>> posterior = poe.bind(updates, coordinates="span")
 >>> solution = minimize(posterior)
->>> solution.converged, span.coefficients(solution.value)[0, :2] < 0.7
+>>> solution.converged, posterior.coefficients(solution.value)[0, :2] < 0.7
 (True, tensor([True, True]))
 """
 

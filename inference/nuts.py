@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from inference.chains import mode_of, overdispersed_starts
+from inference.chains import Progress, mode_of, overdispersed_starts
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
@@ -31,7 +31,7 @@ def nuts(
     start: Tensor | None = None,
     max_tree_depth: int = 10,
     target_acceptance: float = 0.8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> StoredDraws:
     """Draws of a posterior in its own coordinates by the No-U-Turn Sampler.
 
@@ -111,9 +111,7 @@ class _Record:
         progress: see :func:`nuts`.
     """
 
-    def __init__(
-        self, model: Callable[[], Tensor], finished: int, total: int, progress: Callable[[int, int], None] | None
-    ) -> None:
+    def __init__(self, model: Callable[[], Tensor], finished: int, total: int, progress: Progress | None) -> None:
         self._model = model
         self._evaluations = 0
         self.finished = finished

@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from inference.anderson import Anderson
 from poe_models.least_squares import Quadratic
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import NotPositiveDefiniteError
-
-RIDGE = 1e-12
-"""Relative ridge on the least-squares problem; also gives forgotten differences (zero columns) zero weight."""
-
-LONGEST_STEP = 5.0
-"""Most that extrapolation may change a number beyond the plain step: a log-weight by 5 nats, a weight by 150 times."""
-
-
-class Anderson:
-    """Type-II Anderson extrapolation of ``v -> g(v)`` for ``M`` independent iterations of ``E`` numbers.
-
-    Args:
-        depth: how many past differences to use.
-    """
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self._last: tuple[Tensor, Tensor] | None = None
-        self._outputs: list[Tensor] = []
-        self._residuals: list[Tensor] = []
-
-    def propose(self, point: Tensor, output: Tensor) -> Tensor:
-        """The next point from ``v`` and ``g(v)``, both ``(M, E)``; the first call returns ``g(v)``."""
-        residual = output - point
-        if self._last is not None:
-            self._outputs = [*self._outputs, output - self._last[0]][-self.depth :]
-            self._residuals = [*self._residuals, residual - self._last[1]][-self.depth :]
-        self._last = (output, residual)
-        if not self._residuals:
-            return output
-        differences = torch.stack(self._residuals, -1)  # (M, E, depth)
-        normal = differences.mT @ differences
-        size = normal.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] * RIDGE + torch.finfo(normal.dtype).tiny
-        normal = normal + size * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-        gamma, _ = torch.linalg.solve_ex(normal, differences.mT @ residual.unsqueeze(-1))
-        change = -(torch.stack(self._outputs, -1) @ gamma).squeeze(-1)
-        change = change.clamp(-LONGEST_STEP, LONGEST_STEP)
-        return torch.where(change.isfinite().all(-1, keepdim=True), output + change, output)
-
-    def forget(self, where: Tensor) -> None:
-        """Drop the history of some iterations, ``(M,)`` boolean: theirs led uphill."""
-        keep = (~where).unsqueeze(-1)
-        self._outputs = [torch.where(keep, d, torch.zeros_like(d)) for d in self._outputs]
-        self._residuals = [torch.where(keep, d, torch.zeros_like(d)) for d in self._residuals]
-
 
 Start = Literal["ones", "twin", "experts", "center"] | Tensor
 """Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
@@ -73,6 +30,10 @@ FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
 minimum; less is a saddle or cannot be told from one, per dtype."""
 
 REFINEMENTS = 5
+"""Steps of iterative refinement, at most."""
+
+MOST_STALLED = 10
+"""Steps in a row without progress after which rounding is taken to have stopped a module."""
 
 SAME_BASIN = 0.02
 """Largest difference of a log-weight at which a run counts as on its way to a known strict local minimum."""
@@ -82,13 +43,18 @@ SAME_BASIN = 0.02
 class SolverOptions:
     """Settings of the fixed point; see :func:`fixed_point`."""
 
-    starts: tuple[Start, ...] = ("twin", "experts")
+    starts: Sequence[Start] = ("twin", "experts")
     max_steps: int = 100
     tolerance: float | None = None
     step_tolerance: float | None = None
     acceleration: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.starts, str):
+            raise ValueError(
+                f"`fixed_point(starts={self.starts!r})`: a sequence of starts is wanted: ({self.starts!r},)."
+            )
+        object.__setattr__(self, "starts", tuple(self.starts))
         if not self.starts or self.max_steps < 1:
             raise ValueError(
                 f"`fixed_point(starts={self.starts!r}, max_steps={self.max_steps})`: at least one start and one step."
@@ -132,6 +98,10 @@ class Problem:
         silent = ~posterior.active.any(-1) & (posterior.anchor_precision == 0)
         self.shift = torch.where(silent, 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
+
+    def tolerance(self, options: SolverOptions) -> float:
+        """Relative tolerance on the gradient and on the change of the log-weights."""
+        return TOLERANCE[self.dtype] if options.tolerance is None else options.tolerance
 
     def solve(self, weights: Tensor) -> Point:
         """Minimise the quadratic with these weights, ``(M, E)``."""
@@ -241,73 +211,151 @@ class Problem:
             return plain, self.solve(plain.exp())
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """A run on its way, ``M`` modules at once; float64 and boolean, ``(M,)`` unless said otherwise.
+
+    Attributes:
+        point: Where it is.
+        used: Log-weights that the point was solved with, ``(M, E)``.
+        moved: Length of the last step of ``Z``.
+        lowest: Smallest change of the log-weights so far.
+        stalled: Steps in a row without progress.
+        steps: Reweighted solves.
+        rejected: Steps that were taken back.
+        converged: Modules within the tolerance.
+        rounding: Modules that rounding has stopped.
+        searched: Modules in which a step was line-searched.
+        arrived: Modules on their way to a known minimum.
+    """
+
+    point: Point
+    used: Tensor
+    moved: Tensor
+    lowest: Tensor
+    stalled: Tensor
+    steps: Tensor
+    rejected: Tensor
+    converged: Tensor
+    rounding: Tensor
+    searched: Tensor
+    arrived: Tensor
+
+    @property
+    def change(self) -> Tensor:
+        """Largest change of a log-weight in the last step."""
+        return (self.point.log_weights - self.used).abs().amax(-1)
+
+    @property
+    def done(self) -> Tensor:
+        """Modules that need no further step."""
+        return self.converged | self.rounding | self.arrived
+
+
+def init(problem: Problem, weights: Tensor) -> State:
+    """The state after one solve with given weights, ``(M, E)``."""
+    point = problem.solve(weights)
+    zero, infinite = torch.zeros_like(point.energy), torch.full_like(point.energy, torch.inf)
+    no = torch.zeros_like(point.energy, dtype=torch.bool)
+    used = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+    return State(point, used, infinite, infinite, zero, torch.ones_like(zero), zero, no, no, no, no)
+
+
+def terminate(problem: Problem, state: State, options: SolverOptions, known: Run | None, last: bool) -> State:
+    """The state with the modules marked that are done.
+
+    Args:
+        problem: What is solved.
+        state: After a step.
+        options: With the tolerances.
+        known: A run whose strict minima need not be found again.
+        last: Whether no further step will follow.
+    """
+    tolerance = problem.tolerance(options)
+    # The gradient costs as much as a solve, and only matters once the weights have settled.
+    settled = bool((state.change <= tolerance).any()) or last
+    gradient = problem.gradient_norm(state.point) if settled else torch.full_like(state.change, torch.inf)
+    if options.step_tolerance is None:
+        small = (gradient <= tolerance) & (state.change <= tolerance)
+    else:
+        small = state.moved <= options.step_tolerance
+    converged = state.converged | (small & ~state.rounding)
+    rounding = state.rounding | (~converged & (state.stalled >= MOST_STALLED))
+    arrived = state.arrived
+    if known is not None:
+        arrived = arrived | (known.converged & problem.same_basin(state.point, known.point) & ~converged)
+    return replace(state, converged=converged, rounding=rounding, arrived=arrived)
+
+
+def step(problem: Problem, state: State, anderson: Anderson | None) -> State:
+    """One solve of the modules that are not done: extrapolated, else plain, else line-searched.
+
+    Args:
+        problem: What is solved.
+        state: Before the step.
+        anderson: The extrapolation with its history, which is updated; None for plain steps.
+    """
+    done, point, plain = state.done, state.point, state.point.log_weights
+    used, candidate = plain, None
+    rejected, searched = state.rejected, state.searched
+    if anderson is not None:
+        used, candidate = problem.extrapolated(anderson.propose(state.used, plain), plain)
+        worse = problem.uphill(point, candidate) & ~done
+        if bool(worse.any()):  # take the plain step there
+            anderson.forget(worse)
+            used = torch.where(worse.unsqueeze(-1), plain, used)
+            candidate = choose(worse, problem.solve(plain.exp()), candidate)
+            rejected = rejected + worse
+    candidate = problem.solve(plain.exp()) if candidate is None else candidate
+    worse = problem.uphill(point, candidate) & ~done
+    if bool(worse.any()):  # the energy is not concave there
+        if anderson is not None:
+            anderson.forget(worse)
+        candidate = choose(worse, _line_search(problem, point, candidate, worse), candidate)
+        rejected, searched = rejected + worse, searched | worse
+    no_progress = (point.energy - candidate.energy <= problem.slack(point.energy)) & (state.change >= state.lowest)
+    return replace(
+        state,
+        point=choose(done, point, candidate),
+        used=torch.where(done.unsqueeze(-1), state.used, used),
+        moved=torch.where(done, state.moved, sum_of_squares(candidate.x - point.x).sqrt()),
+        lowest=torch.minimum(state.lowest, state.change),
+        stalled=torch.where(no_progress, state.stalled + 1, torch.zeros_like(state.stalled)),
+        steps=state.steps + ~done,
+        rejected=rejected,
+        searched=searched,
+    )
+
+
 def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: Run | None = None) -> Run:
-    """Iterate from initial weights until every module has converged; finished modules stay as they are.
+    """Iterate from initial weights until every module is done; finished modules stay as they are.
 
     A module whose weights come within ``SAME_BASIN`` of a known strict local minimum's is on its way there: it stops
     and takes the known result.
     """
-    tolerance = TOLERANCE[problem.dtype] if options.tolerance is None else options.tolerance
-    used = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
-    point = problem.solve(weights)
-    trace = [point.energy]
-    flags = torch.zeros_like(point.energy, dtype=torch.bool)
-    converged, rounding, searched, arrived = flags, flags, flags, flags
-    steps, rejected = torch.ones_like(point.energy), torch.zeros_like(point.energy)
-    stalled, moved = torch.zeros_like(point.energy), torch.full_like(point.energy, torch.inf)
-    lowest = torch.full_like(point.energy, torch.inf)
-    anderson = Anderson(depth=min(5, weights.shape[-1]))
+    anderson = Anderson(depth=min(5, weights.shape[-1])) if options.acceleration else None
+    state = init(problem, weights)
+    trace = [state.point.energy]
     while True:
-        change = (point.log_weights - used).abs().amax(-1)
-        # The gradient costs as much as a solve, and only matters once the weights have settled.
-        settled = bool((change <= tolerance).any()) or len(trace) >= options.max_steps
-        gradient = problem.gradient_norm(point) if settled else torch.full_like(change, torch.inf)
-        if options.step_tolerance is None:
-            small = (gradient <= tolerance) & (change <= tolerance)
-        else:
-            small = moved <= options.step_tolerance
-        converged = converged | (small & ~rounding)
-        rounding = rounding | (~converged & (stalled >= 10))
-        if known is not None:
-            arrived = arrived | (known.converged & problem.same_basin(point, known.point) & ~converged)
-        done = converged | rounding | arrived
-        if bool(done.all()) or len(trace) >= options.max_steps:
+        last = len(trace) >= options.max_steps
+        state = terminate(problem, state, options, known, last)
+        if last or bool(state.done.all()):
             break
-        plain_log = point.log_weights
-        proposed = anderson.propose(used, plain_log) if options.acceleration else plain_log
-        proposed, candidate = problem.extrapolated(proposed, plain_log)
-        worse = problem.uphill(point, candidate) & ~done
-        if options.acceleration and bool(worse.any()):
-            anderson.forget(worse)
-            proposed = torch.where(worse.unsqueeze(-1), plain_log, proposed)
-            candidate = choose(worse, problem.solve(plain_log.exp()), candidate)
-            rejected = rejected + worse
-            worse = problem.uphill(point, candidate) & ~done
-        if bool(worse.any()):
-            anderson.forget(worse)
-            candidate = choose(worse, _line_search(problem, point, candidate, worse), candidate)
-            rejected, searched = rejected + worse, searched | worse
-        moved = torch.where(done, moved, sum_of_squares(candidate.x - point.x).sqrt())
-        no_progress = (point.energy - candidate.energy <= problem.slack(point.energy)) & (change >= lowest)
-        stalled = torch.where(no_progress, stalled + 1, torch.zeros_like(stalled))
-        lowest = torch.minimum(lowest, change)
-        point = choose(done, point, candidate)
-        used = torch.where(done.unsqueeze(-1), used, proposed)
-        steps = steps + ~done
-        trace.append(point.energy)
+        state = step(problem, state, anderson)
+        trace.append(state.point.energy)
     run = Run(
-        point,
-        torch.stack(trace, -1),
-        steps,
-        rejected,
-        problem.gradient_norm(point),
-        change,
-        converged,
-        rounding,
-        searched,
-        forward_error=torch.full_like(change, torch.nan),
+        point=state.point,
+        trace=torch.stack(trace, -1),
+        steps=state.steps,
+        rejected=state.rejected,
+        gradient_norm=problem.gradient_norm(state.point),
+        weight_change=state.change,
+        converged=state.converged,
+        rounding=state.rounding,
+        searched=state.searched,
+        forward_error=torch.full_like(state.change, torch.nan),
     )
-    return run if known is None else select(arrived, known, run)
+    return run if known is None else select(state.arrived, known, run)
 
 
 def _line_search(problem: Problem, point: Point, candidate: Point, worse: Tensor) -> Point:

@@ -20,13 +20,13 @@ warm-up, as Nishihara et al. do, and are fixed afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from inference.chains import kept_states, majoriser_draws, mode_of, overdispersed_starts, require_counts
+from inference.chains import Kernel, Progress, majoriser_draws, mode_of, overdispersed_starts, stored_draws
 from inference.draws import StoredDraws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
@@ -49,7 +49,7 @@ def slice_sample(
     chains: int = 4,
     warmup: int = 200,
     thin: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> StoredDraws:
     """Draws of a posterior in its own coordinates by generalised elliptical slice sampling.
 
@@ -74,21 +74,15 @@ def slice_sample(
         ValueError: the posterior is improper or has too many coordinates, its energy is not finite at a start, or a
             count cannot be used.
     """
-    require_counts("slice_sample", num_samples=num_samples, chains=chains, thin=thin, warmup=warmup)
-    require_proper(posterior)
-    mode = mode_of(posterior)
-    reference = Reference.majoriser(posterior, mode)
-    starts = overdispersed_starts(posterior, mode, chains, generator)
-    move = _Fitting(posterior, reference, warmup, generator)
-    first = init(states(posterior, starts), posterior)
-    untaken = SliceInfo(torch.zeros_like(first.log_density), torch.zeros_like(first.log_density))
-    positions, statistics = [], []
-    for state, info in kept_states(move, (first, untaken), num_samples, warmup, thin, progress):
-        positions.append(state.position)
-        statistics.append({"lp": state.log_density, "evaluations": info.evaluations, "stuck": info.stuck})
-    shape = (chains, num_samples, posterior.num_modules)
-    stats = {name: torch.stack([each[name] for each in statistics], 1).expand(shape) for name in statistics[0]}
-    return StoredDraws(latents(posterior, torch.stack(positions, 1)), stats, "slice", posterior.fixed_temperature)
+    return stored_draws(
+        SliceKernel(posterior),
+        num_samples,
+        generator=generator,
+        chains=chains,
+        warmup=warmup,
+        thin=thin,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,22 +254,48 @@ def _triangular(root: Tensor) -> Tensor:
     return torch.linalg.qr(root.mT).R.mT
 
 
-class _Fitting:
-    """Steps of all chains whose t is fitted to their draws during the warm-up and fixed afterwards."""
+class SliceKernel(Kernel[SliceState, SliceInfo]):
+    """Elliptical slice steps whose t is fitted to the chains' draws during the warm-up and fixed afterwards.
 
-    def __init__(self, posterior: Posterior, reference: Reference, warmup: int, generator: torch.Generator) -> None:
-        self.posterior, self.reference, self.warmup, self.generator = posterior, reference, warmup, generator
-        self.fit_at = {round(share * warmup) for share in FIT_AT}
+    Args:
+        posterior: In Span coordinates, or Full ones of few entries; any energy and factor expert.
+
+    Raises:
+        ValueError: If the posterior is improper or has too many coordinates.
+    """
+
+    name = "slice"
+
+    def __init__(self, posterior: Posterior) -> None:
+        require_proper(posterior)
+        self.posterior = posterior
+        self.mode = mode_of(posterior)
+        self.reference = Reference.majoriser(posterior, self.mode)
         self.recent: list[Tensor] = []
 
-    def __call__(self, now: tuple[SliceState, SliceInfo], count: int) -> tuple[SliceState, SliceInfo]:
-        state, info = step(now[0], self.posterior, self.reference, self.generator)
-        if count <= self.warmup:
-            self.recent.append(state.position)
-            if count in self.fit_at:
-                self.reference = self.reference.fitted(torch.cat(self.recent))
-                self.recent = []
-        return state, info
+    @override
+    def init(self, chains: int, generator: torch.Generator) -> SliceState:
+        starts = overdispersed_starts(self.posterior, self.mode, chains, generator)
+        return init(states(self.posterior, starts), self.posterior)
+
+    @override
+    def step(self, state: SliceState, generator: torch.Generator) -> tuple[SliceState, SliceInfo]:
+        return step(state, self.posterior, self.reference, generator)
+
+    @override
+    def warm_up(self, state: SliceState, step: int, steps: int) -> None:
+        self.recent.append(state.position)
+        if step in {round(share * steps) for share in FIT_AT}:
+            self.reference = self.reference.fitted(torch.cat(self.recent))
+            self.recent = []
+
+    @override
+    def latents(self, state: SliceState, info: SliceInfo) -> Tensor:
+        return latents(self.posterior, state.position)
+
+    @override
+    def stats(self, state: SliceState, info: SliceInfo) -> dict[str, Tensor]:
+        return {"lp": state.log_density, "evaluations": info.evaluations, "stuck": info.stuck}
 
 
 def _at(position: Tensor, posterior: Posterior) -> SliceState:

@@ -69,7 +69,6 @@ class FixedPointInfo:
         contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
             solution) and for any map and energy, ``(M,)``: no smaller than the rate.
         anchor_precision: ``eta``, ``(M,)``.
-        coefficients: ``c`` on the updates and the centre, ``(M, N + 1)``; Span coordinates only.
     """
 
     experts: tuple[str, ...]
@@ -92,7 +91,6 @@ class FixedPointInfo:
     contraction_rate: Tensor
     contraction_bound: Tensor
     anchor_precision: Tensor
-    coefficients: Tensor | None = None
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
@@ -174,7 +172,8 @@ class Solution(Generic[InfoT]):
     """A MAP with its status.
 
     Attributes:
-        value: merged updates, ``(M, d_out, d_in)``, without ``M`` if the updates came without it.
+        value: the latents in the posterior's coordinates, ``(M, *event)``: the merged updates ``(M, d_out, d_in)`` in
+            Full ones.
         status: one per module.
         info: how it got there.
     """

@@ -34,7 +34,6 @@ from inference.models.model_draws import ModelDraws
 from poe_models.energies import Cauchy, StudentT
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
-from poe_models.span import SpanCoordinates
 
 __all__ = ["TemperaturePoint", "Tempering", "fit_logit_temperature", "temper", "temperature_range"]
 
@@ -92,7 +91,7 @@ class Tempering(Generic[Members]):
         return next(point for point in self.path if point.temperature == self.temperature)
 
 
-def temperature_range(posterior: Posterior, coordinates: SpanCoordinates | None = None) -> tuple[float, float]:
+def temperature_range(posterior: Posterior) -> tuple[float, float]:
     r"""Where to look for a temperature: from a thousandth of ``2 sum_i kappa_i / D`` up to it.
 
     ``kappa_i = a_i k`` for Cauchy and Student-t. For other energies it is ``a_i rho(q_i(0) / s_i^2)``, what the expert
@@ -101,7 +100,6 @@ def temperature_range(posterior: Posterior, coordinates: SpanCoordinates | None 
 
     Args:
         posterior: in Full or Span coordinates; its own temperature does not matter.
-        coordinates: of a Span posterior, which pads every module to the same number of coordinates.
 
     Returns:
         The lowest and the highest temperature, over all modules.
@@ -117,7 +115,7 @@ def temperature_range(posterior: Posterior, coordinates: SpanCoordinates | None 
         else:
             strength = expert.energy_of(at_zero[..., i])
         strengths.append(torch.where(expert.active.cpu(), strength.cpu(), 0.0))
-    total, dimension = torch.stack(strengths).sum(0), _dimension(posterior, coordinates)
+    total, dimension = torch.stack(strengths).sum(0), _dimension(posterior)
     told = (total > 0) & (dimension > 0)
     if not bool(told.any()):
         raise ValueError(
@@ -146,7 +144,7 @@ def temper(
     kind, has another best temperature.
 
     Args:
-        sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs_posterior(
+        sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs(
             replace(posterior, temperature=t), ...), coordinates, statistics).thinned(10)``: as many members as the
             final ensemble is to have, and the same number at every temperature. The same seed at every temperature
             makes the path smoother.
@@ -391,9 +389,9 @@ def _checked(log_probabilities: Tensor, labels: Mapping[str, Tensor], task: str)
     return values
 
 
-def _dimension(posterior: Posterior, coordinates: SpanCoordinates | None) -> Tensor:
+def _dimension(posterior: Posterior) -> Tensor:
     """Number of directions that experts act on, ``(M,)`` float64."""
-    if coordinates is not None:
-        return (coordinates.transform != 0).any(-2).sum(-1).double().cpu()
+    if posterior.span is not None:
+        return posterior.span.known.sum(-1).double().cpu()
     size = math.prod(quadratic_of(posterior, for_draws=True).event_shape)
     return torch.full((posterior.num_modules,), float(size), dtype=torch.float64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
 from inference.draws import Draws, StoredDraws
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.laplace import Laplace
 from inference.merge_distance import MergeDistance, span_distance
 from inference.models.design import Design
@@ -34,7 +34,7 @@ from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge.sampling import Sampling
 from poe_merge.stats import Table
 from poe_models.posterior import Posterior
-from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
+from poe_models.span import SpanStatistics
 from poe_models.weights.task_vectors import TaskVectors
 
 Steps = Callable[[str], Callable[[int, int], None]]
@@ -90,21 +90,21 @@ def draw_span(
     parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
     for number, (design, places) in enumerate(groups):
         some = _selected(sets, places)
-        posterior, coordinates = _posterior(design, some, what)
-        merge = merge_in_span(posterior, coordinates, some, design)
+        posterior = _posterior(design, some, what)
+        merge = merge_in_span(posterior, design)
         step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
         try:
             chains = _run(posterior, merge, what, generator, step)
         except ValueError as error:
             raise with_names(error, some.modules) from error
-        made, said = _inference_data(chains, posterior, coordinates, some, chains=what.method != "laplace")
+        made, said = _inference_data(chains, posterior, chains=what.method != "laplace")
         made.attrs["statistics_digest"] = digest
         data.append(made)
         notes += said
         if bool(posterior.active.any()):
-            notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
-        named = SpanDraws.of(chains, coordinates, some)
-        away = span_distance(some, named.coefficients, coordinates.coefficients(merge))
+            notes += _too_hot(what.temperature, temperature_range(posterior)[1])
+        named = SpanDraws.of(chains, posterior)
+        away = span_distance(some, named.coefficients, posterior.coefficients(merge))
         parts.append(dataclasses.replace(named, from_merge=away))
     order = [place for _, places in groups for place in places]
     draws = _joined(parts, order, digest)
@@ -179,7 +179,7 @@ def _determined(
     left: list[str] = []
     for design, places in groups:
         some = _selected(sets, places)
-        idle = undetermined(_posterior(design, some, what)[0]).tolist()
+        idle = undetermined(_posterior(design, some, what)).tolist()
         left += [name for name, silent in zip(some.modules, idle, strict=True) if silent]
         found = [place for place, silent in zip(places, idle, strict=True) if not silent]
         if found:
@@ -194,10 +194,9 @@ def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int])
     return sets[places[0]][0].select([sets[place][1] for place in places])
 
 
-def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> tuple[Posterior, SpanCoordinates]:
+def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> Posterior:
     _check_method(design, what)
-    poe = dataclasses.replace(design.span_product, temperature=what.temperature)
-    return span_posterior(poe, statistics)
+    return dataclasses.replace(design.span_product, temperature=what.temperature).bind(statistics)
 
 
 def _check_method(design: Design, what: Sampling) -> None:
@@ -228,17 +227,15 @@ def _run(
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
     if what.method == "nuts":
         return nuts(posterior, what.draws, generator=generator, **settings)
-    sampler = gibbs_posterior if what.method == "gibbs" else slice_sample
+    sampler = gibbs if what.method == "gibbs" else slice_sample
     return sampler(posterior, what.draws, generator=generator, thin=what.thin, **settings)
 
 
-def _inference_data(
-    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, chains: bool
-) -> tuple[Any, list[str]]:
+def _inference_data(draws: Draws, posterior: Posterior, chains: bool) -> tuple[Any, list[str]]:
     """ArviZ's InferenceData, and what it says about the number of draws if they are chains."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        data = to_inference_data(draws, posterior, coordinates, statistics)
+        data = to_inference_data(draws, posterior)
     notes = [str(each.message) for each in caught if chains and each.category is TooFewDraws]
     return data, notes
 

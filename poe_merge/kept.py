@@ -9,37 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.map import solve_posterior
+from inference.map import fixed_point
 from inference.models.design import Design
 from inference.models.modules import merged_update, module_names, read_modules
 from inference.retention import ExpertRetention, retention, totals
 from poe_merge.stats import Table
 from poe_models.posterior import Posterior
-from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
+from poe_models.span import SpanStatistics
 from poe_models.weights.task_vectors import TaskVectors
 
 Records = list[Mapping[str, Any]]
 """Scaling λ and what a module kept."""
 
 
-def merge_in_span(
-    posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, design: Design
-) -> Tensor:
+def merge_in_span(posterior: Posterior, design: Design) -> Tensor:
     """Latents of the merge: what the span goes through, or the MAP of the span where that is the merge.
 
     Args:
         posterior: in Span coordinates.
-        coordinates: its own.
-        statistics: what it was made from.
         design: of all its modules.
 
     Returns:
         ``(M, K, 1)``.
     """
+    assert posterior.span is not None
+    statistics = posterior.span.statistics
     if statistics.through is not None:
         last = torch.eye(len(statistics.basis), dtype=torch.float64, device=statistics.gram.device)[-1]
-        return coordinates.latents(last.expand(len(statistics.modules), -1))
-    solution = solve_posterior(posterior, design.options)
+        return posterior.span.latents(last.expand(len(statistics.modules), -1))
+    solution = fixed_point(posterior, **vars(design.options))
     for name, status in zip(statistics.modules, solution.status, strict=True):
         if not status.converged:
             warnings.warn(f"the MAP of {name!r}: {status}", stacklevel=2)
@@ -57,8 +55,8 @@ def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple
     """
     records: Records = []
     for design, statistics in groups:
-        posterior, coordinates = span_posterior(design.span_product, statistics)
-        merge = merge_in_span(posterior, coordinates, statistics, design)
+        posterior = design.span_product.bind(statistics)
+        merge = merge_in_span(posterior, design)
         found = retention(posterior, merge, posterior.residuals(merge))
         written = found.scaled(design.scaling)
         records += [written.record(module) for module in range(len(statistics.modules))]

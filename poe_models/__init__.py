@@ -44,7 +44,7 @@ from poe_models.methods import (
     average,
 )
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
-from poe_models.posterior import Posterior, full_posterior
+from poe_models.posterior import Posterior
 from poe_models.program import log_density, program
 from poe_models.residual_maps import (
     RESIDUAL_MAPS,
@@ -70,7 +70,7 @@ from poe_models.scales import (
     RelativePrecision,
     Scale,
 )
-from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior, span_statistics
+from poe_models.span import SpanCoordinates, SpanStatistics, span_statistics
 from poe_models.span_labels import stored_center
 from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
@@ -160,12 +160,10 @@ __all__ = [
     "average",
     "collect_activations",
     "collect_fisher",
-    "full_posterior",
     "log_density",
     "open_checkpoint",
     "open_statistics",
     "program",
-    "span_posterior",
     "span_statistics",
     "stored_center",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ from poe_models.energies import Cauchy, Energy
 from poe_models.methods.method import MergingMethod
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
+
+if TYPE_CHECKING:
+    from poe_models.posterior import Posterior
+    from poe_models.span import SpanStatistics
+    from poe_models.updates import Factors, NamedUpdates
 
 CenterRule = Callable[[Tensor], Tensor]
 """A centre computed from the updates ``(..., N, d_out, d_in)``, of shape ``(..., d_out, d_in)``."""
@@ -225,6 +230,63 @@ class ProductOfExperts:
         if isinstance(center, MergingMethod):
             center = center.for_modules(modules, self.update_names)
         return replace(self, experts=experts, anchor=replace(self.anchor, center=center))
+
+    def bind(
+        self,
+        updates: Tensor | NamedUpdates | Sequence[NamedUpdates] | SpanStatistics,
+        coordinates: Literal["full", "span"] | None = None,
+        *,
+        low_rank: Factors | None = None,
+        through: Tensor | None = None,
+    ) -> Posterior:
+        """The posterior of a batch of modules: what every solver and sampler takes.
+
+        Args:
+            updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``update_names``, where half
+                precision is computed in float32; one module of a
+                :class:`~poe_models.weights.task_vectors.TaskVectors`, or several of equal shape; or
+                :class:`~poe_models.span.SpanStatistics` of modules of any shapes. Never changed.
+            coordinates: ``"full"`` (the default for updates): the latent is the merged update. ``"span"`` (the only
+                ones of statistics): coordinates in the span of the updates and the anchor's centre, a restriction for
+                the Gram maps and none for Directional.
+            low_rank: factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of a tensor of updates, if they are
+                adapters: saves work, changes nothing.
+            through: the merged updates of this very design, as one more member of the span, so that draws surround
+                the merge.
+
+        Returns:
+            The posterior.
+
+        Raises:
+            ValueError: names, shapes or values do not fit, or the design cannot be bound in these coordinates.
+
+        >>> import torch
+        >>> updates = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+        >>> ProductOfExperts.of(["a", "b"]).bind(updates, coordinates="span")
+        Posterior(1 module: 0; span, latents (3, 1), torch.float64; experts a, b; T = 1)
+        """
+        # These modules are about products, and import this one.
+        from poe_models.binding import full_posterior, span_posterior, statistics_posterior
+        from poe_models.span import SpanStatistics
+        from poe_models.updates import batch_of
+
+        if coordinates not in (None, "full", "span"):
+            raise ValueError(f"`poe.bind(coordinates={coordinates!r})`: 'full' or 'span'.")
+        if isinstance(updates, SpanStatistics):
+            if coordinates == "full" or low_rank is not None or through is not None:
+                raise ValueError(
+                    "`poe.bind(statistics, ...)`: statistics are of a span, with or without a merge, and take no other "
+                    "coordinates, factors or merge. Bind the updates themselves."
+                )
+            return statistics_posterior(self, updates)
+        if coordinates == "span" and low_rank is not None:
+            raise ValueError(
+                "`poe.bind(coordinates='span', low_rank=...)`: factors save nothing in Span. Leave them out."
+            )
+        if coordinates != "span" and through is not None:
+            raise ValueError("`poe.bind(through=...)`: a span goes through a merge. Say coordinates='span'.")
+        batch = batch_of(self, updates, low_rank)
+        return span_posterior(batch, through) if coordinates == "span" else full_posterior(batch)
 
     def twin(self) -> ProductOfExperts:
         """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""

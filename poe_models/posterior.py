@@ -1,29 +1,33 @@
-"""The posterior of a batch of modules: a product of experts that has met its updates.
+"""The posterior of a batch of modules: a product of experts bound to their updates.
 
-Everything is batched over ``M`` modules of equal shape; draws may have any leading dimensions ``(*S)``:
+:meth:`~poe_models.experts.ProductOfExperts.bind` makes one, and every solver and sampler takes one. Everything is
+batched over ``M`` modules; draws may have any leading dimensions ``(*S)``:
 
 >>> from poe_models.experts import ProductOfExperts
 >>> updates = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)     # two experts, one row
->>> posterior = full_posterior(ProductOfExperts.of(["a", "b"]), updates)
+>>> posterior = ProductOfExperts.of(["a", "b"]).bind(updates)
 >>> posterior.energy(torch.zeros(1, 1, 2, dtype=torch.float64))                     # 2 log 2: q / s^2 is 1 twice
 tensor([1.3863], dtype=torch.float64)
+>>> posterior
+Posterior(1 module: 0; full, latents (1, 2), torch.float64; experts a, b; T = 1)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from poe_models.energies import Energy
-from poe_models.experts import Anchor, Expert, ProductOfExperts
-from poe_models.methods.method import MergingMethod, NamedMethod
-from poe_models.operators import Operator, mean_curvatures, sum_of_squares
-from poe_models.scales import ExpertSizes, weighted_median
+from poe_models.operators import Operator, sum_of_squares
+
+if TYPE_CHECKING:
+    from poe_models.span import SpanCoordinates
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +126,9 @@ class Posterior:
             posterior is for :func:`~poe_models.program.program` and :func:`~poe_models.program.log_density` only.
         event_shape: shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
         factors: bound factor experts.
-        coordinates: whether the latent is the merged update itself, or coefficients on the updates.
+        span: the change of variables to coefficients on the updates, in Span coordinates; None in Full ones, where the
+            latent is the merged update itself.
+        modules: names of the modules.
     """
 
     experts: tuple[BoundExpert, ...]
@@ -131,7 +137,8 @@ class Posterior:
     temperature: float | Tensor
     event_shape: tuple[int, int]
     factors: tuple[BoundFactor, ...] = ()
-    coordinates: Literal["full", "span"] = "full"
+    span: SpanCoordinates | None = None
+    modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.temperature, Tensor):
@@ -157,6 +164,45 @@ class Posterior:
                 "with `program` or `log_density`. Samplers, Laplace and evidence take a number: give `float(...)`."
             )
         return self.temperature
+
+    @override
+    def __repr__(self) -> str:
+        """Modules, coordinates, experts and temperature; no values."""
+        count = f"{self.num_modules} module{'s' if self.num_modules != 1 else ''}"
+        named = ", ".join(self.modules[:3]) + (", ..." if len(self.modules) > 3 else "")
+        experts = ", ".join([each.name for each in self.experts] + [each.name for each in self.factors])
+        return (
+            f"Posterior({count}: {named}; {self.coordinates}, latents {self.event_shape}, {self.dtype}; "
+            f"experts {experts}; T = {float(self.temperature):g})"
+        )
+
+    @property
+    def coordinates(self) -> Literal["full", "span"]:
+        """Whether the latent is the merged update itself, or coordinates in the span of the updates."""
+        return "full" if self.span is None else "span"
+
+    def update(self, z: Tensor) -> Tensor:
+        """Merged updates of latents, ``(*S, M, *event)`` to ``(*S, M, d_out, d_in)``, for modules of equal shape.
+
+        Raises:
+            ValueError: the posterior was bound from statistics alone.
+        """
+        if self.span is None:
+            return z
+        return torch.stack([self.span.update(z, module) for module in range(self.num_modules)], -3)
+
+    def coefficients(self, z: Tensor) -> Tensor:
+        """Coefficients on the members of the span, ``(*S, M, K, 1)`` to ``(*S, M, K)``.
+
+        Raises:
+            ValueError: the posterior is in Full coordinates.
+        """
+        if self.span is None:
+            raise ValueError(
+                "`Posterior.coefficients(...)`: Full coordinates have none. Bind in the span: "
+                "`poe.bind(updates, coordinates='span')`."
+            )
+        return self.span.coefficients(z)
 
     @property
     def num_modules(self) -> int:
@@ -233,216 +279,11 @@ class Posterior:
         one = slice(index, index + 1)
         experts = tuple(expert.module(one) for expert in self.experts)
         center = None if self.center is None else self.center[one]
-        return replace(self, experts=experts, center=center, anchor_precision=self.anchor_precision[one])
+        span = None if self.span is None else self.span.module(index)
+        eta = self.anchor_precision[one]
+        return replace(self, experts=experts, center=center, anchor_precision=eta, span=span, modules=self.modules[one])
 
     @property
     def active(self) -> Tensor:
         """Which experts say anything, ``(M, E)``."""
         return torch.stack([expert.active for expert in self.experts], -1)
-
-
-def full_posterior(poe: ProductOfExperts, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Posterior:
-    """The posterior of the merged update ``Z`` itself.
-
-    Args:
-        poe: the design.
-        updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``, in the order of ``poe.update_names``. Half
-            precision is computed in float32.
-        low_rank: the factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of the updates, if every expert
-            is an adapter: saves work, changes nothing.
-
-    Returns:
-        The posterior of ``M`` modules with latents ``(M, d_out, d_in)``.
-
-    Raises:
-        ValueError: shapes do not fit, values are not finite, or the design has factor experts.
-    """
-    if poe.factors:
-        raise ValueError(
-            f"`full_posterior(...)`: {poe.factors[0].name!r} is a FactorExpert, whose energy is known only as a "
-            "function and is differentiated through a few coefficients. Use Span coordinates."
-        )
-    names = poe.update_names
-    updates = check_updates(updates, names)
-    d_out, d_in = updates.shape[2:]
-    index = [names.index(expert.update_name) for expert in poe.experts]
-    factors = None if low_rank is None else _check_factors(low_rank, updates)
-    operators = [
-        e.residual_map.operator(updates[:, i])
-        if factors is None
-        else e.residual_map.operator_of_factors(factors[0][:, i], factors[1][:, i])
-        for e, i in zip(poe.experts, index, strict=True)
-    ]
-    experts, precision = bind(
-        poe,
-        operators=operators,
-        updates=[updates[:, i] for i in index],
-        norms=[sum_of_squares(updates[:, i]) for i in index],
-        mean_curvatures=mean_curvatures(operators),
-        dimensions=[operator.dimension for operator in operators],
-    )
-    if factors is not None:
-        experts = tuple(
-            replace(e, low_rank=(factors[0][:, i], factors[1][:, i])) for e, i in zip(experts, index, strict=True)
-        )
-    return Posterior(experts, center_of(poe.anchor, updates, factors), precision, poe.temperature, (d_out, d_in))
-
-
-def bind(
-    poe: ProductOfExperts,
-    operators: Sequence[Operator],
-    updates: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    mean_curvatures: Sequence[Tensor],
-    dimensions: Sequence[Callable[[], Tensor]],
-) -> tuple[tuple[BoundExpert, ...], Tensor]:
-    """Fill in scales and the anchor's precision; shared by Full and Span coordinates.
-
-    Args:
-        poe: the design.
-        operators: ``P_i`` per expert.
-        updates: ``U_i`` per expert in the same coordinates, ``(M, *event)``.
-        norms: ``|U_i|^2`` per expert, ``(M,)``.
-        mean_curvatures: ``tr(P_i) / d_i`` per expert, ``(M,)``.
-        dimensions: rank of ``P_i`` per expert, ``(M,)``; called only where an energy depends on it.
-
-    Returns:
-        The bound experts and ``eta``, ``(M,)``.
-    """
-    sizes = ExpertSizes(
-        norm_squared=torch.stack(list(norms), -1),
-        residual_at_zero=torch.stack([p.quadratic(u) for p, u in zip(operators, updates, strict=True)], -1),
-        mean_curvature=torch.stack(list(mean_curvatures), -1),
-        importance=torch.tensor([e.importance for e in poe.experts], dtype=torch.float64, device=updates[0].device),
-        active=_active(poe.experts, mean_curvatures, updates[0].dtype),
-    )
-    scales = _with_fallback(poe.experts, _scales_by_rule(poe.experts, sizes), sizes)
-    experts = tuple(
-        BoundExpert(
-            name=expert.name,
-            update_name=expert.update_name,
-            operator=operators[i],
-            update=updates[i],
-            rho=expert.energy.for_dimension(dimensions[i]()) if expert.energy.needs_dimension else expert.energy,
-            scale_squared=scales[..., i],
-            norm_squared=sizes.norm_squared[..., i],
-            residual_at_zero=sizes.residual_at_zero[..., i],
-            importance=expert.importance,
-            active=sizes.active[..., i],
-        )
-        for i, expert in enumerate(poe.experts)
-    )
-    terms = [
-        2 * e.importance * e.rho.weight_at_rest(t) * t / e.scale_squared
-        for e, t in zip(experts, mean_curvatures, strict=True)
-    ]
-    curvature = torch.where(sizes.active, torch.stack(terms, -1), 0.0).sum(-1)
-    return experts, poe.anchor.precision.value(curvature)
-
-
-def _scales_by_rule(experts: Sequence[Expert], sizes: ExpertSizes) -> Tensor:
-    """Every expert's rule, asked about the experts that share its map: ``(M, E)``, zero where a rule gives none."""
-    columns = []
-    for i, (expert, group) in enumerate(zip(experts, _same_map(experts), strict=True)):
-        squared = expert.scale.squared(sizes.among(group, expert.residual_map.common_units))
-        columns.append(squared[..., group.index(i)])
-    return torch.stack(columns, -1)
-
-
-def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
-    """Updates as ``(M, N, d_out, d_in)`` in a dtype to compute in.
-
-    Raises:
-        ValueError: the shape does not fit ``names``, or a value is not finite.
-    """
-    if updates.ndim == 3:
-        updates = updates.unsqueeze(0)
-    if updates.ndim != 4 or updates.shape[1] != len(names):
-        raise ValueError(
-            f"`updates` has shape {tuple(updates.shape)}, but the product is about {len(names)} task vectors "
-            f"({', '.join(names)}). Give (N, d_out, d_in) or (M, N, d_out, d_in) with N = {len(names)}."
-        )
-    if not updates.is_floating_point():
-        raise ValueError(f"`updates` are {updates.dtype}. Give floating-point updates, W_i - W_0.")
-    if updates.dtype not in (torch.float32, torch.float64):
-        updates = updates.float()
-    finite = torch.isfinite(updates).flatten(2).all(-1)
-    if not bool(finite.all()):
-        module, expert = (~finite).nonzero()[0].tolist()
-        raise ValueError(
-            f"`updates` of {names[expert]!r} (module {module} of the batch) has NaN or infinite values. "
-            "Leave the expert out, or look at the checkpoint it came from."
-        )
-    return updates
-
-
-def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor | None:
-    """The anchor's centre as ``(M, d_out, d_in)``, or None for zero; a merging method makes use of adapters' factors.
-
-    Raises:
-        ValueError: the centre does not have the shape of the updates.
-    """
-    if anchor.center is None:
-        return None
-    if isinstance(anchor.center, Tensor):
-        center = anchor.center
-    elif isinstance(anchor.center, MergingMethod | NamedMethod):
-        center = anchor.center(updates, low_rank)
-    else:
-        center = anchor.center(updates)
-    center = center.to(updates)
-    if center.ndim == 2:
-        center = center.unsqueeze(0)
-    if not bool(center.isfinite().all()):
-        raise ValueError("`Anchor(center=...)` has NaN or infinite values. Look at where it comes from.")
-    expected = (updates.shape[0], *updates.shape[2:])
-    if tuple(center.shape) != expected:
-        raise ValueError(
-            f"`Anchor(center=...)` has shape {tuple(center.shape)}, but the merged updates have {expected}. "
-            "Give one centre per module of the batch, or a function of the updates."
-        )
-    return center
-
-
-def _check_factors(low_rank: tuple[Tensor, Tensor], updates: Tensor) -> tuple[Tensor, Tensor]:
-    left, right = (factor.unsqueeze(0) if factor.ndim == 3 else factor for factor in low_rank)
-    modules, num_updates, d_out, d_in = updates.shape
-    rank = left.shape[-1]
-    if tuple(left.shape) != (modules, num_updates, d_out, rank) or right.shape != (modules, num_updates, rank, d_in):
-        raise ValueError(
-            f"`low_rank` has shapes {tuple(left.shape)} and {tuple(right.shape)}, which do not multiply to the "
-            f"updates' {tuple(updates.shape)}. Give (M, N, d_out, r) and (M, N, r, d_in)."
-        )
-    return left.to(updates), right.to(updates)
-
-
-def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Which experts say anything, ``(M, E)``: those whose ``P_i`` is not zero, nor rounding beside its map's others.
-
-    Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
-    """
-    curvatures = torch.stack(list(mean_curvatures), -1)
-    columns = []
-    for i, group in enumerate(_same_map(experts)):
-        largest = curvatures[..., group].amax(-1)
-        columns.append(curvatures[..., i] > torch.finfo(dtype).eps ** 2 * largest)
-    return torch.stack(columns, -1)
-
-
-def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes) -> Tensor:
-    """Replace zero scales ``(M, E)``: by the median of the same map's positive scales in the module, else by 1.
-
-    The median is weighted by importance, so that an expert given twice is one of importance 2.
-    """
-    known = torch.where(scales > 0, sizes.importance.to(scales), 0.0)
-    columns = []
-    for i, group in enumerate(_same_map(experts)):
-        median = weighted_median(scales[..., group], known[..., group])
-        fallback = torch.where(sizes.active[..., i] & (median > 0), median, torch.ones_like(median))
-        columns.append(torch.where(scales[..., i] > 0, scales[..., i], fallback))
-    return torch.stack(columns, -1)
-
-
-def _same_map(experts: Sequence[Expert]) -> list[list[int]]:
-    """For every expert the experts with the same residual map, whose residuals have the same units."""
-    return [[j for j, other in enumerate(experts) if other.residual_map == e.residual_map] for e in experts]

@@ -18,17 +18,16 @@ merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from poe_models.experts import FactorExpert, ProductOfExperts
-from poe_models.operators import RANK_TOLERANCE, Gram, inner_products, mean_curvatures
-from poe_models.posterior import BoundFactor, Posterior, bind, center_of, check_updates
+from poe_models.experts import ProductOfExperts
+from poe_models.operators import RANK_TOLERANCE, inner_products, mean_curvatures
 from poe_models.span_labels import basis_names, center_label, merge_label
+from poe_models.updates import NamedUpdates, batch_of, center_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +86,19 @@ class SpanCoordinates:
     Attributes:
         transform: ``T``, ``(M, K, K)``, with zero columns where the span has fewer dimensions.
         inverse: ``x = S c``, ``(M, K, K)``.
+        statistics: What the span is made of.
+        bases: ``B`` of each module, ``(K, d_out, d_in)``; None where only statistics are at hand.
     """
 
     transform: Tensor
     inverse: Tensor
+    statistics: SpanStatistics
+    bases: tuple[Tensor, ...] | None = None
+
+    @property
+    def known(self) -> Tensor:
+        """Mask of the coordinates that the span has, ``(M, K)``; the others are padding."""
+        return (self.transform != 0).any(-2)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """``c`` of latents ``x``, ``(*S, M, K, 1)`` to ``(*S, M, K)``."""
@@ -100,10 +108,34 @@ class SpanCoordinates:
         """``x`` of coefficients ``c``, ``(*S, M, K)`` to ``(*S, M, K, 1)``."""
         return self.inverse @ c.unsqueeze(-1)
 
+    def update(self, x: Tensor, module: int) -> Tensor:
+        """Merged update of one module, ``(*S, M, K, 1)`` to ``(*S, d_out, d_in)``.
+
+        Args:
+            x: Latents of all modules.
+            module: Position of the module in the batch.
+
+        Raises:
+            ValueError: If only statistics are at hand.
+        """
+        if self.bases is None:
+            raise ValueError(
+                "this posterior was bound from statistics, which have no weights to make merged updates of. Take its "
+                "`coefficients`, or bind the updates themselves: `poe.bind(updates, coordinates='span')`."
+            )
+        basis = self.bases[module]
+        return torch.tensordot(self.coefficients(x)[..., module, :].to(basis), basis, dims=1)
+
+    def module(self, index: int) -> SpanCoordinates:
+        """The coordinates of one module."""
+        one = slice(index, index + 1)
+        bases = None if self.bases is None else self.bases[one]
+        return SpanCoordinates(self.transform[one], self.inverse[one], self.statistics.select([index]), bases)
+
 
 def span_statistics(
     poe: ProductOfExperts,
-    updates: Tensor,
+    updates: Tensor | NamedUpdates,
     modules: Sequence[str] | None = None,
     *,
     through: Tensor | None = None,
@@ -113,8 +145,8 @@ def span_statistics(
 
     Args:
         poe: the design; only its residual maps and its centre matter here, unless the span is to go through its merge.
-        updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``.
-        modules: names of the modules; numbered if not given.
+        updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``, or one module with names.
+        modules: names of the modules of a tensor; numbered if not given.
         through: the merged updates ``Z_*`` of this design, ``(M, d_out, d_in)`` or ``(d_out, d_in)``, as `fixed_point`
             solves for them: draws from these statistics then surround the merge. Without, they surround the minimum
             over the span of the updates and the centre alone, which is another point.
@@ -127,21 +159,38 @@ def span_statistics(
     Raises:
         ValueError: the product has no expert with an update, or the updates do not fit it.
     """
-    names = poe.update_names
-    if not names:
+    if not poe.update_names:
         raise ValueError(
             "`span_statistics(...)`: the product has factor experts only, and nothing names the task vectors that span "
             "the coordinates. Add an `Expert` for each."
         )
-    updates = check_updates(updates, names)
-    poe = poe if modules is None else poe.for_modules(modules)
-    basis = span_basis(poe, updates, through)
-    position = {name: i for i, name in enumerate(names)}
+    poe, updates, _, labels = batch_of(poe, updates)
+    if modules is not None:
+        poe, labels = poe.for_modules(modules), tuple(modules)
+    return statistics_of(poe, updates, span_basis(poe, updates, through), labels, ranks, through is not None)
+
+
+def statistics_of(
+    poe: ProductOfExperts, updates: Tensor, basis: Tensor, modules: tuple[str, ...], ranks: bool, through: bool
+) -> SpanStatistics:
+    """Statistics of a batch whose basis is known; see :func:`span_statistics`.
+
+    Args:
+        poe: The design, bound to the modules.
+        updates: ``(M, N, d_out, d_in)``.
+        basis: ``B``, ``(M, K, d_out, d_in)``.
+        modules: Names of the modules.
+        ranks: Whether to find the ranks of the operators.
+        through: Whether the last member of the basis is the design's merge.
+
+    Returns:
+        The statistics.
+    """
+    position = {name: i for i, name in enumerate(poe.update_names)}
     operators = [e.residual_map.operator(updates[:, position[e.update_name]]) for e in poe.experts]
-    labels = tuple(modules) if modules is not None else tuple(str(i) for i in range(len(updates)))
     return SpanStatistics(
-        modules=labels,
-        updates=names,
+        modules=modules,
+        updates=poe.update_names,
         residual_maps=tuple(repr(expert.residual_map) for expert in poe.experts),
         center=center_label(poe.anchor.center),
         gram=inner_products([basis[:, j] for j in range(basis.shape[1])]),
@@ -152,7 +201,7 @@ def span_statistics(
         dimension=torch.stack([operator.dimension() for operator in operators], 1)
         if ranks
         else torch.full_like(curvature, torch.nan),
-        through=None if through is None else (merge_label(poe),) * len(updates),
+        through=(merge_label(poe),) * len(updates) if through else None,
     )
 
 
@@ -185,7 +234,7 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
     )
 
 
-def span_coordinates(statistics: SpanStatistics) -> SpanCoordinates:
+def span_coordinates(statistics: SpanStatistics, bases: tuple[Tensor, ...] | None = None) -> SpanCoordinates:
     """Orthonormal coordinates of each module's span, by a rank-revealing eigendecomposition of ``G``."""
     # Of unit vectors, so that a small update counts as a direction of its own as much as a large one.
     lengths = statistics.gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -197,96 +246,9 @@ def span_coordinates(statistics: SpanStatistics) -> SpanCoordinates:
     return SpanCoordinates(
         vectors * inverse_root.unsqueeze(-2) / lengths.unsqueeze(-1),
         (vectors * root.unsqueeze(-2) * lengths.unsqueeze(-1)).mT,
+        statistics,
+        bases,
     )
-
-
-def span_posterior(
-    poe: ProductOfExperts, statistics: SpanStatistics, bases: Sequence[Tensor] | None = None
-) -> tuple[Posterior, SpanCoordinates]:
-    """The posterior restricted to the span, from statistics alone.
-
-    Args:
-        poe: the design; its residual maps must be those of the statistics, and where these go through a merge, it must
-            be the design of that merge. The temperature may be any.
-        statistics: of all modules, whatever their shapes.
-        bases: ``B`` of each module, ``(K, d_out, d_in)``; needed only by factor experts that see updates.
-
-    Returns:
-        The posterior over ``x``, ``(M, K, 1)``, and its coordinates.
-
-    Raises:
-        ValueError: the statistics are about another design, or a factor expert needs ``bases``.
-    """
-    maps = tuple(repr(expert.residual_map) for expert in poe.experts)
-    if maps != statistics.residual_maps:
-        raise ValueError(
-            f"`span_posterior(...)`: the statistics were made under {statistics.residual_maps}, the design has {maps}. "
-            "Make the statistics again with this design."
-        )
-    _require_same_center(poe, statistics)
-    _require_same_merge(poe, statistics)
-    coordinates = span_coordinates(statistics)
-    size = statistics.gram.shape[-1]
-    position = {name: i for i, name in enumerate(statistics.updates)}
-    index = [position[expert.update_name] for expert in poe.experts]
-    units = torch.eye(size, dtype=torch.float64, device=statistics.gram.device)
-    num_modules = len(statistics.gram)
-    experts, precision = bind(
-        poe,
-        operators=[Gram(_root(coordinates, statistics.forms[:, i]), "left", (size, 1)) for i in range(len(index))],
-        updates=[coordinates.latents(units[j].expand(num_modules, size)) for j in index],
-        norms=[statistics.gram[:, j, j] for j in index],
-        mean_curvatures=list(statistics.mean_curvature.unbind(-1)),
-        dimensions=[partial(_known_rank, statistics, i) for i in range(len(index))],
-    )
-    if bool((precision == 0).logical_and(torch.stack([e.active for e in experts]).any(0)).any()):
-        raise ValueError(
-            "`span_posterior(...)`: the anchor's precision is zero, and Span coordinates need one to hold directions "
-            "that the updates do not have. Give a small one, or use Full coordinates."
-        )
-    center = coordinates.latents(units[len(statistics.updates)].expand(num_modules, size))
-    factors = tuple(_bind_factor(factor, coordinates, statistics, bases) for factor in poe.factors)
-    return Posterior(experts, center, precision, poe.temperature, (size, 1), factors, "span"), coordinates
-
-
-def _require_same_center(poe: ProductOfExperts, statistics: SpanStatistics) -> None:
-    unknown = sorted(set(poe.update_names) - set(statistics.updates))
-    if unknown:
-        raise ValueError(
-            f"`span_posterior(...)`: the design is about {unknown[0]!r}, the statistics about "
-            f"{', '.join(statistics.updates)}. Make the statistics again with this design."
-        )
-    center = poe.anchor.center
-    label = center_label(center)
-    nowhere = isinstance(center, Tensor) and not bool((center != 0).any())
-    if label != statistics.center and not (nowhere and statistics.center == "zero"):
-        raise ValueError(
-            f"`span_posterior(...)`: the design's anchor has the centre {label}, the statistics were made with the "
-            f"centre {statistics.center}. Make the statistics again with this design"
-            + (", or give `Anchor(stored_center)` to take theirs." if statistics.center == "tensor" else ".")
-        )
-
-
-def _require_same_merge(poe: ProductOfExperts, statistics: SpanStatistics) -> None:
-    label = merge_label(poe)
-    for name, through in zip(statistics.modules, statistics.through or (), strict=False):
-        if through != label:
-            raise ValueError(
-                f"`span_posterior(...)`: the statistics of {name!r} go through the merge of the design {through}, this "
-                f"design is {label} and has another merge. Make the statistics again with this design; those of "
-                "`span_statistics(poe, updates)` and of designs with coordinates='span' go through none and serve any."
-            )
-
-
-def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
-    """Rank of one expert's operator in every module, ``(M,)``."""
-    ranks = statistics.dimension[..., expert]
-    if bool(ranks.isnan().any()):
-        raise ValueError(
-            "`span_posterior(...)`: an energy depends on the rank of its expert's operator, and the statistics were "
-            "made without. Make them with `ranks=True`."
-        )
-    return ranks
 
 
 def span_basis(poe: ProductOfExperts, updates: Tensor, through: Tensor | None = None) -> Tensor:
@@ -302,60 +264,7 @@ def span_basis(poe: ProductOfExperts, updates: Tensor, through: Tensor | None = 
         if merged.shape != updates[:, 0].shape or not bool(merged.isfinite().all()):
             raise ValueError(
                 f"`span_statistics(through={tuple(through.shape)})`: give one finite merged update for each module, "
-                f"{tuple(updates[:, 0].shape)}, as `fixed_point(poe, updates).value`."
+                f"{tuple(updates[:, 0].shape)}, as `fixed_point(poe.bind(updates)).value`."
             )
         parts.append(merged.unsqueeze(1))
     return torch.cat(parts, 1)
-
-
-def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
-    """A factor ``F`` with ``F F^T = T^T K_i T``, ``(M, K, K)``; rounding below zero is clipped."""
-    projected = coordinates.transform.mT @ form @ coordinates.transform
-    eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-    return vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
-
-
-def _bind_factor(
-    factor: FactorExpert, coordinates: SpanCoordinates, statistics: SpanStatistics, bases: Sequence[Tensor] | None
-) -> BoundFactor:
-    joint = factor.scope == "model"
-
-    def checked(energy: Tensor, shape: torch.Size) -> Tensor:
-        if energy.shape != shape:
-            raise ValueError(
-                f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "
-                f"independent draws: expected {tuple(shape)}. Sum over the trailing dimensions only."
-            )
-        return energy
-
-    if factor.coordinates == "span":
-
-        def of_coefficients(x: Tensor) -> Tensor:
-            return checked(factor.function(coordinates.coefficients(x)), x.shape[:-3] if joint else x.shape[:-2])
-
-        return BoundFactor(factor.name, of_coefficients, joint)
-    if bases is None:
-        raise ValueError(
-            f"`span_posterior(...)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "
-            "cannot give. Pass `bases`, or write it with coordinates='span'."
-        )
-    updates = _update_functions(coordinates, bases)
-
-    def of_model(x: Tensor) -> Tensor:
-        named = {name: update(x) for name, update in zip(statistics.modules, updates, strict=True)}
-        return checked(factor.function(named), x.shape[:-3])
-
-    def of_modules(x: Tensor) -> Tensor:
-        return torch.stack([checked(factor.function(update(x)), x.shape[:-3]) for update in updates], -1)
-
-    return BoundFactor(factor.name, of_model if joint else of_modules, joint)
-
-
-def _update_functions(coordinates: SpanCoordinates, bases: Sequence[Tensor]) -> list[Callable[[Tensor], Tensor]]:
-    """One function per module from latents ``(*S, M, K, 1)`` to its merged update ``(*S, d_out, d_in)``."""
-
-    def update_of(module: int) -> Callable[[Tensor], Tensor]:
-        basis = bases[module]
-        return lambda x: torch.tensordot(coordinates.coefficients(x)[..., module, :].to(basis), basis, dims=1)
-
-    return [update_of(module) for module in range(len(bases))]

@@ -118,7 +118,7 @@ def test_fisher_merging_is_the_gaussian_product_with_its_weights_as_importance(u
         importance=method.weights,
         anchor=Anchor(precision=AbsolutePrecision(0.0)),
     )
-    assert_close(fixed_point(poe.for_modules(MODULES), updates).value, method.merge(batch_of(updates)))
+    assert_close(fixed_point(poe.for_modules(MODULES).bind(updates)).value, method.merge(batch_of(updates)))
 
 
 def test_fisher_without_information_is_averaging(updates: Tensor) -> None:
@@ -148,7 +148,7 @@ def test_regmean_minimises_the_difference_of_outputs(
         Absolute(1.0),
         anchor=Anchor(precision=AbsolutePrecision(0.0)),
     )
-    assert_close(fixed_point(poe.for_modules(MODULES), updates).value, found, 1e-9)
+    assert_close(fixed_point(poe.for_modules(MODULES).bind(updates)).value, found, 1e-9)
 
 
 def test_regmean_leaves_directions_without_inputs_at_the_base(updates: Tensor, generator: torch.Generator) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from poe_models import AbsolutePrecision, Anchor, ProductOfExperts, full_posterior
+from poe_models import AbsolutePrecision, Anchor, ProductOfExperts
 from poe_models import methods as anchors_package
 from poe_models.methods import (
     METHODS,
@@ -217,7 +217,7 @@ def test_an_instance_is_an_anchor_s_centre(method: MergingMethod, generator: tor
     batch = ModuleBatch.of(updates)
     ready = method.prepare(as_modules(batch))
     poe = ProductOfExperts.of(["0", "1", "2"], anchor=Anchor(ready, AbsolutePrecision(1.0)))
-    center = full_posterior(poe, updates).center
+    center = poe.bind(updates).center
     assert center is not None
     assert_close(center, ready.merge(batch))
 
@@ -271,7 +271,7 @@ def test_a_centre_makes_use_of_factors(
     expected = ready.merge(batch)
     poe = ProductOfExperts.of(batch.experts, anchor=Anchor(ready, AbsolutePrecision(1.0))).for_modules(batch.names)
     monkeypatch.setattr(type(ready), "merged", lambda self, given: expected if given.low_rank is not None else None)
-    center = full_posterior(poe, batch.updates, batch.low_rank).center
+    center = poe.bind(batch.updates, low_rank=batch.low_rank).center
     assert center is not None
     assert torch.equal(center, expected)
     assert torch.equal(ready(batch.updates, batch.low_rank), expected)

@@ -243,7 +243,7 @@ def test_some_tensors_by_one_method_and_some_by_another(folders: dict[str, Path]
         expected = module.base + ready.merge(ModuleBatch.of_module(module))[0]
         assert_close(found[module.name], expected.float(), 2e-7)
     conv = vectors.modules("layers.1.conv.weight")[0]
-    expected = conv.base + fixed_point(poe.poe, conv).value
+    expected = conv.base + fixed_point(poe.poe.bind(conv)).value
     assert_close(found["layers.1.conv.weight"], expected.view(4, 2, 3, 3).float(), 2e-7)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "by TIES; each model is an expert" in card
@@ -275,7 +275,7 @@ def test_a_method_as_the_centre_of_a_product(method: MergingMethod, folders: dic
     for module in pair:
         if module.name in SHAPES:
             center = ready.merge(ModuleBatch.of_module(module))[0]
-            z = fixed_point(poe * Anchor(center, RelativePrecision(0.5)), module.updates).value
+            z = fixed_point((poe * Anchor(center, RelativePrecision(0.5))).bind(module.updates)).value
             assert_close(found[module.name], (module.base + z).reshape(SHAPES[module.name]).float(), 3e-7)
             assert_close(again[module.name], found[module.name], 3e-7)
     record = json.loads((tmp_path / "out" / "poe_merge.json").read_text())
@@ -286,7 +286,7 @@ def test_named_updates_give_the_named_draws(folders: dict[str, Path]) -> None:
     module = opened(folders).modules("layers.0.mlp.weight")[0]
     poe = ProductOfExperts.of(NAMES, anchor=Anchor(Dare(seed=5), RelativePrecision(1e9)))
     expected = Dare(seed=5).merge(ModuleBatch.of_module(module))[0]
-    assert_close(fixed_point(poe, module).value, expected, 1e-6)
+    assert_close(fixed_point(poe.bind(module)).value, expected, 1e-6)
 
 
 # --- refusals ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
 from inference.draws import StoredDraws
 from inference.evidence.estimate import log_normalizers
-from inference.gibbs import gibbs, gibbs_posterior
+from inference.gibbs import gibbs
 from inference.models.statistics_files import statistics_digest
 from inference.slice import slice_sample
 from poe_models import (
@@ -44,8 +43,6 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.posterior import Posterior
@@ -69,8 +66,9 @@ def span(
     poe: ProductOfExperts, updates: Tensor, count: int = 150, chains: int = 4
 ) -> tuple[StoredDraws, Posterior, SpanCoordinates, SpanStatistics]:
     statistics = span_statistics(poe, updates, MODULES[: len(updates)])
-    posterior, coordinates = span_posterior(poe, statistics)
-    draws = gibbs_posterior(posterior, count, generator=seeded(0), chains=chains, warmup=50)
+    posterior = poe.bind(statistics)
+    coordinates = posterior.span
+    draws = gibbs(posterior, count, generator=seeded(0), chains=chains, warmup=50)
     return draws, posterior, coordinates, statistics
 
 
@@ -80,7 +78,7 @@ def normalised(**options: Any) -> ProductOfExperts:
 
 def test_coefficients_have_named_coordinates_and_are_those_of_the_draws(updates: Tensor) -> None:
     draws, posterior, coordinates, statistics = span(normalised(anchor=Anchor(average)), updates)
-    data = to_inference_data(draws, posterior, coordinates, statistics)
+    data = to_inference_data(draws, posterior)
     coefficients = data.posterior["coefficients"]
     assert coefficients.dims == ("chain", "draw", "module", "basis")
     assert list(coefficients.module.values) == MODULES
@@ -92,7 +90,7 @@ def test_coefficients_have_named_coordinates_and_are_those_of_the_draws(updates:
 
 def test_a_zero_centre_has_no_coefficient(updates: Tensor) -> None:
     draws, posterior, coordinates, statistics = span(normalised(), updates)
-    data = to_inference_data(draws, posterior, coordinates, statistics)
+    data = to_inference_data(draws, posterior)
     assert list(data.posterior.basis.values) == NAMES
     assert data.constant_data["gram"].shape == (2, 3, 3)
     assert bool(az.summary(data, var_names=["coefficients"])["r_hat"].notna().all())
@@ -101,8 +99,8 @@ def test_a_zero_centre_has_no_coefficient(updates: Tensor) -> None:
 def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor) -> None:
     poe = normalised(anchor=Anchor(average), temperature=0.5)
     draws, posterior, coordinates, statistics = span(poe, updates, count=100)
-    data = to_inference_data(draws, posterior, coordinates, statistics)
-    full = full_posterior(poe, updates)
+    data = to_inference_data(draws, posterior)
+    full = poe.bind(updates)
     basis = torch.cat([updates, updates.mean(1, keepdim=True)], 1)
     z = torch.einsum("csmj,mjab->csmab", coordinates.coefficients(draws.values), basis)
     q = torch.stack([e.residual(z) / e.scale_squared for e in full.experts], -1)
@@ -114,7 +112,7 @@ def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor
 def test_sample_stats_keep_the_samplers_names(updates: Tensor) -> None:
     _, posterior, coordinates, statistics = span(normalised(), updates)
     draws = slice_sample(posterior, 100, generator=seeded(0), warmup=100)
-    data = to_inference_data(draws, posterior, coordinates, statistics)
+    data = to_inference_data(draws, posterior)
     assert {"lp", "evaluations", "stuck"} <= set(data.sample_stats)
     assert data.sample_stats["stuck"].dims == ("chain", "draw", "module")
     assert data.sample_stats["stuck"].dtype == bool
@@ -135,7 +133,7 @@ NORMALISED: list[Energy] = [
 def full(poe: ProductOfExperts, updates: Tensor) -> tuple[StoredDraws, Posterior]:
     """A hundred points around the updates in the place of draws: the densities are of any."""
     noise = torch.randn(4, 100, *updates[:, 0].shape, generator=seeded(0), dtype=torch.float64)
-    return StoredDraws(updates.mean(1) + noise), full_posterior(poe, updates)
+    return StoredDraws(updates.mean(1) + noise), poe.bind(updates)
 
 
 @pytest.mark.parametrize("energy", NORMALISED, ids=name_of)
@@ -145,7 +143,7 @@ def test_log_likelihoods_are_normalised_densities_of_what_is_seen(
 ) -> None:
     """Of the one number that a Directional expert sees, the component along its update: the density integrates to 1."""
     poe = ProductOfExperts.of(NAMES, Directional(), energy, Absolute(0.6), [1.0, 2.0, 1.5], temperature=temperature)
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     t = torch.linspace(-400, 400, 80_001, dtype=torch.float64)
     t = t.sign() * (t.abs() / 400) ** 3 * 400  # dense where the density is
     for i, expert in enumerate(posterior.experts):
@@ -213,10 +211,10 @@ def test_an_expert_with_nothing_to_say_adds_nothing(updates: Tensor) -> None:
 def test_leaving_out_one_expert_of_a_few_is_beyond_importance_sampling(updates: Tensor) -> None:
     """Why the documentation sends readers of `az.loo` to the exact leave-one-out."""
     poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Relative(0.4))
-    draws = gibbs(poe, updates, 100, generator=seeded(0), warmup=20)
+    draws = gibbs(poe.bind(updates), 100, generator=seeded(0), warmup=20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        loo = az.loo(to_inference_data(draws, full_posterior(poe, updates)), pointwise=True)
+        loo = az.loo(to_inference_data(draws, poe.bind(updates)), pointwise=True)
     assert float((loo.pareto_k > 0.7).mean()) > 0.5
 
 
@@ -227,7 +225,7 @@ def test_leaving_out_one_expert_of_a_few_is_beyond_importance_sampling(updates: 
 def test_arviz_takes_it_as_it_is(updates: Tensor) -> None:
     mpl.use("agg")
     draws, posterior, coordinates, statistics = span(normalised(anchor=Anchor(average)), updates, count=400)
-    data = to_inference_data(draws, posterior, coordinates, statistics)
+    data = to_inference_data(draws, posterior)
     summary = az.summary(data)
     assert summary.loc["coefficients[a.weight, emoji]", "r_hat"] < 1.02
     assert summary.loc["distance[b.weight]", "ess_bulk"] > 400
@@ -244,7 +242,7 @@ def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path
     poe = ProductOfExperts.of(NAMES, InputGram(), energy, anchor=Anchor(average))
     _, posterior, coordinates, statistics = span(poe, updates)
     draws = slice_sample(posterior, 100, generator=seeded(0), warmup=100)
-    data = to_inference_data(draws, posterior, coordinates, statistics)
+    data = to_inference_data(draws, posterior)
     data.to_netcdf(str(tmp_path / "draws.nc"))
     back = az.from_netcdf(str(tmp_path / "draws.nc"))
     assert back.groups() == data.groups()
@@ -261,7 +259,7 @@ def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path
 def test_constants_are_those_of_the_posterior(updates: Tensor) -> None:
     poe = normalised(anchor=Anchor(average), importance=[1.0, 2.0, 3.0], temperature=0.7)
     draws, posterior, coordinates, statistics = span(poe, updates, count=100)
-    data = to_inference_data(draws, posterior, coordinates, statistics).constant_data
+    data = to_inference_data(draws, posterior).constant_data
     assert np.array_equal(data["anchor_precision"].values, posterior.anchor_precision.numpy())
     assert float(data["scale_squared"].sel(module="b.weight", expert="emoji")) == float(
         posterior.experts[1].scale_squared[1]
@@ -279,8 +277,8 @@ def test_constants_are_those_of_the_posterior(updates: Tensor) -> None:
 @pytest.mark.parametrize("include_update", [False, True])
 def test_full_draws_are_judged_by_residuals_and_distance(include_update: bool, updates: Tensor) -> None:
     poe = normalised(anchor=Anchor(average, AbsolutePrecision(0.3)))
-    draws = gibbs(poe, updates, 100, generator=seeded(0), warmup=20)
-    posterior = full_posterior(poe, updates)
+    draws = gibbs(poe.bind(updates), 100, generator=seeded(0), warmup=20)
+    posterior = poe.bind(updates)
     data = to_inference_data(draws, posterior, modules=MODULES, include_update=include_update)
     assert ("update" in data.posterior) == include_update
     z = draws.latents(3, 42)
@@ -323,8 +321,8 @@ def test_arguments_that_do_not_go_together_are_named(updates: Tensor) -> None:
         with pytest.raises(ValueError, match="needs both `coordinates` and `statistics`"):
             to_inference_data(draws, posterior, *given)
     with pytest.raises(ValueError, match="1 names for 2 modules"):
-        to_inference_data(draws, posterior, coordinates, replace(statistics, modules=("a",)))
-    full = full_posterior(normalised(), updates)
+        to_inference_data(draws, posterior)
+    full = normalised().bind(updates)
     with pytest.raises(ValueError, match="3 names for 2 modules"):
         to_inference_data(StoredDraws(torch.zeros(4, 100, 2, 4, 5)), full, modules=["a", "b", "c"])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagnostics.verdicts import Level, Verdict
-from inference import Design, SpanDraws, fixed_point, gibbs_posterior, merge_checkpoint, sample_full
+from inference import Design, SpanDraws, fixed_point, gibbs, merge_checkpoint, sample_full
 from inference.merge_distance import span_distance
 from inference.models.model_draws import PosteriorDraws
 from poe_merge.beside import beside_verdict
@@ -26,7 +26,6 @@ from poe_models import (
     RelativePrecision,
     ResidualMap,
     TaskVectors,
-    span_posterior,
     span_statistics,
 )
 from tests.seeds import seeded
@@ -52,10 +51,10 @@ def judged(draws: PosteriorDraws, design: Design, vectors: TaskVectors, out: Pat
 
 def span_draws(poe: ProductOfExperts, vectors: TaskVectors, through: bool) -> SpanDraws:
     (module,) = vectors
-    merge = fixed_point(poe, module.updates, coordinates="full" if through else "span")
+    merge = fixed_point(poe.bind(module.updates, coordinates="full" if through else "span"))
     statistics = span_statistics(poe, module.updates, [module.name], through=merge.value if through else None)
-    posterior, coordinates = span_posterior(poe, statistics)
-    draws = SpanDraws.of(gibbs_posterior(posterior, 100, generator=seeded(0), warmup=50), coordinates, statistics)
+    posterior = poe.bind(statistics)
+    draws = SpanDraws.of(gibbs(posterior, 100, generator=seeded(0), warmup=50), posterior)
     if through:
         return draws
     return replace(draws, from_merge=span_distance(statistics, draws.coefficients, merge.info.coefficients))

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference.evidence.estimate import log_evidence
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.laplace import Laplace
-from inference.map import solve_posterior
+from inference.map import fixed_point
 from inference.models.draw_files import load_draws
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
@@ -29,7 +29,7 @@ from poe_merge import ensemble as _ensemble
 from poe_merge import sampling as _sampling
 from poe_merge import stats as _stats
 from poe_merge.cli import run
-from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT, span_posterior
+from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT
 from tests.helpers import assert_close
 from tests.seeds import seeded
 
@@ -142,22 +142,21 @@ def test_every_span_method_runs_from_the_file_alone(done: Cli, here: Path) -> No
 
     statistics = load_statistics(here / "stats")
     anchor = Anchor(precision=RelativePrecision(0.2))
-    posterior, coordinates = span_posterior(
-        ProductOfExperts.of(["mnist", "emoji"], energy=StudentT(4.0), anchor=anchor), statistics
-    )
-    mode = solve_posterior(posterior).value
+    posterior = ProductOfExperts.of(["mnist", "emoji"], energy=StudentT(4.0), anchor=anchor).bind(statistics)
+    coordinates = posterior.span
+    mode = fixed_point(posterior).value
     for tensor, coefficients in zip(MERGED, coordinates.coefficients(mode), strict=True):
         merged = base[tensor].double() + 0.7 * torch.einsum("j,jab->ab", coefficients[:2], basis[tensor])
         assert_close(merged, expected[tensor].double(), 1e-5)
     generator = seeded(0)
-    exact = gibbs_posterior(posterior, 1000, generator=generator).values.flatten(0, 1)
+    exact = gibbs(posterior, 1000, generator=generator).values.flatten(0, 1)
     general = slice_sample(posterior, 1000, generator=generator).values.flatten(0, 1)
     normal = Laplace(posterior, mode)
     spread = normal.standard_deviations()
     assert float((exact.mean(0) - general.mean(0)).abs().max() / exact.std(0).max()) < 0.15
     assert float((spread / exact.std(0))[..., :2, :].log().abs().max()) < 1.0
     bounded = ProductOfExperts.of(["mnist", "emoji"], energy=StudentT(4.0, "multivariate"), anchor=anchor)
-    normalised, _ = span_posterior(bounded, statistics)
+    normalised = bounded.bind(statistics)
     with pytest.raises(ValueError, match="span is made of the updates"):
         log_evidence(normalised, generator=generator)
 
@@ -504,7 +503,7 @@ def test_interrupted_draws_leave_nothing(cli: Cli, here: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     before = listing(here)
-    monkeypatch.setattr(_drawing, "gibbs_posterior", interrupted)
+    monkeypatch.setattr(_drawing, "gibbs", interrupted)
     status, _, err = cli("sample", "config.yaml", "--out", "out")
     assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
     assert listing(here) == before

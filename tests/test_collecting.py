@@ -20,7 +20,6 @@ from poe_models import (
     ProductOfExperts,
     TaskVectors,
     View,
-    full_posterior,
 )
 from poe_models.methods import ModuleBatch, RegMean
 from poe_models.weights.collecting import collect_activations, collect_fisher
@@ -226,7 +225,7 @@ def test_collected_statistics_fit_the_task_vectors_they_are_for(generator: torch
     ):
         poe = ProductOfExperts.of(vectors.names, residual_map)
         for module in vectors:
-            posterior = full_posterior(poe.for_modules([module.name]), module.updates)
+            posterior = poe.for_modules([module.name]).bind(module.updates)
             assert bool(posterior.residuals(torch.zeros_like(module.updates[:1])).isfinite().all())
 
 

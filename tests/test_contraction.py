@@ -24,7 +24,6 @@ from poe_models import (
     RelativePrecision,
     ResidualMap,
     Welsch,
-    full_posterior,
 )
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
 
@@ -36,8 +35,8 @@ def test_contraction_rate_is_that_of_the_plain_iteration(generator: torch.Genera
     poe = ProductOfExperts.of(
         NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=RelativePrecision(0.15))
     )
-    posterior = full_posterior(poe, updates)
-    solution = fixed_point(poe, updates, starts=["twin"])
+    posterior = poe.bind(updates)
+    solution = fixed_point(poe.bind(updates), starts=["twin"])
     start = posterior.weights(torch.zeros(1, 3, dtype=torch.float64))
     errors = [float((z - solution.value).norm()) for z in itertools.islice(plain_iterates(posterior, start), 40)]
     observed = [b / a for a, b in itertools.pairwise(errors) if b > 1e-6 * errors[0]][-1]
@@ -50,8 +49,8 @@ def test_contraction_rate_below_one_is_a_positive_definite_hessian(generator: to
     poe = ProductOfExperts.of(
         NAMES, InputGram(), Cauchy(), Relative(0.5), anchor=Anchor(precision=RelativePrecision(0.05))
     )
-    posterior = full_posterior(poe, updates)
-    solution = fixed_point(poe, updates)
+    posterior = poe.bind(updates)
+    solution = fixed_point(poe.bind(updates))
     hessian = torch.func.hessian(lambda z: posterior.energy(z.view(1, 2, 3)).sum())(solution.value.flatten())
     assert bool((torch.linalg.eigvalsh(hessian) > 0).all())
     assert bool(solution.info.strict_minimum)
@@ -60,13 +59,12 @@ def test_contraction_rate_below_one_is_a_positive_definite_hessian(generator: to
     saddle = ProductOfExperts.of(
         ["a", "b"], Identity(), Welsch(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(1e-3))
     )
-    middle = fixed_point(saddle, opposed, starts=[torch.zeros(1, 1, 1, dtype=torch.float64)], max_steps=1)
+    middle = fixed_point(saddle.bind(opposed), starts=[torch.zeros(1, 1, 1, dtype=torch.float64)], max_steps=1)
     assert not bool(middle.info.strict_minimum)
     steep = fixed_point(
         ProductOfExperts.of(
             NAMES, InputGram(), GeneralizedGaussian(6.0), anchor=Anchor(precision=RelativePrecision(1e-6))
-        ),
-        updates,
+        ).bind(updates),
         max_steps=2000,
     )
     assert bool(steep.info.strict_minimum)
@@ -80,7 +78,7 @@ def test_one_cauchy_expert_by_hand() -> None:
     poe = ProductOfExperts.of(
         ["a"], Identity(), Cauchy(), Absolute(1.0), anchor=Anchor(precision=AbsolutePrecision(0.4))
     )
-    info = fixed_point(poe, update, starts=[torch.ones(1, 1, dtype=torch.float64)]).info
+    info = fixed_point(poe.bind(update), starts=[torch.ones(1, 1, dtype=torch.float64)]).info
     assert_close(info.contraction_bound, torch.tensor([8 / 15], dtype=torch.float64))
     assert_close(
         info.contraction_rate, torch.tensor([8 / 15], dtype=torch.float64)
@@ -96,7 +94,7 @@ def test_two_experts_at_a_right_angle_by_hand() -> None:
     poe = ProductOfExperts.of(
         ["a", "b"], Identity(), Cauchy(), Absolute(2.0), anchor=Anchor(precision=AbsolutePrecision(1 / 9))
     )
-    solution = fixed_point(poe, updates, starts=["twin"])
+    solution = fixed_point(poe.bind(updates), starts=["twin"])
     assert_close(solution.value, torch.ones(1, 2))
     assert_close(solution.info.contraction_bound, torch.tensor([20 / 27], dtype=torch.float64))
     assert_close(solution.info.contraction_rate, torch.tensor([2 / 3], dtype=torch.float64))
@@ -104,8 +102,8 @@ def test_two_experts_at_a_right_angle_by_hand() -> None:
 
 def bound_and_jacobian(poe: ProductOfExperts, updates: Tensor) -> tuple[float, Tensor]:
     """The reported bound of one module, and the Jacobian of one plain step by autograd on dense matrices."""
-    posterior = full_posterior(poe, updates)
-    solution = fixed_point(poe, updates, max_steps=5000)
+    posterior = poe.bind(updates)
+    solution = fixed_point(poe.bind(updates), max_steps=5000)
     shape, size = posterior.event_shape, solution.value.numel()
     units = torch.eye(size, dtype=torch.float64).unflatten(1, shape).unsqueeze(1)
     operators = torch.stack([expert.operator.apply(units).flatten(1) for expert in posterior.experts])

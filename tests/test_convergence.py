@@ -37,7 +37,6 @@ from poe_models import (
     StudentT,
     TaskVectors,
     average,
-    span_posterior,
     span_statistics,
 )
 from tests.helpers import assert_close, random_updates
@@ -58,7 +57,7 @@ def product(**options: Any) -> ProductOfExperts:
 
 
 def convergence(updates: Tensor, poe: ProductOfExperts | None = None, **options: Any) -> FixedPointConvergence:
-    solution = fixed_point(poe or product(), updates, **options)
+    solution = fixed_point((poe or product()).bind(updates), **options)
     return fixed_point_convergence(solution_records(solution, MODULES))
 
 
@@ -66,7 +65,7 @@ def convergence(updates: Tensor, poe: ProductOfExperts | None = None, **options:
 
 
 def test_records_and_solution_say_the_same(updates: Tensor) -> None:
-    solution = fixed_point(product(), updates)
+    solution = fixed_point(product().bind(updates))
     found, info = fixed_point_convergence(solution_records(solution, MODULES)), solution.info
     assert found.modules == tuple(MODULES)
     assert found.experts == NAMES
@@ -83,7 +82,7 @@ def test_records_and_solution_say_the_same(updates: Tensor) -> None:
 
 
 def test_relative_weights_are_those_over_the_twins(updates: Tensor) -> None:
-    info = fixed_point(product(), updates).info
+    info = fixed_point(product().bind(updates)).info
     assert_close(info.relative_weights, 1 / (1 + info.residuals), 1e-8)  # Cauchy: rho'(q) / rho'(0)
     assert_close(info.relative_weights.amax(-1) / info.relative_weights.amin(-1), info.weight_spread)
 
@@ -102,8 +101,8 @@ def test_a_silent_expert_has_no_relative_weight(updates: Tensor) -> None:
 
 
 def test_experts_of_one_module_alone(updates: Tensor) -> None:
-    first = solution_records(fixed_point(product(), updates[:1]), ["a.weight"])
-    second = solution_records(fixed_point(ProductOfExperts.of(NAMES[:2]), updates[1:, :2]), ["b.weight"])
+    first = solution_records(fixed_point(product().bind(updates[:1])), ["a.weight"])
+    second = solution_records(fixed_point(ProductOfExperts.of(NAMES[:2]).bind(updates[1:, :2])), ["b.weight"])
     found = fixed_point_convergence([*first, *second])
     assert found.experts == NAMES
     assert np.isnan(found.relative_weights[1, 2])
@@ -165,7 +164,7 @@ def test_records_that_are_none(records: list[dict[str, Any]], words: str) -> Non
 
 def test_names_that_do_not_fit(updates: Tensor) -> None:
     with pytest.raises(ValueError, match="1 names for 2 modules"):
-        solution_records(fixed_point(product(), updates), ["a"])
+        solution_records(fixed_point(product().bind(updates)), ["a"])
 
 
 # --- gamma ---
@@ -179,8 +178,8 @@ def modules_of(updates: Tensor) -> list[ModuleUpdates]:
 def test_gamma_sensitivity_against_solves_of_its_own(updates: Tensor) -> None:
     poe, gammas = product(energy=StudentT(3.0)), [0.1, 1.0, 10.0]
     found = gamma_sensitivity(poe, modules_of(updates), gammas[::-1])
-    z = torch.stack([fixed_point(with_gamma(poe, gamma), updates).value for gamma in gammas])
-    twins = torch.stack([fixed_point(with_gamma(poe, gamma).twin(), updates).value for gamma in gammas])
+    z = torch.stack([fixed_point(with_gamma(poe, gamma).bind(updates)).value for gamma in gammas])
+    twins = torch.stack([fixed_point(with_gamma(poe, gamma).twin().bind(updates)).value for gamma in gammas])
     norm = z.flatten(-2).norm(dim=-1)
     assert_close(torch.from_numpy(found.distance), (z - z[1]).flatten(-2).norm(dim=-1) / norm[1], 1e-7)
     expected = (z - twins).flatten(-2).norm(dim=-1) / twins.flatten(-2).norm(dim=-1)
@@ -216,7 +215,9 @@ def test_scores_see_the_whole_merge(updates: Tensor) -> None:
     found = gamma_sensitivity(poe, modules_of(updates), [0.3, 3.0], score, reference=0)
     assert seen == [MODULES, MODULES]
     assert found.scores is not None
-    sizes = [fixed_point(with_gamma(poe, gamma), updates).value.flatten(-2).norm(dim=-1).sum() for gamma in (0.3, 3.0)]
+    sizes = [
+        fixed_point(with_gamma(poe, gamma).bind(updates)).value.flatten(-2).norm(dim=-1).sum() for gamma in (0.3, 3.0)
+    ]
     assert np.allclose(found.scores, [-float(size) for size in sizes])
     assert found.distance[0].tolist() == [0, 0]
     assert "best at" in found.verdict.text
@@ -338,8 +339,8 @@ def test_draws_that_are_not_finite_are_bad_whatever_the_others(value: float) -> 
 
 def test_draws_of_the_slice_sampler(updates: Tensor) -> None:
     statistics = span_statistics(product(anchor=Anchor(average)), updates, MODULES)
-    posterior, coordinates = span_posterior(product(anchor=Anchor(average)), statistics)
-    draws = SpanDraws.of(slice_sample(posterior, 100, generator=seeded(0), warmup=100), coordinates, statistics)
+    posterior = product(anchor=Anchor(average)).bind(statistics)
+    draws = SpanDraws.of(slice_sample(posterior, 100, generator=seeded(0), warmup=100), posterior)
     found = chain_convergence(draws)
     assert found.quantities == (*NAMES, "center")
     assert found.statistics.r_hat.shape == (2, 4)

@@ -23,7 +23,6 @@ from poe_models import (
     StudentT,
     TaskVectors,
     Welsch,
-    full_posterior,
 )
 from poe_models.operators import Diagonal, Operator
 from tests.helpers import assert_close, name_of, random_updates
@@ -72,7 +71,7 @@ def test_a_model_is_the_sum_of_its_modules_whatever_their_shapes(generator: torc
     updates = {module.name: module.updates for module in vectors}
     for row in table.rows:
         for name, value in zip(table.modules, row.evidence.value, strict=True):
-            alone = log_evidence(full_posterior(designs[row.name], updates[name]), generator=generator)
+            alone = log_evidence(designs[row.name].bind(updates[name]), generator=generator)
             assert_close(value, alone.value[0], 1e-10)
 
 
@@ -86,7 +85,7 @@ def test_sides_and_directions_are_densities_of_different_numbers(generator: torc
         compare_designs({"all": gaussian(Identity()), "one": gaussian(Directional())}, updates, generator=generator)
     left = torch.randn(1, 3, 3, 1, generator=generator, dtype=torch.float64)
     right = torch.randn(1, 3, 1, 3, generator=generator, dtype=torch.float64)
-    posteriors = [full_posterior(each, left @ right) for each in designs.values()]
+    posteriors = [each.bind(left @ right) for each in designs.values()]
     assert torch.equal(*(dimensions(posterior) for posterior in posteriors))
     with pytest.raises(ValueError, match="different directions"):
         compare_designs(designs, left @ right, generator=generator)

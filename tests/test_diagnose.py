@@ -45,7 +45,6 @@ from poe_models import (
     StudentT,
     TaskVectors,
     Ties,
-    span_posterior,
     span_statistics,
 )
 from tests.helpers import random_updates
@@ -104,9 +103,9 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
     updates = torch.stack([module.updates for module in vectors(folders)])
     statistics = span_statistics(poe, updates, list(MODULES))
-    posterior, coordinates = span_posterior(poe, statistics)
+    posterior = poe.bind(statistics)
     drawn = slice_sample(posterior, 100, generator=seeded(0), warmup=50)
-    save_draws(SpanDraws.of(drawn, coordinates, statistics), tmp_path / "draws")
+    save_draws(SpanDraws.of(drawn, posterior), tmp_path / "draws")
     out = tmp_path / "new" / "report.html"
     given = ["--draws", str(tmp_path / "draws"), "--predictions", str(predictions(tmp_path / "p.npz"))]
     assert run(["diagnose", str(merged), "--out", str(out), *given]) == 0

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference.draws import StoredDraws
-from inference.gibbs import gibbs, gibbs_posterior
-from inference.map import fixed_point, solve_posterior
+from inference.gibbs import gibbs
+from inference.map import fixed_point
 from inference.models import full_draws
 from inference.models.design import Design
 from inference.models.draw_files import load_draws, save_draws
@@ -43,7 +43,6 @@ from poe_models import (
     TaskVectors,
     average,
     open_checkpoint,
-    span_posterior,
     span_statistics,
 )
 from poe_models.weights.treatments import DEFAULT_RULES, Rule
@@ -75,9 +74,9 @@ def poe_of(vectors: TaskVectors, **options: Any) -> ProductOfExperts:
 
 def span_draws(vectors: TaskVectors, poe: ProductOfExperts, seed: int = 0, count: int = 50) -> SpanDraws:
     statistics = collect_statistics(vectors, poe)
-    posterior, coordinates = span_posterior(poe, statistics)
+    posterior = poe.bind(statistics)
     generator = seeded(seed)
-    return SpanDraws.of(gibbs_posterior(posterior, count, generator=generator), coordinates, statistics)
+    return SpanDraws.of(gibbs(posterior, count, generator=generator), posterior)
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -95,7 +94,7 @@ def test_one_pass_gives_the_statistics_of_every_module(center: Any, vectors: Tas
     statistics = collect_statistics(vectors, poe)
     assert statistics.modules == MODULES
     for index, module in enumerate(vectors):
-        merged = fixed_point(poe, module).value
+        merged = fixed_point(poe.bind(module)).value
         alone = span_statistics(poe, module.updates, [module.name], through=merged)
         for name in ("gram", "forms", "mean_curvature", "dimension"):
             assert torch.equal(getattr(statistics, name)[index], getattr(alone, name)[0])
@@ -110,14 +109,15 @@ def test_a_checkpoint_as_the_centre_counts_as_the_last_basis_vector(
     statistics = collect_statistics(vectors, design)
     displacement = (center["a.weight"].double() - base["a.weight"].double()).square().sum()
     assert_close(statistics.gram[0, -1, -1], displacement, 1e-12)
-    posterior, coordinates = span_posterior(design.span_product, statistics)
+    posterior = design.span_product.bind(statistics)
+    coordinates = posterior.span
     for index, module in enumerate(read_modules(vectors, "a.weight", design)):  # the MAP is that of the weights
-        alone = fixed_point(module.poe, module.updates, coordinates="span")
-        coefficients = coordinates.coefficients(solve_posterior(posterior).value)[index]
+        alone = fixed_point(module.poe.bind(module.updates, coordinates="span"))
+        coefficients = coordinates.coefficients(fixed_point(posterior).value)[index]
         assert_close(coefficients, alone.info.coefficients[0], 1e-6)
         assert float(coefficients[-1]) > 0.01
     with pytest.raises(ValueError, match="has the centre zero, the statistics were made with the centre tensor"):
-        span_posterior(design.poe, statistics)
+        design.poe.bind(statistics)
 
 
 def test_the_order_of_the_products_names_decides(vectors: TaskVectors) -> None:
@@ -163,7 +163,7 @@ def test_designs_that_do_not_go_together_name_two_tensors(vectors: TaskVectors) 
     assert statistics_digest(mixed[1]) != statistics_digest(alike[1])
     assert torch.equal(mixed[1].gram[1:], alike[1].gram[1:])
     with pytest.raises(ValueError, match="the statistics of 'a.weight' go through the merge of the design x StudentT"):
-        span_posterior(poe_of(vectors), mixed[1])
+        poe_of(vectors).bind(mixed[1])
     with pytest.raises(ValueError, match=r"'a.weight' is about 'nobody'; the task vectors are x, y, z"):
         collect_statistics(vectors, ProductOfExperts.of(["x", "nobody"]))
 
@@ -185,9 +185,7 @@ def test_statistics_come_back_bit_for_bit_and_give_the_same_posterior(vectors: T
     for name in statistics.__dataclass_fields__:
         before, after = getattr(statistics, name), getattr(loaded, name)
         assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
-    draws = [
-        gibbs_posterior(span_posterior(poe, each)[0], 3, generator=seeded(1)).values for each in (statistics, loaded)
-    ]
+    draws = [gibbs(poe.bind(each), 3, generator=seeded(1)).values for each in (statistics, loaded)]
     assert torch.equal(*draws)
     record = json.loads((folder / "statistics.json").read_text())
     assert record["inputs"] == {"base": {"sha256": "0"}}
@@ -294,9 +292,10 @@ def test_the_digest_notices_every_part(vectors: TaskVectors) -> None:
 def test_span_draws_are_coefficients_of_the_latents(vectors: TaskVectors) -> None:
     poe = poe_of(vectors, anchor=Anchor(average))
     statistics = collect_statistics(vectors, poe)
-    posterior, coordinates = span_posterior(poe, statistics)
-    latents = gibbs_posterior(posterior, 4, generator=seeded(0), chains=2)
-    draws = SpanDraws.of(latents, coordinates, statistics)
+    posterior = poe.bind(statistics)
+    coordinates = posterior.span
+    latents = gibbs(posterior, 4, generator=seeded(0), chains=2)
+    draws = SpanDraws.of(latents, posterior)
     design = Design(poe)
     for index, name in enumerate(MODULES):
         tensor = name.partition("[")[0]
@@ -374,7 +373,7 @@ def test_full_draws_of_a_model_are_those_of_the_sampler(vectors: TaskVectors) ->
     poe = poe_of(vectors, energy=StudentT(4.0), temperature=0.3)
     draws = sample_full(vectors, poe, 3, generator=seeded(5), chains=2, warmup=10)
     (module,) = read_modules(vectors, "a.weight", Design(poe))
-    own = gibbs(poe, module.updates, 3, generator=seeded(5), chains=2, warmup=10)
+    own = gibbs(poe.bind(module.updates), 3, generator=seeded(5), chains=2, warmup=10)
     assert torch.equal(draws.update(module, 4), own.latents(1, 1)[0])
     # The energy the chain had at this draw.
     energy = module.posterior.energy(draws.update(module, 4).unsqueeze(0))
@@ -436,7 +435,7 @@ def test_experts_that_differ_between_tensors_are_padded(vectors: TaskVectors, tm
     assert float(draws.squared_norms[0, 3]) == 0.0
     loaded = load_draws(save_draws(draws, tmp_path / "draws"))
     (module,) = read_modules(vectors, "a.weight", Design(few))
-    own = gibbs(few, module.updates, 2, generator=seeded(1), warmup=3)
+    own = gibbs(few.bind(module.updates), 2, generator=seeded(1), warmup=3)
     assert torch.equal(loaded.update(module, 7), own.latents(3, 1)[0])
 
 

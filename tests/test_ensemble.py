@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.map import fixed_point
 from inference.models import ensemble_files as files_module
 from inference.models import modules as _modules
@@ -41,7 +41,6 @@ from poe_models import (
     TaskVectors,
     average,
     open_checkpoint,
-    span_posterior,
 )
 from tests.helpers import assert_close
 from tests.seeds import seed_of, seeded
@@ -128,10 +127,10 @@ def tuned(model: nn.Module, generator: torch.Generator, count: int = 3, size: fl
 def span_draws(vectors: TaskVectors, design: ProductOfExperts | Design, count: int = 4, seed: int = 0) -> SpanDraws:
     statistics = collect_statistics(vectors, design)
     poe = design.poe if isinstance(design, Design) else design
-    posterior, coordinates = span_posterior(poe, statistics)
+    posterior = poe.bind(statistics)
     generator = seeded(seed)
-    draws = gibbs_posterior(posterior, 100, generator=generator, warmup=20)
-    return SpanDraws.of(draws, coordinates, statistics).thinned(count)
+    draws = gibbs(posterior, 100, generator=generator, warmup=20)
+    return SpanDraws.of(draws, posterior).thinned(count)
 
 
 @pytest.fixture
@@ -172,7 +171,7 @@ def test_members_are_the_base_plus_lambda_times_the_draw(
         for name in base
         if base[name].is_floating_point()
     }
-    merged = {module.name: fixed_point(poe, module).value for module in vectors}
+    merged = {module.name: fixed_point(poe.bind(module)).value for module in vectors}
     for member, state in enumerate(members):
         assert list(state) == list(base)
         for name, value in state.items():
@@ -923,10 +922,10 @@ from safetensors.torch import save_file
 import inference.models.ensemble_files as files
 from inference.models.design import Design
 from inference.models.ensemble import MergedEnsemble
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.models.model_draws import SpanDraws
 from inference.models.statistics_files import collect_statistics
-from poe_models import ProductOfExperts, TaskVectors, span_posterior
+from poe_models import ProductOfExperts, TaskVectors
 
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -955,9 +954,9 @@ vectors = TaskVectors(folder / "base", {n: folder / n for n in "xy"})
 poe = ProductOfExperts.of(vectors.names)
 design = Design(poe, coordinates=sys.argv[2])
 statistics = collect_statistics(vectors, design)
-posterior, coordinates = span_posterior(poe, statistics)
-latents = gibbs_posterior(posterior, 16, generator=torch.Generator().manual_seed(0), chains=1, warmup=1)
-draws = SpanDraws.of(latents, coordinates, statistics)
+posterior, coordinates = poe.bind(statistics)
+latents = gibbs(posterior, 16, generator=torch.Generator().manual_seed(0), chains=1, warmup=1)
+draws = SpanDraws.of(latents, posterior)
 files._PART_BYTES = 2 * 10**6
 make = lambda count: MergedEnsemble(vectors, design, draws.thinned(count))
 use = lambda count: sum(float(state["layers.0.weight"].sum()) for state in make(count).members())
@@ -1008,12 +1007,12 @@ def test_laplace_members_solve_for_the_mode_once(
 ) -> None:
     draws = sample_full(vectors, poe, 4, generator=seeded(0), method="laplace")
     solves: list[object] = []
-    solve = _modules.solve_posterior
+    solve = _modules.fixed_point
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         solves.append(args)
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(_modules, "solve_posterior", counted)
+    monkeypatch.setattr(_modules, "fixed_point", counted)
     assert len(list(MergedEnsemble(vectors, poe, draws).members())) == 4
     assert len(solves) == len(draws.modules)

@@ -45,8 +45,6 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.operators import Diagonal
@@ -187,7 +185,7 @@ def test_two_zero_mean_normals_have_the_textbook_evidence(generator: torch.Gener
     covariance = factor @ factor.mT + 0.1 * torch.eye(3, dtype=torch.float64)
     anchor = Anchor(precision=AbsolutePrecision(0.5))
     poe = ProductOfExperts.of(["a"], Fixed(covariance), Gaussian(), Absolute(1.0), anchor=anchor)
-    found = log_evidence(full_posterior(poe, torch.zeros(1, 1, 1, 3, dtype=torch.float64)), generator=generator)
+    found = log_evidence(poe.bind(torch.zeros(1, 1, 1, 3, dtype=torch.float64)), generator=generator)
     eye = torch.eye(3, dtype=torch.float64)
     expected = -0.5 * torch.linalg.slogdet(eye + covariance)[1] - 1.5 * math.log(2 * math.pi)
     assert_close(found.value, expected, 1e-12)
@@ -229,7 +227,7 @@ def test_gaussian_designs_are_joint_normals(
         poe = ProductOfExperts.of(
             NAMES, residual_map, Gaussian(1.5), Relative(0.8), [1.0, 0.5, 2.0], anchor, temperature=0.7
         )
-        posterior = full_posterior(poe, updates)
+        posterior = poe.bind(updates)
         assert_close(log_evidence(posterior, generator=generator).value, closed_form(posterior), 1e-8)
 
 
@@ -239,7 +237,7 @@ def test_adapters_have_the_evidence_of_their_updates(generator: torch.Generator)
     for residual_map in (InputGram(), OutputGram(), Identity()):
         for energy in (Gaussian(), StudentT(4.0, "multivariate")):
             poe = ProductOfExperts.of(NAMES, residual_map, energy, Relative(0.8))
-            both = [full_posterior(poe, left @ right, given) for given in (None, (left, right))]
+            both = [poe.bind(left @ right, low_rank=given) for given in (None, (left, right))]
             found = [log_evidence(each, generator=seeded(1)) for each in both]
             if isinstance(energy, Gaussian):
                 assert_close(found[0].value, closed_form(both[0]), 1e-8)
@@ -257,8 +255,7 @@ def test_an_unmerged_expert_adds_nothing(energy: Energy, size: float, generator:
     three = ProductOfExperts.of(NAMES, InputGram(), energy, Absolute(1.0), anchor=anchor)
     two = ProductOfExperts.of(NAMES[:2], InputGram(), energy, Absolute(1.0), anchor=anchor)
     whole, part = (
-        log_evidence(full_posterior(poe, given), generator=generator)
-        for poe, given in ((three, updates), (two, updates[:, :2]))
+        log_evidence(poe.bind(given), generator=generator) for poe, given in ((three, updates), (two, updates[:, :2]))
     )
     error = float((whole.standard_error[1] ** 2 + part.standard_error[1] ** 2).sqrt())
     assert abs(float(whole.value[1] - part.value[1])) <= Z * error + 1e-9
@@ -277,7 +274,7 @@ def test_student_t_agrees_with_scipys_densities_on_a_grid(
     energy: Energy, temperature: float, generator: torch.Generator
 ) -> None:
     # Three experts that contradict each other: several modes.
-    posterior = full_posterior(design(energy, temperature=temperature), SKEWED)
+    posterior = design(energy, temperature=temperature).bind(SKEWED)
     assert_agrees(log_evidence(posterior, generator=generator, samples=4000), grid_evidence(posterior), 0.03)
 
 
@@ -287,20 +284,20 @@ def test_opposed_experts_are_believed_in_turns(generator: torch.Generator) -> No
     poe = ProductOfExperts.of(
         ["a", "b"], Identity(), Cauchy("multivariate"), Absolute(0.3), anchor=Anchor(precision=AbsolutePrecision(0.02))
     )
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     assert_agrees(log_evidence(posterior, generator=generator, samples=4000), grid_evidence(posterior), 0.03)
 
 
 def test_more_experts_than_numbers_and_one_given_twice(generator: torch.Generator) -> None:
     updates = torch.randn(1, 5, 1, 2, generator=generator, dtype=torch.float64)
     updates[:, 4] = updates[:, 3]
-    posterior = full_posterior(plain(list("abcde"), StudentT(3.0, "multivariate")), updates)
+    posterior = plain(list("abcde"), StudentT(3.0, "multivariate")).bind(updates)
     assert_agrees(log_evidence(posterior, generator=generator, samples=4000), grid_evidence(posterior), 0.03)
 
 
 @pytest.mark.parametrize("energy", [Huber(0.7), GeneralizedGaussian(1.0), GeneralizedGaussian(4.0)], ids=name_of)
 def test_other_energies_agree_with_a_grid(energy: Energy, generator: torch.Generator) -> None:
-    posterior = full_posterior(design(energy), SKEWED)
+    posterior = design(energy).bind(SKEWED)
     assert_agrees(log_evidence(posterior, generator=generator, samples=4000), sum_on_a_grid(posterior), 0.06)
 
 
@@ -325,7 +322,7 @@ def test_one_expert_agrees_with_quadrature_over_its_weight(size: int, power: flo
     top = log_joint(peak)
     mass, _ = integrate.quad(lambda u: math.exp(log_joint(u) - top), peak - 9, peak + 4, points=[peak], limit=500)
     truth = top + math.log(mass)
-    assert_agrees(log_evidence(full_posterior(poe, updates), generator=generator), truth, 0.05)
+    assert_agrees(log_evidence(poe.bind(updates), generator=generator), truth, 0.05)
 
 
 @pytest.mark.parametrize("size", [4, 64, 1024])
@@ -337,7 +334,7 @@ def test_two_experts_agree_with_a_grid_over_their_weights(size: int, generator: 
     u = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
     total = normal_log_density(gram, np.exp(-u)) + log_gamma_density(u, 1.5).sum(1)
     truth = float(np.logaddexp.reduce(total) + sum(math.log(axis[1] - axis[0]) for axis in axes))
-    posterior = full_posterior(plain(["a", "b"], StudentT(3.0, "multivariate")), updates)
+    posterior = plain(["a", "b"], StudentT(3.0, "multivariate")).bind(updates)
     assert_agrees(log_evidence(posterior, generator=generator, samples=2000), truth, 0.05)
 
 
@@ -362,7 +359,7 @@ def test_four_experts_agree_with_weights_sampled_by_hand(generator: torch.Genera
         relative = np.exp(log_weights - top)
         values.append(top + math.log(relative.mean()))
         errors.append(relative.std() / relative.mean() / math.sqrt(samples))
-    posterior = full_posterior(plain(list("abcd"), StudentT(nu, "multivariate")), updates)
+    posterior = plain(list("abcd"), StudentT(nu, "multivariate")).bind(updates)
     found = log_evidence(posterior, generator=generator)
     error = (found.standard_error.numpy() ** 2 + np.array(errors) ** 2) ** 0.5
     assert error.max() < 0.05
@@ -377,7 +374,7 @@ def test_weights_and_updates_are_two_routes_to_the_same_integral(
     poe = ProductOfExperts.of(
         NAMES, residual_map, StudentT(6.0, "multivariate"), Relative(0.6), [1.0, 1.5, 2.0], Anchor(average), 0.8
     )
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     found = log_evidence(posterior, generator=generator, samples=2000)
     other = importance_mean(direct_log_weights(posterior, 4000, generator))
     error = (found.standard_error.square() + other.standard_error.square()).sqrt()
@@ -390,7 +387,7 @@ def test_weights_and_updates_are_two_routes_to_the_same_integral(
 def test_errors_are_what_they_say(generator: torch.Generator) -> None:
     # Values of one module by 60 independent runs scatter as their standard errors: chi-square at one in a million.
     updates = simulate(1, 3, 4, 3.0, generator).expand(60, -1, -1, -1)
-    found = log_evidence(full_posterior(plain(NAMES, StudentT(3.0, "multivariate")), updates), generator=generator)
+    found = log_evidence(plain(NAMES, StudentT(3.0, "multivariate")).bind(updates), generator=generator)
     scatter = float(((found.value - found.value.mean()) / found.standard_error).square().sum())
     low, high = stats.chi2(59).ppf([5e-7, 1 - 5e-7])
     assert low / 1.3 < scatter < high  # samples in turns from each component scatter a little less
@@ -408,8 +405,7 @@ def test_the_best_scale_is_the_true_one(size: int) -> None:
         updates = simulate(20, 4, size, math.inf, generator)
         scales = np.exp(np.linspace(-0.5, 0.5, 41))
         totals = [
-            log_evidence(full_posterior(plain(list("abcd"), Gaussian(), s), updates), generator=generator).total
-            for s in scales
+            log_evidence(plain(list("abcd"), Gaussian(), s).bind(updates), generator=generator).total for s in scales
         ]
         best = math.log(scales[int(np.argmax(totals))])
         assert abs(best) < Z / math.sqrt(2 * 20 * 3 * size) + 0.025
@@ -428,7 +424,7 @@ def test_the_true_family_wins_in_many_dimensions(nu: float) -> None:
         best = {}
         for name, energy in families.items():
             totals = [
-                log_evidence(full_posterior(plain(list("abcd"), energy, s), updates), generator=generator, samples=200)
+                log_evidence(plain(list("abcd"), energy, s).bind(updates), generator=generator, samples=200)
                 for s in ((0.8, 0.9, 1.0, 1.1, 1.25) if math.isfinite(name) else (0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 1.8))
             ]
             best[name] = max(totals, key=lambda each: each.total)
@@ -443,7 +439,7 @@ def test_normalised_scales_have_a_best_and_bare_ones_do_not(generator: torch.Gen
     normalised, bare = [], []
     scales = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
     for scale in scales:
-        posterior = full_posterior(plain(NAMES, Gaussian(), scale), updates)
+        posterior = plain(NAMES, Gaussian(), scale).bind(updates)
         value = log_evidence(posterior, generator=generator)
         normalised.append(value.total)
         bare.append(value.total + float(log_normalizers(posterior).sum()))
@@ -456,7 +452,7 @@ def test_normalised_scales_have_a_best_and_bare_ones_do_not(generator: torch.Gen
 
 def test_a_gaussian_expert_is_predicted_as_a_conditional_normal(generator: torch.Generator) -> None:
     updates = simulate(2, 3, 3, math.inf, generator)
-    posterior = full_posterior(plain(NAMES, Gaussian(), 0.7), updates)
+    posterior = plain(NAMES, Gaussian(), 0.7).bind(updates)
     found = leave_one_expert_out(posterior, generator=generator)
     # U_i given the others: mean V sum_j U_j / s^2, variance V + s^2, V = 1 / (1 + 2 / s^2).
     variance = 1 / (1 + 2 / 0.49)
@@ -471,17 +467,17 @@ def test_a_gaussian_expert_is_predicted_as_a_conditional_normal(generator: torch
 def test_leaving_out_keeps_operators_scales_and_anchor(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 3, 2)
     poe = ProductOfExperts.of(NAMES, (InputGram(), OutputGram()), Gaussian(), Relative(0.8))
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     found = leave_one_expert_out(posterior, generator=generator)
     rest = replace(posterior, experts=tuple(e for e in posterior.experts if e.update_name != "b"))
     assert_close(found.value[:, 1], closed_form(posterior) - closed_form(rest), 1e-8)
-    alone = full_posterior(ProductOfExperts.of(["a"], InputGram(), Gaussian()), updates[:, :1])
+    alone = ProductOfExperts.of(["a"], InputGram(), Gaussian()).bind(updates[:, :1])
     only = leave_one_expert_out(alone, generator=generator)
     assert_close(only.value[:, 0], closed_form(alone), 1e-9)
 
 
 def test_a_student_expert_is_predicted_with_an_error(generator: torch.Generator) -> None:
-    posterior = full_posterior(design(StudentT(4.0, "multivariate")), SKEWED)
+    posterior = design(StudentT(4.0, "multivariate")).bind(SKEWED)
     found = leave_one_expert_out(posterior, generator=generator, samples=3000)
     for i in range(3):
         rest = replace(posterior, experts=tuple(e for j, e in enumerate(posterior.experts) if j != i))
@@ -514,7 +510,7 @@ def test_an_estimate_that_cannot_be_trusted_is_refused_and_carries_its_number(ge
 
     updates = simulate(12, 4, 512, 1.0, generator)
     with pytest.raises(UntrustedEvidence, match=r"module \d of the batch: \d+ of 1000.*which 'a' has not") as caught:
-        log_evidence(full_posterior(plain(list("abcd"), Bare()), updates), generator=generator)
+        log_evidence(plain(list("abcd"), Bare()).bind(updates), generator=generator)
     assert bool(caught.value.evidence.value.isfinite().all())
     assert not bool(caught.value.evidence.trusted.all())
 
@@ -522,7 +518,7 @@ def test_an_estimate_that_cannot_be_trusted_is_refused_and_carries_its_number(ge
 def test_single_precision_loses_nothing(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 8, 6).float()
     poe = ProductOfExperts.of(NAMES, OutputGram(), Gaussian(), Relative(0.5))
-    single, double = full_posterior(poe, updates), full_posterior(poe, updates.double())
+    single, double = poe.bind(updates), poe.bind(updates.double())
     values = [log_evidence(each, generator=generator).value for each in (single, double)]
     assert_close(values[0], values[1], 1e-5)
 
@@ -540,7 +536,7 @@ def calls(posterior: Posterior, generator: torch.Generator) -> list[Callable[[],
 @pytest.mark.parametrize("energy", [Welsch(), Cauchy(), StudentT(3.0), Custom(torch.sqrt)], ids=name_of)
 def test_unnormalised_experts_are_refused_by_name(energy: Energy, generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 3, 4)
-    posterior = full_posterior(ProductOfExperts.of(NAMES, InputGram(), energy, Relative(1.0)), updates)
+    posterior = ProductOfExperts.of(NAMES, InputGram(), energy, Relative(1.0)).bind(updates)
     for call in calls(posterior, generator):
         with pytest.raises(ValueError, match=f"(?s)'a' is not a density.*{type(energy).__name__}"):
             call()
@@ -551,7 +547,7 @@ def test_a_missing_anchor_is_refused_with_the_reason(generator: torch.Generator)
     poe = ProductOfExperts.of(
         NAMES, Identity(), Gaussian(), Absolute(1.0), anchor=Anchor(precision=AbsolutePrecision(0.0))
     )
-    for call in calls(full_posterior(poe, updates), generator):
+    for call in calls(poe.bind(updates), generator):
         with pytest.raises(ValueError, match="eta = 0.*flat prior has no normaliser"):
             call()
 
@@ -559,30 +555,28 @@ def test_a_missing_anchor_is_refused_with_the_reason(generator: torch.Generator)
 def test_span_coordinates_are_refused_with_the_reason(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 3)
     poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Relative(1.0))
-    posterior, _ = span_posterior(poe, span_statistics(poe, updates))
+    posterior = poe.bind(span_statistics(poe, updates))
     for call in calls(posterior, generator):
-        with pytest.raises(ValueError, match="Span coordinates.*made of the updates.*full_posterior"):
+        with pytest.raises(ValueError, match="Span coordinates.*made of the updates.*bind"):
             call()
 
 
 def test_other_bad_input_is_one_clear_error(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 2, 3)
     poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Relative(1.0))
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     with pytest.raises(ValueError, match="fewer than 50 effective samples.*at least 100"):
         log_evidence(posterior, generator=generator, samples=99)
-    weak = full_posterior(
-        ProductOfExperts.of(
+    weak = ProductOfExperts.of(
             NAMES, (InputGram(), OutputGram(), Identity()), Gaussian(), Absolute(1.0),
             anchor=Anchor(precision=AbsolutePrecision(1.0)),
-        ), updates,
-    )  # fmt: skip
+        ).bind(updates)  # fmt: skip
     assert dimensions(weak).shape == (2, 9)
     mixed = Expert("a", Directional()) * Expert("b", Identity()) * Expert("c", Identity())
     gaussian = replace(mixed, experts=tuple(replace(e, energy=Gaussian()) for e in mixed.experts))
     with pytest.raises(ValueError, match="Directional and Identity.*one kind per module"):
-        log_evidence(full_posterior(gaussian, updates), generator=generator)
+        log_evidence(gaussian.bind(updates), generator=generator)
     factor = poe * FactorExpert("extra", lambda c: c.sum(-1), "span")
-    bound, _ = span_posterior(factor, span_statistics(factor, updates))
+    bound = factor.bind(span_statistics(factor, updates))
     with pytest.raises(ValueError, match="'extra' is a FactorExpert"):
         log_normalizers(replace(bound, coordinates="full"))

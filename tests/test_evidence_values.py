@@ -40,7 +40,6 @@ from poe_models import (
     Posterior,
     ProductOfExperts,
     StudentT,
-    full_posterior,
 )
 from tests.helpers import assert_close, random_updates
 from tests.seeds import seeded
@@ -61,7 +60,7 @@ def posterior_of(updates: Tensor, *energies: Energy) -> Posterior:
         [str(i) for i in range(updates.shape[1])], InputGram(), energies[0], Absolute(2.0), anchor=anchor
     )
     experts = tuple(replace(e, energy=energies[i % len(energies)]) for i, e in enumerate(poe.experts))
-    return full_posterior(replace(poe, experts=experts), updates)
+    return replace(poe, experts=experts).bind(updates)
 
 
 def test_modules_are_independent_their_errors_add_as_squares() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
-from inference.gibbs import GibbsKernel, anchor_spread, draw_weights, gibbs, gibbs_posterior, seeded_noise
+from inference.gibbs import GibbsKernel, anchor_spread, draw_weights, gibbs, seeded_noise
 from inference.laplace import Laplace, laplace
 from poe_models import (
     AbsolutePrecision,
@@ -33,7 +33,6 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
@@ -70,7 +69,7 @@ def posterior_of(
 ) -> Posterior:
     anchor = Anchor(average, AbsolutePrecision(0.4))
     poe = ProductOfExperts.of(NAMES, design, energy, Relative(0.8), [1.0, 2.0], anchor, temperature)  # type: ignore[arg-type]
-    return full_posterior(poe, random_updates(generator, 1, 2, *shape))
+    return poe.bind(random_updates(generator, 1, 2, *shape))
 
 
 def dense(posterior: Posterior, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,11 +112,11 @@ def test_laplace_draws_have_the_inverse_hessian_times_the_temperature(
     anchor = Anchor(average, AbsolutePrecision(0.4))
     poe = ProductOfExperts.of(NAMES, design, StudentT(5.0), Relative(0.8), anchor=anchor, temperature=temperature)  # type: ignore[arg-type]
     updates = random_updates(generator, 1, 2, *shape)
-    solution = fixed_point(poe, updates)
-    approximation = laplace(poe, updates, solution)
+    solution = fixed_point(poe.bind(updates))
+    approximation = laplace(poe.bind(updates), solution)
     mean, covariance = moments(approximation.draw, math.prod(shape))
     assert_close(mean, solution.value.flatten())
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     hessian = torch.func.hessian(lambda z: posterior.energy(z.view(1, *shape)).sum())(solution.value.flatten())
     assert_close(covariance, temperature * torch.linalg.inv(hessian), 1e-8)
     # The same draws through the sampler, each module by itself, whatever the batch.
@@ -145,7 +144,7 @@ def test_conditional_moments_are_those_of_the_conditional_normal(
 def test_laplace_draws_of_a_batch_are_those_of_its_modules(generator: torch.Generator) -> None:
     updates = random_updates(generator, 3, 2, 3, 4)
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.8), temperature=0.5)
-    posterior, mode = full_posterior(poe, updates), fixed_point(poe, updates).value
+    posterior, mode = poe.bind(updates), fixed_point(poe.bind(updates)).value
     draws = Laplace(posterior, mode).sample(2, seeded(3))
     assert len(draws.seeds.unique()) == 6
     for m in range(3):
@@ -186,7 +185,7 @@ def test_mixture_weights_vary_as_a_gamma(generator: torch.Generator) -> None:
 def test_an_expert_that_dropped_out_weighs_nothing(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 2, 3, 4)
     updates[:, 1] = 0.0
-    posterior = full_posterior(ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(1.0)), updates)
+    posterior = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(1.0)).bind(updates)
     found = draw_weights(posterior, torch.ones(5, 1, 2).double(), torch.ones(1).double(), generator)
     assert bool((found[..., 0] > 0).all())
     assert bool((found[..., 1] == 0).all())
@@ -215,13 +214,13 @@ def test_draws_are_made_again_from_weights_and_seeds_with_their_energies(
 ) -> None:
     updates = random_updates(generator, modules, 2, 3, 4)
     poe = ProductOfExperts.of(NAMES, OutputGram(), Cauchy(), Relative(0.8), temperature=0.5)
-    draws = gibbs(poe, updates, 4, chains=3, warmup=2, generator=generator)
-    posterior = full_posterior(poe, updates)
+    draws = gibbs(poe.bind(updates), 4, chains=3, warmup=2, generator=generator)
+    posterior = poe.bind(updates)
     assert (draws.num_chains, draws.num_draws) == (3, 4)
     z = torch.stack([torch.stack([draws.latents(c, s) for s in range(4)]) for c in range(3)])
     assert z.shape == (3, 4, modules, 3, 4)
     assert_close(draws.stats["lp"], -posterior.energy(z) / 0.5, 1e-9)
-    kept = gibbs_posterior(posterior, 4, chains=3, warmup=2, generator=generator)
+    kept = gibbs(posterior, 4, chains=3, warmup=2, generator=generator)
     assert_close(kept.stats["lp"], -posterior.energy(kept.values) / 0.5, 1e-9)
     kernel = GibbsKernel(posterior, regenerable=True)
     assert kernel.init(2, generator).z.numel() == 0
@@ -233,7 +232,7 @@ def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> 
 
     def run(num_samples: int, **options: int) -> tuple[Tensor, list[tuple[int, int]]]:
         ticks: list[tuple[int, int]] = []
-        draws = gibbs_posterior(
+        draws = gibbs(
             posterior, num_samples, generator=seeded(5), chains=2, progress=lambda i, n: ticks.append((i, n)), **options
         )
         return draws.values, ticks
@@ -250,8 +249,8 @@ def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> 
     with pytest.raises(ValueError, match="at least one draw"):
         run(0)
     with pytest.raises(ValueError, match="at least one draw"):
-        gibbs_posterior(posterior, 1, generator=generator, chains=0)
-    assert gibbs_posterior(posterior, 1, generator=generator, chains=1, warmup=0).values.shape[:2] == (1, 1)
+        gibbs(posterior, 1, generator=generator, chains=0)
+    assert gibbs(posterior, 1, generator=generator, chains=1, warmup=0).values.shape[:2] == (1, 1)
 
 
 def test_the_anchors_spread_by_hand() -> None:

@@ -36,8 +36,6 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
@@ -56,7 +54,7 @@ class InverseVariance(ResidualMap):
 
 def dense_solution(poe: ProductOfExperts, updates: Tensor, weights: Tensor) -> Tensor:
     """argmin of sum_i w_i q_i + eta |Z - Z_0|^2 for one module, with P_i as dense matrices on vec(Z)."""
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     shape = posterior.event_shape
     size = shape[0] * shape[1]
     units = torch.eye(size, dtype=torch.float64).unflatten(1, shape).unsqueeze(1)
@@ -79,7 +77,7 @@ def test_solution_satisfies_the_dense_normal_equations(
     updates = random_updates(generator, 1, 3, *shape)
     anchor = Anchor(average if centred else None, RelativePrecision(1e-2))
     poe = ProductOfExperts.of(NAMES, residual_map, StudentT(3.0), Relative(0.5), [1.0, 2.0, 0.3], anchor)  # type: ignore[arg-type]
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     assert solution.converged
     assert_close(solution.value[0], dense_solution(poe, updates, solution.info.weights[0]), 1e-7)
 
@@ -91,9 +89,9 @@ def test_energy_never_increases_and_the_gradient_vanishes(
 ) -> None:
     updates = random_updates(generator, 3, 4, 5, 6)
     poe = ProductOfExperts.of(list("abcd"), residual_map, energy, Relative(0.3), anchor=Anchor(average))  # type: ignore[arg-type]
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     for acceleration in (True, False):
-        solution = fixed_point(poe, updates, acceleration=acceleration, max_steps=3000)
+        solution = fixed_point(poe.bind(updates), acceleration=acceleration, max_steps=3000)
         info = solution.info
         assert solution.converged
         slack = 1e-14 * info.energy_trace.abs().amax()
@@ -111,8 +109,8 @@ def test_energy_never_increases_and_the_gradient_vanishes(
 def test_acceleration_changes_the_speed_and_not_the_answer(residual_map: object, generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 4, 5, 6)
     poe = ProductOfExperts.of(list("abcd"), residual_map, Cauchy(), Relative(0.5), anchor=Anchor(average))  # type: ignore[arg-type]
-    fast = fixed_point(poe, updates, starts=["twin"])
-    slow = fixed_point(poe, updates, starts=["twin"], acceleration=False, max_steps=5000)
+    fast = fixed_point(poe.bind(updates), starts=["twin"])
+    slow = fixed_point(poe.bind(updates), starts=["twin"], acceleration=False, max_steps=5000)
     assert_close(fast.value, slow.value, 1e-7)
     assert int(fast.info.steps.sum()) <= int(slow.info.steps.sum())
 
@@ -122,7 +120,7 @@ def test_gaussian_identity_with_equal_weights_is_the_average(generator: torch.Ge
     poe = ProductOfExperts.of(
         NAMES, Identity(), Gaussian(), Absolute(1.0), anchor=Anchor(precision=AbsolutePrecision(1e-12))
     )
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     assert_close(solution.value, updates.mean(1), 1e-11)
     assert solution.info.steps.tolist() == [1, 1]
 
@@ -140,7 +138,7 @@ def test_gaussian_input_gram_is_bmms_formula_in_its_units(shape: tuple[int, int]
     center = updates[0].mean(0)
     numerator = (updates[0] @ grams).sum(0) + ridge * center
     expected = numerator @ torch.linalg.inv(grams.sum(0) + ridge * torch.eye(shape[1], dtype=torch.float64))
-    assert_close(fixed_point(poe, updates[0]).value, expected, 1e-10)
+    assert_close(fixed_point(poe.bind(updates[0])).value, expected, 1e-10)
 
 
 def test_directional_by_woodbury_by_dense_solve_and_as_the_interpolant(generator: torch.Generator) -> None:
@@ -153,7 +151,7 @@ def test_directional_by_woodbury_by_dense_solve_and_as_the_interpolant(generator
         poe = ProductOfExperts.of(
             NAMES, Directional(), Cauchy(), Relative(0.7), anchor=Anchor(z_0, RelativePrecision(0.3))
         )
-        solution = fixed_point(poe, updates[0])
+        solution = fixed_point(poe.bind(updates[0]))
         weights, eta = solution.info.weights[0], float(solution.info.anchor_precision)
         # DESIGN fact 2: Z = Z_0 + Theta c, c = (eta diag(1/w) + G)^-1 (diag G - Theta^T vec Z_0).
         c = torch.linalg.solve(torch.diag(eta / weights) + gram, gram.diagonal() - theta.mT @ start)
@@ -165,7 +163,7 @@ def test_directional_by_woodbury_by_dense_solve_and_as_the_interpolant(generator
             tight = ProductOfExperts.of(
                 NAMES, Directional(), energy, Relative(0.7), anchor=Anchor(z_0, RelativePrecision(1e-9))
             )
-            assert_close(fixed_point(tight, updates[0]).value.flatten(), interpolant, 1e-7)
+            assert_close(fixed_point(tight.bind(updates[0])).value.flatten(), interpolant, 1e-7)
 
 
 def released_poe_cauchy(updates: Tensor, gamma: float, jitter: float, steps: int) -> list[Tensor]:
@@ -195,10 +193,10 @@ def test_the_released_algorithm_step_by_step_and_at_convergence(
         list("abcd"), OutputGram(), Cauchy(), NormScaled(gamma), anchor=Anchor(precision=AbsolutePrecision(1e-3))
     )
     reference = released_poe_cauchy(updates[0], gamma, 1e-3, 3000)
-    ours = plain_iterates(full_posterior(poe, updates), torch.ones(1, 4, dtype=torch.float64))
+    ours = plain_iterates(poe.bind(updates), torch.ones(1, 4, dtype=torch.float64))
     for mine, theirs in zip(itertools.islice(ours, 25), reference, strict=False):
         assert_close(mine[0], theirs, 1e-8)
-    converged = fixed_point(poe, updates[0], starts=["ones"])
+    converged = fixed_point(poe.bind(updates[0]), starts=["ones"])
     assert converged.converged
     assert float((reference[-1] - reference[-2]).norm()) < 1e-9
     assert_close(converged.value, reference[-1], 1e-8)
@@ -215,12 +213,12 @@ def test_one_expert_and_identical_experts_come_back(
     errors = []
     for eta in (1e-3, 1e-4):
         poe = ProductOfExperts.of(names, residual_map, anchor=Anchor(precision=RelativePrecision(eta)))  # type: ignore[arg-type]
-        error = fixed_point(poe, updates).value - expert[:, 0]
+        error = fixed_point(poe.bind(updates)).value - expert[:, 0]
         errors.append(float(error.norm() / expert.norm()))
     assert errors[0] < 0.2
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)  # of order eta
     anchored = ProductOfExperts.of(names, residual_map, anchor=Anchor(average, RelativePrecision(0.1)))  # type: ignore[arg-type]
-    assert_close(fixed_point(anchored, updates).value, expert[:, 0], 1e-14)
+    assert_close(fixed_point(anchored.bind(updates)).value, expert[:, 0], 1e-14)
 
 
 @pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
@@ -230,12 +228,12 @@ def test_order_does_not_matter_and_an_expert_twice_is_weight_two(
     updates = random_updates(generator, 2, 3, 4, 5)
     anchor = Anchor(precision=AbsolutePrecision(0.5))
     poe = ProductOfExperts.of(NAMES, residual_map, anchor=anchor)  # type: ignore[arg-type]
-    expected = fixed_point(poe, updates).value
-    assert_close(fixed_point(poe, updates[:, [2, 0, 1]]).value, expected, 1e-8)
+    expected = fixed_point(poe.bind(updates)).value
+    assert_close(fixed_point(poe.bind(updates[:, [2, 0, 1]])).value, expected, 1e-8)
     doubled = ProductOfExperts.of([*NAMES, "d"], residual_map, anchor=anchor)  # type: ignore[arg-type]
     weighted = ProductOfExperts.of(NAMES, residual_map, importance=[1.0, 1.0, 2.0], anchor=anchor)  # type: ignore[arg-type]
     twice = torch.cat([updates, updates[:, 2:]], 1)
-    assert_close(fixed_point(doubled, twice).value, fixed_point(weighted, updates).value, 1e-8)
+    assert_close(fixed_point(doubled.bind(twice)).value, fixed_point(weighted.bind(updates)).value, 1e-8)
 
 
 @pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
@@ -244,7 +242,7 @@ def test_scaled_updates_give_a_scaled_merge_under_relative_scales(
 ) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, residual_map, StudentT(2.0), Relative(0.4), anchor=Anchor(average))  # type: ignore[arg-type]
-    assert_close(fixed_point(poe, 1e-3 * updates).value, 1e-3 * fixed_point(poe, updates).value, 1e-8)
+    assert_close(fixed_point(poe.bind(1e-3 * updates)).value, 1e-3 * fixed_point(poe.bind(updates)).value, 1e-8)
 
 
 @pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
@@ -252,14 +250,14 @@ def test_a_zero_expert_is_legal(residual_map: object, generator: torch.Generator
     updates = random_updates(generator, 2, 3, 4, 5)
     with_zero = torch.cat([updates, torch.zeros_like(updates[:, :1])], 1)
     anchor = Anchor(precision=AbsolutePrecision(0.3))
-    solution = fixed_point(ProductOfExperts.of([*NAMES, "zero"], residual_map, anchor=anchor), with_zero)  # type: ignore[arg-type]
+    solution = fixed_point(ProductOfExperts.of([*NAMES, "zero"], residual_map, anchor=anchor).bind(with_zero))  # type: ignore[arg-type]
     assert solution.converged
     has_identity = "Identity" in repr(residual_map)
     if not has_identity:  # a map made from the update is zero: the expert drops out with a note
         assert solution.record(0)["inactive"] == [n for n in solution.info.experts if n.split("/")[0] == "zero"]
-        without = fixed_point(ProductOfExperts.of(NAMES, residual_map, anchor=anchor), updates)  # type: ignore[arg-type]
+        without = fixed_point(ProductOfExperts.of(NAMES, residual_map, anchor=anchor).bind(updates))  # type: ignore[arg-type]
         assert_close(solution.value, without.value, 1e-7)
-    everything = fixed_point(ProductOfExperts.of(NAMES, residual_map), torch.zeros(2, 3, 4, 5))  # type: ignore[arg-type]
+    everything = fixed_point(ProductOfExperts.of(NAMES, residual_map).bind(torch.zeros(2, 3, 4, 5)))  # type: ignore[arg-type]
     assert_close(everything.value, torch.zeros(2, 4, 5))
     assert everything.converged
 
@@ -269,10 +267,10 @@ def test_a_zero_expert_is_legal(residual_map: object, generator: torch.Generator
 def test_more_experts_than_dimensions(residual_map: object, coordinates: str, generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 9, 2, 3)
     poe = ProductOfExperts.of(list("abcdefghi"), residual_map, Cauchy(), Relative(0.5))  # type: ignore[arg-type]
-    solution = fixed_point(poe, updates, coordinates=coordinates)  # type: ignore[arg-type]
+    solution = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
     assert solution.converged
     # Nine updates span all six entries, so Span is no restriction here.
-    assert_close(solution.value, fixed_point(poe, updates).value, 1e-6)
+    assert_close(solution.value, fixed_point(poe.bind(updates)).value, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +281,8 @@ def test_low_rank_factors_change_nothing(residual_map: object, centred: bool, ge
     left = torch.randn(2, 3, 20, 2, generator=generator, dtype=torch.float64)
     right = torch.randn(2, 3, 2, 15, generator=generator, dtype=torch.float64)
     poe = ProductOfExperts.of(NAMES, residual_map, anchor=Anchor(average if centred else None))  # type: ignore[arg-type]
-    plain = fixed_point(poe, left @ right)
-    factored = fixed_point(poe, left @ right, low_rank=(left, right))
+    plain = fixed_point(poe.bind(left @ right))
+    factored = fixed_point(poe.bind(left @ right, low_rank=(left, right)))
     assert plain.converged
     assert factored.converged
     assert_close(factored.value, plain.value, 1e-8)
@@ -305,7 +303,7 @@ def test_adapters_under_an_anchor_whose_centre_is_outside_their_span(
     updates, center = left @ right, torch.randn(1, 12, 10, generator=generator, dtype=torch.float64)
     anchor = Anchor(center, AbsolutePrecision(1e-3))
     poe = ProductOfExperts.of(NAMES, residual_map, Cauchy(), Relative(0.5), anchor=anchor)  # type: ignore[arg-type]
-    solution = fixed_point(poe, updates, low_rank=(left, right))
+    solution = fixed_point(poe.bind(updates, low_rank=(left, right)))
     assert solution.converged
     dense = dense_solution(poe, updates, solution.info.weights[0])
     assert_close(solution.value[0], dense, 1e-8)
@@ -322,9 +320,11 @@ def test_span_equals_full_for_directional_and_restricts_gram_maps(generator: tor
     updates = random_updates(generator, 2, 3, 6, 7)
     for centre in (None, average):
         poe = ProductOfExperts.of(NAMES, Directional(), Cauchy(), Relative(0.5), anchor=Anchor(centre))
-        assert_close(fixed_point(poe, updates, coordinates="span").value, fixed_point(poe, updates).value, 1e-8)
+        assert_close(
+            fixed_point(poe.bind(updates, coordinates="span")).value, fixed_point(poe.bind(updates)).value, 1e-8
+        )
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.5))
-    full, span = fixed_point(poe, updates), fixed_point(poe, updates, coordinates="span")
+    full, span = fixed_point(poe.bind(updates)), fixed_point(poe.bind(updates, coordinates="span"))
     assert bool((span.info.energy > full.info.energy + 1e-6).all())
     assert span.info.coefficients is not None
     assert_close(torch.einsum("mj,mjab->mab", span.info.coefficients[:, :3], updates), span.value, 1e-10)
@@ -335,7 +335,7 @@ def test_different_designs_in_one_module(generator: torch.Generator) -> None:
     poe = Expert("a", OutputGram(), Cauchy(), Relative(0.5)) * Expert(
         "b", InputGram(), StudentT(3.0), Absolute(2.0), 0.5
     )
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     assert_close(solution.value[0], dense_solution(poe, updates, solution.info.weights[0]), 1e-8)
 
 
@@ -348,8 +348,8 @@ def test_operators_without_a_common_factorisation_run_in_span(
     updates = random_updates(generator, 1, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, mixed)
     with pytest.raises(ValueError, match="Gram.*coordinates='span'"):
-        fixed_point(poe, updates)
-    assert fixed_point(poe, updates, coordinates="span").converged
+        fixed_point(poe.bind(updates))
+    assert fixed_point(poe.bind(updates, coordinates="span")).converged
 
 
 def test_several_starts_find_the_lower_of_two_minima() -> None:
@@ -359,8 +359,8 @@ def test_several_starts_find_the_lower_of_two_minima() -> None:
         "heavy", Identity(), Welsch(), Absolute(1.0), 3.0
     )
     poe = experts * Anchor(precision=AbsolutePrecision(1e-3))
-    stuck = fixed_point(poe, updates, starts=[torch.tensor([[[4.0]]], dtype=torch.float64)])
-    best = fixed_point(poe, updates, starts=["experts"])
+    stuck = fixed_point(poe.bind(updates), starts=[torch.tensor([[[4.0]]], dtype=torch.float64)])
+    best = fixed_point(poe.bind(updates), starts=["experts"])
     assert float(stuck.value) > 3.5
     assert float(best.value) < -3.5
     assert best.info.start == ("expert:heavy",)
@@ -370,14 +370,14 @@ def test_several_starts_find_the_lower_of_two_minima() -> None:
 def test_convex_energies_in_q_say_that_they_searched(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, InputGram(), GeneralizedGaussian(6.0), Relative(0.3))
-    solution = fixed_point(poe, updates, acceleration=False, max_steps=2000)
+    solution = fixed_point(poe.bind(updates), acceleration=False, max_steps=2000)
     assert solution.status == (Status.CONVERGED_LINE_SEARCH,)
     assert "not concave" in str(solution.status[0])
 
 
 def test_too_few_steps_is_a_status_and_not_a_result_in_disguise(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.1))
-    solution = fixed_point(poe, random_updates(generator, 1, 3, 4, 5), max_steps=2, starts=["ones"])
+    solution = fixed_point(poe.bind(random_updates(generator, 1, 3, 4, 5)), max_steps=2, starts=["ones"])
     assert not solution.converged
     assert solution.status[0] is Status.MAX_STEPS
     assert "raise max_steps" in str(solution.status[0])
@@ -387,7 +387,7 @@ def test_float32_converges_to_its_default_tolerance_and_is_near_float64(generato
     updates = random_updates(generator, 2, 4, 60, 80)
     for residual_map in (Directional(), OutputGram(), InputGram(), (OutputGram(), InputGram())):
         poe = ProductOfExperts.of(list("abcd"), residual_map, Cauchy(), Relative(0.5))
-        single, double = fixed_point(poe, updates.float()), fixed_point(poe, updates)
+        single, double = fixed_point(poe.bind(updates.float())), fixed_point(poe.bind(updates))
         assert single.converged
         assert_close(single.value.double(), double.value, 1e-4)
 
@@ -395,9 +395,9 @@ def test_float32_converges_to_its_default_tolerance_and_is_near_float64(generato
 def test_bfloat16_in_gives_bfloat16_out(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5).bfloat16()
     poe = ProductOfExperts.of(NAMES)
-    value = fixed_point(poe, updates).value
+    value = fixed_point(poe.bind(updates)).value
     assert value.dtype == torch.bfloat16
-    assert_close(value.double(), fixed_point(poe, updates.double()).value, 2**-8)
+    assert_close(value.double(), fixed_point(poe.bind(updates.double())).value, 2**-8)
 
 
 def test_inputs_are_not_changed_and_may_be_non_contiguous(generator: torch.Generator) -> None:
@@ -407,18 +407,18 @@ def test_inputs_are_not_changed_and_may_be_non_contiguous(generator: torch.Gener
     for residual_map in MAPS:
         poe = ProductOfExperts.of(NAMES, residual_map, anchor=Anchor(average))  # type: ignore[arg-type]
         before = view.clone()
-        value = fixed_point(poe, view).value
+        value = fixed_point(poe.bind(view)).value
         assert torch.equal(view, before)
-        assert_close(value, fixed_point(poe, view.contiguous()).value, 1e-12)
+        assert_close(value, fixed_point(poe.bind(view.contiguous())).value, 1e-12)
 
 
 def test_batched_modules_are_solved_as_if_alone(generator: torch.Generator) -> None:
     updates = random_updates(generator, 4, 3, 5, 6)
     updates[2] *= 100
     poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(2.0), Relative(0.2))
-    together = fixed_point(poe, updates)
+    together = fixed_point(poe.bind(updates))
     for module in range(4):
-        alone = fixed_point(poe, updates[module])
+        alone = fixed_point(poe.bind(updates[module]))
         assert_close(together.value[module], alone.value, 1e-8)
         assert int(alone.info.steps) == int(together.info.steps[module])
 
@@ -427,9 +427,9 @@ def test_module_updates_are_matched_by_name(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)[0]
     module = ModuleUpdates("layer.weight", "layer.weight", ("c", "a", "b"), torch.zeros(4, 5), updates)
     poe = ProductOfExperts.of(NAMES, importance=[1.0, 2.0, 3.0])
-    assert_close(fixed_point(poe, module).value, fixed_point(poe, updates[[1, 2, 0]]).value, 1e-12)
+    assert_close(fixed_point(poe.bind(module)).value, fixed_point(poe.bind(updates[[1, 2, 0]])).value, 1e-12)
     with pytest.raises(ValueError, match="'d', but the task vectors are c, a, b"):
-        fixed_point(ProductOfExperts.of(["a", "d"]), module)
+        fixed_point(ProductOfExperts.of(["a", "d"]).bind(module))
 
 
 def test_an_undetermined_direction_is_one_clear_error(generator: torch.Generator) -> None:
@@ -437,7 +437,7 @@ def test_an_undetermined_direction_is_one_clear_error(generator: torch.Generator
     updates[..., 3:] = 0  # nobody says anything about three of the inputs
     poe = ProductOfExperts.of(["a", "b"], InputGram(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="Raise the anchor's precision"):
-        fixed_point(poe, updates.repeat(1, 1, 2, 1))
+        fixed_point(poe.bind(updates.repeat(1, 1, 2, 1)))
 
 
 def test_factor_experts_are_sent_to_lbfgs_which_agrees_with_the_fixed_point(generator: torch.Generator) -> None:
@@ -445,14 +445,15 @@ def test_factor_experts_are_sent_to_lbfgs_which_agrees_with_the_fixed_point(gene
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.5))
     with_factor = poe * FactorExpert("tilt", lambda c: c.sum(-1), coordinates="span")
     with pytest.raises(ValueError, match="minimize"):
-        fixed_point(with_factor, updates, coordinates="span")
-    posterior, span = span_posterior(poe, span_statistics(poe, updates))
-    reweighted = fixed_point(poe, updates, coordinates="span")
+        fixed_point(with_factor.bind(updates, coordinates="span"))
+    posterior = poe.bind(span_statistics(poe, updates))
+    span = posterior.span
+    reweighted = fixed_point(poe.bind(updates, coordinates="span"))
     assert reweighted.info.coefficients is not None
     generic = minimize(posterior, span.latents(reweighted.info.coefficients + 0.01))
     assert generic.converged
     assert_close(span.coefficients(generic.value)[..., :3], reweighted.info.coefficients[..., :3], 1e-5)
-    tilted, _ = span_posterior(with_factor, span_statistics(with_factor, updates))
+    tilted = with_factor.bind(span_statistics(with_factor, updates))
     moved = minimize(tilted)
     assert moved.converged
     assert float(moved.info.joint_energy) < float(tilted.joint_energy(generic.value))
@@ -482,7 +483,7 @@ def test_small_scales_in_float32_do_not_break_the_acceleration(energy: Energy) -
         updates = torch.randn(4, 3, 12, 16, generator=seeded(seed))
         for residual_map in (InputGram(), OutputGram(), Directional()):
             poe = ProductOfExperts.of(NAMES, residual_map, energy, Relative(0.05))
-            solution = fixed_point(poe, updates, max_steps=500)
+            solution = fixed_point(poe.bind(updates), max_steps=500)
             assert bool(solution.value.isfinite().all())
             assert bool((solution.info.energy_trace.diff() <= 1e-5 * solution.info.energy_trace[:, 1:].abs()).all())
 
@@ -496,7 +497,7 @@ def test_low_rank_updates_in_float32_are_right_or_say_so(
     right = torch.randn(1, 4, 4, 96, generator=generator, dtype=torch.float64)
     updates = (left @ right).float()
     poe = ProductOfExperts.of(list("abcd"), residual_map, anchor=Anchor(precision=RelativePrecision(eta)))
-    single, double = fixed_point(poe, updates), fixed_point(poe, updates.double())
+    single, double = fixed_point(poe.bind(updates)), fixed_point(poe.bind(updates.double()))
     assert double.converged
     error = float((single.value - double.value).norm() / double.value.norm())
     assert error < 1e-4 or not single.converged
@@ -510,15 +511,15 @@ def test_identical_experts_without_an_anchor_are_refused_and_not_answered_with_n
     updates = random_updates(generator, 1, 1, 12, 16).expand(1, 2, 12, 16)
     poe = ProductOfExperts.of(["a", "b"], Directional(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="Raise the anchor's precision"):
-        fixed_point(poe, updates)
+        fixed_point(poe.bind(updates))
 
 
 def test_an_update_that_is_rounding_beside_the_others_drops_out(generator: torch.Generator) -> None:
     updates = 0.01 * random_updates(generator, 1, 3, 12, 16).float()
     updates[0, 0] = 0
-    without = fixed_point(ProductOfExperts.of(NAMES), updates)
+    without = fixed_point(ProductOfExperts.of(NAMES).bind(updates))
     updates[0, 0, 0, 0] = 2e-10
-    solution = fixed_point(ProductOfExperts.of(NAMES), updates)
+    solution = fixed_point(ProductOfExperts.of(NAMES).bind(updates))
     assert solution.record()["inactive"] == ["a"]
     assert_close(solution.value, without.value, 1e-5)
 
@@ -527,14 +528,14 @@ def test_scaling_holds_with_a_zero_expert_on_both_sides(generator: torch.Generat
     updates = random_updates(generator, 1, 3, 4, 5)
     updates[:, 1] = 0
     poe = ProductOfExperts.of(NAMES, (Identity(), InputGram()), Cauchy(), Relative(0.5))
-    assert_close(fixed_point(poe, 1e-3 * updates).value, 1e-3 * fixed_point(poe, updates).value, 1e-7)
+    assert_close(fixed_point(poe.bind(1e-3 * updates)).value, 1e-3 * fixed_point(poe.bind(updates)).value, 1e-7)
 
 
 def test_span_keeps_small_updates_as_directions(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)
     updates[:, 0] *= 1e-6
     poe = ProductOfExperts.of(NAMES, Directional(), Cauchy(), Relative(0.5))
-    assert_close(fixed_point(poe, updates, coordinates="span").value, fixed_point(poe, updates).value, 1e-6)
+    assert_close(fixed_point(poe.bind(updates, coordinates="span")).value, fixed_point(poe.bind(updates)).value, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -548,13 +549,13 @@ def test_span_keeps_small_updates_as_directions(generator: torch.Generator) -> N
 )
 def test_bad_settings_are_refused(arguments: dict[str, object], message: str, generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match=message):
-        fixed_point(ProductOfExperts.of(NAMES), random_updates(generator, 1, 3, 4, 5), **arguments)  # type: ignore[arg-type]
+        fixed_point(ProductOfExperts.of(NAMES).bind(random_updates(generator, 1, 3, 4, 5)), **arguments)  # type: ignore[arg-type]
 
 
 def test_an_energy_with_an_infinite_weight_is_named(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), Custom(lambda q: q.sqrt()))
     with pytest.raises(ValueError, match="finite slope at q = 0"):
-        fixed_point(poe, random_updates(generator, 1, 3, 4, 5))
+        fixed_point(poe.bind(random_updates(generator, 1, 3, 4, 5)))
 
 
 def test_an_unknown_operator_is_not_taken_for_another(generator: torch.Generator) -> None:
@@ -590,8 +591,8 @@ def test_an_unknown_operator_is_not_taken_for_another(generator: torch.Generator
     updates = random_updates(generator, 1, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, Cumulative())
     with pytest.raises(TypeError, match="no factorisation"):
-        fixed_point(poe, updates)
-    assert fixed_point(poe, updates, coordinates="span").converged
+        fixed_point(poe.bind(updates))
+    assert fixed_point(poe.bind(updates, coordinates="span")).converged
 
 
 @pytest.mark.gpu
@@ -602,8 +603,8 @@ def test_cpu_and_cuda_agree(residual_map: object, dtype: torch.dtype, generator:
     poe = ProductOfExperts.of(list("abcd"), residual_map, Cauchy(), Relative(0.5), anchor=Anchor(average))  # type: ignore[arg-type]
     tolerance = 1e-3 if dtype == torch.float32 else 1e-8
     for coordinates in ("full", "span"):
-        cpu = fixed_point(poe, updates, coordinates=coordinates)  # type: ignore[arg-type]
-        cuda = fixed_point(poe, updates.cuda(), coordinates=coordinates)  # type: ignore[arg-type]
+        cpu = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
+        cuda = fixed_point(poe.bind(updates.cuda(), coordinates=coordinates))  # type: ignore[arg-type]
         assert cuda.value.is_cuda
         assert_close(cuda.value.cpu(), cpu.value, tolerance)
     one, other = span_statistics(poe, updates), span_statistics(poe, updates.cuda())

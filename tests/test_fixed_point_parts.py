@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from inference import fixed_point
-from inference.map import _contraction, _initial_weights, _status, plain_iterates, solve_posterior
+from inference.map import _contraction, _initial_weights, _status, fixed_point, plain_iterates
 from inference.reweighting import Problem
 from inference.solution import Status
 from poe_models import (
@@ -30,8 +29,6 @@ from poe_models import (
     Relative,
     StudentT,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.least_squares import quadratic_of
@@ -55,7 +52,7 @@ def problem_of(posterior: Posterior) -> Problem:
 
 def test_every_start_has_the_weights_of_its_place(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
-    posterior = full_posterior(design_of((OutputGram(), InputGram()), StudentT(3.0)), updates)
+    posterior = design_of((OutputGram(), InputGram()), StudentT(3.0)).bind(updates)
     place = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
     found = list(_initial_weights(problem_of(posterior), ("ones", "twin", "center", "experts", place)))
     assert [name for name, _ in found] == ["ones", "twin", "center", "expert:a", "expert:b", "expert:c", "point"]
@@ -72,7 +69,7 @@ def test_every_start_has_the_weights_of_its_place(generator: torch.Generator) ->
 
 @pytest.mark.parametrize("center", [None, average])
 def test_plain_iterates_are_solves_one_after_another(center: object, generator: torch.Generator) -> None:
-    posterior = full_posterior(design_of(InputGram(), Cauchy(), center=center), random_updates(generator, 2, 3, 4, 5))
+    posterior = design_of(InputGram(), Cauchy(), center=center).bind(random_updates(generator, 2, 3, 4, 5))
     problem, weights = problem_of(posterior), torch.ones(2, 3, dtype=torch.float64)
     steps = plain_iterates(posterior, weights)
     for _ in range(3):
@@ -88,7 +85,7 @@ def test_contraction_is_that_of_the_log_weight_map(
     residual_map: object, energy: Energy, generator: torch.Generator
 ) -> None:
     """At any point: the Jacobian by autograd, Eq. 41's bound written out, and the sign of the dense Hessian."""
-    posterior = full_posterior(design_of(residual_map, energy), random_updates(generator, 1, 3, 3, 4))
+    posterior = design_of(residual_map, energy).bind(random_updates(generator, 1, 3, 3, 4))
     problem = problem_of(posterior)
     x = torch.randn(1, *problem.quadratic.event_shape, generator=generator, dtype=torch.float64)
     point = problem.at(x)
@@ -119,7 +116,7 @@ def test_a_strict_minimum_bends_up_by_more_than_rounding() -> None:
         poe = ProductOfExperts.of(
             ["a", "b"], Identity(), Cauchy(), Relative(gamma), anchor=Anchor(precision=AbsolutePrecision(0.0))
         )
-        problem = problem_of(full_posterior(poe, updates))
+        problem = problem_of(poe.bind(updates))
         found = _contraction(problem, problem.at(torch.zeros(1, 1, 1, dtype=torch.float64)))
         assert bool(found.strict) is strict
         assert float(found.rate) == pytest.approx(2 / (1 + gamma**2), rel=1e-9)
@@ -145,8 +142,8 @@ def test_information_is_about_the_solution(generator: torch.Generator) -> None:
     updates = random_updates(generator, 3, 3, 4, 5)
     updates[1, 2] = 0.0
     updates[2] = 0.0
-    posterior = full_posterior(design_of(InputGram(), StudentT(3.0), 0.4, None), updates)
-    solution = solve_posterior(posterior)
+    posterior = design_of(InputGram(), StudentT(3.0), 0.4, None).bind(updates)
+    solution = fixed_point(posterior)
     info, z = solution.info, solution.value
     q = posterior.residuals(z)
     assert info.experts == ("a", "b", "c")
@@ -176,11 +173,11 @@ def test_the_lowest_start_wins_and_the_first_of_equals(generator: torch.Generato
         "b", Identity(), Cauchy(), Relative(0.1), importance=3.0
     )
     poe = poe * Anchor(precision=AbsolutePrecision(1e-3))
-    found = fixed_point(poe, updates, starts=("experts",))
+    found = fixed_point(poe.bind(updates), starts=("experts",))
     assert found.info.start == ("expert:b", "expert:a")
     assert float(found.value[0]) == pytest.approx(-1.0, abs=0.01)
     assert float(found.info.start_energies[0, 1]) < float(found.info.start_energies[0, 0])
-    single = fixed_point(poe, updates, starts=(torch.full((2, 1, 1), 2.9, dtype=torch.float64),))
+    single = fixed_point(poe.bind(updates), starts=(torch.full((2, 1, 1), 2.9, dtype=torch.float64),))
     assert single.info.start == ("point", "point")
     assert float(single.value[0]) == pytest.approx(3.0, abs=0.1)
 
@@ -189,27 +186,28 @@ def test_convex_energies_need_one_start(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 3, 4)
     starts = ("experts", "twin")
     for energy, count in ((Gaussian(), 1), (Huber(0.7), 1), (Cauchy(), 4)):
-        found = fixed_point(design_of(InputGram(), energy), updates, starts=starts)  # type: ignore[arg-type]
+        found = fixed_point(design_of(InputGram(), energy).bind(updates), starts=starts)  # type: ignore[arg-type]
         assert found.info.start_energies.shape == (1, count)
     mixed = Expert("a", InputGram(), Gaussian(), Relative(1.0)) * Expert("b", InputGram(), Cauchy(), Relative(1.0))
-    assert fixed_point(mixed * Anchor(), updates[:, :2], starts=starts).info.start_energies.shape == (1, 3)  # type: ignore[arg-type]
+    assert fixed_point((mixed * Anchor()).bind(updates[:, :2]), starts=starts).info.start_energies.shape == (1, 3)  # type: ignore[arg-type]
 
 
 def test_modules_alone_and_in_span_coordinates_keep_their_shape_and_dtype(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = design_of(InputGram(), StudentT(3.0, "multivariate"))
     for coordinates in ("full", "span"):
-        found = fixed_point(poe, updates, coordinates=coordinates)  # type: ignore[arg-type]
-        alone = fixed_point(poe, updates[0], coordinates=coordinates)  # type: ignore[arg-type]
+        found = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
+        alone = fixed_point(poe.bind(updates[0], coordinates=coordinates))  # type: ignore[arg-type]
         assert alone.value.shape == (4, 5)
         assert_close(alone.value, found.value[0], 1e-9)
-        assert fixed_point(poe, updates.half(), coordinates=coordinates).value.dtype == torch.float16  # type: ignore[arg-type]
+        assert fixed_point(poe.bind(updates.half(), coordinates=coordinates)).value.dtype == torch.float16  # type: ignore[arg-type]
     coefficients = found.info.coefficients
     assert coefficients is not None
     assert_close(found.value, torch.einsum("mj,mjab->mab", coefficients, span_basis(poe, updates)), 1e-12)
-    posterior, span = span_posterior(poe, span_statistics(poe, updates))
-    assert_close(span.coefficients(solve_posterior(posterior).value), coefficients, 1e-9)
-    assert fixed_point(poe, updates).info.coefficients is None
+    posterior = poe.bind(span_statistics(poe, updates))
+    span = posterior.span
+    assert_close(span.coefficients(fixed_point(posterior).value), coefficients, 1e-9)
+    assert fixed_point(poe.bind(updates)).info.coefficients is None
 
 
 def test_one_expert_alone_from_the_centre(generator: torch.Generator) -> None:
@@ -217,10 +215,10 @@ def test_one_expert_alone_from_the_centre(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(
         ["a"], InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=AbsolutePrecision(0.2))
     )
-    found = fixed_point(poe, update, starts=("center",))
+    found = fixed_point(poe.bind(update), starts=("center",))
     assert found.converged
     assert found.info.start == ("center",)
-    assert_close(found.value, fixed_point(poe, update).value, 1e-8)
+    assert_close(found.value, fixed_point(poe.bind(update)).value, 1e-8)
 
 
 def test_ranks_are_found_in_span_as_soon_as_one_energy_needs_them(generator: torch.Generator) -> None:
@@ -228,16 +226,16 @@ def test_ranks_are_found_in_span_as_soon_as_one_energy_needs_them(generator: tor
     updates = random_updates(generator, 2, 2, 4, 5)
     poe = Expert("a", Directional(), StudentT(3.0, "multivariate"), Relative(0.7))
     poe = poe * Expert("b", Directional(), Cauchy(), Relative(0.7)) * Anchor(precision=AbsolutePrecision(0.2))
-    full, span = fixed_point(poe, updates), fixed_point(poe, updates, coordinates="span")
+    full, span = fixed_point(poe.bind(updates)), fixed_point(poe.bind(updates, coordinates="span"))
     assert_close(span.value, full.value, 1e-7)
 
 
 def test_a_step_tolerance_gives_the_iterate_as_it_is(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)
     poe = design_of(InputGram(), Cauchy())
-    found = fixed_point(poe, updates, starts=("ones",), step_tolerance=1e-2, acceleration=False)
+    found = fixed_point(poe.bind(updates), starts=("ones",), step_tolerance=1e-2, acceleration=False)
     assert bool(found.info.forward_error.isnan())
-    steps = plain_iterates(full_posterior(poe, updates), torch.ones(1, 3, dtype=torch.float64))
+    steps = plain_iterates(poe.bind(updates), torch.ones(1, 3, dtype=torch.float64))
     iterates = [next(steps) for _ in range(int(found.info.steps))]
     assert_close(found.value, iterates[-1], 1e-12)
     assert float((iterates[-1] - iterates[-2]).norm()) <= 1e-2 < float((iterates[-2] - iterates[-3]).norm())
@@ -247,15 +245,15 @@ def test_what_cannot_be_solved_is_named(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = design_of(InputGram(), Cauchy())
     with pytest.raises(ValueError, match="'full' or 'span'"):
-        fixed_point(poe, updates, coordinates="half")  # type: ignore[arg-type]
+        fixed_point(poe.bind(updates, coordinates="half"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="factors save nothing"):
-        fixed_point(poe, updates, coordinates="span", low_rank=(updates, updates))
+        fixed_point(poe.bind(updates, coordinates="span", low_rank=(updates, updates)))
     with pytest.raises(ValueError, match="a sequence of starts"):
-        fixed_point(poe, updates, starts="twin")  # type: ignore[arg-type]
+        fixed_point(poe.bind(updates), starts="twin")  # type: ignore[arg-type]
     steep = replace(poe, experts=(*poe.experts[:2], replace(poe.experts[2], energy=Custom(lambda q: q.sqrt()))))
     with pytest.raises(ValueError, match=r"expert 'c' .* at the start 'twin' in module 0"):
-        fixed_point(steep, updates)
-    fixed_point(steep, updates, starts=("ones",), max_steps=2)
+        fixed_point(steep.bind(updates))
+    fixed_point(steep.bind(updates), starts=("ones",), max_steps=2)
     factor = poe * FactorExpert("own", lambda c: c.square().sum(-1), coordinates="span")
     with pytest.raises(ValueError, match="'own' is a FactorExpert"):
-        fixed_point(factor, updates, coordinates="span")
+        fixed_point(factor.bind(updates, coordinates="span"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.gibbs import gibbs, gibbs_posterior
+from inference.gibbs import gibbs
 from inference.laplace import Laplace
 from poe_models import (
     Absolute,
@@ -28,8 +28,6 @@ from poe_models import (
     ResidualMap,
     StudentT,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.posterior import Posterior
@@ -72,9 +70,9 @@ def test_agrees_with_a_grid_in_two_dimensions(energy: object, temperature: float
         NAMES, Identity(), energy, Absolute(0.6), [1.0, 0.6, 2.0],
         Anchor(precision=AbsolutePrecision(0.05)), temperature,
     )  # type: ignore[arg-type]  # fmt: skip
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     mean, second = grid_moments(posterior, 40.0, 2001)
-    draws = gibbs_posterior(posterior, 10_000, generator=generator, chains=8, warmup=200)
+    draws = gibbs(posterior, 10_000, generator=generator, chains=8, warmup=200)
     values = draws.values.flatten(2)
     products = values.unsqueeze(-1) * values.unsqueeze(-2)
     assert bool(((values.mean((0, 1)) - mean).abs() < 5 * standard_error(values)).all())
@@ -86,9 +84,9 @@ def test_a_wrong_temperature_would_be_noticed(generator: torch.Generator) -> Non
     poe = ProductOfExperts.of(
         NAMES[:2], Identity(), Cauchy(), Absolute(0.6), anchor=Anchor(precision=AbsolutePrecision(0.05))
     )
-    _, second = grid_moments(full_posterior(poe, updates), 40.0)
-    warm = full_posterior(ProductOfExperts(poe.experts, poe.anchor, 1.1), updates)
-    values = gibbs_posterior(warm, 10_000, generator=generator, chains=8).values.flatten(2)
+    _, second = grid_moments(poe.bind(updates), 40.0)
+    warm = ProductOfExperts(poe.experts, poe.anchor, 1.1).bind(updates)
+    values = gibbs(warm, 10_000, generator=generator, chains=8).values.flatten(2)
     products = values.square()
     gap = (products.mean((0, 1)) - second.diagonal()).abs()
     assert bool((gap > 5 * standard_error(products)).any())
@@ -105,8 +103,8 @@ def test_gaussian_draws_are_the_exact_normal(
     poe = ProductOfExperts.of(
         NAMES, residual_map, Gaussian(), Relative(1.0), [1.0, 0.5, 2.0], Anchor(average, AbsolutePrecision(0.3)), 0.5
     )  # type: ignore[arg-type]
-    posterior = full_posterior(poe, updates)
-    draws = gibbs(poe, updates, 3000, generator=generator, chains=2, warmup=0)
+    posterior = poe.bind(updates)
+    draws = gibbs(poe.bind(updates), 3000, generator=generator, chains=2, warmup=0)
     for module in range(2):
         z = torch.stack([draws.latents(c, s)[module].flatten() for c in range(2) for s in range(1500)])
 
@@ -132,8 +130,8 @@ def test_compression_and_span_do_not_change_the_distribution(temperature: float,
         NAMES, InputGram(), StudentT(3.0), Relative(1.0), [1.0, 0.5, 2.0], Anchor(precision=AbsolutePrecision(1.0)),
         temperature,
     )  # fmt: skip
-    posterior = full_posterior(poe, updates)
-    draws = gibbs(poe, updates, 4000, generator=generator, chains=4)
+    posterior = poe.bind(updates)
+    draws = gibbs(poe.bind(updates), 4000, generator=generator, chains=4)
     z = torch.stack([torch.stack([draws.latents(c, s) for s in range(0, 4000, 4)]) for c in range(4)])
     recomputed = -posterior.energy(z) / temperature
     assert_close(recomputed, draws.stats["lp"][:, ::4], 1e-8)
@@ -171,8 +169,8 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
         Absolute(scale),
         anchor=Anchor(precision=AbsolutePrecision(eta)),
     )
-    posterior = full_posterior(poe.for_modules(modules), updates)
-    draws = gibbs_posterior(posterior, kept, generator=generator, chains=1, warmup=200, thin=20)
+    posterior = poe.for_modules(modules).bind(updates)
+    draws = gibbs(posterior, kept, generator=generator, chains=1, warmup=200, thin=20)
 
     def chi_squared(shift: float) -> Tensor:
         """Of each entry on its own, `(4,)`: those of one simulation are dependent."""
@@ -189,23 +187,23 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
 def test_seeds_decide_everything_and_draws_regenerate_bit_for_bit(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 6, 4)
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
-    runs = [gibbs(poe, updates, 5, generator=seeded(3), chains=2, warmup=3) for _ in range(2)]
+    runs = [gibbs(poe.bind(updates), 5, generator=seeded(3), chains=2, warmup=3) for _ in range(2)]
     assert torch.equal(runs[0].seeds, runs[1].seeds)
     assert torch.equal(runs[0].latents(1, 4), runs[1].latents(1, 4))
     assert torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 4))
     # A draw has the energy that the chain had, though it is made again module by module.
     z = runs[0].latents(1, 4)
-    assert_close(-full_posterior(poe, updates).energy(z), runs[0].stats["lp"][1, 4], 1e-10)
+    assert_close(-poe.bind(updates).energy(z), runs[0].stats["lp"][1, 4], 1e-10)
     assert not torch.equal(runs[0].latents(1, 4), runs[0].latents(1, 3))
 
 
 def test_modules_of_a_batch_are_independent_of_each_other(generator: torch.Generator) -> None:
     updates = random_updates(generator, 3, 2, 3, 3)
     poe = ProductOfExperts.of(["a", "b"], OutputGram(), Cauchy(), Relative(0.5))
-    posterior, _ = span_posterior(poe, span_statistics(poe, updates))
-    alone, _ = span_posterior(poe, span_statistics(poe, updates[1:2]))
-    together = gibbs_posterior(posterior, 6000, generator=generator).values[:, :, 1].flatten(2)
-    single = gibbs_posterior(alone, 6000, generator=generator).values[:, :, 0].flatten(2)
+    posterior = poe.bind(span_statistics(poe, updates))
+    alone = poe.bind(span_statistics(poe, updates[1:2]))
+    together = gibbs(posterior, 6000, generator=generator).values[:, :, 1].flatten(2)
+    single = gibbs(alone, 6000, generator=generator).values[:, :, 0].flatten(2)
     error = (standard_error(together).square() + standard_error(single).square()).sqrt().clamp(min=1e-12)
     difference = together.mean((0, 1)) - single.mean((0, 1))
     assert float((difference / error).abs().max()) < 5
@@ -220,9 +218,9 @@ def test_an_update_that_is_rounding_beside_the_others_drops_out_as_one_that_is_z
     values = []
     for size in (1e-17, 0.0):
         updates[0, 2] *= size
-        posterior = full_posterior(poe, updates)
+        posterior = poe.bind(updates)
         assert posterior.active.tolist() == [[True, True, False], [True, True, True]]
-        values.append(gibbs_posterior(posterior, 5, generator=seeded(0)).values)
+        values.append(gibbs(posterior, 5, generator=seeded(0)).values)
     assert_close(values[0], values[1], 1e-12)
 
 
@@ -232,9 +230,9 @@ def test_directional_experts_that_span_everything_need_no_anchor(generator: torc
     poe = ProductOfExperts.of(
         NAMES[:2], Directional(), Cauchy(3.0), Absolute(0.7), anchor=Anchor(precision=AbsolutePrecision(0.0))
     )
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     vectors = updates[0].flatten(1)
-    draws = gibbs(poe, updates, 5000, generator=generator)
+    draws = gibbs(poe.bind(updates), 5000, generator=generator)
     z = torch.stack([torch.stack([draws.latents(c, s).flatten() for s in range(5000)]) for c in range(4)])
     along = z @ vectors.mT - vectors.square().sum(-1)
     assert bool((along.mean((0, 1)).abs() < 5 * standard_error(along)).all())
@@ -251,8 +249,7 @@ def test_progress_is_reported(generator: torch.Generator) -> None:
     seen: list[tuple[int, int]] = []
     poe = ProductOfExperts.of(NAMES)
     gibbs(
-        poe,
-        random_updates(generator, 1, 3, 2, 2),
+        poe.bind(random_updates(generator, 1, 3, 2, 2)),
         3,
         generator=generator,
         warmup=2,
@@ -265,11 +262,11 @@ def test_progress_is_reported(generator: torch.Generator) -> None:
 def test_energies_without_a_mixture_name_the_way_out(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 2, 2)
     with pytest.raises(ValueError, match="Huber.*`slice_sample` or `nuts`"):
-        gibbs(ProductOfExperts.of(NAMES, InputGram(), Huber(1.0)), updates, 1, generator=generator)
+        gibbs(ProductOfExperts.of(NAMES, InputGram(), Huber(1.0)).bind(updates), 1, generator=generator)
     poe = ProductOfExperts.of(NAMES) * FactorExpert("f", lambda c: c.sum(-1), "span")
-    posterior, _ = span_posterior(poe, span_statistics(poe, updates))
+    posterior = poe.bind(span_statistics(poe, updates))
     with pytest.raises(ValueError, match="FactorExpert"):
-        gibbs_posterior(posterior, 1, generator=generator)
+        gibbs(posterior, 1, generator=generator)
     improper = ProductOfExperts.of(NAMES, InputGram(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
-        gibbs(improper, random_updates(generator, 1, 3, 4, 4), 1, generator=generator)
+        gibbs(improper.bind(random_updates(generator, 1, 3, 4, 4)), 1, generator=generator)

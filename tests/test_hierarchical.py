@@ -43,7 +43,6 @@ from poe_models import (
     TaskVectors,
     Welsch,
     average,
-    full_posterior,
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
@@ -121,7 +120,7 @@ def test_integrals_and_slopes_are_those_of_dense_matrices(
     updates = random_updates(generator, 2, 3, *shape)
     anchor = Anchor(average, AbsolutePrecision(0.3))
     poe = ProductOfExperts.of(NAMES[:3], residual_map, Gaussian(), Absolute(1.0), anchor=anchor, temperature=0.7)
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     integral = gaussian_integral(posterior)
     assert isinstance(integral, kind)
     weights = torch.rand(4, 2, len(poe.experts), generator=generator, dtype=torch.float64) + 0.1
@@ -183,7 +182,7 @@ def test_density_is_priors_times_mixtures_times_the_integral(
             own = StudentT(float(nu[pick]), "multivariate") if nu is not None else energy
             single = replace(expert, energy=own)
             one = replace(poe, experts=tuple(single if e.name == expert.name else e for e in poe.experts))
-            bound = full_posterior(one, updates)
+            bound = one.bind(updates)
             power = 1 if isinstance(scale, NormScaled) else 2
             moved = bound.experts[i].scale_squared * (gamma[pick] / scale.gamma) ** power  # type: ignore[attr-defined]
             new = replace(bound.experts[i], scale_squared=moved)
@@ -222,7 +221,7 @@ def test_integrating_the_weights_out_gives_the_evidence(generator: torch.Generat
         return ProductOfExperts.of(NAMES[:3], InputGram(), StudentT(nu, "multivariate"), Relative(gamma), anchor=anchor)
 
     model = HierarchicalModel(of(3.0, 0.4), updates)
-    truth = log_evidence(full_posterior(of(6.0, 0.6), updates), generator=generator)
+    truth = log_evidence(of(6.0, 0.6).bind(updates), generator=generator)
     samples, df = 20_000, 8.0
     half = torch.full((samples, 3, 1), df / 2, dtype=torch.float64)
     normal = torch.randn(samples, 3, 3, generator=generator, dtype=torch.float64)
@@ -306,7 +305,7 @@ def test_nuts_agrees_with_evidence_on_a_grid(generator: torch.Generator) -> None
     density = torch.empty(12, 13, dtype=torch.float64)
     for i, gamma in enumerate(log_gamma.exp().tolist()):
         for j, nu in enumerate(log_nu.exp().tolist()):
-            posterior = full_posterior(design(NAMES, StudentT(nu, "multivariate"), Absolute(gamma)), updates)
+            posterior = design(NAMES, StudentT(nu, "multivariate"), Absolute(gamma)).bind(updates)
             density[i, j] = log_evidence(posterior, generator=generator, samples=100).total
     density = density + dist.LogNormal(0.0, 1.0).log_prob(log_gamma.exp()).unsqueeze(-1) + log_gamma.unsqueeze(-1)
     density = density + dist.Gamma(2.0, 0.1).log_prob(log_nu.exp()) + log_nu
@@ -326,12 +325,12 @@ def test_gamma_has_its_exact_posterior(generator: torch.Generator) -> None:
     updates = random_updates(generator, 4, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES[:3], InputGram(), Gaussian(), Relative(0.5))
     draws = hierarchical(poe, updates, 240, seed=2, chains=1, warmup=120)
-    eta = full_posterior(poe, updates).anchor_precision
+    eta = poe.bind(updates).anchor_precision
     assert torch.equal(draws.eta, eta)
     grid = torch.linspace(0.05, 1.5, 400, dtype=torch.float64)
     evidence, bare = [], []
     for gamma in grid.tolist():
-        bound = full_posterior(ProductOfExperts.of(NAMES[:3], InputGram(), Gaussian(), Relative(gamma)), updates)
+        bound = ProductOfExperts.of(NAMES[:3], InputGram(), Gaussian(), Relative(gamma)).bind(updates)
         fixed = replace(bound, anchor_precision=eta)  # the anchor of the reference, whatever gamma is
         value = log_evidence(fixed, generator=generator)
         evidence.append(value.total)
@@ -425,7 +424,7 @@ def test_merged_updates_are_drawn_given_their_weights(generator: torch.Generator
     (batch,) = draws.updates
     weights = batch.weights[0, 1, 1]
     z = torch.stack([batch.regenerate(1, weights, seed) for seed in range(3000)])
-    posterior = full_posterior(poe, updates).module(1)
+    posterior = poe.bind(updates).module(1)
     grams = torch.stack([expert.operator.gram[0] for expert in posterior.experts])  # type: ignore[attr-defined]
     h = torch.einsum("e,eab->ab", weights, grams) + posterior.anchor_precision * torch.eye(3, dtype=torch.float64)
     b = torch.einsum("e,eab,ebc->ac", weights, updates[1], grams)
@@ -465,7 +464,7 @@ def test_arviz_has_r_hat_for_gamma_and_nu(generator: torch.Generator) -> None:
     assert list(table.index) == ["gamma", "nu"]
     assert table.loc["nu", "r_hat"] == pytest.approx(float(chain_statistics(draws.nu.numpy()).r_hat))
     with pytest.raises(ValueError, match="Give them alone"):
-        to_inference_data(draws, full_posterior(poe, updates))
+        to_inference_data(draws, poe.bind(updates))
 
 
 def test_divergences_are_counted_and_reported(generator: torch.Generator) -> None:

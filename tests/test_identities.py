@@ -51,7 +51,7 @@ def solved(
         importance=importance,
         anchor=Anchor(center, AbsolutePrecision(eta)),
     )
-    return fixed_point(poe.for_modules(MODULES), updates).value
+    return fixed_point(poe.for_modules(MODULES).bind(updates)).value
 
 
 def moments(inputs: Tensor) -> ModuleStatistics:
@@ -191,7 +191,7 @@ def test_relative_precision_is_the_absolute_one_it_stands_for(updates: Tensor) -
     poe = ProductOfExperts.of(
         NAMES, InputGram(), Gaussian(), Absolute(0.5), anchor=Anchor(precision=RelativePrecision(0.1))
     )
-    relative = fixed_point(poe, updates)
+    relative = fixed_point(poe.bind(updates))
     eta = 0.1 * updates.square().sum((-3, -2, -1)) / SHAPE[1] / 0.25
     assert_close(relative.info.anchor_precision, eta)
     for j in range(2):

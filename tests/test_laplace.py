@@ -24,8 +24,6 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from tests.helpers import assert_close, name_of, random_updates
@@ -56,7 +54,7 @@ def assert_white(white: torch.Tensor) -> None:
 
 
 def dense_hessian(poe: ProductOfExperts, updates: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     return torch.func.hessian(lambda z: posterior.energy(z.view(at.shape)).sum())(at.flatten())
 
 
@@ -69,9 +67,9 @@ def test_structure_equals_the_dense_autograd_hessian(
     poe = ProductOfExperts.of(
         NAMES, residual_map, energy, Relative(0.8), anchor=Anchor(average, RelativePrecision(0.5)), temperature=0.3
     )  # type: ignore[arg-type]
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     assert solution.converged
-    ours = laplace(poe, updates, solution)
+    ours = laplace(poe.bind(updates), solution)
     hessian = dense_hessian(poe, updates, solution.value)
     covariance = 0.3 * torch.linalg.inv(hessian)
     assert_close(ours.standard_deviations().flatten(), covariance.diagonal().sqrt(), 1e-7)
@@ -79,7 +77,7 @@ def test_structure_equals_the_dense_autograd_hessian(
     z = solution.value + 0.3 * torch.randn(5, 1, *shape, generator=generator, dtype=torch.float64)
     assert_close(ours.log_density(z).squeeze(-1), reference.log_prob(z.flatten(1)), 1e-8)
     size = math.prod(shape)
-    integral = -full_posterior(poe, updates).energy(solution.value) / 0.3 + 0.5 * size * math.log(2 * math.pi * 0.3)
+    integral = -poe.bind(updates).energy(solution.value) / 0.3 + 0.5 * size * math.log(2 * math.pi * 0.3)
     assert_close(ours.log_integral(), integral - 0.5 * torch.linalg.slogdet(hessian)[1], 1e-8)
 
 
@@ -93,8 +91,8 @@ def test_draws_have_the_dense_covariance(
         NAMES, residual_map, Cauchy(), Relative(0.8), [1.0, 0.5, 2.0], Anchor(precision=AbsolutePrecision(0.5)),
         temperature,
     )  # type: ignore[arg-type]  # fmt: skip
-    solution = fixed_point(poe, updates)
-    draws = laplace(poe, updates, solution).sample(2000, generator)
+    solution = fixed_point(poe.bind(updates))
+    draws = laplace(poe.bind(updates), solution).sample(2000, generator)
     values = torch.stack([draws.latents(0, i).flatten() for i in range(draws.num_draws)]) - solution.value.flatten()
     covariance = temperature * torch.linalg.inv(dense_hessian(poe, updates, solution.value))
     assert_white(torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), values.mT, upper=False))
@@ -108,7 +106,7 @@ def test_dense_draws_have_the_dense_covariance(temperature: float, generator: to
     coupling = FactorExpert("coupling", lambda c: (c[..., 0, 0] - c[..., 1, 0]).square(), "span", "model")
     anchor = Anchor(precision=AbsolutePrecision(0.5))
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.8), [0.5, 2.0], anchor, temperature)
-    posterior, _ = span_posterior(poe * coupling, span_statistics(poe, updates))
+    posterior = (poe * coupling).bind(span_statistics(poe, updates))
     mode = minimize(posterior).value
     draws = DenseLaplace(posterior, mode).sample(4000, generator) - mode
     hessian = torch.func.hessian(lambda x: posterior.joint_energy(x.view(mode.shape)))(mode.flatten())
@@ -119,8 +117,9 @@ def test_dense_draws_have_the_dense_covariance(temperature: float, generator: to
 def test_span_laplace_and_the_dense_one_agree(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(3.0), Relative(0.7), temperature=0.5)
-    posterior, span = span_posterior(poe, span_statistics(poe, updates))
-    coefficients = fixed_point(poe, updates, coordinates="span").info.coefficients
+    posterior = poe.bind(span_statistics(poe, updates))
+    span = posterior.span
+    coefficients = fixed_point(poe.bind(updates, coordinates="span")).info.coefficients
     assert coefficients is not None
     mode = span.latents(coefficients)
     structured, dense = Laplace(posterior, mode), DenseLaplace(posterior, mode)
@@ -134,7 +133,7 @@ def test_factor_experts_go_through_the_dense_hessian(generator: torch.Generator)
     updates = random_updates(generator, 2, 2, 3, 4)
     coupling = FactorExpert("coupling", lambda c: (c[..., 0, 0] - c[..., 1, 0]).square(), "span", "model")
     poe = ProductOfExperts.of(["a", "b"]) * coupling
-    posterior, _ = span_posterior(poe, span_statistics(poe, updates))
+    posterior = poe.bind(span_statistics(poe, updates))
     solution = minimize(posterior)
     assert solution.converged
     with pytest.raises(ValueError, match="DenseLaplace"):
@@ -151,8 +150,8 @@ def test_gaussian_evidence_is_exact(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(
         ["a"], Identity(), Gaussian(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.7))
     )
-    solution = fixed_point(poe, updates)
-    value = laplace(poe, updates, solution).log_integral()
+    solution = fixed_point(poe.bind(updates))
+    value = laplace(poe.bind(updates), solution).log_integral()
     assert_close(value, 3 * math.log(2 * math.pi / (1 + 1.4)), 1e-12)
 
 
@@ -162,7 +161,7 @@ def test_a_saddle_is_not_a_minimum() -> None:
         ["a", "b"], Identity(), Welsch(), Relative(0.3), anchor=Anchor(precision=AbsolutePrecision(1e-3))
     )
     with pytest.raises(ValueError, match="not at a minimum"):
-        Laplace(full_posterior(poe, updates), torch.full((1, 1, 1), 2.0, dtype=torch.float64))
+        Laplace(poe.bind(updates), torch.full((1, 1, 1), 2.0, dtype=torch.float64))
 
 
 def test_an_improper_posterior_is_refused_with_the_reason(generator: torch.Generator) -> None:
@@ -175,18 +174,18 @@ def test_an_improper_posterior_is_refused_with_the_reason(generator: torch.Gener
         flat = Anchor(average, AbsolutePrecision(0.0))
         poe = ProductOfExperts.of(NAMES, residual_map, energy, anchor=flat, temperature=2.0)
         with pytest.raises(ValueError, match=reason):
-            Laplace(full_posterior(poe, updates), updates.mean(1))
+            Laplace(poe.bind(updates), updates.mean(1))
     enough = ProductOfExperts.of(NAMES, Identity(), Cauchy(2.0), anchor=Anchor(average, AbsolutePrecision(0.0)))
-    Laplace(full_posterior(enough, updates), fixed_point(enough, updates).value)
+    Laplace(enough.bind(updates), fixed_point(enough.bind(updates)).value)
 
 
 def test_a_solution_of_something_else_or_one_that_did_not_converge_is_noticed(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.3))
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     with pytest.raises(ValueError, match=r"2 modules of shape \(4, 5\) for updates of 1 modules"):
-        laplace(poe, updates[:1], solution)
-    early = fixed_point(poe, updates, max_steps=1, acceleration=False)
+        laplace(poe.bind(updates[:1]), solution)
+    early = fixed_point(poe.bind(updates), max_steps=1, acceleration=False)
     assert not early.converged
     with pytest.warns(UserWarning, match="had not converged"):
-        laplace(poe, updates, early)
+        laplace(poe.bind(updates), early)

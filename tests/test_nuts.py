@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.nuts import nuts
 from inference.slice import slice_sample
 from poe_models import (
@@ -24,8 +24,6 @@ from poe_models import (
     Relative,
     RelativePrecision,
     Welsch,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from tests.helpers import assert_close, random_updates
@@ -36,22 +34,23 @@ GAUSSIAN = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian(), Relative(0.5
 
 
 def span_of(poe: ProductOfExperts, updates: Tensor) -> Posterior:
-    return span_posterior(poe, span_statistics(poe, updates))[0]
+    return poe.bind(span_statistics(poe, updates))
 
 
 def test_nuts_gibbs_slice_sampling_and_a_grid_agree_on_a_skewed_posterior(generator: torch.Generator) -> None:
     anchor = Anchor(precision=RelativePrecision(0.1))
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.6), [1.0, 2.0], anchor)
-    posterior, coordinates = span_posterior(poe, span_statistics(poe, random_updates(generator, 1, 2, 2, 3)))
+    posterior = poe.bind(span_statistics(poe, random_updates(generator, 1, 2, 2, 3)))
+    coordinates = posterior.span
     by_nuts = nuts(posterior, 250, chains=2, warmup=100, generator=generator)
     active = coordinates.transform[0].abs().sum(0).nonzero().flatten().tolist()
     assert_same_mean(posterior, by_nuts, grid_means(posterior, active), min_ess=80, max_rhat=1.05)
     by_slices = slice_sample(posterior, 1000, generator=generator)
     assert_same_mean(posterior, by_nuts, by_slices, min_ess=80, max_rhat=1.05)
-    by_gibbs = gibbs_posterior(posterior, 1000, generator=generator)
+    by_gibbs = gibbs(posterior, 1000, generator=generator)
     assert_same_mean(posterior, by_nuts, by_gibbs, min_ess=80, max_rhat=1.05)
     assert_same_mean(posterior, by_slices, by_gibbs)
-    colder = gibbs_posterior(dataclasses.replace(posterior, temperature=0.7), 1000, generator=generator)
+    colder = gibbs(dataclasses.replace(posterior, temperature=0.7), 1000, generator=generator)
     with pytest.raises(IsBiased):
         assert_same_mean(posterior, by_slices, colder)
 
@@ -71,13 +70,13 @@ def test_nuts_without_an_anchor(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(
         ["a", "b"], Identity(), Gaussian(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.0))
     )
-    posterior = full_posterior(poe, random_updates(generator, 1, 2, 1, 2))
+    posterior = poe.bind(random_updates(generator, 1, 2, 1, 2))
     draws = nuts(posterior, 250, chains=2, warmup=80, generator=generator)
     assert_same_mean(posterior, draws, gaussian_means(posterior), min_ess=80, max_rhat=1.05)
     assert_same_mean(posterior, slice_sample(posterior, 500, generator=generator), gaussian_means(posterior))
     improper = ProductOfExperts.of(["a", "b"], Identity(), Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
-        nuts(full_posterior(improper, random_updates(generator, 1, 2, 1, 2)), 10, generator=generator)
+        nuts(improper.bind(random_updates(generator, 1, 2, 1, 2)), 10, generator=generator)
 
 
 def test_statistics_seeds_progress_and_the_global_generator(generator: torch.Generator) -> None:

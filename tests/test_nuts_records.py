@@ -19,7 +19,6 @@ from poe_models import (
     Posterior,
     ProductOfExperts,
     Relative,
-    full_posterior,
 )
 from tests.helpers import assert_close, random_updates
 
@@ -27,7 +26,7 @@ from tests.helpers import assert_close, random_updates
 def small(generator: torch.Generator, modules: int = 1) -> Posterior:
     anchor = Anchor(precision=AbsolutePrecision(1.0))
     poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), Relative(1.0), anchor=anchor, temperature=0.5)
-    return full_posterior(poe, random_updates(generator, modules, 2, 1, 2))
+    return poe.bind(random_updates(generator, modules, 2, 1, 2))
 
 
 def test_a_record_counts_evaluations_of_each_draw_and_notes_its_divergence() -> None:

@@ -60,7 +60,7 @@ def results() -> Results:
     updates[0, 1] = 0
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.5))
     modules = [ModuleUpdates(n, n, NAMES, torch.zeros(6, 7), u) for n, u in zip(MODULES, updates, strict=True)]
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     coefficients = torch.randn(4, 60, 2, 4, generator=generator, dtype=torch.float64)
     draws = SpanDraws(MODULES, torch.tensor([[1.0, 1, 1, 0]] * 2), "", NAMES, coefficients)
     values = seeded_numpy(0).standard_t(2.0, 300)

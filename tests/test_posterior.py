@@ -30,10 +30,8 @@ from poe_models import (
     StudentT,
     TaskArithmetic,
     average,
-    full_posterior,
     log_density,
     program,
-    span_posterior,
     span_statistics,
 )
 from poe_models.program import log_constant
@@ -53,12 +51,13 @@ def test_program_is_the_summed_energies_in_both_coordinates(
 ) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, residual_map, energy, scale, [1.0, 0.5, 2.0], Anchor(average), temperature=0.7)  # type: ignore[arg-type]
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     coefficients = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
     z = torch.einsum("smj,mjab->smab", coefficients, span_basis(poe, updates))
     assert_close(log_density(posterior)(z), -posterior.energy(z) / 0.7 + log_constant(posterior), 1e-12)
     # The same point in Span coordinates costs the same: one energy, two parametrisations.
-    small, coordinates = span_posterior(poe, span_statistics(poe, updates))
+    small = poe.bind(span_statistics(poe, updates))
+    coordinates = small.span
     x = coordinates.latents(coefficients)
     assert_close(small.energy(x), posterior.energy(z), 1e-9)
     assert_close(log_density(small)(x), -small.energy(x) / 0.7 + log_constant(small), 1e-12)
@@ -81,7 +80,7 @@ def test_energy_is_the_formula_written_out(generator: torch.Generator) -> None:
     curvature_b = 2 * ((5.0 + 1) / 2 / 5.0) * second.square().sum() / 4 / (0.1 * second.square().sum())
     eta = 0.2 * (curvature_a + curvature_b)
     expected = 3 * torch.log1p(q_a) + 3 * torch.log1p(q_b / 5) + eta * (z[0] - second).square().sum()
-    assert_close(full_posterior(poe, updates).energy(z), expected.unsqueeze(0), 1e-12)
+    assert_close(poe.bind(updates).energy(z), expected.unsqueeze(0), 1e-12)
 
 
 @pytest.mark.parametrize("coordinates", ["full", "span"])
@@ -89,12 +88,13 @@ def test_the_programs_gradient_vanishes_at_the_map(coordinates: str, generator: 
     updates = random_updates(generator, 2, 3, 4, 5)
     for residual_map in MAPS:
         poe = ProductOfExperts.of(NAMES, residual_map, Cauchy(), Relative(0.5), anchor=Anchor(average), temperature=0.3)  # type: ignore[arg-type]
-        solution = fixed_point(poe, updates, coordinates=coordinates)  # type: ignore[arg-type]
+        solution = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
         assert solution.converged
         if coordinates == "full":
-            posterior, point = full_posterior(poe, updates), solution.value
+            posterior, point = poe.bind(updates), solution.value
         else:
-            posterior, span = span_posterior(poe, span_statistics(poe, updates))
+            posterior = poe.bind(span_statistics(poe, updates))
+            span = posterior.span
             assert solution.info.coefficients is not None
             point = span.latents(solution.info.coefficients)
         away = torch.zeros_like(point)
@@ -108,7 +108,7 @@ def test_the_programs_gradient_vanishes_at_the_map(coordinates: str, generator: 
 
 def test_site_names_are_part_of_the_interface(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(["mnist", "emoji"], (OutputGram(), InputGram()))
-    posterior = full_posterior(poe, random_updates(generator, 2, 2, 3, 4))
+    posterior = poe.bind(random_updates(generator, 2, 2, 3, 4))
     trace = poutine.trace(program(posterior)).get_trace()
     assert {name for name, site in trace.nodes.items() if site["type"] == "sample"} == {
         "module", "update",
@@ -121,7 +121,7 @@ def test_sampling_the_program_draws_from_the_anchor(generator: torch.Generator) 
     updates = random_updates(generator, 1, 2, 30, 40)
     poe = ProductOfExperts.of(["a", "b"], anchor=Anchor(average, AbsolutePrecision(3.0)), temperature=0.5)
     pyro.set_rng_seed(1)
-    draw = program(full_posterior(poe, updates))()
+    draw = program(poe.bind(updates))()
     spread = (draw - average(updates)).std()
     # The standard error of a standard deviation from n normal draws is sd / sqrt(2 n).
     truth = math.sqrt(0.5 / 6.0)
@@ -131,14 +131,14 @@ def test_sampling_the_program_draws_from_the_anchor(generator: torch.Generator) 
 def test_an_improper_anchor_scores_but_does_not_normalise(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 2, 2)
     poe = ProductOfExperts.of(NAMES, Identity(), Gaussian(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     z = torch.randn(4, 2, 2, 2, generator=generator, dtype=torch.float64)
     assert_close(log_density(posterior)(z), -posterior.energy(z))
 
 
 def test_log_density_composes_with_function_transforms(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(3.0))
-    posterior, _ = span_posterior(poe, span_statistics(poe, random_updates(generator, 2, 3, 4, 5)))
+    posterior = poe.bind(span_statistics(poe, random_updates(generator, 2, 3, 4, 5)))
     density = log_density(posterior, joint=True)
     x = torch.randn(5, 2, 4, 1, generator=generator, dtype=torch.float64)
     hessian = torch.func.vmap(torch.func.hessian(density))(x)
@@ -156,11 +156,12 @@ def test_factor_experts_in_their_three_forms(generator: torch.Generator) -> None
     poe = ProductOfExperts.of(["a", "b"]) * on_update * on_span * on_model
     parts = [span_statistics(poe, u, [name]) for name, u in updates.items()]
     bases = [span_basis(poe, u)[0] for u in updates.values()]
-    posterior, span = span_posterior(poe, concatenate(parts), bases)
+    posterior = poe.bind(concatenate(parts))
+    span = posterior.span
     c = torch.randn(4, 2, 3, generator=generator, dtype=torch.float64)
     c[..., 2] = 0  # the zero centre has no direction
     z = [torch.einsum("sj,jab->sab", c[:, m], bases[m]) for m in range(2)]
-    plain, _ = span_posterior(ProductOfExperts.of(["a", "b"]), concatenate(parts))
+    plain = ProductOfExperts.of(["a", "b"]).bind(concatenate(parts))
     per_module = plain.energy(span.latents(c)) + torch.stack([each.abs().sum((-2, -1)) for each in z], -1)
     per_module = per_module + c.square().sum(-1)
     joint = per_module.sum(-1) + (z[0].sum((-2, -1)) + z[1].sum((-2, -1))).square()
@@ -170,9 +171,9 @@ def test_factor_experts_in_their_three_forms(generator: torch.Generator) -> None
     with pytest.raises(ValueError, match="joint=True"):
         log_density(posterior)
     with pytest.raises(ValueError, match="Pass `bases`"):
-        span_posterior(poe, concatenate(parts))
+        poe.bind(concatenate(parts))
     with pytest.raises(ValueError, match="Use Span coordinates"):
-        full_posterior(poe, updates["wide"])
+        poe.bind(updates["wide"])
 
 
 def test_multivariate_exponent_uses_the_rank_of_each_module(generator: torch.Generator) -> None:
@@ -180,11 +181,11 @@ def test_multivariate_exponent_uses_the_rank_of_each_module(generator: torch.Gen
     updates[1, 0] = updates[1, 0, :, :1] @ updates[1, 0, :1, :]  # rank one
     poe = ProductOfExperts.of(["a"], InputGram(), StudentT(3.0, "multivariate"))
     dims = torch.tensor([4 * 4, 1 * 4], dtype=torch.float64)  # rank(U) * d_out
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     z = torch.zeros(2, 4, 6, dtype=torch.float64)
     experts_only = posterior.experts[0].energy(z)
     assert_close(experts_only, (3 + dims) / 2 * math.log1p(1 / 3), 1e-12)
-    small, _ = span_posterior(poe, span_statistics(poe, updates))
+    small = poe.bind(span_statistics(poe, updates))
     assert_close(small.experts[0].energy(torch.zeros(2, 2, 1, dtype=torch.float64)), experts_only, 1e-9)
 
 
@@ -201,7 +202,7 @@ def test_scales_and_relative_precision_are_the_documented_numbers(generator: tor
     }
     for scale in SCALES:
         poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), scale, anchor=Anchor(precision=RelativePrecision(0.3)))
-        posterior = full_posterior(poe, updates)
+        posterior = poe.bind(updates)
         squared = torch.stack([expert.scale_squared[0] for expert in posterior.experts])
         assert_close(squared, truth[type(scale)].double(), 1e-6)
         assert_close(posterior.anchor_precision, (0.3 * 2 * norm / 5 / squared).sum().unsqueeze(0), 1e-12)
@@ -210,7 +211,7 @@ def test_scales_and_relative_precision_are_the_documented_numbers(generator: tor
 def test_a_zero_update_under_identity_takes_the_modules_median_scale(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 4, 2, 3)
     updates[:, 1] = 0
-    posterior = full_posterior(ProductOfExperts.of(list("abcd"), Identity(), Cauchy(), Relative(1.0)), updates)
+    posterior = ProductOfExperts.of(list("abcd"), Identity(), Cauchy(), Relative(1.0)).bind(updates)
     squared = [float(expert.scale_squared) for expert in posterior.experts]
     assert squared[1] == sorted([squared[0], squared[2], squared[3]])[1]
 
@@ -249,23 +250,23 @@ def test_bad_updates_are_one_clear_error(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(NAMES)
     updates = random_updates(generator, 2, 3, 2, 2)
     with pytest.raises(ValueError, match=r"\(2, 2, 2, 2\).*3 task vectors \(a, b, c\)"):
-        full_posterior(poe, updates[:, :2])
+        poe.bind(updates[:, :2])
     updates[1, 2, 0, 0] = math.nan
     with pytest.raises(ValueError, match="'c' \\(module 1 of the batch\\) has NaN"):
-        full_posterior(poe, updates)
+        poe.bind(updates)
     with pytest.raises(ValueError, match=r"center=...\)` has shape \(1, 3, 3\)"):
-        full_posterior(poe * Anchor(torch.zeros(3, 3)), random_updates(generator, 1, 3, 2, 2))
+        (poe * Anchor(torch.zeros(3, 3))).bind(random_updates(generator, 1, 3, 2, 2))
 
 
 def test_statistics_of_another_design_are_refused(generator: torch.Generator) -> None:
     statistics = span_statistics(ProductOfExperts.of(NAMES, InputGram()), random_updates(generator, 1, 3, 2, 2))
     with pytest.raises(ValueError, match="Make the statistics again"):
-        span_posterior(ProductOfExperts.of(NAMES, OutputGram()), statistics)
+        ProductOfExperts.of(NAMES, OutputGram()).bind(statistics)
 
 
 def test_a_factor_that_sums_over_draws_is_refused(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(["a", "b"]) * FactorExpert("all", lambda c: c.square().sum(), coordinates="span")
-    posterior, _ = span_posterior(poe, span_statistics(poe, random_updates(generator, 2, 2, 3, 4)))
+    posterior = poe.bind(span_statistics(poe, random_updates(generator, 2, 2, 3, 4)))
     with pytest.raises(ValueError, match="'all' returned shape"):
         posterior.energy(torch.zeros(5, 2, 3, 1, dtype=torch.float64))
 
@@ -275,15 +276,15 @@ def test_a_centre_of_other_statistics_is_refused(generator: torch.Generator) -> 
     poe = ProductOfExperts.of(["a", "b"])
     averaged = span_statistics(poe * Anchor(average), updates)
     with pytest.raises(ValueError, match="has the centre zero, the statistics were made with the centre Average"):
-        span_posterior(poe, averaged)
+        poe.bind(averaged)
     with pytest.raises(ValueError, match=r"has the centre TaskArithmetic\(scale=0.3\), the .* centre Average"):
-        span_posterior(poe * Anchor(TaskArithmetic()), averaged)
+        (poe * Anchor(TaskArithmetic())).bind(averaged)
     with pytest.raises(ValueError, match=r"has the centre Average\(\), the statistics were made with the centre zero"):
-        span_posterior(poe * Anchor(average), span_statistics(poe, updates))
+        (poe * Anchor(average)).bind(span_statistics(poe, updates))
     with pytest.raises(ValueError, match="one part is about .* the centre zero, another about .* the centre Average"):
         concatenate([averaged, span_statistics(poe, updates)])
     with pytest.raises(ValueError, match="about 'c'"):
-        span_posterior(ProductOfExperts.of(["a", "c"]), span_statistics(poe, updates))
+        ProductOfExperts.of(["a", "c"]).bind(span_statistics(poe, updates))
 
 
 def test_a_stored_centre_is_that_of_the_statistics(generator: torch.Generator) -> None:
@@ -291,12 +292,12 @@ def test_a_stored_centre_is_that_of_the_statistics(generator: torch.Generator) -
     center = random_updates(generator, 2, 1, 3, 4)[:, 0]
     poe = ProductOfExperts.of(["a", "b"])
     statistics = span_statistics(poe * Anchor(center), updates)
-    known, _ = span_posterior(poe * Anchor(center), statistics)
-    stored, _ = span_posterior(poe * Anchor(stored_center), statistics)
+    known = (poe * Anchor(center)).bind(statistics)
+    stored = (poe * Anchor(stored_center)).bind(statistics)
     x = torch.randn(5, 2, 3, 1, generator=generator, dtype=torch.float64)
     assert torch.equal(known.energy(x), stored.energy(x))
     with pytest.raises(ValueError, match="do not tell its values"):
-        full_posterior(poe * Anchor(stored_center), updates)
+        (poe * Anchor(stored_center)).bind(updates)
 
 
 def test_modules_are_selected_from_statistics(generator: torch.Generator) -> None:
@@ -305,7 +306,7 @@ def test_modules_are_selected_from_statistics(generator: torch.Generator) -> Non
     some = statistics.select([2, 0])
     assert some.modules == ("three", "one")
     x = torch.randn(3, 3, 1, generator=generator, dtype=torch.float64)
-    whole, part = span_posterior(poe, statistics)[0], span_posterior(poe, some)[0]
+    whole, part = poe.bind(statistics), poe.bind(some)
     assert_close(part.energy(x[[2, 0]]), whole.energy(x)[[2, 0]], 1e-12)
 
 
@@ -314,16 +315,16 @@ def test_ranks_are_found_only_where_they_are_asked_for(generator: torch.Generato
     plain = ProductOfExperts.of(["a", "b"])
     with_ranks, without = span_statistics(plain, updates), span_statistics(plain, updates, ranks=False)
     x = torch.randn(2, 3, 1, generator=generator, dtype=torch.float64)
-    assert torch.equal(span_posterior(plain, with_ranks)[0].energy(x), span_posterior(plain, without)[0].energy(x))
+    assert torch.equal(plain.bind(with_ranks).energy(x), plain.bind(without).energy(x))
     multivariate = ProductOfExperts.of(["a", "b"], energy=StudentT(3.0, "multivariate"))
     with pytest.raises(ValueError, match="statistics were made without"):
-        span_posterior(multivariate, without)
+        multivariate.bind(without)
 
 
 def test_the_twin_of_a_multivariate_energy_waits_for_the_dimension(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 2, 3, 4)
     poe = ProductOfExperts.of(["a", "b"], InputGram(), StudentT(3.0, "multivariate"))
-    heavy, gaussian = full_posterior(poe, updates), full_posterior(poe.twin(), updates)
+    heavy, gaussian = poe.bind(updates), poe.twin().bind(updates)
     zero = torch.zeros(1, 2, dtype=torch.float64)
     assert_close(gaussian.weights(zero), heavy.weights(zero), 1e-12)
     assert_close(gaussian.weights(zero + 9.0), heavy.weights(zero), 1e-12)
@@ -331,6 +332,6 @@ def test_the_twin_of_a_multivariate_energy_waits_for_the_dimension(generator: to
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_a_temperature_that_is_none_is_refused(temperature: float, generator: torch.Generator) -> None:
-    posterior = full_posterior(ProductOfExperts.of(["a", "b"]), random_updates(generator, 1, 2, 2, 2))
+    posterior = ProductOfExperts.of(["a", "b"]).bind(random_updates(generator, 1, 2, 2, 2))
     with pytest.raises(ValueError, match=f"temperature={temperature}.*positive and finite"):
         replace(posterior, temperature=temperature)

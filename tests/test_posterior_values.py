@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
-from inference.map import solve_posterior
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -29,8 +28,6 @@ from poe_models import (
     StudentT,
     TaskArithmetic,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.posterior import BoundFactor, Posterior, center_of, check_updates
@@ -43,7 +40,7 @@ NAMES = ["a", "b", "c"]
 def posterior_of(updates: Tensor, center: object = average) -> Posterior:
     anchor = Anchor(center, AbsolutePrecision(0.3))  # type: ignore[arg-type]
     poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(3.0), Absolute(2.0), [1.0, 2.0, 0.5], anchor, 0.7)
-    return full_posterior(poe, updates)
+    return poe.bind(updates)
 
 
 def test_everything_takes_chains_before_modules(generator: torch.Generator) -> None:
@@ -114,10 +111,10 @@ def test_what_is_rounding_beside_the_others_of_its_map_drops_out(
         updates = torch.randn(1, 1, 3, 3, generator=generator, dtype=torch.float64).repeat(1, 2, 1, 1)
         updates[:, 1] *= size
         poe = ProductOfExperts.of(["a", "b"], residual_map, Cauchy(), Relative(1.0))  # type: ignore[arg-type]
-        assert full_posterior(poe, updates).active.tolist() == [[True, active]]
+        assert poe.bind(updates).active.tolist() == [[True, active]]
     # Another map has other units: nothing to compare with.
     mixed = Expert("a", Identity(), Cauchy(), Relative(1.0)) * Expert("b", InputGram(), Cauchy(), Relative(1.0))
-    assert full_posterior(mixed * Anchor(), 1e-12 * updates[:, [0, 0]]).active.tolist() == [[True, True]]
+    assert (mixed * Anchor()).bind(1e-12 * updates[:, [0, 0]]).active.tolist() == [[True, True]]
 
 
 def test_scales_that_are_zero_fall_back_to_the_median_of_their_map(generator: torch.Generator) -> None:
@@ -126,13 +123,13 @@ def test_scales_that_are_zero_fall_back_to_the_median_of_their_map(generator: to
     for i, length in enumerate((0.0, 3.0, 1.0, 2.0)):
         updates[0, i, 0, 0] = length
     names = [*NAMES, "d"]
-    posterior = full_posterior(ProductOfExperts.of(names, Identity(), Cauchy(), Relative(1.0)), updates)
+    posterior = ProductOfExperts.of(names, Identity(), Cauchy(), Relative(1.0)).bind(updates)
     scales = torch.stack([e.scale_squared for e in posterior.experts], -1)
     assert_close(scales, torch.tensor([[4.0, 9.0, 1.0, 4.0], [1.0] * 4]).double())
-    tiny = full_posterior(ProductOfExperts.of(names, Identity(), Cauchy(), Relative(0.1)), 0.1 * updates)
+    tiny = ProductOfExperts.of(names, Identity(), Cauchy(), Relative(0.1)).bind(0.1 * updates)
     assert_close(torch.stack([e.scale_squared for e in tiny.experts], -1)[0], 1e-4 * scales[0])
     # Of a map made from the update a zero one drops out: its scale is 1 and does not matter.
-    dropped = full_posterior(ProductOfExperts.of(names, InputGram(), Cauchy(), Relative(1.0)), updates)
+    dropped = ProductOfExperts.of(names, InputGram(), Cauchy(), Relative(1.0)).bind(updates)
     assert float(dropped.experts[0].scale_squared[0]) == 1.0
     assert dropped.active[0].tolist() == [False, True, True, True]
 
@@ -142,7 +139,7 @@ def test_the_relative_anchor_is_the_twins_summed_curvature_of_active_experts(gen
     updates[1, 1] = 0.0
     first = Expert("a", OutputGram(), Cauchy(2.0), Absolute(2.0), importance=3.0)
     second = Expert("b", InputGram(), StudentT(5.0), Absolute(0.5))
-    posterior = full_posterior(first * second * Anchor(precision=RelativePrecision(0.2)), updates)
+    posterior = (first * second * Anchor(precision=RelativePrecision(0.2))).bind(updates)
     norms = updates.square().sum((-2, -1))
     # 2 a rho'(0) tr(P) / (d s^2): rho'(0) is 2 for the Cauchy, 6 / (2 * 5) for the Student-t.
     of_first = 2 * 3 * 2 * norms[:, 0] / 4 / 4
@@ -155,7 +152,7 @@ def test_adapters_are_bound_with_their_own_factors(generator: torch.Generator) -
     right = torch.randn(2, 2, 2, 5, generator=generator, dtype=torch.float64)
     for residual_map in (OutputGram(), InputGram(), Directional(), Identity()):
         poe = ProductOfExperts.of(["a", "b"], residual_map, Cauchy(), Relative(1.0), anchor=Anchor(TaskArithmetic(0.3)))
-        plain, bound = full_posterior(poe, left @ right), full_posterior(poe, left @ right, (left, right))
+        plain, bound = poe.bind(left @ right), poe.bind(left @ right, low_rank=(left, right))
         z = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
         assert_close(bound.energy(z), plain.energy(z))
         assert bound.center is not None
@@ -169,13 +166,15 @@ def test_adapters_are_bound_with_their_own_factors(generator: torch.Generator) -
             assert torch.equal(one[0], left[1:, i])
             assert torch.equal(one[1], right[1:, i])
         assert_close(
-            fixed_point(poe, left @ right, low_rank=(left, right)).value, fixed_point(poe, left @ right).value, 1e-8
+            fixed_point(poe.bind(left @ right, low_rank=(left, right))).value,
+            fixed_point(poe.bind(left @ right)).value,
+            1e-8,
         )
-    single = full_posterior(poe, (left @ right)[0], (left[0], right[0]))
+    single = poe.bind((left @ right)[0], low_rank=(left[0], right[0]))
     assert single.num_modules == 1
     for bad in ((left[..., :1], right), (left, right[..., :4]), (left[:1], right), (left, right[:, :1])):
         with pytest.raises(ValueError, match="`low_rank` has shapes"):
-            full_posterior(poe, left @ right, bad)
+            poe.bind(left @ right, low_rank=bad)
 
 
 def test_updates_are_checked(generator: torch.Generator) -> None:
@@ -227,7 +226,7 @@ def test_a_span_through_the_merge_has_it_as_a_coordinate_in_every_module(generat
     updates = random_updates(generator, 2, 3, 4, 5)
     anchor = Anchor(precision=AbsolutePrecision(0.3))
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=anchor)
-    merged = fixed_point(poe, updates).value
+    merged = fixed_point(poe.bind(updates)).value
     basis = span_basis(poe, updates, merged)
     assert basis.shape == (2, 5, 4, 5)
     assert_close(basis[:, :3], updates)
@@ -237,8 +236,9 @@ def test_a_span_through_the_merge_has_it_as_a_coordinate_in_every_module(generat
     with pytest.raises(ValueError, match="through"):
         span_basis(poe, updates, merged[:1])
     statistics = span_statistics(poe, updates, through=merged)
-    posterior, coordinates = span_posterior(poe, statistics)
-    solution = solve_posterior(posterior)
+    posterior = poe.bind(statistics)
+    coordinates = posterior.span
+    solution = fixed_point(posterior)
     back = torch.einsum("mj,mjab->mab", coordinates.coefficients(solution.value), basis)
     assert_close(back, merged, 1e-7)
 
@@ -250,16 +250,14 @@ def test_a_centre_of_zeros_is_no_centre(generator: torch.Generator) -> None:
     )
     statistics = span_statistics(poe, updates)
     zeros = poe * Anchor(torch.zeros(2, 4, 5), AbsolutePrecision(0.3))
-    assert_close(
-        span_posterior(zeros, statistics)[0].anchor_precision, span_posterior(poe, statistics)[0].anchor_precision
-    )
+    assert_close(zeros.bind(statistics).anchor_precision, poe.bind(statistics).anchor_precision)
     for elsewhere in (torch.ones(2, 4, 5), torch.eye(4, 5).expand(2, -1, -1)):
         with pytest.raises(ValueError, match="the statistics were made with the centre zero"):
-            span_posterior(poe * Anchor(elsewhere, AbsolutePrecision(0.3)), statistics)
+            (poe * Anchor(elsewhere, AbsolutePrecision(0.3))).bind(statistics)
 
 
 def test_factor_experts_are_refused_in_full_coordinates(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Absolute(1.0))
     poe = poe * FactorExpert("own", lambda c: c.square().sum(-1), coordinates="span")
     with pytest.raises(ValueError, match="'own' is a FactorExpert"):
-        full_posterior(poe, random_updates(generator, 1, 3, 4, 5))
+        poe.bind(random_updates(generator, 1, 3, 4, 5))

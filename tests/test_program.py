@@ -15,7 +15,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from inference import minimize
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.laplace import DenseLaplace, Laplace
 from inference.nuts import nuts
 from inference.slice import slice_sample
@@ -30,7 +30,6 @@ from poe_models import (
     Posterior,
     ProductOfExperts,
     average,
-    full_posterior,
 )
 from poe_models.program import log_constant, log_density, program
 from tests.helpers import assert_close, random_updates
@@ -49,7 +48,7 @@ def posterior_of(generator: torch.Generator, energy: object = None, eta: float =
         ["a", "b"], InputGram(), energy or Cauchy(), Absolute(1.5), [1.0, 2.0],  # type: ignore[arg-type]
         Anchor(average, AbsolutePrecision(eta)),
     )  # fmt: skip
-    return full_posterior(poe, random_updates(generator, 2, 2, 2, 3))
+    return poe.bind(random_updates(generator, 2, 2, 2, 3))
 
 
 @pytest.mark.parametrize("eta", [0.5, 0.0])
@@ -100,7 +99,7 @@ def test_a_spread_beyond_the_latents_precision_is_outside_too(temperature: float
     updates = random_updates(generator, 1, 2, 2, 3)
     poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), Absolute(1.0), anchor=ANCHORED)
     for dtype in (torch.float32, torch.float64):
-        posterior = full_posterior(poe, updates.to(dtype))
+        posterior = poe.bind(updates.to(dtype))
         tempered = replace(posterior, temperature=scalar(temperature))
         z = posterior.experts[0].update
         with pyro.validation_enabled(True):
@@ -140,9 +139,7 @@ def run_nuts(model: Callable[[], None], start: dict[str, Tensor], draws: int, **
 def test_nuts_infers_a_temperature() -> None:
     """With Gaussian energies Z integrates out: ``p(u) N(.) exp(-E_min e^-u)`` in the log temperature, by quadrature."""
     updates = torch.tensor([[[[1.5, -0.5]], [[-1.0, 2.0]]]], dtype=torch.float64)
-    posterior = full_posterior(
-        ProductOfExperts.of(["a", "b"], Identity(), Gaussian(2.0), Absolute(1.0), anchor=ANCHORED), updates
-    )
+    posterior = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(2.0), Absolute(1.0), anchor=ANCHORED).bind(updates)
     lowest = float(posterior.energy(fixed_point_of(posterior)).sum())
     grid = torch.linspace(-4.0, 5.0, 4001, dtype=torch.float64)
     log_weight = -((grid - PRIOR[0]) ** 2) / (2 * PRIOR[1] ** 2) - lowest * (-grid).exp()
@@ -203,7 +200,7 @@ def test_samplers_take_numbers(temperature: float, generator: torch.Generator) -
     posterior = replace(posterior_of(generator), temperature=scalar(temperature))
     mode = posterior.experts[0].update
     calls: list[Callable[[], object]] = [
-        lambda: gibbs_posterior(posterior, 1, generator=generator),
+        lambda: gibbs(posterior, 1, generator=generator),
         lambda: slice_sample(posterior, 1, generator=generator),
         lambda: nuts(posterior, 1, generator=generator),
         lambda: Laplace(posterior, mode),

@@ -32,7 +32,6 @@ from poe_models import (
     ScaledIdentity,
     StudentT,
     Welsch,
-    full_posterior,
 )
 from poe_models.posterior import Posterior
 from tests.helpers import name_of
@@ -49,7 +48,7 @@ def bare(
     names = [str(i) for i in range(updates.shape[1])]
     anchor = Anchor(precision=AbsolutePrecision(eta))
     poe = ProductOfExperts.of(names, design, energy, Absolute(1.0), importance, anchor, temperature)
-    return full_posterior(poe, updates)
+    return poe.bind(updates)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

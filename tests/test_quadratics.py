@@ -19,7 +19,6 @@ from poe_models import (
     Relative,
     ResidualMap,
     average,
-    full_posterior,
 )
 from poe_models.least_squares import Compression, Quadratic, quadratic_of
 from poe_models.operators import Diagonal, Operator
@@ -42,7 +41,7 @@ DESIGNS: list[ResidualMap | tuple[ResidualMap, ...]] = [
 
 def posterior_of(design: object, updates: Tensor, center: object = average) -> Posterior:
     poe = ProductOfExperts.of(NAMES, design, Cauchy(), Relative(0.7), anchor=Anchor(center, AbsolutePrecision(0.4)))  # type: ignore[arg-type]
-    return full_posterior(poe, updates)
+    return poe.bind(updates)
 
 
 def dense(operator: Operator, shape: tuple[int, int], modules: int) -> Tensor:
@@ -131,7 +130,7 @@ def test_a_map_compresses_the_other_side_as_well(generator: torch.Generator) -> 
     poe = ProductOfExperts.of(
         NAMES, InputGram(), Cauchy(), Relative(0.7), anchor=Anchor(precision=AbsolutePrecision(0.4))
     )
-    thin = full_posterior(poe, updates, factors)
+    thin = poe.bind(updates, low_rank=factors)
     assert right.shape == (1, 2, 1, 5)
     assert quadratic_of(thin).event_shape == (2, 2)
     assert quadratic_of(thin, for_draws=True).event_shape == (6, 2)
@@ -141,7 +140,7 @@ def test_a_map_compresses_the_other_side_as_well(generator: torch.Generator) -> 
     found = problem.lift(problem.precision(weights, shift).solve(b))  # type: ignore[arg-type]
     assert_close(found, solved(thin, weights, shift))
     # A centre takes the targets out of the factors' range.
-    displaced = full_posterior(poe * Anchor(torch.ones(1, 6, 5), AbsolutePrecision(0.4)), updates, factors)
+    displaced = (poe * Anchor(torch.ones(1, 6, 5), AbsolutePrecision(0.4))).bind(updates, low_rank=factors)
     problem = quadratic_of(displaced)
     assert problem.event_shape == (6, 2)
     b = sum(weights[:, i, None, None] * pull for i, pull in enumerate(problem.pulls()))
@@ -202,7 +201,7 @@ def test_what_cannot_be_factored_is_refused(generator: torch.Generator) -> None:
 )
 def test_one_expert_alone(design: ResidualMap, expected: tuple[int, int], generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 1, 5, 2)
-    posterior = full_posterior(Expert("a", design) * Anchor(precision=AbsolutePrecision(0.5)), updates)
+    posterior = (Expert("a", design) * Anchor(precision=AbsolutePrecision(0.5))).bind(updates)
     problem = quadratic_of(posterior)
     assert problem.event_shape == expected
     weights, shift = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)

@@ -142,7 +142,7 @@ def test_nothing_merged_falls_short_by_everything_and_an_expert_itself_by_nothin
 def test_experts_agree_with_the_solver(generator: torch.Generator) -> None:
     given = module(generator)
     poe = ProductOfExperts.of(NAMES, (InputGram(), OutputGram()), Cauchy())
-    solution = fixed_point(poe, given)
+    solution = fixed_point(poe.bind(given))
     found = Residuals(module_residuals(solution.value, given, poe))
     table = found.squared() / np.square([[entry.scale for entry in found.entries]])
     np.testing.assert_allclose(table, solution.info.residuals.numpy(), rtol=1e-9)
@@ -259,7 +259,7 @@ def test_a_merged_folder_has_the_residuals_of_its_solution(tmp_path: Path, gener
     merge_checkpoint(vectors, poe, tmp_path / "merged")
     found = residuals(tmp_path / "merged", vectors, poe)
     for row, given in enumerate(vectors):
-        info = fixed_point(poe, given).info
+        info = fixed_point(poe.bind(given)).info
         scales = [entry.scale**2 for entry in found.where(module=given.name).entries]
         np.testing.assert_allclose(found.squared()[row] / scales, info.residuals[0].numpy(), rtol=1e-3)
         np.testing.assert_allclose(found.weight_spread()[row], float(info.weight_spread), rtol=1e-3)

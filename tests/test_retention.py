@@ -27,7 +27,6 @@ from poe_models import (
     RelativePrecision,
     TaskArithmetic,
     TaskVectors,
-    span_posterior,
     span_statistics,
 )
 from tests.helpers import assert_close, random_updates
@@ -51,7 +50,7 @@ def models(updates: dict[str, Tensor]) -> TaskVectors:
 @pytest.mark.parametrize("coordinates", ["full", "span"])
 def test_kept_and_left_are_their_formulas(coordinates: str, generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 6, 5)
-    solution = fixed_point(product(), updates, coordinates=coordinates)  # type: ignore[arg-type]
+    solution = fixed_point(product().bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
     z, found = solution.value, solution.info.retention
     for i in range(3):
         u = updates[:, i]
@@ -65,7 +64,7 @@ def test_kept_and_left_are_their_formulas(coordinates: str, generator: torch.Gen
 @pytest.mark.parametrize("scaling", [0.25, 1.0, -2.0])
 def test_multiples_of_a_merge_keep_what_they_keep(scaling: float, generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 6, 5)
-    solution = fixed_point(product(), updates)
+    solution = fixed_point(product().bind(updates))
     z, found = scaling * solution.value, solution.info.retention.scaled(scaling)
     for i in range(3):
         u = updates[:, i]
@@ -77,8 +76,8 @@ def test_multiples_of_a_merge_keep_what_they_keep(scaling: float, generator: tor
 
 def test_every_solver_says_what_was_kept(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 6, 5)
-    posterior, _ = span_posterior(product(), span_statistics(product(), updates))
-    exact = fixed_point(product(), updates, coordinates="span").info.retention
+    posterior = product().bind(span_statistics(product(), updates))
+    exact = fixed_point(product().bind(updates, coordinates="span")).info.retention
     assert_close(minimize(posterior).info.retention.kept, exact.kept, 1e-4)
 
 
@@ -89,7 +88,7 @@ def test_totals_weigh_modules_by_their_size_and_know_lambda(tmp_path: Path, gene
     }
     updates["two"][1] = 0  # b did not change it
     report = merge_checkpoint(models(updates), Design(product(), scaling=0.5), tmp_path / "out")
-    merged = {name: fixed_point(product(), value.float()).value.double() for name, value in updates.items()}
+    merged = {name: fixed_point(product().bind(value.float())).value.double() for name, value in updates.items()}
     for i, expert in enumerate(report.experts):
         inner = sum((merged[n] * u[i]).sum() for n, u in updates.items())
         squared = sum(u[i].square().sum() for u in updates.values())
@@ -117,21 +116,21 @@ def test_merging_methods_say_what_was_kept(tmp_path: Path, generator: torch.Gene
 
 def test_a_fair_merge_raises_no_concern(generator: torch.Generator) -> None:
     updates = torch.randn(1, 3, 32, 24, generator=generator, dtype=torch.float64)
-    info = fixed_point(product(), updates).info.retention
+    info = fixed_point(product().bind(updates)).info.retention
     assert concerns(totals([info.record(0)])) == []
 
 
 def test_the_shortest_expert_in_command_is_said(generator: torch.Generator) -> None:
     updates = torch.randn(1, 3, 32, 24, generator=generator, dtype=torch.float64)
     updates[:, 2] *= 0.3
-    of_relative = fixed_point(product(Relative(1.0)), updates).info.retention
+    of_relative = fixed_point(product(Relative(1.0)).bind(updates)).info.retention
     updates[:, 2] /= 30
-    shortest = fixed_point(product(Relative(1.0)), updates).info.retention
+    shortest = fixed_point(product(Relative(1.0)).bind(updates)).info.retention
     assert concerns(totals([of_relative.record(0)])) == []  # a third as long: the others keep their share still
     (said,) = concerns(totals([shortest.record(0)]))
     assert said.startswith("the merge is little more than the base")
     assert "as long as 'c' is" in said
-    balanced = fixed_point(product(), updates).info.retention
+    balanced = fixed_point(product().bind(updates)).info.retention
     (drowned,) = concerns(totals([balanced.record(0)]))  # by what the others change in its few directions
     assert drowned.startswith("expert 'c': its squared residual grew ")
 
@@ -139,7 +138,7 @@ def test_the_shortest_expert_in_command_is_said(generator: torch.Generator) -> N
 @pytest.mark.parametrize("eta", [1e3, 1e6])
 def test_a_merge_that_the_anchor_holds_is_said(eta: float, generator: torch.Generator) -> None:
     updates = torch.randn(1, 3, 32, 24, generator=generator, dtype=torch.float64)
-    info = fixed_point(product(eta=eta), updates).info.retention
+    info = fixed_point(product(eta=eta).bind(updates)).info.retention
     (said,) = concerns(totals([info.record(0)]))
     assert said.startswith("the merge is little more than the base")
 
@@ -162,7 +161,7 @@ def test_averages_of_many_models_are_not_called_the_base(generator: torch.Genera
     updates = torch.randn(8, 32, 24, generator=generator, dtype=torch.float64)
     names = list("abcdefgh")
     poe = ProductOfExperts.of(names, InputGram(), Gaussian(), Balanced(1.0))
-    assert concerns(totals([fixed_point(poe, updates).info.retention.record(0)])) == []
+    assert concerns(totals([fixed_point(poe.bind(updates)).info.retention.record(0)])) == []
 
 
 def test_a_residual_that_grew_is_printed_as_a_factor() -> None:

@@ -39,7 +39,6 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
 )
 from poe_models.least_squares import quadratic_of
 from tests.helpers import assert_close, name_of, random_updates
@@ -56,7 +55,7 @@ def problem_of(
 ) -> Problem:
     anchor = Anchor(average, AbsolutePrecision(eta))
     poe = ProductOfExperts.of(NAMES[: updates.shape[1]], design, energy, Relative(gamma), anchor=anchor)  # type: ignore[arg-type]
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     return Problem(posterior, quadratic_of(posterior))
 
 
@@ -168,7 +167,7 @@ def test_a_module_that_nothing_holds_stays_at_the_centre(generator: torch.Genera
     poe = ProductOfExperts.of(
         NAMES[:2], OutputGram(), Cauchy(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.0))
     )
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     problem = Problem(posterior, quadratic_of(posterior))
     assert problem.shift.tolist() == [1.0, 0.0, 0.0]
     anchored = problem_of(updates, OutputGram())
@@ -305,7 +304,7 @@ def test_a_basin_is_a_log_weight_on_either_side(generator: torch.Generator) -> N
 def test_one_expert_alone_is_met_but_for_the_anchor(design: object, generator: torch.Generator) -> None:
     update = random_updates(generator, 1, 1, 4, 5)
     poe = ProductOfExperts.of(["a"], design, Gaussian(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.3)))  # type: ignore[arg-type]
-    posterior = full_posterior(poe, update)
+    posterior = poe.bind(update)
     problem = Problem(posterior, quadratic_of(posterior))
     point = a_run(problem).point
     leaf = problem.quadratic.lift(point.x).requires_grad_(True)

@@ -29,7 +29,6 @@ from poe_models import (
     ResidualMap,
     TaskVectors,
     Welsch,
-    full_posterior,
 )
 from tests.helpers import assert_close, name_of, random_updates
 
@@ -56,19 +55,19 @@ def test_opposed_experts_have_a_saddle_at_zero_and_minima_beside_it(
     residual_map: ResidualMap, energy: type[Cauchy], dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     updates, poe = opposed(generator, dtype), product(residual_map, energy=energy)
-    stuck = fixed_point(poe, updates, starts=["twin"])
+    stuck = fixed_point(poe.bind(updates), starts=["twin"])
     assert stuck.status == (Status.SADDLE,) * 3
     assert not stuck.converged
     assert not bool(stuck.info.strict_minimum.any())
     assert_close(stuck.value, torch.zeros_like(updates[:, 0]))
     # By the dense Hessian: downwards along the experts, upwards elsewhere.
-    posterior = full_posterior(poe, updates[:1].double())
+    posterior = poe.bind(updates[:1].double())
     hessian = torch.func.hessian(lambda z: posterior.energy(z.view(1, 4, 5)).sum())(
         torch.zeros(20, dtype=torch.float64)
     )
     assert float(torch.linalg.eigvalsh(hessian)[0]) < 0 < float(torch.linalg.eigvalsh(hessian)[-1])
     # The default starts leave it for a minimum with a lower energy.
-    best = fixed_point(poe, updates)
+    best = fixed_point(poe.bind(updates))
     assert best.status == (Status.CONVERGED,) * 3
     assert bool(best.info.strict_minimum.all())
     assert bool((best.info.energy < stuck.info.energy - 0.1).all())
@@ -78,12 +77,12 @@ def test_opposed_experts_have_a_saddle_at_zero_and_minima_beside_it(
 
 def test_opposed_directional_experts_on_one_line_too(generator: torch.Generator) -> None:
     updates = opposed(generator)
-    assert fixed_point(product(Directional()), updates, starts=["twin"]).status == (Status.SADDLE,) * 3
-    assert fixed_point(product(Directional()), updates).converged
+    assert fixed_point(product(Directional()).bind(updates), starts=["twin"]).status == (Status.SADDLE,) * 3
+    assert fixed_point(product(Directional()).bind(updates)).converged
 
 
 def test_a_wide_scale_makes_the_middle_a_minimum(generator: torch.Generator) -> None:
-    solution = fixed_point(product(Identity(), gamma=3.0), opposed(generator), starts=["twin"])
+    solution = fixed_point(product(Identity(), gamma=3.0).bind(opposed(generator)), starts=["twin"])
     assert solution.status == (Status.CONVERGED,) * 3
     assert bool(solution.info.strict_minimum.all())
 
@@ -96,7 +95,7 @@ def test_where_the_minimum_turns_into_a_saddle_it_is_too_flat_to_tell(widening: 
     updates = torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64)
     anchor = Anchor(precision=AbsolutePrecision(1e-12))
     poe = ProductOfExperts.of(NAMES, Identity(), Cauchy(), Absolute(1.0 + widening), anchor=anchor)
-    assert fixed_point(poe, updates, starts=["twin"]).status == (status,)
+    assert fixed_point(poe.bind(updates), starts=["twin"]).status == (status,)
 
 
 def test_a_start_beside_a_saddle_is_not_taken_for_on_its_way_there() -> None:
@@ -104,7 +103,7 @@ def test_a_start_beside_a_saddle_is_not_taken_for_on_its_way_there() -> None:
     anchor = Anchor(precision=AbsolutePrecision(1e-3))
     poe = ProductOfExperts.of(NAMES, Identity(), Cauchy(), Absolute(0.5), anchor=anchor)
     saddle, beside = (torch.full((1, 1, 1), z, dtype=torch.float64) for z in (0.0, 1e-3))
-    solution = fixed_point(poe, updates, starts=[saddle, beside])
+    solution = fixed_point(poe.bind(updates), starts=[saddle, beside])
     assert solution.converged
     assert float(solution.value) > 0.5
 

@@ -17,7 +17,6 @@ from poe_models import (
     Huber,
     Identity,
     ProductOfExperts,
-    full_posterior,
 )
 from poe_models.least_squares import quadratic_of
 from tests.helpers import assert_close
@@ -31,7 +30,7 @@ def scalar(*values: float) -> Tensor:
 
 
 def problem_of(poe: ProductOfExperts, *updates: float) -> Problem:
-    posterior = full_posterior(poe, torch.tensor(updates, dtype=torch.float64).view(1, -1, 1, 1))
+    posterior = poe.bind(torch.tensor(updates, dtype=torch.float64).view(1, -1, 1, 1))
     return Problem(posterior, quadratic_of(posterior))
 
 
@@ -63,7 +62,7 @@ def test_two_minima_with_close_weights_are_told_apart() -> None:
         for name, importance in (("light", 1.0), ("heavy", 1.0 + 2e-6))
     )
     poe = light * heavy * Anchor(precision=AbsolutePrecision(1e-12))
-    solution = fixed_point(poe, scalar(1.0, -1.0), starts=[scalar(z), scalar(-z)])
+    solution = fixed_point(poe.bind(scalar(1.0, -1.0)), starts=[scalar(z), scalar(-z)])
     assert solution.converged
     assert_close(solution.value, scalar(-z), 0.05)
     assert float(solution.info.start_energies.diff()) < -1e-8

@@ -32,8 +32,6 @@ from poe_models import (
     Scale,
     StudentT,
     Welsch,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.scales import weighted_median
@@ -83,7 +81,7 @@ def fine_tunes(generator: torch.Generator) -> Tensor:
 
 def kept(poe: ProductOfExperts, updates: Tensor) -> Tensor:
     """`<Z, U_i> / |U_i|^2` of every update, `(N,)`."""
-    z = fixed_point(poe, updates).value
+    z = fixed_point(poe.bind(updates)).value
     return (z * updates).sum((-2, -1)) / updates.square().sum((-2, -1))
 
 
@@ -117,7 +115,7 @@ def test_relative_scales_let_the_shortest_expert_decide(residual_map: ResidualMa
 @pytest.mark.parametrize("residual_map", [Directional(), OutputGram(), InputGram()], ids=name_of)
 def test_balanced_experts_have_one_mean_precision(residual_map: ResidualMap, generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 4, 6, 5) * torch.tensor([1.0, 0.1, 3.0, 0.01]).double()[:, None, None]
-    posterior = full_posterior(product(residual_map, Cauchy(), Balanced(0.7)), updates)
+    posterior = product(residual_map, Cauchy(), Balanced(0.7)).bind(updates)
     precisions = torch.stack([e.operator.mean_curvature(4) / e.scale_squared for e in posterior.experts], -1)
     assert_close(precisions, precisions[:, :1].expand_as(precisions), 1e-12)
     ratios = torch.stack([e.residual_at_zero / e.operator.mean_curvature(4) for e in posterior.experts], -1)
@@ -129,11 +127,11 @@ def test_a_smaller_operator_in_common_units_is_information(generator: torch.Gene
     importance = torch.rand(3, 4, generator=generator, dtype=torch.float64) + 0.5
     statistics = ModuleStatistics("fisher", {"a": {"m": importance}, "b": {"m": importance / 100}})
     poe = product(Fisher(statistics), Gaussian(), names=["a", "b"]).for_modules(["m"])
-    first, second = full_posterior(poe, updates).experts
+    first, second = poe.bind(updates).experts
     assert_close(first.scale_squared, second.scale_squared, 1e-12)
     pulls = sum(f * u for f, u in ((importance, updates[0, 0]), (importance / 100, updates[0, 1])))
     held = importance * 1.01 + 0.1 * 2 * importance.mean() * 1.01  # eta s^2 / rho'(0) = 0.1 * 2 * the mean curvature
-    assert_close(fixed_point(poe, updates).value[0], pulls / held, 1e-9)
+    assert_close(fixed_point(poe.bind(updates)).value[0], pulls / held, 1e-9)
 
 
 @pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
@@ -148,15 +146,12 @@ def test_an_expert_given_twice_is_importance_two(
     doubled = product(residual_map, energy, scale, [2.0, 1.0, 1.0], ["a", "b", "c"])
     copied = product(residual_map, energy, scale, names=["a", "copy", "b", "c"])
     for first, second in ((doubled, one), (copied, twice)):
-        if coordinates == "full":
-            posterior = full_posterior(first, second)
-        else:
-            posterior, _ = span_posterior(first, span_statistics(first, second))
+        posterior = first.bind(second) if coordinates == "full" else first.bind(span_statistics(first, second))
         if first is doubled:
             expected = posterior.anchor_precision
     assert_close(posterior.anchor_precision, expected, 1e-9)
     values = [
-        fixed_point(poe, updates, coordinates=coordinates, starts=["twin"]).value  # type: ignore[arg-type]
+        fixed_point(poe.bind(updates, coordinates=coordinates), starts=["twin"]).value  # type: ignore[arg-type]
         for poe, updates in ((doubled, one), (copied, twice))
     ]
     assert_close(values[0], values[1], 1e-6)
@@ -170,15 +165,15 @@ def test_merging_scaled_updates_scales_the_merge(
 ) -> None:
     updates = fine_tunes(generator) * torch.tensor([1.0, 0.4, 2.0, 0.1], dtype=torch.float64)[:, None, None]
     poe = product(residual_map, energy, scale)
-    expected = fixed_point(poe, updates).value
+    expected = fixed_point(poe.bind(updates)).value
     for factor in (1e-4, 1e3):
-        assert_close(fixed_point(poe, factor * updates).value / factor, expected, 1e-6)
+        assert_close(fixed_point(poe.bind(factor * updates)).value / factor, expected, 1e-6)
 
 
 @pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
 def test_one_relative_precision_shrinks_identical_experts_alike(energy: Energy, generator: torch.Generator) -> None:
     update = torch.randn(1, 16, 16, generator=generator, dtype=torch.float64)
-    z = fixed_point(product(Identity(), energy), update.expand(4, -1, -1).clone()).value
+    z = fixed_point(product(Identity(), energy).bind(update.expand(4, -1, -1).clone())).value
     length = float(z.norm() / update.norm())
     if isinstance(energy, GeneralizedGaussian):  # its pull does not fade with the residual: the experts are met
         assert length == pytest.approx(1.0, abs=1e-3)
@@ -205,9 +200,7 @@ def test_experts_about_one_update_share_its_direction(generator: torch.Generator
     ]
     poe = ProductOfExperts(tuple(experts), Anchor(precision=RelativePrecision(0.1)))
     norms = updates.square().sum((-2, -1))
-    assert_close(
-        full_posterior(poe, updates).anchor_precision, (0.1 * (2 * norms[0] + norms[1]) / 2).unsqueeze(0), 1e-12
-    )
+    assert_close(poe.bind(updates).anchor_precision, (0.1 * (2 * norms[0] + norms[1]) / 2).unsqueeze(0), 1e-12)
 
 
 @pytest.mark.parametrize("scale", [Relative(0.7), NormScaled(0.3), Balanced(0.7)])
@@ -219,6 +212,6 @@ def test_an_expert_given_twice_is_importance_two_beside_one_that_has_no_scale(
     nothing = torch.zeros_like(long)
     weighted = ProductOfExperts.of(["a", "b", "c"], Identity(), Cauchy(), scale, [2.0, 1.0, 1.0])
     repeated = ProductOfExperts.of(["a", "b", "c", "d"], Identity(), Cauchy(), scale)
-    one = fixed_point(weighted, torch.stack([long, short, nothing])).value
-    other = fixed_point(repeated, torch.stack([long, short, nothing, long])).value
+    one = fixed_point(weighted.bind(torch.stack([long, short, nothing]))).value
+    other = fixed_point(repeated.bind(torch.stack([long, short, nothing, long]))).value
     assert_close(one, other, 1e-8)

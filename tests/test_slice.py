@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference.chains import majoriser_draws, mode_of, overdispersed_starts
 from inference.draws import StoredDraws
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.slice import DEGREES, Reference, init, latents, slice_sample, states, step
 from poe_models import (
     Absolute,
@@ -33,9 +33,7 @@ from poe_models import (
     StudentT,
     Welsch,
     average,
-    full_posterior,
     log_density,
-    span_posterior,
     span_statistics,
 )
 from poe_models.program import log_constant
@@ -59,7 +57,7 @@ TIE = FactorExpert(
 
 
 def span_of(poe: ProductOfExperts, updates: Tensor) -> Posterior:
-    return span_posterior(poe, span_statistics(poe, updates))[0]
+    return poe.bind(span_statistics(poe, updates))
 
 
 def seen_of(posterior: Posterior) -> list[int]:
@@ -79,7 +77,7 @@ def agree(posterior: Posterior, draws: StoredDraws | Tensor, truth: StoredDraws 
 
 
 def by_gibbs(posterior: Posterior, generator: torch.Generator) -> StoredDraws:
-    return gibbs_posterior(posterior, 300, chains=16, warmup=50, generator=generator)
+    return gibbs(posterior, 300, chains=16, warmup=50, generator=generator)
 
 
 # The sampler against exact answers
@@ -137,9 +135,9 @@ def test_gibbs_agrees_on_many_modules(generator: torch.Generator) -> None:
 def test_full_coordinates(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 2, 2, 3)
     poe = ProductOfExperts.of(["a", "b"], (OutputGram(), InputGram()), Gaussian(), Relative(0.5), temperature=0.4)
-    posterior = full_posterior(poe, updates)
+    posterior = poe.bind(updates)
     agree(posterior, sample(posterior, generator), gaussian_means(posterior))
-    heavy = full_posterior(ProductOfExperts.of(["a", "b"], InputGram(), StudentT(3.0), temperature=0.4), updates)
+    heavy = ProductOfExperts.of(["a", "b"], InputGram(), StudentT(3.0), temperature=0.4).bind(updates)
     exact = by_gibbs(heavy, generator)
     agree(heavy, sample(heavy, generator), exact)
 
@@ -147,9 +145,9 @@ def test_full_coordinates(generator: torch.Generator) -> None:
 def test_no_anchor_where_the_experts_hold_every_direction(generator: torch.Generator) -> None:
     anchor = Anchor(precision=AbsolutePrecision(0.0))
     updates = random_updates(generator, 1, 2, 1, 2)
-    light = full_posterior(ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), anchor=anchor), updates)
+    light = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), anchor=anchor).bind(updates)
     agree(light, sample(light, generator), gaussian_means(light))
-    heavy = full_posterior(ProductOfExperts.of(["a", "b"], Identity(), Cauchy(4.0), anchor=anchor), updates)
+    heavy = ProductOfExperts.of(["a", "b"], Identity(), Cauchy(4.0), anchor=anchor).bind(updates)
     exact = by_gibbs(heavy, generator)
     agree(heavy, sample(heavy, generator), exact)
 
@@ -311,7 +309,7 @@ def test_the_helper_catches_another_target(skewed: Posterior, plain: Reference, 
 def test_the_density_is_the_programs(residual_map: object, energy: Energy, generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 3, 4)
     poe = ProductOfExperts.of(list("abc"), residual_map, energy, Relative(0.8), anchor=Anchor(average), temperature=0.7)  # type: ignore[arg-type]
-    for posterior in (full_posterior(poe, updates), span_of(poe, updates)):
+    for posterior in (poe.bind(updates), span_of(poe, updates)):
         z = torch.randn(5, 2, *posterior.event_shape, generator=generator, dtype=torch.float64)
         value = init(states(posterior, z), posterior).log_density
         assert_close(value + log_constant(posterior), log_density(posterior)(z), 1e-12)
@@ -340,7 +338,7 @@ def test_the_first_reference_is_the_majorisers_gaussian(generator: torch.Generat
         assert_close(reference.root @ reference.root.mT, expected, 1e-10)
         assert torch.equal(reference.root, reference.root.tril())
         assert_close(reference.center, states(posterior, mode), 1e-12)
-    full = full_posterior(SKEWED, updates)  # directions that only the anchor holds are left out of the factorisation
+    full = SKEWED.bind(updates)  # directions that only the anchor holds are left out of the factorisation
     root = Reference.majoriser(full, mode_of(full)).root
     noise = torch.randn(20000, 2, 2, 3, generator=generator, dtype=torch.float64)
     draws = majoriser_draws(full, mode_of(full), noise).flatten(2)
@@ -398,7 +396,8 @@ def test_energies_that_are_not_a_number_are_never_taken(generator: torch.Generat
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian(), Absolute(1.0))
     updates = 0.1 * random_updates(generator, 1, 2, 2, 3)
     statistics = span_statistics(poe, updates)
-    posterior, coordinates = span_posterior(poe * wall, statistics)
+    posterior = (poe * wall).bind(statistics)
+    coordinates = posterior.span
     plain = Reference(torch.zeros(1, 3).double(), 0.3 * torch.eye(3).double().unsqueeze(0))
     state = init(torch.zeros(8, 1, 3, dtype=torch.float64), posterior)
     refused = 0
@@ -424,7 +423,7 @@ def test_statistics_shapes_and_single_precision(generator: torch.Generator) -> N
     assert int(draws.stats["evaluations"].min()) >= 1
     assert draws.stats["stuck"].dtype == torch.bool
     poe = ProductOfExperts.of(["a", "b"], OutputGram(), Gaussian(), Relative(0.5))
-    exact, rough = (full_posterior(poe, each) for each in (updates, updates.float()))
+    exact, rough = (poe.bind(each) for each in (updates, updates.float()))
     single = slice_sample(rough, 10, generator=generator)
     assert single.values.dtype == torch.float64
     assert_close(single.stats["lp"], -exact.energy(single.values), 1e-4)
@@ -480,7 +479,7 @@ def test_bad_settings_are_one_clear_error(generator: torch.Generator) -> None:
         init(torch.ones(1, 2, 3, dtype=torch.float64), span_of(SKEWED * nowhere, updates))
     improper = ProductOfExperts.of(["a", "b"], energy=Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):
-        slice_sample(full_posterior(improper, updates), 10, generator=generator)
-    wide = full_posterior(ProductOfExperts.of(["a", "b"]), random_updates(generator, 1, 2, 45, 50))
+        slice_sample(improper.bind(updates), 10, generator=generator)
+    wide = ProductOfExperts.of(["a", "b"]).bind(random_updates(generator, 1, 2, 45, 50))
     with pytest.raises(ValueError, match="2250 coordinates .* Span"):
         slice_sample(wide, 10, generator=generator)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference import Design, fixed_point, gibbs, gibbs_posterior, laplace, merge_checkpoint, plan
+from inference import Design, fixed_point, gibbs, laplace, merge_checkpoint, plan
 from inference.models.ensemble import MergedEnsemble
 from inference.models.full_draws import sample_full
 from inference.models.model_draws import ModelDraws, SpanDraws
@@ -36,10 +36,8 @@ from poe_models import (
     RelativePrecision,
     ResidualMap,
     TaskVectors,
-    full_posterior,
     log_density,
     open_statistics,
-    span_posterior,
     span_statistics,
 )
 from poe_models.operators import root_of
@@ -123,8 +121,9 @@ def test_full_span_and_program_agree(index: int, generator: torch.Generator) -> 
     residual_map = maps(generator)[index]
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, residual_map, Cauchy())
-    full = full_posterior(poe.for_modules(MODULES), updates)
-    span, coordinates = span_posterior(poe, span_statistics(poe, updates, MODULES))
+    full = poe.for_modules(MODULES).bind(updates)
+    span = poe.bind(span_statistics(poe, updates, MODULES))
+    coordinates = span.span
     c = torch.randn(2, 4, generator=generator, dtype=torch.float64)
     c[:, -1] = 0
     z = torch.einsum("mj,mjab->mab", c[:, :3], updates)
@@ -132,7 +131,7 @@ def test_full_span_and_program_agree(index: int, generator: torch.Generator) -> 
     assert_close(full.residuals(z), span.residuals(x))
     assert_close(full.anchor_precision, span.anchor_precision)
     assert_close(log_density(full)(z), -full.energy(z) + log_constant(full))
-    solution = fixed_point(poe.for_modules(MODULES), updates)
+    solution = fixed_point(poe.for_modules(MODULES).bind(updates))
     point = solution.value.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(log_density(full)(point).sum(), point)
     assert float(gradient.abs().max()) < 1e-6
@@ -148,10 +147,10 @@ def test_samplers_take_modules_with_names(index: int, generator: torch.Generator
     )
     poe = ProductOfExperts.of(NAMES, maps(generator)[index], Gaussian())
     for m, module in enumerate(vectors):
-        solution = fixed_point(poe, module)
-        assert_close(solution.value, fixed_point(poe.for_modules(MODULES), updates).value[m])
-        assert_close(laplace(poe, module, at=solution).mode[0], solution.value)
-        draws = gibbs(poe, module, 20, chains=1, warmup=0, generator=generator)
+        solution = fixed_point(poe.bind(module))
+        assert_close(solution.value, fixed_point(poe.for_modules(MODULES).bind(updates)).value[m])
+        assert_close(laplace(poe.bind(module), at=solution).mode[0], solution.value)
+        draws = gibbs(poe.bind(module), 20, chains=1, warmup=0, generator=generator)
         assert draws.num_draws == 20
 
 
@@ -160,7 +159,7 @@ def test_gaussian_map_by_the_normal_equations(generator: torch.Generator) -> Non
     for residual_map in maps(generator):
         updates = random_updates(generator, 2, 3, *SHAPE)
         poe = ProductOfExperts.of(NAMES, residual_map, Gaussian(), Absolute(0.7), anchor=anchor(0.3))
-        value = fixed_point(poe.for_modules(MODULES), updates).value
+        value = fixed_point(poe.for_modules(MODULES).bind(updates)).value
         units = torch.eye(12, dtype=torch.float64).unflatten(1, SHAPE)
         for m in range(2):
             hessian, pull = 2 * 0.3 * torch.eye(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
@@ -253,7 +252,7 @@ def test_bad_statistics_are_refused_by_name(kind: Kind, value: Tensor, message: 
     residual_map = Fisher(given) if kind == "fisher" else Activation(given)
     poe = ProductOfExperts.of(["a"], residual_map).for_modules(["one"])
     with pytest.raises(ValueError, match=message):
-        full_posterior(poe, torch.ones(1, 1, *SHAPE))
+        poe.bind(torch.ones(1, 1, *SHAPE))
 
 
 def test_what_is_missing_is_named(generator: torch.Generator) -> None:
@@ -261,15 +260,15 @@ def test_what_is_missing_is_named(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, Fisher(given))
     with pytest.raises(ValueError, match=r"name the modules of the batch: `poe.for_modules"):
-        full_posterior(poe, updates)
+        poe.bind(updates)
     with pytest.raises(ValueError, match="no module 'on'; the nearest is 'one'"):
-        full_posterior(poe.for_modules(["on", "two"]), updates)
+        poe.for_modules(["on", "two"]).bind(updates)
     with pytest.raises(ValueError, match="for the 1 modules one"):
-        full_posterior(poe.for_modules(["one"]), updates)
+        poe.for_modules(["one"]).bind(updates)
     with pytest.raises(CheckpointError, match="none of expert 'd', only of a, b, c"):
-        full_posterior(ProductOfExperts.of(["d"], Fisher(given)).for_modules(MODULES), updates[:, :1])
+        ProductOfExperts.of(["d"], Fisher(given)).for_modules(MODULES).bind(updates[:, :1])
     with pytest.raises(TypeError, match="activations statistics are wanted"):
-        full_posterior(ProductOfExperts.of(NAMES, Activation(given)).for_modules(MODULES), updates)
+        ProductOfExperts.of(NAMES, Activation(given)).for_modules(MODULES).bind(updates)
     with pytest.raises(ValueError, match="the kinds are 'fisher', 'activations'"):
         ModuleStatistics("hessian", {"a": {}})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -285,19 +284,19 @@ def test_an_entry_without_fisher_information_needs_an_anchor_or_a_floor() -> Non
     given = ModuleStatistics("fisher", {n: {"one": values} for n in "ab"})
     poe = ProductOfExperts.of(["a", "b"], Fisher(given), Gaussian(), Absolute(1.0), anchor=anchor(0.0))
     with pytest.raises(ValueError, match="some entry has neither an expert nor an anchor"):
-        fixed_point(poe.for_modules(["one"]), updates)
+        fixed_point(poe.for_modules(["one"]).bind(updates))
     poe = ProductOfExperts.of(["a", "b"], Fisher(given, 1e-6), Gaussian(), Absolute(1.0), anchor=anchor(0.0))
-    assert_close(fixed_point(poe.for_modules(["one"]), updates).value, updates.mean(1))
+    assert_close(fixed_point(poe.for_modules(["one"]).bind(updates)).value, updates.mean(1))
 
 
 def test_activations_on_one_side_and_updates_on_the_other(generator: torch.Generator) -> None:
     given = ModuleStatistics("activations", statistics(generator, "activations"))
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, (Activation(given), OutputGram()), Cauchy()).for_modules(MODULES)
-    solution = fixed_point(poe, updates)
+    solution = fixed_point(poe.bind(updates))
     assert solution.converged
     point = solution.value.clone().requires_grad_(True)
-    energy = full_posterior(poe, updates).energy(point).sum()
+    energy = poe.bind(updates).energy(point).sum()
     (gradient,) = torch.autograd.grad(energy, point)
     assert float(gradient.abs().max()) < 1e-6
 
@@ -307,8 +306,8 @@ def test_fisher_and_gram_in_one_module_run_in_span_only(generator: torch.Generat
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, (Fisher(given), InputGram())).for_modules(MODULES)
     with pytest.raises(ValueError, match="Diagonal and Gram"):
-        fixed_point(poe, updates)
-    assert all(s.converged for s in fixed_point(poe, updates, coordinates="span").status)
+        fixed_point(poe.bind(updates))
+    assert all(s.converged for s in fixed_point(poe.bind(updates, coordinates="span")).status)
 
 
 def test_files_round_trip_and_are_refused_when_they_are_something_else(
@@ -377,7 +376,7 @@ def test_callers_statistics_and_updates_are_not_changed(generator: torch.Generat
     updates = random_updates(generator, 2, 3, *SHAPE)
     kept = updates.clone()
     poe = ProductOfExperts.of(NAMES, Mixed(ModuleStatistics("activations", made), 0.5, 0.5))
-    fixed_point(poe.for_modules(MODULES), updates)
+    fixed_point(poe.for_modules(MODULES).bind(updates))
     assert torch.equal(updates, kept)
     assert all(torch.equal(made[n][m], before[n][m]) for n in NAMES for m in MODULES)
 
@@ -393,8 +392,8 @@ def test_half_precision_statistics_and_updates(dtype: torch.dtype, generator: to
         Gaussian(),
         anchor=anchor(1e-3),
     )
-    value = fixed_point(poe.for_modules(MODULES), updates).value
-    expected = fixed_point(reference.for_modules(MODULES), updates.double()).value
+    value = fixed_point(poe.for_modules(MODULES).bind(updates)).value
+    expected = fixed_point(reference.for_modules(MODULES).bind(updates.double())).value
     assert value.dtype == dtype
     assert_close(value.double(), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
@@ -439,12 +438,12 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
         draws: ModelDraws = sample_full(vectors, poe, 3, generator=generator, chains=1, warmup=0)
     else:
         collected = collect_statistics(vectors, poe)  # through the merge in Full coordinates
-        posterior, span = span_posterior(poe, collected)
-        draws = SpanDraws.of(gibbs_posterior(posterior, 3, chains=1, warmup=0, generator=generator), span, collected)
+        posterior = poe.bind(collected)
+        draws = SpanDraws.of(gibbs(posterior, 3, chains=1, warmup=0, generator=generator), posterior)
     ensemble = MergedEnsemble(vectors, poe, draws).restrict("one")  # "two" is solved for its MAP
     for member in ensemble.members():
         for m, module in enumerate(vectors):
-            expected = fixed_point(poe, module).value
+            expected = fixed_point(poe.bind(module)).value
             assert_close(member[MODULES[m]], expected, 1e-4)
 
 
@@ -457,7 +456,7 @@ def test_awkward_points(index: int, generator: torch.Generator) -> None:
 
     def solved(names: tuple[str, ...], given: Tensor) -> Tensor:
         poe = ProductOfExperts.of(names, residual_map, Gaussian(), Absolute(1.0), anchor=tiny)
-        return fixed_point(poe.for_modules(MODULES), given).value
+        return fixed_point(poe.for_modules(MODULES).bind(given)).value
 
     assert_close(solved(("a",), updates[:, :1]), updates[:, 0], 1e-8)
     assert_close(solved(NAMES, updates[:, :1].expand(-1, 3, -1, -1)), updates[:, 0], 1e-8)
@@ -476,9 +475,9 @@ def test_awkward_points(index: int, generator: torch.Generator) -> None:
     )
     weights = tuple(float(sum(i % 3 == j for i in range(7))) for j in range(3))
     weighted = ProductOfExperts.of(NAMES, residual_map, Gaussian(), Absolute(1.0), importance=weights, anchor=tiny)
-    found = fixed_point(poe.for_modules(MODULES), updates).value
-    assert_close(found, fixed_point(weighted.for_modules(MODULES), updates).value, 1e-8)
-    posterior = full_posterior(weighted.for_modules(MODULES), updates)
+    found = fixed_point(poe.for_modules(MODULES).bind(updates)).value
+    assert_close(found, fixed_point(weighted.for_modules(MODULES).bind(updates)).value, 1e-8)
+    posterior = weighted.for_modules(MODULES).bind(updates)
     z = updates[:, 0].clone().requires_grad_(True)  # the residual of the first expert is zero
     (gradient,) = torch.autograd.grad(posterior.energy(z).sum(), z)
     assert bool(gradient.isfinite().all())

@@ -22,13 +22,12 @@ from inference import (
     collect_statistics,
     distance_from_merge,
     fixed_point,
-    gibbs_posterior,
+    gibbs,
     load_draws,
     merge_checkpoint,
     sample_full,
     save_draws,
     slice_sample,
-    solve_posterior,
 )
 from inference.merge_distance import FAR, span_distance
 from inference.models.model_draws import PosteriorDraws
@@ -51,8 +50,6 @@ from poe_models import (
     StudentT,
     TaskVectors,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.span import span_coordinates
@@ -95,21 +92,21 @@ def product(energy: Any, residual_map: Any = None, center: Any = None, temperatu
 def around(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500, seed: int = 0) -> SpanDraws:
     """Gibbs draws through the merge."""
     statistics = collect_statistics(vectors, poe)
-    posterior, span = span_posterior(poe, statistics)
+    posterior = poe.bind(statistics)
     generator = seeded(seed)
-    return SpanDraws.of(gibbs_posterior(posterior, count, generator=generator), span, statistics)
+    return SpanDraws.of(gibbs(posterior, count, generator=generator), posterior)
 
 
 def plain(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500) -> SpanDraws:
     """What used to be drawn beside a merge: the posterior on the span of the updates alone."""
     statistics = collect_statistics(vectors, Design(poe, coordinates="span"))
-    posterior, span = span_posterior(poe, statistics)
-    draws = gibbs_posterior(posterior, count, generator=seeded(0))
-    return SpanDraws.of(draws, span, statistics)
+    posterior = poe.bind(statistics)
+    draws = gibbs(posterior, count, generator=seeded(0))
+    return SpanDraws.of(draws, posterior)
 
 
 def merges(vectors: TaskVectors, poe: ProductOfExperts) -> dict[str, Tensor]:
-    return {module.name: fixed_point(poe, module).value for module in vectors}
+    return {module.name: fixed_point(poe.bind(module)).value for module in vectors}
 
 
 # --- the span through a merge ---
@@ -125,11 +122,12 @@ def test_the_merge_is_a_stationary_point_of_the_same_energy(
 ) -> None:
     updates = torch.stack([low_rank(generator, (12, 16), length) for length in LENGTHS]).unsqueeze(0)
     poe = product(energy, residual_map, center)
-    merge = fixed_point(poe, updates, tolerance=1e-12).value
+    merge = fixed_point(poe.bind(updates), tolerance=1e-12).value
     statistics = span_statistics(poe, updates, through=merge)
     assert statistics.basis == (*NAMES, "center", "merge")
-    posterior, span = span_posterior(poe, statistics)
-    full = full_posterior(poe, updates)
+    posterior = poe.bind(statistics)
+    span = posterior.span
+    full = poe.bind(updates)
     basis = torch.cat([updates[0], updates.mean(1) if center else torch.zeros_like(merge), merge])
     c = torch.randn(3, 1, 6, generator=generator, dtype=torch.float64)
     combined = torch.einsum("smk,kab->smab", c, basis)
@@ -144,11 +142,11 @@ def test_the_merge_is_a_stationary_point_of_the_same_energy(
 def test_a_span_through_a_merge_belongs_to_its_design(generator: torch.Generator) -> None:
     updates = torch.stack([low_rank(generator, (6, 8), length) for length in LENGTHS])
     poe = product(Cauchy())
-    statistics = span_statistics(poe, updates, ["m"], through=fixed_point(poe, updates).value)
-    span_posterior(replace(poe, temperature=0.1), statistics)
+    statistics = span_statistics(poe, updates, ["m"], through=fixed_point(poe.bind(updates)).value)
+    replace(poe, temperature=0.1).bind(statistics)
     for other in (product(StudentT(3.0)), poe * Anchor(precision=AbsolutePrecision(1.0))):
         with pytest.raises(ValueError, match="'m' go through the merge of the design a Cauchy.*has another merge"):
-            span_posterior(other, statistics)
+            other.bind(statistics)
     with pytest.raises(ValueError, match=r"give one finite merged update for each module, \(1, 6, 8\)"):
         span_statistics(poe, updates, through=torch.zeros(8, 6, dtype=torch.float64))
 
@@ -372,13 +370,14 @@ def test_hmc_and_the_modes_of_both_spans_agree_on_where_the_merge_is(vectors: Ta
     """Another sampler, and the solver in the span, find the merge that was solved for in the whole space."""
     poe = product(StudentT(4.0), temperature=0.02)
     statistics = collect_statistics(vectors, poe)
-    posterior, span = span_posterior(poe, statistics)
-    mode = span.coefficients(solve_posterior(posterior).value)
+    posterior = poe.bind(statistics)
+    span = posterior.span
+    mode = span.coefficients(fixed_point(posterior).value)
     away = mode - torch.eye(6, dtype=torch.float64)[-1]
     lengths = torch.einsum("mj,mjk,mk->m", away, statistics.gram, away).clamp(min=0).sqrt()
     assert float((lengths / statistics.gram[:, -1, -1].sqrt()).max()) < 1e-6
     draws = slice_sample(posterior, 100, generator=seeded(0), chains=8, warmup=100)
-    named = SpanDraws.of(draws, span, statistics)
+    named = SpanDraws.of(draws, posterior)
     assert named.sampler == "slice"
     assert named.temperatures == (0.02,)
     assert named.from_merge is not None

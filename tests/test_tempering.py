@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.models.ensemble import MergedEnsemble
 from inference.models.model_draws import SpanDraws
 from inference.models.statistics_files import collect_statistics
@@ -32,8 +32,6 @@ from poe_models import (
     StudentT,
     TaskVectors,
     average,
-    full_posterior,
-    span_posterior,
     span_statistics,
 )
 from poe_models.posterior import Posterior
@@ -64,9 +62,7 @@ def test_the_highest_temperature_is_where_the_experts_stop_to_hold_the_update(
 ) -> None:
     updates = random_updates(generator, 2, 3, 2, 4)
     bare = Anchor(average, AbsolutePrecision(0.0))
-    posterior = full_posterior(
-        ProductOfExperts.of(NAMES, Identity(), energy, importance=IMPORTANCE, anchor=bare), updates
-    )
+    posterior = ProductOfExperts.of(NAMES, Identity(), energy, importance=IMPORTANCE, anchor=bare).bind(updates)
     low, high = temperature_range(posterior)
     assert math.isclose(high, 2 * 3.5 * k / 8, rel_tol=1e-12)
     assert math.isclose(low, COLDEST * high, rel_tol=1e-12)
@@ -79,20 +75,20 @@ def test_in_the_span_it_is_the_spans_dimension_that_counts(
 ) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)
     poe = ProductOfExperts.of(NAMES, Identity(), energy, importance=IMPORTANCE)
-    posterior, coordinates = span_posterior(poe, span_statistics(poe, updates))
-    _, high = temperature_range(posterior, coordinates)
+    posterior = poe.bind(span_statistics(poe, updates))
+    _, high = temperature_range(posterior)
     assert math.isclose(high, 2 * 3.5 * k / 3, rel_tol=1e-12)
     # The same experts in the three coordinates of the span, as updates of their own.
-    inside = (coordinates.transform[0] != 0).any(0)
+    inside = (posterior.span.transform[0] != 0).any(0)
     own = torch.stack([expert.update[0, inside] for expert in posterior.experts])
     bare = replace(poe, anchor=Anchor(precision=AbsolutePrecision(0.0)))
-    assert_edge(full_posterior(bare, own), high)
+    assert_edge(bare.bind(own), high)
 
 
 @pytest.mark.parametrize("energy", [Gaussian(2.0), Huber(0.7)], ids=name_of)
 def test_other_energies_are_measured_by_what_the_base_costs(energy: Energy, generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 2)
-    posterior = full_posterior(ProductOfExperts.of(NAMES, Identity(), energy, Relative(0.5)), updates)
+    posterior = ProductOfExperts.of(NAMES, Identity(), energy, Relative(0.5)).bind(updates)
     _, high = temperature_range(posterior)
     cost = 3 * float(energy.rho(torch.tensor(4.0, dtype=torch.float64)))  # q(0) / s^2 = 1 / 0.5^2
     assert math.isclose(high, 2 * cost / 8, rel_tol=1e-12)
@@ -100,8 +96,8 @@ def test_other_energies_are_measured_by_what_the_base_costs(energy: Energy, gene
 
 def test_directions_that_no_expert_sees_do_not_count(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 1, 12)
-    assert math.isclose(temperature_range(full_posterior(ProductOfExperts.of(NAMES), updates))[1], 2 * 3 / 3)
-    directional = full_posterior(ProductOfExperts.of(NAMES, Directional()), random_updates(generator, 1, 3, 4, 5))
+    assert math.isclose(temperature_range(ProductOfExperts.of(NAMES).bind(updates))[1], 2 * 3 / 3)
+    directional = ProductOfExperts.of(NAMES, Directional()).bind(random_updates(generator, 1, 3, 4, 5))
     assert math.isclose(temperature_range(directional)[1], 2 * 3 / 3)
 
 
@@ -110,13 +106,13 @@ def test_modules_of_different_rank_span_the_range(generator: torch.Generator) ->
     updates[1, 2] = updates[1, 1]  # two experts agree: a plane
     updates[2] = 0.0  # nothing to say
     poe = ProductOfExperts.of(NAMES)
-    posterior, coordinates = span_posterior(poe, span_statistics(poe, updates))
-    low, high = temperature_range(posterior, coordinates)
+    posterior = poe.bind(span_statistics(poe, updates))
+    low, high = temperature_range(posterior)
     assert math.isclose(high, 2 * 3 / 2)
     assert math.isclose(low, COLDEST * 2 * 3 / 3)
-    nothing, coordinates = span_posterior(poe, span_statistics(poe, updates[2:]))
+    nothing = poe.bind(span_statistics(poe, updates[2:]))
     with pytest.raises(ValueError, match="every update is zero"):
-        temperature_range(nothing, coordinates)
+        temperature_range(nothing)
 
 
 def test_modules_without_updates_say_nothing_in_full_coordinates_either(generator: torch.Generator) -> None:
@@ -124,8 +120,8 @@ def test_modules_without_updates_say_nothing_in_full_coordinates_either(generato
     updates[1] = 0.0
     anchored = Anchor(precision=AbsolutePrecision(0.3))
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(1.0), anchor=anchored)
-    both = temperature_range(full_posterior(poe, updates))
-    assert both == temperature_range(full_posterior(poe, updates[:1]))
+    both = temperature_range(poe.bind(updates))
+    assert both == temperature_range(poe.bind(updates[:1]))
     assert both[0] > 0
 
 
@@ -319,16 +315,16 @@ def test_from_weights_to_a_temperature(generator: torch.Generator) -> None:
     vectors = TaskVectors(base, experts, dtype=torch.float64)
     poe = ProductOfExperts.of(NAMES)
     statistics = collect_statistics(vectors, poe)
-    posterior, coordinates = span_posterior(poe, statistics)
+    posterior = poe.bind(statistics)
     x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(3, (60,), generator=generator)
 
     def sample(temperature: float) -> SpanDraws:
         tempered = replace(posterior, temperature=temperature)
-        draws = gibbs_posterior(tempered, 20, generator=seeded(1), warmup=20)
-        return SpanDraws.of(draws, coordinates, statistics).thinned(5).restrict(r"2\.weight")
+        draws = gibbs(tempered, 20, generator=seeded(1), warmup=20)
+        return SpanDraws.of(draws, posterior).thinned(5).restrict(r"2\.weight")
 
-    low, high = temperature_range(posterior, coordinates)
+    low, high = temperature_range(posterior)
     ensemble = MergedEnsemble(vectors, poe, sample(high))
     predictor = ensemble.predictor(model, [x])
     found = temper(sample, predictor, labels, (low, high), num_temperatures=5)

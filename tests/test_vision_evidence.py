@@ -13,7 +13,7 @@ from benchmarks.vision.evaluate import Scores
 from benchmarks.vision.evidence import Candidate, agreements, candidates, designs, merged_state, report
 from inference import fixed_point
 from inference.evidence.estimate import log_evidence
-from poe_models import Gaussian, OutputGram, TaskVectors, full_posterior
+from poe_models import Gaussian, OutputGram, TaskVectors
 from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
 
@@ -27,7 +27,7 @@ def test_merge_is_the_map_in_full_coordinates(tmp_path: Path) -> None:
     state = merged_state(poe, vectors)
     base = load_file(suite.base / "model.safetensors")
     for module in list(vectors)[::6]:
-        update = fixed_point(poe, module.updates.double()).value
+        update = fixed_point(poe.bind(module.updates.double())).value
         found = (state[module.tensor] - base[module.tensor]).flatten(1).double()
         torch.testing.assert_close(found, update, rtol=1e-3, atol=1e-6)
 
@@ -46,7 +46,7 @@ def test_designs_are_ordered_by_evidence_within_each_map(tmp_path: Path, monkeyp
         assert one.evidence > other.evidence
     poe = designs(vectors.names, evidence.MAPS["InputGram"])[found[0].name]
     generator = seeded(0)
-    single = [log_evidence(full_posterior(poe, module.updates), generator=generator).total for module in vectors]
+    single = [log_evidence(poe.bind(module.updates), generator=generator).total for module in vectors]
     assert found[0].evidence == pytest.approx(sum(single), rel=1e-9)
 
 

@@ -37,7 +37,6 @@ from inference.models.full_draws import noise_control, sample_full
 from inference.models.model_draws import FullDraws, ModelDraws
 from inference.tempering import Tempering, fit_logit_temperature, temper, temperature_range
 from poe_models import TaskVectors
-from poe_models.posterior import full_posterior
 
 ALL, LAST = "all layers", "last layer"
 SCOPES = {ALL: "", LAST: r"fire9\.expand"}
@@ -344,7 +343,7 @@ class Ensembles:
         """From the lowest to the highest that any sampled module's energies imply."""
         poe = self.design.poe
         ranges = [
-            temperature_range(full_posterior(poe, module.updates.unsqueeze(0)))
+            temperature_range(poe.bind(module.updates.unsqueeze(0)))
             for module in TaskVectors(self.suite.base, self.suite.experts)
             if re.search(SCOPES[scope], module.name)
         ]

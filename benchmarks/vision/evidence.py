@@ -71,7 +71,7 @@ class DesignMap(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        return fixed_point(self.poe, batch.updates).value
+        return fixed_point(self.poe.bind(batch.updates)).value
 
 
 @dataclass(frozen=True, eq=False)

@@ -191,7 +191,7 @@ def solve(
         if rule is not None:
             return batch, rule.merge(ModuleBatch.of(updates, labels, vectors.names)), None
         center = None if centers is None else torch.stack([centers[label] for label in labels])
-        solution = fixed_point(method.design(vectors.names, eta, center), updates)
+        solution = fixed_point(method.design(vectors.names, eta, center).bind(updates))
         return batch, solution.value, solution
 
     return _assemble(vectors, modules, run_all(solved, largest_first))

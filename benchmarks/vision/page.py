@@ -15,13 +15,13 @@ from benchmarks.vision.report import Row
 from benchmarks.vision.train import Suite
 from diagnostics.predictions.files import predictions_of, save_predictions
 from diagnostics.verdicts import Verdict
-from inference.gibbs import gibbs_posterior
+from inference.gibbs import gibbs
 from inference.models.design import Design
 from inference.models.draw_files import save_draws
 from inference.models.model_draws import SpanDraws
 from inference.models.statistics_files import collect_statistics
 from poe_merge.diagnose import diagnose, write_page
-from poe_models import TaskVectors, span_posterior
+from poe_models import TaskVectors
 
 TEMPERATURE = 0.1
 CHAINS, DRAWS = 4, 1000
@@ -44,10 +44,10 @@ def save_span_draws(suite: Suite, design: Design, out: Path, seed: int) -> Path:
     if (folder / "draws.json").is_file():
         shutil.rmtree(folder)
     statistics = collect_statistics(TaskVectors(suite.base, suite.experts), design)
-    posterior, coordinates = span_posterior(replace(design.poe, temperature=TEMPERATURE), statistics)
+    posterior = replace(design.poe, temperature=TEMPERATURE).bind(statistics)
     generator = torch.Generator().manual_seed(seed)
-    draws = gibbs_posterior(posterior, DRAWS, generator=generator, chains=CHAINS)
-    return save_draws(SpanDraws.of(draws, coordinates, statistics), folder)
+    draws = gibbs(posterior, DRAWS, generator=generator, chains=CHAINS)
+    return save_draws(SpanDraws.of(draws, posterior), folder)
 
 
 def save_test_predictions(

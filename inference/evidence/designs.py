@@ -118,7 +118,7 @@ def compare_designs(
     found: dict[str, list[Evidence]] = {name: [] for name in designs}
     modules: list[str] = []
     for batch in module_batches(updates):
-        posteriors = {name: batch.bind(poe) for name, poe in designs.items()}
+        posteriors = {name: poe.bind(batch.updates) for name, poe in designs.items()}
         _require_comparable(posteriors)
         for name, posterior in posteriors.items():
             try:

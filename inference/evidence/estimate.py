@@ -22,10 +22,10 @@ lighter tail above the true one.
 likelihood of what is seen there finds a scale of 23 where it was 1 (1024 numbers, 4 experts), and takes tails for
 Gaussian.
 
->>> from poe_models import AbsolutePrecision, Absolute, Anchor, Gaussian, Identity, ProductOfExperts, full_posterior
+>>> from poe_models import AbsolutePrecision, Absolute, Anchor, Gaussian, Identity, ProductOfExperts
 >>> anchor = Anchor(precision=AbsolutePrecision(0.5))
 >>> poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), Absolute(1.0), anchor=anchor)
->>> posterior = full_posterior(poe, torch.zeros(2, 1, 1, dtype=torch.float64))
+>>> posterior = poe.bind(torch.zeros(2, 1, 1, dtype=torch.float64))
 >>> found = log_evidence(posterior, generator=torch.Generator().manual_seed(0))   # covariance [[2, 1], [1, 2]]
 >>> bool(torch.isclose(found.value, torch.tensor(-math.log(2 * math.pi) - math.log(3) / 2, dtype=torch.float64)))
 True
@@ -214,7 +214,7 @@ def log_normalizers(posterior: Posterior) -> Tensor:
     if posterior.coordinates == "span":
         raise ValueError(
             "`log_normalizers(...)`: a posterior in Span coordinates. The span is made of the updates themselves, so "
-            "that a likelihood of what is seen of them there says nothing about the design. Use `full_posterior(poe, "
+            "that a likelihood of what is seen of them there says nothing about the design. Use `poe.bind("
             "updates)`; a model's evidence is `compare_designs(designs, task_vectors)`."
         )
     if posterior.factors:

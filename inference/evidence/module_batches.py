@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.inputs import unpack
-from poe_models.experts import ProductOfExperts
-from poe_models.posterior import Posterior, full_posterior
 from poe_models.weights.task_vectors import ModuleUpdates
 
 Updates = Tensor | ModuleUpdates | Iterable[ModuleUpdates]
@@ -24,31 +21,15 @@ MOST_NUMBERS = 2**24
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch:
-    """Updates of ``M`` modules of equal shape.
+    """Updates of ``M`` modules of equal shape, ready to be bound.
 
     Attributes:
-        names: of the modules.
-        source: what was given.
+        names: Names of the modules.
+        updates: What :meth:`~poe_models.experts.ProductOfExperts.bind` takes.
     """
 
     names: tuple[str, ...]
-    source: Tensor | tuple[ModuleUpdates, ...]
-
-    def bind(self, poe: ProductOfExperts) -> Posterior:
-        """The posterior of a design in Full coordinates.
-
-        Args:
-            poe: the design.
-        """
-        if isinstance(self.source, Tensor):
-            return full_posterior(poe, self.source)
-        unpacked = [unpack(poe, module, None) for module in self.source]
-        factors = [each for _, _, each in unpacked if each is not None]
-        low_rank = None
-        if len(factors) == len(unpacked) and len({left.shape for left, _ in factors}) == 1:
-            low_rank = torch.stack([left for left, _ in factors]), torch.stack([right for _, right in factors])
-        updates = torch.stack([each for _, each, _ in unpacked])
-        return full_posterior(poe.for_modules(self.names), updates, low_rank)
+    updates: Tensor | tuple[ModuleUpdates, ...]
 
 
 def module_batches(updates: Updates) -> Iterator[UpdateBatch]:

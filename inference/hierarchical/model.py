@@ -79,7 +79,7 @@ class HierarchicalModel:
         batches = list(module_batches(updates))
         self.modules = tuple(name for batch in batches for name in batch.names)
         self.experts = tuple(expert.name for expert in poe.experts)
-        self.posteriors = [batch.bind(poe) for batch in batches]
+        self.posteriors = [poe.bind(batch.updates) for batch in batches]
         check_anchor(self.posteriors, self.modules)
         for posterior in self.posteriors:
             log_normalizers(posterior)  # refuses experts that are not densities

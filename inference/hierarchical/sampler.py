@@ -45,11 +45,10 @@ from typing_extensions import override
 
 from inference.draws import RegeneratedDraws
 from inference.evidence.module_batches import Updates
-from inference.gibbs import GibbsKernel
+from inference.gibbs import regenerate_with
 from inference.hierarchical.model import HierarchicalModel
 from inference.hierarchical.requirements import Shared
 from poe_models.experts import ProductOfExperts
-from poe_models.posterior import Posterior
 
 __all__ = ["HierarchicalDraws", "HierarchicalModel", "Shared", "hierarchical"]
 
@@ -232,15 +231,6 @@ def gather(model: HierarchicalModel, samples: list[dict[str, Tensor]], divergenc
     seeds = torch.randint(2**62, weights.shape[:3])
     sizes = [posterior.num_modules for posterior in model.posteriors]
     pairs = zip(model.posteriors, weights.split(sizes, 2), seeds.split(sizes, 2), strict=True)
-    updates = tuple(RegeneratedDraws(part, here, _regenerate(posterior)) for posterior, part, here in pairs)
+    updates = tuple(RegeneratedDraws(part, here, regenerate_with(posterior)) for posterior, part, here in pairs)
     names = (model.eta, model.modules, model.experts, model.shared)
     return HierarchicalDraws(gamma, nu, weights, updates, divergences, *names)
-
-
-def _regenerate(posterior: Posterior) -> Callable[[int, Tensor, int], Tensor]:
-    """The merged update of one module given the experts' weights, as Gibbs sampling draws it."""
-
-    def regenerate(module: int, weights: Tensor, seed: int) -> Tensor:
-        return GibbsKernel(posterior.module(module), regenerable=True).regenerate(weights, seed)
-
-    return regenerate

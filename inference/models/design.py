@@ -40,7 +40,7 @@ class Design:
 
     @property
     def span_product(self) -> ProductOfExperts:
-        """The product for `span_posterior` and whatever else runs from statistics alone.
+        """The product for `bind` and whatever else runs from statistics alone.
 
         There a checkpoint as the centre is what the statistics carry.
         """
@@ -59,11 +59,12 @@ class Design:
             center: ``Z_0``, ``(M, d_out, d_in)``, where the centre is a checkpoint.
 
         Returns:
-            The MAP, ``value`` of shape ``(M, d_out, d_in)``.
+            The MAP, ``value`` of shape ``(M, d_out, d_in)`` in the dtype of the updates.
         """
         poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
-        options = {item.name: getattr(self.options, item.name) for item in fields(self.options)}
-        return fixed_point(poe, updates, coordinates=self.coordinates, low_rank=low_rank, **options)
+        posterior = poe.bind(updates, self.coordinates, low_rank=low_rank if self.coordinates == "full" else None)
+        solution = fixed_point(posterior, **vars(self.options))
+        return replace(solution, value=posterior.update(solution.value).to(updates.dtype))
 
     def order(self, names: Sequence[str]) -> list[int]:
         """Positions of the task vectors that the product is about, in the order of its updates.

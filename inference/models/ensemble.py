@@ -2,7 +2,7 @@ r"""Merged models drawn from a posterior, made one at a time from the experts' w
 
 ::
 
-    draws = SpanDraws.of(gibbs_posterior(posterior, 1000, generator=generator), coordinates, statistics)
+    draws = SpanDraws.of(gibbs(posterior, 1000, generator=generator), posterior)
     ensemble = MergedEnsemble(task_vectors, poe, draws.thinned(10)).restrict(r"layers\.11\.mlp\.fc2")
     prediction = ensemble.predict(model, loader)
 """

@@ -246,22 +246,15 @@ def _draw(
 ) -> RegeneratedDraws:
     if method == "laplace":
         return Laplace(module.posterior, module.mode.unsqueeze(0)).sample(num_samples, generator)
-    return gibbs(
-        module.poe,
-        module.updates.unsqueeze(0),
-        num_samples,
-        generator=generator,
-        chains=chains,
-        warmup=warmup,
-        thin=thin,
-        low_rank=module.low_rank,
-    )
+    drawn = gibbs(module.posterior, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin)
+    assert isinstance(drawn, RegeneratedDraws)  # as they are in Full coordinates
+    return drawn
 
 
 def _from_mode(module: Module, drawn: RegeneratedDraws, method: str) -> MergeDistance:
     """How far the draws are from the MAP, which is the mean of Laplace's draws."""
     if method == "gibbs":
-        kernel = GibbsKernel(module.posterior, regenerable=True)
+        kernel = GibbsKernel(module.posterior)
         return gibbs_distance(module.name, kernel, drawn.weights.flatten(0, 1)[:, 0], module.mode)
     length = sum_of_squares(module.mode).sqrt().cpu().reshape(1)
     return MergeDistance.zero([module.name], length)

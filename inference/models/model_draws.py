@@ -2,13 +2,13 @@
 
 A sampler's :class:`~inference.draws.Draws` are latents of one batch. Here they are freed from it:
 
->>> from poe_models import ProductOfExperts, span_posterior, span_statistics
->>> from inference.gibbs import gibbs_posterior
+>>> from poe_models import ProductOfExperts, span_statistics
+>>> from inference.gibbs import gibbs
 >>> poe = ProductOfExperts.of(["a", "b"])
 >>> statistics = span_statistics(poe, torch.eye(4, dtype=torch.float64).reshape(1, 2, 2, 4), ["fc.weight"])
->>> posterior, coordinates = span_posterior(poe, statistics)
->>> draws = gibbs_posterior(posterior, 100, generator=torch.Generator().manual_seed(0))
->>> named = SpanDraws.of(draws, coordinates, statistics)
+>>> posterior = poe.bind(statistics)
+>>> draws = gibbs(posterior, 100, generator=torch.Generator().manual_seed(0))
+>>> named = SpanDraws.of(draws, posterior)
 >>> named.modules, len(named), len(named.thinned(10)), named.coefficients.shape
 (('fc.weight',), 400, 10, torch.Size([4, 100, 1, 3]))
 """
@@ -30,7 +30,7 @@ from inference.merge_distance import span_distance
 from inference.models.modules import Module
 from inference.models.named_draws import ModelDraws, PosteriorDraws
 from inference.models.statistics_files import statistics_digest
-from poe_models.span import SpanCoordinates, SpanStatistics
+from poe_models.posterior import Posterior
 from poe_models.span_labels import CENTER, basis_names
 
 __all__ = ["FullDraws", "ModelDraws", "PosteriorDraws", "SpanDraws"]
@@ -55,22 +55,29 @@ class SpanDraws(PosteriorDraws):
     temperature: float | None = None
 
     @classmethod
-    def of(cls, draws: Draws, coordinates: SpanCoordinates, statistics: SpanStatistics) -> SpanDraws:
+    def of(cls, draws: Draws, posterior: Posterior) -> SpanDraws:
         """Name the draws of a Span posterior, and measure how far they are from a merge that the span goes through.
 
         Args:
             draws: latents ``(M, K, 1)`` each.
-            coordinates: what `span_posterior` returned beside the posterior.
-            statistics: what it was made from.
+            posterior: what they are draws of, in Span coordinates.
 
         Returns:
             The coefficients.
+
+        Raises:
+            ValueError: the posterior is in Full coordinates.
         """
+        if posterior.span is None:
+            raise ValueError(
+                "`SpanDraws.of(...)`: the posterior is in Full coordinates. `sample_full` names its draws."
+            )
+        statistics = posterior.span.statistics
         latents = [
             torch.stack([draws.latents(chain, draw) for draw in range(draws.num_draws)])
             for chain in range(draws.num_chains)
         ]
-        coefficients = coordinates.coefficients(torch.stack(latents))
+        coefficients = posterior.coefficients(torch.stack(latents))
         return cls(
             modules=statistics.modules,
             squared_norms=statistics.gram.diagonal(dim1=-2, dim2=-1).clone(),
@@ -262,7 +269,7 @@ class FullDraws(PosteriorDraws):
         if self.method == "laplace":
             return Laplace(posterior, module.mode.unsqueeze(0)).draw(seed)
         weights = self.weights[place][: len(posterior.experts)].to(posterior.anchor_precision)
-        return GibbsKernel(posterior, regenerable=True).regenerate(weights, seed)
+        return GibbsKernel(posterior).regenerate(weights, seed)
 
     @override
     def _only(self, chains: Tensor, draws: Tensor) -> FullDraws:

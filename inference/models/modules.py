@@ -11,12 +11,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from inference.map import solve_posterior
+from inference.map import fixed_point
 from inference.models.design import Design, check_center
 from inference.reweighting import SolverOptions
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
-from poe_models.posterior import Posterior, center_of, full_posterior
+from poe_models.posterior import Posterior
+from poe_models.updates import center_of
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import TaskVectors, block_names
 
@@ -48,7 +49,7 @@ class Module:
         """The MAP in Full coordinates, ``(d_out, d_in)``; it is the same at every temperature."""
         if self.known_mode is not None:
             return self.known_mode
-        solution = solve_posterior(self.posterior, self.options)
+        solution = fixed_point(self.posterior, **vars(self.options))
         if not solution.status[0].converged:
             warnings.warn(f"the MAP of {self.name!r}: {solution.status[0]}", stacklevel=2)
         return solution.value[0]
@@ -69,7 +70,8 @@ class Module:
     @property
     def posterior(self) -> Posterior:
         """The posterior of its merged update, a batch of one."""
-        return full_posterior(self.poe, self.updates.unsqueeze(0), self._factors)
+        bound = self.poe.bind(self.updates.unsqueeze(0), low_rank=self._factors)
+        return replace(bound, modules=(self.name,))
 
     @property
     def _factors(self) -> tuple[Tensor, Tensor] | None:

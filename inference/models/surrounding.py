@@ -78,7 +78,7 @@ def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, err
     index = draws.index(module.name)
     posterior = replace(module.posterior, temperature=float(draws.temperature[index]))
     weights = draws.weights.flatten(0, 1)[:, index, : len(posterior.experts)]
-    return gibbs_distance(module.name, GibbsKernel(posterior, regenerable=True), weights, merge, error)
+    return gibbs_distance(module.name, GibbsKernel(posterior), weights, merge, error)
 
 
 def gibbs_distance(name: str, kernel: GibbsKernel, weights: Tensor, merge: Tensor, error: float = 0.0) -> MergeDistance:

@@ -1,0 +1,294 @@
+"""Binding a design to updates: operators, scales and the anchor's precision of a batch of modules.
+
+:meth:`poe_models.experts.ProductOfExperts.bind` is the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from poe_models.experts import Expert, FactorExpert, ProductOfExperts
+from poe_models.operators import Gram, Operator, mean_curvatures, sum_of_squares
+from poe_models.posterior import BoundExpert, BoundFactor, Posterior
+from poe_models.scales import ExpertSizes, weighted_median
+from poe_models.span import SpanCoordinates, SpanStatistics, span_basis, span_coordinates, statistics_of
+from poe_models.span_labels import center_label, merge_label
+from poe_models.updates import Batch, center_of
+
+
+def full_posterior(batch: Batch) -> Posterior:
+    """The posterior of the merged updates ``(M, d_out, d_in)`` themselves.
+
+    Args:
+        batch: the design and the updates.
+
+    Returns:
+        The posterior in Full coordinates.
+
+    Raises:
+        ValueError: the design has factor experts.
+    """
+    poe, updates, factors, modules = batch
+    if poe.factors:
+        raise ValueError(
+            f"`poe.bind(...)`: {poe.factors[0].name!r} is a FactorExpert, whose energy is known only as a function and "
+            "is differentiated through a few coefficients. Use coordinates='span'."
+        )
+    index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
+    operators = [
+        e.residual_map.operator(updates[:, i])
+        if factors is None
+        else e.residual_map.operator_of_factors(factors[0][:, i], factors[1][:, i])
+        for e, i in zip(poe.experts, index, strict=True)
+    ]
+    experts, precision = bind_experts(
+        poe,
+        operators=operators,
+        updates=[updates[:, i] for i in index],
+        norms=[sum_of_squares(updates[:, i]) for i in index],
+        mean_curvatures=mean_curvatures(operators),
+        dimensions=[operator.dimension for operator in operators],
+    )
+    if factors is not None:
+        experts = tuple(
+            replace(e, low_rank=(factors[0][:, i], factors[1][:, i])) for e, i in zip(experts, index, strict=True)
+        )
+    center, shape = center_of(poe.anchor, updates, factors), (int(updates.shape[2]), int(updates.shape[3]))
+    return Posterior(experts, center, precision, poe.temperature, shape, modules=modules)
+
+
+def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
+    """The posterior restricted to the span of the updates, the centre and perhaps a merge.
+
+    Args:
+        batch: the design and the updates.
+        through: the design's merged updates, ``(M, d_out, d_in)``, as one more member of the span.
+
+    Returns:
+        The posterior in Span coordinates, which can make merged updates of its latents.
+    """
+    poe, updates, _, modules = batch
+    basis = span_basis(poe, updates, through)
+    ranks = any(expert.energy.needs_dimension for expert in poe.experts)
+    statistics = statistics_of(poe, updates, basis, modules, ranks, through is not None)
+    return statistics_posterior(poe, statistics, tuple(basis.unbind(0)))
+
+
+def statistics_posterior(
+    poe: ProductOfExperts, statistics: SpanStatistics, bases: tuple[Tensor, ...] | None = None
+) -> Posterior:
+    """The posterior restricted to the span, from statistics alone.
+
+    Args:
+        poe: the design; its residual maps must be those of the statistics, and where these go through a merge, it must
+            be the design of that merge. The temperature may be any.
+        statistics: of all modules, whatever their shapes.
+        bases: ``B`` of each module, ``(K, d_out, d_in)``; without them no merged updates can be made.
+
+    Returns:
+        The posterior over ``x``, ``(M, K, 1)``.
+
+    Raises:
+        ValueError: the statistics are about another design, or a factor expert needs ``bases``.
+    """
+    _require_same_design(poe, statistics)
+    coordinates = span_coordinates(statistics, bases)
+    size, num_modules = int(statistics.gram.shape[-1]), len(statistics.gram)
+    position = {name: i for i, name in enumerate(statistics.updates)}
+    index = [position[expert.update_name] for expert in poe.experts]
+    units = torch.eye(size, dtype=torch.float64, device=statistics.gram.device)
+    experts, precision = bind_experts(
+        poe,
+        operators=[Gram(_root(coordinates, statistics.forms[:, i]), "left", (size, 1)) for i in range(len(index))],
+        updates=[coordinates.latents(units[j].expand(num_modules, size)) for j in index],
+        norms=[statistics.gram[:, j, j] for j in index],
+        mean_curvatures=list(statistics.mean_curvature.unbind(-1)),
+        dimensions=[partial(_known_rank, statistics, i) for i in range(len(index))],
+    )
+    if bool((precision == 0).logical_and(torch.stack([e.active for e in experts]).any(0)).any()):
+        raise ValueError(
+            "`poe.bind(...)`: the anchor's precision is zero, and Span coordinates need one to hold directions that "
+            "the updates do not have. Give a small one, or use Full coordinates."
+        )
+    center = coordinates.latents(units[len(statistics.updates)].expand(num_modules, size))
+    factors = tuple(_bind_factor(factor, coordinates) for factor in poe.factors)
+    return Posterior(experts, center, precision, poe.temperature, (size, 1), factors, coordinates, statistics.modules)
+
+
+def bind_experts(
+    poe: ProductOfExperts,
+    operators: Sequence[Operator],
+    updates: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    mean_curvatures: Sequence[Tensor],
+    dimensions: Sequence[Callable[[], Tensor]],
+) -> tuple[tuple[BoundExpert, ...], Tensor]:
+    """Fill in scales and the anchor's precision; shared by Full and Span coordinates.
+
+    Args:
+        poe: the design.
+        operators: ``P_i`` per expert.
+        updates: ``U_i`` per expert in the same coordinates, ``(M, *event)``.
+        norms: ``|U_i|^2`` per expert, ``(M,)``.
+        mean_curvatures: ``tr(P_i) / d_i`` per expert, ``(M,)``.
+        dimensions: rank of ``P_i`` per expert, ``(M,)``; called only where an energy depends on it.
+
+    Returns:
+        The bound experts and ``eta``, ``(M,)``.
+    """
+    sizes = ExpertSizes(
+        norm_squared=torch.stack(list(norms), -1),
+        residual_at_zero=torch.stack([p.quadratic(u) for p, u in zip(operators, updates, strict=True)], -1),
+        mean_curvature=torch.stack(list(mean_curvatures), -1),
+        importance=torch.tensor([e.importance for e in poe.experts], dtype=torch.float64, device=updates[0].device),
+        active=_active(poe.experts, mean_curvatures, updates[0].dtype),
+    )
+    scales = _with_fallback(poe.experts, _scales_by_rule(poe.experts, sizes), sizes)
+    experts = tuple(
+        BoundExpert(
+            name=expert.name,
+            update_name=expert.update_name,
+            operator=operators[i],
+            update=updates[i],
+            rho=expert.energy.for_dimension(dimensions[i]()) if expert.energy.needs_dimension else expert.energy,
+            scale_squared=scales[..., i],
+            norm_squared=sizes.norm_squared[..., i],
+            residual_at_zero=sizes.residual_at_zero[..., i],
+            importance=expert.importance,
+            active=sizes.active[..., i],
+        )
+        for i, expert in enumerate(poe.experts)
+    )
+    terms = [
+        2 * e.importance * e.rho.weight_at_rest(t) * t / e.scale_squared
+        for e, t in zip(experts, mean_curvatures, strict=True)
+    ]
+    curvature = torch.where(sizes.active, torch.stack(terms, -1), 0.0).sum(-1)
+    return experts, poe.anchor.precision.value(curvature)
+
+
+def _scales_by_rule(experts: Sequence[Expert], sizes: ExpertSizes) -> Tensor:
+    """Every expert's rule, asked about the experts that share its map: ``(M, E)``, zero where a rule gives none."""
+    columns = []
+    for i, (expert, group) in enumerate(zip(experts, _same_map(experts), strict=True)):
+        squared = expert.scale.squared(sizes.among(group, expert.residual_map.common_units))
+        columns.append(squared[..., group.index(i)])
+    return torch.stack(columns, -1)
+
+
+def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Which experts say anything, ``(M, E)``: those whose ``P_i`` is not zero, nor rounding beside its map's others.
+
+    Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
+    """
+    curvatures = torch.stack(list(mean_curvatures), -1)
+    columns = []
+    for i, group in enumerate(_same_map(experts)):
+        largest = curvatures[..., group].amax(-1)
+        columns.append(curvatures[..., i] > torch.finfo(dtype).eps ** 2 * largest)
+    return torch.stack(columns, -1)
+
+
+def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes) -> Tensor:
+    """Replace zero scales ``(M, E)``: by the median of the same map's positive scales in the module, else by 1.
+
+    The median is weighted by importance, so that an expert given twice is one of importance 2.
+    """
+    known = torch.where(scales > 0, sizes.importance.to(scales), 0.0)
+    columns = []
+    for i, group in enumerate(_same_map(experts)):
+        median = weighted_median(scales[..., group], known[..., group])
+        fallback = torch.where(sizes.active[..., i] & (median > 0), median, torch.ones_like(median))
+        columns.append(torch.where(scales[..., i] > 0, scales[..., i], fallback))
+    return torch.stack(columns, -1)
+
+
+def _same_map(experts: Sequence[Expert]) -> list[list[int]]:
+    """For every expert the experts with the same residual map, whose residuals have the same units."""
+    return [[j for j, other in enumerate(experts) if other.residual_map == e.residual_map] for e in experts]
+
+
+def _require_same_design(poe: ProductOfExperts, statistics: SpanStatistics) -> None:
+    """Refuse statistics that belong to other task vectors, maps, centres or merges."""
+    maps = tuple(repr(expert.residual_map) for expert in poe.experts)
+    unknown = sorted(set(poe.update_names) - set(statistics.updates))
+    if maps != statistics.residual_maps or unknown:
+        ours, theirs = (poe.update_names, statistics.updates) if unknown else (maps, statistics.residual_maps)
+        raise ValueError(
+            f"`poe.bind(statistics)`: the design is about {', '.join(ours)}, the statistics about {', '.join(theirs)}. "
+            "Make the statistics again with this design."
+        )
+    label, center = center_label(poe.anchor.center), poe.anchor.center
+    nowhere = isinstance(center, Tensor) and not bool((center != 0).any())
+    if label != statistics.center and not (nowhere and statistics.center == "zero"):
+        raise ValueError(
+            f"`poe.bind(statistics)`: the design's anchor has the centre {label}, the statistics were made with the "
+            f"centre {statistics.center}. Make the statistics again with this design"
+            + (", or give `Anchor(stored_center)` to take theirs." if statistics.center == "tensor" else ".")
+        )
+    merge = merge_label(poe)
+    for name, through in zip(statistics.modules, statistics.through or (), strict=False):
+        if through != merge:
+            raise ValueError(
+                f"`poe.bind(statistics)`: the statistics of {name!r} go through the merge of the design {through}, "
+                f"this design is {merge} and has another merge. Make the statistics again with this design; those of "
+                "`span_statistics(poe, updates)` and of designs with coordinates='span' go through none and serve any."
+            )
+
+
+def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
+    """Rank of one expert's operator in every module, ``(M,)``."""
+    ranks = statistics.dimension[..., expert]
+    if bool(ranks.isnan().any()):
+        raise ValueError(
+            "`poe.bind(statistics)`: an energy depends on the rank of its expert's operator, and the statistics were "
+            "made without. Make them with `ranks=True`."
+        )
+    return ranks
+
+
+def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
+    """A factor ``F`` with ``F F^T = T^T K_i T``, ``(M, K, K)``; rounding below zero is clipped."""
+    projected = coordinates.transform.mT @ form @ coordinates.transform
+    eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+    return vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
+
+
+def _bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
+    """A factor expert as a function of the latents ``(*S, M, K, 1)``."""
+    joint = factor.scope == "model"
+    names = span.statistics.modules
+    if factor.coordinates == "update" and span.bases is None:
+        raise ValueError(
+            f"`poe.bind(statistics)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "
+            "cannot give. Bind the updates with coordinates='span', or write it with coordinates='span'."
+        )
+
+    def of_coefficients(x: Tensor) -> Tensor:
+        return _checked(factor, factor.function(span.coefficients(x)), x.shape[:-3] if joint else x.shape[:-2])
+
+    def of_model(x: Tensor) -> Tensor:
+        named = {name: span.update(x, i) for i, name in enumerate(names)}
+        return _checked(factor, factor.function(named), x.shape[:-3])
+
+    def of_modules(x: Tensor) -> Tensor:
+        parts = [factor.function(span.update(x, i)) for i in range(len(names))]
+        return torch.stack([_checked(factor, part, x.shape[:-3]) for part in parts], -1)
+
+    if factor.coordinates == "span":
+        return BoundFactor(factor.name, of_coefficients, joint)
+    return BoundFactor(factor.name, of_model if joint else of_modules, joint)
+
+
+def _checked(factor: FactorExpert, energy: Tensor, shape: torch.Size) -> Tensor:
+    if energy.shape != shape:
+        raise ValueError(
+            f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "
+            f"independent draws: expected {tuple(shape)}. Sum over the trailing dimensions only."
+        )
+    return energy
