@@ -94,7 +94,7 @@ def test_gibbs_draws_the_conditional_normal(
     design: object, shape: tuple[int, int], temperature: float, generator: torch.Generator
 ) -> None:
     posterior = posterior_of(design, shape, Cauchy(), temperature, generator)
-    kernel = GibbsKernel(posterior, regenerable=True)
+    kernel = GibbsKernel(posterior)
     weights = 0.2 + torch.rand(len(posterior.experts), generator=generator, dtype=torch.float64)
     mean, covariance = moments(lambda seed: kernel.regenerate(weights, seed), math.prod(shape))
     matrix, right = dense(posterior, weights)
@@ -130,7 +130,7 @@ def test_conditional_moments_are_those_of_the_conditional_normal(
     design: object, shape: tuple[int, int], generator: torch.Generator
 ) -> None:
     posterior = posterior_of(design, shape, Cauchy(), 0.7, generator)
-    kernel = GibbsKernel(posterior, regenerable=True)
+    kernel = GibbsKernel(posterior)
     weights = 0.2 + torch.rand(3, 1, len(posterior.experts), generator=generator, dtype=torch.float64)
     direction = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
     means, variances = kernel.conditional_mean(weights), kernel.conditional_variance(weights, direction)
@@ -199,7 +199,7 @@ def test_a_state_knows_its_own_energy(design: object, shape: tuple[int, int], ge
     Where nothing is compressed it is the latent's energy; the noise outside costs what its latent's anchor costs.
     """
     posterior = posterior_of(design, shape, Cauchy(), 0.7, generator)
-    kernel = GibbsKernel(posterior, regenerable=False)
+    kernel = GibbsKernel(posterior)
     state = kernel.init(3, generator)
     for _ in range(2):
         state = kernel.step(state, generator)
@@ -222,9 +222,9 @@ def test_draws_are_made_again_from_weights_and_seeds_with_their_energies(
     assert_close(draws.stats["lp"], -posterior.energy(z) / 0.5, 1e-9)
     kept = gibbs(posterior, 4, chains=3, warmup=2, generator=generator)
     assert_close(kept.stats["lp"], -posterior.energy(kept.values) / 0.5, 1e-9)
-    kernel = GibbsKernel(posterior, regenerable=True)
+    kernel = GibbsKernel(posterior)
     assert kernel.init(2, generator).z.numel() == 0
-    assert GibbsKernel(posterior, regenerable=False).init(2, generator).seeds.numel() == 0
+    assert GibbsKernel(posterior).init(2, generator).seeds.numel() == 0
 
 
 def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> None:
@@ -271,7 +271,7 @@ def test_noise_is_standard_normal_and_the_seeds_own() -> None:
 
 def test_gibbs_refuses_what_it_cannot_draw(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="no known Gaussian scale mixture"):
-        GibbsKernel(posterior_of(Identity(), (2, 2), Welsch(), 1.0, generator), regenerable=False)
+        GibbsKernel(posterior_of(Identity(), (2, 2), Welsch(), 1.0, generator))
     loose = posterior_of(Identity(), (2, 2), Cauchy(), 2.0, generator)
     with pytest.raises(ValueError, match="improper"):
-        GibbsKernel(replace(loose, anchor_precision=torch.zeros(1, dtype=torch.float64)), regenerable=False)
+        GibbsKernel(replace(loose, anchor_precision=torch.zeros(1, dtype=torch.float64)))

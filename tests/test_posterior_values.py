@@ -30,7 +30,8 @@ from poe_models import (
     average,
     span_statistics,
 )
-from poe_models.posterior import BoundFactor, Posterior, center_of, check_updates
+from poe_models.posterior import BoundFactor, Posterior
+from poe_models.updates import center_of, check_updates
 from poe_models.span import span_basis
 from tests.helpers import assert_close, name_of, random_updates
 
