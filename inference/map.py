@@ -108,7 +108,7 @@ def _best_run(problem: Problem, options: SolverOptions) -> _Best:
     """Run from every start that can matter, and keep the lowest energy of each module."""
     starts = list(_initial_weights(problem, options.starts))
     _require_finite(problem.posterior, starts)
-    if all(expert.rho.is_convex for expert in problem.posterior.experts):
+    if all(expert.rho.convex for expert in problem.posterior.experts):
         starts = starts[:1]
     best = run_from(problem, starts[0][1], options)
     contraction = _contraction(problem, best.point)

@@ -13,8 +13,8 @@ from itertools import chain, combinations
 import torch
 from torch import Tensor
 
-from poe_models.energies import Cauchy, GeneralizedGaussian, Huber, StudentT
 from poe_models.energies import Gaussian as GaussianEnergy
+from poe_models.energies import GeneralizedGaussian, Huber, StudentT
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import BoundExpert, Posterior
 
@@ -80,7 +80,7 @@ _HOLDING = (GaussianEnergy, Huber, GeneralizedGaussian)
 
 def _exponent(expert: BoundExpert, posterior: Posterior, module: int) -> float | None:
     """``kappa / T`` of a power-law expert; None for other energies."""
-    if not isinstance(expert.rho, Cauchy | StudentT):
+    if not isinstance(expert.rho, StudentT):
         return None
     k = torch.as_tensor(expert.rho.k, dtype=torch.float64).expand(posterior.num_modules)[module]
     return expert.importance * float(k) / posterior.fixed_temperature

@@ -51,9 +51,7 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.starts, str):
-            raise ValueError(
-                f"`fixed_point(starts={self.starts!r})`: a sequence of starts is wanted: ({self.starts!r},)."
-            )
+            raise ValueError(f"`fixed_point(starts={self.starts!r})`: give a sequence of starts: ({self.starts!r},).")
         object.__setattr__(self, "starts", tuple(self.starts))
         if not self.starts or self.max_steps < 1:
             raise ValueError(
@@ -73,7 +71,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run from one start."""
+    """A finished run from one start; see :class:`State`."""
 
     point: Point
     trace: Tensor
@@ -177,7 +175,7 @@ class Problem:
         """
         slack = self.slack(point.energy)
         rises = ~(candidate.energy <= point.energy + slack)
-        if all(expert.rho.is_concave for expert in self.posterior.experts):
+        if all(expert.rho.concave for expert in self.posterior.experts):
             return rises
         level = (candidate.energy - point.energy).abs() <= slack
         return rises | (level & (self.gradient_norm(candidate) > self.gradient_norm(point)))
@@ -198,10 +196,7 @@ class Problem:
         return 8 * torch.finfo(self.dtype).eps * energy.abs()
 
     def _weighted(self, weights: Tensor, terms: list[Tensor]) -> Tensor:
-        total = torch.zeros_like(terms[0])
-        for i, term in enumerate(terms):
-            total = total + weights[:, i].to(term.dtype)[:, None, None] * term
-        return total
+        return sum((w.to(t)[:, None, None] * t for w, t in zip(weights.unbind(-1), terms, strict=True)), 0 * terms[0])
 
     def extrapolated(self, proposed: Tensor, plain: Tensor) -> tuple[Tensor, Point]:
         """The point of extrapolated log-weights; of the plain ones where these have no solution."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from inference import scores
 from inference.models.model_draws import ModelDraws
-from poe_models.energies import Cauchy, StudentT
+from poe_models.energies import StudentT
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
 
@@ -110,7 +110,7 @@ def temperature_range(posterior: Posterior) -> tuple[float, float]:
     at_zero = posterior.residuals(posterior.like.new_zeros(posterior.num_modules, *posterior.event_shape))
     strengths = []
     for i, expert in enumerate(posterior.experts):
-        if isinstance(expert.rho, Cauchy | StudentT):
+        if isinstance(expert.rho, StudentT):
             strength = torch.as_tensor(expert.importance * expert.rho.k, dtype=torch.float64)
         else:
             strength = expert.energy_of(at_zero[..., i])

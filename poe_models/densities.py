@@ -1,12 +1,50 @@
-"""Log integrals of radial densities, behind `Energy.log_normalizer`."""
+"""Densities of energies: scale mixtures, and log integrals in any dimension; behind ``Energy.log_normalizer``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Parameter = float | Tensor
+"""A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
+
+
+@dataclass(frozen=True)
+class ScaleMixture:
+    r"""``exp(-c rho(q)) = E[exp(-tau q / unit)]`` over ``tau ~ Gamma(c * shape, 1)``, for every power ``c > 0``.
+
+    Attributes:
+        shape: shape of the Gamma at ``c = 1``; None for a Gaussian, whose ``tau`` is ``c`` itself.
+        unit: what divides ``q``.
+    """
+
+    shape: Parameter | None
+    unit: Parameter
+
+
+def float64(value: Parameter) -> Tensor:
+    """A setting as a tensor."""
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def require_positive(owner: str, **values: Parameter | str | None) -> None:
+    """Refuse settings of an energy that are not positive and finite.
+
+    Raises:
+        ValueError: If one is not, or is text other than ``"multivariate"``.
+    """
+    for name, value in values.items():
+        if isinstance(value, str) and value != "multivariate":
+            raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
+        number = value if isinstance(value, int | float) else None
+        if isinstance(value, Tensor) and not bool((good := (value > 0) & value.isfinite()).all()):
+            number = float(value.detach()[~good][0])
+        if number is not None and not (0 < number < math.inf):
+            raise ValueError(f"`{owner}({name}={number})`: must be a positive finite number.")
 
 
 def log_sphere(dim: Tensor) -> Tensor:
@@ -24,6 +62,19 @@ def student_log_normalizer(energy: object, shape: Tensor, scale_squared: Tensor,
         )
     constant = dim / 2 * (math.log(math.pi) + torch.log(scale_squared))
     return constant + torch.lgamma(shape - dim / 2) - torch.lgamma(shape)
+
+
+def huber_radial_integral(delta: float, dim: Tensor, importance: float) -> Tensor:
+    """Log of the radial integral of Huber's density: a Gaussian up to ``delta``, an exponential beyond it."""
+    knot = torch.tensor(importance * delta**2, dtype=torch.float64)
+    inner = (
+        (dim / 2 - 1) * math.log(2)
+        - dim / 2 * math.log(importance)
+        + torch.lgamma(dim / 2)
+        + torch.special.gammainc(dim / 2, knot / 2).log()
+    )
+    beyond = torch.lgamma(dim) + torch.special.gammaincc(dim, knot).log()
+    return torch.logaddexp(inner, knot / 2 - dim * math.log(importance * delta) + beyond)
 
 
 def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance: float, points: int = 4001) -> Tensor:
@@ -61,3 +112,15 @@ def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance
     step = (ends[1] - ends[0]).squeeze(-1) / (points - 1)
     result = torch.logsumexp(log_integrand(u), -1) + torch.log(step)
     return result.squeeze(0) if scalar else result
+
+
+def derivative(function: Callable[[Tensor], Tensor], point: Tensor, create_graph: bool = False) -> Tensor:
+    """Elementwise derivative by autograd; zero where ``function`` does not depend on ``point``."""
+    with torch.enable_grad():
+        if not (create_graph and point.requires_grad):
+            point = point.detach().requires_grad_(True)
+        value = function(point).sum()
+        if not value.requires_grad:
+            return torch.zeros_like(point)
+        (slope,) = torch.autograd.grad(value, point, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(point) if slope is None else slope

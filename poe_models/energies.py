@@ -1,9 +1,8 @@
 """Expert energies: how much a scaled squared residual costs, in nats.
 
-An energy is one non-decreasing function ``rho(q)`` of the squared residual ``q >= 0`` in units of the
-expert's scale, with ``rho(0) = 0``. Everything else follows from it: the half-quadratic weight ``rho'``
-(how strongly the fixed point still listens to the expert), the curvature ``rho''`` (what Laplace's
-method adds), the normaliser (what evidence needs) and the Gaussian twin.
+An energy is one non-decreasing function ``rho(q)`` of the squared residual ``q >= 0`` in units of the expert's scale,
+with ``rho(0) = 0``. Everything else follows from it: the half-quadratic weight ``rho'`` of the fixed point, the
+curvature ``rho''`` of Laplace's method, the normaliser of the evidence, and the Gaussian twin.
 
 A new energy is one method:
 
@@ -20,31 +19,26 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.densities import log_sphere, radial_log_integral, student_log_normalizer
+from poe_models.densities import (
+    Parameter,
+    ScaleMixture,
+    derivative,
+    float64,
+    huber_radial_integral,
+    log_sphere,
+    radial_log_integral,
+    require_positive,
+    student_log_normalizer,
+)
 
 Exponent = float | Tensor | Literal["multivariate"]
-Parameter = float | Tensor
-"""A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
-
-
-@dataclass(frozen=True)
-class ScaleMixture:
-    r"""``exp(-c rho(q)) = E[exp(-tau q / unit)]`` over ``tau ~ Gamma(c * shape, 1)``, for every power ``c > 0``.
-
-    Attributes:
-        shape: shape of the Gamma at ``c = 1``; None for a Gaussian, whose ``tau`` is ``c`` itself.
-        unit: what divides ``q``.
-    """
-
-    shape: Parameter | None
-    unit: Parameter
 
 
 class Energy(ABC):
@@ -71,51 +65,33 @@ class Energy(ABC):
         """Its name; a dataclass says its settings, too."""
         return f"{type(self).__qualname__}()"
 
-    @property
-    def is_concave(self) -> bool:
-        """Whether this instance is concave in ``q`` (:class:`GeneralizedGaussian` depends on its power)."""
-        return self.concave
-
-    @property
-    def is_convex(self) -> bool:
-        """Whether this instance is convex in the residual ``sqrt(q)``."""
-        return self.convex
-
     def weight(self, q: Tensor) -> Tensor:
         """Half-quadratic weight ``rho'(q)``, shape ``(...,)``."""
-        return _derivative(self.rho, q)
+        return derivative(self.rho, q)
 
     def weight_at_rest(self, like: Tensor) -> Tensor:
         """Weight of a residual that is met, ``rho'(0)``: what a relative anchor precision measures curvature by.
 
-        Where it is zero or infinite no Gaussian has it, and the weight of a residual of one scale, ``rho'(1)``, stands
-        in its place.
-
-        Args:
-            like: any tensor ``(...,)`` of the wanted shape, for dtype and device, too.
+        Where it is zero or infinite, the weight of a residual of one scale, ``rho'(1)``, stands in its place. Shape,
+        dtype and device are those of ``like``.
         """
         met, at_one = self.weight(torch.zeros_like(like)), self.weight(torch.ones_like(like))
         return torch.where((met > 0) & met.isfinite(), met, at_one)
 
     def curvature(self, q: Tensor) -> Tensor:
         """Second derivative ``rho''(q)``, shape ``(...,)``."""
-        return _derivative(lambda point: _derivative(self.rho, point, create_graph=True), q)
+        return derivative(lambda point: derivative(self.rho, point, create_graph=True), q)
 
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
-        r"""Log of ``Z = \int exp(-importance * rho(|x|^2 / scale^2)) dx`` over ``x`` in ``dim`` dimensions.
-
-        ``x`` is the residual in the coordinates in which the expert's operator is the identity on its
-        range, so ``dim`` is the rank of ``P_i`` on ``vec(Z)``.
+        r"""Log of ``\int exp(-importance * rho(|x|^2 / scale^2)) dx`` in ``dim`` dimensions, nats in float64.
 
         Args:
-            scale: the expert's scale ``s``, a number or a tensor.
-            dim: number of dimensions, ``rank(P_i)``.
-            importance: the expert's importance over the temperature, ``a / T``.
-
-        The value is in nats, float64, of the broadcast shape of ``scale`` and ``dim``.
+            scale: The expert's scale ``s``.
+            dim: Number of dimensions, the rank of ``P_i`` on ``vec(Z)``.
+            importance: The expert's importance over the temperature, ``a / T``.
 
         Raises:
-            ValueError: this energy has none.
+            ValueError: If this energy has none.
         """
         raise ValueError(
             f"`{type(self).__name__}.log_normalizer(...)`: this energy has no normaliser, so its density is not "
@@ -150,11 +126,9 @@ class Energy(ABC):
         return getattr(self, "exponent", None) == "multivariate"
 
     def twin(self) -> Energy:
-        """The Gaussian with the same weight at ``q = 0``.
+        """The Gaussian with the same weight at ``q = 0``, against which only the tail differs.
 
-        Heavy tails at equal scale also regularise differently; against the twin only the tail differs. Where the
-        energy depends on the dimension, so does the twin. That of :class:`GeneralizedGaussian` is set by ``epsilon``
-        alone and says little.
+        That of :class:`GeneralizedGaussian` is set by ``epsilon`` alone and says little.
 
         >>> Cauchy().twin()
         Gaussian(precision=2.0)
@@ -183,7 +157,7 @@ class Gaussian(Energy):
     precision: Parameter = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive("Gaussian", precision=self.precision)
+        require_positive("Gaussian", precision=self.precision)
 
     @override
     def rho(self, q: Tensor) -> Tensor:
@@ -203,8 +177,8 @@ class Gaussian(Energy):
 
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
-        scale, dim = _f64(scale), _f64(dim)
-        return 0.5 * dim * (torch.log(2 * math.pi / (importance * _f64(self.precision))) + 2 * torch.log(scale))
+        scale, dim = float64(scale), float64(dim)
+        return 0.5 * dim * (torch.log(2 * math.pi / (importance * float64(self.precision))) + 2 * torch.log(scale))
 
 
 @dataclass(frozen=True)
@@ -230,8 +204,7 @@ class TwinOf(Energy):
 
     @override
     def for_dimension(self, dim: Tensor) -> Energy:
-        at_zero = self.energy.for_dimension(dim).weight(torch.zeros_like(dim))
-        return Gaussian(precision=2.0 * at_zero)
+        return Gaussian(precision=2.0 * self.energy.for_dimension(dim).weight(torch.zeros_like(dim)))
 
 
 @dataclass(frozen=True)
@@ -249,7 +222,7 @@ class StudentT(Energy):
     exponent: Exponent | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("StudentT", df=self.df, exponent=self.exponent)
+        require_positive(type(self).__name__, df=self.df, exponent=self.exponent)
 
     @property
     def k(self) -> Parameter:
@@ -258,9 +231,12 @@ class StudentT(Energy):
         Raises:
             ValueError: the exponent is ``"multivariate"`` and no dimension is known yet.
         """
-        if self.exponent is None:
-            return (self.df + 1) / 2
-        return _known_exponent(self, self.exponent)
+        if isinstance(self.exponent, str):
+            raise ValueError(
+                f"`{self!r}`: the exponent depends on the dimension of the residual, which is not known here. "
+                "Bind the expert to updates first, or call `for_dimension(dim)`."
+            )
+        return (self.df + 1) / 2 if self.exponent is None else self.exponent
 
     @override
     def rho(self, q: Tensor) -> Tensor:
@@ -280,65 +256,27 @@ class StudentT(Energy):
 
     @override
     def for_dimension(self, dim: Tensor) -> Energy:
-        return replace(self, exponent=(self.df + dim) / 2) if _is_multivariate(self.exponent) else self
+        return replace(self, exponent=(self.df + dim) / 2) if self.needs_dimension else self
 
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
-        energy = self.for_dimension(_f64(dim))
+        energy = self.for_dimension(float64(dim))
         assert isinstance(energy, StudentT)
-        shape = importance * _f64(energy.k)
-        return student_log_normalizer(self, shape, _f64(scale).square() * energy.df, _f64(dim))
+        shape = importance * float64(energy.k)
+        return student_log_normalizer(self, shape, float64(scale).square() * energy.df, float64(dim))
 
 
 @dataclass(frozen=True)
-class Cauchy(Energy):
-    r"""``rho(q) = k log(1 + q)``.
+class Cauchy(StudentT):
+    r"""``rho(q) = k log(1 + q)``: :class:`StudentT` with one degree of freedom.
 
     Args:
         exponent: ``k``, 1 in [PoE]; ``"multivariate"`` makes it ``(1 + D) / 2`` with ``D = rank(P_i)``,
             a normalised ``D``-variate Cauchy.
     """
 
-    concave: ClassVar[bool] = True
-    exponent: Exponent = 1.0
-
-    def __post_init__(self) -> None:
-        _require_positive("Cauchy", exponent=self.exponent)
-
-    @property
-    def k(self) -> Parameter:
-        """The exponent as a number.
-
-        Raises:
-            ValueError: the exponent is ``"multivariate"`` and no dimension is known yet.
-        """
-        return _known_exponent(self, self.exponent)
-
-    @override
-    def rho(self, q: Tensor) -> Tensor:
-        return self.k * torch.log1p(q)
-
-    @override
-    def weight(self, q: Tensor) -> Tensor:
-        return self.k / (1 + q)
-
-    @override
-    def curvature(self, q: Tensor) -> Tensor:
-        return -self.k / (1 + q).square()
-
-    @override
-    def scale_mixture(self) -> ScaleMixture:
-        return ScaleMixture(shape=self.k, unit=1.0)
-
-    @override
-    def for_dimension(self, dim: Tensor) -> Energy:
-        return replace(self, exponent=(1 + dim) / 2) if _is_multivariate(self.exponent) else self
-
-    @override
-    def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
-        energy = self.for_dimension(_f64(dim))
-        assert isinstance(energy, Cauchy)
-        return student_log_normalizer(self, importance * _f64(energy.k), _f64(scale).square(), _f64(dim))
+    df: Parameter = field(default=1.0, init=False, repr=False)
+    exponent: Exponent | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -350,14 +288,6 @@ class Welsch(Energy):
     @override
     def rho(self, q: Tensor) -> Tensor:
         return -0.5 * torch.expm1(-q)
-
-    @override
-    def weight(self, q: Tensor) -> Tensor:
-        return 0.5 * torch.exp(-q)
-
-    @override
-    def curvature(self, q: Tensor) -> Tensor:
-        return -0.5 * torch.exp(-q)
 
 
 @dataclass(frozen=True)
@@ -373,7 +303,7 @@ class Huber(Energy):
     delta: float
 
     def __post_init__(self) -> None:
-        _require_positive("Huber", delta=self.delta)
+        require_positive("Huber", delta=self.delta)
 
     @override
     def rho(self, q: Tensor) -> Tensor:
@@ -392,17 +322,8 @@ class Huber(Energy):
 
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
-        # Radial integral in two pieces: a Gaussian up to delta, an exponential beyond it.
-        scale, dim = _f64(scale), _f64(dim)
-        a, knot = importance, torch.tensor(importance * self.delta**2, dtype=torch.float64)
-        inner = (
-            (dim / 2 - 1) * math.log(2)
-            - dim / 2 * math.log(a)
-            + torch.lgamma(dim / 2)
-            + torch.special.gammainc(dim / 2, knot / 2).log()
-        )
-        outer = knot / 2 - dim * math.log(a * self.delta) + torch.lgamma(dim) + torch.special.gammaincc(dim, knot).log()
-        return log_sphere(dim) + dim * torch.log(scale) + torch.logaddexp(inner, outer)
+        scale, dim = float64(scale), float64(dim)
+        return log_sphere(dim) + dim * torch.log(scale) + huber_radial_integral(self.delta, dim, importance)
 
 
 @dataclass(frozen=True)
@@ -420,16 +341,18 @@ class GeneralizedGaussian(Energy):
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_positive("GeneralizedGaussian", power=self.power, epsilon=self.epsilon)
+        require_positive("GeneralizedGaussian", power=self.power, epsilon=self.epsilon)
 
     @property
     @override
-    def is_concave(self) -> bool:
+    def concave(self) -> bool:  # type: ignore[override]
+        """Whether the power is at most 2."""
         return self.power <= 2
 
     @property
     @override
-    def is_convex(self) -> bool:
+    def convex(self) -> bool:  # type: ignore[override]
+        """Whether the power is at least 1."""
         return self.power >= 1
 
     @override
@@ -450,7 +373,7 @@ class GeneralizedGaussian(Energy):
 
     @override
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
-        scale, dim = _f64(scale), _f64(dim)
+        scale, dim = float64(scale), float64(dim)
         return log_sphere(dim) + dim * torch.log(scale) + radial_log_integral(self.rho, dim, importance)
 
 
@@ -475,43 +398,3 @@ class Custom(Energy):
 ENERGIES: dict[str, type[Energy]] = {
     cls.__name__: cls for cls in (Gaussian, Cauchy, StudentT, Welsch, Huber, GeneralizedGaussian)
 }
-
-
-def _derivative(function: Callable[[Tensor], Tensor], point: Tensor, create_graph: bool = False) -> Tensor:
-    """Elementwise derivative by autograd; zero where ``function`` does not depend on ``point``."""
-    with torch.enable_grad():
-        if not (create_graph and point.requires_grad):
-            point = point.detach().requires_grad_(True)
-        value = function(point).sum()
-        if not value.requires_grad:
-            return torch.zeros_like(point)
-        (slope,) = torch.autograd.grad(value, point, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(point) if slope is None else slope
-
-
-def _f64(value: Parameter) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-def _is_multivariate(exponent: Exponent | None) -> bool:
-    return isinstance(exponent, str)
-
-
-def _known_exponent(energy: Energy, exponent: Exponent) -> Parameter:
-    if isinstance(exponent, str):
-        raise ValueError(
-            f"`{energy!r}`: the exponent depends on the dimension of the residual, which is not known here. "
-            "Bind the expert to updates first, or call `for_dimension(dim)`."
-        )
-    return exponent
-
-
-def _require_positive(owner: str, **values: Exponent | None) -> None:
-    for name, value in values.items():
-        if isinstance(value, str) and value != "multivariate":
-            raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
-        number = value if isinstance(value, int | float) else None
-        if isinstance(value, Tensor) and not bool((good := (value > 0) & value.isfinite()).all()):
-            number = float(value.detach()[~good][0])
-        if number is not None and not (0 < number < math.inf):
-            raise ValueError(f"`{owner}({name}={number})`: must be a positive finite number.")

@@ -57,11 +57,11 @@ def test_rho_is_zero_at_zero_and_does_not_decrease(energy: Energy) -> None:
 @pytest.mark.parametrize("energy", ENERGIES, ids=name_of)
 def test_declared_concavity_and_convexity_hold(energy: Energy) -> None:
     q = torch.logspace(-6, 3, 3000, dtype=torch.float64)
-    if energy.is_concave:
+    if energy.concave:
         assert bool((energy.weight(q).diff() <= 1e-15).all())
     r = torch.linspace(0, 30, 5001, dtype=torch.float64)
     second = energy.rho(r.square()).diff().diff()
-    if energy.is_convex:
+    if energy.convex:
         assert float(second.min()) > -1e-10
     else:
         assert float(second.min()) < -1e-10 or isinstance(energy, Custom)

@@ -40,7 +40,7 @@ def test_values_by_hand(energy: Energy, q: float, rho: float, weight: float, cur
     assert float(energy.curvature(f64(q))) == pytest.approx(curvature, rel=1e-14, abs=1e-300)
 
 
-def test_what_is_concave_and_what_is_convex() -> None:
+def test_what_concave_and_what_convex() -> None:
     claims = {
         Gaussian(): (True, True),
         Cauchy(): (True, False),
@@ -54,7 +54,7 @@ def test_what_is_concave_and_what_is_convex() -> None:
         GeneralizedGaussian(2.5): (False, True),
         Custom(lambda q: q): (False, False),
     }
-    assert {energy: (energy.is_concave, energy.is_convex) for energy in claims} == claims
+    assert {energy: (energy.concave, energy.convex) for energy in claims} == claims
 
 
 def test_defaults_are_those_of_the_paper() -> None:

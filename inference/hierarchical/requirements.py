@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import pyro.distributions as dist
 import torch
 
-from poe_models.energies import StudentT
+from poe_models.energies import Cauchy, StudentT
 from poe_models.experts import ProductOfExperts
 from poe_models.posterior import Posterior
 from poe_models.scales import Absolute, Balanced, NormScaled, Relative, Scale
@@ -64,7 +64,11 @@ def check_energies(poe: ProductOfExperts) -> bool:
     Raises:
         ValueError: its Student-t experts are no densities for every ``nu``, or only some experts are Student-t.
     """
-    students = [expert for expert in poe.experts if isinstance(expert.energy, StudentT)]
+    students = [
+        expert
+        for expert in poe.experts
+        if isinstance(expert.energy, StudentT) and not isinstance(expert.energy, Cauchy)
+    ]
     for expert in students:
         if getattr(expert.energy, "exponent", None) != "multivariate":
             raise ValueError(
