@@ -75,7 +75,7 @@ from poe_models.span_labels import stored_center
 from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.moments import ModuleStatistics, open_statistics
+from poe_models.weights.moments import ModuleStatistics, StatisticsFolder, open_statistics
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.weights.views import View
@@ -146,6 +146,7 @@ __all__ = [
     "ScaledIdentity",
     "SpanCoordinates",
     "SpanStatistics",
+    "StatisticsFolder",
     "StudentT",
     "TaskArithmetic",
     "TaskData",

@@ -11,17 +11,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from poe_models.energies import Cauchy, Energy
-from poe_models.methods.method import MergingMethod
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
 
 CenterRule = Callable[[Tensor], Tensor]
 """A centre computed from the updates ``(..., N, d_out, d_in)``, of shape ``(..., d_out, d_in)``."""
+
+
+@runtime_checkable
+class NamedCenter(Protocol):
+    """A centre that is computed from names and adapters' factors, too, as every merging method is."""
+
+    def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> CenterRule:
+        """The centre of named modules of named experts."""
+        ...
+
+    def __call__(self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The centre from updates ``(..., N, d_out, d_in)``, and their factors if they are adapters'."""
+        ...
 
 
 def _require_kind(owner: str, name: str, value: object, kind: type) -> None:
@@ -222,7 +234,7 @@ class ProductOfExperts:
             for each in self.experts
         )
         center = self.anchor.center
-        if isinstance(center, MergingMethod):
+        if isinstance(center, NamedCenter):
             center = center.for_modules(modules, self.update_names)
         return replace(self, experts=experts, anchor=replace(self.anchor, center=center))
 

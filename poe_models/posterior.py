@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from poe_models.energies import Energy
-from poe_models.experts import Anchor, Expert, ProductOfExperts
-from poe_models.methods.method import MergingMethod, NamedMethod
+from poe_models.experts import Anchor, Expert, NamedCenter, ProductOfExperts
 from poe_models.operators import Operator, mean_curvatures, sum_of_squares
 from poe_models.scales import ExpertSizes, weighted_median
 
@@ -386,7 +385,7 @@ def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] |
         return None
     if isinstance(anchor.center, Tensor):
         center = anchor.center
-    elif isinstance(anchor.center, MergingMethod | NamedMethod):
+    elif isinstance(anchor.center, NamedCenter):
         center = anchor.center(updates, low_rank)
     else:
         center = anchor.center(updates)

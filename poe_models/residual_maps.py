@@ -19,15 +19,37 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, root_of, thin
-from poe_models.weights.checkpoint import Checkpoint
-from poe_models.weights.moments import Kind, ModuleStatistics, given_statistics
+
+Kind = Literal["fisher", "activations"]
+"""Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
+
+
+class Moments(Protocol):
+    """Statistics of the experts' data, by the names of experts and modules."""
+
+    def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """Statistics of ``M`` modules of equal shape: ``(M, d_out, d_in)`` or ``(M, d_in, d_in)``, by their kind."""
+        ...
+
+    def inputs(self, expert: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
+        """The checkpoint to be read, by its role; a ``ValueError`` if it lacks one of the modules."""
+        ...
+
+
+@runtime_checkable
+class MomentsSource(Protocol):
+    """Statistics in memory or a folder of some; :mod:`poe_models.weights.moments` has both."""
+
+    def opened(self, kind: Kind, experts: Sequence[str]) -> Moments:
+        """The statistics of these experts at least; a ``TypeError`` or ``ValueError`` if they are of another kind."""
+        ...
 
 
 class ResidualMap(ABC):
@@ -66,15 +88,15 @@ class ResidualMap(ABC):
         """
         return self
 
-    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        """What the map of one expert reads besides the updates, once it is known to be there; only headers are read.
+    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
+        """Checkpoints that the map of one expert reads besides the updates, after a check of their headers.
 
         Args:
             update: name of the task vector.
             modules: names and shapes ``(d_out, d_in)`` of all modules it will be asked about.
 
         Returns:
-            Checkpoints by what they are; none, but for maps on given statistics.
+            Checkpoints by their role; none, but for maps on given statistics.
         """
         return {}
 
@@ -141,13 +163,16 @@ class StatisticsMap(ResidualMap):
     """A residual map on given statistics, which it looks up by the names of expert and modules.
 
     Args:
-        statistics: of every expert, in memory or as a folder.
+        statistics: of every expert: `ModuleStatistics`, or a `StatisticsFolder`.
     """
 
-    statistics: ModuleStatistics | str
+    statistics: MomentsSource
 
     kind: ClassVar[Kind]
     """Of the statistics."""
+
+    def __post_init__(self) -> None:
+        require_source(self)
 
     @property
     @override
@@ -168,9 +193,9 @@ class StatisticsMap(ResidualMap):
             update: ``U_i``, ``(M, d_out, d_in)``.
         """
 
-    def source(self, update: str) -> ModuleStatistics:
+    def source(self, update: str) -> Moments:
         """The statistics, of this expert at least; of a folder its header is read anew."""
-        return given_statistics(self.statistics, self.kind, [update])
+        return self.statistics.opened(self.kind, [update])
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -184,11 +209,8 @@ class StatisticsMap(ResidualMap):
         return _OfModules(self, update, tuple(modules), self.source(update))
 
     @override
-    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        source = self.source(update)
-        for module, shape in modules.items():
-            source.check(update, module, shape)
-        return {f"{self.kind} statistics {update}": source.experts[update]}
+    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
+        return self.source(update).inputs(update, modules)
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,7 +220,7 @@ class _OfModules(ResidualMap):
     map: StatisticsMap
     update: str = field(compare=False)
     modules: tuple[str, ...] = field(compare=False)
-    source: ModuleStatistics = field(compare=False)
+    source: Moments = field(compare=False)
 
     @property
     @override
@@ -239,7 +261,7 @@ class Fisher(StatisticsMap):
     Raffel, 2022, arXiv 2111.09832).
 
     Args:
-        statistics: Fisher information of every expert, in memory or as a folder.
+        statistics: Fisher information of every expert.
         floor: added to every entry, so that entries that no example depends on are averaged.
     """
 
@@ -247,7 +269,9 @@ class Fisher(StatisticsMap):
 
     kind: ClassVar[Kind] = "fisher"
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.floor < math.inf:
             raise ValueError(f"`Fisher(floor={self.floor})`: a floor must be a finite number, zero or above.")
 
@@ -268,7 +292,7 @@ class Activation(StatisticsMap):
     arXiv 2212.09849).
 
     Args:
-        statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.
+        statistics: second moments ``X X^T / n`` of every expert.
         off_diagonal: factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
     """
 
@@ -276,7 +300,9 @@ class Activation(StatisticsMap):
 
     kind: ClassVar[Kind] = "activations"
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_share("Activation", "off_diagonal", self.off_diagonal)
 
     @override
@@ -294,7 +320,7 @@ class Mixed(StatisticsMap):
     """``share * Activation + (1 - share) * InputGram``: data where there are some, updates elsewhere ([BMM] Eq. 35).
 
     Args:
-        statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.
+        statistics: second moments ``X X^T / n`` of every expert.
         share: of the activations, between 0 and 1.
         off_diagonal: factor on the off-diagonal entries of the activations.
         unit_trace: scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
@@ -306,7 +332,9 @@ class Mixed(StatisticsMap):
 
     kind: ClassVar[Kind] = "activations"
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_share("Mixed", "share", self.share)
         _require_share("Mixed", "off_diagonal", self.off_diagonal)
 
@@ -341,6 +369,19 @@ def scaled_off_diagonal(matrix: Tensor, factor: float) -> Tensor:
 RESIDUAL_MAPS: dict[str, type[ResidualMap]] = {
     cls.__name__: cls for cls in (Identity, Directional, OutputGram, InputGram, Fisher, Activation, Mixed)
 }
+
+
+def require_source(owner: Any) -> None:
+    """Refuse a map or method whose ``statistics`` are none, such as a path.
+
+    Raises:
+        TypeError: If they are none.
+    """
+    if not isinstance(owner.statistics, MomentsSource):
+        raise TypeError(
+            f"`{type(owner).__name__}(statistics={owner.statistics!r})`: expected the statistics themselves, "
+            f"`ModuleStatistics({owner.kind!r}, ...)`, or a folder of some, `StatisticsFolder(path)`."
+        )
 
 
 def _unit_trace(gram: Tensor) -> Tensor:

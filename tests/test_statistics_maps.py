@@ -35,6 +35,7 @@ from poe_models import (
     ProductOfExperts,
     RelativePrecision,
     ResidualMap,
+    StatisticsFolder,
     TaskVectors,
     full_posterior,
     log_density,
@@ -345,7 +346,7 @@ def test_a_whole_checkpoint_with_blocks_streams(tmp_path: Path, coordinates: str
     modules = ["a.qkv.weight[0]", "a.qkv.weight[1]", "a.qkv.weight[2]", "b.weight"]
     fisher = {n: {m: torch.rand(2, 2, generator=generator) + 0.1 for m in modules} for n in experts}
     ModuleStatistics("fisher", fisher).save(tmp_path / "fisher")
-    residual_map = Fisher(str(tmp_path / "fisher"))
+    residual_map = Fisher(StatisticsFolder(str(tmp_path / "fisher")))
     poe = ProductOfExperts.of(vectors.names, residual_map, Gaussian(), Absolute(1.0), anchor=anchor(1e-12))
     design = Design(poe, coordinates=coordinates)  # type: ignore[arg-type]
     merge_checkpoint(vectors, design, tmp_path / "out")
@@ -366,7 +367,9 @@ def test_a_plan_finds_missing_statistics_from_headers(tmp_path: Path) -> None:
     base = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(2, 3)}
     vectors = TaskVectors(base, {"x": {name: torch.ones(2, 3) for name in base}})
     ModuleStatistics("activations", {"x": {"a.weight": torch.eye(3)}}).save(tmp_path)
-    poe = ProductOfExperts.of(["x"], Activation(str(tmp_path)), anchor=Anchor(precision=RelativePrecision(0.1)))
+    poe = ProductOfExperts.of(
+        ["x"], Activation(StatisticsFolder(str(tmp_path))), anchor=Anchor(precision=RelativePrecision(0.1))
+    )
     with pytest.raises(CheckpointError, match=r"expert 'x' .*no module 'b.weight'; the nearest is 'a.weight'"):
         plan(vectors, poe)
 
@@ -403,7 +406,7 @@ def test_specs_find_statistics_beside_the_configuration(tmp_path: Path, monkeypa
     ModuleStatistics("fisher", {"x": {"a.weight": torch.ones(2, 3)}}).save(tmp_path / "here" / "f")
     monkeypatch.chdir(tmp_path)
     found = parse_spec("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
-    assert found == Fisher(str(tmp_path / "here" / "f"), 1e-3)
+    assert found == Fisher(StatisticsFolder(str(tmp_path / "here" / "f")), 1e-3)
     text = format_spec(found)
     assert parse_spec(text, RESIDUAL_MAP, [tmp_path / "elsewhere"]) == found
     assert text == canonical(text, RESIDUAL_MAP)
@@ -433,7 +436,7 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
     experts = {n: dict(zip(MODULES, updates[:, i], strict=True)) for i, n in enumerate(NAMES)}
     vectors = TaskVectors(base, experts, dtype=torch.float64)
     ModuleStatistics("activations", statistics(generator, "activations")).save(tmp_path)
-    poe = ProductOfExperts.of(NAMES, Activation(str(tmp_path), 0.9), Gaussian(), anchor=anchor(0.1))
+    poe = ProductOfExperts.of(NAMES, Activation(StatisticsFolder(str(tmp_path)), 0.9), Gaussian(), anchor=anchor(0.1))
     poe = dataclasses.replace(poe, temperature=1e-12)  # draws are the MAP
     if coordinates == "full":
         draws: ModelDraws = sample_full(vectors, poe, 3, generator=generator, chains=1, warmup=0)

@@ -315,6 +315,10 @@ class NamedMethod:
         """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``, with their factors or not."""
         return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts, low_rank))
 
+    def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
+        """The same method in other modules."""
+        return self.method.for_modules(modules, experts)
+
     @override
     def __repr__(self) -> str:
         """The method's: designs are told apart by it, whatever the modules."""

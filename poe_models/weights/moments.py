@@ -16,8 +16,9 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 from urllib.parse import quote, unquote
 
 import torch
@@ -25,13 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.residual_maps import Kind
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError
 from poe_models.weights.loading import open_checkpoint
-
-__all__ = ["Kind", "ModuleStatistics", "given_statistics", "open_statistics"]
-
-Kind = Literal["fisher", "activations"]
-"""Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
 
 _KEY = "poe_merge_statistics"
 _SUFFIX = ".safetensors"
@@ -56,6 +53,19 @@ class ModuleStatistics:
         self.kind: Kind = kind
         self.experts = {name: open_checkpoint(source) for name, source in experts.items()}
         self._digest: str | None = None
+
+    def opened(self, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
+        """The statistics themselves.
+
+        Raises:
+            TypeError: If they are of another kind.
+        """
+        if kind != self.kind:
+            raise TypeError(
+                f"`statistics={self!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the "
+                "folder of some."
+            )
+        return self
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """Shape of the statistics of a module of shape ``(d_out, d_in)``."""
@@ -93,6 +103,12 @@ class ModuleStatistics:
                 f"{tuple(found.shape)}, expected {self.shape(shape)} for a matrix {tuple(shape)}. Collect them with "
                 "the rules of this merge."
             )
+
+    def inputs(self, expert: str, modules: Mapping[str, tuple[int, int]]) -> dict[str, Checkpoint]:
+        """The checkpoint of one expert by its role, after a :meth:`check` of modules by name and shape."""
+        for module, shape in modules.items():
+            self.check(expert, module, shape)
+        return {f"{self.kind} statistics {expert}": self.experts[expert]}
 
     def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
         """Statistics of some modules of equal shape.
@@ -216,29 +232,24 @@ def open_statistics(folder: str | Path, kind: Kind, experts: Sequence[str] | Non
     return ModuleStatistics(kind, checkpoints)
 
 
-def given_statistics(source: ModuleStatistics | str, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
-    """The statistics that a residual map or a merging method was given.
+@dataclass(frozen=True, repr=False)
+class StatisticsFolder:
+    """A folder that :meth:`ModuleStatistics.save` filled; its headers are read anew whenever it is opened.
 
     Args:
-        source: in memory or as a folder; of a folder the headers are read anew.
-        kind: what they should be.
-        experts: names of those that are needed.
-
-    Returns:
-        The statistics, of these experts at least.
-
-    Raises:
-        CheckpointError: the folder lacks an expert, or holds something else.
-        TypeError: they are something else, or of another kind.
+        path: The folder.
     """
-    if isinstance(source, str):
-        return open_statistics(source, kind, experts)
-    if not isinstance(source, ModuleStatistics) or source.kind != kind:
-        raise TypeError(
-            f"`statistics={source!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the folder "
-            "of some."
-        )
-    return source
+
+    path: str | Path
+
+    def opened(self, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
+        """The statistics of some experts; see :func:`open_statistics`."""
+        return open_statistics(self.path, kind, experts)
+
+    @override
+    def __repr__(self) -> str:
+        """The path alone, as a residual map or method has it on the command line and in records of merges."""
+        return repr(str(self.path))
 
 
 def _symmetric(values: Tensor) -> bool:
