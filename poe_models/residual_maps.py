@@ -80,8 +80,8 @@ class ResidualMap(ABC):
         """The map of one expert in named modules; only a map on given statistics differs from module to module.
 
         Args:
-            update: name of the task vector.
-            modules: names of the modules of a batch.
+            update: Name of the task vector.
+            modules: Names of the modules of a batch.
 
         Returns:
             A map for updates of exactly this batch, equal to this one.
@@ -92,8 +92,8 @@ class ResidualMap(ABC):
         """Checkpoints that the map of one expert reads besides the updates, after a check of their headers.
 
         Args:
-            update: name of the task vector.
-            modules: names and shapes ``(d_out, d_in)`` of all modules it will be asked about.
+            update: Name of the task vector.
+            modules: Names and shapes ``(d_out, d_in)`` of all modules it will be asked about.
 
         Returns:
             Checkpoints by their role; none, but for maps on given statistics.
@@ -163,7 +163,7 @@ class StatisticsMap(ResidualMap):
     """A residual map on given statistics, which it looks up by the names of expert and modules.
 
     Args:
-        statistics: of every expert: `ModuleStatistics`, or a `StatisticsFolder`.
+        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
     """
 
     statistics: MomentsSource
@@ -262,7 +262,7 @@ class Fisher(StatisticsMap):
 
     Args:
         statistics: Fisher information of every expert.
-        floor: added to every entry, so that entries that no example depends on are averaged.
+        floor: Added to every entry, so that entries that no example depends on are averaged.
     """
 
     floor: float = 0.0
@@ -292,8 +292,8 @@ class Activation(StatisticsMap):
     arXiv 2212.09849).
 
     Args:
-        statistics: second moments ``X X^T / n`` of every expert.
-        off_diagonal: factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
+        statistics: Second moments ``X X^T / n`` of every expert.
+        off_diagonal: Factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
     """
 
     off_diagonal: float = 1.0
@@ -320,10 +320,10 @@ class Mixed(StatisticsMap):
     """``share * Activation + (1 - share) * InputGram``: data where there are some, updates elsewhere ([BMM] Eq. 35).
 
     Args:
-        statistics: second moments ``X X^T / n`` of every expert.
-        share: of the activations, between 0 and 1.
-        off_diagonal: factor on the off-diagonal entries of the activations.
-        unit_trace: scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
+        statistics: Second moments ``X X^T / n`` of every expert.
+        share: Share of the activations, between 0 and 1.
+        off_diagonal: Factor on the off-diagonal entries of the activations.
+        unit_trace: Scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
     """
 
     share: float = 0.5

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from poe_models.weights.loading import CheckpointError, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.rules import DEFAULT_RULES
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
-from poe_models.weights.treatments import DEFAULT_RULES
 from tests.seeds import seeded
 
 

@@ -12,13 +12,13 @@ def require_share(method: str, name: str, value: float, *, one: bool = True) -> 
     """Refuse a number that is no share.
 
     Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        one: whether 1 is allowed (and 0 is not), or the other way round.
+        method: Name of the method.
+        name: Name of the setting.
+        value: What was given.
+        one: Whether 1 is allowed (and 0 is not), or the other way round.
 
     Raises:
-        ValueError: if it is outside (0, 1], or [0, 1).
+        ValueError: If it is outside (0, 1], or [0, 1).
     """
     if not (0 < value <= 1 if one else 0 <= value < 1):
         percent = f" For {value:g} % write {value / 100:g}." if 1 < value <= 100 else ""
@@ -27,16 +27,16 @@ def require_share(method: str, name: str, value: float, *, one: bool = True) -> 
 
 
 def require_choice(method: str, name: str, value: str, literal: Any) -> None:
-    """Refuse a word that is not among a `Literal`'s.
+    """Refuse a word that is not among a ``Literal``'s.
 
     Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        literal: the type.
+        method: Name of the method.
+        name: Name of the setting.
+        value: What was given.
+        literal: The type.
 
     Raises:
-        ValueError: if it is another word.
+        ValueError: If it is another word.
     """
     if value not in get_args(literal):
         raise ValueError(f"`{method}({name}={value!r})`: choose from {', '.join(map(repr, get_args(literal)))}.")
@@ -46,13 +46,13 @@ def require_number(method: str, name: str, value: float, low: float = -math.inf)
     """Refuse a number that is not finite or below a bound.
 
     Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        low: smallest number allowed.
+        method: Name of the method.
+        name: Name of the setting.
+        value: What was given.
+        low: Smallest number allowed.
 
     Raises:
-        ValueError: if it is not finite, or smaller.
+        ValueError: If it is not finite, or smaller.
     """
     if not (math.isfinite(value) and value >= low):
         least = "" if low == -math.inf else f" of at least {low:g}"
@@ -63,13 +63,13 @@ def require_count(method: str, name: str, value: int, low: int) -> None:
     """Refuse a number that is not whole or below a bound.
 
     Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        low: smallest number allowed.
+        method: Name of the method.
+        name: Name of the setting.
+        value: What was given.
+        low: Smallest number allowed.
 
     Raises:
-        ValueError: if it is not whole, or smaller.
+        ValueError: If it is not whole, or smaller.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"`{method}({name}={value!r})`: must be a whole number of at least {low}.")
@@ -78,19 +78,19 @@ def require_count(method: str, name: str, value: int, low: int) -> None:
 def for_each_expert(
     method: MergingMethod, name: str, values: tuple[float, ...] | None, batch: ModuleBatch
 ) -> tuple[float, ...]:
-    """Numbers that `prepare` found for the experts, if there is one for each.
+    """Numbers that ``prepare`` found for the experts, if there is one for each.
 
     Args:
-        method: whose they are.
-        name: of the field.
-        values: the numbers.
-        batch: what is to be merged.
+        method: Whose they are.
+        name: Name of the field.
+        values: The numbers.
+        batch: What is to be merged.
 
     Returns:
         The values.
 
     Raises:
-        ValueError: if there is not one for each expert.
+        ValueError: If there is not one for each expert.
     """
     count = batch.updates.shape[1]
     if values is None or len(values) != count:

@@ -40,11 +40,11 @@ class Outcome:
     """What became of one property on one kind of modules.
 
     Attributes:
-        name: of the property.
-        modules: which modules it was tried on.
-        status: holds, does not hold and is not promised, does not hold and should.
-        detail: by how much it fails, or the error; empty if it holds.
-        reason: why it is not promised; empty if it is.
+        name: Name of the property.
+        modules: Which modules it was tried on.
+        status: Holds, does not hold and is not promised, does not hold and should.
+        detail: By how much it fails, or the error; empty if it holds.
+        reason: Why it is not promised; empty if it is.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Report:
     """All outcomes; its text is a table.
 
     Attributes:
-        outcomes: one for each property and kind of modules.
+        outcomes: One for each property and kind of modules.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -104,19 +104,19 @@ def check(
     is declared in its ``about.exceptions``; a property that holds all the same is reported as holding.
 
     Args:
-        method: an instance, or a function from the updates of one module to the merged update.
-        modules: real modules to try it on as well, such as `TaskVectors`; the first of each shape is taken, three
+        method: An instance, or a function from the updates of one module to the merged update.
+        modules: Real modules to try it on as well, such as ``TaskVectors``; the first of each shape is taken, three
             shapes at most. Methods that learn from data run on random modules only.
-        properties: names of those to try; all by default.
-        not_promised: further properties that are not promised, with the reason.
-        seed: of the random modules.
-        progress: told how far it is.
+        properties: Names of those to try; all by default.
+        not_promised: Further properties that are not promised, with the reason.
+        seed: Seed of the random modules.
+        progress: Told how far it is.
 
     Returns:
         What holds, what the rule does not promise, and what is broken.
 
     Raises:
-        ValueError: a property is unknown, or there are no modules.
+        ValueError: If a property is unknown, or there are no modules.
     """
     subject_of = method if isinstance(method, MergingMethod) else _Function(method)
     names = list(PROPERTIES) if properties is None else list(properties)

@@ -24,9 +24,9 @@ class Dare(MergingMethod):
     not on the order in which anything is merged.
 
     Args:
-        drop: probability of dropping an entry.
-        scale: the task-arithmetic coefficient.
-        seed: of the masks.
+        drop: Probability of dropping an entry.
+        scale: The task-arithmetic coefficient.
+        seed: Seed of the masks.
 
     >>> Dare(drop=0.5, scale=1.0, seed=1)(torch.ones(1, 1, 8))
     tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
@@ -61,16 +61,16 @@ class Dare(MergingMethod):
 
 @dataclass(frozen=True)
 class DareTies(MergingMethod):
-    """TIES on randomly dropped and rescaled updates (Yu et al., 2024; see `Dare` and `Ties`).
+    """TIES on randomly dropped and rescaled updates (Yu et al., 2024; see ``Dare`` and ``Ties``).
 
     Args:
-        drop: probability of dropping an entry.
-        density: share of the entries that an expert keeps; dropped ones, which are zero, count.
-        scale: coefficient of the merged update.
-        combine: what becomes of the entries that agree.
-        seed: of the masks.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+        drop: Probability of dropping an entry.
+        density: Share of the entries that an expert keeps; dropped ones, which are zero, count.
+        scale: Coefficient of the merged update.
+        combine: What becomes of the entries that agree.
+        seed: Seed of the masks.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel; filled in by ``prepare``.
 
     >>> DareTies(drop=0.5, seed=1, thresholds=(0.0,), majority=1)(torch.ones(1, 1, 8))
     tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
@@ -139,11 +139,11 @@ def dropped(values: Tensor, drop: float, seed: int, module: str, expert: str) ->
     """Entries dropped with a probability, the others divided by one minus it.
 
     Args:
-        values: of one expert in one module, any shape.
-        drop: the probability.
-        seed: of the mask.
-        module: name of the module.
-        expert: name of the expert.
+        values: Values of one expert in one module, any shape.
+        drop: The probability.
+        seed: Seed of the mask.
+        module: Name of the module.
+        expert: Name of the expert.
 
     Returns:
         A new tensor of the same shape.

@@ -27,7 +27,7 @@ class StatisticsMethod(MergingMethod):
     """A rule on statistics of every expert.
 
     Args:
-        statistics: of every expert: `ModuleStatistics`, or a `StatisticsFolder`.
+        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
     """
 
     statistics: MomentsSource
@@ -55,10 +55,10 @@ class FisherMerging(StatisticsMethod):
     """``sum_i w_i (F_i + floor) U_i / sum_i w_i (F_i + floor)`` entry by entry (Matena & Raffel, 2022).
 
     Args:
-        statistics: exact diagonal Fisher information.
-        floor: above 0; added to every entry, so that entries that no example depends on are averaged.
-        normalize: weigh each expert by one over the norm of its Fisher information over the whole model.
-        weights: ``w_i``, in the order of the experts; filled in by `prepare` if `normalize`.
+        statistics: Exact diagonal Fisher information.
+        floor: Above 0; added to every entry, so that entries that no example depends on are averaged.
+        normalize: Weigh each expert by one over the norm of its Fisher information over the whole model.
+        weights: ``w_i``, in the order of the experts; filled in by ``prepare`` if ``normalize``.
 
     >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
@@ -111,8 +111,8 @@ class RegMean(StatisticsMethod):
     Input directions that no example has stay at the base's: the published inverse does not exist there.
 
     Args:
-        statistics: second moments ``X X^T / n`` of the inputs.
-        off_diagonal: factor on their off-diagonal entries.
+        statistics: Second moments ``X X^T / n`` of the inputs.
+        off_diagonal: Factor on their off-diagonal entries.
 
     >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("activations", {n: {"fc": f * torch.eye(2)} for n, f in (("a", 3.0), ("b", 1.0))})
@@ -153,10 +153,10 @@ class GradientMatching(StatisticsMethod):
     Fisher-weighted averaging.
 
     Args:
-        statistics: exact diagonal Fisher information.
-        scale: the task-arithmetic coefficient, one for all experts.
-        floor: above 0; added to the base's curvature, so that entries that no example depends on are task arithmetic's.
-        base: name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
+        statistics: Exact diagonal Fisher information.
+        scale: The task-arithmetic coefficient, one for all experts.
+        floor: Above 0; added to the base's curvature, so that entries that no example depends on are task arithmetic's.
+        base: Name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
 
     >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})

@@ -48,7 +48,7 @@ def compressed(batch: ModuleBatch) -> Compressed:
     cost.
 
     Args:
-        batch: the updates, with their factors if they are adapters.
+        batch: The updates, with their factors if they are adapters.
 
     Returns:
         The cores and their bases.
@@ -119,7 +119,7 @@ def nearest_orthogonal(columns: Tensor, tolerance: float) -> Tensor:
 
     Args:
         columns: ``(..., d, k)``; directions that they hardly reach do not count.
-        tolerance: relative to the largest singular value.
+        tolerance: Relative to the largest singular value.
 
     Returns:
         ``(..., d, k)``.
@@ -133,7 +133,7 @@ def concatenated(parts: list[SVD]) -> SVD:
     """Triplets side by side.
 
     Args:
-        parts: of the same matrices' sizes.
+        parts: Parts of the same matrices' sizes.
 
     Returns:
         All of them, in the order given.
@@ -150,7 +150,7 @@ def inverse_norms(updates: Tensor, tolerance: float) -> Tensor:
 
     Args:
         updates: ``(M, N, d_out, d_in)``.
-        tolerance: relative to the largest Frobenius norm of the module.
+        tolerance: Relative to the largest Frobenius norm of the module.
 
     Returns:
         ``(M, N)``.

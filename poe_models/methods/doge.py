@@ -30,12 +30,12 @@ class DogeTA(MergingMethod):
     step is not, merging ``c U_i`` does not give ``c Z``.
 
     Args:
-        scale: norm of each expert's part.
-        density: share of the entries that an expert keeps, over the whole model.
-        subspace: the shared subspace has ``min(d_out, d_in) / subspace`` dimensions.
-        steps: of Adam.
-        learning_rate: of Adam.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
+        scale: Norm of each expert's part.
+        density: Share of the entries that an expert keeps, over the whole model.
+        subspace: The shared subspace has ``min(d_out, d_in) / subspace`` dimensions.
+        steps: Steps of Adam.
+        learning_rate: Learning rate of Adam.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
 
     >>> DogeTA(scale=0.5, steps=0, thresholds=(0.0, 0.0))(torch.tensor([3.0, 4.0])[:, None, None])
     tensor([[1.]])

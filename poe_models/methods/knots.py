@@ -27,11 +27,11 @@ class KnotsTies(MergingMethod):
     """``scale * B merge(elect(trim(R_i)))``, TIES with the disjoint mean on the representations (Stoica et al., 2025).
 
     Args:
-        density: share of the entries of its representation that an expert keeps, over the whole model.
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+        density: Share of the entries of its representation that an expert keeps, over the whole model.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel; filled in by ``prepare``.
 
     >>> one = torch.diag(torch.tensor([2.0, 1.0]))
     >>> method = KnotsTies(density=1.0, scale=1.0, thresholds=(0.0, 0.0), majority=1)
@@ -91,16 +91,16 @@ class KnotsTies(MergingMethod):
 
 @dataclass(frozen=True)
 class KnotsDareTies(MergingMethod):
-    """``scale * B merge(elect(trim(drop(R_i))))``: entries of the representations are dropped first (see `Dare`).
+    """``scale * B merge(elect(trim(drop(R_i))))``: entries of the representations are dropped first (see ``Dare``).
 
     Args:
-        drop: probability of dropping an entry of a representation.
-        density: share of the entries that an expert keeps after that; dropped ones, which are zero, count.
-        scale: coefficient of the merged update.
-        seed: of the masks.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+        drop: Probability of dropping an entry of a representation.
+        density: Share of the entries that an expert keeps after that; dropped ones, which are zero, count.
+        scale: Coefficient of the merged update.
+        seed: Seed of the masks.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel; filled in by ``prepare``.
 
     >>> one = torch.diag(torch.tensor([2.0, 1.0]))
     >>> method = KnotsDareTies(drop=0.0, scale=1.0, thresholds=(0.0, 0.0), majority=1)
@@ -178,8 +178,8 @@ def represented(batch: ModuleBatch, tolerance: float) -> Iterable[tuple[Tensor, 
     Left singular vectors are eigenvectors of ``sum_i U_i U_i^T``, found in float64.
 
     Args:
-        batch: the updates.
-        tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        batch: The updates.
+        tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     Yields:
         The basis ``(d_out, k)`` and the representations ``(N, k, d_in)``, in the dtype of the updates.

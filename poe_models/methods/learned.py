@@ -26,11 +26,11 @@ class AdaMerging(MergingMethod):
     """``sum_i c_i^l U_i^l`` with coefficients learned for every module ``l`` (Yang et al., 2024, layer-wise).
 
     Args:
-        initial: every coefficient before the first step.
-        steps: of Adam; each takes one batch of every task.
-        learning_rate: of Adam.
-        clamp: keep coefficients between 0 and 1, as the released code does.
-        coefficients: name of the module and ``c_i``, in the order of the experts; filled in by `prepare`.
+        initial: Every coefficient before the first step.
+        steps: Steps of Adam; each takes one batch of every task.
+        learning_rate: Learning rate of Adam.
+        clamp: Keep coefficients between 0 and 1, as the released code does.
+        coefficients: Name of the module and ``c_i``, in the order of the experts; filled in by ``prepare``.
 
     >>> AdaMerging(coefficients=(("0", (0.5, 2.0)),))(torch.tensor([1.0, 3.0])[:, None, None])
     tensor([[6.5000]])
@@ -109,14 +109,14 @@ class ConcreteTaskArithmetic(MergingMethod):
     the merge takes a sample of zeros and ones with the same logits. The mean is a module's.
 
     Args:
-        scale: the task-arithmetic coefficient.
-        steps: of Adam; each takes one batch of every task.
-        learning_rate: of Adam.
-        temperature: of the Concrete distribution.
-        initial_logit: of every entry before the first step.
-        rescale: divide a mask by its mean.
-        seed: of all samples.
-        logits: by name of the module, ``(d_out, d_in)``; filled in by `prepare`, and no part of its ``repr``.
+        scale: The task-arithmetic coefficient.
+        steps: Steps of Adam; each takes one batch of every task.
+        learning_rate: Learning rate of Adam.
+        temperature: Temperature of the Concrete distribution.
+        initial_logit: Initial logit of every entry before the first step.
+        rescale: Divide a mask by its mean.
+        seed: Seed of all samples.
+        logits: By name of the module, ``(d_out, d_in)``; filled in by ``prepare``, and no part of its ``repr``.
 
     >>> prepared = ConcreteTaskArithmetic(scale=1.0, logits={"0": torch.tensor([[9.0, -99.0]])})
     >>> prepared(torch.tensor([[[1.0, 1.0]], [[3.0, 1.0]]]))

@@ -12,7 +12,7 @@ A method is a frozen dataclass of plain numbers, so that its ``repr`` builds it 
 tensor([[3., 0.],
         [0., 3.]])
 
-What is global over the model (a quantile of all entries, a norm), or comes from data, is gathered by `prepare`, which
+What is global over the model (a quantile of all entries, a norm), or comes from data, is gathered by ``prepare``, which
 gives a method that is ready to merge any module.
 """
 
@@ -44,14 +44,14 @@ class About:
     """What a reader of the registry wants to know about a method.
 
     Attributes:
-        title: its name in the literature.
-        citation: authors, year and where to find it.
-        scope: whether a module can be merged alone, or something has to be known about the whole model first.
-        data: what it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to `prepare`;
+        title: Its name in the literature.
+        citation: Authors, year and where to find it.
+        scope: Whether a module can be merged alone, or something has to be known about the whole model first.
+        data: What it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to ``prepare``;
             ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
-        streaming: whether memory stays at a few tensors of each model.
-        random: whether it draws; it then has a field ``seed``.
-        exceptions: properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
+        streaming: Whether memory stays at a few tensors of each model.
+        random: Whether it draws; it then has a field ``seed``.
+        exceptions: Properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
     """
 
     title: str
@@ -68,9 +68,9 @@ class TaskData:
     """What a data-assisted method is given.
 
     Attributes:
-        loaders: batches of each expert's task, by the expert's name; iterated once for each pass.
-        forward: logits of a model on a batch.
-        progress: called with the number of finished steps and their total.
+        loaders: Batches of each expert's task, by the expert's name; iterated once for each pass.
+        forward: Logits of a model on a batch.
+        progress: Called with the number of finished steps and their total.
     """
 
     loaders: Mapping[str, Iterable[Any]]
@@ -84,9 +84,9 @@ class ModuleBatch:
 
     Attributes:
         updates: ``U_i``, ``(M, N, d_out, d_in)``.
-        names: of the modules, ``M``; their positions if nobody knows them.
-        experts: names of the experts, ``N``; their positions if nobody knows them.
-        low_rank: factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)`` of the updates, if all are adapters'.
+        names: Names of the modules, ``M``; their positions if nobody knows them.
+        experts: Names of the experts, ``N``; their positions if nobody knows them.
+        low_rank: Factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)`` of the updates, if all are adapters'.
     """
 
     updates: Tensor
@@ -106,15 +106,15 @@ class ModuleBatch:
 
         Args:
             updates: ``(M, N, d_out, d_in)``.
-            names: of the modules.
-            experts: names of the experts.
-            low_rank: factors of the updates.
+            names: Names of the modules.
+            experts: Names of the experts.
+            low_rank: Factors of the updates.
 
         Returns:
             The batch, with positions for names that are not given.
 
         Raises:
-            ValueError: if the updates have another shape or number of names.
+            ValueError: If the updates have another shape or number of names.
         """
         if updates.ndim != 4 or 0 in updates.shape:
             raise ValueError(
@@ -146,7 +146,7 @@ class MergingMethod(ABC):
     are given.
 
     Attributes:
-        about: what it is, for the registry.
+        about: What it is, for the registry.
     """
 
     about: ClassVar[About]
@@ -157,7 +157,7 @@ class MergingMethod(ABC):
 
     @property
     def needs_loaders(self) -> bool:
-        """Whether `prepare` has to be given `TaskData`."""
+        """Whether ``prepare`` has to be given ``TaskData``."""
         return self.about.data in _LOADED
 
     @property
@@ -169,8 +169,8 @@ class MergingMethod(ABC):
         """The method with everything it has to know about the model filled in; itself by default.
 
         Args:
-            modules: can be iterated several times; peak memory should stay at a few modules.
-            data: loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
+            modules: Can be iterated several times; peak memory should stay at a few modules.
+            data: Loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
 
         Returns:
             A method that is ready.
@@ -181,8 +181,8 @@ class MergingMethod(ABC):
         """What decides the merge besides the updates and the ``repr``, once it is known to be there; headers only.
 
         Args:
-            experts: names of the experts.
-            modules: names and shapes ``(d_out, d_in)`` of all modules it will merge.
+            experts: Names of the experts.
+            modules: Names and shapes ``(d_out, d_in)`` of all modules it will merge.
 
         Returns:
             Checkpoints by what they are; none, but for given statistics and learned masks.
@@ -193,12 +193,12 @@ class MergingMethod(ABC):
         """Numbers that merging a batch holds at its peak, beside the updates and the result.
 
         Args:
-            modules: how many.
-            experts: how many.
+            modules: How many.
+            experts: How many.
             shape: ``(d_out, d_in)`` of each module.
 
         Returns:
-            A count in units of the compute dtype, for the prediction of `plan`; enough for sums by default.
+            A count in units of the compute dtype, for the prediction of ``plan``; enough for sums by default.
         """
         return 4 * modules * shape[0] * shape[1]
 
@@ -207,14 +207,14 @@ class MergingMethod(ABC):
         """Look at the whole model, if the method has to.
 
         Args:
-            modules: `TaskVectors`, or any modules that can be iterated several times, with the experts in one order.
-            data: for methods that need it.
+            modules: ``TaskVectors``, or any modules that can be iterated several times, with the experts in one order.
+            data: For methods that need it.
 
         Returns:
             A method that is ready; itself if it already was.
 
         Raises:
-            ValueError: if data is missing, or given in vain, or the modules are none or can be iterated only once.
+            ValueError: If data is missing, or given in vain, or the modules are none or can be iterated only once.
         """
         name = type(self).__name__
         wants = self.about.data
@@ -235,13 +235,13 @@ class MergingMethod(ABC):
         """Merge modules of equal shape.
 
         Args:
-            batch: their updates, names and factors.
+            batch: Their updates, names and factors.
 
         Returns:
             The merged updates ``(M, d_out, d_in)`` in the dtype of the updates; half precision is computed in float32.
 
         Raises:
-            ValueError: if the method is not prepared, or the updates are not finite numbers.
+            ValueError: If the method is not prepared, or the updates are not finite numbers.
         """
         updates = batch.updates
         if not self.ready:
@@ -283,8 +283,8 @@ class MergingMethod(ABC):
         """The method in named modules.
 
         Args:
-            modules: names of the ``M`` modules of the updates it will be given.
-            experts: names of their ``N`` experts.
+            modules: Names of the ``M`` modules of the updates it will be given.
+            experts: Names of their ``N`` experts.
 
         Returns:
             A function of the updates ``(M, N, d_out, d_in)``.
@@ -302,9 +302,9 @@ class NamedMethod:
     """A method in named modules of named experts, as an anchor's centre in them.
 
     Attributes:
-        method: the method.
-        modules: names of the modules.
-        experts: names of the experts.
+        method: The method.
+        modules: Names of the modules.
+        experts: Names of the experts.
     """
 
     method: MergingMethod

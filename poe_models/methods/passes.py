@@ -15,14 +15,14 @@ def passes(method: str, modules: TaskVectors | Iterable[ModuleUpdates]) -> TaskV
     """The modules of a model, for any number of passes.
 
     Args:
-        method: name of the method, for messages.
-        modules: what `prepare` was given.
+        method: Name of the method, for messages.
+        modules: What ``prepare`` was given.
 
     Returns:
-        The task vectors as they are; other modules with half precision as float32, as `MergingMethod.merge` has them.
+        The task vectors as they are; other modules with half precision as float32, as ``MergingMethod.merge`` has them.
 
     Raises:
-        ValueError: if the task vectors merge nothing.
+        ValueError: If the task vectors merge nothing.
     """
     if not isinstance(modules, TaskVectors):
         return _Passes(method, modules)
@@ -33,7 +33,7 @@ def passes(method: str, modules: TaskVectors | Iterable[ModuleUpdates]) -> TaskV
 
 @dataclass(frozen=True)
 class _Passes:
-    """Modules that are not those of `TaskVectors`."""
+    """Modules that are not those of ``TaskVectors``."""
 
     method: str
     modules: Iterable[ModuleUpdates]
@@ -45,7 +45,7 @@ class _Passes:
             Each module.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: If there is none.
         """
         empty = True
         for module in self.modules:

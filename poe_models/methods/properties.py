@@ -22,9 +22,9 @@ class Property:
     """One property.
 
     Attributes:
-        says: what holds, in one line.
-        test: what is wrong with a subject; empty if nothing.
-        random_only: whether it needs modules of its own making.
+        says: What holds, in one line.
+        test: What is wrong with a subject; empty if nothing.
+        random_only: Whether it needs modules of its own making.
     """
 
     says: str

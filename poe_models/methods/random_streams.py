@@ -11,8 +11,8 @@ def named_generator(seed: int, *names: str) -> torch.Generator:
     """A generator on the CPU, the same for the same seed and names.
 
     Args:
-        seed: of the method.
-        names: of what is drawn for: a module, an expert.
+        seed: Seed of the method.
+        names: Names of what is drawn for: a module, an expert.
 
     Returns:
         A new generator.

@@ -26,8 +26,8 @@ def magnitude_thresholds(values: Passes, density: float) -> tuple[float, ...]:
     0.
 
     Args:
-        values: float32 or float64 tensors ``(N, L)``; all passes give the same.
-        density: share of the entries to keep, in (0, 1].
+        values: Float32 or float64 tensors ``(N, L)``; all passes give the same.
+        density: Share of the entries to keep, in (0, 1].
 
     Returns:
         One threshold for each expert.

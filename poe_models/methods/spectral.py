@@ -1,7 +1,7 @@
 """Rules on singular vectors of a module: TSV-M, ISO-C and ISO-CTS.
 
 All three add up singular triplets of the experts; they differ in which, and in what their singular values become. Only
-singular values that count (see `poe_models.methods.decompositions`) take part, so that on exactly low-rank updates
+singular values that count (see ``poe_models.methods.decompositions``) take part, so that on exactly low-rank updates
 nothing depends on null-space vectors; on adapters the cost is that of their ranks.
 """
 
@@ -35,8 +35,8 @@ class TSVM(MergingMethod):
     the right vectors of all experts are replaced by the nearest orthonormal ones.
 
     Args:
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     >>> one, first = torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([2.0, 0.0]))
     >>> torch.allclose(TSVM()(torch.stack([one, one])), first, atol=1e-6)  # identical experts: one of two triplets
@@ -81,8 +81,8 @@ class IsoC(MergingMethod):
     The mean is over the singular values that count, as many as the rank of the sum.
 
     Args:
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     >>> updates = torch.stack([torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 0.0]))])
     >>> torch.allclose(IsoC()(updates), 2 * torch.eye(2), atol=1e-6)
@@ -125,9 +125,9 @@ class IsoCTS(MergingMethod):
     value, the mean of those that count.
 
     Args:
-        common: share of the directions that are common, before rounding to the sum above.
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        common: Share of the directions that are common, before rounding to the sum above.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     >>> updates = torch.diag(torch.tensor([2.0, 0.0])).expand(2, 2, 2)
     >>> torch.allclose(IsoCTS()(updates), updates.sum(0), atol=1e-6)
@@ -177,7 +177,7 @@ def directions(side: int, experts: int, common: float) -> tuple[int, int]:
     Args:
         side: ``min(d_out, d_in)``.
         experts: ``N``.
-        common: share of the common ones.
+        common: Share of the common ones.
 
     Returns:
         ``c`` and ``p`` with ``c + N p = side``.

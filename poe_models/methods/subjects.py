@@ -28,10 +28,10 @@ class Subject(ABC):
     """A method, and updates to try it on.
 
     Args:
-        method: the method, as it was given.
+        method: The method, as it was given.
 
     Attributes:
-        kind: where the updates come from.
+        kind: Where the updates come from.
     """
 
     kind: ClassVar[Literal["random", "real"]]
@@ -54,16 +54,16 @@ class Subject(ABC):
         """The method, ready for these updates.
 
         Args:
-            updates: float32 or float64.
-            experts: their names.
+            updates: Float32 or float64.
+            experts: Their names.
         """
 
     def merge(self, updates: Updates, experts: Sequence[str] | None = None) -> Updates:
         """Merge variants of the updates, as a user would: prepare the method on all, then merge each module.
 
         Args:
-            updates: in any floating dtype.
-            experts: their names; those of the subject by default.
+            updates: In any floating dtype.
+            experts: Their names; those of the subject by default.
 
         Returns:
             The merged update of each module, ``(d_out, d_in)``.
@@ -78,8 +78,8 @@ class RandomModules(Subject):
     """Three modules of different shapes with four experts that share some directions and differ in size.
 
     Args:
-        method: the method; given statistics are replaced by random ones.
-        seed: of everything.
+        method: The method; given statistics are replaced by random ones.
+        seed: Seed of everything.
     """
 
     kind = "random"
@@ -157,11 +157,11 @@ class RealModules(Subject):
     """The first real module of each shape, a few at most.
 
     Args:
-        method: the method; not one that learns from data.
-        modules: real modules.
+        method: The method; not one that learns from data.
+        modules: Real modules.
 
     Raises:
-        ValueError: there are none.
+        ValueError: If there are none.
     """
 
     kind = "real"

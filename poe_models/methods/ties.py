@@ -29,7 +29,7 @@ def elected_sum(experts: Iterable[tuple[Tensor, float]]) -> Tensor:
     Float64 makes the sum of a few float32 numbers exact, so that the election does not depend on the order of experts.
 
     Args:
-        experts: values ``(...)`` and threshold of each.
+        experts: Values ``(...)`` and threshold of each.
 
     Returns:
         Float64, ``(...)``.
@@ -46,9 +46,9 @@ def merged_by_sign(experts: Sequence[tuple[Tensor, float]], combine: Combine, ma
     """Merge the trimmed entries that have the elected sign.
 
     Args:
-        experts: values ``(...)`` and threshold of each.
-        combine: the mean over the experts that agree, their sum, or the one of largest magnitude.
-        majority: the sign, 1, 0 or -1, where the trimmed experts cancel; 0 counts as -1.
+        experts: Values ``(...)`` and threshold of each.
+        combine: The mean over the experts that agree, their sum, or the one of largest magnitude.
+        majority: The sign, 1, 0 or -1, where the trimmed experts cancel; 0 counts as -1.
 
     Returns:
         The merged values, ``(...)``.
@@ -83,13 +83,13 @@ class Ties(MergingMethod):
     differ: some trim each tensor (``scope="module"``), some take the sum.
 
     Args:
-        density: share of the entries that an expert keeps.
-        scale: coefficient of the merged update; 1 is the paper's choice without validation data.
-        combine: what becomes of the entries that agree.
-        scope: trim over the whole model, or within each module.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel: the more frequent one of the model;
-            filled in by `prepare`.
+        density: Share of the entries that an expert keeps.
+        scale: Coefficient of the merged update; 1 is the paper's choice without validation data.
+        combine: What becomes of the entries that agree.
+        scope: Trim over the whole model, or within each module.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel: the more frequent one of the model;
+            filled in by ``prepare``.
 
     >>> updates = torch.tensor([[[4.0, 1.0, -3.0]], [[2.0, 0.0, 5.0]]])
     >>> Ties(density=0.5, scope="module")(updates)
@@ -160,8 +160,8 @@ def trimming(vectors: Vectors, density: float) -> tuple[tuple[float, ...], int]:
     """Thresholds and majority sign of a whole model.
 
     Args:
-        vectors: starts a pass over the model.
-        density: share of the entries that an expert keeps.
+        vectors: Starts a pass over the model.
+        density: Share of the entries that an expert keeps.
 
     Returns:
         One threshold for each expert; 1, 0 or -1.

@@ -16,11 +16,11 @@ class WholeModel:
     """The base with all experts' updates in memory.
 
     Args:
-        method: name of the method, for messages.
-        modules: the task vectors.
+        method: Name of the method, for messages.
+        modules: The task vectors.
 
     Raises:
-        ValueError: if only modules are given, which are no whole model.
+        ValueError: If only modules are given, which are no whole model.
     """
 
     def __init__(self, method: str, modules: Iterable[ModuleUpdates]) -> None:
@@ -50,7 +50,7 @@ class WholeModel:
         """Every floating tensor of the merged model.
 
         Args:
-            updates: the merged update of each module, ``(d_out, d_in)``; gradients flow through.
+            updates: The merged update of each module, ``(d_out, d_in)``; gradients flow through.
 
         Returns:
             Tensors by their names in the base, without the further names of tied ones.
@@ -76,15 +76,15 @@ def minimise_entropy(
     Every step takes one batch of each task; a task that is through begins anew.
 
     Args:
-        parameters: what is learned, in place.
-        updates: the merged updates as a function of the parameters; called at each step.
-        model: whose predictions.
-        data: unlabelled batches of every task.
-        steps: number of steps.
-        learning_rate: of Adam.
+        parameters: What is learned, in place.
+        updates: The merged updates as a function of the parameters; called at each step.
+        model: Whose predictions.
+        data: Unlabelled batches of every task.
+        steps: Number of steps.
+        learning_rate: Learning rate of Adam.
 
     Raises:
-        ValueError: if an expert has no loader, a loader is empty, or the predictions are not finite logits.
+        ValueError: If an expert has no loader, a loader is empty, or the predictions are not finite logits.
     """
     missing = [name for name in model.names if name not in data.loaders]
     if missing:

@@ -2,7 +2,7 @@
 
     minimise  sum_i |(Z - U_i) U_i^T|^2 / |U_i|^2        (Cheng et al., 2025, arXiv 2503.08099)
 
-This is the product of Gaussian experts with `InputGram` and `NormScaled(1)`, without an anchor.
+This is the product of Gaussian experts with ``InputGram`` and ``NormScaled(1)``, without an anchor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Wudi(MergingMethod):
     Of all minimisers it is the smallest: directions in which no expert has any input stay at zero.
 
     Args:
-        rank_tolerance: input directions that the updates, scaled to norm 1, reach by no more than this stay at zero.
+        rank_tolerance: Input directions that the updates, scaled to norm 1, reach by no more than this stay at zero.
 
     >>> Wudi()(torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 5.0]))]))
     tensor([[2., 0.],
@@ -65,8 +65,8 @@ class WudiAdam(MergingMethod):
     Kept to compare with: it has not converged when it stops, and its result depends on the size of the updates.
 
     Args:
-        steps: how many.
-        learning_rate: of Adam.
+        steps: How many.
+        learning_rate: Learning rate of Adam.
 
     >>> WudiAdam(steps=0)(torch.tensor([1.0, 3.0])[:, None, None])
     tensor([[4.]])
@@ -113,7 +113,7 @@ def normal_equations(updates: Tensor, tolerance: float) -> tuple[Tensor, Tensor]
 
     Args:
         updates: ``(M, N, d_out, d_in)``.
-        tolerance: experts whose norm is up to this times the module's largest are left out.
+        tolerance: Experts whose norm is up to this times the module's largest are left out.
 
     Returns:
         ``(M, d_in, d_in)`` and ``(M, d_out, d_in)``.

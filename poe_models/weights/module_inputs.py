@@ -1,4 +1,4 @@
-"""Record the inputs of one layer by a hook: what multiplies its weight, as rows, and their second moments."""
+"""Second moments of the inputs of one layer, recorded by a hook as the rows that its weight multiplies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Recorder(ABC):
     """Sums ``X^T X`` over the rows ``X`` that a layer's weight is multiplied with.
 
     Args:
-        layer: the layer.
-        name: of its weight, for messages.
-        view: the fitted view of the weight.
-        shape: of the weight.
-        dtype: of the sums.
+        layer: The layer.
+        name: Name of its weight, for messages.
+        view: The fitted view of the weight.
+        shape: Shape of the weight.
+        dtype: Dtype of the sums.
     """
 
     def __init__(self, layer: nn.Module, name: str, view: View, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class Recorder(ABC):
         """``X^T X / n`` for each block of the view, ``(d_in, d_in)``.
 
         Raises:
-            ValueError: the layer saw no input.
+            ValueError: If the layer saw no input.
         """
         if self._sums is None or self._rows == 0:
             raise ValueError(
@@ -118,16 +118,16 @@ def recorder_of(model: nn.Module, name: str, view: View, dtype: torch.dtype) -> 
     """The recorder of the layer that a tensor is the weight of.
 
     Args:
-        model: the model.
-        name: of the tensor in the model.
-        view: its fitted view.
-        dtype: of the sums.
+        model: The model.
+        name: Name of the tensor in the model.
+        view: Its fitted view.
+        dtype: Dtype of the sums.
 
     Returns:
         A recorder, not yet listening.
 
     Raises:
-        ValueError: the tensor is not the weight of such a layer, or its view is not that of the layer.
+        ValueError: If the tensor is not the weight of such a layer, or its view is not that of the layer.
     """
     owner, _, attribute = name.rpartition(".")
     layer = model.get_submodule(owner)

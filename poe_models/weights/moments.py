@@ -1,8 +1,8 @@
-"""What the experts' data say about each module: diagonal Fisher information, or second moments of its inputs.
+"""Statistics of the experts' data for each module: diagonal Fisher information, or second moments of its inputs.
 
-Statistics go by the names of experts and modules, as :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them,
-and in the orientation of its matrices. They are made by :mod:`poe_models.weights.collecting`, and kept as one
-safetensors file per expert in one folder. Residual maps read them a batch of modules at a time.
+They go by the names of experts and modules, as :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them, and
+are in the orientation of its matrices. :mod:`poe_models.weights.collecting` makes them, and a folder keeps them as one
+safetensors file per expert. Residual maps and merging methods read them a batch of modules at a time.
 
 >>> given = ModuleStatistics("fisher", {"mnist": {"fc.weight": torch.ones(2, 3)}})
 >>> given.read("mnist", ["fc.weight"], (2, 3)).shape
@@ -38,11 +38,11 @@ class ModuleStatistics:
     """Statistics of several experts, read when they are asked for.
 
     Args:
-        kind: what they are.
-        experts: name of the expert to its statistics by name of the module, in memory or as a file.
+        kind: Their kind, ``"fisher"`` or ``"activations"``.
+        experts: Name of the expert to its statistics by name of the module, in memory or as a file.
 
     Raises:
-        ValueError: if the kind is unknown, or there are no experts.
+        ValueError: If the kind is unknown, or there are no experts.
     """
 
     def __init__(self, kind: Kind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
@@ -73,15 +73,15 @@ class ModuleStatistics:
         return (d_out, d_in) if self.kind == "fisher" else (d_in, d_in)
 
     def check(self, expert: str, module: str, shape: Sequence[int]) -> None:
-        """Find out from headers whether the statistics of a module are there.
+        """Refuse a module without statistics, from headers.
 
         Args:
-            expert: name of the expert.
-            module: name of the module.
-            shape: its shape ``(d_out, d_in)``.
+            expert: Name of the expert.
+            module: Name of the module.
+            shape: Its shape ``(d_out, d_in)``.
 
         Raises:
-            CheckpointError: if they are not, or are those of another shape.
+            CheckpointError: If they are not, or are those of another shape.
         """
         if expert not in self.experts:
             raise CheckpointError(
@@ -111,18 +111,18 @@ class ModuleStatistics:
         return {f"{self.kind} statistics {expert}": self.experts[expert]}
 
     def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
-        """Statistics of some modules of equal shape.
+        """Statistics of modules of equal shape.
 
         Args:
-            expert: name of the expert.
-            modules: names of ``M`` modules.
-            shape: their shape ``(d_out, d_in)``.
+            expert: Name of the expert.
+            modules: Names of ``M`` modules.
+            shape: Their shape ``(d_out, d_in)``.
 
         Returns:
-            ``(M, d_out, d_in)`` of Fisher information, ``(M, d_in, d_in)`` of activations, in float32 or float64.
+            Fisher information ``(M, d_out, d_in)`` or moments ``(M, d_in, d_in)``, in float32 or float64.
 
         Raises:
-            CheckpointError: if statistics are missing or have another shape, are not finite, negative, or (of
+            CheckpointError: If statistics are missing or have another shape, are not finite, negative, or (of
                 activations) not symmetric.
         """
         return torch.stack([self._read(expert, module, shape) for module in modules])
@@ -149,13 +149,13 @@ class ModuleStatistics:
         """Save one file per expert, each whole or not at all; a folder may be filled expert by expert.
 
         Args:
-            folder: made if it is not there.
+            folder: The folder; made if it is not there.
 
         Returns:
             The folder.
 
         Raises:
-            FileExistsError: if an expert's file is there already.
+            FileExistsError: If an expert's file is there already.
         """
         target = Path(folder).expanduser()
         target.mkdir(parents=True, exist_ok=True)
@@ -197,15 +197,15 @@ def open_statistics(folder: str | Path, kind: Kind, experts: Sequence[str] | Non
     """Open a folder that :meth:`ModuleStatistics.save` filled, by its headers.
 
     Args:
-        folder: the folder.
-        kind: what it should hold.
-        experts: names of the experts to open; all by default.
+        folder: The folder.
+        kind: Kind of the statistics.
+        experts: Names of the experts to open; all by default.
 
     Returns:
         Their statistics.
 
     Raises:
-        CheckpointError: if it is missing or empty, lacks an expert, or holds something else.
+        CheckpointError: If it is missing or empty, lacks an expert, or holds statistics of another kind.
     """
     path = Path(folder).expanduser()
     files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(path.glob(f"*{_SUFFIX}"))}
