@@ -57,7 +57,7 @@ class TaskArithmetic(MergingMethod):
     scale: float = 0.3
 
     def __post_init__(self) -> None:
-        require_number("TaskArithmetic", "scale", self.scale)
+        require_number(self, "scale")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -95,6 +95,6 @@ class MetaGPT(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        values = for_each_expert(self, "coefficients", self.coefficients, batch)
+        values = for_each_expert(self, "coefficients", batch)
         weights = torch.tensor(values, dtype=batch.updates.dtype, device=batch.updates.device)
         return torch.einsum("n,mnij->mij", weights, batch.updates)

@@ -82,7 +82,7 @@ class FisherMerging(StatisticsMethod):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("FisherMerging", "floor", self.floor, torch.finfo(torch.float32).tiny)
+        require_number(self, "floor", torch.finfo(torch.float32).tiny)
 
     @property
     @override
@@ -99,7 +99,7 @@ class FisherMerging(StatisticsMethod):
     def merged(self, batch: ModuleBatch) -> Tensor:
         precision = self.read(batch).to(batch.updates.dtype) + self.floor
         if self.normalize:
-            weights = for_each_expert(self, "weights", self.weights, batch)
+            weights = for_each_expert(self, "weights", batch)
             precision = precision * precision.new_tensor(weights)[:, None, None]
         return (precision * batch.updates).sum(1) / precision.sum(1)
 
@@ -134,7 +134,7 @@ class RegMean(StatisticsMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.off_diagonal != 0:
-            require_share("RegMean", "off_diagonal", self.off_diagonal)
+            require_share(self, "off_diagonal")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -183,8 +183,8 @@ class GradientMatching(StatisticsMethod):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("GradientMatching", "scale", self.scale, 0.0)
-        require_number("GradientMatching", "floor", self.floor, torch.finfo(torch.float32).tiny)
+        require_number(self, "scale", 0.0)
+        require_number(self, "floor", torch.finfo(torch.float32).tiny)
 
     @override
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:

@@ -60,11 +60,11 @@ class DogeTA(MergingMethod):
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        require_share("DogeTA", "density", self.density)
-        require_number("DogeTA", "scale", self.scale)
-        require_count("DogeTA", "subspace", self.subspace, 1)
-        require_count("DogeTA", "steps", self.steps, 0)
-        require_number("DogeTA", "learning_rate", self.learning_rate, 0.0)
+        require_share(self, "density")
+        require_number(self, "scale")
+        require_count(self, "subspace", 1)
+        require_count(self, "steps", 0)
+        require_number(self, "learning_rate", 0.0)
 
     @property
     @override
@@ -84,7 +84,7 @@ class DogeTA(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
+        thresholds = for_each_expert(self, "thresholds", batch)
         weights = self.scale * inverse_norms(batch.updates, RANK_TOLERANCE)
         shift = self._shift(batch.updates, weights)
         merged = torch.zeros_like(shift)

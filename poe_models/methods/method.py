@@ -18,6 +18,7 @@ gives a method that is ready to merge any module.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.passes import passes
 from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.moments import Kind
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
@@ -228,7 +228,13 @@ class MergingMethod(ABC):
                 f"`{name}.prepare({type(modules).__name__})`: it may look at the modules several times. Give "
                 "`TaskVectors` or a list."
             )
-        return self if self.ready else self.gathered(passes(name, modules), data)
+        if self.ready:
+            return self
+        if not isinstance(modules, TaskVectors):
+            return self.gathered(_Passes(name, modules), data)
+        if not modules.views:
+            raise ValueError(_no_modules(name))
+        return self.gathered(modules, data)
 
     @final
     def merge(self, batch: ModuleBatch) -> Tensor:
@@ -323,3 +329,41 @@ class NamedMethod:
     def __repr__(self) -> str:
         """The method's: designs are told apart by it, whatever the modules."""
         return repr(self.method)
+
+
+def named_generator(seed: int, *names: str) -> torch.Generator:
+    """A new generator on the CPU that depends on a seed and on names, not on the order in which anything is merged.
+
+    >>> [float(torch.rand(1, generator=named_generator(0, "fc.weight", "mnist"))) for _ in range(2)]
+    [0.3436172604560852, 0.3436172604560852]
+    """
+    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Modules for any number of passes: at least one, and half precision as float32."""
+
+    method: str
+    modules: Iterable[ModuleUpdates]
+
+    def __iter__(self) -> Iterator[ModuleUpdates]:
+        empty = True
+        for module in self.modules:
+            empty = False
+            factors = module.low_rank
+            low_rank = None if factors is None else (_computed(factors[0]), _computed(factors[1]))
+            yield replace(module, updates=_computed(module.updates), low_rank=low_rank)
+            del module, factors, low_rank  # memory is one module's, not two
+        if empty:
+            raise ValueError(_no_modules(self.method))
+
+
+def _no_modules(method: str) -> str:
+    return f"`{method}.prepare(modules)`: there are no modules. Give those of the whole model."
+
+
+def _computed(x: Tensor) -> Tensor:
+    """Updates in a dtype to compute in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

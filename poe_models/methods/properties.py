@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from poe_models.methods.learned import WholeModel
 from poe_models.methods.method import ModuleBatch
 from poe_models.methods.subjects import RandomModules, Subject, Updates
-from poe_models.methods.whole_model import WholeModel
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _NOISE, _MOVED = 1e-7, 1e-3

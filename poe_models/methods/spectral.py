@@ -27,8 +27,23 @@ from poe_models.methods.decompositions import (
 from poe_models.methods.method import About, MergingMethod, ModuleBatch
 
 
+class SpectralMethod(MergingMethod):
+    """Base of the methods with a ``scale`` of the merged update and a ``rank_tolerance`` of singular values."""
+
+    scale: float
+    rank_tolerance: float
+
+    def __post_init__(self) -> None:
+        require_number(self, "scale")
+        require_share(self, "rank_tolerance", one=False)
+
+    @override
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * modules * shape[0] * shape[1]
+
+
 @dataclass(frozen=True)
-class TSVM(MergingMethod):
+class TSVM(SpectralMethod):
     """Task singular vectors, merged without interference (Gargiulo et al., 2025).
 
     Of each expert the first ``floor(min(d_out, d_in) / N)`` singular triplets are kept (at least one), and the left and
@@ -55,14 +70,6 @@ class TSVM(MergingMethod):
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
 
-    def __post_init__(self) -> None:
-        require_number("TSVM", "scale", self.scale)
-        require_share("TSVM", "rank_tolerance", self.rank_tolerance, one=False)
-
-    @override
-    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * modules * shape[0] * shape[1]
-
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         count, side = batch.updates.shape[1], min(batch.updates.shape[2:])
@@ -75,7 +82,7 @@ class TSVM(MergingMethod):
 
 
 @dataclass(frozen=True)
-class IsoC(MergingMethod):
+class IsoC(SpectralMethod):
     """The sum of the updates with all its singular values made equal to their mean (Marczak et al., 2025, ISO-C).
 
     The mean is over the singular values that count, as many as the rank of the sum.
@@ -101,14 +108,6 @@ class IsoC(MergingMethod):
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
 
-    def __post_init__(self) -> None:
-        require_number("IsoC", "scale", self.scale)
-        require_share("IsoC", "rank_tolerance", self.rank_tolerance, one=False)
-
-    @override
-    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * modules * shape[0] * shape[1]
-
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         space = compressed(batch)
@@ -117,7 +116,7 @@ class IsoC(MergingMethod):
 
 
 @dataclass(frozen=True)
-class IsoCTS(MergingMethod):
+class IsoCTS(SpectralMethod):
     """ISO-C with the smaller part of the common directions given to single experts (Marczak et al., 2025, ISO-CTS).
 
     The first ``c`` singular directions of the sum are common; each expert adds the first ``p`` of what its update has
@@ -147,14 +146,10 @@ class IsoCTS(MergingMethod):
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
 
-    def __post_init__(self) -> None:
-        require_share("IsoCTS", "common", self.common)
-        require_number("IsoCTS", "scale", self.scale)
-        require_share("IsoCTS", "rank_tolerance", self.rank_tolerance, one=False)
-
     @override
-    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * modules * shape[0] * shape[1]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share(self, "common")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.method import MergingMethod, ModuleBatch, TaskData
-from poe_models.methods.random_streams import named_generator
+from poe_models.methods.method import MergingMethod, ModuleBatch, TaskData, named_generator
 from poe_models.weights.moments import ModuleStatistics
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 

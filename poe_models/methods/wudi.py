@@ -39,7 +39,7 @@ class Wudi(MergingMethod):
     rank_tolerance: float = RANK_TOLERANCE
 
     def __post_init__(self) -> None:
-        require_share("Wudi", "rank_tolerance", self.rank_tolerance, one=False)
+        require_share(self, "rank_tolerance", one=False)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
@@ -86,8 +86,8 @@ class WudiAdam(MergingMethod):
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
-        require_count("WudiAdam", "steps", self.steps, 0)
-        require_number("WudiAdam", "learning_rate", self.learning_rate, 0)
+        require_count(self, "steps", 0)
+        require_number(self, "learning_rate", 0)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:

@@ -165,7 +165,7 @@ def _tensors_of(model: nn.Module, views: Mapping[str, View], prefix: str) -> dic
 
 
 def _terms(logits: Any, labels: Tensor | None) -> Iterator[tuple[float, Tensor]]:
-    """Weight of a squared gradient and log probability to differentiate, of each row and class of one example."""
+    # The weight of a squared gradient and the log probability to differentiate, of each row and class of one example.
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"`forward(model, batch)` gave {got} for one example. Return logits (rows, classes).")
@@ -183,7 +183,7 @@ def _terms(logits: Any, labels: Tensor | None) -> Iterator[tuple[float, Tensor]]
 
 
 def _examples(batch: Any) -> Iterator[Any]:
-    """Each example of a batch, as a batch of one."""
+    # Each example of a batch, as a batch of one.
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0}
     if len(sizes) != 1:
@@ -199,16 +199,13 @@ def _examples(batch: Any) -> Iterator[Any]:
 def _blocks(views: Mapping[str, View], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        blocks = [
-            block.clone(memory_format=torch.contiguous_format)
-            for block in views[name].fitted(tensor.shape).split(tensor)
-        ]
+        parts = views[name].fitted(tensor.shape).split(tensor)
+        blocks = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         found |= zip(block_names(name, len(blocks)), blocks, strict=True)
     return found
 
 
 def _reported(loader: Iterable[Any], progress: Progress | None) -> Iterator[Any]:
-    """The batches, of which there must be some."""
     done, total = 0, len(loader) if isinstance(loader, Sized) else 0
     for done, batch in enumerate(loader, 1):
         yield batch
