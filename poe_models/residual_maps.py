@@ -1,4 +1,4 @@
-"""Residual maps: which directions of the merged update an expert cares about.
+"""Residual maps: the directions of the merged update in which an expert's residual is measured.
 
 A residual map turns an update ``U_i`` into the operator ``P_i`` of its squared residual
 ``q_i(Z) = <Z - U_i, P_i (Z - U_i)>``. A new map is one method that returns an operator.
@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, root_of, thin
 
-Kind = Literal["fisher", "activations"]
+MomentKind = Literal["fisher", "activations"]
 """Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
 
 
@@ -47,56 +47,51 @@ class Moments(Protocol):
 class MomentsSource(Protocol):
     """Statistics in memory or a folder of some; :mod:`poe_models.weights.moments` has both."""
 
-    def opened(self, kind: Kind, experts: Sequence[str]) -> Moments:
+    def opened(self, kind: MomentKind, experts: Sequence[str]) -> Moments:
         """The statistics of these experts at least; a ``TypeError`` or ``ValueError`` if they are of another kind."""
         ...
 
 
 class ResidualMap(ABC):
-    """Makes the operator ``P_i`` of an expert from its update."""
+    """A function from the update of an expert to the operator ``P_i`` of its squared residual."""
 
     @property
     def common_units(self) -> bool:
-        """Whether operators are in units that all experts share, so that a smaller one is information.
+        """Return whether operators are in units that all experts share, so that a smaller one is information.
 
-        False where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
+        Not where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
         """
         return False
 
     @override
     def __repr__(self) -> str:
-        """The map and its settings; statistics remember by it what they were made with."""
+        """The map and its settings, by which statistics and merges record it."""
         return f"{type(self).__qualname__}()"
 
     @abstractmethod
     def operator(self, update: Tensor) -> Operator:
-        """``P_i`` from ``U_i`` of shape ``(..., d_out, d_in)``, leading dimensions being modules."""
+        """The operator ``P_i`` of ``U_i``, ``(..., d_out, d_in)``; leading dimensions are modules."""
 
     def operator_of_factors(self, left: Tensor, right: Tensor) -> Operator:
-        """``P_i`` of ``U_i = left @ right``, ``(..., d_out, r)`` and ``(..., r, d_in)``; cheaper for some maps."""
+        """The operator of ``U_i = left @ right``, ``(..., d_out, r)`` and ``(..., r, d_in)``; cheaper for some maps."""
         return self.operator(left @ right)
 
     def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
-        """The map of one expert in named modules; only a map on given statistics differs from module to module.
+        """The map of one expert, named by its task vector, for a batch of named modules; equal to this one.
 
-        Args:
-            update: Name of the task vector.
-            modules: Names of the modules of a batch.
-
-        Returns:
-            A map for updates of exactly this batch, equal to this one.
+        Only a map on given statistics differs from module to module.
         """
         return self
 
     def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
-        """Checkpoints that the map of one expert reads besides the updates, after a check of their headers.
+        """Checkpoints, by their role, that the map of one expert reads besides the updates; checked by headers.
 
         Args:
             update: Name of the task vector.
-            modules: Names and shapes ``(d_out, d_in)`` of all modules it will be asked about.
+            modules: Names and shapes ``(d_out, d_in)`` of all modules that will be asked for.
 
         Returns:
-            Checkpoints by their role; none, but for maps on given statistics.
+            None, but for maps on given statistics.
         """
         return {}
 
@@ -134,7 +129,7 @@ class Directional(ResidualMap):
 
 @dataclass(frozen=True)
 class OutputGram(ResidualMap):
-    """``q = |U^T (Z - U)|^2``: ``U U^T`` on the output side (what [PoE]'s released code runs)."""
+    """``q = |U^T (Z - U)|^2``: ``U U^T`` on the output side ([PoE]'s released code)."""
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -168,7 +163,7 @@ class StatisticsMap(ResidualMap):
 
     statistics: MomentsSource
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[MomentKind]
     """Of the statistics."""
 
     def __post_init__(self) -> None:
@@ -186,11 +181,11 @@ class StatisticsMap(ResidualMap):
 
     @abstractmethod
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
-        """``P_i`` from the statistics of a batch of modules and ``U_i``.
+        """The operator of a batch of modules.
 
         Args:
-            given: ``(M, d_out, d_in)`` of Fisher information or ``(M, d_in, d_in)`` of activations, nonnegative.
-            update: ``U_i``, ``(M, d_out, d_in)``.
+            given: Fisher information ``(M, d_out, d_in)`` or second moments ``(M, d_in, d_in)``, nonnegative.
+            update: Update ``U_i``, ``(M, d_out, d_in)``.
         """
 
     def source(self, update: str) -> Moments:
@@ -267,7 +262,7 @@ class Fisher(StatisticsMap):
 
     floor: float = 0.0
 
-    kind: ClassVar[Kind] = "fisher"
+    kind: ClassVar[MomentKind] = "fisher"
 
     @override
     def __post_init__(self) -> None:
@@ -286,7 +281,7 @@ class Fisher(StatisticsMap):
 
 @dataclass(frozen=True, repr=False)
 class Activation(StatisticsMap):
-    """``q = |(Z - U) X|^2 / n``: what changes on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
+    """``q = |(Z - U) X|^2 / n``: the change on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
 
     With Gaussian experts at an absolute scale and a vanishing anchor the MAP is RegMean's (Jin et al., 2023,
     arXiv 2212.09849).
@@ -298,7 +293,7 @@ class Activation(StatisticsMap):
 
     off_diagonal: float = 1.0
 
-    kind: ClassVar[Kind] = "activations"
+    kind: ClassVar[MomentKind] = "activations"
 
     @override
     def __post_init__(self) -> None:
@@ -330,7 +325,7 @@ class Mixed(StatisticsMap):
     off_diagonal: float = 1.0
     unit_trace: bool = True
 
-    kind: ClassVar[Kind] = "activations"
+    kind: ClassVar[MomentKind] = "activations"
 
     @override
     def __post_init__(self) -> None:

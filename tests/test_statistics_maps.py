@@ -45,7 +45,7 @@ from poe_models import (
 )
 from poe_models.operators import root_of
 from poe_models.program import log_constant
-from poe_models.weights.moments import Kind
+from poe_models.residual_maps import MomentKind
 from tests.helpers import assert_close, random_updates
 
 NAMES = ("a", "b", "c")
@@ -53,7 +53,7 @@ MODULES = ("one", "two")
 SHAPE = (4, 3)
 
 
-def statistics(generator: torch.Generator, kind: Kind, shape: tuple[int, int] = SHAPE, rows: int = 20) -> dict:
+def statistics(generator: torch.Generator, kind: MomentKind, shape: tuple[int, int] = SHAPE, rows: int = 20) -> dict:
     made: dict[str, dict[str, Tensor]] = {}
     for name in NAMES:
         for module in MODULES:
@@ -249,7 +249,7 @@ def test_activation_with_fewer_rows_than_inputs_has_their_rank(generator: torch.
         ("activations", 2 * torch.ones(3, 3) - torch.eye(3), "expert 'a', modules one: .*not positive semi-def"),
     ],
 )
-def test_bad_statistics_are_refused_by_name(kind: Kind, value: Tensor, message: str) -> None:
+def test_bad_statistics_are_refused_by_name(kind: MomentKind, value: Tensor, message: str) -> None:
     given = ModuleStatistics(kind, {"a": {"one": value}})
     residual_map = Fisher(given) if kind == "fisher" else Activation(given)
     poe = ProductOfExperts.of(["a"], residual_map).for_modules(["one"])

@@ -1,8 +1,4 @@
-"""Rules on given statistics of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching.
-
-The statistics are those of the residual maps, see :mod:`poe_models.weights.moments`, by the names of experts and
-modules.
-"""
+"""Rules on statistics of the experts' data (see :mod:`poe_models.weights.moments`): Fisher merging, RegMean, UBGM."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from typing_extensions import override
 from poe_models.methods.arguments import for_each_expert, require_number, require_share
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.operators import moment_rounding, sum_of_squares, unit_diagonal
-from poe_models.residual_maps import Kind, MomentsSource, require_source, scaled_off_diagonal
+from poe_models.residual_maps import MomentKind, MomentsSource, require_source, scaled_off_diagonal
 from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.task_vectors import ModuleUpdates
 
@@ -32,7 +28,7 @@ class StatisticsMethod(MergingMethod):
 
     statistics: MomentsSource
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[MomentKind]
     """Of the statistics."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""DOGE-TA: task arithmetic after a common shift of the experts that lets them disturb each other less."""
+"""DOGE-TA: task arithmetic after a common shift of the experts that reduces their interference."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def _require_known(method: str, what: str, known: Mapping[str, object], batch: M
 
 
 class WholeModel:
-    """The base with all experts' updates in memory.
+    """The merged model as a differentiable function of its modules' merged updates, with all updates in memory.
 
     Args:
         method: Name of the method, for messages.
@@ -225,12 +225,12 @@ class WholeModel:
     def __init__(self, method: str, modules: Iterable[ModuleUpdates]) -> None:
         if not isinstance(modules, TaskVectors):
             raise ValueError(
-                f"`{method}.prepare({type(modules).__name__})`: it runs the merged model, which takes every tensor of "
+                f"`{method}.prepare(modules)`: it runs the merged model, which takes every tensor of "
                 "it. Give `TaskVectors`."
             )
         vectors = modules
         self.names = vectors.names
-        self._treatments = vectors.treatments
+        self._views = vectors.views
         self._shapes = {name: info.shape for name, info in vectors.base.tensors.items()}
         self._blocks: dict[str, list[str]] = {}
         self.modules: dict[str, ModuleUpdates] = {}
@@ -246,19 +246,11 @@ class WholeModel:
                 self._fixed[name] = vectors.base.read(name).to(vectors.device, vectors.dtype)
 
     def weights(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every floating tensor of the merged model.
-
-        Args:
-            updates: The merged update of each module, ``(d_out, d_in)``; gradients flow through.
-
-        Returns:
-            Tensors by their names in the base, without the further names of tied ones.
-        """
+        """Floating tensors of the merged model, tied ones once, from the merged update of each module."""
         merged = dict(self._fixed)
         for name, blocks in self._blocks.items():
-            view = self._treatments[name].view
-            assert view is not None
-            merged[name] = view.join([self.modules[b].base + updates[b] for b in blocks], self._shapes[name])
+            matrices = [self.modules[block].base + updates[block] for block in blocks]
+            merged[name] = self._views[name].join(matrices, self._shapes[name])
         return merged
 
 
@@ -275,9 +267,9 @@ def minimise_entropy(
     Every step takes one batch of each task; a task that is through begins anew.
 
     Args:
-        parameters: What is learned, in place.
+        parameters: Tensors that are learned, in place.
         updates: The merged updates as a function of the parameters; called at each step.
-        model: Whose predictions.
+        model: The merged model.
         data: Unlabelled batches of every task.
         steps: Number of steps.
         learning_rate: Learning rate of Adam.

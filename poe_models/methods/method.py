@@ -1,4 +1,4 @@
-"""What every merging method is: from the updates of a module to one merged update.
+"""Merging methods: functions from the experts' updates of a module to one merged update.
 
 A method is a frozen dataclass of plain numbers, so that its ``repr`` builds it again. A new one is one method:
 
@@ -12,7 +12,7 @@ A method is a frozen dataclass of plain numbers, so that its ``repr`` builds it 
 tensor([[3., 0.],
         [0., 3.]])
 
-What is global over the model (a quantile of all entries, a norm), or comes from data, is gathered by ``prepare``, which
+Numbers that depend on the whole model (a quantile of all entries, a norm) or on data are gathered by ``prepare``, which
 gives a method that is ready to merge any module.
 """
 
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.residual_maps import MomentKind
 from poe_models.weights.checkpoint import Checkpoint
-from poe_models.weights.moments import Kind
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 _LOADED = ("inputs", "labels")
@@ -41,16 +41,16 @@ Forward = Callable[[Mapping[str, Tensor], Any], Tensor]
 
 @dataclass(frozen=True)
 class About:
-    """What a reader of the registry wants to know about a method.
+    """Description of a method: its source and its needs.
 
     Attributes:
-        title: Its name in the literature.
-        citation: Authors, year and where to find it.
-        scope: Whether a module can be merged alone, or something has to be known about the whole model first.
-        data: What it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to ``prepare``;
+        title: Name in the literature.
+        citation: Authors, year and place.
+        scope: Part that has to be known before a module can be merged: the module alone, or the whole model.
+        data: Needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to ``prepare``;
             ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
-        streaming: Whether memory stays at a few tensors of each model.
-        random: Whether it draws; it then has a field ``seed``.
+        streaming: True if memory stays at a few tensors of each model.
+        random: True if it draws; it then has a field ``seed``.
         exceptions: Properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
     """
 
@@ -65,7 +65,7 @@ class About:
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """What a data-assisted method is given.
+    """Data and model for a method that learns.
 
     Attributes:
         loaders: Batches of each expert's task, by the expert's name; iterated once for each pass.
@@ -73,7 +73,7 @@ class TaskData:
         progress: Called with the number of finished steps and their total.
     """
 
-    loaders: Mapping[str, Iterable[Any]]
+    loaders: Mapping[str, Iterable[Any]] = field(repr=False)
     forward: Forward
     progress: Callable[[int, int], None] | None = None
 
@@ -83,9 +83,9 @@ class ModuleBatch:
     """Modules of equal shape that are merged together.
 
     Attributes:
-        updates: ``U_i``, ``(M, N, d_out, d_in)``.
-        names: Names of the modules, ``M``; their positions if nobody knows them.
-        experts: Names of the experts, ``N``; their positions if nobody knows them.
+        updates: Updates ``U_i``, ``(M, N, d_out, d_in)``.
+        names: Names of the ``M`` modules; their positions if they are not known.
+        experts: Names of the ``N`` experts; their positions if they are not known.
         low_rank: Factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)`` of the updates, if all are adapters'.
     """
 
@@ -102,20 +102,7 @@ class ModuleBatch:
         experts: Sequence[str] | None = None,
         low_rank: Factors | None = None,
     ) -> ModuleBatch:
-        """A batch of whatever is known about it.
-
-        Args:
-            updates: ``(M, N, d_out, d_in)``.
-            names: Names of the modules.
-            experts: Names of the experts.
-            low_rank: Factors of the updates.
-
-        Returns:
-            The batch, with positions for names that are not given.
-
-        Raises:
-            ValueError: If the updates have another shape or number of names.
-        """
+        """A batch, with positions for names that are not given; a ``ValueError`` if updates and names do not fit."""
         if updates.ndim != 4 or 0 in updates.shape:
             raise ValueError(
                 f"`ModuleBatch.of(updates)`: shape {tuple(updates.shape)}, but (M, N, d_out, d_in) with nothing empty "
@@ -131,6 +118,10 @@ class ModuleBatch:
             )
         return cls(updates, names, experts, low_rank)
 
+    @override
+    def __repr__(self) -> str:
+        return f"ModuleBatch({', '.join(self.names)} of {', '.join(self.experts)}, {tuple(self.updates.shape)})"
+
     @classmethod
     def of_module(cls, module: ModuleUpdates) -> ModuleBatch:
         """One module of a checkpoint as a batch."""
@@ -142,11 +133,11 @@ class ModuleBatch:
 class MergingMethod(ABC):
     """A rule from the updates of the experts to one merged update.
 
-    An instance is an anchor's centre as it is: ``Anchor(center=TaskArithmetic(0.3))``. Methods never write to what they
-    are given.
+    An instance is an anchor's centre as it is: ``Anchor(center=TaskArithmetic(0.3))``. Methods never write to their
+    inputs.
 
     Attributes:
-        about: What it is, for the registry.
+        about: Description, for the registry.
     """
 
     about: ClassVar[About]
@@ -157,19 +148,19 @@ class MergingMethod(ABC):
 
     @property
     def needs_loaders(self) -> bool:
-        """Whether ``prepare`` has to be given ``TaskData``."""
+        """Return whether ``prepare`` has to be given ``TaskData``."""
         return self.about.data in _LOADED
 
     @property
     def ready(self) -> bool:
-        """Whether modules can be merged; a method that needs a look at the whole model first is not."""
+        """Return whether modules can be merged; a method that needs the whole model first has to be prepared."""
         return self.about.scope == "module" and not self.needs_loaders
 
     def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> MergingMethod:
-        """The method with everything it has to know about the model filled in; itself by default.
+        """The method with the numbers of the whole model filled in, so that it is ready; itself by default.
 
         Args:
-            modules: Can be iterated several times; peak memory should stay at a few modules.
+            modules: Modules that can be iterated several times; peak memory should stay at a few of them.
             data: Loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
 
         Returns:
@@ -178,33 +169,27 @@ class MergingMethod(ABC):
         return self
 
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        """What decides the merge besides the updates and the ``repr``, once it is known to be there; headers only.
+        """Checkpoints that decide the merge besides the updates and the ``repr``, after a check of their headers.
 
         Args:
             experts: Names of the experts.
             modules: Names and shapes ``(d_out, d_in)`` of all modules it will merge.
 
         Returns:
-            Checkpoints by what they are; none, but for given statistics and learned masks.
+            Checkpoints by their role; none, but for given statistics and learned masks.
         """
         return {}
 
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        """Numbers that merging a batch holds at its peak, beside the updates and the result.
+        """Numbers that merging ``modules`` of one shape holds at its peak, beside the updates and the result.
 
-        Args:
-            modules: How many.
-            experts: How many.
-            shape: ``(d_out, d_in)`` of each module.
-
-        Returns:
-            A count in units of the compute dtype, for the prediction of ``plan``; enough for sums by default.
+        ``plan`` predicts memory by it, in units of the compute dtype; the default is enough for sums.
         """
         return 4 * modules * shape[0] * shape[1]
 
     @final
     def prepare(self, modules: TaskVectors | Iterable[ModuleUpdates], data: TaskData | None = None) -> MergingMethod:
-        """Look at the whole model, if the method has to.
+        """Gather from the whole model what the method needs of it.
 
         Args:
             modules: ``TaskVectors``, or any modules that can be iterated several times, with the experts in one order.
@@ -220,7 +205,7 @@ class MergingMethod(ABC):
         wants = self.about.data
         if (data is not None) != self.needs_loaders:
             missing = f"it needs data ({wants})" if data is None else "it needs no data"
-            elsewhere = "Its statistics are a field" if wants in get_args(Kind) else "Leave `data` out"
+            elsewhere = "Its statistics are a field" if wants in get_args(MomentKind) else "Leave `data` out"
             way_out = "Give `data=TaskData(loaders, forward)`" if data is None else elsewhere
             raise ValueError(f"`{name}.prepare(modules, data)`: {missing}. {way_out}.")
         if isinstance(modules, Iterator):
@@ -286,20 +271,12 @@ class MergingMethod(ABC):
         return merged.reshape(*leading, *merged.shape[1:])
 
     def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
-        """The method in named modules.
-
-        Args:
-            modules: Names of the ``M`` modules of the updates it will be given.
-            experts: Names of their ``N`` experts.
-
-        Returns:
-            A function of the updates ``(M, N, d_out, d_in)``.
-        """
+        """The method as a function of the updates ``(M, N, d_out, d_in)`` of named modules of named experts."""
         return NamedMethod(self, tuple(modules), tuple(experts))
 
     @override
     def __repr__(self) -> str:
-        """The method and its settings, for classes that are no dataclass."""
+        """The method and its settings; this one for classes that are no dataclass."""
         return f"{type(self).__qualname__}()"
 
 
@@ -318,7 +295,7 @@ class NamedMethod:
     experts: tuple[str, ...]
 
     def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:
-        """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``, with their factors or not."""
+        """The merged updates ``(M, d_out, d_in)`` of ``(M, N, d_out, d_in)``, with their factors or not."""
         return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts, low_rank))
 
     def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
@@ -327,7 +304,7 @@ class NamedMethod:
 
     @override
     def __repr__(self) -> str:
-        """The method's: designs are told apart by it, whatever the modules."""
+        """The text of the method, by which designs are told apart, whatever the modules."""
         return repr(self.method)
 
 

@@ -1,8 +1,8 @@
 """Rules on singular vectors of a module: TSV-M, ISO-C and ISO-CTS.
 
-All three add up singular triplets of the experts; they differ in which, and in what their singular values become. Only
-singular values that count (see ``poe_models.methods.decompositions``) take part, so that on exactly low-rank updates
-nothing depends on null-space vectors; on adapters the cost is that of their ranks.
+All three add up singular triplets of the experts; they differ in the triplets, and in the singular values that these
+get. Only singular values that count (see :mod:`poe_models.methods.decompositions`) take part, so that on exactly
+low-rank updates nothing depends on null-space vectors; on adapters the cost is that of their ranks.
 """
 
 from __future__ import annotations
@@ -167,15 +167,7 @@ class IsoCTS(SpectralMethod):
 
 
 def directions(side: int, experts: int, common: float) -> tuple[int, int]:
-    """How many directions of ISO-CTS are common, and how many each expert's own.
-
-    Args:
-        side: ``min(d_out, d_in)``.
-        experts: ``N``.
-        common: Share of the common ones.
-
-    Returns:
-        ``c`` and ``p`` with ``c + N p = side``.
+    """Numbers of common directions of ISO-CTS and of each expert's own: ``c`` and ``p`` with ``c + N p = side``.
 
     >>> directions(768, 8, 0.8)
     (616, 19)

@@ -1,4 +1,4 @@
-"""What a rule is checked on: updates of a few modules, and a way to merge variants of them."""
+"""Subjects of property checks: updates of a few modules, and a way to merge variants of them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Subject(ABC):
     """A method, and updates to try it on.
 
     Args:
-        method: The method, as it was given.
+        method: The method, not prepared.
 
     Attributes:
-        kind: Where the updates come from.
+        kind: Origin of the updates.
     """
 
     kind: ClassVar[Literal["random", "real"]]
@@ -50,18 +50,13 @@ class Subject(ABC):
 
     @abstractmethod
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
-        """The method, ready for these updates.
-
-        Args:
-            updates: Float32 or float64.
-            experts: Their names.
-        """
+        """The method, ready for these float32 or float64 updates of named experts."""
 
     def merge(self, updates: Updates, experts: Sequence[str] | None = None) -> Updates:
         """Merge variants of the updates, as a user would: prepare the method on all, then merge each module.
 
         Args:
-            updates: In any floating dtype.
+            updates: Updates in any floating dtype.
             experts: Their names; those of the subject by default.
 
         Returns:
@@ -133,14 +128,14 @@ class RandomModules(Subject):
         kind = self.method.about.data
         if kind not in ("fisher", "activations"):
             return self.method
-        made: dict[str, dict[str, Tensor]] = {expert: {} for expert in experts}
-        for expert in experts:
-            for name, values in updates.items():
-                if kind == "fisher":
-                    made[expert][name] = self._random("fisher", expert, name, shape=values.shape[1:]).square()
-                else:
-                    rows = self._random("inputs", expert, name, shape=(3 * values.shape[2], values.shape[2]))
-                    made[expert][name] = rows.mT @ rows / len(rows)
+
+        def statistics(expert: str, name: str, d_out: int, d_in: int) -> Tensor:
+            if kind == "fisher":
+                return self._random("fisher", expert, name, shape=(d_out, d_in)).square()
+            rows = self._random("inputs", expert, name, shape=(3 * d_in, d_in))
+            return rows.mT @ rows / len(rows)
+
+        made = {each: {name: statistics(each, name, *u.shape[1:]) for name, u in updates.items()} for each in experts}
         return replace(self.method, statistics=ModuleStatistics(kind, made))  # type: ignore[type-var]
 
     def _data(self, vectors: TaskVectors) -> TaskData:
@@ -194,11 +189,7 @@ class RealModules(Subject):
 
 
 def _one_of_each_shape(vectors: TaskVectors) -> Iterator[ModuleUpdates]:
-    """Modules of every shape, the first tensor of a shape at least, without reading all tensors.
-
-    Yields:
-        All modules of those tensors.
-    """
+    # Modules of every shape, the first tensor of a shape at least, without reading all tensors.
     seen: set[tuple[int, int]] = set()
     for name, view in vectors.views.items():
         shapes = set(view.block_shapes(vectors.base.tensors[name].shape))

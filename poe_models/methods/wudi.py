@@ -1,4 +1,4 @@
-"""WUDI: the merged update whose difference to each expert is least felt on the expert's own input directions.
+"""WUDI: the merged update that differs least from each expert along the expert's own input directions.
 
     minimise  sum_i |(Z - U_i) U_i^T|^2 / |U_i|^2        (Cheng et al., 2025, arXiv 2503.08099)
 
@@ -65,7 +65,7 @@ class WudiAdam(MergingMethod):
     Kept to compare with: it has not converged when it stops, and its result depends on the size of the updates.
 
     Args:
-        steps: How many.
+        steps: Number of steps.
         learning_rate: Learning rate of Adam.
 
     >>> WudiAdam(steps=0)(torch.tensor([1.0, 3.0])[:, None, None])
@@ -109,14 +109,9 @@ class WudiAdam(MergingMethod):
 
 
 def normal_equations(updates: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """``sum_i C_i`` and ``sum_i U_i C_i`` in float64.
+    """``sum_i C_i``, ``(M, d_in, d_in)``, and ``sum_i U_i C_i``, ``(M, d_out, d_in)``, in float64.
 
-    Args:
-        updates: ``(M, N, d_out, d_in)``.
-        tolerance: Experts whose norm is up to this times the module's largest are left out.
-
-    Returns:
-        ``(M, d_in, d_in)`` and ``(M, d_out, d_in)``.
+    Experts whose norm is up to ``tolerance`` times the module's largest are left out.
     """
     gram = updates.new_zeros(len(updates), updates.shape[3], updates.shape[3], dtype=torch.float64)
     pull = updates.new_zeros(len(updates), *updates.shape[2:], dtype=torch.float64)

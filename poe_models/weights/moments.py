@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.residual_maps import Kind
+from poe_models.residual_maps import MomentKind
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError
 from poe_models.weights.loading import open_checkpoint
 
@@ -45,16 +45,18 @@ class ModuleStatistics:
         ValueError: If the kind is unknown, or there are no experts.
     """
 
-    def __init__(self, kind: Kind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
-        if kind not in get_args(Kind):
-            raise ValueError(f"`ModuleStatistics({kind!r})`: the kinds are {', '.join(map(repr, get_args(Kind)))}.")
+    def __init__(self, kind: MomentKind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
+        if kind not in get_args(MomentKind):
+            raise ValueError(
+                f"`ModuleStatistics({kind!r})`: the kinds are {', '.join(map(repr, get_args(MomentKind)))}."
+            )
         if not experts:
             raise ValueError("`ModuleStatistics(experts={})`: there are none. Give the statistics of each expert.")
-        self.kind: Kind = kind
+        self.kind: MomentKind = kind
         self.experts = {name: open_checkpoint(source) for name, source in experts.items()}
         self._digest: str | None = None
 
-    def opened(self, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
+    def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleStatistics:
         """The statistics themselves.
 
         Raises:
@@ -193,12 +195,12 @@ class ModuleStatistics:
         return f"ModuleStatistics({self.kind!r}, {', '.join(self.experts)}, {self.digest()[:16]})"
 
 
-def open_statistics(folder: str | Path, kind: Kind, experts: Sequence[str] | None = None) -> ModuleStatistics:
+def open_statistics(folder: str | Path, kind: MomentKind, experts: Sequence[str] | None = None) -> ModuleStatistics:
     """Open a folder that :meth:`ModuleStatistics.save` filled, by its headers.
 
     Args:
         folder: The folder.
-        kind: Kind of the statistics.
+        kind: MomentKind of the statistics.
         experts: Names of the experts to open; all by default.
 
     Returns:
@@ -242,7 +244,7 @@ class StatisticsFolder:
 
     path: str | Path
 
-    def opened(self, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
+    def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleStatistics:
         """The statistics of some experts; see :func:`open_statistics`."""
         return open_statistics(self.path, kind, experts)
 
