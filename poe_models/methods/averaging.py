@@ -72,7 +72,7 @@ class MetaGPT(MergingMethod):
     orthogonal and a loss that is linear around the base.
 
     Args:
-        coefficients: ``c_i``, in the order of the experts; filled in by ``prepare``.
+        coefficients: Coefficients ``c_i``, in the order of the experts; filled in by ``prepare``.
 
     >>> MetaGPT((0.25, 0.75))(torch.tensor([1.0, 2.0])[:, None, None])
     tensor([[1.7500]])

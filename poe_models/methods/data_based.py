@@ -52,9 +52,9 @@ class FisherMerging(StatisticsMethod):
 
     Args:
         statistics: Exact diagonal Fisher information.
-        floor: Above 0; added to every entry, so that entries that no example depends on are averaged.
+        floor: Number above 0, added to every entry, so that entries that no example depends on are averaged.
         normalize: Weigh each expert by one over the norm of its Fisher information over the whole model.
-        weights: ``w_i``, in the order of the experts; filled in by ``prepare`` if ``normalize``.
+        weights: Weights ``w_i``, in the order of the experts; filled in by ``prepare`` if ``normalize``.
 
     >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
@@ -151,7 +151,7 @@ class GradientMatching(StatisticsMethod):
     Args:
         statistics: Exact diagonal Fisher information.
         scale: The task-arithmetic coefficient, one for all experts.
-        floor: Above 0; added to the base's curvature, so that entries that no example depends on are task arithmetic's.
+        floor: Number above 0, added to the base's curvature: entries that no example depends on are task arithmetic's.
         base: Name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
 
     >>> from poe_models import ModuleStatistics

@@ -127,17 +127,12 @@ def _working_floats(modules: int, experts: int, shape: tuple[int, int]) -> int:
 
 
 def in_common_basis(batch: ModuleBatch, tolerance: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each module's basis and the experts in it.
-
-    Left singular vectors are eigenvectors of ``sum_i U_i U_i^T``, found in float64.
-
-    Args:
-        batch: The updates.
-        tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
+    """The left singular basis of each module and the experts in it.
 
     Yields:
         The basis ``(d_out, k)`` and the representations ``(N, k, d_in)``, in the dtype of the updates.
     """
+    # The basis is the eigenvectors of sum_i U_i U_i^T, found in float64.
     space = compressed(batch)
     floors = (tolerance * frobenius(space.cores).double()).square()
     for position, (cores, floor) in enumerate(zip(space.cores, floors, strict=True)):

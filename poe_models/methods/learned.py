@@ -115,7 +115,7 @@ class ConcreteTaskArithmetic(MergingMethod):
         initial_logit: Initial logit of every entry before the first step.
         rescale: Divide a mask by its mean.
         seed: Seed of all samples.
-        logits: By name of the module, ``(d_out, d_in)``; filled in by ``prepare``, and no part of its ``repr``.
+        logits: Logits ``(d_out, d_in)`` by name of the module; filled in by ``prepare``, and no part of its ``repr``.
 
     >>> prepared = ConcreteTaskArithmetic(scale=1.0, logits={"0": torch.tensor([[9.0, -99.0]])})
     >>> prepared(torch.tensor([[[1.0, 1.0]], [[3.0, 1.0]]]))
@@ -214,12 +214,8 @@ def _require_known(method: str, what: str, known: Mapping[str, object], batch: M
 class WholeModel:
     """The merged model as a differentiable function of its modules' merged updates, with all updates in memory.
 
-    Args:
-        method: Name of the method, for messages.
-        modules: The task vectors.
-
     Raises:
-        ValueError: If only modules are given, which are no whole model.
+        ValueError: If ``modules`` are not ``TaskVectors``, and no whole model.
     """
 
     def __init__(self, method: str, modules: Iterable[ModuleUpdates]) -> None:
@@ -264,15 +260,8 @@ def minimise_entropy(
 ) -> None:
     """Minimise the entropy of a merged model's predictions, summed over tasks, by Adam (Yang et al., 2024).
 
-    Every step takes one batch of each task; a task that is through begins anew.
-
-    Args:
-        parameters: Tensors that are learned, in place.
-        updates: The merged updates as a function of the parameters; called at each step.
-        model: The merged model.
-        data: Unlabelled batches of every task.
-        steps: Number of steps.
-        learning_rate: Learning rate of Adam.
+    The ``parameters`` of ``updates`` change in place. Every step takes one batch of each task; a task that is through
+    begins anew.
 
     Raises:
         ValueError: If an expert has no loader, a loader is empty, or the predictions are not finite logits.

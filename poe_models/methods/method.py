@@ -192,7 +192,7 @@ class MergingMethod(ABC):
         """Gather from the whole model what the method needs of it.
 
         Args:
-            modules: ``TaskVectors``, or any modules that can be iterated several times, with the experts in one order.
+            modules: The ``TaskVectors``, or modules that can be iterated several times, with the experts in one order.
             data: For methods that need it.
 
         Returns:

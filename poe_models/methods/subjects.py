@@ -31,22 +31,16 @@ class Subject(ABC):
 
     Attributes:
         kind: Origin of the updates.
+        updates: Float64 updates of all experts, never written to.
+        experts: Names of the experts.
     """
 
     kind: ClassVar[Literal["random", "real"]]
+    updates: Updates
+    experts: tuple[str, ...]
 
     def __init__(self, method: MergingMethod) -> None:
         self.method = method
-
-    @property
-    @abstractmethod
-    def updates(self) -> Updates:
-        """Float64 updates of all experts, to be used and not written to."""
-
-    @property
-    @abstractmethod
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts."""
 
     @abstractmethod
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
@@ -81,22 +75,12 @@ class RandomModules(Subject):
     def __init__(self, method: MergingMethod, seed: int) -> None:
         super().__init__(method)
         self.seed = seed
-        self._updates = {
-            f"layers.{i}.weight": self._random("update", str(i), shape=(4, *shape)) + self._random(str(i), shape=shape)
+        sizes = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)[:, None, None]
+        self.experts = ("a", "b", "c", "d")
+        self.updates = {
+            f"layers.{i}.weight": (sizes * self._shared_and_own(str(i), shape)).float().double()
             for i, shape in enumerate(_SHAPES)
         }
-        sizes = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)[:, None, None]
-        self._updates = {name: (sizes * values).float().double() for name, values in self._updates.items()}
-
-    @property
-    @override
-    def updates(self) -> Updates:
-        return self._updates
-
-    @property
-    @override
-    def experts(self) -> tuple[str, ...]:
-        return ("a", "b", "c", "d")
 
     @override
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
@@ -109,7 +93,7 @@ class RandomModules(Subject):
 
     def vectors(self) -> TaskVectors:
         """A small model with an integer buffer, a bias and tied matrices, around the first module."""
-        name, updates = next(iter(self._updates.items()))
+        name, updates = next(iter(self.updates.items()))
         states: dict[str, dict[str, Tensor]] = {}
         for i in range(len(updates) + 1):
             weight = torch.zeros_like(updates[0]) if i == 0 else updates[i - 1].clone()
@@ -123,6 +107,9 @@ class RandomModules(Subject):
 
     def _random(self, *names: str, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=named_generator(self.seed, *names), dtype=torch.float64)
+
+    def _shared_and_own(self, name: str, shape: tuple[int, int]) -> Tensor:
+        return self._random(name, shape=shape) + self._random("update", name, shape=(4, *shape))
 
     def _with_statistics(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
         kind = self.method.about.data
@@ -168,18 +155,8 @@ class RealModules(Subject):
         if not chosen:
             raise ValueError("`check(..., modules)`: there are no modules. Give `TaskVectors` that merge something.")
         taken = list(islice(chosen.values(), _REAL_SHAPES))
-        self._updates = {module.name: module.updates.double() for module in taken}
-        self._experts = taken[0].names
-
-    @property
-    @override
-    def updates(self) -> Updates:
-        return self._updates
-
-    @property
-    @override
-    def experts(self) -> tuple[str, ...]:
-        return self._experts
+        self.updates = {module.name: module.updates.double() for module in taken}
+        self.experts = taken[0].names
 
     @override
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:

@@ -149,17 +149,9 @@ _BUFFER = re.compile(r"(bias|mask|ids?|index|indices|table|tracked|buffer|state|
 
 
 def refuse_quantised(source: str, tensors: Iterable[TensorInfo], config: dict[str, Any] | None) -> None:
-    """Raise if a checkpoint's header or config says that its weights are quantised.
+    """Refuse a checkpoint, called ``source``, whose headers or config say that its weights are quantised.
 
     Integer buffers (position ids, counters, masks) are no weights and pass.
-
-    Args:
-        source: Name of the checkpoint in the message.
-        tensors: Headers of its tensors.
-        config: Its ``config.json``, or None.
-
-    Raises:
-        CheckpointError: If they are quantised; the message names the kind and the tensor or the config key.
     """
 
     def error(what: str) -> CheckpointError:

@@ -21,17 +21,8 @@ def refuse_misfits(
 ) -> None:
     """Refuse an expert that is the base, lacks a tensor, has one too many, or has one of another shape.
 
-    Tensors that stay the base's may differ or be absent, and so may integer buffers.
-
-    Args:
-        base: The base.
-        experts: Name to expert.
-        treatments: Name of each tensor of the base to its treatment.
-        rules: Table they came from, asked about tensors that only an expert has.
-        model_type: Value of ``model_type`` in the base's config, or None.
-
-    Raises:
-        CheckpointError: If there is a problem; the message lists the first ones and their number.
+    Tensors that stay the base's may differ or be absent, and so may integer buffers. ``treatments`` are those of the
+    base's tensors; the ``rules`` decide about tensors that only an expert has.
     """
     problems: list[tuple[str, str]] = []
     for expert, checkpoint in experts.items():

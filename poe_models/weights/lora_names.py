@@ -16,16 +16,9 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])\.weight|embedding_
 def sort_keys(path: Path, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Sort the keys of an adapter file into factors and whole tensors, by names in the model that was trained.
 
-    Args:
-        path: The adapter file, for messages.
-        keys: The names in it.
-
     Returns:
         Module to its two keys (``{"A": ..., "B": ...}``, of an embedding ``{"embedding_A": ..., "embedding_B": ...}``),
         and the name of each replaced tensor to its key.
-
-    Raises:
-        CheckpointError: If a factor has no partner, a key is of an unknown kind, or it is on nn.MultiheadAttention.
     """
     factors: dict[str, dict[str, str]] = {}
     full: dict[str, str] = {}
@@ -85,19 +78,7 @@ class Renaming:
 
 
 def find_renaming(path: Path, modules: Iterable[str], base: Checkpoint) -> Renaming:
-    """Find the change of prefix that makes an adapter's module names the base's.
-
-    Args:
-        path: The adapter file, for messages.
-        modules: The modules that have factors.
-        base: The base.
-
-    Returns:
-        No change if every name is the base's own, else the one change of prefix that fits every module.
-
-    Raises:
-        CheckpointError: If no change of prefix fits, or several do (naming the tensors they lead to).
-    """
+    """Find the one change of prefix that makes the names of all modules with factors the base's; none if they are."""
     wanted = list(modules)
     if not wanted or all(Renaming().matrix(module, base) for module in wanted):
         return Renaming()
@@ -128,16 +109,7 @@ def _candidates(module: str, base: Checkpoint) -> list[Renaming]:
 
 
 def refuse_untied(path: Path, changed: Mapping[str, str], base: Checkpoint) -> None:
-    """Refuse an adapter that changes one of several tied tensors.
-
-    Args:
-        path: The adapter file, for messages.
-        changed: Name in the base of each changed tensor, to its name in the adapter.
-        base: The base.
-
-    Raises:
-        CheckpointError: If it changes one; the message names the tied tensors.
-    """
+    """Refuse an adapter that changes one of several tied tensors, from names in the base to names in the adapter."""
     for name, key in changed.items():
         tied = base.tied_names(name)
         if len(tied) > 1:

@@ -115,16 +115,7 @@ class _AttentionInputs(Recorder):
 
 
 def recorder_of(model: nn.Module, name: str, view: View, dtype: torch.dtype) -> Recorder:
-    """The recorder of the layer that a tensor is the weight of.
-
-    Args:
-        model: The model.
-        name: Name of the tensor in the model.
-        view: Its fitted view.
-        dtype: Dtype of the sums.
-
-    Returns:
-        A recorder, not yet listening.
+    """A recorder, not yet listening, of the layer whose weight is the tensor ``name``, seen by a fitted view.
 
     Raises:
         ValueError: If the tensor is not the weight of such a layer, or its view is not that of the layer.

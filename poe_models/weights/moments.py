@@ -200,7 +200,7 @@ def open_statistics(folder: str | Path, kind: MomentKind, experts: Sequence[str]
 
     Args:
         folder: The folder.
-        kind: MomentKind of the statistics.
+        kind: Kind of the statistics.
         experts: Names of the experts to open; all by default.
 
     Returns:

@@ -49,9 +49,9 @@ class Rule:
 
     Args:
         match: Regular expression, searched for anywhere in the tensor's name.
-        action: ``"merge"`` by the product of experts, ``"average"`` the experts' updates, or keep the ``"base"``.
-        view: How a merged tensor is seen as matrices; None leaves that to the first later rule that says it.
-        model_types: ``model_type`` of the config; empty for any. A model without a config fits too, unless ``known``.
+        action: Either ``"merge"`` by the product of experts, ``"average"`` the updates, or keep the ``"base"``.
+        view: View of a merged tensor as matrices; None leaves it to the first later rule that has one.
+        model_types: Values of ``model_type``; empty for any. A model without a config fits too, unless ``known``.
         shape: Condition on the shape. ``"vector"`` has fewer than two axes (or all but one of length 1, from three axes
             on); ``"matrix"`` two axes; ``"stack"`` three; ``"kernel"`` three to five; ``"depthwise"`` is a kernel with
             one input channel and several outputs; ``"three_in_rows"`` d_out = 3 d_in; ``"three_in_columns"`` the
@@ -101,8 +101,8 @@ class Rule:
         """Make a rule from plain values, such as an entry of a YAML file.
 
         Args:
-            values: ``match`` and ``action``, and optionally the other arguments; ``view`` as a mapping of ``View``'s
-                arguments, ``{}`` to see a matrix as it is.
+            values: Values of ``match`` and ``action``, and optionally the other arguments; ``view`` as a mapping of
+                ``View``'s arguments, ``{}`` to see a matrix as it is.
 
         Returns:
             The rule.
@@ -297,7 +297,7 @@ class RuleTable:
 
         Args:
             info: Header of the tensor.
-            model_type: ``model_type`` of the config; None if there is no config.
+            model_type: Value of ``model_type`` in the config; None if there is no config.
             aliases: Further names of a tied tensor: a rule applies if any of the names matches.
 
         Returns:
@@ -333,7 +333,7 @@ class RuleTable:
         """Put rules before those of this table.
 
         Args:
-            rules: ``Rule`` objects, or mappings as :meth:`Rule.from_dict` takes them.
+            rules: Objects, or mappings as :meth:`Rule.from_dict` takes them.
 
         Returns:
             A new table.

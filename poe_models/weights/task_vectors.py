@@ -30,7 +30,7 @@ class ModuleUpdates:
         tensor: Name of the tensor.
         names: Names of the experts.
         base: The base's matrix W_0, (d_out, d_in).
-        updates: U_i = W_i - W_0, (N, d_out, d_in).
+        updates: Updates U_i = W_i - W_0, (N, d_out, d_in).
         low_rank: Factors B (N, d_out, r) and A (N, r, d_in) with U_i = B_i A_i, if every expert is a LoRA adapter on
             this base; smaller ranks are filled up with zeros. None otherwise.
     """
@@ -58,8 +58,8 @@ class TaskVectors:
         base: The base, as ``open_checkpoint`` takes it.
         experts: Name to expert, or (name, expert) pairs; adapters are opened on ``base``.
         rules: Table of the tensors that are merged, averaged, or kept from the base.
-        dtype: Type in which updates are formed, float32 or float64. The difference of two bfloat16 weights is exact in
-            float32 unless they differ by orders of magnitude; in bfloat16 it would lose what fine-tuning did.
+        dtype: Precision in which updates are formed, float32 or float64. The difference of two bfloat16 weights is
+            exact in float32 unless they differ by orders of magnitude; in bfloat16 it would lose what fine-tuning did.
         device: Device of the updates.
 
     Attributes:

@@ -29,16 +29,6 @@ def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
 
     Either the object itself maps names to tensors, or its entry ``"state_dict"`` or ``"model"`` does, every leaf of it
     a tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and are left alone.
-
-    Args:
-        loaded: The unpickled object.
-        source: Name of the file in messages.
-
-    Returns:
-        Name to tensor.
-
-    Raises:
-        CheckpointError: If there is no such mapping, or more than one.
     """
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
@@ -66,27 +56,10 @@ def _is_state_dict(value: object) -> bool:
 
 
 def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]:
-    """The same tensors as a dict, after a check that all are ordinary and dense.
-
-    Args:
-        tensors: Name to tensor.
-        source: Name of their origin in messages.
-
-    Returns:
-        Name to tensor.
-
-    Raises:
-        CheckpointError: If one is quantised, sparse, without data, or of a foreign subclass.
-    """
+    """The same tensors as a dict, after a check that none is quantised, sparse, without data, or a foreign subclass."""
     for name, tensor in tensors.items():
-        plain = type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
-        if (
-            not isinstance(name, str)
-            or not plain
-            or tensor.is_quantized
-            or tensor.is_meta
-            or tensor.layout != torch.strided
-        ):
+        plain = isinstance(name, str) and type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+        if not plain or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
             kind = f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, device {tensor.device}"
             raise CheckpointError(
                 f"{source}: tensor {name!r} is not an ordinary dense tensor with a name ({kind}). Quantised, sparse "
