@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -153,7 +153,7 @@ class InputGram(ResidualMap):
         return Gram(right.mT @ thin(left.mT), "right", (left.shape[-2], right.shape[-1]))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class StatisticsMap(ResidualMap):
     """A residual map on given statistics, which it looks up by the names of expert and modules.
 
@@ -164,7 +164,7 @@ class StatisticsMap(ResidualMap):
     statistics: MomentsSource
 
     kind: ClassVar[MomentKind]
-    """Of the statistics."""
+    """Kind of the statistics."""
 
     def __post_init__(self) -> None:
         require_source(self)
@@ -173,11 +173,6 @@ class StatisticsMap(ResidualMap):
     @override
     def common_units(self) -> bool:
         return True
-
-    @override
-    def __repr__(self) -> str:
-        values = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in fields(self))
-        return f"{type(self).__qualname__}({values})"
 
     @abstractmethod
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
@@ -248,7 +243,7 @@ class _OfModules(ResidualMap):
         return self.map.stand_in()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Fisher(StatisticsMap):
     """``q = sum F_i (Z - U_i)^2`` entry by entry: the diagonal Fisher information ([PoE] Eq. 14).
 
@@ -279,7 +274,7 @@ class Fisher(StatisticsMap):
         return _Squares()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Activation(StatisticsMap):
     """``q = |(Z - U) X|^2 / n``: the change on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
 
@@ -310,7 +305,7 @@ class Activation(StatisticsMap):
         return InputGram()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Mixed(StatisticsMap):
     """``share * Activation + (1 - share) * InputGram``: data where there are some, updates elsewhere ([BMM] Eq. 35).
 

@@ -29,7 +29,7 @@ class StatisticsMethod(MergingMethod):
     statistics: MomentsSource
 
     kind: ClassVar[MomentKind]
-    """Of the statistics."""
+    """Kind of the statistics."""
 
     def __post_init__(self) -> None:
         require_source(self)
