@@ -75,7 +75,7 @@ from poe_models.span_labels import stored_center
 from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.moments import ModuleStatistics, StatisticsFolder, open_statistics
+from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
 from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.views import View
@@ -164,7 +164,6 @@ __all__ = [
     "full_posterior",
     "log_density",
     "open_checkpoint",
-    "open_statistics",
     "program",
     "span_posterior",
     "span_statistics",

@@ -39,7 +39,6 @@ from poe_models import (
     TaskVectors,
     full_posterior,
     log_density,
-    open_statistics,
     span_posterior,
     span_statistics,
 )
@@ -318,18 +317,18 @@ def test_files_round_trip_and_are_refused_when_they_are_something_else(
     shared = torch.eye(3)
     given = ModuleStatistics("activations", {"a/b": {"x[0]": shared, "x[1]": shared}, "c": {"x[0]": 2 * shared}})
     given.save(tmp_path / "s")
-    again = open_statistics(tmp_path / "s", "activations")
+    again = StatisticsFolder(tmp_path / "s").opened("activations")
     assert set(again.experts) == {"a/b", "c"}
     assert_close(again.read("a/b", ["x[0]", "x[1]"], SHAPE), torch.stack([shared, shared]))
     assert again.experts["a/b"].aliases == {"x[1]": "x[0]"}
     with pytest.raises(FileExistsError, match="is there already"):
         given.save(tmp_path / "s")
     with pytest.raises(CheckpointError, match="holds activations statistics, expected fisher"):
-        open_statistics(tmp_path / "s", "fisher")
+        StatisticsFolder(tmp_path / "s").opened("fisher")
     with pytest.raises(CheckpointError, match="there is no such folder"):
-        open_statistics(tmp_path / "t", "fisher")
+        StatisticsFolder(tmp_path / "t").opened("fisher")
     with pytest.raises(CheckpointError, match="no activations statistics of expert 'd', only of a/b, c"):
-        open_statistics(tmp_path / "s", "activations", ["d"])
+        StatisticsFolder(tmp_path / "s").opened("activations", ["d"])
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["a%2Fb.safetensors", "c.safetensors"]
     other = ModuleStatistics("activations", {"c": {"x[0]": 3 * shared}})
     assert repr(given) != repr(other)

@@ -35,8 +35,6 @@ from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFi
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-
-
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 

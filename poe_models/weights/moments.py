@@ -195,45 +195,6 @@ class ModuleStatistics:
         return f"ModuleStatistics({self.kind!r}, {', '.join(self.experts)}, {self.digest()[:16]})"
 
 
-def open_statistics(folder: str | Path, kind: MomentKind, experts: Sequence[str] | None = None) -> ModuleStatistics:
-    """Open a folder that :meth:`ModuleStatistics.save` filled, by its headers.
-
-    Args:
-        folder: The folder.
-        kind: Kind of the statistics.
-        experts: Names of the experts to open; all by default.
-
-    Returns:
-        Their statistics.
-
-    Raises:
-        CheckpointError: If it is missing or empty, lacks an expert, or holds statistics of another kind.
-    """
-    path = Path(folder).expanduser()
-    files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(path.glob(f"*{_SUFFIX}"))}
-    if not files:
-        what = "there are no statistics" if path.is_dir() else "there is no such folder"
-        raise CheckpointError(
-            f"`open_statistics({str(folder)!r})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
-            "`ModuleStatistics.save` writes them."
-        )
-    missing = [name for name in experts or () if name not in files]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: there are no {kind} statistics of expert {missing[0]!r}, only of {', '.join(files)}. Collect "
-            "them, or give the expert the name they have."
-        )
-    checkpoints = {name: open_checkpoint(files[name]) for name in experts or files}
-    for checkpoint in checkpoints.values():
-        found = checkpoint.metadata.get(_KEY)
-        if found != kind:
-            raise CheckpointError(
-                f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
-                f"{kind} statistics."
-            )
-    return ModuleStatistics(kind, checkpoints)
-
-
 @dataclass(frozen=True, repr=False)
 class StatisticsFolder:
     """A folder that :meth:`ModuleStatistics.save` filled; its headers are read anew whenever it is opened.
@@ -244,9 +205,42 @@ class StatisticsFolder:
 
     path: str | Path
 
-    def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleStatistics:
-        """The statistics of some experts; see :func:`open_statistics`."""
-        return open_statistics(self.path, kind, experts)
+    def opened(self, kind: MomentKind, experts: Sequence[str] = ()) -> ModuleStatistics:
+        """The statistics of some experts, or of all.
+
+        Args:
+            kind: Kind of the statistics.
+            experts: Names of the experts to open; all if none is named.
+
+        Returns:
+            Their statistics.
+
+        Raises:
+            CheckpointError: If the folder is missing or empty, lacks an expert, or holds another kind.
+        """
+        folder = Path(self.path).expanduser()
+        files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(folder.glob(f"*{_SUFFIX}"))}
+        if not files:
+            what = "there are no statistics" if folder.is_dir() else "there is no such folder"
+            raise CheckpointError(
+                f"`StatisticsFolder({self})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
+                "`ModuleStatistics.save` writes them."
+            )
+        missing = [name for name in experts if name not in files]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: there are no {kind} statistics of expert {missing[0]!r}, only of {', '.join(files)}. "
+                "Collect them, or give the expert the name they have."
+            )
+        checkpoints = {name: open_checkpoint(files[name]) for name in experts or files}
+        for checkpoint in checkpoints.values():
+            found = checkpoint.metadata.get(_KEY)
+            if found != kind:
+                raise CheckpointError(
+                    f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
+                    f"{kind} statistics."
+                )
+        return ModuleStatistics(kind, checkpoints)
 
     @override
     def __repr__(self) -> str:
