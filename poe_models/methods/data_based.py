@@ -1,4 +1,4 @@
-"""Rules on statistics of the experts' data (see :mod:`poe_models.weights.moments`): Fisher merging, RegMean, UBGM."""
+"""Rules on statistics of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Singular value decompositions that do not depend on what lies in the null space.
+"""Singular value decompositions without vectors of the null space.
 
 Singular vectors of a zero singular value are arbitrary: noise of 1e-7 turns them around, and a rule that gives them
 weight moves with it. Here a singular value counts if it is above a tolerance times the largest Frobenius norm of the

@@ -1,4 +1,4 @@
-"""A checkpoint as all others see it, whatever file it came from: named tensors that are read one at a time."""
+"""The interface of checkpoints, whatever their files: named tensors that are read one at a time."""
 
 from __future__ import annotations
 
@@ -100,6 +100,16 @@ class Checkpoint(ABC):
     @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self.tensors)} tensors)"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is not there: the most similar one, or nothing.
+
+    >>> nearest("fc.wieght", ["fc.weight", "head.bias"])
+    "; the nearest is 'fc.weight'"
+    """
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -11,7 +11,6 @@ fused projections, GPT-2's transposed ``Conv1D`` and flattened convolutions come
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from poe_models.weights.checkpoint import nearest
 from poe_models.weights.module_inputs import recorder_of
 from poe_models.weights.task_vectors import block_names
 from poe_models.weights.views import View
@@ -154,9 +154,8 @@ def _tensors_of(model: nn.Module, views: Mapping[str, View], prefix: str) -> dic
     own = dict(model.named_parameters(remove_duplicate=False))
     for name in views:
         if prefix + name not in own:
-            near = difflib.get_close_matches(prefix + name, own, n=1)
             raise ValueError(
-                f"the model has no parameter {prefix + name!r}{f'; the nearest is {near[0]!r}' if near else ''}. Give "
+                f"the model has no parameter {prefix + name!r}{nearest(prefix + name, own)}. Give "
                 "the `prefix` that its names have before the checkpoint's, or the model of this architecture."
             )
     if not views:

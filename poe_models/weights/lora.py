@@ -282,7 +282,7 @@ class LoraCheckpoint(Checkpoint):
         return _Pair(name, a, b, settings.scaling_of(module), transposed)
 
     def _stored_transposed(self, info: TensorInfo, settings: LoraSettings) -> bool:
-        """Decide how a square matrix lies, which its shape cannot say."""
+        """Return whether a square matrix is stored (in, out), which its shape cannot say."""
         kind = model_type_of(self.base)
         view = DEFAULT_RULES.treat(info, kind).view if info.dtype.is_floating_point else None
         return settings.fan_in_fan_out if kind not in CONV1D_TYPES else view is not None and view.transpose

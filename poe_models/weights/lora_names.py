@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from poe_models.weights.checkpoint import Checkpoint, CheckpointError
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 
@@ -92,11 +91,10 @@ def find_renaming(path: Path, modules: Iterable[str], base: Checkpoint) -> Renam
             f"{path}: module {first!r} could be any of {names} in {base.source}. Give the base as the adapter's model "
             "saves it, with the same names."
         )
-    near = difflib.get_close_matches(f"{first}.weight", [*base.tensors, *base.aliases], n=1)
     raise CheckpointError(
         f"{path}: the adapter changes {first!r}, but {base.source} has no tensor '{first}.weight'"
-        f"{f'; the nearest is {near[0]!r}' if near else ''}. Is this the base it was trained on, and not another, or "
-        "one that stores this tensor under the name of the tensor it is tied to?"
+        f"{nearest(f'{first}.weight', [*base.tensors, *base.aliases])}. Is this the base it was trained on, and not "
+        "another, or one that stores this tensor under the name of the tensor it is tied to?"
     )
 
 

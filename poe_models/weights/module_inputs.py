@@ -58,7 +58,7 @@ class Recorder(ABC):
         return means * blocks if len(means) == 1 else means
 
     def _as_rows(self, x: Tensor) -> Tensor:
-        """The positions that count as rows ``(n, d_in)``; of inputs at other positions all."""
+        """The positions that count as rows ``(n, d_in)``; all, if the input does not have these positions."""
         if self.counted is not None and x.shape[:-1] == self.counted.shape:
             return x[self.counted.to(x.device)]
         return x.reshape(-1, x.shape[-1])

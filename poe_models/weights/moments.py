@@ -11,7 +11,6 @@ torch.Size([1, 2, 3])
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import tempfile
@@ -27,7 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.residual_maps import MomentKind
-from poe_models.weights.checkpoint import Checkpoint, CheckpointError
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.loading import open_checkpoint
 
 _KEY = "poe_merge_statistics"
@@ -57,7 +56,7 @@ class ModuleStatistics:
         self._digest: str | None = None
 
     def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleStatistics:
-        """The statistics themselves.
+        """These statistics, after a check of their kind.
 
         Raises:
             TypeError: If they are of another kind.
@@ -93,10 +92,9 @@ class ModuleStatistics:
         checkpoint = self.experts[expert]
         found = checkpoint.tensors.get(checkpoint.aliases.get(module, module))
         if found is None:
-            near = difflib.get_close_matches(module, checkpoint.tensors, n=1)
             raise CheckpointError(
                 f"{self.kind} statistics of expert {expert!r} ({checkpoint.source}): there is no module {module!r}"
-                f"{f'; the nearest is {near[0]!r}' if near else ''}. Collect them with the rules of this merge, or "
+                f"{nearest(module, checkpoint.tensors)}. Collect them with the rules of this merge, or "
                 "keep the module with a rule."
             )
         if tuple(found.shape) != self.shape(shape):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
-from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint, same_weights
+from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment, model_type_of
 from poe_models.weights.views import View
@@ -213,9 +213,8 @@ class TaskVectors:
     def _canonical(self, tensor: str) -> str:
         name = self.base.aliases.get(tensor, tensor)
         if name not in self.treatments:
-            near = difflib.get_close_matches(tensor, self.treatments, n=1)
             raise ValueError(
-                f"`TaskVectors`: the base has no tensor {tensor!r}{f'; the nearest is {near[0]!r}' if near else ''}. "
+                f"`TaskVectors`: the base has no tensor {tensor!r}{nearest(tensor, self.treatments)}. "
                 "`treatments` lists them."
             )
         return name
