@@ -34,7 +34,7 @@ from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, near
 if TYPE_CHECKING:
     import torch
 
-    from poe_models.weights.treatments import RuleTable
+    from poe_models.weights.rules import RuleTable
 
 __all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config", "parse_config"]
 
@@ -250,7 +250,7 @@ class MergeConfig(Section):
 
     def rule_table(self) -> RuleTable:
         """Treatments: the configuration's rules, then its preset's, then the defaults."""
-        from poe_models.weights.treatments import DEFAULT_RULES
+        from poe_models.weights.rules import DEFAULT_RULES
 
         return DEFAULT_RULES.extended(self._own_rules())
 

@@ -34,8 +34,8 @@ from poe_merge.merged import read_record
 from poe_merge.recorded import experts_of, merge_of
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.weights.loading import CheckpointError
+from poe_models.weights.rules import RuleTable
 from poe_models.weights.task_vectors import TaskVectors
-from poe_models.weights.treatments import RuleTable
 
 EXPERT = "expert "
 NUM_SURROGATES = 19

@@ -201,7 +201,7 @@ def located(raw: Any, folders: Folders) -> str:
 
 def rule(raw: Any, folders: Folders) -> dict[str, Any]:
     """Parse a rule on tensors: what they are called, and what happens to them."""
-    from poe_models.weights.treatments import Rule
+    from poe_models.weights.rules import Rule
 
     if not isinstance(raw, dict):
         raise ValueError(f"{raw!r} is no rule; write `{{match: lm_head, action: base}}`")

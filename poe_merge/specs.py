@@ -116,6 +116,8 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     if _takes_statistics(found) and not args and "statistics" not in kwargs:
         example = f"{name}('statistics/{found.kind}')"  # type: ignore[attr-defined]
         raise SpecError(f"{what}: it needs statistics. Give their folder: `{example}`.")
+    if _takes_statistics(found):
+        args, kwargs = _with_folder(args, kwargs, folders)
     try:
         value = found(*args, **kwargs)
     except TypeError as error:
@@ -126,7 +128,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{what}: {error}") from error
     if kind is ENERGY:
         _check_energy(what, value)
-    return _located(value, folders) if _takes_statistics(found) else value
+    return value
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
@@ -238,10 +240,14 @@ def _takes_statistics(found: type) -> bool:
     return issubclass(found, StatisticsMap | StatisticsMethod)
 
 
-def _located(value: Any, folders: Sequence[Path]) -> Any:
-    """A map or method on statistics with the folder of its statistics as an absolute path."""
-    paths = [folder.absolute() / Path(value.statistics).expanduser() for folder in folders]
-    return dataclasses.replace(value, statistics=str(next((path for path in paths if path.exists()), paths[0])))
+def _with_folder(args: list[Any], kwargs: dict[str, Any], folders: Sequence[Path]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of a map or method on statistics, with the absolute path of their folder opened."""
+    from poe_models.weights.moments import StatisticsFolder
+
+    written = args[0] if args else kwargs["statistics"]
+    paths = [folder.absolute() / Path(str(written)).expanduser() for folder in folders]
+    opened = StatisticsFolder(str(next((path for path in paths if path.exists()), paths[0])))
+    return ([opened, *args[1:]], kwargs) if args else ([], {**kwargs, "statistics": opened})
 
 
 def _check_energy(what: str, energy: Any) -> None:

@@ -75,9 +75,9 @@ from poe_models.span_labels import stored_center
 from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.moments import ModuleStatistics, open_statistics
+from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
+from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
-from poe_models.weights.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.weights.views import View
 
 __all__ = [
@@ -146,6 +146,7 @@ __all__ = [
     "ScaledIdentity",
     "SpanCoordinates",
     "SpanStatistics",
+    "StatisticsFolder",
     "StudentT",
     "TaskArithmetic",
     "TaskData",
@@ -162,7 +163,6 @@ __all__ = [
     "collect_fisher",
     "log_density",
     "open_checkpoint",
-    "open_statistics",
     "program",
     "span_statistics",
     "stored_center",

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from poe_models.energies import Cauchy, Energy
-from poe_models.methods.method import MergingMethod
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
 
@@ -27,6 +26,19 @@ if TYPE_CHECKING:
 
 CenterRule = Callable[[Tensor], Tensor]
 """A centre computed from the updates ``(..., N, d_out, d_in)``, of shape ``(..., d_out, d_in)``."""
+
+
+@runtime_checkable
+class NamedCenter(Protocol):
+    """A centre that is computed from names and adapters' factors, too, as every merging method is."""
+
+    def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> CenterRule:
+        """The centre of named modules of named experts."""
+        ...
+
+    def __call__(self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The centre from updates ``(..., N, d_out, d_in)``, and their factors if they are adapters'."""
+        ...
 
 
 def _require_kind(owner: str, name: str, value: object, kind: type) -> None:
@@ -40,12 +52,12 @@ class Expert:
     """One fine-tuned model's energy ``a * rho(q(Z) / s^2)`` over the merged update.
 
     Args:
-        name: unique in the product; the Pyro site is ``expert/<name>``.
-        residual_map: which directions of ``Z - U`` count.
-        energy: how much a residual costs.
-        scale: the unit of the residual.
-        importance: ``a > 0``; multiplies the energy.
-        update: name of the task vector this expert is about; by default its own name. Two experts may
+        name: Name, unique in the product; the Pyro site is ``expert/<name>``.
+        residual_map: Map to the operator that measures ``Z - U``.
+        energy: Cost of a squared residual, in nats.
+        scale: The unit of the residual.
+        importance: Factor ``a > 0`` on the energy.
+        update: Name of the task vector this expert is about; by default its own name. Two experts may
             be about the same one, for instance one on each side of the matrix.
     """
 
@@ -83,14 +95,15 @@ class FactorExpert:
     """Any differentiable energy, for what does not fit ``rho(q)``.
 
     Args:
-        name: unique in the product; the Pyro site is ``expert/<name>``.
-        function: energy in nats. What it is given depends on the next two arguments.
-        coordinates: ``"update"`` gives the merged updates, ``"span"`` the coefficients ``(..., M, N + 1)`` on
-            the experts' updates and the anchor's centre, so that no weights are needed.
-        scope: ``"module"``: an energy for each module. The function is called per module with ``(..., d_out, d_in)``
-            and gives ``(...)``, or once with ``(..., M, N + 1)`` and gives ``(..., M)``. ``"model"``: one energy of all
-            modules, for instance the loss of a small batch. The function is called once, with a dict from module
-            name to ``(..., d_out, d_in)`` or with ``(..., M, N + 1)``, and gives ``(...)``.
+        name: Name, unique in the product; the Pyro site is ``expert/<name>``.
+        function: Energy in nats; its arguments depend on the next two settings.
+        coordinates: Input of the function: ``"update"`` gives the merged updates, ``"span"`` the coefficients
+            ``(..., M, N + 1)`` on the experts' updates and the anchor's centre, so that no weights are needed.
+        scope: Part of the model: ``"module"`` is an energy for each module. The function is called per module with
+            ``(..., d_out, d_in)`` and gives ``(...)``, or once with ``(..., M, N + 1)`` and gives ``(..., M)``.
+            ``"model"`` is one energy of all modules, for instance the loss of a small batch. The function is called
+            once, with a dict from module name to ``(..., d_out, d_in)`` or with ``(..., M, N + 1)``, and gives
+            ``(...)``.
 
     Leading dimensions ``...`` are independent draws. A product with a factor expert runs in Span coordinates.
     """
@@ -116,9 +129,9 @@ class Anchor:
     """The Gaussian ``eta * |Z - Z_0|^2`` that makes the product proper.
 
     Args:
-        center: ``Z_0``: ``None`` for zero (the base model), a tensor ``(..., d_out, d_in)``, or a function of the
-            updates, such as a :class:`poe_models.methods.MergingMethod`.
-        precision: ``eta``, absolute or relative to the experts' curvature.
+        center: Centre ``Z_0``: ``None`` for zero (the base model), a tensor ``(..., d_out, d_in)``, or a function of
+            the updates, such as a :class:`poe_models.methods.MergingMethod`.
+        precision: Precision ``eta``, absolute or relative to the experts' curvature.
     """
 
     center: Tensor | CenterRule | None = None
@@ -140,10 +153,10 @@ class ProductOfExperts:
     """A product of expert densities: the sum of their energies, over a temperature.
 
     Args:
-        experts: experts with a residual map and an energy.
-        anchor: the Gaussian that keeps the product proper.
-        temperature: ``T``; the posterior is ``exp(-E / T)``.
-        factors: experts given by any differentiable function.
+        experts: Experts with a residual map and an energy.
+        anchor: The Gaussian that keeps the product proper.
+        temperature: Temperature ``T``; the posterior is ``exp(-E / T)``.
+        factors: Experts given by any differentiable function.
     """
 
     experts: tuple[Expert, ...]
@@ -178,13 +191,13 @@ class ProductOfExperts:
         """The usual product: the same kind of expert for every task vector.
 
         Args:
-            names: names of the task vectors, in the order of ``updates``.
-            residual_map: one map, or several (for instance both sides), each making an expert per update.
-            energy: shared energy, Cauchy by default.
-            scale: shared scale, ``Balanced(1.0)`` by default.
-            importance: one number, or one per task vector.
-            anchor: the anchor; zero centre and relative precision 0.1 by default.
-            temperature: of the posterior.
+            names: Names of the task vectors, in the order of ``updates``.
+            residual_map: One map, or several (for instance both sides), each making an expert per update.
+            energy: Shared energy, Cauchy by default.
+            scale: Shared scale, ``Balanced(1.0)`` by default.
+            importance: One number, or one per task vector.
+            anchor: The anchor; zero centre and relative precision 0.1 by default.
+            temperature: Temperature of the posterior.
 
         Returns:
             The product; with several maps an expert is named ``<update>/<map>``.
@@ -217,7 +230,7 @@ class ProductOfExperts:
         """The product in named modules, for residual maps and centres that go by names; for others it is the same.
 
         Args:
-            modules: names of the ``M`` modules of the updates it will meet.
+            modules: Names of the ``M`` modules of the updates.
 
         Returns:
             A product for updates ``(M, N, d_out, d_in)`` of these modules.
@@ -227,7 +240,7 @@ class ProductOfExperts:
             for each in self.experts
         )
         center = self.anchor.center
-        if isinstance(center, MergingMethod):
+        if isinstance(center, NamedCenter):
             center = center.for_modules(modules, self.update_names)
         return replace(self, experts=experts, anchor=replace(self.anchor, center=center))
 

@@ -1,4 +1,4 @@
-"""Residual maps: which directions of the merged update an expert cares about.
+"""Residual maps: the directions of the merged update in which an expert's residual is measured.
 
 A residual map turns an update ``U_i`` into the operator ``P_i`` of its squared residual
 ``q_i(Z) = <Z - U_i, P_i (Z - U_i)>``. A new map is one method that returns an operator.
@@ -18,63 +18,80 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, root_of, thin
-from poe_models.weights.checkpoint import Checkpoint
-from poe_models.weights.moments import Kind, ModuleStatistics, given_statistics
+
+MomentKind = Literal["fisher", "activations"]
+"""Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
+
+
+class Moments(Protocol):
+    """Statistics of the experts' data, by the names of experts and modules."""
+
+    def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """Statistics of ``M`` modules of equal shape: ``(M, d_out, d_in)`` or ``(M, d_in, d_in)``, by their kind."""
+        ...
+
+    def inputs(self, expert: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
+        """The checkpoint to be read, by its role; a ``ValueError`` if it lacks one of the modules."""
+        ...
+
+
+@runtime_checkable
+class MomentsSource(Protocol):
+    """Statistics in memory or a folder of some; :mod:`poe_models.weights.moments` has both."""
+
+    def opened(self, kind: MomentKind, experts: Sequence[str]) -> Moments:
+        """The statistics of these experts at least; a ``TypeError`` or ``ValueError`` if they are of another kind."""
+        ...
 
 
 class ResidualMap(ABC):
-    """Makes the operator ``P_i`` of an expert from its update."""
+    """A function from the update of an expert to the operator ``P_i`` of its squared residual."""
 
     @property
     def common_units(self) -> bool:
-        """Whether operators are in units that all experts share, so that a smaller one is information.
+        """Return whether operators are in units that all experts share, so that a smaller one is information.
 
-        False where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
+        Not where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
         """
         return False
 
     @override
     def __repr__(self) -> str:
-        """The map and its settings; statistics remember by it what they were made with."""
+        """The map and its settings, by which statistics and merges record it."""
         return f"{type(self).__qualname__}()"
 
     @abstractmethod
     def operator(self, update: Tensor) -> Operator:
-        """``P_i`` from ``U_i`` of shape ``(..., d_out, d_in)``, leading dimensions being modules."""
+        """The operator ``P_i`` of ``U_i``, ``(..., d_out, d_in)``; leading dimensions are modules."""
 
     def operator_of_factors(self, left: Tensor, right: Tensor) -> Operator:
-        """``P_i`` of ``U_i = left @ right``, ``(..., d_out, r)`` and ``(..., r, d_in)``; cheaper for some maps."""
+        """The operator of ``U_i = left @ right``, ``(..., d_out, r)`` and ``(..., r, d_in)``; cheaper for some maps."""
         return self.operator(left @ right)
 
     def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
-        """The map of one expert in named modules; only a map on given statistics differs from module to module.
+        """The map of one expert, named by its task vector, for a batch of named modules; equal to this one.
 
-        Args:
-            update: name of the task vector.
-            modules: names of the modules of a batch.
-
-        Returns:
-            A map for updates of exactly this batch, equal to this one.
+        Only a map on given statistics differs from module to module.
         """
         return self
 
-    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        """What the map of one expert reads besides the updates, once it is known to be there; only headers are read.
+    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
+        """Checkpoints, by their role, that the map of one expert reads besides the updates; checked by headers.
 
         Args:
-            update: name of the task vector.
-            modules: names and shapes ``(d_out, d_in)`` of all modules it will be asked about.
+            update: Name of the task vector.
+            modules: Names and shapes ``(d_out, d_in)`` of all modules that will be asked for.
 
         Returns:
-            Checkpoints by what they are; none, but for maps on given statistics.
+            None, but for maps on given statistics.
         """
         return {}
 
@@ -112,7 +129,7 @@ class Directional(ResidualMap):
 
 @dataclass(frozen=True)
 class OutputGram(ResidualMap):
-    """``q = |U^T (Z - U)|^2``: ``U U^T`` on the output side (what [PoE]'s released code runs)."""
+    """``q = |U^T (Z - U)|^2``: ``U U^T`` on the output side ([PoE]'s released code)."""
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -136,41 +153,39 @@ class InputGram(ResidualMap):
         return Gram(right.mT @ thin(left.mT), "right", (left.shape[-2], right.shape[-1]))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class StatisticsMap(ResidualMap):
     """A residual map on given statistics, which it looks up by the names of expert and modules.
 
     Args:
-        statistics: of every expert, in memory or as a folder.
+        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
     """
 
-    statistics: ModuleStatistics | str
+    statistics: MomentsSource
 
-    kind: ClassVar[Kind]
-    """Of the statistics."""
+    kind: ClassVar[MomentKind]
+    """Kind of the statistics."""
+
+    def __post_init__(self) -> None:
+        require_source(self)
 
     @property
     @override
     def common_units(self) -> bool:
         return True
 
-    @override
-    def __repr__(self) -> str:
-        values = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in fields(self))
-        return f"{type(self).__qualname__}({values})"
-
     @abstractmethod
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
-        """``P_i`` from the statistics of a batch of modules and ``U_i``.
+        """The operator of a batch of modules.
 
         Args:
-            given: ``(M, d_out, d_in)`` of Fisher information or ``(M, d_in, d_in)`` of activations, nonnegative.
-            update: ``U_i``, ``(M, d_out, d_in)``.
+            given: Fisher information ``(M, d_out, d_in)`` or second moments ``(M, d_in, d_in)``, nonnegative.
+            update: Update ``U_i``, ``(M, d_out, d_in)``.
         """
 
-    def source(self, update: str) -> ModuleStatistics:
+    def source(self, update: str) -> Moments:
         """The statistics, of this expert at least; of a folder its header is read anew."""
-        return given_statistics(self.statistics, self.kind, [update])
+        return self.statistics.opened(self.kind, [update])
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -184,11 +199,8 @@ class StatisticsMap(ResidualMap):
         return _OfModules(self, update, tuple(modules), self.source(update))
 
     @override
-    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        source = self.source(update)
-        for module, shape in modules.items():
-            source.check(update, module, shape)
-        return {f"{self.kind} statistics {update}": source.experts[update]}
+    def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
+        return self.source(update).inputs(update, modules)
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,7 +210,7 @@ class _OfModules(ResidualMap):
     map: StatisticsMap
     update: str = field(compare=False)
     modules: tuple[str, ...] = field(compare=False)
-    source: ModuleStatistics = field(compare=False)
+    source: Moments = field(compare=False)
 
     @property
     @override
@@ -231,7 +243,7 @@ class _OfModules(ResidualMap):
         return self.map.stand_in()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Fisher(StatisticsMap):
     """``q = sum F_i (Z - U_i)^2`` entry by entry: the diagonal Fisher information ([PoE] Eq. 14).
 
@@ -239,15 +251,17 @@ class Fisher(StatisticsMap):
     Raffel, 2022, arXiv 2111.09832).
 
     Args:
-        statistics: Fisher information of every expert, in memory or as a folder.
-        floor: added to every entry, so that entries that no example depends on are averaged.
+        statistics: Fisher information of every expert.
+        floor: Added to every entry, so that entries that no example depends on are averaged.
     """
 
     floor: float = 0.0
 
-    kind: ClassVar[Kind] = "fisher"
+    kind: ClassVar[MomentKind] = "fisher"
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.floor < math.inf:
             raise ValueError(f"`Fisher(floor={self.floor})`: a floor must be a finite number, zero or above.")
 
@@ -260,23 +274,25 @@ class Fisher(StatisticsMap):
         return _Squares()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Activation(StatisticsMap):
-    """``q = |(Z - U) X|^2 / n``: what changes on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
+    """``q = |(Z - U) X|^2 / n``: the change on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
 
     With Gaussian experts at an absolute scale and a vanishing anchor the MAP is RegMean's (Jin et al., 2023,
     arXiv 2212.09849).
 
     Args:
-        statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.
-        off_diagonal: factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
+        statistics: Second moments ``X X^T / n`` of every expert.
+        off_diagonal: Factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
     """
 
     off_diagonal: float = 1.0
 
-    kind: ClassVar[Kind] = "activations"
+    kind: ClassVar[MomentKind] = "activations"
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_share("Activation", "off_diagonal", self.off_diagonal)
 
     @override
@@ -289,24 +305,26 @@ class Activation(StatisticsMap):
         return InputGram()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Mixed(StatisticsMap):
     """``share * Activation + (1 - share) * InputGram``: data where there are some, updates elsewhere ([BMM] Eq. 35).
 
     Args:
-        statistics: second moments ``X X^T / n`` of every expert, in memory or as a folder.
-        share: of the activations, between 0 and 1.
-        off_diagonal: factor on the off-diagonal entries of the activations.
-        unit_trace: scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
+        statistics: Second moments ``X X^T / n`` of every expert.
+        share: Share of the activations, between 0 and 1.
+        off_diagonal: Factor on the off-diagonal entries of the activations.
+        unit_trace: Scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
     """
 
     share: float = 0.5
     off_diagonal: float = 1.0
     unit_trace: bool = True
 
-    kind: ClassVar[Kind] = "activations"
+    kind: ClassVar[MomentKind] = "activations"
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_share("Mixed", "share", self.share)
         _require_share("Mixed", "off_diagonal", self.off_diagonal)
 
@@ -341,6 +359,19 @@ def scaled_off_diagonal(matrix: Tensor, factor: float) -> Tensor:
 RESIDUAL_MAPS: dict[str, type[ResidualMap]] = {
     cls.__name__: cls for cls in (Identity, Directional, OutputGram, InputGram, Fisher, Activation, Mixed)
 }
+
+
+def require_source(owner: Any) -> None:
+    """Refuse a map or method whose ``statistics`` are none, such as a path.
+
+    Raises:
+        TypeError: If they are none.
+    """
+    if not isinstance(owner.statistics, MomentsSource):
+        raise TypeError(
+            f"`{type(owner).__name__}(statistics={owner.statistics!r})`: expected the statistics themselves, "
+            f"`ModuleStatistics({owner.kind!r}, ...)`, or a folder of some, `StatisticsFolder(path)`."
+        )
 
 
 def _unit_trace(gram: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from poe_models.methods.method import MergingMethod, NamedMethod
+from poe_models.experts import NamedCenter
 
 if TYPE_CHECKING:
     from poe_models.experts import Anchor, ProductOfExperts
@@ -151,7 +151,7 @@ def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] |
         return None
     if isinstance(anchor.center, Tensor):
         center = anchor.center
-    elif isinstance(anchor.center, MergingMethod | NamedMethod):
+    elif isinstance(anchor.center, NamedCenter):
         center = anchor.center(updates, low_rank)
     else:
         center = anchor.center(updates)

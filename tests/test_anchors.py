@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -227,3 +227,27 @@ def test_thresholds_of_half_precision_differences(generator: torch.Generator) ->
 def test_thresholds_of_zeros_and_of_nothing() -> None:
     assert magnitude_thresholds(lambda: [torch.zeros(2, 5)], 0.2) == (0.0, 0.0)
     assert magnitude_thresholds(lambda: [torch.zeros(2, 0)], 0.2) == (0.0, 0.0)
+
+
+def test_a_centre_of_ones_own_is_told_the_names(generator: torch.Generator) -> None:
+    """The ground floor knows a merging method by what it can do, not by its class."""
+
+    class ByName:
+        def __init__(self, names: tuple[str, ...] = ()) -> None:
+            self.names = names
+
+        def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> ByName:
+            return ByName((*modules, *experts))
+
+        def __call__(self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+            return torch.full_like(updates[:, 0], float(self.names == ("m", "a", "b")))
+
+    updates = random_updates(generator, 1, 2, 3, 4)
+    poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), anchor=Anchor(ByName(), AbsolutePrecision(1e9)))
+    assert_close(fixed_point(poe.for_modules(["m"]), updates).value, torch.ones(1, 3, 4), 1e-6)
+    assert_close(fixed_point(poe, updates).value, torch.zeros(1, 3, 4), 1e-6)
+
+
+def test_a_batch_prints_in_a_line_without_tensors() -> None:
+    batch = ModuleBatch.of(torch.ones(1, 2, 3, 4), ["m"], ["a", "b"])
+    assert repr(batch) == "ModuleBatch(m of a, b, (1, 2, 3, 4))"

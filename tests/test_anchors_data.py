@@ -27,6 +27,7 @@ from poe_models import (
     Gaussian,
     ModuleStatistics,
     ProductOfExperts,
+    StatisticsFolder,
     TaskVectors,
     collect_activations,
     collect_fisher,
@@ -252,7 +253,7 @@ def test_methods_on_statistics_at_the_awkward_points(
 
 def test_statistics_that_do_not_fit_are_named(tmp_path: Path, updates: Tensor, fisher: Tensor) -> None:
     fisher_of(fisher).save(tmp_path / "f")
-    folder = str(tmp_path / "f")
+    folder = StatisticsFolder(tmp_path / "f")
     assert_close(
         GradientMatching(folder).merge(batch_of(updates)), GradientMatching(fisher_of(fisher)).merge(batch_of(updates))
     )
@@ -264,6 +265,8 @@ def test_statistics_that_do_not_fit_are_named(tmp_path: Path, updates: Tensor, f
         GradientMatching(folder).prepare([], TaskData({}, lambda weights, batch: batch))
     with pytest.raises(ValueError, match="floor=0.0"):
         FisherMerging(folder, floor=0.0)
+    with pytest.raises(TypeError, match=r"a folder of some, `StatisticsFolder\(path\)`"):
+        FisherMerging(str(tmp_path / "f"))  # type: ignore[arg-type]
 
 
 # Methods that learn
@@ -492,7 +495,7 @@ def test_whole_checkpoints_by_methods_on_statistics(tmp_path: Path) -> None:
         model.load_state_dict({k: vectors.experts[name].read(k) for k in vectors.base.tensors})
         fisher[name] = collect_fisher(model, loaders[name], lambda m, b: m(b), vectors.views, dtype=torch.float64)
     ModuleStatistics("fisher", fisher).save(tmp_path / "f")
-    method = FisherMerging(str(tmp_path / "f"))
+    method = FisherMerging(StatisticsFolder(str(tmp_path / "f")))
     merge_checkpoint(vectors, method, tmp_path / "alone")
     ready = method.prepare(vectors)
     found = TaskVectors(vectors.base, {"m": tmp_path / "alone"}, dtype=torch.float64)

@@ -45,7 +45,7 @@ from poe_models import (
     open_checkpoint,
     span_statistics,
 )
-from poe_models.weights.treatments import DEFAULT_RULES, Rule
+from poe_models.weights.rules import DEFAULT_RULES, Rule
 from tests.helpers import assert_close, name_of
 from tests.seeds import seeded
 

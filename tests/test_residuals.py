@@ -40,7 +40,7 @@ from poe_models import (
     StudentT,
     TaskVectors,
 )
-from poe_models.weights.treatments import DEFAULT_RULES
+from poe_models.weights.rules import DEFAULT_RULES
 from tests.helpers import assert_close, name_of, random_updates
 from tests.seeds import seeded_numpy
 

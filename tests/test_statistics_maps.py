@@ -35,14 +35,14 @@ from poe_models import (
     ProductOfExperts,
     RelativePrecision,
     ResidualMap,
+    StatisticsFolder,
     TaskVectors,
     log_density,
-    open_statistics,
     span_statistics,
 )
 from poe_models.operators import root_of
 from poe_models.program import log_constant
-from poe_models.weights.moments import Kind
+from poe_models.residual_maps import MomentKind
 from tests.helpers import assert_close, random_updates
 
 NAMES = ("a", "b", "c")
@@ -50,7 +50,7 @@ MODULES = ("one", "two")
 SHAPE = (4, 3)
 
 
-def statistics(generator: torch.Generator, kind: Kind, shape: tuple[int, int] = SHAPE, rows: int = 20) -> dict:
+def statistics(generator: torch.Generator, kind: MomentKind, shape: tuple[int, int] = SHAPE, rows: int = 20) -> dict:
     made: dict[str, dict[str, Tensor]] = {}
     for name in NAMES:
         for module in MODULES:
@@ -247,7 +247,7 @@ def test_activation_with_fewer_rows_than_inputs_has_their_rank(generator: torch.
         ("activations", 2 * torch.ones(3, 3) - torch.eye(3), "expert 'a', modules one: .*not positive semi-def"),
     ],
 )
-def test_bad_statistics_are_refused_by_name(kind: Kind, value: Tensor, message: str) -> None:
+def test_bad_statistics_are_refused_by_name(kind: MomentKind, value: Tensor, message: str) -> None:
     given = ModuleStatistics(kind, {"a": {"one": value}})
     residual_map = Fisher(given) if kind == "fisher" else Activation(given)
     poe = ProductOfExperts.of(["a"], residual_map).for_modules(["one"])
@@ -316,18 +316,18 @@ def test_files_round_trip_and_are_refused_when_they_are_something_else(
     shared = torch.eye(3)
     given = ModuleStatistics("activations", {"a/b": {"x[0]": shared, "x[1]": shared}, "c": {"x[0]": 2 * shared}})
     given.save(tmp_path / "s")
-    again = open_statistics(tmp_path / "s", "activations")
+    again = StatisticsFolder(tmp_path / "s").opened("activations")
     assert set(again.experts) == {"a/b", "c"}
     assert_close(again.read("a/b", ["x[0]", "x[1]"], SHAPE), torch.stack([shared, shared]))
     assert again.experts["a/b"].aliases == {"x[1]": "x[0]"}
     with pytest.raises(FileExistsError, match="is there already"):
         given.save(tmp_path / "s")
     with pytest.raises(CheckpointError, match="holds activations statistics, expected fisher"):
-        open_statistics(tmp_path / "s", "fisher")
+        StatisticsFolder(tmp_path / "s").opened("fisher")
     with pytest.raises(CheckpointError, match="there is no such folder"):
-        open_statistics(tmp_path / "t", "fisher")
+        StatisticsFolder(tmp_path / "t").opened("fisher")
     with pytest.raises(CheckpointError, match="no activations statistics of expert 'd', only of a/b, c"):
-        open_statistics(tmp_path / "s", "activations", ["d"])
+        StatisticsFolder(tmp_path / "s").opened("activations", ["d"])
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["a%2Fb.safetensors", "c.safetensors"]
     other = ModuleStatistics("activations", {"c": {"x[0]": 3 * shared}})
     assert repr(given) != repr(other)
@@ -344,7 +344,7 @@ def test_a_whole_checkpoint_with_blocks_streams(tmp_path: Path, coordinates: str
     modules = ["a.qkv.weight[0]", "a.qkv.weight[1]", "a.qkv.weight[2]", "b.weight"]
     fisher = {n: {m: torch.rand(2, 2, generator=generator) + 0.1 for m in modules} for n in experts}
     ModuleStatistics("fisher", fisher).save(tmp_path / "fisher")
-    residual_map = Fisher(str(tmp_path / "fisher"))
+    residual_map = Fisher(StatisticsFolder(str(tmp_path / "fisher")))
     poe = ProductOfExperts.of(vectors.names, residual_map, Gaussian(), Absolute(1.0), anchor=anchor(1e-12))
     design = Design(poe, coordinates=coordinates)  # type: ignore[arg-type]
     merge_checkpoint(vectors, design, tmp_path / "out")
@@ -365,7 +365,9 @@ def test_a_plan_finds_missing_statistics_from_headers(tmp_path: Path) -> None:
     base = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(2, 3)}
     vectors = TaskVectors(base, {"x": {name: torch.ones(2, 3) for name in base}})
     ModuleStatistics("activations", {"x": {"a.weight": torch.eye(3)}}).save(tmp_path)
-    poe = ProductOfExperts.of(["x"], Activation(str(tmp_path)), anchor=Anchor(precision=RelativePrecision(0.1)))
+    poe = ProductOfExperts.of(
+        ["x"], Activation(StatisticsFolder(str(tmp_path))), anchor=Anchor(precision=RelativePrecision(0.1))
+    )
     with pytest.raises(CheckpointError, match=r"expert 'x' .*no module 'b.weight'; the nearest is 'a.weight'"):
         plan(vectors, poe)
 
@@ -402,7 +404,7 @@ def test_specs_find_statistics_beside_the_configuration(tmp_path: Path, monkeypa
     ModuleStatistics("fisher", {"x": {"a.weight": torch.ones(2, 3)}}).save(tmp_path / "here" / "f")
     monkeypatch.chdir(tmp_path)
     found = parse_spec("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
-    assert found == Fisher(str(tmp_path / "here" / "f"), 1e-3)
+    assert found == Fisher(StatisticsFolder(str(tmp_path / "here" / "f")), 1e-3)
     text = format_spec(found)
     assert parse_spec(text, RESIDUAL_MAP, [tmp_path / "elsewhere"]) == found
     assert text == canonical(text, RESIDUAL_MAP)
@@ -432,7 +434,7 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
     experts = {n: dict(zip(MODULES, updates[:, i], strict=True)) for i, n in enumerate(NAMES)}
     vectors = TaskVectors(base, experts, dtype=torch.float64)
     ModuleStatistics("activations", statistics(generator, "activations")).save(tmp_path)
-    poe = ProductOfExperts.of(NAMES, Activation(str(tmp_path), 0.9), Gaussian(), anchor=anchor(0.1))
+    poe = ProductOfExperts.of(NAMES, Activation(StatisticsFolder(str(tmp_path)), 0.9), Gaussian(), anchor=anchor(0.1))
     poe = dataclasses.replace(poe, temperature=1e-12)  # draws are the MAP
     if coordinates == "full":
         draws: ModelDraws = sample_full(vectors, poe, 3, generator=generator, chains=1, warmup=0)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from poe_models.weights.loading import CheckpointError, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.rules import DEFAULT_RULES
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
-from poe_models.weights.treatments import DEFAULT_RULES
 from tests.seeds import seeded
 
 
@@ -515,3 +515,12 @@ def test_iterating_does_not_hold_the_models(tmp_path: Path) -> None:
 
     assert peak("loaded") > 320  # the measurement sees models that are held
     assert peak("lazy") < 220
+
+
+def test_task_vectors_print_in_a_line_without_tensors() -> None:
+    made = vectors(1, 2)
+    assert repr(made) == (
+        "TaskVectors(base <memory>, experts e1, e2; tensors: 4 merged, 3 averaged, 1 of the base; torch.float64 on cpu)"
+    )
+    assert repr(next(iter(made))) == "ModuleUpdates('layer.weight', (6, 4), of e1, e2)"
+    assert repr(made.rules) == f"RuleTable({len(DEFAULT_RULES.rules)} rules)"

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from poe_models.weights.loading import MemoryCheckpoint, TensorInfo
-from poe_models.weights.treatments import DEFAULT_RULES, Rule, RuleTable, View, model_type_of
+from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, View, model_type_of
 
 # ------------------------------------------------------------------------------------------------ views
 

@@ -17,8 +17,8 @@ from poe_models.methods import MergingMethod
 from poe_models.weights.fitting import keys_of
 from poe_models.weights.loading import Checkpoint
 from poe_models.weights.lora import LoraCheckpoint
+from poe_models.weights.rules import Treatment
 from poe_models.weights.task_vectors import TaskVectors, block_names
-from poe_models.weights.treatments import Treatment
 
 BATCH_BYTES = 256 * 2**20
 """Default byte budget of the updates that are solved as one batch."""

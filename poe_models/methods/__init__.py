@@ -1,8 +1,8 @@
 """The merging rules of the literature, as baselines and as anchors of a posterior.
 
 A :class:`MergingMethod` turns the experts' updates of a module into one merged update; an instance is an anchor's
-centre. What is global over a model is gathered first, by `prepare`, in a few numbers. All of them run on the same table
-of tensor treatments as a product of experts; ``METHODS`` lists them.
+centre. Numbers that depend on the whole model are gathered first, by ``prepare``. All methods run on the same table of
+rules for tensors as a product of experts; ``METHODS`` lists them.
 
 >>> METHODS["TaskArithmetic"].about.citation
 'Ilharco et al., 2023, Editing models with task arithmetic, arXiv 2212.04089'

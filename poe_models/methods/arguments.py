@@ -1,4 +1,4 @@
-"""Checks of settings that several methods share."""
+"""Checks of settings that several methods share; each reads the field ``name`` of a method."""
 
 from __future__ import annotations
 
@@ -8,94 +8,59 @@ from typing import Any, get_args
 from poe_models.methods.method import MergingMethod, ModuleBatch
 
 
-def require_share(method: str, name: str, value: float, *, one: bool = True) -> None:
-    """Refuse a number that is no share.
-
-    Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        one: whether 1 is allowed (and 0 is not), or the other way round.
-
-    Raises:
-        ValueError: if it is outside (0, 1], or [0, 1).
-    """
+def require_share(method: MergingMethod, name: str, *, one: bool = True) -> None:
+    """Refuse a number outside (0, 1], or, unless ``one`` is allowed, outside [0, 1)."""
+    value = getattr(method, name)
     if not (0 < value <= 1 if one else 0 <= value < 1):
         percent = f" For {value:g} % write {value / 100:g}." if 1 < value <= 100 else ""
         wanted = "above 0 and at most 1" if one else "at least 0 and below 1"
-        raise ValueError(f"`{method}({name}={value!r})`: must be {wanted}.{percent}")
+        raise ValueError(f"{_quoted(method, name)}: must be {wanted}.{percent}")
 
 
-def require_choice(method: str, name: str, value: str, literal: Any) -> None:
-    """Refuse a word that is not among a `Literal`'s.
-
-    Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        literal: the type.
-
-    Raises:
-        ValueError: if it is another word.
-    """
-    if value not in get_args(literal):
-        raise ValueError(f"`{method}({name}={value!r})`: choose from {', '.join(map(repr, get_args(literal)))}.")
+def require_choice(method: MergingMethod, name: str, literal: Any) -> None:
+    """Refuse a word that is not among those of a ``Literal``."""
+    if getattr(method, name) not in get_args(literal):
+        raise ValueError(f"{_quoted(method, name)}: choose from {', '.join(map(repr, get_args(literal)))}.")
 
 
-def require_number(method: str, name: str, value: float, low: float = -math.inf) -> None:
-    """Refuse a number that is not finite or below a bound.
-
-    Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        low: smallest number allowed.
-
-    Raises:
-        ValueError: if it is not finite, or smaller.
-    """
+def require_number(method: MergingMethod, name: str, low: float = -math.inf) -> None:
+    """Refuse a number that is not finite or below a bound."""
+    value = getattr(method, name)
     if not (math.isfinite(value) and value >= low):
         least = "" if low == -math.inf else f" of at least {low:g}"
-        raise ValueError(f"`{method}({name}={value!r})`: must be a finite number{least}.")
+        raise ValueError(f"{_quoted(method, name)}: must be a finite number{least}.")
 
 
-def require_count(method: str, name: str, value: int, low: int) -> None:
-    """Refuse a number that is not whole or below a bound.
-
-    Args:
-        method: name of the method.
-        name: of the setting.
-        value: what was given.
-        low: smallest number allowed.
-
-    Raises:
-        ValueError: if it is not whole, or smaller.
-    """
+def require_count(method: MergingMethod, name: str, low: int) -> None:
+    """Refuse a number that is not whole or below a bound."""
+    value = getattr(method, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"`{method}({name}={value!r})`: must be a whole number of at least {low}.")
+        raise ValueError(f"{_quoted(method, name)}: must be a whole number of at least {low}.")
 
 
-def for_each_expert(
-    method: MergingMethod, name: str, values: tuple[float, ...] | None, batch: ModuleBatch
-) -> tuple[float, ...]:
-    """Numbers that `prepare` found for the experts, if there is one for each.
+def _quoted(method: MergingMethod, name: str) -> str:
+    return f"`{type(method).__name__}({name}={getattr(method, name)!r})`"
+
+
+def for_each_expert(method: MergingMethod, name: str, batch: ModuleBatch) -> tuple[float, ...]:
+    """Numbers that ``prepare`` found for the experts.
 
     Args:
-        method: whose they are.
-        name: of the field.
-        values: the numbers.
-        batch: what is to be merged.
+        method: A prepared method.
+        name: Name of the field that has them.
+        batch: The modules to be merged.
 
     Returns:
-        The values.
+        One number for each expert of the batch.
 
     Raises:
-        ValueError: if there is not one for each expert.
+        ValueError: If there is not one for each.
     """
+    values: tuple[float, ...] = getattr(method, name) or ()
     count = batch.updates.shape[1]
-    if values is None or len(values) != count:
+    if len(values) != count:
         raise ValueError(
-            f"`{method!r}`: {name} are for {len(values or ())} experts, but the updates are of {count}. Prepare the "
-            "method on the experts it merges, in the same order."
+            f"`{method!r}`: {name} are for {len(values)} experts, but the updates are of {count}. Prepare the method "
+            "on the experts it merges, in the same order."
         )
     return values

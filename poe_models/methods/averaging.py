@@ -39,7 +39,7 @@ class TaskArithmetic(MergingMethod):
     """``scale * sum_i U_i`` (Ilharco et al., 2023).
 
     Args:
-        scale: the task-arithmetic coefficient.
+        scale: The task-arithmetic coefficient.
 
     >>> TaskArithmetic(0.5)(torch.tensor([1.0, 3.0])[:, None, None])
     tensor([[2.]])
@@ -57,7 +57,7 @@ class TaskArithmetic(MergingMethod):
     scale: float = 0.3
 
     def __post_init__(self) -> None:
-        require_number("TaskArithmetic", "scale", self.scale)
+        require_number(self, "scale")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -72,7 +72,7 @@ class MetaGPT(MergingMethod):
     orthogonal and a loss that is linear around the base.
 
     Args:
-        coefficients: ``c_i``, in the order of the experts; filled in by `prepare`.
+        coefficients: Coefficients ``c_i``, in the order of the experts; filled in by ``prepare``.
 
     >>> MetaGPT((0.25, 0.75))(torch.tensor([1.0, 2.0])[:, None, None])
     tensor([[1.7500]])
@@ -95,6 +95,6 @@ class MetaGPT(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        values = for_each_expert(self, "coefficients", self.coefficients, batch)
+        values = for_each_expert(self, "coefficients", batch)
         weights = torch.tensor(values, dtype=batch.updates.dtype, device=batch.updates.device)
         return torch.einsum("n,mnij->mij", weights, batch.updates)

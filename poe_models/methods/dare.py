@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.arguments import for_each_expert, require_choice, require_number, require_share
-from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
-from poe_models.methods.random_streams import named_generator
-from poe_models.methods.ties import Combine, merged_by_sign, trimming
-from poe_models.weights.task_vectors import ModuleUpdates
+from poe_models.methods.arguments import require_choice, require_number, require_share
+from poe_models.methods.method import About, MergingMethod, ModuleBatch, named_generator
+from poe_models.methods.ties import Combine, SignElection
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,9 @@ class Dare(MergingMethod):
     not on the order in which anything is merged.
 
     Args:
-        drop: probability of dropping an entry.
-        scale: the task-arithmetic coefficient.
-        seed: of the masks.
+        drop: Probability of dropping an entry.
+        scale: The task-arithmetic coefficient.
+        seed: Seed of the masks.
 
     >>> Dare(drop=0.5, scale=1.0, seed=1)(torch.ones(1, 1, 8))
     tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
@@ -47,8 +45,8 @@ class Dare(MergingMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_share("Dare", "drop", self.drop, one=False)
-        require_number("Dare", "scale", self.scale)
+        require_share(self, "drop", one=False)
+        require_number(self, "scale")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -60,17 +58,17 @@ class Dare(MergingMethod):
 
 
 @dataclass(frozen=True)
-class DareTies(MergingMethod):
-    """TIES on randomly dropped and rescaled updates (Yu et al., 2024; see `Dare` and `Ties`).
+class DareTies(SignElection):
+    """TIES on randomly dropped and rescaled updates (Yu et al., 2024; see ``Dare`` and ``Ties``).
 
     Args:
-        drop: probability of dropping an entry.
-        density: share of the entries that an expert keeps; dropped ones, which are zero, count.
-        scale: coefficient of the merged update.
-        combine: what becomes of the entries that agree.
-        seed: of the masks.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+        drop: Probability of dropping an entry.
+        density: Share of the entries that an expert keeps; dropped ones, which are zero, count.
+        scale: Coefficient of the merged update.
+        combine: Mean, sum, or largest of the entries that agree.
+        seed: Seed of the masks.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel; filled in by ``prepare``.
 
     >>> DareTies(drop=0.5, seed=1, thresholds=(0.0,), majority=1)(torch.ones(1, 1, 8))
     tensor([[2., 2., 0., 0., 0., 2., 2., 0.]])
@@ -96,58 +94,28 @@ class DareTies(MergingMethod):
     majority: int | None = None
 
     def __post_init__(self) -> None:
-        require_share("DareTies", "drop", self.drop, one=False)
-        require_share("DareTies", "density", self.density)
-        require_number("DareTies", "scale", self.scale)
-        require_choice("DareTies", "combine", self.combine, Combine)
-
-    @property
-    @override
-    def ready(self) -> bool:
-        return None not in (self.thresholds, self.majority)
+        require_share(self, "drop", one=False)
+        require_share(self, "density")
+        require_number(self, "scale")
+        require_choice(self, "combine", Combine)
 
     @override
-    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> DareTies:
-        def vectors() -> Iterable[Tensor]:
-            for module in modules:
-                yield self._dropped(module.updates, module.name, module.names).flatten(1)
-
-        thresholds, majority = trimming(vectors, self.density)
-        return replace(self, thresholds=thresholds, majority=majority)
+    def represented(self, batch: ModuleBatch) -> Iterator[tuple[Tensor | None, Tensor]]:
+        for module, updates in zip(batch.names, batch.updates, strict=True):
+            yield None, all_dropped(updates, self.drop, self.seed, module, batch.experts)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
         return (2 * experts + 8) * shape[0] * shape[1]
 
-    @override
-    def merged(self, batch: ModuleBatch) -> Tensor:
-        thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
-        merged = torch.empty_like(batch.updates[:, 0])
-        for position, name in enumerate(batch.names):
-            values = self._dropped(batch.updates[position], name, batch.experts)
-            pairs = list(zip(values, thresholds, strict=True))
-            merged[position] = merged_by_sign(pairs, self.combine, self.majority or 0)
-        return merged.mul_(self.scale)
 
-    def _dropped(self, updates: Tensor, module: str, experts: Iterable[str]) -> Tensor:
-        """The thinned updates of one module, ``(N, d_out, d_in)``."""
-        pairs = zip(updates, experts, strict=True)
-        return torch.stack([dropped(update, self.drop, self.seed, module, expert) for update, expert in pairs])
+def all_dropped(updates: Tensor, drop: float, seed: int, module: str, experts: Sequence[str]) -> Tensor:
+    """The thinned updates ``(N, ...)`` of all experts in one module; see :func:`dropped`."""
+    return torch.stack([dropped(each, drop, seed, module, name) for each, name in zip(updates, experts, strict=True)])
 
 
 def dropped(values: Tensor, drop: float, seed: int, module: str, expert: str) -> Tensor:
-    """Entries dropped with a probability, the others divided by one minus it.
-
-    Args:
-        values: of one expert in one module, any shape.
-        drop: the probability.
-        seed: of the mask.
-        module: name of the module.
-        expert: name of the expert.
-
-    Returns:
-        A new tensor of the same shape.
-    """
+    """Entries of one expert in one module, dropped with a probability, the others divided by one minus it."""
     drawn = torch.rand(values.shape, generator=named_generator(seed, module, expert))
     uniform = drawn.to(values.device)  # the same whatever the dtype and device
     return torch.where(uniform >= drop, values / (1 - drop), 0)

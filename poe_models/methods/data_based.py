@@ -1,8 +1,4 @@
-"""Rules on given statistics of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching.
-
-The statistics are those of the residual maps, see :mod:`poe_models.weights.moments`, by the names of experts and
-modules.
-"""
+"""Rules on statistics of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching."""
 
 from __future__ import annotations
 
@@ -17,9 +13,8 @@ from typing_extensions import override
 from poe_models.methods.arguments import for_each_expert, require_number, require_share
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.operators import moment_rounding, sum_of_squares, unit_diagonal
-from poe_models.residual_maps import scaled_off_diagonal
+from poe_models.residual_maps import MomentKind, MomentsSource, require_source, scaled_off_diagonal
 from poe_models.weights.checkpoint import Checkpoint
-from poe_models.weights.moments import Kind, ModuleStatistics, given_statistics
 from poe_models.weights.task_vectors import ModuleUpdates
 
 
@@ -28,27 +23,27 @@ class StatisticsMethod(MergingMethod):
     """A rule on statistics of every expert.
 
     Args:
-        statistics: in memory or as a folder.
+        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
     """
 
-    statistics: ModuleStatistics | str
+    statistics: MomentsSource
 
-    kind: ClassVar[Kind]
-    """Of the statistics."""
+    kind: ClassVar[MomentKind]
+    """Kind of the statistics."""
+
+    def __post_init__(self) -> None:
+        require_source(self)
 
     def read(self, batch: ModuleBatch) -> Tensor:
         """Statistics of all experts, ``(M, N, ...)`` in their own dtype."""
         shape = batch.updates.shape[-2:]
-        given = given_statistics(self.statistics, self.kind, batch.experts)
+        given = self.statistics.opened(self.kind, batch.experts)
         return torch.stack([given.read(name, batch.names, shape) for name in batch.experts], 1).to(batch.updates.device)
 
     @override
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        given = given_statistics(self.statistics, self.kind, experts)
-        for expert in experts:
-            for module, shape in modules.items():
-                given.check(expert, module, shape)
-        return {f"{self.kind} statistics {expert}": given.experts[expert] for expert in experts}
+        given = self.statistics.opened(self.kind, experts)
+        return {role: found for expert in experts for role, found in given.inputs(expert, modules).items()}
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,12 @@ class FisherMerging(StatisticsMethod):
     """``sum_i w_i (F_i + floor) U_i / sum_i w_i (F_i + floor)`` entry by entry (Matena & Raffel, 2022).
 
     Args:
-        statistics: exact diagonal Fisher information, in memory or as a folder.
-        floor: above 0; added to every entry, so that entries that no example depends on are averaged.
-        normalize: weigh each expert by one over the norm of its Fisher information over the whole model.
-        weights: ``w_i``, in the order of the experts; filled in by `prepare` if `normalize`.
+        statistics: Exact diagonal Fisher information.
+        floor: Number above 0, added to every entry, so that entries that no example depends on are averaged.
+        normalize: Weigh each expert by one over the norm of its Fisher information over the whole model.
+        weights: Weights ``w_i``, in the order of the experts; filled in by ``prepare`` if ``normalize``.
 
+    >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
     >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1), ["fc"], ["a", "b"])
     >>> FisherMerging(given, floor=1e-9, normalize=False).merge(batch)
@@ -79,8 +75,10 @@ class FisherMerging(StatisticsMethod):
     normalize: bool = True
     weights: tuple[float, ...] | None = None
 
+    @override
     def __post_init__(self) -> None:
-        require_number("FisherMerging", "floor", self.floor, torch.finfo(torch.float32).tiny)
+        super().__post_init__()
+        require_number(self, "floor", torch.finfo(torch.float32).tiny)
 
     @property
     @override
@@ -97,7 +95,7 @@ class FisherMerging(StatisticsMethod):
     def merged(self, batch: ModuleBatch) -> Tensor:
         precision = self.read(batch).to(batch.updates.dtype) + self.floor
         if self.normalize:
-            weights = for_each_expert(self, "weights", self.weights, batch)
+            weights = for_each_expert(self, "weights", batch)
             precision = precision * precision.new_tensor(weights)[:, None, None]
         return (precision * batch.updates).sum(1) / precision.sum(1)
 
@@ -109,9 +107,10 @@ class RegMean(StatisticsMethod):
     Input directions that no example has stay at the base's: the published inverse does not exist there.
 
     Args:
-        statistics: second moments ``X X^T / n`` of the inputs, in memory or as a folder.
-        off_diagonal: factor on their off-diagonal entries.
+        statistics: Second moments ``X X^T / n`` of the inputs.
+        off_diagonal: Factor on their off-diagonal entries.
 
+    >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("activations", {n: {"fc": f * torch.eye(2)} for n, f in (("a", 3.0), ("b", 1.0))})
     >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2), ["fc"], ["a", "b"])
     >>> RegMean(given).merge(batch)
@@ -127,9 +126,11 @@ class RegMean(StatisticsMethod):
 
     off_diagonal: float = 0.9
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.off_diagonal != 0:
-            require_share("RegMean", "off_diagonal", self.off_diagonal)
+            require_share(self, "off_diagonal")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -148,11 +149,12 @@ class GradientMatching(StatisticsMethod):
     Fisher-weighted averaging.
 
     Args:
-        statistics: exact diagonal Fisher information, in memory or as a folder.
-        scale: the task-arithmetic coefficient, one for all experts.
-        floor: above 0; added to the base's curvature, so that entries that no example depends on are task arithmetic's.
-        base: name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
+        statistics: Exact diagonal Fisher information.
+        scale: The task-arithmetic coefficient, one for all experts.
+        floor: Number above 0, added to the base's curvature: entries that no example depends on are task arithmetic's.
+        base: Name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
 
+    >>> from poe_models import ModuleStatistics
     >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
     >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1), ["fc"], ["a", "b"])
     >>> GradientMatching(given, floor=1e-9).merge(batch), GradientMatching(given, floor=1e9).merge(batch)
@@ -174,9 +176,11 @@ class GradientMatching(StatisticsMethod):
     floor: float = 1e-6
     base: str | None = None
 
+    @override
     def __post_init__(self) -> None:
-        require_number("GradientMatching", "scale", self.scale, 0.0)
-        require_number("GradientMatching", "floor", self.floor, torch.finfo(torch.float32).tiny)
+        super().__post_init__()
+        require_number(self, "scale", 0.0)
+        require_number(self, "floor", torch.finfo(torch.float32).tiny)
 
     @override
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
@@ -187,7 +191,7 @@ class GradientMatching(StatisticsMethod):
         fisher = self.read(batch).to(batch.updates.dtype)
         own = torch.full_like(fisher[:, 0], self.floor)
         if self.base is not None:
-            given = given_statistics(self.statistics, self.kind, [self.base])
+            given = self.statistics.opened(self.kind, [self.base])
             own += given.read(self.base, batch.names, batch.updates.shape[-2:]).to(own)
         pull = ((own.unsqueeze(1) + fisher) * batch.updates).sum(1)
         return self.scale * pull / (own + self.scale * fisher.sum(1))

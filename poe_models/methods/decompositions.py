@@ -1,4 +1,4 @@
-"""Singular value decompositions that do not depend on what lies in the null space.
+"""Singular value decompositions without vectors of the null space.
 
 Singular vectors of a zero singular value are arbitrary: noise of 1e-7 turns them around, and a rule that gives them
 weight moves with it. Here a singular value counts if it is above a tolerance times the largest Frobenius norm of the
@@ -23,12 +23,12 @@ SVD_FLOATS = 12
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """Updates in orthonormal bases of what all experts' factors span, ``U_i = left core_i right^T``.
+    """Updates in orthonormal bases of the span of all experts' factors, ``U_i = left core_i right^T``.
 
     Attributes:
-        cores: ``(M, N, p, q)``.
-        left: ``(M, d_out, p)``, or None for the identity.
-        right: ``(M, d_in, q)``, or None for the identity.
+        cores: Coordinates ``(M, N, p, q)``.
+        left: Basis ``(M, d_out, p)``, or None for the identity.
+        right: Basis ``(M, d_in, q)``, or None for the identity.
     """
 
     cores: Tensor
@@ -42,16 +42,9 @@ class Compressed:
 
 
 def compressed(batch: ModuleBatch) -> Compressed:
-    """Adapters as small cores; anything else as it is.
+    """Adapters as small cores, any other updates as they are.
 
-    Singular values and products of matrices are the same in the cores, so that spectral methods cost what the ranks
-    cost.
-
-    Args:
-        batch: the updates, with their factors if they are adapters.
-
-    Returns:
-        The cores and their bases.
+    Singular values and products of matrices are the same in the cores, and cost what the ranks cost.
     """
     if batch.low_rank is None:
         return Compressed(batch.updates, None, None)
@@ -73,9 +66,9 @@ class SVD:
     """Singular triplets in descending order; those that do not count are zero.
 
     Attributes:
-        left: ``(..., d_out, k)``.
-        values: ``(..., k)``.
-        right: ``(..., d_in, k)``.
+        left: Left vectors ``(..., d_out, k)``.
+        values: Singular values ``(..., k)``.
+        right: Right vectors ``(..., d_in, k)``.
     """
 
     left: Tensor
@@ -84,7 +77,7 @@ class SVD:
 
     @property
     def counted(self) -> Tensor:
-        """How many count, ``(...,)``."""
+        """Number of triplets that count, ``(...,)``."""
         return (self.values > 0).sum(-1)
 
     def first(self, count: int) -> SVD:
@@ -99,15 +92,7 @@ def frobenius(updates: Tensor) -> Tensor:
 
 
 def guarded_svd(x: Tensor, floor: Tensor) -> SVD:
-    """The thin singular value decomposition.
-
-    Args:
-        x: ``(..., d_out, d_in)``.
-        floor: ``(...,)``: singular values up to it do not count.
-
-    Returns:
-        The triplets.
-    """
+    """The thin decomposition of ``(..., d_out, d_in)``; singular values up to ``floor``, ``(...,)``, do not count."""
     left, values, right = torch.linalg.svd(x, full_matrices=False)
     counts = values > floor.unsqueeze(-1)
     columns = counts.unsqueeze(-2)
@@ -115,14 +100,9 @@ def guarded_svd(x: Tensor, floor: Tensor) -> SVD:
 
 
 def nearest_orthogonal(columns: Tensor, tolerance: float) -> Tensor:
-    """The orthogonal factor ``P Q^T`` of ``columns = P S Q^T``, on what the columns span.
+    """The orthogonal factor ``P Q^T`` of ``columns = P S Q^T``, ``(..., d, k)``, on the span of the columns.
 
-    Args:
-        columns: ``(..., d, k)``; directions that they hardly reach do not count.
-        tolerance: relative to the largest singular value.
-
-    Returns:
-        ``(..., d, k)``.
+    Directions whose singular value is up to ``tolerance`` times the largest do not count.
     """
     svd = guarded_svd(columns, columns.new_zeros(columns.shape[:-2]))
     keep = (svd.values > tolerance * svd.values[..., :1]).unsqueeze(-2)
@@ -130,30 +110,12 @@ def nearest_orthogonal(columns: Tensor, tolerance: float) -> Tensor:
 
 
 def concatenated(parts: list[SVD]) -> SVD:
-    """Triplets side by side.
-
-    Args:
-        parts: of the same matrices' sizes.
-
-    Returns:
-        All of them, in the order given.
-    """
-    return SVD(
-        torch.cat([part.left for part in parts], -1),
-        torch.cat([part.values for part in parts], -1),
-        torch.cat([part.right for part in parts], -1),
-    )
+    """Triplets of several decompositions side by side."""
+    columns = zip(*((part.left, part.values, part.right) for part in parts), strict=True)
+    return SVD(*(torch.cat(each, -1) for each in columns))
 
 
 def inverse_norms(updates: Tensor, tolerance: float) -> Tensor:
-    """``1 / |U_i|`` for the experts that say something, 0 for those that beside the others are nothing but noise.
-
-    Args:
-        updates: ``(M, N, d_out, d_in)``.
-        tolerance: relative to the largest Frobenius norm of the module.
-
-    Returns:
-        ``(M, N)``.
-    """
+    """``1 / |U_i|``, ``(M, N)``, or 0 where the norm is up to ``tolerance`` times the module's largest."""
     norms = torch.linalg.matrix_norm(updates)
     return torch.where(norms > tolerance * norms.amax(1, keepdim=True), 1 / norms, 0)

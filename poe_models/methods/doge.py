@@ -1,4 +1,4 @@
-"""DOGE-TA: task arithmetic after a common shift of the experts that lets them disturb each other less."""
+"""DOGE-TA: task arithmetic after a common shift of the experts that reduces their interference."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class DogeTA(MergingMethod):
     step is not, merging ``c U_i`` does not give ``c Z``.
 
     Args:
-        scale: norm of each expert's part.
-        density: share of the entries that an expert keeps, over the whole model.
-        subspace: the shared subspace has ``min(d_out, d_in) / subspace`` dimensions.
-        steps: of Adam.
-        learning_rate: of Adam.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
+        scale: Norm of each expert's part.
+        density: Share of the entries that an expert keeps, over the whole model.
+        subspace: The shared subspace has ``min(d_out, d_in) / subspace`` dimensions.
+        steps: Steps of Adam.
+        learning_rate: Learning rate of Adam.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
 
     >>> DogeTA(scale=0.5, steps=0, thresholds=(0.0, 0.0))(torch.tensor([3.0, 4.0])[:, None, None])
     tensor([[1.]])
@@ -60,11 +60,11 @@ class DogeTA(MergingMethod):
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        require_share("DogeTA", "density", self.density)
-        require_number("DogeTA", "scale", self.scale)
-        require_count("DogeTA", "subspace", self.subspace, 1)
-        require_count("DogeTA", "steps", self.steps, 0)
-        require_number("DogeTA", "learning_rate", self.learning_rate, 0.0)
+        require_share(self, "density")
+        require_number(self, "scale")
+        require_count(self, "subspace", 1)
+        require_count(self, "steps", 0)
+        require_number(self, "learning_rate", 0.0)
 
     @property
     @override
@@ -84,7 +84,7 @@ class DogeTA(MergingMethod):
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
-        thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
+        thresholds = for_each_expert(self, "thresholds", batch)
         weights = self.scale * inverse_norms(batch.updates, RANK_TOLERANCE)
         shift = self._shift(batch.updates, weights)
         merged = torch.zeros_like(shift)

@@ -7,31 +7,30 @@ the merged update is ``B R``. Meant for adapters, whose bases are small: every p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.arguments import for_each_expert, require_number, require_share
-from poe_models.methods.dare import dropped
+from poe_models.methods.arguments import require_number, require_share
+from poe_models.methods.dare import all_dropped
 from poe_models.methods.decompositions import RANK_TOLERANCE, compressed, frobenius
-from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
-from poe_models.methods.ties import merged_by_sign, trimming
-from poe_models.weights.task_vectors import ModuleUpdates
+from poe_models.methods.method import About, ModuleBatch
+from poe_models.methods.ties import SignElection
 
 
 @dataclass(frozen=True)
-class KnotsTies(MergingMethod):
+class KnotsTies(SignElection):
     """``scale * B merge(elect(trim(R_i)))``, TIES with the disjoint mean on the representations (Stoica et al., 2025).
 
     Args:
-        density: share of the entries of its representation that an expert keeps, over the whole model.
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+        density: Share of the entries of its representation that an expert keeps, over the whole model.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel; filled in by ``prepare``.
 
     >>> one = torch.diag(torch.tensor([2.0, 1.0]))
     >>> method = KnotsTies(density=1.0, scale=1.0, thresholds=(0.0, 0.0), majority=1)
@@ -56,51 +55,31 @@ class KnotsTies(MergingMethod):
     majority: int | None = None
 
     def __post_init__(self) -> None:
-        require_share("KnotsTies", "density", self.density)
-        require_number("KnotsTies", "scale", self.scale)
-        require_share("KnotsTies", "rank_tolerance", self.rank_tolerance, one=False)
-
-    @property
-    @override
-    def ready(self) -> bool:
-        return None not in (self.thresholds, self.majority)
+        require_share(self, "density")
+        require_number(self, "scale")
+        require_share(self, "rank_tolerance", one=False)
 
     @override
-    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> KnotsTies:
-        def vectors() -> Iterable[Tensor]:
-            for module in modules:
-                for _, own in represented(ModuleBatch.of_module(module), self.rank_tolerance):
-                    yield own.flatten(1)
-
-        thresholds, majority = trimming(vectors, self.density)
-        return replace(self, thresholds=thresholds, majority=majority)
+    def represented(self, batch: ModuleBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        return in_common_basis(batch, self.rank_tolerance)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return (4 * experts + 8 + modules) * shape[0] * shape[1] + 6 * shape[0] ** 2
-
-    @override
-    def merged(self, batch: ModuleBatch) -> Tensor:
-        thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
-        merged = [
-            basis @ merged_by_sign(list(zip(own, thresholds, strict=True)), "mean", self.majority or 0)
-            for basis, own in represented(batch, self.rank_tolerance)
-        ]
-        return self.scale * torch.stack(merged)
+        return _working_floats(modules, experts, shape)
 
 
 @dataclass(frozen=True)
-class KnotsDareTies(MergingMethod):
-    """``scale * B merge(elect(trim(drop(R_i))))``: entries of the representations are dropped first (see `Dare`).
+class KnotsDareTies(SignElection):
+    """``scale * B merge(elect(trim(drop(R_i))))``: entries of the representations are dropped first (see ``Dare``).
 
     Args:
-        drop: probability of dropping an entry of a representation.
-        density: share of the entries that an expert keeps after that; dropped ones, which are zero, count.
-        scale: coefficient of the merged update.
-        seed: of the masks.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
-        thresholds: smallest magnitude that each expert keeps; filled in by `prepare`.
-        majority: sign of the entries whose trimmed values cancel; filled in by `prepare`.
+        drop: Probability of dropping an entry of a representation.
+        density: Share of the entries that an expert keeps after that; dropped ones, which are zero, count.
+        scale: Coefficient of the merged update.
+        seed: Seed of the masks.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
+        thresholds: Smallest magnitude that each expert keeps; filled in by ``prepare``.
+        majority: Sign of the entries whose trimmed values cancel; filled in by ``prepare``.
 
     >>> one = torch.diag(torch.tensor([2.0, 1.0]))
     >>> method = KnotsDareTies(drop=0.0, scale=1.0, thresholds=(0.0, 0.0), majority=1)
@@ -128,62 +107,32 @@ class KnotsDareTies(MergingMethod):
     majority: int | None = None
 
     def __post_init__(self) -> None:
-        require_share("KnotsDareTies", "drop", self.drop, one=False)
-        require_share("KnotsDareTies", "density", self.density)
-        require_number("KnotsDareTies", "scale", self.scale)
-        require_share("KnotsDareTies", "rank_tolerance", self.rank_tolerance, one=False)
-
-    @property
-    @override
-    def ready(self) -> bool:
-        return None not in (self.thresholds, self.majority)
+        require_share(self, "drop", one=False)
+        require_share(self, "density")
+        require_number(self, "scale")
+        require_share(self, "rank_tolerance", one=False)
 
     @override
-    def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> KnotsDareTies:
-        def vectors() -> Iterable[Tensor]:
-            for module in modules:
-                for _, own in self._dropped(ModuleBatch.of_module(module)):
-                    yield own.flatten(1)
-
-        thresholds, majority = trimming(vectors, self.density)
-        return replace(self, thresholds=thresholds, majority=majority)
+    def represented(self, batch: ModuleBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        for module, (basis, own) in zip(batch.names, in_common_basis(batch, self.rank_tolerance), strict=True):
+            yield basis, all_dropped(own, self.drop, self.seed, module, batch.experts)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return (4 * experts + 8 + modules) * shape[0] * shape[1] + 6 * shape[0] ** 2
-
-    @override
-    def merged(self, batch: ModuleBatch) -> Tensor:
-        thresholds = for_each_expert(self, "thresholds", self.thresholds, batch)
-        merged = [
-            basis @ merged_by_sign(list(zip(own, thresholds, strict=True)), "mean", self.majority or 0)
-            for basis, own in self._dropped(batch)
-        ]
-        return self.scale * torch.stack(merged)
-
-    def _dropped(self, batch: ModuleBatch) -> Iterable[tuple[Tensor, Tensor]]:
-        """Represent the modules and thin them.
-
-        Yields:
-            Basis and representations of each module.
-        """
-        for module, (basis, own) in zip(batch.names, represented(batch, self.rank_tolerance), strict=True):
-            pairs = zip(own, batch.experts, strict=True)
-            yield basis, torch.stack([dropped(each, self.drop, self.seed, module, expert) for each, expert in pairs])
+        return _working_floats(modules, experts, shape)
 
 
-def represented(batch: ModuleBatch, tolerance: float) -> Iterable[tuple[Tensor, Tensor]]:
-    """Each module's basis and the experts in it.
+def _working_floats(modules: int, experts: int, shape: tuple[int, int]) -> int:
+    return (4 * experts + 8 + modules) * shape[0] * shape[1] + 6 * shape[0] ** 2
 
-    Left singular vectors are eigenvectors of ``sum_i U_i U_i^T``, found in float64.
 
-    Args:
-        batch: the updates.
-        tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+def in_common_basis(batch: ModuleBatch, tolerance: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """The left singular basis of each module and the experts in it.
 
     Yields:
         The basis ``(d_out, k)`` and the representations ``(N, k, d_in)``, in the dtype of the updates.
     """
+    # The basis is the eigenvectors of sum_i U_i U_i^T, found in float64.
     space = compressed(batch)
     floors = (tolerance * frobenius(space.cores).double()).square()
     for position, (cores, floor) in enumerate(zip(space.cores, floors, strict=True)):

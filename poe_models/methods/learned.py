@@ -5,20 +5,19 @@ Both minimise the entropy of the merged model's predictions. They hold the updat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from poe_models.methods.arguments import require_count, require_number
-from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
-from poe_models.methods.random_streams import named_generator
-from poe_models.methods.whole_model import WholeModel, minimise_entropy
+from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData, named_generator
 from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.loading import open_checkpoint
-from poe_models.weights.task_vectors import ModuleUpdates
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ class AdaMerging(MergingMethod):
     """``sum_i c_i^l U_i^l`` with coefficients learned for every module ``l`` (Yang et al., 2024, layer-wise).
 
     Args:
-        initial: every coefficient before the first step.
-        steps: of Adam; each takes one batch of every task.
-        learning_rate: of Adam.
-        clamp: keep coefficients between 0 and 1, as the released code does.
-        coefficients: name of the module and ``c_i``, in the order of the experts; filled in by `prepare`.
+        initial: Every coefficient before the first step.
+        steps: Steps of Adam; each takes one batch of every task.
+        learning_rate: Learning rate of Adam.
+        clamp: Keep coefficients between 0 and 1, as the released code does.
+        coefficients: Name of the module and ``c_i``, in the order of the experts; filled in by ``prepare``.
 
     >>> AdaMerging(coefficients=(("0", (0.5, 2.0)),))(torch.tensor([1.0, 3.0])[:, None, None])
     tensor([[6.5000]])
@@ -56,9 +55,9 @@ class AdaMerging(MergingMethod):
     coefficients: tuple[tuple[str, tuple[float, ...]], ...] | None = None
 
     def __post_init__(self) -> None:
-        require_number("AdaMerging", "initial", self.initial)
-        require_count("AdaMerging", "steps", self.steps, 0)
-        require_number("AdaMerging", "learning_rate", self.learning_rate, 0.0)
+        require_number(self, "initial")
+        require_count(self, "steps", 0)
+        require_number(self, "learning_rate", 0.0)
 
     @property
     @override
@@ -109,14 +108,14 @@ class ConcreteTaskArithmetic(MergingMethod):
     the merge takes a sample of zeros and ones with the same logits. The mean is a module's.
 
     Args:
-        scale: the task-arithmetic coefficient.
-        steps: of Adam; each takes one batch of every task.
-        learning_rate: of Adam.
-        temperature: of the Concrete distribution.
-        initial_logit: of every entry before the first step.
-        rescale: divide a mask by its mean.
-        seed: of all samples.
-        logits: by name of the module, ``(d_out, d_in)``; filled in by `prepare`, and no part of its ``repr``.
+        scale: The task-arithmetic coefficient.
+        steps: Steps of Adam; each takes one batch of every task.
+        learning_rate: Learning rate of Adam.
+        temperature: Temperature of the Concrete distribution.
+        initial_logit: Initial logit of every entry before the first step.
+        rescale: Divide a mask by its mean.
+        seed: Seed of all samples.
+        logits: Logits ``(d_out, d_in)`` by name of the module; filled in by ``prepare``, and no part of its ``repr``.
 
     >>> prepared = ConcreteTaskArithmetic(scale=1.0, logits={"0": torch.tensor([[9.0, -99.0]])})
     >>> prepared(torch.tensor([[[1.0, 1.0]], [[3.0, 1.0]]]))
@@ -147,10 +146,10 @@ class ConcreteTaskArithmetic(MergingMethod):
     logits: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        require_number("ConcreteTaskArithmetic", "scale", self.scale)
-        require_count("ConcreteTaskArithmetic", "steps", self.steps, 0)
-        require_number("ConcreteTaskArithmetic", "learning_rate", self.learning_rate, 0.0)
-        require_number("ConcreteTaskArithmetic", "temperature", self.temperature, torch.finfo(torch.float32).eps)
+        require_number(self, "scale")
+        require_count(self, "steps", 0)
+        require_number(self, "learning_rate", 0.0)
+        require_number(self, "temperature", torch.finfo(torch.float32).eps)
 
     @property
     @override
@@ -210,3 +209,102 @@ def _require_known(method: str, what: str, known: Mapping[str, object], batch: M
             f"`{method}({what}=...)`: there are none for module {missing[0]!r}, only for {others}. Prepare the method "
             "on the model it merges."
         )
+
+
+class WholeModel:
+    """The merged model as a differentiable function of its modules' merged updates, with all updates in memory.
+
+    Raises:
+        ValueError: If ``modules`` are not ``TaskVectors``, and no whole model.
+    """
+
+    def __init__(self, method: str, modules: Iterable[ModuleUpdates]) -> None:
+        if not isinstance(modules, TaskVectors):
+            raise ValueError(
+                f"`{method}.prepare(modules)`: it runs the merged model, which takes every tensor of "
+                "it. Give `TaskVectors`."
+            )
+        vectors = modules
+        self.names = vectors.names
+        self._views = vectors.views
+        self._shapes = {name: info.shape for name, info in vectors.base.tensors.items()}
+        self._blocks: dict[str, list[str]] = {}
+        self.modules: dict[str, ModuleUpdates] = {}
+        self._fixed: dict[str, Tensor] = {}
+        for name, treatment in vectors.treatments.items():
+            if treatment.action == "merge":
+                found = vectors.modules(name)
+                self._blocks[name] = [module.name for module in found]
+                self.modules |= {module.name: module for module in found}
+            elif treatment.action == "average":
+                self._fixed[name] = vectors.average(name)
+            elif vectors.base.tensors[name].dtype.is_floating_point:
+                self._fixed[name] = vectors.base.read(name).to(vectors.device, vectors.dtype)
+
+    def weights(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Floating tensors of the merged model, tied ones once, from the merged update of each module."""
+        merged = dict(self._fixed)
+        for name, blocks in self._blocks.items():
+            matrices = [self.modules[block].base + updates[block] for block in blocks]
+            merged[name] = self._views[name].join(matrices, self._shapes[name])
+        return merged
+
+
+def minimise_entropy(
+    parameters: Iterable[Tensor],
+    updates: Callable[[], Mapping[str, Tensor]],
+    model: WholeModel,
+    data: TaskData,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Minimise the entropy of a merged model's predictions, summed over tasks, by Adam (Yang et al., 2024).
+
+    The ``parameters`` of ``updates`` change in place. Every step takes one batch of each task; a task that is through
+    begins anew.
+
+    Raises:
+        ValueError: If an expert has no loader, a loader is empty, or the predictions are not finite logits.
+    """
+    missing = [name for name in model.names if name not in data.loaders]
+    if missing:
+        raise ValueError(
+            f"`TaskData(loaders=...)`: there is none for expert {missing[0]!r}, only for {', '.join(data.loaders)}. "
+            "Give batches of every expert's task."
+        )
+    batches = {name: _endless(name, data.loaders[name]) for name in model.names}
+    optimiser = torch.optim.Adam(list(parameters), lr=learning_rate)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimiser.zero_grad()
+            weights = model.weights(updates())
+            losses = [_entropy(name, data.forward(weights, next(batches[name]))) for name in model.names]
+            torch.stack(losses).sum().backward()
+            optimiser.step()
+            if data.progress is not None:
+                data.progress(step + 1, steps)
+
+
+def _entropy(expert: str, logits: Tensor) -> Tensor:
+    """Mean entropy in nats of predictions ``(B, K)``."""
+    if logits.ndim != 2 or not bool(logits.isfinite().all()):
+        what = "NaN or infinite values" if logits.ndim == 2 else f"shape {tuple(logits.shape)}"
+        raise ValueError(
+            f"`TaskData.forward`: on a batch of expert {expert!r} the logits have {what}. Return finite logits (B, K); "
+            "a smaller learning rate keeps the merged model near the experts."
+        )
+    log_probabilities = logits.log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+
+
+def _endless(expert: str, loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(
+                f"`TaskData(loaders=...)`: that of expert {expert!r} gave no batches. An iterator is used up by one "
+                "pass: give a DataLoader or a list."
+            )

@@ -1,4 +1,4 @@
-"""What every merging method is: from the updates of a module to one merged update.
+"""Merging methods: functions from the experts' updates of a module to one merged update.
 
 A method is a frozen dataclass of plain numbers, so that its ``repr`` builds it again. A new one is one method:
 
@@ -12,12 +12,13 @@ A method is a frozen dataclass of plain numbers, so that its ``repr`` builds it 
 tensor([[3., 0.],
         [0., 3.]])
 
-What is global over the model (a quantile of all entries, a norm), or comes from data, is gathered by `prepare`, which
+Numbers that depend on the whole model (a quantile of all entries, a norm) or on data are gathered by ``prepare``, which
 gives a method that is ready to merge any module.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,9 +29,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.passes import passes
+from poe_models.residual_maps import MomentKind
 from poe_models.weights.checkpoint import Checkpoint
-from poe_models.weights.moments import Kind
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 _LOADED = ("inputs", "labels")
@@ -41,17 +41,17 @@ Forward = Callable[[Mapping[str, Tensor], Any], Tensor]
 
 @dataclass(frozen=True)
 class About:
-    """What a reader of the registry wants to know about a method.
+    """Description of a method: its source and its needs.
 
     Attributes:
-        title: its name in the literature.
-        citation: authors, year and where to find it.
-        scope: whether a module can be merged alone, or something has to be known about the whole model first.
-        data: what it needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to `prepare`;
+        title: Name in the literature.
+        citation: Authors, year and place.
+        scope: Part that has to be known before a module can be merged: the module alone, or the whole model.
+        data: Needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to ``prepare``;
             ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
-        streaming: whether memory stays at a few tensors of each model.
-        random: whether it draws; it then has a field ``seed``.
-        exceptions: properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
+        streaming: True if memory stays at a few tensors of each model.
+        random: True if it draws; it then has a field ``seed``.
+        exceptions: Properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
     """
 
     title: str
@@ -65,15 +65,15 @@ class About:
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """What a data-assisted method is given.
+    """Data and model for a method that learns.
 
     Attributes:
-        loaders: batches of each expert's task, by the expert's name; iterated once for each pass.
-        forward: logits of a model on a batch.
-        progress: called with the number of finished steps and their total.
+        loaders: Batches of each expert's task, by the expert's name; iterated once for each pass.
+        forward: Logits of a model on a batch.
+        progress: Called with the number of finished steps and their total.
     """
 
-    loaders: Mapping[str, Iterable[Any]]
+    loaders: Mapping[str, Iterable[Any]] = field(repr=False)
     forward: Forward
     progress: Callable[[int, int], None] | None = None
 
@@ -83,10 +83,10 @@ class ModuleBatch:
     """Modules of equal shape that are merged together.
 
     Attributes:
-        updates: ``U_i``, ``(M, N, d_out, d_in)``.
-        names: of the modules, ``M``; their positions if nobody knows them.
-        experts: names of the experts, ``N``; their positions if nobody knows them.
-        low_rank: factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)`` of the updates, if all are adapters'.
+        updates: Updates ``U_i``, ``(M, N, d_out, d_in)``.
+        names: Names of the ``M`` modules; their positions if they are not known.
+        experts: Names of the ``N`` experts; their positions if they are not known.
+        low_rank: Factors ``(M, N, d_out, r)`` and ``(M, N, r, d_in)`` of the updates, if all are adapters'.
     """
 
     updates: Tensor
@@ -102,20 +102,7 @@ class ModuleBatch:
         experts: Sequence[str] | None = None,
         low_rank: Factors | None = None,
     ) -> ModuleBatch:
-        """A batch of whatever is known about it.
-
-        Args:
-            updates: ``(M, N, d_out, d_in)``.
-            names: of the modules.
-            experts: names of the experts.
-            low_rank: factors of the updates.
-
-        Returns:
-            The batch, with positions for names that are not given.
-
-        Raises:
-            ValueError: if the updates have another shape or number of names.
-        """
+        """A batch, with positions for names that are not given; a ``ValueError`` if updates and names do not fit."""
         if updates.ndim != 4 or 0 in updates.shape:
             raise ValueError(
                 f"`ModuleBatch.of(updates)`: shape {tuple(updates.shape)}, but (M, N, d_out, d_in) with nothing empty "
@@ -131,6 +118,10 @@ class ModuleBatch:
             )
         return cls(updates, names, experts, low_rank)
 
+    @override
+    def __repr__(self) -> str:
+        return f"ModuleBatch({', '.join(self.names)} of {', '.join(self.experts)}, {tuple(self.updates.shape)})"
+
     @classmethod
     def of_module(cls, module: ModuleUpdates) -> ModuleBatch:
         """One module of a checkpoint as a batch."""
@@ -142,11 +133,11 @@ class ModuleBatch:
 class MergingMethod(ABC):
     """A rule from the updates of the experts to one merged update.
 
-    An instance is an anchor's centre as it is: ``Anchor(center=TaskArithmetic(0.3))``. Methods never write to what they
-    are given.
+    An instance is an anchor's centre as it is: ``Anchor(center=TaskArithmetic(0.3))``. Methods never write to their
+    inputs.
 
     Attributes:
-        about: what it is, for the registry.
+        about: Description, for the registry.
     """
 
     about: ClassVar[About]
@@ -157,20 +148,20 @@ class MergingMethod(ABC):
 
     @property
     def needs_loaders(self) -> bool:
-        """Whether `prepare` has to be given `TaskData`."""
+        """Return whether ``prepare`` has to be given ``TaskData``."""
         return self.about.data in _LOADED
 
     @property
     def ready(self) -> bool:
-        """Whether modules can be merged; a method that needs a look at the whole model first is not."""
+        """Return whether modules can be merged; a method that needs the whole model first has to be prepared."""
         return self.about.scope == "module" and not self.needs_loaders
 
     def gathered(self, modules: Iterable[ModuleUpdates], data: TaskData | None) -> MergingMethod:
-        """The method with everything it has to know about the model filled in; itself by default.
+        """The method with the numbers of the whole model filled in, so that it is ready; itself by default.
 
         Args:
-            modules: can be iterated several times; peak memory should stay at a few modules.
-            data: loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
+            modules: Modules that can be iterated several times; peak memory should stay at a few of them.
+            data: Loaders and forward function, exactly if ``about.data`` is ``"inputs"`` or ``"labels"``.
 
         Returns:
             A method that is ready.
@@ -178,49 +169,43 @@ class MergingMethod(ABC):
         return self
 
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        """What decides the merge besides the updates and the ``repr``, once it is known to be there; headers only.
+        """Checkpoints that decide the merge besides the updates and the ``repr``, after a check of their headers.
 
         Args:
-            experts: names of the experts.
-            modules: names and shapes ``(d_out, d_in)`` of all modules it will merge.
+            experts: Names of the experts.
+            modules: Names and shapes ``(d_out, d_in)`` of all modules it will merge.
 
         Returns:
-            Checkpoints by what they are; none, but for given statistics and learned masks.
+            Checkpoints by their role; none, but for given statistics and learned masks.
         """
         return {}
 
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        """Numbers that merging a batch holds at its peak, beside the updates and the result.
+        """Numbers that merging ``modules`` of one shape holds at its peak, beside the updates and the result.
 
-        Args:
-            modules: how many.
-            experts: how many.
-            shape: ``(d_out, d_in)`` of each module.
-
-        Returns:
-            A count in units of the compute dtype, for the prediction of `plan`; enough for sums by default.
+        ``plan`` predicts memory by it, in units of the compute dtype; the default is enough for sums.
         """
         return 4 * modules * shape[0] * shape[1]
 
     @final
     def prepare(self, modules: TaskVectors | Iterable[ModuleUpdates], data: TaskData | None = None) -> MergingMethod:
-        """Look at the whole model, if the method has to.
+        """Gather from the whole model what the method needs of it.
 
         Args:
-            modules: `TaskVectors`, or any modules that can be iterated several times, with the experts in one order.
-            data: for methods that need it.
+            modules: The ``TaskVectors``, or modules that can be iterated several times, with the experts in one order.
+            data: For methods that need it.
 
         Returns:
             A method that is ready; itself if it already was.
 
         Raises:
-            ValueError: if data is missing, or given in vain, or the modules are none or can be iterated only once.
+            ValueError: If data is missing, or given in vain, or the modules are none or can be iterated only once.
         """
         name = type(self).__name__
         wants = self.about.data
         if (data is not None) != self.needs_loaders:
             missing = f"it needs data ({wants})" if data is None else "it needs no data"
-            elsewhere = "Its statistics are a field" if wants in get_args(Kind) else "Leave `data` out"
+            elsewhere = "Its statistics are a field" if wants in get_args(MomentKind) else "Leave `data` out"
             way_out = "Give `data=TaskData(loaders, forward)`" if data is None else elsewhere
             raise ValueError(f"`{name}.prepare(modules, data)`: {missing}. {way_out}.")
         if isinstance(modules, Iterator):
@@ -228,20 +213,26 @@ class MergingMethod(ABC):
                 f"`{name}.prepare({type(modules).__name__})`: it may look at the modules several times. Give "
                 "`TaskVectors` or a list."
             )
-        return self if self.ready else self.gathered(passes(name, modules), data)
+        if self.ready:
+            return self
+        if not isinstance(modules, TaskVectors):
+            return self.gathered(_Passes(name, modules), data)
+        if not modules.views:
+            raise ValueError(_no_modules(name))
+        return self.gathered(modules, data)
 
     @final
     def merge(self, batch: ModuleBatch) -> Tensor:
         """Merge modules of equal shape.
 
         Args:
-            batch: their updates, names and factors.
+            batch: Their updates, names and factors.
 
         Returns:
             The merged updates ``(M, d_out, d_in)`` in the dtype of the updates; half precision is computed in float32.
 
         Raises:
-            ValueError: if the method is not prepared, or the updates are not finite numbers.
+            ValueError: If the method is not prepared, or the updates are not finite numbers.
         """
         updates = batch.updates
         if not self.ready:
@@ -280,20 +271,12 @@ class MergingMethod(ABC):
         return merged.reshape(*leading, *merged.shape[1:])
 
     def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
-        """The method in named modules.
-
-        Args:
-            modules: names of the ``M`` modules of the updates it will be given.
-            experts: names of their ``N`` experts.
-
-        Returns:
-            A function of the updates ``(M, N, d_out, d_in)``.
-        """
+        """The method as a function of the updates ``(M, N, d_out, d_in)`` of named modules of named experts."""
         return NamedMethod(self, tuple(modules), tuple(experts))
 
     @override
     def __repr__(self) -> str:
-        """The method and its settings, for classes that are no dataclass."""
+        """The method and its settings; this one for classes that are no dataclass."""
         return f"{type(self).__qualname__}()"
 
 
@@ -302,9 +285,9 @@ class NamedMethod:
     """A method in named modules of named experts, as an anchor's centre in them.
 
     Attributes:
-        method: the method.
-        modules: names of the modules.
-        experts: names of the experts.
+        method: The method.
+        modules: Names of the modules.
+        experts: Names of the experts.
     """
 
     method: MergingMethod
@@ -312,10 +295,52 @@ class NamedMethod:
     experts: tuple[str, ...]
 
     def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:
-        """The merged updates ``(M, d_out, d_in)`` from ``(M, N, d_out, d_in)``, with their factors or not."""
+        """The merged updates ``(M, d_out, d_in)`` of ``(M, N, d_out, d_in)``, with their factors or not."""
         return self.method.merge(ModuleBatch.of(updates, self.modules, self.experts, low_rank))
+
+    def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> NamedMethod:
+        """The same method in other modules."""
+        return self.method.for_modules(modules, experts)
 
     @override
     def __repr__(self) -> str:
-        """The method's: designs are told apart by it, whatever the modules."""
+        """The text of the method, by which designs are told apart, whatever the modules."""
         return repr(self.method)
+
+
+def named_generator(seed: int, *names: str) -> torch.Generator:
+    """A new generator on the CPU that depends on a seed and on names, not on the order in which anything is merged.
+
+    >>> [float(torch.rand(1, generator=named_generator(0, "fc.weight", "mnist"))) for _ in range(2)]
+    [0.3436172604560852, 0.3436172604560852]
+    """
+    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Modules for any number of passes: at least one, and half precision as float32."""
+
+    method: str
+    modules: Iterable[ModuleUpdates]
+
+    def __iter__(self) -> Iterator[ModuleUpdates]:
+        empty = True
+        for module in self.modules:
+            empty = False
+            factors = module.low_rank
+            low_rank = None if factors is None else (_computed(factors[0]), _computed(factors[1]))
+            yield replace(module, updates=_computed(module.updates), low_rank=low_rank)
+            del module, factors, low_rank  # memory is one module's, not two
+        if empty:
+            raise ValueError(_no_modules(self.method))
+
+
+def _no_modules(method: str) -> str:
+    return f"`{method}.prepare(modules)`: there are no modules. Give those of the whole model."
+
+
+def _computed(x: Tensor) -> Tensor:
+    """Updates in a dtype to compute in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

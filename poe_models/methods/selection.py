@@ -20,14 +20,14 @@ _CHUNK = 2**22
 
 
 def magnitude_thresholds(values: Passes, density: float) -> tuple[float, ...]:
-    """The magnitude from which on an entry is among an expert's largest: the ``n - int(n density)``-th smallest.
+    """Smallest magnitude among an expert's largest entries: the ``n - int(n density)``-th smallest.
 
     So ``int(n density) + 1`` entries reach it, or more if some are equal, as in TIES' released code. At density 1 it is
     0.
 
     Args:
-        values: float32 or float64 tensors ``(N, L)``; all passes give the same.
-        density: share of the entries to keep, in (0, 1].
+        values: Float32 or float64 tensors ``(N, L)``; all passes give the same.
+        density: Share of the entries to keep, in (0, 1].
 
     Returns:
         One threshold for each expert.
@@ -54,7 +54,7 @@ def _narrowed(prefixes: Tensor, ranks: Tensor, counts: Tensor) -> tuple[Tensor, 
 
 
 def _leading(values: Passes) -> tuple[Tensor, torch.dtype]:
-    """How many values of each expert have each leading digit, ``(N, 2^16)``, and the dtype of the values."""
+    """Number of values of each expert with each leading digit, ``(N, 2^16)``, and the dtype of the values."""
     total, dtype = torch.zeros(0, 1 << _DIGIT, dtype=torch.int64), torch.float32
     for value in values():
         if len(total) == 0:
@@ -65,7 +65,7 @@ def _leading(values: Passes) -> tuple[Tensor, torch.dtype]:
 
 
 def _following(values: Passes, prefixes: Tensor, shift: int) -> Tensor:
-    """How many of the values with each expert's prefix have each next digit, ``(N, 2^16)``."""
+    """Number of values with each expert's prefix and each next digit, ``(N, 2^16)``."""
     total = torch.zeros(len(prefixes), 1 << _DIGIT, dtype=torch.int64)
     for value in values():
         for expert, bits in _bits(value):
@@ -80,11 +80,7 @@ def _histogram(digits: Tensor) -> Tensor:
 
 
 def _bits(value: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Take the magnitudes' bits as integers, a chunk at a time.
-
-    Yields:
-        Position of the expert, and bits of some of its values.
-    """
+    # Position of an expert and the bits of the magnitudes of some of its values, as integers, a chunk at a time.
     for expert, row in enumerate(value):
         for chunk in row.split(_CHUNK):
             yield expert, chunk.abs().view(_integer(value.dtype))

@@ -1,8 +1,8 @@
 """Rules on singular vectors of a module: TSV-M, ISO-C and ISO-CTS.
 
-All three add up singular triplets of the experts; they differ in which, and in what their singular values become. Only
-singular values that count (see `poe_models.methods.decompositions`) take part, so that on exactly low-rank updates
-nothing depends on null-space vectors; on adapters the cost is that of their ranks.
+All three add up singular triplets of the experts; they differ in the triplets, and in the singular values that these
+get. Only singular values that count (see :mod:`poe_models.methods.decompositions`) take part, so that on exactly
+low-rank updates nothing depends on null-space vectors; on adapters the cost is that of their ranks.
 """
 
 from __future__ import annotations
@@ -27,16 +27,31 @@ from poe_models.methods.decompositions import (
 from poe_models.methods.method import About, MergingMethod, ModuleBatch
 
 
+class SpectralMethod(MergingMethod):
+    """Base of the methods with a ``scale`` of the merged update and a ``rank_tolerance`` of singular values."""
+
+    scale: float
+    rank_tolerance: float
+
+    def __post_init__(self) -> None:
+        require_number(self, "scale")
+        require_share(self, "rank_tolerance", one=False)
+
+    @override
+    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
+        return SVD_FLOATS * modules * shape[0] * shape[1]
+
+
 @dataclass(frozen=True)
-class TSVM(MergingMethod):
+class TSVM(SpectralMethod):
     """Task singular vectors, merged without interference (Gargiulo et al., 2025).
 
     Of each expert the first ``floor(min(d_out, d_in) / N)`` singular triplets are kept (at least one), and the left and
     the right vectors of all experts are replaced by the nearest orthonormal ones.
 
     Args:
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     >>> one, first = torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([2.0, 0.0]))
     >>> torch.allclose(TSVM()(torch.stack([one, one])), first, atol=1e-6)  # identical experts: one of two triplets
@@ -55,14 +70,6 @@ class TSVM(MergingMethod):
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
 
-    def __post_init__(self) -> None:
-        require_number("TSVM", "scale", self.scale)
-        require_share("TSVM", "rank_tolerance", self.rank_tolerance, one=False)
-
-    @override
-    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * modules * shape[0] * shape[1]
-
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         count, side = batch.updates.shape[1], min(batch.updates.shape[2:])
@@ -75,14 +82,14 @@ class TSVM(MergingMethod):
 
 
 @dataclass(frozen=True)
-class IsoC(MergingMethod):
+class IsoC(SpectralMethod):
     """The sum of the updates with all its singular values made equal to their mean (Marczak et al., 2025, ISO-C).
 
     The mean is over the singular values that count, as many as the rank of the sum.
 
     Args:
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     >>> updates = torch.stack([torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([1.0, 0.0]))])
     >>> torch.allclose(IsoC()(updates), 2 * torch.eye(2), atol=1e-6)
@@ -101,14 +108,6 @@ class IsoC(MergingMethod):
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
 
-    def __post_init__(self) -> None:
-        require_number("IsoC", "scale", self.scale)
-        require_share("IsoC", "rank_tolerance", self.rank_tolerance, one=False)
-
-    @override
-    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * modules * shape[0] * shape[1]
-
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
         space = compressed(batch)
@@ -117,7 +116,7 @@ class IsoC(MergingMethod):
 
 
 @dataclass(frozen=True)
-class IsoCTS(MergingMethod):
+class IsoCTS(SpectralMethod):
     """ISO-C with the smaller part of the common directions given to single experts (Marczak et al., 2025, ISO-CTS).
 
     The first ``c`` singular directions of the sum are common; each expert adds the first ``p`` of what its update has
@@ -125,9 +124,9 @@ class IsoCTS(MergingMethod):
     value, the mean of those that count.
 
     Args:
-        common: share of the directions that are common, before rounding to the sum above.
-        scale: coefficient of the merged update.
-        rank_tolerance: singular values up to this times the module's largest Frobenius norm count as zero.
+        common: Share of the directions that are common, before rounding to the sum above.
+        scale: Coefficient of the merged update.
+        rank_tolerance: Singular values up to this times the module's largest Frobenius norm count as zero.
 
     >>> updates = torch.diag(torch.tensor([2.0, 0.0])).expand(2, 2, 2)
     >>> torch.allclose(IsoCTS()(updates), updates.sum(0), atol=1e-6)
@@ -147,14 +146,10 @@ class IsoCTS(MergingMethod):
     scale: float = 1.0
     rank_tolerance: float = RANK_TOLERANCE
 
-    def __post_init__(self) -> None:
-        require_share("IsoCTS", "common", self.common)
-        require_number("IsoCTS", "scale", self.scale)
-        require_share("IsoCTS", "rank_tolerance", self.rank_tolerance, one=False)
-
     @override
-    def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
-        return SVD_FLOATS * modules * shape[0] * shape[1]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share(self, "common")
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -172,15 +167,7 @@ class IsoCTS(MergingMethod):
 
 
 def directions(side: int, experts: int, common: float) -> tuple[int, int]:
-    """How many directions of ISO-CTS are common, and how many each expert's own.
-
-    Args:
-        side: ``min(d_out, d_in)``.
-        experts: ``N``.
-        common: share of the common ones.
-
-    Returns:
-        ``c`` and ``p`` with ``c + N p = side``.
+    """Numbers of common directions of ISO-CTS and of each expert's own: ``c`` and ``p`` with ``c + N p = side``.
 
     >>> directions(768, 8, 0.8)
     (616, 19)

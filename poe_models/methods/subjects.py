@@ -1,4 +1,4 @@
-"""What a rule is checked on: updates of a few modules, and a way to merge variants of them."""
+"""Subjects of property checks: updates of a few modules, and a way to merge variants of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.method import MergingMethod, ModuleBatch, TaskData
-from poe_models.methods.random_streams import named_generator
+from poe_models.methods.method import MergingMethod, ModuleBatch, TaskData, named_generator
 from poe_models.weights.moments import ModuleStatistics
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
@@ -28,42 +27,31 @@ class Subject(ABC):
     """A method, and updates to try it on.
 
     Args:
-        method: the method, as it was given.
+        method: The method, not prepared.
 
     Attributes:
-        kind: where the updates come from.
+        kind: Origin of the updates.
+        updates: Float64 updates of all experts, never written to.
+        experts: Names of the experts.
     """
 
     kind: ClassVar[Literal["random", "real"]]
+    updates: Updates
+    experts: tuple[str, ...]
 
     def __init__(self, method: MergingMethod) -> None:
         self.method = method
 
-    @property
-    @abstractmethod
-    def updates(self) -> Updates:
-        """Float64 updates of all experts, to be used and not written to."""
-
-    @property
-    @abstractmethod
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts."""
-
     @abstractmethod
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
-        """The method, ready for these updates.
-
-        Args:
-            updates: float32 or float64.
-            experts: their names.
-        """
+        """The method, ready for these float32 or float64 updates of named experts."""
 
     def merge(self, updates: Updates, experts: Sequence[str] | None = None) -> Updates:
         """Merge variants of the updates, as a user would: prepare the method on all, then merge each module.
 
         Args:
-            updates: in any floating dtype.
-            experts: their names; those of the subject by default.
+            updates: Updates in any floating dtype.
+            experts: Their names; those of the subject by default.
 
         Returns:
             The merged update of each module, ``(d_out, d_in)``.
@@ -78,8 +66,8 @@ class RandomModules(Subject):
     """Three modules of different shapes with four experts that share some directions and differ in size.
 
     Args:
-        method: the method; given statistics are replaced by random ones.
-        seed: of everything.
+        method: The method; given statistics are replaced by random ones.
+        seed: Seed of everything.
     """
 
     kind = "random"
@@ -87,22 +75,12 @@ class RandomModules(Subject):
     def __init__(self, method: MergingMethod, seed: int) -> None:
         super().__init__(method)
         self.seed = seed
-        self._updates = {
-            f"layers.{i}.weight": self._random("update", str(i), shape=(4, *shape)) + self._random(str(i), shape=shape)
+        sizes = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)[:, None, None]
+        self.experts = ("a", "b", "c", "d")
+        self.updates = {
+            f"layers.{i}.weight": (sizes * self._shared_and_own(str(i), shape)).float().double()
             for i, shape in enumerate(_SHAPES)
         }
-        sizes = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)[:, None, None]
-        self._updates = {name: (sizes * values).float().double() for name, values in self._updates.items()}
-
-    @property
-    @override
-    def updates(self) -> Updates:
-        return self._updates
-
-    @property
-    @override
-    def experts(self) -> tuple[str, ...]:
-        return ("a", "b", "c", "d")
 
     @override
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
@@ -115,7 +93,7 @@ class RandomModules(Subject):
 
     def vectors(self) -> TaskVectors:
         """A small model with an integer buffer, a bias and tied matrices, around the first module."""
-        name, updates = next(iter(self._updates.items()))
+        name, updates = next(iter(self.updates.items()))
         states: dict[str, dict[str, Tensor]] = {}
         for i in range(len(updates) + 1):
             weight = torch.zeros_like(updates[0]) if i == 0 else updates[i - 1].clone()
@@ -130,18 +108,21 @@ class RandomModules(Subject):
     def _random(self, *names: str, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=named_generator(self.seed, *names), dtype=torch.float64)
 
+    def _shared_and_own(self, name: str, shape: tuple[int, int]) -> Tensor:
+        return self._random(name, shape=shape) + self._random("update", name, shape=(4, *shape))
+
     def _with_statistics(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
         kind = self.method.about.data
         if kind not in ("fisher", "activations"):
             return self.method
-        made: dict[str, dict[str, Tensor]] = {expert: {} for expert in experts}
-        for expert in experts:
-            for name, values in updates.items():
-                if kind == "fisher":
-                    made[expert][name] = self._random("fisher", expert, name, shape=values.shape[1:]).square()
-                else:
-                    rows = self._random("inputs", expert, name, shape=(3 * values.shape[2], values.shape[2]))
-                    made[expert][name] = rows.mT @ rows / len(rows)
+
+        def statistics(expert: str, name: str, d_out: int, d_in: int) -> Tensor:
+            if kind == "fisher":
+                return self._random("fisher", expert, name, shape=(d_out, d_in)).square()
+            rows = self._random("inputs", expert, name, shape=(3 * d_in, d_in))
+            return rows.mT @ rows / len(rows)
+
+        made = {each: {name: statistics(each, name, *u.shape[1:]) for name, u in updates.items()} for each in experts}
         return replace(self.method, statistics=ModuleStatistics(kind, made))  # type: ignore[type-var]
 
     def _data(self, vectors: TaskVectors) -> TaskData:
@@ -157,11 +138,11 @@ class RealModules(Subject):
     """The first real module of each shape, a few at most.
 
     Args:
-        method: the method; not one that learns from data.
-        modules: real modules.
+        method: The method; not one that learns from data.
+        modules: Real modules.
 
     Raises:
-        ValueError: there are none.
+        ValueError: If there are none.
     """
 
     kind = "real"
@@ -174,18 +155,8 @@ class RealModules(Subject):
         if not chosen:
             raise ValueError("`check(..., modules)`: there are no modules. Give `TaskVectors` that merge something.")
         taken = list(islice(chosen.values(), _REAL_SHAPES))
-        self._updates = {module.name: module.updates.double() for module in taken}
-        self._experts = taken[0].names
-
-    @property
-    @override
-    def updates(self) -> Updates:
-        return self._updates
-
-    @property
-    @override
-    def experts(self) -> tuple[str, ...]:
-        return self._experts
+        self.updates = {module.name: module.updates.double() for module in taken}
+        self.experts = taken[0].names
 
     @override
     def prepared(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
@@ -195,11 +166,7 @@ class RealModules(Subject):
 
 
 def _one_of_each_shape(vectors: TaskVectors) -> Iterator[ModuleUpdates]:
-    """Modules of every shape, the first tensor of a shape at least, without reading all tensors.
-
-    Yields:
-        All modules of those tensors.
-    """
+    # Modules of every shape, the first tensor of a shape at least, without reading all tensors.
     seen: set[tuple[int, int]] = set()
     for name, view in vectors.views.items():
         shapes = set(view.block_shapes(vectors.base.tensors[name].shape))

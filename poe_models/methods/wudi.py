@@ -1,8 +1,8 @@
-"""WUDI: the merged update whose difference to each expert is least felt on the expert's own input directions.
+"""WUDI: the merged update that differs least from each expert along the expert's own input directions.
 
     minimise  sum_i |(Z - U_i) U_i^T|^2 / |U_i|^2        (Cheng et al., 2025, arXiv 2503.08099)
 
-This is the product of Gaussian experts with `InputGram` and `NormScaled(1)`, without an anchor.
+This is the product of Gaussian experts with ``InputGram`` and ``NormScaled(1)``, without an anchor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Wudi(MergingMethod):
     Of all minimisers it is the smallest: directions in which no expert has any input stay at zero.
 
     Args:
-        rank_tolerance: input directions that the updates, scaled to norm 1, reach by no more than this stay at zero.
+        rank_tolerance: Input directions that the updates, scaled to norm 1, reach by no more than this stay at zero.
 
     >>> Wudi()(torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 5.0]))]))
     tensor([[2., 0.],
@@ -39,7 +39,7 @@ class Wudi(MergingMethod):
     rank_tolerance: float = RANK_TOLERANCE
 
     def __post_init__(self) -> None:
-        require_share("Wudi", "rank_tolerance", self.rank_tolerance, one=False)
+        require_share(self, "rank_tolerance", one=False)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
@@ -65,8 +65,8 @@ class WudiAdam(MergingMethod):
     Kept to compare with: it has not converged when it stops, and its result depends on the size of the updates.
 
     Args:
-        steps: how many.
-        learning_rate: of Adam.
+        steps: Number of steps.
+        learning_rate: Learning rate of Adam.
 
     >>> WudiAdam(steps=0)(torch.tensor([1.0, 3.0])[:, None, None])
     tensor([[4.]])
@@ -86,8 +86,8 @@ class WudiAdam(MergingMethod):
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
-        require_count("WudiAdam", "steps", self.steps, 0)
-        require_number("WudiAdam", "learning_rate", self.learning_rate, 0)
+        require_count(self, "steps", 0)
+        require_number(self, "learning_rate", 0)
 
     @override
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
@@ -109,14 +109,9 @@ class WudiAdam(MergingMethod):
 
 
 def normal_equations(updates: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """``sum_i C_i`` and ``sum_i U_i C_i`` in float64.
+    """``sum_i C_i``, ``(M, d_in, d_in)``, and ``sum_i U_i C_i``, ``(M, d_out, d_in)``, in float64.
 
-    Args:
-        updates: ``(M, N, d_out, d_in)``.
-        tolerance: experts whose norm is up to this times the module's largest are left out.
-
-    Returns:
-        ``(M, d_in, d_in)`` and ``(M, d_out, d_in)``.
+    Experts whose norm is up to ``tolerance`` times the module's largest are left out.
     """
     gram = updates.new_zeros(len(updates), updates.shape[3], updates.shape[3], dtype=torch.float64)
     pull = updates.new_zeros(len(updates), *updates.shape[2:], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every checkpoint looks like, whatever file it came from: named tensors that are read one at a time."""
+"""The interface of checkpoints, whatever their files: named tensors that are read one at a time."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from typing_extensions import override
 
 
 class CheckpointError(ValueError):
-    """Something is wrong with an input file, its tensors, or how two of them fit together."""
+    """An error in an input file, its tensors, or how two of them fit together."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header of a file says about one tensor.
+    """The header of one tensor.
 
     Args:
-        name: name of the tensor in its checkpoint.
-        shape: its shape as stored.
-        dtype: its dtype as stored.
-        file: the file that holds it; None for tensors in memory.
+        name: Name of the tensor in its checkpoint.
+        shape: Its shape as stored.
+        dtype: Its dtype as stored.
+        file: The file that holds it; None for tensors in memory.
 
     >>> TensorInfo("fc.weight", (3, 2), torch.bfloat16).nbytes
     12
@@ -47,17 +47,17 @@ class TensorInfo:
 
 
 class Checkpoint(ABC):
-    """Named tensors; opening reads headers only, `read` reads one tensor.
+    """Named tensors; opening reads headers only, :meth:`read` reads one tensor.
 
     Attributes:
-        source: the path it was opened from, or `"<memory>"`.
-        tensors: name to `TensorInfo`, in the order of the files; a tied tensor appears once, under its canonical name.
-        aliases: further name of a tied tensor to its canonical name. Known from shared storage (PyTorch files, state
-            dicts in memory) and from the metadata that safetensors' `save_model` writes.
-        config: the folder's parsed `config.json`, or None.
-        files: the weight files, in order (what a checksum of the checkpoint covers).
-        layout: file name to the names of the tensors it holds; `"model.safetensors"` for single files and memory.
-        metadata: the `__metadata__` of safetensors files.
+        source: The path it was opened from, or ``"<memory>"``.
+        tensors: Name to header, in the order of the files; a tied tensor appears once, under its canonical name.
+        aliases: Further name of a tied tensor to its canonical name. Known from shared storage (PyTorch files, state
+            dicts in memory) and from the metadata that safetensors' ``save_model`` writes.
+        config: The folder's parsed ``config.json``, or None.
+        files: The weight files, in order.
+        layout: File name to the names of the tensors it holds; ``"model.safetensors"`` for single files and memory.
+        metadata: The ``__metadata__`` of safetensors files.
     """
 
     source: str
@@ -76,14 +76,14 @@ class Checkpoint(ABC):
         """Read one tensor.
 
         Args:
-            name: canonical name or alias.
+            name: Canonical name or alias.
 
         Returns:
             The tensor on the CPU in the checkpoint's own dtype. It may share memory with the file or with the caller's
             state dict: never write into it.
 
         Raises:
-            CheckpointError: if there is no such tensor, or its data cannot be read.
+            CheckpointError: If there is no such tensor, or its data cannot be read.
         """
         canonical = self.aliases.get(name, name)
         if canonical not in self.tensors:
@@ -93,14 +93,7 @@ class Checkpoint(ABC):
         return self._read(canonical)
 
     def tied_names(self, name: str) -> tuple[str, ...]:
-        """Return all names of the tensor called `name`, the canonical one first.
-
-        Args:
-            name: canonical name or alias.
-
-        Returns:
-            One name for an ordinary tensor, more for a tied one.
-        """
+        """All names of the tensor called ``name``, the canonical one first; more than one if it is tied."""
         canonical = self.aliases.get(name, name)
         return (canonical, *(alias for alias, target in self.aliases.items() if target == canonical))
 
@@ -109,14 +102,18 @@ class Checkpoint(ABC):
         return f"{type(self).__name__}({self.source!r}, {len(self.tensors)} tensors)"
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is not there: the most similar one, or nothing.
+
+    >>> nearest("fc.wieght", ["fc.weight", "head.bias"])
+    "; the nearest is 'fc.weight'"
+    """
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
 def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Find tied tensors: the same memory seen with the same offset, shape and strides.
-
-    Args:
-        tensors: name to tensor.
-
-    Returns:
-        Every later name to the first name of the same tensor. Other overlapping views are tensors of their own.
+    """Later name to first name of tied tensors: the same memory, offset, shape and strides; other views are not tied.
 
     >>> w = torch.zeros(2, 2)
     >>> find_aliases({"wte": w, "lm_head": w, "row": w[:1]})
@@ -136,17 +133,7 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        CheckpointError: if the file is no JSON object.
-    """
+    """Read a file that must hold a JSON object; a ``CheckpointError`` says so if it does not."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -156,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# Names that only a quantiser writes, and what they belong to.
+# Names that only a quantiser writes, and the format they belong to.
 _MARKERS = (
     (r"(^|\.)(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
     (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.[\w.]+)$", "bitsandbytes 4-bit"),
@@ -172,36 +159,29 @@ _BUFFER = re.compile(r"(bias|mask|ids?|index|indices|table|tracked|buffer|state|
 
 
 def refuse_quantised(source: str, tensors: Iterable[TensorInfo], config: dict[str, Any] | None) -> None:
-    """Raise if a checkpoint's header or config says that its weights are quantised.
+    """Refuse a checkpoint, called ``source``, whose headers or config say that its weights are quantised.
 
     Integer buffers (position ids, counters, masks) are no weights and pass.
-
-    Args:
-        source: what to call the checkpoint in the message.
-        tensors: its headers.
-        config: its `config.json`, or None.
-
-    Raises:
-        CheckpointError: naming the kind of quantisation and the tensor or the config key.
     """
+
+    def error(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"`open_checkpoint({source!r})`: {what}: quantised weights cannot be merged. Give the checkpoint in a "
+            "floating dtype (float32, bfloat16 or float16), for instance the one it was quantised from."
+        )
+
     if config is not None and config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
-        raise _error(source, f"config.json has `quantization_config` (method {method!r})")
+        raise error(f"config.json has `quantization_config` (method {method!r})")
     for info in tensors:
         kind = quantisation_of(info)
         if kind is not None:
-            raise _error(source, f"tensor {info.name!r} ({str(info.dtype).removeprefix('torch.')}) is {kind}")
+            raise error(f"tensor {info.name!r} ({str(info.dtype).removeprefix('torch.')}) is {kind}")
 
 
 def quantisation_of(info: TensorInfo) -> str | None:
-    """Name the kind of quantisation a tensor belongs to.
-
-    Args:
-        info: header of one tensor.
-
-    Returns:
-        The kind, or None for ordinary weights and for integer buffers.
+    """Kind of quantisation that a tensor belongs to; None for ordinary weights and for integer buffers.
 
     >>> quantisation_of(TensorInfo("fc.weight", (4, 4), torch.int8))
     'packed integer weights'
@@ -221,10 +201,3 @@ def quantisation_of(info: TensorInfo) -> str | None:
     if integer and len(info.shape) >= 2 and (last == "weight" or (info.dtype in _PACKED and not _BUFFER.search(last))):
         return "packed integer weights"
     return None
-
-
-def _error(source: str, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"`open_checkpoint({source!r})`: {what}: quantised weights cannot be merged. Give the checkpoint in a floating "
-        "dtype (float32, bfloat16 or float16), for instance the one it was quantised from."
-    )

@@ -1,7 +1,7 @@
-"""Collect statistics of a model's modules on data: exact diagonal Fisher information, second moments of inputs.
+"""Statistics of a model's modules on data: exact diagonal Fisher information, second moments of inputs.
 
 Both are collected for the tensors that a merge sees as matrices and in the orientation it sees them, so that blocks of
-fused projections, GPT-2's transposed `Conv1D` and flattened convolutions come out as
+fused projections, GPT-2's transposed ``Conv1D`` and flattened convolutions come out as
 :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them::
 
     for name, model in tuned_models.items():
@@ -11,7 +11,6 @@ fused projections, GPT-2's transposed `Conv1D` and flattened convolutions come o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from poe_models.weights.module_inputs import Recorder, recorder_of
+from poe_models.weights.checkpoint import nearest
+from poe_models.weights.module_inputs import recorder_of
 from poe_models.weights.task_vectors import block_names
 from poe_models.weights.views import View
-
-__all__ = ["Forward", "Progress", "collect_activations", "collect_fisher"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """From a model and a batch to logits, ``(b, classes)``."""
@@ -47,24 +45,24 @@ def collect_fisher(
 
     Gradients are squared for one example and one class at a time: nothing is summed before it is squared, so the result
     does not depend on the size of batches. That takes as many backward passes as there are classes, or one for each
-    example if `labels` are given.
+    example if ``labels`` are given.
 
     Args:
-        model: with the expert's weights; it runs in evaluation mode and is left as it was.
-        loader: batches; their tensors must have the examples along the first axis.
-        forward: logits of a batch, ``(b, classes)``; several rows of one example (tokens) are added up.
-        views: tensors to collect for, by their name in the checkpoint: `TaskVectors.views`.
-        labels: classes of a batch, one for each row of its logits: gives the *empirical* Fisher information, with the
+        model: Model with the expert's weights; it runs in evaluation mode and is left as it was.
+        loader: Batches; their tensors must have the examples along the first axis.
+        forward: Logits of a batch, ``(b, classes)``; several rows of one example (tokens) are added up.
+        views: Tensors to collect for, by their name in the checkpoint: ``TaskVectors.views``.
+        labels: Classes of a batch, one for each row of its logits: gives the *empirical* Fisher information, with the
             labels in place of the expectation over the model's own predictions.
-        prefix: of the model's names before those of the checkpoint, such as ``"bert."``.
-        dtype: of the sums.
-        progress: told how far it is.
+        prefix: Prefix of the model's names before those of the checkpoint, such as ``"bert."``.
+        dtype: Dtype of the sums.
+        progress: Called after each batch.
 
     Returns:
-        ``(d_out, d_in)`` for each module, by name.
+        Fisher information ``(d_out, d_in)`` of each module, by name.
 
     Raises:
-        ValueError: the model lacks a tensor, there are no batches, or batches, logits or labels have other shapes.
+        ValueError: If the model lacks a tensor, there are no batches, or batches, logits or labels have other shapes.
 
     >>> model = nn.Linear(1, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
@@ -87,7 +85,6 @@ def collect_fisher(
                         if gradient is not None:
                             total.add_(gradient.detach().to(dtype).square_(), alpha=probability)
                 count += 1
-    _require_some(count)
     return _blocks(views, {name: total.div_(count) for name, total in zip(names, sums, strict=True)})
 
 
@@ -108,22 +105,22 @@ def collect_activations(
     the model runs in evaluation mode, without gradients.
 
     Args:
-        model: with the expert's weights; it is left as it was.
-        loader: batches.
-        forward: runs the model on a batch; what it returns does not matter.
-        views: tensors to collect for, by their name in the checkpoint: `TaskVectors.views`.
-        counted: positions ``(b, T)`` of a batch that count, such as its attention mask, so that padding does not.
+        model: Model with the expert's weights; it is left as it was.
+        loader: Batches.
+        forward: Runs the model on a batch; its result is not used.
+        views: Tensors to collect for, by their name in the checkpoint: ``TaskVectors.views``.
+        counted: Positions ``(b, T)`` of a batch that count, such as its attention mask, so that padding does not.
             Layers whose inputs do not have these leading axes (convolutions, pooled features) count all.
-        prefix: of the model's names before those of the checkpoint, such as ``"bert."``.
-        dtype: of the sums; float64 where inputs differ by orders of magnitude.
-        progress: told how far it is.
+        prefix: Prefix of the model's names before those of the checkpoint, such as ``"bert."``.
+        dtype: Dtype of the sums; float64 where inputs differ by orders of magnitude.
+        progress: Called after each batch.
 
     Returns:
-        ``(d_in, d_in)`` for each module, by name; blocks that see the same inputs share one tensor.
+        Second moments ``(d_in, d_in)`` of each module, by name; blocks that see the same inputs share one tensor.
 
     Raises:
-        ValueError: a tensor is not the weight of a layer whose inputs are known, a layer is never reached, or there are
-            no batches.
+        ValueError: If a tensor is not the weight of a layer whose inputs are known, a layer is never reached, or there
+            are no batches.
 
     >>> model = nn.Linear(2, 3)
     >>> found = collect_activations(model, [torch.eye(2)], lambda model, x: model(x), {"weight": View()})
@@ -132,10 +129,9 @@ def collect_activations(
             [0.0000, 0.5000]])
     """
     tensors = _tensors_of(model, views, prefix)
-    recorders: dict[str, Recorder] = {}
-    for name, view in views.items():
-        recorders[name] = recorder_of(model, prefix + name, view.fitted(tensors[name].shape), dtype)
-    batches = 0
+    recorders = {
+        name: recorder_of(model, prefix + name, view.fitted(tensors[name].shape), dtype) for name, view in views.items()
+    }
     handles = [recorder.attach() for recorder in recorders.values()]
     try:
         with _evaluating(model), torch.no_grad():
@@ -144,11 +140,9 @@ def collect_activations(
                 for recorder in recorders.values():
                     recorder.counted = mask
                 forward(model, batch)
-                batches += 1
     finally:
         for handle in handles:
             handle.remove()
-    _require_some(batches)
     found: dict[str, Tensor] = {}
     for name, recorder in recorders.items():
         blocks = recorder.moments()
@@ -160,9 +154,8 @@ def _tensors_of(model: nn.Module, views: Mapping[str, View], prefix: str) -> dic
     own = dict(model.named_parameters(remove_duplicate=False))
     for name in views:
         if prefix + name not in own:
-            near = difflib.get_close_matches(prefix + name, own, n=1)
             raise ValueError(
-                f"the model has no parameter {prefix + name!r}{f'; the nearest is {near[0]!r}' if near else ''}. Give "
+                f"the model has no parameter {prefix + name!r}{nearest(prefix + name, own)}. Give "
                 "the `prefix` that its names have before the checkpoint's, or the model of this architecture."
             )
     if not views:
@@ -171,11 +164,7 @@ def _tensors_of(model: nn.Module, views: Mapping[str, View], prefix: str) -> dic
 
 
 def _terms(logits: Any, labels: Tensor | None) -> Iterator[tuple[float, Tensor]]:
-    """Probability and log probability of each class that counts, for each row of one example's logits.
-
-    Yields:
-        The weight of a squared gradient, and what to differentiate.
-    """
+    # The weight of a squared gradient and the log probability to differentiate, of each row and class of one example.
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"`forward(model, batch)` gave {got} for one example. Return logits (rows, classes).")
@@ -193,11 +182,7 @@ def _terms(logits: Any, labels: Tensor | None) -> Iterator[tuple[float, Tensor]]
 
 
 def _examples(batch: Any) -> Iterator[Any]:
-    """Take a batch apart.
-
-    Yields:
-        Each example as a batch of one.
-    """
+    # Each example of a batch, as a batch of one.
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0}
     if len(sizes) != 1:
@@ -213,28 +198,22 @@ def _examples(batch: Any) -> Iterator[Any]:
 def _blocks(views: Mapping[str, View], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        blocks = views[name].fitted(tensor.shape).split(tensor)
-        labels = block_names(name, len(blocks))
-        found |= {
-            label: block.clone(memory_format=torch.contiguous_format)
-            for label, block in zip(labels, blocks, strict=True)
-        }
+        parts = views[name].fitted(tensor.shape).split(tensor)
+        blocks = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        found |= zip(block_names(name, len(blocks)), blocks, strict=True)
     return found
 
 
-def _require_some(count: int) -> None:
-    if count == 0:
-        raise ValueError(
-            "`loader` gave no batches. An iterator is used up after one pass: give a DataLoader or a list."
-        )
-
-
 def _reported(loader: Iterable[Any], progress: Progress | None) -> Iterator[Any]:
-    total = len(loader) if isinstance(loader, Sized) else 0
+    done, total = 0, len(loader) if isinstance(loader, Sized) else 0
     for done, batch in enumerate(loader, 1):
         yield batch
         if progress is not None:
             progress(done, total)
+    if done == 0:
+        raise ValueError(
+            "`loader` gave no batches. An iterator is used up after one pass: give a DataLoader or a list."
+        )
 
 
 @contextmanager
@@ -250,7 +229,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _requiring_gradients(model: nn.Module, wanted: list[Tensor]) -> Iterator[None]:
-    """Only the wanted parameters require gradients for a while."""
+    """Within the block only the wanted parameters require gradients."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(any(parameter is each for each in wanted))

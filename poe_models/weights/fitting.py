@@ -1,4 +1,4 @@
-"""Do the experts fit the base? Decided from headers alone, all problems in one error."""
+"""A check that the experts fit the base, from headers alone; all problems are one error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from poe_models.weights.loading import same_weights
-from poe_models.weights.treatments import RuleTable, Treatment
+from poe_models.weights.rules import RuleTable, Treatment
 
 _SHOWN = 5
 
@@ -19,19 +19,10 @@ def refuse_misfits(
     rules: RuleTable,
     model_type: str | None,
 ) -> None:
-    """Raise if an expert is the base, or lacks a tensor, has one too many, or has one of another shape.
+    """Refuse an expert that is the base, lacks a tensor, has one too many, or has one of another shape.
 
-    Tensors that stay the base's may differ or be absent, and so may integer buffers.
-
-    Args:
-        base: the base.
-        experts: name to expert.
-        treatments: name of each tensor of the base to its treatment.
-        rules: the rules they came from, asked about tensors that only an expert has.
-        model_type: `model_type` of the base's config, or None.
-
-    Raises:
-        CheckpointError: listing the first problems and their number.
+    Tensors that stay the base's may differ or be absent, and so may integer buffers. ``treatments`` are those of the
+    base's tensors; the ``rules`` decide about tensors that only an expert has.
     """
     problems: list[tuple[str, str]] = []
     for expert, checkpoint in experts.items():
@@ -57,13 +48,7 @@ def refuse_misfits(
 
 
 def suggested_rule(name: str) -> str:
-    """Write the rule that keeps a tensor at the base.
-
-    Args:
-        name: name of the tensor.
-
-    Returns:
-        The rule in YAML's inline form.
+    """The rule that keeps a tensor at the base, in YAML's inline form.
 
     >>> suggested_rule("model.embed_tokens.weight")
     '{match: embed_tokens, action: base}'
@@ -88,7 +73,7 @@ def _misfits(base: Checkpoint, expert: Checkpoint, treatments: Mapping[str, Trea
 
 
 def _rows(info: TensorInfo, other: TensorInfo) -> str:
-    """Explain a vocabulary that was extended or cut: matrices that differ in the number of their rows only."""
+    """Advice about a vocabulary that was extended or cut: matrices that differ in the number of rows only."""
     if len(info.shape) != 2 or info.shape[1:] != other.shape[1:]:
         return ""
     return (
@@ -105,15 +90,9 @@ def _extra(base: Checkpoint, expert: Checkpoint) -> Iterator[tuple[str, TensorIn
 
 
 def keys_of(base: Checkpoint, expert: Checkpoint, name: str) -> list[str]:
-    """Find an expert's tensors for one of the base's, which it may hold under any of the tied names.
+    """Canonical names in the expert of a tensor of the base, which it may hold under any of the tied names.
 
-    Args:
-        base: the base.
-        expert: the expert.
-        name: name in the base.
-
-    Returns:
-        Canonical names in the expert: none if it lacks the tensor, several if it stores tied names apart.
+    None if it lacks the tensor, several if it stores tied names apart.
     """
     keys = (expert.aliases.get(tied, tied) for tied in base.tied_names(name))
     return list(dict.fromkeys(key for key in keys if key in expert.tensors))

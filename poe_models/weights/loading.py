@@ -1,15 +1,15 @@
 """Open checkpoints lazily: Hugging Face folders, weight files, PEFT LoRA adapters, state dicts in memory.
 
-`open_checkpoint` reads headers; a tensor's data is read when it is asked for. Supported:
+:func:`open_checkpoint` reads headers; a tensor's data is read when it is asked for. Supported:
 
-- a folder with `model.safetensors`, `model.safetensors.index.json` and its shards, `pytorch_model.bin`, or
-  `pytorch_model.bin.index.json` and its shards, looked for in this order, and `config.json` if there is one;
-- one `.safetensors` file;
-- one PyTorch state dict (`.pt`, `.pth`, `.bin`, `.ckpt`), loaded without running code: a dict of tensors, or one nested
-  under `"state_dict"` or `"model"` provided that every leaf of it is a tensor;
-- a PEFT LoRA folder (`adapter_config.json`) on top of its base, see `poe_models.weights.lora`;
+- a folder with ``model.safetensors``, ``model.safetensors.index.json`` and its shards, ``pytorch_model.bin``, or
+  ``pytorch_model.bin.index.json`` and its shards, looked for in this order, and ``config.json`` if there is one;
+- one ``.safetensors`` file;
+- one PyTorch state dict (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), loaded without running code: a dict of tensors, or
+  one nested under ``"state_dict"`` or ``"model"`` provided that every leaf of it is a tensor;
+- a PEFT LoRA folder (``adapter_config.json``) on top of its base, see :mod:`poe_models.weights.lora`;
 - a mapping of names to tensors;
-- a model id of the Hugging Face hub, `org/name` or `org/name@revision`, downloaded with `huggingface_hub`.
+- a model id of the Hugging Face hub, ``org/name`` or ``org/name@revision``, downloaded with ``huggingface_hub``.
 """
 
 from __future__ import annotations
@@ -35,54 +35,6 @@ from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFi
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-
-
-def download(source: str) -> Path:
-    """Download a model or an adapter, safetensors if it has them.
-
-    Args:
-        source: `org/name` or `org/name@revision`.
-
-    Returns:
-        The folder with its files.
-
-    Raises:
-        CheckpointError: if `source` is no such id, or the download fails.
-    """
-    hub = _HUB_ID.fullmatch(source)
-    if hub is None:
-        raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id "
-            "'org/name'."
-        )
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        folder = Path(_snapshot(hub["repo"], hub["revision"], patterns))
-        if not any((folder / name).is_file() for name in _SAFETENSORS):
-            folder = Path(_snapshot(hub["repo"], hub["revision"], [*patterns, "*.bin"]))
-    except Exception as error:  # network, cache, authorisation: one message for all
-        raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder here, and downloading it from the hub failed: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check "
-            "the id and the connection."
-        ) from error
-    return folder
-
-
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
-    return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "FileCheckpoint",
-    "MemoryCheckpoint",
-    "TensorInfo",
-    "open_checkpoint",
-    "same_weights",
-]
-
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -93,15 +45,15 @@ def open_checkpoint(
     """Open a checkpoint by its headers.
 
     Args:
-        source: a folder, a weight file, a hub id, or name to tensor; an open checkpoint is returned as it is.
-        base: the model that an adapter was trained on; only adapter folders need it.
+        source: A folder, a weight file, a hub id, or name to tensor; an open checkpoint is returned as it is.
+        base: The model that an adapter was trained on; only adapter folders need it.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: if `source` does not exist, is incomplete, corrupt, quantised, holds code, or is an adapter of
-            an unsupported kind.
+        CheckpointError: If ``source`` does not exist, is incomplete, corrupt, quantised, holds code, or is an adapter
+            of an unsupported kind.
 
     >>> import torch
     >>> checkpoint = open_checkpoint({"fc.weight": torch.zeros(2, 3)})
@@ -119,7 +71,7 @@ def open_checkpoint(
         )
     path = Path(source).expanduser()
     if not path.exists():
-        path = download(str(source))
+        path = _download(str(source))
     if path.is_file():
         return FileCheckpoint(path, [_weight_file(path)])
     return _open_folder(path, base)
@@ -129,12 +81,12 @@ class FileCheckpoint(Checkpoint):
     """A checkpoint in one or more weight files.
 
     Args:
-        path: the folder or the file it was opened from.
-        parts: its weight files.
-        config: its `config.json`, or None.
+        path: The folder or the file it was opened from.
+        parts: Its weight files.
+        config: Its ``config.json``, or None.
 
     Raises:
-        CheckpointError: if two files hold a tensor of the same name, or the weights are quantised.
+        CheckpointError: If two files hold a tensor of the same name, or the weights are quantised.
     """
 
     def __init__(self, path: Path, parts: Sequence[WeightFile], config: dict[str, Any] | None = None) -> None:
@@ -172,11 +124,11 @@ class MemoryCheckpoint(Checkpoint):
     """A state dict in memory; its tensors are never written to.
 
     Args:
-        tensors: name to tensor, on any device.
-        config: what `config.json` would hold, or None.
+        tensors: Name to tensor, on any device.
+        config: Content of ``config.json``, or None.
 
     Raises:
-        CheckpointError: if a value is not an ordinary dense tensor, or the weights are quantised.
+        CheckpointError: If a value is not an ordinary dense tensor, or the weights are quantised.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: dict[str, Any] | None = None) -> None:
@@ -202,7 +154,7 @@ class MemoryCheckpoint(Checkpoint):
 
     @property
     def addresses(self) -> dict[str, int]:
-        """Where in memory each tensor with data begins."""
+        """Memory address of each tensor with data."""
         return {name: tensor.data_ptr() for name, tensor in self._tensors.items() if tensor.numel()}
 
     @override
@@ -211,15 +163,7 @@ class MemoryCheckpoint(Checkpoint):
 
 
 def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
-    """Say whether two checkpoints are the same one: the same files, or the same memory.
-
-    Args:
-        one: a checkpoint.
-        other: another.
-
-    Returns:
-        False also for copies: contents are not compared.
-    """
+    """Return whether two checkpoints are the same files, or the same memory; copies are not, contents aren't read."""
     if one is other:
         return True
     if isinstance(one, MemoryCheckpoint) and isinstance(other, MemoryCheckpoint):
@@ -292,3 +236,29 @@ def _weight_file(path: Path) -> WeightFile:
         f"`open_checkpoint({str(path)!r})`: {kind}. Supported are .safetensors and {', '.join(_TORCH_SUFFIXES)} files, "
         "and folders of them."
     )
+
+
+def _download(source: str) -> Path:
+    """Download ``org/name`` or ``org/name@revision``, safetensors if it has them, and return the folder."""
+    hub = _HUB_ID.fullmatch(source)
+    if hub is None:
+        raise CheckpointError(
+            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id "
+            "'org/name'."
+        )
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(_snapshot(hub["repo"], hub["revision"], patterns))
+        if not any((folder / name).is_file() for name in _SAFETENSORS):
+            folder = Path(_snapshot(hub["repo"], hub["revision"], [*patterns, "*.bin"]))
+    except Exception as error:  # network, cache, authorisation: one message for all
+        raise CheckpointError(
+            f"`open_checkpoint({source!r})`: no such file or folder here, and downloading it from the hub failed: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check "
+            "the id and the connection."
+        ) from error
+    return folder
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+    return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])

@@ -1,10 +1,22 @@
-"""PEFT LoRA adapters on top of their base: W = W_0 + scaling * B A, without ever merging the whole model.
+"""PEFT LoRA adapters on their base, W = W_0 + scaling * B A, without ever merging the whole model.
 
-Supported, with the result of PEFT's own `merge_and_unload`: linear layers, GPT-2's Conv1D, convolutions without groups,
-and embeddings; `lora_alpha`, `use_rslora`, `rank_pattern`, `alpha_pattern`, `fan_in_fan_out`;
-`modules_to_save` and trained biases, which replace the base's tensors. Every other variant is refused by name
-(`poe_models.weights.lora` decides field by field). The way out is then always the same: merge the adapter with PEFT and
-give the folder of the merged model.
+The path of an adapter, in the order in which it is walked:
+
+1. *Config*: :class:`LoraSettings` reads ``adapter_config.json``, rank and scaling of every module. A field is used, has
+   no effect on the merged weights, or is refused by name.
+2. *Names*: :mod:`poe_models.weights.lora_names` sorts the keys of the weight file into factors and whole tensors, and
+   finds the one change of prefix that makes them names of the base.
+3. *Factors*: :class:`LoraCheckpoint` is a checkpoint like any other: ``read`` adds ``scaling * B A`` to the base's
+   tensor. Besides, ``changes`` says from headers which tensors differ, and ``lora_factors`` gives an update as a pair.
+4. *Task vectors*: ``TaskVectors`` multiplies the factors instead of subtracting weights, and where every expert is an
+   adapter, ``ModuleUpdates.low_rank`` has the factors of each matrix (``View.split_factors``).
+5. *Posterior*: residual maps build their operators from these factors (``ResidualMap.operator_of_factors``) and merging
+   methods their bases; this saves work and changes nothing.
+
+Supported, with the result of PEFT's own ``merge_and_unload``: linear layers, GPT-2's Conv1D, convolutions without
+groups, and embeddings; ``lora_alpha``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``fan_in_fan_out``;
+``modules_to_save`` and trained biases, which replace the base's tensors. The way out of every other variant is the
+same: merge the adapter with PEFT and give the folder of the merged model.
 """
 
 from __future__ import annotations
@@ -22,20 +34,13 @@ from typing_extensions import override
 
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo, read_json, refuse_quantised
 from poe_models.weights.lora_names import Renaming, find_renaming, refuse_untied, sort_keys
-from poe_models.weights.rules import CONV1D_TYPES
-from poe_models.weights.treatments import DEFAULT_RULES, model_type_of
+from poe_models.weights.rules import CONV1D_TYPES, DEFAULT_RULES, model_type_of
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile
 
 T = TypeVar("T")
 
 _USED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     "init_lora_weights",
 }
 
@@ -73,15 +78,15 @@ _BASE_CHANGING_INITS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "l
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter's config says about its updates.
+    """Settings of an adapter's config that its updates depend on.
 
     Args:
-        rank: `r`, unless `rank_pattern` has the module.
-        alpha: `lora_alpha`, unless `alpha_pattern` has the module.
-        rank_stabilised: divide alpha by sqrt(r) instead of r.
-        rank_pattern: module name or regular expression to rank.
-        alpha_pattern: module name or regular expression to alpha.
-        fan_in_fan_out: the layers store their weight (in, out).
+        rank: Rank ``r``, unless ``rank_pattern`` has the module.
+        alpha: Value of ``lora_alpha``, unless ``alpha_pattern`` has the module.
+        rank_stabilised: Divide alpha by sqrt(r) instead of r.
+        rank_pattern: Module name or regular expression to rank.
+        alpha_pattern: Module name or regular expression to alpha.
+        fan_in_fan_out: The layers store their weight (in, out).
     """
 
     rank: int
@@ -93,16 +98,16 @@ class LoraSettings:
 
     @classmethod
     def read(cls, path: Path) -> LoraSettings:
-        """Read `adapter_config.json` and refuse what is not supported.
+        """Read ``adapter_config.json``.
 
         Args:
-            path: the file.
+            path: The file.
 
         Returns:
             The settings.
 
         Raises:
-            CheckpointError: naming the unsupported variant or field, or a value that makes no sense.
+            CheckpointError: If it has an unsupported variant or field, which is named, or a value that makes no sense.
         """
         config = read_json(path)
         for reason in _unsupported(config):
@@ -124,29 +129,14 @@ class LoraSettings:
         return settings
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of a module.
-
-        Args:
-            module: its name in the model that was trained.
-
-        Returns:
-            The rank that its factors must have.
-        """
+        """Rank that the factors of a module, named as in the model that was trained, must have."""
         return _from_pattern(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
-        """Return what a module's B @ A is multiplied with.
-
-        Args:
-            module: its name in the model that was trained.
-
-        Returns:
-            alpha / r, or alpha / sqrt(r) if rank-stabilised.
-        """
+        """Factor on B @ A of a module: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
         rank = self.rank_of(module)
-        return _from_pattern(self.alpha_pattern, module, self.alpha) / (
-            math.sqrt(rank) if self.rank_stabilised else rank
-        )
+        alpha = _from_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 def _from_pattern(pattern: Mapping[str, T], module: str, default: T) -> T:
@@ -178,8 +168,6 @@ def _check(path: Path, values: Mapping[str, Any], valid: Callable[[Any], bool], 
             raise CheckpointError(f"{path}: {key!r} is {value!r}, not {wanted}. Correct the config.")
 
 
-__all__ = ["LoraCheckpoint"]
-
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -201,15 +189,15 @@ class LoraCheckpoint(Checkpoint):
     tied tensor once, under one name, cannot say so; there the adapter changes that one tensor, as PEFT's merge does.
 
     Args:
-        folder: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
-        base: the model the adapter was trained on. The prefix of its names may differ from the adapter's (`bert.`,
-            `model.`) as long as one change of prefix fits every module.
+        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+        base: The model the adapter was trained on. The prefix of its names may differ from the adapter's (``bert.``,
+            ``model.``) as long as one change of prefix fits every module.
 
     Attributes:
-        base: the base it was opened on.
+        base: The base it was opened on.
 
     Raises:
-        CheckpointError: if the adapter is of an unsupported kind, or does not fit the base.
+        CheckpointError: If the adapter is of an unsupported kind, or does not fit the base.
     """
 
     base: Checkpoint
@@ -238,25 +226,18 @@ class LoraCheckpoint(Checkpoint):
         self.tensors = {**base.tensors, **replaced}
 
     def changes(self, name: str) -> bool:
-        """Say from the headers whether the adapter holds anything for a tensor.
-
-        Args:
-            name: name of a tensor.
-
-        Returns:
-            False if `read(name)` is the base's tensor.
-        """
+        """Return, from headers, whether the adapter holds anything for a tensor; if not, it is the base's."""
         canonical = self.aliases.get(name, name)
         return canonical in self._pairs or canonical in self._full
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return the update of a tensor as two factors.
+        """The update of a tensor as two factors.
 
         Args:
-            name: name of a tensor of the base.
+            name: Name of a tensor of the base.
 
         Returns:
-            Left (rows, r), scaling included, and right (r, columns), float64: `left @ right` is the update of the
+            Left (rows, r), scaling included, and right (r, columns), float64: ``left @ right`` is the update of the
             tensor as it is stored, its axes after the first flattened. None if the adapter does not change it, or
             replaces it whole.
         """
@@ -271,7 +252,7 @@ class LoraCheckpoint(Checkpoint):
         return (a.T, b.T) if pair.transposed else (b, a)
 
     def _on_base(self, name: str) -> bool:
-        """Say whether the factors add to the base's own tensor; PEFT may store a copy of it beside an embedding's."""
+        """Return whether factors add to the base's own tensor; PEFT may store a copy of it beside an embedding's."""
         return name not in self._full or torch.equal(self._file.read(self._full[name]), self.base.read(name))
 
     @override
@@ -301,14 +282,14 @@ class LoraCheckpoint(Checkpoint):
         return _Pair(name, a, b, settings.scaling_of(module), transposed)
 
     def _stored_transposed(self, info: TensorInfo, settings: LoraSettings) -> bool:
-        """Decide how a square matrix lies, which its shape cannot say."""
+        """Return whether a square matrix is stored (in, out), which its shape cannot say."""
         kind = model_type_of(self.base)
         view = DEFAULT_RULES.treat(info, kind).view if info.dtype.is_floating_point else None
         return settings.fan_in_fan_out if kind not in CONV1D_TYPES else view is not None and view.transpose
 
 
 def _orientations(a: TensorInfo, b: TensorInfo, info: TensorInfo, rank: int) -> set[bool]:
-    """Return which of B A (False) and its transpose (True) have the rank and the shape of the base's tensor."""
+    """Orientations of rank and shape of the base's tensor: B A (False) and its transpose (True)."""
     if len(a.shape) < 2 or len(b.shape) < 2 or (a.shape[0], b.shape[1]) != (rank, rank) or math.prod(b.shape[2:]) != 1:
         return set()
     out, fan_in = b.shape[0], a.shape[1:]

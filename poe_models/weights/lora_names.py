@@ -1,31 +1,23 @@
-"""Names in an adapter file, and which tensor of the base each of them is about."""
+"""Names in an adapter file and the tensors of the base they are about; step 2 of :mod:`poe_models.weights.lora`."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from poe_models.weights.checkpoint import Checkpoint, CheckpointError
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 
 
 def sort_keys(path: Path, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Tell factors from whole tensors.
-
-    Args:
-        path: the adapter file, for messages.
-        keys: the names in it.
+    """Sort the keys of an adapter file into factors and whole tensors, by names in the model that was trained.
 
     Returns:
-        Module to its two keys (`{"A": ..., "B": ...}`, of an embedding `{"embedding_A": ..., "embedding_B": ...}`), and
-        the name of each replaced tensor to its key. Names are those of the model that was trained.
-
-    Raises:
-        CheckpointError: for a factor without its partner, a key of an unknown kind, and nn.MultiheadAttention.
+        Module to its two keys (``{"A": ..., "B": ...}``, of an embedding ``{"embedding_A": ..., "embedding_B": ...}``),
+        and the name of each replaced tensor to its key.
     """
     factors: dict[str, dict[str, str]] = {}
     full: dict[str, str] = {}
@@ -62,65 +54,30 @@ class Renaming:
     """One change of prefix that turns an adapter's names into the base's.
 
     Args:
-        strip: prefix that only the adapter's names have.
-        add: prefix that only the base's names have.
+        strip: Prefix that only the adapter's names have.
+        add: Prefix that only the base's names have.
     """
 
     strip: str = ""
     add: str = ""
 
     def __call__(self, name: str) -> str:
-        """Return the base's name.
-
-        Args:
-            name: a name in the adapter.
-
-        Returns:
-            The name with the prefix changed.
-        """
+        """The base's name of one in the adapter."""
         return self.add + name.removeprefix(self.strip)
 
     def matrix(self, module: str, base: Checkpoint) -> str | None:
-        """Find the tensor that a module's factors add to.
-
-        Args:
-            module: a module of the adapter.
-            base: the base.
-
-        Returns:
-            The name in the base, or None.
-        """
+        """Name in the base of the tensor that the factors of a module add to, or None."""
         name = f"{self(module)}.weight"
         return name if name in base.tensors or name in base.aliases else None
 
     def tensor(self, name: str, base: Checkpoint) -> str:
-        """Find the tensor that a whole tensor replaces.
-
-        Args:
-            name: its name in the adapter.
-            base: the base.
-
-        Returns:
-            The name in the base; the adapter's own name for a tensor that the base lacks (a new head).
-        """
+        """Name in the base of the tensor that a whole one replaces; its own if the base lacks it (a new head)."""
         renamed = self(name)
         return renamed if renamed in base.tensors or renamed in base.aliases else name
 
 
 def find_renaming(path: Path, modules: Iterable[str], base: Checkpoint) -> Renaming:
-    """Find how an adapter's module names become the base's.
-
-    Args:
-        path: the adapter file, for messages.
-        modules: the modules that have factors.
-        base: the base.
-
-    Returns:
-        No change if every name is the base's own, else the one change of prefix that fits every module.
-
-    Raises:
-        CheckpointError: if no change of prefix fits, or several do (naming the tensors they lead to).
-    """
+    """Find the one change of prefix that makes the names of all modules with factors the base's; none if they are."""
     wanted = list(modules)
     if not wanted or all(Renaming().matrix(module, base) for module in wanted):
         return Renaming()
@@ -134,11 +91,10 @@ def find_renaming(path: Path, modules: Iterable[str], base: Checkpoint) -> Renam
             f"{path}: module {first!r} could be any of {names} in {base.source}. Give the base as the adapter's model "
             "saves it, with the same names."
         )
-    near = difflib.get_close_matches(f"{first}.weight", [*base.tensors, *base.aliases], n=1)
     raise CheckpointError(
         f"{path}: the adapter changes {first!r}, but {base.source} has no tensor '{first}.weight'"
-        f"{f'; the nearest is {near[0]!r}' if near else ''}. Is this the base it was trained on, and not another, or "
-        "one that stores this tensor under the name of the tensor it is tied to?"
+        f"{nearest(f'{first}.weight', [*base.tensors, *base.aliases])}. Is this the base it was trained on, and not "
+        "another, or one that stores this tensor under the name of the tensor it is tied to?"
     )
 
 
@@ -151,16 +107,7 @@ def _candidates(module: str, base: Checkpoint) -> list[Renaming]:
 
 
 def refuse_untied(path: Path, changed: Mapping[str, str], base: Checkpoint) -> None:
-    """Raise if an adapter changes one of several tied tensors.
-
-    Args:
-        path: the adapter file, for messages.
-        changed: name in the base of each changed tensor, to its name in the adapter.
-        base: the base.
-
-    Raises:
-        CheckpointError: naming the tied tensors.
-    """
+    """Refuse an adapter that changes one of several tied tensors, from names in the base to names in the adapter."""
     for name, key in changed.items():
         tied = base.tied_names(name)
         if len(tied) > 1:

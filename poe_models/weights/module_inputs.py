@@ -1,4 +1,4 @@
-"""Record the inputs of one layer by a hook: what multiplies its weight, as rows, and their second moments."""
+"""Second moments of the inputs of one layer, recorded by a hook as the rows that its weight multiplies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Recorder(ABC):
     """Sums ``X^T X`` over the rows ``X`` that a layer's weight is multiplied with.
 
     Args:
-        layer: the layer.
-        name: of its weight, for messages.
-        view: the fitted view of the weight.
-        shape: of the weight.
-        dtype: of the sums.
+        layer: The layer.
+        name: Name of its weight, for messages.
+        view: The fitted view of the weight.
+        shape: Shape of the weight.
+        dtype: Dtype of the sums.
     """
 
     def __init__(self, layer: nn.Module, name: str, view: View, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class Recorder(ABC):
         """``X^T X / n`` for each block of the view, ``(d_in, d_in)``.
 
         Raises:
-            ValueError: the layer saw no input.
+            ValueError: If the layer saw no input.
         """
         if self._sums is None or self._rows == 0:
             raise ValueError(
@@ -58,7 +58,7 @@ class Recorder(ABC):
         return means * blocks if len(means) == 1 else means
 
     def _as_rows(self, x: Tensor) -> Tensor:
-        """The positions that count as rows ``(n, d_in)``; of inputs at other positions all."""
+        """The positions that count as rows ``(n, d_in)``; all, if the input does not have these positions."""
         if self.counted is not None and x.shape[:-1] == self.counted.shape:
             return x[self.counted.to(x.device)]
         return x.reshape(-1, x.shape[-1])
@@ -115,19 +115,10 @@ class _AttentionInputs(Recorder):
 
 
 def recorder_of(model: nn.Module, name: str, view: View, dtype: torch.dtype) -> Recorder:
-    """The recorder of the layer that a tensor is the weight of.
-
-    Args:
-        model: the model.
-        name: of the tensor in the model.
-        view: its fitted view.
-        dtype: of the sums.
-
-    Returns:
-        A recorder, not yet listening.
+    """A recorder, not yet listening, of the layer whose weight is the tensor ``name``, seen by a fitted view.
 
     Raises:
-        ValueError: the tensor is not the weight of such a layer, or its view is not that of the layer.
+        ValueError: If the tensor is not the weight of such a layer, or its view is not that of the layer.
     """
     owner, _, attribute = name.rpartition(".")
     layer = model.get_submodule(owner)

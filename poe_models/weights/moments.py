@@ -1,8 +1,8 @@
-"""What the experts' data say about each module: diagonal Fisher information, or second moments of its inputs.
+"""Statistics of the experts' data for each module: diagonal Fisher information, or second moments of its inputs.
 
-Statistics go by the names of experts and modules, as :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them,
-and in the orientation of its matrices. They are made by :mod:`poe_models.weights.collecting`, and kept as one
-safetensors file per expert in one folder. Residual maps read them a batch of modules at a time.
+They go by the names of experts and modules, as :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them, and
+are in the orientation of its matrices. :mod:`poe_models.weights.collecting` makes them, and a folder keeps them as one
+safetensors file per expert. Residual maps and merging methods read them a batch of modules at a time.
 
 >>> given = ModuleStatistics("fisher", {"mnist": {"fc.weight": torch.ones(2, 3)}})
 >>> given.read("mnist", ["fc.weight"], (2, 3)).shape
@@ -11,13 +11,13 @@ torch.Size([1, 2, 3])
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 from urllib.parse import quote, unquote
 
 import torch
@@ -25,13 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.weights.checkpoint import Checkpoint, CheckpointError
+from poe_models.residual_maps import MomentKind
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.loading import open_checkpoint
-
-__all__ = ["Kind", "ModuleStatistics", "given_statistics", "open_statistics"]
-
-Kind = Literal["fisher", "activations"]
-"""Diagonal Fisher information of the weights, ``(d_out, d_in)``; or ``X X^T / n`` of the inputs, ``(d_in, d_in)``."""
 
 _KEY = "poe_merge_statistics"
 _SUFFIX = ".safetensors"
@@ -41,21 +37,36 @@ class ModuleStatistics:
     """Statistics of several experts, read when they are asked for.
 
     Args:
-        kind: what they are.
-        experts: name of the expert to its statistics by name of the module, in memory or as a file.
+        kind: Their kind, ``"fisher"`` or ``"activations"``.
+        experts: Name of the expert to its statistics by name of the module, in memory or as a file.
 
     Raises:
-        ValueError: if the kind is unknown, or there are no experts.
+        ValueError: If the kind is unknown, or there are no experts.
     """
 
-    def __init__(self, kind: Kind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
-        if kind not in get_args(Kind):
-            raise ValueError(f"`ModuleStatistics({kind!r})`: the kinds are {', '.join(map(repr, get_args(Kind)))}.")
+    def __init__(self, kind: MomentKind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
+        if kind not in get_args(MomentKind):
+            raise ValueError(
+                f"`ModuleStatistics({kind!r})`: the kinds are {', '.join(map(repr, get_args(MomentKind)))}."
+            )
         if not experts:
             raise ValueError("`ModuleStatistics(experts={})`: there are none. Give the statistics of each expert.")
-        self.kind: Kind = kind
+        self.kind: MomentKind = kind
         self.experts = {name: open_checkpoint(source) for name, source in experts.items()}
         self._digest: str | None = None
+
+    def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleStatistics:
+        """These statistics, after a check of their kind.
+
+        Raises:
+            TypeError: If they are of another kind.
+        """
+        if kind != self.kind:
+            raise TypeError(
+                f"`statistics={self!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the "
+                "folder of some."
+            )
+        return self
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """Shape of the statistics of a module of shape ``(d_out, d_in)``."""
@@ -63,15 +74,15 @@ class ModuleStatistics:
         return (d_out, d_in) if self.kind == "fisher" else (d_in, d_in)
 
     def check(self, expert: str, module: str, shape: Sequence[int]) -> None:
-        """Find out from headers whether the statistics of a module are there.
+        """Refuse a module without statistics, from headers.
 
         Args:
-            expert: name of the expert.
-            module: name of the module.
-            shape: its shape ``(d_out, d_in)``.
+            expert: Name of the expert.
+            module: Name of the module.
+            shape: Its shape ``(d_out, d_in)``.
 
         Raises:
-            CheckpointError: if they are not, or are those of another shape.
+            CheckpointError: If they are not, or are those of another shape.
         """
         if expert not in self.experts:
             raise CheckpointError(
@@ -81,10 +92,9 @@ class ModuleStatistics:
         checkpoint = self.experts[expert]
         found = checkpoint.tensors.get(checkpoint.aliases.get(module, module))
         if found is None:
-            near = difflib.get_close_matches(module, checkpoint.tensors, n=1)
             raise CheckpointError(
                 f"{self.kind} statistics of expert {expert!r} ({checkpoint.source}): there is no module {module!r}"
-                f"{f'; the nearest is {near[0]!r}' if near else ''}. Collect them with the rules of this merge, or "
+                f"{nearest(module, checkpoint.tensors)}. Collect them with the rules of this merge, or "
                 "keep the module with a rule."
             )
         if tuple(found.shape) != self.shape(shape):
@@ -94,19 +104,25 @@ class ModuleStatistics:
                 "the rules of this merge."
             )
 
+    def inputs(self, expert: str, modules: Mapping[str, tuple[int, int]]) -> dict[str, Checkpoint]:
+        """The checkpoint of one expert by its role, after a :meth:`check` of modules by name and shape."""
+        for module, shape in modules.items():
+            self.check(expert, module, shape)
+        return {f"{self.kind} statistics {expert}": self.experts[expert]}
+
     def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
-        """Statistics of some modules of equal shape.
+        """Statistics of modules of equal shape.
 
         Args:
-            expert: name of the expert.
-            modules: names of ``M`` modules.
-            shape: their shape ``(d_out, d_in)``.
+            expert: Name of the expert.
+            modules: Names of ``M`` modules.
+            shape: Their shape ``(d_out, d_in)``.
 
         Returns:
-            ``(M, d_out, d_in)`` of Fisher information, ``(M, d_in, d_in)`` of activations, in float32 or float64.
+            Fisher information ``(M, d_out, d_in)`` or moments ``(M, d_in, d_in)``, in float32 or float64.
 
         Raises:
-            CheckpointError: if statistics are missing or have another shape, are not finite, negative, or (of
+            CheckpointError: If statistics are missing or have another shape, are not finite, negative, or (of
                 activations) not symmetric.
         """
         return torch.stack([self._read(expert, module, shape) for module in modules])
@@ -133,13 +149,13 @@ class ModuleStatistics:
         """Save one file per expert, each whole or not at all; a folder may be filled expert by expert.
 
         Args:
-            folder: made if it is not there.
+            folder: The folder; made if it is not there.
 
         Returns:
             The folder.
 
         Raises:
-            FileExistsError: if an expert's file is there already.
+            FileExistsError: If an expert's file is there already.
         """
         target = Path(folder).expanduser()
         target.mkdir(parents=True, exist_ok=True)
@@ -177,68 +193,57 @@ class ModuleStatistics:
         return f"ModuleStatistics({self.kind!r}, {', '.join(self.experts)}, {self.digest()[:16]})"
 
 
-def open_statistics(folder: str | Path, kind: Kind, experts: Sequence[str] | None = None) -> ModuleStatistics:
-    """Open a folder that :meth:`ModuleStatistics.save` filled, by its headers.
+@dataclass(frozen=True, repr=False)
+class StatisticsFolder:
+    """A folder that :meth:`ModuleStatistics.save` filled; its headers are read anew whenever it is opened.
 
     Args:
-        folder: the folder.
-        kind: what it should hold.
-        experts: names of the experts to open; all by default.
-
-    Returns:
-        Their statistics.
-
-    Raises:
-        CheckpointError: if it is missing or empty, lacks an expert, or holds something else.
+        path: The folder.
     """
-    path = Path(folder).expanduser()
-    files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(path.glob(f"*{_SUFFIX}"))}
-    if not files:
-        what = "there are no statistics" if path.is_dir() else "there is no such folder"
-        raise CheckpointError(
-            f"`open_statistics({str(folder)!r})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
-            "`ModuleStatistics.save` writes them."
-        )
-    missing = [name for name in experts or () if name not in files]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: there are no {kind} statistics of expert {missing[0]!r}, only of {', '.join(files)}. Collect "
-            "them, or give the expert the name they have."
-        )
-    checkpoints = {name: open_checkpoint(files[name]) for name in experts or files}
-    for checkpoint in checkpoints.values():
-        found = checkpoint.metadata.get(_KEY)
-        if found != kind:
+
+    path: str | Path
+
+    def opened(self, kind: MomentKind, experts: Sequence[str] = ()) -> ModuleStatistics:
+        """The statistics of some experts, or of all.
+
+        Args:
+            kind: Kind of the statistics.
+            experts: Names of the experts to open; all if none is named.
+
+        Returns:
+            Their statistics.
+
+        Raises:
+            CheckpointError: If the folder is missing or empty, lacks an expert, or holds another kind.
+        """
+        folder = Path(self.path).expanduser()
+        files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(folder.glob(f"*{_SUFFIX}"))}
+        if not files:
+            what = "there are no statistics" if folder.is_dir() else "there is no such folder"
             raise CheckpointError(
-                f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
-                f"{kind} statistics."
+                f"`StatisticsFolder({self})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
+                "`ModuleStatistics.save` writes them."
             )
-    return ModuleStatistics(kind, checkpoints)
+        missing = [name for name in experts if name not in files]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: there are no {kind} statistics of expert {missing[0]!r}, only of {', '.join(files)}. "
+                "Collect them, or give the expert the name they have."
+            )
+        checkpoints = {name: open_checkpoint(files[name]) for name in experts or files}
+        for checkpoint in checkpoints.values():
+            found = checkpoint.metadata.get(_KEY)
+            if found != kind:
+                raise CheckpointError(
+                    f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
+                    f"{kind} statistics."
+                )
+        return ModuleStatistics(kind, checkpoints)
 
-
-def given_statistics(source: ModuleStatistics | str, kind: Kind, experts: Sequence[str]) -> ModuleStatistics:
-    """The statistics that a residual map or a merging method was given.
-
-    Args:
-        source: in memory or as a folder; of a folder the headers are read anew.
-        kind: what they should be.
-        experts: names of those that are needed.
-
-    Returns:
-        The statistics, of these experts at least.
-
-    Raises:
-        CheckpointError: the folder lacks an expert, or holds something else.
-        TypeError: they are something else, or of another kind.
-    """
-    if isinstance(source, str):
-        return open_statistics(source, kind, experts)
-    if not isinstance(source, ModuleStatistics) or source.kind != kind:
-        raise TypeError(
-            f"`statistics={source!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the folder "
-            "of some."
-        )
-    return source
+    @override
+    def __repr__(self) -> str:
+        """The path alone, as a residual map or method has it on the command line and in records of merges."""
+        return repr(str(self.path))
 
 
 def _symmetric(values: Tensor) -> bool:

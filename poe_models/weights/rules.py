@@ -1,15 +1,30 @@
-"""One rule of the table: which tensors it is about, and what it does with them."""
+r"""Rules for parameters: which are merged (seen as which matrices), averaged, or kept from the base.
+
+One table serves every method, so that methods are compared on the same footing. The first rule that applies to a tensor
+decides, and a user's rules go before the defaults:
+
+    DEFAULT_RULES.extended([{"match": "lm_head", "action": "base"},
+                            {"match": r"qkv_proj\.weight", "action": "merge", "view": {"rows": [4096, 1024, 1024]}}])
+
+By default matrices and convolutions are merged; GPT-2's Conv1D is transposed; fused projections ``in_proj_weight``,
+``c_attn`` and ``qkv`` are split into [q; k; v] where d_out = 3*d_in; stacked 3-D experts are a batch of matrices;
+embeddings, biases, norms (LayerNorm and the others) and scalars are averaged. Only the shape can say that a convolution
+is grouped, and only of depthwise ones: shape[1] = 1 with several outputs, which a first layer on grey images has too.
+Those are averaged unless a rule merges them. Integer, bool and complex tensors always stay the base's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from poe_models.weights.checkpoint import TensorInfo
+from typing_extensions import override
+
+from poe_models.weights.checkpoint import Checkpoint, TensorInfo
 from poe_models.weights.views import View
 
 Action = Literal["merge", "average", "base"]
@@ -30,18 +45,19 @@ _VIEW_KEYS = tuple(field.name for field in dataclasses.fields(View) if field.nam
 
 @dataclass(frozen=True)
 class Rule:
-    """What to do with the tensors whose name, shape and model type fit.
+    """An action for the tensors whose name, shape and model type fit.
 
     Args:
-        match: regular expression, searched for anywhere in the tensor's name.
-        action: `"merge"` by the product of experts, `"average"` the experts' updates, or keep the `"base"`.
-        view: how a merged tensor is seen as matrices; None leaves that to the first later rule that says it.
-        model_types: `model_type` of the config; empty for any. A model without a config fits too, unless `known`.
-        shape: condition on the shape. `"vector"` fewer than two axes (or all but one of length 1, from three axes on);
-            `"matrix"` two axes; `"stack"` three; `"kernel"` three to five; `"depthwise"` a kernel with one input
-            channel and several outputs; `"three_in_rows"` d_out = 3 d_in; `"three_in_columns"` the transpose of it.
-        known: the model type must be known to be one of `model_types`.
-        note: what the tensors are, for the reason that `plan` prints.
+        match: Regular expression, searched for anywhere in the tensor's name.
+        action: Either ``"merge"`` by the product of experts, ``"average"`` the updates, or keep the ``"base"``.
+        view: View of a merged tensor as matrices; None leaves it to the first later rule that has one.
+        model_types: Values of ``model_type``; empty for any. A model without a config fits too, unless ``known``.
+        shape: Condition on the shape. ``"vector"`` has fewer than two axes (or all but one of length 1, from three axes
+            on); ``"matrix"`` two axes; ``"stack"`` three; ``"kernel"`` three to five; ``"depthwise"`` is a kernel with
+            one input channel and several outputs; ``"three_in_rows"`` d_out = 3 d_in; ``"three_in_columns"`` the
+            transpose of it.
+        known: The model type must be known to be one of ``model_types``.
+        note: Description of the tensors, for the reason that ``plan`` prints.
 
     >>> Rule.from_dict({"match": "lm_head", "action": "base"}).action
     'base'
@@ -76,16 +92,7 @@ class Rule:
             )
 
     def applies(self, names: Iterable[str], info: TensorInfo, model_type: str | None) -> bool:
-        """Say whether the rule is about a tensor.
-
-        Args:
-            names: all names of the tensor (several if it is tied).
-            info: its header.
-            model_type: `model_type` of the config, or None if there is no config.
-
-        Returns:
-            Whether name, shape and model type fit.
-        """
+        """Return whether the rule is about a tensor, given all its names (several if it is tied)."""
         typed = not self.model_types or model_type in self.model_types or (model_type is None and not self.known)
         return typed and _SHAPES[self.shape](info.shape) and any(re.search(self.match, name) for name in names)
 
@@ -94,24 +101,25 @@ class Rule:
         """Make a rule from plain values, such as an entry of a YAML file.
 
         Args:
-            values: `match` and `action`, and optionally the other arguments; `view` as a mapping of `View`'s arguments,
-                `{}` to see a matrix as it is.
+            values: Values of ``match`` and ``action``, and optionally the other arguments; ``view`` as a mapping of
+                ``View``'s arguments, ``{}`` to see a matrix as it is.
 
         Returns:
             The rule.
 
         Raises:
-            ValueError: for an unknown key (naming the nearest valid one) or a value of a wrong type.
+            ValueError: If a key is unknown (the message names the nearest valid one) or a value has a wrong type.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"rule {values!r}: expected a mapping such as {{match: lm_head, action: base}}.")
-        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
-        _known_keys("rule", values, tuple(field.name for field in dataclasses.fields(cls)))
+        names = tuple(field.name for field in dataclasses.fields(cls))
+        _known_keys("rule", values, names)
         for key in ("match", "action"):
             if key not in values:
                 raise ValueError(
                     f"rule {dict(values)}: `{key}` is missing. Write for instance {{match: lm_head, action: base}}."
                 )
+        known = dict(values)
         if "model_types" in known:
             known["model_types"] = _typed_tuple("model_types", known["model_types"], str)
         if known.get("view") is not None:
@@ -119,11 +127,7 @@ class Rule:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that `from_dict` takes back.
-
-        Returns:
-            `match`, `action`, and what differs from the defaults.
-        """
+        """Plain values that :meth:`from_dict` takes back: ``match``, ``action``, and what is not a default."""
         values = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
         if self.view is not None:
             view = {key: getattr(self.view, key) for key in _VIEW_KEYS if getattr(self.view, key) != getattr(View, key)}
@@ -181,7 +185,7 @@ _EMBEDDING = (
     r"|(?!\w*patch)\w*embeddings?)(\.weight)?$"
 )
 
-RULES: tuple[Rule, ...] = (
+_DEFAULTS: tuple[Rule, ...] = (
     Rule(action="average", shape="vector", note="bias, norm, running statistic or scalar: fewer than two axes"),
     Rule(r"(^|[._])bias$", "average", note="bias"),
     Rule(_EMBEDDING, "average", note="embedding"),
@@ -252,3 +256,131 @@ RULES: tuple[Rule, ...] = (
     Rule(action="merge", shape="kernel", note="convolution"),
     Rule(action="average", note="none of the known shapes"),
 )
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """The decision of a table about one tensor.
+
+    Args:
+        action: Merged, averaged, or kept from the base.
+        view: For merged tensors, the matrices it is seen as.
+        reason: Note or text of the rule that decided.
+    """
+
+    action: Action
+    view: View | None
+    reason: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.action}{'' if self.view is None else f', {self.view}'} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Rules in order of precedence.
+
+    Args:
+        rules: The first rule that applies to a tensor decides.
+
+    >>> import torch
+    >>> info = TensorInfo("h.0.attn.c_attn.weight", (4, 12), torch.float32)
+    >>> print(DEFAULT_RULES.treat(info, "gpt2"))
+    merge, transposed, split into 3 equal row blocks (fused [q, k, v] in a Conv1D, stored (in, out))
+    """
+
+    rules: tuple[Rule, ...]
+
+    def treat(self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = ()) -> Treatment:
+        """Decide what happens to a tensor.
+
+        Args:
+            info: Header of the tensor.
+            model_type: Value of ``model_type`` in the config; None if there is no config.
+            aliases: Further names of a tied tensor: a rule applies if any of the names matches.
+
+        Returns:
+            The treatment, with its reason.
+
+        Raises:
+            ValueError: If no rule applies, or the deciding rule asks for a view that the shape does not allow.
+        """
+        if not info.dtype.is_floating_point:
+            kind = str(info.dtype).removeprefix("torch.")
+            return Treatment("base", None, f"{kind} buffer: the base's, whatever the rules say")
+        rule = self.deciding(info, model_type, aliases)
+        if rule is None:
+            raise ValueError(
+                f"tensor {info.name!r}: no rule applies. Extend `DEFAULT_RULES`, which covers every tensor."
+            )
+        reason = rule.note or f"rule {{match: {rule.match!r}, action: {rule.action}}}"
+        if rule.action != "merge":
+            return Treatment(rule.action, None, reason)
+        applying = (r for r in self.rules if r.action == "merge" and r.applies((info.name, *aliases), info, model_type))
+        view = next((r.view for r in applying if r.view is not None), View())
+        try:
+            return Treatment("merge", view.fitted(info.shape), reason)
+        except ValueError as error:
+            raise ValueError(f"tensor {info.name!r}: {reason} merges it, but {error}.") from error
+
+    def deciding(self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = ()) -> Rule | None:
+        """The first rule that applies to a tensor, or None; for the arguments see :meth:`treat`."""
+        names = (info.name, *aliases)
+        return next((rule for rule in self.rules if rule.applies(names, info, model_type)), None)
+
+    def extended(self, rules: Iterable[Rule | Mapping[str, Any]]) -> RuleTable:
+        """Put rules before those of this table.
+
+        Args:
+            rules: Objects, or mappings as :meth:`Rule.from_dict` takes them.
+
+        Returns:
+            A new table.
+
+        Raises:
+            ValueError: If a rule is malformed; the message says which.
+        """
+        made = list(self.rules)
+        for position, rule in enumerate(rules):
+            try:
+                made.insert(position, rule if isinstance(rule, Rule) else Rule.from_dict(rule))
+            except ValueError as error:
+                raise ValueError(f"rules[{position}]: {error}") from error
+        return RuleTable(tuple(made))
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rules as plain values, in order."""
+        return [rule.to_dict() for rule in self.rules]
+
+    @classmethod
+    def from_dicts(cls, rules: Iterable[Mapping[str, Any]]) -> RuleTable:
+        """The table of plain values as :meth:`to_dicts` gives them; malformed ones raise a ``ValueError``."""
+        return cls(()).extended(rules)
+
+    @override
+    def __repr__(self) -> str:
+        return f"RuleTable({len(self.rules)} rules)"
+
+
+DEFAULT_RULES = RuleTable(_DEFAULTS)
+"""The defaults, which cover every tensor."""
+
+
+def model_type_of(checkpoint: Checkpoint) -> str | None:
+    """The ``model_type`` of a checkpoint as far as the rules need it, or None if nothing says it.
+
+    A composite model (an encoder with a GPT-2 decoder) counts as the part that the rules treat specially. Without a
+    config, GPT-2 and models that use its names for linear layers (nanoGPT, GPT-Neo) differ in how the first MLP matrix
+    lies: (d, 4d) in a Conv1D, (4d, d) in a linear layer.
+    """
+    special = {name for rule in _DEFAULTS for name in rule.model_types}
+    config = checkpoint.config or {}
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    types = [part["model_type"] for part in parts if isinstance(part.get("model_type"), str)]
+    if types:
+        return next((name for name in types if name in special), types[0])
+    for name, info in checkpoint.tensors.items():
+        if name.endswith((".mlp.c_fc.weight", ".attn.c_attn.weight")) and ".h." in f".{name}" and len(info.shape) == 2:
+            return CONV1D_TYPES[0] if info.shape[0] < info.shape[1] else "linear layers with GPT-2's names"
+    return None

@@ -1,24 +1,24 @@
-"""Task vectors: what fine-tuning added to the base, one tensor at a time."""
+"""Task vectors: the experts' updates of the base, U_i = W_i - W_0, one tensor at a time."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
-from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint, same_weights
+from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.treatments import DEFAULT_RULES, Rule, RuleTable, Treatment, model_type_of
+from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment, model_type_of
 from poe_models.weights.views import View
 
-__all__ = ["ModuleUpdates", "Source", "TaskVectors"]
-
 Source = str | Path | Mapping[str, Tensor] | Checkpoint
+"""A checkpoint as :func:`~poe_models.weights.loading.open_checkpoint` takes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,12 @@ class ModuleUpdates:
     """The experts' updates of one matrix. All tensors are copies and may be written to.
 
     Args:
-        name: name of the tensor; with the number of the block, `"layer.weight[1]"`, if its view has several.
-        tensor: name of the tensor.
-        names: names of the experts.
-        base: the base's matrix W_0, (d_out, d_in).
-        updates: U_i = W_i - W_0, (N, d_out, d_in).
-        low_rank: factors B (N, d_out, r) and A (N, r, d_in) with U_i = B_i A_i, if every expert is a LoRA adapter on
+        name: Name of the tensor; with the number of the block, ``"layer.weight[1]"``, if its view has several.
+        tensor: Name of the tensor.
+        names: Names of the experts.
+        base: The base's matrix W_0, (d_out, d_in).
+        updates: Updates U_i = W_i - W_0, (N, d_out, d_in).
+        low_rank: Factors B (N, d_out, r) and A (N, r, d_in) with U_i = B_i A_i, if every expert is a LoRA adapter on
             this base; smaller ranks are filled up with zeros. None otherwise.
     """
 
@@ -42,36 +42,43 @@ class ModuleUpdates:
     updates: Tensor
     low_rank: tuple[Tensor, Tensor] | None = None
 
+    @override
+    def __repr__(self) -> str:
+        rank = "" if self.low_rank is None else f", rank {self.low_rank[0].shape[-1]}"
+        return f"ModuleUpdates({self.name!r}, {tuple(self.base.shape)}{rank}, of {', '.join(self.names)})"
+
 
 class TaskVectors:
     """A base and the experts that were fine-tuned from it.
 
-    Everything that headers can tell is checked at construction. Iterating reads one tensor of every model at a time and
-    gives its matrices; peak memory is a few tensors, not N models.
+    The headers are checked at construction. Iterating reads one tensor of every model at a time and gives its matrices;
+    peak memory is a few tensors, not N models.
 
     Args:
-        base: the base, as `open_checkpoint` takes it.
-        experts: name to expert, or (name, expert) pairs; adapters are opened on `base`.
-        rules: what happens to which tensor.
-        dtype: dtype in which updates are formed, float32 or float64. The difference of two bfloat16 weights is exact in
-            float32 unless they differ by orders of magnitude; in bfloat16 it would lose what fine-tuning did.
-        device: where updates go.
+        base: The base, as ``open_checkpoint`` takes it.
+        experts: Name to expert, or (name, expert) pairs; adapters are opened on ``base``.
+        rules: Table of the tensors that are merged, averaged, or kept from the base.
+        dtype: Precision in which updates are formed, float32 or float64. The difference of two bfloat16 weights is
+            exact in float32 unless they differ by orders of magnitude; in bfloat16 it would lose what fine-tuning did.
+        device: Device of the updates.
 
     Attributes:
-        names: names of the experts, in order.
-        base: the open base.
-        experts: name to open expert.
-        treatments: name of each tensor of the base to its treatment. A tied tensor is there once, under its canonical
+        names: Names of the experts, in order.
+        base: The open base.
+        experts: Name to open expert.
+        treatments: Name of each tensor of the base to its treatment. A tied tensor is there once, under its canonical
             name.
 
     Raises:
-        CheckpointError: if a checkpoint cannot be opened, or the experts do not fit the base.
-        ValueError: if there are no experts, or names or arguments make no sense.
+        CheckpointError: If a checkpoint cannot be opened, or the experts do not fit the base.
+        ValueError: If there are no experts, or names or arguments make no sense.
 
     >>> base, tuned = {"fc.weight": torch.zeros(2, 2)}, {"fc.weight": torch.eye(2)}
     >>> vectors = TaskVectors(base, {"tuned": tuned})
     >>> [(module.name, module.updates.shape) for module in vectors]
     [('fc.weight', torch.Size([1, 2, 2]))]
+    >>> vectors
+    TaskVectors(base <memory>, experts tuned; tensors: 1 merged, 0 averaged, 0 of the base; torch.float32 on cpu)
     """
 
     def __init__(
@@ -99,23 +106,32 @@ class TaskVectors:
         self.treatments = self._treat_all()
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
 
+    @override
+    def __repr__(self) -> str:
+        actions = [treatment.action for treatment in self.treatments.values()]
+        counts = f"{actions.count('merge')} merged, {actions.count('average')} averaged, {actions.count('base')} of the"
+        return (
+            f"TaskVectors(base {self.base.source}, experts {', '.join(self.names)}; tensors: {counts} base; "
+            f"{self.dtype} on {self.device})"
+        )
+
     def __iter__(self) -> Iterator[ModuleUpdates]:
         for tensor, treatment in self.treatments.items():
             if treatment.action == "merge":
                 yield from self.modules(tensor)
 
     def modules(self, tensor: str) -> list[ModuleUpdates]:
-        """Read one tensor of every model and take it apart into matrices.
+        """Read one tensor of every model as matrices.
 
         Args:
-            tensor: name of a tensor whose treatment is to merge.
+            tensor: Name of a tensor whose treatment is to merge.
 
         Returns:
-            One `ModuleUpdates` for each matrix of its view; `view.join` of their merged updates is the tensor's.
+            One ``ModuleUpdates`` for each matrix of its view; ``view.join`` of their merged updates is the tensor's.
 
         Raises:
-            CheckpointError: if a value is NaN or infinite, or an expert has untied tied tensors.
-            ValueError: if the tensor is not to be merged.
+            CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
+            ValueError: If the tensor is not to be merged.
         """
         name = self._canonical(tensor)
         view = self.treatments[name].view
@@ -136,17 +152,17 @@ class TaskVectors:
         return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
 
     def average(self, tensor: str) -> Tensor:
-        """Read one tensor of every model and average the updates.
+        """Read one tensor of every model and add the mean update to the base's.
 
         Args:
-            tensor: name of a tensor that is averaged or merged.
+            tensor: Name of a tensor that is averaged or merged.
 
         Returns:
-            W_0 + mean of U_i, of the tensor's shape, in the compute dtype.
+            The tensor W_0 + mean of U_i, in the compute dtype.
 
         Raises:
-            CheckpointError: if a value is NaN or infinite, or an expert has untied tied tensors.
-            ValueError: if the tensor stays the base's.
+            CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
+            ValueError: If the tensor stays the base's.
         """
         name = self._canonical(tensor)
         if self.treatments[name].action == "base":
@@ -162,12 +178,12 @@ class TaskVectors:
 
     @property
     def views(self) -> dict[str, View]:
-        """How each merged tensor is seen as matrices: what statistics of its modules are collected for."""
+        """View of each merged tensor, for which statistics of its modules are collected."""
         return {name: treatment.view for name, treatment in self.treatments.items() if treatment.view is not None}
 
     @property
     def unused_rules(self) -> tuple[Rule, ...]:
-        """Rules of the user that no tensor of the base fits, in all likelihood misspelt."""
+        """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
         named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items()]
         own = [rule for rule in self.rules.rules if rule not in DEFAULT_RULES.rules]
         return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
@@ -197,15 +213,14 @@ class TaskVectors:
     def _canonical(self, tensor: str) -> str:
         name = self.base.aliases.get(tensor, tensor)
         if name not in self.treatments:
-            near = difflib.get_close_matches(tensor, self.treatments, n=1)
             raise ValueError(
-                f"`TaskVectors`: the base has no tensor {tensor!r}{f'; the nearest is {near[0]!r}' if near else ''}. "
+                f"`TaskVectors`: the base has no tensor {tensor!r}{nearest(tensor, self.treatments)}. "
                 "`treatments` lists them."
             )
         return name
 
     def _adapter(self, expert: str) -> LoraCheckpoint | None:
-        """Return the expert if it is an adapter on this base, so that its factors are its update."""
+        """The expert if it is an adapter on this base, so that its factors are its update; else None."""
         checkpoint = self.experts[expert]
         if isinstance(checkpoint, LoraCheckpoint) and same_weights(checkpoint.base, self.base):
             return checkpoint
@@ -238,7 +253,7 @@ class TaskVectors:
         return weight.to(self.dtype)
 
     def _low_rank(self, name: str, view: View, blocks: int) -> Sequence[tuple[Tensor, Tensor] | None]:
-        """Return the factors of each block, or None for each if an expert has none."""
+        """The factors of each block, or None for each if an expert has none."""
         adapters = [self._adapter(expert) for expert in self.names]
         factors: list[list[tuple[Tensor, Tensor]]] = []
         for adapter in adapters:
@@ -255,14 +270,7 @@ class TaskVectors:
 
 
 def block_names(tensor: str, count: int) -> list[str]:
-    """Names of the matrices that a tensor is seen as.
-
-    Args:
-        tensor: name of the tensor.
-        count: how many matrices.
-
-    Returns:
-        The tensor's name, with the number of the block if there are several.
+    """Names of the matrices of a tensor: its own, with the number of the block if there are several.
 
     >>> block_names("attn.qkv", 3)
     ['attn.qkv[0]', 'attn.qkv[1]', 'attn.qkv[2]']

@@ -1,8 +1,9 @@
-"""How a tensor is seen as a list of matrices (d_out, d_in), and put together again."""
+"""Reshaping of a tensor to matrices (d_out, d_in), and back."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,21 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as a list of matrices (d_out, d_in); `join` is the exact inverse of `split`.
+    """A way to see a tensor as a list of matrices (d_out, d_in); ``join`` is the exact inverse of ``split``.
 
     First a stack is taken apart, then each part is transposed and flattened to a matrix, then the matrix is cut into
     row blocks, in at most one of four ways.
 
     Args:
-        transpose: the tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
-        stacked: the first axis counts matrices, as in 3-D mixture-of-experts weights.
-        flatten: a convolution (out, in, kh, kw), seen as (out, in*kh*kw). Set by `fitted` where the shape asks for it.
-        blocks: number of equal row blocks, 3 for a fused [q; k; v].
-        rows: heights of the row blocks of a fused projection, for instance (4096, 1024, 1024).
-        square: row blocks of height d_in, as in the released vision code of [PoE]. That code drops the rows beyond
+        transpose: The tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
+        stacked: The first axis counts matrices, as in 3-D mixture-of-experts weights.
+        flatten: A convolution (out, in, kh, kw), seen as (out, in*kh*kw); set by ``fitted`` where the shape needs it.
+        blocks: Number of equal row blocks, 3 for a fused [q; k; v].
+        rows: Heights of the row blocks of a fused projection, for instance (4096, 1024, 1024).
+        square: Row blocks of height d_in, as in the released vision code of [PoE]. That code drops the rows beyond
             floor(d_out/d_in)*d_in and cannot treat wide matrices; here the remaining rows are a last, lower block, and
             a wide matrix is one block.
-        groups: number of groups of a grouped convolution; each is one block (out/groups, in/groups*kh*kw).
+        groups: Number of groups of a grouped convolution; each is one block (out/groups, in/groups*kh*kw).
 
     >>> view = View(blocks=3).fitted((6, 2))
     >>> [tuple(block.shape) for block in view.split(torch.zeros(6, 2))]
@@ -59,16 +60,16 @@ class View:
             )
 
     def fitted(self, shape: Sequence[int]) -> View:
-        """Set `flatten` as the shape asks, and check that the view can see a tensor of this shape.
+        """The view to use for a tensor of this shape, with ``flatten`` set as the shape needs it.
 
         Args:
-            shape: shape of the tensor.
+            shape: Shape of the tensor.
 
         Returns:
-            The view to use for this shape.
+            A view.
 
         Raises:
-            ValueError: if the tensor is no matrix, or its rows cannot be cut as asked.
+            ValueError: If the tensor is no matrix, or its rows cannot be cut as asked.
         """
         axes = len(shape) - self.stacked
         if axes < 2:
@@ -79,43 +80,29 @@ class View:
         return fitted
 
     def block_shapes(self, shape: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the shapes of the matrices that `split` gives.
-
-        Args:
-            shape: shape of the tensor.
-
-        Returns:
-            One (d_out, d_in) for each matrix.
-        """
+        """Shapes (d_out, d_in) of the matrices that :meth:`split` gives of a tensor of this shape."""
         rows, cols = self._matrix_shape(shape)
         return [(height, cols) for height in self._heights(rows, cols)] * (shape[0] if self.stacked else 1)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Take a tensor apart into matrices.
-
-        Args:
-            tensor: a tensor of the shape that the view was fitted to.
-
-        Returns:
-            Matrices (d_out, d_in), top row block first, which may share memory with `tensor`.
-        """
+        """Matrices (d_out, d_in) of a tensor, top row block first, which may share its memory."""
         parts = tensor.unbind(0) if self.stacked else (tensor,)
         oriented = [part.transpose(0, 1) if self.transpose else part for part in parts]
         matrices = [part.reshape(part.shape[0], -1) for part in oriented]
         return [block for matrix in matrices for block in matrix.split(self._heights(*matrix.shape))]
 
     def join(self, blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """Put the matrices together again; the inverse of `split`.
+        """A new tensor of the matrices; the inverse of :meth:`split`.
 
         Args:
-            blocks: matrices (d_out, d_in) in the order of `split`.
-            shape: shape of the tensor they came from.
+            blocks: Matrices (d_out, d_in) in the order of ``split``.
+            shape: Shape of the tensor.
 
         Returns:
-            A new tensor of this shape.
+            The tensor.
 
         Raises:
-            ValueError: if there are not as many matrices, or of other shapes, than `split` gives.
+            ValueError: If there are not as many matrices, or of other shapes, than ``split`` gives.
         """
         expected = self.block_shapes(shape)
         if [tuple(block.shape) for block in blocks] != expected:
@@ -133,21 +120,21 @@ class View:
 
     @property
     def has_factors(self) -> bool:
-        """Whether blocks of a low-rank tensor keep its factors: not those of stacks and transposed convolutions."""
+        """Return whether blocks of a low-rank tensor have factors: not those of stacks and transposed convolutions."""
         return not (self.stacked or (self.transpose and self.flatten))
 
     def split_factors(self, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Take a low-rank tensor apart without multiplying it out.
+        """Factors of each matrix of a low-rank tensor, without multiplying it out.
 
         Args:
-            left: (shape[0], r) factor of the tensor as stored.
-            right: (r, the product of the other axes) factor; `(left @ right).reshape(shape)` is the tensor.
+            left: Factor (shape[0], r) of the tensor as stored.
+            right: Factor (r, product of the other axes); ``(left @ right).reshape(shape)`` is the tensor.
 
         Returns:
-            For each matrix of `split` its factors (d_out, r) and (r, d_in).
+            For each matrix of ``split`` its factors (d_out, r) and (r, d_in).
 
         Raises:
-            ValueError: for stacks and transposed convolutions, which have no such factors.
+            ValueError: If the tensor is a stack or a transposed convolution, which has no such factors.
         """
         if not self.has_factors:
             raise ValueError(
@@ -161,10 +148,7 @@ class View:
         axes = list(shape[1:] if self.stacked else shape)
         if self.transpose:
             axes[:2] = axes[1::-1]
-        cols = 1
-        for axis in axes[1:]:
-            cols *= axis
-        return axes[0], cols
+        return axes[0], math.prod(axes[1:])
 
     def _heights(self, rows: int, cols: int) -> list[int]:
         if self.rows:
@@ -186,7 +170,7 @@ class View:
     @override
     def __str__(self) -> str:
         cuts = {
-            "": self.blocks > 1 and f"split into {self.blocks} equal row blocks",
+            "blocks": self.blocks > 1 and f"split into {self.blocks} equal row blocks",
             "rows": self.rows and f"split into row blocks of {', '.join(map(str, self.rows))}",
             "square": self.square and "square row blocks of height d_in",
             "groups": self.groups > 1 and f"per group ({self.groups} groups)",

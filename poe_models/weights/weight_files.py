@@ -1,7 +1,7 @@
 """Weight files: one safetensors file, or one PyTorch state dict, opened by its header and read a tensor at a time.
 
 Both kinds are memory-mapped. Pages that were read stay resident for as long as the map lives, so that reading a whole
-file would in the end hold a whole model; the map is therefore dropped and made anew after `RESIDENT_BYTES`.
+file would in the end hold a whole model; the map is therefore dropped and made anew after ``RESIDENT_BYTES``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,10 @@ from poe_models.weights.checkpoint import CheckpointError, TensorInfo, find_alia
 
 
 def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
-    """Find the state dict in what a PyTorch file holds.
+    """Find the state dict in the object that a PyTorch file holds.
 
-    Either the object itself maps names to tensors, or its entry `"state_dict"` or `"model"` does, every leaf of it a
-    tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and are left alone.
-
-    Args:
-        loaded: the unpickled object.
-        source: what to call the file in messages.
-
-    Returns:
-        Name to tensor.
-
-    Raises:
-        CheckpointError: if there is no such mapping, or more than one.
+    Either the object itself maps names to tensors, or its entry ``"state_dict"`` or ``"model"`` does, every leaf of it
+    a tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and are left alone.
     """
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
@@ -66,27 +56,10 @@ def _is_state_dict(value: object) -> bool:
 
 
 def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]:
-    """Refuse tensors that have no ordinary dense data.
-
-    Args:
-        tensors: name to tensor.
-        source: what to call their origin in messages.
-
-    Returns:
-        The same tensors as a dict.
-
-    Raises:
-        CheckpointError: naming the first tensor that is quantised, sparse, without data, or of a foreign subclass.
-    """
+    """The same tensors as a dict, after a check that none is quantised, sparse, without data, or a foreign subclass."""
     for name, tensor in tensors.items():
-        plain = type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
-        if (
-            not isinstance(name, str)
-            or not plain
-            or tensor.is_quantized
-            or tensor.is_meta
-            or tensor.layout != torch.strided
-        ):
+        plain = isinstance(name, str) and type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+        if not plain or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
             kind = f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, device {tensor.device}"
             raise CheckpointError(
                 f"{source}: tensor {name!r} is not an ordinary dense tensor with a name ({kind}). Quantised, sparse "
@@ -96,6 +69,7 @@ def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]
 
 
 RESIDENT_BYTES = 16 * 2**20
+"""Bytes read from a memory map before it is made anew."""
 
 _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -115,10 +89,10 @@ class WeightFile(ABC):
     """One file of named tensors.
 
     Attributes:
-        path: the file.
-        tensors: name to header, tied tensors once.
-        aliases: further name of a tied tensor to its canonical name.
-        metadata: safetensors `__metadata__`; empty for PyTorch files.
+        path: The file.
+        tensors: Name to header, tied tensors once.
+        aliases: Further name of a tied tensor to its canonical name.
+        metadata: Safetensors ``__metadata__``; empty for PyTorch files.
     """
 
     path: Path
@@ -140,27 +114,20 @@ class WeightFile(ABC):
         """Read one tensor from the map."""
 
     def info(self, name: str) -> TensorInfo:
-        """Return the header of a tensor.
-
-        Args:
-            name: a name in `tensors` or `aliases`.
-
-        Returns:
-            Its header, under its canonical name.
-        """
+        """Header of a tensor, whose name is in ``tensors`` or ``aliases``, under its canonical name."""
         return self.tensors[self.aliases.get(name, name)]
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
         Args:
-            name: a name in `tensors` or `aliases`.
+            name: A name in ``tensors`` or ``aliases``.
 
         Returns:
             The tensor, on the CPU; it may share memory with the map.
 
         Raises:
-            CheckpointError: if the data is not what the header said when the file was opened.
+            CheckpointError: If the data is not what the header said when the file was opened.
         """
         info = self.info(name)
         name = info.name
@@ -189,13 +156,13 @@ class WeightFile(ABC):
 
 
 class SafetensorsFile(WeightFile):
-    """One `.safetensors` file.
+    """One ``.safetensors`` file.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        CheckpointError: if the header is truncated or corrupt, or names a dtype that torch lacks.
+        CheckpointError: If the header is truncated or corrupt, or names a dtype that torch lacks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -243,16 +210,16 @@ class SafetensorsFile(WeightFile):
 
 
 class TorchFile(WeightFile):
-    """One PyTorch state dict: a flat dict of tensors, or one nested under `"state_dict"` or `"model"`.
+    """One PyTorch state dict: a flat dict of tensors, or one nested under ``"state_dict"`` or ``"model"``.
 
-    Loaded with `weights_only=True`, so that no code in the file ever runs. Files of the zip format (torch 1.6 and
+    Loaded with ``weights_only=True``, so that no code in the file ever runs. Files of the zip format (torch 1.6 and
     later) are memory-mapped; older ones have no index and are read whole.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        CheckpointError: if the file holds code, is corrupt, or is no state dict.
+        CheckpointError: If the file holds code, is corrupt, or is no state dict.
     """
 
     def __init__(self, path: Path) -> None:
@@ -308,7 +275,7 @@ def _load(path: Path, mmap: bool) -> Any:
 
 
 def _pickled_objects(path: Path) -> bool:
-    """Say, without running it, whether a plain pickle of a newer protocol than torch reads builds objects."""
+    """Return, without running it, whether a plain pickle of a newer protocol than torch reads builds objects."""
     try:
         with path.open("rb") as file:
             return any(op.name in {"REDUCE", "STACK_GLOBAL"} for op, _, _ in pickletools.genops(file))
