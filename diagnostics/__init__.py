@@ -2,7 +2,7 @@
 
 ``residuals`` and ``pooled_tails`` say which tail fits; ``calibration``, ``risk_coverage`` and ``detect_shift`` what the
 predictions are worth; ``fixed_point_convergence`` and ``chain_convergence`` whether solver and samplers did their work;
-``compare_methods`` which merge is better, with intervals. `diagnostics.plots` draws each result, ``report`` puts them
+``compare_methods`` which merge is better, with intervals. ``diagnostics.plots`` draws each result, ``report`` puts them
 on one page (as ``poe-merge diagnose`` does), and ``to_inference_data`` hands draws to ArviZ.
 
 >>> from diagnostics import fit_tails

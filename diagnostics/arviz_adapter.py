@@ -44,8 +44,8 @@ class TooFewDraws(UserWarning):
     """Too few draws for R-hat and effective sample sizes to be trusted; they are computed all the same.
 
     Attributes:
-        chains: how many chains there are.
-        draws: how many draws per chain.
+        chains: How many chains there are.
+        draws: How many draws per chain.
     """
 
     def __init__(self, chains: int, draws: int) -> None:
@@ -66,7 +66,7 @@ def to_inference_data(
     modules: Sequence[str] | None = None,
     include_update: bool = False,
 ) -> az.InferenceData:
-    r"""Everything that ArviZ can use, with named coordinates; `az.summary`, `az.plot_trace`, `to_netcdf` take it as is.
+    r"""Everything that ArviZ can use, with named coordinates; ``az.summary``, ``az.plot_trace``, ``to_netcdf`` take it as is.
 
     Groups:
         ``posterior``: ``coefficients`` (module, basis) in Span coordinates; in any ``residual`` ``q_i / s_i^2``
@@ -75,7 +75,7 @@ def to_inference_data(
         ``log_likelihood``: ``updates`` (module, expert), ``-E_i / T - log Z_i`` in nats, the density of what an expert
         sees of its update, normalised as in :func:`inference.evidence.estimate.log_normalizers`. Full posteriors only,
         because the span is made of the updates. Left out, with a warning, if an energy has no normaliser. An expert
-        that says nothing adds a zero. `az.loo` and `az.compare` on it do not work: leaving out one expert of a few
+        that says nothing adds a zero. ``az.loo`` and ``az.compare`` on it do not work: leaving out one expert of a few
         moves the posterior so far that Pareto shapes are above 0.7 nearly everywhere.
         :func:`inference.evidence.estimate.leave_one_expert_out` has the exact answer, and
         :func:`inference.evidence.designs.compare_designs` compares designs.
@@ -83,24 +83,24 @@ def to_inference_data(
         in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
 
     Args:
-        draws: of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then
+        draws: Of any sampler, or of :func:`inference.hierarchical`, which are taken alone: ``posterior`` then
         has
             ``gamma``, ``nu`` and ``weights``.
-        posterior: what they are draws of.
-        coordinates: of a Span posterior.
-        statistics: of a Span posterior; always together with `coordinates`.
-        modules: names of the modules of a Full posterior; numbered if not given.
-        include_update: put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
+        posterior: What they are draws of.
+        coordinates: Of a Span posterior.
+        statistics: Of a Span posterior; always together with ``coordinates``.
+        modules: Names of the modules of a Full posterior; numbered if not given.
+        include_update: Put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
 
     Attributes of the whole say what the draws are: ``coordinates_of_draws``, ``sampler``, ``temperature``, and
     where the span goes through a merge, how far their centre is from it (``merge_distance``, in standard deviations of
     the draws).
 
     Returns:
-        An `arviz.InferenceData`.
+        An ``arviz.InferenceData``.
 
     Raises:
-        ValueError: Coordinates and statistics are not given together, or do not fit the posterior; or the posterior is
+        ValueError: If coordinates and statistics are not given together, or do not fit the posterior; or the posterior is
             missing, or given beside hierarchical draws.
 
     >>> from inference import gibbs_posterior
@@ -288,7 +288,7 @@ def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
     """How far draws are from the merge, as attributes of their InferenceData.
 
     Args:
-        found: the distances of all modules.
+        found: The distances of all modules.
 
     Returns:
         The largest with its module, and the mean over modules, in standard deviations of the draws.
@@ -338,11 +338,11 @@ class ChainStatistics:
     """What ArviZ says about chains of each quantity; float64 arrays of the quantities' shape.
 
     Attributes:
-        r_hat: rank-normalised split R-hat (Vehtari et al., 2021); nan with one chain or for a constant.
-        ess_bulk: effective sample size of the bulk.
-        ess_tail: that of the 5 % and 95 % quantiles.
-        mean: mean over all draws.
-        sd: standard deviation over all draws.
+        r_hat: Rank-normalised split R-hat (Vehtari et al., 2021); nan with one chain or for a constant.
+        ess_bulk: Effective sample size of the bulk.
+        ess_tail: That of the 5 % and 95 % quantiles.
+        mean: Mean over all draws.
+        sd: Standard deviation over all draws.
         mcse_mean: Monte Carlo standard error of the mean.
     """
 
@@ -383,10 +383,10 @@ class LeaveOneOut:
     """Pareto-smoothed importance sampling leave-one-out (Vehtari et al., 2017, arXiv 1507.04544), in nats.
 
     Attributes:
-        pointwise: expected log predictive density of every value given the others, ``(n,)``.
-        pareto_k: shape of the tail of every value's importance weights, ``(n,)``.
-        good_k: above it a value's density is not reliable with so many draws.
-        parameters: effective number of parameters.
+        pointwise: Expected log predictive density of every value given the others, ``(n,)``.
+        pareto_k: Shape of the tail of every value's importance weights, ``(n,)``.
+        good_k: Above it a value's density is not reliable with so many draws.
+        parameters: Effective number of parameters.
     """
 
     pointwise: np.ndarray
@@ -402,7 +402,7 @@ class LeaveOneOut:
 
     @property
     def unreliable(self) -> int:
-        """How many values have a Pareto k above `good_k`."""
+        """How many values have a Pareto k above ``good_k``."""
         return int((self.pareto_k > self.good_k).sum())
 
 
@@ -429,7 +429,7 @@ def leave_one_out(log_likelihood: np.ndarray) -> LeaveOneOut:
 
 
 def compare_leave_one_out(results: Mapping[str, LeaveOneOut]) -> dict[str, dict[str, float]]:
-    """`az.compare` of models of the same values, the best first.
+    """``az.compare`` of models of the same values, the best first.
 
     Args:
         results: Name to leave-one-out densities.

@@ -36,7 +36,7 @@ def surround_verdict(draws: PosteriorDraws) -> Verdict:
     """Judge how far the centre of draws is from the merge, in standard deviations of the draws.
 
     Args:
-        draws: of a whole model, or of some of its modules.
+        draws: Of a whole model, or of some of its modules.
 
     Returns:
         A verdict that says what the draws are: sampler, coordinates, temperature and distance.
@@ -73,12 +73,12 @@ class ChainConvergence:
     """Whether ``C`` chains of ``S`` draws can be trusted, for ``K`` quantities in each of ``M`` modules.
 
     Attributes:
-        modules: names.
-        quantities: names of what is judged in each module.
-        values: the draws themselves, ``(C, S, M, K)`` float64.
-        silent: quantities that a module does not have, whose values are NaN, ``(M, K)`` bool.
-        statistics: of every quantity, ``(M, K)`` arrays.
-        divergences: divergent transitions, ``(M,)`` int64; None if the sampler reports none.
+        modules: Names.
+        quantities: Names of what is judged in each module.
+        values: The draws themselves, ``(C, S, M, K)`` float64.
+        silent: Quantities that a module does not have, whose values are NaN, ``(M, K)`` bool.
+        statistics: Of every quantity, ``(M, K)`` arrays.
+        divergences: Divergent transitions, ``(M,)`` int64; None if the sampler reports none.
     """
 
     modules: tuple[str, ...]
@@ -172,13 +172,13 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
     sampler keeps: the log density and the log of each expert's mixture weight.
 
     Args:
-        draws: of any sampler.
+        draws: Of any sampler.
 
     Returns:
         The judgement of every module.
 
     Raises:
-        ValueError: the draws are no chains (Laplace, noise).
+        ValueError: If the draws are no chains (Laplace, noise).
     """
     values, silent, names = _quantities(draws)
     array = values.detach().cpu().double().numpy()
@@ -199,9 +199,9 @@ class Ranks:
 
     Attributes:
         counts: ``(C, B)`` int64.
-        expected: count of a bin if the chains are alike.
-        low: lower end of 95 % of the counts of independent draws of one distribution.
-        high: upper end.
+        expected: Count of a bin if the chains are alike.
+        low: Lower end of 95 % of the counts of independent draws of one distribution.
+        high: Upper end.
     """
 
     counts: np.ndarray
@@ -216,14 +216,14 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
     The band is of independent draws; those of a chain depend on each other and stray further.
 
     Args:
-        values: one quantity, ``(chain, draw)``; ties share their mean rank.
-        bins: how many.
+        values: One quantity, ``(chain, draw)``; ties share their mean rank.
+        bins: How many.
 
     Returns:
         The counts.
 
     Raises:
-        ValueError: the draws are not ``(chain, draw)``, not finite, or fewer than the bins.
+        ValueError: If the draws are not ``(chain, draw)``, not finite, or fewer than the bins.
 
     >>> ranks = rank_histogram(np.arange(80.0).reshape(2, 40), bins=4)
     >>> ranks.counts.tolist(), ranks.expected

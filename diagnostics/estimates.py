@@ -83,7 +83,7 @@ class Binning:
             size: Number of bins, of each class.
 
         Returns:
-            A binning with `size` or ``classes * size`` bins, those of the first class first.
+            A binning with ``size`` or ``classes * size`` bins, those of the first class first.
         """
         index = index.detach().cpu()
         if index.ndim == 1:
@@ -152,12 +152,12 @@ class Estimate:
     """A number with its interval.
 
     Attributes:
-        value: on the data as they are.
-        low: lower end of the interval.
-        high: upper end.
-        error: standard error.
-        confidence: level of the interval.
-        warnings: why it is not to be trusted; empty if it is.
+        value: On the data as they are.
+        low: Lower end of the interval.
+        high: Upper end.
+        error: Standard error.
+        confidence: Level of the interval.
+        warnings: Why it is not to be trusted; empty if it is.
 
     >>> print(Estimate(0.687, 0.661, 0.712, 0.013))
     0.687 [0.661, 0.712]
@@ -198,7 +198,7 @@ def resamples(size: int, num_resamples: int, *, seed: int, strata: Tensor | None
         ``(batch, n)`` float64; rows sum to n.
 
     Raises:
-        ValueError: If there are no examples, no resamples, or `strata` has another length.
+        ValueError: If there are no examples, no resamples, or ``strata`` has another length.
 
     >>> next(resamples(3, 2, seed=0)).sum(1)
     tensor([3., 3.], dtype=torch.float64)
@@ -243,9 +243,9 @@ def bootstrap(
         num_resamples: How many.
         confidence: Level of the interval.
         strata: ``(n,)`` integers; every stratum keeps its size.
-        interval: See `estimate_of`.
-        bounds: See `estimate_of`.
-        warnings: See `estimate_of`; that there are few examples is added.
+        interval: See ``estimate_of``.
+        bounds: See ``estimate_of``.
+        warnings: See ``estimate_of``; that there are few examples is added.
 
     Returns:
         The estimate.
@@ -276,15 +276,15 @@ def bootstrap_samples(
     confidence: float = 0.95,
     interval: Interval = "percentile",
 ) -> Estimate:
-    """Interval of any function of samples; slower than `bootstrap`, for statistics that take no weights.
+    """Interval of any function of samples; slower than ``bootstrap``, for statistics that take no weights.
 
     Args:
-        statistic: Maps tensors like `samples` to a number.
+        statistic: Maps tensors like ``samples`` to a number.
         *samples: ``(n, ...)`` each; rows of the same place are drawn together.
         seed: Of the resamples.
         num_resamples: How many.
         confidence: Level of the interval.
-        interval: See `estimate_of`.
+        interval: See ``estimate_of``.
 
     Returns:
         The estimate.

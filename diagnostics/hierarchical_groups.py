@@ -14,7 +14,7 @@ def hierarchical_groups(draws: HierarchicalDraws) -> dict[str, Any]:
     """Groups, coordinates and dimensions by ArviZ's names.
 
     Args:
-        draws: of :func:`inference.hierarchical`.
+        draws: Of :func:`inference.hierarchical`.
 
     Returns:
         ``posterior``: ``gamma`` and ``nu``, with a dimension ``expert`` or ``module`` if each has its own, and

@@ -22,16 +22,16 @@ class ExpertResiduals:
     """Residuals of one expert in one module at a merge.
 
     Attributes:
-        module: name of the matrix.
-        tensor: name of the tensor it is of.
-        expert: name of the expert.
-        along: what the parts are.
+        module: Name of the matrix.
+        tensor: Name of the tensor it is of.
+        expert: Name of the expert.
+        along: What the parts are.
         lengths: ``(n,)`` float64 ``|r_j|``; their squares sum to ``q``.
-        signed: ``(n,)`` float64, see `diagnostics.residuals`; nan where the expert's own part is zero.
+        signed: ``(n,)`` float64, see ``diagnostics.residuals``; nan where the expert's own part is zero.
         own: ``(n,)`` float64 ``|u_j|``.
         scale: ``s``.
-        weight: the expert's effective weight relative to its Gaussian twin's, ``rho'(q / s^2) / rho'(0)``.
-        active: whether the expert says anything here; false if its update is zero.
+        weight: The expert's effective weight relative to its Gaussian twin's, ``rho'(q / s^2) / rho'(0)``.
+        active: Whether the expert says anything here; false if its update is zero.
     """
 
     module: str
@@ -54,7 +54,7 @@ class ExpertResiduals:
         """Signed residuals that are defined, of all parts whose own part is not zero.
 
         Args:
-            unit: in which they are given.
+            unit: In which they are given.
 
         Returns:
             At most ``(n,)`` float64.
@@ -74,7 +74,7 @@ class Residuals:
     """Residuals of a merge, of every expert in every module.
 
     Attributes:
-        entries: in the order of the checkpoint, and of the experts within a module; about 24 bytes for each row or
+        entries: In the order of the checkpoint, and of the experts within a module; about 24 bytes for each row or
             column of each expert.
     """
 
@@ -94,9 +94,9 @@ class Residuals:
         """Those of one module, tensor or expert.
 
         Args:
-            module: name of a module.
-            tensor: name of a tensor.
-            expert: name of an expert.
+            module: Name of a module.
+            tensor: Name of a tensor.
+            expert: Name of an expert.
 
         Returns:
             The rest of the residuals left out.
@@ -118,7 +118,7 @@ class Residuals:
         """Residuals of each module, tensor or expert.
 
         Args:
-            by: which of them.
+            by: Which of them.
 
         Returns:
             Name to residuals.
@@ -135,7 +135,7 @@ class Residuals:
         """Signed residuals of all active experts, pooled.
 
         Args:
-            unit: in which they are given.
+            unit: In which they are given.
 
         Returns:
             ``(n,)`` float64.
@@ -147,7 +147,7 @@ class Residuals:
         """Signed residuals that share a scale: of each expert in each module; of a module, if experts have one each.
 
         Args:
-            unit: in which they are given; for maps with one number per expert, take one that is free of units.
+            unit: In which they are given; for maps with one number per expert, take one that is free of units.
 
         Returns:
             Name of the group to its residuals.

@@ -8,7 +8,7 @@ is one number. A part's *signed* residual is its component along the expert's ow
 
 between plus and minus the part's length: negative where the merge falls short of the expert, positive where it
 overshoots, and ``<Z - U, U>`` under ``Directional``. Fits of tails take these. Real merges shrink, so that they lie
-around an offset below zero, which `diagnostics.tails.pooled_tails` takes out group by group.
+around an offset below zero, which ``diagnostics.tails.pooled_tails`` takes out group by group.
 
 Merges may come from anywhere: a folder, a file, a state dict, another tool's output. One module is in memory at a time.
 
@@ -59,9 +59,9 @@ def residuals(
     are small.
 
     Args:
-        merged: a folder, a file, a state dict or an open checkpoint; its tensors are those of the base.
-        task_vectors: base and experts; their rules say what is a module.
-        experts: who measures, or a function from the tensor's name. Energies matter for the effective weights only.
+        merged: A folder, a file, a state dict or an open checkpoint; its tensors are those of the base.
+        task_vectors: Base and experts; their rules say what is a module.
+        experts: Who measures, or a function from the tensor's name. Energies matter for the effective weights only.
         scaling: ``λ`` in ``W_merged = W_0 + λ Z``, or a function from the tensor's name.
 
     Returns:
@@ -85,9 +85,9 @@ def module_residuals(
     """Residuals of one module that is in memory.
 
     Args:
-        merged: the update times λ, ``W_merged - W_0``, ``(d_out, d_in)``.
-        updates: the experts' updates.
-        experts: who measures.
+        merged: The update times λ, ``W_merged - W_0``, ``(d_out, d_in)``.
+        updates: The experts' updates.
+        experts: Who measures.
         scaling: ``λ``.
 
     Returns:

@@ -25,14 +25,14 @@ class GammaSensitivity:
     """A merge at ``G`` values of gamma in ``M`` modules; arrays are float64 unless said otherwise.
 
     Attributes:
-        gammas: the grid, ascending, ``(G,)``.
-        reference: position in the grid of the merge that the others are compared with.
-        modules: names.
+        gammas: The grid, ascending, ``(G,)``.
+        reference: Position in the grid of the merge that the others are compared with.
+        modules: Names.
         distance: ``|Z - Z_ref| / |Z_ref|``, ``(G, M)``; nan where the reference is zero.
         from_twin: ``|Z - Z_twin| / |Z_twin|`` with the Gaussian twin at the same gamma, ``(G, M)``: what the tails do.
-        weight_spread: largest over smallest relative expert weight, ``(G, M)``.
+        weight_spread: Largest over smallest relative expert weight, ``(G, M)``.
         converged: ``(G, M)`` bool.
-        scores: what the score gave for each merge, ``(G,)``; None without one.
+        scores: What the score gave for each merge, ``(G,)``; None without one.
     """
 
     gammas: np.ndarray
@@ -84,18 +84,18 @@ def gamma_sensitivity(
     precision of the anchor follows the scales, as the design has it.
 
     Args:
-        poe: the design; every scale must have a ``gamma``.
-        modules: a `TaskVectors`, or a list of modules.
-        gammas: two or more positive values.
-        score: judges merged updates by the modules' names, for instance by validation accuracy; higher is better.
-        reference: position in the ascending grid; the middle one by default.
-        max_steps: reweighted solves per start.
+        poe: The design; every scale must have a ``gamma``.
+        modules: A ``TaskVectors``, or a list of modules.
+        gammas: Two or more positive values.
+        score: Judges merged updates by the modules' names, for instance by validation accuracy; higher is better.
+        reference: Position in the ascending grid; the middle one by default.
+        max_steps: Reweighted solves per start.
 
     Returns:
         The comparison.
 
     Raises:
-        ValueError: there are too few gammas, no modules, a scale without gamma, or a score that is not finite.
+        ValueError: If there are too few gammas, no modules, a scale without gamma, or a score that is not finite.
 
     >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
@@ -135,11 +135,11 @@ def with_gamma(poe: ProductOfExperts, gamma: float) -> ProductOfExperts:
     """The product with another gamma in every scale.
 
     Args:
-        poe: the design.
-        gamma: the new value.
+        poe: The design.
+        gamma: The new value.
 
     Raises:
-        ValueError: a scale has no ``gamma``.
+        ValueError: If a scale has no ``gamma``.
 
     >>> with_gamma(ProductOfExperts.of(["a"]), 0.5).experts[0].scale
     Balanced(gamma=0.5)

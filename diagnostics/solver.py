@@ -1,6 +1,6 @@
 """Did the fixed point converge, how fast, and did the tails do anything: one merge, module by module.
 
-Works on the records that a merge leaves in `poe_merge.json` and on solutions in memory alike:
+Works on the records that a merge leaves in ``poe_merge.json`` and on solutions in memory alike:
 
 >>> import torch
 >>> from inference import fixed_point
@@ -41,13 +41,13 @@ class CoefficientIntervals:
     """Posterior quantiles of ``K`` coefficients in ``M`` modules; float64 ``(M, K)`` arrays.
 
     Attributes:
-        modules: names.
-        updates: names of the updates, then of the anchor's centre where it has one, then of a merge that the span goes
+        modules: Names.
+        updates: Names of the updates, then of the anchor's centre where it has one, then of a merge that the span goes
             through; a draw at that merge has a one there, and zeros at the updates.
-        median: of all chains together.
-        low: lower end of the central interval.
-        high: upper end.
-        confidence: its level.
+        median: Of all chains together.
+        low: Lower end of the central interval.
+        high: Upper end.
+        confidence: Its level.
     """
 
     modules: tuple[str, ...]
@@ -62,14 +62,14 @@ def coefficient_intervals(draws: SpanDraws, confidence: float = 0.9) -> Coeffici
     """Central intervals of each module's coefficients.
 
     Args:
-        draws: in Span coordinates; judge their chains first.
-        confidence: level of the intervals.
+        draws: In Span coordinates; judge their chains first.
+        confidence: Level of the intervals.
 
     Returns:
         The intervals.
 
     Raises:
-        ValueError: the level is not between 0 and 1, or the draws are not in Span coordinates.
+        ValueError: If the level is not between 0 and 1, or the draws are not in Span coordinates.
 
     >>> import torch
     >>> coefficients = torch.linspace(0, 1, 101, dtype=torch.float64).reshape(1, 101, 1, 1).expand(1, 101, 1, 2)
@@ -98,16 +98,16 @@ class FixedPointConvergence:
     """How the solver ended in each of ``M`` modules; arrays are float64 unless said otherwise.
 
     Attributes:
-        modules: names, in the order of the merge.
-        experts: names of all experts, in order of appearance.
-        status: how each solve ended.
-        traces: the energy in nats after every solve of the winning start; one array for each module.
-        start_energies: final energies in nats of every start, one array for each module.
-        steps: reweighted solves, ``(M,)`` int64.
-        rate: spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
+        modules: Names, in the order of the merge.
+        experts: Names of all experts, in order of appearance.
+        status: How each solve ended.
+        traces: The energy in nats after every solve of the winning start; one array for each module.
+        start_energies: Final energies in nats of every start, one array for each module.
+        steps: Reweighted solves, ``(M,)`` int64.
+        rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
         bound: [PoE] Eq. 41's ``L``, ``(M,)``.
-        gradient_norm: relative norm of the gradient at the solution, ``(M,)``.
-        weight_spread: largest over smallest relative weight of the active experts, ``(M,)``.
+        gradient_norm: Relative norm of the gradient at the solution, ``(M,)``.
+        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``.
         relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``; nan where an expert is inactive or not of this module.
     """
 
@@ -180,13 +180,13 @@ def fixed_point_convergence(records: Iterable[Mapping[str, Any]]) -> FixedPointC
     """Collect the records of the modules of a merge.
 
     Args:
-        records: one for each module: its name as ``module``, and what `Solution.record` gives.
+        records: One for each module: its name as ``module``, and what ``Solution.record`` gives.
 
     Returns:
         The modules side by side.
 
     Raises:
-        ValueError: there are none, or one lacks an entry.
+        ValueError: If there are none, or one lacks an entry.
     """
     found = list(records)
     if not found:
@@ -207,14 +207,14 @@ def solution_records(solution: Solution[FixedPointInfo], modules: Sequence[str])
     """Records of a solution in memory.
 
     Args:
-        solution: of a batch of modules.
-        modules: their names.
+        solution: Of a batch of modules.
+        modules: Their names.
 
     Returns:
-        One record for each, as in `poe_merge.json`.
+        One record for each, as in ``poe_merge.json``.
 
     Raises:
-        ValueError: there are more or fewer names than modules.
+        ValueError: If there are more or fewer names than modules.
     """
     if len(modules) != len(solution.status):
         raise ValueError(

@@ -26,9 +26,9 @@ class Verdict:
     """A judgement of one diagnostic.
 
     Attributes:
-        about: what was judged.
-        level: how it came out.
-        text: a sentence with the numbers behind it, and what to do if it is not good.
+        about: What was judged.
+        level: How it came out.
+        text: A sentence with the numbers behind it, and what to do if it is not good.
 
     >>> print(Verdict("divergences", Level.GOOD, "No divergent transitions."))
     good: divergences: No divergent transitions.

@@ -23,9 +23,9 @@ def plot_reliability(result: Reliability, name: str = "", ax: Axes | None = None
     examples, on the same axis.
 
     Args:
-        result: of `reliability`.
-        name: what made the predictions; for the title.
-        ax: where to draw.
+        result: Of ``reliability``.
+        name: What made the predictions; for the title.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -54,8 +54,8 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], ax: Axes | None = Non
     """Risk over the share of examples that are kept, of several methods, each with its bootstrap band.
 
     Args:
-        curves: name of the method to what `risk_coverage` gave.
-        ax: where to draw.
+        curves: Name of the method to what ``risk_coverage`` gave.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -81,9 +81,9 @@ def plot_corruptions(
     """A score over the severity of corruption, the mean over kinds; bars reach from the mildest to the worst kind.
 
     Args:
-        results: name of the method to what `under_corruption` gave.
-        score: which.
-        ax: where to draw.
+        results: Name of the method to what ``under_corruption`` gave.
+        score: Which.
+        ax: Where to draw.
 
     Returns:
         The axes.

@@ -1,4 +1,4 @@
-"""Figures that compare methods; each draws a result of `diagnostics.predictions.comparison`."""
+"""Figures that compare methods; each draws a result of ``diagnostics.predictions.comparison``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def plot_radar(result: Comparison, methods: Sequence[str] | None = None, ax: Axe
     Accuracies are over those of the tasks' own experts, where the comparison has them.
 
     Args:
-        result: of `compare_methods`, on three tasks or more.
-        methods: which to draw; the first seven by default.
-        ax: where to draw; polar.
+        result: Of ``compare_methods``, on three tasks or more.
+        methods: Which to draw; the first seven by default.
+        ax: Where to draw; polar.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: there are fewer than three tasks, or the axes are not polar.
+        ValueError: If there are fewer than three tasks, or the axes are not polar.
 
     Example:
         ``plot_radar(compare_methods(predictions, labels, seed=0))``
@@ -62,9 +62,9 @@ def plot_pareto(result: Comparison, series: Mapping[str, Sequence[str]] | None =
     paths over the temperature, draws of the posterior and white noise of the same size; give them as two series.
 
     Args:
-        result: of `compare_methods`.
-        series: label to the methods that are joined by a line, in order; by default every method is a point of its own.
-        ax: where to draw.
+        result: Of ``compare_methods``.
+        series: Label to the methods that are joined by a line, in order; by default every method is a point of its own.
+        ax: Where to draw.
 
     Returns:
         The axes.

@@ -1,4 +1,4 @@
-"""Figures of the fixed point and of chains; each draws a result of `diagnostics.solver` and its neighbours."""
+"""Figures of the fixed point and of chains; each draws a result of ``diagnostics.solver`` and its neighbours."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def plot_energy_traces(result: FixedPointConvergence, ax: Axes | None = None) ->
     does, at 1e-16. Modules are coloured by depth, dark to light.
 
     Args:
-        result: of a merge.
-        ax: where to draw.
+        result: Of a merge.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -64,8 +64,8 @@ def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> A
     """Exact contraction rate and the bound L of every module: the counterpart of [PoE] Figure 4.
 
     Args:
-        result: of a merge.
-        ax: where to draw.
+        result: Of a merge.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -89,8 +89,8 @@ def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
     Lines are medians over modules, bands reach from the least to the most.
 
     Args:
-        result: of `gamma_sensitivity`.
-        ax: where to draw.
+        result: Of ``gamma_sensitivity``.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -116,14 +116,14 @@ def plot_gamma_scores(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
     """The score of the merge over gamma: the counterpart of [PoE] Figure 7.
 
     Args:
-        result: of `gamma_sensitivity` with a score.
-        ax: where to draw.
+        result: Of ``gamma_sensitivity`` with a score.
+        ax: Where to draw.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: the result has no scores.
+        ValueError: If the result has no scores.
 
     Example:
         ``plot_gamma_scores(gamma_sensitivity(poe, task_vectors, [0.1, 1.0, 10.0], score))``
@@ -145,10 +145,10 @@ def plot_chain_traces(result: ChainConvergence, module: str, quantity: str, ax: 
     """The draws of one quantity, chain by chain.
 
     Args:
-        result: of draws.
-        module: its name.
-        quantity: its name.
-        ax: where to draw.
+        result: Of draws.
+        module: Its name.
+        quantity: Its name.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -169,8 +169,8 @@ def plot_ranks(ranks: Ranks, ax: Axes | None = None) -> Axes:
     """Rank plot: one row of bars for each chain, all alike if the chains are; the band holds 95 % of independent draws.
 
     Args:
-        ranks: of `rank_histogram`.
-        ax: where to draw.
+        ranks: Of ``rank_histogram``.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -198,8 +198,8 @@ def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
     """R-hat of every quantity in every module, with the limits of the verdict.
 
     Args:
-        result: of draws.
-        ax: where to draw.
+        result: Of draws.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -217,8 +217,8 @@ def plot_effective_sizes(result: ChainConvergence, ax: Axes | None = None) -> Ax
     """The smaller of bulk and tail effective sample size of every quantity in every module.
 
     Args:
-        result: of draws.
-        ax: where to draw.
+        result: Of draws.
+        ax: Where to draw.
 
     Returns:
         The axes.

@@ -19,8 +19,8 @@ def plot_forest(result: CoefficientIntervals, ax: Axes | None = None) -> Axes:
     """Median and interval of every task's coefficient in every module; modules from top to bottom.
 
     Args:
-        result: of `coefficient_intervals`.
-        ax: where to draw.
+        result: Of ``coefficient_intervals``.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -49,8 +49,8 @@ def plot_expert_weights(result: FixedPointConvergence, ax: Axes | None = None) -
     Light is 1, a Gaussian's weight; dark experts were turned down by their tail. Hatched ones say nothing there.
 
     Args:
-        result: of a merge.
-        ax: where to draw.
+        result: Of a merge.
+        ax: Where to draw.
 
     Returns:
         The axes.

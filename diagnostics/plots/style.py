@@ -24,9 +24,9 @@ def axes_of(ax: Axes | None, size: tuple[float, float] = (6.4, 4.0), **options: 
     """The given axes, or new ones on a figure of their own that no global state knows.
 
     Args:
-        ax: axes, or None.
-        size: of the new figure, in inches.
-        options: of `Figure.add_subplot`.
+        ax: Axes, or None.
+        size: Of the new figure, in inches.
+        options: Of ``Figure.add_subplot``.
 
     Returns:
         Axes without the upper and the right frame.
@@ -45,8 +45,8 @@ def line_style(index: int, marker: bool = True) -> dict[str, Any]:
     """Colour, line and marker of the n-th series; they differ together, so that each alone is enough.
 
     Args:
-        index: position of the series.
-        marker: whether points are marked.
+        index: Position of the series.
+        marker: Whether points are marked.
     """
     style = {"color": COLORS[index % len(COLORS)], "linestyle": LINES[_turn(index)]}
     return style | ({"marker": MARKERS[_turn(index)], "markersize": 4} if marker else {})
@@ -92,9 +92,9 @@ def label_modules(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
     """Name the modules at 0, 1, ... of an axis; every few of them if there are many.
 
     Args:
-        ax: where.
-        names: of the modules.
-        axis: which.
+        ax: Where.
+        names: Of the modules.
+        axis: Which.
     """
     labels = distinct(names)
     most = MOST_LABELS if axis == "x" else 3 * MOST_LABELS
@@ -110,9 +110,9 @@ def finish(ax: Axes, title: str, columns: int = 4) -> Axes:
     """Title at the left, and between it and the axes a legend if anything has a label.
 
     Args:
-        ax: where.
-        title: of the axes.
-        columns: of the legend at most.
+        ax: Where.
+        title: Of the axes.
+        columns: Of the legend at most.
 
     Returns:
         The axes.

@@ -1,4 +1,4 @@
-"""Figures of residuals and their tails; each draws a result of `diagnostics.tails`."""
+"""Figures of residuals and their tails; each draws a result of ``diagnostics.tails``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def plot_residual_histogram(
     """Histogram of the residuals with fitted densities: the counterpart of [PoE] Figures 1 and 5.
 
     Args:
-        result: of `fit_tails`.
-        families: whose densities to draw, at the greatest likelihood; those that were not fitted are left out.
-        ax: where to draw.
+        result: Of ``fit_tails``.
+        families: Whose densities to draw, at the greatest likelihood; those that were not fitted are left out.
+        ax: Where to draw.
 
     Returns:
         The axes; the 1 % of residuals farthest out are beyond them.
@@ -63,8 +63,8 @@ def plot_log_density(curves: LogDensity, ax: Axes | None = None) -> Axes:
     On this scale a Gaussian is a parabola and a Laplace a tent; bars are two standard errors of a bin's count.
 
     Args:
-        curves: of `log_density`.
-        ax: where to draw.
+        curves: Of ``log_density``.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -88,8 +88,8 @@ def plot_quantiles(curves: Sequence[Quantiles], ax: Axes | None = None) -> Axes:
     Both axes are compressed far out (linear up to about the median absolute residual, logarithmic beyond).
 
     Args:
-        curves: of `quantiles`, on the same residuals.
-        ax: where to draw.
+        curves: Of ``quantiles``, on the same residuals.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -120,8 +120,8 @@ def plot_hill(result: Hill, ax: Axes | None = None) -> Axes:
     """Hill's tail index over the number of largest residuals it is taken from; a plateau is a power law.
 
     Args:
-        result: of `hill`.
-        ax: where to draw.
+        result: Of ``hill``.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -145,8 +145,8 @@ def plot_families(result: TailComparison, ax: Axes | None = None) -> Axes:
     """How much less each family predicts than the best, with two standard errors; filled marks are tied with it.
 
     Args:
-        result: of `fit_tails`.
-        ax: where to draw.
+        result: Of ``fit_tails``.
+        ax: Where to draw.
 
     Returns:
         The axes.
@@ -171,15 +171,15 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
     """Mean squared residual of every module by method, on a logarithmic axis: the counterpart of [PoE] Figure 2.
 
     Args:
-        residuals: name of the method to its merge's residuals, of the same modules.
+        residuals: Name of the method to its merge's residuals, of the same modules.
         unit: "raw" for ``q``, "scale" for ``q / s^2``, "own" for ``q / q(0)``: 1 is what merging nothing leaves.
-        ax: where to draw.
+        ax: Where to draw.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: there are none, or they are of different modules.
+        ValueError: If there are none, or they are of different modules.
 
     Example:
         ``plot_mean_squared_residuals({"merge": residuals("merged", task_vectors, InputGram())})``

@@ -2,7 +2,7 @@ r"""Calibration of class probabilities, every number with its interval.
 
 The expected calibration error (ECE) has several forms, all ``sum_b |sum_{i in b} (right_i - p_i)| / n`` over bins of
 the predicted probability; noise pushes them up, so that a calibrated model has a positive one. Intervals reflect that
-(`Interval` "normal"); the debiased form subtracts it.
+(``Interval`` "normal"); the debiased form subtracts it.
 
 >>> generator = torch.Generator().manual_seed(0)
 >>> probabilities = (2 * torch.randn(2000, 3, generator=generator)).double().softmax(1)
@@ -42,22 +42,22 @@ class Calibration:
     """Scores of one set of predictions.
 
     Attributes:
-        accuracy: share of correct predictions.
-        nll: negative log-likelihood, nats per example.
+        accuracy: Share of correct predictions.
+        nll: Negative log-likelihood, nats per example.
         brier: Brier score summed over classes, 0 to 2.
-        ece: expected calibration error of the largest probability over bins of equal width, [BMM] Eq. 34 (Naeini et
+        ece: Expected calibration error of the largest probability over bins of equal width, [BMM] Eq. 34 (Naeini et
             al., 2015).
-        ece_equal_mass: the same over bins of equal mass (Nguyen and O'Connor, 2015, arXiv 1508.05154).
-        ece_class_wise: of every class's probability over bins of equal width, mean over classes (Kull et al., 2019,
+        ece_equal_mass: The same over bins of equal mass (Nguyen and O'Connor, 2015, arXiv 1508.05154).
+        ece_class_wise: Of every class's probability over bins of equal width, mean over classes (Kull et al., 2019,
             arXiv 1910.12656; the static calibration error of Nixon et al., 2019, arXiv 1904.01685).
-        ece_top_label: the bins are split by predicted class (Gupta and Ramdas, 2022, arXiv 2107.08353).
-        rms_debiased: root of the debiased mean squared gap over bins of equal mass, 0 where the debiased square is
+        ece_top_label: The bins are split by predicted class (Gupta and Ramdas, 2022, arXiv 2107.08353).
+        rms_debiased: Root of the debiased mean squared gap over bins of equal mass, 0 where the debiased square is
             negative (Kumar et al., 2019, arXiv 1909.10155, section 5).
-        ece_if_calibrated: mean of `ece`, and between which quantiles it lies, if the largest probabilities were right
+        ece_if_calibrated: Mean of ``ece``, and between which quantiles it lies, if the largest probabilities were right
             and labels were drawn from them (consistency resampling, Broecker and Smith, 2007, *Wea. Forecasting* 22).
-        num_examples: n.
-        bins: number of bins.
-        warnings: why the numbers are not to be trusted.
+        num_examples: N.
+        bins: Number of bins.
+        warnings: Why the numbers are not to be trusted.
     """
 
     accuracy: Estimate
@@ -84,7 +84,7 @@ class LogitScaling:
     """Predictions with one number dividing their logits: the baseline to beat.
 
     Attributes:
-        temperature: that divides the logits; above 1 the predictions were too sure.
+        temperature: That divides the logits; above 1 the predictions were too sure.
         probabilities: ``(n, classes)`` float64.
     """
 
@@ -161,8 +161,8 @@ def calibration_difference(
         confidence: Level of the intervals.
 
     Returns:
-        The differences by name of the score, as in `Calibration`, and ``square_debiased``, the square of
-        `rms_debiased` before it is cut at 0. Negative is better in all but the accuracy.
+        The differences by name of the score, as in ``Calibration``, and ``square_debiased``, the square of
+        ``rms_debiased`` before it is cut at 0. Negative is better in all but the accuracy.
 
     Raises:
         ValueError: If probabilities or labels are not what they should be, or there is no bin.
@@ -243,7 +243,7 @@ class _Score:
 
 
 def _scores(pair: Labelled, bins: int) -> dict[str, _Score]:
-    """The scores of `calibration_difference` by name."""
+    """The scores of ``calibration_difference`` by name."""
     p, labels = pair.probabilities, pair.labels
     confidence, right = top_label(p, labels)
     gap = right - confidence

@@ -4,8 +4,8 @@ Tasks are taken as given: intervals say how the numbers would move with other te
 given, with other seeds, and not with other tasks.
 
 Which interval to read depends on how a pair came to be looked at. One pair, named before its scores were seen or chosen
-on other data such as validation: `Comparison.difference`. Several such pairs, of which some stand out by chance:
-`Comparison.differences`. The winner and the others, where these scores made it the winner: `Comparison.against_best`.
+on other data such as validation: ``Comparison.difference``. Several such pairs, of which some stand out by chance:
+``Comparison.differences``. The winner and the others, where these scores made it the winner: ``Comparison.against_best``.
 
 >>> labels = {"digits": torch.tensor([0, 1] * 20), "letters": torch.tensor([0, 0, 1, 0] * 10)}
 >>> sure = {task: torch.nn.functional.one_hot(y, 2) * 0.8 + 0.1 for task, y in labels.items()}
@@ -43,17 +43,17 @@ class MethodSummary:
     """One row of a table of methods.
 
     Attributes:
-        method: its name.
-        accuracy: mean over tasks.
-        worst: accuracy on the task where it is lowest.
-        worst_task: that task.
-        normalised: mean over tasks of the accuracy divided by that of the task's own expert; None without experts.
-        nll: mean over tasks, nats per example.
-        brier: mean over tasks.
-        ece: mean over tasks.
-        rank: mean over tasks of the rank by accuracy, 1 is best.
-        by_task: accuracy on each task.
-        front: share of resamples in which no other method is as accurate and as well calibrated.
+        method: Its name.
+        accuracy: Mean over tasks.
+        worst: Accuracy on the task where it is lowest.
+        worst_task: That task.
+        normalised: Mean over tasks of the accuracy divided by that of the task's own expert; None without experts.
+        nll: Mean over tasks, nats per example.
+        brier: Mean over tasks.
+        ece: Mean over tasks.
+        rank: Mean over tasks of the rank by accuracy, 1 is best.
+        by_task: Accuracy on each task.
+        front: Share of resamples in which no other method is as accurate and as well calibrated.
     """
 
     method: str
@@ -74,14 +74,14 @@ class Comparison:
     """Scores of M methods on K tasks with B resamples, from which every comparison is made.
 
     Attributes:
-        methods: names.
-        tasks: names.
-        values: score -> ``(M, K)``, means over seeds.
-        replicates: score -> ``(B, M, K)``; the same resamples for all methods.
-        experts: accuracy of each task's own expert, ``(K,)``, or None.
-        expert_replicates: the same in resamples, ``(B, K)``, or None.
-        confidence: level of the intervals.
-        warnings: what the intervals leave out.
+        methods: Names.
+        tasks: Names.
+        values: Score -> ``(M, K)``, means over seeds.
+        replicates: Score -> ``(B, M, K)``; the same resamples for all methods.
+        experts: Accuracy of each task's own expert, ``(K,)``, or None.
+        expert_replicates: The same in resamples, ``(B, K)``, or None.
+        confidence: Level of the intervals.
+        warnings: What the intervals leave out.
     """
 
     methods: tuple[str, ...]
@@ -94,12 +94,12 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def mean(self, method: str, score: str = "accuracy") -> Estimate:
-        """Mean over tasks of one of `SCORES`."""
+        """Mean over tasks of one of ``SCORES``."""
         value, replicates = self._of(method, score)
         return self._estimate(value.mean(), replicates.mean(1), score)
 
     def on_task(self, method: str, task: str, score: str = "accuracy") -> Estimate:
-        """One of `SCORES` on one task."""
+        """One of ``SCORES`` on one task."""
         value, replicates = self._of(method, score)
         place = _place(task, self.tasks, "task")
         return self._estimate(value[place], replicates[:, place], score)
@@ -157,11 +157,11 @@ class Comparison:
         With the level's probability *every* interval covers, so that each claim may be made whatever the others show.
         They are ``value -+ c error`` with one ``c``: the level's quantile over resamples of the largest
         ``|difference - mean| / error`` among the pairs, which uses how the pairs move together (Romano and Wolf, 2005,
-        Econometrica 73(4)). The pairs must not have been picked by these scores: for the winner see `against_best`.
+        Econometrica 73(4)). The pairs must not have been picked by these scores: for the winner see ``against_best``.
 
         Args:
             pairs: Names of two methods each; of one against all others, these are the comparisons of Dunnett (1955).
-            score: One of `SCORES`.
+            score: One of ``SCORES``.
 
         Returns:
             By pair the mean over tasks of the first method's score less the second's.
@@ -191,7 +191,7 @@ class Comparison:
 
         Of ten equal methods the winner "beats" some other by 95 % intervals of single pairs in more than half of all
         data sets. Any pair might have been the one, so these intervals hold for all pairs of methods together (Tukey's
-        comparisons, by resamples as in `differences`). They say *which methods the winner beats*; "multiple comparisons
+        comparisons, by resamples as in ``differences``). They say *which methods the winner beats*; "multiple comparisons
         with the best" (Hsu, 1984, Annals of Statistics 12(3)) say *which may be the best*: of equal methods they rule
         some out too often.
 

@@ -1,12 +1,12 @@
 """Predictions of several methods on several tasks as one plain file, which reports are made from.
 
-The file is a NumPy `.npz` or a `.safetensors` with the entries
+The file is a NumPy ``.npz`` or a ``.safetensors`` with the entries
 
 - ``labels/TASK``: ``(n,)`` integers,
 - ``probabilities/TASK/METHOD``: ``(n, classes)``, rows summing to one.
 
 Every method is there for every task; the method "own experts", if there is one, is what each task's own fine-tune says.
-A method may have a slash in its name, a task may not. An `.npz` keeps the order of methods and tasks, a `.safetensors`
+A method may have a slash in its name, a task may not. An ``.npz`` keeps the order of methods and tasks, a ``.safetensors``
 sorts them.
 """
 
@@ -36,8 +36,8 @@ class Predictions:
     """Class probabilities of methods on the same examples of each task.
 
     Attributes:
-        labels: task to ``(n,)`` int64.
-        probabilities: method, then task, to ``(n, classes)`` float64.
+        labels: Task to ``(n,)`` int64.
+        probabilities: Method, then task, to ``(n, classes)`` float64.
     """
 
     labels: Mapping[str, Tensor]
@@ -58,14 +58,14 @@ def predictions_of(labels: Mapping[str, Array], probabilities: Mapping[str, Mapp
     """Predictions in memory, checked.
 
     Args:
-        labels: task to ``(n,)`` integers.
-        probabilities: method, then task, to ``(n, classes)``.
+        labels: Task to ``(n,)`` integers.
+        probabilities: Method, then task, to ``(n, classes)``.
 
     Returns:
         The predictions, in float64 on the CPU.
 
     Raises:
-        ValueError: a table is no probabilities, labels do not fit, or a method lacks a task.
+        ValueError: If a table is no probabilities, labels do not fit, or a method lacks a task.
 
     >>> found = predictions_of({"coin": [0, 1]}, {"fair": {"coin": np.full((2, 2), 0.5)}})
     >>> found.tasks, found.methods
@@ -95,11 +95,11 @@ def save_predictions(predictions: Predictions, path: str | Path) -> None:
     """Write the file.
 
     Args:
-        predictions: what goes in.
-        path: ends in `.npz` or `.safetensors`; overwritten if it is there.
+        predictions: What goes in.
+        path: Ends in ``.npz`` or ``.safetensors``; overwritten if it is there.
 
     Raises:
-        ValueError: it ends otherwise, or a task has a slash in its name.
+        ValueError: If it ends otherwise, or a task has a slash in its name.
     """
     slashed = [task for task in predictions.tasks if "/" in task]
     if slashed:
@@ -121,13 +121,13 @@ def load_predictions(path: str | Path) -> Predictions:
     """Read the file; nothing in it is executed.
 
     Args:
-        path: ends in `.npz` or `.safetensors`.
+        path: Ends in ``.npz`` or ``.safetensors``.
 
     Returns:
         The predictions, checked.
 
     Raises:
-        ValueError: it is not such a file, or its entries do not fit together.
+        ValueError: If it is not such a file, or its entries do not fit together.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -36,13 +36,13 @@ class Reliability:
     Empty bins have a count of 0 and NaN elsewhere.
 
     Attributes:
-        edges: of the bins, ``(bins + 1,)``.
-        counts: examples in each bin, ``(bins,)`` int64.
-        confidence: mean largest probability, ``(bins,)``.
-        accuracy: share of correct predictions, ``(bins,)``.
-        low: lower end of the bootstrap band of the accuracy, ``(bins,)``; bin by bin, not for all at once.
-        high: upper end.
-        level: of the band.
+        edges: Of the bins, ``(bins + 1,)``.
+        counts: Examples in each bin, ``(bins,)`` int64.
+        confidence: Mean largest probability, ``(bins,)``.
+        accuracy: Share of correct predictions, ``(bins,)``.
+        low: Lower end of the bootstrap band of the accuracy, ``(bins,)``; bin by bin, not for all at once.
+        high: Upper end.
+        level: Of the band.
     """
 
     edges: Tensor
@@ -64,11 +64,11 @@ class BrierParts:
     """``brier = reliability - resolution + uncertainty + binning``, exactly; all summed over classes.
 
     Attributes:
-        brier: mean Brier score, 0 to 2.
-        reliability: squared gap between probability and frequency in the bins; 0 is best. Noise pushes it up.
-        resolution: how far the frequencies in the bins are from those of all; larger is better. Noise pushes it up.
+        brier: Mean Brier score, 0 to 2.
+        reliability: Squared gap between probability and frequency in the bins; 0 is best. Noise pushes it up.
+        resolution: How far the frequencies in the bins are from those of all; larger is better. Noise pushes it up.
         uncertainty: Brier score of always predicting the frequencies.
-        binning: what bins of finite width lose: variance of the probabilities within bins less twice their covariance
+        binning: What bins of finite width lose: variance of the probabilities within bins less twice their covariance
             with the outcomes.
     """
 

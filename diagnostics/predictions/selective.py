@@ -25,16 +25,16 @@ class RiskCoverage:
     """Risk among the examples that are kept, for every threshold on the score.
 
     Attributes:
-        thresholds: distinct scores, highest first, ``(m,)``; examples of at least this score are kept.
-        coverage: share of examples that are kept, ``(m,)``, ascending to 1.
-        risk: mean loss of these, ``(m,)``.
-        low: lower end of the bootstrap band of the risk at these thresholds, ``(m,)``; point by point.
-        high: upper end.
-        aurc: area under the curve, the mean over examples of the risk at their own score (Geifman and El-Yaniv, 2017,
+        thresholds: Distinct scores, highest first, ``(m,)``; examples of at least this score are kept.
+        coverage: Share of examples that are kept, ``(m,)``, ascending to 1.
+        risk: Mean loss of these, ``(m,)``.
+        low: Lower end of the bootstrap band of the risk at these thresholds, ``(m,)``; point by point.
+        high: Upper end.
+        aurc: Area under the curve, the mean over examples of the risk at their own score (Geifman and El-Yaniv, 2017,
             arXiv 1705.08500; Geifman et al., 2019, arXiv 1805.08206).
-        aurc_of_chance: what scores that say nothing give, the risk of all.
-        aurc_of_perfect: what scores that sort by the loss give.
-        confidence: level of the band and the intervals.
+        aurc_of_chance: What scores that say nothing give, the risk of all.
+        aurc_of_perfect: What scores that sort by the loss give.
+        confidence: Level of the band and the intervals.
     """
 
     thresholds: Tensor
@@ -124,7 +124,7 @@ def aurc_difference(
     """Area under the first curve less that under the second, paired over the same examples; negative is better.
 
     Args:
-        first_score: ``(n,)``, as in `risk_coverage`.
+        first_score: ``(n,)``, as in ``risk_coverage``.
         first_loss: ``(n,)``.
         second_score: ``(n,)``.
         second_loss: ``(n,)``.

@@ -36,9 +36,9 @@ class Corrupted:
     """Scores on one kind of corrupted images.
 
     Attributes:
-        kind: of corruption; "clean" for none.
+        kind: Of corruption; "clean" for none.
         severity: 1 to 3; 0 for none.
-        calibration: all scores.
+        calibration: All scores.
     """
 
     kind: str
@@ -64,8 +64,8 @@ class ShiftComparison:
     """MAP against ensemble on the same inputs; differences are paired, and above 0 where the ensemble is better.
 
     Attributes:
-        point: the MAP's detection.
-        ensemble: the ensemble's.
+        point: The MAP's detection.
+        ensemble: The ensemble's.
         entropy_gain: AUROC of the ensemble's entropy less that of the MAP's.
         mutual_information_gain: AUROC of the ensemble's mutual information less that of the MAP's entropy.
     """
@@ -118,7 +118,7 @@ def detect_shift(
     """How well a model's uncertainty finds inputs of another task.
 
     Args:
-        inside: Prediction for the model's own inputs; `point_prediction` makes one of a single model.
+        inside: Prediction for the model's own inputs; ``point_prediction`` makes one of a single model.
         outside: Prediction for other inputs.
         seed: Of the resamples.
         num_resamples: How many resamples.
@@ -154,7 +154,7 @@ def compare_detection(
     """Does the ensemble find another task's inputs better than the MAP?
 
     Args:
-        point: The MAP's predictions for its own inputs and for others, by `point_prediction`.
+        point: The MAP's predictions for its own inputs and for others, by ``point_prediction``.
         ensemble: The ensemble's predictions for the same inputs in the same order.
         seed: Of the resamples.
         num_resamples: How many resamples.

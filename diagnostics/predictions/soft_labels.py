@@ -31,10 +31,10 @@ class SoftLabelScores:
         squared_distance: ``|p - v|^2`` less what the finite number of raters adds, ``sum_c v_c (1 - v_c) / (m - 1)``:
             unbiased for the distance from infinitely many raters. Examples with one rater are left out.
         total_variation: ``|p - v|_1 / 2`` (Baan et al., 2022, arXiv 2210.16133).
-        ece: expected calibration error, where an example is right to the share of raters that agree.
-        entropy_gap: entropy of the prediction less that of the raters' shares, nats; below 0 it is surer than they are.
-        num_examples: n.
-        fewest_raters: the smallest number of raters of an example.
+        ece: Expected calibration error, where an example is right to the share of raters that agree.
+        entropy_gap: Entropy of the prediction less that of the raters' shares, nats; below 0 it is surer than they are.
+        num_examples: N.
+        fewest_raters: The smallest number of raters of an example.
     """
 
     cross_entropy: Estimate

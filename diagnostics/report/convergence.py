@@ -35,11 +35,11 @@ def convergence_section(
     """Solver, chains and sensitivity, as far as they are there.
 
     Args:
-        fixed_point: of the merge.
-        chains: of draws.
-        coefficients: of Span draws.
-        around: what was found of the centre of the draws.
-        sensitivity: to gamma.
+        fixed_point: Of the merge.
+        chains: Of draws.
+        coefficients: Of Span draws.
+        around: What was found of the centre of the draws.
+        sensitivity: To gamma.
 
     Returns:
         The section.

@@ -33,12 +33,12 @@ class JudgedPredictions:
     """Calibration of every method.
 
     Attributes:
-        tasks: names.
-        calibrations: method, then task, to its scores.
-        reliability: method to the diagram of all tasks' examples together.
-        selective: method to the risk (error rate) over coverage, ranked by the largest probability, of all tasks'
+        tasks: Names.
+        calibrations: Method, then task, to its scores.
+        reliability: Method to the diagram of all tasks' examples together.
+        selective: Method to the risk (error rate) over coverage, ranked by the largest probability, of all tasks'
             examples together.
-        comparison: of all methods, over the tasks' own experts where `OWN_EXPERTS` is among the methods.
+        comparison: Of all methods, over the tasks' own experts where ``OWN_EXPERTS`` is among the methods.
     """
 
     tasks: tuple[str, ...]
@@ -119,9 +119,9 @@ def judge(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> 
     """Score predictions, with bootstrap intervals.
 
     Args:
-        predictions: of all methods; those of `OWN_EXPERTS` are what accuracies are divided by.
-        seed: of the resamples.
-        num_resamples: how many.
+        predictions: Of all methods; those of ``OWN_EXPERTS`` are what accuracies are divided by.
+        seed: Of the resamples.
+        num_resamples: How many.
 
     Returns:
         The scores.

@@ -25,13 +25,13 @@ def merge_section(record: Mapping[str, Any]) -> Section:
     """What was merged, from what, by which design.
 
     Args:
-        record: the contents of `poe_merge.json`.
+        record: The contents of ``poe_merge.json``.
 
     Returns:
         The section.
 
     Raises:
-        ValueError: the record is not one of a merge.
+        ValueError: If the record is not one of a merge.
     """
     try:
         return _merge_section(record)

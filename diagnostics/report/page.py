@@ -28,7 +28,7 @@ class Text:
     """A paragraph.
 
     Attributes:
-        text: plain.
+        text: Plain.
     """
 
     kind: ClassVar[str] = "text"
@@ -40,7 +40,7 @@ class Facts:
     """Names and values.
 
     Attributes:
-        rows: pairs.
+        rows: Pairs.
     """
 
     kind: ClassVar[str] = "facts"
@@ -52,9 +52,9 @@ class Table:
     """A table that scrolls sideways where it is too wide; columns of numbers are right-aligned.
 
     Attributes:
-        caption: what it shows.
-        header: names of the columns.
-        rows: cells.
+        caption: What it shows.
+        header: Names of the columns.
+        rows: Cells.
     """
 
     kind: ClassVar[str] = "table"
@@ -74,8 +74,8 @@ class Plot:
     """A figure, inline as SVG.
 
     Attributes:
-        axes: what was drawn.
-        caption: what it shows and how to read it; also its text for those who cannot see it.
+        axes: What was drawn.
+        caption: What it shows and how to read it; also its text for those who cannot see it.
     """
 
     kind: ClassVar[str] = "plot"
@@ -108,8 +108,8 @@ class Details:
     """Blocks that are folded until somebody opens them; on paper they stay folded.
 
     Attributes:
-        summary: the line that opens them.
-        blocks: what is inside.
+        summary: The line that opens them.
+        blocks: What is inside.
     """
 
     kind: ClassVar[str] = "details"
@@ -122,7 +122,7 @@ class Gallery:
     """Figures side by side where there is room.
 
     Attributes:
-        plots: the figures.
+        plots: The figures.
     """
 
     kind: ClassVar[str] = "gallery"
@@ -137,9 +137,9 @@ class Section:
     """A part of the page.
 
     Attributes:
-        title: its heading.
-        verdicts: what its diagnostics come to; those that are not good are repeated on top of the page.
-        blocks: its contents.
+        title: Its heading.
+        verdicts: What its diagnostics come to; those that are not good are repeated on top of the page.
+        blocks: Its contents.
     """
 
     title: str
@@ -152,8 +152,8 @@ class Page:
     """A finished page.
 
     Attributes:
-        html: all of it.
-        warnings: the verdicts on its top, the worst first.
+        html: All of it.
+        warnings: The verdicts on its top, the worst first.
     """
 
     html: str
@@ -166,10 +166,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     Nothing is loaded from anywhere and nothing runs: the page's own security policy forbids it.
 
     Args:
-        title: heading and name of the page.
-        subtitle: a line beneath it.
-        sections: the parts.
-        verdicts: others than the parts' own, for the top.
+        title: Heading and name of the page.
+        subtitle: A line beneath it.
+        sections: The parts.
+        verdicts: Others than the parts' own, for the top.
 
     Returns:
         The page.

@@ -26,7 +26,7 @@ def calibration_section(result: JudgedPredictions) -> Section:
     """Every method's scores by task, reliability diagrams, and selective prediction.
 
     Args:
-        result: of `judge`.
+        result: Of ``judge``.
 
     Returns:
         The section.
@@ -54,7 +54,7 @@ def comparison_section(result: JudgedPredictions) -> Section:
     """Methods side by side: means and worst tasks, ranks, the Pareto front, accuracies by task.
 
     Args:
-        result: of `judge`.
+        result: Of ``judge``.
 
     Returns:
         The section.
@@ -92,8 +92,8 @@ def shift_section(
     """Scores on corrupted images, and how well uncertainty tells another task's inputs.
 
     Args:
-        corrupted: name of the method to what `under_corruption` gave.
-        detection: name of the inputs to what `compare_detection` gave.
+        corrupted: Name of the method to what ``under_corruption`` gave.
+        detection: Name of the inputs to what ``compare_detection`` gave.
 
     Returns:
         The section.

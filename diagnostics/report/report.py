@@ -5,7 +5,7 @@
     page = report("my merge", record=record, fixed_point=found)
     Path("report.html").write_text(page.html, encoding="utf-8")
 
-`poe-merge diagnose` makes the same page from a merged folder.
+``poe-merge diagnose`` makes the same page from a merged folder.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def report(
     """The page, from whatever results there are; parts without any are left out.
 
     Args:
-        title: its heading.
-        subtitle: a line beneath.
-        record: the contents of `poe_merge.json`.
-        fixed_point: convergence of the solver.
-        chains: convergence of draws.
-        coefficients: of Span draws.
-        around: what `surround_verdict` says of draws.
-        sensitivity: to gamma.
-        residuals: of the merge.
-        tails: of the residuals.
-        measured: a sentence about who measured residuals, if not the experts of the merge.
-        predictions: judged predictions.
-        corrupted: name of the method to what `under_corruption` gave.
-        detection: name of the inputs ("mnist, shown emoji") to what `compare_detection` gave.
-        verdicts: others, for the top of the page.
+        title: Its heading.
+        subtitle: A line beneath.
+        record: The contents of ``poe_merge.json``.
+        fixed_point: Convergence of the solver.
+        chains: Convergence of draws.
+        coefficients: Of Span draws.
+        around: What ``surround_verdict`` says of draws.
+        sensitivity: To gamma.
+        residuals: Of the merge.
+        tails: Of the residuals.
+        measured: A sentence about who measured residuals, if not the experts of the merge.
+        predictions: Judged predictions.
+        corrupted: Name of the method to what ``under_corruption`` gave.
+        detection: Name of the inputs ("mnist, shown emoji") to what ``compare_detection`` gave.
+        verdicts: Others, for the top of the page.
 
     Returns:
         The page and its warnings. Figures are inline, nothing is loaded, nothing runs, strings are escaped.

@@ -30,9 +30,9 @@ def tails_section(residuals: Residuals | None, tails: PooledTails | None, measur
     """Residuals of the merge, and their tails beside the null control.
 
     Args:
-        residuals: of the merge.
-        tails: of the residuals.
-        measured: a sentence about who measured them, if not the experts of the merge.
+        residuals: Of the merge.
+        tails: Of the residuals.
+        measured: A sentence about who measured them, if not the experts of the merge.
 
     Returns:
         The section.

@@ -32,13 +32,13 @@ class FamilyResult:
     """One family's fits and its place among the others; elpd and differences in nats, summed over residuals.
 
     Attributes:
-        fit: at the greatest likelihood.
-        posterior: of scale and shape.
-        loo: pointwise leave-one-out densities and their Pareto k.
-        error: standard error of the elpd.
-        difference: to the best family, zero or above.
-        difference_error: standard error of the difference.
-        weight: stacking weight.
+        fit: At the greatest likelihood.
+        posterior: Of scale and shape.
+        loo: Pointwise leave-one-out densities and their Pareto k.
+        error: Standard error of the elpd.
+        difference: To the best family, zero or above.
+        difference_error: Standard error of the difference.
+        weight: Stacking weight.
     """
 
     fit: Fit
@@ -80,11 +80,11 @@ class TailComparison:
     """Families of tails compared on the same residuals.
 
     Attributes:
-        results: of every family, the best first.
-        values: the residuals they were fitted to, ``(n,)``.
-        available: how many there were before `limit`.
-        warnings: why the numbers are not to be trusted; empty if they are.
-        notes: what a reader should know besides.
+        results: Of every family, the best first.
+        values: The residuals they were fitted to, ``(n,)``.
+        available: How many there were before ``limit``.
+        warnings: Why the numbers are not to be trusted; empty if they are.
+        notes: What a reader should know besides.
     """
 
     results: tuple[FamilyResult, ...]
@@ -112,7 +112,7 @@ class TailComparison:
         """The result of one family.
 
         Args:
-            family: its name.
+            family: Its name.
 
         Returns:
             The result.
@@ -130,8 +130,8 @@ class TailComparison:
         """How much more one family predicts than another, and the standard error of that, in nats.
 
         Args:
-            one: name of a family.
-            other: name of another.
+            one: Name of a family.
+            other: Name of another.
 
         Returns:
             ``sum_j d_j`` and ``sqrt(n var(d))`` of the pointwise differences.
@@ -187,11 +187,11 @@ def fit_tails(
     wants the residual.
 
     Args:
-        values: signed residuals of any shape.
-        families: names; all six of `FAMILIES` by default.
-        limit: at most so many residuals, drawn at random; None for all.
-        num_draws: posterior draws per family.
-        seed: of the draws and of the choice of residuals.
+        values: Signed residuals of any shape.
+        families: Names; all six of ``FAMILIES`` by default.
+        limit: At most so many residuals, drawn at random; None for all.
+        num_draws: Posterior draws per family.
+        seed: Of the draws and of the choice of residuals.
 
     Returns:
         The comparison.

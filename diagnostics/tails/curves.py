@@ -30,7 +30,7 @@ class Hill:
         index: ``(K,)`` estimates.
         low: ``(K,)`` lower ends of their 95 % intervals.
         high: ``(K,)`` upper ends.
-        warnings: why it is not to be trusted; empty if it is.
+        warnings: Why it is not to be trusted; empty if it is.
     """
 
     k: Array
@@ -40,10 +40,10 @@ class Hill:
     warnings: tuple[str, ...]
 
     def at(self, k: int) -> Estimate:
-        """The estimate from the `k` largest residuals, or from as many as there are.
+        """The estimate from the ``k`` largest residuals, or from as many as there are.
 
         Args:
-            k: how many.
+            k: How many.
 
         Returns:
             The index with its 95 % interval.
@@ -58,7 +58,7 @@ class Quantiles:
     """Quantile-quantile data.
 
     Attributes:
-        name: of the family.
+        name: Of the family.
         theoretical: ``(n,)`` quantiles of the fitted family at ``(j - 1/2) / n``.
         observed: ``(n,)`` sorted residuals.
     """
@@ -76,8 +76,8 @@ class LogDensity:
         centres: ``(B,)`` centres of the bins.
         observed: ``(B,)`` nats; nan where a bin is empty.
         error: ``(B,)`` standard error of a count, ``sqrt((1 - p) / count)``, nats.
-        fitted: name of each family to its log density at the centres.
-        outside: share of the residuals beyond the bins.
+        fitted: Name of each family to its log density at the centres.
+        outside: Share of the residuals beyond the bins.
     """
 
     centres: Array
@@ -94,8 +94,8 @@ def hill(values: Values, largest: float = 0.5) -> Hill:
     ``index (1 ± 1.96 / sqrt(k))``; it knows nothing of the bias, which the plot shows.
 
     Args:
-        values: signed residuals of any shape.
-        largest: the largest share of the residuals that is taken for a tail.
+        values: Signed residuals of any shape.
+        largest: The largest share of the residuals that is taken for a tail.
 
     Returns:
         The estimates for every ``k``.
@@ -124,8 +124,8 @@ def quantiles(values: Values, fit: Fit) -> Quantiles:
     """Residuals against the quantiles of a fitted family.
 
     Args:
-        values: signed residuals of any shape.
-        fit: of `maximum_likelihood`.
+        values: Signed residuals of any shape.
+        fit: Of ``maximum_likelihood``.
 
     Returns:
         The data of a QQ plot.
@@ -147,10 +147,10 @@ def log_density(values: Values, fits: Sequence[Fit] = (), *, bins: int = 61, cov
     """The residuals' histogram on a log scale, where a Gaussian is a parabola, a Laplace a tent.
 
     Args:
-        values: signed residuals of any shape.
-        fits: families to show beside it.
-        bins: number of equally wide bins, symmetric around zero.
-        coverage: share of the residuals that the bins hold.
+        values: Signed residuals of any shape.
+        fits: Families to show beside it.
+        bins: Number of equally wide bins, symmetric around zero.
+        coverage: Share of the residuals that the bins hold.
 
     Returns:
         The curves.

@@ -42,9 +42,9 @@ class Shape:
     """The shape of a family and what is believed about it beforehand.
 
     Args:
-        symbol: how it is written in verdicts.
-        bounds: where fits look for it.
-        log_prior: log density of the shape itself in nats, up to a constant.
+        symbol: How it is written in verdicts.
+        bounds: Where fits look for it.
+        log_prior: Log density of the shape itself in nats, up to a constant.
     """
 
     symbol: str
@@ -57,14 +57,14 @@ class Family:
     """A zero-centred family of densities.
 
     Args:
-        name: as it stands in tables.
+        name: As it stands in tables.
         energy: ``h(u, shape)`` in nats, ``u = |x| / scale``.
         influence: ``u dh/du``.
         log_constant: ``log C(shape)``, the log integral of ``exp(-h)`` over the line.
-        reference: the same distribution of `scipy.stats` from ``(scale, shape)``.
-        shape: its shape parameter; None for scale families.
-        log_size: log of a typical ``|x|`` at scale one, where the scale alone says little about it.
-        nests: names of the families that are special cases or limits of it.
+        reference: The same distribution of ``scipy.stats`` from ``(scale, shape)``.
+        shape: Its shape parameter; None for scale families.
+        log_size: Log of a typical ``|x|`` at scale one, where the scale alone says little about it.
+        nests: Names of the families that are special cases or limits of it.
     """
 
     name: str
@@ -80,9 +80,9 @@ class Family:
         """Log density in nats.
 
         Args:
-            values: anything that broadcasts against the parameters.
-            scale: positive.
-            shape: positive; families without a shape do not look at it.
+            values: Anything that broadcasts against the parameters.
+            scale: Positive.
+            shape: Positive; families without a shape do not look at it.
 
         Returns:
             The broadcast shape.
@@ -92,7 +92,7 @@ class Family:
         return log_density
 
     def distribution(self, scale: float, shape: float = 1.0) -> Any:
-        """The frozen distribution of `scipy.stats`, for quantiles and random numbers."""
+        """The frozen distribution of ``scipy.stats``, for quantiles and random numbers."""
         return self.reference(scale, shape)
 
     def covers(self, other: Family) -> bool:
@@ -189,7 +189,7 @@ def families_named(names: Sequence[str]) -> tuple[Family, ...]:
     """Families by their names.
 
     Args:
-        names: as in `FAMILIES`.
+        names: As in ``FAMILIES``.
 
     Returns:
         The families in the same order.

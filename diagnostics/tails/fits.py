@@ -24,11 +24,11 @@ class Fit:
     """A family at its greatest likelihood.
 
     Attributes:
-        family: the family.
+        family: The family.
         scale: ``s``, in the units of the residuals.
-        shape: the shape; None for scale families.
-        log_likelihood: in nats, summed.
-        at_bound: the likelihood still grew at the end of the range of the shape, as it does for the ``nu`` of a sample
+        shape: The shape; None for scale families.
+        log_likelihood: In nats, summed.
+        at_bound: The likelihood still grew at the end of the range of the shape, as it does for the ``nu`` of a sample
             whose tails are no heavier than a Gaussian's.
     """
 
@@ -39,7 +39,7 @@ class Fit:
     at_bound: bool
 
     def log_density(self, values: Array) -> Array:
-        """Log density in nats, of the shape of `values`."""
+        """Log density in nats, of the shape of ``values``."""
         return self.family.log_density(values, self.scale, 1.0 if self.shape is None else self.shape)
 
 
@@ -47,8 +47,8 @@ def maximum_likelihood(values: Values, family: Family) -> Fit:
     """Fit a family by maximum likelihood.
 
     Args:
-        values: signed residuals of any shape; independent.
-        family: the family.
+        values: Signed residuals of any shape; independent.
+        family: The family.
 
     Returns:
         The fit.
@@ -80,9 +80,9 @@ def profile(sizes: Array, family: Family, shape: float) -> tuple[float, float]:
     """The scale of greatest likelihood at a shape.
 
     Args:
-        sizes: absolute residuals of about unit size, ``(n,)``.
-        family: the family.
-        shape: its shape; families without one do not look at it.
+        sizes: Absolute residuals of about unit size, ``(n,)``.
+        family: The family.
+        shape: Its shape; families without one do not look at it.
 
     Returns:
         The scale, and the summed log likelihood there in nats.

@@ -3,7 +3,7 @@ r"""Is it the tail, or would Gaussian updates of the same sizes look the same? T
 Residuals of a merge of exactly Gaussian updates are heavy-tailed as soon as rows differ in size, and they depend on
 each other, for all of them share the merged update. So the null hypothesis is about the updates: independent Gaussian
 entries with the rows' and columns' own sizes, as correlated between experts as the real ones. Such surrogates went
-through the same merge and the same residual map (`diagnostics.tails.surrogates`), and here the same statistic is
+through the same merge and the same residual map (``diagnostics.tails.surrogates``), and here the same statistic is
 computed for all: the gain in log likelihood of a Student-t over a Gaussian, of residuals less their group's robust
 location and over its robust scale (a group is a module and an expert). The p-value is the rank of the real gain among
 the surrogates'.
@@ -54,7 +54,7 @@ def named_groups(groups: Groups) -> dict[str, Array]:
     """Groups as arrays by name; their positions if they have none.
 
     Args:
-        groups: signed residuals.
+        groups: Signed residuals.
 
     Returns:
         Name to float64 values.
@@ -77,7 +77,7 @@ def usable_groups(groups: Groups) -> tuple[dict[str, Array], tuple[str, ...]]:
     """Groups with a scale, and warnings about those without.
 
     Args:
-        groups: signed residuals of each group.
+        groups: Signed residuals of each group.
 
     Returns:
         The groups of at least three residuals and a positive scale, and what was left out.
@@ -144,14 +144,14 @@ class NullControl:
     """Whether residuals are heavier-tailed than those of the same merge of Gaussian updates.
 
     Attributes:
-        gain: log likelihood of Student-t over Gaussian, nats, of the residuals within their groups.
-        surrogate_gains: the same of every surrogate, ``(K,)``.
-        pooled_gain: of the residuals as they are, all groups together.
-        surrogate_pooled_gains: the same of every surrogate, ``(K,)``.
-        level: of the test.
-        sizes: what the surrogates have in common with the updates.
-        row_spread: median standard deviation of the log row sizes of the updates.
-        warnings: why it is not to be trusted; empty if it is.
+        gain: Log likelihood of Student-t over Gaussian, nats, of the residuals within their groups.
+        surrogate_gains: The same of every surrogate, ``(K,)``.
+        pooled_gain: Of the residuals as they are, all groups together.
+        surrogate_pooled_gains: The same of every surrogate, ``(K,)``.
+        level: Of the test.
+        sizes: What the surrogates have in common with the updates.
+        row_spread: Median standard deviation of the log row sizes of the updates.
+        warnings: Why it is not to be trusted; empty if it is.
     """
 
     gain: float
@@ -212,10 +212,10 @@ def null_control(
     """Test residuals of a merge against those of the same merge of Gaussian updates.
 
     Args:
-        residuals: of the real merge, or some of them; by the experts that measured the surrogates.
-        surrogates: of the same merge.
-        unit: of the residuals.
-        level: of the test.
+        residuals: Of the real merge, or some of them; by the experts that measured the surrogates.
+        surrogates: Of the same merge.
+        unit: Of the residuals.
+        level: Of the test.
 
     Returns:
         The control.

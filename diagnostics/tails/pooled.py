@@ -2,7 +2,7 @@
 
 Pooling modules whose residuals differ in size makes a heavy tail out of Gaussians, and within a module rows that differ
 in size do the same, so that a fit never stands alone: beside it are the same fit to the residuals of a merge of
-Gaussian surrogates, and the test of `null_control`, if there are surrogates.
+Gaussian surrogates, and the test of ``null_control``, if there are surrogates.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class PooledTails:
     """Tails of several groups of residuals, with what they are to be compared with.
 
     Attributes:
-        pooled: of the residuals as they are.
-        standardised: of residuals less the robust location of their group, over its robust scale.
-        surrogate: the same of the first merge of Gaussian surrogates; None without any.
-        null: whether residuals are heavier-tailed than those of such merges; None without any.
-        offset: median over groups of the location over the scale: below zero where merges fall short of the experts.
-        smallest: residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
+        pooled: Of the residuals as they are.
+        standardised: Of residuals less the robust location of their group, over its robust scale.
+        surrogate: The same of the first merge of Gaussian surrogates; None without any.
+        null: Whether residuals are heavier-tailed than those of such merges; None without any.
+        offset: Median over groups of the location over the scale: below zero where merges fall short of the experts.
+        smallest: Residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
             test allows for it, the standardised fit does not.
-        weight_spread: largest over smallest effective expert weight relative to the Gaussian twin's, of any module: 1
+        weight_spread: Largest over smallest effective expert weight relative to the Gaussian twin's, of any module: 1
             if the merge's own energy is a Gaussian, or did nothing else; None if the residuals' experts are not known.
     """
 
@@ -95,14 +95,14 @@ def pooled_tails(
     """Fit tails to the residuals of a merge, with the control that a fit needs.
 
     Args:
-        residuals: of a merge, or groups of signed residuals that share a location and a scale.
-        families: names; all six by default.
-        surrogates: residuals of the same merge of Gaussian updates, made by `surrogate_residuals`.
-        unit: of a merge's residuals.
-        limit: fits are to at most about so many residuals, drawn at random from every group; at least 20 are kept of
+        residuals: Of a merge, or groups of signed residuals that share a location and a scale.
+        families: Names; all six by default.
+        surrogates: Residuals of the same merge of Gaussian updates, made by ``surrogate_residuals``.
+        unit: Of a merge's residuals.
+        limit: Fits are to at most about so many residuals, drawn at random from every group; at least 20 are kept of
             each. The null control is about all residuals.
-        level: of the null control.
-        seed: of everything that is drawn.
+        level: Of the null control.
+        seed: Of everything that is drawn.
 
     Returns:
         The fits, and the test if there are surrogates.
@@ -146,14 +146,14 @@ def tails_by(
     """Tails of each layer or task.
 
     Args:
-        residuals: of a merge.
-        by: what is fitted by itself.
-        families: see `pooled_tails`.
-        surrogates: see `pooled_tails`.
-        unit: see `pooled_tails`.
-        limit: of each fit.
-        level: of each test; with many modules some are below it by chance.
-        seed: of everything that is drawn.
+        residuals: Of a merge.
+        by: What is fitted by itself.
+        families: See ``pooled_tails``.
+        surrogates: See ``pooled_tails``.
+        unit: See ``pooled_tails``.
+        limit: Of each fit.
+        level: Of each test; with many modules some are below it by chance.
+        seed: Of everything that is drawn.
 
     Returns:
         Name to tails: ``tails_by(residuals("merged", task_vectors, InputGram()), "expert")["mnist"].verdict``.
@@ -165,7 +165,7 @@ def tails_by(
 
 
 def _kept(groups: Groups, limit: int, seed: int) -> list[Array]:
-    """About `limit` residuals in all, the same share of every usable group."""
+    """About ``limit`` residuals in all, the same share of every usable group."""
     rng = np.random.default_rng(seed)
     named = named_groups(groups)
     share = min(1.0, limit / max(1, sum(map(len, named.values()))))

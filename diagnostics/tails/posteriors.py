@@ -3,7 +3,7 @@ r"""The posterior of scale and shape, by quadrature.
 Flat in ``log s``, with the family's prior on the shape, the posterior of one or two numbers is summed on a grid: exact
 up to the trapezoid rule, which converges exponentially for a smooth density that vanishes at the grid's ends. The grid
 is moved and narrowed until it covers all that is within 20 nats of the mode. Its axes are the log of a typical size,
-which is the log scale unless shape and scale trade off, and the log shape. `diagnostics.tails.program` is the same
+which is the log scale unless shape and scale trade off, and the log shape. ``diagnostics.tails.program`` is the same
 posterior in Pyro.
 """
 
@@ -35,7 +35,7 @@ class TailPosterior:
     """Posterior of a family's parameters on a grid.
 
     Attributes:
-        family: the family.
+        family: The family.
         scales: ``(K,)`` of every node, in the units of the residuals.
         shapes: ``(K,)`` of every node; ones for scale families.
         weights: ``(K,)`` probabilities of the nodes.
@@ -63,8 +63,8 @@ class TailPosterior:
         in which scale and shape are correlated.
 
         Args:
-            count: how many.
-            seed: of the random numbers.
+            count: How many.
+            seed: Of the random numbers.
 
         Returns:
             Scales and shapes, ``(count,)`` each; shapes are 1 for scale families.
@@ -80,8 +80,8 @@ def tail_posterior(values: Values, family: Family) -> TailPosterior:
     """The posterior of a family's scale and shape.
 
     Args:
-        values: signed residuals of any shape; independent.
-        family: the family.
+        values: Signed residuals of any shape; independent.
+        family: The family.
 
     Returns:
         The posterior.

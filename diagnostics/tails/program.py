@@ -1,6 +1,6 @@
 """The posterior of a tail's scale and shape as a Pyro program, and NUTS on it.
 
-It shares nothing with `tail_posterior` but the prior: densities are Pyro's own. Use it to check the quadrature, or as
+It shares nothing with ``tail_posterior`` but the prior: densities are Pyro's own. Use it to check the quadrature, or as
 the start of a model of one's own (a scale per layer, a common ``nu``).
 """
 
@@ -41,14 +41,14 @@ def tail_program(values: Tensor, family: Family) -> Callable[[], None]:
     """The model: flat in ``log_scale``, the family's prior on ``shape``, independent residuals.
 
     Args:
-        values: signed residuals, ``(n,)`` float64 of about unit size.
-        family: one of `FAMILIES`.
+        values: Signed residuals, ``(n,)`` float64 of about unit size.
+        family: One of ``FAMILIES``.
 
     Returns:
         A Pyro model with the sites ``log_scale``, ``shape`` (if there is one) and ``residual``.
 
     Raises:
-        ValueError: If the family is not one of `FAMILIES`.
+        ValueError: If the family is not one of ``FAMILIES``.
 
     >>> from diagnostics.tails.families import CAUCHY
     >>> from pyro.poutine import trace
@@ -77,12 +77,12 @@ def nuts_posterior(
     """Draws of a family's scale and shape by Pyro's NUTS.
 
     Args:
-        values: signed residuals of any shape.
-        family: one of `FAMILIES`.
-        num_samples: draws kept per chain.
-        seed: of all chains; the global generator is put back afterwards.
-        chains: run one after the other.
-        warmup: steps per chain before the first kept draw.
+        values: Signed residuals of any shape.
+        family: One of ``FAMILIES``.
+        num_samples: Draws kept per chain.
+        seed: Of all chains; the global generator is put back afterwards.
+        chains: Run one after the other.
+        warmup: Steps per chain before the first kept draw.
 
     Returns:
         The draws.

@@ -28,8 +28,8 @@ class Sample:
 
     Attributes:
         values: ``(n,)`` float64.
-        unit: median absolute value, positive.
-        warnings: what speaks against trusting a fit.
+        unit: Median absolute value, positive.
+        warnings: What speaks against trusting a fit.
     """
 
     values: Array
@@ -38,7 +38,7 @@ class Sample:
 
     @property
     def scaled(self) -> Array:
-        """The values in units of `unit`."""
+        """The values in units of ``unit``."""
         return self.values / self.unit
 
     def limited(self, limit: int | None, seed: int) -> Sample:
@@ -59,7 +59,7 @@ def sample_of(values: Values) -> Sample:
     """Check residuals before a fit.
 
     Args:
-        values: signed residuals of any shape.
+        values: Signed residuals of any shape.
 
     Returns:
         The sample.

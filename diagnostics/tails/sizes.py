@@ -48,11 +48,11 @@ class FittedSizes:
     """Row and column sizes of the experts' updates of one module, and the experts' correlation.
 
     Attributes:
-        sizes: whether they are shared.
+        sizes: Whether they are shared.
         rows: ``(N, d_out, 1)``, in ``"shared"`` ``(1, d_out, 1)``; zero for rows that are zero.
         columns: ``(N, 1, d_in)`` or ``(1, 1, d_in)``.
         root: ``(N, k)``, the correlation is ``root @ root.T``; in ``"shared"`` it has the experts' factors in it.
-        touched: rows and columns that each expert's update has at all, ``(N, d_out, d_in)`` bool; the others are zero
+        touched: Rows and columns that each expert's update has at all, ``(N, d_out, d_in)`` bool; the others are zero
             in its surrogates, too.
     """
 
@@ -72,7 +72,7 @@ class FittedSizes:
         """Gaussian updates with the same fitted sizes, ``(N, d_out, d_in)``.
 
         Args:
-            generator: of the entries.
+            generator: Of the entries.
 
         Returns:
             The updates.
@@ -98,7 +98,7 @@ def fit_sizes(updates: Tensor, sizes: Sizes = "own") -> FittedSizes:
         The sizes.
 
     Raises:
-        ValueError: If `sizes` is something else.
+        ValueError: If ``sizes`` is something else.
 
     >>> rows = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)
     >>> updates = rows * torch.randn(1, 3, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

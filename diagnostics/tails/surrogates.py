@@ -2,8 +2,8 @@
 
 Whether residuals of a merge are heavy-tailed cannot be read off them: rows differ in size, and every residual shares
 the merged update. ``surrogate_residuals`` makes Gaussian updates of the same sizes and correlation
-(`diagnostics.tails.sizes`), merges them by the same design, method or function, and measures what is left of each
-expert's wish by the same residual map; `diagnostics.tails.null_control` then compares the real residuals with these.
+(``diagnostics.tails.sizes``), merges them by the same design, method or function, and measures what is left of each
+expert's wish by the same residual map; ``diagnostics.tails.null_control`` then compares the real residuals with these.
 
 Base and experts are read once, one module at a time; a method that has to see the whole model first sees every
 surrogate model in passes of its own. Surrogates are full-rank matrices of independent entries: what they do not have in
@@ -44,11 +44,11 @@ class Surrogates:
     """Residuals of the same merge of Gaussian updates.
 
     Attributes:
-        residuals: of each surrogate model, entries in the order of the real ones; about 24 bytes for each row or column
+        residuals: Of each surrogate model, entries in the order of the real ones; about 24 bytes for each row or column
             of each expert and surrogate.
-        sizes: whether experts share row and column sizes.
-        row_spread: median over modules (and experts) of the standard deviation of their log row sizes.
-        notes: in what else surrogates differ from the real updates, as far as is known.
+        sizes: Whether experts share row and column sizes.
+        row_spread: Median over modules (and experts) of the standard deviation of their log row sizes.
+        notes: In what else surrogates differ from the real updates, as far as is known.
     """
 
     residuals: tuple[Residuals, ...]
@@ -60,7 +60,7 @@ class Surrogates:
         """The surrogates of some of the residuals.
 
         Args:
-            part: some of the real residuals, as `Residuals.split` and `Residuals.where` give them.
+            part: Some of the real residuals, as ``Residuals.split`` and ``Residuals.where`` give them.
 
         Returns:
             The same of every surrogate.
@@ -85,15 +85,15 @@ def surrogate_residuals(
     """Merge Gaussian surrogates of the updates, and measure what is left.
 
     Args:
-        task_vectors: base and experts.
-        merge: how they were merged.
-        experts: who measures, or a function from the tensor's name, as for `residuals`; by default the experts of the
+        task_vectors: Base and experts.
+        merge: How they were merged.
+        experts: Who measures, or a function from the tensor's name, as for ``residuals``; by default the experts of the
             product that merges.
-        num_surrogates: how many; p-values are one over one more, or above.
+        num_surrogates: How many; p-values are one over one more, or above.
         sizes: ``"own"``: every expert has row and column sizes of its own. ``"shared"``: all have the same up to a
             factor, so that a row that sticks out in one expert is no longer null.
-        seed: of the surrogates.
-        progress: told how far it is.
+        seed: Of the surrogates.
+        progress: Told how far it is.
 
     Returns:
         The residuals of each surrogate.
