@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from diagnostics.estimates import Binning, equal_mass_bins
+from diagnostics.predictions.binning import Binning, equal_mass_bins
 from diagnostics.predictions.calibration import _scores, calibration, calibration_difference, scale_logits
 from diagnostics.predictions.inputs import Array, labelled
 from diagnostics.predictions.reliability import brier_parts, reliability

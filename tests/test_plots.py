@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from diagnostics import plots
-from diagnostics.chains import chain_convergence, rank_histogram
+from diagnostics.chains import chain_convergence, coefficient_intervals, rank_histogram
 from diagnostics.plots.style import COLORS, distinct, line_style, point_style, shortened
 from diagnostics.predictions.comparison import compare_methods
 from diagnostics.predictions.reliability import reliability
@@ -24,7 +24,7 @@ from diagnostics.predictions.selective import risk_coverage
 from diagnostics.predictions.shift import under_corruption
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.sensitivity import gamma_sensitivity
-from diagnostics.solver import coefficient_intervals, fixed_point_convergence, solution_records
+from diagnostics.solver import fixed_point_convergence, solution_records
 from diagnostics.tails import fit_tails, hill, log_density, quantiles
 from inference import fixed_point
 from inference.models.model_draws import SpanDraws

@@ -1,4 +1,4 @@
-"""Figures: each function draws a computed result, into the axes it is given or new ones, and returns them.
+"""Figures: each function draws a computed result into the axes it is given, or into new ones, and returns them.
 
 Series differ in colour, line and marker together: figures can be read by the colour-blind and in black and white.
 
@@ -19,19 +19,25 @@ Series differ in colour, line and marker together: figures can be read by the co
 | ``plot_pareto`` | accuracy against ECE, with the front | [BMM] Figure 4 |
 """
 
-from diagnostics.plots.calibration import plot_corruptions, plot_reliability, plot_risk_coverage
-from diagnostics.plots.comparison import plot_pareto, plot_radar
 from diagnostics.plots.convergence import (
     plot_chain_traces,
     plot_contraction,
     plot_effective_sizes,
     plot_energy_traces,
+    plot_expert_weights,
+    plot_forest,
     plot_gamma_moves,
     plot_gamma_scores,
     plot_r_hat,
     plot_ranks,
 )
-from diagnostics.plots.experts import plot_expert_weights, plot_forest
+from diagnostics.plots.predictions import (
+    plot_corruptions,
+    plot_pareto,
+    plot_radar,
+    plot_reliability,
+    plot_risk_coverage,
+)
 from diagnostics.plots.tails import (
     plot_families,
     plot_hill,

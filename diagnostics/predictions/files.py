@@ -6,8 +6,8 @@ The file is a NumPy ``.npz`` or a ``.safetensors`` with the entries
 - ``probabilities/TASK/METHOD``: ``(n, classes)``, rows summing to one.
 
 Every method is there for every task; the method "own experts", if there is one, is what each task's own fine-tune says.
-A method may have a slash in its name, a task may not. An ``.npz`` keeps the order of methods and tasks, a ``.safetensors``
-sorts them.
+A method may have a slash in its name, a task may not. An ``.npz`` keeps the order of methods and tasks, a
+``.safetensors`` sorts them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diagnostics.predictions.inputs import Array, Labelled, labelled
+from diagnostics.printing import Brief
 
 __all__ = ["Predictions", "load_predictions", "predictions_of", "save_predictions"]
 
 LABELS, PROBABILITIES = "labels", "probabilities"
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Brief):
     """Class probabilities of methods on the same examples of each task.
 
     Attributes:

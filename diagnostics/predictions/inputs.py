@@ -1,4 +1,4 @@
-"""Probabilities and labels checked at the door: what every score here is computed from."""
+"""Validation of class probabilities and labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Labelled:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why scores of these may not be trusted."""
+        """Reasons not to trust scores of these."""
         return ("all labels are of one class",) if len(self) > 1 and len(self.labels.unique()) == 1 else ()
 
 
@@ -113,7 +113,7 @@ def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor
 
 
 def labelled(probabilities: Array, labels: Array, called: str) -> Labelled:
-    """Both, checked.
+    """Probabilities with their labels, checked.
 
     Args:
         probabilities: ``(n, classes)``.

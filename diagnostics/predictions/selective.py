@@ -1,4 +1,4 @@
-r"""Selective prediction: how wrong a model is on the examples that it is surest of.
+r"""Selective prediction: the risk-coverage curve of a model that answers only the examples it is surest of.
 
 >>> score = torch.tensor([0.9, 0.8, 0.7, 0.6] * 10)
 >>> wrong = torch.tensor([0, 0, 1, 0] * 10)
@@ -10,18 +10,25 @@ r"""Selective prediction: how wrong a model is on the examples that it is surest
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diagnostics.estimates import Binning, Estimate, bootstrap, interval_ends, resamples
+from diagnostics.estimates import Estimate, bootstrap, interval_ends, resamples, weighted_mean
+from diagnostics.predictions.binning import Binning
 from diagnostics.predictions.inputs import Array
+from diagnostics.printing import Brief
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["RiskCoverage", "aurc_difference", "risk_coverage"]
 
 
-@dataclass(frozen=True, eq=False)
-class RiskCoverage:
+@dataclass(frozen=True, eq=False, repr=False)
+class RiskCoverage(Brief):
     """Risk among the examples that are kept, for every threshold on the score.
 
     Attributes:
@@ -32,8 +39,8 @@ class RiskCoverage:
         high: Upper end.
         aurc: Area under the curve, the mean over examples of the risk at their own score (Geifman and El-Yaniv, 2017,
             arXiv 1705.08500; Geifman et al., 2019, arXiv 1805.08206).
-        aurc_of_chance: What scores that say nothing give, the risk of all.
-        aurc_of_perfect: What scores that sort by the loss give.
+        aurc_of_chance: Area under the curve of scores that say nothing, the risk of all examples.
+        aurc_of_perfect: Area under the curve of scores that sort by the loss.
         confidence: Level of the band and the intervals.
     """
 
@@ -46,6 +53,14 @@ class RiskCoverage:
     aurc_of_chance: Estimate
     aurc_of_perfect: Estimate
     confidence: float
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per threshold: threshold, coverage, risk and the ends of its band."""
+        import pandas as pd
+
+        columns = {"threshold": self.thresholds, "coverage": self.coverage, "risk": self.risk}
+        columns |= {"low": self.low, "high": self.high}
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
     def risk_at(self, coverage: float) -> float:
         """Risk at the smallest coverage of the curve that is at least this.
@@ -77,11 +92,11 @@ def risk_coverage(
     """The risk-coverage curve with its area; examples of equal score are kept or left together.
 
     Args:
-        score: ``(n,)``: how sure of each example, for instance the largest probability or minus the entropy.
+        score: ``(n,)`` confidence in each example, for instance the largest probability or minus the entropy.
         loss: ``(n,)``, not negative: 1 where the prediction is wrong, or any other loss.
-        seed: Of the resamples.
-        points: The most points of the curve; of more distinct scores some are left out. The areas are of all.
-        num_resamples: How many resamples.
+        seed: Seed of the resamples.
+        points: Largest number of points of the curve; of more distinct scores some are left out. The areas are of all.
+        num_resamples: Number of resamples.
         confidence: Level of band and intervals.
 
     Returns:
@@ -104,10 +119,8 @@ def risk_coverage(
         count, total = ranked.cumulative(weights)
         curves.append(total[:, chosen] / count[:, chosen])
     low, high = torch.cat(curves).nanquantile(ends, dim=0)
-    aurc, chance, perfect = (
-        bootstrap(of, len(sure), seed=seed, num_resamples=num_resamples, confidence=confidence)
-        for of in (ranked.area, lambda w: w @ wrong / len(wrong), optimal.area_one_by_one)
-    )
+    resampled = partial(bootstrap, size=len(sure), seed=seed, num_resamples=num_resamples, confidence=confidence)
+    aurc, chance, perfect = map(resampled, (ranked.area, weighted_mean(wrong), optimal.area_one_by_one))
     return RiskCoverage(thresholds[chosen], kept / len(sure), lost / kept, low, high, aurc, chance, perfect, confidence)
 
 
@@ -128,8 +141,8 @@ def aurc_difference(
         first_loss: ``(n,)``.
         second_score: ``(n,)``.
         second_loss: ``(n,)``.
-        seed: Of the resamples.
-        num_resamples: How many resamples.
+        seed: Seed of the resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the interval.
 
     Returns:

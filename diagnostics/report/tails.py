@@ -1,4 +1,4 @@
-"""The part of a report on residuals."""
+"""The section of a report on residuals and their tails."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def tails_section(residuals: Residuals | None, tails: PooledTails | None, measur
     """Residuals of the merge, and their tails beside the null control.
 
     Args:
-        residuals: Of the merge.
-        tails: Of the residuals.
-        measured: A sentence about who measured them, if not the experts of the merge.
+        residuals: Residuals of the merge.
+        tails: Their tails.
+        measured: Sentence about the map that measured them, if not the experts of the merge.
 
     Returns:
         The section.
@@ -43,7 +43,7 @@ def tails_section(residuals: Residuals | None, tails: PooledTails | None, measur
         verdicts = _tail_verdicts(tails)
         blocks += _tail_blocks(tails)
     if residuals is not None:
-        caption = "What is left of the experts' wishes, module by module; 1 is what merging nothing would leave."
+        caption = "Squared residual of the experts, module by module, relative to its value if nothing were merged."
         blocks += [Plot(plot_mean_squared_residuals({"this merge": residuals}), caption), _residual_table(residuals)]
     return Section("Residuals and their tails", verdicts, blocks)
 

@@ -1,8 +1,8 @@
 r"""Families of tails: zero-centred symmetric densities on the line, each a scale and at most one shape.
 
-A family is ``f(x) = exp(-h(|x| / s; shape)) / (s C(shape))``. What fits need besides the density is its *influence*
-``u h'(u)`` with ``u = |x| / s``: the scale of greatest likelihood makes its mean one, whatever the family, and since it
-never decreases in ``u`` that scale is unique.
+A family is ``f(x) = exp(-h(|x| / s; shape)) / (s C(shape))``. Fits also use its *influence* ``u h'(u)`` with
+``u = |x| / s``: at the scale of greatest likelihood its mean is one, whatever the family, and since it never decreases
+in ``u`` that scale is unique.
 
 >>> STUDENT_T.log_density(np.array([0.0, 1.0]), 1.0, 1.0).round(6) == CAUCHY.log_density(np.array([0.0, 1.0])).round(6)
 array([ True,  True])
@@ -39,11 +39,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a family and what is believed about it beforehand.
+    """The shape parameter of a family, with its prior.
 
     Args:
-        symbol: How it is written in verdicts.
-        bounds: Where fits look for it.
+        symbol: Symbol in verdicts.
+        bounds: Range in which fits look for it.
         log_prior: Log density of the shape itself in nats, up to a constant.
     """
 
@@ -57,7 +57,7 @@ class Family:
     """A zero-centred family of densities.
 
     Args:
-        name: As it stands in tables.
+        name: Name in tables.
         energy: ``h(u, shape)`` in nats, ``u = |x| / scale``.
         influence: ``u dh/du``.
         log_constant: ``log C(shape)``, the log integral of ``exp(-h)`` over the line.
@@ -77,15 +77,9 @@ class Family:
     nests: frozenset[str] = frozenset()
 
     def log_density(self, values: Array, scale: Array | float = 1.0, shape: Array | float = 1.0) -> Array:
-        """Log density in nats.
+        """Log density in nats of values that broadcast against the positive parameters.
 
-        Args:
-            values: Anything that broadcasts against the parameters.
-            scale: Positive.
-            shape: Positive; families without a shape do not look at it.
-
-        Returns:
-            The broadcast shape.
+        Families without a shape do not look at it.
         """
         scale, shape = np.asarray(scale, dtype=np.float64), np.asarray(shape, dtype=np.float64)
         log_density: Array = -self.energy(np.abs(values) / scale, shape) - np.log(scale) - self.log_constant(shape)
@@ -189,7 +183,7 @@ def families_named(names: Sequence[str]) -> tuple[Family, ...]:
     """Families by their names.
 
     Args:
-        names: As in ``FAMILIES``.
+        names: Names in ``FAMILIES``.
 
     Returns:
         The families in the same order.

@@ -25,11 +25,11 @@ class Fit:
 
     Attributes:
         family: The family.
-        scale: ``s``, in the units of the residuals.
+        scale: Scale ``s``, in the units of the residuals.
         shape: The shape; None for scale families.
-        log_likelihood: In nats, summed.
-        at_bound: The likelihood still grew at the end of the range of the shape, as it does for the ``nu`` of a sample
-            whose tails are no heavier than a Gaussian's.
+        log_likelihood: Summed log likelihood in nats.
+        at_bound: True if the likelihood still grew at the end of the range of the shape, as it does for the ``nu`` of a
+            sample whose tails are no heavier than a Gaussian's.
     """
 
     family: Family

@@ -1,4 +1,4 @@
-r"""Is it the tail, or would Gaussian updates of the same sizes look the same? The null control of a heavy tail.
+r"""The null control of a heavy tail: would Gaussian updates of the same sizes look the same?
 
 Residuals of a merge of exactly Gaussian updates are heavy-tailed as soon as rows differ in size, and they depend on
 each other, for all of them share the merged update. So the null hypothesis is about the updates: independent Gaussian
@@ -8,7 +8,7 @@ computed for all: the gain in log likelihood of a Student-t over a Gaussian, of 
 location and over its robust scale (a group is a module and an expert). The p-value is the rank of the real gain among
 the surrogates'.
 
-What it says, and what not: a small p means that entries (with shared sizes: entries or rows) are heavier-tailed than
+Reading: a small p means that entries (with shared sizes: entries or rows) are heavier-tailed than
 Gaussian in a way that reaches the residuals. A large one means that sizes explain what tail there is. A gain far
 *below* the surrogates' says that real updates differ from Gaussians in something else: a few directions that carry most
 of an update make the parts of its residual alike.
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from diagnostics.residual_sets import Residuals, Unit
+from diagnostics.printing import Brief
+from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.families import GAUSSIAN, STUDENT_T, Array
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, as_array, sample_of
@@ -51,13 +52,7 @@ MEDIAN_OF_NORMAL = float(norm.ppf(0.75))
 
 
 def named_groups(groups: Groups) -> dict[str, Array]:
-    """Groups as arrays by name; their positions if they have none.
-
-    Args:
-        groups: Signed residuals.
-
-    Returns:
-        Name to float64 values.
+    """Groups of signed residuals as arrays by name, or by position.
 
     Raises:
         ValueError: If a residual is NaN or infinite.
@@ -80,7 +75,7 @@ def usable_groups(groups: Groups) -> tuple[dict[str, Array], tuple[str, ...]]:
         groups: Signed residuals of each group.
 
     Returns:
-        The groups of at least three residuals and a positive scale, and what was left out.
+        The groups of at least three residuals and a positive scale, and warnings.
 
     Raises:
         ValueError: If a residual is NaN or infinite, no group is left, or they cannot be fitted together.
@@ -139,19 +134,19 @@ HELD = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class NullControl:
-    """Whether residuals are heavier-tailed than those of the same merge of Gaussian updates.
+@dataclass(frozen=True, eq=False, repr=False)
+class NullControl(Brief):
+    """Test of the tails of residuals against those of the same merge of Gaussian updates.
 
     Attributes:
         gain: Log likelihood of Student-t over Gaussian, nats, of the residuals within their groups.
         surrogate_gains: The same of every surrogate, ``(K,)``.
-        pooled_gain: Of the residuals as they are, all groups together.
+        pooled_gain: The same of the residuals as they are, all groups together.
         surrogate_pooled_gains: The same of every surrogate, ``(K,)``.
-        level: Of the test.
-        sizes: What the surrogates have in common with the updates.
+        level: Level of the test.
+        sizes: Row and column sizes of the surrogates: each expert's own, or shared.
         row_spread: Median standard deviation of the log row sizes of the updates.
-        warnings: Why it is not to be trusted; empty if it is.
+        warnings: Reasons not to trust it; empty if there are none.
     """
 
     gain: float
@@ -212,10 +207,10 @@ def null_control(
     """Test residuals of a merge against those of the same merge of Gaussian updates.
 
     Args:
-        residuals: Of the real merge, or some of them; by the experts that measured the surrogates.
-        surrogates: Of the same merge.
-        unit: Of the residuals.
-        level: Of the test.
+        residuals: Residuals of the real merge, or some of them, by the experts that measured the surrogates.
+        surrogates: Surrogates of the same merge.
+        unit: Unit of the residuals.
+        level: Level of the test.
 
     Returns:
         The control.

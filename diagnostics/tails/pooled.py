@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from diagnostics.printing import Brief
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.comparison import TailComparison, fit_tails
 from diagnostics.tails.families import Array
@@ -37,15 +38,15 @@ NO_SURROGATES = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class PooledTails:
-    """Tails of several groups of residuals, with what they are to be compared with.
+@dataclass(frozen=True, eq=False, repr=False)
+class PooledTails(Brief):
+    """Tails of several groups of residuals, beside those of a merge of Gaussian surrogates.
 
     Attributes:
-        pooled: Of the residuals as they are.
-        standardised: Of residuals less the robust location of their group, over its robust scale.
+        pooled: Fits to the residuals as they are.
+        standardised: Fits to residuals less the robust location of their group, over its robust scale.
         surrogate: The same of the first merge of Gaussian surrogates; None without any.
-        null: Whether residuals are heavier-tailed than those of such merges; None without any.
+        null: Test against all such merges; None without any.
         offset: Median over groups of the location over the scale: below zero where merges fall short of the experts.
         smallest: Residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
             test allows for it, the standardised fit does not.
@@ -63,7 +64,7 @@ class PooledTails:
 
     @property
     def verdict(self) -> str:
-        """What the residuals' tails are, in a paragraph."""
+        """The fits and the null control in a paragraph."""
         lines = [
             f"pooled: {self.pooled.verdict}",
             f"within groups ({self.offset:+.1f} scales off zero): {self.standardised.verdict}",
@@ -77,7 +78,7 @@ class PooledTails:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why the numbers are not to be trusted; empty if they are."""
+        """Reasons not to trust the numbers; empty if there are none."""
         parts = (self.pooled.warnings, self.standardised.warnings, () if self.null is None else self.null.warnings)
         return tuple(dict.fromkeys(text for part in parts for text in part))
 
@@ -95,20 +96,20 @@ def pooled_tails(
     """Fit tails to the residuals of a merge, with the control that a fit needs.
 
     Args:
-        residuals: Of a merge, or groups of signed residuals that share a location and a scale.
-        families: Names; all six by default.
+        residuals: Residuals of a merge, or groups of signed residuals that share a location and a scale.
+        families: Names of families; all six by default.
         surrogates: Residuals of the same merge of Gaussian updates, made by ``surrogate_residuals``.
-        unit: Of a merge's residuals.
-        limit: Fits are to at most about so many residuals, drawn at random from every group; at least 20 are kept of
+        unit: Unit of a merge's residuals.
+        limit: About the largest number of residuals of a fit, drawn at random from every group; at least 20 are kept of
             each. The null control is about all residuals.
-        level: Of the null control.
-        seed: Of everything that is drawn.
+        level: Level of the null control.
+        seed: Seed of all random choices.
 
     Returns:
         The fits, and the test if there are surrogates.
 
     Raises:
-        ValueError: If there are surrogates, but of groups it is not known which they belong to.
+        ValueError: If there are surrogates, but the residuals are groups without modules.
 
     >>> rng = np.random.default_rng(0)
     >>> groups = [scale * rng.normal(size=60) for scale in (0.1, 0.3, 1.0, 3.0, 10.0)]
@@ -143,20 +144,9 @@ def tails_by(
     level: float = 0.05,
     seed: int = 0,
 ) -> dict[str, PooledTails]:
-    """Tails of each layer or task.
+    """Tails of each layer or task by name, as :func:`pooled_tails` gives them: ``tails_by(found, "expert")["mnist"]``.
 
-    Args:
-        residuals: Of a merge.
-        by: What is fitted by itself.
-        families: See ``pooled_tails``.
-        surrogates: See ``pooled_tails``.
-        unit: See ``pooled_tails``.
-        limit: Of each fit.
-        level: Of each test; with many modules some are below it by chance.
-        seed: Of everything that is drawn.
-
-    Returns:
-        Name to tails: ``tails_by(residuals("merged", task_vectors, InputGram()), "expert")["mnist"].verdict``.
+    Of many tests some are below their level by chance.
     """
     return {
         name: pooled_tails(part, families, surrogates=surrogates, unit=unit, limit=limit, level=level, seed=seed)

@@ -1,4 +1,4 @@
-"""What every fit is made to: finite residuals with a size, and what speaks against trusting a fit to them."""
+"""Validation of residuals before a fit: finite, of some size, not all alike."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sample:
     """Residuals that can be fitted.
 
     Attributes:
-        values: ``(n,)`` float64.
+        values: Signed residuals, ``(n,)`` float64.
         unit: Median absolute value, positive.
-        warnings: What speaks against trusting a fit.
+        warnings: Reasons not to trust a fit.
     """
 
     values: Array
