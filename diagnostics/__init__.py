@@ -5,7 +5,7 @@
 ``fixed_point_convergence`` and ``chain_convergence`` judge solver and samplers. Results print in a few lines, have
 verdicts or warnings where they can be wrong, and tables have ``to_dataframe()``. ``diagnostics.plots`` draws each
 result, ``report`` puts them on one page (as ``poe-merge diagnose`` does), and ``to_inference_data`` converts draws for
-ArviZ.
+ArviZ. The classes of results are in the modules of the functions that make them.
 
 >>> from diagnostics import fit_tails
 >>> import numpy as np
@@ -14,37 +14,13 @@ ArviZ.
 """
 
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
-from diagnostics.chains import (
-    ChainConvergence,
-    CoefficientIntervals,
-    Ranks,
-    chain_convergence,
-    coefficient_intervals,
-    rank_histogram,
-    surround_verdict,
-)
+from diagnostics.chains import chain_convergence, coefficient_intervals, rank_histogram, surround_verdict
 from diagnostics.estimates import Estimate, bootstrap
 from diagnostics.predictions import (
     CORRUPTIONS,
     OWN_EXPERTS,
     SEVERITIES,
-    BrierParts,
-    Calibration,
-    Comparison,
-    Corrupted,
-    Corruption,
-    CorruptionScores,
-    Evaluation,
-    LogitScaling,
-    Predictions,
-    Reliability,
-    RiskCoverage,
-    ShiftComparison,
-    ShiftDetection,
-    SoftLabelScores,
-    aurc_difference,
     auroc,
-    brier_parts,
     calibration,
     calibration_difference,
     compare_detection,
@@ -64,21 +40,11 @@ from diagnostics.predictions import (
     soft_label_scores,
     under_corruption,
 )
-from diagnostics.report.report import Page, report
-from diagnostics.residuals import ExpertResiduals, Experts, Residuals, module_residuals, residuals
-from diagnostics.sensitivity import GammaSensitivity, gamma_sensitivity, with_gamma
-from diagnostics.solver import FixedPointConvergence, fixed_point_convergence, solution_records
+from diagnostics.report.report import report
+from diagnostics.residuals import module_residuals, residuals
+from diagnostics.sensitivity import gamma_sensitivity, with_gamma
+from diagnostics.solver import fixed_point_convergence, solution_records
 from diagnostics.tails import (
-    FamilyResult,
-    Fit,
-    Hill,
-    LogDensity,
-    NullControl,
-    PooledTails,
-    Quantiles,
-    Surrogates,
-    TailComparison,
-    TailPosterior,
     fit_tails,
     hill,
     log_density,
@@ -96,47 +62,12 @@ __all__ = [
     "CORRUPTIONS",
     "OWN_EXPERTS",
     "SEVERITIES",
-    "BrierParts",
-    "Calibration",
-    "ChainConvergence",
-    "CoefficientIntervals",
-    "Comparison",
-    "Corrupted",
-    "Corruption",
-    "CorruptionScores",
     "Estimate",
-    "Evaluation",
-    "ExpertResiduals",
-    "Experts",
-    "FamilyResult",
-    "Fit",
-    "FixedPointConvergence",
-    "GammaSensitivity",
-    "Hill",
     "Level",
-    "LogDensity",
-    "LogitScaling",
-    "NullControl",
-    "Page",
-    "PooledTails",
-    "Predictions",
-    "Quantiles",
-    "Ranks",
-    "Reliability",
-    "Residuals",
-    "RiskCoverage",
-    "ShiftComparison",
-    "ShiftDetection",
-    "SoftLabelScores",
-    "Surrogates",
-    "TailComparison",
-    "TailPosterior",
     "TooFewDraws",
     "Verdict",
-    "aurc_difference",
     "auroc",
     "bootstrap",
-    "brier_parts",
     "calibration",
     "calibration_difference",
     "chain_convergence",

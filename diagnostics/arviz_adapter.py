@@ -228,9 +228,6 @@ def leave_one_out(log_likelihood: np.ndarray) -> LeaveOneOut:
     Args:
         log_likelihood: Nats of every draw and value, ``(draws, n)``.
 
-    Returns:
-        The leave-one-out densities.
-
     >>> flat = leave_one_out(np.full((200, 3), -1.0) + 1e-3 * np.random.default_rng(0).normal(size=(200, 3)))
     >>> round(flat.elpd, 2)
     -3.0

@@ -248,9 +248,6 @@ def coefficient_intervals(draws: SpanDraws, confidence: float = 0.9) -> Coeffici
         draws: Draws in Span coordinates.
         confidence: Level of the intervals.
 
-    Returns:
-        The intervals.
-
     Raises:
         ValueError: If the level is not between 0 and 1, or the draws are not in Span coordinates.
 
@@ -295,9 +292,6 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
     Args:
         values: One quantity, ``(chain, draw)``; ties share their mean rank.
         bins: How many.
-
-    Returns:
-        The counts.
 
     Raises:
         ValueError: If the draws are not ``(chain, draw)``, not finite, or fewer than the bins.

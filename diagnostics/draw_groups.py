@@ -106,9 +106,6 @@ def posterior_attributes(
         posterior: The posterior they were drawn from.
         coordinates: Coordinates of a Span posterior.
         statistics: Statistics that a Span posterior was made from.
-
-    Returns:
-        Name to value.
     """
     attributes: dict[str, str | float] = {
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
@@ -131,9 +128,6 @@ def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
 
     Args:
         found: The distances of all modules.
-
-    Returns:
-        Name to value.
     """
     return {
         "merge_distance": found.worst,

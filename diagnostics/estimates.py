@@ -188,9 +188,6 @@ def bootstrap(
         bounds: See :func:`estimate_of`.
         warnings: See :func:`estimate_of`; a warning about few examples is added.
 
-    Returns:
-        The estimate.
-
     >>> values = torch.arange(100.0, dtype=torch.float64)
     >>> print(bootstrap(lambda w: w @ values / w.sum(1), 100, seed=0))
     49.5 [43.5, 55.3]

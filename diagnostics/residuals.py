@@ -277,9 +277,6 @@ def module_residuals(
         experts: A residual map or a product.
         scaling: ``λ``.
 
-    Returns:
-        One per expert.
-
     Raises:
         ValueError: If shapes do not fit, a value is not finite, or λ is not a positive finite number.
 

@@ -106,9 +106,6 @@ def gamma_sensitivity(
         reference: Position in the ascending grid; the middle one by default.
         max_steps: Reweighted solves per start.
 
-    Returns:
-        The comparison.
-
     Raises:
         ValueError: If there are too few gammas, no modules, a scale without gamma, or a score that is not finite.
 

@@ -113,9 +113,6 @@ def finish(ax: Axes, title: str, columns: int = 4) -> Axes:
         ax: Where.
         title: Of the axes.
         columns: Of the legend at most.
-
-    Returns:
-        The axes.
     """
     labels = ax.get_legend_handles_labels()[1]
     rows = -(-len(labels) // columns)

@@ -16,8 +16,8 @@ from diagnostics.predictions.comparison import Comparison, compare_methods
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from diagnostics.predictions.evaluation import OWN_EXPERTS, Evaluation, evaluate
 from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
-from diagnostics.predictions.reliability import BrierParts, Reliability, brier_parts, reliability
-from diagnostics.predictions.selective import RiskCoverage, aurc_difference, risk_coverage
+from diagnostics.predictions.reliability import Reliability, reliability
+from diagnostics.predictions.selective import RiskCoverage, risk_coverage
 from diagnostics.predictions.shift import (
     Corrupted,
     CorruptionScores,
@@ -35,7 +35,6 @@ __all__ = [
     "CORRUPTIONS",
     "OWN_EXPERTS",
     "SEVERITIES",
-    "BrierParts",
     "Calibration",
     "Comparison",
     "Corrupted",
@@ -49,9 +48,7 @@ __all__ = [
     "ShiftComparison",
     "ShiftDetection",
     "SoftLabelScores",
-    "aurc_difference",
     "auroc",
-    "brier_parts",
     "calibration",
     "calibration_difference",
     "compare_detection",

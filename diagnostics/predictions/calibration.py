@@ -109,9 +109,6 @@ def calibration(
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
-    Returns:
-        The scores.
-
     Raises:
         ValueError: If probabilities or labels are not valid, or there is no bin.
     """
@@ -179,9 +176,6 @@ def scale_logits(validation: Array, labels: Array, probabilities: Array) -> Logi
         validation: ``(m, classes)`` probabilities to fit on.
         labels: ``(m,)`` labels of validation.
         probabilities: ``(n, classes)`` to scale.
-
-    Returns:
-        The scaled probabilities.
 
     Raises:
         ValueError: If probabilities or labels are not valid.

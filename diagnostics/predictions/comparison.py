@@ -250,9 +250,6 @@ def compare_methods(
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
-    Returns:
-        The comparison.
-
     Raises:
         ValueError: If there is no method or no task, tasks or numbers of seeds differ, tables are no probabilities, or
             the level is none.

@@ -139,9 +139,6 @@ def evaluate(predictions: Predictions, *, seed: int, num_resamples: int = 1000) 
         seed: Seed of the resamples.
         num_resamples: Number of resamples.
 
-    Returns:
-        The scores.
-
     >>> from diagnostics.predictions.files import predictions_of
     >>> table = torch.tensor([[0.75, 0.25]] * 40)
     >>> found = evaluate(predictions_of({"coin": [0, 0, 0, 1] * 10}, {"fair": {"coin": table}}), seed=0)

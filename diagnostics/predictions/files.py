@@ -124,9 +124,6 @@ def load_predictions(path: str | Path) -> Predictions:
     Args:
         path: Ends in ``.npz`` or ``.safetensors``.
 
-    Returns:
-        The predictions, checked.
-
     Raises:
         ValueError: If it is not such a file, or its entries do not fit together.
 

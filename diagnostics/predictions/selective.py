@@ -24,7 +24,7 @@ from diagnostics.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RiskCoverage", "aurc_difference", "risk_coverage"]
+__all__ = ["RiskCoverage", "risk_coverage"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,23 +62,6 @@ class RiskCoverage(Brief):
         columns |= {"low": self.low, "high": self.high}
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
-    def risk_at(self, coverage: float) -> float:
-        """Risk at the smallest coverage of the curve that is at least this.
-
-        Args:
-            coverage: Share of examples to keep, above 0.
-
-        Returns:
-            The risk.
-
-        Raises:
-            ValueError: If the share is not above 0 and at most 1.
-        """
-        if not 0 < coverage <= 1:
-            raise ValueError(f"`RiskCoverage.risk_at({coverage})`: give a share of examples above 0 and at most 1.")
-        reached = self.coverage >= coverage - 1e-12
-        return float(self.risk[reached][0])
-
 
 def risk_coverage(
     score: Array,
@@ -98,9 +81,6 @@ def risk_coverage(
         points: Largest number of points of the curve; of more distinct scores some are left out. The areas are of all.
         num_resamples: Number of resamples.
         confidence: Level of band and intervals.
-
-    Returns:
-        The curve.
 
     Raises:
         ValueError: If the two do not fit or have NaN, there is no point, or the level is none.
@@ -122,48 +102,6 @@ def risk_coverage(
     resampled = partial(bootstrap, size=len(sure), seed=seed, num_resamples=num_resamples, confidence=confidence)
     aurc, chance, perfect = map(resampled, (ranked.area, weighted_mean(wrong), optimal.area_one_by_one))
     return RiskCoverage(thresholds[chosen], kept / len(sure), lost / kept, low, high, aurc, chance, perfect, confidence)
-
-
-def aurc_difference(
-    first_score: Array,
-    first_loss: Array,
-    second_score: Array,
-    second_loss: Array,
-    *,
-    seed: int,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-) -> Estimate:
-    """Area under the first curve less that under the second, paired over the same examples; negative is better.
-
-    Args:
-        first_score: ``(n,)``, as in ``risk_coverage``.
-        first_loss: ``(n,)``.
-        second_score: ``(n,)``.
-        second_loss: ``(n,)``.
-        seed: Seed of the resamples.
-        num_resamples: Number of resamples.
-        confidence: Level of the interval.
-
-    Returns:
-        The difference.
-
-    Raises:
-        ValueError: If the four do not fit, or have NaN.
-
-    >>> right = torch.zeros(30)
-    >>> print(aurc_difference(right, right, right, right + 1, seed=0))
-    -1 [-1, -1]
-    """
-    one = _Ranked(*_checked(first_score, first_loss, "aurc_difference"))
-    two = _Ranked(*_checked(second_score, second_loss, "aurc_difference"))
-    if one.size != two.size:
-        raise ValueError(
-            f"`aurc_difference(...)`: {one.size} and {two.size} examples. Give both curves the same examples, in order."
-        )
-    return bootstrap(
-        lambda w: one.area(w) - two.area(w), one.size, seed=seed, num_resamples=num_resamples, confidence=confidence
-    )
 
 
 class _Ranked:

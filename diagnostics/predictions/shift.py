@@ -129,9 +129,6 @@ def auroc(inside: Array, outside: Array, *, seed: int, num_resamples: int = 1000
         num_resamples: Number of resamples.
         confidence: Level of the interval.
 
-    Returns:
-        The area.
-
     Raises:
         ValueError: If a sample is empty or has NaN.
     """
@@ -150,9 +147,6 @@ def detect_shift(
         seed: Seed of the resamples.
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
-
-    Returns:
-        Two areas.
 
     Raises:
         ValueError: If a prediction is empty or has NaN.

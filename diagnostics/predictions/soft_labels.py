@@ -68,9 +68,6 @@ def soft_label_scores(
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
-    Returns:
-        The scores.
-
     Raises:
         ValueError: If probabilities are not valid, or votes are no counts of this shape.
     """

@@ -41,9 +41,6 @@ def convergence_section(
         coefficients: Intervals of Span draws.
         around: Verdict on the distance of the draws from the merge.
         sensitivity: Sensitivity to gamma.
-
-    Returns:
-        The section.
     """
     verdicts: list[Verdict] = [] if fixed_point is None else [*fixed_point.verdicts]
     verdicts += [] if around is None else [around]

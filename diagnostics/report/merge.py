@@ -27,9 +27,6 @@ def merge_section(record: Mapping[str, Any]) -> Section:
     Args:
         record: The contents of ``poe_merge.json``.
 
-    Returns:
-        The section.
-
     Raises:
         ValueError: If the record is not one of a merge.
     """

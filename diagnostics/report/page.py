@@ -151,9 +151,6 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
         sections: Parts of the page.
         verdicts: Other verdicts than the parts' own, for the top.
 
-    Returns:
-        The page.
-
     >>> "&lt;b&gt;" in page("<b>", "", []).html and "<b>" not in page("<b>", "", []).html
     True
     """

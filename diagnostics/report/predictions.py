@@ -75,9 +75,6 @@ def shift_section(
     Args:
         corrupted: Name of the method to the result of ``under_corruption``.
         detection: Name of the inputs to the result of ``compare_detection``.
-
-    Returns:
-        The section.
     """
     blocks: list[Block] = []
     if corrupted:

@@ -33,9 +33,6 @@ def tails_section(residuals: Residuals | None, tails: PooledTails | None, measur
         residuals: Residuals of the merge.
         tails: Their tails.
         measured: Sentence about the map that measured them, if not the experts of the merge.
-
-    Returns:
-        The section.
     """
     verdicts: list[Verdict] = []
     blocks: list[Block] = [Text(measured)] if measured else []

@@ -189,9 +189,6 @@ def fit_tails(
         num_draws: Number of posterior draws per family.
         seed: Seed of the draws and of the choice of residuals.
 
-    Returns:
-        The comparison.
-
     Raises:
         ValueError: If there are too few draws.
 

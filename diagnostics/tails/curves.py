@@ -144,9 +144,6 @@ def log_density(values: Values, fits: Sequence[Fit] = (), *, bins: int = 61, cov
         bins: Number of equally wide bins, symmetric around zero.
         coverage: Share of the residuals in the bins.
 
-    Returns:
-        The curves.
-
     Raises:
         ValueError: If the share is not in (0, 1], or there are no bins.
 

@@ -50,9 +50,6 @@ def maximum_likelihood(values: Values, family: Family) -> Fit:
         values: Signed residuals of any shape; independent.
         family: The family.
 
-    Returns:
-        The fit.
-
     >>> from diagnostics.tails.families import LAPLACE
     >>> round(maximum_likelihood([1.0, -2.0, 3.0, -4.0, 5.0], LAPLACE).scale, 9)  # the mean absolute value
     3.0

@@ -212,9 +212,6 @@ def null_control(
         unit: Unit of the residuals.
         level: Level of the test.
 
-    Returns:
-        The control.
-
     Raises:
         ValueError: If the level cannot be reached with so few surrogates, there is nothing to test, a residual is NaN
             or infinite, or the surrogates are of another merge.

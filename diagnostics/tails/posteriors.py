@@ -83,9 +83,6 @@ def tail_posterior(values: Values, family: Family) -> TailPosterior:
         values: Signed residuals of any shape; independent.
         family: The family.
 
-    Returns:
-        The posterior.
-
     >>> from diagnostics.tails.families import GAUSSIAN
     >>> print(tail_posterior(np.linspace(-1.7, 1.7, 101), GAUSSIAN).scale)
     0.995 [0.871, 1.150]

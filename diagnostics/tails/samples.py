@@ -61,9 +61,6 @@ def sample_of(values: Values) -> Sample:
     Args:
         values: Signed residuals of any shape.
 
-    Returns:
-        The sample.
-
     Raises:
         ValueError: If there are fewer than five, one is NaN or infinite, more than 5 % are exactly zero, or all have
             the same absolute value.

@@ -90,9 +90,6 @@ def fit_sizes(updates: Tensor, sizes: Sizes = "own") -> FittedSizes:
         updates: ``(N, d_out, d_in)``, float32 or float64.
         sizes: ``"own"`` or ``"shared"``.
 
-    Returns:
-        The sizes.
-
     Raises:
         ValueError: If ``sizes`` is something else.
 
