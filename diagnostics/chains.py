@@ -82,7 +82,7 @@ class ChainConvergence(Brief):
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """On R-hat and on effective sample sizes; on divergences where the sampler reports them.
+        """Verdicts on R-hat and effective sample sizes, and on divergences where the sampler reports them.
 
         Draws that are not finite come first: nothing else that is said of their quantities counts.
         """
@@ -291,7 +291,7 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
 
     Args:
         values: One quantity, ``(chain, draw)``; ties share their mean rank.
-        bins: How many.
+        bins: Number of bins.
 
     Raises:
         ValueError: If the draws are not ``(chain, draw)``, not finite, or fewer than the bins.

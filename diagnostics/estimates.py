@@ -73,7 +73,7 @@ class Estimate:
 
     @property
     def trusted(self) -> bool:
-        """Whether nothing speaks against it."""
+        """Whether there are no warnings."""
         return not self.warnings
 
     @override
@@ -131,8 +131,8 @@ def resamples(size: int, num_resamples: int, *, seed: int, strata: Tensor | None
 
     Args:
         size: Number of examples n.
-        num_resamples: How many resamples in all.
-        seed: Of the random numbers; the same seed gives the same resamples whatever is computed on them.
+        num_resamples: Number of resamples.
+        seed: Seed of the random numbers; the resamples do not depend on the statistic.
         strata: ``(n,)`` integers; every stratum keeps its size. None for one stratum.
 
     Yields:

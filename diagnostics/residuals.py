@@ -51,7 +51,7 @@ Array = npt.NDArray[np.float64]
 Unit = Literal["raw", "scale", "own"]
 """Unit of a residual: its own; the expert's scale ``s``; the length of the expert's own part, which it has at Z = 0."""
 Experts = ResidualMap | ProductOfExperts
-"""What measures: a residual map for every task vector, at the scale ``q(0)``, or a product of experts."""
+"""Measure of residuals: a residual map for every task vector, at the scale ``q(0)``, or a product of experts."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -269,7 +269,7 @@ def residuals(
 def module_residuals(
     merged: Tensor, updates: ModuleUpdates, experts: Experts, *, scaling: float = 1.0
 ) -> tuple[ExpertResiduals, ...]:
-    """Residuals of one module that is in memory.
+    """Residuals of one module that is in memory, one per expert.
 
     Args:
         merged: The update times λ, ``W_merged - W_0``, ``(d_out, d_in)``.

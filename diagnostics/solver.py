@@ -158,14 +158,7 @@ def fixed_point_convergence(records: Iterable[Mapping[str, Any]]) -> FixedPointC
 
 
 def solution_records(solution: Solution[FixedPointInfo], modules: Sequence[str]) -> list[dict[str, Any]]:
-    """Records of a solution in memory.
-
-    Args:
-        solution: Of a batch of modules.
-        modules: Their names.
-
-    Returns:
-        One record for each, as in ``poe_merge.json``.
+    """Records of a solution in memory, one for each named module of its batch, as in ``poe_merge.json``.
 
     Raises:
         ValueError: If there are more or fewer names than modules.

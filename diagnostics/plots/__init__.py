@@ -8,15 +8,15 @@ Series differ in colour, line and marker together: figures can be read by the co
 >>> axes.get_ylabel()
 'tail index'
 
-| function | what it draws | counterpart |
+| function | draws | counterpart |
 |---|---|---|
-| ``plot_residual_histogram`` | residuals with fitted densities | [PoE] Figures 1, 5 |
-| ``plot_log_density`` | the same as log densities | [PoE] Figures 1, 5, 6 |
-| ``plot_mean_squared_residuals`` | squared residuals by module and method | [PoE] Figure 2 |
-| ``plot_energy_traces`` | energy along the fixed point | [PoE] Figure 3 |
-| ``plot_contraction`` | contraction rate and the bound L by module | [PoE] Figure 4 |
-| ``plot_gamma_scores``, ``plot_gamma_moves`` | the merge over gamma | [PoE] Figure 7 |
-| ``plot_pareto`` | accuracy against ECE, with the front | [BMM] Figure 4 |
+| ``plot_residual_histogram`` | residuals with densities of ``fit_tails`` | [PoE] Figures 1, 5 |
+| ``plot_log_density`` | the same as log densities, of ``log_density`` | [PoE] Figures 1, 5, 6 |
+| ``plot_mean_squared_residuals`` | squared ``residuals`` by module and method | [PoE] Figure 2 |
+| ``plot_energy_traces`` | energy along the fixed point, of ``fixed_point_convergence`` | [PoE] Figure 3 |
+| ``plot_contraction`` | contraction rate and the bound L by module, of the same | [PoE] Figure 4 |
+| ``plot_gamma_scores``, ``plot_gamma_moves`` | the merge over gamma, of ``gamma_sensitivity`` | [PoE] Figure 7 |
+| ``plot_pareto`` | accuracy against ECE with the front, of ``compare_methods`` | [BMM] Figure 4 |
 """
 
 from diagnostics.plots.convergence import (

@@ -119,7 +119,7 @@ def plot_expert_weights(result: FixedPointConvergence, ax: Axes | None = None) -
 
 
 def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
-    """How far the merge moves with gamma, and how far it is from its Gaussian twin's.
+    """Moves of the merge with gamma, and its distance from the Gaussian twin's.
 
     Lines are medians over modules, bands reach from the least to the most.
     """
@@ -157,14 +157,7 @@ def plot_gamma_scores(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
 
 
 def plot_chain_traces(result: ChainConvergence, module: str, quantity: str, ax: Axes | None = None) -> Axes:
-    """The draws of one quantity, chain by chain.
-
-    Args:
-        result: Of draws.
-        module: Its name.
-        quantity: Its name.
-        ax: Where to draw.
-    """
+    """Trace of one quantity's draws in one module, chain by chain."""
     ax = axes_of(ax)
     values = _of(result, module, quantity)
     for index, chain in enumerate(values):

@@ -22,11 +22,6 @@ def plot_reliability(result: Reliability, name: str = "", ax: Axes | None = None
 
     Hollow points have too few examples for their band to be trusted. The gray bars below are the bins' shares of the
     examples, on the same axis.
-
-    Args:
-        result: Of ``reliability``.
-        name: What made the predictions; for the title.
-        ax: Where to draw.
     """
     ax = axes_of(ax, (4.4, 4.4))
     edges = result.edges.numpy()
@@ -62,13 +57,7 @@ def plot_corruptions(
     score: Literal["accuracy", "nll", "brier", "ece"] = "ece",
     ax: Axes | None = None,
 ) -> Axes:
-    """A score over the severity of corruption, the mean over kinds; bars reach from the mildest to the worst kind.
-
-    Args:
-        results: Name of the method to what ``under_corruption`` gave.
-        score: Which.
-        ax: Where to draw.
-    """
+    """A score over the severity of corruption, the mean over kinds; bars reach from the mildest to the worst kind."""
     ax = axes_of(ax, (5.0, 4.0))
     severities = sorted({each.severity for found in results.values() for each in found})
     for index, (name, found) in enumerate(results.items()):
@@ -86,12 +75,8 @@ def plot_corruptions(
 def plot_radar(result: Comparison, methods: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """One spoke for each task and one line for each method, as [BMM] shows accuracies by task.
 
-    Accuracies are over those of the tasks' own experts, where the comparison has them.
-
-    Args:
-        result: Of ``compare_methods``, on three tasks or more.
-        methods: Which to draw; the first seven by default.
-        ax: Where to draw; polar.
+    Accuracies are over those of the tasks' own experts, where the comparison has them. The first seven methods are
+    drawn by default, on polar axes.
 
     Raises:
         ValueError: If there are fewer than three tasks, or the axes are not polar.
@@ -126,9 +111,9 @@ def plot_pareto(result: Comparison, series: Mapping[str, Sequence[str]] | None =
     paths over the temperature, draws of the posterior and white noise of the same size; give them as two series.
 
     Args:
-        result: Of ``compare_methods``.
+        result: The comparison.
         series: Label to the methods that are joined by a line, in order; by default every method is a point of its own.
-        ax: Where to draw.
+        ax: Axes to draw into.
     """
     ax = axes_of(ax, (6.4, 4.8))
     groups = {method: [method] for method in result.methods} if series is None else series

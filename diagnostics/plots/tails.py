@@ -31,10 +31,7 @@ def plot_residual_histogram(
 ) -> Axes:
     """Histogram of the residuals with fitted densities: the counterpart of [PoE] Figures 1 and 5.
 
-    Args:
-        result: Of ``fit_tails``.
-        families: Whose densities to draw, at the greatest likelihood; those that were not fitted are left out.
-        ax: Where to draw.
+    Densities are at the greatest likelihood; families that were not fitted are left out.
     """
     ax = axes_of(ax)
     end = float(np.quantile(np.abs(result.values), COVERAGE))
@@ -105,7 +102,7 @@ def plot_hill(result: Hill, ax: Axes | None = None) -> Axes:
 
 
 def plot_families(result: TailComparison, ax: Axes | None = None) -> Axes:
-    """How much less each family predicts than the best, with two standard errors; filled marks are tied with it."""
+    """Elpd of each family less that of the best, with two standard errors; filled marks are tied with it."""
     ax = axes_of(ax, (6.4, 1.0 + 0.35 * len(result.results)))
     for row, each in enumerate(result.results):
         fill = "black" if each.tied else "white"
@@ -123,9 +120,9 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
     """Mean squared residual of every module by method, on a logarithmic axis: the counterpart of [PoE] Figure 2.
 
     Args:
-        residuals: Name of the method to its merge's residuals, of the same modules.
+        residuals: Name of each method to its merge's residuals, of the same modules.
         unit: "raw" for ``q``, "scale" for ``q / s^2``, "own" for ``q / q(0)``: 1 is what merging nothing leaves.
-        ax: Where to draw.
+        ax: Axes to draw into.
 
     Raises:
         ValueError: If there are none, or they are of different modules.
@@ -147,6 +144,6 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
 
 
 def _place(family: str) -> int:
-    """Which style a family has, the same in every figure."""
+    """Number of a family's style, the same in every figure."""
     names = [each.name for each in FAMILIES]
     return names.index(family) if family in names else len(names)

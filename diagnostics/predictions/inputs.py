@@ -13,7 +13,7 @@ __all__ = ["Array", "Labelled", "checked_labels", "checked_probabilities", "labe
 
 Array = Tensor | NDArray[Any]
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
-"""How far rows may sum from one; the second for 16-bit floats, whose rounding adds up over classes."""
+"""Largest distance of the sum of a row from one; the second for 16-bit floats, whose rounding adds up over classes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ class FamilyResult(Brief):
 
     @property
     def tied(self) -> bool:
-        """Whether it is within two standard errors of the best."""
+        """Whether the difference to the best family is within two standard errors."""
         return self.difference <= TIE * self.difference_error
 
 
@@ -110,7 +110,7 @@ class TailComparison(Brief):
 
     @property
     def trusted(self) -> bool:
-        """Whether nothing speaks against the numbers."""
+        """Whether there are no warnings."""
         return not self.warnings
 
     def result(self, family: str) -> FamilyResult:

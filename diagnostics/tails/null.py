@@ -1,4 +1,4 @@
-r"""The null control of a heavy tail: would Gaussian updates of the same sizes look the same?
+"""The null control of a heavy tail: a test against merges of Gaussian updates of the same sizes.
 
 Residuals of a merge of exactly Gaussian updates are heavy-tailed as soon as rows differ in size, and they depend on
 each other, for all of them share the merged update. So the null hypothesis is about the updates: independent Gaussian
@@ -8,10 +8,10 @@ computed for all: the gain in log likelihood of a Student-t over a Gaussian, of 
 location and over its robust scale (a group is a module and an expert). The p-value is the rank of the real gain among
 the surrogates'.
 
-Reading: a small p means that entries (with shared sizes: entries or rows) are heavier-tailed than
-Gaussian in a way that reaches the residuals. A large one means that sizes explain what tail there is. A gain far
-*below* the surrogates' says that real updates differ from Gaussians in something else: a few directions that carry most
-of an update make the parts of its residual alike.
+A small p means that entries (with shared sizes: entries or rows) are heavier-tailed than Gaussian in a way that reaches
+the residuals; a large one, that sizes explain the tail. A gain far *below* the surrogates' means that real updates
+differ from Gaussians in something else: a few directions that carry most of an update make the parts of its residual
+alike.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Groups = Sequence[Values] | Mapping[str, Values]
 SMALLEST_GROUP = 3
 """Residuals over the scale of one or two of them say nothing about a tail."""
 DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Where the Student-t likelihood is profiled; a finer grid changes the gain little, and its test not at all."""
+"""Degrees of freedom at which the Student-t likelihood is profiled; a finer grid does not change the test."""
 MEDIAN_OF_NORMAL = float(norm.ppf(0.75))
 
 
@@ -69,13 +69,7 @@ def named_groups(groups: Groups) -> dict[str, Array]:
 
 
 def usable_groups(groups: Groups) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Groups with a scale, and warnings about those without.
-
-    Args:
-        groups: Signed residuals of each group.
-
-    Returns:
-        The groups of at least three residuals and a positive scale, and warnings.
+    """Groups of at least three residuals and a positive scale, and warnings about the others.
 
     Raises:
         ValueError: If a residual is NaN or infinite, no group is left, or they cannot be fitted together.
@@ -215,9 +209,6 @@ def null_control(
     Raises:
         ValueError: If the level cannot be reached with so few surrogates, there is nothing to test, a residual is NaN
             or infinite, or the surrogates are of another merge.
-
-    Example:
-        ``null_control(residuals(merged, vectors, poe), surrogate_residuals(vectors, poe)).verdict``
     """
     count = len(surrogates.residuals)
     if not 1 / (count + 1) <= level < 1:

@@ -31,7 +31,7 @@ from diagnostics.tails.surrogates import Surrogates
 __all__ = ["PooledTails", "pooled_tails", "tails_by"]
 
 FEWEST_KEPT = 20
-"""What thinning leaves of a group, for the sake of its scale."""
+"""Smallest size of a group after thinning, for the sake of its scale."""
 NO_SURROGATES = (
     "not known: nothing says how heavy-tailed the same merge of Gaussian updates would look; rows of different size "
     "alone make a heavy tail (`surrogate_residuals` makes such merges)"
