@@ -367,6 +367,23 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
         chain_convergence(sample_full(vectors, poe, 5, generator=generator, method="laplace"))
 
 
+def test_weights_are_named_by_expert_whatever_its_place_in_a_design(updates: Tensor) -> None:
+    states = {name: {"a.weight": updates[0, i], "b.weight": updates[1, i]} for i, name in enumerate(NAMES)}
+    vectors = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
+    whole = product(anchor=Anchor(precision=AbsolutePrecision(0.1)))
+    fewer = replace(whole, experts=whole.experts[::-1][:2])  # of the last two task vectors, the last one first
+    draws = sample_full(
+        vectors, lambda tensor: Design(whole if tensor == "a.weight" else fewer), 50, generator=seeded(0)
+    )
+    found = chain_convergence(draws)
+    assert found.quantities == ("log density", *(f"log weight of {name}" for name in NAMES))
+    assert found.silent.tolist() == [[False] * 4, [False, True, False, False]]
+    np.testing.assert_array_equal(found.values[..., 0, 1], draws.weights[..., 0, 0].log())
+    np.testing.assert_array_equal(found.values[..., 1, 3], draws.weights[..., 1, 0].log())
+    table = found.to_dataframe()
+    assert f"log weight of {NAMES[0]}" not in table[table["module"] == "b.weight"]["quantity"].tolist()
+
+
 def test_ranks_of_alike_chains_are_flat() -> None:
     ranks = rank_histogram(independent((4, 2000)), bins=10)
     assert ranks.counts.sum(1).tolist() == [2000] * 4

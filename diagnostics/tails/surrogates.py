@@ -128,7 +128,7 @@ class _Model:
 
     def generator(self, module: ModuleUpdates) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{self.index}/{module.name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # seeds of torch have 63 bits
 
     def __iter__(self) -> Iterator[ModuleUpdates]:
         for module in self.task_vectors:
