@@ -172,13 +172,7 @@ class ChainStatistics(Brief):
 
 
 def chain_statistics(values: np.ndarray) -> ChainStatistics:
-    """R-hat, effective sample sizes and Monte Carlo errors.
-
-    Args:
-        values: ``(chain, draw, *shape)``.
-
-    Returns:
-        One number for each quantity; nan where ArviZ gives none (constants, values that are not finite, one chain).
+    """R-hat, effective sample sizes and Monte Carlo errors of quantities ``(chain, draw, *shape)``.
 
     >>> draws = np.random.default_rng(0).normal(size=(4, 500, 2))
     >>> bool((chain_statistics(draws).r_hat < 1.01).all())
@@ -223,10 +217,7 @@ class LeaveOneOut(Brief):
 
 
 def leave_one_out(log_likelihood: np.ndarray) -> LeaveOneOut:
-    """PSIS-LOO of independent draws.
-
-    Args:
-        log_likelihood: Nats of every draw and value, ``(draws, n)``.
+    """PSIS-LOO from the nats of independent draws and values, ``(draws, n)``.
 
     >>> flat = leave_one_out(np.full((200, 3), -1.0) + 1e-3 * np.random.default_rng(0).normal(size=(200, 3)))
     >>> round(flat.elpd, 2)

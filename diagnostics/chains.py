@@ -164,12 +164,6 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
     Span draws are judged by their coefficients. Full ones are made again only when needed, and judged by the numbers
     that the Gibbs sampler keeps: the log density and the log of each expert's mixture weight.
 
-    Args:
-        draws: Draws by any sampler.
-
-    Returns:
-        Statistics and verdicts of every module.
-
     Raises:
         ValueError: If the draws are no chains (Laplace, noise).
     """
@@ -187,13 +181,7 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
 
 
 def surround_verdict(draws: PosteriorDraws) -> Verdict:
-    """Judge the distance of the draws' mean from the merge, in standard deviations of the draws.
-
-    Args:
-        draws: Draws of a whole model, or of some of its modules.
-
-    Returns:
-        A verdict with sampler, coordinates, temperature and distance.
+    """Verdict on the distance of the draws' mean from the merge, in standard deviations of the draws.
 
     >>> from inference.models.model_draws import SpanDraws
     >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
@@ -242,11 +230,7 @@ class CoefficientIntervals(Brief):
 
 
 def coefficient_intervals(draws: SpanDraws, confidence: float = 0.9) -> CoefficientIntervals:
-    """Central intervals of each module's coefficients; judge the chains first.
-
-    Args:
-        draws: Draws in Span coordinates.
-        confidence: Level of the intervals.
+    """Central intervals of each module's coefficients at a level of confidence; judge the chains first.
 
     Raises:
         ValueError: If the level is not between 0 and 1, or the draws are not in Span coordinates.

@@ -39,10 +39,7 @@ DIMS = {
 
 
 def hierarchical_groups(draws: HierarchicalDraws) -> dict[str, Any]:
-    """Groups, coordinates and dimensions of draws of scales and tails.
-
-    Args:
-        draws: Draws by :func:`inference.hierarchical`.
+    """Groups, coordinates and dimensions of draws of scales and tails by :func:`inference.hierarchical`.
 
     Returns:
         ``posterior``: ``gamma`` and ``nu``, with a dimension ``expert`` or ``module`` if each has its own, and
@@ -67,15 +64,7 @@ def posterior_groups(
     modules: Sequence[str] | None,
     include_update: bool,
 ) -> dict[str, Any]:
-    """Groups, coordinates and dimensions of draws of merged updates.
-
-    Args:
-        draws: Draws by any sampler.
-        posterior: The posterior they were drawn from.
-        coordinates: Coordinates of a Span posterior.
-        statistics: Statistics that a Span posterior was made from.
-        modules: Names of the modules of a Full posterior; numbered if not given.
-        include_update: True to keep every entry of Full draws.
+    """Groups, coordinates and dimensions of draws of merged updates; arguments as for ``to_inference_data``.
 
     Returns:
         ``posterior``, ``sample_stats``, ``log_likelihood`` (None in Span coordinates, or with a warning where an energy
@@ -99,14 +88,7 @@ def posterior_groups(
 def posterior_attributes(
     draws: Draws, posterior: Posterior, coordinates: SpanCoordinates | None, statistics: SpanStatistics | None
 ) -> dict[str, str | float]:
-    """Sampler, coordinates, temperature, energies and distance from the merge, as text and numbers that netCDF stores.
-
-    Args:
-        draws: Draws by any sampler.
-        posterior: The posterior they were drawn from.
-        coordinates: Coordinates of a Span posterior.
-        statistics: Statistics that a Span posterior was made from.
-    """
+    """Sampler, coordinates, temperature, energies and distance from the merge, as text and numbers for netCDF."""
     attributes: dict[str, str | float] = {
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
         "coordinates_of_draws": "full" if statistics is None else "span",
@@ -124,11 +106,7 @@ def posterior_attributes(
 
 
 def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
-    """Distance of draws from the merge: the largest with its module, and the mean over modules, in standard deviations.
-
-    Args:
-        found: The distances of all modules.
-    """
+    """Distance of draws from the merge: largest with its module, and mean over modules, in standard deviations."""
     return {
         "merge_distance": found.worst,
         "merge_distance_module": found.where,

@@ -259,14 +259,7 @@ def z_of(confidence: float) -> float:
 
 
 def interval_ends(confidence: float, called: str) -> Tensor:
-    """Probabilities of the quantiles at the ends of a central interval.
-
-    Args:
-        confidence: Level of the interval.
-        called: The public call, for the message.
-
-    Returns:
-        ``(2,)`` float64.
+    """Probabilities ``(2,)`` of the quantiles at the ends of a central interval.
 
     Raises:
         ValueError: If the level is not between 0 and 1.

@@ -136,9 +136,6 @@ def fixed_point_convergence(records: Iterable[Mapping[str, Any]]) -> FixedPointC
     Args:
         records: One for each module: its name as ``module``, and the entries of ``Solution.record``.
 
-    Returns:
-        The modules side by side.
-
     Raises:
         ValueError: If there are none, or one lacks an entry.
     """

@@ -31,15 +31,7 @@ class Binning:
     size: int
 
     def sums(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums of values in each bin.
-
-        Args:
-            values: ``(n, k)`` float64.
-            weights: ``(batch, n)`` float64 of the examples.
-
-        Returns:
-            ``(batch, size)``.
-        """
+        """Sums ``(batch, size)`` of values ``(n, k)`` by bin, for weights ``(batch, n)`` of examples; all float64."""
         examples, each = self.index.shape
         rows, columns = self.index.flatten().numpy(), np.repeat(np.arange(examples), each)
         table = csr_matrix((values.flatten().numpy(), (rows, columns)), shape=(self.size, examples))
@@ -88,10 +80,6 @@ def equal_mass_edges(values: Tensor, bins: int) -> Tensor:
 
 def check_bins(bins: int, called: str) -> None:
     """Refuse to have no bins.
-
-    Args:
-        bins: Number of bins.
-        called: The public call, for the message.
 
     Raises:
         ValueError: If there is none.

@@ -191,9 +191,6 @@ class Comparison(Brief):
     def summary(self, method: str) -> dict[str, Estimate]:
         """Estimates of one method over all tasks; ``normalised`` is there if there are experts.
 
-        Args:
-            method: Its name.
-
         Returns:
             ``accuracy``, ``worst``, ``normalised``, ``nll``, ``brier``, ``ece`` and ``rank``.
         """

@@ -56,14 +56,11 @@ class Predictions(Brief):
 
 
 def predictions_of(labels: Mapping[str, Array], probabilities: Mapping[str, Mapping[str, Array]]) -> Predictions:
-    """Predictions in memory, checked.
+    """Check predictions in memory, and put them on the CPU in float64.
 
     Args:
         labels: Task to ``(n,)`` integers.
         probabilities: Method, then task, to ``(n, classes)``.
-
-    Returns:
-        The predictions, in float64 on the CPU.
 
     Raises:
         ValueError: If a table is no probabilities, labels do not fit, or a method lacks a task.
@@ -93,11 +90,7 @@ def predictions_of(labels: Mapping[str, Array], probabilities: Mapping[str, Mapp
 
 
 def save_predictions(predictions: Predictions, path: str | Path) -> None:
-    """Write the file.
-
-    Args:
-        predictions: What goes in.
-        path: Ends in ``.npz`` or ``.safetensors``; overwritten if it is there.
+    """Write predictions to a file that ends in ``.npz`` or ``.safetensors``; one that is there is overwritten.
 
     Raises:
         ValueError: If it ends otherwise, or a task has a slash in its name.
@@ -119,10 +112,7 @@ def save_predictions(predictions: Predictions, path: str | Path) -> None:
 
 
 def load_predictions(path: str | Path) -> Predictions:
-    """Read the file; nothing in it is executed.
-
-    Args:
-        path: Ends in ``.npz`` or ``.safetensors``.
+    """Read and check a file of predictions; nothing in it is executed.
 
     Raises:
         ValueError: If it is not such a file, or its entries do not fit together.

@@ -27,13 +27,7 @@ CENTRED = 0.1
 
 
 def tails_section(residuals: Residuals | None, tails: PooledTails | None, measured: str = "") -> Section:
-    """Residuals of the merge, and their tails beside the null control.
-
-    Args:
-        residuals: Residuals of the merge.
-        tails: Their tails.
-        measured: Sentence about the map that measured them, if not the experts of the merge.
-    """
+    """Residuals of the merge, and their tails beside the null control; ``measured`` says by which map."""
     verdicts: list[Verdict] = []
     blocks: list[Block] = [Text(measured)] if measured else []
     if tails is not None:

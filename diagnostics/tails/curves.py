@@ -113,14 +113,7 @@ def hill(values: Values, largest: float = 0.5) -> Hill:
 
 
 def quantiles(values: Values, fit: Fit) -> Quantiles:
-    """Residuals against the quantiles of a fitted family.
-
-    Args:
-        values: Signed residuals of any shape.
-        fit: The fitted family.
-
-    Returns:
-        The data of a QQ plot.
+    """Residuals of any shape against the quantiles of a fitted family: the data of a QQ plot.
 
     >>> from diagnostics.tails.families import GAUSSIAN
     >>> from diagnostics.tails.fits import maximum_likelihood

@@ -180,13 +180,7 @@ FAMILIES: tuple[Family, ...] = (GAUSSIAN, LAPLACE, LOGISTIC, STUDENT_T, CAUCHY, 
 
 
 def families_named(names: Sequence[str]) -> tuple[Family, ...]:
-    """Families by their names.
-
-    Args:
-        names: Names in ``FAMILIES``.
-
-    Returns:
-        The families in the same order.
+    """Families by their names in ``FAMILIES``, in the same order.
 
     Raises:
         ValueError: If there are none, or one is unknown or there twice.

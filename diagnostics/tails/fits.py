@@ -44,11 +44,7 @@ class Fit:
 
 
 def maximum_likelihood(values: Values, family: Family) -> Fit:
-    """Fit a family by maximum likelihood.
-
-    Args:
-        values: Signed residuals of any shape; independent.
-        family: The family.
+    """Fit a family by maximum likelihood to independent signed residuals of any shape.
 
     >>> from diagnostics.tails.families import LAPLACE
     >>> round(maximum_likelihood([1.0, -2.0, 3.0, -4.0, 5.0], LAPLACE).scale, 9)  # the mean absolute value
@@ -74,16 +70,7 @@ def maximum_likelihood(values: Values, family: Family) -> Fit:
 
 
 def profile(sizes: Array, family: Family, shape: float) -> tuple[float, float]:
-    """The scale of greatest likelihood at a shape.
-
-    Args:
-        sizes: Absolute residuals of about unit size, ``(n,)``.
-        family: The family.
-        shape: Its shape; families without one do not look at it.
-
-    Returns:
-        The scale, and the summed log likelihood there in nats.
-    """
+    """Scale of greatest likelihood of sizes ``|x|`` at a shape, and the summed log likelihood there in nats."""
     parameter = np.float64(shape)
 
     def excess(log_scale: float) -> float:

@@ -57,17 +57,10 @@ class TailPosterior(Brief):
         return None if self.family.shape is None else _summary(self.shapes, self.weights)
 
     def draws(self, count: int, seed: int) -> tuple[Array, Array]:
-        """Nodes drawn by their probability, systematically and then shuffled.
+        """Scales and shapes ``(count,)`` of nodes drawn by their probability, systematically and then shuffled.
 
         They stay nodes: moments over the nodes are exact, and spreading them over their cells would widen a posterior
         in which scale and shape are correlated.
-
-        Args:
-            count: Number of draws.
-            seed: Seed of the random numbers.
-
-        Returns:
-            Scales and shapes, ``(count,)`` each; shapes are 1 for scale families.
         """
         rng = np.random.default_rng(seed)
         points = (np.arange(count) + rng.random()) / count
@@ -77,11 +70,7 @@ class TailPosterior(Brief):
 
 
 def tail_posterior(values: Values, family: Family) -> TailPosterior:
-    """The posterior of a family's scale and shape.
-
-    Args:
-        values: Signed residuals of any shape; independent.
-        family: The family.
+    """Posterior of a family's scale and shape from independent signed residuals of any shape.
 
     >>> from diagnostics.tails.families import GAUSSIAN
     >>> print(tail_posterior(np.linspace(-1.7, 1.7, 101), GAUSSIAN).scale)

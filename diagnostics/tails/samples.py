@@ -56,10 +56,7 @@ def as_array(values: Values) -> Array:
 
 
 def sample_of(values: Values) -> Sample:
-    """Check residuals before a fit.
-
-    Args:
-        values: Signed residuals of any shape.
+    """Check signed residuals of any shape before a fit.
 
     Raises:
         ValueError: If there are fewer than five, one is NaN or infinite, more than 5 % are exactly zero, or all have

@@ -84,11 +84,7 @@ class FittedSizes(Brief):
 
 
 def fit_sizes(updates: Tensor, sizes: Sizes = "own") -> FittedSizes:
-    """Fit row and column sizes, and the experts' correlation.
-
-    Args:
-        updates: ``(N, d_out, d_in)``, float32 or float64.
-        sizes: ``"own"`` or ``"shared"``.
+    """Fit row and column sizes, and the experts' correlation, of updates ``(N, d_out, d_in)``.
 
     Raises:
         ValueError: If ``sizes`` is something else.
