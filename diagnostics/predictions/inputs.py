@@ -38,7 +38,7 @@ class Labelled:
 
 
 def checked_probabilities(probabilities: Array, called: str) -> Tensor:
-    """Probabilities ``(n, classes)`` in float64 on their own device, each row over its sum, which rounding moved from 1.
+    """Probabilities ``(n, classes)`` in float64 on their device, rows divided by their sums, which rounding moved.
 
     Raises:
         ValueError: If they are no table of at least one row and two classes, have NaN or negative entries, or have
