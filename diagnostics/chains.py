@@ -1,4 +1,4 @@
-"""Did the chains mix: R-hat, effective sample sizes, Monte Carlo errors, divergences and ranks.
+"""Convergence of chains, and the intervals of their draws: R-hat, effective sample sizes, divergences and ranks.
 
 >>> from inference.gibbs import gibbs
 >>> from inference.models.model_draws import SpanDraws
@@ -14,8 +14,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.stats
@@ -23,44 +25,24 @@ import torch
 from torch import Tensor
 
 from diagnostics.arviz_adapter import ChainStatistics, chain_statistics
+from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
 
-__all__ = ["ChainConvergence", "Ranks", "chain_convergence", "rank_histogram", "surround_verdict"]
+if TYPE_CHECKING:
+    import pandas as pd
 
+__all__ = [
+    "ChainConvergence",
+    "CoefficientIntervals",
+    "Ranks",
+    "chain_convergence",
+    "coefficient_intervals",
+    "rank_histogram",
+    "surround_verdict",
+]
 
-ABOUT = "centre of the draws"
-
-
-def surround_verdict(draws: PosteriorDraws) -> Verdict:
-    """Judge how far the centre of draws is from the merge, in standard deviations of the draws.
-
-    Args:
-        draws: of a whole model, or of some of its modules.
-
-    Returns:
-        A verdict that says what the draws are: sampler, coordinates, temperature and distance.
-
-    >>> import torch
-    >>> from inference.merge_distance import MergeDistance
-    >>> from inference.models.model_draws import SpanDraws
-    >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
-    >>> shapes = torch.tensor([[1.0, 0.0]])
-    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, made_by="slice", temperature=0.1)
-    >>> surround_verdict(draws).level.name
-    'UNKNOWN'
-    """
-    if draws.from_merge is None:
-        text = (
-            f"{draws.about}: how far their centre is from the merge is not known; `distance_from_merge` finds it out."
-        )
-        return Verdict(ABOUT, Level.UNKNOWN, text)
-    if draws.far_from_merge is not None:
-        return Verdict(ABOUT, Level.CAUTION, draws.far_from_merge)
-    level = Level.UNKNOWN if math.isnan(draws.from_merge.typical) else Level.GOOD
-    return Verdict(ABOUT, level, f"{draws.about}: {draws.from_merge}.")
-
-
+ABOUT = "mean of the draws"
 R_HAT = (1.01, 1.05)
 """Above the first, caution; above the second, bad (Vehtari et al., 2021, arXiv 1903.08008)."""
 ESS = (400.0, 100.0)
@@ -68,17 +50,17 @@ ESS = (400.0, 100.0)
 DIVERGENT_SHARE = 0.01
 
 
-@dataclass(frozen=True, eq=False)
-class ChainConvergence:
-    """Whether ``C`` chains of ``S`` draws can be trusted, for ``K`` quantities in each of ``M`` modules.
+@dataclass(frozen=True, eq=False, repr=False)
+class ChainConvergence(Brief):
+    """Convergence of ``C`` chains of ``S`` draws, for ``K`` quantities in each of ``M`` modules.
 
     Attributes:
-        modules: names.
-        quantities: names of what is judged in each module.
-        values: the draws themselves, ``(C, S, M, K)`` float64.
-        silent: quantities that a module does not have, whose values are NaN, ``(M, K)`` bool.
-        statistics: of every quantity, ``(M, K)`` arrays.
-        divergences: divergent transitions, ``(M,)`` int64; None if the sampler reports none.
+        modules: Names of the modules.
+        quantities: Names of the quantities, the same in each module.
+        values: The draws themselves, ``(C, S, M, K)`` float64.
+        silent: Mask of the quantities that a module does not have, whose values are NaN, ``(M, K)``.
+        statistics: Statistics of every quantity, ``(M, K)`` arrays.
+        divergences: Divergent transitions, ``(M,)`` int64; None if the sampler reports none.
     """
 
     modules: tuple[str, ...]
@@ -100,7 +82,7 @@ class ChainConvergence:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """On R-hat and on effective sample sizes; on divergences where the sampler reports them.
+        """Verdicts on R-hat and effective sample sizes, and on divergences where the sampler reports them.
 
         Draws that are not finite come first: nothing else that is said of their quantities counts.
         """
@@ -108,6 +90,17 @@ class ChainConvergence:
         if self.divergences is not None:
             found.append(self._divergences(self.divergences))
         return tuple(found)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per module and quantity that it has, with the columns of :class:`ChainStatistics`."""
+        import pandas as pd
+
+        places = [
+            (m, q) for m in range(len(self.modules)) for q in range(len(self.quantities)) if not self.silent[m, q]
+        ]
+        named = [{"module": self.modules[m], "quantity": self.quantities[q]} for m, q in places]
+        numbers = {name: [values[place] for place in places] for name, values in vars(self.statistics).items()}
+        return pd.DataFrame(named).assign(**numbers)
 
     def _broken(self) -> list[Verdict]:
         wrong = ~np.isfinite(self.values) & ~self.silent
@@ -166,19 +159,13 @@ class ChainConvergence:
 
 
 def chain_convergence(draws: ModelDraws) -> ChainConvergence:
-    """Judge the draws of a whole model.
+    """Judge the chains of a whole model.
 
-    Span draws are judged by their coefficients. Full ones are made again only when needed, and judged by what the Gibbs
-    sampler keeps: the log density and the log of each expert's mixture weight.
-
-    Args:
-        draws: of any sampler.
-
-    Returns:
-        The judgement of every module.
+    Span draws are judged by their coefficients. Full ones are made again only when needed, and judged by the numbers
+    that the Gibbs sampler keeps: the log density and the log of each expert's mixture weight.
 
     Raises:
-        ValueError: the draws are no chains (Laplace, noise).
+        ValueError: If the draws are no chains (Laplace, noise).
     """
     values, silent, names = _quantities(draws)
     array = values.detach().cpu().double().numpy()
@@ -193,15 +180,86 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Ranks:
+def surround_verdict(draws: PosteriorDraws) -> Verdict:
+    """Verdict on the distance of the draws' mean from the merge, in standard deviations of the draws.
+
+    >>> from inference.models.model_draws import SpanDraws
+    >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
+    >>> shapes = torch.tensor([[1.0, 0.0]])
+    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, made_by="slice", temperature=0.1)
+    >>> surround_verdict(draws).level.name
+    'UNKNOWN'
+    """
+    if draws.from_merge is None:
+        text = f"{draws.about}: their distance from the merge is not known; `distance_from_merge` measures it."
+        return Verdict(ABOUT, Level.UNKNOWN, text)
+    if draws.far_from_merge is not None:
+        return Verdict(ABOUT, Level.CAUTION, draws.far_from_merge)
+    level = Level.UNKNOWN if math.isnan(draws.from_merge.typical) else Level.GOOD
+    return Verdict(ABOUT, level, f"{draws.about}: {draws.from_merge}.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CoefficientIntervals(Brief):
+    """Posterior quantiles of ``K`` coefficients in ``M`` modules; float64 ``(M, K)`` arrays.
+
+    Attributes:
+        modules: Names of the modules.
+        updates: Names of the updates, then of the anchor's centre where it has one, then of a merge that the span goes
+            through; a draw at that merge has a one there, and zeros at the updates.
+        median: Median over all chains together.
+        low: Lower end of the central interval.
+        high: Upper end.
+        confidence: Level of the interval.
+    """
+
+    modules: tuple[str, ...]
+    updates: tuple[str, ...]
+    median: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    confidence: float
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per module and coefficient: median and ends of the interval."""
+        import pandas as pd
+
+        places = pd.MultiIndex.from_product([self.modules, self.updates], names=["module", "update"])
+        columns = {name: getattr(self, name).ravel() for name in ("median", "low", "high")}
+        return pd.DataFrame(columns, places).reset_index()
+
+
+def coefficient_intervals(draws: SpanDraws, confidence: float = 0.9) -> CoefficientIntervals:
+    """Central intervals of each module's coefficients at a level of confidence; judge the chains first.
+
+    Raises:
+        ValueError: If the level is not between 0 and 1, or the draws are not in Span coordinates.
+
+    >>> coefficients = torch.linspace(0, 1, 101, dtype=torch.float64).reshape(1, 101, 1, 1).expand(1, 101, 1, 2)
+    >>> found = coefficient_intervals(SpanDraws(("m",), torch.tensor([[1.0, 0.0]]), "", ("a",), coefficients), 0.8)
+    >>> found.updates, found.low.round(2), found.high.round(2)
+    (('a',), array([[0.1]]), array([[0.9]]))
+    """
+    if not isinstance(draws, SpanDraws) or not 0 < confidence < 1:
+        raise ValueError(
+            f"`coefficient_intervals({type(draws).__name__}, confidence={confidence})`: give Span draws, which have "
+            "coefficients, and a level between 0 and 1."
+        )
+    tensor, _, names = _coefficients(draws)
+    values = tensor.detach().cpu().double().numpy()
+    low, median, high = np.quantile(values, [(1 - confidence) / 2, 0.5, (1 + confidence) / 2], axis=(0, 1))
+    return CoefficientIntervals(draws.modules, names, median, low, high, confidence)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranks(Brief):
     """Ranks of one quantity's draws among those of all chains, counted in bins.
 
     Attributes:
         counts: ``(C, B)`` int64.
-        expected: count of a bin if the chains are alike.
-        low: lower end of 95 % of the counts of independent draws of one distribution.
-        high: upper end.
+        expected: Count of a bin if the chains are alike.
+        low: Lower end of 95 % of the counts of independent draws of one distribution.
+        high: Upper end.
     """
 
     counts: np.ndarray
@@ -216,14 +274,11 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
     The band is of independent draws; those of a chain depend on each other and stray further.
 
     Args:
-        values: one quantity, ``(chain, draw)``; ties share their mean rank.
-        bins: how many.
-
-    Returns:
-        The counts.
+        values: One quantity, ``(chain, draw)``; ties share their mean rank.
+        bins: Number of bins.
 
     Raises:
-        ValueError: the draws are not ``(chain, draw)``, not finite, or fewer than the bins.
+        ValueError: If the draws are not ``(chain, draw)``, not finite, or fewer than the bins.
 
     >>> ranks = rank_histogram(np.arange(80.0).reshape(2, 40), bins=4)
     >>> ranks.counts.tolist(), ranks.expected
@@ -242,17 +297,32 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
 
 
 def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """What draws are judged by, ``(C, S, M, K)``, where a module lacks it, ``(M, K)``, and its names."""
+    """Quantities of the draws, ``(C, S, M, K)``, the mask of those that a module lacks, ``(M, K)``, and their names."""
     if isinstance(draws, SpanDraws):
-        values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
-        return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
+        return _coefficients(draws)
     if not isinstance(draws, FullDraws) or draws.method != "gibbs":
         raise ValueError(
             f"`chain_convergence({type(draws).__name__})`: these draws are independent of each other; there are no "
             "chains to judge. Give draws of a sampler."
         )
-    silent = (draws.weights == 0).all(0).all(0)  # no such expert
-    weights = torch.where(silent, torch.nan, draws.weights.double().log())
-    density = draws.stats["lp"].double().unsqueeze(-1)
+    names, weights = _weights_by_expert(draws)
+    silent = (weights == 0).all(0).all(0)  # the module has no such expert, or its update is zero
+    logs = torch.where(silent, torch.nan, weights.double().log())
+    values = torch.cat([draws.stats["lp"].double().unsqueeze(-1), logs], -1)
     silent = torch.nn.functional.pad(silent, (1, 0))
-    return torch.cat([density, weights], -1), silent, ("lp", *(f"log weight {i + 1}" for i in range(weights.shape[-1])))
+    return values, silent, ("log density", *(f"log weight of {name}" for name in names))
+
+
+def _coefficients(draws: SpanDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
+    return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
+
+
+def _weights_by_expert(draws: FullDraws) -> tuple[list[str], Tensor]:
+    """Names of all experts, and their mixture weights ``(C, S, M, E)``; zero where a module has no such expert."""
+    by_module = [[each["name"] for each in json.loads(text)["experts"]] for text in draws.designs]
+    names = list(dict.fromkeys(name for own in by_module for name in own))
+    weights = draws.weights.new_zeros(*draws.weights.shape[:3], len(names))
+    for module, own in enumerate(by_module):
+        weights[:, :, module, [names.index(name) for name in own]] = draws.weights[:, :, module, : len(own)]
+    return names, weights

@@ -1,143 +1,40 @@
-r"""Numbers with their uncertainty: bootstrap intervals with an explicit seed.
+r"""Numbers with their uncertainty: bootstrap intervals with an explicit seed, and records of such numbers.
 
 Resamples are counts: in a resample example ``i`` appears ``w_i`` times, ``w ~ Multinomial(n, 1 / n)``, so that a
 statistic written for weights is evaluated on many resamples at once. What shares the weights is paired.
 
 >>> right = torch.tensor([1.0, 1.0, 1.0, 0.0] * 100, dtype=torch.float64)
->>> print(bootstrap_mean(right, seed=0))
+>>> print(bootstrap(weighted_mean(right), 400, seed=0))
 0.750 [0.708, 0.792]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor
 from typing_extensions import override
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = [
-    "Binning",
     "Estimate",
+    "Scores",
+    "Statistic",
     "bootstrap",
-    "bootstrap_mean",
-    "bootstrap_samples",
-    "check_bins",
-    "equal_mass_bins",
-    "equal_mass_edges",
     "estimate_of",
+    "interval_columns",
     "interval_ends",
     "resamples",
+    "weighted_mean",
+    "z_of",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Binning:
-    """Which bin each value of each example falls into.
-
-    Attributes:
-        index: ``(n, k)`` int64 on the CPU; an example may have several values, for instance one for each class.
-        size: Number of bins.
-
-    >>> binning = Binning(torch.tensor([[0], [1], [1]]), 2)
-    >>> values = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
-    >>> binning.sums(values, torch.tensor([[1.0, 1.0, 1.0], [0.0, 3.0, 0.0]], dtype=torch.float64))
-    tensor([[1., 5.],
-            [0., 6.]], dtype=torch.float64)
-    """
-
-    index: Tensor
-    size: int
-
-    def sums(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums of values in each bin.
-
-        Args:
-            values: ``(n, k)`` float64.
-            weights: ``(batch, n)`` float64 of the examples.
-
-        Returns:
-            ``(batch, size)``.
-        """
-        examples, each = self.index.shape
-        rows, columns = self.index.flatten().numpy(), np.repeat(np.arange(examples), each)
-        table = csr_matrix((values.flatten().numpy(), (rows, columns)), shape=(self.size, examples))
-        return torch.from_numpy(np.ascontiguousarray((table @ weights.numpy().T).T))
-
-    def counts(self, weights: Tensor) -> Tensor:
-        """Number of values in each bin, ``(batch, size)``."""
-        return self.sums(torch.ones(self.index.shape, dtype=torch.float64), weights)
-
-    @classmethod
-    def of(cls, index: Tensor, size: int) -> Binning:
-        """One value for each example, or one for each example and class with bins of its own.
-
-        Args:
-            index: ``(n,)`` bins, or ``(n, classes)`` bins of each class.
-            size: Number of bins, of each class.
-
-        Returns:
-            A binning with `size` or ``classes * size`` bins, those of the first class first.
-        """
-        index = index.detach().cpu()
-        if index.ndim == 1:
-            return cls(index.unsqueeze(1), size)
-        classes = index.shape[1]
-        return cls(index + size * torch.arange(classes), classes * size)
-
-
-def equal_mass_bins(values: Tensor, bins: int) -> Tensor:
-    """Index of each value's bin among bins of about as many values each; equal values share a bin.
-
-    Args:
-        values: ``(n,)``.
-        bins: Number of bins; ties and few values leave some empty.
-
-    Returns:
-        ``(n,)`` int64.
-
-    >>> equal_mass_bins(torch.tensor([0.1, 0.9, 0.2, 0.9, 0.8, 0.3]), 3)
-    tensor([0, 2, 0, 2, 1, 1])
-    """
-    return torch.searchsorted(equal_mass_edges(values, bins)[1:-1], values.contiguous(), right=True)
-
-
-def equal_mass_edges(values: Tensor, bins: int) -> Tensor:
-    """Edges of these bins of values ``(n,)`` between 0 and 1; ``(bins + 1,)``, the first 0 and the last 1.
-
-    Args:
-        values: ``(n,)``.
-        bins: Number of bins.
-
-    Returns:
-        Ascending edges; a bin has its left edge.
-
-    >>> equal_mass_edges(torch.tensor([0.2, 0.9, 0.5, 0.8]), 2)
-    tensor([0.0000, 0.8000, 1.0000])
-    """
-    place = torch.arange(1, bins, device=values.device) * len(values) // bins
-    return torch.cat([values.new_zeros(1), values.sort().values[place], values.new_ones(1)])
-
-
-def check_bins(bins: int, called: str) -> None:
-    """Refuse to have no bins.
-
-    Args:
-        bins: Number of bins.
-        called: The public call, for the message.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if bins < 1:
-        raise ValueError(f"`{called}(bins={bins})`: give at least one bin; 20 is usual.")
-
 
 FEWEST = 20
 """Below so many examples bootstrap intervals are too narrow to be trusted."""
@@ -145,6 +42,8 @@ BATCH = 1 << 22
 """Entries of a batch of counts: 32 MB."""
 
 Interval = Literal["percentile", "normal"]
+Statistic = Callable[[Tensor], Tensor]
+"""Maps weights ``(batch, n)`` float64 of examples to values ``(batch,)``; weights of one are the data themselves."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +51,12 @@ class Estimate:
     """A number with its interval.
 
     Attributes:
-        value: on the data as they are.
-        low: lower end of the interval.
-        high: upper end.
-        error: standard error.
-        confidence: level of the interval.
-        warnings: why it is not to be trusted; empty if it is.
+        value: The number, on the data as they are.
+        low: Lower end of the interval.
+        high: Upper end.
+        error: Standard error.
+        confidence: Level of the interval.
+        warnings: Reasons not to trust it; empty if there are none.
 
     >>> print(Estimate(0.687, 0.661, 0.712, 0.013))
     0.687 [0.661, 0.712]
@@ -174,7 +73,7 @@ class Estimate:
 
     @property
     def trusted(self) -> bool:
-        """Whether nothing speaks against it."""
+        """Whether there are no warnings."""
         return not self.warnings
 
     @override
@@ -185,20 +84,62 @@ class Estimate:
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]{doubt}"
 
 
+class Scores:
+    """Base of records of estimates: by name, as a table with one row per score, and printed one per line."""
+
+    @property
+    def scores(self) -> dict[str, Estimate]:
+        """The estimates by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per score: value, ends of the interval, standard error, and warnings."""
+        import pandas as pd
+
+        rows = [
+            {"value": e.value, "low": e.low, "high": e.high, "error": e.error, "warnings": "; ".join(e.warnings)}
+            for e in self.scores.values()
+        ]
+        return pd.DataFrame(rows, pd.Index(self.scores, name="score"))
+
+    @override
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {estimate}" for name, estimate in self.scores.items())
+
+
+def interval_columns(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    """Values and ends of intervals as columns of one row of a table: ``name``, ``name_low`` and ``name_high``.
+
+    >>> interval_columns({"ece": Estimate(0.1, 0.0, 0.2, 0.05)})
+    {'ece': 0.1, 'ece_low': 0.0, 'ece_high': 0.2}
+    """
+    return {
+        f"{name}{end}": number
+        for name, each in estimates.items()
+        for end, number in (("", each.value), ("_low", each.low), ("_high", each.high))
+    }
+
+
+def weighted_mean(values: Tensor) -> Statistic:
+    """Mean of examples ``(n,)``; of differences of two methods on the same examples it is the paired comparison."""
+    values = values.detach().double().cpu()
+    return lambda weights: weights @ values / len(values)
+
+
 def resamples(size: int, num_resamples: int, *, seed: int, strata: Tensor | None = None) -> Iterator[Tensor]:
     """Counts of every example in bootstrap resamples, in batches.
 
     Args:
         size: Number of examples n.
-        num_resamples: How many resamples in all.
-        seed: Of the random numbers; the same seed gives the same resamples whatever is computed on them.
+        num_resamples: Number of resamples.
+        seed: Seed of the random numbers; the resamples do not depend on the statistic.
         strata: ``(n,)`` integers; every stratum keeps its size. None for one stratum.
 
     Yields:
         ``(batch, n)`` float64; rows sum to n.
 
     Raises:
-        ValueError: If there are no examples, no resamples, or `strata` has another length.
+        ValueError: If there are no examples, no resamples, or ``strata`` has another length.
 
     >>> next(resamples(3, 2, seed=0)).sum(1)
     tensor([3., 3.], dtype=torch.float64)
@@ -223,7 +164,7 @@ def resamples(size: int, num_resamples: int, *, seed: int, strata: Tensor | None
 
 
 def bootstrap(
-    statistic: Callable[[Tensor], Tensor],
+    statistic: Statistic,
     size: int,
     *,
     seed: int,
@@ -234,21 +175,18 @@ def bootstrap(
     bounds: tuple[float, float] = (-math.inf, math.inf),
     warnings: Sequence[str] = (),
 ) -> Estimate:
-    """Interval of a statistic of weighted examples.
+    """Bootstrap interval of a statistic of weighted examples.
 
     Args:
-        statistic: Maps weights ``(batch, n)`` float64 to values ``(batch,)``; weights of one are the data themselves.
+        statistic: Maps weights ``(batch, n)`` to values ``(batch,)``.
         size: Number of examples n.
-        seed: Of the resamples.
-        num_resamples: How many.
+        seed: Seed of the resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the interval.
         strata: ``(n,)`` integers; every stratum keeps its size.
-        interval: See `estimate_of`.
-        bounds: See `estimate_of`.
-        warnings: See `estimate_of`; that there are few examples is added.
-
-    Returns:
-        The estimate.
+        interval: See :func:`estimate_of`.
+        bounds: See :func:`estimate_of`.
+        warnings: See :func:`estimate_of`; a warning about few examples is added.
 
     >>> values = torch.arange(100.0, dtype=torch.float64)
     >>> print(bootstrap(lambda w: w @ values / w.sum(1), 100, seed=0))
@@ -258,56 +196,6 @@ def bootstrap(
     replicates = torch.cat([statistic(w) for w in resamples(size, num_resamples, seed=seed, strata=strata)])
     doubts = [*warnings, *([f"only {size} examples"] if size < FEWEST else [])]
     return estimate_of(value, replicates, confidence, interval=interval, bounds=bounds, warnings=doubts)
-
-
-def bootstrap_mean(values: Tensor, *, seed: int, num_resamples: int = 1000, confidence: float = 0.95) -> Estimate:
-    """Mean of examples ``(n,)``; of the differences of two methods on the same examples it is the paired comparison."""
-    values = values.detach().double().cpu()
-    return bootstrap(
-        lambda w: w @ values / len(values), len(values), seed=seed, num_resamples=num_resamples, confidence=confidence
-    )
-
-
-def bootstrap_samples(
-    statistic: Callable[..., float],
-    *samples: Tensor,
-    seed: int,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-    interval: Interval = "percentile",
-) -> Estimate:
-    """Interval of any function of samples; slower than `bootstrap`, for statistics that take no weights.
-
-    Args:
-        statistic: Maps tensors like `samples` to a number.
-        *samples: ``(n, ...)`` each; rows of the same place are drawn together.
-        seed: Of the resamples.
-        num_resamples: How many.
-        confidence: Level of the interval.
-        interval: See `estimate_of`.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValueError: If the samples differ in length.
-
-    >>> print(bootstrap_samples(lambda x: float(x.median()), torch.arange(101.0), seed=0, num_resamples=200))
-    50.0 [40.0, 59.0]
-    """
-    if not samples or len({len(sample) for sample in samples}) != 1:
-        raise ValueError(
-            f"`bootstrap_samples(...)`: samples have {[len(sample) for sample in samples]} rows. Give one or more "
-            "samples of the same length, whose rows belong together."
-        )
-    size = len(samples[0])
-    everything = torch.arange(size)
-
-    def of_weights(weights: Tensor) -> Tensor:
-        rows = (everything.repeat_interleave(row.long()) for row in weights)
-        return torch.tensor([statistic(*(s[r] for s in samples)) for r in rows], dtype=torch.float64)
-
-    return bootstrap(of_weights, size, seed=seed, num_resamples=num_resamples, confidence=confidence, interval=interval)
 
 
 def estimate_of(
@@ -323,17 +211,17 @@ def estimate_of(
 
     The percentile interval is ``[Q(a/2), Q(1 - a/2)]`` of the replicates; the normal interval is ``value`` plus and
     minus ``z`` standard errors. Noise pushes statistics such as ECE to one side, and resampling adds noise to data that
-    have some: their replicates lie to the side of the value, and only the normal interval covers what the statistic
-    is on average over data of this size. Reference: Davison and Hinkley, *Bootstrap Methods and their Application*,
+    have some: their replicates lie to the side of the value, and only the normal interval covers the mean of the
+    statistic over data sets of this size. Reference: Davison and Hinkley, *Bootstrap Methods and their Application*,
     1997, chapter 5.
 
     Args:
         value: The statistic of the data.
         replicates: ``(B,)`` of resamples; those that are not finite are left out with a warning.
         confidence: Level of the interval.
-        interval: Which of the two.
-        bounds: What the statistic can be; the interval is cut there.
-        warnings: What else speaks against it.
+        interval: The kind of interval.
+        bounds: Range of the statistic; the interval is cut there.
+        warnings: Other reasons not to trust it.
 
     Returns:
         The estimate; its ends are NaN if no replicate is finite.
@@ -354,22 +242,24 @@ def estimate_of(
         return Estimate(value, math.nan, math.nan, math.nan, confidence, tuple(doubts or ["undefined"]))
     error = float(finite.std())
     if interval == "normal":
-        reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        reach = z_of(confidence) * error
         low, high = (min(max(end, bounds[0]), bounds[1]) for end in (value - reach, value + reach))
     else:
         low, high = finite.quantile(ends).clamp(*bounds).tolist()
     return Estimate(value, low, high, error, confidence, tuple(doubts))
 
 
+def z_of(confidence: float) -> float:
+    """Standard errors on either side of a normal interval of this level.
+
+    >>> round(z_of(0.95), 3)
+    1.96
+    """
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
 def interval_ends(confidence: float, called: str) -> Tensor:
-    """Which quantiles a central interval ends at.
-
-    Args:
-        confidence: Its level.
-        called: The public call, for the message.
-
-    Returns:
-        ``(2,)`` float64.
+    """Probabilities ``(2,)`` of the quantiles at the ends of a central interval.
 
     Raises:
         ValueError: If the level is not between 0 and 1.

@@ -1,18 +1,23 @@
-"""How much a merge depends on the scale of its experts: the same design over a grid of gamma."""
+"""Sensitivity of a merge to the scale of its experts: the same design over a grid of gamma."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.map import fixed_point
 from poe_models.experts import ProductOfExperts
 from poe_models.scales import Scale
 from poe_models.weights.task_vectors import ModuleUpdates
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["GammaSensitivity", "gamma_sensitivity", "with_gamma"]
 
@@ -20,19 +25,20 @@ LARGE_MOVE = 0.1
 """Relative move of the merge over the grid from which gamma is worth choosing with care."""
 
 
-@dataclass(frozen=True, eq=False)
-class GammaSensitivity:
+@dataclass(frozen=True, eq=False, repr=False)
+class GammaSensitivity(Brief):
     """A merge at ``G`` values of gamma in ``M`` modules; arrays are float64 unless said otherwise.
 
     Attributes:
-        gammas: the grid, ascending, ``(G,)``.
-        reference: position in the grid of the merge that the others are compared with.
-        modules: names.
+        gammas: Ascending grid, ``(G,)``.
+        reference: Position in the grid of the merge that the others are compared with.
+        modules: Names of the modules.
         distance: ``|Z - Z_ref| / |Z_ref|``, ``(G, M)``; nan where the reference is zero.
-        from_twin: ``|Z - Z_twin| / |Z_twin|`` with the Gaussian twin at the same gamma, ``(G, M)``: what the tails do.
-        weight_spread: largest over smallest relative expert weight, ``(G, M)``.
+        from_twin: ``|Z - Z_twin| / |Z_twin|`` with the Gaussian twin at the same gamma, ``(G, M)``: the effect of the
+            tails.
+        weight_spread: Largest over smallest relative expert weight, ``(G, M)``.
         converged: ``(G, M)`` bool.
-        scores: what the score gave for each merge, ``(G,)``; None without one.
+        scores: Score of each merge, ``(G,)``; None without one.
     """
 
     gammas: np.ndarray
@@ -44,9 +50,18 @@ class GammaSensitivity:
     converged: np.ndarray
     scores: np.ndarray | None
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per gamma and module; the score, if there is one, is the same for all modules of a gamma."""
+        import pandas as pd
+
+        places = pd.MultiIndex.from_product([self.gammas, self.modules], names=["gamma", "module"])
+        names = ("distance", "from_twin", "weight_spread", "converged")
+        table = pd.DataFrame({name: getattr(self, name).ravel() for name in names}, places).reset_index()
+        return table if self.scores is None else table.assign(score=np.repeat(self.scores, len(self.modules)))
+
     @property
     def verdict(self) -> Verdict:
-        """How far the merge and its score move over the grid."""
+        """Verdict on the moves of the merge and its score over the grid."""
         known = ~np.isnan(self.distance).any(0)
         if not known.any():
             return Verdict("gamma", Level.UNKNOWN, "the merge at the reference gamma is zero in every module.")
@@ -84,18 +99,15 @@ def gamma_sensitivity(
     precision of the anchor follows the scales, as the design has it.
 
     Args:
-        poe: the design; every scale must have a ``gamma``.
-        modules: a `TaskVectors`, or a list of modules.
-        gammas: two or more positive values.
-        score: judges merged updates by the modules' names, for instance by validation accuracy; higher is better.
-        reference: position in the ascending grid; the middle one by default.
-        max_steps: reweighted solves per start.
-
-    Returns:
-        The comparison.
+        poe: The design; every scale must have a ``gamma``.
+        modules: A ``TaskVectors``, or a list of modules.
+        gammas: Two or more positive values.
+        score: Maps merged updates by the modules' names to a number, such as validation accuracy; higher is better.
+        reference: Position in the ascending grid; the middle one by default.
+        max_steps: Reweighted solves per start.
 
     Raises:
-        ValueError: there are too few gammas, no modules, a scale without gamma, or a score that is not finite.
+        ValueError: If there are too few gammas, no modules, a scale without gamma, or a score that is not finite.
 
     >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
@@ -134,12 +146,8 @@ def gamma_sensitivity(
 def with_gamma(poe: ProductOfExperts, gamma: float) -> ProductOfExperts:
     """The product with another gamma in every scale.
 
-    Args:
-        poe: the design.
-        gamma: the new value.
-
     Raises:
-        ValueError: a scale has no ``gamma``.
+        ValueError: If a scale has no ``gamma``.
 
     >>> with_gamma(ProductOfExperts.of(["a"]), 0.5).experts[0].scale
     Balanced(gamma=0.5)
@@ -156,45 +164,41 @@ def _rescaled(scale: Scale, gamma: float) -> Scale:
     return replace(scale, gamma=gamma)  # type: ignore[type-var]
 
 
-_Merge = tuple[str, tuple[Tensor, Tensor, float, bool]]
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    """Merged update of one module, its Gaussian twin's, the weight spread, and whether both converged."""
+
+    value: Tensor
+    twin: Tensor
+    spread: float
+    converged: bool
 
 
-def _merges(poe: ProductOfExperts, modules: Iterable[ModuleUpdates], max_steps: int) -> Iterator[_Merge]:
-    """Solve module by module.
-
-    Yields:
-        Name, then merged update, its twin's, weight spread, and whether both converged.
-    """
+def _merges(poe: ProductOfExperts, modules: Iterable[ModuleUpdates], max_steps: int) -> Iterator[tuple[str, _Merged]]:
     for module in modules:
         solution = fixed_point(poe.bind(module), max_steps=max_steps)
         twin = fixed_point(poe.twin().bind(module), max_steps=max_steps)
         spread = float(solution.info.weight_spread[0])
-        yield module.name, (solution.value[0], twin.value[0], spread, solution.converged and twin.converged)
+        yield module.name, _Merged(solution.value[0], twin.value[0], spread, solution.converged and twin.converged)
 
 
 def _row(
     poe: ProductOfExperts,
     modules: Iterable[ModuleUpdates],
-    central: Mapping[str, tuple[Tensor, Tensor, float, bool]],
+    central: Mapping[str, _Merged],
     score: Callable[[Mapping[str, Tensor]], float] | None,
     max_steps: int,
-) -> dict[str, list[float] | list[bool] | float]:
+) -> dict[str, list[float] | float]:
+    """Columns of one gamma; the merge itself is kept only for the score."""
     merged: dict[str, Tensor] = {}
-    distance, from_twin, spreads, converged = [], [], [], []
-    for name, (value, twin, spread, done) in _merges(poe, modules, max_steps):
-        distance.append(_relative(value, central[name][0]))
-        from_twin.append(_relative(value, twin))
-        spreads.append(spread)
-        converged.append(done)
+    columns: dict[str, list[float]] = {"distance": [], "from_twin": [], "weight_spread": [], "converged": []}
+    for name, each in _merges(poe, modules, max_steps):
+        distances = _relative(each.value, central[name].value), _relative(each.value, each.twin)
+        for column, number in zip(columns.values(), (*distances, each.spread, each.converged), strict=True):
+            column.append(number)
         if score is not None:
-            merged[name] = value
-    return {
-        "distance": distance,
-        "from_twin": from_twin,
-        "weight_spread": spreads,
-        "converged": converged,
-        "score": np.nan if score is None else float(score(merged)),
-    }
+            merged[name] = each.value
+    return {**columns, "score": np.nan if score is None else float(score(merged))}
 
 
 def _relative(value: Tensor, other: Tensor) -> float:

@@ -1,6 +1,6 @@
-"""Did the fixed point converge, how fast, and did the tails do anything: one merge, module by module.
+"""Convergence of the fixed point, its rate, and the effective weights of the experts, module by module.
 
-Works on the records that a merge leaves in `poe_merge.json` and on solutions in memory alike:
+Works on the records that a merge leaves in ``poe_merge.json`` and on solutions in memory alike:
 
 >>> import torch
 >>> from inference import fixed_point
@@ -19,73 +19,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
-from inference.models.model_draws import SpanDraws
 from inference.solution import FixedPointInfo, Solution, Status
 
-__all__ = [
-    "CoefficientIntervals",
-    "FixedPointConvergence",
-    "coefficient_intervals",
-    "fixed_point_convergence",
-    "solution_records",
-]
+if TYPE_CHECKING:
+    import pandas as pd
 
-
-@dataclass(frozen=True, eq=False)
-class CoefficientIntervals:
-    """Posterior quantiles of ``K`` coefficients in ``M`` modules; float64 ``(M, K)`` arrays.
-
-    Attributes:
-        modules: names.
-        updates: names of the updates, then of the anchor's centre where it has one, then of a merge that the span goes
-            through; a draw at that merge has a one there, and zeros at the updates.
-        median: of all chains together.
-        low: lower end of the central interval.
-        high: upper end.
-        confidence: its level.
-    """
-
-    modules: tuple[str, ...]
-    updates: tuple[str, ...]
-    median: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    confidence: float
-
-
-def coefficient_intervals(draws: SpanDraws, confidence: float = 0.9) -> CoefficientIntervals:
-    """Central intervals of each module's coefficients.
-
-    Args:
-        draws: in Span coordinates; judge their chains first.
-        confidence: level of the intervals.
-
-    Returns:
-        The intervals.
-
-    Raises:
-        ValueError: the level is not between 0 and 1, or the draws are not in Span coordinates.
-
-    >>> import torch
-    >>> coefficients = torch.linspace(0, 1, 101, dtype=torch.float64).reshape(1, 101, 1, 1).expand(1, 101, 1, 2)
-    >>> found = coefficient_intervals(SpanDraws(("m",), torch.tensor([[1.0, 0.0]]), "", ("a",), coefficients), 0.8)
-    >>> found.updates, found.low.round(2), found.high.round(2)
-    (('a',), array([[0.1]]), array([[0.9]]))
-    """
-    if not isinstance(draws, SpanDraws) or not 0 < confidence < 1:
-        raise ValueError(
-            f"`coefficient_intervals({type(draws).__name__}, confidence={confidence})`: give Span draws, which have "
-            "coefficients, and a level between 0 and 1."
-        )
-    names = tuple(draws.basis[place] for place in draws.varying)
-    values = draws.coefficients[..., draws.varying].detach().cpu().double().numpy()
-    low, median, high = np.quantile(values, [(1 - confidence) / 2, 0.5, (1 + confidence) / 2], axis=(0, 1))
-    return CoefficientIntervals(draws.modules, names, median, low, high, confidence)
+__all__ = ["FixedPointConvergence", "fixed_point_convergence", "solution_records"]
 
 
 SHOWN = 3
@@ -93,21 +38,21 @@ GAUSSIAN_SPREAD = 1.05
 """Spread of the relative weights up to which they are a Gaussian's."""
 
 
-@dataclass(frozen=True, eq=False)
-class FixedPointConvergence:
-    """How the solver ended in each of ``M`` modules; arrays are float64 unless said otherwise.
+@dataclass(frozen=True, eq=False, repr=False)
+class FixedPointConvergence(Brief):
+    """Status, rate and expert weights of the solver in each of ``M`` modules; arrays are float64 unless said otherwise.
 
     Attributes:
-        modules: names, in the order of the merge.
-        experts: names of all experts, in order of appearance.
-        status: how each solve ended.
-        traces: the energy in nats after every solve of the winning start; one array for each module.
-        start_energies: final energies in nats of every start, one array for each module.
-        steps: reweighted solves, ``(M,)`` int64.
-        rate: spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
+        modules: Names, in the order of the merge.
+        experts: Names of all experts, in order of appearance.
+        status: Status of each solve.
+        traces: Energy in nats after every solve of the winning start; one array for each module.
+        start_energies: Final energies in nats of every start, one array for each module.
+        steps: Reweighted solves, ``(M,)`` int64.
+        rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
         bound: [PoE] Eq. 41's ``L``, ``(M,)``.
-        gradient_norm: relative norm of the gradient at the solution, ``(M,)``.
-        weight_spread: largest over smallest relative weight of the active experts, ``(M,)``.
+        gradient_norm: Relative norm of the gradient at the solution, ``(M,)``.
+        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``.
         relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``; nan where an expert is inactive or not of this module.
     """
 
@@ -125,8 +70,17 @@ class FixedPointConvergence:
 
     @property
     def verdicts(self) -> tuple[Verdict, Verdict, Verdict]:
-        """On convergence, on contraction, and on what the tails did."""
+        """Verdicts on convergence, on contraction, and on the experts' weights."""
         return self._convergence(), self._contraction(), self._tails()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per module: status, steps, rate, bound, gradient norm, weight spread, and each expert's weight."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name) for name in ("steps", "rate", "bound", "gradient_norm", "weight_spread")}
+        weights = {f"weight_{name}": column for name, column in zip(self.experts, self.relative_weights.T, strict=True)}
+        status = [each.name.lower() for each in self.status]
+        return pd.DataFrame({"module": self.modules, "status": status, **columns, **weights})
 
     def _convergence(self) -> Verdict:
         counts = Counter(self.status)
@@ -180,13 +134,10 @@ def fixed_point_convergence(records: Iterable[Mapping[str, Any]]) -> FixedPointC
     """Collect the records of the modules of a merge.
 
     Args:
-        records: one for each module: its name as ``module``, and what `Solution.record` gives.
-
-    Returns:
-        The modules side by side.
+        records: One for each module: its name as ``module``, and the entries of ``Solution.record``.
 
     Raises:
-        ValueError: there are none, or one lacks an entry.
+        ValueError: If there are none, or one lacks an entry.
     """
     found = list(records)
     if not found:
@@ -204,17 +155,10 @@ def fixed_point_convergence(records: Iterable[Mapping[str, Any]]) -> FixedPointC
 
 
 def solution_records(solution: Solution[FixedPointInfo], modules: Sequence[str]) -> list[dict[str, Any]]:
-    """Records of a solution in memory.
-
-    Args:
-        solution: of a batch of modules.
-        modules: their names.
-
-    Returns:
-        One record for each, as in `poe_merge.json`.
+    """Records of a solution in memory, one for each named module of its batch, as in ``poe_merge.json``.
 
     Raises:
-        ValueError: there are more or fewer names than modules.
+        ValueError: If there are more or fewer names than modules.
     """
     if len(modules) != len(solution.status):
         raise ValueError(

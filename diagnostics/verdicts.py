@@ -1,18 +1,17 @@
-"""What a diagnostic comes to, in a sentence."""
+"""Verdicts of diagnostics: a level and a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
 from typing_extensions import override
 
-__all__ = ["Level", "Verdict", "worst"]
+__all__ = ["Level", "Verdict"]
 
 
 class Level(IntEnum):
-    """How much a verdict worries; a larger one is worse. A note says what was found, which is neither good nor bad."""
+    """Severity of a verdict; a larger one is worse. A note is a finding that is neither good nor bad."""
 
     NOTE = 0
     GOOD = 1
@@ -26,9 +25,9 @@ class Verdict:
     """A judgement of one diagnostic.
 
     Attributes:
-        about: what was judged.
-        level: how it came out.
-        text: a sentence with the numbers behind it, and what to do if it is not good.
+        about: Name of the diagnostic.
+        level: Severity.
+        text: Sentence with the numbers behind it, and advice if it is not good.
 
     >>> print(Verdict("divergences", Level.GOOD, "No divergent transitions."))
     good: divergences: No divergent transitions.
@@ -41,12 +40,3 @@ class Verdict:
     @override
     def __str__(self) -> str:
         return f"{self.level.name.lower()}: {self.about}: {self.text}"
-
-
-def worst(verdicts: Iterable[Verdict]) -> Level:
-    """The worst level among verdicts; good if there are none.
-
-    >>> worst([Verdict("a", Level.GOOD, ""), Verdict("b", Level.CAUTION, "")]).name
-    'CAUTION'
-    """
-    return max((verdict.level for verdict in verdicts), default=Level.GOOD)

@@ -131,16 +131,16 @@ class MergeDistance:
         """A sentence without its end.
 
         >>> said = str(MergeDistance(("a",), *torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)))
-        >>> print(said[:103])
-        their centre is 0.5 standard deviations of the draws from the merge in a, the farthest module (mean 0.5
-        >>> print(said[105:])
+        >>> print(said[:107])
+        their mean is 0.5 standard deviations of the draws from the merge in a, the farthest module (0.5 on average
+        >>> print(said[109:])
         there one standard deviation is 50 % of the merge's length)
         """
         if math.isnan(self.typical):
-            return "they are too few to tell how far their centre is from the merge"
+            return "they are too few to measure their distance from the merge"
         return (
-            f"their centre is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "
-            f"farthest module (mean {self.typical:.2g}{self._wide})"
+            f"their mean is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "
+            f"farthest module ({self.typical:.2g} on average{self._wide})"
         )
 
     @property

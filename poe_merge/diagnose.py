@@ -11,17 +11,12 @@ from typing import Any
 
 import torch
 
-from diagnostics.chains import ChainConvergence, chain_convergence
+from diagnostics.chains import ChainConvergence, CoefficientIntervals, chain_convergence, coefficient_intervals
+from diagnostics.predictions.evaluation import Evaluation, evaluate
 from diagnostics.predictions.files import load_predictions
-from diagnostics.report.evaluation import JudgedPredictions, judge
 from diagnostics.report.report import Page, report
 from diagnostics.residuals import Experts, Residuals, residuals
-from diagnostics.solver import (
-    CoefficientIntervals,
-    FixedPointConvergence,
-    coefficient_intervals,
-    fixed_point_convergence,
-)
+from diagnostics.solver import FixedPointConvergence, fixed_point_convergence
 from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
@@ -55,7 +50,7 @@ class Findings:
     residuals: Residuals | None = None
     tails: PooledTails | None = None
     measured: str = ""
-    predictions: JudgedPredictions | None = None
+    predictions: Evaluation | None = None
     verdicts: list[Verdict] = field(default_factory=list)
 
 
@@ -102,7 +97,7 @@ def diagnose(
     if tails and modules:
         _fit_tails(run, record, found, seed, residual_map, num_surrogates, progress or Silent())
     if predictions is not None:
-        found.predictions = judge(load_predictions(predictions), seed=seed)
+        found.predictions = evaluate(load_predictions(predictions), seed=seed)
     return report(
         f"Merge {run.resolve().name}",
         subtitle=f"made by poe-merge {record['versions'].get('poe-merge', '')}",

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diagnostics.arviz_adapter import merge_attributes
 from diagnostics.chains import chain_convergence
+from diagnostics.draw_groups import merge_attributes
 from diagnostics.verdicts import Level
 from inference.models.artifacts import versions
 from inference.models.design import Design

@@ -12,10 +12,10 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from diagnostics.estimates import Binning, equal_mass_bins
+from diagnostics.predictions.binning import Binning, equal_mass_bins
 from diagnostics.predictions.calibration import _scores, calibration, calibration_difference, scale_logits
 from diagnostics.predictions.inputs import Array, labelled
-from diagnostics.predictions.reliability import brier_parts, reliability
+from diagnostics.predictions.reliability import reliability
 from inference import scores
 from tests.levels import inverse_temperature_error
 from tests.seeds import seeded
@@ -144,28 +144,6 @@ def test_difference_of_equals_is_nothing_and_pairing_helps() -> None:
     assert paired.value == pytest.approx(scores.nll(q.log(), y) - scores.nll(p.log(), y))
 
 
-@pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("bins", [1, 20])
-def test_parts_of_the_brier_score_add_up(classes: int, bins: int) -> None:
-    p, y = predictions(300, classes, 2.0)
-    found = brier_parts(p, y, seed=0, bins=bins, num_resamples=10)
-    total = found.reliability.value - found.resolution.value + found.uncertainty.value + found.binning.value
-    assert total == pytest.approx(found.brier.value, abs=1e-12)
-    assert found.brier.value == pytest.approx(scores.brier(p, y))
-    if bins == 1:
-        assert found.resolution.value == pytest.approx(0.0, abs=1e-12)
-
-
-def test_parts_of_the_brier_score_by_hand() -> None:
-    """Probabilities 0.2 and 0.8, frequencies 0.25 and 1: Murphy's three terms, nothing lost within bins."""
-    p = torch.tensor([[0.8, 0.2]] * 4 + [[0.2, 0.8]] * 4, dtype=torch.float64)
-    found = brier_parts(p, torch.tensor([1, 0, 0, 0, 1, 1, 1, 1]), seed=0, num_resamples=10)
-    assert found.reliability.value == pytest.approx(2 * (0.05**2 + 0.2**2) / 2)
-    assert found.resolution.value == pytest.approx(2 * 0.375**2)
-    assert found.uncertainty.value == pytest.approx(2 * 0.625 * 0.375)
-    assert found.binning.value == pytest.approx(0.0, abs=1e-14)
-
-
 def test_reliability_against_scikit_learn() -> None:
     p, y = predictions(800, 4, 2.0)
     found = reliability(p, y, seed=0, bins=10, num_resamples=50)
@@ -279,7 +257,7 @@ NAN = torch.tensor([[0.5, math.nan]])
     ],
 )
 def test_refused(table: Tensor, labels: Tensor, bins: int, message: str) -> None:
-    for call in (calibration, reliability, brier_parts):
+    for call in (calibration, reliability):
         with pytest.raises(ValueError, match=message):
             call(table, labels, seed=0, bins=bins)
 
@@ -287,7 +265,7 @@ def test_refused(table: Tensor, labels: Tensor, bins: int, message: str) -> None
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, math.nan])
 def test_levels_refused(confidence: float) -> None:
     p, y = predictions(50, 3, 2.0)
-    for call in (calibration, reliability, brier_parts):
+    for call in (calibration, reliability):
         with pytest.raises(ValueError, match="give a level between 0 and 1, such as 0.95"):
             call(p, y, seed=0, num_resamples=10, confidence=confidence)
 
@@ -299,5 +277,4 @@ def test_on_a_device_as_on_the_cpu() -> None:
     for name, estimate in here.scores.items():
         assert there.scores[name].value == pytest.approx(estimate.value)
         assert there.scores[name].high == pytest.approx(estimate.high)
-    assert brier_parts(p.cuda(), y, seed=0, num_resamples=10).brier.value == pytest.approx(here.brier.value)
     assert int(reliability(p.cuda(), y, seed=0, num_resamples=10).counts.sum()) == 200

@@ -696,7 +696,7 @@ def test_draws_around_a_folder_have_its_settings_and_its_tensors(
     settings = ("-n", 2, *QUICK, "--temperature", "0.01", "--pattern", "mlp")
     _, out, _ = done("sample", "--merge", "merged", *settings, "--out", "around")
     _, same, _ = done("sample", "config.yaml", *settings, "--out", "solved")
-    assert re.search("gibbs draws in Span coordinates through the merge at temperature 0.01: their centre is", out)
+    assert re.search("gibbs draws in Span coordinates through the merge at temperature 0.01: their mean is", out)
     assert re.search(
         r"The merge kept of the experts' updates: mnist \d+% \(\d+% of its squared residual left\), em", same
     )
@@ -735,7 +735,7 @@ def test_draws_around_a_folder_have_its_settings_and_its_tensors(
 def test_a_merge_in_span_coordinates_has_draws_of_its_own(done: Cli, fails: Callable[..., str], here: Path) -> None:
     done("merge", "config.yaml", "--coordinates", "span", "--out", "merged")
     _, out, _ = done("sample", "--merge", "merged", "-n", 1, "--draws", 100, "--temperature", "0.01", "--out", "around")
-    assert "gibbs draws in Span coordinates around the MAP of the span at temperature 0.01: their centre is" in out
+    assert "gibbs draws in Span coordinates around the MAP of the span at temperature 0.01: their mean is" in out
     draws = load_draws(here / "around" / "draws")
     assert isinstance(draws, SpanDraws)
     assert not draws.through_merge
@@ -745,8 +745,8 @@ def test_a_merge_in_span_coordinates_has_draws_of_its_own(done: Cli, fails: Call
     assert "--coordinates full: the configuration's merge is the MAP in Span coordinates" in message
     done("merge", "config.yaml", "--out", "full")  # draws of one merge beside another
     _, _, err = done("diagnose", "full", "--draws", "around/draws", "--no-tails", "--out", "page.html")
-    assert "centre of the draws: the merge was solved in Full coordinates, and these draws are around another" in err
-    assert re.search(r"their centre is [\d.]+ standard deviations of the draws from the merge in", err)
+    assert "mean of the draws: the merge was solved in Full coordinates, and these draws are around another" in err
+    assert re.search(r"their mean is [\d.]+ standard deviations of the draws from the merge in", err)
 
 
 @pytest.mark.parametrize("coordinates", ["span", "full"])
@@ -756,7 +756,7 @@ def test_a_report_says_where_draws_are(coordinates: str, done: Cli, here: Path) 
     done("sample", "--merge", "merged", "-n", 1, "--out", "around", *more)
     done("diagnose", "merged", "--draws", "around/draws", "--no-tails", "--out", "page.html")
     page = (here / "page.html").read_text()
-    assert re.search(f"gibbs draws in {coordinates.capitalize()} coordinates.* at temperature 0.01: their centre", page)
+    assert re.search(f"gibbs draws in {coordinates.capitalize()} coordinates.* at temperature 0.01: their mean", page)
     assert "What the merge kept of each expert" in page
     done("sample", "config.yaml", "--eta", "3", "-n", 1, "--out", "elsewhere", *more)
     _, _, err = done("diagnose", "merged", "--draws", "elsewhere/draws", "--no-tails", "--out", "page.html")

@@ -238,19 +238,23 @@ def test_summaries_say_the_same(
     compared: tuple[dict[str, dict[str, list[Tensor]]], dict[str, Tensor], Comparison],
 ) -> None:
     _, _, found = compared
-    rows = found.summaries()
-    assert [row.method for row in rows] == ["average", "product", "other"]
-    assert rows[1].accuracy == found.mean("product")
-    assert rows[1].normalised == found.normalised("product")
-    assert rows[1].by_task["c"] == found.on_task("product", "c")
-    assert rows[1].front == found.front()["product"]
+    summary = found.summary("product")
+    assert list(summary) == ["accuracy", "worst", "normalised", "nll", "brier", "ece", "rank"]
+    assert summary["accuracy"] == found.mean("product")
+    assert summary["normalised"] == found.normalised("product")
+    table = found.to_dataframe()
+    assert table.index.tolist() == ["average", "product", "other"]
+    assert table.loc["product", "worst_low"] == found.worst("product").low
+    assert table.loc["product", "worst_task"] == found.worst_task("product")
+    assert table.loc["product", "front"] == found.front()["product"]
     assert found.warnings == ("one seed: intervals are over test examples only",)
 
 
 def test_without_experts_there_is_nothing_to_normalise_by() -> None:
     predictions, labels = suite({"one": 1.0})
     found = compare_methods(predictions, labels, seed=0, num_resamples=10)
-    assert found.summaries()[0].normalised is None
+    assert "normalised" not in found.summary("one")
+    assert "normalised" not in found.to_dataframe()
     with pytest.raises(ValueError, match="no experts"):
         found.normalised("one")
 

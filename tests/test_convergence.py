@@ -17,7 +17,7 @@ from diagnostics.arviz_adapter import chain_statistics
 from diagnostics.chains import ChainConvergence, chain_convergence, rank_histogram
 from diagnostics.sensitivity import gamma_sensitivity, with_gamma
 from diagnostics.solver import FixedPointConvergence, fixed_point_convergence, solution_records
-from diagnostics.verdicts import Level, Verdict, worst
+from diagnostics.verdicts import Level
 from inference import SolverOptions, Status, fixed_point, merge_checkpoint, slice_sample
 from inference.models.design import Design
 from inference.models.full_draws import sample_full
@@ -97,7 +97,7 @@ def test_a_silent_expert_has_no_relative_weight(updates: Tensor) -> None:
     updates[0, 1] = 0.0
     found = convergence(updates)
     assert np.isnan(found.relative_weights).tolist() == [[False, True, False], [False, False, False]]
-    assert worst(found.verdicts) is Level.GOOD
+    assert max(verdict.level for verdict in found.verdicts) is Level.GOOD
 
 
 def test_experts_of_one_module_alone(updates: Tensor) -> None:
@@ -354,7 +354,7 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     poe = product(anchor=Anchor(precision=AbsolutePrecision(0.1)))
     generator = seeded(0)
     found = chain_convergence(sample_full(vectors, poe, 100, generator=generator))
-    assert found.quantities == ("lp", "log weight 1", "log weight 2", "log weight 3")
+    assert found.quantities == ("log density", *(f"log weight of {name}" for name in NAMES))
     assert found.statistics.r_hat.shape == (2, 4)
     assert not found.silent.any()
     for state in states.values():
@@ -366,6 +366,23 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     assert "draws" not in {verdict.about for verdict in found.verdicts}
     with pytest.raises(ValueError, match="independent"):
         chain_convergence(sample_full(vectors, poe, 5, generator=generator, method="laplace"))
+
+
+def test_weights_are_named_by_expert_whatever_its_place_in_a_design(updates: Tensor) -> None:
+    states = {name: {"a.weight": updates[0, i], "b.weight": updates[1, i]} for i, name in enumerate(NAMES)}
+    vectors = TaskVectors({name: torch.zeros(4, 5) for name in MODULES}, states)
+    whole = product(anchor=Anchor(precision=AbsolutePrecision(0.1)))
+    fewer = replace(whole, experts=whole.experts[::-1][:2])  # of the last two task vectors, the last one first
+    draws = sample_full(
+        vectors, lambda tensor: Design(whole if tensor == "a.weight" else fewer), 50, generator=seeded(0)
+    )
+    found = chain_convergence(draws)
+    assert found.quantities == ("log density", *(f"log weight of {name}" for name in NAMES))
+    assert found.silent.tolist() == [[False] * 4, [False, True, False, False]]
+    np.testing.assert_array_equal(found.values[..., 0, 1], draws.weights[..., 0, 0].log())
+    np.testing.assert_array_equal(found.values[..., 1, 3], draws.weights[..., 1, 0].log())
+    table = found.to_dataframe()
+    assert f"log weight of {NAMES[0]}" not in table[table["module"] == "b.weight"]["quantity"].tolist()
 
 
 def test_ranks_of_alike_chains_are_flat() -> None:
@@ -391,11 +408,7 @@ def test_statistics_of_draws_that_are_not_finite() -> None:
 
 
 def test_verdicts_have_an_order() -> None:
-    assert worst([]) is Level.GOOD
-    assert (
-        worst([Verdict("a", Level.UNKNOWN, ""), Verdict("b", Level.CAUTION, ""), Verdict("c", Level.GOOD, "")])
-        is Level.CAUTION
-    )
+    assert Level.NOTE < Level.GOOD < Level.UNKNOWN < Level.CAUTION < Level.BAD
 
 
 def test_designs_keep_their_options(updates: Tensor) -> None:

@@ -11,10 +11,9 @@ import torch
 from diagnostics.estimates import (
     Estimate,
     bootstrap,
-    bootstrap_mean,
-    bootstrap_samples,
     estimate_of,
     resamples,
+    weighted_mean,
 )
 from tests.levels import Z, binomial_range, deviation_error
 
@@ -47,7 +46,7 @@ def test_strata_keep_their_size() -> None:
 
 def test_error_of_a_mean_is_the_closed_form(generator: torch.Generator) -> None:
     values = torch.randn(400, generator=generator, dtype=torch.float64)
-    found = bootstrap_mean(values, seed=0, num_resamples=4000)
+    found = bootstrap(weighted_mean(values), 400, seed=0, num_resamples=4000)
     error = float(values.std(unbiased=False)) / math.sqrt(400)
     assert found.value == pytest.approx(float(values.mean()))
     assert found.error == pytest.approx(error, rel=deviation_error(4000))
@@ -75,12 +74,13 @@ def test_weights_and_samples_are_two_routes(generator: torch.Generator) -> None:
     def weighted(w: torch.Tensor) -> torch.Tensor:
         return (w @ (x * y)) / 30 - (w @ x) * (w @ y) / 900
 
-    def direct(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a * b).mean() - a.mean() * b.mean())
-
-    first = bootstrap(weighted, 30, seed=4, num_resamples=50)
-    second = bootstrap_samples(direct, x, y, seed=4, num_resamples=50)
-    assert (first.low, first.high, first.error) == pytest.approx((second.low, second.high, second.error))
+    found = bootstrap(weighted, 30, seed=4, num_resamples=50)
+    drawn = [torch.arange(30).repeat_interleave(row.long()) for w in resamples(30, 50, seed=4) for row in w]
+    direct = torch.stack([(x[rows] * y[rows]).mean() - x[rows].mean() * y[rows].mean() for rows in drawn])
+    assert found.error == pytest.approx(float(direct.std()))
+    assert (found.low, found.high) == pytest.approx(
+        tuple(direct.quantile(torch.tensor([0.025, 0.975]).double()).tolist())
+    )
 
 
 def test_normal_interval_is_about_the_value_and_cut() -> None:
@@ -93,7 +93,7 @@ def test_normal_interval_is_about_the_value_and_cut() -> None:
 
 
 def test_doubts_are_told_and_the_number_kept() -> None:
-    few = bootstrap_mean(torch.tensor([1.0, 3.0]), seed=0)
+    few = bootstrap(weighted_mean(torch.tensor([1.0, 3.0])), 2, seed=0)
     assert few.value == 2.0
     assert not few.trusted
     holes = estimate_of(1.0, torch.tensor([1.0, math.nan, 2.0]))
@@ -118,7 +118,6 @@ def test_text_has_the_digits_that_the_error_allows() -> None:
         lambda: next(resamples(0, 10, seed=0)),
         lambda: next(resamples(3, 1, seed=0)),
         lambda: next(resamples(3, 10, seed=0, strata=torch.zeros(2))),
-        lambda: bootstrap_samples(lambda a, b: 0.0, torch.zeros(3), torch.zeros(4), seed=0),
         lambda: estimate_of(0.0, torch.zeros(3), 95.0),
     ],
 )

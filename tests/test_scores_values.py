@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.predictions.calibration import calibration, calibration_difference, scale_logits
-from diagnostics.predictions.reliability import brier_parts, reliability
+from diagnostics.predictions.reliability import reliability
 from inference import scores
 from tests.helpers import assert_close
 
@@ -65,26 +65,6 @@ def test_a_diagram_by_hand() -> None:
     assert float(narrow.high[6] - narrow.low[6]) < float(found.high[6] - found.low[6])
     mass = reliability(p, y, seed=0, bins=2, equal_mass=True, num_resamples=20)
     assert_close(mass.edges, torch.tensor([0.0, 0.62, 1.0]).double(), 1e-6)  # ten values of 0.62: the tenth is one
-
-
-def test_intervals_stay_where_a_score_can_be() -> None:
-    """Few examples that are nearly all wrong: the normal interval of reliability would go beyond 2."""
-    wrong = brier_parts(*block(0.999, 1, 7), seed=0, num_resamples=300)
-    reach = 1.96 * wrong.reliability.error
-    assert wrong.reliability.value + reach > 2.0
-    assert wrong.reliability.high == 2.0
-    assert wrong.reliability.low == pytest.approx(wrong.reliability.value - reach, rel=1e-3)
-    calm = brier_parts(*block(0.5, 5, 5), seed=0, num_resamples=300)
-    assert (calm.reliability.low, calm.resolution.low) == (0.0, 0.0)
-    assert 0.0 < calm.reliability.high < 1.0
-    assert calm.uncertainty.high == 0.5
-    # What is lost within bins may have either sign.
-    mixed = brier_parts(*blocks(block(0.56, 9, 1), block(0.59, 1, 9)), seed=0, bins=10, num_resamples=300)
-    assert mixed.binning.value > 0
-    assert mixed.binning.low < 0 or mixed.binning.value - 1.96 * mixed.binning.error > 0
-    other = brier_parts(*blocks(block(0.56, 1, 9), block(0.59, 9, 1)), seed=0, bins=10, num_resamples=300)
-    assert other.binning.value < 0
-    assert other.binning.low < other.binning.value < other.binning.high
 
 
 def test_calibration_by_hand_in_every_form() -> None:

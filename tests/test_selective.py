@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.predictions.selective import aurc_difference, risk_coverage
+from diagnostics.predictions.selective import risk_coverage
 from diagnostics.predictions.soft_labels import soft_label_scores
 from inference import scores
 from tests.levels import binomial_range
@@ -65,31 +65,11 @@ def test_few_points_of_a_long_curve() -> None:
     assert risk_coverage(*scored(), seed=0, num_resamples=2, points=1).coverage.tolist() == [1.0]
 
 
-def test_risk_at_a_coverage() -> None:
-    curve = risk_coverage(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 0, 1]), seed=0, num_resamples=10)
-    assert curve.risk_at(0.25) == 0.0
-    assert curve.risk_at(0.3) == 0.5
-    assert curve.risk_at(1.0) == 0.5
-    with pytest.raises(ValueError, match="share of examples"):
-        curve.risk_at(0.0)
-
-
 def test_area_covers_its_mean() -> None:
     every = [risk_coverage(*scored(100, seed), seed=seed, num_resamples=100).aurc for seed in range(100, 220)]
     truth = risk_coverage(*scored(40000, 7), seed=0, num_resamples=2).aurc.value
     fewest, _ = binomial_range(120, 0.91, 0.95)  # percentiles of a hundred resamples of a hundred examples
     assert sum(each.low <= truth <= each.high for each in every) >= fewest
-
-
-def test_paired_difference_of_areas() -> None:
-    score, wrong = scored()
-    noisy = score + 0.05 * torch.rand(200, generator=seeded(1), dtype=torch.float64)
-    found = aurc_difference(score, wrong, noisy, wrong, seed=0, num_resamples=100)
-    one, two = (risk_coverage(each, wrong, seed=0, num_resamples=100).aurc for each in (score, noisy))
-    assert found.value == pytest.approx(one.value - two.value)
-    assert found.error < one.error
-    with pytest.raises(ValueError, match="same examples"):
-        aurc_difference(score, wrong, noisy[:9], wrong[:9], seed=0)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_span_of_the_updates_alone_is_elsewhere_and_that_is_said(vectors: Ta
     assert found.from_merge.worst > 2 * FAR
     verdict = surround_verdict(found)
     assert verdict.level == Level.CAUTION
-    assert "around the MAP of the span at temperature 0.01: their centre is" in verdict.text
+    assert "around the MAP of the span at temperature 0.01: their mean is" in verdict.text
     own = Design(poe, coordinates="span")  # a merge that is solved in the span is another matter
     MergedEnsemble(vectors, own, draws)
     assert distance_from_merge(draws, vectors, own).worst < 1.0

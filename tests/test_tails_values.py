@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 from diagnostics.tails import (
     FAMILIES,
@@ -24,7 +23,6 @@ from diagnostics.tails import posteriors as grids
 from diagnostics.tails.comparison import with_error
 from diagnostics.tails.families import CAUCHY, GAUSSIAN, GENERALIZED_GAUSSIAN, LAPLACE, LOGISTIC, STUDENT_T, Array
 from diagnostics.tails.fits import profile
-from diagnostics.tails.program import _GeneralizedNormal, nuts_posterior, tail_program
 from diagnostics.tails.samples import as_array, sample_of
 from tests.seeds import seeded_numpy
 
@@ -334,30 +332,6 @@ def test_large_samples_are_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(tail_posterior(x, CAUCHY).weights, whole.weights, rtol=1e-12)
 
 
-# The program
-
-
-def test_subbotins_density_is_scipys_and_has_slopes_at_zero() -> None:
-    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    for scale, power in ((0.7, 1.5), (2.0, 0.8)):
-        ours = _GeneralizedNormal(torch.tensor(scale).double(), torch.tensor(power).double()).log_prob(x)
-        np.testing.assert_allclose(ours, scipy.stats.gennorm(power, scale=scale).logpdf(x.numpy()), rtol=1e-7)
-    power = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-    _GeneralizedNormal(torch.tensor(1.0).double(), power).log_prob(torch.zeros(1).double()).sum().backward()
-    assert power.grad is not None
-    assert bool(power.grad.isfinite())
-
-
-def test_draws_of_nuts_are_in_the_units_of_the_residuals() -> None:
-    """The posterior of a Laplace scale of 50 has a relative spread of 1/7; a factor of 2 is far outside."""
-    x = 1000 * data(50)
-    found = nuts_posterior(x, LAPLACE, 20, seed=0, chains=1, warmup=30)
-    assert found.shape is None
-    assert 0.5 < float(found.scale.mean()) / maximum_likelihood(x, LAPLACE).scale < 2.0
-    with pytest.raises(ValueError, match="no Pyro density"):
-        tail_program(torch.ones(3), Family("own", *[lambda u, _: u] * 2, lambda _: 0.0, lambda s, _: None))
-
-
 # What a comparison says
 
 
@@ -404,11 +378,16 @@ def test_warnings_are_about_families_that_may_be_the_best() -> None:
     assert few == ("only 8 residuals",)
 
 
-def test_tables_show_shapes_where_there_are_some() -> None:
+def test_tables_have_one_line_for_each_family() -> None:
     found = comparison.fit_tails(data(60), ["Student-t", "Laplace"], num_draws=100)
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in found.table().splitlines()[2:]}
-    assert rows["Student-t"][2] == f"nu = {found.result('Student-t').shape}"
-    assert rows["Laplace"][2] == ""
+    table = found.to_dataframe()
+    assert table.index.tolist() == [result.name for result in found.results]
+    shape = found.result("Student-t").shape
+    assert shape is not None
+    assert table.loc["Student-t", ["shape", "shape_low", "shape_high"]].tolist() == [shape.value, shape.low, shape.high]
+    assert np.isnan(table.loc["Laplace", "shape"])
+    assert table.loc["Laplace", "elpd"] == found.result("Laplace").loo.elpd
+    assert table["difference"].min() == 0.0
 
 
 def test_numbers_with_their_errors() -> None:

@@ -1,4 +1,4 @@
-"""Figures: each function draws a computed result, into the axes it is given or new ones, and returns them.
+"""Figures: each function draws a computed result into the axes it is given, or into new ones, and returns them.
 
 Series differ in colour, line and marker together: figures can be read by the colour-blind and in black and white.
 
@@ -8,30 +8,36 @@ Series differ in colour, line and marker together: figures can be read by the co
 >>> axes.get_ylabel()
 'tail index'
 
-| function | what it draws | counterpart |
+| function | draws | counterpart |
 |---|---|---|
-| `plot_residual_histogram` | residuals with fitted densities | [PoE] Figures 1, 5 |
-| `plot_log_density` | the same as log densities | [PoE] Figures 1, 5, 6 |
-| `plot_mean_squared_residuals` | squared residuals by module and method | [PoE] Figure 2 |
-| `plot_energy_traces` | energy along the fixed point | [PoE] Figure 3 |
-| `plot_contraction` | contraction rate and the bound L by module | [PoE] Figure 4 |
-| `plot_gamma_scores`, `plot_gamma_moves` | the merge over gamma | [PoE] Figure 7 |
-| `plot_pareto` | accuracy against ECE, with the front | [BMM] Figure 4 |
+| ``plot_residual_histogram`` | residuals with densities of ``fit_tails`` | [PoE] Figures 1, 5 |
+| ``plot_log_density`` | the same as log densities, of ``log_density`` | [PoE] Figures 1, 5, 6 |
+| ``plot_mean_squared_residuals`` | squared ``residuals`` by module and method | [PoE] Figure 2 |
+| ``plot_energy_traces`` | energy along the fixed point, of ``fixed_point_convergence`` | [PoE] Figure 3 |
+| ``plot_contraction`` | contraction rate and the bound L by module, of the same | [PoE] Figure 4 |
+| ``plot_gamma_scores``, ``plot_gamma_moves`` | the merge over gamma, of ``gamma_sensitivity`` | [PoE] Figure 7 |
+| ``plot_pareto`` | accuracy against ECE with the front, of ``compare_methods`` | [BMM] Figure 4 |
 """
 
-from diagnostics.plots.calibration import plot_corruptions, plot_reliability, plot_risk_coverage
-from diagnostics.plots.comparison import plot_pareto, plot_radar
 from diagnostics.plots.convergence import (
     plot_chain_traces,
     plot_contraction,
     plot_effective_sizes,
     plot_energy_traces,
+    plot_expert_weights,
+    plot_forest,
     plot_gamma_moves,
     plot_gamma_scores,
     plot_r_hat,
     plot_ranks,
 )
-from diagnostics.plots.experts import plot_expert_weights, plot_forest
+from diagnostics.plots.predictions import (
+    plot_corruptions,
+    plot_pareto,
+    plot_radar,
+    plot_reliability,
+    plot_risk_coverage,
+)
 from diagnostics.plots.tails import (
     plot_families,
     plot_hill,

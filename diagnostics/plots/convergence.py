@@ -1,4 +1,4 @@
-"""Figures of the fixed point and of chains; each draws a result of `diagnostics.solver` and its neighbours."""
+"""Figures of the fixed point, the experts' weights, sensitivity and chains."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from diagnostics.chains import ESS, R_HAT, ChainConvergence, Ranks
-from diagnostics.plots.style import DEPTH, LINES, MARKERS, axes_of, finish, label_modules, line_style, point_style
+from diagnostics.chains import ESS, R_HAT, ChainConvergence, CoefficientIntervals, Ranks
+from diagnostics.plots.style import (
+    DEPTH,
+    LINES,
+    MARKERS,
+    axes_of,
+    finish,
+    label_modules,
+    line_style,
+    point_style,
+    shortened,
+)
 from diagnostics.sensitivity import GammaSensitivity
 from diagnostics.solver import FixedPointConvergence
 
@@ -19,6 +29,8 @@ __all__ = [
     "plot_contraction",
     "plot_effective_sizes",
     "plot_energy_traces",
+    "plot_expert_weights",
+    "plot_forest",
     "plot_gamma_moves",
     "plot_gamma_scores",
     "plot_r_hat",
@@ -26,6 +38,9 @@ __all__ = [
 ]
 
 ROUNDING = 1e-16
+MOST_NUMBERS = 200
+TALLEST, WIDEST = 30.0, 11.0
+"""Inches."""
 
 
 def plot_energy_traces(result: FixedPointConvergence, ax: Axes | None = None) -> Axes:
@@ -33,16 +48,6 @@ def plot_energy_traces(result: FixedPointConvergence, ax: Axes | None = None) ->
 
     The energy is shown above its final value and relative to it, on a logarithmic axis; a trace ends where rounding
     does, at 1e-16. Modules are coloured by depth, dark to light.
-
-    Args:
-        result: of a merge.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_energy_traces(fixed_point_convergence(solution_records(solution, names)))``
     """
     ax = axes_of(ax)
     count = len(result.traces)
@@ -61,18 +66,7 @@ def plot_energy_traces(result: FixedPointConvergence, ax: Axes | None = None) ->
 
 
 def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> Axes:
-    """Exact contraction rate and the bound L of every module: the counterpart of [PoE] Figure 4.
-
-    Args:
-        result: of a merge.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_contraction(fixed_point_convergence(solution_records(solution, names)))``
-    """
+    """Exact contraction rate and the bound L of every module: the counterpart of [PoE] Figure 4."""
     ax = axes_of(ax, (7.2, 4.2))
     place = np.arange(len(result.modules))
     for index, (name, values) in enumerate((("bound L ([PoE] Eq. 41)", result.bound), ("exact rate", result.rate))):
@@ -83,20 +77,51 @@ def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> A
     return finish(ax, "contraction at the solution")
 
 
+def plot_forest(result: CoefficientIntervals, ax: Axes | None = None) -> Axes:
+    """Median and interval of every task's coefficient in every module; modules from top to bottom."""
+    count, tasks = result.median.shape
+    ax = axes_of(ax, (6.4, min(1.2 + 0.12 * count * (tasks + 1), TALLEST)))
+    for index, name in enumerate(result.updates):
+        place = np.arange(count) + 0.7 * (index - (tasks - 1) / 2) / tasks
+        middle = result.median[:, index]
+        reach = np.stack([middle - result.low[:, index], result.high[:, index] - middle])
+        style = point_style(index)
+        ax.errorbar(middle, place, xerr=reach, linestyle="none", markersize=4, linewidth=1.1, label=name, **style)
+    ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    label_modules(ax, result.modules, "y")
+    ax.set_ylim(count - 0.5, -0.5)
+    ax.set(xlabel=f"coefficient, median and {result.confidence:.0%} interval")
+    return finish(ax, "task coefficients by module")
+
+
+def plot_expert_weights(result: FixedPointConvergence, ax: Axes | None = None) -> Axes:
+    """Heat map of the experts' weights relative to their Gaussian twins', by module.
+
+    Light is 1, a Gaussian's weight; dark experts were turned down by their tail. Hatched ones say nothing there.
+    """
+    weights = result.relative_weights.T
+    experts, modules = weights.shape
+    ax = axes_of(ax, (min(max(4.0, 1.6 + 0.26 * modules), WIDEST), 1.8 + 0.34 * experts))
+    ax.set_facecolor("white")
+    least, most = min(0.0, float(np.nanmin(weights, initial=0.0))), max(1.0, float(np.nanmax(weights, initial=1.0)))
+    image = ax.imshow(np.ma.masked_invalid(weights), aspect="auto", cmap=DEPTH, vmin=least, vmax=most)
+    ax.figure.colorbar(image, ax=ax, label="weight / Gaussian's")
+    for row, column in np.argwhere(np.isnan(weights)):
+        ax.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, hatch="////", facecolor="white", lw=0)
+    if weights.size <= MOST_NUMBERS:
+        for (row, column), value in np.ndenumerate(weights):
+            if np.isfinite(value):
+                color = "black" if value > 0.55 * most else "white"
+                ax.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6, color=color)
+    ax.set_yticks(np.arange(experts), [shortened(name) for name in result.experts], fontsize=8)
+    label_modules(ax, result.modules)
+    return finish(ax, "expert weights by module")
+
+
 def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
-    """How far the merge moves with gamma, and how far it is from its Gaussian twin's.
+    """Moves of the merge with gamma, and its distance from the Gaussian twin's.
 
     Lines are medians over modules, bands reach from the least to the most.
-
-    Args:
-        result: of `gamma_sensitivity`.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_gamma_moves(gamma_sensitivity(poe, task_vectors, [0.1, 1.0, 10.0]))``
     """
     ax = axes_of(ax)
     reference = f"from gamma = {result.gammas[result.reference]:.3g}"
@@ -115,18 +140,8 @@ def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
 def plot_gamma_scores(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
     """The score of the merge over gamma: the counterpart of [PoE] Figure 7.
 
-    Args:
-        result: of `gamma_sensitivity` with a score.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
     Raises:
-        ValueError: the result has no scores.
-
-    Example:
-        ``plot_gamma_scores(gamma_sensitivity(poe, task_vectors, [0.1, 1.0, 10.0], score))``
+        ValueError: If the result has no scores.
     """
     if result.scores is None:
         raise ValueError(
@@ -142,20 +157,7 @@ def plot_gamma_scores(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
 
 
 def plot_chain_traces(result: ChainConvergence, module: str, quantity: str, ax: Axes | None = None) -> Axes:
-    """The draws of one quantity, chain by chain.
-
-    Args:
-        result: of draws.
-        module: its name.
-        quantity: its name.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_chain_traces(chain_convergence(draws), "fc.weight", "mnist")``
-    """
+    """Trace of one quantity's draws in one module, chain by chain."""
     ax = axes_of(ax)
     values = _of(result, module, quantity)
     for index, chain in enumerate(values):
@@ -166,18 +168,7 @@ def plot_chain_traces(result: ChainConvergence, module: str, quantity: str, ax: 
 
 
 def plot_ranks(ranks: Ranks, ax: Axes | None = None) -> Axes:
-    """Rank plot: one row of bars for each chain, all alike if the chains are; the band holds 95 % of independent draws.
-
-    Args:
-        ranks: of `rank_histogram`.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_ranks(rank_histogram(values))``
-    """
+    """Rank plot: a row of bars for each chain, all alike if chains agree; the band holds 95 % of independent draws."""
     ax = axes_of(ax)
     chains, bins = ranks.counts.shape
     height = max(float(ranks.counts.max()), ranks.high) * 1.15
@@ -195,18 +186,7 @@ def plot_ranks(ranks: Ranks, ax: Axes | None = None) -> Axes:
 
 
 def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
-    """R-hat of every quantity in every module, with the limits of the verdict.
-
-    Args:
-        result: of draws.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_r_hat(chain_convergence(draws))``
-    """
+    """R-hat of every quantity in every module, with the limits of the verdict."""
     ax = _by_quantity(result, result.statistics.r_hat, axes_of(ax, (7.2, 4.2)))
     _limits(ax, R_HAT)
     ax.set(ylabel="R-hat")
@@ -214,18 +194,7 @@ def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
 
 
 def plot_effective_sizes(result: ChainConvergence, ax: Axes | None = None) -> Axes:
-    """The smaller of bulk and tail effective sample size of every quantity in every module.
-
-    Args:
-        result: of draws.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_effective_sizes(chain_convergence(draws))``
-    """
+    """The smaller of bulk and tail effective sample size of every quantity in every module."""
     sizes = np.fmin(result.statistics.ess_bulk, result.statistics.ess_tail)
     ax = _by_quantity(result, sizes, axes_of(ax, (7.2, 4.2)))
     _limits(ax, ESS)

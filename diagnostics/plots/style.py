@@ -1,4 +1,4 @@
-"""What all figures share: colours told apart in black and white too, axes made when none are given, module labels."""
+"""Style of all figures: series that differ in black and white too, axes of their own figure, module labels."""
 
 from __future__ import annotations
 
@@ -21,15 +21,9 @@ LONGEST_LABEL = 28
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float] = (6.4, 4.0), **options: Any) -> Axes:
-    """The given axes, or new ones on a figure of their own that no global state knows.
+    """The given axes, or new ones on a figure of their own, in inches, that no global state knows.
 
-    Args:
-        ax: axes, or None.
-        size: of the new figure, in inches.
-        options: of `Figure.add_subplot`.
-
-    Returns:
-        Axes without the upper and the right frame.
+    The upper and the right frame are hidden.
     """
     if ax is None:
         figure = Figure(figsize=size, layout="constrained")
@@ -42,12 +36,7 @@ def axes_of(ax: Axes | None, size: tuple[float, float] = (6.4, 4.0), **options: 
 
 
 def line_style(index: int, marker: bool = True) -> dict[str, Any]:
-    """Colour, line and marker of the n-th series; they differ together, so that each alone is enough.
-
-    Args:
-        index: position of the series.
-        marker: whether points are marked.
-    """
+    """Colour, line and (optional) marker of the n-th series; they differ together, so that each alone is enough."""
     style = {"color": COLORS[index % len(COLORS)], "linestyle": LINES[_turn(index)]}
     return style | ({"marker": MARKERS[_turn(index)], "markersize": 4} if marker else {})
 
@@ -58,7 +47,7 @@ def point_style(index: int) -> dict[str, Any]:
 
 
 def _turn(index: int) -> int:
-    """Where colours begin again, lines and markers go one on, so that 49 series differ."""
+    """Place of the line and the marker: shifted each time the colours begin again, so that 49 series differ."""
     return (index + index // len(COLORS)) % len(COLORS)
 
 
@@ -89,13 +78,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def label_modules(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
-    """Name the modules at 0, 1, ... of an axis; every few of them if there are many.
-
-    Args:
-        ax: where.
-        names: of the modules.
-        axis: which.
-    """
+    """Name the modules at 0, 1, ... of an axis; every few of them if there are many."""
     labels = distinct(names)
     most = MOST_LABELS if axis == "x" else 3 * MOST_LABELS
     places = np.arange(0, len(names), max(1, -(-len(names) // most)))
@@ -107,16 +90,7 @@ def label_modules(ax: Axes, names: Sequence[str], axis: str = "x") -> None:
 
 
 def finish(ax: Axes, title: str, columns: int = 4) -> Axes:
-    """Title at the left, and between it and the axes a legend if anything has a label.
-
-    Args:
-        ax: where.
-        title: of the axes.
-        columns: of the legend at most.
-
-    Returns:
-        The axes.
-    """
+    """Add a title at the left, and between it and the axes a legend if anything has a label; return the axes."""
     labels = ax.get_legend_handles_labels()[1]
     rows = -(-len(labels) // columns)
     if labels:

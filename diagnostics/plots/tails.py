@@ -1,4 +1,4 @@
-"""Figures of residuals and their tails; each draws a result of `diagnostics.tails`."""
+"""Figures of residuals and their tails; each draws a result of ``diagnostics.tails``."""
 
 from __future__ import annotations
 
@@ -31,16 +31,7 @@ def plot_residual_histogram(
 ) -> Axes:
     """Histogram of the residuals with fitted densities: the counterpart of [PoE] Figures 1 and 5.
 
-    Args:
-        result: of `fit_tails`.
-        families: whose densities to draw, at the greatest likelihood; those that were not fitted are left out.
-        ax: where to draw.
-
-    Returns:
-        The axes; the 1 % of residuals farthest out are beyond them.
-
-    Example:
-        ``plot_residual_histogram(fit_tails(values))``
+    Densities are at the greatest likelihood; families that were not fitted are left out.
     """
     ax = axes_of(ax)
     end = float(np.quantile(np.abs(result.values), COVERAGE))
@@ -61,16 +52,6 @@ def plot_log_density(curves: LogDensity, ax: Axes | None = None) -> Axes:
     """Log density of the residuals with fitted families: the counterpart of [PoE] Figures 1, 5 and 6.
 
     On this scale a Gaussian is a parabola and a Laplace a tent; bars are two standard errors of a bin's count.
-
-    Args:
-        curves: of `log_density`.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_log_density(log_density(values, [result.fit for result in fit_tails(values).results]))``
     """
     ax = axes_of(ax)
     ax.errorbar(curves.centres, curves.observed, yerr=2 * curves.error, elinewidth=0.7, label="observed", **OBSERVED)
@@ -86,16 +67,6 @@ def plot_quantiles(curves: Sequence[Quantiles], ax: Axes | None = None) -> Axes:
     """QQ plot: the residuals against the quantiles of one or several fitted families; a straight line fits.
 
     Both axes are compressed far out (linear up to about the median absolute residual, logarithmic beyond).
-
-    Args:
-        curves: of `quantiles`, on the same residuals.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_quantiles([quantiles(values, maximum_likelihood(values, STUDENT_T))])``
     """
     ax = axes_of(ax, (4.8, 4.8))
     unit = float(np.median(np.abs(curves[0].observed)))
@@ -117,18 +88,7 @@ def plot_quantiles(curves: Sequence[Quantiles], ax: Axes | None = None) -> Axes:
 
 
 def plot_hill(result: Hill, ax: Axes | None = None) -> Axes:
-    """Hill's tail index over the number of largest residuals it is taken from; a plateau is a power law.
-
-    Args:
-        result: of `hill`.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_hill(hill(values))``
-    """
+    """Hill's tail index over the number of largest residuals it is taken from; a plateau is a power law."""
     ax = axes_of(ax)
     ax.plot(result.k, result.index, label="Hill's estimate", **line_style(0, marker=False))
     ax.fill_between(result.k, result.low, result.high, color="#0072B2", alpha=0.2, linewidth=0, label="95 % interval")
@@ -142,18 +102,7 @@ def plot_hill(result: Hill, ax: Axes | None = None) -> Axes:
 
 
 def plot_families(result: TailComparison, ax: Axes | None = None) -> Axes:
-    """How much less each family predicts than the best, with two standard errors; filled marks are tied with it.
-
-    Args:
-        result: of `fit_tails`.
-        ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Example:
-        ``plot_families(fit_tails(values))``
-    """
+    """Elpd of each family less that of the best, with two standard errors; filled marks are tied with it."""
     ax = axes_of(ax, (6.4, 1.0 + 0.35 * len(result.results)))
     for row, each in enumerate(result.results):
         fill = "black" if each.tied else "white"
@@ -171,18 +120,12 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
     """Mean squared residual of every module by method, on a logarithmic axis: the counterpart of [PoE] Figure 2.
 
     Args:
-        residuals: name of the method to its merge's residuals, of the same modules.
+        residuals: Name of each method to its merge's residuals, of the same modules.
         unit: "raw" for ``q``, "scale" for ``q / s^2``, "own" for ``q / q(0)``: 1 is what merging nothing leaves.
-        ax: where to draw.
-
-    Returns:
-        The axes.
+        ax: Axes to draw into.
 
     Raises:
-        ValueError: there are none, or they are of different modules.
-
-    Example:
-        ``plot_mean_squared_residuals({"merge": residuals("merged", task_vectors, InputGram())})``
+        ValueError: If there are none, or they are of different modules.
     """
     modules = next(iter(residuals.values())).modules if residuals else ()
     if not modules or any(each.modules != modules for each in residuals.values()):
@@ -201,6 +144,6 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
 
 
 def _place(family: str) -> int:
-    """Which style a family has, the same in every figure."""
+    """Number of a family's style, the same in every figure."""
     names = [each.name for each in FAMILIES]
     return names.index(family) if family in names else len(names)

@@ -1,1 +1,70 @@
-"""Predictions of merges and ensembles: calibration, comparison, selective prediction, shift."""
+"""Class probabilities scored: calibration, selective prediction, shift, and methods compared on the same examples.
+
+Every number is an :class:`~diagnostics.estimates.Estimate` with a bootstrap interval over examples, by an explicit
+seed. ``evaluate`` does all of it for a file of predictions (``load_predictions``) of several methods on several tasks.
+"""
+
+from diagnostics.predictions.agreement import pareto_front, rank_agreement
+from diagnostics.predictions.calibration import (
+    Calibration,
+    LogitScaling,
+    calibration,
+    calibration_difference,
+    scale_logits,
+)
+from diagnostics.predictions.comparison import Comparison, compare_methods
+from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
+from diagnostics.predictions.evaluation import OWN_EXPERTS, Evaluation, evaluate
+from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
+from diagnostics.predictions.reliability import Reliability, reliability
+from diagnostics.predictions.selective import RiskCoverage, risk_coverage
+from diagnostics.predictions.shift import (
+    Corrupted,
+    CorruptionScores,
+    ShiftComparison,
+    ShiftDetection,
+    auroc,
+    compare_detection,
+    detect_shift,
+    point_prediction,
+    under_corruption,
+)
+from diagnostics.predictions.soft_labels import SoftLabelScores, soft_label_scores
+
+__all__ = [
+    "CORRUPTIONS",
+    "OWN_EXPERTS",
+    "SEVERITIES",
+    "Calibration",
+    "Comparison",
+    "Corrupted",
+    "Corruption",
+    "CorruptionScores",
+    "Evaluation",
+    "LogitScaling",
+    "Predictions",
+    "Reliability",
+    "RiskCoverage",
+    "ShiftComparison",
+    "ShiftDetection",
+    "SoftLabelScores",
+    "auroc",
+    "calibration",
+    "calibration_difference",
+    "compare_detection",
+    "compare_methods",
+    "corrupt",
+    "detect_shift",
+    "evaluate",
+    "load_predictions",
+    "pareto_front",
+    "point_prediction",
+    "predictions_of",
+    "rank_agreement",
+    "reliability",
+    "risk_coverage",
+    "save_predictions",
+    "scale_logits",
+    "soft_label_scores",
+    "under_corruption",
+]

@@ -1,15 +1,14 @@
-r"""Which designs are best: the Pareto front of two scores, and whether one score ranks designs as another does."""
+r"""Designs ranked by two scores: their Pareto front, and the rank correlation of the scores."""
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from diagnostics.estimates import Estimate
+from diagnostics.estimates import Estimate, z_of
 from diagnostics.predictions.inputs import Array
 
 __all__ = ["pareto_front", "rank_agreement"]
@@ -19,7 +18,7 @@ FEWEST_DESIGNS = 10
 
 
 def pareto_front(higher_better: Tensor, lower_better: Tensor) -> Tensor:
-    """Which designs no other one beats: at least as good in both scores and better in one.
+    """Mask of the designs that no other one dominates: as good in both scores and better in one.
 
     Args:
         higher_better: ``(..., M)``, for instance accuracy.
@@ -84,7 +83,7 @@ def rank_agreement(first: Array, second: Array, *, confidence: float = 0.95) -> 
     largest = 1 - 12 / (count * (count**2 - 1))
     inner = max(-largest, min(largest, value))
     error = math.sqrt((1 + inner**2 / 2) / (count - 3))
-    reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    reach = z_of(confidence) * error
     low, high = math.tanh(math.atanh(inner) - reach), math.tanh(math.atanh(inner) + reach)
     if abs(value) > largest:
         low, high = (low, 1.0) if value > 0 else (-1.0, high)

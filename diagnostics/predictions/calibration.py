@@ -2,7 +2,7 @@ r"""Calibration of class probabilities, every number with its interval.
 
 The expected calibration error (ECE) has several forms, all ``sum_b |sum_{i in b} (right_i - p_i)| / n`` over bins of
 the predicted probability; noise pushes them up, so that a calibrated model has a positive one. Intervals reflect that
-(`Interval` "normal"); the debiased form subtracts it.
+(``interval="normal"``); the debiased form subtracts it.
 
 >>> generator = torch.Generator().manual_seed(0)
 >>> probabilities = (2 * torch.randn(2000, 3, generator=generator)).double().softmax(1)
@@ -16,21 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from diagnostics.estimates import (
-    BATCH,
-    Binning,
-    Estimate,
-    Interval,
-    bootstrap,
-    check_bins,
-    equal_mass_bins,
-    estimate_of,
-)
+from diagnostics.estimates import BATCH, Estimate, Interval, Scores, Statistic, bootstrap, estimate_of, weighted_mean
+from diagnostics.predictions.binning import Binning, check_bins, equal_mass_bins
 from diagnostics.predictions.inputs import Array, Labelled, checked_probabilities, labelled
+from diagnostics.printing import Brief
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
 from inference.tempering import LOGIT_TEMPERATURES, fit_logit_temperature
 
@@ -38,26 +32,27 @@ __all__ = ["Calibration", "LogitScaling", "calibration", "calibration_difference
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Scores):
     """Scores of one set of predictions.
 
     Attributes:
-        accuracy: share of correct predictions.
-        nll: negative log-likelihood, nats per example.
+        accuracy: Share of correct predictions.
+        nll: Negative log-likelihood, nats per example.
         brier: Brier score summed over classes, 0 to 2.
-        ece: expected calibration error of the largest probability over bins of equal width, [BMM] Eq. 34 (Naeini et
+        ece: Expected calibration error of the largest probability over bins of equal width, [BMM] Eq. 34 (Naeini et
             al., 2015).
-        ece_equal_mass: the same over bins of equal mass (Nguyen and O'Connor, 2015, arXiv 1508.05154).
-        ece_class_wise: of every class's probability over bins of equal width, mean over classes (Kull et al., 2019,
-            arXiv 1910.12656; the static calibration error of Nixon et al., 2019, arXiv 1904.01685).
-        ece_top_label: the bins are split by predicted class (Gupta and Ramdas, 2022, arXiv 2107.08353).
-        rms_debiased: root of the debiased mean squared gap over bins of equal mass, 0 where the debiased square is
+        ece_equal_mass: The same over bins of equal mass (Nguyen and O'Connor, 2015, arXiv 1508.05154).
+        ece_class_wise: Calibration error of every class's probability over bins of equal width, mean over classes
+            (Kull et al., 2019, arXiv 1910.12656; the static calibration error of Nixon et al., 2019, arXiv 1904.01685).
+        ece_top_label: The same as ``ece``, the bins split by predicted class (Gupta and Ramdas, 2022, arXiv
+            2107.08353).
+        rms_debiased: Root of the debiased mean squared gap over bins of equal mass, 0 where the debiased square is
             negative (Kumar et al., 2019, arXiv 1909.10155, section 5).
-        ece_if_calibrated: mean of `ece`, and between which quantiles it lies, if the largest probabilities were right
-            and labels were drawn from them (consistency resampling, Broecker and Smith, 2007, *Wea. Forecasting* 22).
-        num_examples: n.
-        bins: number of bins.
-        warnings: why the numbers are not to be trusted.
+        ece_if_calibrated: Mean and quantiles of the ``ece`` of labels drawn from the largest probabilities, which are
+            then right (consistency resampling, Broecker and Smith, 2007, *Wea. Forecasting* 22).
+        num_examples: Number of examples n.
+        bins: Number of bins.
+        warnings: Reasons not to trust the numbers.
     """
 
     accuracy: Estimate
@@ -73,18 +68,13 @@ class Calibration:
     bins: int
     warnings: tuple[str, ...] = ()
 
-    @property
-    def scores(self) -> dict[str, Estimate]:
-        """All estimates by name, for a table."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Estimate)}
 
-
-@dataclass(frozen=True)
-class LogitScaling:
+@dataclass(frozen=True, repr=False)
+class LogitScaling(Brief):
     """Predictions with one number dividing their logits: the baseline to beat.
 
     Attributes:
-        temperature: that divides the logits; above 1 the predictions were too sure.
+        temperature: Divisor of the logits; above 1 the predictions were too sure.
         probabilities: ``(n, classes)`` float64.
     """
 
@@ -93,7 +83,7 @@ class LogitScaling:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why it is not to be trusted; empty if it is."""
+        """Reasons not to trust it; empty if there are none."""
         if self.temperature not in LOGIT_TEMPERATURES:
             return ()
         why = "all right" if self.temperature < 1 else "no better than chance"
@@ -114,24 +104,21 @@ def calibration(
     Args:
         probabilities: ``(n, classes)``; rows sum to one. They may be on any device.
         labels: ``(n,)`` integers.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         bins: Number of bins.
-        num_resamples: How many resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
-    Returns:
-        The scores.
-
     Raises:
-        ValueError: If probabilities or labels are not what they should be, or there is no bin.
+        ValueError: If probabilities or labels are not valid, or there is no bin.
     """
     pair = labelled(probabilities, labels, "calibration")
     check_bins(bins, "calibration")
-    options = _Options(seed, num_resamples, confidence)
-    found = {name: score.estimate(len(pair), options, pair.warnings) for name, score in _scores(pair, bins).items()}
+    resampled = partial(bootstrap, size=len(pair), seed=seed, num_resamples=num_resamples, confidence=confidence)
+    found = {name: score.estimate(resampled, pair.warnings) for name, score in _scores(pair, bins).items()}
     return Calibration(
         rms_debiased=_root(found.pop("square_debiased")),
-        ece_if_calibrated=_ece_if_calibrated(pair, bins, options),
+        ece_if_calibrated=_ece_if_calibrated(pair, bins, seed, num_resamples, confidence),
         **found,
         num_examples=len(pair),
         bins=bins,
@@ -155,17 +142,17 @@ def calibration_difference(
         first: ``(n, classes)`` probabilities.
         second: ``(n, classes)`` probabilities for the same examples.
         labels: ``(n,)`` integers.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         bins: Number of bins.
-        num_resamples: How many resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
     Returns:
-        The differences by name of the score, as in `Calibration`, and ``square_debiased``, the square of
-        `rms_debiased` before it is cut at 0. Negative is better in all but the accuracy.
+        The differences by name of the score, as in :class:`Calibration`, and ``square_debiased``, the square of
+        ``rms_debiased`` before it is cut at 0. Negative is better in all but the accuracy.
 
     Raises:
-        ValueError: If probabilities or labels are not what they should be, or there is no bin.
+        ValueError: If probabilities or labels are not valid, or there is no bin.
 
     >>> sure, unsure = torch.tensor([[0.9, 0.1]] * 50), torch.tensor([[0.6, 0.4]] * 50)
     >>> labels = torch.tensor([0, 0, 1, 0, 1] * 10)
@@ -174,9 +161,9 @@ def calibration_difference(
     """
     pairs = [labelled(each, labels, "calibration_difference") for each in (first, second)]
     check_bins(bins, "calibration_difference")
-    options = _Options(seed, num_resamples, confidence)
+    resampled = partial(bootstrap, size=len(pairs[0]), seed=seed, num_resamples=num_resamples, confidence=confidence)
     one, two = (_scores(pair, bins) for pair in pairs)
-    return {name: one[name].minus(two[name]).estimate(len(pairs[0]), options, pairs[0].warnings) for name in one}
+    return {name: one[name].minus(two[name]).estimate(resampled, pairs[0].warnings) for name in one}
 
 
 def scale_logits(validation: Array, labels: Array, probabilities: Array) -> LogitScaling:
@@ -190,11 +177,8 @@ def scale_logits(validation: Array, labels: Array, probabilities: Array) -> Logi
         labels: ``(m,)`` labels of validation.
         probabilities: ``(n, classes)`` to scale.
 
-    Returns:
-        The scaled probabilities.
-
     Raises:
-        ValueError: If probabilities or labels are not what they should be.
+        ValueError: If probabilities or labels are not valid.
 
     >>> validation = torch.tensor([[0.99, 0.01]] * 3)
     >>> scale_logits(validation, torch.tensor([0, 1, 0]), validation[:1]).probabilities
@@ -207,20 +191,11 @@ def scale_logits(validation: Array, labels: Array, probabilities: Array) -> Logi
     return LogitScaling(temperature, (logits / temperature).softmax(1))
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How to resample."""
-
-    seed: int
-    num_resamples: int
-    confidence: float
-
-
 @dataclass(frozen=True, eq=False)
 class _Score:
-    """A score of weighted examples, and how its interval is made."""
+    """A statistic of weighted examples with the kind and the bounds of its interval."""
 
-    of: Callable[[Tensor], Tensor]
+    of: Statistic
     interval: Interval
     bounds: tuple[float, float]
     warnings: tuple[str, ...] = ()
@@ -229,21 +204,13 @@ class _Score:
         warnings = tuple(dict.fromkeys(self.warnings + other.warnings))
         return _Score(lambda w: self.of(w) - other.of(w), self.interval, (-math.inf, math.inf), warnings)
 
-    def estimate(self, size: int, options: _Options, warnings: tuple[str, ...]) -> Estimate:
-        return bootstrap(
-            self.of,
-            size,
-            seed=options.seed,
-            num_resamples=options.num_resamples,
-            confidence=options.confidence,
-            interval=self.interval,
-            bounds=self.bounds,
-            warnings=(*warnings, *self.warnings),
-        )
+    def estimate(self, resampled: Callable[..., Estimate], warnings: tuple[str, ...]) -> Estimate:
+        doubts = (*warnings, *self.warnings)
+        return resampled(self.of, interval=self.interval, bounds=self.bounds, warnings=doubts)
 
 
 def _scores(pair: Labelled, bins: int) -> dict[str, _Score]:
-    """The scores of `calibration_difference` by name."""
+    """The scores of ``calibration_difference`` by name."""
     p, labels = pair.probabilities, pair.labels
     confidence, right = top_label(p, labels)
     gap = right - confidence
@@ -265,8 +232,7 @@ def _scores(pair: Labelled, bins: int) -> dict[str, _Score]:
 
 
 def _mean(values: Tensor, bounds: tuple[float, float], warnings: tuple[str, ...] = ()) -> _Score:
-    values = values.cpu()
-    return _Score(lambda w: w @ values / len(values), "percentile", bounds, warnings)
+    return _Score(weighted_mean(values), "percentile", bounds, warnings)
 
 
 def _binned(binning: Binning, gap: Tensor) -> _Score:
@@ -291,21 +257,21 @@ def _squared(binning: Binning, confidence: Tensor, right: Tensor) -> _Score:
     return _Score(of, "normal", (-math.inf, math.inf), warnings)
 
 
-def _ece_if_calibrated(pair: Labelled, bins: int, options: _Options) -> Estimate:
+def _ece_if_calibrated(pair: Labelled, bins: int, seed: int, num_resamples: int, confidence: float) -> Estimate:
     """Distribution of ECE if each example is right with its largest probability."""
-    confidence = pair.probabilities.max(1).values.cpu()
-    binning = Binning.of(equal_width_bins(confidence, bins), bins)
-    ones = torch.ones(len(confidence), 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(options.seed)
-    step = max(1, BATCH // len(confidence))
+    top = pair.probabilities.max(1).values.cpu()
+    binning = Binning.of(equal_width_bins(top, bins), bins)
+    ones = torch.ones(len(top), 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    step = max(1, BATCH // len(top))
     replicates = []
-    for start in range(0, options.num_resamples, step):
-        batch = min(step, options.num_resamples - start)
-        uniform = torch.rand(batch, len(confidence), generator=generator, dtype=torch.float64)
-        gap = (uniform < confidence).double() - confidence
-        replicates.append(binning.sums(ones, gap).abs().sum(1) / len(confidence))
+    for start in range(0, num_resamples, step):
+        batch = min(step, num_resamples - start)
+        uniform = torch.rand(batch, len(top), generator=generator, dtype=torch.float64)
+        gap = (uniform < top).double() - top
+        replicates.append(binning.sums(ones, gap).abs().sum(1) / len(top))
     drawn = torch.cat(replicates)
-    return estimate_of(float(drawn.mean()), drawn, options.confidence)
+    return estimate_of(float(drawn.mean()), drawn, confidence)
 
 
 def _root(square: Estimate) -> Estimate:

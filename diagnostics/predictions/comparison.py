@@ -3,9 +3,10 @@ r"""Methods compared over tasks and seeds, on the same resampled examples.
 Tasks are taken as given: intervals say how the numbers would move with other test examples and, where several seeds are
 given, with other seeds, and not with other tasks.
 
-Which interval to read depends on how a pair came to be looked at. One pair, named before its scores were seen or chosen
-on other data such as validation: `Comparison.difference`. Several such pairs, of which some stand out by chance:
-`Comparison.differences`. The winner and the others, where these scores made it the winner: `Comparison.against_best`.
+The interval to read depends on how a pair came to be looked at. One pair, named before its scores were seen or chosen
+on other data such as validation: ``Comparison.difference``. Several such pairs, of which some stand out by chance:
+``Comparison.differences``. The winner and the others, where these scores made it the winner:
+``Comparison.against_best``.
 
 >>> labels = {"digits": torch.tensor([0, 1] * 20), "letters": torch.tensor([0, 0, 1, 0] * 10)}
 >>> sure = {task: torch.nn.functional.one_hot(y, 2) * 0.8 + 0.1 for task, y in labels.items()}
@@ -21,16 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diagnostics.estimates import Binning, Estimate, Interval, check_bins, estimate_of, interval_ends, resamples
+from diagnostics.estimates import Estimate, Interval, estimate_of, interval_columns, interval_ends, resamples
 from diagnostics.predictions.agreement import pareto_front
+from diagnostics.predictions.binning import Binning, check_bins
 from diagnostics.predictions.inputs import Array, Labelled, labelled
+from diagnostics.printing import Brief
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
 
-__all__ = ["SCORES", "Comparison", "MethodSummary", "compare_methods"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["SCORES", "Comparison", "compare_methods"]
 
 BySeed = Array | Sequence[Array]
 """Probabilities ``(n, classes)``, or one such table for each seed."""
@@ -38,50 +45,19 @@ SCORES = ("accuracy", "nll", "brier", "ece")
 FEWEST_SEEDS = 5
 
 
-@dataclass(frozen=True)
-class MethodSummary:
-    """One row of a table of methods.
-
-    Attributes:
-        method: its name.
-        accuracy: mean over tasks.
-        worst: accuracy on the task where it is lowest.
-        worst_task: that task.
-        normalised: mean over tasks of the accuracy divided by that of the task's own expert; None without experts.
-        nll: mean over tasks, nats per example.
-        brier: mean over tasks.
-        ece: mean over tasks.
-        rank: mean over tasks of the rank by accuracy, 1 is best.
-        by_task: accuracy on each task.
-        front: share of resamples in which no other method is as accurate and as well calibrated.
-    """
-
-    method: str
-    accuracy: Estimate
-    worst: Estimate
-    worst_task: str
-    normalised: Estimate | None
-    nll: Estimate
-    brier: Estimate
-    ece: Estimate
-    rank: Estimate
-    by_task: dict[str, Estimate]
-    front: float
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Brief):
     """Scores of M methods on K tasks with B resamples, from which every comparison is made.
 
     Attributes:
-        methods: names.
-        tasks: names.
-        values: score -> ``(M, K)``, means over seeds.
-        replicates: score -> ``(B, M, K)``; the same resamples for all methods.
-        experts: accuracy of each task's own expert, ``(K,)``, or None.
-        expert_replicates: the same in resamples, ``(B, K)``, or None.
-        confidence: level of the intervals.
-        warnings: what the intervals leave out.
+        methods: Names.
+        tasks: Names.
+        values: Score -> ``(M, K)``, means over seeds.
+        replicates: Score -> ``(B, M, K)``; the same resamples for all methods.
+        experts: Accuracy of each task's own expert, ``(K,)``, or None.
+        expert_replicates: The same in resamples, ``(B, K)``, or None.
+        confidence: Level of the intervals.
+        warnings: Sources of variation that the intervals leave out.
     """
 
     methods: tuple[str, ...]
@@ -94,12 +70,12 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def mean(self, method: str, score: str = "accuracy") -> Estimate:
-        """Mean over tasks of one of `SCORES`."""
+        """Mean over tasks of one of ``SCORES``."""
         value, replicates = self._of(method, score)
         return self._estimate(value.mean(), replicates.mean(1), score)
 
     def on_task(self, method: str, task: str, score: str = "accuracy") -> Estimate:
-        """One of `SCORES` on one task."""
+        """One of ``SCORES`` on one task."""
         value, replicates = self._of(method, score)
         place = _place(task, self.tasks, "task")
         return self._estimate(value[place], replicates[:, place], score)
@@ -115,12 +91,6 @@ class Comparison:
 
     def normalised(self, method: str) -> Estimate:
         """Mean over tasks of the accuracy divided by that of the task's own expert, on the same examples.
-
-        Args:
-            method: Its name.
-
-        Returns:
-            The share.
 
         Raises:
             ValueError: If no experts were given.
@@ -157,11 +127,11 @@ class Comparison:
         With the level's probability *every* interval covers, so that each claim may be made whatever the others show.
         They are ``value -+ c error`` with one ``c``: the level's quantile over resamples of the largest
         ``|difference - mean| / error`` among the pairs, which uses how the pairs move together (Romano and Wolf, 2005,
-        Econometrica 73(4)). The pairs must not have been picked by these scores: for the winner see `against_best`.
+        Econometrica 73(4)). The pairs must not have been picked by these scores: for the winner see ``against_best``.
 
         Args:
             pairs: Names of two methods each; of one against all others, these are the comparisons of Dunnett (1955).
-            score: One of `SCORES`.
+            score: One of ``SCORES``.
 
         Returns:
             By pair the mean over tasks of the first method's score less the second's.
@@ -191,9 +161,9 @@ class Comparison:
 
         Of ten equal methods the winner "beats" some other by 95 % intervals of single pairs in more than half of all
         data sets. Any pair might have been the one, so these intervals hold for all pairs of methods together (Tukey's
-        comparisons, by resamples as in `differences`). They say *which methods the winner beats*; "multiple comparisons
-        with the best" (Hsu, 1984, Annals of Statistics 12(3)) say *which may be the best*: of equal methods they rule
-        some out too often.
+        comparisons, by resamples as in ``differences``). They say *which methods the winner beats*; "multiple
+        comparisons with the best" (Hsu, 1984, Annals of Statistics 12(3)) say *which may be the best*: of equal methods
+        they rule some out too often.
 
         Returns:
             By the name of the other method; empty if there is none.
@@ -218,25 +188,27 @@ class Comparison:
         best = pareto_front(self.values["accuracy"].mean(1), self.values[score].mean(1))
         return tuple(method for method, on in zip(self.methods, best.tolist(), strict=True) if on)
 
-    def summaries(self) -> tuple[MethodSummary, ...]:
-        """A row for each method, in the order they were given."""
+    def summary(self, method: str) -> dict[str, Estimate]:
+        """Estimates of one method over all tasks; ``normalised`` is there if there are experts.
+
+        Returns:
+            ``accuracy``, ``worst``, ``normalised``, ``nll``, ``brier``, ``ece`` and ``rank``.
+        """
+        normalised = {} if self.experts is None else {"normalised": self.normalised(method)}
+        others = {score: self.mean(method, score) for score in ("nll", "brier", "ece")}
+        accuracies = {"accuracy": self.mean(method), "worst": self.worst(method)}
+        return {**accuracies, **normalised, **others, "rank": self.rank(method)}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per method: its summary with ends of intervals, its worst task, and its share of the Pareto front."""
+        import pandas as pd
+
         front = self.front()
-        return tuple(
-            MethodSummary(
-                method,
-                self.mean(method),
-                self.worst(method),
-                self.worst_task(method),
-                None if self.experts is None else self.normalised(method),
-                self.mean(method, "nll"),
-                self.mean(method, "brier"),
-                self.mean(method, "ece"),
-                self.rank(method),
-                {task: self.on_task(method, task) for task in self.tasks},
-                front[method],
-            )
-            for method in self.methods
-        )
+        rows = [
+            {**interval_columns(self.summary(name)), "worst_task": self.worst_task(name), "front": front[name]}
+            for name in self.methods
+        ]
+        return pd.DataFrame(rows, pd.Index(self.methods, name="method"))
 
     def _of(self, method: str, score: str) -> tuple[Tensor, Tensor]:
         """``(K,)`` and ``(B, K)``."""
@@ -269,14 +241,11 @@ def compare_methods(
         predictions: Method -> task -> probabilities ``(n, classes)``, or a list of these, one for each seed. Seeds at
             the same place belong together in all tasks and in all methods that have as many.
         labels: Task -> ``(n,)`` integers.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         experts: Task -> probabilities of the task's own expert, or a list by seed.
         bins: Number of bins of the calibration error.
-        num_resamples: How many resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the intervals.
-
-    Returns:
-        The comparison.
 
     Raises:
         ValueError: If there is no method or no task, tasks or numbers of seeds differ, tables are no probabilities, or

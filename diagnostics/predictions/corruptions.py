@@ -1,4 +1,4 @@
-r"""Images made worse at three severities, after Hendrycks and Dietterich, 2019 (arXiv 1903.12261).
+r"""Image corruptions at three severities, after Hendrycks and Dietterich, 2019 (arXiv 1903.12261).
 
 The settings are those of CIFAR-10-C at its severities 1, 3 and 5, for images of about 32 pixels a side; the width of
 the blur grows with the side. Values are rounded to the nearest integer.
@@ -37,15 +37,15 @@ def corrupt(images: Tensor, kind: Corruption, severity: int, *, seed: int) -> Te
 
     Args:
         images: ``(n, channels, height, width)`` uint8 with 1 or 3 channels, on any device.
-        kind: Which corruption.
+        kind: Kind of corruption.
         severity: 1, 2 or 3.
-        seed: Of the noise, drawn on the CPU so that it is the same on every device; other kinds have none.
+        seed: Seed of the noise, drawn on the CPU so that it is the same on every device; other kinds have none.
 
     Returns:
         Images of the same shape, type and device.
 
     Raises:
-        ValueError: If images, kind or severity are something else.
+        ValueError: If images, kind or severity are not valid.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
         raise ValueError(

@@ -1,13 +1,13 @@
 """Predictions of several methods on several tasks as one plain file, which reports are made from.
 
-The file is a NumPy `.npz` or a `.safetensors` with the entries
+The file is a NumPy ``.npz`` or a ``.safetensors`` with the entries
 
 - ``labels/TASK``: ``(n,)`` integers,
 - ``probabilities/TASK/METHOD``: ``(n, classes)``, rows summing to one.
 
 Every method is there for every task; the method "own experts", if there is one, is what each task's own fine-tune says.
-A method may have a slash in its name, a task may not. An `.npz` keeps the order of methods and tasks, a `.safetensors`
-sorts them.
+A method may have a slash in its name, a task may not. An ``.npz`` keeps the order of methods and tasks, a
+``.safetensors`` sorts them.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diagnostics.predictions.inputs import Array, Labelled, labelled
+from diagnostics.printing import Brief
 
 __all__ = ["Predictions", "load_predictions", "predictions_of", "save_predictions"]
 
 LABELS, PROBABILITIES = "labels", "probabilities"
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Brief):
     """Class probabilities of methods on the same examples of each task.
 
     Attributes:
-        labels: task to ``(n,)`` int64.
-        probabilities: method, then task, to ``(n, classes)`` float64.
+        labels: Task to ``(n,)`` int64.
+        probabilities: Method, then task, to ``(n, classes)`` float64.
     """
 
     labels: Mapping[str, Tensor]
@@ -55,17 +56,14 @@ class Predictions:
 
 
 def predictions_of(labels: Mapping[str, Array], probabilities: Mapping[str, Mapping[str, Array]]) -> Predictions:
-    """Predictions in memory, checked.
+    """Check predictions in memory, and put them on the CPU in float64.
 
     Args:
-        labels: task to ``(n,)`` integers.
-        probabilities: method, then task, to ``(n, classes)``.
-
-    Returns:
-        The predictions, in float64 on the CPU.
+        labels: Task to ``(n,)`` integers.
+        probabilities: Method, then task, to ``(n, classes)``.
 
     Raises:
-        ValueError: a table is no probabilities, labels do not fit, or a method lacks a task.
+        ValueError: If a table is no probabilities, labels do not fit, or a method lacks a task.
 
     >>> found = predictions_of({"coin": [0, 1]}, {"fair": {"coin": np.full((2, 2), 0.5)}})
     >>> found.tasks, found.methods
@@ -92,14 +90,10 @@ def predictions_of(labels: Mapping[str, Array], probabilities: Mapping[str, Mapp
 
 
 def save_predictions(predictions: Predictions, path: str | Path) -> None:
-    """Write the file.
-
-    Args:
-        predictions: what goes in.
-        path: ends in `.npz` or `.safetensors`; overwritten if it is there.
+    """Write predictions to a file that ends in ``.npz`` or ``.safetensors``; one that is there is overwritten.
 
     Raises:
-        ValueError: it ends otherwise, or a task has a slash in its name.
+        ValueError: If it ends otherwise, or a task has a slash in its name.
     """
     slashed = [task for task in predictions.tasks if "/" in task]
     if slashed:
@@ -118,16 +112,10 @@ def save_predictions(predictions: Predictions, path: str | Path) -> None:
 
 
 def load_predictions(path: str | Path) -> Predictions:
-    """Read the file; nothing in it is executed.
-
-    Args:
-        path: ends in `.npz` or `.safetensors`.
-
-    Returns:
-        The predictions, checked.
+    """Read and check a file of predictions; nothing in it is executed.
 
     Raises:
-        ValueError: it is not such a file, or its entries do not fit together.
+        ValueError: If it is not such a file, or its entries do not fit together.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

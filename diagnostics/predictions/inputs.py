@@ -1,4 +1,4 @@
-"""Probabilities and labels checked at the door: what every score here is computed from."""
+"""Validation of class probabilities and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Array", "Labelled", "checked_labels", "checked_probabilities", "labe
 
 Array = Tensor | NDArray[Any]
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
-"""How far rows may sum from one; the second for 16-bit floats, whose rounding adds up over classes."""
+"""Largest distance of the sum of a row from one; the second for 16-bit floats, whose rounding adds up over classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +33,12 @@ class Labelled:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why scores of these may not be trusted."""
+        """Reasons not to trust scores of these."""
         return ("all labels are of one class",) if len(self) > 1 and len(self.labels.unique()) == 1 else ()
 
 
 def checked_probabilities(probabilities: Array, called: str) -> Tensor:
-    """Probabilities in float64 on their own device, each row divided by its sum, which rounding moved from one.
-
-    Args:
-        probabilities: ``(n, classes)``, not logits.
-        called: The public call, for the message.
-
-    Returns:
-        ``(n, classes)`` float64.
+    """Probabilities ``(n, classes)`` in float64 on their device, rows divided by their sums, which rounding moved.
 
     Raises:
         ValueError: If they are no table of at least one row and two classes, have NaN or negative entries, or have
@@ -83,15 +76,7 @@ def checked_probabilities(probabilities: Array, called: str) -> Tensor:
 
 
 def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor:
-    """Labels as int64.
-
-    Args:
-        labels: ``(n,)`` integers in ``0 ... classes - 1``.
-        shape: ``(n, classes)`` of the probabilities.
-        called: The public call, for the message.
-
-    Returns:
-        ``(n,)`` int64.
+    """Labels ``(n,)`` as int64, for probabilities of the shape ``(n, classes)``.
 
     Raises:
         ValueError: If they are no integers, not n, or out of range.
@@ -113,15 +98,7 @@ def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor
 
 
 def labelled(probabilities: Array, labels: Array, called: str) -> Labelled:
-    """Both, checked.
-
-    Args:
-        probabilities: ``(n, classes)``.
-        labels: ``(n,)``.
-        called: The public call, for the message.
-
-    Returns:
-        The checked pair, on the device of the probabilities.
+    """Check probabilities ``(n, classes)`` with their labels ``(n,)``, which go to the same device.
 
     >>> len(labelled(torch.tensor([[0.5, 0.5]]), torch.tensor([1]), "score"))
     1

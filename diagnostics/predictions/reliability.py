@@ -1,48 +1,42 @@
-r"""Where predictions are too sure or not sure enough: the reliability diagram and the parts of the Brier score."""
+"""The reliability diagram: accuracy over confidence in bins, with bootstrap bands."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diagnostics.estimates import (
-    Binning,
-    Estimate,
-    Interval,
-    bootstrap,
-    check_bins,
-    equal_mass_bins,
-    equal_mass_edges,
-    interval_ends,
-    resamples,
-)
-from diagnostics.predictions.inputs import Array, Labelled, labelled
-from inference.scores import ECE_BINS, brier_each, equal_width_bins, top_label
+from diagnostics.estimates import interval_ends, resamples
+from diagnostics.predictions.binning import Binning, check_bins, equal_mass_bins, equal_mass_edges
+from diagnostics.predictions.inputs import Array, labelled
+from diagnostics.printing import Brief
+from inference.scores import ECE_BINS, equal_width_bins, top_label
 
-__all__ = ["BrierParts", "Reliability", "brier_parts", "reliability"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Reliability", "reliability"]
 
 FEWEST_IN_BIN = 10
 """Below so many examples the band of a bin is not to be trusted: few outcomes resample to too few values."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reliability:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reliability(Brief):
     """A reliability diagram of the largest probability (DeGroot and Fienberg, 1983; Guo et al., 2017).
 
     Empty bins have a count of 0 and NaN elsewhere.
 
     Attributes:
-        edges: of the bins, ``(bins + 1,)``.
-        counts: examples in each bin, ``(bins,)`` int64.
-        confidence: mean largest probability, ``(bins,)``.
-        accuracy: share of correct predictions, ``(bins,)``.
-        low: lower end of the bootstrap band of the accuracy, ``(bins,)``; bin by bin, not for all at once.
-        high: upper end.
-        level: of the band.
+        edges: Edges of the bins, ``(bins + 1,)``.
+        counts: Examples in each bin, ``(bins,)`` int64.
+        confidence: Mean largest probability, ``(bins,)``.
+        accuracy: Share of correct predictions, ``(bins,)``.
+        low: Lower end of the bootstrap band of the accuracy, ``(bins,)``; bin by bin, not for all at once.
+        high: Upper end.
+        level: Level of the band.
     """
 
     edges: Tensor
@@ -55,28 +49,17 @@ class Reliability:
 
     @property
     def trusted(self) -> Tensor:
-        """Which bins have enough examples, ``(bins,)`` bool."""
+        """Mask of the bins that have enough examples for their band, ``(bins,)``."""
         return self.counts >= FEWEST_IN_BIN
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per bin: left and right edge, count, mean confidence, accuracy and the ends of its band."""
+        import pandas as pd
 
-@dataclass(frozen=True)
-class BrierParts:
-    """``brier = reliability - resolution + uncertainty + binning``, exactly; all summed over classes.
-
-    Attributes:
-        brier: mean Brier score, 0 to 2.
-        reliability: squared gap between probability and frequency in the bins; 0 is best. Noise pushes it up.
-        resolution: how far the frequencies in the bins are from those of all; larger is better. Noise pushes it up.
-        uncertainty: Brier score of always predicting the frequencies.
-        binning: what bins of finite width lose: variance of the probabilities within bins less twice their covariance
-            with the outcomes.
-    """
-
-    brier: Estimate
-    reliability: Estimate
-    resolution: Estimate
-    uncertainty: Estimate
-    binning: Estimate
+        names = ("confidence", "accuracy", "low", "high")
+        table = {"left": self.edges[:-1], "right": self.edges[1:], "count": self.counts}
+        table |= {name: getattr(self, name) for name in names}
+        return pd.DataFrame({name: column.numpy() for name, column in table.items()})
 
 
 def reliability(
@@ -94,17 +77,14 @@ def reliability(
     Args:
         probabilities: ``(n, classes)``.
         labels: ``(n,)`` integers.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         bins: Number of bins.
-        equal_mass: Bins of about as many examples each instead of equal width; ties leave some empty.
-        num_resamples: How many resamples.
+        equal_mass: True for bins of about as many examples each instead of equal width; ties leave some empty.
+        num_resamples: Number of resamples.
         confidence: Level of the band.
 
-    Returns:
-        The diagram.
-
     Raises:
-        ValueError: If probabilities or labels are not what they should be, there is no bin, or the level is none.
+        ValueError: If probabilities or labels are not valid, there is no bin, or the level is none.
 
     >>> table = torch.tensor([[0.3, 0.7]] * 10)
     >>> diagram = reliability(table, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0, 0]), seed=0, bins=4)
@@ -126,98 +106,3 @@ def reliability(
     mean_top, mean_right = (binning.sums(each, ones)[0] / counts for each in stacked)
     edges = equal_mass_edges(top, bins) if equal_mass else torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     return Reliability(edges, counts.long(), mean_top, mean_right, low, high, confidence)
-
-
-def brier_parts(
-    probabilities: Array,
-    labels: Array,
-    *,
-    seed: int,
-    bins: int = ECE_BINS,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-) -> BrierParts:
-    """Decomposition of the Brier score, each class's probability in bins of equal width.
-
-    References: Murphy, *A new vector partition of the probability score*, 1973; Stephenson et al., *Two extra
-    components in the Brier score decomposition*, 2008, for what is lost within bins.
-
-    Args:
-        probabilities: ``(n, classes)``.
-        labels: ``(n,)`` integers.
-        seed: Of the resamples.
-        bins: Number of bins of each class.
-        num_resamples: How many resamples.
-        confidence: Level of the intervals.
-
-    Returns:
-        The parts.
-
-    Raises:
-        ValueError: If probabilities or labels are not what they should be, or there is no bin.
-
-    >>> print(brier_parts(torch.tensor([[0.3, 0.7]] * 20), torch.tensor([1, 0] * 10), seed=0).uncertainty)
-    0.500 [0.375, 0.500]
-    """
-    pair = labelled(probabilities, labels, "brier_parts")
-    check_bins(bins, "brier_parts")
-
-    def estimate(of: Callable[[Tensor], Tensor], low: float, high: float, interval: Interval) -> Estimate:
-        return bootstrap(
-            of,
-            len(pair),
-            seed=seed,
-            num_resamples=num_resamples,
-            confidence=confidence,
-            interval=interval,
-            bounds=(low, high),
-            warnings=pair.warnings,
-        )
-
-    parts = _Parts(pair, bins)
-    return BrierParts(
-        estimate(parts.brier, 0.0, 2.0, "percentile"),
-        estimate(parts.reliability, 0.0, 2.0, "normal"),
-        estimate(parts.resolution, 0.0, 2.0, "normal"),
-        estimate(parts.uncertainty, 0.0, 1.0, "percentile"),
-        estimate(parts.binning, -math.inf, math.inf, "normal"),
-    )
-
-
-class _Parts:
-    """The parts as functions of weights ``(batch, n)`` that sum to n."""
-
-    def __init__(self, pair: Labelled, bins: int) -> None:
-        self._p = pair.probabilities.cpu()
-        self._y = torch.nn.functional.one_hot(pair.labels.cpu(), self._p.shape[1]).double()
-        self._each = brier_each(pair.probabilities, pair.labels).cpu()
-        self._binning = Binning.of(equal_width_bins(self._p, bins), bins)
-
-    def brier(self, weights: Tensor) -> Tensor:
-        return weights @ self._each / len(self._each)
-
-    def reliability(self, weights: Tensor) -> Tensor:
-        count, p, y = self._sums(weights)
-        return ((p - y).square() / count).sum(1) / len(self._each)
-
-    def resolution(self, weights: Tensor) -> Tensor:
-        count, _, y = self._sums(weights)
-        return (y.square() / count).sum(1) / len(self._each) - self._frequencies(weights).square().sum(1)
-
-    def uncertainty(self, weights: Tensor) -> Tensor:
-        frequency = self._frequencies(weights)
-        return (frequency * (1 - frequency)).sum(1)
-
-    def binning(self, weights: Tensor) -> Tensor:
-        """Within bins: ``sum (p - mean p)^2 - 2 sum (p - mean p)(y - mean y)``."""
-        count, p, y = self._sums(weights)
-        within = weights @ (self._p * (self._p - 2 * self._y)).sum(1)
-        return (within - ((p - 2 * y) * p / count).sum(1)) / len(self._each)
-
-    def _sums(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Count (1 in empty bins), sum of probabilities and number of outcomes of each bin."""
-        count = self._binning.counts(weights).clamp_min(1)
-        return count, self._binning.sums(self._p, weights), self._binning.sums(self._y, weights)
-
-    def _frequencies(self, weights: Tensor) -> Tensor:
-        return weights @ self._y / len(self._each)

@@ -1,4 +1,4 @@
-r"""Selective prediction: how wrong a model is on the examples that it is surest of.
+r"""Selective prediction: the risk-coverage curve of a model that answers only the examples it is surest of.
 
 >>> score = torch.tensor([0.9, 0.8, 0.7, 0.6] * 10)
 >>> wrong = torch.tensor([0, 0, 1, 0] * 10)
@@ -10,31 +10,38 @@ r"""Selective prediction: how wrong a model is on the examples that it is surest
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diagnostics.estimates import Binning, Estimate, bootstrap, interval_ends, resamples
+from diagnostics.estimates import Estimate, bootstrap, interval_ends, resamples, weighted_mean
+from diagnostics.predictions.binning import Binning
 from diagnostics.predictions.inputs import Array
+from diagnostics.printing import Brief
 
-__all__ = ["RiskCoverage", "aurc_difference", "risk_coverage"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["RiskCoverage", "risk_coverage"]
 
 
-@dataclass(frozen=True, eq=False)
-class RiskCoverage:
+@dataclass(frozen=True, eq=False, repr=False)
+class RiskCoverage(Brief):
     """Risk among the examples that are kept, for every threshold on the score.
 
     Attributes:
-        thresholds: distinct scores, highest first, ``(m,)``; examples of at least this score are kept.
-        coverage: share of examples that are kept, ``(m,)``, ascending to 1.
-        risk: mean loss of these, ``(m,)``.
-        low: lower end of the bootstrap band of the risk at these thresholds, ``(m,)``; point by point.
-        high: upper end.
-        aurc: area under the curve, the mean over examples of the risk at their own score (Geifman and El-Yaniv, 2017,
+        thresholds: Distinct scores, highest first, ``(m,)``; examples of at least this score are kept.
+        coverage: Share of examples that are kept, ``(m,)``, ascending to 1.
+        risk: Mean loss of these, ``(m,)``.
+        low: Lower end of the bootstrap band of the risk at these thresholds, ``(m,)``; point by point.
+        high: Upper end.
+        aurc: Area under the curve, the mean over examples of the risk at their own score (Geifman and El-Yaniv, 2017,
             arXiv 1705.08500; Geifman et al., 2019, arXiv 1805.08206).
-        aurc_of_chance: what scores that say nothing give, the risk of all.
-        aurc_of_perfect: what scores that sort by the loss give.
-        confidence: level of the band and the intervals.
+        aurc_of_chance: Area under the curve of scores that say nothing, the risk of all examples.
+        aurc_of_perfect: Area under the curve of scores that sort by the loss.
+        confidence: Level of the band and the intervals.
     """
 
     thresholds: Tensor
@@ -47,22 +54,13 @@ class RiskCoverage:
     aurc_of_perfect: Estimate
     confidence: float
 
-    def risk_at(self, coverage: float) -> float:
-        """Risk at the smallest coverage of the curve that is at least this.
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per threshold: threshold, coverage, risk and the ends of its band."""
+        import pandas as pd
 
-        Args:
-            coverage: Share of examples to keep, above 0.
-
-        Returns:
-            The risk.
-
-        Raises:
-            ValueError: If the share is not above 0 and at most 1.
-        """
-        if not 0 < coverage <= 1:
-            raise ValueError(f"`RiskCoverage.risk_at({coverage})`: give a share of examples above 0 and at most 1.")
-        reached = self.coverage >= coverage - 1e-12
-        return float(self.risk[reached][0])
+        columns = {"threshold": self.thresholds, "coverage": self.coverage, "risk": self.risk}
+        columns |= {"low": self.low, "high": self.high}
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 
 def risk_coverage(
@@ -77,15 +75,12 @@ def risk_coverage(
     """The risk-coverage curve with its area; examples of equal score are kept or left together.
 
     Args:
-        score: ``(n,)``: how sure of each example, for instance the largest probability or minus the entropy.
+        score: ``(n,)`` confidence in each example, for instance the largest probability or minus the entropy.
         loss: ``(n,)``, not negative: 1 where the prediction is wrong, or any other loss.
-        seed: Of the resamples.
-        points: The most points of the curve; of more distinct scores some are left out. The areas are of all.
-        num_resamples: How many resamples.
+        seed: Seed of the resamples.
+        points: Largest number of points of the curve; of more distinct scores some are left out. The areas are of all.
+        num_resamples: Number of resamples.
         confidence: Level of band and intervals.
-
-    Returns:
-        The curve.
 
     Raises:
         ValueError: If the two do not fit or have NaN, there is no point, or the level is none.
@@ -104,53 +99,9 @@ def risk_coverage(
         count, total = ranked.cumulative(weights)
         curves.append(total[:, chosen] / count[:, chosen])
     low, high = torch.cat(curves).nanquantile(ends, dim=0)
-    aurc, chance, perfect = (
-        bootstrap(of, len(sure), seed=seed, num_resamples=num_resamples, confidence=confidence)
-        for of in (ranked.area, lambda w: w @ wrong / len(wrong), optimal.area_one_by_one)
-    )
+    resampled = partial(bootstrap, size=len(sure), seed=seed, num_resamples=num_resamples, confidence=confidence)
+    aurc, chance, perfect = map(resampled, (ranked.area, weighted_mean(wrong), optimal.area_one_by_one))
     return RiskCoverage(thresholds[chosen], kept / len(sure), lost / kept, low, high, aurc, chance, perfect, confidence)
-
-
-def aurc_difference(
-    first_score: Array,
-    first_loss: Array,
-    second_score: Array,
-    second_loss: Array,
-    *,
-    seed: int,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-) -> Estimate:
-    """Area under the first curve less that under the second, paired over the same examples; negative is better.
-
-    Args:
-        first_score: ``(n,)``, as in `risk_coverage`.
-        first_loss: ``(n,)``.
-        second_score: ``(n,)``.
-        second_loss: ``(n,)``.
-        seed: Of the resamples.
-        num_resamples: How many resamples.
-        confidence: Level of the interval.
-
-    Returns:
-        The difference.
-
-    Raises:
-        ValueError: If the four do not fit, or have NaN.
-
-    >>> right = torch.zeros(30)
-    >>> print(aurc_difference(right, right, right, right + 1, seed=0))
-    -1 [-1, -1]
-    """
-    one = _Ranked(*_checked(first_score, first_loss, "aurc_difference"))
-    two = _Ranked(*_checked(second_score, second_loss, "aurc_difference"))
-    if one.size != two.size:
-        raise ValueError(
-            f"`aurc_difference(...)`: {one.size} and {two.size} examples. Give both curves the same examples, in order."
-        )
-    return bootstrap(
-        lambda w: one.area(w) - two.area(w), one.size, seed=seed, num_resamples=num_resamples, confidence=confidence
-    )
 
 
 class _Ranked:

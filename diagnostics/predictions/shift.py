@@ -9,18 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from diagnostics.estimates import FEWEST, Binning, Estimate, bootstrap
+from diagnostics.estimates import FEWEST, Estimate, Scores, Statistic, bootstrap, interval_columns
+from diagnostics.predictions.binning import Binning
 from diagnostics.predictions.calibration import Calibration, calibration
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from diagnostics.predictions.inputs import Array, checked_probabilities
 from inference.models.ensemble import Prediction
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = [
     "Corrupted",
+    "CorruptionScores",
     "ShiftComparison",
     "ShiftDetection",
     "auroc",
@@ -36,9 +44,9 @@ class Corrupted:
     """Scores on one kind of corrupted images.
 
     Attributes:
-        kind: of corruption; "clean" for none.
+        kind: Kind of corruption; "clean" for none.
         severity: 1 to 3; 0 for none.
-        calibration: all scores.
+        calibration: All scores.
     """
 
     kind: str
@@ -46,9 +54,22 @@ class Corrupted:
     calibration: Calibration
 
 
+class CorruptionScores(tuple[Corrupted, ...]):
+    """Scores on clean images, then on corrupted ones by kind and severity."""
+
+    __slots__ = ()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per kind and severity, with every score and the ends of its interval."""
+        import pandas as pd
+
+        rows = [{"kind": r.kind, "severity": r.severity} | interval_columns(r.calibration.scores) for r in self]
+        return pd.DataFrame(rows)
+
+
 @dataclass(frozen=True)
-class ShiftDetection:
-    """How well uncertainty tells another task's inputs from the model's own: 0.5 is chance, 1 is always.
+class ShiftDetection(Scores):
+    """Areas under the ROC curve of uncertainty as a detector of another task's inputs: 0.5 is chance, 1 is always.
 
     Attributes:
         entropy: AUROC of the entropy of the (mean) probabilities.
@@ -60,12 +81,12 @@ class ShiftDetection:
 
 
 @dataclass(frozen=True)
-class ShiftComparison:
+class ShiftComparison(Scores):
     """MAP against ensemble on the same inputs; differences are paired, and above 0 where the ensemble is better.
 
     Attributes:
-        point: the MAP's detection.
-        ensemble: the ensemble's.
+        point: Detection by the MAP.
+        ensemble: Detection by the ensemble.
         entropy_gain: AUROC of the ensemble's entropy less that of the MAP's.
         mutual_information_gain: AUROC of the ensemble's mutual information less that of the MAP's entropy.
     """
@@ -75,15 +96,21 @@ class ShiftComparison:
     entropy_gain: Estimate
     mutual_information_gain: Estimate
 
+    @property
+    @override
+    def scores(self) -> dict[str, Estimate]:
+        """The MAP's entropy, then each score of the ensemble with its gain over that."""
+        return {
+            "point_entropy": self.point.entropy,
+            "ensemble_entropy": self.ensemble.entropy,
+            "entropy_gain": self.entropy_gain,
+            "ensemble_mutual_information": self.ensemble.mutual_information,
+            "mutual_information_gain": self.mutual_information_gain,
+        }
+
 
 def point_prediction(probabilities: Array) -> Prediction:
-    """A single model's probabilities as a prediction: its own entropy, and no disagreement.
-
-    Args:
-        probabilities: ``(n, classes)``.
-
-    Returns:
-        The prediction of one member.
+    """A single model's probabilities ``(n, classes)`` as a prediction: its own entropy, and no disagreement.
 
     >>> point_prediction(torch.tensor([[1.0, 0.0]])).entropy
     tensor([0.], dtype=torch.float64)
@@ -98,34 +125,28 @@ def auroc(inside: Array, outside: Array, *, seed: int, num_resamples: int = 1000
     Args:
         inside: ``(n,)`` scores of the model's own inputs.
         outside: ``(m,)`` scores of other inputs.
-        seed: Of the resamples; both samples keep their sizes.
-        num_resamples: How many resamples.
+        seed: Seed of the resamples; both samples keep their sizes.
+        num_resamples: Number of resamples.
         confidence: Level of the interval.
-
-    Returns:
-        The area.
 
     Raises:
         ValueError: If a sample is empty or has NaN.
     """
     ranks = _Ranks(inside, outside, "auroc")
-    return ranks.estimate(ranks.area, seed, num_resamples, confidence)
+    return ranks.estimate(ranks.area, _resampled(seed, num_resamples, confidence))
 
 
 def detect_shift(
     inside: Prediction, outside: Prediction, *, seed: int, num_resamples: int = 1000, confidence: float = 0.95
 ) -> ShiftDetection:
-    """How well a model's uncertainty finds inputs of another task.
+    """Measure how well a model's uncertainty finds inputs of another task.
 
     Args:
-        inside: Prediction for the model's own inputs; `point_prediction` makes one of a single model.
+        inside: Prediction for the model's own inputs; ``point_prediction`` makes one of a single model.
         outside: Prediction for other inputs.
-        seed: Of the resamples.
-        num_resamples: How many resamples.
+        seed: Seed of the resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the intervals.
-
-    Returns:
-        Two areas.
 
     Raises:
         ValueError: If a prediction is empty or has NaN.
@@ -135,11 +156,11 @@ def detect_shift(
     >>> print(detect_shift(own, other, seed=0).entropy)
     0.714 [0.592, 0.817]
     """
-    entropy, disagreement = (_Ranks(*pair, "detect_shift") for pair in _pairs(inside, outside))
-    doubts = _doubts(inside, outside)
+    entropy, disagreement = _ranks(inside, outside, "detect_shift")
+    resampled = _resampled(seed, num_resamples, confidence)
     return ShiftDetection(
-        entropy.estimate(entropy.area, seed, num_resamples, confidence),
-        disagreement.estimate(disagreement.area, seed, num_resamples, confidence, doubts),
+        entropy.estimate(entropy.area, resampled),
+        disagreement.estimate(disagreement.area, resampled, _doubts(inside, outside)),
     )
 
 
@@ -151,13 +172,13 @@ def compare_detection(
     num_resamples: int = 1000,
     confidence: float = 0.95,
 ) -> ShiftComparison:
-    """Does the ensemble find another task's inputs better than the MAP?
+    """Compare how well the MAP and an ensemble find another task's inputs.
 
     Args:
-        point: The MAP's predictions for its own inputs and for others, by `point_prediction`.
+        point: The MAP's predictions for its own inputs and for others, by ``point_prediction``.
         ensemble: The ensemble's predictions for the same inputs in the same order.
-        seed: Of the resamples.
-        num_resamples: How many resamples.
+        seed: Seed of the resamples.
+        num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
     Returns:
@@ -180,22 +201,14 @@ def compare_detection(
             f"`compare_detection(...)`: the MAP saw {sizes[0]} examples and the ensemble {sizes[1]}. Give both the "
             "same inputs."
         )
-    before = _Ranks(point[0].entropy, point[1].entropy, "compare_detection")
-    after = [_Ranks(*pair, "compare_detection") for pair in _pairs(*ensemble)]
-    gains = [
-        before.estimate(
-            lambda w, each=each: each.area(w) - before.area(w),  # type: ignore[misc]
-            seed,
-            num_resamples,
-            confidence,
-            doubts,
-        )
-        for each, doubts in zip(after, ((), _doubts(*ensemble)), strict=True)
-    ]
+    before, _ = _ranks(*point, "compare_detection")
+    entropy, disagreement = _ranks(*ensemble, "compare_detection")
+    resampled = _resampled(seed, num_resamples, confidence)
     return ShiftComparison(
         detect_shift(*point, seed=seed, num_resamples=num_resamples, confidence=confidence),
         detect_shift(*ensemble, seed=seed, num_resamples=num_resamples, confidence=confidence),
-        *gains,
+        before.estimate(lambda w: entropy.area(w) - before.area(w), resampled),
+        before.estimate(lambda w: disagreement.area(w) - before.area(w), resampled, _doubts(*ensemble)),
     )
 
 
@@ -209,17 +222,17 @@ def under_corruption(
     severities: Sequence[int] = SEVERITIES,
     num_resamples: int = 1000,
     confidence: float = 0.95,
-) -> tuple[Corrupted, ...]:
+) -> CorruptionScores:
     """Scores on clean images and on every kind of corrupted ones.
 
     Args:
         predict: Maps images ``(n, channels, height, width)`` uint8 to probabilities ``(n, classes)``.
         images: The clean images.
         labels: ``(n,)`` integers.
-        seed: Of noise and resamples; the same for every kind, so that two models see the same images.
-        kinds: Which corruptions.
-        severities: Which of 1, 2, 3.
-        num_resamples: How many resamples.
+        seed: Seed of noise and resamples; the same for every kind, so that two models see the same images.
+        kinds: Kinds of corruption.
+        severities: Some of 1, 2, 3.
+        num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
     Returns:
@@ -239,15 +252,15 @@ def under_corruption(
     rows = [scored("clean", 0, images)]
     for kind in kinds:
         rows += [scored(kind, severity, corrupt(images, kind, severity, seed=seed)) for severity in severities]
-    return tuple(rows)
+    return CorruptionScores(rows)
 
 
-def _pairs(inside: Prediction, outside: Prediction) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return (inside.entropy, outside.entropy), (inside.mutual_information, outside.mutual_information)
+def _resampled(seed: int, num_resamples: int, confidence: float) -> partial[Estimate]:
+    return partial(bootstrap, seed=seed, num_resamples=num_resamples, confidence=confidence)
 
 
 def _doubts(inside: Prediction, outside: Prediction) -> tuple[str, ...]:
-    """Why mutual information may say nothing."""
+    """Reasons why mutual information may say nothing."""
     single = min(inside.num_members, outside.num_members) < 2
     return ("one member has no mutual information",) if single else ()
 
@@ -274,23 +287,19 @@ class _Ranks:
         inside = self._binning.counts(weights) - outside
         return (outside * (inside.cumsum(1) - inside / 2)).sum(1) / (self._sizes[0] * self._sizes[1])
 
-    def estimate(
-        self,
-        of: Callable[[Tensor], Tensor],
-        seed: int,
-        num_resamples: int,
-        confidence: float,
-        warnings: tuple[str, ...] = (),
-    ) -> Estimate:
-        few = min(self._sizes)
-        value = float(self.area(torch.ones(1, sum(self._sizes), dtype=torch.float64)))
-        doubts = [*warnings, *(["samples do not overlap: resamples cannot differ"] if value in (0.0, 1.0) else [])]
-        return bootstrap(
-            of,
-            sum(self._sizes),
-            seed=seed,
-            num_resamples=num_resamples,
-            confidence=confidence,
-            strata=self._outside[:, 0].long(),
-            warnings=(*doubts, *([f"only {few} examples on one side"] if few < FEWEST <= sum(self._sizes) else [])),
-        )
+    def estimate(self, of: Statistic, resampled: partial[Estimate], warnings: tuple[str, ...] = ()) -> Estimate:
+        few, total = min(self._sizes), sum(self._sizes)
+        doubts = list(warnings)
+        if float(self.area(torch.ones(1, total, dtype=torch.float64))) in (0.0, 1.0):
+            doubts.append("samples do not overlap: resamples cannot differ")
+        if few < FEWEST <= total:
+            doubts.append(f"only {few} examples on one side")
+        return resampled(of, total, strata=self._outside[:, 0].long(), warnings=doubts)
+
+
+def _ranks(inside: Prediction, outside: Prediction, called: str) -> tuple[_Ranks, _Ranks]:
+    """Ranks by entropy and by mutual information."""
+    return (
+        _Ranks(inside.entropy, outside.entropy, called),
+        _Ranks(inside.mutual_information, outside.mutual_information, called),
+    )

@@ -1,4 +1,4 @@
-"""The part of a report that says what was merged."""
+"""The section of a report on the inputs, the designs and the tensors of a merge."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ ACTIONS = {"merge": "merged", "average": "averaged", "base": "the base's"}
 
 
 def merge_section(record: Mapping[str, Any]) -> Section:
-    """What was merged, from what, by which design.
+    """Inputs, designs, treatments, and the share that the merge kept of each expert.
 
     Args:
-        record: the contents of `poe_merge.json`.
-
-    Returns:
-        The section.
+        record: The contents of ``poe_merge.json``.
 
     Raises:
-        ValueError: the record is not one of a merge.
+        ValueError: If the record is not one of a merge.
     """
     try:
         return _merge_section(record)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: sections of text, tables and figures. Every string that comes in is escaped."""
+"""One self-contained HTML page of sections; ``page.html.jinja`` has the markup and escapes every string."""
 
 from __future__ import annotations
 
@@ -7,78 +7,69 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 
 __all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
 
 DOTS = 150
-"""Per inch, of what is drawn as dots because it has so many marks."""
+"""Resolution per inch of marks that are drawn as dots because they are so many."""
 WORDS = {Level.NOTE: "Note", Level.GOOD: "Good", Level.UNKNOWN: "Unknown", Level.CAUTION: "Caution", Level.BAD: "Bad"}
 
 
+class _Block:
+    """Base of the contents of a section; the template has a macro for each kind."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the macro."""
+        return type(self).__name__.lower()
+
+
 @dataclass(frozen=True)
-class Text:
-    """A paragraph.
+class Text(_Block):
+    """A paragraph of plain text."""
 
-    Attributes:
-        text: plain.
-    """
-
-    kind: ClassVar[str] = "text"
     text: str
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Names and values.
+class Facts(_Block):
+    """Pairs of names and values."""
 
-    Attributes:
-        rows: pairs.
-    """
-
-    kind: ClassVar[str] = "facts"
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table that scrolls sideways where it is too wide; columns of numbers are right-aligned.
+class Table(_Block):
+    """A table with a caption that scrolls sideways where it is too wide; columns of numbers are right-aligned."""
 
-    Attributes:
-        caption: what it shows.
-        header: names of the columns.
-        rows: cells.
-    """
-
-    kind: ClassVar[str] = "table"
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers beneath their header."""
+        """Mask of the columns with nothing but numbers beneath their header."""
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.header)
         return [all(not cell or re.match(r"[-+±(]?\d|nan", cell) for cell in column) for column in columns]
 
 
 @dataclass(frozen=True, eq=False)
-class Plot:
+class Plot(_Block):
     """A figure, inline as SVG.
 
     Attributes:
-        axes: what was drawn.
-        caption: what it shows and how to read it; also its text for those who cannot see it.
+        axes: Axes of the figure.
+        caption: Explanation of the figure, which is also its text for those who cannot see it.
     """
 
-    kind: ClassVar[str] = "plot"
     axes: Axes | Figure
     caption: str
 
@@ -104,28 +95,17 @@ class Plot:
 
 
 @dataclass(frozen=True, eq=False)
-class Details:
-    """Blocks that are folded until somebody opens them; on paper they stay folded.
+class Details(_Block):
+    """Blocks that are folded beneath a summary until somebody opens them; on paper they stay folded."""
 
-    Attributes:
-        summary: the line that opens them.
-        blocks: what is inside.
-    """
-
-    kind: ClassVar[str] = "details"
     summary: str
     blocks: Sequence[Block]
 
 
 @dataclass(frozen=True, eq=False)
-class Gallery:
-    """Figures side by side where there is room.
+class Gallery(_Block):
+    """Figures side by side where there is room."""
 
-    Attributes:
-        plots: the figures.
-    """
-
-    kind: ClassVar[str] = "gallery"
     plots: Sequence[Plot]
 
 
@@ -137,9 +117,9 @@ class Section:
     """A part of the page.
 
     Attributes:
-        title: its heading.
-        verdicts: what its diagnostics come to; those that are not good are repeated on top of the page.
-        blocks: its contents.
+        title: Heading of the section.
+        verdicts: Verdicts of its diagnostics; those that are not good are repeated on top of the page.
+        blocks: Contents of the section.
     """
 
     title: str
@@ -147,13 +127,13 @@ class Section:
     blocks: Sequence[Block]
 
 
-@dataclass(frozen=True)
-class Page:
+@dataclass(frozen=True, repr=False)
+class Page(Brief):
     """A finished page.
 
     Attributes:
-        html: all of it.
-        warnings: the verdicts on its top, the worst first.
+        html: The whole document.
+        warnings: The verdicts on its top, the worst first.
     """
 
     html: str
@@ -166,13 +146,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     Nothing is loaded from anywhere and nothing runs: the page's own security policy forbids it.
 
     Args:
-        title: heading and name of the page.
-        subtitle: a line beneath it.
-        sections: the parts.
-        verdicts: others than the parts' own, for the top.
-
-    Returns:
-        The page.
+        title: Heading and name of the page.
+        subtitle: A line beneath it.
+        sections: Parts of the page.
+        verdicts: Other verdicts than the parts' own, for the top.
 
     >>> "&lt;b&gt;" in page("<b>", "", []).html and "<b>" not in page("<b>", "", []).html
     True
@@ -180,7 +157,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     every = [*verdicts, *(verdict for section in sections for verdict in section.verdicts)]
     warnings = tuple(sorted((v for v in every if v.level > Level.GOOD), key=lambda verdict: -verdict.level))
     template = Environment(
-        loader=PackageLoader("diagnostics", "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=PackageLoader("diagnostics.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     ).get_template("page.html.jinja")
     html = template.render(title=title, subtitle=subtitle, sections=sections, warnings=warnings, words=WORDS)
     return Page(html, warnings)

@@ -1,11 +1,11 @@
-"""One page that says whether a merge can be trusted: warnings first, then what was merged and each diagnostic.
+"""The report of a merge on one page: warnings first, then the merge and each diagnostic.
 
     from diagnostics.report.report import report
 
     page = report("my merge", record=record, fixed_point=found)
     Path("report.html").write_text(page.html, encoding="utf-8")
 
-`poe-merge diagnose` makes the same page from a merged folder.
+``poe-merge diagnose`` makes the same page from a merged folder.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diagnostics.chains import ChainConvergence
+from diagnostics.chains import ChainConvergence, CoefficientIntervals
+from diagnostics.predictions.evaluation import Evaluation
 from diagnostics.predictions.shift import Corrupted, ShiftComparison
 from diagnostics.report.convergence import convergence_section
-from diagnostics.report.evaluation import JudgedPredictions
 from diagnostics.report.merge import merge_section
 from diagnostics.report.page import Page, page
 from diagnostics.report.predictions import calibration_section, comparison_section, shift_section
 from diagnostics.report.tails import tails_section
 from diagnostics.residuals import Residuals
 from diagnostics.sensitivity import GammaSensitivity
-from diagnostics.solver import CoefficientIntervals, FixedPointConvergence
+from diagnostics.solver import FixedPointConvergence
 from diagnostics.tails.pooled import PooledTails
 from diagnostics.verdicts import Verdict
 
@@ -43,7 +43,7 @@ def report(
     residuals: Residuals | None = None,
     tails: PooledTails | None = None,
     measured: str = "",
-    predictions: JudgedPredictions | None = None,
+    predictions: Evaluation | None = None,
     corrupted: Mapping[str, Sequence[Corrupted]] | None = None,
     detection: Mapping[str, ShiftComparison] | None = None,
     verdicts: Sequence[Verdict] = (),
@@ -51,21 +51,21 @@ def report(
     """The page, from whatever results there are; parts without any are left out.
 
     Args:
-        title: its heading.
-        subtitle: a line beneath.
-        record: the contents of `poe_merge.json`.
-        fixed_point: convergence of the solver.
-        chains: convergence of draws.
-        coefficients: of Span draws.
-        around: what `surround_verdict` says of draws.
-        sensitivity: to gamma.
-        residuals: of the merge.
-        tails: of the residuals.
-        measured: a sentence about who measured residuals, if not the experts of the merge.
-        predictions: judged predictions.
-        corrupted: name of the method to what `under_corruption` gave.
-        detection: name of the inputs ("mnist, shown emoji") to what `compare_detection` gave.
-        verdicts: others, for the top of the page.
+        title: Heading of the page.
+        subtitle: A line beneath it.
+        record: The contents of ``poe_merge.json``.
+        fixed_point: Convergence of the solver.
+        chains: Convergence of draws.
+        coefficients: Intervals of Span draws.
+        around: Verdict of ``surround_verdict`` on draws.
+        sensitivity: Sensitivity to gamma.
+        residuals: Residuals of the merge.
+        tails: Their tails.
+        measured: Sentence about the map that measured residuals, if not the experts of the merge.
+        predictions: Evaluation of predictions.
+        corrupted: Name of the method to the result of ``under_corruption``.
+        detection: Name of the inputs ("mnist, shown emoji") to the result of ``compare_detection``.
+        verdicts: Other verdicts, for the top of the page.
 
     Returns:
         The page and its warnings. Figures are inline, nothing is loaded, nothing runs, strings are escaped.

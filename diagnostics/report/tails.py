@@ -1,4 +1,4 @@
-"""The part of a report on residuals."""
+"""The section of a report on residuals and their tails."""
 
 from __future__ import annotations
 
@@ -27,23 +27,14 @@ CENTRED = 0.1
 
 
 def tails_section(residuals: Residuals | None, tails: PooledTails | None, measured: str = "") -> Section:
-    """Residuals of the merge, and their tails beside the null control.
-
-    Args:
-        residuals: of the merge.
-        tails: of the residuals.
-        measured: a sentence about who measured them, if not the experts of the merge.
-
-    Returns:
-        The section.
-    """
+    """Residuals of the merge, and their tails beside the null control; ``measured`` says by which map."""
     verdicts: list[Verdict] = []
     blocks: list[Block] = [Text(measured)] if measured else []
     if tails is not None:
         verdicts = _tail_verdicts(tails)
         blocks += _tail_blocks(tails)
     if residuals is not None:
-        caption = "What is left of the experts' wishes, module by module; 1 is what merging nothing would leave."
+        caption = "Squared residual of the experts, module by module, relative to its value if nothing were merged."
         blocks += [Plot(plot_mean_squared_residuals({"this merge": residuals}), caption), _residual_table(residuals)]
     return Section("Residuals and their tails", verdicts, blocks)
 

@@ -1,10 +1,10 @@
-"""How heavy the tails of residuals are, and how sure that is.
+"""Tails of residuals: families fitted and compared, and a null control by merges of Gaussian surrogates.
 
 ``fit_tails(values)`` fits six families by maximum likelihood and by their exact posterior, compares them by PSIS-LOO
 and says which are tied. ``surrogate_residuals(task_vectors, merge)`` merges Gaussian updates of the same sizes, and
 ``null_control(residuals, surrogates)`` asks whether the real residuals are heavier-tailed than theirs;
-``pooled_tails(residuals, surrogates=...)`` does all of it. ``hill``, ``quantiles`` and ``log_density`` are what
-pictures are drawn from, and ``nuts_posterior`` is the posterior of the families in Pyro.
+``pooled_tails(residuals, surrogates=...)`` does all of it. ``hill``, ``quantiles`` and ``log_density`` give the
+curves of the figures.
 """
 
 from diagnostics.tails.comparison import FamilyResult, TailComparison, fit_tails
@@ -14,7 +14,6 @@ from diagnostics.tails.fits import Fit, maximum_likelihood
 from diagnostics.tails.null import NullControl, null_control
 from diagnostics.tails.pooled import PooledTails, pooled_tails, tails_by
 from diagnostics.tails.posteriors import TailPosterior, tail_posterior
-from diagnostics.tails.program import TailDraws, nuts_posterior, tail_program
 from diagnostics.tails.sizes import FittedSizes, Sizes, fit_sizes
 from diagnostics.tails.surrogates import Merge, MergeModule, Surrogates, surrogate_residuals
 
@@ -34,7 +33,6 @@ __all__ = [
     "Sizes",
     "Surrogates",
     "TailComparison",
-    "TailDraws",
     "TailPosterior",
     "fit_sizes",
     "fit_tails",
@@ -42,11 +40,9 @@ __all__ = [
     "log_density",
     "maximum_likelihood",
     "null_control",
-    "nuts_posterior",
     "pooled_tails",
     "quantiles",
     "surrogate_residuals",
     "tail_posterior",
-    "tail_program",
     "tails_by",
 ]

@@ -1,17 +1,22 @@
-"""Which family of tails residuals have: every family fitted, compared by leave-one-out, and said in a sentence."""
+"""Families of tails fitted to residuals and compared by leave-one-out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diagnostics.arviz_adapter import LeaveOneOut, compare_leave_one_out, leave_one_out
-from diagnostics.estimates import Estimate
+from diagnostics.estimates import Estimate, interval_columns
+from diagnostics.printing import Brief
 from diagnostics.tails.families import FAMILIES, Array, Family, families_named
 from diagnostics.tails.fits import Fit, maximum_likelihood
 from diagnostics.tails.posteriors import TailPosterior, tail_posterior
 from diagnostics.tails.samples import Sample, Values, sample_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["FamilyResult", "TailComparison", "fit_tails", "with_error"]
 
@@ -27,18 +32,18 @@ FEWEST_DRAWS = 100
 """Posterior draws of a family."""
 
 
-@dataclass(frozen=True, eq=False)
-class FamilyResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class FamilyResult(Brief):
     """One family's fits and its place among the others; elpd and differences in nats, summed over residuals.
 
     Attributes:
-        fit: at the greatest likelihood.
-        posterior: of scale and shape.
-        loo: pointwise leave-one-out densities and their Pareto k.
-        error: standard error of the elpd.
-        difference: to the best family, zero or above.
-        difference_error: standard error of the difference.
-        weight: stacking weight.
+        fit: Fit of greatest likelihood.
+        posterior: Posterior of scale and shape.
+        loo: Pointwise leave-one-out densities and their Pareto k.
+        error: Standard error of the elpd.
+        difference: Difference to the best family, zero or above.
+        difference_error: Standard error of the difference.
+        weight: Stacking weight.
     """
 
     fit: Fit
@@ -71,20 +76,20 @@ class FamilyResult:
 
     @property
     def tied(self) -> bool:
-        """Whether it is within two standard errors of the best."""
+        """Whether the difference to the best family is within two standard errors."""
         return self.difference <= TIE * self.difference_error
 
 
-@dataclass(frozen=True, eq=False)
-class TailComparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class TailComparison(Brief):
     """Families of tails compared on the same residuals.
 
     Attributes:
-        results: of every family, the best first.
-        values: the residuals they were fitted to, ``(n,)``.
-        available: how many there were before `limit`.
-        warnings: why the numbers are not to be trusted; empty if they are.
-        notes: what a reader should know besides.
+        results: Results of every family, the best first.
+        values: The residuals they were fitted to, ``(n,)``.
+        available: Number of residuals before ``limit``.
+        warnings: Reasons not to trust the numbers; empty if there are none.
+        notes: Remarks on single families.
     """
 
     results: tuple[FamilyResult, ...]
@@ -105,17 +110,11 @@ class TailComparison:
 
     @property
     def trusted(self) -> bool:
-        """Whether nothing speaks against the numbers."""
+        """Whether there are no warnings."""
         return not self.warnings
 
     def result(self, family: str) -> FamilyResult:
-        """The result of one family.
-
-        Args:
-            family: its name.
-
-        Returns:
-            The result.
+        """The result of one family, by name.
 
         Raises:
             ValueError: If it was not fitted.
@@ -127,15 +126,7 @@ class TailComparison:
         raise ValueError(f"`TailComparison.result({family!r})`: not fitted. Fitted: {names}.")
 
     def difference(self, one: str, other: str) -> tuple[float, float]:
-        """How much more one family predicts than another, and the standard error of that, in nats.
-
-        Args:
-            one: name of a family.
-            other: name of another.
-
-        Returns:
-            ``sum_j d_j`` and ``sqrt(n var(d))`` of the pointwise differences.
-        """
+        """Difference ``sum_j d_j`` of the elpd of two families, and its standard error ``sqrt(n var(d))``, in nats."""
         pointwise = self.result(one).loo.pointwise - self.result(other).loo.pointwise
         return float(pointwise.sum()), math.sqrt(len(pointwise) * float(pointwise.var()))
 
@@ -155,20 +146,25 @@ class TailComparison:
         doubt = f" (not to be trusted: {'; '.join(self.warnings)})" if self.warnings else ""
         return "; ".join(parts) + doubt
 
-    def table(self) -> str:
-        """The comparison as a Markdown table; nats, central 95 % intervals, largest Pareto k."""
-        lines = [
-            "| family | scale | shape | log likelihood | elpd | difference | weight | Pareto k | tied |",
-            "|---|---|---|---:|---:|---:|---:|---:|---|",
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per family, the best first; nats, central 95 % intervals, largest Pareto k."""
+        import pandas as pd
+
+        rows = [
+            {
+                **interval_columns({"scale": r.scale} | ({} if r.shape is None else {"shape": r.shape})),
+                "log_likelihood": r.fit.log_likelihood,
+                "elpd": r.loo.elpd,
+                "elpd_error": r.error,
+                "difference": r.difference,
+                "difference_error": r.difference_error,
+                "weight": r.weight,
+                "pareto_k": r.loo.pareto_k.max(),
+                "tied": r.tied,
+            }
+            for r in self.results
         ]
-        for r in self.results:
-            shape = "" if r.shape is None or r.family.shape is None else f"{r.family.shape.symbol} = {r.shape}"
-            lines.append(
-                f"| {r.name} | {r.scale} | {shape} | {r.fit.log_likelihood:.1f} | {with_error(r.loo.elpd, r.error)} | "
-                f"{with_error(r.difference, r.difference_error)} | {r.weight:.2f} | {r.loo.pareto_k.max():.2f} | "
-                f"{'yes' if r.tied else ''} |"
-            )
-        return "\n".join(lines)
+        return pd.DataFrame(rows, pd.Index([r.name for r in self.results], name="family"))
 
 
 def fit_tails(
@@ -187,14 +183,11 @@ def fit_tails(
     wants the residual.
 
     Args:
-        values: signed residuals of any shape.
-        families: names; all six of `FAMILIES` by default.
-        limit: at most so many residuals, drawn at random; None for all.
-        num_draws: posterior draws per family.
-        seed: of the draws and of the choice of residuals.
-
-    Returns:
-        The comparison.
+        values: Signed residuals of any shape.
+        families: Names; all six of ``FAMILIES`` by default.
+        limit: At most so many residuals, drawn at random; None for all.
+        num_draws: Number of posterior draws per family.
+        seed: Seed of the draws and of the choice of residuals.
 
     Raises:
         ValueError: If there are too few draws.
@@ -215,18 +208,8 @@ def fit_tails(
     fits = {family.name: maximum_likelihood(sample.values, family) for family in chosen}
     posteriors = {family.name: tail_posterior(sample.values, family) for family in chosen}
     loos = {name: _leave_one_out(sample.values, posterior, num_draws, seed) for name, posterior in posteriors.items()}
-    results = tuple(
-        FamilyResult(
-            fits[name],
-            posteriors[name],
-            loos[name],
-            row["error"],
-            row["difference"],
-            row["difference_error"],
-            row["weight"],
-        )
-        for name, row in compare_leave_one_out(loos).items()
-    )
+    rows = compare_leave_one_out(loos)
+    results = tuple(FamilyResult(fits[name], posteriors[name], loos[name], **row) for name, row in rows.items())
     warnings, notes = _warnings(sample, results), _notes(sample, results)
     return TailComparison(results, sample.values, len(whole.values), warnings, notes)
 
@@ -254,7 +237,7 @@ def _dominated(differences: Array) -> bool:
 
 
 def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]:
-    """What makes the winner itself doubtful."""
+    """Reasons to doubt the best families themselves."""
     unreliable = [r for r in results if r.tied and r.loo.unreliable]
     texts = [
         f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residuals under {r.name}"

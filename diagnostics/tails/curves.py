@@ -1,4 +1,4 @@
-"""What pictures of tails are drawn from: Hill's estimator, quantiles, log densities ([PoE] Figures 1, 5 and 6)."""
+"""Curves of tails: Hill's estimator, quantiles, log densities ([PoE] Figures 1, 5 and 6)."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diagnostics.estimates import Estimate
+from diagnostics.estimates import Estimate, z_of
+from diagnostics.printing import Brief
 from diagnostics.tails.families import Array
 from diagnostics.tails.fits import Fit
 from diagnostics.tails.samples import Values, sample_of
 
 __all__ = ["Hill", "LogDensity", "Quantiles", "hill", "log_density", "quantiles"]
 
-Z95 = 1.959963984540054
 
-
-@dataclass(frozen=True, eq=False)
-class Hill:
+@dataclass(frozen=True, eq=False, repr=False)
+class Hill(Brief):
     r"""Hill's estimate of the tail index from the ``k`` largest residuals, for every ``k``.
 
     A plateau is a power law ``P(|x| > r) ~ r^-index``; for Student-t the index is ``nu``. A Gaussian has none: its
     estimate keeps growing as ``k`` falls.
 
     Attributes:
-        k: ``(K,)`` numbers of largest residuals.
-        index: ``(K,)`` estimates.
-        low: ``(K,)`` lower ends of their 95 % intervals.
-        high: ``(K,)`` upper ends.
-        warnings: why it is not to be trusted; empty if it is.
+        k: Numbers of largest residuals, ``(K,)``.
+        index: Estimates, ``(K,)``.
+        low: Lower ends of their 95 % intervals, ``(K,)``.
+        high: Upper ends, ``(K,)``.
+        warnings: Reasons not to trust it; empty if there are none.
     """
 
     k: Array
@@ -40,27 +39,20 @@ class Hill:
     warnings: tuple[str, ...]
 
     def at(self, k: int) -> Estimate:
-        """The estimate from the `k` largest residuals, or from as many as there are.
-
-        Args:
-            k: how many.
-
-        Returns:
-            The index with its 95 % interval.
-        """
+        """The index with its 95 % interval from the ``k`` largest residuals, or from as many as there are."""
         at = int(np.abs(self.k - k).argmin())
         error = float(self.index[at]) / math.sqrt(self.k[at])
         return Estimate(float(self.index[at]), float(self.low[at]), float(self.high[at]), error, warnings=self.warnings)
 
 
-@dataclass(frozen=True, eq=False)
-class Quantiles:
+@dataclass(frozen=True, eq=False, repr=False)
+class Quantiles(Brief):
     """Quantile-quantile data.
 
     Attributes:
-        name: of the family.
-        theoretical: ``(n,)`` quantiles of the fitted family at ``(j - 1/2) / n``.
-        observed: ``(n,)`` sorted residuals.
+        name: Name of the family.
+        theoretical: Quantiles of the fitted family at ``(j - 1/2) / n``, ``(n,)``.
+        observed: Sorted residuals, ``(n,)``.
     """
 
     name: str
@@ -68,16 +60,16 @@ class Quantiles:
     observed: Array
 
 
-@dataclass(frozen=True, eq=False)
-class LogDensity:
-    """A histogram as log densities, and fitted families on it.
+@dataclass(frozen=True, eq=False, repr=False)
+class LogDensity(Brief):
+    """Log densities of a histogram and of fitted families.
 
     Attributes:
         centres: ``(B,)`` centres of the bins.
         observed: ``(B,)`` nats; nan where a bin is empty.
         error: ``(B,)`` standard error of a count, ``sqrt((1 - p) / count)``, nats.
-        fitted: name of each family to its log density at the centres.
-        outside: share of the residuals beyond the bins.
+        fitted: Name of each family to its log density at the centres.
+        outside: Share of the residuals beyond the bins.
     """
 
     centres: Array
@@ -94,8 +86,8 @@ def hill(values: Values, largest: float = 0.5) -> Hill:
     ``index (1 ± 1.96 / sqrt(k))``; it knows nothing of the bias, which the plot shows.
 
     Args:
-        values: signed residuals of any shape.
-        largest: the largest share of the residuals that is taken for a tail.
+        values: Signed residuals of any shape.
+        largest: Largest share of the residuals that is taken for a tail.
 
     Returns:
         The estimates for every ``k``.
@@ -116,19 +108,12 @@ def hill(values: Values, largest: float = 0.5) -> Hill:
     excess = np.cumsum(logs)[k - 1] / k - logs[k]
     positive = excess > 0
     index = np.where(positive, 1 / np.where(positive, excess, 1.0), np.nan)
-    half = Z95 / np.sqrt(k)
+    half = z_of(0.95) / np.sqrt(k)
     return Hill(k.astype(np.float64), index, index * np.maximum(1 - half, 0), index * (1 + half), sample.warnings)
 
 
 def quantiles(values: Values, fit: Fit) -> Quantiles:
-    """Residuals against the quantiles of a fitted family.
-
-    Args:
-        values: signed residuals of any shape.
-        fit: of `maximum_likelihood`.
-
-    Returns:
-        The data of a QQ plot.
+    """Residuals of any shape against the quantiles of a fitted family: the data of a QQ plot.
 
     >>> from diagnostics.tails.families import GAUSSIAN
     >>> from diagnostics.tails.fits import maximum_likelihood
@@ -147,13 +132,10 @@ def log_density(values: Values, fits: Sequence[Fit] = (), *, bins: int = 61, cov
     """The residuals' histogram on a log scale, where a Gaussian is a parabola, a Laplace a tent.
 
     Args:
-        values: signed residuals of any shape.
-        fits: families to show beside it.
-        bins: number of equally wide bins, symmetric around zero.
-        coverage: share of the residuals that the bins hold.
-
-    Returns:
-        The curves.
+        values: Signed residuals of any shape.
+        fits: Fitted families to show beside it.
+        bins: Number of equally wide bins, symmetric around zero.
+        coverage: Share of the residuals in the bins.
 
     Raises:
         ValueError: If the share is not in (0, 1], or there are no bins.

@@ -1,8 +1,8 @@
 r"""Families of tails: zero-centred symmetric densities on the line, each a scale and at most one shape.
 
-A family is ``f(x) = exp(-h(|x| / s; shape)) / (s C(shape))``. What fits need besides the density is its *influence*
-``u h'(u)`` with ``u = |x| / s``: the scale of greatest likelihood makes its mean one, whatever the family, and since it
-never decreases in ``u`` that scale is unique.
+A family is ``f(x) = exp(-h(|x| / s; shape)) / (s C(shape))``. Fits also use its *influence* ``u h'(u)`` with
+``u = |x| / s``: at the scale of greatest likelihood its mean is one, whatever the family, and since it never decreases
+in ``u`` that scale is unique.
 
 >>> STUDENT_T.log_density(np.array([0.0, 1.0]), 1.0, 1.0).round(6) == CAUCHY.log_density(np.array([0.0, 1.0])).round(6)
 array([ True,  True])
@@ -39,12 +39,12 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a family and what is believed about it beforehand.
+    """The shape parameter of a family, with its prior.
 
     Args:
-        symbol: how it is written in verdicts.
-        bounds: where fits look for it.
-        log_prior: log density of the shape itself in nats, up to a constant.
+        symbol: Symbol in verdicts.
+        bounds: Range in which fits look for it.
+        log_prior: Log density of the shape itself in nats, up to a constant.
     """
 
     symbol: str
@@ -57,14 +57,14 @@ class Family:
     """A zero-centred family of densities.
 
     Args:
-        name: as it stands in tables.
+        name: Name in tables.
         energy: ``h(u, shape)`` in nats, ``u = |x| / scale``.
         influence: ``u dh/du``.
         log_constant: ``log C(shape)``, the log integral of ``exp(-h)`` over the line.
-        reference: the same distribution of `scipy.stats` from ``(scale, shape)``.
-        shape: its shape parameter; None for scale families.
-        log_size: log of a typical ``|x|`` at scale one, where the scale alone says little about it.
-        nests: names of the families that are special cases or limits of it.
+        reference: The same distribution of ``scipy.stats`` from ``(scale, shape)``.
+        shape: Its shape parameter; None for scale families.
+        log_size: Log of a typical ``|x|`` at scale one, where the scale alone says little about it.
+        nests: Names of the families that are special cases or limits of it.
     """
 
     name: str
@@ -77,22 +77,16 @@ class Family:
     nests: frozenset[str] = frozenset()
 
     def log_density(self, values: Array, scale: Array | float = 1.0, shape: Array | float = 1.0) -> Array:
-        """Log density in nats.
+        """Log density in nats of values that broadcast against the positive parameters.
 
-        Args:
-            values: anything that broadcasts against the parameters.
-            scale: positive.
-            shape: positive; families without a shape do not look at it.
-
-        Returns:
-            The broadcast shape.
+        Families without a shape do not look at it.
         """
         scale, shape = np.asarray(scale, dtype=np.float64), np.asarray(shape, dtype=np.float64)
         log_density: Array = -self.energy(np.abs(values) / scale, shape) - np.log(scale) - self.log_constant(shape)
         return log_density
 
     def distribution(self, scale: float, shape: float = 1.0) -> Any:
-        """The frozen distribution of `scipy.stats`, for quantiles and random numbers."""
+        """The frozen distribution of ``scipy.stats``, for quantiles and random numbers."""
         return self.reference(scale, shape)
 
     def covers(self, other: Family) -> bool:
@@ -186,13 +180,7 @@ FAMILIES: tuple[Family, ...] = (GAUSSIAN, LAPLACE, LOGISTIC, STUDENT_T, CAUCHY, 
 
 
 def families_named(names: Sequence[str]) -> tuple[Family, ...]:
-    """Families by their names.
-
-    Args:
-        names: as in `FAMILIES`.
-
-    Returns:
-        The families in the same order.
+    """Families by their names in ``FAMILIES``, in the same order.
 
     Raises:
         ValueError: If there are none, or one is unknown or there twice.

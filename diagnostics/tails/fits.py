@@ -24,12 +24,12 @@ class Fit:
     """A family at its greatest likelihood.
 
     Attributes:
-        family: the family.
-        scale: ``s``, in the units of the residuals.
-        shape: the shape; None for scale families.
-        log_likelihood: in nats, summed.
-        at_bound: the likelihood still grew at the end of the range of the shape, as it does for the ``nu`` of a sample
-            whose tails are no heavier than a Gaussian's.
+        family: The family.
+        scale: Scale ``s``, in the units of the residuals.
+        shape: The shape; None for scale families.
+        log_likelihood: Summed log likelihood in nats.
+        at_bound: True if the likelihood still grew at the end of the range of the shape, as it does for the ``nu`` of a
+            sample whose tails are no heavier than a Gaussian's.
     """
 
     family: Family
@@ -39,19 +39,12 @@ class Fit:
     at_bound: bool
 
     def log_density(self, values: Array) -> Array:
-        """Log density in nats, of the shape of `values`."""
+        """Log density in nats, of the shape of ``values``."""
         return self.family.log_density(values, self.scale, 1.0 if self.shape is None else self.shape)
 
 
 def maximum_likelihood(values: Values, family: Family) -> Fit:
-    """Fit a family by maximum likelihood.
-
-    Args:
-        values: signed residuals of any shape; independent.
-        family: the family.
-
-    Returns:
-        The fit.
+    """Fit a family by maximum likelihood to independent signed residuals of any shape.
 
     >>> from diagnostics.tails.families import LAPLACE
     >>> round(maximum_likelihood([1.0, -2.0, 3.0, -4.0, 5.0], LAPLACE).scale, 9)  # the mean absolute value
@@ -77,16 +70,7 @@ def maximum_likelihood(values: Values, family: Family) -> Fit:
 
 
 def profile(sizes: Array, family: Family, shape: float) -> tuple[float, float]:
-    """The scale of greatest likelihood at a shape.
-
-    Args:
-        sizes: absolute residuals of about unit size, ``(n,)``.
-        family: the family.
-        shape: its shape; families without one do not look at it.
-
-    Returns:
-        The scale, and the summed log likelihood there in nats.
-    """
+    """Scale of greatest likelihood of sizes ``|x|`` at a shape, and the summed log likelihood there in nats."""
     parameter = np.float64(shape)
 
     def excess(log_scale: float) -> float:

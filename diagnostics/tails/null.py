@@ -1,17 +1,17 @@
-r"""Is it the tail, or would Gaussian updates of the same sizes look the same? The null control of a heavy tail.
+"""The null control of a heavy tail: a test against merges of Gaussian updates of the same sizes.
 
 Residuals of a merge of exactly Gaussian updates are heavy-tailed as soon as rows differ in size, and they depend on
 each other, for all of them share the merged update. So the null hypothesis is about the updates: independent Gaussian
 entries with the rows' and columns' own sizes, as correlated between experts as the real ones. Such surrogates went
-through the same merge and the same residual map (`diagnostics.tails.surrogates`), and here the same statistic is
+through the same merge and the same residual map (``diagnostics.tails.surrogates``), and here the same statistic is
 computed for all: the gain in log likelihood of a Student-t over a Gaussian, of residuals less their group's robust
 location and over its robust scale (a group is a module and an expert). The p-value is the rank of the real gain among
 the surrogates'.
 
-What it says, and what not: a small p means that entries (with shared sizes: entries or rows) are heavier-tailed than
-Gaussian in a way that reaches the residuals. A large one means that sizes explain what tail there is. A gain far
-*below* the surrogates' says that real updates differ from Gaussians in something else: a few directions that carry most
-of an update make the parts of its residual alike.
+A small p means that entries (with shared sizes: entries or rows) are heavier-tailed than Gaussian in a way that reaches
+the residuals; a large one, that sizes explain the tail. A gain far *below* the surrogates' means that real updates
+differ from Gaussians in something else: a few directions that carry most of an update make the parts of its residual
+alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from diagnostics.residual_sets import Residuals, Unit
+from diagnostics.printing import Brief
+from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.families import GAUSSIAN, STUDENT_T, Array
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, as_array, sample_of
@@ -46,18 +47,12 @@ Groups = Sequence[Values] | Mapping[str, Values]
 SMALLEST_GROUP = 3
 """Residuals over the scale of one or two of them say nothing about a tail."""
 DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Where the Student-t likelihood is profiled; a finer grid changes the gain little, and its test not at all."""
+"""Degrees of freedom at which the Student-t likelihood is profiled; a finer grid does not change the test."""
 MEDIAN_OF_NORMAL = float(norm.ppf(0.75))
 
 
 def named_groups(groups: Groups) -> dict[str, Array]:
-    """Groups as arrays by name; their positions if they have none.
-
-    Args:
-        groups: signed residuals.
-
-    Returns:
-        Name to float64 values.
+    """Groups of signed residuals as arrays by name, or by position.
 
     Raises:
         ValueError: If a residual is NaN or infinite.
@@ -74,13 +69,7 @@ def named_groups(groups: Groups) -> dict[str, Array]:
 
 
 def usable_groups(groups: Groups) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Groups with a scale, and warnings about those without.
-
-    Args:
-        groups: signed residuals of each group.
-
-    Returns:
-        The groups of at least three residuals and a positive scale, and what was left out.
+    """Groups of at least three residuals and a positive scale, and warnings about the others.
 
     Raises:
         ValueError: If a residual is NaN or infinite, no group is left, or they cannot be fitted together.
@@ -139,19 +128,19 @@ HELD = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class NullControl:
-    """Whether residuals are heavier-tailed than those of the same merge of Gaussian updates.
+@dataclass(frozen=True, eq=False, repr=False)
+class NullControl(Brief):
+    """Test of the tails of residuals against those of the same merge of Gaussian updates.
 
     Attributes:
-        gain: log likelihood of Student-t over Gaussian, nats, of the residuals within their groups.
-        surrogate_gains: the same of every surrogate, ``(K,)``.
-        pooled_gain: of the residuals as they are, all groups together.
-        surrogate_pooled_gains: the same of every surrogate, ``(K,)``.
-        level: of the test.
-        sizes: what the surrogates have in common with the updates.
-        row_spread: median standard deviation of the log row sizes of the updates.
-        warnings: why it is not to be trusted; empty if it is.
+        gain: Log likelihood of Student-t over Gaussian, nats, of the residuals within their groups.
+        surrogate_gains: The same of every surrogate, ``(K,)``.
+        pooled_gain: The same of the residuals as they are, all groups together.
+        surrogate_pooled_gains: The same of every surrogate, ``(K,)``.
+        level: Level of the test.
+        sizes: Row and column sizes of the surrogates: each expert's own, or shared.
+        row_spread: Median standard deviation of the log row sizes of the updates.
+        warnings: Reasons not to trust it; empty if there are none.
     """
 
     gain: float
@@ -212,20 +201,14 @@ def null_control(
     """Test residuals of a merge against those of the same merge of Gaussian updates.
 
     Args:
-        residuals: of the real merge, or some of them; by the experts that measured the surrogates.
-        surrogates: of the same merge.
-        unit: of the residuals.
-        level: of the test.
-
-    Returns:
-        The control.
+        residuals: Residuals of the real merge, or some of them, by the experts that measured the surrogates.
+        surrogates: Surrogates of the same merge.
+        unit: Unit of the residuals.
+        level: Level of the test.
 
     Raises:
         ValueError: If the level cannot be reached with so few surrogates, there is nothing to test, a residual is NaN
             or infinite, or the surrogates are of another merge.
-
-    Example:
-        ``null_control(residuals(merged, vectors, poe), surrogate_residuals(vectors, poe)).verdict``
     """
     count = len(surrogates.residuals)
     if not 1 / (count + 1) <= level < 1:

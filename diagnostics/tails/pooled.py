@@ -2,7 +2,7 @@
 
 Pooling modules whose residuals differ in size makes a heavy tail out of Gaussians, and within a module rows that differ
 in size do the same, so that a fit never stands alone: beside it are the same fit to the residuals of a merge of
-Gaussian surrogates, and the test of `null_control`, if there are surrogates.
+Gaussian surrogates, and the test of ``null_control``, if there are surrogates.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from diagnostics.printing import Brief
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.comparison import TailComparison, fit_tails
 from diagnostics.tails.families import Array
@@ -30,26 +31,26 @@ from diagnostics.tails.surrogates import Surrogates
 __all__ = ["PooledTails", "pooled_tails", "tails_by"]
 
 FEWEST_KEPT = 20
-"""What thinning leaves of a group, for the sake of its scale."""
+"""Smallest size of a group after thinning, for the sake of its scale."""
 NO_SURROGATES = (
     "not known: nothing says how heavy-tailed the same merge of Gaussian updates would look; rows of different size "
     "alone make a heavy tail (`surrogate_residuals` makes such merges)"
 )
 
 
-@dataclass(frozen=True, eq=False)
-class PooledTails:
-    """Tails of several groups of residuals, with what they are to be compared with.
+@dataclass(frozen=True, eq=False, repr=False)
+class PooledTails(Brief):
+    """Tails of several groups of residuals, beside those of a merge of Gaussian surrogates.
 
     Attributes:
-        pooled: of the residuals as they are.
-        standardised: of residuals less the robust location of their group, over its robust scale.
-        surrogate: the same of the first merge of Gaussian surrogates; None without any.
-        null: whether residuals are heavier-tailed than those of such merges; None without any.
-        offset: median over groups of the location over the scale: below zero where merges fall short of the experts.
-        smallest: residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
+        pooled: Fits to the residuals as they are.
+        standardised: Fits to residuals less the robust location of their group, over its robust scale.
+        surrogate: The same of the first merge of Gaussian surrogates; None without any.
+        null: Test against all such merges; None without any.
+        offset: Median over groups of the location over the scale: below zero where merges fall short of the experts.
+        smallest: Residuals in the smallest group; over the noisy scale of a few, Gaussians look heavy-tailed, too. The
             test allows for it, the standardised fit does not.
-        weight_spread: largest over smallest effective expert weight relative to the Gaussian twin's, of any module: 1
+        weight_spread: Largest over smallest effective expert weight relative to the Gaussian twin's, of any module: 1
             if the merge's own energy is a Gaussian, or did nothing else; None if the residuals' experts are not known.
     """
 
@@ -63,7 +64,7 @@ class PooledTails:
 
     @property
     def verdict(self) -> str:
-        """What the residuals' tails are, in a paragraph."""
+        """The fits and the null control in a paragraph."""
         lines = [
             f"pooled: {self.pooled.verdict}",
             f"within groups ({self.offset:+.1f} scales off zero): {self.standardised.verdict}",
@@ -77,7 +78,7 @@ class PooledTails:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why the numbers are not to be trusted; empty if they are."""
+        """Reasons not to trust the numbers; empty if there are none."""
         parts = (self.pooled.warnings, self.standardised.warnings, () if self.null is None else self.null.warnings)
         return tuple(dict.fromkeys(text for part in parts for text in part))
 
@@ -95,20 +96,20 @@ def pooled_tails(
     """Fit tails to the residuals of a merge, with the control that a fit needs.
 
     Args:
-        residuals: of a merge, or groups of signed residuals that share a location and a scale.
-        families: names; all six by default.
-        surrogates: residuals of the same merge of Gaussian updates, made by `surrogate_residuals`.
-        unit: of a merge's residuals.
-        limit: fits are to at most about so many residuals, drawn at random from every group; at least 20 are kept of
+        residuals: Residuals of a merge, or groups of signed residuals that share a location and a scale.
+        families: Names of families; all six by default.
+        surrogates: Residuals of the same merge of Gaussian updates, made by ``surrogate_residuals``.
+        unit: Unit of a merge's residuals.
+        limit: About the largest number of residuals of a fit, drawn at random from every group; at least 20 are kept of
             each. The null control is about all residuals.
-        level: of the null control.
-        seed: of everything that is drawn.
+        level: Level of the null control.
+        seed: Seed of all random choices.
 
     Returns:
         The fits, and the test if there are surrogates.
 
     Raises:
-        ValueError: If there are surrogates, but of groups it is not known which they belong to.
+        ValueError: If there are surrogates, but the residuals are groups without modules.
 
     >>> rng = np.random.default_rng(0)
     >>> groups = [scale * rng.normal(size=60) for scale in (0.1, 0.3, 1.0, 3.0, 10.0)]
@@ -143,20 +144,9 @@ def tails_by(
     level: float = 0.05,
     seed: int = 0,
 ) -> dict[str, PooledTails]:
-    """Tails of each layer or task.
+    """Tails of each layer or task by name, as :func:`pooled_tails` gives them: ``tails_by(found, "expert")["mnist"]``.
 
-    Args:
-        residuals: of a merge.
-        by: what is fitted by itself.
-        families: see `pooled_tails`.
-        surrogates: see `pooled_tails`.
-        unit: see `pooled_tails`.
-        limit: of each fit.
-        level: of each test; with many modules some are below it by chance.
-        seed: of everything that is drawn.
-
-    Returns:
-        Name to tails: ``tails_by(residuals("merged", task_vectors, InputGram()), "expert")["mnist"].verdict``.
+    Of many tests some are below their level by chance.
     """
     return {
         name: pooled_tails(part, families, surrogates=surrogates, unit=unit, limit=limit, level=level, seed=seed)
@@ -165,7 +155,7 @@ def tails_by(
 
 
 def _kept(groups: Groups, limit: int, seed: int) -> list[Array]:
-    """About `limit` residuals in all, the same share of every usable group."""
+    """About ``limit`` residuals in all, the same share of every usable group."""
     rng = np.random.default_rng(seed)
     named = named_groups(groups)
     share = min(1.0, limit / max(1, sum(map(len, named.values()))))

@@ -3,8 +3,7 @@ r"""The posterior of scale and shape, by quadrature.
 Flat in ``log s``, with the family's prior on the shape, the posterior of one or two numbers is summed on a grid: exact
 up to the trapezoid rule, which converges exponentially for a smooth density that vanishes at the grid's ends. The grid
 is moved and narrowed until it covers all that is within 20 nats of the mode. Its axes are the log of a typical size,
-which is the log scale unless shape and scale trade off, and the log shape. `diagnostics.tails.program` is the same
-posterior in Pyro.
+which is the log scale unless shape and scale trade off, and the log shape.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diagnostics.estimates import Estimate
+from diagnostics.printing import Brief
 from diagnostics.tails.families import Array, Family
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, sample_of
@@ -30,15 +30,15 @@ BLOCK = 1 << 21
 """Entries evaluated at once: 16 MB."""
 
 
-@dataclass(frozen=True, eq=False)
-class TailPosterior:
+@dataclass(frozen=True, eq=False, repr=False)
+class TailPosterior(Brief):
     """Posterior of a family's parameters on a grid.
 
     Attributes:
-        family: the family.
-        scales: ``(K,)`` of every node, in the units of the residuals.
-        shapes: ``(K,)`` of every node; ones for scale families.
-        weights: ``(K,)`` probabilities of the nodes.
+        family: The family.
+        scales: Scale of every node, in the units of the residuals, ``(K,)``.
+        shapes: Shape of every node, ``(K,)``; ones for scale families.
+        weights: Probabilities of the nodes, ``(K,)``.
     """
 
     family: Family
@@ -57,17 +57,10 @@ class TailPosterior:
         return None if self.family.shape is None else _summary(self.shapes, self.weights)
 
     def draws(self, count: int, seed: int) -> tuple[Array, Array]:
-        """Nodes drawn by their probability, systematically and then shuffled.
+        """Scales and shapes ``(count,)`` of nodes drawn by their probability, systematically and then shuffled.
 
         They stay nodes: moments over the nodes are exact, and spreading them over their cells would widen a posterior
         in which scale and shape are correlated.
-
-        Args:
-            count: how many.
-            seed: of the random numbers.
-
-        Returns:
-            Scales and shapes, ``(count,)`` each; shapes are 1 for scale families.
         """
         rng = np.random.default_rng(seed)
         points = (np.arange(count) + rng.random()) / count
@@ -77,14 +70,7 @@ class TailPosterior:
 
 
 def tail_posterior(values: Values, family: Family) -> TailPosterior:
-    """The posterior of a family's scale and shape.
-
-    Args:
-        values: signed residuals of any shape; independent.
-        family: the family.
-
-    Returns:
-        The posterior.
+    """Posterior of a family's scale and shape from independent signed residuals of any shape.
 
     >>> from diagnostics.tails.families import GAUSSIAN
     >>> print(tail_posterior(np.linspace(-1.7, 1.7, 101), GAUSSIAN).scale)

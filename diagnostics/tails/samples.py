@@ -1,4 +1,4 @@
-"""What every fit is made to: finite residuals with a size, and what speaks against trusting a fit to them."""
+"""Validation of residuals before a fit: finite, of some size, not all alike."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sample:
     """Residuals that can be fitted.
 
     Attributes:
-        values: ``(n,)`` float64.
-        unit: median absolute value, positive.
-        warnings: what speaks against trusting a fit.
+        values: Signed residuals, ``(n,)`` float64.
+        unit: Median absolute value, positive.
+        warnings: Reasons not to trust a fit.
     """
 
     values: Array
@@ -38,7 +38,7 @@ class Sample:
 
     @property
     def scaled(self) -> Array:
-        """The values in units of `unit`."""
+        """The values in units of ``unit``."""
         return self.values / self.unit
 
     def limited(self, limit: int | None, seed: int) -> Sample:
@@ -56,13 +56,7 @@ def as_array(values: Values) -> Array:
 
 
 def sample_of(values: Values) -> Sample:
-    """Check residuals before a fit.
-
-    Args:
-        values: signed residuals of any shape.
-
-    Returns:
-        The sample.
+    """Check signed residuals of any shape before a fit.
 
     Raises:
         ValueError: If there are fewer than five, one is NaN or infinite, more than 5 % are exactly zero, or all have

@@ -1,4 +1,4 @@
-r"""Gaussian updates with the row and column sizes of real ones: what a merge would be made of if no tail were heavy.
+r"""Gaussian updates with the row and column sizes of real ones: the null hypothesis of no heavy tail.
 
 Under the null an expert's update has independent Gaussian entries with a standard deviation of rank one,
 ``U_i[a, b] = r_ia c_ib G_i[a, b]``. Sizes are those of greatest likelihood: they alternate between
@@ -7,20 +7,21 @@ Under the null an expert's update has independent Gaussian entries with a standa
 
 which ends where the standardised update ``U / (r c)`` has mean square one in every row and column. A surrogate is
 standardised itself before it is given the sizes of the real update, so that *its* fitted sizes are exactly those of the
-real one. That is what keeps the level: estimated sizes are the true ones times noise, and Gaussians merely multiplied
-by them would carry that noise twice. The standardised update does not depend on the true sizes at all, and with rows
-alone it is independent of the estimated ones (a Gaussian vector's direction and length), so that the surrogates are
-draws given the sizes and a test by rank is exact; columns add a dependence that vanishes as rows and columns get many.
+real one. This keeps the level of the test: estimated sizes are the true ones times noise, and Gaussians merely
+multiplied by them would carry that noise twice. The standardised update does not depend on the true sizes at all, and
+with rows alone it is independent of the estimated ones (a Gaussian vector's direction and length), so that the
+surrogates are draws given the sizes and a test by rank is exact; columns add a dependence that vanishes as rows and
+columns get many.
 
 Experts share components (they started alike and were tuned alike). The surrogates of ``N`` experts have the correlation
 ``C_ij = <S_i, S_j> / D`` of the standardised updates ``S``, and identical experts have identical surrogates.
 
-With own sizes of correlated experts this is slightly conservative: what a row's noisy size says of one expert, its
-direction in another one says again.
+With own sizes of correlated experts this is slightly conservative: the noisy size of a row in one expert is correlated
+with the row's direction in another.
 
 ``"own"`` sizes are fitted to every expert by itself. A row that is heavy-tailed as a whole (a multivariate Student-t)
 is then a large row and no evidence. ``"shared"`` sizes are one ``r`` and one ``c`` for all experts, up to a factor for
-each: what all experts share belongs to the model, what sticks out in one expert's row is evidence. They are fitted
+each: sizes that all experts share belong to the model, a row that sticks out in one expert is evidence. They are fitted
 together with ``C``, in the metric of its inverse.
 """
 
@@ -32,10 +33,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from diagnostics.printing import Brief
+
 __all__ = ["FittedSizes", "Sizes", "fit_sizes"]
 
 Sizes = Literal["own", "shared"]
-"""Whether every expert has row and column sizes of its own, or all share them up to a factor for each."""
+"""Row and column sizes: every expert's own, or shared by all up to a factor for each."""
 MOST_STEPS = 500
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Change of a squared size, relative, at which the alternation ends."""
@@ -43,16 +46,16 @@ RANK = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Share of the largest eigenvalue below which a combination of experts is none: they are linearly dependent."""
 
 
-@dataclass(frozen=True, eq=False)
-class FittedSizes:
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedSizes(Brief):
     """Row and column sizes of the experts' updates of one module, and the experts' correlation.
 
     Attributes:
-        sizes: whether they are shared.
+        sizes: Own or shared.
         rows: ``(N, d_out, 1)``, in ``"shared"`` ``(1, d_out, 1)``; zero for rows that are zero.
         columns: ``(N, 1, d_in)`` or ``(1, 1, d_in)``.
         root: ``(N, k)``, the correlation is ``root @ root.T``; in ``"shared"`` it has the experts' factors in it.
-        touched: rows and columns that each expert's update has at all, ``(N, d_out, d_in)`` bool; the others are zero
+        touched: Rows and columns that each expert's update has at all, ``(N, d_out, d_in)`` bool; the others are zero
             in its surrogates, too.
     """
 
@@ -69,14 +72,7 @@ class FittedSizes:
         return torch.stack([logs.std(correction=0) if len(logs) else self.rows.new_tensor(torch.nan) for logs in live])
 
     def surrogate(self, generator: torch.Generator) -> Tensor:
-        """Gaussian updates with the same fitted sizes, ``(N, d_out, d_in)``.
-
-        Args:
-            generator: of the entries.
-
-        Returns:
-            The updates.
-        """
+        """Gaussian updates with the same fitted sizes, ``(N, d_out, d_in)``."""
         shape = (self.root.shape[1], self.rows.shape[1], self.columns.shape[2])
         drawn = torch.randn(shape, generator=generator, dtype=self.root.dtype).to(self.root.device)
         drawn = drawn * (self.rows > 0).any(0) * (self.columns > 0).any(0)
@@ -88,17 +84,10 @@ class FittedSizes:
 
 
 def fit_sizes(updates: Tensor, sizes: Sizes = "own") -> FittedSizes:
-    """Fit row and column sizes, and the experts' correlation.
-
-    Args:
-        updates: ``(N, d_out, d_in)``, float32 or float64.
-        sizes: ``"own"`` or ``"shared"``.
-
-    Returns:
-        The sizes.
+    """Fit row and column sizes, and the experts' correlation, of updates ``(N, d_out, d_in)``.
 
     Raises:
-        ValueError: If `sizes` is something else.
+        ValueError: If ``sizes`` is something else.
 
     >>> rows = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)
     >>> updates = rows * torch.randn(1, 3, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,13 +1,13 @@
-"""The same merge of updates that are Gaussian for certain: surrogates of real updates, merged and measured alike.
+"""Gaussian surrogates of real updates, merged and measured in the same way.
 
 Whether residuals of a merge are heavy-tailed cannot be read off them: rows differ in size, and every residual shares
 the merged update. ``surrogate_residuals`` makes Gaussian updates of the same sizes and correlation
-(`diagnostics.tails.sizes`), merges them by the same design, method or function, and measures what is left of each
-expert's wish by the same residual map; `diagnostics.tails.null_control` then compares the real residuals with these.
+(``diagnostics.tails.sizes``), merges them by the same design, method or function, and measures the residuals by the
+same map; ``diagnostics.tails.null_control`` then compares the real residuals with these.
 
 Base and experts are read once, one module at a time; a method that has to see the whole model first sees every
-surrogate model in passes of its own. Surrogates are full-rank matrices of independent entries: what they do not have in
-common with real updates, besides tails, is a low rank or a few strong directions.
+surrogate model in passes of its own. Surrogates are full-rank matrices of independent entries: besides tails they lack
+a low rank or a few strong directions that real updates may have.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.residual_sets import ExpertResiduals, Residuals
-from diagnostics.residuals import Experts, module_residuals
+from diagnostics.printing import Brief
+from diagnostics.residuals import ExpertResiduals, Experts, Residuals, module_residuals
 from diagnostics.tails.sizes import Sizes, fit_sizes
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent
@@ -35,20 +35,20 @@ __all__ = ["Merge", "MergeModule", "Surrogates", "surrogate_residuals"]
 MergeModule = Callable[[ModuleUpdates], Tensor]
 """From one module's updates to its merged update ``Z``, ``(d_out, d_in)``."""
 Merge = ProductOfExperts | AnyDesign | MergingMethod | Mapping[str, AnyDesign] | MergeModule
-"""How a model is merged: one product, design or method for all tensors, a design for each by the tensor's name, or a
+"""A merge: one product, design or method for all tensors, a design for each by the tensor's name, or a
 function of one module."""
 
 
-@dataclass(frozen=True, eq=False)
-class Surrogates:
+@dataclass(frozen=True, eq=False, repr=False)
+class Surrogates(Brief):
     """Residuals of the same merge of Gaussian updates.
 
     Attributes:
-        residuals: of each surrogate model, entries in the order of the real ones; about 24 bytes for each row or column
-            of each expert and surrogate.
-        sizes: whether experts share row and column sizes.
-        row_spread: median over modules (and experts) of the standard deviation of their log row sizes.
-        notes: in what else surrogates differ from the real updates, as far as is known.
+        residuals: Residuals of each surrogate model, entries in the order of the real ones; about 24 bytes for each row
+            or column of each expert and surrogate.
+        sizes: Row and column sizes: each expert's own, or shared.
+        row_spread: Median over modules (and experts) of the standard deviation of their log row sizes.
+        notes: Other known differences between surrogates and real updates.
     """
 
     residuals: tuple[Residuals, ...]
@@ -57,13 +57,7 @@ class Surrogates:
     notes: tuple[str, ...] = ()
 
     def of(self, part: Residuals) -> Surrogates:
-        """The surrogates of some of the residuals.
-
-        Args:
-            part: some of the real residuals, as `Residuals.split` and `Residuals.where` give them.
-
-        Returns:
-            The same of every surrogate.
+        """The surrogates of some of the real residuals, as ``Residuals.split`` and ``Residuals.where`` give them.
 
         Raises:
             ValueError: If a surrogate lacks one of them.
@@ -82,18 +76,18 @@ def surrogate_residuals(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Surrogates:
-    """Merge Gaussian surrogates of the updates, and measure what is left.
+    """Merge Gaussian surrogates of the updates, and measure their residuals.
 
     Args:
-        task_vectors: base and experts.
-        merge: how they were merged.
-        experts: who measures, or a function from the tensor's name, as for `residuals`; by default the experts of the
-            product that merges.
-        num_surrogates: how many; p-values are one over one more, or above.
+        task_vectors: Base and experts.
+        merge: The merge.
+        experts: Residual map or product that measures, or a function from the tensor's name, as for ``residuals``; by
+            default the experts of the product that merges.
+        num_surrogates: Number K of surrogates; p-values are ``1 / (K + 1)`` or above.
         sizes: ``"own"``: every expert has row and column sizes of its own. ``"shared"``: all have the same up to a
             factor, so that a row that sticks out in one expert is no longer null.
-        seed: of the surrogates.
-        progress: told how far it is.
+        seed: Seed of the surrogates.
+        progress: Callback for progress bars.
 
     Returns:
         The residuals of each surrogate.
@@ -134,7 +128,7 @@ class _Model:
 
     def generator(self, module: ModuleUpdates) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{self.index}/{module.name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # seeds of torch have 63 bits
 
     def __iter__(self) -> Iterator[ModuleUpdates]:
         for module in self.task_vectors:
@@ -214,7 +208,7 @@ def _ready(designs: Mapping[str, AnyDesign], model: _Model, progress: Progress) 
 
 
 def _require_unseen(method: MergingMethod | None) -> None:
-    """Refuse a method that keeps what it saw of the real model, or would have to see data of surrogates."""
+    """Refuse a method that holds quantities of the real model, or would need data of surrogates."""
     if method is None:
         return
     given: list[str] = [item.name for item in fields(method) if item.default is None] if is_dataclass(method) else []
@@ -237,7 +231,7 @@ def _solve(task_vectors: TaskVectors, design: AnyDesign, module: ModuleUpdates) 
 
 
 def _center(task_vectors: TaskVectors, design: Design, module: ModuleUpdates) -> Tensor | None:
-    """Where the anchor is a checkpoint, what it added to the base: it stays what it is."""
+    """Update of the anchor's checkpoint, which surrogates keep; None without one."""
     view = task_vectors.treatments[module.tensor].view
     if design.center is None or view is None:
         return None

@@ -1,44 +1,49 @@
-"""Predictions of several methods on several tasks, judged: what the calibration part of a report is made from."""
+"""Evaluation of the predictions of several methods on several tasks: calibration, selective prediction, comparison."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from diagnostics.estimates import interval_columns, z_of
 from diagnostics.predictions.calibration import Calibration, calibration
 from diagnostics.predictions.comparison import Comparison, compare_methods
 from diagnostics.predictions.files import Predictions
 from diagnostics.predictions.reliability import Reliability, reliability
 from diagnostics.predictions.selective import RiskCoverage, risk_coverage
+from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.scores import top_label
 
-__all__ = ["OWN_EXPERTS", "JudgedPredictions", "judge"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["OWN_EXPERTS", "Evaluation", "evaluate"]
 
 OWN_EXPERTS = "own experts"
 """Name of the method that gives each task the predictions of its own fine-tune."""
-Z95 = 1.959963984540054
 SHOWN = ("accuracy", "nll", "brier", "ece", "ece_if_calibrated")
-"""Scores whose doubts are told."""
+"""Scores whose warnings become verdicts."""
 OFF = 0.02
 """Gap between mean confidence and accuracy from which a method is called too sure or not sure enough."""
 
 
-@dataclass(frozen=True, eq=False)
-class JudgedPredictions:
-    """Calibration of every method.
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Brief):
+    """Calibration of every method on every task, and the comparison of the methods.
 
     Attributes:
-        tasks: names.
-        calibrations: method, then task, to its scores.
-        reliability: method to the diagram of all tasks' examples together.
-        selective: method to the risk (error rate) over coverage, ranked by the largest probability, of all tasks'
+        tasks: Names of the tasks.
+        calibrations: Method, then task, to its scores.
+        reliability: Method to the diagram of all tasks' examples together.
+        selective: Method to the risk (error rate) over coverage, ranked by the largest probability, of all tasks'
             examples together.
-        comparison: of all methods, over the tasks' own experts where `OWN_EXPERTS` is among the methods.
+        comparison: Comparison of all methods, over the tasks' own experts where ``OWN_EXPERTS`` is among the methods.
     """
 
     tasks: tuple[str, ...]
@@ -47,9 +52,20 @@ class JudgedPredictions:
     selective: Mapping[str, RiskCoverage]
     comparison: Comparison
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per method and task, with every score and the ends of its interval."""
+        import pandas as pd
+
+        rows = [
+            {"method": method, "task": task, "examples": found.num_examples} | interval_columns(found.scores)
+            for method, by_task in self.calibrations.items()
+            for task, found in by_task.items()
+        ]
+        return pd.DataFrame(rows)
+
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Which methods are calibrated, which are not and how; and every reason not to trust the numbers."""
+        """Methods grouped by how their confidence is off, then every reason not to trust the numbers."""
         groups: dict[tuple[Level, str], list[str]] = {}
         for method in self.calibrations:
             groups.setdefault(self._kind(method), []).append(self._described(method))
@@ -58,7 +74,7 @@ class JudgedPredictions:
 
     @property
     def winner(self) -> Verdict:
-        """Which method has the largest mean accuracy, and which cannot be told from it.
+        """The method of the largest mean accuracy, and the methods that cannot be told from it.
 
         These examples made it the winner, so that the intervals of its lead hold for all pairs of methods together.
         """
@@ -76,13 +92,13 @@ class JudgedPredictions:
         return Verdict("comparison", Level.NOTE, f"{text}{doubts}.")
 
     def _kind(self, method: str) -> tuple[Level, str]:
-        """How a method's confidence is off, judged by what ECE would be if it were calibrated, all tasks together.
+        """Calibrated, too sure or not sure enough: ECE against its distribution if calibrated, all tasks together.
 
         Task by task, one of many would be called off by chance.
         """
         found = self.calibrations[method].values()
         excess = sum(each.ece.value - each.ece_if_calibrated.value for each in found)
-        if excess <= Z95 * math.sqrt(sum(each.ece_if_calibrated.error**2 for each in found)):
+        if excess <= z_of(0.95) * math.sqrt(sum(each.ece_if_calibrated.error**2 for each in found)):
             return Level.GOOD, "no more ECE than calibrated predictions as sure as these would show"
         gap = self._gap(method)
         lean = (
@@ -115,20 +131,17 @@ class JudgedPredictions:
         return [Verdict("predictions", Level.CAUTION, f"not to be trusted: {d}{named[d]}.") for d in sorted(named)]
 
 
-def judge(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> JudgedPredictions:
-    """Score predictions, with bootstrap intervals.
+def evaluate(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> Evaluation:
+    """Score the predictions of all methods, with bootstrap intervals.
 
     Args:
-        predictions: of all methods; those of `OWN_EXPERTS` are what accuracies are divided by.
-        seed: of the resamples.
-        num_resamples: how many.
-
-    Returns:
-        The scores.
+        predictions: Predictions of all methods; accuracies are divided by those of ``OWN_EXPERTS`` if they are there.
+        seed: Seed of the resamples.
+        num_resamples: Number of resamples.
 
     >>> from diagnostics.predictions.files import predictions_of
     >>> table = torch.tensor([[0.75, 0.25]] * 40)
-    >>> found = judge(predictions_of({"coin": [0, 0, 0, 1] * 10}, {"fair": {"coin": table}}), seed=0)
+    >>> found = evaluate(predictions_of({"coin": [0, 0, 0, 1] * 10}, {"fair": {"coin": table}}), seed=0)
     >>> found.verdicts[0].level.name
     'GOOD'
     """
@@ -142,7 +155,7 @@ def judge(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> 
     merges = {method: by_task for method, by_task in predictions.probabilities.items() if method != OWN_EXPERTS}
     experts = predictions.probabilities.get(OWN_EXPERTS)
     pooled = {method: _pooled(by_task, labels) for method, by_task in predictions.probabilities.items()}
-    return JudgedPredictions(
+    return Evaluation(
         predictions.tasks,
         calibrations,
         {method: reliability(*pair, seed=seed, num_resamples=num_resamples) for method, pair in pooled.items()},

@@ -1,0 +1,193 @@
+"""Draws as groups of named arrays by ArviZ's names, for the adapter; nothing here imports ArviZ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference.draws import Draws, StoredDraws
+from inference.evidence.estimate import log_normalizers
+from inference.hierarchical.sampler import HierarchicalDraws
+from inference.merge_distance import MergeDistance
+from inference.models.model_draws import SpanDraws
+from inference.models.statistics_files import statistics_digest
+from poe_models.posterior import BoundExpert, Posterior
+from poe_models.span import SpanStatistics
+
+__all__ = ["hierarchical_groups", "merge_attributes", "posterior_attributes", "posterior_groups"]
+
+DIMS = {
+    "coefficients": ["module", "basis"],
+    "update": ["module", "row", "column"],
+    "residual": ["module", "expert"],
+    "distance": ["module"],
+    "updates": ["module", "expert"],
+    "scale_squared": ["module", "expert"],
+    "importance": ["expert"],
+    "dimension": ["module", "expert"],
+    "anchor_precision": ["module"],
+    "gram": ["module", "basis", "basis_too"],
+    "forms": ["module", "expert", "basis", "basis_too"],
+    "mean_curvature": ["module", "expert"],
+}
+
+
+def hierarchical_groups(draws: HierarchicalDraws) -> dict[str, Any]:
+    """Groups, coordinates and dimensions of draws of scales and tails by :func:`inference.hierarchical`.
+
+    Returns:
+        ``posterior``: ``gamma`` and ``nu``, with a dimension ``expert`` or ``module`` if each has its own, and
+        ``weights`` (module, expert). ``sample_stats``: ``diverging``. ``constant_data``: ``anchor_precision`` (module).
+    """
+    own = {"model": [], "expert": ["expert"], "module": ["module"]}[draws.shared]
+    variables = {"gamma": draws.gamma, "nu": draws.nu, "weights": draws.weights}
+    return {
+        "posterior": {name: _array(value) for name, value in variables.items() if value is not None},
+        "sample_stats": {"diverging": _array(draws.diverging)},
+        "constant_data": {"anchor_precision": _array(draws.eta)},
+        "coords": {"module": list(draws.modules), "expert": list(draws.experts)},
+        "dims": {"gamma": own, "nu": own, "weights": ["module", "expert"], "anchor_precision": ["module"]},
+    }
+
+
+def posterior_groups(draws: Draws, posterior: Posterior, include_update: bool) -> dict[str, Any]:
+    """Groups, coordinates and dimensions of draws of merged updates; arguments as for ``to_inference_data``.
+
+    Returns:
+        ``posterior``, ``sample_stats``, ``log_likelihood`` (None in Span coordinates, or with a warning where an energy
+        has no normaliser) and ``constant_data``, with ``coords`` and ``dims``.
+    """
+    statistics = None if posterior.span is None else posterior.span.statistics
+    residuals, variables = _variables(draws, posterior, include_update)
+    coords = {"module": list(posterior.modules), "expert": [expert.name for expert in posterior.experts]}
+    if statistics is not None:
+        coords["basis"] = [statistics.basis[place] for place in _varying(statistics)]
+    return {
+        "posterior": {name: _array(value) for name, value in variables.items()},
+        "sample_stats": {name: _array(value) for name, value in draws.stats.items()},
+        "log_likelihood": _log_likelihood(posterior, residuals),
+        "constant_data": _constants(posterior, statistics),
+        "coords": coords,
+        "dims": DIMS | {name: ["module"] for name in draws.stats},
+    }
+
+
+def posterior_attributes(draws: Draws, posterior: Posterior) -> dict[str, str | float]:
+    """Sampler, coordinates, temperature, energies and distance from the merge, as text and numbers for netCDF."""
+    statistics = None if posterior.span is None else posterior.span.statistics
+    attributes: dict[str, str | float] = {
+        "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
+        "coordinates_of_draws": "full" if statistics is None else "span",
+        "sampler": draws.sampler or "unknown",
+        "temperature": posterior.fixed_temperature,
+        "energies": "; ".join(f"{expert.name}: {_energy_text(expert)}" for expert in posterior.experts),
+    }
+    if statistics is not None:
+        attributes["residual_maps"] = "; ".join(statistics.residual_maps)
+        attributes["statistics_digest"] = statistics_digest(statistics)
+        attributes["around"] = "the MAP of the span" if statistics.through is None else "the merge"
+        named = SpanDraws.of(draws, posterior)
+        attributes |= {} if named.from_merge is None else merge_attributes(named.from_merge)
+    return attributes
+
+
+def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
+    """Distance of draws from the merge: largest with its module, and mean over modules, in standard deviations."""
+    return {
+        "merge_distance": found.worst,
+        "merge_distance_module": found.where,
+        "merge_distance_mean": found.typical,
+        "merge_displacement_share": found.share,
+    }
+
+
+def _variables(draws: Draws, posterior: Posterior, include_update: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Residuals ``(C, S, M, E)`` and the variables of the posterior group; Full draws are made again one at a time."""
+    parts: dict[str, list[Tensor]] = {"residuals": [], "distance": [], "latents": []}
+    span = posterior.span
+    for z in _latents(draws):
+        if span is not None:  # coordinates that only pad the span have draws of their own, which are no update
+            z = z * span.known.unsqueeze(-1)
+        parts["residuals"].append(posterior.residuals(z.to(posterior.like)))
+        away = z if posterior.center is None else z - posterior.center
+        parts["distance"].append(away.double().flatten(-2).norm(dim=-1))
+        if span is not None or include_update:
+            parts["latents"].append(z)
+    stacked = {name: _by_chain(values, draws) for name, values in parts.items() if values}
+    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
+    variables = {"residual": stacked["residuals"] / scales, "distance": stacked["distance"]}
+    if span is not None:
+        coefficients = span.coefficients(stacked["latents"])
+        variables = {"coefficients": coefficients[..., _varying(span.statistics)], **variables}
+    elif include_update:
+        variables = {"update": stacked["latents"], **variables}
+    return stacked["residuals"], variables
+
+
+def _latents(draws: Draws) -> Iterable[Tensor]:
+    """Draws chain after chain; stored ones all at once per chain."""
+    if isinstance(draws, StoredDraws):
+        return draws.values
+    return (draws.latents(chain, draw) for chain in range(draws.num_chains) for draw in range(draws.num_draws))
+
+
+def _by_chain(values: list[Tensor], draws: Draws) -> Tensor:
+    joined = torch.stack(values)
+    return joined if isinstance(draws, StoredDraws) else joined.unflatten(0, (draws.num_chains, draws.num_draws))
+
+
+def _log_likelihood(posterior: Posterior, residuals: Tensor) -> dict[str, np.ndarray] | None:
+    """Normalised log densities of the experts' updates ``(C, S, M, E)``; None in Span, or with a warning."""
+    if posterior.coordinates == "span":
+        return None
+    try:
+        normalizers = log_normalizers(posterior)
+    except ValueError as error:
+        warnings.warn(f"the log_likelihood group is left out: {error}", stacklevel=4)
+        return None
+    temperature = posterior.fixed_temperature
+    columns = [-expert.energy_of(residuals[..., i]) / temperature for i, expert in enumerate(posterior.experts)]
+    return {"updates": _array(torch.stack(columns, -1) - normalizers)}
+
+
+def _constants(posterior: Posterior, statistics: SpanStatistics | None) -> dict[str, np.ndarray]:
+    constants = {
+        "scale_squared": torch.stack([expert.scale_squared for expert in posterior.experts], -1),
+        "importance": torch.tensor([expert.importance for expert in posterior.experts], dtype=torch.float64),
+        "anchor_precision": posterior.anchor_precision,
+    }
+    if statistics is None:
+        constants["dimension"] = torch.stack([expert.operator.dimension() for expert in posterior.experts], -1)
+    else:  # an operator in Span coordinates has the rank of the span; the merged update's own is in the statistics
+        kept = _varying(statistics)
+        constants["dimension"] = statistics.dimension
+        constants["gram"] = statistics.gram[:, kept][:, :, kept]
+        constants["forms"] = statistics.forms[..., kept, :][..., kept]
+        constants["mean_curvature"] = statistics.mean_curvature
+    return {name: _array(value) for name, value in constants.items()}
+
+
+def _varying(statistics: SpanStatistics) -> list[int]:
+    """Positions of the coefficients, without that of a centre that is zero everywhere, which is always zero."""
+    center = len(statistics.updates)
+    centered = bool((statistics.gram[:, center, center] > 0).any())
+    return [place for place in range(len(statistics.basis)) if place != center or centered]
+
+
+def _energy_text(expert: BoundExpert) -> str:
+    """An energy as text; settings that are tensors over modules by their shape."""
+    names: list[str] = [field.name for field in fields(expert.rho)] if is_dataclass(expert.rho) else []
+    shown = {name: getattr(expert.rho, name) for name in names}
+    texts = [f"{k}={f'tensor {tuple(v.shape)}' if isinstance(v, Tensor) else v!r}" for k, v in shown.items()]
+    return f"{type(expert.rho).__name__}({', '.join(texts)})"
+
+
+def _array(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.detach().cpu().numpy()
+    return array

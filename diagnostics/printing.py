@@ -1,0 +1,54 @@
+"""Results that print in a few lines: names, shapes and settings, and no arrays."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from typing_extensions import override
+
+__all__ = ["Brief"]
+
+MOST_NAMES, LONGEST_TEXT = 4, 60
+
+
+class Brief:
+    """Base of dataclasses that print their fields in brief; it has none of its own.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(repr=False)
+    ... class Curve(Brief):
+    ...     names: tuple[str, ...]
+    ...     values: np.ndarray
+    >>> Curve(("a", "b"), np.zeros((2, 500)))
+    Curve(names=('a', 'b'), values=float64 (2, 500))
+    """
+
+    @override
+    def __repr__(self) -> str:
+        texts = [f"{item.name}={_shortened(getattr(self, item.name))}" for item in fields(self)]  # type: ignore[arg-type]
+        return textwrap.fill(f"{type(self).__name__}({', '.join(texts)})", 120, subsequent_indent="    ")
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, str):
+        return repr(value if len(value) <= LONGEST_TEXT else f"{value[: LONGEST_TEXT - 1]}…")
+    if isinstance(value, Mapping):
+        return f"{{{_listed([*value])}}}"
+    if isinstance(value, Sequence):
+        return f"({_listed(value)})"
+    return f"{type(value).__name__}(...)" if is_dataclass(value) and isinstance(value, Brief) else str(value)
+
+
+def _listed(items: Sequence[Any]) -> str:
+    """The first of several names, or the number of other things."""
+    if not all(isinstance(item, str) for item in items):
+        return f"{len(items)} x {type(items[0]).__name__}"
+    shown = ", ".join(map(repr, items[:MOST_NAMES]))
+    return f"{shown}, ... {len(items)} in all" if len(items) > MOST_NAMES else shown
