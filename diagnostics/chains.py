@@ -243,14 +243,15 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
 
 def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """What draws are judged by, ``(C, S, M, K)``, where a module lacks it, ``(M, K)``, and its names."""
-    if isinstance(draws, SpanDraws):
-        values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
-        return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
-    if not isinstance(draws, FullDraws) or draws.method != "gibbs":
+    if draws.independent:
         raise ValueError(
             f"`chain_convergence({type(draws).__name__})`: these draws are independent of each other; there are no "
             "chains to judge. Give draws of a sampler."
         )
+    if isinstance(draws, SpanDraws):
+        values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
+        return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
+    assert isinstance(draws, FullDraws)
     silent = (draws.weights == 0).all(0).all(0)  # no such expert
     weights = torch.where(silent, torch.nan, draws.weights.double().log())
     density = draws.stats["lp"].double().unsqueeze(-1)

@@ -14,7 +14,7 @@ from inference.merge_distance import RESOLUTION
 from inference.models.design import Design
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.surrounding import distance_from_merge
-from poe_merge.recorded import merge_of
+from poe_merge.record import design_of, merge_of
 from poe_models.methods import METHODS
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
@@ -39,7 +39,7 @@ def beside_verdict(
     Returns:
         Where their centre is; a caution if they are around something else.
     """
-    designs = {str(m["module"]): _design(record, t) for t in record["tensors"] for m in t.get("modules", ())}
+    designs = {str(m["module"]): design_of(record, t) for t in record["tensors"] for m in t.get("modules", ())}
     lengths = {str(m["module"]): float(m["norm"]) for t in record["tensors"] for m in t.get("modules", ())}
     for name in draws.modules:
         if "experts" not in designs[name]:
@@ -144,8 +144,3 @@ def _label(design: Mapping[str, Any]) -> str:
     """A recorded design as `merge_label` has it."""
     experts = (f"{e['name']} {e['energy']} {e['scale']} importance {e['importance']:g}" for e in design["experts"])
     return f"{', '.join(experts)}; anchor {design['anchor']['precision']}"
-
-
-def _design(record: Mapping[str, Any], tensor: Mapping[str, Any]) -> Mapping[str, Any]:
-    design: Mapping[str, Any] = record["designs"][tensor["design"]]
-    return design

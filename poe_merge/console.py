@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.verdicts import Verdict
     from inference.models.merge import MergeReport, Plan
     from inference.retention import ExpertRetention
-    from poe_merge.ensemble import SampleReport
     from poe_merge.presets import Preset
+    from poe_merge.sample import SampleReport
     from poe_merge.sampling import Sampling, Seeds
     from poe_merge.stats import StatisticsReport
     from poe_models.methods import MergingMethod
@@ -140,12 +140,13 @@ def sample(done: SampleReport) -> None:
     what, console = done.what, _console()
     made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
     modules = "1 module" if done.modules == 1 else f"{done.modules} modules"
-    how = f"{modules} drawn by {what.method} {_how_drawn(what, done.shared)}"
+    name = what.method if isinstance(what, Seeds) else what.sampler
+    how = f"{modules} drawn by {name} {_how_drawn(what, done.shared)}"
     console.print(escape(f"{made}; {how}."), soft_wrap=True)
     if isinstance(what, Seeds):
         console.print("Independent draws, one for each seed: there are no chains to judge.")
     elif done.convergence is None:
-        console.print("Independent draws of Laplace's approximation: there are no chains to judge.")
+        console.print("Independent draws: there are no chains to judge.")
     else:
         r_hat, ess = (
             "unknown" if value is None else f"{value:{form}}"

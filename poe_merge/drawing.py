@@ -1,4 +1,4 @@
-"""Draws of a whole model by any method, whose designs may differ between tensors."""
+"""Draws of a whole model by any sampler, whose designs may differ between tensors."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import dataclasses
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
-from inference.draws import Draws, StoredDraws
-from inference.gibbs import gibbs_posterior
-from inference.laplace import Laplace
+from inference.draws import Draws
 from inference.merge_distance import MergeDistance, span_distance
 from inference.models.design import Design
 from inference.models.digest import Progress
@@ -25,13 +23,12 @@ from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.modules import module_names, read_modules, with_names
 from inference.models.statistics_files import statistics_digest
-from inference.nuts import nuts
 from inference.propriety import undetermined
 from inference.retention import ExpertRetention
-from inference.slice import slice_sample
+from inference.samplers import SAMPLERS
 from inference.tempering import temperature_range
 from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
-from poe_merge.sampling import Sampling
+from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
 from poe_models.posterior import Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
@@ -50,12 +47,14 @@ class Drawn:
         data: ArviZ's InferenceData, one for each distinct design; Span only.
         experts: What the merge that they surround kept of each expert; none for a method's seeds.
         warnings: What a reader should know.
+        convergence: R-hat, effective sample size and verdicts as plain data; None for independent draws.
     """
 
     draws: SpanDraws | FullDraws | MethodDraws
     data: tuple[Any, ...]
     experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
+    convergence: Mapping[str, Any] | None = None
 
 
 def draw_span(
@@ -74,7 +73,7 @@ def draw_span(
         The draws.
 
     Raises:
-        ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
+        ValueError: If the pattern fits no module, the sampler cannot draw an energy, or a posterior is improper.
     """
     if len({each.updates for each in statistics}) > 1:
         raise ValueError(
@@ -83,31 +82,18 @@ def draw_span(
         )
     modules = [name for each in statistics for name in each.modules]
     sets = [(each, place) for each in statistics for place in range(len(each.modules))]
-    groups = _groups(task_vectors, designs, modules, what.pattern)
+    groups, left = _determined(_groups(task_vectors, designs, modules, what.pattern), sets, what)
     whole = [(each, _selected(sets, places)) for each, places in _groups(task_vectors, designs, modules, "")]
     generator, digest = what.generator(), _digest(statistics)
-    groups, left = _determined(groups, sets, what)
     parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
-    for number, (design, places) in enumerate(groups):
-        some = _selected(sets, places)
-        posterior, coordinates = _posterior(design, some, what)
-        merge = merge_in_span(posterior, coordinates, some, design)
-        step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
-        try:
-            chains = _run(posterior, merge, what, generator, step)
-        except ValueError as error:
-            raise with_names(error, some.modules) from error
-        made, said = _inference_data(chains, posterior, coordinates, some, chains=what.method != "laplace")
+    for number, (design, places) in enumerate(groups, 1):
+        stage = what.sampler if len(groups) == 1 else f"{what.sampler} {number}/{len(groups)}"
+        part, made, said = _draw_group(design, _selected(sets, places), what, generator, steps(stage))
         made.attrs["statistics_digest"] = digest
+        parts.append(part)
         data.append(made)
         notes += said
-        if bool(posterior.active.any()):
-            notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
-        named = SpanDraws.of(chains, coordinates, some)
-        away = span_distance(some, named.coefficients, coordinates.coefficients(merge))
-        parts.append(dataclasses.replace(named, from_merge=away))
-    order = [place for _, places in groups for place in places]
-    draws = _joined(parts, order, digest)
+    draws = _joined(parts, [place for _, places in groups for place in places], digest)
     return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
@@ -124,20 +110,20 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         The draws.
 
     Raises:
-        ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
+        ValueError: If the pattern fits no module, the sampler cannot draw an energy, or a posterior is improper.
     """
     modules = [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
     groups = _groups(task_vectors, designs, modules, what.pattern)
     hot: dict[int, Design] = {}
     for design, _ in groups:
-        _check_method(design, what)
+        _check_energies(design, what)
         hot[id(design)] = dataclasses.replace(design, poe=dataclasses.replace(design.poe, temperature=what.temperature))
     draws = sample_full(
         task_vectors,
         lambda tensor: hot.get(id(designs(tensor)), designs(tensor)),
         what.draws,
         generator=what.generator(task_vectors.device),
-        method="laplace" if what.method == "laplace" else "gibbs",
+        method=cast(Literal["gibbs", "laplace"], what.sampler),
         chains=what.chains,
         warmup=what.warmup,
         thin=what.thin,
@@ -146,7 +132,7 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
     )
     left = [modules[place] for _, places in groups for place in places if modules[place] not in draws.modules]
     notes = [not_drawn(left)] if left else []
-    if what.method != "laplace" and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
+    if not what.independent and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
         notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
     notes += _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))
     return Drawn(draws, (), kept_when_solved(task_vectors, designs, draws.modules), tuple(notes))
@@ -195,52 +181,61 @@ def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int])
 
 
 def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> tuple[Posterior, SpanCoordinates]:
-    _check_method(design, what)
+    _check_energies(design, what)
     poe = dataclasses.replace(design.span_product, temperature=what.temperature)
     return span_posterior(poe, statistics)
 
 
-def _check_method(design: Design, what: Sampling) -> None:
-    """Refuse Gibbs sampling of an energy that has no scale mixture, with options instead of functions."""
-    if what.method != "gibbs":
-        return
+def _check_energies(design: Design, what: Sampling) -> None:
+    """Refuse an energy that the sampler cannot draw, and name the samplers that can."""
     for expert in design.poe.experts:
-        try:
-            expert.energy.for_dimension(torch.ones((), dtype=torch.float64)).scale_mixture()
-        except ValueError:
-            raise ValueError(
-                f"--method gibbs: the energy {expert.energy!r} of {expert.name!r} has no known Gaussian scale mixture. "
-                "Use --method slice or --method nuts, with --coordinates span."
-            ) from None
+        reason = SAMPLERS[what.sampler].refusal(expert.energy)
+        if reason is None:
+            continue
+        others = {name: each.coordinates for name, each in SAMPLERS.items() if each.refusal(expert.energy) is None}
+        here = [name for name, coordinates in others.items() if what.coordinates in coordinates]
+        there = [name for name in others if name not in here]
+        elsewhere = f"; or, with --coordinates span, {one_of(there)}" if there else ""
+        raise ValueError(
+            f"--sampler {what.sampler}: the energy {expert.energy!r} of {expert.name!r} {reason}. Use --sampler "
+            f"{one_of(here)}{elsewhere}."
+        )
 
 
-def _run(
-    posterior: Posterior,
-    merge: Tensor,
+def _draw_group(
+    design: Design,
+    statistics: SpanStatistics,
     what: Sampling,
     generator: torch.Generator,
-    step: Callable[[int, int], None],
-) -> Draws:
-    if what.method == "laplace":
-        made = Laplace(posterior, merge).sample(what.draws, generator)
-        values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
-        return StoredDraws(values, made_by="laplace", heat=posterior.fixed_temperature)
-    settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
-    if what.method == "nuts":
-        return nuts(posterior, what.draws, generator=generator, **settings)
-    sampler = gibbs_posterior if what.method == "gibbs" else slice_sample
-    return sampler(posterior, what.draws, generator=generator, thin=what.thin, **settings)
+    progress: Callable[[int, int], None],
+) -> tuple[SpanDraws, Any, list[str]]:
+    """Draws of the modules of one design, ArviZ's InferenceData of them, and what a reader should know."""
+    posterior, coordinates = _posterior(design, statistics, what)
+    mode = merge_in_span(posterior, coordinates, statistics, design)
+    sampler = SAMPLERS[what.sampler]
+    offered = {"chains": what.chains, "warmup": what.warmup, "thin": what.thin, "progress": progress, "mode": mode}
+    settings = {name: value for name, value in offered.items() if name in sampler.settings}
+    try:
+        chains = sampler.draw(posterior, what.draws, generator=generator, **settings)
+    except ValueError as error:
+        raise with_names(error, statistics.modules) from error
+    data, notes = _inference_data(chains, posterior, coordinates, statistics)
+    notes = [] if what.independent else notes
+    if bool(posterior.active.any()):
+        notes += _too_hot(what.temperature, temperature_range(posterior, coordinates)[1])
+    named = SpanDraws.of(chains, coordinates, statistics)
+    away = span_distance(statistics, named.coefficients, coordinates.coefficients(mode))
+    return dataclasses.replace(named, from_merge=away), data, notes
 
 
 def _inference_data(
-    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, chains: bool
+    draws: Draws, posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics
 ) -> tuple[Any, list[str]]:
-    """ArviZ's InferenceData, and what it says about the number of draws if they are chains."""
+    """ArviZ's InferenceData, and what it says about the number of draws."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = to_inference_data(draws, posterior, coordinates, statistics)
-    notes = [str(each.message) for each in caught if chains and each.category is TooFewDraws]
-    return data, notes
+    return data, [str(each.message) for each in caught if each.category is TooFewDraws]
 
 
 def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> SpanDraws:

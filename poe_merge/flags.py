@@ -22,7 +22,7 @@ from poe_merge.specs import nearest
 
 _OPTIONS = {"merge_method": "--method", "models": "--model", "rules": "--rule"}
 """Flags that are not called as their key."""
-COMMANDS = {"merge_method": ("plan", "merge"), "coordinates": ("plan", "merge", "stats")}
+COMMANDS = {"merge_method": ("plan", "merge", "sample"), "coordinates": ("plan", "merge", "stats")}
 """Commands that have the flag, where not all have it."""
 _LISTS = {key: Value(lambda raw, _: raw, word, many=True) for key, word in (("models", "PATH"), ("rules", "RULE"))}
 """Lists of sections, one for each time that the flag is given."""
@@ -105,10 +105,14 @@ FLAGS = tuple(_flags(MergeConfig))
 class ConfiguredCommand(TyperCommand):
     """A command with these flags; its help names what is built in, which takes importing torch to know."""
 
+    def helps(self) -> dict[str, str]:
+        """Help texts by the name of the parameter, where they are not complete yet."""
+        return {flag.name: flag.help for flag in FLAGS}
+
     @override
     def get_help(self, ctx: Any) -> str:
         """Its help text."""
-        texts = {flag.name: flag.help for flag in FLAGS}
+        texts = self.helps()
         for option in self.params:
             if isinstance(option, TyperOption):
                 option.help = texts.get(str(option.name), option.help)

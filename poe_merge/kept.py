@@ -1,4 +1,4 @@
-"""How much the merge that draws surround kept of every expert: from its record, from Span statistics, or solved for."""
+"""How much the merge that draws surround kept of every expert: from Span statistics, or solved for."""
 
 from __future__ import annotations
 
@@ -18,24 +18,11 @@ from poe_models.posterior import Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
 from poe_models.weights.task_vectors import TaskVectors
 
-Records = list[Mapping[str, Any]]
-"""Scaling λ and what a module kept."""
-
 
 def merge_in_span(
     posterior: Posterior, coordinates: SpanCoordinates, statistics: SpanStatistics, design: Design
 ) -> Tensor:
-    """Latents of the merge: what the span goes through, or the MAP of the span where that is the merge.
-
-    Args:
-        posterior: in Span coordinates.
-        coordinates: its own.
-        statistics: what it was made from.
-        design: of all its modules.
-
-    Returns:
-        ``(M, K, 1)``.
-    """
+    """Latents of the merge, ``(M, K, 1)``: the point that the span goes through, or else the MAP of the span."""
     if statistics.through is not None:
         last = torch.eye(len(statistics.basis), dtype=torch.float64, device=statistics.gram.device)[-1]
         return coordinates.latents(last.expand(len(statistics.modules), -1))
@@ -47,36 +34,19 @@ def merge_in_span(
 
 
 def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple[ExpertRetention, ...]:
-    """From statistics: the merge is in the span, or is the MAP of the span.
-
-    Args:
-        groups: each design with the statistics of its modules.
-
-    Returns:
-        One entry per expert.
-    """
-    records: Records = []
+    """Retention of each expert, from each design with the statistics of its modules."""
+    records: list[Mapping[str, Any]] = []
     for design, statistics in groups:
         posterior, coordinates = span_posterior(design.span_product, statistics)
         merge = merge_in_span(posterior, coordinates, statistics, design)
-        found = retention(posterior, merge, posterior.residuals(merge))
-        written = found.scaled(design.scaling)
+        written = retention(posterior, merge, posterior.residuals(merge)).scaled(design.scaling)
         records += [written.record(module) for module in range(len(statistics.modules))]
     return totals(records)
 
 
 def kept_when_solved(task_vectors: TaskVectors, designs: Table, drawn: Collection[str]) -> tuple[ExpertRetention, ...]:
-    """By solving the merge of some modules.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: The design of each tensor.
-        drawn: Names of the modules.
-
-    Returns:
-        One entry per expert.
-    """
-    records: Records = []
+    """Retention of each expert, by solving the merge of the modules of these names."""
+    records: list[Mapping[str, Any]] = []
     for tensor in task_vectors.treatments:
         if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
             continue

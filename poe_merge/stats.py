@@ -22,6 +22,7 @@ from poe_models.weights.loading import Checkpoint
 from poe_models.weights.task_vectors import TaskVectors
 
 Table = Callable[[str], Design]
+"""The design of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class StatisticsReport:
 def make_statistics(
     settings: MergeConfig, task_vectors: TaskVectors, designs: Table, out: Path, progress: Progress
 ) -> StatisticsReport:
-    """Make the one pass over the weights and save the statistics as a new folder, whole or not at all.
+    """Make the one pass over the weights and save the Span statistics as a new folder, whole or not at all.
 
     Args:
         settings: The configuration, for the record.
@@ -62,7 +63,7 @@ def make_statistics(
         progress: Told how far it is.
 
     Returns:
-        What was done.
+        The report.
 
     Raises:
         OutputError: If the folder exists or would overwrite an input.
@@ -92,21 +93,7 @@ def make_statistics(
 
 
 def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, progress: Progress) -> SpanStatistics:
-    """Load statistics once it is clear that they are about these checkpoints and this design.
-
-    Args:
-        path: The folder that `poe-merge stats` made.
-        task_vectors: Base and experts.
-        designs: The design of each tensor.
-        progress: Told how far the checksums are.
-
-    Returns:
-        The statistics.
-
-    Raises:
-        CheckpointError: If the folder is none of statistics, or is about something else; says what differs.
-        ValueError: If the designs do not fit each other.
-    """
+    """Load the statistics of a folder once it is clear that they are about these checkpoints and designs."""
     statistics = load_statistics(path)
     about = describe(task_vectors, designs)
     inputs = digest_inputs(checkpoints_of(task_vectors, designs), (), progress)
@@ -115,32 +102,12 @@ def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, pr
 
 
 def checkpoints_of(task_vectors: TaskVectors, designs: Callable[[str], AnyDesign]) -> dict[str, Checkpoint]:
-    """Every checkpoint that is read, by its role.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: The design of each tensor.
-
-    Returns:
-        Base, experts and the anchors' checkpoints.
-    """
+    """Base, experts and the anchors' checkpoints by their role: everything that is read."""
     merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    distinct = {id(design): design for design in map(designs, merged)}
-    return inputs_of(task_vectors, list(distinct.values()))
+    return inputs_of(task_vectors, list({id(design): design for design in map(designs, merged)}.values()))
 
 
 def check_apart(out: Path, checkpoints: dict[str, Checkpoint]) -> Path:
-    """Refuse an output folder that exists, or that an input is part of.
-
-    Args:
-        out: The folder to make.
-        checkpoints: What is read.
-
-    Returns:
-        Its absolute path.
-
-    Raises:
-        OutputError: If it does.
-    """
+    """Refuse an output folder that exists, or that an input is part of; return its absolute path."""
     sources = [Path(checkpoint.source) for checkpoint in checkpoints.values() if checkpoint.files]
     return check_output(out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))])

@@ -151,7 +151,7 @@ def test_a_method_as_the_anchor(cli: Cli, here: Path) -> None:
     assert_merged(here / "out", expected(here, Ties(0.5)))
     cli("stats", "config.yaml", *anchor, "--out", "stats")
     quick = ("-n", "1", "--draws", "4", "--chains", "2", "--warmup", "4")
-    cli("sample", "config.yaml", *anchor, "--stats", "stats", "--method", "gibbs", *quick, "--out", "members")
+    cli("sample", "config.yaml", *anchor, "--stats", "stats", "--sampler", "gibbs", *quick, "--out", "members")
     (member,) = (here / "members").glob("**/model.safetensors")
     found, base = load_file(member), load_file(here / "base" / "model.safetensors")
     for name, value in expected(here, Ties(0.5)).items():

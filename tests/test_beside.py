@@ -13,7 +13,7 @@ from inference import Design, SpanDraws, fixed_point, gibbs_posterior, merge_che
 from inference.merge_distance import span_distance
 from inference.models.model_draws import PosteriorDraws
 from poe_merge.beside import beside_verdict
-from poe_merge.merged import read_record
+from poe_merge.record import read_record
 from poe_models import (
     Absolute,
     Anchor,

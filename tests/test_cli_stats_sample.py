@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from inference.models.draw_files import load_draws
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.statistics_files import load_statistics, statistics_digest
+from inference.samplers import SAMPLERS
 from inference.slice import slice_sample
-from poe_merge import drawing as _drawing
-from poe_merge import ensemble as _ensemble
+from poe_merge import sample as _sample
 from poe_merge import sampling as _sampling
 from poe_merge import stats as _stats
 from poe_merge.cli import run
@@ -178,7 +179,7 @@ def test_stats_leaves_nothing_half_written(
         with monkeypatch.context() as patch:
             patch.setattr(_stats, place, interrupted)
             status, _, err = cli("stats", "config.yaml", "--out", "stats")
-        assert (status, err) == (130, "warning: interrupted; nothing was written.\n")
+        assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
         assert listing(here) == before
     monkeypatch.setattr("inference.models.artifacts.save_file", interrupted)
     assert cli("stats", "config.yaml", "--out", "stats")[0] == 130
@@ -345,7 +346,7 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     done("merge", "config.yaml", "--out", "merged")
     # Trajectories from starts at the task vectors take longer, the colder it is.
     temperature, tolerance = (1e-2, 0.5) if method == "nuts" else (1e-9, 2e-3)
-    options = ("--method", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
+    options = ("--sampler", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
     done("sample", "config.yaml", "-n", "2", "--out", "out", *options)
     merged, base = weights(here / "merged"), weights(here / "base")
     for number in range(2):
@@ -433,11 +434,11 @@ def test_chains_that_disagree_are_warned_about(done: Cli) -> None:
 
 
 def test_laplace_has_no_chains_and_uses_the_solvers_settings(done: Cli) -> None:
-    _, out, err = done("sample", "config.yaml", "-n", "2", "--out", "out", "--method", "laplace")
-    assert "Independent draws of Laplace's approximation" in out
+    _, out, err = done("sample", "config.yaml", "-n", "2", "--out", "out", "--sampler", "laplace")
+    assert "Independent draws: there are no chains to judge" in out
     assert "R-hat" not in err
     short = ("--max-steps", "1", "--starts", "experts", "--tolerance", "1e-12", "--energy", "Cauchy(exponent=9)")
-    _, _, err = done("sample", "config.yaml", "-n", "2", "--out", "short", "--method", "laplace", *short)
+    _, _, err = done("sample", "config.yaml", "-n", "2", "--out", "short", "--sampler", "laplace", *short)
     assert "the MAP of '0.mlp.weight': not converged: raise max_steps" in err
 
 
@@ -467,7 +468,7 @@ def test_resume_goes_on_with_the_draws_there_are(
 ) -> None:
     arguments = ("sample", "config.yaml", "-n", "3", *QUICK)
     done(*arguments, "--out", "whole")
-    real = _ensemble.MergedEnsemble.save
+    real = _sample.MergedEnsemble.save
 
     def stopped(self: Any, out: Path, **options: Any) -> Path:
         class Stop:
@@ -479,7 +480,7 @@ def test_resume_goes_on_with_the_draws_there_are(
         return real(self, out, **{**options, "progress": Stop()})
 
     with monkeypatch.context() as patch:
-        patch.setattr(_ensemble.MergedEnsemble, "save", stopped)
+        patch.setattr(_sample.MergedEnsemble, "save", stopped)
         status, _, err = cli(*arguments, "--out", "out")
     assert status == 130
     assert "Go on with the same command and --resume" in err
@@ -490,7 +491,7 @@ def test_resume_goes_on_with_the_draws_there_are(
     assert "was begun with sampling.temperature = 1.0, now it is 0.5" in message
     message = fails(*arguments, "--out", "out", "--resume", "--eta", "0.3")
     assert "config.parameters.eta" in message
-    monkeypatch.setattr(_ensemble, "draw_span", None)  # nothing is drawn again
+    monkeypatch.setattr(_sample, "draw_span", None)  # nothing is drawn again
     _, out, _ = done(*arguments, "--out", "out", "--resume")
     assert "largest R-hat" in out
     assert listing(here / "out") == listing(here / "whole")
@@ -504,7 +505,7 @@ def test_interrupted_draws_leave_nothing(cli: Cli, here: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     before = listing(here)
-    monkeypatch.setattr(_drawing, "gibbs_posterior", interrupted)
+    monkeypatch.setitem(SAMPLERS, "gibbs", replace(SAMPLERS["gibbs"], draw=interrupted))
     status, _, err = cli("sample", "config.yaml", "--out", "out")
     assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
     assert listing(here) == before
@@ -581,7 +582,7 @@ def test_seeds_go_on_after_an_interruption(
     ("method", "arguments", "message"),
     [
         ("ties", (), "gives the same merge at every seed. Use `poe-merge merge`; methods that draw are Dare, DareTies"),
-        ("dare", ("--method", "gibbs"), "--method gibbs: is about a posterior, and merge_method is Dare("),
+        ("dare", ("--sampler", "gibbs"), "--sampler gibbs: is about a posterior, and merge_method is Dare("),
         ("dare", ("--temperature", "0.5"), "--temperature 0.5: is about a posterior"),
         ("dare", ("--stats", "stats"), "--stats stats: is about a posterior"),
         ("dare", ("--chains", "2"), "--chains 2: is about a posterior"),
@@ -589,7 +590,11 @@ def test_seeds_go_on_after_an_interruption(
         ("dare", ("--pattern", "("), "no regular expression"),
         ("dare", ("--pattern", "lm_head"), "fits none of the modules that are merged at random"),
         ("concrete-task-arithmetic", (), "it needs data (inputs)"),
-        ("poe", ("--method", "dare"), "write `merge_method: dare` in the configuration"),
+        (
+            "poe",
+            ("--sampler", "dare"),
+            "--sampler dare: is a merging method. To draw it at several seeds, give --met",
+        ),
     ],
 )
 def test_seeds_that_cannot_be_drawn(
@@ -606,7 +611,7 @@ def test_seeds_that_cannot_be_drawn(
     [
         ((), "give the folder to make, --out DIR"),
         (("--out", "mnist"), "contains the input"),
-        (("--out", "o", "--method", "gibs"), "--method gibs: did you mean `gibbs`?"),
+        (("--out", "o", "--sampler", "gibs"), "--sampler gibs: did you mean `gibbs`?"),
         (("--out", "o", "--format", "delta"), "--format delta: did you mean `deltas`?"),
         (("--out", "o", "--tempreature", "1"), "no option `--tempreature`; did you mean `--temperature`?"),
         (("--out", "o", "--temperature", "0"), "--temperature 0: must be positive and finite"),
@@ -621,14 +626,17 @@ def test_seeds_that_cannot_be_drawn(
         (("--out", "o", "-n", "9", "--chains", "2", "--draws", "4"), "2 chains of 4 draws are only 8"),
         (
             ("--out", "o", "--energy", "Welsch"),
-            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --method slice",
+            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --sampler slice",
         ),
         (("--out", "o", "--energy", "Huber(1.0)", "--coordinates", "full"), "with --coordinates span"),
-        (("--out", "o", "--coordinates", "full", "--method", "nuts"), "--method nuts: runs in Span coordinates only"),
+        (
+            ("--out", "o", "--coordinates", "full", "--sampler", "nuts"),
+            "--sampler nuts: draws in Span coordinates",
+        ),
         (("--out", "o", "--coordinates", "full", "--stats", "s"), "--stats: Full draws are made from the weights"),
-        (("--out", "o", "--method", "laplace", "--warmup", "3"), "--warmup 3: the method has no use for it"),
-        (("--out", "o", "--method", "nuts", "--thin", "3"), "--thin 3: the method has no use for it"),
-        (("--out", "o", "--method", "hmc"), "Use --method slice"),
+        (("--out", "o", "--sampler", "laplace", "--warmup", "3"), "--warmup 3: laplace has no use for it"),
+        (("--out", "o", "--sampler", "nuts", "--thin", "3"), "--thin 3: nuts has no use for it"),
+        (("--out", "o", "--sampler", "hmc"), "--sampler hmc: Choose from gibbs, slice, nuts, laplace"),
         (("--out", "o", "--eta", "0"), "the anchor's precision is zero"),
         (("--out", "o", "--eta", "0", "--coordinates", "full"), "the posterior of '0.mlp.weight' has no anchor"),
     ],

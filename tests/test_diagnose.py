@@ -29,7 +29,7 @@ from inference.models.model_draws import SpanDraws
 from inference.reweighting import SolverOptions
 from poe_merge import diagnose as diagnosis
 from poe_merge.cli import run
-from poe_merge.recorded import merge_of
+from poe_merge.record import merge_of
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -162,11 +162,18 @@ def test_a_record_holds_the_merge_that_made_the_folder(folders: Path, merged: Pa
         merge_of(record, given.base)
 
 
-def test_what_cannot_be_merged_again_leaves_the_null_unknown(by_ties: Path) -> None:
-    page = diagnosis.diagnose(by_ties)
-    (verdict,) = [v for v in page.warnings if v.about == "null control"]
-    assert "could not be made, so that no tail has a null" in verdict.text
-    assert "not known" in page.html
+def test_a_method_that_saw_the_model_sees_each_surrogate_anew(folders: Path, by_ties: Path) -> None:
+    record, found = diagnosis.read_record(by_ties), diagnosis.Findings()
+    assert "thresholds=(" in record["designs"][0]["method"]  # it is recorded as it had seen the model
+    diagnosis._fit_tails(by_ties, record, found, seed=3, num_surrogates=3)
+    assert found.residuals is not None
+    assert found.tails is not None
+    made = surrogate_residuals(vectors(folders), Ties(density=0.5), InputGram(), num_surrogates=3, seed=3)
+    assert found.tails.verdict == pooled_tails(found.residuals, surrogates=made, level=0.25, seed=3).verdict
+    assert found.verdicts == []
+
+
+def test_without_surrogates_the_page_says_how_to_make_them(by_ties: Path) -> None:
     quiet = diagnosis.diagnose(by_ties, num_surrogates=0)
     assert not [v for v in quiet.warnings if v.about == "null control"]
     assert "surrogate_residuals" in quiet.html
@@ -210,6 +217,13 @@ def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Pat
     (verdict,) = [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
     assert "Mine" in verdict.text
     assert "not built in" in verdict.text
+    assert verdict.text.endswith("Name a residual map that measures them, --residual-map.")
+    page = diagnosis.diagnose(tmp_path / "out", residual_map=InputGram())
+    assert not [v for v in page.warnings if v.about == "residuals"]
+    (verdict,) = [v for v in page.warnings if v.about == "null control"]
+    assert "could not be made, so that no tail has a null" in verdict.text
+    assert "Make it in Python: `surrogate_residuals(task_vectors, poe)`" in verdict.text
+    assert "not known" in page.html
     record = tmp_path / "out" / "poe_merge.json"
     evil = tmp_path / "evil.py"
     evil.write_text("raise SystemExit('imported')")

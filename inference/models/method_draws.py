@@ -123,6 +123,11 @@ class MethodDraws(ModelDraws):
 
     @property
     @override
+    def independent(self) -> bool:
+        return True
+
+    @property
+    @override
     def numbers(self) -> dict[str, Tensor]:
         return {"seeds": self.seeds}
 

@@ -236,8 +236,13 @@ class FullDraws(PosteriorDraws):
 
     @property
     @override
+    def independent(self) -> bool:
+        return self.method == "noise" or super().independent
+
+    @property
+    @override
     def uses_modes(self) -> bool:
-        return self.method != "gibbs"
+        return self.independent
 
     @property
     @override

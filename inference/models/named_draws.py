@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from inference.merge_distance import FAR, MergeDistance
 from inference.models.modules import Module
+from inference.samplers import SAMPLERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,11 @@ class ModelDraws(ABC):
     @abstractmethod
     def num_draws(self) -> int:
         """Draws per chain ``S``."""
+
+    @property
+    @abstractmethod
+    def independent(self) -> bool:
+        """Whether the draws are independent of each other, so that there are no chains to judge."""
 
     @property
     @abstractmethod
@@ -165,6 +171,11 @@ class PosteriorDraws(ModelDraws):
     @abstractmethod
     def temperatures(self) -> tuple[float, ...]:
         """Each temperature of their posteriors once; none if nobody said."""
+
+    @property
+    @override
+    def independent(self) -> bool:
+        return self.sampler in SAMPLERS and SAMPLERS[self.sampler].independent
 
     @property
     def about(self) -> str:

@@ -73,7 +73,7 @@ def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, err
     if isinstance(draws, SpanDraws):
         return _span(draws, module, merge, error)
     assert isinstance(draws, FullDraws)
-    if draws.method != "gibbs":
+    if draws.independent:
         return _around_mode(draws, module, merge, error)
     index = draws.index(module.name)
     posterior = replace(module.posterior, temperature=float(draws.temperature[index]))

@@ -39,7 +39,7 @@ from inference.models.surrounding import distance_from_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 from poe_merge.config import MergeConfig
 from poe_merge.drawing import Drawn, draw_full, draw_span
-from poe_merge.merged import check_inputs, read_record
+from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
 from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
 from poe_models.weights.task_vectors import TaskVectors
@@ -126,23 +126,18 @@ def sample(
         ValueError: If something cannot be drawn; says what.
     """
     began = time.monotonic()
-    partial = check_apart(out, checkpoints_of(task_vectors, designs))
-    partial = partial.with_name(partial.name + ".partial")
+    out = check_apart(out, checkpoints_of(task_vectors, designs))
+    partial = out.with_name(out.name + ".partial")
     check_begun(partial, resume)
-    if statistics is not None and isinstance(what, Sampling) and what.coordinates == "full":
-        raise ValueError(
-            "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
-        )
     folder_of_merge = None if merged is None else str(merged.absolute())
     asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if resume and (partial / DRAWS).is_dir():
-            drawn, convergence = _drawn_before(partial, asked)
+            drawn = _drawn_before(partial, asked)
         else:
-            drawn = _around(merged, _draw(task_vectors, designs, what, statistics, bars), task_vectors, designs, bars)
-            chains = isinstance(what, Sampling) and what.method != "laplace"
-            convergence = _convergence(drawn.draws) if chains else None
+            drawn = _draw(task_vectors, designs, what, statistics, bars)
+            drawn = _judged(_around(merged, drawn, task_vectors, designs, bars))
         ensemble = MergedEnsemble(
             task_vectors,
             designs,
@@ -150,23 +145,19 @@ def sample(
             out_dtype=settings.output_dtype,
             elsewhere=merged,
         )
-        record = {**asked, "source": drawn.draws.source, "around": _placed(drawn.draws)}
-        record["experts"] = [each.record() for each in drawn.experts]
-        record |= {"convergence": convergence, "warnings": drawn.warnings}
-
-        def extras(folder: Path) -> None:
-            _write(folder, drawn, {"kind": "sample", **record, "versions": versions()})
-
-        folder = ensemble.save(out, format=what.format, resume=resume, progress=bars, extras=extras)
+        record = {"kind": "sample", **asked, **_record(drawn), "versions": versions()}
+        ensemble.save(
+            out, format=what.format, resume=resume, progress=bars, extras=lambda place: _write(place, drawn, record)
+        )
     tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
     return SampleReport(
-        out=folder,
+        out=out,
         what=what,
         modules=len(drawn.draws.modules),
         shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
-        nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        convergence=convergence,
+        nbytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        convergence=drawn.convergence,
         around=_described(drawn.draws),
         experts=drawn.experts,
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
@@ -181,6 +172,10 @@ def _draw(
         draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
         return Drawn(draws, (), (), ())
     products = _products(designs)
+    if what.coordinates == "full" and statistics is not None:
+        raise ValueError(
+            "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
+        )
     if what.coordinates == "full":
         return draw_full(task_vectors, products, what, bars)
     if statistics is None:
@@ -208,7 +203,7 @@ def _around(
             data.attrs |= merge_attributes(draws.from_merge.select(places))
     experts = drawn.experts if merged is None else totals_of(read_record(merged))
     far = () if draws.far_from_merge is None else (draws.far_from_merge,)
-    return Drawn(draws, drawn.data, experts, (*drawn.warnings, *far, *concerns(experts)))
+    return replace(drawn, draws=draws, experts=experts, warnings=(*drawn.warnings, *far, *concerns(experts)))
 
 
 def _described(draws: ModelDraws) -> str | None:
@@ -217,14 +212,21 @@ def _described(draws: ModelDraws) -> str | None:
     return f"{draws.about}: {draws.from_merge}"
 
 
-def _placed(draws: ModelDraws) -> dict[str, Any] | None:
-    """What the draws are, and where their centre is, as plain data."""
-    if not isinstance(draws, PosteriorDraws):
-        return None
-    found = None if draws.from_merge is None else merge_attributes(draws.from_merge)
-    numbers = {key: None if value != value else value for key, value in (found or {}).items()}
-    kinds = {"coordinates": draws.coordinates, "surrounds": draws.surrounds, "sampler": draws.sampler}
-    return {**kinds, "temperatures": list(draws.temperatures), **numbers}
+def _record(drawn: Drawn) -> dict[str, Any]:
+    """Everything but the draws themselves as plain data: their source, their centre, the merge, and the chains."""
+    draws, around = drawn.draws, None
+    if isinstance(draws, PosteriorDraws):
+        found = {} if draws.from_merge is None else merge_attributes(draws.from_merge)
+        numbers = {key: None if value != value else value for key, value in found.items()}
+        kinds = {"coordinates": draws.coordinates, "surrounds": draws.surrounds, "sampler": draws.sampler}
+        around = {**kinds, "temperatures": list(draws.temperatures), **numbers}
+    return {
+        "source": draws.source,
+        "around": around,
+        "experts": [each.record() for each in drawn.experts],
+        "convergence": drawn.convergence,
+        "warnings": drawn.warnings,
+    }
 
 
 def _products(designs: AnyTable) -> Table:
@@ -236,7 +238,7 @@ def _products(designs: AnyTable) -> Table:
     return product
 
 
-def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[str, Any] | None]:
+def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> Drawn:
     """The draws of an interrupted run, if they are what is asked for now."""
     record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
     where = difference({key: record[key] for key in asked}, asked)
@@ -252,7 +254,7 @@ def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[
         ExpertRetention(each["name"], *(math.nan if each[key] is None else each[key] for key in numbers))
         for each in record["experts"]
     )
-    return Drawn(draws, (), known, tuple(record["warnings"])), record["convergence"]
+    return Drawn(draws, (), known, tuple(record["warnings"]), record["convergence"])
 
 
 def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
@@ -267,15 +269,18 @@ def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
     save_draws(drawn.draws, folder / DRAWS)
 
 
-def _convergence(draws: ModelDraws) -> dict[str, Any]:
-    """Whether the chains agree, as plain data."""
-    found = chain_convergence(draws)
+def _judged(drawn: Drawn) -> Drawn:
+    """The draws with what R-hat and effective sample size say of their chains, if they are chains."""
+    if drawn.draws.independent:
+        return drawn
+    found = chain_convergence(drawn.draws)
     sizes = np.fmin(found.statistics.ess_bulk, found.statistics.ess_tail)
-    return {
+    convergence = {
         "r_hat": _extreme(found.statistics.r_hat, np.max),
         "ess": _extreme(sizes, np.min),
         "warnings": [f"{each.about}: {each.text}" for each in found.verdicts if each.level != Level.GOOD],
     }
+    return replace(drawn, convergence=convergence)
 
 
 def _extreme(values: np.ndarray, reduce: Any) -> float | None:
