@@ -99,7 +99,7 @@ class DesignTable:
             options.pop("tolerance", None)
         return Design(
             ProductOfExperts(tuple(experts), Anchor(center, parse_spec(shared["eta"], PRECISION))),
-            scaling=shared["lambda"],
+            scaling=shared["scaling"],
             coordinates=shared["coordinates"],
             options=SolverOptions(**options),
             center=checkpoint,
@@ -120,7 +120,7 @@ class MethodTable:
 
     def __init__(self, config: MergeConfig) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
-        self._scaling = config.shared()["lambda"]
+        self._scaling = config.shared()["scaling"]
         self._designs: dict[Any, MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:

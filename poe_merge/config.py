@@ -53,18 +53,17 @@ class Section(BaseModel):
         frozen=True,
         protected_namespaces=(),
         use_attribute_docstrings=True,  # a key's description, which is its help text, stands below it
-        alias_generator=lambda name: name.rstrip("_"),
     )
 
     @classmethod
     def valid_keys(cls) -> list[str]:
         """The keys as they are written in YAML."""
-        return [str(field.alias) for field in cls.model_fields.values()]
+        return list(cls.model_fields)
 
     @classmethod
     def values(cls) -> dict[str, Value]:
         """What may stand at each key that holds no further section."""
-        marks = ((str(field.alias), mark) for field in cls.model_fields.values() for mark in field.metadata)
+        marks = ((key, mark) for key, field in cls.model_fields.items() for mark in field.metadata)
         return {key: mark for key, mark in marks if isinstance(mark, Value)}
 
     @model_validator(mode="before")
@@ -76,7 +75,7 @@ class Section(BaseModel):
 
     def settings(self) -> dict[str, Setting[Any]]:
         """The settings that are given, by their key."""
-        return {name.rstrip("_"): value for name, value in self if isinstance(value, Setting)}
+        return {key: value for key, value in self if isinstance(value, Setting)}
 
 
 class ModelParameters(Section):
@@ -95,8 +94,8 @@ class ModelParameters(Section):
 class Parameters(ModelParameters):
     """The design shared by all models, and the solver's settings."""
 
-    lambda_: Annotated[Number, s.number(1.0)] = None
-    """Factor of the merged update: W = W_0 + lambda Z."""
+    scaling: Annotated[Number, s.number(1.0)] = None
+    """Factor of the merged update in the merged weights."""
     eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = None
     """Precision of the anchor: a number is relative to the experts' curvature."""
     anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = None
@@ -210,7 +209,7 @@ class MergeConfig(Section):
             message = (
                 f"{', '.join(words)} {'belongs' if len(words) == 1 else 'belong'} to a product of experts, and "
                 f"`merge_method` is {method.partition('(')[0]}. Leave it out, or write `merge_method: {POE}`. The "
-                f"method's own settings are {method}; `lambda` scales any merge"
+                f"method's own settings are {method}; `scaling` is of any merge"
             )
             raise PydanticCustomError("misplaced", "{message}", {"message": message, "place": foreign[0]})
         return value
@@ -261,7 +260,7 @@ class MergeConfig(Section):
         """The whole configuration with presets and defaults filled in, as plain data that reproduces the run."""
         shared = self.shared()
         if self.merge_method != POE:
-            shared = {"lambda": shared["lambda"]}
+            shared = {"scaling": shared["scaling"]}
         elif "step_tolerance" in shared and shared["step_tolerance"].complete:
             del shared["tolerance"]
         models = [
@@ -293,7 +292,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Setting[Any]]:
 def _design_keys(value: Any) -> list[Place]:
     """Places, within a top-level key's value, of settings that only a product of experts has."""
     if isinstance(value, ModelParameters):
-        return [(key,) for key in value.settings() if key != "lambda"]
+        return [(key,) for key in value.settings() if key != "scaling"]
     if isinstance(value, tuple):
         entries = enumerate(entry.parameters for entry in value)
         return [(index, "parameters", *place) for index, own in entries for place in _design_keys(own)]
@@ -308,6 +307,7 @@ _MERGEKIT_ONLY = {
     "chat_template": "the base's chat template is copied",
     "int8_mask": "masks are made as they are used",
     "density": "methods have their settings with their name, `merge_method: Ties(density=0.2)`",
+    "lambda": "the factor of the merged update is `scaling`",
     "normalize": "a product of experts weighs by precision",
 }
 _SECTIONS: dict[tuple[str, ...], type[Section]] = {

@@ -184,12 +184,12 @@ def diagnosis(path: Path, warnings: Sequence[Verdict]) -> None:
 
 def presets(known: Mapping[str, Preset]) -> None:
     """Print the presets: what they are for, and what they set."""
-    table = Table("preset", "lambda", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table("preset", "scaling", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.columns[0].no_wrap = True
     common = set.intersection(*({*map(str, preset.parameters.items())} for preset in known.values()))
     for name, preset in known.items():
         values = preset.parameters
-        table.add_row(name, str(values["lambda"]), values["scale"], escape(preset.about))
+        table.add_row(name, str(values["scaling"]), values["scale"], escape(preset.about))
     console = _console()
     console.print("Bui et al. (2026), arXiv 2607.01689, Table 5:\n")
     console.print(table)

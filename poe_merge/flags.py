@@ -86,8 +86,8 @@ class Flag:
 def _flags(section: type[Section], *place: str) -> list[Flag]:
     """The flags of a section of the configuration, in the order of its fields."""
     flags, values = [], {**section.values(), **_LISTS}
-    for field in section.model_fields.values():
-        key, kind = str(field.alias), field.annotation
+    for key, field in section.model_fields.items():
+        kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             flags += _flags(kind, *place, key)
             continue

@@ -93,14 +93,14 @@ def assert_merged(out: Path, values: dict[str, Tensor]) -> None:
     ],
 )
 def test_merge_by_a_method(text: str, method: MergingMethod, cli: Cli, here: Path) -> None:
-    cli("merge", "config.yaml", "--method", text, "--lambda", "0.5", "--out", "flag")
-    write(here, merge_method=text, parameters={"lambda": 0.5})
+    cli("merge", "config.yaml", "--method", text, "--scaling", "0.5", "--out", "flag")
+    write(here, merge_method=text, parameters={"scaling": 0.5})
     cli("merge", "config.yaml", "--out", "file")
     assert_merged(here / "flag", expected(here, method, 0.5))
     assert (here / "flag" / "model.safetensors").read_bytes() == (here / "file" / "model.safetensors").read_bytes()
     config = json.loads((here / "file" / "poe_merge.json").read_text())["settings"]["config"]
     assert config["merge_method"] == repr(method)
-    assert config["parameters"] == {"lambda": 0.5}
+    assert config["parameters"] == {"scaling": 0.5}
     write(here, **{key: value for key, value in config.items() if key not in ("base_model", "models")})
     assert load_config(here / "config.yaml").resolved() == config
 
@@ -112,8 +112,8 @@ def test_every_data_free_method_by_name(name: str, cli: Cli, here: Path) -> None
     assert_merged(here / "out", expected(here, METHODS[name]()))
 
 
-def test_lambda_by_filter_is_still_one_model_to_the_method(cli: Cli, here: Path) -> None:
-    write(here, merge_method="ties", parameters={"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]})
+def test_scaling_by_filter_is_still_one_model_to_the_method(cli: Cli, here: Path) -> None:
+    write(here, merge_method="ties", parameters={"scaling": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]})
     cli("merge", "config.yaml", "--out", "out")
     halved, whole = (expected(here, Ties(), scaling) for scaling in (0.5, 1.0))
     assert_merged(here / "out", {name: (halved if "mlp" in name else whole)[name] for name in whole})

@@ -41,7 +41,7 @@ MERGED = ("0.mlp.weight", "1.attn.weight", "1.mlp.weight")
 CONFIG = {
     "base_model": "base",
     "models": [{"model": "mnist"}, {"model": "emoji"}],
-    "parameters": {"energy": "StudentT(4.0)", "eta": 0.2, "lambda": 0.7},
+    "parameters": {"energy": "StudentT(4.0)", "eta": 0.2, "scaling": 0.7},
 }
 QUICK = ("--draws", "20", "--warmup", "5")
 
@@ -230,7 +230,7 @@ def test_statistics_through_a_merge_belong_to_one_energy_and_others_to_any(
     (here / "span.yaml").write_text(spans)
     done("stats", "span.yaml", "--out", "plain")
     (here / "mnist").rename(here / "moved")
-    paths = ("--model", "mnist=moved", "--model", "emoji", "--lambda", "0.3")
+    paths = ("--model", "mnist=moved", "--model", "emoji", "--scaling", "0.3")
     done("sample", "config.yaml", "--stats", "through", "--out", "out", "-n", "1", *QUICK, *paths)
     other = (*paths, "--energy", "Cauchy", "--eta", "2")
     message = fails("sample", "config.yaml", "--stats", "through", "--out", "o", *other)
@@ -260,7 +260,7 @@ def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
     assert isinstance(draws, SpanDraws)
     assert (draws.num_chains, draws.num_draws, draws.modules) == (4, 500, MERGED)
     some = draws.thinned(3).coefficients[0]
-    done("merge", "config.yaml", "--lambda", "1", "--out", "merged")
+    done("merge", "config.yaml", "--scaling", "1", "--out", "merged")
     base, merged = weights(here / "base"), weights(here / "merged")
     for number in range(3):
         member = weights(here / "out" / f"member-{number:03d}")
@@ -529,12 +529,12 @@ def by_method(here: Path) -> Callable[..., Path]:
 def test_members_are_merges_at_the_methods_seed_and_those_after_it(
     done: Cli, by_method: Callable[..., Path], here: Path
 ) -> None:
-    config = by_method("dare-ties(density=0.6, seed=5)", **{"lambda": 0.7})
+    config = by_method("dare-ties(density=0.6, seed=5)", **{"scaling": 0.7})
     _, out, _ = done("sample", config, "-n", "3", "--out", "out")
     assert "3 modules drawn by DareTies(" in out
     assert "at the seeds 5, 6, 7.\nIndependent draws, one for each seed" in out
     for index, seed in enumerate((5, 6, 7)):
-        done("merge", by_method(f"dare-ties(density=0.6, seed={seed})", **{"lambda": 0.7}), "--out", f"at{seed}")
+        done("merge", by_method(f"dare-ties(density=0.6, seed={seed})", **{"scaling": 0.7}), "--out", f"at{seed}")
         expected, member = weights(here / f"at{seed}"), weights(here / "out" / f"member-{index:03d}")
         assert set(member) == set(expected)
         assert all(torch.equal(member[name], expected[name]) for name in expected)

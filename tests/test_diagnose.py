@@ -74,7 +74,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def merged(folders: Path) -> Path:
     models = [f"--model={name}={folders / name}" for name in NAMES]
-    options = ["--energy", "StudentT(4)", "--lambda", "0.5", "--out", str(folders / "merged")]
+    options = ["--energy", "StudentT(4)", "--scaling", "0.5", "--out", str(folders / "merged")]
     assert run(["merge", "--base-model", str(folders / "base"), *models, *options]) == 0
     return folders / "merged"
 
@@ -112,7 +112,7 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
     assert run(["diagnose", str(merged), "--out", str(out), *given]) == 0
     assert headings(out)[1:] == TITLES
     text = out.read_text(encoding="utf-8")
-    for words in ("StudentT(df=4", "R-hat", "How much of each task", "null control", "lambda 0.5"):
+    for words in ("StudentT(df=4", "R-hat", "How much of each task", "null control", "scaling 0.5"):
         assert words in text
     printed = capsys.readouterr()
     assert "report.html" in printed.out
@@ -234,7 +234,7 @@ def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Pat
 @pytest.fixture(scope="module")
 def by_ties(folders: Path) -> Path:
     models = [f"--model={name}={folders / name}" for name in NAMES]
-    options = ["--method", "ties(density=0.5)", "--lambda", "0.8", "--out", str(folders / "ties")]
+    options = ["--method", "ties(density=0.5)", "--scaling", "0.8", "--out", str(folders / "ties")]
     assert run(["merge", "--base-model", str(folders / "base"), *models, *options]) == 0
     return folders / "ties"
 
@@ -243,7 +243,7 @@ def test_a_merge_by_a_method(by_ties: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(["diagnose", str(by_ties), "--out", str(tmp_path / "r.html")]) == 0
     assert headings(tmp_path / "r.html")[1:] == [TITLES[0], TITLES[2]]
     text = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
-    for words in ("Design: TIES, lambda 0.8", "Ties(density=0.5", "Yadav et al.", "measured by InputGram() (`--resid"):
+    for words in ("Design: TIES, scaling 0.8", "Ties(density=0.5", "Yadav et al.", "measured by InputGram() (`--resid"):
         assert words in text
     assert "warning: residuals" not in capsys.readouterr().err
 
@@ -276,7 +276,7 @@ def test_methods_and_products_in_one_merge(folders: Path, tmp_path: Path) -> Non
     text = html.unescape(diagnosis.diagnose(tmp_path / "out").html)
     for words in (
         "Design 1: anchor",
-        "Design 2: TIES, lambda 0.5",
+        "Design 2: TIES, scaling 0.5",
         "all 1 modules converged",
         "measured by InputGram()",
     ):
