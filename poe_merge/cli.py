@@ -383,9 +383,9 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
         valid = [name for parameter in used.params for name in [*parameter.opts, *parameter.secondary_opts]]
         if option not in valid:
             where = f"poe-merge {used.name}" if used is not command else "poe-merge"
-            return (
-                f"no option `{option}`; {nearest(option, [v for v in valid if v.startswith('-')])}See `{where} --help`."
-            )
+            close = nearest(option, [name for name in valid if name.startswith("-")])
+            hint = "λ is `--scaling`. " if option == "--lambda" else close
+            return f"no option `{option}`; {hint}See `{where} --help`."
     return message
 
 

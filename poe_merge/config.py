@@ -88,7 +88,7 @@ class ModelParameters(Section):
     energy: Annotated[Text, s.spec(ENERGY, "Cauchy")] = None
     """Energy of an expert's scaled squared residual."""
     scale: Annotated[Text, s.spec(SCALE, "Balanced(1.0)")] = None
-    """What an expert's squared residual is measured in, with its gamma."""
+    """Unit of an expert's squared residual, with its gamma."""
 
 
 class Parameters(ModelParameters):
@@ -130,9 +130,9 @@ class ModelEntry(Section):
     model: Checkpoint
     """A folder, a weight file, or a model id of the Hub."""
     name: Annotated[str | None, Field(min_length=1)] = None
-    """What it is called; the name of its path if not given."""
+    """Its name; that of its path if not given."""
     parameters: ModelParameters = ModelParameters()
-    """What differs from the other experts."""
+    """Parameters that differ from those of the other experts."""
 
     @property
     def label(self) -> str:
@@ -177,7 +177,7 @@ class MergeConfig(Section):
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
-    """Of the draws of `sample`, and of torch's generators for energies that draw."""
+    """Seed of the draws of `sample`, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
     """Most bytes of updates that are solved as one batch."""
 

@@ -199,21 +199,18 @@ def presets(known: Mapping[str, Preset]) -> None:
 
 
 def methods(known: Mapping[str, type[MergingMethod]]) -> None:
-    """Print the merging methods: how they are called, what they need, whom to cite."""
-    columns = ("method", "in the literature", "sees", "data", "streams", "draws", "citation")
-    table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    """Print the merging methods: what they see and need, how they are called, whom to cite."""
+    table = Table("method", "sees", "needs", "streams", "random", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.columns[0].no_wrap = True
     for name, method in known.items():
         about = method.about
-        streams, draws = (("yes" if flag else "no") for flag in (about.streaming, about.random))
-        row = (name, about.title, f"a {about.scope}", about.data, streams, draws, about.citation)
-        table.add_row(*map(escape, row))
+        streams, random = (("yes" if flag else "no") for flag in (about.streaming, about.random))
+        table.add_row(name, f"a {about.scope}", "nothing" if about.data == "none" else about.data, streams, random)
     console = _console()
     console.print(table)
-    console.print()
     for name, method in known.items():
-        console.print(escape(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
+        console.print(escape(f"\n{name}({', '.join(_settings(method))})"), soft_wrap=True)
+        console.print(escape(f"  {method.about.title}. {method.about.citation}"), soft_wrap=True)
 
 
 def _settings(method: type[MergingMethod]) -> list[str]:

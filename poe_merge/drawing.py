@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -30,6 +31,7 @@ from inference.tempering import temperature_range
 from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
+from poe_models.energies import Energy
 from poe_models.posterior import Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
 from poe_models.weights.task_vectors import TaskVectors
@@ -57,6 +59,18 @@ class Drawn:
     convergence: Mapping[str, Any] | None = None
 
 
+def check_drawable(task_vectors: TaskVectors, designs: Table, what: Sampling) -> None:
+    """Refuse, before any pass over the weights, a pattern that fits no module and an energy that cannot be drawn."""
+    for design, _ in _groups(task_vectors, designs, _modules(task_vectors), what.pattern):
+        for expert in design.poe.experts:
+            reason = SAMPLERS[what.sampler].refusal(expert.energy)
+            if reason is not None:
+                raise ValueError(
+                    f"--sampler {what.sampler}: the energy {expert.energy!r} of {expert.name!r} {reason}. Use "
+                    f"--sampler {_serving(expert.energy, what.coordinates)}."
+                )
+
+
 def draw_span(
     statistics: Sequence[SpanStatistics], task_vectors: TaskVectors, designs: Table, what: Sampling, steps: Steps
 ) -> Drawn:
@@ -73,7 +87,7 @@ def draw_span(
         The draws.
 
     Raises:
-        ValueError: If the pattern fits no module, the sampler cannot draw an energy, or a posterior is improper.
+        ValueError: If tensors are about different experts, or a posterior is improper.
     """
     if len({each.updates for each in statistics}) > 1:
         raise ValueError(
@@ -87,8 +101,8 @@ def draw_span(
     generator, digest = what.generator(), _digest(statistics)
     parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
     for number, (design, places) in enumerate(groups, 1):
-        stage = what.sampler if len(groups) == 1 else f"{what.sampler} {number}/{len(groups)}"
-        part, made, said = _draw_group(design, _selected(sets, places), what, generator, steps(stage))
+        name = what.sampler if len(groups) == 1 else f"{what.sampler} {number}/{len(groups)}"
+        part, made, said = _draw_group(design, _selected(sets, places), what, generator, partial(steps, name))
         made.attrs["statistics_digest"] = digest
         parts.append(part)
         data.append(made)
@@ -110,14 +124,14 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         The draws.
 
     Raises:
-        ValueError: If the pattern fits no module, the sampler cannot draw an energy, or a posterior is improper.
+        ValueError: If a posterior is improper.
     """
-    modules = [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+    modules = _modules(task_vectors)
     groups = _groups(task_vectors, designs, modules, what.pattern)
-    hot: dict[int, Design] = {}
-    for design, _ in groups:
-        _check_energies(design, what)
-        hot[id(design)] = dataclasses.replace(design, poe=dataclasses.replace(design.poe, temperature=what.temperature))
+    hot = {
+        id(design): dataclasses.replace(design, poe=dataclasses.replace(design.poe, temperature=what.temperature))
+        for design, _ in groups
+    }
     draws = sample_full(
         task_vectors,
         lambda tensor: hot.get(id(designs(tensor)), designs(tensor)),
@@ -136,6 +150,18 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
     notes += _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))
     return Drawn(draws, (), kept_when_solved(task_vectors, designs, draws.modules), tuple(notes))
+
+
+def _modules(task_vectors: TaskVectors) -> list[str]:
+    return [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+
+
+def _serving(energy: Energy, coordinates: str) -> str:
+    """The samplers that can draw an energy: in these coordinates, and in Span ones."""
+    serving = {name: each.coordinates for name, each in SAMPLERS.items() if each.refusal(energy) is None}
+    here = [name for name, places in serving.items() if coordinates in places]
+    there = [name for name in serving if name not in here]
+    return one_of(here) + (f"; or, with --coordinates span, {one_of(there)}" if there else "")
 
 
 def _groups(
@@ -181,25 +207,8 @@ def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int])
 
 
 def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> tuple[Posterior, SpanCoordinates]:
-    _check_energies(design, what)
     poe = dataclasses.replace(design.span_product, temperature=what.temperature)
     return span_posterior(poe, statistics)
-
-
-def _check_energies(design: Design, what: Sampling) -> None:
-    """Refuse an energy that the sampler cannot draw, and name the samplers that can."""
-    for expert in design.poe.experts:
-        reason = SAMPLERS[what.sampler].refusal(expert.energy)
-        if reason is None:
-            continue
-        others = {name: each.coordinates for name, each in SAMPLERS.items() if each.refusal(expert.energy) is None}
-        here = [name for name, coordinates in others.items() if what.coordinates in coordinates]
-        there = [name for name in others if name not in here]
-        elsewhere = f"; or, with --coordinates span, {one_of(there)}" if there else ""
-        raise ValueError(
-            f"--sampler {what.sampler}: the energy {expert.energy!r} of {expert.name!r} {reason}. Use --sampler "
-            f"{one_of(here)}{elsewhere}."
-        )
 
 
 def _draw_group(
@@ -207,14 +216,16 @@ def _draw_group(
     statistics: SpanStatistics,
     what: Sampling,
     generator: torch.Generator,
-    progress: Callable[[int, int], None],
+    stage: Callable[[], Callable[[int, int], None]],
 ) -> tuple[SpanDraws, Any, list[str]]:
     """Draws of the modules of one design, ArviZ's InferenceData of them, and what a reader should know."""
     posterior, coordinates = _posterior(design, statistics, what)
     mode = merge_in_span(posterior, coordinates, statistics, design)
     sampler = SAMPLERS[what.sampler]
-    offered = {"chains": what.chains, "warmup": what.warmup, "thin": what.thin, "progress": progress, "mode": mode}
-    settings = {name: value for name, value in offered.items() if name in sampler.settings}
+    offered = {"chains": what.chains, "warmup": what.warmup, "thin": what.thin, "mode": mode}
+    settings: dict[str, Any] = {name: value for name, value in offered.items() if name in sampler.settings}
+    if "progress" in sampler.settings:
+        settings["progress"] = stage()
     try:
         chains = sampler.draw(posterior, what.draws, generator=generator, **settings)
     except ValueError as error:

@@ -38,7 +38,7 @@ from inference.models.statistics_record import difference, families
 from inference.models.surrounding import distance_from_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 from poe_merge.config import MergeConfig
-from poe_merge.drawing import Drawn, draw_full, draw_span
+from poe_merge.drawing import Drawn, check_drawable, draw_full, draw_span
 from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
 from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
@@ -172,6 +172,7 @@ def _draw(
         draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
         return Drawn(draws, (), (), ())
     products = _products(designs)
+    check_drawable(task_vectors, products, what)
     if what.coordinates == "full" and statistics is not None:
         raise ValueError(
             "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."

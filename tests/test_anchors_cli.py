@@ -122,8 +122,9 @@ def test_scaling_by_filter_is_still_one_model_to_the_method(cli: Cli, here: Path
 def test_methods_are_listed_with_their_citations(cli: Cli) -> None:
     out = cli("methods")
     for name, method in METHODS.items():
-        assert re.search(rf"^{name} .*{re.escape(method.about.citation)}", out, re.MULTILINE)
-        assert re.search(rf"^{name}\(.*\)$", out, re.MULTILINE)
+        assert re.search(rf"^{name} +a {method.about.scope} ", out, re.MULTILINE)
+        about = re.escape(f"{method.about.title}. {method.about.citation}")
+        assert re.search(rf"^{name}\(.*\)\n  {about}$", out, re.MULTILINE)
     assert "\nTies(density=0.2, scale=1.0, combine='mean', scope='model')\n" in out
 
 

@@ -256,6 +256,7 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
         (["merge", "config.yaml", "--enrgy", "Cauchy"], "no option `--enrgy`; did you mean `--energy`?"),
         (["merge", "config.yaml", "--residual_map", "x"], "no option `--residual_map`; did you mean `--residual-map`?"),
         (["plan", "config.yaml", "--out", "out"], "no option `--out`"),
+        (["plan", "config.yaml", "--lambda", "1"], "no option `--lambda`; λ is `--scaling`. See `poe-merge plan --h"),
         (["--versoin"], "no option `--versoin`; did you mean `--version`? See `poe-merge --help`."),
         (["merge", "config.yaml"], "give the folder to make, --out DIR"),
         (["merge", "config.yaml", "other.yaml", "--out", "out"], "unexpected extra argument"),

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from inference.draws import StoredDraws
 from inference.evidence.estimate import log_evidence
 from inference.gibbs import gibbs_posterior
 from inference.laplace import Laplace
@@ -24,13 +25,14 @@ from inference.models.draw_files import load_draws
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.statistics_files import load_statistics, statistics_digest
-from inference.samplers import SAMPLERS
+from inference.samplers import SAMPLERS, Sampler
 from inference.slice import slice_sample
 from poe_merge import sample as _sample
 from poe_merge import sampling as _sampling
 from poe_merge import stats as _stats
 from poe_merge.cli import run
 from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT, span_posterior
+from poe_models.posterior import Posterior
 from tests.helpers import assert_close
 from tests.seeds import seeded
 
@@ -368,6 +370,47 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
         assert draws.temperature.tolist() == [1e-9] * 3
 
 
+def test_a_sampler_of_ones_own_is_one_entry(
+    done: Cli, fails: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def near(
+        posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor, chains: int = 2
+    ) -> StoredDraws:
+        noise = torch.randn((chains, num_samples, *mode.shape), generator=generator, dtype=torch.float64)
+        return StoredDraws(mode + 1e-3 * noise, made_by="near", heat=posterior.fixed_temperature)
+
+    monkeypatch.setitem(SAMPLERS, "near", Sampler(near, "stays near the merge"))
+    assert "near: stays near the merge" in " ".join(done("sample", "--help")[1].split())
+    assert "--warmup 3: near has no use for it" in fails(
+        "sample", "config.yaml", "--out", "o", "--sampler", "near", "--warmup", 3
+    )
+    assert "draws in Span coordinates only" in fails(
+        "sample", "config.yaml", "--out", "o", "--sampler", "near", "--coordinates", "full"
+    )
+    done("merge", "config.yaml", "--out", "merged")
+    _, out, err = done("sample", "--merge", "merged", "-n", 2, "--out", "out", "--sampler", "near", "--draws", 200)
+    assert "3 modules drawn by near in Span coordinates" in out
+    assert "2 chains of 200 draws: largest R-hat 1.0" in out
+    draws = load_draws(here / "out" / "draws")
+    assert isinstance(draws, SpanDraws)
+    assert (draws.sampler, draws.independent, draws.num_chains) == ("near", False, 2)
+    assert json.loads((here / "out" / "sample.json").read_text())["sampling"]["sampler"] == "near"
+    assert az.from_netcdf(str(here / "out" / "draws.nc")).attrs["sampler"] == "near"
+    done("diagnose", "merged", "--draws", "out/draws", "--no-tails", "--out", "page.html")
+    assert "near draws in Span coordinates through the merge" in (here / "page.html").read_text()
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_weights_are_read(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sample, "collect_statistics", None)
+    message = fails("sample", "config.yaml", "--out", "o", "--energy", "Welsch")
+    assert message.endswith("Use --sampler slice, nuts or laplace.")
+    message = fails("sample", "config.yaml", "--out", "o", "--energy", "Welsch", "--coordinates", "full")
+    assert message.endswith("Use --sampler laplace; or, with --coordinates span, slice or nuts.")
+    assert "fits none of" in fails("sample", "config.yaml", "--out", "o", "--pattern", "nothing")
+
+
 def test_maps_that_differ_between_tensors_need_no_file(done: Cli, fails: Callable[..., str], here: Path) -> None:
     maps = [{"filter": "attn", "value": ["OutputGram", "InputGram"]}, {"value": "InputGram"}]
     config = {**CONFIG, "parameters": {"residual_map": maps, "eta": 0.1}}
@@ -543,6 +586,19 @@ def test_members_are_merges_at_the_methods_seed_and_those_after_it(
     assert draws.seeds.tolist() == [[5, 6, 7]]
     record = json.loads((here / "out" / "sample.json").read_text())
     assert (record["convergence"], record["sampling"]["first"]) == (None, 5)
+    flags = (
+        "--method",
+        "dare-ties(density=0.6, seed=5)",
+        "--base-model",
+        "base",
+        "--model",
+        "mnist",
+        "--model",
+        "emoji",
+    )
+    done("sample", *flags, "--scaling", "0.7", "-n", "1", "--out", "flags")
+    member = weights(here / "flags" / "member-000")
+    assert all(torch.equal(member[name], value) for name, value in weights(here / "at5").items())
 
 
 def test_some_modules_at_seeds(done: Cli, by_method: Callable[..., Path], here: Path) -> None:
