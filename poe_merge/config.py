@@ -62,7 +62,7 @@ class Section(BaseModel):
 
     @classmethod
     def values(cls) -> dict[str, Value]:
-        """What may stand at each key that holds no further section."""
+        """Types of the keys that hold no further section."""
         marks = ((key, mark) for key, field in cls.model_fields.items() for mark in field.metadata)
         return {key: mark for key, mark in marks if isinstance(mark, Value)}
 
@@ -79,7 +79,7 @@ class Section(BaseModel):
 
 
 class ModelParameters(Section):
-    """What may differ per model; whatever is missing comes from the shared `Parameters`."""
+    """Parameters that may differ per model; those that are missing come from the shared `Parameters`."""
 
     weight: Annotated[Number, s.number(1.0, 0.0)] = None
     """Importance of the experts."""
@@ -101,11 +101,11 @@ class Parameters(ModelParameters):
     anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = None
     """Centre of the anchor: zero, a merging method such as task_arithmetic(0.3), or a checkpoint."""
     coordinates: Annotated[Text, s.choice("kind of coordinates", "full", "span", default="full")] = None
-    """What is solved for: whole updates, or coefficients on the experts' updates."""
+    """Unknowns of the solver: whole updates, or coefficients on the experts' updates."""
     starts: Annotated[
         Texts, s.choice("start", "ones", "twin", "experts", "center", default=["twin", "experts"], many=True)
     ] = None
-    """Where the solver starts; the lowest energy wins."""
+    """Starts of the solver; the lowest energy wins."""
     max_steps: Annotated[Setting[int] | None, s.number(100, 1, whole=True)] = None
     """Most reweighted solves per start."""
     tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = None
@@ -125,7 +125,7 @@ class Parameters(ModelParameters):
 
 
 class ModelEntry(Section):
-    """One expert: where it is, what it is called, and what is particular to it."""
+    """An expert: its place, its name, and the parameters of its own."""
 
     model: Checkpoint
     """A folder, a weight file, or a model id of the Hub."""
@@ -156,7 +156,7 @@ def label_of(name: str | None, model: str) -> str:
 
 
 class MergeConfig(Section):
-    """A whole merge: everything that decides what comes out."""
+    """Configuration of a merge: everything that decides what comes out."""
 
     merge_method: Annotated[str, Value(s.merge_method, "METHOD", kind=METHOD)] = POE
     """A merging method instead of a product of experts, poe."""
@@ -175,7 +175,7 @@ class MergeConfig(Section):
     out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
     """Dtype of the output, if other than dtype; that of the base if neither is given."""
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
-    """Where to compute: cpu, cuda, cuda:1."""
+    """Device that computes: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
     """Seed of the draws of `sample`, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
@@ -221,7 +221,7 @@ class MergeConfig(Section):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
+        """Dtype that the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
         import torch
 
         return torch.float64 if self.dtype == "float64" else torch.float32
@@ -322,23 +322,16 @@ def load_config(path: Path) -> MergeConfig:
     """Read a configuration from a YAML file.
 
     Raises:
-        ConfigError: All mistakes, each with its place and the nearest valid name.
+        ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
     """
     return parse_config(read_yaml(path), dict.fromkeys((path.absolute().parent, Path.cwd())))
 
 
 def parse_config(document: Document, folders: Iterable[Path] = ()) -> MergeConfig:
-    """Validate configuration data.
-
-    Args:
-        document: The data and where its parts were written.
-        folders: What relative paths and module names refer to; the current folder if empty.
-
-    Returns:
-        The configuration.
+    """Validate configuration data, whose relative paths and module names refer to the folders (if none, to this one).
 
     Raises:
-        ConfigError: All mistakes, each with its place and the nearest valid name.
+        ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
     """
     problems = list(document.problems)
     try:

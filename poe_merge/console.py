@@ -123,11 +123,14 @@ def _kept(expert: ExpertRetention) -> str:
 
 def statistics(done: StatisticsReport) -> None:
     """Print what statistics are about."""
+    from inference.models.statistics_files import statistics_digest
+
+    about, maps = done.statistics, ", ".join(dict.fromkeys(done.statistics.residual_maps))
     _console().print(
         escape(
-            f"{done.out}: {done.modules} modules, {len(done.updates)} experts ({', '.join(done.updates)}), "
-            f"{', '.join(done.residual_maps)} around the centre {done.center}; {size(done.nbytes)} in "
-            f"{done.seconds:.1f} s; digest {done.digest[:12]}."
+            f"{done.out}: {len(about.modules)} modules, {len(about.updates)} experts ({', '.join(about.updates)}), "
+            f"{maps} around the centre {about.center}; {_folder_size(done.out)} in {done.seconds:.1f} s; digest "
+            f"{statistics_digest(about)[:12]}."
         ),
         soft_wrap=True,
     )
@@ -135,34 +138,42 @@ def statistics(done: StatisticsReport) -> None:
 
 def sample(done: SampleReport) -> None:
     """Print what was drawn, whether the chains agree, and what to know about it."""
+    from inference.models.model_draws import PosteriorDraws
     from poe_merge.sampling import Seeds
 
-    what, console = done.what, _console()
-    made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
-    modules = "1 module" if done.modules == 1 else f"{done.modules} modules"
+    what, draws, console = done.what, done.drawn.draws, _console()
+    made = f"{done.out}: {what.members} members as {what.format}, {_folder_size(done.out)} in {done.seconds:.1f} s"
+    modules = "1 module" if len(draws.modules) == 1 else f"{len(draws.modules)} modules"
     name = what.method if isinstance(what, Seeds) else what.sampler
-    how = f"{modules} drawn by {name} {_how_drawn(what, done.shared)}"
-    console.print(escape(f"{made}; {how}."), soft_wrap=True)
-    if isinstance(what, Seeds):
-        console.print("Independent draws, one for each seed: there are no chains to judge.")
-    elif done.convergence is None:
-        console.print("Independent draws: there are no chains to judge.")
-    else:
-        r_hat, ess = (
-            "unknown" if value is None else f"{value:{form}}"
-            for value, form in ((done.convergence["r_hat"], ".3f"), (done.convergence["ess"], ".0f"))
-        )
-        chains = "1 chain" if what.chains == 1 else f"{what.chains} chains"
-        console.print(f"{chains} of {what.draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
-        for text in done.convergence["warnings"]:
-            warning(text)
-    if done.experts:
-        kept = ", ".join(map(_kept, done.experts))
+    console.print(escape(f"{made}; {modules} drawn by {name} {_how_drawn(what, done.shared)}."), soft_wrap=True)
+    _chains(done, console)
+    if done.drawn.experts:
+        kept = ", ".join(map(_kept, done.drawn.experts))
         console.print(escape(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
-    if done.around is not None:
-        console.print(escape(f"{done.around}."), soft_wrap=True)
+    if isinstance(draws, PosteriorDraws) and draws.from_merge is not None:
+        console.print(escape(f"{draws.about}: {draws.from_merge}."), soft_wrap=True)
     for text in done.warnings:
         warning(text)
+
+
+def _chains(done: SampleReport, console: Console) -> None:
+    """Print whether the chains agree."""
+    found, draws = done.drawn.convergence, done.drawn.draws
+    if found is None:
+        console.print("Independent draws: there are no chains to judge.")
+        return
+    r_hat, ess = (
+        "unknown" if value is None else f"{value:{form}}"
+        for value, form in ((found["r_hat"], ".3f"), (found["ess"], ".0f"))
+    )
+    chains = "1 chain" if draws.num_chains == 1 else f"{draws.num_chains} chains"
+    console.print(f"{chains} of {draws.num_draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
+    for text in found["warnings"]:
+        warning(text)
+
+
+def _folder_size(folder: Path) -> str:
+    return size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
 def _how_drawn(what: Sampling | Seeds, shared: int) -> str:

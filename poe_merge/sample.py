@@ -30,7 +30,7 @@ from inference.models.ensemble import MergedEnsemble
 from inference.models.ensemble_files import check_begun
 from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
-from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
 from inference.models.staging import OutputError
 from inference.models.statistics_files import collect_statistics
@@ -52,42 +52,27 @@ class Bars(Progress, Protocol):
     """Progress in modules and bytes, and in steps of a sampler."""
 
     def steps(self, stage: str) -> Callable[[int, int], None]:
-        """A sampler begins.
-
-        Args:
-            stage: Its name.
-
-        Returns:
-            What is told the finished steps and their total.
-        """
+        """Begin a sampler; the function that is returned is told its finished steps and their total."""
         ...
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What `poe-merge sample` did.
+    """Result of `poe-merge sample`.
 
     Attributes:
         out: The folder.
         what: The settings.
-        modules: Number of modules that were drawn.
-        shared: Number of merged tensors that were not: they are the merge's, or the method's at its own seed.
-        nbytes: Bytes of all files.
-        convergence: R-hat, effective sample size and verdicts; None for independent draws.
-        around: What the draws are, and how far their centre is from the merge; None for a method's seeds.
-        experts: What the merge kept of each expert.
+        drawn: The draws.
+        shared: Number of merged tensors that were not drawn: they are the merge's, or the method's at its own seed.
         warnings: What a reader should know.
         seconds: Wall time of this run.
     """
 
     out: Path
     what: Sampling | Seeds
-    modules: int
+    drawn: Drawn
     shared: int
-    nbytes: int
-    convergence: Mapping[str, Any] | None
-    around: str | None
-    experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
     seconds: float
 
@@ -154,12 +139,8 @@ def sample(
     return SampleReport(
         out=out,
         what=what,
-        modules=len(drawn.draws.modules),
+        drawn=drawn,
         shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
-        nbytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
-        convergence=drawn.convergence,
-        around=_described(drawn.draws),
-        experts=drawn.experts,
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
         seconds=time.monotonic() - began,
     )
@@ -205,12 +186,6 @@ def _around(
     experts = drawn.experts if merged is None else totals_of(read_record(merged))
     far = () if draws.far_from_merge is None else (draws.far_from_merge,)
     return replace(drawn, draws=draws, experts=experts, warnings=(*drawn.warnings, *far, *concerns(experts)))
-
-
-def _described(draws: ModelDraws) -> str | None:
-    if not isinstance(draws, PosteriorDraws) or draws.from_merge is None:
-        return None
-    return f"{draws.about}: {draws.from_merge}"
 
 
 def _record(drawn: Drawn) -> dict[str, Any]:

@@ -24,21 +24,7 @@ DRAWS = 500
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `poe-merge sample` as they were typed; those about a posterior are None if they were not.
-
-    Attributes:
-        members: How many merged models.
-        pattern: Regular expression; modules whose names it does not find stay the merge's.
-        format: What the members are written as.
-        sampler: Name of the sampler.
-        coordinates: Of the draws, "span" or "full"; those of the merge are the configuration's.
-        temperature: Of the posterior.
-        stats: Folder of Span statistics.
-        chains: How many.
-        draws: Kept per chain.
-        warmup: Steps per chain before the first kept draw.
-        thin: Steps per kept draw.
-    """
+    """Options of `poe-merge sample` as they were typed; those about a posterior are None if they were not."""
 
     members: int
     pattern: str
@@ -55,21 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to draw from a posterior: :class:`Options` with every number filled in.
-
-    Attributes:
-        members: How many merged models.
-        sampler: Name of the sampler.
-        coordinates: Coefficients on the experts' updates and the merge, or the merged updates themselves.
-        temperature: Of the posterior.
-        pattern: Regular expression; modules whose names it does not find stay the merge's.
-        chains: How many; 1 if draws are independent.
-        draws: Kept per chain.
-        warmup: Steps per chain before the first kept draw.
-        thin: Steps per kept draw.
-        seed: Of the generator.
-        format: What the members are written as.
-    """
+    """Draws of a posterior: :class:`Options` with every number filled in, and the seed of the generator."""
 
     members: int
     sampler: str
@@ -95,14 +67,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Seeds at which a random merging method is drawn.
+    """Merges by a random method, one at each of several seeds.
 
     Attributes:
         method: The method, as text.
         first: The first member's seed, which is the method's own; those of the others follow.
         members: How many merged models.
         pattern: Regular expression; modules whose names it does not find stay at the first seed.
-        format: What the members are written as.
+        format: Format of the members' files.
     """
 
     method: str

@@ -43,12 +43,12 @@ class SpecError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Kind(Generic[T]):
-    """What may stand at one place of a configuration; its home is imported when it is first needed.
+    """Objects of one kind that a configuration may name, such as energies; imported when they are first needed.
 
     Args:
-        noun: What it is called in error messages.
-        home: The module that defines it.
-        base_name: Name of the class every member derives from; your own classes must, too.
+        noun: Word for one of them in error messages.
+        home: The module that defines them.
+        base_name: Name of the class that every member derives from; your own classes must, too.
         registry_name: Name of the mapping of members that need no module name.
     """
 
@@ -77,7 +77,7 @@ KINDS: tuple[Kind[Any], ...] = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The hint of every misspelling: ``did you mean `x`? `` or nothing.
+    """Hint for a misspelling: ``did you mean `x`? `` or nothing.
 
     >>> nearest("Couchy", ["Cauchy", "Gaussian"])
     'did you mean `Cauchy`? '
@@ -113,9 +113,9 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
             f"own as `my_module:{name}` or `file.py:{name}`."
         )
     found: type[T] = kind.registry[name] if where is None else _own_class(what, where, name, kind.base, folders)
-    if _takes_statistics(found) and not args and "statistics" not in kwargs:
+    if _takes_moments(found) and not args and "statistics" not in kwargs:
         example = f"{name}('statistics/{found.kind}')"  # type: ignore[attr-defined]
-        raise SpecError(f"{what}: it needs statistics. Give their folder: `{example}`.")
+        raise SpecError(f"{what}: it needs moments of data. Give their folder: `{example}`.")
     try:
         value = found(*args, **kwargs)
     except TypeError as error:
@@ -126,7 +126,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{what}: {error}") from error
     if kind is ENERGY:
         _check_energy(what, value)
-    return _located(value, folders) if _takes_statistics(found) else value
+    return _located(value, folders) if _takes_moments(found) else value
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
@@ -174,39 +174,24 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
 
 
-def is_call(text: str) -> bool:
-    """Whether a text is a call with brackets, as every canonical spec is and no path.
+def is_spec(text: str) -> bool:
+    """Whether a text is a call with brackets or names a class of one's own, as no path does.
 
-    >>> is_call("mine.py:Mine(2.0)"), is_call("runs/mnist")
-    (True, False)
-    """
-    return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)", text, re.DOTALL) is not None
-
-
-def is_own(text: str) -> bool:
-    """Whether a text names a class of one's own, without arguments.
-
-    >>> is_own("mine:Mine"), is_own("folder/mine.py:Mine"), is_own("runs/mnist"), is_own("C:runs/mnist")
+    >>> is_spec("Ties(density=0.2)"), is_spec("folder/mine.py:Mine"), is_spec("runs/mnist"), is_spec("C:runs/mnist")
     (True, True, False, False)
     """
-    return re.fullmatch(r".+:[A-Za-z_]\w*", text) is not None
+    return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)|.+:[A-Za-z_]\w*", text, re.DOTALL) is not None
 
 
 def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingMethod) -> str:
-    """The inverse of `parse_spec`.
-
-    Args:
-        value: A dataclass of one of the five kinds, or an object of a class without arguments.
-
-    Returns:
-        Its spec.
+    """Text of a dataclass of one of the five kinds, or of an object without arguments: the inverse of `parse_spec`.
 
     Raises:
         SpecError: If the arguments cannot be recovered, because the class is no dataclass and keeps state.
 
-    >>> from poe_models import Cauchy
-    >>> format_spec(Cauchy())
-    'Cauchy(exponent=1.0)'
+    >>> from poe_models import StudentT
+    >>> format_spec(StudentT(4.0))
+    'StudentT(df=4.0, exponent=None)'
     """
     shown: dict[str, Any] = {}
     if dataclasses.is_dataclass(value):
@@ -227,11 +212,11 @@ def source_file(found: type) -> Path | None:
 
 
 def _prefix(found: type) -> str:
-    """How a class is found again: ``module:`` or ``/absolute/file.py:``."""
+    """Place from which a class can be imported again, ``module:`` or ``/absolute/file.py:``."""
     return f"{source_file(found) if found.__module__.startswith(_FILE_MODULE) else found.__module__}:"
 
 
-def _takes_statistics(found: type) -> bool:
+def _takes_moments(found: type) -> bool:
     from poe_models.methods.data_based import StatisticsMethod
     from poe_models.residual_maps import StatisticsMap
 
@@ -239,13 +224,13 @@ def _takes_statistics(found: type) -> bool:
 
 
 def _located(value: Any, folders: Sequence[Path]) -> Any:
-    """A map or method on statistics with the folder of its statistics as an absolute path."""
+    """A map or method on moments of data with the absolute path of their folder."""
     paths = [folder.absolute() / Path(value.statistics).expanduser() for folder in folders]
     return dataclasses.replace(value, statistics=str(next((path for path in paths if path.exists()), paths[0])))
 
 
 def _check_energy(what: str, energy: Any) -> None:
-    """An energy must be 0 at 0, finite and non-decreasing; found out now rather than in the middle of a merge."""
+    """Refuse an energy that is not 0 at 0, finite and non-decreasing, now rather than in the middle of a merge."""
     import torch
 
     q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
@@ -274,7 +259,7 @@ def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:
-    """Split a spec into where its class is (None: the registry), the class's name, and its literal arguments."""
+    """Split a spec into the place of its class (None: the registry), the class's name, and its literal arguments."""
     match = _SPEC.match(text.strip())
     try:
         if match is None:

@@ -13,7 +13,7 @@ from inference.models.digest import Progress, digest_inputs, files_of, refuse_co
 from inference.models.method_design import AnyDesign
 from inference.models.plan import inputs_of
 from inference.models.staging import check_output
-from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
+from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics
 from inference.models.statistics_record import describe, require_same
 from poe_merge.build import custom_sources
 from poe_merge.config import MergeConfig
@@ -27,26 +27,16 @@ Table = Callable[[str], Design]
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """What `poe-merge stats` did.
+    """Result of `poe-merge stats`.
 
     Attributes:
         out: The folder.
-        modules: Number of modules.
-        updates: Names of the task vectors.
-        residual_maps: Each kind of residual map once.
-        center: The anchor's centre.
-        nbytes: Size of the folder's files.
-        digest: Of the statistics.
+        statistics: Saved there.
         seconds: Wall time.
     """
 
     out: Path
-    modules: int
-    updates: tuple[str, ...]
-    residual_maps: tuple[str, ...]
-    center: str
-    nbytes: int
-    digest: str
+    statistics: SpanStatistics
     seconds: float
 
 
@@ -80,16 +70,7 @@ def make_statistics(
     folder = save_statistics(
         statistics, out, about=about, inputs=inputs, settings={"preset": settings.preset, "config": settings.resolved()}
     )
-    return StatisticsReport(
-        out=folder,
-        modules=len(statistics.modules),
-        updates=statistics.updates,
-        residual_maps=tuple(dict.fromkeys(statistics.residual_maps)),
-        center=statistics.center,
-        nbytes=sum(path.stat().st_size for path in folder.iterdir()),
-        digest=statistics_digest(statistics),
-        seconds=time.monotonic() - began,
-    )
+    return StatisticsReport(folder, statistics, time.monotonic() - began)
 
 
 def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, progress: Progress) -> SpanStatistics:
