@@ -36,7 +36,6 @@ app = typer.Typer(
 )
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 INTERRUPTED = 130
 
 
@@ -44,7 +43,7 @@ INTERRUPTED = 130
 def _root(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Debug = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of any command.")] = False,
 ) -> None:
     if show_version:
         print(f"poe-merge {version('poe-merge')}")
@@ -54,7 +53,7 @@ def _root(
 
 @app.command(cls=ConfiguredCommand)
 @with_flags
-def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
+def plan(flags: Mapping[str, Any], config: Config = None) -> None:
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
@@ -72,7 +71,6 @@ def merge(
     config: Config = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Merge, and write a Hugging Face folder."""
     from inference.models.merge import merge_checkpoint
@@ -103,7 +101,6 @@ def stats(
     flags: Mapping[str, Any],
     config: Config = None,
     out: Out = None,
-    debug: Debug = False,
 ) -> None:
     """Read the weights once, and save the Span statistics that `sample` needs."""
     from inference.models.method_design import prepare_designs
@@ -166,7 +163,6 @@ def sample(
     ] = None,
     thin: Annotated[int | None, typer.Option(min=1, help="Steps per kept draw. [default: 1]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Draw merged models from the posterior around the merge.
 
@@ -219,7 +215,6 @@ def diagnose(
         ),
     ] = 19,
     seed: Annotated[int, typer.Option("--seed", help="Of resamples and surrogates.")] = 0,
-    debug: Debug = False,
 ) -> None:
     """Judge a merge: one page of verdicts, tables and figures."""
     from poe_merge import diagnose as diagnosis
@@ -251,7 +246,6 @@ def check(
         typer.Option("--not-promised", help="A property it need not have; once for each.", show_default=False),
     ] = None,
     random_seed: Annotated[int, typer.Option("--random-seed", min=0, help="Of the random modules.")] = 0,
-    debug: Debug = False,
 ) -> None:
     """Test the properties of a merging method, on random modules and on those of a configuration.
 
@@ -268,13 +262,13 @@ def check(
 
 
 @app.command()
-def presets(debug: Debug = False) -> None:
+def presets() -> None:
     """List the named settings of the paper."""
     show.presets(PRESETS)
 
 
 @app.command()
-def methods(debug: Debug = False) -> None:
+def methods() -> None:
     """List the merging methods of the literature, with what they need and whom to cite."""
     show.methods(METHOD.registry)
 
@@ -338,8 +332,9 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.
     """
+    typed = [word for word in arguments if word != "--debug"]
     try:
-        result = get_command(app).main(args=list(arguments), prog_name="poe-merge", standalone_mode=False)
+        result = get_command(app).main(args=typed, prog_name="poe-merge", standalone_mode=False)
         if result == INTERRUPTED:  # typer's own answer to Ctrl-C
             show.warning("interrupted.")
         return result if isinstance(result, int) else 0

@@ -22,7 +22,7 @@ from inference.models.digest import Progress
 from inference.models.full_draws import not_drawn, sample_full
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
-from inference.models.modules import module_names, read_modules, with_names
+from inference.models.modules import module_names, with_names
 from inference.models.statistics_files import statistics_digest
 from inference.propriety import undetermined
 from inference.retention import ExpertRetention
@@ -148,8 +148,8 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
     notes = [not_drawn(left)] if left else []
     if not what.independent and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
         notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
-    notes += _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))
-    return Drawn(draws, (), kept_when_solved(task_vectors, designs, draws.modules), tuple(notes))
+    experts, highest = kept_when_solved(task_vectors, designs, draws.modules)
+    return Drawn(draws, (), experts, tuple(notes + _too_hot(what.temperature, highest)))
 
 
 def _modules(task_vectors: TaskVectors) -> list[str]:
@@ -290,16 +290,3 @@ def _too_hot(temperature: float, highest: float) -> list[str]:
         f"temperature {temperature:g}: above about {highest:.2g} draws are the anchor's rather than the experts'. Give "
         "a lower --temperature, or choose it on validation data (`inference.tempering.temper`)."
     ]
-
-
-def _hottest(task_vectors: TaskVectors, designs: Table, drawn: Sequence[str]) -> float:
-    """The highest temperature of `temperature_range` over some modules."""
-    highest = 0.0
-    for tensor in task_vectors.treatments:
-        if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
-            continue
-        for module in read_modules(task_vectors, tensor, designs(tensor)):
-            posterior = module.posterior
-            if module.name in drawn and bool(posterior.active.any()):
-                highest = max(highest, temperature_range(posterior)[1])
-    return highest

@@ -13,6 +13,7 @@ from inference.map import solve_posterior
 from inference.models.design import Design
 from inference.models.modules import merged_update, module_names, read_modules
 from inference.retention import ExpertRetention, retention, totals
+from inference.tempering import temperature_range
 from poe_merge.stats import Table
 from poe_models.posterior import Posterior
 from poe_models.span import SpanCoordinates, SpanStatistics, span_posterior
@@ -44,16 +45,22 @@ def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple
     return totals(records)
 
 
-def kept_when_solved(task_vectors: TaskVectors, designs: Table, drawn: Collection[str]) -> tuple[ExpertRetention, ...]:
-    """Retention of each expert, by solving the merge of the modules of these names."""
+def kept_when_solved(
+    task_vectors: TaskVectors, designs: Table, drawn: Collection[str]
+) -> tuple[tuple[ExpertRetention, ...], float]:
+    """Retention of each expert by solving some modules, and the highest temperature at which experts hold one."""
     records: list[Mapping[str, Any]] = []
+    highest = 0.0
     for tensor in task_vectors.treatments:
         if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
             continue
         design = designs(tensor)
         for module in read_modules(task_vectors, tensor, design):
-            if module.name in drawn:
-                posterior, merge = module.posterior, merged_update(module, design).unsqueeze(0)
-                found = retention(posterior, merge, posterior.residuals(merge))
-                records.append(found.scaled(design.scaling).record(0))
-    return totals(records)
+            if module.name not in drawn:
+                continue
+            posterior, merge = module.posterior, merged_update(module, design).unsqueeze(0)
+            found = retention(posterior, merge, posterior.residuals(merge))
+            records.append(found.scaled(design.scaling).record(0))
+            if bool(posterior.active.any()):
+                highest = max(highest, temperature_range(posterior)[1])
+    return totals(records), highest
