@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +45,8 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of any command.")] = False,
 ) -> None:
     if show_version:
+        from importlib.metadata import version  # takes a tenth of a second to import
+
         print(f"poe-merge {version('poe-merge')}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
@@ -291,7 +292,7 @@ def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tu
 
 
 def _vectors(settings: MergeConfig) -> TaskVectors:
-    """What a configuration names, opened; rules and settings that match nothing are warned about."""
+    """Open the checkpoints of a configuration; rules that match nothing are warned about."""
     from poe_merge.build import open_task_vectors
 
     task_vectors = open_task_vectors(settings)

@@ -215,11 +215,6 @@ class MergeConfig(Section):
         return value
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the experts."""
-        return tuple(entry.label for entry in self.models)
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype that the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
         import torch

@@ -1,4 +1,4 @@
-"""What the command line prints."""
+"""Output of the command line: tables, reports, errors and progress bars."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _kept(expert: ExpertRetention) -> str:
 
 
 def statistics(done: StatisticsReport) -> None:
-    """Print what statistics are about."""
+    """Print the contents of Span statistics."""
     from inference.models.statistics_files import statistics_digest
 
     about, maps = done.statistics, ", ".join(dict.fromkeys(done.statistics.residual_maps))
@@ -137,7 +137,7 @@ def statistics(done: StatisticsReport) -> None:
 
 
 def sample(done: SampleReport) -> None:
-    """Print what was drawn, whether the chains agree, and what to know about it."""
+    """Print the draws, whether their chains agree, and warnings."""
     from inference.models.model_draws import PosteriorDraws
     from poe_merge.sampling import Seeds
 
@@ -245,7 +245,7 @@ def size(nbytes: float) -> str:
 
 
 class _Modules(ProgressColumn):
-    """How many matrices are solved."""
+    """Column of a progress bar: the number of matrices that are solved."""
 
     @override
     def render(self, task: Task) -> Text:

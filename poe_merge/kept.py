@@ -1,4 +1,4 @@
-"""How much the merge that draws surround kept of every expert: from Span statistics, or solved for."""
+"""Retention of every expert by the merge that draws surround: from Span statistics, or solved for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `poe-merge sample` is to draw: its options with every number filled in."""
+"""Settings of `poe-merge sample`: its options with every number filled in."""
 
 from __future__ import annotations
 

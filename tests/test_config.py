@@ -174,7 +174,7 @@ def test_paths_are_relative_to_the_file(
     text = f"{{base_model: base, models: {models}, parameters: {{energy: 'mine:Mine'}}}}"
     made = load_config(write(folder, text))
     assert made.base_model == str(folder / "base")
-    assert made.names == ("one", "two")
+    assert [entry.label for entry in made.models] == ["one", "two"]
     assert open_task_vectors(made).names == ("one", "two")
     assert custom_sources(made) == [folder / "mine.py"]
 
@@ -186,7 +186,8 @@ def test_empty_sections_say_nothing(folder: Path) -> None:
 
 def test_model_ids_pass_through(folder: Path) -> None:
     made = config(folder, base_model="org/model@main", models=[{"model": "org/tuned-1.0"}])
-    assert (made.base_model, made.models[0].model, made.names) == ("org/model@main", "org/tuned-1.0", ("tuned-1.0",))
+    assert (made.base_model, made.models[0].model) == ("org/model@main", "org/tuned-1.0")
+    assert made.models[0].label == "tuned-1.0"
 
 
 # --- presets and the resolved configuration ---
