@@ -46,7 +46,7 @@ def surround_verdict(draws: PosteriorDraws) -> Verdict:
     >>> from inference.models.model_draws import SpanDraws
     >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
     >>> shapes = torch.tensor([[1.0, 0.0]])
-    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, made_by="slice", temperature=0.1)
+    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, sampler="slice")
     >>> surround_verdict(draws).level.name
     'UNKNOWN'
     """
@@ -246,7 +246,7 @@ def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     if isinstance(draws, SpanDraws):
         values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
         return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
-    if not isinstance(draws, FullDraws) or draws.method != "gibbs":
+    if not isinstance(draws, FullDraws) or draws.sampler != "gibbs":
         raise ValueError(
             f"`chain_convergence({type(draws).__name__})`: these draws are independent of each other; there are no "
             "chains to judge. Give draws of a sampler."

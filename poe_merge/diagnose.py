@@ -167,8 +167,8 @@ def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list
         found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record))
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
-    if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):
-        how = draws.method if isinstance(draws, FullDraws) else "seeds of a merging method"
+    if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.sampler != "gibbs"):
+        how = draws.sampler if isinstance(draws, FullDraws) else "seeds of a merging method"
         text = f"{len(draws)} independent draws ({how}): there are no chains to judge."
         found.verdicts.append(Verdict("draws", Level.NOTE, text))
     else:

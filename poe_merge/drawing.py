@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
-from inference.draws import Draws, StoredDraws
+from inference.draws import Draws
 from inference.gibbs import gibbs_posterior
 from inference.laplace import Laplace
-from inference.merge_distance import MergeDistance, span_distance
+from inference.merge_distance import span_distance
 from inference.models.design import Design
 from inference.models.digest import Progress
 from inference.models.full_draws import not_drawn, sample_full
@@ -107,7 +107,7 @@ def draw_span(
         away = span_distance(some, named.coefficients, coordinates.coefficients(merge))
         parts.append(dataclasses.replace(named, from_merge=away))
     order = [place for _, places in groups for place in places]
-    draws = _joined(parts, order, digest)
+    draws = SpanDraws.joined(parts, digest).select(sorted(range(len(order)), key=order.__getitem__))
     return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
@@ -222,9 +222,7 @@ def _run(
     step: Callable[[int, int], None],
 ) -> Draws:
     if what.method == "laplace":
-        made = Laplace(posterior, merge).sample(what.draws, generator)
-        values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
-        return StoredDraws(values, made_by="laplace", heat=posterior.fixed_temperature)
+        return Laplace(posterior, merge).sample(what.draws, generator)
     settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
     if what.method == "nuts":
         return nuts(posterior, what.draws, generator=generator, **settings)
@@ -241,27 +239,6 @@ def _inference_data(
         data = to_inference_data(draws, posterior, coordinates, statistics)
     notes = [str(each.message) for each in caught if chains and each.category is TooFewDraws]
     return data, notes
-
-
-def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> SpanDraws:
-    """The draws of several groups of modules as one, in the order of the statistics."""
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-
-    def join(values: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat(list(values), dim).index_select(dim, back)
-
-    modules = [name for part in parts for name in part.modules]
-    designs = [text for part in parts for text in part.designs]
-    return dataclasses.replace(
-        parts[0],
-        modules=tuple(modules[place] for place in back.tolist()),
-        squared_norms=join([part.squared_norms for part in parts], 0),
-        source=digest,
-        stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
-        from_merge=MergeDistance.joined([part.from_merge for part in parts if part.from_merge]).select(back.tolist()),
-        designs=tuple(designs[place] for place in back.tolist() if designs),
-        coefficients=join([part.coefficients for part in parts], 2),
-    )
 
 
 def _digest(statistics: Sequence[SpanStatistics]) -> str:

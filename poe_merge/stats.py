@@ -129,12 +129,13 @@ def checkpoints_of(task_vectors: TaskVectors, designs: Callable[[str], AnyDesign
     return inputs_of(task_vectors, list(distinct.values()))
 
 
-def check_apart(out: Path, checkpoints: dict[str, Checkpoint]) -> Path:
+def check_apart(out: Path, checkpoints: dict[str, Checkpoint], *, resume: bool = False) -> Path:
     """Refuse an output folder that exists, or that an input is part of.
 
     Args:
         out: The folder to make.
         checkpoints: What is read.
+        resume: Accept one that an interrupted run has put in place already.
 
     Returns:
         Its absolute path.
@@ -143,4 +144,6 @@ def check_apart(out: Path, checkpoints: dict[str, Checkpoint]) -> Path:
         OutputError: If it does.
     """
     sources = [Path(checkpoint.source) for checkpoint in checkpoints.values() if checkpoint.files]
-    return check_output(out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))])
+    return check_output(
+        out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))], resume=resume
+    )

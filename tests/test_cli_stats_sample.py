@@ -180,7 +180,7 @@ def test_stats_leaves_nothing_half_written(
             status, _, err = cli("stats", "config.yaml", "--out", "stats")
         assert (status, err) == (130, "warning: interrupted; nothing was written.\n")
         assert listing(here) == before
-    monkeypatch.setattr("inference.models.artifacts.save_file", interrupted)
+    monkeypatch.setattr("inference.models.staging.save_file", interrupted)
     assert cli("stats", "config.yaml", "--out", "stats")[0] == 130
     assert listing(here) == before
 
@@ -484,7 +484,7 @@ def test_resume_goes_on_with_the_draws_there_are(
     assert status == 130
     assert "Go on with the same command and --resume" in err
     assert not (here / "out").exists()
-    assert listing(here / "out.partial") >= {"member-000", "draws", "draws.nc", "sample.json"}
+    assert listing(here / "out.partial" / "output") >= {"member-000", "draws", "draws.nc", "sample.json"}
     assert "left from an interrupted save" in fails(*arguments, "--out", "out")
     message = fails(*arguments, "--out", "out", "--resume", "--temperature", "0.5")
     assert "was begun with sampling.temperature = 1.0, now it is 0.5" in message
@@ -564,9 +564,9 @@ def test_seeds_go_on_after_an_interruption(
         def stop(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr("inference.models.ensemble_files._Writer._companions", stop)
+        patched.setattr("inference.models.ensemble_files.write_companions", stop)
         assert cli("sample", config, "-n", "2", "--out", "out")[0] == 130
-    assert (here / "out.partial" / "draws").is_dir()
+    assert (here / "out.partial" / "output" / "draws" / "draws.json").is_file()
     assert (
         "was begun with sampling.members = 2, now it is 3"
         in cli("sample", config, "-n", "3", "--out", "out", "--resume")[2]
