@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.vision.train import make_suite
 from diagnostics.arviz_adapter import chain_statistics
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.gibbs import gibbs_posterior
 from inference.nuts import nuts
 from inference.slice import slice_sample
@@ -43,7 +43,7 @@ class Sampler:
 
     name: str
     setting: str
-    draw: Callable[[Posterior, torch.Generator], StoredDraws]
+    draw: Callable[[Posterior, torch.Generator], Draws]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.chains import kept_states, require_counts
-from inference.draws import RegeneratedDraws, StoredDraws
+from inference.draws import Draws
 from inference.inputs import unpack
 from inference.propriety import require_proper
 from poe_models.experts import ProductOfExperts
@@ -40,7 +40,7 @@ def gibbs(
     thin: int = 1,
     low_rank: tuple[Tensor, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> RegeneratedDraws:
+) -> Draws:
     """Draws of the merged update itself (Full coordinates), kept as mixture weights and seeds.
 
     Args:
@@ -75,8 +75,13 @@ def gibbs(
         return singles[module].regenerate(weight, seed)
 
     statistics = {"lp": -torch.stack(energies, 1) / posterior.fixed_temperature}
-    return RegeneratedDraws(
-        torch.stack(weights, 1), torch.stack(seeds, 1), regenerate, statistics, "gibbs", posterior.fixed_temperature
+    return Draws(
+        torch.stack(weights, 1),
+        statistics,
+        "gibbs",
+        posterior.fixed_temperature,
+        seeds=torch.stack(seeds, 1),
+        regenerate=regenerate,
     )
 
 
@@ -89,7 +94,7 @@ def gibbs_posterior(
     warmup: int = 200,
     thin: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> StoredDraws:
+) -> Draws:
     """Draws of a bound posterior in its own coordinates, stored as they are; meant for Span coordinates.
 
     Args:
@@ -110,7 +115,7 @@ def gibbs_posterior(
         values.append(state.z)
         energies.append(state.energy)
     statistics = {"lp": -torch.stack(energies, 1) / posterior.temperature}
-    return StoredDraws(torch.stack(values, 1), statistics, "gibbs", posterior.fixed_temperature)
+    return Draws(torch.stack(values, 1), statistics, "gibbs", posterior.fixed_temperature)
 
 
 def _chains(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.draws import Draws, StoredDraws
+from inference.draws import Draws
 from inference.gibbs import gibbs_posterior
 from inference.laplace import Laplace
 from inference.nuts import nuts
@@ -59,7 +59,7 @@ class Sampler:
         return "chains" not in self.settings
 
 
-def laplace_draws(posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor) -> StoredDraws:
+def laplace_draws(posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor) -> Draws:
     """Independent draws of Laplace's approximation at a mode, in one chain.
 
     Args:
@@ -74,9 +74,7 @@ def laplace_draws(posterior: Posterior, num_samples: int, *, generator: torch.Ge
     Raises:
         ValueError: If the Hessian is not positive definite at the mode.
     """
-    made = Laplace(posterior, mode).sample(num_samples, generator)
-    values = torch.stack([made.latents(0, draw) for draw in range(num_samples)]).unsqueeze(0)
-    return StoredDraws(values, made_by=made.sampler, heat=made.temperature)
+    return Laplace(posterior, mode).sample(num_samples, generator)
 
 
 def _without_mixture(energy: Energy) -> str | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from inference.chains import kept_states, majoriser_draws, mode_of, overdispersed_starts, require_counts
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
 
@@ -50,7 +50,7 @@ def slice_sample(
     warmup: int = 200,
     thin: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> StoredDraws:
+) -> Draws:
     """Draws of a posterior in its own coordinates by generalised elliptical slice sampling.
 
     All chains of all modules are one tensor program. It can be interrupted at any step (also by an exception from
@@ -88,7 +88,7 @@ def slice_sample(
         statistics.append({"lp": state.log_density, "evaluations": info.evaluations, "stuck": info.stuck})
     shape = (chains, num_samples, posterior.num_modules)
     stats = {name: torch.stack([each[name] for each in statistics], 1).expand(shape) for name in statistics[0]}
-    return StoredDraws(latents(posterior, torch.stack(positions, 1)), stats, "slice", posterior.fixed_temperature)
+    return Draws(latents(posterior, torch.stack(positions, 1)), stats, "slice", posterior.fixed_temperature)
 
 
 @dataclass(frozen=True, eq=False)

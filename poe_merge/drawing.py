@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
 from inference.draws import Draws
-from inference.merge_distance import MergeDistance, span_distance
+from inference.merge_distance import span_distance
 from inference.models.design import Design
 from inference.models.digest import Progress
 from inference.models.full_draws import not_drawn, sample_full
@@ -107,7 +106,8 @@ def draw_span(
         parts.append(part)
         data.append(made)
         notes += said
-    draws = _joined(parts, [place for _, places in groups for place in places], digest)
+    order = [place for _, places in groups for place in places]
+    draws = SpanDraws.joined(parts, digest).select(sorted(range(len(order)), key=order.__getitem__))
     return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
@@ -247,27 +247,6 @@ def _inference_data(
         warnings.simplefilter("always", UserWarning)
         data = to_inference_data(draws, posterior, coordinates, statistics)
     return data, [str(each.message) for each in caught if each.category is TooFewDraws]
-
-
-def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> SpanDraws:
-    """The draws of several groups of modules as one, in the order of the statistics."""
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-
-    def join(values: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat(list(values), dim).index_select(dim, back)
-
-    modules = [name for part in parts for name in part.modules]
-    designs = [text for part in parts for text in part.designs]
-    return dataclasses.replace(
-        parts[0],
-        modules=tuple(modules[place] for place in back.tolist()),
-        squared_norms=join([part.squared_norms for part in parts], 0),
-        source=digest,
-        stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
-        from_merge=MergeDistance.joined([part.from_merge for part in parts if part.from_merge]).select(back.tolist()),
-        designs=tuple(designs[place] for place in back.tolist() if designs),
-        coefficients=join([part.coefficients for part in parts], 2),
-    )
 
 
 def _digest(statistics: Sequence[SpanStatistics]) -> str:

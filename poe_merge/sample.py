@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,17 +25,16 @@ from diagnostics.chains import chain_convergence
 from diagnostics.verdicts import Level
 from inference.models.artifacts import versions
 from inference.models.design import Design
-from inference.models.digest import Progress
-from inference.models.draw_files import load_draws, save_draws
+from inference.models.digest import Progress, difference
+from inference.models.draw_files import add_draws, load_draws
 from inference.models.ensemble import MergedEnsemble
-from inference.models.ensemble_files import check_begun
 from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
-from inference.models.staging import OutputError
+from inference.models.staging import OutputError, Staging
 from inference.models.statistics_files import collect_statistics
-from inference.models.statistics_record import difference, families
+from inference.models.statistics_record import families
 from inference.models.surrounding import distance_from_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 from poe_merge.config import MergeConfig
@@ -45,6 +45,7 @@ from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_
 from poe_models.weights.task_vectors import TaskVectors
 
 RECORD, DRAWS = "sample.json", "draws"
+_DRAWN = f"{DRAWS}/draws.json"
 AnyTable = Callable[[str], AnyDesign]
 
 
@@ -111,15 +112,15 @@ def sample(
         ValueError: If something cannot be drawn; says what.
     """
     began = time.monotonic()
-    out = check_apart(out, checkpoints_of(task_vectors, designs))
-    partial = out.with_name(out.name + ".partial")
-    check_begun(partial, resume)
+    out = check_apart(out, checkpoints_of(task_vectors, designs), resume=resume)
+    staging = Staging(out)
+    staging.check(resume)
     folder_of_merge = None if merged is None else str(merged.absolute())
     asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if resume and (partial / DRAWS).is_dir():
-            drawn = _drawn_before(partial, asked)
+        if resume and staging.has(_DRAWN):
+            drawn = _drawn_before(staging, asked)
         else:
             drawn = _draw(task_vectors, designs, what, statistics, bars)
             drawn = _judged(_around(merged, drawn, task_vectors, designs, bars))
@@ -194,7 +195,7 @@ def _record(drawn: Drawn) -> dict[str, Any]:
     if isinstance(draws, PosteriorDraws):
         found = {} if draws.from_merge is None else merge_attributes(draws.from_merge)
         numbers = {key: None if value != value else value for key, value in found.items()}
-        kinds = {"coordinates": draws.coordinates, "surrounds": draws.surrounds, "sampler": draws.sampler}
+        kinds = {"coordinates": draws.kind, "surrounds": draws.surrounds, "sampler": draws.sampler}
         around = {**kinds, "temperatures": list(draws.temperatures), **numbers}
     return {
         "source": draws.source,
@@ -214,16 +215,16 @@ def _products(designs: AnyTable) -> Table:
     return product
 
 
-def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> Drawn:
+def _drawn_before(staging: Staging, asked: Mapping[str, Any]) -> Drawn:
     """The draws of an interrupted run, if they are what is asked for now."""
-    record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
-    where = difference({key: record[key] for key in asked}, asked)
-    if where is not None:
+    record = json.loads((staging.content / RECORD).read_text(encoding="utf-8"))
+    if found := difference({key: record[key] for key in asked}, asked):
+        place, before, now = found[0]
         raise OutputError(
-            f"{partial} was begun with {where[0]} = {where[1]}, now it is {where[2]}. Restore what it was, or remove "
+            f"{staging.folder} was begun with {place} = {before}, now it is {now}. Restore what it was, or remove "
             "that folder to start again."
         )
-    draws = load_draws(partial / DRAWS, record["source"])
+    draws = load_draws(staging.content / DRAWS, record["source"])
     assert isinstance(draws, SpanDraws | FullDraws | MethodDraws)
     numbers = ("kept", "residual_left", "length")
     known = tuple(
@@ -233,16 +234,19 @@ def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> Drawn:
     return Drawn(draws, (), known, tuple(record["warnings"]), record["convergence"])
 
 
-def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
+def _write(staging: Staging, drawn: Drawn, record: Mapping[str, Any]) -> None:
     """Write everything beside the members; the draws last, for they say that the rest is there."""
-    if (folder / DRAWS).is_dir():
+    if staging.has(_DRAWN):
         return
     for number, data in enumerate(drawn.data):
         name = "draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc"
-        data.to_netcdf(str(folder / f"{name}.tmp"))
-        (folder / f"{name}.tmp").replace(folder / name)
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    save_draws(drawn.draws, folder / DRAWS)
+        staging.write(name, partial(_to_netcdf, data))
+    staging.write_json(RECORD, record)
+    add_draws(staging, DRAWS, drawn.draws)
+
+
+def _to_netcdf(data: Any, path: Path) -> None:
+    data.to_netcdf(str(path))
 
 
 def _judged(drawn: Drawn) -> Drawn:

@@ -88,7 +88,9 @@ def checkpoints_of(task_vectors: TaskVectors, designs: Callable[[str], AnyDesign
     return inputs_of(task_vectors, list({id(design): design for design in map(designs, merged)}.values()))
 
 
-def check_apart(out: Path, checkpoints: dict[str, Checkpoint]) -> Path:
-    """Refuse an output folder that exists, or that an input is part of; return its absolute path."""
+def check_apart(out: Path, checkpoints: dict[str, Checkpoint], *, resume: bool = False) -> Path:
+    """Refuse an output folder that exists, but one to resume, or that an input is part of; return its whole path."""
     sources = [Path(checkpoint.source) for checkpoint in checkpoints.values() if checkpoint.files]
-    return check_output(out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))])
+    return check_output(
+        out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))], resume=resume
+    )

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.evidence.estimate import log_evidence
 from inference.gibbs import gibbs_posterior
 from inference.laplace import Laplace
@@ -183,7 +183,7 @@ def test_stats_leaves_nothing_half_written(
             status, _, err = cli("stats", "config.yaml", "--out", "stats")
         assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
         assert listing(here) == before
-    monkeypatch.setattr("inference.models.artifacts.save_file", interrupted)
+    monkeypatch.setattr("inference.models.staging.save_file", interrupted)
     assert cli("stats", "config.yaml", "--out", "stats")[0] == 130
     assert listing(here) == before
 
@@ -375,9 +375,9 @@ def test_a_sampler_of_ones_own_is_one_entry(
 ) -> None:
     def near(
         posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor, chains: int = 2
-    ) -> StoredDraws:
+    ) -> Draws:
         noise = torch.randn((chains, num_samples, *mode.shape), generator=generator, dtype=torch.float64)
-        return StoredDraws(mode + 1e-3 * noise, made_by="near", heat=posterior.fixed_temperature)
+        return Draws(mode + 1e-3 * noise, sampler="near", temperature=posterior.fixed_temperature)
 
     monkeypatch.setitem(SAMPLERS, "near", Sampler(near, "stays near the merge"))
     assert "near: stays near the merge" in " ".join(done("sample", "--help")[1].split())
@@ -528,7 +528,7 @@ def test_resume_goes_on_with_the_draws_there_are(
     assert status == 130
     assert "Go on with the same command and --resume" in err
     assert not (here / "out").exists()
-    assert listing(here / "out.partial") >= {"member-000", "draws", "draws.nc", "sample.json"}
+    assert listing(here / "out.partial" / "output") >= {"member-000", "draws", "draws.nc", "sample.json"}
     assert "left from an interrupted save" in fails(*arguments, "--out", "out")
     message = fails(*arguments, "--out", "out", "--resume", "--temperature", "0.5")
     assert "was begun with sampling.temperature = 1.0, now it is 0.5" in message
@@ -621,9 +621,9 @@ def test_seeds_go_on_after_an_interruption(
         def stop(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr("inference.models.ensemble_files._Writer._companions", stop)
+        patched.setattr("inference.models.ensemble_files.write_companions", stop)
         assert cli("sample", config, "-n", "2", "--out", "out")[0] == 130
-    assert (here / "out.partial" / "draws").is_dir()
+    assert (here / "out.partial" / "output" / "draws" / "draws.json").is_file()
     assert (
         "was begun with sampling.members = 2, now it is 3"
         in cli("sample", config, "-n", "3", "--out", "out", "--resume")[2]

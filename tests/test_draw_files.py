@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.gibbs import gibbs, gibbs_posterior
 from inference.map import fixed_point, solve_posterior
 from inference.models import full_draws
@@ -362,7 +362,7 @@ def test_full_draws_come_back_bit_for_bit(
     save_draws(draws, tmp_path / "draws")
     loaded = load_draws(tmp_path / "draws", draws.source)
     assert isinstance(loaded, FullDraws)
-    assert (loaded.designs, loaded.environment, loaded.method) == (draws.designs, draws.environment, method)
+    assert (loaded.designs, loaded.environment, loaded.sampler) == (draws.designs, draws.environment, method)
     assert loaded.digest() == draws.digest()
     for module in read_modules(vectors, "attn.in_proj_weight", Design(poe)):
         for member in range(len(draws)):
@@ -540,7 +540,7 @@ def test_draws_that_are_not_finite_are_refused(vectors: TaskVectors, tmp_path: P
 
 def test_only_named_draws_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"SpanDraws.of\(draws, coordinates, statistics\)"):
-        save_draws(StoredDraws(torch.zeros(1, 1, 1, 2, 1)), tmp_path / "draws")  # type: ignore[arg-type]
+        save_draws(Draws(torch.zeros(1, 1, 1, 2, 1)), tmp_path / "draws")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("residual_map", [InputGram(), OutputGram(), Directional()], ids=name_of)
@@ -567,7 +567,7 @@ def test_other_threads_warn_and_the_tolerance_holds(
     assert_close(there, here, TOLERANCE[dtype])
 
 
-def test_another_torch_or_other_noise_warn_with_what_holds(vectors: TaskVectors, tmp_path: Path) -> None:
+def test_another_torch_or_device_warn_with_what_holds(vectors: TaskVectors, tmp_path: Path) -> None:
     draws = sample_full(vectors, poe_of(vectors), 1, generator=seeded(1), warmup=2)
     older = replace(draws, environment={**draws.environment, "torch": "1.0.0"})
     save_draws(older, tmp_path / "older")
@@ -576,18 +576,10 @@ def test_another_torch_or_other_noise_warn_with_what_holds(vectors: TaskVectors,
     strange = replace(draws, environment={**draws.environment, "dtype": "Tensor"})
     with pytest.raises(CheckpointError, match="unknown environment"):
         load_draws(save_draws(strange, tmp_path / "strange"))
-    noise = [value + 0.5 for value in draws.environment["noise"]]
-    elsewhere = replace(draws, environment={**draws.environment, "device": "cuda", "noise": noise})
+    elsewhere = replace(draws, environment={**draws.environment, "device": "cuda"})
     save_draws(elsewhere, tmp_path / "elsewhere")
     with pytest.warns(RegenerationWarning, match=r"device cuda -> cpu.*other draws of the same posterior"):
         load_draws(tmp_path / "elsewhere")
-
-
-def test_the_noise_that_a_file_records_is_that_of_the_draws() -> None:
-    recorded = full_draws.environment(torch.device("cpu"), torch.float32)["noise"]
-    assert recorded == full_draws.environment(torch.device("cpu"), torch.float32)["noise"]
-    assert recorded != full_draws.environment(torch.device("cpu"), torch.float64)["noise"]
-    assert len(set(recorded)) > 10
 
 
 def test_files_have_nothing_but_tensors_and_json(vectors: TaskVectors, tmp_path: Path) -> None:

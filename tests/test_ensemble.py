@@ -829,9 +829,9 @@ def test_an_interrupted_save_goes_on(
     with pytest.raises(OutputError, match=r"out.partial is left from an interrupted save.*--resume"):
         ensemble.save(tmp_path / "out", format=format)
     other = "deltas" if format == "checkpoints" else "checkpoints"
-    with pytest.raises(OutputError, match="begun with another ensemble"):
+    with pytest.raises(OutputError, match=f'begun with `format` = "{format}", now it is "{other}": not the same save'):
         ensemble.save(tmp_path / "out", format=other, resume=True)
-    with pytest.raises(OutputError, match="begun with another ensemble"):
+    with pytest.raises(OutputError, match=r"begun with `sampled\[0\]` = .*: not the same save"):
         made(vectors, "out").save(tmp_path / "out", format=format, resume=True)
     ensemble.save(tmp_path / "out", format=format, resume=True)
     assert contents(tmp_path / "out") == whole

@@ -352,7 +352,7 @@ def test_draws_keep_what_they_are_in_files(vectors: TaskVectors, tmp_path: Path)
         assert "gibbs draws in" in again.about
         assert str(again.from_merge) == str(draws.from_merge)
         assert again.digest() == draws.digest()
-    unsaid = replace(around(vectors, poe, 20), from_merge=None, made_by=None, temperature=None)
+    unsaid = replace(around(vectors, poe, 20), from_merge=None, sampler=None, temperature=None)
     again = load_draws(save_draws(unsaid, tmp_path / "unsaid"))
     assert isinstance(again, SpanDraws)
     assert (again.from_merge, again.sampler, again.temperatures) == (None, None, ())

@@ -374,8 +374,7 @@ def _with_differences(outcomes: Sequence[Outcome], compared: Comparison) -> list
 
 
 def _temperature(draw: ModelDraws) -> float:
-    assert isinstance(draw, FullDraws)
-    return float(draw.temperature[0])
+    return draw.temperatures[0]
 
 
 def _forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:

@@ -23,6 +23,7 @@ from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import AnyDesigns
 from inference.models.model_draws import ModelDraws
 from inference.models.predictor import Forward, Runner
+from inference.models.staging import Staging
 from poe_models.weights.task_vectors import Source, TaskVectors
 
 __all__ = ["MemberPredictor", "MergedEnsemble", "Prediction"]
@@ -231,7 +232,7 @@ class MergedEnsemble:
         format: Literal["checkpoints", "deltas"] = "checkpoints",
         resume: bool = False,
         progress: Progress | None = None,
-        extras: Callable[[Path], None] | None = None,
+        extras: Callable[[Staging], None] | None = None,
     ) -> Path:
         """Write all members into a new folder, a few tensors in memory at a time.
 
@@ -245,8 +246,8 @@ class MergedEnsemble:
             format: What to write.
             resume: Go on with an interrupted save of the same ensemble.
             progress: Told how far it is.
-            extras: Writes further files into the folder, for instance the draws. Called with it before the first member
-                is made, again when an interrupted save goes on; what it writes is in place once all is done.
+            extras: Writes further files of the output through its methods, for instance the draws. Called before the
+                first member is made, again when an interrupted save goes on.
 
         Returns:
             The folder.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
+from inference.models.modules import anchor_blocks
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
-from poe_models.weights.loading import CheckpointError
+from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 HALF = (torch.bfloat16, torch.float16)
@@ -80,7 +81,7 @@ def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: An
     order = design.order(task_vectors.names)
     batches = _empty_batches(task_vectors, tensors[0].matrices, len(tensors), order)
     for position, tensor in enumerate(tensors):
-        _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor, design))
+        _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor.name, design))
     values: dict[tuple[int, int], Tensor] = {}
     records: dict[tuple[int, int], dict[str, Any]] = {}
     while batches:
@@ -135,17 +136,8 @@ def _fill(
             batch.centers.append(centers[index] - module.base)
 
 
-def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: AnyDesign) -> list[Tensor]:
-    """The matrices of the anchor's checkpoint; none if the centre is not a checkpoint."""
-    if isinstance(design, MethodDesign) or design.center is None or tensor.treatment.view is None:
-        return []
-    weights = design.center.read(tensor.name).to(task_vectors.dtype)
-    if not bool(weights.isfinite().all()):
-        raise CheckpointError(
-            f"anchor {design.center.source}: tensor {tensor.name!r} has values that are NaN or infinite. Give another "
-            "checkpoint."
-        )
-    return [block.to(task_vectors.device) for block in tensor.treatment.view.split(weights)]
+def _centers(task_vectors: TaskVectors, tensor: str, design: AnyDesign) -> list[Tensor]:
+    return [] if isinstance(design, MethodDesign) else anchor_blocks(task_vectors, tensor, design)
 
 
 def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -185,12 +177,29 @@ def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tu
             f"tensor {tensor.name!r} of {where} has values that are not finite as {tensor.dtype}. Write another dtype: "
             "`out_dtype: float32` (or bfloat16, which has float32's range), or keep the base's tensor with a rule."
         )
-    if tensor.dtype not in HALF or tensor.treatment.action == "base":
+    if tensor.treatment.action == "base":
         return rounded, None
-    base = task_vectors.base.read(tensor.name)
-    updated = value != base.to(value.dtype)
-    unchanged = updated & (rounded == base.to(tensor.dtype))
-    return rounded, {"updated": int(updated.sum()), "rounded_back": int(unchanged.sum())}
+    return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
+
+
+def rounding_of_tensor(base: Checkpoint, name: str, value: Tensor, rounded: Tensor) -> dict[str, int] | None:
+    """Count the entries of a tensor that rounding to half precision took back to the base's value.
+
+    Args:
+        base: The base.
+        name: Name of the tensor.
+        value: The merged tensor.
+        rounded: The same in the output's dtype.
+
+    Returns:
+        Number of entries that the merge changed, and of those taken back; None for other dtypes.
+    """
+    if rounded.dtype not in HALF:
+        return None
+    before = base.read(name)
+    updated = value != before.to(value.dtype)
+    unchanged = updated & (rounded == before.to(rounded.dtype))
+    return {"updated": int(updated.sum()), "rounded_back": int(unchanged.sum())}
 
 
 def _record(tensor: TensorPlan, rounding: dict[str, int] | None) -> dict[str, Any]:

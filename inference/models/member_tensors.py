@@ -12,10 +12,10 @@ from torch import Tensor
 
 from inference.models.design import Design
 from inference.models.digest import Silent
-from inference.models.draw_checks import check_designs, designs_of
+from inference.models.draw_checks import check_designs
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function, prepare_designs
 from inference.models.method_draws import MethodDraws
-from inference.models.model_draws import ModelDraws, PosteriorDraws, SpanDraws
+from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.modules import Module, merged_update, module_names, read_modules
 from poe_models.methods import ModuleBatch
 from poe_models.operators import sum_of_squares
@@ -115,8 +115,8 @@ class MemberTensors:
         self.sampled = tuple(tensor for tensor, names in self._modules.items() if own.intersection(names))
         self.shared = tuple(name for name in task_vectors.treatments if name not in self.sampled)
         self._check_draws()
-        if isinstance(draws, PosteriorDraws) and (text := draws.far_from_merge) is not None:
-            warnings.warn(text, stacklevel=3)
+        if draws.far_from_merge is not None:
+            warnings.warn(draws.far_from_merge, stacklevel=3)
         self._checked: set[str] = set()
         self._shared_tensors: dict[str, Tensor] | None = None
         self._shared_blocks: dict[str, Tensor] = {}
@@ -188,12 +188,9 @@ class MemberTensors:
         Raises:
             ValueError: It is something else.
         """
-        same = (draw.modules, draw.source, draw.coordinates) == (
-            self.draws.modules,
-            self.draws.source,
-            self.draws.coordinates,
-        )
-        if len(draw) != 1 or not same or designs_of(draw) != designs_of(self.draws):
+        own = self.draws
+        same = (draw.modules, draw.source, draw.kind) == (own.modules, own.source, own.kind)
+        if len(draw) != 1 or not same or draw.designs != own.designs:
             raise ValueError(
                 f"expected one draw of the ensemble's {len(self.draws.modules)} modules, got {len(draw)} draws of "
                 f"{len(draw.modules)}{'' if same else ' that are about other modules or statistics'}. Iterate over the "
@@ -225,7 +222,7 @@ class MemberTensors:
         return blocks
 
     def _update(self, module: Module, draw: ModelDraws) -> Tensor:
-        assert isinstance(draw, PosteriorDraws)
+        assert isinstance(draw, SpanDraws | FullDraws)
         if not draw.uses_modes:
             return draw.update(module, 0)
         known = self._modes.get(module.name)

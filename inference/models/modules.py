@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,11 +111,11 @@ def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list
         ValueError: If the product is about task vectors that are not there.
     """
     order = [task_vectors.names.index(name) for name in checked_names(task_vectors, tensor, design)]
-    centers = _centers(task_vectors, tensor, design)
+    centers = anchor_blocks(task_vectors, tensor, design)
     modules = []
     for index, each in enumerate(task_vectors.modules(tensor)):
         anchor = design.poe.anchor
-        if centers is not None:
+        if centers:
             anchor = replace(anchor, center=centers[index] - each.base)
         poe = replace(design.poe, anchor=anchor).for_modules([each.name])
         low_rank = None if each.low_rank is None else (each.low_rank[0][order], each.low_rank[1][order])
@@ -180,11 +181,31 @@ def module_names(task_vectors: TaskVectors, tensor: str) -> list[str]:
     return block_names(tensor, len(view.block_shapes(task_vectors.base.tensors[tensor].shape)))
 
 
-def _centers(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Tensor] | None:
-    """The matrices of the anchor's checkpoint, or None if the centre is not a checkpoint."""
+def feed(digest: Any, name: str, *tensors: Tensor | None) -> None:
+    """Add a module's name and tensors to a checksum."""
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+
+
+def anchor_blocks(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Tensor]:
+    """Read the matrices of the anchor's checkpoint.
+
+    Args:
+        task_vectors: Base and experts.
+        tensor: Name of the tensor.
+        design: Its design.
+
+    Returns:
+        The matrices ``(d_out, d_in)``; empty if the centre is not a checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint lacks the tensor, or it is not finite.
+    """
     view = task_vectors.treatments[tensor].view
     if design.center is None or view is None:
-        return None
+        return []
     check_center(design, task_vectors.base, tensor)
     weights = design.center.read(tensor).to(task_vectors.dtype)
     if not bool(weights.isfinite().all()):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from inference.models.design import Design, check_center
 from inference.models.digest import nbytes_of
+from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
 from poe_models.methods import MergingMethod
@@ -70,11 +71,6 @@ class Group:
         return sum(len(tensor.matrices) for tensor in self.tensors)
 
     @property
-    def names(self) -> list[str]:
-        """Names of its tensors."""
-        return [tensor.name for tensor in self.tensors]
-
-    @property
     def nbytes(self) -> int:
         """Bytes written for its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -96,6 +92,11 @@ class Shard:
     def aliases(self) -> dict[str, str]:
         """Further names of its tied tensors, to the names they are tied to."""
         return {alias: t.name for group in self.groups for t in group.tensors for alias in t.aliases}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its tensors, tied ones included."""
+        return [name for group in self.groups for t in group.tensors for name in (t.name, *t.aliases)]
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +145,15 @@ class Plan:
         """Number of tensors that are merged, averaged, or kept from the base."""
         return sum(tensor.treatment.action == action for tensor in self.tensors)
 
+    @override
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{self.count(action)} {action}" for action in ("merge", "average", "base"))
+        return (
+            f"Plan({len(self.tensors)} tensors ({kinds}), {self.modules} matrices in {len(self.groups)} groups, "
+            f"{len(self.shards)} files, {len(self.designs)} designs; memory {self.peak_bytes / 1e6:.3g} MB, "
+            f"disk {self.disk_bytes / 1e6:.3g} MB)"
+        )
+
 
 def plan(
     task_vectors: TaskVectors,
@@ -174,8 +184,8 @@ def plan(
         each.check(task_vectors.names)
     _given(task_vectors, designs, _modules_by_design(list(tensors.values())))
     shards = tuple(
-        Shard(_safetensors_name(file), tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
-        for file, names in task_vectors.base.layout.items()
+        Shard(file, tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
+        for file, names in weight_files(task_vectors.base).items()
     )
     written = sum(shard.nbytes for shard in shards)
     return Plan(
@@ -245,16 +255,6 @@ def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tup
             names = block_names(tensor.name, len(tensor.matrices))
             modules.setdefault(id(tensor.design), {}).update(zip(names, tensor.matrices, strict=True))
     return modules
-
-
-def _safetensors_name(file: str) -> str:
-    """The name of a shard once it is safetensors, whatever it was.
-
-    >>> _safetensors_name("pytorch_model-00001-of-00002.bin")
-    'model-00001-of-00002.safetensors'
-    """
-    path = Path(file)
-    return file if path.suffix == ".safetensors" else f"{path.stem.replace('pytorch_model', 'model')}.safetensors"
 
 
 def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: int) -> list[Group]:

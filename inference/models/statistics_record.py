@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from inference.models.design import Design, Designs, as_function, design_text
+from inference.models.digest import difference
 from inference.models.modules import checked_names
 from poe_models.span_labels import center_label
 from poe_models.weights.loading import CheckpointError
@@ -107,10 +108,10 @@ def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, An
         raise CheckpointError(
             f"{path}: nothing is recorded about what these statistics were made from. Make them with `poe-merge stats`."
         )
-    where = difference(record["about"], about)
-    if where is not None:
+    if found := difference(record["about"], about):
+        place, before, now = found[0]
         raise CheckpointError(
-            f"{path}: these statistics are about another design: {where[0]} was {where[1]}, now it is {where[2]}. Make "
+            f"{path}: these statistics are about another design: {place} was {before}, now it is {now}. Make "
             "the statistics again with `poe-merge stats`, or give the settings that they were made with."
         )
     changed = changed_input(record["inputs"], inputs)
@@ -132,27 +133,6 @@ def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     differing = (role for role in dict.fromkeys([*old, *new]) if old.get(role) != new.get(role))
     role = next(differing, None)
     return None if role is None else _changed(role, old, new)
-
-
-def difference(before: Any, now: Any) -> tuple[str, str, str] | None:
-    """The first place where two pieces of plain data differ.
-
-    Args:
-        before: One.
-        now: The other.
-
-    Returns:
-        The dotted place and both values as JSON, "missing" where there is none; None if they are the same.
-
-    >>> difference({"a": {"b": 1}, "c": [2]}, {"a": {"b": 1}, "c": [3]})
-    ('c[0]', '2', '3')
-    """
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    for place in dict.fromkeys([*old, *new]):
-        one, other = (json.dumps(each[place]) if place in each else "missing" for each in (old, new))
-        if one != other:
-            return place, one, other
-    return None
 
 
 def _designs(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
@@ -208,14 +188,3 @@ def _changed(role: str, before: Mapping[str, dict[str, str]], now: Mapping[str, 
     file = next(name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name))
     shown = [f"{each[file][:12]}..." if file in each else "missing" for each in (old, new)]
     return f"{file} of the {role} has the sha256 {shown[1]} and had {shown[0]}"
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping) and data:
-        for key, value in data.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(data, list | tuple) and data:
-        for index, value in enumerate(data):
-            yield from _leaves(value, f"{prefix}[{index}]")
-    else:
-        yield prefix, data

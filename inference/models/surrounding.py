@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -72,12 +70,10 @@ def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, err
     """
     if isinstance(draws, SpanDraws):
         return _span(draws, module, merge, error)
-    assert isinstance(draws, FullDraws)
     if draws.independent:
         return _around_mode(draws, module, merge, error)
-    index = draws.index(module.name)
-    posterior = replace(module.posterior, temperature=float(draws.temperature[index]))
-    weights = draws.weights.flatten(0, 1)[:, index, : len(posterior.experts)]
+    posterior = draws.posterior(module)
+    weights = draws.weights.flatten(0, 1)[:, draws.index(module.name), : len(posterior.experts)]
     return gibbs_distance(module.name, GibbsKernel(posterior, regenerable=True), weights, merge, error)
 
 
@@ -137,9 +133,10 @@ def _around_mode(draws: FullDraws, module: Module, merge: Tensor, error: float) 
     """Of draws whose mean is the mode itself: Laplace's, and noise around it."""
     away = module.mode.double() - merge.double()
     squared = sum_of_squares(away)
+    along = away if bool(squared > 0) else merge.double()  # at the merge itself, how wide they are along it
     places = torch.linspace(0, len(draws) - 1, min(MOST, len(draws))).round().long().tolist()
-    made = [_inner(draws.update(module, place).double() - module.mode.double(), away) for place in places]
-    spread = torch.stack(made).square().mean().sqrt() / squared.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    made = [_inner(draws.update(module, place).double() - module.mode.double(), along) for place in places]
+    spread = torch.stack(made).square().mean().sqrt() / along.norm().clamp(min=torch.finfo(torch.float64).tiny)
     return _one(module.name, squared, torch.as_tensor(error, dtype=torch.float64), spread, merge)
 
 
