@@ -137,7 +137,7 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         lambda tensor: hot.get(id(designs(tensor)), designs(tensor)),
         what.draws,
         generator=what.generator(task_vectors.device),
-        method=cast(Literal["gibbs", "laplace"], what.sampler),
+        sampler=cast(Literal["gibbs", "laplace"], what.sampler),
         chains=what.chains,
         warmup=what.warmup,
         thin=what.thin,

@@ -364,7 +364,7 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     assert found.silent.tolist() == [[False, False, True, False], [False] * 4]
     assert "draws" not in {verdict.about for verdict in found.verdicts}
     with pytest.raises(ValueError, match="independent"):
-        chain_convergence(sample_full(vectors, poe, 5, generator=generator, method="laplace"))
+        chain_convergence(sample_full(vectors, poe, 5, generator=generator, sampler="laplace"))
 
 
 def test_ranks_of_alike_chains_are_flat() -> None:

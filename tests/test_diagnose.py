@@ -310,7 +310,7 @@ def test_full_draws(folders: Path, merged: Path, tmp_path: Path) -> None:
     save_draws(sample_full(vectors(folders), poe, 60, generator=generator), tmp_path / "gibbs")
     page = diagnosis.diagnose(merged, draws=tmp_path / "gibbs", tails=False)
     assert "effective sample size" in page.html
-    save_draws(sample_full(vectors(folders), poe, 5, generator=generator, method="laplace"), tmp_path / "laplace")
+    save_draws(sample_full(vectors(folders), poe, 5, generator=generator, sampler="laplace"), tmp_path / "laplace")
     page = diagnosis.diagnose(merged, draws=tmp_path / "laplace", tails=False)
     assert "effective sample size" not in page.html
 

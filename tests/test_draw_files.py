@@ -358,7 +358,7 @@ def test_full_draws_come_back_bit_for_bit(
 ) -> None:
     poe = poe_of(vectors, residual_map=residual_map, energy=energy, anchor=Anchor(average, RelativePrecision(1.0)))
     generator = seeded(5)
-    draws = sample_full(vectors, poe, 2, generator=generator, method=method, chains=2, warmup=10)
+    draws = sample_full(vectors, poe, 2, generator=generator, sampler=method, chains=2, warmup=10)
     save_draws(draws, tmp_path / "draws")
     loaded = load_draws(tmp_path / "draws", draws.source)
     assert isinstance(loaded, FullDraws)
@@ -399,7 +399,7 @@ def test_modules_are_let_go_once_they_are_drawn(vectors: TaskVectors, monkeypatc
 
     monkeypatch.setattr(full_draws, "read_modules", watched)
     for method in ("gibbs", "laplace"):
-        sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), method=method, chains=1, warmup=1)  # type: ignore[arg-type]
+        sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), sampler=method, chains=1, warmup=1)  # type: ignore[arg-type]
     assert len(read) == 6
 
 
@@ -407,7 +407,7 @@ def test_draws_from_the_mode_go_with_the_solver_that_finds_it(vectors: TaskVecto
     poe = poe_of(vectors, energy=StudentT(4.0))
     early = Design(poe, options=SolverOptions(max_steps=1))
     with pytest.warns(UserWarning, match=r"the MAP of 'a.weight': not converged"):
-        draws = sample_full(vectors, early, 2, generator=torch.Generator(), method="laplace", pattern=r"a\.weight")
+        draws = sample_full(vectors, early, 2, generator=torch.Generator(), sampler="laplace", pattern=r"a\.weight")
     (module,) = read_modules(vectors, "a.weight", early)
     with pytest.warns(UserWarning, match="not converged"):
         mode = module.mode

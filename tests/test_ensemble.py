@@ -1006,7 +1006,7 @@ def test_noise_is_as_far_from_the_mode_as_the_draws_and_points_anywhere(
 def test_laplace_members_solve_for_the_mode_once(
     vectors: TaskVectors, poe: ProductOfExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draws = sample_full(vectors, poe, 4, generator=seeded(0), method="laplace")
+    draws = sample_full(vectors, poe, 4, generator=seeded(0), sampler="laplace")
     solves: list[object] = []
     solve = _modules.solve_posterior
 

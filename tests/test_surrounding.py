@@ -402,12 +402,12 @@ def test_rounding_is_taken_off_as_it_is_and_not_as_it_could_be_at_worst(
 
     full, shorter = design(0.0), design(1 / 3)  # Z = U, and 2 U / (2 + 2 / 3)
     merge_checkpoint(vectors, full, tmp_path / "merged", out_dtype=torch.bfloat16)
-    draws = sample_full(vectors, shorter, 20, generator=seeded(0), method="laplace")
+    draws = sample_full(vectors, shorter, 20, generator=seeded(0), sampler="laplace")
     found = distance_from_merge(draws, vectors, shorter, tmp_path / "merged")
     assert found.share == pytest.approx(0.25, abs=0.02)
     assert found.beyond == ("m.weight",)
     around = distance_from_merge(
-        sample_full(vectors, design(1e-9), 20, generator=seeded(0), method="laplace"),
+        sample_full(vectors, design(1e-9), 20, generator=seeded(0), sampler="laplace"),
         vectors,
         design(1e-9),
         tmp_path / "merged",

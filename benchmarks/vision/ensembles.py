@@ -292,7 +292,7 @@ class Ensembles:
         generator = torch.Generator().manual_seed(self.seed)
         vectors, design = self._tempered(kind, temperature)
         draw = partial(sample_full, vectors, design, members, generator=generator, chains=1, pattern=SCOPES[scope])
-        draws = draw(method="laplace") if kind == LAPLACE else draw(warmup=self.budget.warmup, thin=self.budget.thin)
+        draws = draw(sampler="laplace") if kind == LAPLACE else draw(warmup=self.budget.warmup, thin=self.budget.thin)
         if kind == NOISE:
             draws = noise_control(draws, vectors, design, generator=generator)
         return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)

@@ -40,7 +40,7 @@ def sample_full(
     num_samples: int,
     *,
     generator: torch.Generator,
-    method: Literal["gibbs", "laplace"] = "gibbs",
+    sampler: Literal["gibbs", "laplace"] = "gibbs",
     chains: int = 4,
     warmup: int = 200,
     thin: int = 1,
@@ -54,7 +54,7 @@ def sample_full(
         design: One product or design for all tensors, or a function from the tensor's name.
         num_samples: Draws kept per chain.
         generator: Source of all randomness.
-        method: Exact Gibbs sampling, or independent draws of Laplace's approximation in one chain.
+        sampler: Exact Gibbs sampling, or independent draws of Laplace's approximation in one chain.
         chains: Chains of Gibbs sampling.
         warmup: Its steps per chain before the first kept draw.
         thin: Its steps per kept draw.
@@ -85,11 +85,11 @@ def sample_full(
                 silent.append(module.name)
                 continue
             try:
-                drawn = _draw(module, num_samples, generator, method, chains, warmup, thin)
-                away = _from_mode(module, drawn, method)
+                drawn = _draw(module, num_samples, generator, sampler, chains, warmup, thin)
+                away = _from_mode(module, drawn, sampler)
             except ValueError as error:
                 raise with_names(error, [module.name]) from error
-            parts.append(_named(module, drawn, away, method, here, where))
+            parts.append(_named(module, drawn, away, sampler, here, where))
             feed(digest, module.name, module.updates, module.center)
         progress.advance(len(modules), nbytes[tensor])
     if silent:
@@ -111,16 +111,16 @@ def _wanted(task_vectors: TaskVectors, pattern: str) -> dict[str, list[str]]:
 
 
 def _named(
-    module: Module, drawn: Draws, away: MergeDistance, method: str, design: Design, where: Mapping[str, Any]
+    module: Module, drawn: Draws, away: MergeDistance, sampler: str, design: Design, where: Mapping[str, Any]
 ) -> FullDraws:
     """The draws of one module without the module itself, which they would hold in memory."""
     return FullDraws(
         modules=(module.name,),
         squared_norms=module.squared_norms.unsqueeze(0),
         source="",
-        designs=(design_text(design, solver=method != "gibbs"),),
+        designs=(design_text(design, solver=sampler != "gibbs"),),
         stats=drawn.stats,
-        sampler=method,
+        sampler=sampler,
         temperature=torch.tensor([module.poe.temperature], dtype=torch.float64),
         from_merge=away,
         weights=drawn.weights,
@@ -241,12 +241,12 @@ def _draw(
     module: Module,
     num_samples: int,
     generator: torch.Generator,
-    method: str,
+    sampler: str,
     chains: int,
     warmup: int,
     thin: int,
 ) -> Draws:
-    if method == "laplace":
+    if sampler == "laplace":
         return Laplace(module.posterior, module.mode.unsqueeze(0)).sample(num_samples, generator)
     return gibbs(
         module.poe,
@@ -260,9 +260,9 @@ def _draw(
     )
 
 
-def _from_mode(module: Module, drawn: Draws, method: str) -> MergeDistance:
+def _from_mode(module: Module, drawn: Draws, sampler: str) -> MergeDistance:
     """How far the draws are from the MAP, which is the mean of Laplace's draws."""
-    if method == "gibbs":
+    if sampler == "gibbs":
         kernel = GibbsKernel(module.posterior, regenerable=True)
         return gibbs_distance(module.name, kernel, drawn.weights.flatten(0, 1)[:, 0], module.mode)
     length = sum_of_squares(module.mode).sqrt().cpu().reshape(1)
