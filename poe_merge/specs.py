@@ -73,7 +73,6 @@ RESIDUAL_MAP: Kind[ResidualMap] = Kind("residual map", "poe_models.residual_maps
 SCALE: Kind[Scale] = Kind("scale", "poe_models.scales", "Scale", "SCALES")
 PRECISION: Kind[AnchorPrecision] = Kind("precision", "poe_models.scales", "AnchorPrecision", "PRECISIONS")
 METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.methods", "MergingMethod", "METHODS")
-KINDS: tuple[Kind[Any], ...] = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -138,10 +137,12 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
     'StudentT(df=4.0, exponent=None)'
     """
     value = parse_spec(text, kind, folders)
-    if dataclasses.is_dataclass(value):
-        return format_spec(value)  # type: ignore[arg-type]
     _, name, args, kwargs = _read(text, kind)
-    return f"{_prefix(type(value))}{name}({_arguments(args, kwargs)})"
+    if dataclasses.is_dataclass(value):
+        args, kwargs = [], {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        name = type(value).__name__
+    shown = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+    return f"{_prefix(type(value), kind)}{name}({shown})"
 
 
 def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
@@ -183,36 +184,16 @@ def is_spec(text: str) -> bool:
     return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)|.+:[A-Za-z_]\w*", text, re.DOTALL) is not None
 
 
-def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingMethod) -> str:
-    """Text of a dataclass of one of the five kinds, or of an object without arguments: the inverse of `parse_spec`.
-
-    Raises:
-        SpecError: If the arguments cannot be recovered, because the class is no dataclass and keeps state.
-
-    >>> from poe_models import StudentT
-    >>> format_spec(StudentT(4.0))
-    'StudentT(df=4.0, exponent=None)'
-    """
-    shown: dict[str, Any] = {}
-    if dataclasses.is_dataclass(value):
-        shown = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-    elif vars(value):
-        raise SpecError(
-            f"`format_spec({type(value).__name__})`: the arguments of a class that is no dataclass cannot be read "
-            "back. Put `@dataclass(frozen=True)` above it."
-        )
-    known = any(type(value) in kind.registry.values() for kind in KINDS)
-    return f"{'' if known else _prefix(type(value))}{type(value).__name__}({_arguments([], shown)})"
-
-
 def source_file(found: type) -> Path | None:
     """The file that defines a class, if it has one."""
     file = getattr(sys.modules.get(found.__module__), "__file__", None)
     return Path(file) if file else None
 
 
-def _prefix(found: type) -> str:
-    """Place from which a class can be imported again, ``module:`` or ``/absolute/file.py:``."""
+def _prefix(found: type, kind: Kind[Any]) -> str:
+    """Place from which a class can be imported again: ``module:``, ``/absolute/file.py:``, or nothing if built in."""
+    if found in kind.registry.values():
+        return ""
     return f"{source_file(found) if found.__module__.startswith(_FILE_MODULE) else found.__module__}:"
 
 
@@ -252,10 +233,6 @@ def _check_energy(what: str, energy: Any) -> None:
             f"{what}: the derivative of `rho` at q = 0 is {slope}, where it must be finite. Round the corner, for "
             "instance with q + 1e-6 in place of q."
         )
-
-
-def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    return ", ".join([*(repr(arg) for arg in args), *(f"{name}={value!r}" for name, value in kwargs.items())])
 
 
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:
