@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,14 +122,12 @@ def write_page(text: str, out: Path) -> Path:
     check_out(out)
     target = out.expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    partial = target.with_name(f".{target.name}.partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)
-        Path(partial).replace(target)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return target
 
 
@@ -175,7 +171,8 @@ def _fit_tails(
         surrogates = None
         if num_surrogates:
             surrogates = _surrogates(record, vectors, experts, num_surrogates, seed, progress, found)
-        found.tails = pooled_tails(found.residuals, surrogates=surrogates, level=_level(num_surrogates), seed=seed)
+        level = max(LEVEL, 1 / (num_surrogates + 1))  # so few surrogates can reach no smaller one
+        found.tails = pooled_tails(found.residuals, surrogates=surrogates, level=level, seed=seed)
     except (ValueError, CheckpointError, OSError) as error:
         part = "tails" if found.residuals is not None else "residuals"
         way_out = " Name a residual map that measures them, --residual-map." if isinstance(error, NotBuiltIn) else ""
@@ -206,11 +203,6 @@ def _surrogates(
         text = f"the same merge of Gaussian updates could not be made, so that no tail has a null: {error}{way_out}"
         found.verdicts.append(Verdict("null control", Level.UNKNOWN, text))
         return None
-
-
-def _level(num_surrogates: int) -> float:
-    """5 %, or what so few surrogates can reach."""
-    return max(LEVEL, 1 / (num_surrogates + 1))
 
 
 def _experts(design: Mapping[str, Any], residual_map: ResidualMap | None) -> Experts:
