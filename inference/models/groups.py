@@ -15,6 +15,7 @@ from inference.models.modules import anchor_blocks
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
+from poe_models.posterior import center_of
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
@@ -141,19 +142,23 @@ def _centers(task_vectors: TaskVectors, tensor: str, design: AnyDesign) -> list[
 
 
 def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    factors = _stacked(batch.factors)
+    factors, center = _stacked(batch.factors), None
     solution: Solution[FixedPointInfo] | Solution[MethodInfo]
     if isinstance(design, MethodDesign):
         solution = design.solve(ModuleBatch.of(batch.updates, batch.labels, names, factors))
     else:
-        center = torch.stack(batch.centers) if batch.centers else None
-        solution = design.for_modules(batch.labels).solve(batch.updates, factors, center)
+        own = design.for_modules(batch.labels)
+        center = torch.stack(batch.centers) if batch.centers else center_of(own.poe.anchor, batch.updates, factors)
+        solution = own.solve(batch.updates, factors, center)
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
     kept = solution.info.retention.scaled(design.scaling)  # of what is written
     records = [
         {"module": label, "status": status.name.lower(), **solution.info.record(index), "retention": kept.record(index)}
         for index, (label, status) in enumerate(zip(batch.labels, solution.status, strict=True))
     ]
+    for index, record in enumerate(records):
+        if not isinstance(design, MethodDesign):
+            record["center_norm"] = 0.0 if center is None else float(center[index].double().norm())
     return merged, records
 
 
