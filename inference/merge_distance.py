@@ -1,4 +1,4 @@
-r"""How far the centre of draws is from the merge that they are to surround, in units of the draws' own spread.
+r"""Distance of the centre of draws from the merge that they are to surround, in units of the draws' own spread.
 
 The members of an ensemble stand beside one merged model, and what is said of the one is believed of the other. So for
 every module the mean of the draws is compared with the merged update ``Z_*``. With ``D = E Z - Z_*``, ``u = D / |D|``,
@@ -38,12 +38,12 @@ _VALUES = ("displacement", "spread", "length")
 
 @dataclass(frozen=True, eq=False)
 class MergeDistance:
-    """How far draws are from the merge, module by module; float64.
+    """Distance of draws from the merge, module by module; float64.
 
     Attributes:
-        modules: names.
+        modules: Names.
         displacement: ``|E Z - Z_*|`` less what is Monte Carlo error or rounding, ``(M,)``.
-        spread: standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell.
+        spread: Standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell.
         length: ``|Z_*|``, ``(M,)``.
 
     >>> far = MergeDistance(("a", "b"), *torch.tensor([[0.1, 4.0], [1.0, 1.0], [2.0, 4.0]], dtype=torch.float64))
@@ -136,7 +136,7 @@ class MergeDistance:
 
     @property
     def _wide(self) -> str:
-        """How wide draws are beside the merge: far apart ones may have their centre anywhere and still be near it."""
+        """Width of the draws beside the merge: wide ones may have their centre anywhere and still be near it."""
         place = int(self._known.argmax())
         share = float(self.spread[place] / self.length[place])
         if not math.isfinite(share):
@@ -147,12 +147,12 @@ class MergeDistance:
 def span_distance(
     statistics: SpanStatistics, coefficients: Tensor, merge: Tensor | None = None
 ) -> MergeDistance | None:
-    """Of draws in Span coordinates, where the merge is in the span.
+    """Distance of draws in Span coordinates from a merge in the span.
 
     Args:
-        statistics: what they were drawn from.
-        coefficients: of the draws, ``(C, S, M, K)``.
-        merge: coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
+        statistics: What they were drawn from.
+        coefficients: Of the draws, ``(C, S, M, K)``.
+        merge: Coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
 
     Returns:
         The distance of every module; None if there is no merge in the span.
@@ -180,8 +180,8 @@ def displacement_of(squared: Tensor, error: Tensor, length: Tensor) -> Tensor:
 
     Args:
         squared: ``|D|^2`` as it is found.
-        error: expected square of what is no displacement.
-        length: of the merge.
+        error: Expected square of what is no displacement.
+        length: Of the merge.
     """
     return (squared - error - (RESOLUTION * length).square()).clamp(min=0).sqrt()
 
@@ -206,7 +206,7 @@ def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:
 
     Args:
         coefficients: ``(C, S, M, K)``.
-        along: inner products of the basis with the direction, ``(M, K)``.
+        along: Inner products of the basis with the direction, ``(M, K)``.
     """
     projected = torch.einsum("csmj,mj->csm", coefficients, along).flatten(0, 1)
     return projected.std(0) if len(projected) >= FEWEST else torch.full_like(projected[0], torch.nan)

@@ -22,11 +22,11 @@ from poe_models.weights.loading import Checkpoint, CheckpointError
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """How the matrices of one tensor are merged. Tensors that share one `Design` object are solved as a batch.
+    """Settings of a merge by a product of experts; tensors that share one `Design` object are solved as a batch.
 
     Args:
         poe: The product of experts; `update_names` are names of task vectors.
-        scaling: λ in ``W = W_0 + λ Z``.
+        scaling: Λ in ``W = W_0 + λ Z``.
         coordinates: Solve for the merged update (``"full"``) or its coefficients on the experts' (``"span"``).
         options: Settings of the solver.
         center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to `poe.anchor`.
@@ -66,14 +66,7 @@ class Design:
         return fixed_point(poe, updates, coordinates=self.coordinates, low_rank=low_rank, **options)
 
     def order(self, names: Sequence[str]) -> list[int]:
-        """Positions of the task vectors that the product is about, in the order of its updates.
-
-        Args:
-            names: Names of the task vectors.
-
-        Returns:
-            Their positions.
-        """
+        """Positions of the task vectors that the product is about, in the order of its updates."""
         return [names.index(name) for name in self.poe.update_names]
 
     @property
@@ -83,25 +76,11 @@ class Design:
         return center if isinstance(center, MergingMethod) else None
 
     def with_method(self, method: MergingMethod) -> Design:
-        """The design with another method as the centre.
-
-        Args:
-            method: The method.
-
-        Returns:
-            The new design.
-        """
+        """The design with another method as the anchor's centre."""
         return replace(self, poe=replace(self.poe, anchor=replace(self.poe.anchor, center=method)))
 
     def for_modules(self, modules: Sequence[str]) -> Design:
-        """The design in named modules, for residual maps on given statistics and centres that draw.
-
-        Args:
-            modules: Names of the modules of a batch, in its order.
-
-        Returns:
-            A design for the updates of this batch.
-        """
+        """The design bound to the named modules of a batch, for maps on given statistics and centres that draw."""
         return replace(self, poe=self.poe.for_modules(modules))
 
     def describe(self) -> dict[str, Any]:
@@ -122,9 +101,6 @@ class Design:
 
     def check(self, names: Sequence[str]) -> None:
         """Find out before anything is read whether this design can be solved at all.
-
-        Args:
-            names: Names of the task vectors.
 
         Raises:
             ValueError: If it is about other task vectors, or cannot be solved in these coordinates.
@@ -155,9 +131,6 @@ class Design:
 def require_data(method: MergingMethod) -> None:
     """Refuse a method that cannot be made ready by the updates alone.
 
-    Args:
-        method: The method, or an anchor's centre.
-
     Raises:
         ValueError: If it needs data and has not seen any.
     """
@@ -168,14 +141,9 @@ def require_data(method: MergingMethod) -> None:
 
 
 def design_text(design: Design, *, solver: bool) -> str:
-    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
+    """Describe as JSON what decides a Full draw besides its temperature: experts, anchor and perhaps the solver.
 
-    Args:
-        design: The design.
-        solver: Whether the MAP matters, too, and with it the settings that it is found with.
-
-    Returns:
-        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
+    A checkpoint as the centre is left to the draws' norms, because its path may differ.
     """
     described = design.describe()
     if design.center is not None:
@@ -189,14 +157,7 @@ Designs = ProductOfExperts | Design | Callable[[str], Design]
 
 
 def as_function(designs: Designs) -> Callable[[str], Design]:
-    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
-
-    Args:
-        designs: What the caller gave.
-
-    Returns:
-        The function.
-    """
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design."""
     if callable(designs):
         return designs
     design = designs if isinstance(designs, Design) else Design(designs)
@@ -205,11 +166,6 @@ def as_function(designs: Designs) -> Callable[[str], Design]:
 
 def check_center(design: Design, base: Checkpoint, tensor: str) -> None:
     """Check from headers that the anchor's checkpoint has a tensor of the base's shape.
-
-    Args:
-        design: The design of the tensor.
-        base: The base.
-        tensor: Name of the tensor.
 
     Raises:
         CheckpointError: If it has none, or another shape.

@@ -48,13 +48,7 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
 
 
 def add_draws(staging: Staging, name: str, draws: ModelDraws) -> None:
-    """Save draws as a folder of a larger output.
-
-    Args:
-        staging: The output.
-        name: Name of the folder in it.
-        draws: Of a whole model.
-    """
+    """Save draws as a folder of a larger output."""
     add_artifact(staging, f"{name}/", _KIND, _tensors(draws), _record(draws))
 
 

@@ -26,7 +26,7 @@ _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
 def merge_group(
     task_vectors: TaskVectors, group: Group, designs: Sequence[AnyDesign], seed: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Make the tensors of one group.
+    """Make the tensors of one group in their output dtype on the CPU, and a record for each.
 
     Args:
         task_vectors: Base and experts.
@@ -35,7 +35,7 @@ def merge_group(
         seed: Of torch's generators while the group is solved, for energies and centres that draw.
 
     Returns:
-        The tensors in their output dtype on the CPU, and a record for each.
+        Tensors by name, and their records.
 
     Raises:
         CheckpointError: If a value is not finite, in an input or once rounded to the output's dtype.
@@ -188,17 +188,7 @@ def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tu
 
 
 def rounding_of_tensor(base: Checkpoint, name: str, value: Tensor, rounded: Tensor) -> dict[str, int] | None:
-    """Count the entries of a tensor that rounding to half precision took back to the base's value.
-
-    Args:
-        base: The base.
-        name: Name of the tensor.
-        value: The merged tensor.
-        rounded: The same in the output's dtype.
-
-    Returns:
-        Number of entries that the merge changed, and of those taken back; None for other dtypes.
-    """
+    """Count entries that the merge changed, and those that rounding to half precision took back to the base's value."""
     if rounded.dtype not in HALF:
         return None
     before = base.read(name)

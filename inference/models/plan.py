@@ -1,4 +1,4 @@
-"""What a merge is going to do, from headers alone: treatments, batches, bytes, peak memory."""
+"""Plan of a merge from headers alone: treatments, batches, bytes, peak memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor.
+    """Treatment of one tensor.
 
     Attributes:
         name: Its name in the base.
@@ -78,7 +78,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file.
+    """Weight file of the output.
 
     Attributes:
         file: Its name.
@@ -106,7 +106,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge is going to do.
+    """Plan of a merge.
 
     Attributes:
         shards: Output files with their groups of tensors.
@@ -213,7 +213,7 @@ def _products(designs: Sequence[AnyDesign]) -> list[Design]:
 def _given(
     task_vectors: TaskVectors, designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
 ) -> dict[str, Checkpoint]:
-    """What residual maps and methods read, by its role; checked for the modules given by the `id` of their design."""
+    """Inputs of residual maps and methods by their role, checked for the modules given by the `id` of their design."""
     found: dict[str, Checkpoint] = {}
     for design in designs:
         here = modules.get(id(design), {})
