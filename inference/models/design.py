@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from inference.map import fixed_point
 from inference.reweighting import SolverOptions
@@ -20,7 +21,7 @@ from poe_models.span_labels import stored_center
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Design:
     """Settings of a merge by a product of experts; tensors that share one `Design` object are solved as a batch.
 
@@ -37,6 +38,13 @@ class Design:
     coordinates: Literal["full", "span"] = "full"
     options: SolverOptions = field(default_factory=SolverOptions)
     center: Checkpoint | None = None
+
+    @override
+    def __repr__(self) -> str:
+        told = self.describe()
+        experts = [f"  {e['name']}: {e['residual_map']}, {e['energy']}, {e['scale']}" for e in told["experts"]]
+        anchor = f"anchor {told['anchor']['precision']} around {told['anchor']['center'] or 'the base'}"
+        return "\n".join([f"Design(λ = {self.scaling:g}, {self.coordinates} coordinates, {anchor}", *experts]) + ")"
 
     @property
     def span_product(self) -> ProductOfExperts:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from inference.models.digest import Progress
 from inference.models.ensemble_files import save_members
@@ -93,6 +94,10 @@ class MergedEnsemble:
 
     def __len__(self) -> int:
         return len(self.draws)
+
+    @override
+    def __repr__(self) -> str:
+        return f"MergedEnsemble({len(self)} members, {len(self._tensors.sampled)} tensors differ; {self.draws!r})"
 
     @property
     def draws(self) -> ModelDraws:

@@ -34,7 +34,7 @@ from poe_models.weights.task_vectors import TaskVectors
 __all__ = ["Design", "MergeReport", "MethodDesign", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
     """Report of a merge: tensors per treatment, statuses of the solver, what was kept of every expert.
 

@@ -104,7 +104,7 @@ class Shard:
         return sum(t.nbytes * (1 + len(t.aliases)) for group in self.groups for t in group.tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Plan of a merge.
 
