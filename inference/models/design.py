@@ -172,19 +172,17 @@ def as_function(designs: Designs) -> Callable[[str], Design]:
     return lambda tensor: design
 
 
-def check_center(design: Design, base: Checkpoint, tensor: str) -> None:
-    """Check from headers that the anchor's checkpoint has a tensor of the base's shape.
+def require_alike(checkpoint: Checkpoint, role: str, base: Checkpoint, tensor: str) -> None:
+    """Check from headers that a checkpoint in some role has a tensor of the base's shape.
 
     Raises:
         CheckpointError: If it has none, or another shape.
     """
-    if design.center is None:
-        return
-    found = design.center.tensors.get(design.center.aliases.get(tensor, tensor))
+    found = checkpoint.tensors.get(checkpoint.aliases.get(tensor, tensor))
     if found is None or found.shape != base.tensors[tensor].shape:
         what = "is missing" if found is None else f"is {found.shape}, the base's {base.tensors[tensor].shape}"
         raise CheckpointError(
-            f"anchor {design.center.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
+            f"{role} {checkpoint.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
-from inference.models.modules import anchor_blocks
+from inference.models.modules import anchor_blocks, selected
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
@@ -119,17 +119,14 @@ def _fill(
     order: list[int],
     centers: Sequence[Tensor],
 ) -> None:
-    identity = order == list(range(len(modules[0].names)))
-    for index in range(len(modules)):
-        module = modules[index]
+    for index, read in enumerate(modules):
+        module = selected(read, order)
         batch = batches[(module.base.shape[0], module.base.shape[1])]
-        updates = module.updates if identity else module.updates[order]
         if batch.updates.ndim == 1:  # the only one of its shape needs no copy
-            batch.updates = updates.unsqueeze(0)
+            batch.updates = module.updates.unsqueeze(0)
         else:
-            batch.updates[len(batch.places)] = updates
-        low_rank = module.low_rank
-        batch.factors.append(low_rank if identity or low_rank is None else (low_rank[0][order], low_rank[1][order]))
+            batch.updates[len(batch.places)] = module.updates
+        batch.factors.append(module.low_rank)
         batch.bases.append(module.base)
         batch.places.append((position, index))
         batch.labels.append(module.name)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inference.models.design import Design
+from inference.models.design import Design, require_alike
 from inference.models.digest import Silent
 from inference.models.draw_checks import check_designs
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function, prepare_designs
@@ -249,13 +249,8 @@ class MemberTensors:
 
     def _opened(self, elsewhere: Source) -> Checkpoint:
         checkpoint = open_checkpoint(elsewhere, base=self.base)
-        for name, info in self.base.tensors.items():
-            found = checkpoint.tensors.get(checkpoint.aliases.get(name, name))
-            if found is None or found.shape != info.shape:
-                what = "is missing" if found is None else f"is {found.shape}, the base's {info.shape}"
-                raise CheckpointError(
-                    f"elsewhere ({checkpoint.source}): tensor {name!r} {what}. Give a merge of the same base."
-                )
+        for name in self.base.tensors:
+            require_alike(checkpoint, "elsewhere", self.base, name)
         return checkpoint
 
 

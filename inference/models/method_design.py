@@ -10,6 +10,7 @@ import torch
 
 from inference.models.design import Design, Designs, as_function, require_data
 from inference.models.digest import Progress
+from inference.models.modules import selected
 from inference.retention import retention_of_updates
 from inference.solution import MethodInfo, Solution, Status
 from poe_models.methods import MergingMethod, ModuleBatch
@@ -125,19 +126,8 @@ class Modules:
         for name, size in sizes.items():
             modules = self._task_vectors.modules(name)
             while modules:  # each is let go of when it is done
-                yield self._selected(modules.pop(0))
+                yield selected(modules.pop(0), self._order)
             self._progress.advance(1, size)
-
-    def _selected(self, module: ModuleUpdates) -> ModuleUpdates:
-        if self._order == list(range(len(module.names))):
-            return module
-        low_rank = module.low_rank
-        return replace(
-            module,
-            names=tuple(module.names[i] for i in self._order),
-            updates=module.updates[self._order],
-            low_rank=None if low_rank is None else (low_rank[0][self._order], low_rank[1][self._order]),
-        )
 
 
 def prepare_designs(

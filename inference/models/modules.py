@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from inference.map import solve_posterior
-from inference.models.design import Design, check_center
+from inference.models.design import Design, require_alike
 from inference.reweighting import SolverOptions
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior, center_of, full_posterior
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.task_vectors import TaskVectors, block_names
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +105,28 @@ def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list
     order = [task_vectors.names.index(name) for name in checked_names(task_vectors, tensor, design)]
     centers = anchor_blocks(task_vectors, tensor, design)
     modules = []
-    for index, each in enumerate(task_vectors.modules(tensor)):
+    for index, read in enumerate(task_vectors.modules(tensor)):
+        each = selected(read, order)
         anchor = design.poe.anchor
         if centers:
             anchor = replace(anchor, center=centers[index] - each.base)
         poe = replace(design.poe, anchor=anchor).for_modules([each.name])
-        low_rank = None if each.low_rank is None else (each.low_rank[0][order], each.low_rank[1][order])
-        updates = each.updates if order == list(range(len(each.names))) else each.updates[order]
-        modules.append(Module(each.name, poe, each.base, updates, low_rank, design.options))
+        modules.append(Module(each.name, poe, each.base, each.updates, each.low_rank, design.options))
     return modules
+
+
+def selected(module: ModuleUpdates, order: Sequence[int]) -> ModuleUpdates:
+    """A module with the task vectors at some positions only, in their order; itself if these are all."""
+    places = list(order)
+    if places == list(range(len(module.names))):
+        return module
+    low_rank = module.low_rank
+    return replace(
+        module,
+        names=tuple(module.names[place] for place in places),
+        updates=module.updates[places],
+        low_rank=None if low_rank is None else (low_rank[0][places], low_rank[1][places]),
+    )
 
 
 def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
@@ -174,7 +187,7 @@ def anchor_blocks(task_vectors: TaskVectors, tensor: str, design: Design) -> lis
     view = task_vectors.treatments[tensor].view
     if design.center is None or view is None:
         return []
-    check_center(design, task_vectors.base, tensor)
+    require_alike(design.center, "anchor", task_vectors.base, tensor)
     weights = design.center.read(tensor).to(task_vectors.dtype)
     if not bool(weights.isfinite().all()):
         raise CheckpointError(

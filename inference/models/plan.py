@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from inference.models.design import Design, check_center
+from inference.models.design import Design, require_alike
 from inference.models.digest import nbytes_of
 from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
@@ -234,8 +234,8 @@ def _tensor_plan(
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
     design = for_tensor(name) if treatment.action == "merge" else None
-    if isinstance(design, Design):
-        check_center(design, base, name)
+    if isinstance(design, Design) and design.center is not None:
+        require_alike(design.center, "anchor", base, name)
     return TensorPlan(
         name=name,
         aliases=base.tied_names(name)[1:],
