@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +56,7 @@ def surround_verdict(draws: PosteriorDraws) -> Verdict:
         return Verdict(ABOUT, Level.UNKNOWN, text)
     if draws.far_from_merge is not None:
         return Verdict(ABOUT, Level.CAUTION, draws.far_from_merge)
-    level = Level.UNKNOWN if math.isnan(draws.from_merge.typical) else Level.GOOD
+    level = Level.UNKNOWN if draws.from_merge.unknown else Level.GOOD
     return Verdict(ABOUT, level, f"{draws.about}: {draws.from_merge}.")
 
 

@@ -79,13 +79,13 @@ class Draws:
         return self.numbers
 
     def latents(self, chain: int, draw: int) -> Tensor:
-        """One draw of all modules, ``(M, *event)``."""
+        """Draw of all modules at a chain and a position, ``(M, *event)``."""
         if self.regenerate is None:
             return self.numbers[chain, draw]
         return torch.stack([self.module_latents(chain, draw, module) for module in range(self.num_modules)])
 
     def module_latents(self, chain: int, draw: int, module: int) -> Tensor:
-        """One draw of one module, ``(*event)``."""
+        """Draw of one module, ``(*event)``."""
         if self.regenerate is None:
             return self.numbers[chain, draw, module]
         place = (chain, draw, module)

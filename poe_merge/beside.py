@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from diagnostics.chains import ABOUT, surround_verdict
 from diagnostics.verdicts import Level, Verdict
 from inference.merge_distance import RESOLUTION
@@ -40,7 +42,8 @@ def beside_verdict(
         The distance of their centre; a caution if they are around something else.
     """
     designs = {str(m["module"]): design_of(record, t) for t in record["tensors"] for m in t.get("modules", ())}
-    lengths = {str(m["module"]): float(m["norm"]) for t in record["tensors"] for m in t.get("modules", ())}
+    modules = {str(m["module"]): m for t in record["tensors"] for m in t.get("modules", ())}
+    lengths = {name: float(module["norm"]) for name, module in modules.items()}
     foreign = next((name for name in draws.modules if "experts" not in designs[name]), None)
     if foreign is not None:
         return _caution(draws, f"{foreign!r} was merged by a method, and has no posterior.")
@@ -52,11 +55,11 @@ def beside_verdict(
     if what:
         return _caution(draws, f"{what}. {DRAW_AROUND_IT}")
     for index, name in enumerate(draws.modules):
-        if not _same(draws, index, designs[name], lengths[name]):
+        if not _same(draws, index, designs[name], modules[name]):
             return _caution(
                 draws,
-                f"those of {name!r} were drawn under other experts, scales or anchor than this merge was made with, "
-                "and are around another merge. Draw around this one: `poe-merge sample --merge`.",
+                f"those of {name!r} were drawn from other updates, or under other experts, scales or anchor than this "
+                "merge was made with, and are around another merge. Draw around this one: `poe-merge sample --merge`.",
             )
     return surround_verdict(draws)
 
@@ -106,17 +109,28 @@ def _measured(draws: SpanDraws, run: Path, record: Mapping[str, Any], task_vecto
     return replace(draws, from_merge=distance_from_merge(draws, task_vectors, design, run))
 
 
-def _same(draws: PosteriorDraws, index: int, design: Mapping[str, Any], length: float) -> bool:
-    """Whether a module was drawn around the merge of this design, whose update has this length."""
+def _same(draws: PosteriorDraws, index: int, design: Mapping[str, Any], module: Mapping[str, Any]) -> bool:
+    """Whether a module was drawn around the merge of this design, of the same updates around the same centre."""
+    if not _same_norms(draws.squared_norms[index], design, module):
+        return False
     if isinstance(draws, FullDraws):
         drawn = json.loads(draws.designs[index])
         anchors = [each["anchor"]["precision"] for each in (drawn, design)]
         centers = [each["anchor"]["center"] for each in (drawn, design)]
         return bool(drawn["experts"] == design["experts"] and anchors[0] == anchors[1] and _same_center(*centers))
-    assert isinstance(draws, SpanDraws)
-    # The text leaves out residual maps, the centre and the data that they are made of. The length does not.
+    # The text leaves out residual maps, the centre and the data that they are made of. The merge's length does not.
     found = float(draws.squared_norms[index, -1].sqrt())
-    return draws.designs[index] == _label(design) and _as_long(found, length)
+    return draws.designs[index] == _label(design) and _as_long(found, float(module["norm"]))
+
+
+def _same_norms(squared: Tensor, design: Mapping[str, Any], module: Mapping[str, Any]) -> bool:
+    """Whether updates and centre of a module have the lengths that the merge recorded, in the order of the draws."""
+    lengths = {each["update"] or each["name"]: each["name"] for each in design["experts"]}
+    updates = module["retention"]["update_norms"]
+    recorded = [updates.get(expert) for expert in lengths.values()] + [module.get("center_norm")]
+    found = squared.sqrt().tolist()
+    pairs = zip(found, recorded, strict=False)  # behind them is the merge, or zeros
+    return all(known is None or _as_long(here, float(known)) for here, known in pairs)
 
 
 def _same_center(drawn: str | None, merged: str | None) -> bool:

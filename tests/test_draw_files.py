@@ -538,6 +538,17 @@ def test_draws_that_are_not_finite_are_refused(vectors: TaskVectors, tmp_path: P
         load_draws(tmp_path / "draws")
 
 
+def test_temperatures_of_modules_come_back(vectors: TaskVectors, tmp_path: Path) -> None:
+    draws = span_draws(vectors, poe_of(vectors, temperature=0.3), count=2)
+    assert draws.temperature is not None
+    for name, factor in (("same", torch.ones(5)), ("different", torch.arange(1, 6))):
+        given = replace(draws, temperature=draws.temperature * factor)
+        loaded = load_draws(save_draws(given, tmp_path / name))
+        assert loaded.temperature is not None
+        assert torch.equal(loaded.temperature, given.temperature)
+        assert loaded.digest() == given.digest()
+
+
 def test_only_named_draws_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"SpanDraws.of\(draws, coordinates, statistics\)"):
         save_draws(Draws(torch.zeros(1, 1, 1, 2, 1)), tmp_path / "draws")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch import Tensor
 from inference import Status, fixed_point
 from inference.models import staging as output_module
 from inference.models import staging as staging_module
+from inference.models.folder import weight_files
 from inference.models.merge import Design, OutputError, merge_checkpoint, plan
 from inference.models.statistics_files import collect_statistics, save_statistics
 from poe_models import (
@@ -853,6 +855,32 @@ def test_killed_at_any_file_operation_it_goes_on(what: str, models: Any, tmp_pat
             write(out, True)
         assert contents(out) == whole
         assert not out.with_name(f"{out.name}.partial").exists()
+
+
+def test_weight_files_that_differ_by_their_suffix_do_not_overwrite_each_other() -> None:
+    layout = {
+        "model.safetensors": ("a",),
+        "pytorch_model.bin": ("b",),
+        "model-1.bin": ("c",),
+        "deep/x.safetensors": ("d",),
+    }
+    files = weight_files(SimpleNamespace(layout=layout))  # type: ignore[arg-type]
+    assert list(files.values()) == list(layout.values())
+    assert list(files) == ["model.safetensors", "model-1.safetensors", "model-1-1.safetensors", "deep/x.safetensors"]
+
+
+def test_plans_reports_and_designs_print_in_a_few_lines(models: Any, out: Path) -> None:
+    vectors = models()
+    design = Design(poe(vectors, anchor=Anchor(torch.zeros(6, 8), RelativePrecision(1.0))))
+    planned, report = plan(vectors, poe(vectors)), merge_checkpoint(vectors, poe(vectors), out)
+    for printed, parts in (
+        (repr(planned), [f"{len(planned.tensors)} tensors", "10 matrices", "designs"]),
+        (repr(report), [str(out), "10 matrices", "mnist: ", "% kept"]),
+        (repr(design), ["full coordinates", "around tensor (6, 8)", "  emoji: "]),
+    ):
+        assert all(part in printed for part in parts), printed
+        assert len(printed) < 600
+        assert len(printed.splitlines()) < 8
 
 
 # --- where not to write ---

@@ -55,15 +55,7 @@ def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], re
 def add_artifact(
     staging: Staging, prefix: str, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write both files into a larger output, the JSON last: it says that the tensors are there.
-
-    Args:
-        staging: The output.
-        prefix: Path of the folder in it, with a slash at its end.
-        kind: What it holds.
-        tensors: Its tensors.
-        record: Plain data.
-    """
+    """Write both files below a prefix of a larger output, the JSON last: it says that the tensors are there."""
     staging.save(
         f"{prefix}{kind}.safetensors", {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
     )
@@ -72,14 +64,7 @@ def add_artifact(
 
 
 def read_record(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read the JSON part.
-
-    Args:
-        path: The folder.
-        kind: What it should hold.
-
-    Returns:
-        The record.
+    """Read the JSON part of a folder that should hold one kind of result.
 
     Raises:
         CheckpointError: If it is missing, corrupt, or about something else.
@@ -97,14 +82,7 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a folder that `write_artifact` made; nothing in it is executed.
-
-    Args:
-        path: The folder.
-        kind: What it should hold.
-
-    Returns:
-        Its tensors and its record.
+    """Read the tensors and the record that `write_artifact` wrote; nothing in the folder is executed.
 
     Raises:
         CheckpointError: If anything about it is wrong.

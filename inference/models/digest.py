@@ -17,24 +17,13 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 
 class Progress(Protocol):
-    """What a merge tells about its progress; the command line draws bars with it."""
+    """Listener to the progress of a merge; the command line draws bars with it."""
 
     def begin(self, stage: str, modules: int, nbytes: int) -> None:
-        """A stage begins.
-
-        Args:
-            stage: Its name.
-            modules: Matrices it will solve.
-            nbytes: Bytes it will read or write.
-        """
+        """Hear that a stage begins, with the matrices it will solve and the bytes it will read or write."""
 
     def advance(self, modules: int, nbytes: int) -> None:
-        """Some of it is done.
-
-        Args:
-            modules: Matrices solved since the last call.
-            nbytes: Bytes since the last call.
-        """
+        """Hear how many matrices and bytes are done since the last call."""
 
 
 class Silent:
@@ -82,13 +71,10 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
 
 
 def refuse_copies(inputs: Mapping[str, Any]) -> None:
-    """Refuse an expert whose files are a copy of the base's.
-
-    Args:
-        inputs: What `digest_inputs` gave.
+    """Refuse an expert whose files are a copy of the base's, from the digests of all inputs.
 
     Raises:
-        CheckpointError: Naming the expert.
+        CheckpointError: If there is one; names it.
     """
     base = _weights(inputs["base"])
     for role, entry in inputs.items():

@@ -15,15 +15,10 @@ from poe_models.weights.task_vectors import TaskVectors
 
 
 def check_designs(draws: ModelDraws, designs: Mapping[str, AnyDesign], task_vectors: TaskVectors) -> None:
-    """Refuse draws of other designs.
-
-    Args:
-        draws: Of a whole model.
-        designs: The design of each module that was drawn, by its name, in the order of the draws.
-        task_vectors: Base and experts.
+    """Refuse draws that cannot be made into members under the designs of their modules, given in their order.
 
     Raises:
-        ValueError: If they cannot be made into members under these designs; says why.
+        ValueError: If they are of other designs; says how they differ.
     """
     if isinstance(draws, MethodDraws):
         return _check_methods(draws, designs, task_vectors)

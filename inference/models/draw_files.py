@@ -48,13 +48,7 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
 
 
 def add_draws(staging: Staging, name: str, draws: ModelDraws) -> None:
-    """Save draws as a folder of a larger output.
-
-    Args:
-        staging: The output.
-        name: Name of the folder in it.
-        draws: Of a whole model.
-    """
+    """Save draws as a folder of a larger output."""
     add_artifact(staging, f"{name}/", _KIND, _tensors(draws), _record(draws))
 
 
@@ -70,12 +64,12 @@ def _tensors(draws: ModelDraws) -> dict[str, Tensor]:
 def _record(draws: ModelDraws) -> dict[str, Any]:
     record: dict[str, Any] = {"coordinates": draws.kind, "modules": list(draws.modules), "source": draws.source}
     if isinstance(draws, SpanDraws):
-        heat = draws.temperatures if len(draws.temperatures) < 2 else draws.temperature
+        each = None if draws.temperature is None else draws.temperature.tolist()
         return record | {
             "updates": list(draws.updates),
             "through": list(draws.designs),
             "sampler": draws.sampler,
-            "temperature": None if draws.temperature is None else torch.as_tensor(heat).squeeze().tolist(),
+            "temperature": draws.temperatures[0] if len(draws.temperatures) == 1 else each,
         }
     distinct = list(dict.fromkeys(draws.designs))
     record |= {"designs": distinct, "design_of_module": [distinct.index(text) for text in draws.designs]}

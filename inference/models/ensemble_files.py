@@ -36,19 +36,8 @@ def save_members(
 ) -> Path:
     """Write all members; see `MergedEnsemble.save`.
 
-    Args:
-        tensors: Makes the members.
-        out: The folder to make.
-        kind: "checkpoints" or "deltas".
-        resume: Go on with an interrupted save.
-        progress: Told how far it is.
-        extras: Writes further files of the output before the first member is made.
-
-    Returns:
-        The folder.
-
     Raises:
-        ValueError: If `kind` is unknown.
+        ValueError: If the kind is neither "checkpoints" nor "deltas".
     """
     if kind not in ("checkpoints", "deltas"):
         raise ValueError(f"`save(format={kind!r})`: unknown. Give 'checkpoints' or 'deltas'.")
@@ -69,7 +58,7 @@ def save_members(
 
 
 class _Writer:
-    """One save."""
+    """Writer of all members of an ensemble into one output."""
 
     def __init__(self, tensors: MemberTensors, staging: Staging, kind: str, progress: Progress) -> None:
         self.tensors, self.staging, self.kind, self.progress = tensors, staging, kind, progress
@@ -84,7 +73,7 @@ class _Writer:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What is written, as plain data."""
+        """Description of the output, as plain data: a resumed save must have the same."""
         tensors, dtype = self.tensors, self.tensors.out_dtype
         treatments = tensors.task_vectors.treatments
         return {

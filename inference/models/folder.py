@@ -23,14 +23,7 @@ _HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 
 
 def weight_files(base: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Names of the weight files of an output, and the tensors of each; the base's, as safetensors.
-
-    Args:
-        base: The base.
-
-    Returns:
-        A file for each of the base's, under different names where these differ by their suffix only.
-    """
+    """Weight files of an output with the names of their tensors: the base's, as safetensors, under different names."""
     found: dict[str, tuple[str, ...]] = {}
     for file, names in base.layout.items():
         stem = file.removesuffix(".safetensors")
@@ -54,12 +47,6 @@ def companion_files(base: Checkpoint) -> list[tuple[Path, str]]:
     """Config, tokenizer and other small files of the base's folder, with their names in it; no weights.
 
     A subfolder comes along if it holds small files only (a pooling config, say).
-
-    Args:
-        base: The base; one that is no folder has none.
-
-    Returns:
-        Pairs of a path and the name to copy it to.
     """
     folder = Path(base.source)
     if not base.files or not folder.is_dir():
@@ -131,7 +118,7 @@ def summary_of(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def rounding_of(tensors: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """How many entries the merge changed in half-precision tensors, and how many of them rounding took back."""
+    """Number of entries that the merge changed in half-precision tensors, and of those that rounding took back."""
     rounded = [record["rounding"] for record in tensors if "rounding" in record]
     return sum(each["updated"] for each in rounded), sum(each["rounded_back"] for each in rounded)
 

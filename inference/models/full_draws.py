@@ -181,15 +181,7 @@ def noise_control(
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What decides the digits of a draw besides its seed.
-
-    Args:
-        device: Where it is computed.
-        dtype: The compute dtype.
-
-    Returns:
-        Plain data: device type, torch version, threads, dtype.
-    """
+    """Record where draws are made: device type, torch version, threads and compute dtype decide their digits."""
     return {
         "device": device.type,
         "torch": torch.__version__,
@@ -199,13 +191,10 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_environment(recorded: Mapping[str, Any]) -> None:
-    """Raise unless this is what `environment` gives, as a file should have it.
-
-    Args:
-        recorded: Plain data.
+    """Refuse an environment that `environment` cannot have given.
 
     Raises:
-        ValueError: Something is missing, or is not known here.
+        ValueError: If something is missing, or is not known here.
     """
     keys = {"device", "torch", "threads", "dtype"}
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
@@ -261,7 +250,7 @@ def _draw(
 
 
 def _from_mode(module: Module, drawn: Draws, sampler: str) -> MergeDistance:
-    """How far the draws are from the MAP, which is the mean of Laplace's draws."""
+    """Distance of the draws from the MAP, which is the mean of Laplace's draws."""
     if sampler == "gibbs":
         kernel = GibbsKernel(module.posterior, regenerable=True)
         return gibbs_distance(module.name, kernel, drawn.weights.flatten(0, 1)[:, 0], module.mode)

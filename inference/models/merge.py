@@ -34,9 +34,9 @@ from poe_models.weights.task_vectors import TaskVectors
 __all__ = ["Design", "MergeReport", "MethodDesign", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did.
+    """Report of a merge: tensors per treatment, statuses of the solver, what was kept of every expert.
 
     Attributes:
         out: The folder.
@@ -193,7 +193,7 @@ def _write_rest(
 
 
 def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
-    """How much all matrices together kept of every expert."""
+    """Share of every expert that all matrices together kept."""
     return totals(module["retention"] for record in records for module in record.get("modules", ()))
 
 

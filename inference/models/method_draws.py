@@ -118,15 +118,7 @@ class MethodDraws(ModelDraws):
 
 
 def method_text(design: MethodDesign, task_vectors: TaskVectors) -> str:
-    """What decides a draw of a random method besides its seed and the updates.
-
-    Args:
-        design: With the method.
-        task_vectors: Base and experts.
-
-    Returns:
-        JSON: the method at seed 0, with digests of what it was given or has learned.
-    """
+    """Describe a random method besides its seed as JSON, with digests of what it was given or has learned."""
     inputs = digest_inputs(design.method.inputs(task_vectors.names, {}), [], Silent())
     digests = {role: entry["sha256"] for role, entry in inputs.items()}
     return json.dumps({"method": repr(design.at_seed(0).method), "inputs": digests}, sort_keys=True)

@@ -63,15 +63,7 @@ Digests of all inputs, versions, settings and the record of every tensor are in 
 
 
 def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
-    """The model card: what was merged from what, how tensors were treated, whether solves converged, what to cite.
-
-    Args:
-        base: The base.
-        record: What is in `poe_merge.json`.
-
-    Returns:
-        The card.
-    """
+    """Model card: what was merged from what, how tensors were treated, whether solves converged, what to cite."""
     base_id = hub_id(base.source)
     data = ModelCardData(
         base_model=[base_id] if base_id else None,
@@ -98,7 +90,7 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
 
 
 def _approach(designs: Sequence[Mapping[str, Any]]) -> str:
-    """What was done, in half a sentence."""
+    """The approach in half a sentence."""
     titles = dict.fromkeys(design["title"] for design in designs if "method" in design)
     parts = [f"by {' and '.join(titles)}"] if titles else []
     if any("experts" in design for design in designs):

@@ -81,12 +81,12 @@ class SpanDraws(ModelDraws):
 
     @property
     def through_merge(self) -> bool:
-        """Whether the last coefficient is that of the merge."""
+        """True if the last coefficient is that of the merge."""
         return bool(self.designs)
 
     @property
     def uses_modes(self) -> bool:
-        """Whether making a draw needs the module's MAP, which is then worth keeping."""
+        """True if making a draw needs the module's MAP, which is then worth keeping."""
         return self.through_merge
 
     @property
@@ -154,7 +154,7 @@ class FullDraws(ModelDraws):
 
     @property
     def uses_modes(self) -> bool:
-        """Whether making a draw needs the module's MAP, which is then worth keeping."""
+        """True if making a draw needs the module's MAP, which is then worth keeping."""
         return self.independent
 
     def update(self, module: Module, member: int) -> Tensor:

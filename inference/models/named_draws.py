@@ -188,15 +188,7 @@ class ModelDraws(ABC):
 
     @classmethod
     def joined(cls, parts: Sequence[Self], source: str) -> Self:
-        """The draws of several groups of modules as one; each has as many, by one sampler.
-
-        Args:
-            parts: Draws of different modules.
-            source: Digest of what all of them are about.
-
-        Returns:
-            The draws of all modules.
-        """
+        """Join draws of different modules, as many of each and by one sampler; the digest is of what all are about."""
         first, distances = parts[0], [part.from_merge for part in parts if part.from_merge is not None]
         own: dict[str, Any] = {name: _joined([part.numbers[name] for part in parts], 2) for name in cls.own}
         heats = [part.temperature for part in parts if part.temperature is not None]

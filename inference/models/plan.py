@@ -1,4 +1,4 @@
-"""What a merge is going to do, from headers alone: treatments, batches, bytes, peak memory."""
+"""Plan of a merge from headers alone: treatments, batches, bytes, peak memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from inference.models.design import Design, check_center
+from inference.models.design import Design, require_alike
 from inference.models.digest import nbytes_of
 from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
@@ -27,7 +27,7 @@ BATCH_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor.
+    """Treatment of one tensor.
 
     Attributes:
         name: Its name in the base.
@@ -78,7 +78,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file.
+    """Weight file of the output.
 
     Attributes:
         file: Its name.
@@ -104,9 +104,9 @@ class Shard:
         return sum(t.nbytes * (1 + len(t.aliases)) for group in self.groups for t in group.tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """What a merge is going to do.
+    """Plan of a merge.
 
     Attributes:
         shards: Output files with their groups of tensors.
@@ -213,7 +213,7 @@ def _products(designs: Sequence[AnyDesign]) -> list[Design]:
 def _given(
     task_vectors: TaskVectors, designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
 ) -> dict[str, Checkpoint]:
-    """What residual maps and methods read, by its role; checked for the modules given by the `id` of their design."""
+    """Inputs of residual maps and methods by their role, checked for the modules given by the `id` of their design."""
     found: dict[str, Checkpoint] = {}
     for design in designs:
         here = modules.get(id(design), {})
@@ -234,8 +234,8 @@ def _tensor_plan(
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
     design = for_tensor(name) if treatment.action == "merge" else None
-    if isinstance(design, Design):
-        check_center(design, base, name)
+    if isinstance(design, Design) and design.center is not None:
+        require_alike(design.center, "anchor", base, name)
     return TensorPlan(
         name=name,
         aliases=base.tied_names(name)[1:],

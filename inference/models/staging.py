@@ -68,11 +68,7 @@ def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> 
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Args:
-        folder: Where it is to be written; it need not exist yet.
-        needed: Bytes still to be written.
+    """Refuse to start what needs more bytes than the disk of a folder has; the folder need not exist yet.
 
     Raises:
         OutputError: If there is less space.
@@ -104,7 +100,7 @@ class Staging:
 
     @property
     def published(self) -> bool:
-        """Whether OUT is in place, and only the clean-up was interrupted."""
+        """True if OUT is in place, and only the clean-up was interrupted."""
         return self.out.is_dir() and (self.folder / STATE).is_file() and not (self.folder / OUTPUT).exists()
 
     @property
@@ -113,14 +109,10 @@ class Staging:
         return self.out if self.published else self.folder / OUTPUT
 
     def check(self, resume: bool) -> None:
-        """Refuse to run over an interrupted run unasked.
-
-        Args:
-            resume: Whether to go on with it.
+        """Refuse to run over an interrupted run unless it is to be resumed.
 
         Raises:
-            OutputError: If there is one and ``resume`` is false, another process is at it, or the folder is something
-                else.
+            OutputError: If there is one and ``resume`` is false, another process is at it, or it is something else.
         """
         if not self.folder.exists() or all(path.suffix == ".tmp" for path in self.folder.iterdir()):
             return  # killed before it had said what it was about: there is nothing to go on with
@@ -353,7 +345,7 @@ class Staging:
 
 
 def _intact(file: Path, record: Path) -> bool:
-    """Whether a file has the digest that was recorded when it was written."""
+    """True if a file has the digest that was recorded when it was written."""
     try:
         return bool(json.loads(record.read_text(encoding="utf-8"))["sha256"] == file_digest(file))
     except (OSError, ValueError, KeyError, TypeError):

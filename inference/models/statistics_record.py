@@ -1,4 +1,4 @@
-"""What Span statistics are about, as plain data: written beside them, and compared before they are used again."""
+"""Records of what Span statistics are about: written beside them, and compared before they are used again."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ _Kind = tuple[tuple[str, ...], tuple[str, ...], str, str]
 
 
 def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
-    """Merged tensors by the kind of their design: one set of statistics can be made of each.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: One product or design for all tensors, or a function from the tensor's name.
-
-    Returns:
-        Names of the tensors that have the same updates, maps and centre.
+    """Group merged tensors by updates, maps and centre of their designs: each group has one set of statistics.
 
     Raises:
         ValueError: If nothing is merged, or a design does not fit the task vectors.
@@ -39,15 +32,7 @@ def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
 
 
 def family_of(task_vectors: TaskVectors, designs: Designs, tensors: Collection[str] | None = None) -> dict[str, Design]:
-    """The design of each merged tensor, once all are known to be about the same updates, maps and centre.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: One product or design for all tensors, or a function from the tensor's name.
-        tensors: Only these.
-
-    Returns:
-        Name of the tensor to its design.
+    """The design of each merged tensor by its name, once all are known to be about the same updates, maps and centre.
 
     Raises:
         ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
@@ -68,15 +53,10 @@ def family_of(task_vectors: TaskVectors, designs: Designs, tensors: Collection[s
 
 
 def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
-    """What decides statistics besides the contents of the checkpoints, from headers alone.
+    """Describe from headers what decides statistics besides the contents of the checkpoints, as plain data.
 
-    Args:
-        task_vectors: Base and experts.
-        designs: One product or design for all tensors, or a function from the tensor's name.
-
-    Returns:
-        Plain data: task vectors, residual maps, centre, what decides the merge that the span goes through
-        (None where the merge itself is solved in Span coordinates), dtype of the updates, and each tensor's matrices.
+    That is task vectors, maps, centre, the merge that the span goes through (None where the merge itself is solved in
+    Span coordinates), the dtype of the updates, and each tensor's matrices.
     """
     family = family_of(task_vectors, designs)
     tensor, design = next(iter(family.items()))
@@ -93,13 +73,7 @@ def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
 
 
 def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Refuse statistics of other checkpoints or another design.
-
-    Args:
-        path: Where they are.
-        record: Their JSON, saved with ``about`` and ``inputs``.
-        about: What `describe` gives now.
-        inputs: What `digest_inputs` gives now.
+    """Refuse statistics at a path if their record is not about these inputs and this description of a design.
 
     Raises:
         CheckpointError: If something differs, or nothing was recorded; names it.
@@ -123,12 +97,7 @@ def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, An
 
 
 def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first checkpoint whose contents differ, in words; None if all are the same.
-
-    Args:
-        before: What `digest_inputs` gave then.
-        now: What it gives now.
-    """
+    """The first checkpoint whose digests differ, in words; None if all are the same."""
     old, new = _contents(before), _contents(now)
     differing = (role for role in dict.fromkeys([*old, *new]) if old.get(role) != new.get(role))
     role = next(differing, None)
@@ -158,7 +127,7 @@ def _kind(task_vectors: TaskVectors, tensor: str, design: Design) -> _Kind:
 
 
 def _merges(family: Mapping[str, Design]) -> list[dict[str, Any]]:
-    """What decides the merge in Full coordinates: each distinct design, with its tensors."""
+    """Designs that decide the merge in Full coordinates, each with its tensors."""
     found: dict[str, list[str]] = {}
     for name, design in family.items():
         found.setdefault(design_text(design, solver=True), []).append(name)

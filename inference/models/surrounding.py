@@ -25,7 +25,7 @@ MOST = 32
 def distance_from_merge(
     draws: PosteriorDraws, task_vectors: TaskVectors, design: Designs, merged: Source | None = None
 ) -> MergeDistance:
-    """How far draws are from a merge, module by module.
+    """Measure the distance of draws from a merge, module by module.
 
     Args:
         draws: Of a whole model, or of some of its modules.
@@ -57,17 +57,7 @@ def distance_from_merge(
 
 
 def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, error: float = 0.0) -> MergeDistance:
-    """How far the draws of one module are from a merged update.
-
-    Args:
-        draws: Of a whole model.
-        module: One of its modules.
-        merge: ``Z_*``, ``(d_out, d_in)``.
-        error: Squared error of its values that is allowed for.
-
-    Returns:
-        The distance of this module.
-    """
+    """Distance of the draws of one module from a merged update, whose values have a known squared error."""
     if isinstance(draws, SpanDraws):
         return _span(draws, module, merge, error)
     if draws.independent:
@@ -78,20 +68,10 @@ def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, err
 
 
 def gibbs_distance(name: str, kernel: GibbsKernel, weights: Tensor, merge: Tensor, error: float = 0.0) -> MergeDistance:
-    """Of Full draws of one module, by the means and variances of ``Z`` given the mixture weights.
+    """Distance of Full draws of one module by the means and variances of ``Z`` given their mixture weights ``(S, E)``.
 
     Given these ``Z`` is Gaussian, so that neither its centre nor its spread has the noise of all its entries
-    (Rao-Blackwell): what is left of the Monte Carlo error is that of a few weights.
-
-    Args:
-        name: Of the module.
-        kernel: Of its posterior.
-        weights: Mixture weights of all draws, ``(S, E)``; at most `MOST` of them are used.
-        merge: ``Z_*``, ``(d_out, d_in)``.
-        error: Squared error of its values that is allowed for.
-
-    Returns:
-        The distance of this module.
+    (Rao-Blackwell): what is left of the Monte Carlo error is that of a few weights, of at most `MOST` draws.
     """
     places = torch.linspace(0, len(weights) - 1, min(MOST, len(weights))).round().long()
     some = weights[places].to(kernel.posterior.anchor_precision).unsqueeze(1)
@@ -130,7 +110,7 @@ def _span(draws: SpanDraws, module: Module, merge: Tensor, error: float) -> Merg
 
 
 def _around_mode(draws: FullDraws, module: Module, merge: Tensor, error: float) -> MergeDistance:
-    """Of draws whose mean is the mode itself: Laplace's, and noise around it."""
+    """Distance of draws whose mean is the mode itself: Laplace's, and noise around it."""
     away = module.mode.double() - merge.double()
     squared = sum_of_squares(away)
     along = away if bool(squared > 0) else merge.double()  # at the merge itself, how wide they are along it
