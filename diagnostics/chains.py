@@ -298,13 +298,14 @@ def rank_histogram(values: np.ndarray, bins: int = 20) -> Ranks:
 
 def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Quantities of the draws, ``(C, S, M, K)``, the mask of those that a module lacks, ``(M, K)``, and their names."""
-    if isinstance(draws, SpanDraws):
-        return _coefficients(draws)
-    if not isinstance(draws, FullDraws) or draws.method != "gibbs":
+    if draws.independent:
         raise ValueError(
             f"`chain_convergence({type(draws).__name__})`: these draws are independent of each other; there are no "
             "chains to judge. Give draws of a sampler."
         )
+    if isinstance(draws, SpanDraws):
+        return _coefficients(draws)
+    assert isinstance(draws, FullDraws)
     names, weights = _weights_by_expert(draws)
     silent = (weights == 0).all(0).all(0)  # the module has no such expert, or its update is zero
     logs = torch.where(silent, torch.nan, weights.double().log())

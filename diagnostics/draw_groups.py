@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.draws import Draws, StoredDraws
+from inference.draws import Draws
 from inference.evidence.estimate import log_normalizers
 from inference.hierarchical.sampler import HierarchicalDraws
 from inference.merge_distance import MergeDistance
@@ -132,14 +132,14 @@ def _variables(draws: Draws, posterior: Posterior, include_update: bool) -> tupl
 
 def _latents(draws: Draws) -> Iterable[Tensor]:
     """Draws chain after chain; stored ones all at once per chain."""
-    if isinstance(draws, StoredDraws):
+    if draws.regenerate is None:
         return draws.values
     return (draws.latents(chain, draw) for chain in range(draws.num_chains) for draw in range(draws.num_draws))
 
 
 def _by_chain(values: list[Tensor], draws: Draws) -> Tensor:
     joined = torch.stack(values)
-    return joined if isinstance(draws, StoredDraws) else joined.unflatten(0, (draws.num_chains, draws.num_draws))
+    return joined if draws.regenerate is None else joined.unflatten(0, (draws.num_chains, draws.num_draws))
 
 
 def _log_likelihood(posterior: Posterior, residuals: Tensor) -> dict[str, np.ndarray] | None:

@@ -13,7 +13,7 @@ says whether they do. ``temper`` chooses the temperature, ``compare_designs`` ra
 (``leave_one_expert_out`` by what the others predict), and ``hierarchical`` infers scales and tails.
 """
 
-from inference.draws import Draws, RegeneratedDraws, StoredDraws
+from inference.draws import Draws
 from inference.evidence.designs import DesignEvidence, EvidenceTable, compare_designs
 from inference.evidence.estimate import (
     Evidence,
@@ -65,13 +65,11 @@ __all__ = [
     "MethodDraws",
     "ModelDraws",
     "Prediction",
-    "RegeneratedDraws",
     "RegenerationWarning",
     "Solution",
     "SolverOptions",
     "SpanDraws",
     "Status",
-    "StoredDraws",
     "TemperaturePoint",
     "Tempering",
     "UntrustedEvidence",

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.map import fixed_point
 from inference.minimize import minimize
 from poe_models.least_squares import quadratic_of
@@ -169,7 +169,7 @@ def stored_draws(
     warmup: int,
     thin: int,
     progress: Progress | None,
-) -> StoredDraws:
+) -> Draws:
     """Draws of a kernel with their latents kept as they are; for arguments see :func:`run_chains`.
 
     Returns:
@@ -184,4 +184,4 @@ def stored_draws(
         statistics.append(kernel.stats(state, info))
     shape = (chains, num_samples, kernel.posterior.num_modules)
     stats = {name: torch.stack([each[name] for each in statistics], 1).expand(shape) for name in statistics[0]}
-    return StoredDraws(torch.stack(values, 1), stats, kernel.name, kernel.posterior.fixed_temperature)
+    return Draws(torch.stack(values, 1), stats, kernel.name, kernel.posterior.fixed_temperature)

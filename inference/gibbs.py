@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from inference.chains import Kernel, Progress, run_chains, stored_draws
-from inference.draws import Draws, RegeneratedDraws
+from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
@@ -65,13 +65,13 @@ def gibbs(
         kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
     )
     infos = [info for _, info in kept]
-    return RegeneratedDraws(
+    return Draws(
         torch.stack([info.weights for info in infos], 1),
-        torch.stack([info.seeds for info in infos], 1),
-        regenerate_with(posterior),
         {"lp": -torch.stack([info.energy for info in infos], 1) / posterior.fixed_temperature},
         kernel.name,
         posterior.fixed_temperature,
+        seeds=torch.stack([info.seeds for info in infos], 1),
+        regenerate=regenerate_with(posterior),
     )
 
 

@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from inference.draws import RegeneratedDraws
+from inference.draws import Draws
 from inference.gibbs import anchor_spread, seeded_noise
 from inference.map import fixed_point
 from inference.propriety import require_proper
@@ -85,7 +85,7 @@ class Laplace:
             posterior.curvatures(q),
         )
 
-    def sample(self, num_samples: int, generator: torch.Generator) -> RegeneratedDraws:
+    def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
         """Independent draws in one chain, kept as seeds.
 
         Args:
@@ -96,12 +96,12 @@ class Laplace:
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
         singles = [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
-        return RegeneratedDraws(
+        return Draws(
             torch.zeros(*size, 0),
-            seeds,
-            lambda m, _, seed: singles[m].draw(seed),
-            made_by="laplace",
-            heat=self.posterior.fixed_temperature,
+            sampler="laplace",
+            temperature=self.posterior.fixed_temperature,
+            seeds=seeds,
+            regenerate=lambda m, _, seed: singles[m].draw(seed),
         )
 
     def draw(self, seed: int) -> Tensor:

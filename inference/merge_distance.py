@@ -1,4 +1,4 @@
-r"""How far the centre of draws is from the merge that they are to surround, in units of the draws' own spread.
+r"""Distance of the centre of draws from the merge that they are to surround, in units of the draws' own spread.
 
 The members of an ensemble stand beside one merged model, and what is said of the one is believed of the other. So for
 every module the mean of the draws is compared with the merged update ``Z_*``. With ``D = E Z - Z_*``, ``u = D / |D|``,
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,15 +33,17 @@ RESOLUTION = 1e-3
 FEWEST = 10
 """Draws below which their spread is not known."""
 
+_VALUES = ("displacement", "spread", "length")
+
 
 @dataclass(frozen=True, eq=False)
 class MergeDistance:
-    """How far draws are from the merge, module by module; float64.
+    """Distance of draws from the merge, module by module; float64.
 
     Attributes:
-        modules: names.
+        modules: Names.
         displacement: ``|E Z - Z_*|`` less what is Monte Carlo error or rounding, ``(M,)``.
-        spread: standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell.
+        spread: Standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell.
         length: ``|Z_*|``, ``(M,)``.
 
     >>> far = MergeDistance(("a", "b"), *torch.tensor([[0.1, 4.0], [1.0, 1.0], [2.0, 4.0]], dtype=torch.float64))
@@ -57,7 +59,7 @@ class MergeDistance:
     @property
     def distance(self) -> Tensor:
         """Displacements in standard deviations of the draws, ``(M,)``; nan where the spread is not known."""
-        return torch.where(self.displacement > 0, self.displacement / self.spread, 0.0)
+        return torch.where(self.displacement <= 0, 0.0, self.displacement / self.spread)  # nan stays nan
 
     @property
     def typical(self) -> float:
@@ -66,8 +68,13 @@ class MergeDistance:
 
     @property
     def worst(self) -> float:
-        """The largest of all modules; nan if it is known for none."""
-        return float(self._known.max()) if not bool(self.distance.isnan().all()) else math.nan
+        """The largest of all modules whose distance is known; nan if it is known for none."""
+        return float(self._known.max()) if len(self.unknown) < len(self.modules) else math.nan
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the modules whose distance is not known: too few draws, or values that are not finite."""
+        return self._named(self.distance.isnan())
 
     @property
     def where(self) -> str:
@@ -76,9 +83,11 @@ class MergeDistance:
 
     @property
     def beyond(self) -> tuple[str, ...]:
-        """Names of the modules whose draws are farther from the merge than `FAR`."""
-        far = (self._known > FAR).tolist()
-        return tuple(name for name, each in zip(self.modules, far, strict=True) if each)
+        """Names of the modules whose draws are known to be farther from the merge than `FAR`; see also `unknown`."""
+        return self._named(self._known > FAR)
+
+    def _named(self, chosen: Tensor) -> tuple[str, ...]:
+        return tuple(name for name, each in zip(self.modules, chosen.tolist(), strict=True) if each)
 
     @property
     def share(self) -> float:
@@ -90,41 +99,21 @@ class MergeDistance:
         return self.distance.nan_to_num(nan=-1.0, posinf=math.inf)
 
     def select(self, kept: Sequence[int]) -> MergeDistance:
-        """Of some modules.
-
-        Args:
-            kept: their positions.
-        """
+        """The distances of the modules at some positions."""
         places = list(kept)
-        return replace(
-            self,
-            modules=tuple(self.modules[place] for place in places),
-            displacement=self.displacement[places],
-            spread=self.spread[places],
-            length=self.length[places],
-        )
+        values = (getattr(self, name)[places] for name in _VALUES)
+        return MergeDistance(tuple(self.modules[place] for place in places), *values)
 
     @classmethod
     def zero(cls, modules: Sequence[str], length: Tensor) -> MergeDistance:
-        """Of draws whose mean is the merge by construction.
-
-        Args:
-            modules: names.
-            length: ``|Z_*|``, ``(M,)``.
-        """
+        """The distances of draws whose mean is the merge by construction, from its length ``(M,)``."""
         return cls(tuple(modules), torch.zeros_like(length), torch.full_like(length, torch.nan), length)
 
     @classmethod
     def joined(cls, parts: Sequence[MergeDistance]) -> MergeDistance:
-        """Of several groups of modules.
-
-        Args:
-            parts: one for each group.
-        """
-        return cls(
-            tuple(name for part in parts for name in part.modules),
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("displacement", "spread", "length")),
-        )
+        """The distances of several groups of modules as one."""
+        values = (torch.cat([getattr(part, name) for part in parts]) for name in _VALUES)
+        return cls(tuple(name for part in parts for name in part.modules), *values)
 
     @override
     def __str__(self) -> str:
@@ -136,16 +125,18 @@ class MergeDistance:
         >>> print(said[109:])
         there one standard deviation is 50 % of the merge's length)
         """
-        if math.isnan(self.typical):
+        if math.isnan(self.worst):
             return "they are too few to measure their distance from the merge"
+        more = f"; too few to tell in {', '.join(self.unknown[:3])}" if self.unknown else ""
+        more += f" and {len(self.unknown) - 3} more" if len(self.unknown) > 3 else ""
         return (
             f"their mean is {self.worst:.2g} standard deviations of the draws from the merge in {self.where}, the "
-            f"farthest module ({self.typical:.2g} on average{self._wide})"
+            f"farthest module ({float(self.distance.nanmean()):.2g} on average{self._wide}{more})"
         )
 
     @property
     def _wide(self) -> str:
-        """How wide draws are beside the merge: far apart ones may have their centre anywhere and still be near it."""
+        """Width of the draws beside the merge: wide ones may have their centre anywhere and still be near it."""
         place = int(self._known.argmax())
         share = float(self.spread[place] / self.length[place])
         if not math.isfinite(share):
@@ -156,12 +147,12 @@ class MergeDistance:
 def span_distance(
     statistics: SpanStatistics, coefficients: Tensor, merge: Tensor | None = None
 ) -> MergeDistance | None:
-    """Of draws in Span coordinates, where the merge is in the span.
+    """Distance of draws in Span coordinates from a merge in the span.
 
     Args:
-        statistics: what they were drawn from.
-        coefficients: of the draws, ``(C, S, M, K)``.
-        merge: coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
+        statistics: What they were drawn from.
+        coefficients: Of the draws, ``(C, S, M, K)``.
+        merge: Coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
 
     Returns:
         The distance of every module; None if there is no merge in the span.
@@ -189,8 +180,8 @@ def displacement_of(squared: Tensor, error: Tensor, length: Tensor) -> Tensor:
 
     Args:
         squared: ``|D|^2`` as it is found.
-        error: expected square of what is no displacement.
-        length: of the merge.
+        error: Expected square of what is no displacement.
+        length: Of the merge.
     """
     return (squared - error - (RESOLUTION * length).square()).clamp(min=0).sqrt()
 
@@ -215,7 +206,7 @@ def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:
 
     Args:
         coefficients: ``(C, S, M, K)``.
-        along: inner products of the basis with the direction, ``(M, K)``.
+        along: Inner products of the basis with the direction, ``(M, K)``.
     """
     projected = torch.einsum("csmj,mj->csm", coefficients, along).flatten(0, 1)
     return projected.std(0) if len(projected) >= FEWEST else torch.full_like(projected[0], torch.nan)

@@ -15,7 +15,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from inference.chains import Progress, mode_of, overdispersed_starts
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
 from poe_models.program import program
@@ -32,7 +32,7 @@ def nuts(
     max_tree_depth: int = 10,
     target_acceptance: float = 0.8,
     progress: Progress | None = None,
-) -> StoredDraws:
+) -> Draws:
     """Draws of a posterior in its own coordinates by the No-U-Turn Sampler.
 
     Hoffman and Gelman, 2014, JMLR 15; Pyro's multinomial version with a diagonal mass matrix.
@@ -146,7 +146,7 @@ def _global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_tree_depth: int) -> StoredDraws:
+def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_tree_depth: int) -> Draws:
     n_steps = torch.tensor([record.n_steps for record in records])
     of_all = {
         "step_size": torch.tensor([record.step_size for record in records], dtype=torch.float64),
@@ -158,4 +158,4 @@ def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_t
     statistics = {"lp": (-posterior.group_energy(values) / posterior.temperature).expand(shape)}
     for name, value in of_all.items():
         statistics[name] = value.unsqueeze(-1).expand(shape).to(values.device)
-    return StoredDraws(values.to(torch.float64), statistics, "nuts", posterior.fixed_temperature)
+    return Draws(values.to(torch.float64), statistics, "nuts", posterior.fixed_temperature)

@@ -27,7 +27,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from inference.chains import Kernel, Progress, majoriser_draws, mode_of, overdispersed_starts, stored_draws
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
 
@@ -50,7 +50,7 @@ def slice_sample(
     warmup: int = 200,
     thin: int = 1,
     progress: Progress | None = None,
-) -> StoredDraws:
+) -> Draws:
     """Draws of a posterior in its own coordinates by generalised elliptical slice sampling.
 
     All chains of all modules are one tensor program. It can be interrupted at any step (also by an exception from

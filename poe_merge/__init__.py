@@ -1,7 +1,7 @@
 """Merge fine-tuned models as a product of experts.
 
-Everything public from `poe_models` (what is merged and believed) and `inference` (from belief to numbers), and the YAML
-configuration that the command line `poe-merge` reads::
+The names that most work needs; `poe_models` (what is merged and believed) and `inference` (from belief to numbers) have
+the others::
 
     import poe_merge as pm
 
@@ -13,7 +13,6 @@ The names are imported when the first of them is used: `poe-merge --help` need n
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from poe_merge.neighbours import check_neighbours
@@ -21,17 +20,84 @@ from poe_merge.neighbours import check_neighbours
 check_neighbours()
 
 if TYPE_CHECKING:
-    from poe_merge.api import *  # noqa: F403
-else:
+    from inference import (
+        MergedEnsemble,
+        MethodDraws,
+        SpanDraws,
+        collect_statistics,
+        compare_designs,
+        fixed_point,
+        gibbs,
+        laplace,
+        load_draws,
+        merge_checkpoint,
+        nuts,
+        sample_full,
+        save_statistics,
+        slice_sample,
+        temper,
+        temperature_range,
+    )
+    from poe_models import (
+        TSVM,
+        Anchor,
+        Balanced,
+        Cauchy,
+        Dare,
+        Gaussian,
+        InputGram,
+        OutputGram,
+        ProductOfExperts,
+        RelativePrecision,
+        StudentT,
+        TaskVectors,
+        Ties,
+        span_statistics,
+    )
 
-    def __getattr__(name: str) -> Any:
-        """A public name, or `__all__`; modules of this package are left to the import that asks for them."""
-        public = name == "__all__" or not (name.startswith("_") or find_spec(f"poe_merge.{name}"))
-        api = import_module("poe_merge.api") if public else None
-        if name == "__all__" or name in getattr(api, "__all__", ()):
-            return getattr(api, name)
-        raise AttributeError(f"module 'poe_merge' has no attribute {name!r}")
+_HOMES = ("poe_models", "inference")
+__all__ = [
+    "TSVM",
+    "Anchor",
+    "Balanced",
+    "Cauchy",
+    "Dare",
+    "Gaussian",
+    "InputGram",
+    "MergedEnsemble",
+    "MethodDraws",
+    "OutputGram",
+    "ProductOfExperts",
+    "RelativePrecision",
+    "SpanDraws",
+    "StudentT",
+    "TaskVectors",
+    "Ties",
+    "collect_statistics",
+    "compare_designs",
+    "fixed_point",
+    "gibbs",
+    "laplace",
+    "load_draws",
+    "merge_checkpoint",
+    "nuts",
+    "sample_full",
+    "save_statistics",
+    "slice_sample",
+    "span_statistics",
+    "temper",
+    "temperature_range",
+]
 
-    def __dir__() -> list[str]:
-        """What an interactive session completes."""
-        return [*globals(), *import_module("poe_merge.api").__all__]
+
+def __getattr__(name: str) -> Any:
+    """One of these names, from the package that has it."""
+    for home in map(import_module, _HOMES if name in __all__ else ()):
+        if hasattr(home, name):
+            return getattr(home, name)
+    raise AttributeError(f"module 'poe_merge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Names that an interactive session completes."""
+    return [*globals(), *__all__]

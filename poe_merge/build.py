@@ -12,7 +12,7 @@ from inference.models.method_design import MethodDesign
 from inference.reweighting import SolverOptions
 from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
 from poe_merge.settings import Setting
-from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_call, parse_spec, source_file
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_spec, parse_spec, source_file
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 from poe_models.weights.task_vectors import TaskVectors
@@ -99,7 +99,7 @@ class DesignTable:
             options.pop("tolerance", None)
         return Design(
             ProductOfExperts(tuple(experts), Anchor(center, parse_spec(shared["eta"], PRECISION))),
-            scaling=shared["lambda"],
+            scaling=shared["scaling"],
             coordinates=shared["coordinates"],
             options=SolverOptions(**options),
             center=checkpoint,
@@ -108,7 +108,7 @@ class DesignTable:
     def _center(self, anchor: str) -> tuple[Callable[..., Any] | None, Checkpoint | None]:
         if anchor == "zero":
             return None, None
-        if is_call(anchor):
+        if is_spec(anchor):
             return parse_spec(anchor, METHOD), None
         if anchor not in self._centers:
             self._centers[anchor] = open_checkpoint(anchor, base=self._base)
@@ -120,7 +120,7 @@ class MethodTable:
 
     def __init__(self, config: MergeConfig) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
-        self._scaling = config.shared()["lambda"]
+        self._scaling = config.shared()["scaling"]
         self._designs: dict[Any, MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:
@@ -141,7 +141,7 @@ def custom_sources(config: MergeConfig) -> list[Path]:
         for key, setting in settings.items():
             kind = Parameters.values()[key].kind
             values = [value for _, case in setting.cases for value in (case if isinstance(case, tuple) else (case,))]
-            specs += [(value, kind) for value in values if kind is not None and is_call(value)]
+            specs += [(value, kind) for value in values if kind is not None and is_spec(value)]
     classes = {type(parse_spec(spec, kind)): kind for spec, kind in specs}
     files = {source_file(found) for found, kind in classes.items() if found not in kind.registry.values()}
     return sorted(file for file in files if file is not None)

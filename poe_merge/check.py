@@ -1,4 +1,4 @@
-"""`poe-merge check`: hold a merging method to its properties, and say which hold."""
+"""`poe-merge check`: test the properties of a merging method."""
 
 from __future__ import annotations
 
@@ -15,19 +15,10 @@ _WORDS = {"holds": "hold", "not promised": "not promised", "broken": "broken"}
 
 
 def check_method(method: str, modules: TaskVectors | None, not_promised: Sequence[str], seed: int) -> Report:
-    """Check a method that is given as text.
-
-    Args:
-        method: Its spec, such as ``Ties(density=0.1)``, ``dare-ties`` or ``my_module:MyMethod``.
-        modules: Real modules to try it on, too.
-        not_promised: Names of further properties that it need not have.
-        seed: Of the random modules.
-
-    Returns:
-        The report.
+    """Check a method given as text on random modules and on real ones, if there are any; `seed` is that of the random.
 
     Raises:
-        ValueError: If the method cannot be built, or no property has such a name.
+        ValueError: If the method cannot be built, or no property is called like one of `not_promised`.
     """
     for name in not_promised:
         if name not in PROPERTIES:
@@ -46,7 +37,7 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
 
 
 def summary(report: Report) -> str:
-    """The report with what its properties say, and how many hold."""
+    """Text of the report: the properties and their meanings, the outcomes, and how many hold."""
     named = {each.name for each in report.outcomes}
     width = max(map(len, named)) + 3
     meanings = "\n".join(f"{name.ljust(width)}{PROPERTIES[name].says}" for name in PROPERTIES if name in named)

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
+from typing_extensions import override
 
 from poe_merge import console as show
-from poe_merge.config import POE, MergeConfig, parse_config
+from poe_merge.config import MergeConfig, parse_config
 from poe_merge.flags import ConfiguredCommand, overridden, with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.settings import Document, read_yaml
 from poe_merge.specs import METHOD, RESIDUAL_MAP, nearest, parse_spec
 
 if TYPE_CHECKING:
-    from poe_merge.sampling import Sampling, Seeds
     from poe_models.weights.task_vectors import TaskVectors
 
 app = typer.Typer(
@@ -34,18 +34,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)]
 INTERRUPTED = 130
-_WARMUP = "Steps per chain before the first kept draw; 200, or 500 for nuts."
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Debug = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of any command.")] = False,
 ) -> None:
     if show_version:
+        from importlib.metadata import version  # takes a tenth of a second to import
+
         print(f"poe-merge {version('poe-merge')}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
@@ -53,8 +54,8 @@ def _root(
 
 @app.command(cls=ConfiguredCommand)
 @with_flags
-def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) -> None:
-    """Say what a merge would do, from headers alone."""
+def plan(flags: Mapping[str, Any], config: Config = None) -> None:
+    """Print the treatment of every tensor and the costs of a merge, from headers alone."""
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
 
@@ -69,34 +70,29 @@ def plan(flags: Mapping[str, Any], config: Config = None, debug: Debug = False) 
 def merge(
     flags: Mapping[str, Any],
     config: Config = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
+    out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Merge, and write a Hugging Face folder."""
     from inference.models.merge import merge_checkpoint
     from poe_merge.build import custom_sources, designs_of
 
-    if out is None:
-        raise ValueError("`poe-merge merge`: give the folder to make, --out DIR.")
+    out = _required(out, "merge")
     settings, task_vectors = _opened(config, flags)
     designs = designs_of(settings, task_vectors.base)
-    try:
-        with show.Bars() as bars:
-            report = merge_checkpoint(
-                task_vectors,
-                designs,
-                out,
-                out_dtype=settings.output_dtype,
-                batch_bytes=settings.batch_bytes,
-                seed=settings.seed,
-                settings={"preset": settings.preset, "config": settings.resolved()},
-                code=custom_sources(settings),
-                resume=resume,
-                progress=bars,
-            )
-    except KeyboardInterrupt:
-        raise _interrupted(out) from None
+    with _bars(out) as bars:
+        report = merge_checkpoint(
+            task_vectors,
+            designs,
+            out,
+            out_dtype=settings.output_dtype,
+            batch_bytes=settings.batch_bytes,
+            seed=settings.seed,
+            settings={"preset": settings.preset, "config": settings.resolved()},
+            code=custom_sources(settings),
+            resume=resume,
+            progress=bars,
+        )
     show.report(report)
 
 
@@ -105,94 +101,90 @@ def merge(
 def stats(
     flags: Mapping[str, Any],
     config: Config = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
-    debug: Debug = False,
+    out: Out = None,
 ) -> None:
-    """Read the weights once, and save all that Span coordinates need."""
+    """Read the weights once, and save the Span statistics that `sample` needs."""
     from inference.models.method_design import prepare_designs
     from poe_merge.build import DesignTable
     from poe_merge.stats import make_statistics
 
-    if out is None:
-        raise ValueError("`poe-merge stats`: give the folder to make, --out DIR.")
+    out = _required(out, "stats")
     settings, task_vectors = _opened(config, flags)
     table = DesignTable(settings, task_vectors.base)
-    try:
-        with show.Bars() as bars:
-            designs = prepare_designs(task_vectors, table, bars)
-            report = make_statistics(settings, task_vectors, designs, out, bars)
-    except KeyboardInterrupt:
-        raise InterruptedByUser("interrupted; nothing was written.") from None
+    with _bars(out) as bars:
+        designs = prepare_designs(task_vectors, table, bars)
+        report = make_statistics(settings, task_vectors, designs, out, bars)
     show.statistics(report)
 
 
-@app.command(cls=ConfiguredCommand)
+class SampleCommand(ConfiguredCommand):
+    """`sample`, whose help lists the samplers."""
+
+    @override
+    def helps(self) -> dict[str, str]:
+        """Help texts by the name of the parameter."""
+        from inference.samplers import SAMPLERS
+
+        about = "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
+        steps = {name: sampler.settings["warmup"] for name, sampler in SAMPLERS.items() if "warmup" in sampler.settings}
+        told = ", ".join(f"{name} {count}" for name, count in steps.items())
+        texts = {
+            "sampler": f"Algorithm that draws. {about}. [default: gibbs]",
+            "warmup": f"Steps per chain before the first kept draw. [default: {told}]",
+        }
+        return super().helps() | texts
+
+
+@app.command(cls=SampleCommand)
 @with_flags
 def sample(
     flags: Mapping[str, Any],
     config: Config = None,
     members: Annotated[int, typer.Option("-n", "--members", min=1, help="How many merged models.")] = 10,
-    out: Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)] = None,
+    out: Out = None,
     merged: Annotated[
         Path | None,
-        typer.Option(
-            "--merge", help="What `poe-merge merge` made: draw around it, instead of CONFIG.", show_default=False
-        ),
+        typer.Option("--merge", help="Folder of `poe-merge merge` to draw around, instead of CONFIG."),
     ] = None,
     stats: Annotated[
-        Path | None, typer.Option("--stats", help="What `poe-merge stats` made of the same merge.", show_default=False)
+        Path | None, typer.Option("--stats", help="Folder of `poe-merge stats` of the same merge.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="gibbs, which is the default, laplace, slice or nuts.")
-    ] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="Algorithm that draws. [default: gibbs]")] = None,
     coordinates: Annotated[
         str | None,
-        typer.Option(help="span, the default: combinations of the updates and the merge; or full: any update."),
+        typer.Option(help="span: combinations of the updates and the merge; full: any update. [default: span]"),
     ] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="Of the posterior; 1.")] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Regular expression: draw only these modules.")] = "",
-    format: Annotated[str, typer.Option("--format", help="checkpoints, or deltas in float32.")] = "checkpoints",
-    chains: Annotated[int | None, typer.Option("--chains", min=1, help="How many; 4.", show_default=False)] = None,
-    draws: Annotated[
-        int | None, typer.Option("--draws", min=1, help="Kept per chain; 500.", show_default=False)
+    temperature: Annotated[float | None, typer.Option(help="Temperature of the posterior. [default: 1]")] = None,
+    pattern: Annotated[str, typer.Option(help="Regular expression: draw only these modules.")] = "",
+    format: Annotated[str, typer.Option(help="checkpoints, or deltas in float32.")] = "checkpoints",
+    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains. [default: 4]")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Draws kept per chain. [default: 500]")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps per chain before the first kept draw. [default: the sampler's]")
     ] = None,
-    warmup: Annotated[int | None, typer.Option("--warmup", min=0, help=_WARMUP, show_default=False)] = None,
-    thin: Annotated[
-        int | None, typer.Option("--thin", min=1, help="Steps per kept draw of gibbs and slice.", show_default=False)
-    ] = None,
+    thin: Annotated[int | None, typer.Option(min=1, help="Steps per kept draw. [default: 1]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Draw merged models from the posterior around the merge.
 
     The merge is the one that `poe-merge merge` makes of the same configuration, or has made (--merge). If the
-    configuration's merge_method is a random one, such as dare, the members are merges at as many seeds instead.
+    merging method (--method) is a random one, such as dare, the members are merges at as many seeds instead.
     """
     from inference.models.method_design import prepare_designs
     from poe_merge.build import MethodTable, designs_of
-    from poe_merge.ensemble import sample as draw_members
-    from poe_merge.sampling import sampling_of, seeds_of
+    from poe_merge.sample import sample as draw_members
+    from poe_merge.sampling import Options, requested
 
-    if out is None:
-        raise ValueError("`poe-merge sample`: give the folder to make, --out DIR.")
+    out = _required(out, "sample")
     settings, task_vectors = _opened(config, flags) if merged is None else _taken_up(merged, config, flags)
-    numbers = {"chains": chains, "draws": draws, "warmup": warmup, "thin": thin}
-    what: Sampling | Seeds
-    if settings.merge_method == POE:
-        heat = 1.0 if temperature is None else temperature
-        what = sampling_of(settings, members, method or "gibbs", heat, pattern, format, numbers, coordinates or "span")
-    else:
-        others = {"stats": stats, "method": method, "coordinates": coordinates, "temperature": temperature, **numbers}
-        what = seeds_of(settings, members, pattern, format, others)
+    options = Options(members, pattern, format, sampler, coordinates, temperature, stats, chains, draws, warmup, thin)
+    what = requested(settings, options)
     table = designs_of(settings, task_vectors.base)
-    try:
-        with show.Bars() as bars:
-            designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
-            report = draw_members(
-                settings, task_vectors, designs, out, what, bars, statistics=stats, merged=merged, resume=resume
-            )
-    except KeyboardInterrupt:
-        raise _interrupted(out) from None
+    with _bars(out) as bars:
+        designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
+        report = draw_members(
+            settings, task_vectors, designs, out, what, bars, statistics=stats, merged=merged, resume=resume
+        )
     show.sample(report)
 
 
@@ -224,9 +216,8 @@ def diagnose(
         ),
     ] = 19,
     seed: Annotated[int, typer.Option("--seed", help="Of resamples and surrogates.")] = 0,
-    debug: Debug = False,
 ) -> None:
-    """Say whether a merge can be trusted: one page of verdicts, tables and figures."""
+    """Judge a merge: one page of verdicts, tables and figures."""
     from poe_merge import diagnose as diagnosis
 
     diagnosis.check_out(out)
@@ -256,11 +247,10 @@ def check(
         typer.Option("--not-promised", help="A property it need not have; once for each.", show_default=False),
     ] = None,
     random_seed: Annotated[int, typer.Option("--random-seed", min=0, help="Of the random modules.")] = 0,
-    debug: Debug = False,
 ) -> None:
-    """Say which properties a merging method has, on random modules and on those of a configuration.
+    """Test the properties of a merging method, on random modules and on those of a configuration.
 
-    Statistics and data of random modules are random. The exit status is 1 if a property is broken.
+    Moments and data of random modules are random. The exit status is 1 if a property is broken.
     """
     from poe_merge.check import check_method, summary
 
@@ -273,13 +263,13 @@ def check(
 
 
 @app.command()
-def presets(debug: Debug = False) -> None:
+def presets() -> None:
     """List the named settings of the paper."""
     show.presets(PRESETS)
 
 
 @app.command()
-def methods(debug: Debug = False) -> None:
+def methods() -> None:
     """List the merging methods of the literature, with what they need and whom to cite."""
     show.methods(METHOD.registry)
 
@@ -293,7 +283,7 @@ def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, T
 
 def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
     """The configuration of a merge, and what it names."""
-    from poe_merge.merged import config_of
+    from poe_merge.record import config_of
 
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
@@ -302,7 +292,7 @@ def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tu
 
 
 def _vectors(settings: MergeConfig) -> TaskVectors:
-    """What a configuration names, opened; rules and settings that match nothing are warned about."""
+    """Open the checkpoints of a configuration; rules that match nothing are warned about."""
     from poe_merge.build import open_task_vectors
 
     task_vectors = open_task_vectors(settings)
@@ -316,11 +306,22 @@ class InterruptedByUser(Exception):
     """Ctrl-C, with what to say of it."""
 
 
-def _interrupted(out: Path) -> InterruptedByUser:
-    """How to go on with what has been begun, if anything has."""
-    begun = out.with_name(out.name + ".partial")
-    left = f"Go on with the same command and --resume; what is done so far is in {begun}."
-    return InterruptedByUser(f"interrupted. {left if begun.exists() else 'Nothing was written.'}")
+def _required(out: Path | None, command: str) -> Path:
+    if out is None:
+        raise ValueError(f"`poe-merge {command}`: give the folder to make, --out DIR.")
+    return out
+
+
+@contextmanager
+def _bars(out: Path) -> Iterator[show.Bars]:
+    # Ctrl-C says how to go on with what has been begun, if anything has.
+    try:
+        with show.Bars() as bars:
+            yield bars
+    except KeyboardInterrupt:
+        begun = out.with_name(out.name + ".partial")
+        left = f"Go on with the same command and --resume; what is done so far is in {begun}."
+        raise InterruptedByUser(f"interrupted. {left if begun.exists() else 'Nothing was written.'}") from None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -332,8 +333,9 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.
     """
+    typed = [word for word in arguments if word != "--debug"]
     try:
-        result = get_command(app).main(args=list(arguments), prog_name="poe-merge", standalone_mode=False)
+        result = get_command(app).main(args=typed, prog_name="poe-merge", standalone_mode=False)
         if result == INTERRUPTED:  # typer's own answer to Ctrl-C
             show.warning("interrupted.")
         return result if isinstance(result, int) else 0
@@ -377,9 +379,9 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
         valid = [name for parameter in used.params for name in [*parameter.opts, *parameter.secondary_opts]]
         if option not in valid:
             where = f"poe-merge {used.name}" if used is not command else "poe-merge"
-            return (
-                f"no option `{option}`; {nearest(option, [v for v in valid if v.startswith('-')])}See `{where} --help`."
-            )
+            close = nearest(option, [name for name in valid if name.startswith("-")])
+            hint = "λ is `--scaling`. " if option == "--lambda" else close
+            return f"no option `{option}`; {hint}See `{where} --help`."
     return message
 
 

@@ -53,18 +53,17 @@ class Section(BaseModel):
         frozen=True,
         protected_namespaces=(),
         use_attribute_docstrings=True,  # a key's description, which is its help text, stands below it
-        alias_generator=lambda name: name.rstrip("_"),
     )
 
     @classmethod
     def valid_keys(cls) -> list[str]:
         """The keys as they are written in YAML."""
-        return [str(field.alias) for field in cls.model_fields.values()]
+        return list(cls.model_fields)
 
     @classmethod
     def values(cls) -> dict[str, Value]:
-        """What may stand at each key that holds no further section."""
-        marks = ((str(field.alias), mark) for field in cls.model_fields.values() for mark in field.metadata)
+        """Types of the keys that hold no further section."""
+        marks = ((key, mark) for key, field in cls.model_fields.items() for mark in field.metadata)
         return {key: mark for key, mark in marks if isinstance(mark, Value)}
 
     @model_validator(mode="before")
@@ -76,11 +75,11 @@ class Section(BaseModel):
 
     def settings(self) -> dict[str, Setting[Any]]:
         """The settings that are given, by their key."""
-        return {name.rstrip("_"): value for name, value in self if isinstance(value, Setting)}
+        return {key: value for key, value in self if isinstance(value, Setting)}
 
 
 class ModelParameters(Section):
-    """What may differ per model; whatever is missing comes from the shared `Parameters`."""
+    """Parameters that may differ per model; those that are missing come from the shared `Parameters`."""
 
     weight: Annotated[Number, s.number(1.0, 0.0)] = None
     """Importance of the experts."""
@@ -89,24 +88,24 @@ class ModelParameters(Section):
     energy: Annotated[Text, s.spec(ENERGY, "Cauchy")] = None
     """Energy of an expert's scaled squared residual."""
     scale: Annotated[Text, s.spec(SCALE, "Balanced(1.0)")] = None
-    """What an expert's squared residual is measured in, with its gamma."""
+    """Unit of an expert's squared residual, with its gamma."""
 
 
 class Parameters(ModelParameters):
     """The design shared by all models, and the solver's settings."""
 
-    lambda_: Annotated[Number, s.number(1.0)] = None
-    """Factor of the merged update: W = W_0 + lambda Z."""
+    scaling: Annotated[Number, s.number(1.0)] = None
+    """Factor of the merged update in the merged weights."""
     eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = None
     """Precision of the anchor: a number is relative to the experts' curvature."""
     anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = None
     """Centre of the anchor: zero, a merging method such as task_arithmetic(0.3), or a checkpoint."""
     coordinates: Annotated[Text, s.choice("kind of coordinates", "full", "span", default="full")] = None
-    """What is solved for: whole updates, or coefficients on the experts' updates."""
+    """Unknowns of the solver: whole updates, or coefficients on the experts' updates."""
     starts: Annotated[
         Texts, s.choice("start", "ones", "twin", "experts", "center", default=["twin", "experts"], many=True)
     ] = None
-    """Where the solver starts; the lowest energy wins."""
+    """Starts of the solver; the lowest energy wins."""
     max_steps: Annotated[Setting[int] | None, s.number(100, 1, whole=True)] = None
     """Most reweighted solves per start."""
     tolerance: Annotated[Number, s.number(None, 0.0, above=True)] = None
@@ -126,14 +125,14 @@ class Parameters(ModelParameters):
 
 
 class ModelEntry(Section):
-    """One expert: where it is, what it is called, and what is particular to it."""
+    """An expert: its place, its name, and the parameters of its own."""
 
     model: Checkpoint
     """A folder, a weight file, or a model id of the Hub."""
     name: Annotated[str | None, Field(min_length=1)] = None
-    """What it is called; the name of its path if not given."""
+    """Its name; that of its path if not given."""
     parameters: ModelParameters = ModelParameters()
-    """What differs from the other experts."""
+    """Parameters that differ from those of the other experts."""
 
     @property
     def label(self) -> str:
@@ -157,7 +156,7 @@ def label_of(name: str | None, model: str) -> str:
 
 
 class MergeConfig(Section):
-    """A whole merge: everything that decides what comes out."""
+    """Configuration of a merge: everything that decides what comes out."""
 
     merge_method: Annotated[str, Value(s.merge_method, "METHOD", kind=METHOD)] = POE
     """A merging method instead of a product of experts, poe."""
@@ -176,9 +175,9 @@ class MergeConfig(Section):
     out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
     """Dtype of the output, if other than dtype; that of the base if neither is given."""
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
-    """Where to compute: cpu, cuda, cuda:1."""
+    """Device that computes: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
-    """Of the draws of `sample`, and of torch's generators for energies that draw."""
+    """Seed of the draws of `sample`, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
     """Most bytes of updates that are solved as one batch."""
 
@@ -210,19 +209,14 @@ class MergeConfig(Section):
             message = (
                 f"{', '.join(words)} {'belongs' if len(words) == 1 else 'belong'} to a product of experts, and "
                 f"`merge_method` is {method.partition('(')[0]}. Leave it out, or write `merge_method: {POE}`. The "
-                f"method's own settings are {method}; `lambda` scales any merge"
+                f"method's own settings are {method}; `scaling` is of any merge"
             )
             raise PydanticCustomError("misplaced", "{message}", {"message": message, "place": foreign[0]})
         return value
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the experts."""
-        return tuple(entry.label for entry in self.models)
-
-    @property
     def compute_dtype(self) -> torch.dtype:
-        """What the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
+        """Dtype that the merge is computed in: float64 if asked for, float32 otherwise; never half precision."""
         import torch
 
         return torch.float64 if self.dtype == "float64" else torch.float32
@@ -261,7 +255,7 @@ class MergeConfig(Section):
         """The whole configuration with presets and defaults filled in, as plain data that reproduces the run."""
         shared = self.shared()
         if self.merge_method != POE:
-            shared = {"lambda": shared["lambda"]}
+            shared = {"scaling": shared["scaling"]}
         elif "step_tolerance" in shared and shared["step_tolerance"].complete:
             del shared["tolerance"]
         models = [
@@ -293,7 +287,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Setting[Any]]:
 def _design_keys(value: Any) -> list[Place]:
     """Places, within a top-level key's value, of settings that only a product of experts has."""
     if isinstance(value, ModelParameters):
-        return [(key,) for key in value.settings() if key != "lambda"]
+        return [(key,) for key in value.settings() if key != "scaling"]
     if isinstance(value, tuple):
         entries = enumerate(entry.parameters for entry in value)
         return [(index, "parameters", *place) for index, own in entries for place in _design_keys(own)]
@@ -308,6 +302,7 @@ _MERGEKIT_ONLY = {
     "chat_template": "the base's chat template is copied",
     "int8_mask": "masks are made as they are used",
     "density": "methods have their settings with their name, `merge_method: Ties(density=0.2)`",
+    "lambda": "the factor of the merged update is `scaling`",
     "normalize": "a product of experts weighs by precision",
 }
 _SECTIONS: dict[tuple[str, ...], type[Section]] = {
@@ -322,23 +317,16 @@ def load_config(path: Path) -> MergeConfig:
     """Read a configuration from a YAML file.
 
     Raises:
-        ConfigError: All mistakes, each with its place and the nearest valid name.
+        ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
     """
     return parse_config(read_yaml(path), dict.fromkeys((path.absolute().parent, Path.cwd())))
 
 
 def parse_config(document: Document, folders: Iterable[Path] = ()) -> MergeConfig:
-    """Validate configuration data.
-
-    Args:
-        document: The data and where its parts were written.
-        folders: What relative paths and module names refer to; the current folder if empty.
-
-    Returns:
-        The configuration.
+    """Validate configuration data, whose relative paths and module names refer to the folders (if none, to this one).
 
     Raises:
-        ConfigError: All mistakes, each with its place and the nearest valid name.
+        ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
     """
     problems = list(document.problems)
     try:

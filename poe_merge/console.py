@@ -1,4 +1,4 @@
-"""What the command line prints."""
+"""Output of the command line: tables, reports, errors and progress bars."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.verdicts import Verdict
     from inference.models.merge import MergeReport, Plan
     from inference.retention import ExpertRetention
-    from poe_merge.ensemble import SampleReport
     from poe_merge.presets import Preset
+    from poe_merge.sample import SampleReport
     from poe_merge.sampling import Sampling, Seeds
     from poe_merge.stats import StatisticsReport
     from poe_models.methods import MergingMethod
@@ -122,46 +122,58 @@ def _kept(expert: ExpertRetention) -> str:
 
 
 def statistics(done: StatisticsReport) -> None:
-    """Print what statistics are about."""
+    """Print the contents of Span statistics."""
+    from inference.models.statistics_files import statistics_digest
+
+    about, maps = done.statistics, ", ".join(dict.fromkeys(done.statistics.residual_maps))
     _console().print(
         escape(
-            f"{done.out}: {done.modules} modules, {len(done.updates)} experts ({', '.join(done.updates)}), "
-            f"{', '.join(done.residual_maps)} around the centre {done.center}; {size(done.nbytes)} in "
-            f"{done.seconds:.1f} s; digest {done.digest[:12]}."
+            f"{done.out}: {len(about.modules)} modules, {len(about.updates)} experts ({', '.join(about.updates)}), "
+            f"{maps} around the centre {about.center}; {_folder_size(done.out)} in {done.seconds:.1f} s; digest "
+            f"{statistics_digest(about)[:12]}."
         ),
         soft_wrap=True,
     )
 
 
 def sample(done: SampleReport) -> None:
-    """Print what was drawn, whether the chains agree, and what to know about it."""
+    """Print the draws, whether their chains agree, and warnings."""
+    from inference.models.model_draws import PosteriorDraws
     from poe_merge.sampling import Seeds
 
-    what, console = done.what, _console()
-    made = f"{done.out}: {what.members} members as {what.format}, {size(done.nbytes)} in {done.seconds:.1f} s"
-    modules = "1 module" if done.modules == 1 else f"{done.modules} modules"
-    how = f"{modules} drawn by {what.method} {_how_drawn(what, done.shared)}"
-    console.print(escape(f"{made}; {how}."), soft_wrap=True)
-    if isinstance(what, Seeds):
-        console.print("Independent draws, one for each seed: there are no chains to judge.")
-    elif done.convergence is None:
-        console.print("Independent draws of Laplace's approximation: there are no chains to judge.")
-    else:
-        r_hat, ess = (
-            "unknown" if value is None else f"{value:{form}}"
-            for value, form in ((done.convergence["r_hat"], ".3f"), (done.convergence["ess"], ".0f"))
-        )
-        chains = "1 chain" if what.chains == 1 else f"{what.chains} chains"
-        console.print(f"{chains} of {what.draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
-        for text in done.convergence["warnings"]:
-            warning(text)
-    if done.experts:
-        kept = ", ".join(map(_kept, done.experts))
+    what, draws, console = done.what, done.drawn.draws, _console()
+    made = f"{done.out}: {what.members} members as {what.format}, {_folder_size(done.out)} in {done.seconds:.1f} s"
+    modules = "1 module" if len(draws.modules) == 1 else f"{len(draws.modules)} modules"
+    name = what.method if isinstance(what, Seeds) else what.sampler
+    console.print(escape(f"{made}; {modules} drawn by {name} {_how_drawn(what, done.shared)}."), soft_wrap=True)
+    _chains(done, console)
+    if done.drawn.experts:
+        kept = ", ".join(map(_kept, done.drawn.experts))
         console.print(escape(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
-    if done.around is not None:
-        console.print(escape(f"{done.around}."), soft_wrap=True)
+    if isinstance(draws, PosteriorDraws) and draws.from_merge is not None:
+        console.print(escape(f"{draws.about}: {draws.from_merge}."), soft_wrap=True)
     for text in done.warnings:
         warning(text)
+
+
+def _chains(done: SampleReport, console: Console) -> None:
+    """Print whether the chains agree."""
+    found, draws = done.drawn.convergence, done.drawn.draws
+    if found is None:
+        console.print("Independent draws: there are no chains to judge.")
+        return
+    r_hat, ess = (
+        "unknown" if value is None else f"{value:{form}}"
+        for value, form in ((found["r_hat"], ".3f"), (found["ess"], ".0f"))
+    )
+    chains = "1 chain" if draws.num_chains == 1 else f"{draws.num_chains} chains"
+    console.print(f"{chains} of {draws.num_draws} draws: largest R-hat {r_hat}, smallest effective sample size {ess}.")
+    for text in found["warnings"]:
+        warning(text)
+
+
+def _folder_size(folder: Path) -> str:
+    return size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
 def _how_drawn(what: Sampling | Seeds, shared: int) -> str:
@@ -183,12 +195,12 @@ def diagnosis(path: Path, warnings: Sequence[Verdict]) -> None:
 
 def presets(known: Mapping[str, Preset]) -> None:
     """Print the presets: what they are for, and what they set."""
-    table = Table("preset", "lambda", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table("preset", "scaling", "scale", "for", box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.columns[0].no_wrap = True
     common = set.intersection(*({*map(str, preset.parameters.items())} for preset in known.values()))
     for name, preset in known.items():
         values = preset.parameters
-        table.add_row(name, str(values["lambda"]), values["scale"], escape(preset.about))
+        table.add_row(name, str(values["scaling"]), values["scale"], escape(preset.about))
     console = _console()
     console.print("Bui et al. (2026), arXiv 2607.01689, Table 5:\n")
     console.print(table)
@@ -198,21 +210,18 @@ def presets(known: Mapping[str, Preset]) -> None:
 
 
 def methods(known: Mapping[str, type[MergingMethod]]) -> None:
-    """Print the merging methods: how they are called, what they need, whom to cite."""
-    columns = ("method", "in the literature", "sees", "data", "streams", "draws", "citation")
-    table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    """Print the merging methods: what they see and need, how they are called, whom to cite."""
+    table = Table("method", "sees", "needs", "streams", "random", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.columns[0].no_wrap = True
     for name, method in known.items():
         about = method.about
-        streams, draws = (("yes" if flag else "no") for flag in (about.streaming, about.random))
-        row = (name, about.title, f"a {about.scope}", about.data, streams, draws, about.citation)
-        table.add_row(*map(escape, row))
+        streams, random = (("yes" if flag else "no") for flag in (about.streaming, about.random))
+        table.add_row(name, f"a {about.scope}", "nothing" if about.data == "none" else about.data, streams, random)
     console = _console()
     console.print(table)
-    console.print()
     for name, method in known.items():
-        console.print(escape(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
+        console.print(escape(f"\n{name}({', '.join(_settings(method))})"), soft_wrap=True)
+        console.print(escape(f"  {method.about.title}. {method.about.citation}"), soft_wrap=True)
 
 
 def _settings(method: type[MergingMethod]) -> list[str]:
@@ -236,7 +245,7 @@ def size(nbytes: float) -> str:
 
 
 class _Modules(ProgressColumn):
-    """How many matrices are solved."""
+    """Column of a progress bar: the number of matrices that are solved."""
 
     @override
     def render(self, task: Task) -> Text:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from diagnostics.chains import ChainConvergence, CoefficientIntervals, chain_convergence, coefficient_intervals
 from diagnostics.predictions.evaluation import Evaluation, evaluate
@@ -20,28 +16,24 @@ from diagnostics.solver import FixedPointConvergence, fixed_point_convergence
 from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
-from inference.models.digest import Progress, Silent, digest_inputs
+from inference.models.digest import Progress, Silent
 from inference.models.draw_files import load_draws
-from inference.models.method_draws import MethodDraws
-from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
+from inference.models.model_draws import PosteriorDraws, SpanDraws
 from poe_merge.beside import beside_verdict
-from poe_merge.merged import read_record
-from poe_merge.recorded import experts_of, merge_of
+from poe_merge.record import NotBuiltIn, design_of, experts_of, merge_of, read_record, task_vectors_of, unprepared
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.rules import RuleTable
 from poe_models.weights.task_vectors import TaskVectors
 
-EXPERT = "expert "
 NUM_SURROGATES = 19
 LEVEL = 0.05
 METHODS_MAP = InputGram()
-"""What measures the residuals of a method's merge unless told otherwise."""
+"""Measures the residuals of a method's merge unless told otherwise."""
 
 
 @dataclass
 class Findings:
-    """What could be found out, and why the rest could not."""
+    """Results of the diagnostics that could be made, with verdicts that say why the others could not."""
 
     fixed_point: FixedPointConvergence | None = None
     chains: ChainConvergence | None = None
@@ -68,28 +60,28 @@ def diagnose(
     """Make the report of a merged folder.
 
     Args:
-        run: what `poe-merge merge` made.
-        draws: a folder of draws, as `poe-merge sample` and `save_draws` make them.
-        predictions: a file of predictions, see `diagnostics.predictions.files`.
-        tails: read base, experts and merge again for the residuals and their tails.
-        residual_map: measures residuals in the place of the merge's experts; `InputGram` by default where a method,
+        run: Folder that `poe-merge merge` made.
+        draws: A folder of draws, as `poe-merge sample` and `save_draws` make them.
+        predictions: A file of predictions, see `diagnostics.predictions.files`.
+        tails: Read base, experts and merge again for the residuals and their tails.
+        residual_map: Measures residuals in the place of the merge's experts; `InputGram` by default where a method,
             which has no experts, has merged.
-        num_surrogates: Gaussian updates that are merged in the same way, as the null of a heavy tail; 0 for none. Each
-            costs about as much as the merge.
-        seed: of resamples and surrogates.
-        progress: told about the merges of surrogates.
+        num_surrogates: Merges of Gaussian updates, as the null of a heavy tail; 0 for none. Each takes as
+            long as the merge.
+        seed: Of resamples and surrogates.
+        progress: Told about the merges of surrogates.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: something that was given cannot be read.
+        ValueError: If something that was given cannot be read.
     """
     record = read_record(run)
     found = Findings()
     merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
     modules = [module for tensor in merged for module in tensor["modules"]]
-    solved = [module for tensor in merged if "experts" in _design(record, tensor) for module in tensor["modules"]]
+    solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
     if solved:
         found.fixed_point = fixed_point_convergence(solved)
     if draws is not None:
@@ -115,39 +107,22 @@ def diagnose(
 
 
 def check_out(out: Path) -> None:
-    """Refuse, before anything is read, to write a page over something else.
-
-    Args:
-        out: where the page is to go.
-
-    Raises:
-        ValueError: the name does not end in `.html`, or a folder has it.
-    """
+    """Refuse, before anything is read, to write a page over something else or under another kind of name."""
     if out.suffix != ".html" or out.is_dir():
         raise ValueError(f"`poe-merge diagnose --out {out}`: the report is a page. Give a name that ends in .html.")
 
 
 def write_page(text: str, out: Path) -> Path:
-    """Write the page, whole or not at all; one that is there is replaced.
-
-    Args:
-        text: HTML.
-        out: ends in `.html`.
-
-    Returns:
-        Its absolute path.
-    """
+    """Write the page, whole or not at all; one that is there is replaced. Returns its absolute path."""
     check_out(out)
     target = out.expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    partial = target.with_name(f".{target.name}.partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)
-        Path(partial).replace(target)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return target
 
 
@@ -159,11 +134,11 @@ def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
     if isinstance(draws, PosteriorDraws):
-        found.around = beside_verdict(draws, run, record, lambda: _task_vectors(record))
+        found.around = beside_verdict(draws, run, record, lambda: task_vectors_of(record))
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
-    if isinstance(draws, MethodDraws) or (isinstance(draws, FullDraws) and draws.method != "gibbs"):
-        how = draws.method if isinstance(draws, FullDraws) else "seeds of a merging method"
+    if draws.independent:
+        how = draws.sampler if isinstance(draws, PosteriorDraws) else "seeds of a merging method"
         text = f"{len(draws)} independent draws ({how}): there are no chains to judge."
         found.verdicts.append(Verdict("draws", Level.NOTE, text))
     else:
@@ -181,8 +156,8 @@ def _fit_tails(
 ) -> None:
     """Residuals and tails; where the inputs are not what they were, a note why there are none."""
     try:
-        vectors = _task_vectors(record)
-        designs = {str(t["tensor"]): _design(record, t) for t in record["tensors"] if "design" in t}
+        vectors = task_vectors_of(record)
+        designs = {str(t["tensor"]): design_of(record, t) for t in record["tensors"] if "design" in t}
         experts = {name: _experts(design, residual_map) for name, design in designs.items()}
         found.measured = _measured(designs, residual_map)
         found.residuals = residuals(
@@ -191,11 +166,12 @@ def _fit_tails(
         surrogates = None
         if num_surrogates:
             surrogates = _surrogates(record, vectors, experts, num_surrogates, seed, progress, found)
-        found.tails = pooled_tails(found.residuals, surrogates=surrogates, level=_level(num_surrogates), seed=seed)
+        level = max(LEVEL, 1 / (num_surrogates + 1))  # so few surrogates can reach no smaller one
+        found.tails = pooled_tails(found.residuals, surrogates=surrogates, level=level, seed=seed)
     except (ValueError, CheckpointError, OSError) as error:
         part = "tails" if found.residuals is not None else "residuals"
-        text = f"left out: {error}"
-        found.verdicts.append(Verdict(part, Level.UNKNOWN, text))
+        way_out = " Name a residual map that measures them, --residual-map." if isinstance(error, NotBuiltIn) else ""
+        found.verdicts.append(Verdict(part, Level.UNKNOWN, f"left out: {error}{way_out}"))
 
 
 def _surrogates(
@@ -209,35 +185,30 @@ def _surrogates(
 ) -> Surrogates | None:
     """Residuals of the same merge of Gaussian updates; where the record does not hold the merge, a note why not."""
     try:
-        merge = merge_of(record, vectors.base)
+        merge = unprepared(merge_of(record, vectors.base))
         return surrogate_residuals(
             vectors, merge, lambda tensor: experts[tensor], num_surrogates=count, seed=seed, progress=progress
         )
     except ValueError as error:
-        text = f"the same merge of Gaussian updates could not be made, so that no tail has a null: {error}"
+        way_out = (
+            " Make it in Python: `surrogate_residuals(task_vectors, poe)` with your product of experts."
+            if isinstance(error, NotBuiltIn)
+            else ""
+        )
+        text = f"the same merge of Gaussian updates could not be made, so that no tail has a null: {error}{way_out}"
         found.verdicts.append(Verdict("null control", Level.UNKNOWN, text))
         return None
 
 
-def _level(num_surrogates: int) -> float:
-    """5 %, or what so few surrogates can reach."""
-    return max(LEVEL, 1 / (num_surrogates + 1))
-
-
-def _design(record: Mapping[str, Any], tensor: Mapping[str, Any]) -> Mapping[str, Any]:
-    design: Mapping[str, Any] = record["designs"][tensor["design"]]
-    return design
-
-
 def _experts(design: Mapping[str, Any], residual_map: ResidualMap | None) -> Experts:
-    """Who measures the residuals of a tensor."""
+    """Experts or the residual map that measure the residuals of a tensor."""
     if residual_map is not None:
         return residual_map
     return METHODS_MAP if "method" in design else experts_of(design)
 
 
 def _measured(designs: Mapping[str, Mapping[str, Any]], residual_map: ResidualMap | None) -> str:
-    """Who measured residuals, where it is not the merge's own experts."""
+    """Sentence on the map that measured residuals, where it was not the merge's own experts; else nothing."""
     if residual_map is not None:
         return f"Residuals are measured by {residual_map!r}, which was asked for."
     titles = dict.fromkeys(str(design["title"]) for design in designs.values() if "method" in design)
@@ -247,24 +218,3 @@ def _measured(designs: Mapping[str, Mapping[str, Any]], residual_map: ResidualMa
         f"{' and '.join(titles)} has no experts and so no residuals of its own: residuals are measured by "
         f"{METHODS_MAP!r} (`--residual-map` asks for another)."
     )
-
-
-def _task_vectors(record: Mapping[str, Any]) -> TaskVectors:
-    """Base and experts as they were merged.
-
-    Raises:
-        CheckpointError: if one is not what it was.
-    """
-    inputs = record["inputs"]
-    experts = {role.removeprefix(EXPERT): entry for role, entry in inputs.items() if role.startswith(EXPERT)}
-    dtype = {"float32": torch.float32, "float64": torch.float64}[record["compute_dtype"]]
-    sources = {name: str(entry["source"]) for name, entry in experts.items()}
-    for source in (str(inputs["base"]["source"]), *sources.values()):
-        if not Path(source).exists():
-            raise CheckpointError(f"{source} is not there any more; residuals need base and experts. Put it back.")
-    vectors = TaskVectors(str(inputs["base"]["source"]), sources, RuleTable.from_dicts(record["rules"]), dtype)
-    checkpoints = {"base": vectors.base, **{f"{EXPERT}{name}": each for name, each in vectors.experts.items()}}
-    for role, entry in digest_inputs(checkpoints, [], Silent()).items():
-        if entry["sha256"] != inputs[role]["sha256"]:
-            raise CheckpointError(f"{role} ({entry['source']}) has changed since the merge. Merge again.")
-    return vectors

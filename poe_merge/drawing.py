@@ -1,4 +1,4 @@
-"""Draws of a whole model by any method, whose designs may differ between tensors."""
+"""Draws of a whole model by any sampler, whose designs may differ between tensors."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ import dataclasses
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
-from inference.draws import Draws, StoredDraws
-from inference.gibbs import gibbs
-from inference.laplace import Laplace
-from inference.merge_distance import MergeDistance, span_distance
+from inference.draws import Draws
+from inference.merge_distance import span_distance
 from inference.models.design import Design
 from inference.models.digest import Progress
 from inference.models.full_draws import not_drawn, sample_full
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
-from inference.models.modules import module_names, read_modules, with_names
+from inference.models.modules import module_names, with_names
 from inference.models.statistics_files import statistics_digest
-from inference.nuts import nuts
 from inference.propriety import undetermined
 from inference.retention import ExpertRetention
-from inference.slice import slice_sample
+from inference.samplers import SAMPLERS
 from inference.tempering import temperature_range
 from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
-from poe_merge.sampling import Sampling
+from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
+from poe_models.energies import Energy
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
 from poe_models.weights.task_vectors import TaskVectors
@@ -50,12 +48,26 @@ class Drawn:
         data: ArviZ's InferenceData, one for each distinct design; Span only.
         experts: What the merge that they surround kept of each expert; none for a method's seeds.
         warnings: What a reader should know.
+        convergence: R-hat, effective sample size and verdicts as plain data; None for independent draws.
     """
 
     draws: SpanDraws | FullDraws | MethodDraws
     data: tuple[Any, ...]
     experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
+    convergence: Mapping[str, Any] | None = None
+
+
+def check_drawable(task_vectors: TaskVectors, designs: Table, what: Sampling) -> None:
+    """Refuse, before any pass over the weights, a pattern that fits no module and an energy that cannot be drawn."""
+    for design, _ in _groups(task_vectors, designs, _modules(task_vectors), what.pattern):
+        for expert in design.poe.experts:
+            reason = SAMPLERS[what.sampler].refusal(expert.energy)
+            if reason is not None:
+                raise ValueError(
+                    f"--sampler {what.sampler}: the energy {expert.energy!r} of {expert.name!r} {reason}. Use "
+                    f"--sampler {_serving(expert.energy, what.coordinates)}."
+                )
 
 
 def draw_span(
@@ -74,7 +86,7 @@ def draw_span(
         The draws.
 
     Raises:
-        ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
+        ValueError: If tensors are about different experts, or a posterior is improper.
     """
     if len({each.updates for each in statistics}) > 1:
         raise ValueError(
@@ -83,31 +95,19 @@ def draw_span(
         )
     modules = [name for each in statistics for name in each.modules]
     sets = [(each, place) for each in statistics for place in range(len(each.modules))]
-    groups = _groups(task_vectors, designs, modules, what.pattern)
+    groups, left = _determined(_groups(task_vectors, designs, modules, what.pattern), sets, what)
     whole = [(each, _selected(sets, places)) for each, places in _groups(task_vectors, designs, modules, "")]
     generator, digest = what.generator(), _digest(statistics)
-    groups, left = _determined(groups, sets, what)
     parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
-    for number, (design, places) in enumerate(groups):
-        some = _selected(sets, places)
-        posterior = _posterior(design, some, what)
-        merge = merge_in_span(posterior, design)
-        step = steps(what.method if len(groups) == 1 else f"{what.method} {number + 1}/{len(groups)}")
-        try:
-            chains = _run(posterior, merge, what, generator, step)
-        except ValueError as error:
-            raise with_names(error, some.modules) from error
-        made, said = _inference_data(chains, posterior, chains=what.method != "laplace")
+    for number, (design, places) in enumerate(groups, 1):
+        name = what.sampler if len(groups) == 1 else f"{what.sampler} {number}/{len(groups)}"
+        part, made, said = _draw_group(design, _selected(sets, places), what, generator, partial(steps, name))
         made.attrs["statistics_digest"] = digest
+        parts.append(part)
         data.append(made)
         notes += said
-        if bool(posterior.active.any()):
-            notes += _too_hot(what.temperature, temperature_range(posterior)[1])
-        named = SpanDraws.of(chains, posterior)
-        away = span_distance(some, named.coefficients, posterior.coefficients(merge))
-        parts.append(dataclasses.replace(named, from_merge=away))
     order = [place for _, places in groups for place in places]
-    draws = _joined(parts, order, digest)
+    draws = SpanDraws.joined(parts, digest).select(sorted(range(len(order)), key=order.__getitem__))
     return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
@@ -124,20 +124,20 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         The draws.
 
     Raises:
-        ValueError: The pattern fits no module, the method does not fit an energy, or a posterior is improper.
+        ValueError: If a posterior is improper.
     """
-    modules = [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+    modules = _modules(task_vectors)
     groups = _groups(task_vectors, designs, modules, what.pattern)
-    hot: dict[int, Design] = {}
-    for design, _ in groups:
-        _check_method(design, what)
-        hot[id(design)] = dataclasses.replace(design, poe=dataclasses.replace(design.poe, temperature=what.temperature))
+    hot = {
+        id(design): dataclasses.replace(design, poe=dataclasses.replace(design.poe, temperature=what.temperature))
+        for design, _ in groups
+    }
     draws = sample_full(
         task_vectors,
         lambda tensor: hot.get(id(designs(tensor)), designs(tensor)),
         what.draws,
         generator=what.generator(task_vectors.device),
-        method="laplace" if what.method == "laplace" else "gibbs",
+        sampler=cast(Literal["gibbs", "laplace"], what.sampler),
         chains=what.chains,
         warmup=what.warmup,
         thin=what.thin,
@@ -146,10 +146,22 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
     )
     left = [modules[place] for _, places in groups for place in places if modules[place] not in draws.modules]
     notes = [not_drawn(left)] if left else []
-    if what.method != "laplace" and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
+    if not what.independent and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
         notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
-    notes += _too_hot(what.temperature, _hottest(task_vectors, designs, draws.modules))
-    return Drawn(draws, (), kept_when_solved(task_vectors, designs, draws.modules), tuple(notes))
+    experts, highest = kept_when_solved(task_vectors, designs, draws.modules)
+    return Drawn(draws, (), experts, tuple(notes + _too_hot(what.temperature, highest)))
+
+
+def _modules(task_vectors: TaskVectors) -> list[str]:
+    return [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+
+
+def _serving(energy: Energy, coordinates: str) -> str:
+    """The samplers that can draw an energy: in these coordinates, and in Span ones."""
+    serving = {name: each.coordinates for name, each in SAMPLERS.items() if each.refusal(energy) is None}
+    here = [name for name, places in serving.items() if coordinates in places]
+    there = [name for name in serving if name not in here]
+    return one_of(here) + (f"; or, with --coordinates span, {one_of(there)}" if there else "")
 
 
 def _groups(
@@ -195,70 +207,43 @@ def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int])
 
 
 def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> Posterior:
-    _check_method(design, what)
     return dataclasses.replace(design.span_product, temperature=what.temperature).bind(statistics)
 
 
-def _check_method(design: Design, what: Sampling) -> None:
-    """Refuse Gibbs sampling of an energy that has no scale mixture, with options instead of functions."""
-    if what.method != "gibbs":
-        return
-    for expert in design.poe.experts:
-        try:
-            expert.energy.for_dimension(torch.ones((), dtype=torch.float64)).scale_mixture()
-        except ValueError:
-            raise ValueError(
-                f"--method gibbs: the energy {expert.energy!r} of {expert.name!r} has no known Gaussian scale mixture. "
-                "Use --method slice or --method nuts, with --coordinates span."
-            ) from None
-
-
-def _run(
-    posterior: Posterior,
-    merge: Tensor,
+def _draw_group(
+    design: Design,
+    statistics: SpanStatistics,
     what: Sampling,
     generator: torch.Generator,
-    step: Callable[[int, int], None],
-) -> Draws:
-    if what.method == "laplace":
-        made = Laplace(posterior, merge).sample(what.draws, generator)
-        values = torch.stack([made.latents(0, draw) for draw in range(what.draws)]).unsqueeze(0)
-        return StoredDraws(values, made_by="laplace", heat=posterior.fixed_temperature)
-    settings: dict[str, Any] = {"chains": what.chains, "warmup": what.warmup, "progress": step}
-    if what.method == "nuts":
-        return nuts(posterior, what.draws, generator=generator, **settings)
-    sampler = gibbs if what.method == "gibbs" else slice_sample
-    return sampler(posterior, what.draws, generator=generator, thin=what.thin, **settings)
+    stage: Callable[[], Callable[[int, int], None]],
+) -> tuple[SpanDraws, Any, list[str]]:
+    """Draws of the modules of one design, ArviZ's InferenceData of them, and what a reader should know."""
+    posterior = _posterior(design, statistics, what)
+    mode = merge_in_span(posterior, design)
+    sampler = SAMPLERS[what.sampler]
+    offered = {"chains": what.chains, "warmup": what.warmup, "thin": what.thin, "mode": mode}
+    settings: dict[str, Any] = {name: value for name, value in offered.items() if name in sampler.settings}
+    if "progress" in sampler.settings:
+        settings["progress"] = stage()
+    try:
+        chains = sampler.draw(posterior, what.draws, generator=generator, **settings)
+    except ValueError as error:
+        raise with_names(error, statistics.modules) from error
+    data, notes = _inference_data(chains, posterior)
+    notes = [] if what.independent else notes
+    if bool(posterior.active.any()):
+        notes += _too_hot(what.temperature, temperature_range(posterior)[1])
+    named = SpanDraws.of(chains, posterior)
+    away = span_distance(statistics, named.coefficients, posterior.coefficients(mode))
+    return dataclasses.replace(named, from_merge=away), data, notes
 
 
-def _inference_data(draws: Draws, posterior: Posterior, chains: bool) -> tuple[Any, list[str]]:
-    """ArviZ's InferenceData, and what it says about the number of draws if they are chains."""
+def _inference_data(draws: Draws, posterior: Posterior) -> tuple[Any, list[str]]:
+    """ArviZ's InferenceData, and what it says about the number of draws."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = to_inference_data(draws, posterior)
-    notes = [str(each.message) for each in caught if chains and each.category is TooFewDraws]
-    return data, notes
-
-
-def _joined(parts: Sequence[SpanDraws], order: Sequence[int], digest: str) -> SpanDraws:
-    """The draws of several groups of modules as one, in the order of the statistics."""
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-
-    def join(values: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat(list(values), dim).index_select(dim, back)
-
-    modules = [name for part in parts for name in part.modules]
-    designs = [text for part in parts for text in part.designs]
-    return dataclasses.replace(
-        parts[0],
-        modules=tuple(modules[place] for place in back.tolist()),
-        squared_norms=join([part.squared_norms for part in parts], 0),
-        source=digest,
-        stats={name: join([part.stats[name] for part in parts], 2) for name in parts[0].stats},
-        from_merge=MergeDistance.joined([part.from_merge for part in parts if part.from_merge]).select(back.tolist()),
-        designs=tuple(designs[place] for place in back.tolist() if designs),
-        coefficients=join([part.coefficients for part in parts], 2),
-    )
+    return data, [str(each.message) for each in caught if each.category is TooFewDraws]
 
 
 def _digest(statistics: Sequence[SpanStatistics]) -> str:
@@ -281,16 +266,3 @@ def _too_hot(temperature: float, highest: float) -> list[str]:
         f"temperature {temperature:g}: above about {highest:.2g} draws are the anchor's rather than the experts'. Give "
         "a lower --temperature, or choose it on validation data (`inference.tempering.temper`)."
     ]
-
-
-def _hottest(task_vectors: TaskVectors, designs: Table, drawn: Sequence[str]) -> float:
-    """The highest temperature of `temperature_range` over some modules."""
-    highest = 0.0
-    for tensor in task_vectors.treatments:
-        if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
-            continue
-        for module in read_modules(task_vectors, tensor, designs(tensor)):
-            posterior = module.posterior
-            if module.name in drawn and bool(posterior.active.any()):
-                highest = max(highest, temperature_range(posterior)[1])
-    return highest

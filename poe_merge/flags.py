@@ -1,4 +1,4 @@
-"""Every key of the configuration as a flag: the options of a command, and what they put into the configuration."""
+"""Flags made from the keys of the configuration, and configurations with their values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from poe_merge.specs import nearest
 
 _OPTIONS = {"merge_method": "--method", "models": "--model", "rules": "--rule"}
 """Flags that are not called as their key."""
-COMMANDS = {"merge_method": ("plan", "merge"), "coordinates": ("plan", "merge", "stats")}
+COMMANDS = {"merge_method": ("plan", "merge", "sample"), "coordinates": ("plan", "merge", "stats")}
 """Commands that have the flag, where not all have it."""
 _LISTS = {key: Value(lambda raw, _: raw, word, many=True) for key, word in (("models", "PATH"), ("rules", "RULE"))}
 """Lists of sections, one for each time that the flag is given."""
@@ -31,14 +31,14 @@ _NAMED = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Flag:
-    """One option.
+    """Option of a command that sets a key of the configuration.
 
     Args:
-        place: Where its value goes in the configuration.
-        option: As it is typed.
+        place: Place of the key.
+        option: The option as it is typed.
         about: The key's description.
-        value: What may stand there.
-        default: What holds if nothing is given, or None.
+        value: The key's type.
+        default: Value if nothing is given, or None.
         per_model: Whether `NAME=VALUE` sets it for one model.
     """
 
@@ -56,12 +56,12 @@ class Flag:
 
     @property
     def switches(self) -> tuple[str, ...]:
-        """Its two options, on and off, if it has no value."""
+        """The two options, on and off, of a flag without a value."""
         return (self.option, f"--no-{self.option[2:]}") if isinstance(self.default, bool) else ()
 
     @property
     def help(self) -> str:
-        """Its line in `--help`: what it is, what is built in, and the default."""
+        """Line of `--help`: the description, the names that are built in, and the default."""
         kind = None if self.value.path else self.value.kind
         names = f" Known: {', '.join(kind.registry)}; or your own, my_module:Mine or file.py:Mine." if kind else ""
         shown = ", ".join(self.default) if isinstance(self.default, list) else self.default
@@ -70,7 +70,7 @@ class Flag:
 
     @property
     def parameter(self) -> inspect.Parameter:
-        """As typer wants it."""
+        """Parameter from which typer makes the option."""
         kind: Any = bool if self.switches else list[str] if self.value.many or self.per_model else str
         named = "[NAME=]" if self.per_model or self.place == ("models",) else ""
         option = typer.Option(
@@ -86,8 +86,8 @@ class Flag:
 def _flags(section: type[Section], *place: str) -> list[Flag]:
     """The flags of a section of the configuration, in the order of its fields."""
     flags, values = [], {**section.values(), **_LISTS}
-    for field in section.model_fields.values():
-        key, kind = str(field.alias), field.annotation
+    for key, field in section.model_fields.items():
+        kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             flags += _flags(kind, *place, key)
             continue
@@ -103,12 +103,16 @@ FLAGS = tuple(_flags(MergeConfig))
 
 
 class ConfiguredCommand(TyperCommand):
-    """A command with these flags; its help names what is built in, which takes importing torch to know."""
+    """Command with these flags, whose help names what is built in; to know that takes importing torch."""
+
+    def helps(self) -> dict[str, str]:
+        """Help texts by the name of the parameter, where they are not complete yet."""
+        return {flag.name: flag.help for flag in FLAGS}
 
     @override
     def get_help(self, ctx: Any) -> str:
-        """Its help text."""
-        texts = {flag.name: flag.help for flag in FLAGS}
+        """Help text of the command."""
+        texts = self.helps()
         for option in self.params:
             if isinstance(option, TyperOption):
                 option.help = texts.get(str(option.name), option.help)
@@ -133,14 +137,9 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def overridden(document: Document, flags: Mapping[str, Any]) -> Document:
-    """Configuration data with the values of flags in place of the file's.
+    """Configuration data with the values of flags, as `with_flags` passes them, in place of the file's.
 
-    Args:
-        document: What the file says.
-        flags: Values by parameter name, as `with_flags` passes them.
-
-    Returns:
-        New data, with the option that each part came from; mistakes in flags are among its problems.
+    Each part has the option that it came from as its origin; mistakes in flags are among the problems.
     """
     result = deepcopy(document)
     for flag in FLAGS:  # --model first, whose names others use
@@ -176,7 +175,7 @@ def _by_model(texts: list[Any], flag: Flag) -> dict[str | None, list[Any]]:
 
 
 def _index(document: Document, model: str) -> int:
-    """Which entry of `models` has a name."""
+    """Position among `models` of the one with a name."""
     listed = document.data.get("models")
     entries = [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
     labels = [label_of(entry.get("name"), str(entry.get("model"))) for entry in entries]

@@ -1,4 +1,4 @@
-"""How much the merge that draws surround kept of every expert: from its record, from Span statistics, or solved for."""
+"""Retention of every expert by the merge that draws surround: from Span statistics, or solved for."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from inference.map import fixed_point
 from inference.models.design import Design
 from inference.models.modules import merged_update, module_names, read_modules
 from inference.retention import ExpertRetention, retention, totals
+from inference.tempering import temperature_range
 from poe_merge.stats import Table
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
 from poe_models.weights.task_vectors import TaskVectors
-
-Records = list[Mapping[str, Any]]
-"""Scaling λ and what a module kept."""
 
 
 def merge_in_span(posterior: Posterior, design: Design) -> Tensor:
@@ -45,15 +43,8 @@ def merge_in_span(posterior: Posterior, design: Design) -> Tensor:
 
 
 def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple[ExpertRetention, ...]:
-    """From statistics: the merge is in the span, or is the MAP of the span.
-
-    Args:
-        groups: each design with the statistics of its modules.
-
-    Returns:
-        One entry per expert.
-    """
-    records: Records = []
+    """Retention of each expert, from each design with the statistics of its modules."""
+    records: list[Mapping[str, Any]] = []
     for design, statistics in groups:
         posterior = design.span_product.bind(statistics)
         merge = merge_in_span(posterior, design)
@@ -63,25 +54,22 @@ def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple
     return totals(records)
 
 
-def kept_when_solved(task_vectors: TaskVectors, designs: Table, drawn: Collection[str]) -> tuple[ExpertRetention, ...]:
-    """By solving the merge of some modules.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: The design of each tensor.
-        drawn: Names of the modules.
-
-    Returns:
-        One entry per expert.
-    """
-    records: Records = []
+def kept_when_solved(
+    task_vectors: TaskVectors, designs: Table, drawn: Collection[str]
+) -> tuple[tuple[ExpertRetention, ...], float]:
+    """Retention of each expert by solving some modules, and the highest temperature at which experts hold one."""
+    records: list[Mapping[str, Any]] = []
+    highest = 0.0
     for tensor in task_vectors.treatments:
         if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
             continue
         design = designs(tensor)
         for module in read_modules(task_vectors, tensor, design):
-            if module.name in drawn:
-                posterior, merge = module.posterior, merged_update(module, design).unsqueeze(0)
-                found = retention(posterior, merge, posterior.residuals(merge))
-                records.append(found.scaled(design.scaling).record(0))
-    return totals(records)
+            if module.name not in drawn:
+                continue
+            posterior, merge = module.posterior, merged_update(module, design).unsqueeze(0)
+            found = retention(posterior, merge, posterior.residuals(merge))
+            records.append(found.scaled(design.scaling).record(0))
+            if bool(posterior.active.any()):
+                highest = max(highest, temperature_range(posterior)[1])
+    return totals(records), highest

@@ -41,12 +41,12 @@ _RELEASED_VISION: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def _table_5(about: str, scale: float, lambda_: float = 1.0, rules: tuple[Mapping[str, Any], ...] = ()) -> Preset:
+def _table_5(about: str, scale: float, scaling: float = 1.0, rules: tuple[Mapping[str, Any], ...] = ()) -> Preset:
     parameters = {
         "residual_map": "OutputGram",
         "energy": "Cauchy",
         "scale": f"NormScaled({scale})",
-        "lambda": lambda_,
+        "scaling": scaling,
         "eta": "AbsolutePrecision(0.001)",
         "anchor": "zero",
         "starts": ["ones"],

@@ -1,47 +1,50 @@
-"""What `poe-merge sample` is to draw: its options with every number filled in."""
+"""Settings of `poe-merge sample`: its options with every number filled in."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
 
 import torch
 
+from inference.samplers import SAMPLERS
 from poe_merge.config import MergeConfig
+from poe_merge.settings import POE
 from poe_merge.specs import METHOD, names_method, nearest, parse_spec
 from poe_models.methods import METHODS
 
-Method = Literal["gibbs", "laplace", "slice", "nuts"]
 Coordinates = Literal["span", "full"]
 Format = Literal["checkpoints", "deltas"]
-CHAINS = 4
-WARMUP = {"gibbs": 200, "slice": 200, "nuts": 500}
 DRAWS = 500
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What to draw, with every number filled in.
-
-    Args:
-        members: How many merged models.
-        method: The sampler.
-        coordinates: Coefficients on the experts' updates and the merge, or the merged updates themselves.
-        temperature: Of the posterior.
-        pattern: Regular expression; modules whose names it does not find stay the merge's.
-        chains: How many; 1 for Laplace's independent draws.
-        draws: Kept per chain.
-        warmup: Steps per chain before the first kept draw.
-        thin: Steps per kept draw.
-        seed: Of the generator.
-        format: What the members are written as.
-    """
+class Options:
+    """Options of `poe-merge sample` as they were typed; those about a posterior are None if they were not."""
 
     members: int
-    method: Method
+    pattern: str
+    format: str
+    sampler: str | None = None
+    coordinates: str | None = None
+    temperature: float | None = None
+    stats: Path | None = None
+    chains: int | None = None
+    draws: int | None = None
+    warmup: int | None = None
+    thin: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draws of a posterior: :class:`Options` with every number filled in, and the seed of the generator."""
+
+    members: int
+    sampler: str
     coordinates: Coordinates
     temperature: float
     pattern: str
@@ -52,6 +55,11 @@ class Sampling:
     seed: int
     format: Format
 
+    @property
+    def independent(self) -> bool:
+        """Whether there are no chains to judge."""
+        return SAMPLERS[self.sampler].independent
+
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """The source of all randomness."""
         return torch.Generator(device).manual_seed(self.seed)
@@ -59,14 +67,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Which seeds of a random merging method to draw.
+    """Merges by a random method, one at each of several seeds.
 
-    Args:
+    Attributes:
         method: The method, as text.
         first: The first member's seed, which is the method's own; those of the others follow.
         members: How many merged models.
         pattern: Regular expression; modules whose names it does not find stay at the first seed.
-        format: What the members are written as.
+        format: Format of the members' files.
     """
 
     method: str
@@ -81,24 +89,30 @@ class Seeds:
         return range(self.first, self.first + self.members)
 
 
-def seeds_of(
-    settings: MergeConfig, members: int, pattern: str, format: str, given: Mapping[str, object | None]
-) -> Seeds:
-    """Which seeds a configuration's merging method is drawn at.
+def requested(settings: MergeConfig, options: Options) -> Sampling | Seeds:
+    """Fill in what was not given, and refuse what does not go together.
 
     Args:
         settings: The configuration.
-        members: How many merged models.
-        pattern: Regular expression of module names.
-        format: What the members are written as.
-        given: Options that are about posteriors, None where they were not given.
+        options: What was typed.
 
     Returns:
-        What to draw.
+        Draws of the posterior, or of a merging method if the configuration has a random one.
 
     Raises:
-        ValueError: The method does not draw, or an option cannot be used.
+        ValueError: If an option cannot be used, or not with another or with the merge; says which.
     """
+    _check_choice("format", options.format, get_args(Format))
+    try:
+        re.compile(options.pattern)
+    except re.error as error:
+        raise ValueError(
+            f"--pattern {options.pattern!r}: no regular expression: {error}. Write it like 'mlp.*fc2'."
+        ) from None
+    return _sampling(settings, options) if settings.merge_method == POE else _seeds(settings, options)
+
+
+def _seeds(settings: MergeConfig, options: Options) -> Seeds:
     method = parse_spec(settings.merge_method, METHOD)
     if not method.about.random:
         random = ", ".join(name for name, each in METHODS.items() if each.about.random)
@@ -106,88 +120,60 @@ def seeds_of(
             f"merge_method: {settings.merge_method} gives the same merge at every seed. Use `poe-merge merge`; methods "
             f"that draw are {random}."
         )
-    for option, value in given.items():
-        if value is not None:
+    for option, value in asdict(options).items():
+        if value is not None and option not in ("members", "pattern", "format"):
             raise ValueError(
                 f"--{option} {value}: is about a posterior, and merge_method is {settings.merge_method}; its draws are "
                 "merges at one seed each. Leave it out."
             )
-    _check_common(pattern, format)
     first: int = getattr(method, "seed", 0)
-    return Seeds(settings.merge_method, first, members, pattern, cast(Format, format))
+    return Seeds(settings.merge_method, first, options.members, options.pattern, cast(Format, options.format))
 
 
-def sampling_of(
-    settings: MergeConfig,
-    members: int,
-    method: str,
-    temperature: float,
-    pattern: str,
-    format: str,
-    given: Mapping[str, int | None],
-    coordinates: str = "span",
-) -> Sampling:
-    """Fill in what was not given, and refuse what does not go together.
-
-    Args:
-        settings: The configuration; its own `coordinates` are those of the merge, whatever the draws are.
-        members: How many merged models.
-        method: Name of the sampler.
-        temperature: Of the posterior.
-        pattern: Regular expression of module names.
-        format: What the members are written as.
-        given: `chains`, `draws`, `warmup` and `thin`, None where they were not given.
-        coordinates: Of the draws: "span" or "full".
-
-    Returns:
-        What to draw.
-
-    Raises:
-        ValueError: An option cannot be used, or not with another or with the merge; says which.
-    """
-    if names_method(method):
+def _sampling(settings: MergeConfig, options: Options) -> Sampling:
+    sampler, coordinates = options.sampler or "gibbs", options.coordinates or "span"
+    temperature = 1.0 if options.temperature is None else options.temperature
+    if sampler not in SAMPLERS and names_method(sampler):
         raise ValueError(
-            f"--method {method}: here it names a sampler. To draw a merging method at several seeds, write "
-            f"`merge_method: {method}` in the configuration."
+            f"--sampler {sampler}: is a merging method. To draw it at several seeds, give --method {sampler}, or "
+            f"`merge_method: {sampler}` in the configuration."
         )
-    if method == "hmc":
-        raise ValueError("--method hmc: slice has taken its place, for the same energies. Use --method slice.")
-    _check_choice("method", method, get_args(Method))
-    _check_common(pattern, format)
+    _check_choice("sampler", sampler, SAMPLERS)
+    _check_choice("coordinates", coordinates, get_args(Coordinates))
     if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
-    _check_choice("coordinates", coordinates, get_args(Coordinates))
     _check_merge(settings, coordinates)
-    if coordinates == "full" and method in ("slice", "nuts"):
+    if coordinates not in SAMPLERS[sampler].coordinates:
+        others = one_of(name for name, each in SAMPLERS.items() if coordinates in each.coordinates)
         raise ValueError(
-            f"--method {method}: runs in Span coordinates only, not on whole updates. Add --coordinates span, or use "
-            "--method gibbs or laplace."
+            f"--sampler {sampler}: draws in Span coordinates only, not whole updates. Add --coordinates span, or use "
+            f"--sampler {others}."
         )
-    numbers = _numbers(members, method, given)
     return Sampling(
-        members,
-        cast(Method, method),
-        cast(Coordinates, coordinates),
-        temperature,
-        pattern,
+        members=options.members,
+        sampler=sampler,
+        coordinates=cast(Coordinates, coordinates),
+        temperature=temperature,
+        pattern=options.pattern,
         seed=settings.seed,
-        format=cast(Format, format),
-        **numbers,
+        format=cast(Format, options.format),
+        **_numbers(sampler, options),
     )
 
 
-def _check_common(pattern: str, format: str) -> None:
-    """Refuse what no kind of draw can use."""
-    _check_choice("format", format, get_args(Format))
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--pattern {pattern!r}: no regular expression: {error}. Write it like 'mlp.*fc2'.") from None
-
-
-def _check_choice(option: str, value: str, valid: Sequence[str]) -> None:
+def _check_choice(option: str, value: str, valid: Iterable[str]) -> None:
     if value not in valid:
         raise ValueError(f"--{option} {value}: {nearest(value, valid)}Choose from {', '.join(valid)}.")
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Names as a choice in a sentence.
+
+    >>> one_of(["slice", "nuts", "laplace"])
+    'slice, nuts or laplace'
+    """
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _check_merge(settings: MergeConfig, coordinates: str) -> None:
@@ -205,24 +191,23 @@ def _check_merge(settings: MergeConfig, coordinates: str) -> None:
         )
 
 
-def _numbers(members: int, method: str, given: Mapping[str, int | None]) -> dict[str, Any]:
-    """Chains, draws, warm-up and thinning."""
-    if method == "laplace":
-        _refuse(given, ("chains", "draws", "warmup", "thin"), "its draws are independent, one for each member")
-        return {"chains": 1, "draws": members, "warmup": 0, "thin": 1}
-    _refuse(given, ("thin",) if method == "nuts" else (), "it keeps every step; ask for --draws")
-    chains = CHAINS if given["chains"] is None else given["chains"]
-    draws = max(DRAWS, -(-members // chains)) if given["draws"] is None else given["draws"]
-    if draws * chains < members:
+def _numbers(sampler: str, options: Options) -> dict[str, int]:
+    """Chains, draws, warm-up and thinning; refused where the sampler has no use for them."""
+    takes, members = SAMPLERS[sampler].settings, options.members
+    independent = SAMPLERS[sampler].independent
+    why = "its draws are independent, one for each member" if independent else "it keeps every step; ask for --draws"
+    given = {name: getattr(options, name) for name in ("chains", "draws", "warmup", "thin")}
+    for name, value in given.items():
+        if value is not None and (independent or name not in {*takes, "draws"}):
+            raise ValueError(f"--{name} {value}: {sampler} has no use for it: {why}.")
+    found = {"chains": 1, "warmup": 0, "thin": 1} | {name: takes[name] for name in given if name in takes}
+    found |= {name: value for name, value in given.items() if value is not None}
+    if independent:
+        return {**found, "draws": members}
+    draws = found.setdefault("draws", max(DRAWS, -(-members // found["chains"])))
+    if draws * found["chains"] < members:
         raise ValueError(
-            f"--members {members}: {chains} chains of {draws} draws are only {chains * draws}. Ask for fewer members "
-            "or more --draws."
+            f"--members {members}: {found['chains']} chains of {draws} draws are only {found['chains'] * draws}. Ask "
+            "for fewer members or more --draws."
         )
-    warmup = WARMUP[method] if given["warmup"] is None else given["warmup"]
-    return {"chains": chains, "draws": draws, "warmup": warmup, "thin": given["thin"] or 1}
-
-
-def _refuse(given: Mapping[str, int | None], names: Sequence[str], why: str) -> None:
-    for name in names:
-        if given[name] is not None:
-            raise ValueError(f"--{name} {given[name]}: the method has no use for it: {why}.")
+    return found

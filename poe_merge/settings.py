@@ -1,4 +1,4 @@
-"""Values of a configuration: what may stand at a key, values by filter, and YAML that remembers its lines.
+"""Values of a configuration: their parsers, values by filter, and YAML that remembers its lines.
 
 A key of :mod:`poe_merge.config` is a pydantic field annotated with a `Value`, which validates it and gives its flag and
 its help text. This module imports neither torch nor the models' packages, so that `poe-merge --help` is quick.
@@ -17,7 +17,7 @@ import yaml
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
-from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_call, is_own, names_method, nearest
+from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_spec, names_method, nearest
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -29,7 +29,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
-    """Values by filter: the first case whose filter is part of the tensor's name decides, as in mergekit.
+    """Values by filter; the first case whose filter is part of the tensor's name decides, as in mergekit.
 
     Args:
         cases: Pairs of filter (None: every tensor) and value.
@@ -55,7 +55,7 @@ class Setting(Generic[T]):
         return self if self.complete else Setting(self.cases + fallback.cases)
 
     def plain(self) -> Any:
-        """As it is written in YAML."""
+        """The setting as it is written in YAML."""
         cases = [(word, list(value) if isinstance(value, tuple) else value) for word, value in self.cases]
         if len(cases) == 1 and self.complete:
             return cases[0][1]
@@ -64,15 +64,15 @@ class Setting(Generic[T]):
 
 @dataclass(frozen=True)
 class Value:
-    """What may stand at a key: ``Annotated[float, number()]``, or by filter, ``Annotated[Setting[float], number()]``.
+    """Type of a key: ``Annotated[float, number()]``, or by filter, ``Annotated[Setting[float], number()]``.
 
     Args:
-        parse: From a value of YAML or a flag's text, and the folders that relative paths refer to, to the value kept;
-            raises ValueError.
-        metavar: Its type in the help text.
-        default: What holds where neither configuration nor preset says anything.
+        parse: Maps what YAML or a flag says, and the folders that relative paths refer to, to the value; may raise
+            ValueError.
+        metavar: Name of the type in the help text.
+        default: The value where neither configuration nor preset says anything.
         many: Whether it is a tuple, of one value or several.
-        kind: The specs it may be.
+        kind: Kind of object that it names.
         path: Whether it may be a path; a flag's is relative to the current folder.
     """
 
@@ -84,7 +84,7 @@ class Value:
     path: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """How pydantic validates it."""
+        """Schema by which pydantic validates it."""
         if not any(get_origin(option) is Setting for option in get_args(source)):
             return core_schema.with_info_plain_validator_function(self._read)
         case = core_schema.with_info_plain_validator_function(self._case)
@@ -180,7 +180,7 @@ def anchor(raw: Any, folders: Folders) -> str:
     text = str(raw).strip()
     if text == "zero":
         return text
-    if names_method(text) or is_call(text) or is_own(text):
+    if names_method(text) or is_spec(text):
         return canonical_method(text, folders)
     found = located(text, folders)
     if Path(found).exists() or _HUB_ID.fullmatch(text):
@@ -303,7 +303,7 @@ def read_yaml(path: Path) -> Document:
 
 
 def _marks(node: yaml.Node, place: Place) -> Iterator[tuple[Place, yaml.Mark]]:
-    # every key and list item below a node with its start, in the order of the file
+    # Every key and list item below a node with its start, in the order of the file.
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield (*place, index), item.start_mark

@@ -43,12 +43,12 @@ class SpecError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Kind(Generic[T]):
-    """What may stand at one place of a configuration; its home is imported when it is first needed.
+    """Objects of one kind that a configuration may name, such as energies; imported when they are first needed.
 
     Args:
-        noun: What it is called in error messages.
-        home: The module that defines it.
-        base_name: Name of the class every member derives from; your own classes must, too.
+        noun: Word for one of them in error messages.
+        home: The module that defines them.
+        base_name: Name of the class that every member derives from; your own classes must, too.
         registry_name: Name of the mapping of members that need no module name.
     """
 
@@ -73,11 +73,10 @@ RESIDUAL_MAP: Kind[ResidualMap] = Kind("residual map", "poe_models.residual_maps
 SCALE: Kind[Scale] = Kind("scale", "poe_models.scales", "Scale", "SCALES")
 PRECISION: Kind[AnchorPrecision] = Kind("precision", "poe_models.scales", "AnchorPrecision", "PRECISIONS")
 METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.methods", "MergingMethod", "METHODS")
-KINDS: tuple[Kind[Any], ...] = (ENERGY, RESIDUAL_MAP, SCALE, PRECISION, METHOD)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The hint of every misspelling: ``did you mean `x`? `` or nothing.
+    """Hint for a misspelling: ``did you mean `x`? `` or nothing.
 
     >>> nearest("Couchy", ["Cauchy", "Gaussian"])
     'did you mean `Cauchy`? '
@@ -113,10 +112,10 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
             f"own as `my_module:{name}` or `file.py:{name}`."
         )
     found: type[T] = kind.registry[name] if where is None else _own_class(what, where, name, kind.base, folders)
-    if _takes_statistics(found) and not args and "statistics" not in kwargs:
+    if _takes_moments(found) and not args and "statistics" not in kwargs:
         example = f"{name}('statistics/{found.kind}')"  # type: ignore[attr-defined]
-        raise SpecError(f"{what}: it needs statistics. Give their folder: `{example}`.")
-    if _takes_statistics(found):
+        raise SpecError(f"{what}: it needs moments of data. Give their folder: `{example}`.")
+    if _takes_moments(found):
         args, kwargs = _with_folder(args, kwargs, folders)
     try:
         value = found(*args, **kwargs)
@@ -140,10 +139,12 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
     'StudentT(df=4.0, exponent=None)'
     """
     value = parse_spec(text, kind, folders)
-    if dataclasses.is_dataclass(value):
-        return format_spec(value)  # type: ignore[arg-type]
     _, name, args, kwargs = _read(text, kind)
-    return f"{_prefix(type(value))}{name}({_arguments(args, kwargs)})"
+    if dataclasses.is_dataclass(value):
+        args, kwargs = [], {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        name = type(value).__name__
+    shown = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+    return f"{_prefix(type(value), kind)}{name}({shown})"
 
 
 def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
@@ -176,50 +177,13 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
 
 
-def is_call(text: str) -> bool:
-    """Whether a text is a call with brackets, as every canonical spec is and no path.
+def is_spec(text: str) -> bool:
+    """Whether a text is a call with brackets or names a class of one's own, as no path does.
 
-    >>> is_call("mine.py:Mine(2.0)"), is_call("runs/mnist")
-    (True, False)
-    """
-    return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)", text, re.DOTALL) is not None
-
-
-def is_own(text: str) -> bool:
-    """Whether a text names a class of one's own, without arguments.
-
-    >>> is_own("mine:Mine"), is_own("folder/mine.py:Mine"), is_own("runs/mnist"), is_own("C:runs/mnist")
+    >>> is_spec("Ties(density=0.2)"), is_spec("folder/mine.py:Mine"), is_spec("runs/mnist"), is_spec("C:runs/mnist")
     (True, True, False, False)
     """
-    return re.fullmatch(r".+:[A-Za-z_]\w*", text) is not None
-
-
-def format_spec(value: Energy | ResidualMap | Scale | AnchorPrecision | MergingMethod) -> str:
-    """The inverse of `parse_spec`.
-
-    Args:
-        value: A dataclass of one of the five kinds, or an object of a class without arguments.
-
-    Returns:
-        Its spec.
-
-    Raises:
-        SpecError: If the arguments cannot be recovered, because the class is no dataclass and keeps state.
-
-    >>> from poe_models import Cauchy
-    >>> format_spec(Cauchy())
-    'Cauchy(exponent=1.0)'
-    """
-    shown: dict[str, Any] = {}
-    if dataclasses.is_dataclass(value):
-        shown = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-    elif vars(value):
-        raise SpecError(
-            f"`format_spec({type(value).__name__})`: the arguments of a class that is no dataclass cannot be read "
-            "back. Put `@dataclass(frozen=True)` above it."
-        )
-    known = any(type(value) in kind.registry.values() for kind in KINDS)
-    return f"{'' if known else _prefix(type(value))}{type(value).__name__}({_arguments([], shown)})"
+    return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)|.+:[A-Za-z_]\w*", text, re.DOTALL) is not None
 
 
 def source_file(found: type) -> Path | None:
@@ -228,12 +192,14 @@ def source_file(found: type) -> Path | None:
     return Path(file) if file else None
 
 
-def _prefix(found: type) -> str:
-    """How a class is found again: ``module:`` or ``/absolute/file.py:``."""
+def _prefix(found: type, kind: Kind[Any]) -> str:
+    """Place from which a class can be imported again: ``module:``, ``/absolute/file.py:``, or nothing if built in."""
+    if found in kind.registry.values():
+        return ""
     return f"{source_file(found) if found.__module__.startswith(_FILE_MODULE) else found.__module__}:"
 
 
-def _takes_statistics(found: type) -> bool:
+def _takes_moments(found: type) -> bool:
     from poe_models.methods.data_based import StatisticsMethod
     from poe_models.residual_maps import StatisticsMap
 
@@ -251,7 +217,7 @@ def _with_folder(args: list[Any], kwargs: dict[str, Any], folders: Sequence[Path
 
 
 def _check_energy(what: str, energy: Any) -> None:
-    """An energy must be 0 at 0, finite and non-decreasing; found out now rather than in the middle of a merge."""
+    """Refuse an energy that is not 0 at 0, finite and non-decreasing, now rather than in the middle of a merge."""
     import torch
 
     q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
@@ -275,12 +241,8 @@ def _check_energy(what: str, energy: Any) -> None:
         )
 
 
-def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    return ", ".join([*(repr(arg) for arg in args), *(f"{name}={value!r}" for name, value in kwargs.items())])
-
-
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:
-    """Split a spec into where its class is (None: the registry), the class's name, and its literal arguments."""
+    """Split a spec into the place of its class (None: the registry), the class's name, and its literal arguments."""
     match = _SPEC.match(text.strip())
     try:
         if match is None:

@@ -13,7 +13,7 @@ from inference.models.digest import Progress, digest_inputs, files_of, refuse_co
 from inference.models.method_design import AnyDesign
 from inference.models.plan import inputs_of
 from inference.models.staging import check_output
-from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
+from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics
 from inference.models.statistics_record import describe, require_same
 from poe_merge.build import custom_sources
 from poe_merge.config import MergeConfig
@@ -22,37 +22,28 @@ from poe_models.weights.loading import Checkpoint
 from poe_models.weights.task_vectors import TaskVectors
 
 Table = Callable[[str], Design]
+"""The design of each tensor."""
 
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """What `poe-merge stats` did.
+    """Result of `poe-merge stats`.
 
     Attributes:
         out: The folder.
-        modules: Number of modules.
-        updates: Names of the task vectors.
-        residual_maps: Each kind of residual map once.
-        center: The anchor's centre.
-        nbytes: Size of the folder's files.
-        digest: Of the statistics.
+        statistics: Saved there.
         seconds: Wall time.
     """
 
     out: Path
-    modules: int
-    updates: tuple[str, ...]
-    residual_maps: tuple[str, ...]
-    center: str
-    nbytes: int
-    digest: str
+    statistics: SpanStatistics
     seconds: float
 
 
 def make_statistics(
     settings: MergeConfig, task_vectors: TaskVectors, designs: Table, out: Path, progress: Progress
 ) -> StatisticsReport:
-    """Make the one pass over the weights and save the statistics as a new folder, whole or not at all.
+    """Make the one pass over the weights and save the Span statistics as a new folder, whole or not at all.
 
     Args:
         settings: The configuration, for the record.
@@ -62,7 +53,7 @@ def make_statistics(
         progress: Told how far it is.
 
     Returns:
-        What was done.
+        The report.
 
     Raises:
         OutputError: If the folder exists or would overwrite an input.
@@ -79,34 +70,11 @@ def make_statistics(
     folder = save_statistics(
         statistics, out, about=about, inputs=inputs, settings={"preset": settings.preset, "config": settings.resolved()}
     )
-    return StatisticsReport(
-        out=folder,
-        modules=len(statistics.modules),
-        updates=statistics.updates,
-        residual_maps=tuple(dict.fromkeys(statistics.residual_maps)),
-        center=statistics.center,
-        nbytes=sum(path.stat().st_size for path in folder.iterdir()),
-        digest=statistics_digest(statistics),
-        seconds=time.monotonic() - began,
-    )
+    return StatisticsReport(folder, statistics, time.monotonic() - began)
 
 
 def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, progress: Progress) -> SpanStatistics:
-    """Load statistics once it is clear that they are about these checkpoints and this design.
-
-    Args:
-        path: The folder that `poe-merge stats` made.
-        task_vectors: Base and experts.
-        designs: The design of each tensor.
-        progress: Told how far the checksums are.
-
-    Returns:
-        The statistics.
-
-    Raises:
-        CheckpointError: If the folder is none of statistics, or is about something else; says what differs.
-        ValueError: If the designs do not fit each other.
-    """
+    """Load the statistics of a folder once it is clear that they are about these checkpoints and designs."""
     statistics = load_statistics(path)
     about = describe(task_vectors, designs)
     inputs = digest_inputs(checkpoints_of(task_vectors, designs), (), progress)
@@ -115,32 +83,14 @@ def checked_statistics(path: Path, task_vectors: TaskVectors, designs: Table, pr
 
 
 def checkpoints_of(task_vectors: TaskVectors, designs: Callable[[str], AnyDesign]) -> dict[str, Checkpoint]:
-    """Every checkpoint that is read, by its role.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: The design of each tensor.
-
-    Returns:
-        Base, experts and the anchors' checkpoints.
-    """
+    """Base, experts and the anchors' checkpoints by their role: everything that is read."""
     merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    distinct = {id(design): design for design in map(designs, merged)}
-    return inputs_of(task_vectors, list(distinct.values()))
+    return inputs_of(task_vectors, list({id(design): design for design in map(designs, merged)}.values()))
 
 
-def check_apart(out: Path, checkpoints: dict[str, Checkpoint]) -> Path:
-    """Refuse an output folder that exists, or that an input is part of.
-
-    Args:
-        out: The folder to make.
-        checkpoints: What is read.
-
-    Returns:
-        Its absolute path.
-
-    Raises:
-        OutputError: If it does.
-    """
+def check_apart(out: Path, checkpoints: dict[str, Checkpoint], *, resume: bool = False) -> Path:
+    """Refuse an output folder that exists, but one to resume, or that an input is part of; return its whole path."""
     sources = [Path(checkpoint.source) for checkpoint in checkpoints.values() if checkpoint.files]
-    return check_output(out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))])
+    return check_output(
+        out, [*sources, *(file for each in checkpoints.values() for file in files_of(each))], resume=resume
+    )

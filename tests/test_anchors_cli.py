@@ -17,7 +17,7 @@ from torch import Tensor
 from poe_merge.build import DesignTable, custom_sources, designs_of
 from poe_merge.cli import run
 from poe_merge.config import ConfigError, load_config
-from poe_merge.specs import METHOD, canonical, format_spec, parse_spec
+from poe_merge.specs import METHOD, canonical, parse_spec
 from poe_models import TaskVectors
 from poe_models.methods import METHODS, DareTies, MergingMethod, ModuleBatch, TaskArithmetic, Ties
 
@@ -93,14 +93,14 @@ def assert_merged(out: Path, values: dict[str, Tensor]) -> None:
     ],
 )
 def test_merge_by_a_method(text: str, method: MergingMethod, cli: Cli, here: Path) -> None:
-    cli("merge", "config.yaml", "--method", text, "--lambda", "0.5", "--out", "flag")
-    write(here, merge_method=text, parameters={"lambda": 0.5})
+    cli("merge", "config.yaml", "--method", text, "--scaling", "0.5", "--out", "flag")
+    write(here, merge_method=text, parameters={"scaling": 0.5})
     cli("merge", "config.yaml", "--out", "file")
     assert_merged(here / "flag", expected(here, method, 0.5))
     assert (here / "flag" / "model.safetensors").read_bytes() == (here / "file" / "model.safetensors").read_bytes()
     config = json.loads((here / "file" / "poe_merge.json").read_text())["settings"]["config"]
     assert config["merge_method"] == repr(method)
-    assert config["parameters"] == {"lambda": 0.5}
+    assert config["parameters"] == {"scaling": 0.5}
     write(here, **{key: value for key, value in config.items() if key not in ("base_model", "models")})
     assert load_config(here / "config.yaml").resolved() == config
 
@@ -112,8 +112,8 @@ def test_every_data_free_method_by_name(name: str, cli: Cli, here: Path) -> None
     assert_merged(here / "out", expected(here, METHODS[name]()))
 
 
-def test_lambda_by_filter_is_still_one_model_to_the_method(cli: Cli, here: Path) -> None:
-    write(here, merge_method="ties", parameters={"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]})
+def test_scaling_by_filter_is_still_one_model_to_the_method(cli: Cli, here: Path) -> None:
+    write(here, merge_method="ties", parameters={"scaling": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]})
     cli("merge", "config.yaml", "--out", "out")
     halved, whole = (expected(here, Ties(), scaling) for scaling in (0.5, 1.0))
     assert_merged(here / "out", {name: (halved if "mlp" in name else whole)[name] for name in whole})
@@ -122,8 +122,9 @@ def test_lambda_by_filter_is_still_one_model_to_the_method(cli: Cli, here: Path)
 def test_methods_are_listed_with_their_citations(cli: Cli) -> None:
     out = cli("methods")
     for name, method in METHODS.items():
-        assert re.search(rf"^{name} .*{re.escape(method.about.citation)}", out, re.MULTILINE)
-        assert re.search(rf"^{name}\(.*\)$", out, re.MULTILINE)
+        assert re.search(rf"^{name} +a {method.about.scope} ", out, re.MULTILINE)
+        about = re.escape(f"{method.about.title}. {method.about.citation}")
+        assert re.search(rf"^{name}\(.*\)\n  {about}$", out, re.MULTILINE)
     assert "\nTies(density=0.2, scale=1.0, combine='mean', scope='model')\n" in out
 
 
@@ -151,7 +152,7 @@ def test_a_method_as_the_anchor(cli: Cli, here: Path) -> None:
     assert_merged(here / "out", expected(here, Ties(0.5)))
     cli("stats", "config.yaml", *anchor, "--out", "stats")
     quick = ("-n", "1", "--draws", "4", "--chains", "2", "--warmup", "4")
-    cli("sample", "config.yaml", *anchor, "--stats", "stats", "--method", "gibbs", *quick, "--out", "members")
+    cli("sample", "config.yaml", *anchor, "--stats", "stats", "--sampler", "gibbs", *quick, "--out", "members")
     (member,) = (here / "members").glob("**/model.safetensors")
     found, base = load_file(member), load_file(here / "base" / "model.safetensors")
     for name, value in expected(here, Ties(0.5)).items():
@@ -197,7 +198,7 @@ def test_statistics_are_of_a_product(cli: Cli, here: Path) -> None:
 def test_specs_of_methods_round_trip() -> None:
     for name in DATA_FREE:
         method = METHODS[name]()
-        assert parse_spec(format_spec(method), METHOD) == method
         assert canonical(name, METHOD) == repr(method)
+        assert parse_spec(repr(method), METHOD) == method
     prepared = Ties(thresholds=(0.1, 0.25), majority=-1)
-    assert parse_spec(format_spec(prepared), METHOD) == prepared
+    assert parse_spec(canonical(repr(prepared), METHOD), METHOD) == prepared

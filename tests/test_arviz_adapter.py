@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.evidence.estimate import log_normalizers
 from inference.gibbs import gibbs
 from inference.models.statistics_files import statistics_digest
@@ -64,7 +64,7 @@ def updates(generator: torch.Generator) -> Tensor:
 
 def span(
     poe: ProductOfExperts, updates: Tensor, count: int = 150, chains: int = 4
-) -> tuple[StoredDraws, Posterior, SpanCoordinates, SpanStatistics]:
+) -> tuple[Draws, Posterior, SpanCoordinates, SpanStatistics]:
     statistics = span_statistics(poe, updates, MODULES[: len(updates)])
     posterior = poe.bind(statistics)
     coordinates = posterior.span
@@ -130,10 +130,10 @@ NORMALISED: list[Energy] = [
 ]
 
 
-def full(poe: ProductOfExperts, updates: Tensor) -> tuple[StoredDraws, Posterior]:
+def full(poe: ProductOfExperts, updates: Tensor) -> tuple[Draws, Posterior]:
     """A hundred points around the updates in the place of draws: the densities are of any."""
     noise = torch.randn(4, 100, *updates[:, 0].shape, generator=seeded(0), dtype=torch.float64)
-    return StoredDraws(updates.mean(1) + noise), poe.bind(updates)
+    return Draws(updates.mean(1) + noise), poe.bind(updates)
 
 
 @pytest.mark.parametrize("energy", NORMALISED, ids=name_of)
@@ -151,7 +151,7 @@ def test_log_likelihoods_are_normalised_densities_of_what_is_seen(
         line = (1 + t[:, None, None, None] / squared[None, :, None, None]) * expert.update
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TooFewDraws)
-            data = to_inference_data(StoredDraws(line.unsqueeze(0)), posterior, modules=MODULES)
+            data = to_inference_data(Draws(line.unsqueeze(0)), posterior, modules=MODULES)
         density = np.exp(data.log_likelihood["updates"].sel(expert=expert.name).values[0])
         for module in range(2):
             mass = np.trapezoid(density[:, module], t.numpy() / float(squared[module].sqrt()))
@@ -204,7 +204,7 @@ def test_an_expert_with_nothing_to_say_adds_nothing(updates: Tensor) -> None:
     values = to_inference_data(draws, posterior, modules=MODULES).log_likelihood["updates"]
     assert bool((values.sel(module="b.weight", expert="animals") == 0).all())
     assert bool((values.sel(module="b.weight", expert="mnist") != 0).all())
-    alone = to_inference_data(StoredDraws(draws.values[:, :, :1]), posterior.module(0), modules=MODULES[:1])
+    alone = to_inference_data(Draws(draws.values[:, :, :1]), posterior.module(0), modules=MODULES[:1])
     assert np.allclose(values.sel(module="a.weight"), alone.log_likelihood["updates"].sel(module="a.weight"))
 
 
@@ -324,7 +324,7 @@ def test_arguments_that_do_not_go_together_are_named(updates: Tensor) -> None:
         to_inference_data(draws, posterior)
     full = normalised().bind(updates)
     with pytest.raises(ValueError, match="3 names for 2 modules"):
-        to_inference_data(StoredDraws(torch.zeros(4, 100, 2, 4, 5)), full, modules=["a", "b", "c"])
+        to_inference_data(Draws(torch.zeros(4, 100, 2, 4, 5)), full, modules=["a", "b", "c"])
 
 
 def test_only_the_adapter_knows_arviz() -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from diagnostics.verdicts import Level, Verdict
 from inference import Design, SpanDraws, fixed_point, gibbs, merge_checkpoint, sample_full
 from inference.merge_distance import span_distance
 from inference.models.model_draws import PosteriorDraws
 from poe_merge.beside import beside_verdict
-from poe_merge.merged import read_record
+from poe_merge.record import read_record
 from poe_models import (
     Absolute,
     Anchor,
@@ -28,6 +29,7 @@ from poe_models import (
     TaskVectors,
     span_statistics,
 )
+from poe_models.weights.loading import open_checkpoint
 from tests.seeds import seeded
 
 NAMES = ("a", "b", "c")
@@ -82,6 +84,39 @@ def test_full_draws_around_another_centre_are_found_out(
     design = Design(replace(POE, anchor=replace(POE.anchor, center=FAR_AWAY if moved else None)))
     draws = sample_full(vectors, design, 50, generator=seeded(0), warmup=20)
     assert judged(draws, Design(POE), vectors, tmp_path / "merged").level is level
+
+
+@pytest.mark.parametrize(("moved", "level"), [(False, Level.GOOD), (True, Level.CAUTION)])
+@pytest.mark.parametrize("kind", ["tensor", "checkpoint"])
+def test_two_centres_that_read_alike_are_told_apart(
+    moved: bool, level: Level, kind: str, vectors: TaskVectors, tmp_path: Path
+) -> None:
+    """Both are "tensor (12, 10)" or "checkpoint" to draws; their lengths differ."""
+
+    def around(center: Tensor) -> Design:
+        if kind == "checkpoint":
+            return Design(POE, center=open_checkpoint({"m.weight": center}))
+        return Design(replace(POE, anchor=replace(POE.anchor, center=center)))
+
+    draws = sample_full(vectors, around(FAR_AWAY / (2 if moved else 1)), 50, generator=seeded(0), warmup=20)
+    found = judged(draws, around(FAR_AWAY), vectors, tmp_path / "merged")
+    assert found.level is level
+    assert ("drawn from other updates, or under other experts, scales or anchor" in found.text) is moved
+
+
+@pytest.mark.parametrize("kind", ["full", "span"])
+def test_draws_of_other_experts_of_the_same_names_are_found_out(
+    kind: str, vectors: TaskVectors, generator: torch.Generator, tmp_path: Path
+) -> None:
+    others = {name: {"m.weight": torch.randn(12, 10, generator=generator, dtype=torch.float64)} for name in NAMES}
+    other = TaskVectors({"m.weight": torch.zeros(12, 10, dtype=torch.float64)}, others, dtype=torch.float64)
+    draws: PosteriorDraws = span_draws(POE, other, through=True)
+    if kind == "full":
+        draws = sample_full(other, POE, 50, generator=seeded(0), warmup=20)
+    assert judged(draws, Design(POE), other, tmp_path / "own").level is Level.GOOD
+    found = judged(draws, Design(POE), vectors, tmp_path / "merged")
+    assert found.level is Level.CAUTION
+    assert "drawn from other updates" in found.text
 
 
 @pytest.mark.parametrize(("energy", "level"), [(Cauchy(), Level.GOOD), (Gaussian(), Level.CAUTION)])

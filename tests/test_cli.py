@@ -120,7 +120,7 @@ def test_merge_writes_a_folder(cli: Cli, here: Path) -> None:
 
 
 def test_the_recorded_configuration_reproduces_the_run(cli: Cli, here: Path) -> None:
-    assert cli("merge", "config.yaml", "--out", "out", "--preset", "poe-vit-b32-full", "--lambda", "0.3")[0] == 0
+    assert cli("merge", "config.yaml", "--out", "out", "--preset", "poe-vit-b32-full", "--scaling", "0.3")[0] == 0
     (here / "again.yaml").write_text(yaml.safe_dump(config_of(here / "out")))
     assert cli("merge", "again.yaml", "--out", "again")[0] == 0
     assert (here / "out" / "model.safetensors").read_bytes() == (here / "again" / "model.safetensors").read_bytes()
@@ -149,7 +149,7 @@ def test_flags_go_before_the_file(cli: Cli, here: Path) -> None:
         "--scale": ["Absolute(2.0)"],
         "--residual-map": ["InputGram", "OutputGram"],
         "--weight": ["mnist=3"],
-        "--lambda": ["0.5"],
+        "--scaling": ["0.5"],
         "--eta": ["[{filter: attn, value: 0.3}, {value: AbsolutePrecision(1e-3)}]"],
         "--anchor": ["task_arithmetic(0.2)"],
         "--starts": ["twin", "ones"],
@@ -174,7 +174,7 @@ def test_flags_go_before_the_file(cli: Cli, here: Path) -> None:
         "residual_map": ["InputGram()", "OutputGram()"],
         "energy": "Gaussian(precision=1.0)",
         "scale": "Absolute(gamma=2.0)",
-        "lambda": 0.5,
+        "scaling": 0.5,
         "anchor": "TaskArithmetic(scale=0.2)",
         "coordinates": "full",
         "starts": ["twin", "ones"],
@@ -256,6 +256,7 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
         (["merge", "config.yaml", "--enrgy", "Cauchy"], "no option `--enrgy`; did you mean `--energy`?"),
         (["merge", "config.yaml", "--residual_map", "x"], "no option `--residual_map`; did you mean `--residual-map`?"),
         (["plan", "config.yaml", "--out", "out"], "no option `--out`"),
+        (["plan", "config.yaml", "--lambda", "1"], "no option `--lambda`; λ is `--scaling`. See `poe-merge plan --h"),
         (["--versoin"], "no option `--versoin`; did you mean `--version`? See `poe-merge --help`."),
         (["merge", "config.yaml"], "give the folder to make, --out DIR"),
         (["merge", "config.yaml", "other.yaml", "--out", "out"], "unexpected extra argument"),
@@ -272,7 +273,7 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
             "--energy: energy `Couchy`: unknown name `Cou",
         ),
         (["merge", "config.yaml", "--scale", "Relative(-1)", "--out", "out"], "--scale: scale `Relative(-1)`: "),
-        (["merge", "config.yaml", "--lambda", "much", "--out", "out"], "--lambda: 'much' is not a finite number."),
+        (["merge", "config.yaml", "--scaling", "much", "--out", "out"], "--scaling: 'much' is not a finite number."),
         (["merge", "config.yaml", "--weight", "mnist=-1", "--out", "out"], "--weight: -1' is not a finite number of"),
         (
             ["merge", "config.yaml", "--weight", "mnits=1", "--out", "o"],
@@ -431,9 +432,9 @@ def test_an_interruption_says_how_to_go_on(cli: Cli, here: Path, monkeypatch: py
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert status == 2
     assert "out.partial is left from an interrupted merge. Go on with it" in err
-    status, _, err = cli("merge", "config.yaml", "--out", "out", "--resume", "--lambda", "0.5")
+    status, _, err = cli("merge", "config.yaml", "--out", "out", "--resume", "--scaling", "0.5")
     assert status == 2
-    assert "was begun with `settings.config.parameters.lambda` = 1.0, now it is 0.5" in err
+    assert "was begun with `settings.config.parameters.scaling` = 1.0, now it is 0.5" in err
     status, out, _ = cli("merge", "config.yaml", "--out", "out", "--resume")
     assert status == 0
     assert ", 1 group from before." in out

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from inference.draws import Draws
 from inference.evidence.estimate import log_evidence
 from inference.gibbs import gibbs
 from inference.laplace import Laplace
@@ -23,13 +25,14 @@ from inference.models.draw_files import load_draws
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.statistics_files import load_statistics, statistics_digest
+from inference.samplers import SAMPLERS, Sampler
 from inference.slice import slice_sample
-from poe_merge import drawing as _drawing
-from poe_merge import ensemble as _ensemble
+from poe_merge import sample as _sample
 from poe_merge import sampling as _sampling
 from poe_merge import stats as _stats
 from poe_merge.cli import run
 from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT
+from poe_models.posterior import Posterior
 from tests.helpers import assert_close
 from tests.seeds import seeded
 
@@ -40,7 +43,7 @@ MERGED = ("0.mlp.weight", "1.attn.weight", "1.mlp.weight")
 CONFIG = {
     "base_model": "base",
     "models": [{"model": "mnist"}, {"model": "emoji"}],
-    "parameters": {"energy": "StudentT(4.0)", "eta": 0.2, "lambda": 0.7},
+    "parameters": {"energy": "StudentT(4.0)", "eta": 0.2, "scaling": 0.7},
 }
 QUICK = ("--draws", "20", "--warmup", "5")
 
@@ -177,9 +180,9 @@ def test_stats_leaves_nothing_half_written(
         with monkeypatch.context() as patch:
             patch.setattr(_stats, place, interrupted)
             status, _, err = cli("stats", "config.yaml", "--out", "stats")
-        assert (status, err) == (130, "warning: interrupted; nothing was written.\n")
+        assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
         assert listing(here) == before
-    monkeypatch.setattr("inference.models.artifacts.save_file", interrupted)
+    monkeypatch.setattr("inference.models.staging.save_file", interrupted)
     assert cli("stats", "config.yaml", "--out", "stats")[0] == 130
     assert listing(here) == before
 
@@ -228,7 +231,7 @@ def test_statistics_through_a_merge_belong_to_one_energy_and_others_to_any(
     (here / "span.yaml").write_text(spans)
     done("stats", "span.yaml", "--out", "plain")
     (here / "mnist").rename(here / "moved")
-    paths = ("--model", "mnist=moved", "--model", "emoji", "--lambda", "0.3")
+    paths = ("--model", "mnist=moved", "--model", "emoji", "--scaling", "0.3")
     done("sample", "config.yaml", "--stats", "through", "--out", "out", "-n", "1", *QUICK, *paths)
     other = (*paths, "--energy", "Cauchy", "--eta", "2")
     message = fails("sample", "config.yaml", "--stats", "through", "--out", "o", *other)
@@ -258,7 +261,7 @@ def test_members_are_the_thinned_draws(done: Cli, here: Path) -> None:
     assert isinstance(draws, SpanDraws)
     assert (draws.num_chains, draws.num_draws, draws.modules) == (4, 500, MERGED)
     some = draws.thinned(3).coefficients[0]
-    done("merge", "config.yaml", "--lambda", "1", "--out", "merged")
+    done("merge", "config.yaml", "--scaling", "1", "--out", "merged")
     base, merged = weights(here / "base"), weights(here / "merged")
     for number in range(3):
         member = weights(here / "out" / f"member-{number:03d}")
@@ -344,7 +347,7 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     done("merge", "config.yaml", "--out", "merged")
     # Trajectories from starts at the task vectors take longer, the colder it is.
     temperature, tolerance = (1e-2, 0.5) if method == "nuts" else (1e-9, 2e-3)
-    options = ("--method", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
+    options = ("--sampler", method.removeprefix("full-"), "--temperature", str(temperature), *arguments)
     done("sample", "config.yaml", "-n", "2", "--out", "out", *options)
     merged, base = weights(here / "merged"), weights(here / "base")
     for number in range(2):
@@ -364,6 +367,47 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     else:
         assert isinstance(draws, FullDraws)
         assert draws.temperature.tolist() == [1e-9] * 3
+
+
+def test_a_sampler_of_ones_own_is_one_entry(
+    done: Cli, fails: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def near(
+        posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor, chains: int = 2
+    ) -> Draws:
+        noise = torch.randn((chains, num_samples, *mode.shape), generator=generator, dtype=torch.float64)
+        return Draws(mode + 1e-3 * noise, sampler="near", temperature=posterior.fixed_temperature)
+
+    monkeypatch.setitem(SAMPLERS, "near", Sampler(near, "stays near the merge"))
+    assert "near: stays near the merge" in " ".join(done("sample", "--help")[1].split())
+    assert "--warmup 3: near has no use for it" in fails(
+        "sample", "config.yaml", "--out", "o", "--sampler", "near", "--warmup", 3
+    )
+    assert "draws in Span coordinates only" in fails(
+        "sample", "config.yaml", "--out", "o", "--sampler", "near", "--coordinates", "full"
+    )
+    done("merge", "config.yaml", "--out", "merged")
+    _, out, err = done("sample", "--merge", "merged", "-n", 2, "--out", "out", "--sampler", "near", "--draws", 200)
+    assert "3 modules drawn by near in Span coordinates" in out
+    assert "2 chains of 200 draws: largest R-hat 1.0" in out
+    draws = load_draws(here / "out" / "draws")
+    assert isinstance(draws, SpanDraws)
+    assert (draws.sampler, draws.independent, draws.num_chains) == ("near", False, 2)
+    assert json.loads((here / "out" / "sample.json").read_text())["sampling"]["sampler"] == "near"
+    assert az.from_netcdf(str(here / "out" / "draws.nc")).attrs["sampler"] == "near"
+    done("diagnose", "merged", "--draws", "out/draws", "--no-tails", "--out", "page.html")
+    assert "near draws in Span coordinates through the merge" in (here / "page.html").read_text()
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_weights_are_read(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sample, "collect_statistics", None)
+    message = fails("sample", "config.yaml", "--out", "o", "--energy", "Welsch")
+    assert message.endswith("Use --sampler slice, nuts or laplace.")
+    message = fails("sample", "config.yaml", "--out", "o", "--energy", "Welsch", "--coordinates", "full")
+    assert message.endswith("Use --sampler laplace; or, with --coordinates span, slice or nuts.")
+    assert "fits none of" in fails("sample", "config.yaml", "--out", "o", "--pattern", "nothing")
 
 
 def test_maps_that_differ_between_tensors_need_no_file(done: Cli, fails: Callable[..., str], here: Path) -> None:
@@ -432,11 +476,11 @@ def test_chains_that_disagree_are_warned_about(done: Cli) -> None:
 
 
 def test_laplace_has_no_chains_and_uses_the_solvers_settings(done: Cli) -> None:
-    _, out, err = done("sample", "config.yaml", "-n", "2", "--out", "out", "--method", "laplace")
-    assert "Independent draws of Laplace's approximation" in out
+    _, out, err = done("sample", "config.yaml", "-n", "2", "--out", "out", "--sampler", "laplace")
+    assert "Independent draws: there are no chains to judge" in out
     assert "R-hat" not in err
     short = ("--max-steps", "1", "--starts", "experts", "--tolerance", "1e-12", "--energy", "Cauchy(exponent=9)")
-    _, _, err = done("sample", "config.yaml", "-n", "2", "--out", "short", "--method", "laplace", *short)
+    _, _, err = done("sample", "config.yaml", "-n", "2", "--out", "short", "--sampler", "laplace", *short)
     assert "the MAP of '0.mlp.weight': not converged: raise max_steps" in err
 
 
@@ -466,7 +510,7 @@ def test_resume_goes_on_with_the_draws_there_are(
 ) -> None:
     arguments = ("sample", "config.yaml", "-n", "3", *QUICK)
     done(*arguments, "--out", "whole")
-    real = _ensemble.MergedEnsemble.save
+    real = _sample.MergedEnsemble.save
 
     def stopped(self: Any, out: Path, **options: Any) -> Path:
         class Stop:
@@ -478,18 +522,18 @@ def test_resume_goes_on_with_the_draws_there_are(
         return real(self, out, **{**options, "progress": Stop()})
 
     with monkeypatch.context() as patch:
-        patch.setattr(_ensemble.MergedEnsemble, "save", stopped)
+        patch.setattr(_sample.MergedEnsemble, "save", stopped)
         status, _, err = cli(*arguments, "--out", "out")
     assert status == 130
     assert "Go on with the same command and --resume" in err
     assert not (here / "out").exists()
-    assert listing(here / "out.partial") >= {"member-000", "draws", "draws.nc", "sample.json"}
+    assert listing(here / "out.partial" / "output") >= {"member-000", "draws", "draws.nc", "sample.json"}
     assert "left from an interrupted save" in fails(*arguments, "--out", "out")
     message = fails(*arguments, "--out", "out", "--resume", "--temperature", "0.5")
     assert "was begun with sampling.temperature = 1.0, now it is 0.5" in message
     message = fails(*arguments, "--out", "out", "--resume", "--eta", "0.3")
     assert "config.parameters.eta" in message
-    monkeypatch.setattr(_ensemble, "draw_span", None)  # nothing is drawn again
+    monkeypatch.setattr(_sample, "draw_span", None)  # nothing is drawn again
     _, out, _ = done(*arguments, "--out", "out", "--resume")
     assert "largest R-hat" in out
     assert listing(here / "out") == listing(here / "whole")
@@ -503,7 +547,7 @@ def test_interrupted_draws_leave_nothing(cli: Cli, here: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     before = listing(here)
-    monkeypatch.setattr(_drawing, "gibbs", interrupted)
+    monkeypatch.setitem(SAMPLERS, "gibbs", replace(SAMPLERS["gibbs"], draw=interrupted))
     status, _, err = cli("sample", "config.yaml", "--out", "out")
     assert (status, err) == (130, "warning: interrupted. Nothing was written.\n")
     assert listing(here) == before
@@ -527,12 +571,12 @@ def by_method(here: Path) -> Callable[..., Path]:
 def test_members_are_merges_at_the_methods_seed_and_those_after_it(
     done: Cli, by_method: Callable[..., Path], here: Path
 ) -> None:
-    config = by_method("dare-ties(density=0.6, seed=5)", **{"lambda": 0.7})
+    config = by_method("dare-ties(density=0.6, seed=5)", **{"scaling": 0.7})
     _, out, _ = done("sample", config, "-n", "3", "--out", "out")
     assert "3 modules drawn by DareTies(" in out
-    assert "at the seeds 5, 6, 7.\nIndependent draws, one for each seed" in out
+    assert "at the seeds 5, 6, 7.\nIndependent draws: there are no chains to judge." in out
     for index, seed in enumerate((5, 6, 7)):
-        done("merge", by_method(f"dare-ties(density=0.6, seed={seed})", **{"lambda": 0.7}), "--out", f"at{seed}")
+        done("merge", by_method(f"dare-ties(density=0.6, seed={seed})", **{"scaling": 0.7}), "--out", f"at{seed}")
         expected, member = weights(here / f"at{seed}"), weights(here / "out" / f"member-{index:03d}")
         assert set(member) == set(expected)
         assert all(torch.equal(member[name], expected[name]) for name in expected)
@@ -541,6 +585,19 @@ def test_members_are_merges_at_the_methods_seed_and_those_after_it(
     assert draws.seeds.tolist() == [[5, 6, 7]]
     record = json.loads((here / "out" / "sample.json").read_text())
     assert (record["convergence"], record["sampling"]["first"]) == (None, 5)
+    flags = (
+        "--method",
+        "dare-ties(density=0.6, seed=5)",
+        "--base-model",
+        "base",
+        "--model",
+        "mnist",
+        "--model",
+        "emoji",
+    )
+    done("sample", *flags, "--scaling", "0.7", "-n", "1", "--out", "flags")
+    member = weights(here / "flags" / "member-000")
+    assert all(torch.equal(member[name], value) for name, value in weights(here / "at5").items())
 
 
 def test_some_modules_at_seeds(done: Cli, by_method: Callable[..., Path], here: Path) -> None:
@@ -563,9 +620,9 @@ def test_seeds_go_on_after_an_interruption(
         def stop(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr("inference.models.ensemble_files._Writer._companions", stop)
+        patched.setattr("inference.models.ensemble_files.write_companions", stop)
         assert cli("sample", config, "-n", "2", "--out", "out")[0] == 130
-    assert (here / "out.partial" / "draws").is_dir()
+    assert (here / "out.partial" / "output" / "draws" / "draws.json").is_file()
     assert (
         "was begun with sampling.members = 2, now it is 3"
         in cli("sample", config, "-n", "3", "--out", "out", "--resume")[2]
@@ -580,7 +637,7 @@ def test_seeds_go_on_after_an_interruption(
     ("method", "arguments", "message"),
     [
         ("ties", (), "gives the same merge at every seed. Use `poe-merge merge`; methods that draw are Dare, DareTies"),
-        ("dare", ("--method", "gibbs"), "--method gibbs: is about a posterior, and merge_method is Dare("),
+        ("dare", ("--sampler", "gibbs"), "--sampler gibbs: is about a posterior, and merge_method is Dare("),
         ("dare", ("--temperature", "0.5"), "--temperature 0.5: is about a posterior"),
         ("dare", ("--stats", "stats"), "--stats stats: is about a posterior"),
         ("dare", ("--chains", "2"), "--chains 2: is about a posterior"),
@@ -588,7 +645,11 @@ def test_seeds_go_on_after_an_interruption(
         ("dare", ("--pattern", "("), "no regular expression"),
         ("dare", ("--pattern", "lm_head"), "fits none of the modules that are merged at random"),
         ("concrete-task-arithmetic", (), "it needs data (inputs)"),
-        ("poe", ("--method", "dare"), "write `merge_method: dare` in the configuration"),
+        (
+            "poe",
+            ("--sampler", "dare"),
+            "--sampler dare: is a merging method. To draw it at several seeds, give --met",
+        ),
     ],
 )
 def test_seeds_that_cannot_be_drawn(
@@ -605,7 +666,7 @@ def test_seeds_that_cannot_be_drawn(
     [
         ((), "give the folder to make, --out DIR"),
         (("--out", "mnist"), "contains the input"),
-        (("--out", "o", "--method", "gibs"), "--method gibs: did you mean `gibbs`?"),
+        (("--out", "o", "--sampler", "gibs"), "--sampler gibs: did you mean `gibbs`?"),
         (("--out", "o", "--format", "delta"), "--format delta: did you mean `deltas`?"),
         (("--out", "o", "--tempreature", "1"), "no option `--tempreature`; did you mean `--temperature`?"),
         (("--out", "o", "--temperature", "0"), "--temperature 0: must be positive and finite"),
@@ -620,14 +681,17 @@ def test_seeds_that_cannot_be_drawn(
         (("--out", "o", "-n", "9", "--chains", "2", "--draws", "4"), "2 chains of 4 draws are only 8"),
         (
             ("--out", "o", "--energy", "Welsch"),
-            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --method slice",
+            "Welsch() of 'mnist' has no known Gaussian scale mixture. Use --sampler slice",
         ),
         (("--out", "o", "--energy", "Huber(1.0)", "--coordinates", "full"), "with --coordinates span"),
-        (("--out", "o", "--coordinates", "full", "--method", "nuts"), "--method nuts: runs in Span coordinates only"),
+        (
+            ("--out", "o", "--coordinates", "full", "--sampler", "nuts"),
+            "--sampler nuts: draws in Span coordinates",
+        ),
         (("--out", "o", "--coordinates", "full", "--stats", "s"), "--stats: Full draws are made from the weights"),
-        (("--out", "o", "--method", "laplace", "--warmup", "3"), "--warmup 3: the method has no use for it"),
-        (("--out", "o", "--method", "nuts", "--thin", "3"), "--thin 3: the method has no use for it"),
-        (("--out", "o", "--method", "hmc"), "Use --method slice"),
+        (("--out", "o", "--sampler", "laplace", "--warmup", "3"), "--warmup 3: laplace has no use for it"),
+        (("--out", "o", "--sampler", "nuts", "--thin", "3"), "--thin 3: nuts has no use for it"),
+        (("--out", "o", "--sampler", "hmc"), "--sampler hmc: Choose from gibbs, slice, nuts, laplace"),
         (("--out", "o", "--eta", "0"), "the anchor's precision is zero"),
         (("--out", "o", "--eta", "0", "--coordinates", "full"), "the posterior of '0.mlp.weight' has no anchor"),
     ],
@@ -760,7 +824,7 @@ def test_a_report_says_where_draws_are(coordinates: str, done: Cli, here: Path) 
     assert "What the merge kept of each expert" in page
     done("sample", "config.yaml", "--eta", "3", "-n", 1, "--out", "elsewhere", *more)
     _, _, err = done("diagnose", "merged", "--draws", "elsewhere/draws", "--no-tails", "--out", "page.html")
-    assert "were drawn under other experts, scales or anchor than this merge was made with" in err
+    assert "under other experts, scales or anchor than this merge was made with" in err
 
 
 def test_an_expert_that_is_passed_by_is_a_warning(done: Cli, here: Path, generator: torch.Generator) -> None:

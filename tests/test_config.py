@@ -80,7 +80,7 @@ def test_filters_are_mergekits(folder: Path) -> None:
         folder,
         parameters={
             "residual_map": [{"filter": "mlp", "value": "OutputGram"}, {"value": "InputGram"}],
-            "lambda": [{"filter": "attn", "value": 0.5}, {"filter": "*", "value": 2}],
+            "scaling": [{"filter": "attn", "value": 0.5}, {"filter": "*", "value": 2}],
             "energy": [{"filter": "mlp", "value": "Gaussian"}],  # the rest falls back to the default
         },
     )
@@ -174,7 +174,7 @@ def test_paths_are_relative_to_the_file(
     text = f"{{base_model: base, models: {models}, parameters: {{energy: 'mine:Mine'}}}}"
     made = load_config(write(folder, text))
     assert made.base_model == str(folder / "base")
-    assert made.names == ("one", "two")
+    assert [entry.label for entry in made.models] == ["one", "two"]
     assert open_task_vectors(made).names == ("one", "two")
     assert custom_sources(made) == [folder / "mine.py"]
 
@@ -186,7 +186,8 @@ def test_empty_sections_say_nothing(folder: Path) -> None:
 
 def test_model_ids_pass_through(folder: Path) -> None:
     made = config(folder, base_model="org/model@main", models=[{"model": "org/tuned-1.0"}])
-    assert (made.base_model, made.models[0].model, made.names) == ("org/model@main", "org/tuned-1.0", ("tuned-1.0",))
+    assert (made.base_model, made.models[0].model) == ("org/model@main", "org/tuned-1.0")
+    assert made.models[0].label == "tuned-1.0"
 
 
 # --- presets and the resolved configuration ---
@@ -236,7 +237,7 @@ def test_the_vision_presets_treat_tensors_as_the_released_code(folder: Path) -> 
 
 def test_explicit_keys_go_before_the_preset(folder: Path) -> None:
     rules = [{"match": "c_fc", "action": "base"}]
-    parameters = {"lambda": 0.7, "tolerance": 1e-4, "energy": [{"filter": "mlp", "value": "Gaussian"}]}
+    parameters = {"scaling": 0.7, "tolerance": 1e-4, "energy": [{"filter": "mlp", "value": "Gaussian"}]}
     made = config(folder, preset="poe-vit-b32-full", parameters=parameters, rules=rules)
     table = DesignTable(made, open_checkpoint(made.base_model))
     design = table("0.mlp.weight")
@@ -350,10 +351,10 @@ def test_mistakes_in_the_file_are_one_error_with_its_place(text: str, message: s
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("lambda", [0.1, 0.5], "mergekit's gradients over layers are not supported"),
-        ("lambda", "x", "'x' is not a finite number."),
-        ("lambda", float("inf"), "inf is not a finite number."),
-        ("lambda", True, "True is not a finite number."),
+        ("scaling", [0.1, 0.5], "mergekit's gradients over layers are not supported"),
+        ("scaling", "x", "'x' is not a finite number."),
+        ("scaling", float("inf"), "inf is not a finite number."),
+        ("scaling", True, "True is not a finite number."),
         ("eta", -0.1, "precision `RelativePrecision(-0.1)`: "),
         ("eta", "Relative(0.1)", "unknown name `Relative`; did you mean `RelativePrecision`?"),
         ("max_steps", 0, "0 is not a whole number of at least 1."),
@@ -405,7 +406,7 @@ rules:
 parameters:
   energy: Couchy
   energy: Cauchi
-  lambda: [{filter: mlp, value: much}, {valeu: 1.0}]
+  scaling: [{filter: mlp, value: much}, {valeu: 1.0}]
   tolerance: 1e-3
   step_tolerance: 1e-3
 dtype: float23
@@ -421,8 +422,8 @@ dtype: float23
         "5:27: models[0].parameters.scale: scale `Relative(-1.0)`: ",
         "10:3: rules[1]: `Rule(action='bsae')`: unknown action; did you mean 'base'?",
         "13:3: parameters.energy: energy `Cauchi`: unknown name `Cauchi`; did you mean `Cauchy`?",
-        "14:12: parameters.lambda[0]: 'much' is not a finite number.",
-        "14:40: parameters.lambda[1]: {'valeu': 1.0} is no case of a conditional list",
+        "14:13: parameters.scaling[0]: 'much' is not a finite number.",
+        "14:41: parameters.scaling[1]: {'valeu': 1.0} is no case of a conditional list",
         "16:3: parameters.step_tolerance: `tolerance` and `step_tolerance` are two ways to stop",
         "17:1: dtype: unknown dtype `float23`; did you mean `float32`?",
     ]
@@ -443,7 +444,7 @@ def test_a_section_that_is_given_twice_is_one_mistake(folder: Path) -> None:
 def test_what_a_method_has_no_use_for_is_told_once_for_each_section(folder: Path) -> None:
     text = (
         "base_model: base\nmerge_method: ties\nmodels:\n- {model: one, parameters: {weight: 2}}\nparameters:\n"
-        "  lambda: 0.5\n  energy: Cauchy\n  eta: 0.2\npreset: poe-vit-b32-full\n"
+        "  scaling: 0.5\n  energy: Cauchy\n  eta: 0.2\npreset: poe-vit-b32-full\n"
     )
     with pytest.raises(ConfigError) as raised:
         load_config(write(folder, text))

@@ -365,7 +365,7 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     assert found.silent.tolist() == [[False, False, True, False], [False] * 4]
     assert "draws" not in {verdict.about for verdict in found.verdicts}
     with pytest.raises(ValueError, match="independent"):
-        chain_convergence(sample_full(vectors, poe, 5, generator=generator, method="laplace"))
+        chain_convergence(sample_full(vectors, poe, 5, generator=generator, sampler="laplace"))
 
 
 def test_weights_are_named_by_expert_whatever_its_place_in_a_design(updates: Tensor) -> None:

@@ -29,7 +29,7 @@ from inference.models.model_draws import SpanDraws
 from inference.reweighting import SolverOptions
 from poe_merge import diagnose as diagnosis
 from poe_merge.cli import run
-from poe_merge.recorded import merge_of
+from poe_merge.record import merge_of
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -73,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def merged(folders: Path) -> Path:
     models = [f"--model={name}={folders / name}" for name in NAMES]
-    options = ["--energy", "StudentT(4)", "--lambda", "0.5", "--out", str(folders / "merged")]
+    options = ["--energy", "StudentT(4)", "--scaling", "0.5", "--out", str(folders / "merged")]
     assert run(["merge", "--base-model", str(folders / "base"), *models, *options]) == 0
     return folders / "merged"
 
@@ -111,7 +111,7 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
     assert run(["diagnose", str(merged), "--out", str(out), *given]) == 0
     assert headings(out)[1:] == TITLES
     text = out.read_text(encoding="utf-8")
-    for words in ("StudentT(df=4", "R-hat", "How much of each task", "null control", "lambda 0.5"):
+    for words in ("StudentT(df=4", "R-hat", "How much of each task", "null control", "scaling 0.5"):
         assert words in text
     printed = capsys.readouterr()
     assert "report.html" in printed.out
@@ -161,11 +161,18 @@ def test_a_record_holds_the_merge_that_made_the_folder(folders: Path, merged: Pa
         merge_of(record, given.base)
 
 
-def test_what_cannot_be_merged_again_leaves_the_null_unknown(by_ties: Path) -> None:
-    page = diagnosis.diagnose(by_ties)
-    (verdict,) = [v for v in page.warnings if v.about == "null control"]
-    assert "could not be made, so that no tail has a null" in verdict.text
-    assert "not known" in page.html
+def test_a_method_that_saw_the_model_sees_each_surrogate_anew(folders: Path, by_ties: Path) -> None:
+    record, found = diagnosis.read_record(by_ties), diagnosis.Findings()
+    assert "thresholds=(" in record["designs"][0]["method"]  # it is recorded as it had seen the model
+    diagnosis._fit_tails(by_ties, record, found, seed=3, num_surrogates=3)
+    assert found.residuals is not None
+    assert found.tails is not None
+    made = surrogate_residuals(vectors(folders), Ties(density=0.5), InputGram(), num_surrogates=3, seed=3)
+    assert found.tails.verdict == pooled_tails(found.residuals, surrogates=made, level=0.25, seed=3).verdict
+    assert found.verdicts == []
+
+
+def test_without_surrogates_the_page_says_how_to_make_them(by_ties: Path) -> None:
     quiet = diagnosis.diagnose(by_ties, num_surrogates=0)
     assert not [v for v in quiet.warnings if v.about == "null control"]
     assert "surrogate_residuals" in quiet.html
@@ -209,6 +216,13 @@ def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Pat
     (verdict,) = [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
     assert "Mine" in verdict.text
     assert "not built in" in verdict.text
+    assert verdict.text.endswith("Name a residual map that measures them, --residual-map.")
+    page = diagnosis.diagnose(tmp_path / "out", residual_map=InputGram())
+    assert not [v for v in page.warnings if v.about == "residuals"]
+    (verdict,) = [v for v in page.warnings if v.about == "null control"]
+    assert "could not be made, so that no tail has a null" in verdict.text
+    assert "Make it in Python: `surrogate_residuals(task_vectors, poe)`" in verdict.text
+    assert "not known" in page.html
     record = tmp_path / "out" / "poe_merge.json"
     evil = tmp_path / "evil.py"
     evil.write_text("raise SystemExit('imported')")
@@ -219,7 +233,7 @@ def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Pat
 @pytest.fixture(scope="module")
 def by_ties(folders: Path) -> Path:
     models = [f"--model={name}={folders / name}" for name in NAMES]
-    options = ["--method", "ties(density=0.5)", "--lambda", "0.8", "--out", str(folders / "ties")]
+    options = ["--method", "ties(density=0.5)", "--scaling", "0.8", "--out", str(folders / "ties")]
     assert run(["merge", "--base-model", str(folders / "base"), *models, *options]) == 0
     return folders / "ties"
 
@@ -228,7 +242,7 @@ def test_a_merge_by_a_method(by_ties: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(["diagnose", str(by_ties), "--out", str(tmp_path / "r.html")]) == 0
     assert headings(tmp_path / "r.html")[1:] == [TITLES[0], TITLES[2]]
     text = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
-    for words in ("Design: TIES, lambda 0.8", "Ties(density=0.5", "Yadav et al.", "measured by InputGram() (`--resid"):
+    for words in ("Design: TIES, scaling 0.8", "Ties(density=0.5", "Yadav et al.", "measured by InputGram() (`--resid"):
         assert words in text
     assert "warning: residuals" not in capsys.readouterr().err
 
@@ -261,7 +275,7 @@ def test_methods_and_products_in_one_merge(folders: Path, tmp_path: Path) -> Non
     text = html.unescape(diagnosis.diagnose(tmp_path / "out").html)
     for words in (
         "Design 1: anchor",
-        "Design 2: TIES, lambda 0.5",
+        "Design 2: TIES, scaling 0.5",
         "all 1 modules converged",
         "measured by InputGram()",
     ):
@@ -295,7 +309,7 @@ def test_full_draws(folders: Path, merged: Path, tmp_path: Path) -> None:
     save_draws(sample_full(vectors(folders), poe, 60, generator=generator), tmp_path / "gibbs")
     page = diagnosis.diagnose(merged, draws=tmp_path / "gibbs", tails=False)
     assert "effective sample size" in page.html
-    save_draws(sample_full(vectors(folders), poe, 5, generator=generator, method="laplace"), tmp_path / "laplace")
+    save_draws(sample_full(vectors(folders), poe, 5, generator=generator, sampler="laplace"), tmp_path / "laplace")
     page = diagnosis.diagnose(merged, draws=tmp_path / "laplace", tails=False)
     assert "effective sample size" not in page.html
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.gibbs import gibbs
 from inference.map import fixed_point
 from inference.models import full_draws
@@ -357,11 +357,11 @@ def test_full_draws_come_back_bit_for_bit(
 ) -> None:
     poe = poe_of(vectors, residual_map=residual_map, energy=energy, anchor=Anchor(average, RelativePrecision(1.0)))
     generator = seeded(5)
-    draws = sample_full(vectors, poe, 2, generator=generator, method=method, chains=2, warmup=10)
+    draws = sample_full(vectors, poe, 2, generator=generator, sampler=method, chains=2, warmup=10)
     save_draws(draws, tmp_path / "draws")
     loaded = load_draws(tmp_path / "draws", draws.source)
     assert isinstance(loaded, FullDraws)
-    assert (loaded.designs, loaded.environment, loaded.method) == (draws.designs, draws.environment, method)
+    assert (loaded.designs, loaded.environment, loaded.sampler) == (draws.designs, draws.environment, method)
     assert loaded.digest() == draws.digest()
     for module in read_modules(vectors, "attn.in_proj_weight", Design(poe)):
         for member in range(len(draws)):
@@ -398,7 +398,7 @@ def test_modules_are_let_go_once_they_are_drawn(vectors: TaskVectors, monkeypatc
 
     monkeypatch.setattr(full_draws, "read_modules", watched)
     for method in ("gibbs", "laplace"):
-        sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), method=method, chains=1, warmup=1)  # type: ignore[arg-type]
+        sample_full(vectors, poe_of(vectors), 2, generator=torch.Generator(), sampler=method, chains=1, warmup=1)  # type: ignore[arg-type]
     assert len(read) == 6
 
 
@@ -406,7 +406,7 @@ def test_draws_from_the_mode_go_with_the_solver_that_finds_it(vectors: TaskVecto
     poe = poe_of(vectors, energy=StudentT(4.0))
     early = Design(poe, options=SolverOptions(max_steps=1))
     with pytest.warns(UserWarning, match=r"the MAP of 'a.weight': not converged"):
-        draws = sample_full(vectors, early, 2, generator=torch.Generator(), method="laplace", pattern=r"a\.weight")
+        draws = sample_full(vectors, early, 2, generator=torch.Generator(), sampler="laplace", pattern=r"a\.weight")
     (module,) = read_modules(vectors, "a.weight", early)
     with pytest.warns(UserWarning, match="not converged"):
         mode = module.mode
@@ -537,9 +537,20 @@ def test_draws_that_are_not_finite_are_refused(vectors: TaskVectors, tmp_path: P
         load_draws(tmp_path / "draws")
 
 
+def test_temperatures_of_modules_come_back(vectors: TaskVectors, tmp_path: Path) -> None:
+    draws = span_draws(vectors, poe_of(vectors, temperature=0.3), count=2)
+    assert draws.temperature is not None
+    for name, factor in (("same", torch.ones(5)), ("different", torch.arange(1, 6))):
+        given = replace(draws, temperature=draws.temperature * factor)
+        loaded = load_draws(save_draws(given, tmp_path / name))
+        assert loaded.temperature is not None
+        assert torch.equal(loaded.temperature, given.temperature)
+        assert loaded.digest() == given.digest()
+
+
 def test_only_named_draws_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"SpanDraws.of\(draws, coordinates, statistics\)"):
-        save_draws(StoredDraws(torch.zeros(1, 1, 1, 2, 1)), tmp_path / "draws")  # type: ignore[arg-type]
+        save_draws(Draws(torch.zeros(1, 1, 1, 2, 1)), tmp_path / "draws")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("residual_map", [InputGram(), OutputGram(), Directional()], ids=name_of)
@@ -566,7 +577,7 @@ def test_other_threads_warn_and_the_tolerance_holds(
     assert_close(there, here, TOLERANCE[dtype])
 
 
-def test_another_torch_or_other_noise_warn_with_what_holds(vectors: TaskVectors, tmp_path: Path) -> None:
+def test_another_torch_or_device_warn_with_what_holds(vectors: TaskVectors, tmp_path: Path) -> None:
     draws = sample_full(vectors, poe_of(vectors), 1, generator=seeded(1), warmup=2)
     older = replace(draws, environment={**draws.environment, "torch": "1.0.0"})
     save_draws(older, tmp_path / "older")
@@ -575,18 +586,10 @@ def test_another_torch_or_other_noise_warn_with_what_holds(vectors: TaskVectors,
     strange = replace(draws, environment={**draws.environment, "dtype": "Tensor"})
     with pytest.raises(CheckpointError, match="unknown environment"):
         load_draws(save_draws(strange, tmp_path / "strange"))
-    noise = [value + 0.5 for value in draws.environment["noise"]]
-    elsewhere = replace(draws, environment={**draws.environment, "device": "cuda", "noise": noise})
+    elsewhere = replace(draws, environment={**draws.environment, "device": "cuda"})
     save_draws(elsewhere, tmp_path / "elsewhere")
     with pytest.warns(RegenerationWarning, match=r"device cuda -> cpu.*other draws of the same posterior"):
         load_draws(tmp_path / "elsewhere")
-
-
-def test_the_noise_that_a_file_records_is_that_of_the_draws() -> None:
-    recorded = full_draws.environment(torch.device("cpu"), torch.float32)["noise"]
-    assert recorded == full_draws.environment(torch.device("cpu"), torch.float32)["noise"]
-    assert recorded != full_draws.environment(torch.device("cpu"), torch.float64)["noise"]
-    assert len(set(recorded)) > 10
 
 
 def test_files_have_nothing_but_tensors_and_json(vectors: TaskVectors, tmp_path: Path) -> None:

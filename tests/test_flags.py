@@ -42,7 +42,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "residual_map": (["InputGram", "OutputGram"], ["InputGram", "OutputGram"]),
     "energy": (["StudentT(4)"], "StudentT(4)"),
     "scale": (["Absolute(2.0)"], "Absolute(2.0)"),
-    "lambda": ("[{filter: mlp, value: 0.5}, {value: 2}]", [{"filter": "mlp", "value": 0.5}, {"value": 2}]),
+    "scaling": ("[{filter: mlp, value: 0.5}, {value: 2}]", [{"filter": "mlp", "value": 0.5}, {"value": 2}]),
     "eta": ("1e-3", 1e-3),
     "anchor": ("task_arithmetic(0.3)", "task_arithmetic(0.3)"),
     "coordinates": ("span", "span"),
@@ -197,11 +197,25 @@ def test_help_and_misspelled_options_need_no_torch(arguments: list[str]) -> None
 def test_public_names_are_found_when_they_are_used() -> None:
     import poe_merge
 
-    own = {"MergeConfig", "load_config", "merge_checkpoint", "parse_spec", "PRESETS", "plan"}
-    assert own | set(inference.__all__) | set(poe_models.__all__) <= set(poe_merge.__all__) <= set(dir(poe_merge))
-    for package in (inference, poe_models):
-        for name in package.__all__:
-            if name not in own:
-                assert getattr(poe_merge, name) is getattr(package, name)
+    used = {"TaskVectors", "ProductOfExperts", "StudentT", "fixed_point", "merge_checkpoint", "MergedEnsemble"}
+    assert used <= set(poe_merge.__all__) <= set(dir(poe_merge))
+    for name in poe_merge.__all__:
+        homes = [package for package in (inference, poe_models) if name in package.__all__]
+        assert [getattr(home, name) for home in homes] == [getattr(poe_merge, name)]
+
+
+def test_every_name_that_the_readme_uses_is_public() -> None:
+    import poe_merge
+
+    root = Path(__file__).parent.parent
+    files = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "notebooks").glob("*.ipynb")]
+    names = set(re.findall(r"\bpm\.(\w+)", " ".join(path.read_text() for path in files)))
+    assert len(names) > 15
+    assert names <= set(poe_merge.__all__)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    import poe_merge
+
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = poe_merge.no_such_name

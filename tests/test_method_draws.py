@@ -229,7 +229,7 @@ def test_draws_come_back_from_a_file(vectors: TaskVectors, tmp_path: Path) -> No
     again = load_draws(save_draws(draws, tmp_path / "draws"), draws.source)
     assert isinstance(again, MethodDraws)
     assert again.digest() == draws.digest()
-    assert (again.coordinates, again.seeds.tolist(), again.experts) == ("seeds", [[2**40, 0, -3]], vectors.names)
+    assert (again.kind, again.seeds.tolist(), again.experts) == ("seeds", [[2**40, 0, -3]], vectors.names)
     one = next(MergedEnsemble(vectors, KnotsDareTies(seed=1), again).members())  # its own seed is not a draw's
     assert same(one, next(MergedEnsemble(vectors, KnotsDareTies(), draws).members()))
     assert again.thinned(2).seeds.tolist() == [[2**40, -3]]

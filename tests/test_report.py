@@ -269,7 +269,15 @@ def record(**changes: Any) -> dict[str, Any]:
 
 def test_what_was_merged_is_named_without_the_machines_folders() -> None:
     text = Outline(page("t", "s", [merge_section(record())]).html).text
-    for words in ("Expert mnist", "InputGram()", "lambda 0.5", "1 merged", "210 merged", "seed 3", "RelativePrecision"):
+    for words in (
+        "Expert mnist",
+        "InputGram()",
+        "scaling 0.5",
+        "1 merged",
+        "210 merged",
+        "seed 3",
+        "RelativePrecision",
+    ):
         assert words in text
     assert "secret" not in text
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.chains import majoriser_draws, mode_of, overdispersed_starts
-from inference.draws import StoredDraws
+from inference.draws import Draws
 from inference.gibbs import gibbs
 from inference.slice import DEGREES, Reference, init, latents, slice_sample, states, step
 from poe_models import (
@@ -66,17 +66,17 @@ def seen_of(posterior: Posterior) -> list[int]:
     return (lengths > 1e-9).nonzero().flatten().tolist()
 
 
-def sample(posterior: Posterior, generator: torch.Generator) -> StoredDraws:
+def sample(posterior: Posterior, generator: torch.Generator) -> Draws:
     """Draws of many short chains, which cost hardly more than few."""
     return slice_sample(posterior, 300, chains=16, warmup=120, generator=generator)
 
 
-def agree(posterior: Posterior, draws: StoredDraws | Tensor, truth: StoredDraws | Tensor | dict[str, Tensor]) -> None:
+def agree(posterior: Posterior, draws: Draws | Tensor, truth: Draws | Tensor | dict[str, Tensor]) -> None:
     """The shared comparison, with the R-hat that 16 short chains of one distribution have."""
     assert_same_mean(posterior, draws, truth, max_rhat=1.04)
 
 
-def by_gibbs(posterior: Posterior, generator: torch.Generator) -> StoredDraws:
+def by_gibbs(posterior: Posterior, generator: torch.Generator) -> Draws:
     return gibbs(posterior, 300, chains=16, warmup=50, generator=generator)
 
 

@@ -17,7 +17,7 @@ from inference.models.full_draws import sample_full
 from inference.models.model_draws import ModelDraws, SpanDraws
 from inference.models.statistics_files import collect_statistics
 from poe_merge.cli import run
-from poe_merge.specs import RESIDUAL_MAP, SpecError, canonical, format_spec, parse_spec
+from poe_merge.specs import RESIDUAL_MAP, SpecError, canonical, parse_spec
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -405,7 +405,7 @@ def test_specs_find_statistics_beside_the_configuration(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     found = parse_spec("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
     assert found == Fisher(StatisticsFolder(str(tmp_path / "here" / "f")), 1e-3)
-    text = format_spec(found)
+    text = canonical("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
     assert parse_spec(text, RESIDUAL_MAP, [tmp_path / "elsewhere"]) == found
     assert text == canonical(text, RESIDUAL_MAP)
     with pytest.raises(SpecError, match="floor must be"):

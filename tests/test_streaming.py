@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from torch import Tensor
 from inference import Status, fixed_point
 from inference.models import staging as output_module
 from inference.models import staging as staging_module
+from inference.models.folder import weight_files
 from inference.models.merge import Design, OutputError, merge_checkpoint, plan
+from inference.models.statistics_files import collect_statistics, save_statistics
 from poe_models import (
     DEFAULT_RULES,
     Anchor,
@@ -551,7 +554,7 @@ def test_the_plan_is_what_happens(models: Any, out: Path) -> None:
     assert shards.keys() == {path.name for path in out.glob("*.safetensors")}
     for file, shard in shards.items():
         written = load_file(out / file)
-        assert {name for group in shard.groups for name in group.names} == set(written)
+        assert {tensor.name for group in shard.groups for tensor in group.tensors} == set(written)
         assert shard.nbytes == sum(t.nbytes for t in written.values())
     assert (planned.count("merge"), planned.count("average"), planned.count("base")) == (6, 2, 1)
     fused = next(t for t in planned.tensors if t.name == "layers.0.attn.in_proj_weight")
@@ -644,6 +647,43 @@ def test_predicted_peak_memory_is_within_a_factor_of_1_6(
 
 # --- interruptions ---
 
+
+class Killed(BaseException):
+    """The process was killed: from then on it does nothing to the disk."""
+
+
+class Operations:
+    """Counts operations that change files, and ends with the one that it is told to end with."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.count = last, 0
+
+
+ARMED: list[Operations] = []
+
+
+def _watch(event: str, arguments: Any) -> None:
+    if not ARMED or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        return
+    if event == "open" and not (arguments[2] or 0) & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+        return
+    if ARMED[0].count == ARMED[0].last:
+        raise Killed
+    ARMED[0].count += 1
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def killed_at(operation: int) -> Iterator[Operations]:
+    ARMED.append(Operations(operation))
+    try:
+        yield ARMED[0]
+    finally:
+        ARMED.clear()
+
+
 POINTS = range(6)
 
 
@@ -717,21 +757,20 @@ def test_a_killed_merge_goes_on(at: int, where: str, uninterrupted: Any, out: Pa
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     partial = out.with_name("out.partial")
-    if not (partial / "merge_state.json").exists():  # killed before it had said what it is about
-        with pytest.raises(OutputError, match="is not an interrupted merge"):
-            merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
-        return
     merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
     assert contents(out) == whole
     assert not partial.exists()
 
 
-def test_a_damaged_part_is_made_again(uninterrupted: Any, out: Path) -> None:
+@pytest.mark.parametrize("shorter", [True, False])
+def test_a_damaged_part_is_made_again(shorter: bool, uninterrupted: Any, out: Path) -> None:
     vectors, whole = uninterrupted
     with suppress(KeyboardInterrupt):
         merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, progress=Ticks(2, interrupt))
-    part = sorted((out.with_name("out.partial") / "parts").glob("*.safetensors"))[-1]
-    part.write_bytes(part.read_bytes()[:-1])
+    part = sorted((out.with_name("out.partial") / "parts").rglob("*.safetensors"))[-1]
+    content = bytearray(part.read_bytes())
+    content[-3] ^= 1
+    part.write_bytes(content[:-1] if shorter else content)
     report = merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
     assert report.resumed_groups == 2
     assert contents(out) == whole
@@ -766,7 +805,7 @@ def test_only_one_process_at_a_time(uninterrupted: Any, out: Path) -> None:
     vectors, _ = uninterrupted
 
     def second() -> None:
-        with pytest.raises(OutputError, match="another process is merging into"):
+        with pytest.raises(OutputError, match="another process is writing into"):
             merge_checkpoint(vectors, poe(vectors), out, resume=True)
 
     merge_checkpoint(vectors, poe(vectors), out, progress=Ticks(1, second))
@@ -791,6 +830,57 @@ def test_centres_that_draw_are_reproduced_by_a_resumed_run(models: Any, tmp_path
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     merge_checkpoint(vectors, product, tmp_path / "other", seed=6)
     assert contents(tmp_path / "other") != contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["merge", "statistics"])
+def test_killed_at_any_file_operation_it_goes_on(what: str, models: Any, tmp_path: Path) -> None:
+    vectors = models(shards=2)
+    product, statistics = poe(vectors), collect_statistics(vectors, poe(vectors))
+
+    def write(out: Path, resume: bool) -> None:
+        if what == "merge":
+            merge_checkpoint(vectors, product, out, resume=resume)
+        else:
+            save_statistics(statistics, out)
+
+    with killed_at(-1) as operations:
+        write(tmp_path / "whole", False)
+    whole = contents(tmp_path / "whole")
+    last = range(operations.count - 6, operations.count)  # the rename into place, and the clean-up behind it
+    for at in sorted({*range(0, operations.count, 9), *last}):
+        out = tmp_path / f"out{at}"
+        with killed_at(at), pytest.raises(Killed):
+            write(out, False)
+        with suppress(OutputError):  # statistics that were in place, or a merge that was cleaned up to an empty folder
+            write(out, True)
+        assert contents(out) == whole
+        assert not out.with_name(f"{out.name}.partial").exists()
+
+
+def test_weight_files_that_differ_by_their_suffix_do_not_overwrite_each_other() -> None:
+    layout = {
+        "model.safetensors": ("a",),
+        "pytorch_model.bin": ("b",),
+        "model-1.bin": ("c",),
+        "deep/x.safetensors": ("d",),
+    }
+    files = weight_files(SimpleNamespace(layout=layout))  # type: ignore[arg-type]
+    assert list(files.values()) == list(layout.values())
+    assert list(files) == ["model.safetensors", "model-1.safetensors", "model-1-1.safetensors", "deep/x.safetensors"]
+
+
+def test_plans_reports_and_designs_print_in_a_few_lines(models: Any, out: Path) -> None:
+    vectors = models()
+    design = Design(poe(vectors, anchor=Anchor(torch.zeros(6, 8), RelativePrecision(1.0))))
+    planned, report = plan(vectors, poe(vectors)), merge_checkpoint(vectors, poe(vectors), out)
+    for printed, parts in (
+        (repr(planned), [f"{len(planned.tensors)} tensors", "10 matrices", "designs"]),
+        (repr(report), [str(out), "10 matrices", "mnist: ", "% kept"]),
+        (repr(design), ["full coordinates", "around tensor (6, 8)", "  emoji: "]),
+    ):
+        assert all(part in printed for part in parts), printed
+        assert len(printed) < 600
+        assert len(printed.splitlines()) < 8
 
 
 # --- where not to write ---
@@ -852,10 +942,10 @@ def test_a_foreign_partial_folder_is_left_alone(models: Any, out: Path) -> None:
 
 def test_an_output_that_appears_in_the_meantime_is_kept(models: Any, out: Path) -> None:
     vectors = models()
-    with pytest.raises(OutputError, match="has appeared in the meantime. The merge is complete in .*out.partial/model"):
+    with pytest.raises(OutputError, match="has appeared in the meantime. The merge is complete in .*partial/output"):
         merge_checkpoint(vectors, poe(vectors), out, progress=Ticks(1, out.mkdir))
     assert contents(out) == {}
-    assert (out.with_name("out.partial") / "model" / "model.safetensors").exists()
+    assert (out.with_name("out.partial") / "output" / "model.safetensors").exists()
 
 
 # --- a full disk ---
@@ -950,13 +1040,45 @@ def test_a_disk_that_really_fills_up(small_disk: Path, tmp_path: Path, monkeypat
 # --- inputs that cannot be merged ---
 
 
-def test_values_that_are_not_finite_leave_nothing_behind(tmp_path: Path, out: Path, generator: torch.Generator) -> None:
+def test_values_that_are_not_finite_leave_no_output(tmp_path: Path, out: Path, generator: torch.Generator) -> None:
+    """What was finished before stays, also where a resumed run comes to the same end: it is removed on request only."""
     made = states(generator)
     made["emoji"]["head.weight"][2, 3] = torch.nan
     vectors = TaskVectors(made["base"], {"mnist": made["mnist"], "emoji": made["emoji"]})
-    with pytest.raises(CheckpointError, match=r"expert 'emoji': tensor 'head.weight' has 1 values that are NaN"):
+    left = []
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match=r"expert 'emoji': tensor 'head.weight' has 1 values that are NaN"):
+            merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=resume)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+        left.append(contents(tmp_path / "out.partial"))
+    assert left[0] == left[1]
+    assert any(name.startswith("parts/") for name in left[0])
+
+
+def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path, out: Path, generator: torch.Generator) -> None:
+    made = states(generator)
+    made["emoji"]["head.weight"][2, 3] = torch.nan
+    tensors = [{"head.weight": made[name]["head.weight"]} for name in ("base", "emoji")]
+    vectors = TaskVectors(tensors[0], {"emoji": tensors[1]})
+    with pytest.raises(CheckpointError, match="has 1 values that are NaN"):
         merge_checkpoint(vectors, poe(vectors), out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moment_without_an_input_loses_nothing(uninterrupted: Any, out: Path, monkeypatch: Any) -> None:
+    vectors, whole = uninterrupted
+    with suppress(KeyboardInterrupt):
+        merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, progress=Ticks(2, interrupt))
+    with monkeypatch.context() as patch:
+
+        def unreadable(*_: Any) -> Any:
+            raise CheckpointError("expert 'emoji': the network disk is away")
+
+        patch.setattr("inference.models.merge.merge_group", unreadable)
+        with pytest.raises(CheckpointError, match="network disk"):
+            merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
+    assert merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True).resumed_groups == 3
+    assert contents(out) == whole
 
 
 def test_values_of_the_centre_that_are_not_finite(out: Path, generator: torch.Generator) -> None:

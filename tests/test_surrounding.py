@@ -25,6 +25,7 @@ from inference import (
     gibbs,
     load_draws,
     merge_checkpoint,
+    noise_control,
     sample_full,
     save_draws,
     slice_sample,
@@ -298,7 +299,43 @@ def test_few_draws_and_none_beyond() -> None:
     assert MergeDistance.joined([stuck.select([1]), unknown.select([0])]).modules == ("n", "m")
 
 
+def test_modules_that_are_not_known_are_named_and_hide_nothing() -> None:
+    values = torch.tensor([[4.0, math.nan, 1.0, 0.0], [1.0, 1.0, math.nan, math.nan], [2.0] * 4], dtype=torch.float64)
+    mixed = MergeDistance(("far", "broken", "few", "there"), *values)
+    assert (mixed.worst, mixed.where, mixed.beyond) == (4.0, "far", ("far",))
+    assert mixed.unknown == ("broken", "few")  # a displacement that is not a number is no displacement of 0
+    assert "their centre is 4 standard deviations" in str(mixed)
+    assert "too few to tell in broken, few" in str(mixed)
+    lost = mixed.select([1, 3])
+    assert (lost.worst, lost.unknown, lost.beyond) == (0.0, ("broken",), ())
+
+
 # --- whole models ---
+
+
+@pytest.mark.parametrize("coordinates", ["full", "span"])
+def test_noise_around_the_map_is_measured_against_the_merge(coordinates: Any, vectors: TaskVectors) -> None:
+    """The MAP in Full coordinates, which noise is around, is not the merge of a design in Span coordinates."""
+    poe = product(StudentT(4.0), temperature=1e-4)
+    draws = sample_full(vectors, poe, 20, generator=seeded(0), chains=2, warmup=10)
+    noise = noise_control(draws, vectors, Design(poe, coordinates=coordinates), generator=seeded(1))
+    assert noise.from_merge is not None
+    modules = {name: read_modules(vectors, name, Design(poe))[0] for name in noise.modules}
+    modes = {name: module.mode for name, module in modules.items()}
+    merged = {
+        name: fixed_point(poe, read_modules(vectors, name, Design(poe))[0].updates, coordinates=coordinates).value
+        for name in modes
+    }
+    away = torch.stack([(modes[name] - merged[name]).norm() for name in modes])
+    if coordinates == "full":
+        assert noise.from_merge.worst == 0.0
+    else:
+        assert_close(noise.from_merge.displacement, away, 1e-2)
+        assert noise.from_merge.beyond == noise.modules
+    sizes = torch.tensor([float(mode.numel()) for mode in modes.values()], dtype=torch.float64)
+    expected = noise.weights.square().mean((0, 1)).squeeze(-1).sqrt() / sizes.sqrt()  # of white noise, in any direction
+    ratio = noise.from_merge.spread / expected
+    assert bool(((ratio > 0.4) & (ratio < 2.0)).all())  # of 32 draws
 
 
 def test_what_is_left_is_the_merge(vectors: TaskVectors, tmp_path: Path) -> None:
@@ -350,7 +387,7 @@ def test_draws_keep_what_they_are_in_files(vectors: TaskVectors, tmp_path: Path)
         assert "gibbs draws in" in again.about
         assert str(again.from_merge) == str(draws.from_merge)
         assert again.digest() == draws.digest()
-    unsaid = replace(around(vectors, poe, 20), from_merge=None, made_by=None, temperature=None)
+    unsaid = replace(around(vectors, poe, 20), from_merge=None, sampler=None, temperature=None)
     again = load_draws(save_draws(unsaid, tmp_path / "unsaid"))
     assert isinstance(again, SpanDraws)
     assert (again.from_merge, again.sampler, again.temperatures) == (None, None, ())
@@ -401,12 +438,12 @@ def test_rounding_is_taken_off_as_it_is_and_not_as_it_could_be_at_worst(
 
     full, shorter = design(0.0), design(1 / 3)  # Z = U, and 2 U / (2 + 2 / 3)
     merge_checkpoint(vectors, full, tmp_path / "merged", out_dtype=torch.bfloat16)
-    draws = sample_full(vectors, shorter, 20, generator=seeded(0), method="laplace")
+    draws = sample_full(vectors, shorter, 20, generator=seeded(0), sampler="laplace")
     found = distance_from_merge(draws, vectors, shorter, tmp_path / "merged")
     assert found.share == pytest.approx(0.25, abs=0.02)
     assert found.beyond == ("m.weight",)
     around = distance_from_merge(
-        sample_full(vectors, design(1e-9), 20, generator=seeded(0), method="laplace"),
+        sample_full(vectors, design(1e-9), 20, generator=seeded(0), sampler="laplace"),
         vectors,
         design(1e-9),
         tmp_path / "merged",

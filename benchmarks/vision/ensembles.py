@@ -291,7 +291,7 @@ class Ensembles:
         generator = torch.Generator().manual_seed(self.seed)
         vectors, design = self._tempered(kind, temperature)
         draw = partial(sample_full, vectors, design, members, generator=generator, chains=1, pattern=SCOPES[scope])
-        draws = draw(method="laplace") if kind == LAPLACE else draw(warmup=self.budget.warmup, thin=self.budget.thin)
+        draws = draw(sampler="laplace") if kind == LAPLACE else draw(warmup=self.budget.warmup, thin=self.budget.thin)
         if kind == NOISE:
             draws = noise_control(draws, vectors, design, generator=generator)
         return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
@@ -373,8 +373,7 @@ def _with_differences(outcomes: Sequence[Outcome], compared: Comparison) -> list
 
 
 def _temperature(draw: ModelDraws) -> float:
-    assert isinstance(draw, FullDraws)
-    return float(draw.temperature[0])
+    return draw.temperatures[0]
 
 
 def _forward(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:

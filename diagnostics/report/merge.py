@@ -75,12 +75,12 @@ def _sources(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 def _design_table(index: int, design: Mapping[str, Any], count: int) -> Table:
     name = "Design" if count == 1 else f"Design {index + 1}"
     if "method" in design:
-        caption = f"{name}: {design['title']}, lambda {design['scaling']:g}"
+        caption = f"{name}: {design['title']}, scaling {design['scaling']:g}"
         return Table(caption, ("method", "to be cited"), [[str(design["method"]), str(design["citation"])]])
     anchor = design["anchor"]
     center = "the base" if anchor["center"] is None else short_source(str(anchor["center"]))
     caption = (
-        f"{name}: anchor {anchor['precision']} around {center}, temperature {design['temperature']:g}, lambda "
+        f"{name}: anchor {anchor['precision']} around {center}, temperature {design['temperature']:g}, scaling "
         f"{design['scaling']:g}, {design['coordinates']} coordinates"
     )
     rows = [
@@ -141,4 +141,4 @@ def _rounding(tensors: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     text = f"rounding to the output's dtype left {share:.1%} of the {updated:,} changed weights at the base's value"
     if share <= ROUNDED_BACK:
         return [Verdict("rounding", Level.GOOD, f"{text}.")]
-    return [Verdict("rounding", Level.CAUTION, f"{text}: write float32, or raise lambda.")]
+    return [Verdict("rounding", Level.CAUTION, f"{text}: write float32, or raise the scaling.")]

@@ -43,7 +43,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from typing_extensions import override
 
-from inference.draws import RegeneratedDraws
+from inference.draws import Draws
 from inference.evidence.module_batches import Updates
 from inference.gibbs import regenerate_with
 from inference.hierarchical.model import HierarchicalModel
@@ -72,7 +72,7 @@ class HierarchicalDraws:
     gamma: Tensor
     nu: Tensor | None
     weights: Tensor
-    updates: tuple[RegeneratedDraws, ...]
+    updates: tuple[Draws, ...]
     diverging: Tensor
     eta: Tensor
     modules: tuple[str, ...]
@@ -99,11 +99,9 @@ class HierarchicalDraws:
             raise ValueError(f"`HierarchicalDraws.update({module!r})`: the modules are {', '.join(self.modules)}.")
         place = self.modules.index(module)
         for batch in self.updates:
-            size = batch.weights.shape[2]
-            if place < size:
-                weights, seed = batch.weights[chain, draw, place], int(batch.seeds[chain, draw, place])
-                return batch.regenerate(place, weights, seed)
-            place -= size
+            if place < batch.num_modules:
+                return batch.module_latents(chain, draw, place)
+            place -= batch.num_modules
         raise AssertionError(module)
 
 
@@ -231,6 +229,6 @@ def gather(model: HierarchicalModel, samples: list[dict[str, Tensor]], divergenc
     seeds = torch.randint(2**62, weights.shape[:3])
     sizes = [posterior.num_modules for posterior in model.posteriors]
     pairs = zip(model.posteriors, weights.split(sizes, 2), seeds.split(sizes, 2), strict=True)
-    updates = tuple(RegeneratedDraws(part, here, regenerate_with(posterior)) for posterior, part, here in pairs)
+    updates = tuple(Draws(part, seeds=here, regenerate=regenerate_with(posterior)) for posterior, part, here in pairs)
     names = (model.eta, model.modules, model.experts, model.shared)
     return HierarchicalDraws(gamma, nu, weights, updates, divergences, *names)

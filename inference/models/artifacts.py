@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from inference.models.staging import OutputError, check_output
+from inference.models.digest import file_digest
+from inference.models.staging import Staging, check_output
 from poe_models.weights.loading import CheckpointError
-
-LIBRARIES = ("poe-merge", "torch", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers come from."""
-    return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    """Versions of the libraries that numbers come from."""
+    libraries = ("poe-merge", "torch", "safetensors", "numpy")
+    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
 
 
 def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
@@ -43,39 +40,31 @@ def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], re
     Raises:
         OutputError: If it exists, or appears in the meantime.
     """
-    target = check_output(Path(out), [])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+    staging = Staging(check_output(Path(out), []), f"folder of {kind}")
+    staging.check(resume=True)  # an interrupted one is written over: its tensors are here
     try:
-        weights = partial / f"{kind}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
-        data = {"kind": kind, "sha256": _digest(weights.read_bytes()), "versions": versions(), **record}
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (partial / f"{kind}.json").write_text(text, encoding="utf-8")
-        for path in partial.iterdir():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.chmod(0o755)
-        partial.rename(target)
-    except OSError as error:
-        if target.exists():
-            raise OutputError(f"{out} has appeared in the meantime. Choose another name.") from error
+        with staging.begin({"kind": kind}):
+            add_artifact(staging, "", kind, tensors, record)
+            staging.publish()
+    except BaseException:
+        staging.abandon()
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+    return staging.out
+
+
+def add_artifact(
+    staging: Staging, prefix: str, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
+    """Write both files below a prefix of a larger output, the JSON last: it says that the tensors are there."""
+    staging.save(
+        f"{prefix}{kind}.safetensors", {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    )
+    digest = file_digest(staging.content / f"{prefix}{kind}.safetensors")
+    staging.write_json(f"{prefix}{kind}.json", {"kind": kind, "sha256": digest, "versions": versions(), **record})
 
 
 def read_record(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read the JSON part.
-
-    Args:
-        path: The folder.
-        kind: What it should hold.
-
-    Returns:
-        The record.
+    """Read the JSON part of a folder that should hold one kind of result.
 
     Raises:
         CheckpointError: If it is missing, corrupt, or about something else.
@@ -93,14 +82,7 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a folder that `write_artifact` made; nothing in it is executed.
-
-    Args:
-        path: The folder.
-        kind: What it should hold.
-
-    Returns:
-        Its tensors and its record.
+    """Read the tensors and the record that `write_artifact` wrote; nothing in the folder is executed.
 
     Raises:
         CheckpointError: If anything about it is wrong.
@@ -109,12 +91,8 @@ def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
     file = Path(path).expanduser() / f"{kind}.safetensors"
     try:
         content = file.read_bytes()
-        if _digest(content) != record.get("sha256"):
+        if hashlib.sha256(content).hexdigest() != record.get("sha256"):
             raise ValueError("it is not the file that was saved with its JSON")
         return load(content), record
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}. Make the {kind} again.") from error
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 
 class CutError(ValueError):
@@ -60,7 +61,7 @@ class Cut:
         changing: Names of tensors that differ between runs.
 
     Raises:
-        CutError: The model has no such submodule.
+        CutError: If the model has no such submodule.
     """
 
     def __init__(self, model: nn.Module, name: str, changing: Collection[str]) -> None:
@@ -88,33 +89,11 @@ class Cut:
             Nothing.
 
         Raises:
-            CutError: The submodule was not called, or a changing module was called before it.
+            CutError: If the submodule was not called, or a changing module was called before it.
         """
         called: dict[str, list[Any]] = {}
         features: list[tuple[Any, Any]] = []
-
-        def before(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                if features:
-                    return
-                if name == self.name:
-                    features.append(tree_map(_kept, (args, kwargs)))
-                else:
-                    called.setdefault(name, [])
-
-            return hook
-
-        def after(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if not features:
-                    called[name].append(tree_map(_outlined, output))
-
-            return hook
-
-        handles = []
-        for name, module in self._modules.items():
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+        handles = [handle for name in self._modules for handle in self._watch(name, called, features)]
         try:
             yield
         finally:
@@ -126,9 +105,26 @@ class Cut:
         if early:
             raise CutError(f"{early[0]!r}, which is sampled, is called before {self.name!r}")
         outputs = {name: given for name, given in called.items() if name not in self._ancestors}
-        outermost = {name: given for name, given in outputs.items() if not _inside(name, outputs)}
         self._features.append(features[0])
-        self._stubs.append(outermost)
+        self._stubs.append({name: given for name, given in outputs.items() if not _inside(name, outputs)})
+
+    def _watch(
+        self, name: str, called: dict[str, list[Any]], features: list[tuple[Any, Any]]
+    ) -> tuple[RemovableHandle, RemovableHandle]:
+        """Record what one module gives until the cut is reached, and what the cut is given."""
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not features and name == self.name:
+                features.append(tree_map(_kept, (args, kwargs)))
+            elif not features:
+                called.setdefault(name, [])
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if not features:
+                called[name].append(tree_map(_outlined, output))
+
+        module = self._modules[name]
+        return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
 
     @contextmanager
     def replaying(self, batch: int, device: torch.device) -> Iterator[None]:
@@ -141,33 +137,22 @@ class Cut:
         Yields:
             Nothing.
         """
-        reached = False
+        reached: list[bool] = []
 
         def substitute(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            nonlocal reached
             if reached:
                 return None
-            reached = True
+            reached.append(True)
             given: tuple[Any, Any] = tree_map(
                 lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, self._features[batch]
             )
             return given
 
-        def stub(original: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
-            remaining = iter(outputs)
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if reached:
-                    return original(*args, **kwargs)
-                return tree_map(lambda x: x.filled(device) if isinstance(x, _Outline) else x, next(remaining))
-
-            return forward
-
         replaced = {}
         for name, outputs in self._stubs[batch].items():
             module = self._modules[name]
             replaced[name] = module.__dict__.get("forward")
-            module.forward = stub(module.forward, outputs)
+            module.forward = _stub(module.forward, outputs, reached, device)
         handle = self._target.register_forward_pre_hook(substitute, with_kwargs=True)
         try:
             yield
@@ -178,6 +163,20 @@ class Cut:
                     del self._modules[name].forward
                 else:
                     self._modules[name].forward = own
+
+
+def _stub(
+    original: Callable[..., Any], outputs: list[Any], reached: list[bool], device: torch.device
+) -> Callable[..., Any]:
+    """A forward pass that is not computed before the cut is reached, but gives NaN of the recorded shapes."""
+    remaining = iter(outputs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if reached:
+            return original(*args, **kwargs)
+        return tree_map(lambda x: x.filled(device) if isinstance(x, _Outline) else x, next(remaining))
+
+    return forward
 
 
 class _Outline:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from inference.map import fixed_point
 from inference.reweighting import SolverOptions
@@ -20,13 +21,13 @@ from poe_models.span_labels import stored_center
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Design:
-    """How the matrices of one tensor are merged. Tensors that share one `Design` object are solved as a batch.
+    """Settings of a merge by a product of experts; tensors that share one `Design` object are solved as a batch.
 
     Args:
         poe: The product of experts; `update_names` are names of task vectors.
-        scaling: λ in ``W = W_0 + λ Z``.
+        scaling: Λ in ``W = W_0 + λ Z``.
         coordinates: Solve for the merged update (``"full"``) or its coefficients on the experts' (``"span"``).
         options: Settings of the solver.
         center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to `poe.anchor`.
@@ -37,6 +38,13 @@ class Design:
     coordinates: Literal["full", "span"] = "full"
     options: SolverOptions = field(default_factory=SolverOptions)
     center: Checkpoint | None = None
+
+    @override
+    def __repr__(self) -> str:
+        told = self.describe()
+        experts = [f"  {e['name']}: {e['residual_map']}, {e['energy']}, {e['scale']}" for e in told["experts"]]
+        anchor = f"anchor {told['anchor']['precision']} around {told['anchor']['center'] or 'the base'}"
+        return "\n".join([f"Design(λ = {self.scaling:g}, {self.coordinates} coordinates, {anchor}", *experts]) + ")"
 
     @property
     def span_product(self) -> ProductOfExperts:
@@ -67,14 +75,7 @@ class Design:
         return replace(solution, value=posterior.update(solution.value).to(updates.dtype))
 
     def order(self, names: Sequence[str]) -> list[int]:
-        """Positions of the task vectors that the product is about, in the order of its updates.
-
-        Args:
-            names: Names of the task vectors.
-
-        Returns:
-            Their positions.
-        """
+        """Positions of the task vectors that the product is about, in the order of its updates."""
         return [names.index(name) for name in self.poe.update_names]
 
     @property
@@ -84,25 +85,11 @@ class Design:
         return center if isinstance(center, MergingMethod) else None
 
     def with_method(self, method: MergingMethod) -> Design:
-        """The design with another method as the centre.
-
-        Args:
-            method: The method.
-
-        Returns:
-            The new design.
-        """
+        """The design with another method as the anchor's centre."""
         return replace(self, poe=replace(self.poe, anchor=replace(self.poe.anchor, center=method)))
 
     def for_modules(self, modules: Sequence[str]) -> Design:
-        """The design in named modules, for residual maps on given statistics and centres that draw.
-
-        Args:
-            modules: Names of the modules of a batch, in its order.
-
-        Returns:
-            A design for the updates of this batch.
-        """
+        """The design bound to the named modules of a batch, for maps on given statistics and centres that draw."""
         return replace(self, poe=self.poe.for_modules(modules))
 
     def describe(self) -> dict[str, Any]:
@@ -123,9 +110,6 @@ class Design:
 
     def check(self, names: Sequence[str]) -> None:
         """Find out before anything is read whether this design can be solved at all.
-
-        Args:
-            names: Names of the task vectors.
 
         Raises:
             ValueError: If it is about other task vectors, or cannot be solved in these coordinates.
@@ -156,9 +140,6 @@ class Design:
 def require_data(method: MergingMethod) -> None:
     """Refuse a method that cannot be made ready by the updates alone.
 
-    Args:
-        method: The method, or an anchor's centre.
-
     Raises:
         ValueError: If it needs data and has not seen any.
     """
@@ -169,14 +150,9 @@ def require_data(method: MergingMethod) -> None:
 
 
 def design_text(design: Design, *, solver: bool) -> str:
-    """What of a design decides a Full draw besides its temperature, as text: experts, anchor and perhaps the solver.
+    """Describe as JSON what decides a Full draw besides its temperature: experts, anchor and perhaps the solver.
 
-    Args:
-        design: The design.
-        solver: Whether the MAP matters, too, and with it the settings that it is found with.
-
-    Returns:
-        JSON; a checkpoint as the centre is left to the draws' norms, because its path may differ.
+    A checkpoint as the centre is left to the draws' norms, because its path may differ.
     """
     described = design.describe()
     if design.center is not None:
@@ -190,38 +166,24 @@ Designs = ProductOfExperts | Design | Callable[[str], Design]
 
 
 def as_function(designs: Designs) -> Callable[[str], Design]:
-    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
-
-    Args:
-        designs: What the caller gave.
-
-    Returns:
-        The function.
-    """
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design."""
     if callable(designs):
         return designs
     design = designs if isinstance(designs, Design) else Design(designs)
     return lambda tensor: design
 
 
-def check_center(design: Design, base: Checkpoint, tensor: str) -> None:
-    """Check from headers that the anchor's checkpoint has a tensor of the base's shape.
-
-    Args:
-        design: The design of the tensor.
-        base: The base.
-        tensor: Name of the tensor.
+def require_alike(checkpoint: Checkpoint, role: str, base: Checkpoint, tensor: str) -> None:
+    """Check from headers that a checkpoint in some role has a tensor of the base's shape.
 
     Raises:
         CheckpointError: If it has none, or another shape.
     """
-    if design.center is None:
-        return
-    found = design.center.tensors.get(design.center.aliases.get(tensor, tensor))
+    found = checkpoint.tensors.get(checkpoint.aliases.get(tensor, tensor))
     if found is None or found.shape != base.tensors[tensor].shape:
         what = "is missing" if found is None else f"is {found.shape}, the base's {base.tensors[tensor].shape}"
         raise CheckpointError(
-            f"anchor {design.center.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
+            f"{role} {checkpoint.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,24 +17,13 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 
 class Progress(Protocol):
-    """What a merge tells about its progress; the command line draws bars with it."""
+    """Listener to the progress of a merge; the command line draws bars with it."""
 
     def begin(self, stage: str, modules: int, nbytes: int) -> None:
-        """A stage begins.
-
-        Args:
-            stage: Its name.
-            modules: Matrices it will solve.
-            nbytes: Bytes it will read or write.
-        """
+        """Hear that a stage begins, with the matrices it will solve and the bytes it will read or write."""
 
     def advance(self, modules: int, nbytes: int) -> None:
-        """Some of it is done.
-
-        Args:
-            modules: Matrices solved since the last call.
-            nbytes: Bytes since the last call.
-        """
+        """Hear how many matrices and bytes are done since the last call."""
 
 
 class Silent:
@@ -63,7 +53,7 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
     def of_file(path: Path) -> str:
         real = path.resolve()
         if real not in known:
-            known[real] = _file_digest(path, progress)
+            known[real] = file_digest(path, progress)
         else:
             progress.advance(0, path.stat().st_size)
         return known[real]
@@ -76,18 +66,15 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
             "sha256": files or {"memory": _memory_digest(checkpoint, progress)},
         }
     if code:
-        inputs["code"] = {"sha256": {str(path): _file_digest(path, Silent()) for path in code}}
+        inputs["code"] = {"sha256": {str(path): file_digest(path) for path in code}}
     return inputs
 
 
 def refuse_copies(inputs: Mapping[str, Any]) -> None:
-    """Refuse an expert whose files are a copy of the base's.
-
-    Args:
-        inputs: What `digest_inputs` gave.
+    """Refuse an expert whose files are a copy of the base's, from the digests of all inputs.
 
     Raises:
-        CheckpointError: Naming the expert.
+        CheckpointError: If there is one; names it.
     """
     base = _weights(inputs["base"])
     for role, entry in inputs.items():
@@ -115,13 +102,47 @@ def _weights(entry: Mapping[str, Any]) -> list[str]:
     return sorted(digest for name, digest in entry["sha256"].items() if name not in _CONFIGS)
 
 
-def _file_digest(path: Path, progress: Progress) -> str:
+def file_digest(path: Path, progress: Progress | None = None) -> str:
+    """Sha256 of a file, 64 hexadecimal digits; the progress is told about the bytes."""
+    progress = progress or Silent()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             progress.advance(0, len(block))
     return digest.hexdigest()
+
+
+def difference(before: Any, now: Any) -> list[tuple[str, str, str]]:
+    """Places where two pieces of plain data differ.
+
+    Args:
+        before: One.
+        now: The other.
+
+    Returns:
+        For each its dotted place and both values as JSON, "missing" where there is none.
+
+    >>> difference({"a": {"b": 1}, "c": [2]}, {"a": {"b": 1}, "c": [3]})
+    [('c[0]', '2', '3')]
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    pairs = [
+        (place, *(json.dumps(each[place]) if place in each else "missing" for each in (old, new)))
+        for place in {**old, **new}
+    ]
+    return [(place, one, other) for place, one, other in pairs if one != other]
+
+
+def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, Mapping) and data:
+        for key, value in data.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(data, list | tuple) and data:
+        for index, value in enumerate(data):
+            yield from _leaves(value, f"{prefix}[{index}]")
+    else:
+        yield prefix, data
 
 
 def _memory_digest(checkpoint: Checkpoint, progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""Do draws belong to these designs? Asked of names and settings before any weight is read."""
+"""Checks that draws belong to the designs of an ensemble, from names and settings before any weight is read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from inference.models.design import Design, design_text
 from inference.models.full_draws import warn_of_changes
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.method_draws import MethodDraws, method_text
-from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from poe_models.span_labels import merge_label
 from poe_models.weights.task_vectors import TaskVectors
 
 
 def check_designs(draws: ModelDraws, designs: Mapping[str, AnyDesign], task_vectors: TaskVectors) -> None:
-    """Refuse draws of other designs.
-
-    Args:
-        draws: Of a whole model.
-        designs: The design of each module that was drawn, by its name, in the order of the draws.
-        task_vectors: Base and experts.
+    """Refuse draws that cannot be made into members under the designs of their modules, given in their order.
 
     Raises:
-        ValueError: If they cannot be made into members under these designs; says why.
+        ValueError: If they are of other designs; says how they differ.
     """
     if isinstance(draws, MethodDraws):
         return _check_methods(draws, designs, task_vectors)
@@ -35,24 +30,11 @@ def check_designs(draws: ModelDraws, designs: Mapping[str, AnyDesign], task_vect
                 f"{design.method!r}. Give the product that it was drawn from, or draw seeds: `MethodDraws.of`."
             )
         products[name] = design
-    assert isinstance(draws, PosteriorDraws)
     if isinstance(draws, SpanDraws):
         _check_order(draws, products)
     _check_merge(draws, products)
     if isinstance(draws, FullDraws):
         _check_full(draws, products, task_vectors)
-
-
-def designs_of(draws: ModelDraws) -> tuple[str, ...]:
-    """What must be the same for draws to be made again; nothing for coefficients.
-
-    Args:
-        draws: Of a whole model.
-
-    Returns:
-        A text for each module.
-    """
-    return draws.designs if isinstance(draws, FullDraws | MethodDraws) else ()
 
 
 def _check_methods(draws: MethodDraws, designs: Mapping[str, AnyDesign], task_vectors: TaskVectors) -> None:
@@ -74,7 +56,7 @@ def _check_methods(draws: MethodDraws, designs: Mapping[str, AnyDesign], task_ve
             )
 
 
-def _check_merge(draws: PosteriorDraws, designs: Mapping[str, Design]) -> None:
+def _check_merge(draws: ModelDraws, designs: Mapping[str, Design]) -> None:
     """Refuse draws that are drawn around something else than what the design merges to."""
     where = {"full": "the MAP in Full coordinates", "span": "the MAP in Span coordinates"}
     for name in draws.modules:

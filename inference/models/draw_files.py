@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from inference.merge_distance import MergeDistance
-from inference.models.artifacts import read_artifact, write_artifact
+from inference.models.artifacts import add_artifact, read_artifact, write_artifact
 from inference.models.full_draws import check_environment, warn_of_changes
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
+from inference.models.staging import Staging
 from inference.models.statistics_files import statistics_digest
 from poe_models.span import SpanStatistics
 from poe_models.weights.loading import CheckpointError
 
-__all__ = ["load_draws", "save_draws"]
+__all__ = ["add_draws", "load_draws", "save_draws"]
 
 _KIND = "draws"
 _STATS, _MERGE = "stats.", "merge."
@@ -38,33 +39,43 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
         OutputError: If the folder exists.
         TypeError: If the draws are not those of a whole model.
     """
-    if not isinstance(draws, SpanDraws | FullDraws | MethodDraws):
+    if not isinstance(draws, ModelDraws):
         raise TypeError(
             f"`save_draws({type(draws).__name__})`: give `SpanDraws`, `FullDraws` or `MethodDraws`; "
             "`SpanDraws.of(draws, coordinates, statistics)` names the draws of a sampler."
         )
-    record: dict[str, Any] = {
-        "coordinates": draws.coordinates,
-        "modules": list(draws.modules),
-        "source": draws.source,
-    }
-    stats = {_STATS + name: value for name, value in draws.stats.items()}
-    tensors = {"squared_norms": draws.squared_norms, **draws.numbers, **stats}
-    if isinstance(draws, SpanDraws | FullDraws) and draws.from_merge is not None:
+    return write_artifact(path, _KIND, _tensors(draws), _record(draws))
+
+
+def add_draws(staging: Staging, name: str, draws: ModelDraws) -> None:
+    """Save draws as a folder of a larger output."""
+    add_artifact(staging, f"{name}/", _KIND, _tensors(draws), _record(draws))
+
+
+def _tensors(draws: ModelDraws) -> dict[str, Tensor]:
+    tensors = {"squared_norms": draws.squared_norms, **draws.numbers}
+    if isinstance(draws, FullDraws) and draws.temperature is not None:
+        tensors["temperature"] = draws.temperature
+    if draws.from_merge is not None:
         tensors |= {_MERGE + name: getattr(draws.from_merge, name) for name in _DISTANCE}
+    return tensors | {_STATS + name: value for name, value in draws.stats.items()}
+
+
+def _record(draws: ModelDraws) -> dict[str, Any]:
+    record: dict[str, Any] = {"coordinates": draws.kind, "modules": list(draws.modules), "source": draws.source}
     if isinstance(draws, SpanDraws):
-        record |= {"updates": list(draws.updates), "through": list(draws.designs)}
-        record |= {"sampler": draws.sampler, "temperature": draws.temperature}
-        return write_artifact(path, _KIND, tensors, record)
+        each = None if draws.temperature is None else draws.temperature.tolist()
+        return record | {
+            "updates": list(draws.updates),
+            "through": list(draws.designs),
+            "sampler": draws.sampler,
+            "temperature": draws.temperatures[0] if len(draws.temperatures) == 1 else each,
+        }
     distinct = list(dict.fromkeys(draws.designs))
-    record["designs"] = distinct
-    record["design_of_module"] = [distinct.index(text) for text in draws.designs]
-    if isinstance(draws, MethodDraws):
-        record["experts"] = list(draws.experts)
-    else:
-        record["method"] = draws.method
-        record["environment"] = dict(draws.environment)
-    return write_artifact(path, _KIND, tensors, record)
+    record |= {"designs": distinct, "design_of_module": [distinct.index(text) for text in draws.designs]}
+    if isinstance(draws, FullDraws):
+        return record | {"method": draws.sampler, "environment": dict(draws.environment)}
+    return record | {"experts": list(draws.labels)}
 
 
 def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> ModelDraws:
@@ -94,7 +105,7 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
     expected = statistics_digest(source) if isinstance(source, SpanStatistics) else source
     if expected is not None and draws.source != expected:
         raise CheckpointError(
-            f"{path}: these draws were made from other {'statistics' if draws.coordinates == 'span' else 'weights'} "
+            f"{path}: these draws were made from other {'statistics' if draws.kind == 'span' else 'weights'} "
             f"(digest {draws.source[:12]}..., expected {expected[:12]}...). Draw again, or give what they are about."
         )
     if isinstance(draws, FullDraws):
@@ -103,84 +114,69 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
 
 
 def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
-    modules = len(record["modules"])
-    draws: ModelDraws
-    own: dict[str, tuple[int, ...]]
-    if record["coordinates"] == "span":
-        draws = _span(tensors, record)
-        own = {"coefficients": (modules, len(draws.basis))}
-    elif record["coordinates"] == "seeds":
-        draws = _seeds(tensors, record)
-        own = {"seeds": ()}
-    else:
-        draws = _full(tensors, record)
-        own = {"weights": (modules, draws.weights.shape[-1]), "seeds": (modules,)}
-    start = (draws.num_chains, draws.num_draws)
-    shapes: dict[str, tuple[int, ...]] = {name: (*start, *rest) for name, rest in own.items()}
+    draws = _READERS[record["coordinates"]](tensors, record)
+    modules, start = len(draws.modules), (draws.num_chains, draws.num_draws)
+    own = {name: tuple(value.shape[3:]) for name, value in draws.numbers.items()}
+    if isinstance(draws, SpanDraws):
+        own["coefficients"] = (len(draws.basis),)
+    shapes = {name: (*start, modules, *rest) for name, rest in own.items()}
+    if isinstance(draws, MethodDraws):
+        shapes["seeds"] = start
     shapes |= {name: (*start, modules) for name in tensors if name.startswith(_STATS)}
-    if isinstance(draws, FullDraws):
-        shapes["temperature"] = (modules,)
-    shapes |= {name: (modules,) for name in tensors if name.startswith(_MERGE)}
+    shapes |= {name: (modules,) for name in tensors if name.startswith((_MERGE, "temperature"))}
     for name, shape in shapes.items():
         finite = name.startswith((_STATS, _MERGE)) or bool(torch.isfinite(tensors[name]).all())
         if tuple(tensors[name].shape) != shape or not finite:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected finite {shape}")
-    if isinstance(draws, SpanDraws) and len(draws.designs) not in (0, modules):
+    if len(draws.designs) != modules and (draws.designs or not isinstance(draws, SpanDraws)):
         raise ValueError(f"there are {len(draws.designs)} designs of {modules} modules")
     return draws
 
 
-def _span(tensors: dict[str, Tensor], record: dict[str, Any]) -> SpanDraws:
-    temperature = record["temperature"]
+def _span(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
+    heat, modules = record["temperature"], len(record["modules"])
     return SpanDraws(
         **_common(tensors, record),
-        from_merge=_distance(tensors, record),
+        designs=tuple(record["through"]),
+        sampler=record["sampler"],
+        temperature=None if heat is None else torch.tensor(heat, dtype=torch.float64).expand(modules).clone(),
         updates=tuple(record["updates"]),
         coefficients=tensors["coefficients"],
-        designs=tuple(record["through"]),
-        made_by=record["sampler"],
-        temperature=None if temperature is None else float(temperature),
     )
 
 
-def _full(tensors: dict[str, Tensor], record: dict[str, Any]) -> FullDraws:
+def _full(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
     check_environment(record["environment"])
     return FullDraws(
         **_common(tensors, record),
-        from_merge=_distance(tensors, record),
-        method=record["method"],
+        designs=_designs(record),
+        sampler=record["method"],
+        temperature=tensors["temperature"],
         weights=tensors["weights"],
         seeds=tensors["seeds"],
-        temperature=tensors["temperature"],
-        designs=_designs(record),
         environment=record["environment"],
     )
 
 
-def _seeds(tensors: dict[str, Tensor], record: dict[str, Any]) -> MethodDraws:
-    return MethodDraws(
-        **_common(tensors, record),
-        seeds=tensors["seeds"],
-        experts=tuple(record["experts"]),
-        designs=_designs(record),
-    )
+def _seeds(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
+    common, experts = _common(tensors, record), tuple(record["experts"])
+    return MethodDraws(**common, designs=_designs(record), seeds=tensors["seeds"], experts=experts)
+
+
+_READERS = {"span": _span, "full": _full, "seeds": _seeds}
 
 
 def _common(tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
-    stats = {name.removeprefix(_STATS): value for name, value in tensors.items() if name.startswith(_STATS)}
+    modules, away = tuple(record["modules"]), None
+    if any(name.startswith(_MERGE) for name in tensors):
+        away = MergeDistance(modules, *(tensors[_MERGE + name] for name in _DISTANCE))
     return {
-        "modules": tuple(record["modules"]),
+        "modules": modules,
         "squared_norms": tensors["squared_norms"],
         "source": record["source"],
-        "stats": stats,
+        "stats": {name.removeprefix(_STATS): value for name, value in tensors.items() if name.startswith(_STATS)},
+        "from_merge": away,
     }
-
-
-def _distance(tensors: dict[str, Tensor], record: dict[str, Any]) -> MergeDistance | None:
-    """How far the draws are from their merge, if that was found out."""
-    if not any(name.startswith(_MERGE) for name in tensors):
-        return None
-    return MergeDistance(tuple(record["modules"]), *(tensors[_MERGE + name] for name in _DISTANCE))
 
 
 def _designs(record: dict[str, Any]) -> tuple[str, ...]:

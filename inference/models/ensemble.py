@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from inference.models.digest import Progress
 from inference.models.ensemble_files import save_members
@@ -23,6 +24,7 @@ from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import AnyDesigns
 from inference.models.model_draws import ModelDraws
 from inference.models.predictor import Forward, Runner
+from inference.models.staging import Staging
 from poe_models.weights.task_vectors import Source, TaskVectors
 
 __all__ = ["MemberPredictor", "MergedEnsemble", "Prediction"]
@@ -30,15 +32,15 @@ __all__ = ["MemberPredictor", "MergedEnsemble", "Prediction"]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What an ensemble says about ``n`` examples.
+    """Prediction of an ensemble for ``n`` examples.
 
     Attributes:
-        probabilities: mean of the members' class probabilities, ``(n, classes)`` float64.
-        entropy: entropy of the mean in nats, ``(n,)``: total uncertainty.
-        mutual_information: between class and member in nats, ``(n,)``: the entropy of the mean less the mean entropy,
+        probabilities: Mean of the members' class probabilities, ``(n, classes)`` float64.
+        entropy: Entropy of the mean in nats, ``(n,)``: total uncertainty.
+        mutual_information: Between class and member in nats, ``(n,)``: the entropy of the mean less the mean entropy,
             that is how much the members disagree (Houlsby et al., 2011, arXiv 1112.5745).
-        num_members: how many members.
-        reused: the submodule before which features were computed once; None if every member ran in full.
+        num_members: How many members.
+        reused: The submodule before which features were computed once; None if every member ran in full.
     """
 
     probabilities: Tensor
@@ -92,6 +94,10 @@ class MergedEnsemble:
 
     def __len__(self) -> int:
         return len(self.draws)
+
+    @override
+    def __repr__(self) -> str:
+        return f"MergedEnsemble({len(self)} members, {len(self._tensors.sampled)} tensors differ; {self.draws!r})"
 
     @property
     def draws(self) -> ModelDraws:
@@ -231,7 +237,7 @@ class MergedEnsemble:
         format: Literal["checkpoints", "deltas"] = "checkpoints",
         resume: bool = False,
         progress: Progress | None = None,
-        extras: Callable[[Path], None] | None = None,
+        extras: Callable[[Staging], None] | None = None,
     ) -> Path:
         """Write all members into a new folder, a few tensors in memory at a time.
 
@@ -245,8 +251,8 @@ class MergedEnsemble:
             format: What to write.
             resume: Go on with an interrupted save of the same ensemble.
             progress: Told how far it is.
-            extras: Writes further files into the folder, for instance the draws. Called with it before the first member
-                is made, again when an interrupted save goes on; what it writes is in place once all is done.
+            extras: Writes further files of the output through its methods, for instance the draws. Called before the
+                first member is made, again when an interrupted save goes on.
 
         Returns:
             The folder.

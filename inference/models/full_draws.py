@@ -10,17 +10,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from inference.draws import RegeneratedDraws
-from inference.gibbs import GibbsKernel, gibbs, seeded_noise
+from inference.draws import Draws
+from inference.gibbs import GibbsKernel, gibbs
 from inference.laplace import Laplace
 from inference.merge_distance import MergeDistance
-from inference.models.design import Designs, as_function, design_text
+from inference.models.design import Design, Designs, as_function, design_text
 from inference.models.digest import Progress, Silent
 from inference.models.model_draws import FullDraws
-from inference.models.modules import Module, module_names, read_modules, with_names
-from inference.models.surrounding import gibbs_distance
+from inference.models.modules import Module, feed, merged_update, module_names, read_modules, with_names
+from inference.models.surrounding import distance_of_module, gibbs_distance
 from inference.propriety import undetermined
 from poe_models.operators import sum_of_squares
 from poe_models.weights.task_vectors import TaskVectors
@@ -29,7 +28,6 @@ __all__ = ["TOLERANCE", "RegenerationWarning", "environment", "noise_control", "
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 """How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
-_PROBES = ((1, 5), (7, 9))  # torch fills short and long tensors by different routines
 
 
 class RegenerationWarning(UserWarning):
@@ -42,7 +40,7 @@ def sample_full(
     num_samples: int,
     *,
     generator: torch.Generator,
-    method: Literal["gibbs", "laplace"] = "gibbs",
+    sampler: Literal["gibbs", "laplace"] = "gibbs",
     chains: int = 4,
     warmup: int = 200,
     thin: int = 1,
@@ -56,7 +54,7 @@ def sample_full(
         design: One product or design for all tensors, or a function from the tensor's name.
         num_samples: Draws kept per chain.
         generator: Source of all randomness.
-        method: Exact Gibbs sampling, or independent draws of Laplace's approximation in one chain.
+        sampler: Exact Gibbs sampling, or independent draws of Laplace's approximation in one chain.
         chains: Chains of Gibbs sampling.
         warmup: Its steps per chain before the first kept draw.
         thin: Its steps per kept draw.
@@ -72,54 +70,62 @@ def sample_full(
             mixture (Gibbs), a mode has a Hessian that is not positive definite (Laplace), or a posterior is improper.
     """
     progress, for_tensor = progress or Silent(), as_function(design)
-    wanted = {
-        tensor: [name for name in module_names(task_vectors, tensor) if re.search(pattern, name)]
-        for tensor, treatment in task_vectors.treatments.items()
-        if treatment.action == "merge"
-    }
-    count = sum(len(names) for names in wanted.values())
-    if count == 0:
-        raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")
-    nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor, names in wanted.items() if names}
-    progress.begin("sampling", count, sum(nbytes.values()))
-    names, texts, norms, parts, temperatures, distances, silent = [], [], [], [], [], [], []
+    wanted = _wanted(task_vectors, pattern)
+    nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor in wanted}
+    progress.begin("sampling", sum(map(len, wanted.values())), sum(nbytes.values()))
+    parts: list[FullDraws] = []
+    silent: list[str] = []
     digest = hashlib.sha256()
-    for tensor in nbytes:
+    where = environment(task_vectors.device, task_vectors.dtype)
+    for tensor, names in wanted.items():
         here = for_tensor(tensor)
-        modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in wanted[tensor]]
+        modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in names]
         for module in modules:
             if not bool(module.updates.any()) and bool(undetermined(module.posterior)):
                 silent.append(module.name)
                 continue
             try:
-                drawn = _draw(module, num_samples, generator, method, chains, warmup, thin)
-                distances.append(_from_mode(module, drawn, method))
+                drawn = _draw(module, num_samples, generator, sampler, chains, warmup, thin)
+                away = _from_mode(module, drawn, sampler)
             except ValueError as error:
                 raise with_names(error, [module.name]) from error
-            parts.append((drawn.weights, drawn.seeds, drawn.stats))  # the draws themselves hold on to the module
-            names.append(module.name)
-            texts.append(design_text(here, solver=method != "gibbs"))
-            norms.append(module.squared_norms)
-            temperatures.append(module.poe.temperature)
-            _feed(digest, module)
+            parts.append(_named(module, drawn, away, sampler, here, where))
+            feed(digest, module.name, module.updates, module.center)
         progress.advance(len(modules), nbytes[tensor])
     if silent:
         warnings.warn(not_drawn(silent), stacklevel=2)
     if not parts:
         raise ValueError("`sample_full(...)`: nothing changes any of these modules. Draw others.")
-    weights, seeds, stats = zip(*parts, strict=True)
+    return FullDraws.joined(parts, digest.hexdigest())
+
+
+def _wanted(task_vectors: TaskVectors, pattern: str) -> dict[str, list[str]]:
+    """Merged tensors with the names of their modules that a pattern finds."""
+    merged = [tensor for tensor, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    found = {
+        tensor: [name for name in module_names(task_vectors, tensor) if re.search(pattern, name)] for tensor in merged
+    }
+    if not any(found.values()):
+        raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")
+    return {tensor: names for tensor, names in found.items() if names}
+
+
+def _named(
+    module: Module, drawn: Draws, away: MergeDistance, sampler: str, design: Design, where: Mapping[str, Any]
+) -> FullDraws:
+    """The draws of one module without the module itself, which they would hold in memory."""
     return FullDraws(
-        modules=tuple(names),
-        squared_norms=torch.nn.utils.rnn.pad_sequence(norms, batch_first=True),
-        source=digest.hexdigest(),
-        stats={name: torch.cat([each[name] for each in stats], -1).cpu() for name in stats[0]},
-        from_merge=MergeDistance.joined(distances),
-        method=method,
-        weights=_joined(weights),
-        seeds=torch.cat(seeds, -1).cpu(),
-        temperature=torch.tensor(temperatures, dtype=torch.float64),
-        designs=tuple(texts),
-        environment=environment(task_vectors.device, task_vectors.dtype),
+        modules=(module.name,),
+        squared_norms=module.squared_norms.unsqueeze(0),
+        source="",
+        designs=(design_text(design, solver=sampler != "gibbs"),),
+        stats=drawn.stats,
+        sampler=sampler,
+        temperature=torch.tensor([module.poe.temperature], dtype=torch.float64),
+        from_merge=away,
+        weights=drawn.weights,
+        seeds=drawn.seeds,
+        environment=where,
     )
 
 
@@ -154,60 +160,45 @@ def noise_control(
         As many draws of the same modules.
     """
     for_tensor = as_function(design)
-    lengths = torch.zeros(len(draws), len(draws.modules), 1, dtype=torch.float64)
-    texts = list(draws.designs)
-    for tensor, treatment in task_vectors.treatments.items():
-        if treatment.action != "merge" or not set(module_names(task_vectors, tensor)).intersection(draws.modules):
+    lengths = torch.zeros(*draws.seeds.shape, 1, dtype=torch.float64)
+    seeds = torch.randint(2**62, draws.seeds.shape, generator=generator, device=generator.device).cpu()
+    noise = replace(draws, stats={}, sampler="noise", weights=lengths, seeds=seeds)
+    texts, away = list(draws.designs), {}
+    for tensor in task_vectors.treatments:
+        if set(module_names(task_vectors, tensor)).isdisjoint(draws.modules):
             continue
         here = for_tensor(tensor)
         for module in read_modules(task_vectors, tensor, here):
             if module.name in draws.modules:
-                texts[draws.index(module.name)] = design_text(here, solver=True)
+                index = draws.index(module.name)
+                texts[index] = design_text(here, solver=True)
                 for member in range(len(draws)):
                     distance = (draws.update(module, member) - module.mode).double().norm()
-                    lengths[member, draws.index(module.name)] = float(distance)
-    return replace(
-        draws,
-        stats={},
-        from_merge=None if draws.from_merge is None else MergeDistance.zero(draws.modules, draws.from_merge.length),
-        method="noise",
-        weights=lengths.unflatten(0, draws.seeds.shape[:2]),
-        seeds=torch.randint(2**62, draws.seeds.shape, generator=generator, device=generator.device).cpu(),
-        designs=tuple(texts),
-    )
+                    lengths[*draws.place(member), index] = float(distance)
+                away[module.name] = distance_of_module(noise, module, merged_update(module, here))
+    measured = MergeDistance.joined([away[name] for name in draws.modules])
+    return replace(noise, designs=tuple(texts), from_merge=measured)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What decides the digits of a draw besides its seed.
-
-    Args:
-        device: Where it is computed.
-        dtype: The compute dtype.
-
-    Returns:
-        Plain data: device type, torch version, threads, dtype, and a few random numbers of a known seed.
-    """
+    """Record where draws are made: device type, torch version, threads and compute dtype decide their digits."""
     return {
         "device": device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "noise": _noise(device, dtype),
     }
 
 
 def check_environment(recorded: Mapping[str, Any]) -> None:
-    """Raise unless this is what `environment` gives, as a file should have it.
-
-    Args:
-        recorded: Plain data.
+    """Refuse an environment that `environment` cannot have given.
 
     Raises:
-        ValueError: Something is missing, or is not known here.
+        ValueError: If something is missing, or is not known here.
     """
-    keys = {"device", "torch", "threads", "dtype", "noise"}
+    keys = {"device", "torch", "threads", "dtype"}
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
-    if set(recorded) != keys or recorded["dtype"] not in dtypes or recorded["device"] not in ("cpu", "cuda", "mps"):
+    if not keys <= set(recorded) or recorded["dtype"] not in dtypes or recorded["device"] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"unknown environment {dict(recorded)}")
 
 
@@ -228,7 +219,7 @@ def warn_of_changes(recorded: Mapping[str, Any], device: torch.device | None = N
     ]
     if not changed:
         return
-    if torch.allclose(torch.tensor(here["noise"]), torch.tensor(recorded["noise"]), atol=1e-4):
+    if recorded["device"] == here["device"]:
         what = f"the draws are made again within {TOLERANCE[dtype]:g} of their largest entry, not bit for bit"
     else:
         what = "the seeds give other noise here: these will be other draws of the same posterior, equally good"
@@ -239,42 +230,20 @@ def _draw(
     module: Module,
     num_samples: int,
     generator: torch.Generator,
-    method: str,
+    sampler: str,
     chains: int,
     warmup: int,
     thin: int,
-) -> RegeneratedDraws:
-    if method == "laplace":
+) -> Draws:
+    if sampler == "laplace":
         return Laplace(module.posterior, module.mode.unsqueeze(0)).sample(num_samples, generator)
-    drawn = gibbs(module.posterior, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin)
-    assert isinstance(drawn, RegeneratedDraws)  # as they are in Full coordinates
-    return drawn
+    return gibbs(module.posterior, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin)
 
 
-def _from_mode(module: Module, drawn: RegeneratedDraws, method: str) -> MergeDistance:
-    """How far the draws are from the MAP, which is the mean of Laplace's draws."""
-    if method == "gibbs":
+def _from_mode(module: Module, drawn: Draws, sampler: str) -> MergeDistance:
+    """Distance of the draws from the MAP, which is the mean of Laplace's draws."""
+    if sampler == "gibbs":
         kernel = GibbsKernel(module.posterior)
         return gibbs_distance(module.name, kernel, drawn.weights.flatten(0, 1)[:, 0], module.mode)
     length = sum_of_squares(module.mode).sqrt().cpu().reshape(1)
     return MergeDistance.zero([module.name], length)
-
-
-def _joined(weights: Sequence[Tensor]) -> Tensor:
-    """Weights of several modules ``(C, S, 1, E_m)`` as one, filled up with zeros."""
-    most = max(part.shape[-1] for part in weights)
-    return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[-1])) for part in weights], -2).cpu()
-
-
-def _feed(digest: Any, module: Module) -> None:
-    """Add a module's name, updates and centre to a checksum."""
-    center = module.center
-    for tensor in (module.updates, *(() if center is None else (center,))):
-        digest.update(f"{module.name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-
-
-def _noise(device: torch.device, dtype: torch.dtype) -> list[float]:
-    like = torch.empty(0, device=device, dtype=dtype)
-    noise = [seeded_noise(seed, shape, like).flatten() for seed, shape in enumerate(_PROBES)]
-    return [round(value, 6) for value in torch.cat(noise)[::4].tolist()]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
+from inference.models.modules import anchor_blocks, selected
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
-from poe_models.weights.loading import CheckpointError
+from poe_models.updates import center_of
+from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,7 +26,7 @@ _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
 def merge_group(
     task_vectors: TaskVectors, group: Group, designs: Sequence[AnyDesign], seed: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Make the tensors of one group.
+    """Make the tensors of one group in their output dtype on the CPU, and a record for each.
 
     Args:
         task_vectors: Base and experts.
@@ -33,7 +35,7 @@ def merge_group(
         seed: Of torch's generators while the group is solved, for energies and centres that draw.
 
     Returns:
-        The tensors in their output dtype on the CPU, and a record for each.
+        Tensors by name, and their records.
 
     Raises:
         CheckpointError: If a value is not finite, in an input or once rounded to the output's dtype.
@@ -80,7 +82,7 @@ def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: An
     order = design.order(task_vectors.names)
     batches = _empty_batches(task_vectors, tensors[0].matrices, len(tensors), order)
     for position, tensor in enumerate(tensors):
-        _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor, design))
+        _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor.name, design))
     values: dict[tuple[int, int], Tensor] = {}
     records: dict[tuple[int, int], dict[str, Any]] = {}
     while batches:
@@ -117,17 +119,14 @@ def _fill(
     order: list[int],
     centers: Sequence[Tensor],
 ) -> None:
-    identity = order == list(range(len(modules[0].names)))
-    for index in range(len(modules)):
-        module = modules[index]
+    for index, read in enumerate(modules):
+        module = selected(read, order)
         batch = batches[(module.base.shape[0], module.base.shape[1])]
-        updates = module.updates if identity else module.updates[order]
         if batch.updates.ndim == 1:  # the only one of its shape needs no copy
-            batch.updates = updates.unsqueeze(0)
+            batch.updates = module.updates.unsqueeze(0)
         else:
-            batch.updates[len(batch.places)] = updates
-        low_rank = module.low_rank
-        batch.factors.append(low_rank if identity or low_rank is None else (low_rank[0][order], low_rank[1][order]))
+            batch.updates[len(batch.places)] = module.updates
+        batch.factors.append(module.low_rank)
         batch.bases.append(module.base)
         batch.places.append((position, index))
         batch.labels.append(module.name)
@@ -135,33 +134,28 @@ def _fill(
             batch.centers.append(centers[index] - module.base)
 
 
-def _centers(task_vectors: TaskVectors, tensor: TensorPlan, design: AnyDesign) -> list[Tensor]:
-    """The matrices of the anchor's checkpoint; none if the centre is not a checkpoint."""
-    if isinstance(design, MethodDesign) or design.center is None or tensor.treatment.view is None:
-        return []
-    weights = design.center.read(tensor.name).to(task_vectors.dtype)
-    if not bool(weights.isfinite().all()):
-        raise CheckpointError(
-            f"anchor {design.center.source}: tensor {tensor.name!r} has values that are NaN or infinite. Give another "
-            "checkpoint."
-        )
-    return [block.to(task_vectors.device) for block in tensor.treatment.view.split(weights)]
+def _centers(task_vectors: TaskVectors, tensor: str, design: AnyDesign) -> list[Tensor]:
+    return [] if isinstance(design, MethodDesign) else anchor_blocks(task_vectors, tensor, design)
 
 
 def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    factors = _stacked(batch.factors)
+    factors, center = _stacked(batch.factors), None
     solution: Solution[FixedPointInfo] | Solution[MethodInfo]
     if isinstance(design, MethodDesign):
         solution = design.solve(ModuleBatch.of(batch.updates, batch.labels, names, factors))
     else:
-        center = torch.stack(batch.centers) if batch.centers else None
-        solution = design.for_modules(batch.labels).solve(batch.updates, factors, center)
+        own = design.for_modules(batch.labels)
+        center = torch.stack(batch.centers) if batch.centers else center_of(own.poe.anchor, batch.updates, factors)
+        solution = own.solve(batch.updates, factors, center)
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
     kept = solution.info.retention.scaled(design.scaling)  # of what is written
     records = [
         {"module": label, "status": status.name.lower(), **solution.info.record(index), "retention": kept.record(index)}
         for index, (label, status) in enumerate(zip(batch.labels, solution.status, strict=True))
     ]
+    for index, record in enumerate(records):
+        if not isinstance(design, MethodDesign):
+            record["center_norm"] = 0.0 if center is None else float(center[index].double().norm())
     return merged, records
 
 
@@ -185,12 +179,19 @@ def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tu
             f"tensor {tensor.name!r} of {where} has values that are not finite as {tensor.dtype}. Write another dtype: "
             "`out_dtype: float32` (or bfloat16, which has float32's range), or keep the base's tensor with a rule."
         )
-    if tensor.dtype not in HALF or tensor.treatment.action == "base":
+    if tensor.treatment.action == "base":
         return rounded, None
-    base = task_vectors.base.read(tensor.name)
-    updated = value != base.to(value.dtype)
-    unchanged = updated & (rounded == base.to(tensor.dtype))
-    return rounded, {"updated": int(updated.sum()), "rounded_back": int(unchanged.sum())}
+    return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
+
+
+def rounding_of_tensor(base: Checkpoint, name: str, value: Tensor, rounded: Tensor) -> dict[str, int] | None:
+    """Count entries that the merge changed, and those that rounding to half precision took back to the base's value."""
+    if rounded.dtype not in HALF:
+        return None
+    before = base.read(name)
+    updated = value != before.to(value.dtype)
+    unchanged = updated & (rounded == before.to(rounded.dtype))
+    return {"updated": int(updated.sum()), "rounded_back": int(unchanged.sum())}
 
 
 def _record(tensor: TensorPlan, rounding: dict[str, int] | None) -> dict[str, Any]:

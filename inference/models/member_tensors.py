@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inference.models.design import Design
+from inference.models.design import Design, require_alike
 from inference.models.digest import Silent
-from inference.models.draw_checks import check_designs, designs_of
+from inference.models.draw_checks import check_designs
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function, prepare_designs
 from inference.models.method_draws import MethodDraws
-from inference.models.model_draws import ModelDraws, PosteriorDraws, SpanDraws
+from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.modules import Module, merged_update, module_names, read_modules
 from poe_models.methods import ModuleBatch
 from poe_models.operators import sum_of_squares
@@ -39,15 +39,7 @@ class MethodMembers:
         self._last: tuple[int, _ReadyDesigns] | None = None
 
     def weights(self, module: ModuleUpdates, seed: int | None) -> Tensor:
-        """``W_0 + λ Z`` of one module.
-
-        Args:
-            module: Its updates.
-            seed: Of the member; None for the method's own.
-
-        Returns:
-            The merged matrix, ``(d_out, d_in)``.
-        """
+        """Merge one module at a member's seed, or at the method's own: ``W_0 + λ Z``, ``(d_out, d_in)``."""
         design = (self._at_own_seeds() if seed is None else self._at(seed))(module.tensor)
         assert isinstance(design, MethodDesign)
         z = design.solve(ModuleBatch.of_module(module)).value[0]
@@ -115,8 +107,8 @@ class MemberTensors:
         self.sampled = tuple(tensor for tensor, names in self._modules.items() if own.intersection(names))
         self.shared = tuple(name for name in task_vectors.treatments if name not in self.sampled)
         self._check_draws()
-        if isinstance(draws, PosteriorDraws) and (text := draws.far_from_merge) is not None:
-            warnings.warn(text, stacklevel=3)
+        if draws.far_from_merge is not None:
+            warnings.warn(draws.far_from_merge, stacklevel=3)
         self._checked: set[str] = set()
         self._shared_tensors: dict[str, Tensor] | None = None
         self._shared_blocks: dict[str, Tensor] = {}
@@ -133,15 +125,7 @@ class MemberTensors:
         return {name: self.rounded(name, self.value(name, draw)) for name in self.sampled}
 
     def value(self, tensor: str, draw: ModelDraws | None) -> Tensor:
-        """One tensor before rounding to the output's dtype.
-
-        Args:
-            tensor: Its name in the base.
-            draw: One draw, for a sampled tensor.
-
-        Returns:
-            The tensor on the CPU, in the compute dtype; in its own if it is the base's or given by `elsewhere`.
-        """
+        """Tensor of a member before rounding to the output's dtype, on the CPU; without a draw that of the merge."""
         treatment = self.task_vectors.treatments[tensor]
         if tensor not in self.sampled:
             if self.elsewhere is not None:
@@ -163,10 +147,6 @@ class MemberTensors:
     def rounded(self, tensor: str, value: Tensor) -> Tensor:
         """A tensor in its output dtype, contiguous.
 
-        Args:
-            tensor: Its name.
-            value: The tensor.
-
         Raises:
             CheckpointError: If a value is not finite in that dtype.
         """
@@ -180,20 +160,14 @@ class MemberTensors:
         return result
 
     def check_draw(self, draw: ModelDraws) -> None:
-        """Refuse what is not one draw of the same modules and weights.
-
-        Args:
-            draw: It may be from another temperature.
+        """Refuse what is not one draw of the same modules and weights; it may be from another temperature.
 
         Raises:
-            ValueError: It is something else.
+            ValueError: If it is something else.
         """
-        same = (draw.modules, draw.source, draw.coordinates) == (
-            self.draws.modules,
-            self.draws.source,
-            self.draws.coordinates,
-        )
-        if len(draw) != 1 or not same or designs_of(draw) != designs_of(self.draws):
+        own = self.draws
+        same = (draw.modules, draw.source, draw.kind) == (own.modules, own.source, own.kind)
+        if len(draw) != 1 or not same or draw.designs != own.designs:
             raise ValueError(
                 f"expected one draw of the ensemble's {len(self.draws.modules)} modules, got {len(draw)} draws of "
                 f"{len(draw.modules)}{'' if same else ' that are about other modules or statistics'}. Iterate over the "
@@ -225,7 +199,7 @@ class MemberTensors:
         return blocks
 
     def _update(self, module: Module, draw: ModelDraws) -> Tensor:
-        assert isinstance(draw, PosteriorDraws)
+        assert isinstance(draw, SpanDraws | FullDraws)
         if not draw.uses_modes:
             return draw.update(module, 0)
         known = self._modes.get(module.name)
@@ -275,13 +249,8 @@ class MemberTensors:
 
     def _opened(self, elsewhere: Source) -> Checkpoint:
         checkpoint = open_checkpoint(elsewhere, base=self.base)
-        for name, info in self.base.tensors.items():
-            found = checkpoint.tensors.get(checkpoint.aliases.get(name, name))
-            if found is None or found.shape != info.shape:
-                what = "is missing" if found is None else f"is {found.shape}, the base's {info.shape}"
-                raise CheckpointError(
-                    f"elsewhere ({checkpoint.source}): tensor {name!r} {what}. Give a merge of the same base."
-                )
+        for name in self.base.tensors:
+            require_alike(checkpoint, "elsewhere", self.base, name)
         return checkpoint
 
 

@@ -27,16 +27,7 @@ _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares i
 
 
 def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
-    """Numbers that solving one module holds at its peak, the given updates not counted.
-
-    Args:
-        design: How it is solved.
-        experts: Number of task vectors ``N``.
-        shape: ``(d_out, d_in)``.
-
-    Returns:
-        A count, in units of the compute dtype.
-    """
+    """Numbers in the compute dtype that solving one module holds at its peak, the given updates not counted."""
     d_out, d_in = shape
     entries = d_out * d_in
     maps = [expert.residual_map for expert in design.poe.experts]
@@ -71,17 +62,7 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
 
 
 def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
-    """Peak memory of solving some tensors as one batch.
-
-    Args:
-        design: How they are solved.
-        experts: Number of task vectors that are read, ``N``.
-        matrices: Shapes of the modules of each tensor.
-        itemsize: Bytes of a number in the compute dtype.
-
-    Returns:
-        Bytes.
-    """
+    """Peak memory of solving some tensors as one batch, given the shapes of the modules of each tensor."""
     shapes = [shape for tensor in matrices for shape in tensor]
     total = sum(d_out * d_in for d_out, d_in in shapes)
     reading = (experts + 4) * max(sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices)
@@ -95,13 +76,5 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
 
 
 def averaged_bytes(shape_entries: int, itemsize: int) -> int:
-    """Peak memory of averaging one tensor beside the result: base, sum, one update.
-
-    Args:
-        shape_entries: Number of its entries.
-        itemsize: Bytes of a number in the compute dtype.
-
-    Returns:
-        Bytes.
-    """
+    """Peak memory of averaging one tensor beside the result: base, sum, one update."""
     return 3 * shape_entries * itemsize

@@ -6,37 +6,37 @@ interrupted merge goes on where it was. Nothing is in the output folder's place 
 
 from __future__ import annotations
 
-import platform
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
+from inference.models.artifacts import versions
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent, digest_inputs, files_of, refuse_copies
-from inference.models.folder import companion_files, rounding_of, summary_of, write_companions
+from inference.models.folder import RECORD, companion_files, rounding_of, summary_of, write_companions
 from inference.models.groups import merge_group
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
-from inference.models.plan import BATCH_BYTES, Plan, inputs_of, plan
-from inference.models.staging import OutputError, Staging, check_output, check_space
+from inference.models.model_card import model_card
+from inference.models.plan import BATCH_BYTES, Group, Plan, inputs_of, plan
+from inference.models.staging import Finished, OutputError, Staging, check_output, check_space
 from inference.retention import ExpertRetention, totals
 from inference.solution import Status
-from poe_models.weights.loading import CheckpointError
+from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
 
 __all__ = ["Design", "MergeReport", "MethodDesign", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
 
-_LIBRARIES = ("poe-merge", "torch", "safetensors", "numpy")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did.
+    """Report of a merge: tensors per treatment, statuses of the solver, what was kept of every expert.
 
     Attributes:
         out: The folder.
@@ -63,6 +63,16 @@ class MergeReport:
     nbytes: int
     resumed_groups: int
     seconds: float
+
+    @override
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{count} {action}" for action, count in self.tensors.items())
+        lines = [
+            f"MergeReport({self.out}: {sum(self.tensors.values())} tensors ({kinds}), {self.nbytes / 1e6:.3g} MB",
+            f"  {self.modules} matrices: {', '.join(f'{n} {status}' for status, n in self.status.items()) or 'none'}",
+            *(f"  {expert.name}: {expert.kept_percent} kept" for expert in self.experts),
+        ]
+        return "\n".join(lines) + f"; {self.seconds:.3g} s)"
 
 
 def merge_checkpoint(
@@ -102,11 +112,11 @@ def merge_checkpoint(
     Raises:
         OutputError: If the folder exists or would overwrite an input, the disk is full, or the interrupted merge was
             another one.
-        CheckpointError: If an input has values that are not finite, or is a copy of the base; nothing is left behind.
+        CheckpointError: If an input cannot be read, has values that are not finite, or is a copy of the base; groups
+            that are finished stay in `OUT.partial`.
         ValueError: If the design cannot be solved.
     """
-    began = time.monotonic()
-    progress = progress or Silent()
+    began, progress = time.monotonic(), progress or Silent()
     planned = plan(task_vectors, design, out_dtype=out_dtype, batch_bytes=batch_bytes)
     staging = _checked(task_vectors, planned, Path(out), resume)
     inputs = digest_inputs(inputs_of(task_vectors, planned.designs), code, progress)
@@ -121,65 +131,74 @@ def merge_checkpoint(
         "designs": [each.describe() for each in planned.designs],
         "rules": task_vectors.rules.to_dicts(),
         "inputs": inputs,
-        "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+    resumed = len(planned.groups)
     with staging.begin(state):
-        try:
-            if any(each.method is not None and not each.method.ready for each in planned.designs):
-                ready = prepare_designs(task_vectors, as_any_function(design), progress)
-                planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
-            resumed = _write_shards(task_vectors, planned, staging, seed, progress)
-            records = staging.records()
-            described = [each.describe() for each in planned.designs]
-            experts = [each.record() for each in _retention(records)]
-            summary = {**summary_of(records), "experts": experts}
-            record = {**state, "designs": described, "summary": summary, "tensors": records}
-            write_companions(staging, task_vectors.base, planned, out_dtype, record)
-        except CheckpointError:
-            staging.discard()  # the inputs are at fault: there is nothing to go on with
-            raise
+        if not staging.published:
+            try:
+                if any(each.method is not None and not each.method.ready for each in planned.designs):
+                    ready = prepare_designs(task_vectors, as_any_function(design), progress)
+                    planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
+                resumed = _write_shards(task_vectors, planned, staging, seed, progress)
+                _write_rest(task_vectors.base, planned, staging, out_dtype, state)
+            except CheckpointError:
+                staging.abandon()
+                raise
         staging.publish()
-    return _report(staging.out, planned, records, resumed, time.monotonic() - began)
+    return _report(staging.out, planned, resumed, time.monotonic() - began)
 
 
 def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) -> Staging:
     """The staging folder, once it is clear that the output can be written there."""
     checkpoints = inputs_of(task_vectors, planned.designs).values()
     sources = [Path(checkpoint.source) for checkpoint in checkpoints if checkpoint.files]
-    staging = Staging(check_output(out, [*sources, *(file for c in checkpoints for file in files_of(c))]))
+    inputs = [*sources, *(file for checkpoint in checkpoints for file in files_of(checkpoint))]
+    staging = Staging(check_output(out, inputs, resume=resume), "merge")
     staging.check(resume)
     companions = sum(path.stat().st_size for path, _ in companion_files(task_vectors.base))
-    check_space(staging.folder, planned.disk_bytes + companions - staging.nbytes())
+    if not staging.published:
+        check_space(staging.folder, planned.disk_bytes + companions - staging.nbytes())
     return staging
 
 
 def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, seed: int, progress: Progress) -> int:
     """Write every shard; returns how many groups were there already."""
     progress.begin("merging", planned.modules, planned.write_bytes)
-    resumed = 0
-    for index, shard in enumerate(planned.shards):
-        done = staging.has_shard(index, shard.file)
-        for number, group in enumerate(shard.groups):
-            if done or staging.has_part(index, number, group.names):
-                resumed += 1
-            else:
-                tensors, records = merge_group(task_vectors, group, planned.designs, seed)
-                staging.save_part(index, number, tensors, records)
-            progress.advance(group.modules, group.nbytes)
-        if not done:
-            staging.finish_shard(index, shard.file, len(shard.groups), shard.aliases)
-        staging.drop_parts(index)
-    return resumed
+
+    def make(group: Group) -> Finished:
+        return merge_group(task_vectors, group, planned.designs, seed)
+
+    def done(group: Group) -> None:
+        progress.advance(group.modules, group.nbytes)
+
+    return sum(staging.write_shard(each.file, each.groups, make, each.aliases, done) for each in planned.shards)
+
+
+def _write_rest(
+    base: Checkpoint, planned: Plan, staging: Staging, dtype: torch.dtype | None, state: Mapping[str, Any]
+) -> None:
+    """Write everything but the weights."""
+    records = staging.records([shard.file for shard in planned.shards])
+    experts = [each.record() for each in _retention(records)]
+    record = {
+        **state,
+        "designs": [each.describe() for each in planned.designs],
+        "summary": {**summary_of(records), "experts": experts},
+        "tensors": records,
+    }
+    files = {shard.file: shard.names for shard in planned.shards}
+    write_companions(staging, base, files, planned.write_bytes, dtype, record)
+    staging.write("README.md", lambda path: path.write_text(str(model_card(base, record)), encoding="utf-8"))
 
 
 def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
-    """How much all matrices together kept of every expert."""
+    """Share of every expert that all matrices together kept."""
     return totals(module["retention"] for record in records for module in record.get("modules", ()))
 
 
-def _report(
-    out: Path, planned: Plan, records: Sequence[Mapping[str, Any]], resumed: int, seconds: float
-) -> MergeReport:
+def _report(out: Path, planned: Plan, resumed: int, seconds: float) -> MergeReport:
+    records = json.loads((out / RECORD).read_text(encoding="utf-8"))["tensors"]
     modules = [module for record in records for module in record.get("modules", ())]
     updated, rounded_back = rounding_of(records)
     return MergeReport(

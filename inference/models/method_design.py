@@ -10,6 +10,7 @@ import torch
 
 from inference.models.design import Design, Designs, as_function, require_data
 from inference.models.digest import Progress
+from inference.models.modules import selected
 from inference.retention import retention_of_updates
 from inference.solution import MethodInfo, Solution, Status
 from poe_models.methods import MergingMethod, ModuleBatch
@@ -22,32 +23,18 @@ class MethodDesign:
 
     Args:
         method: The method; where it has to see the whole model first, `merge_checkpoint` shows it.
-        scaling: λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
+        scaling: Λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
     """
 
     method: MergingMethod
     scaling: float = 1.0
 
     def order(self, names: Sequence[str]) -> list[int]:
-        """Positions of the task vectors that are merged: all of them.
-
-        Args:
-            names: Names of the task vectors.
-
-        Returns:
-            Their positions.
-        """
+        """Positions of the task vectors that are merged: all of them."""
         return list(range(len(names)))
 
     def solve(self, batch: ModuleBatch) -> Solution[MethodInfo]:
-        """Merge a batch of modules.
-
-        Args:
-            batch: Updates of all task vectors, in their order, with names and factors.
-
-        Returns:
-            The merged updates, ``value`` of shape ``(M, d_out, d_in)``.
-        """
+        """Merge a batch of modules; ``value`` of the solution is ``(M, d_out, d_in)``."""
         value = self.method.merge(batch)
         kept = retention_of_updates(batch.experts, batch.updates, value)
         return Solution(value, (Status.COMPUTED,) * len(value), MethodInfo(kept))
@@ -65,9 +52,6 @@ class MethodDesign:
     def check(self, names: Sequence[str]) -> None:
         """Find out before anything is read whether the method can merge anything at all.
 
-        Args:
-            names: Names of the task vectors.
-
         Raises:
             ValueError: If it needs data, or fails on random updates.
         """
@@ -77,24 +61,11 @@ class MethodDesign:
             self.method(torch.randn(len(names), 3, 3, generator=generator, dtype=torch.float64))
 
     def with_method(self, method: MergingMethod) -> MethodDesign:
-        """The design with another method.
-
-        Args:
-            method: The method.
-
-        Returns:
-            The new design.
-        """
+        """The design with another method."""
         return replace(self, method=method)
 
     def at_seed(self, seed: int) -> MethodDesign:
         """The design at another seed, which may have to look at the model anew; itself if its method does not draw.
-
-        Args:
-            seed: The seed.
-
-        Returns:
-            The design.
 
         Raises:
             ValueError: If the method draws and has no field `seed`, or was made ready at a seed of its own.
@@ -122,14 +93,7 @@ AnyDesigns = Designs | MergingMethod | MethodDesign | Callable[[str], AnyDesign]
 
 
 def as_any_function(designs: AnyDesigns) -> Callable[[str], AnyDesign]:
-    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
-
-    Args:
-        designs: What the caller gave.
-
-    Returns:
-        The function.
-    """
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design."""
     design = MethodDesign(designs) if isinstance(designs, MergingMethod) else designs
     if isinstance(design, MethodDesign):
         return lambda tensor: design
@@ -162,19 +126,8 @@ class Modules:
         for name, size in sizes.items():
             modules = self._task_vectors.modules(name)
             while modules:  # each is let go of when it is done
-                yield self._selected(modules.pop(0))
+                yield selected(modules.pop(0), self._order)
             self._progress.advance(1, size)
-
-    def _selected(self, module: ModuleUpdates) -> ModuleUpdates:
-        if self._order == list(range(len(module.names))):
-            return module
-        low_rank = module.low_rank
-        return replace(
-            module,
-            names=tuple(module.names[i] for i in self._order),
-            updates=module.updates[self._order],
-            low_rank=None if low_rank is None else (low_rank[0][self._order], low_rank[1][self._order]),
-        )
 
 
 def prepare_designs(
@@ -182,15 +135,8 @@ def prepare_designs(
 ) -> Callable[[str], AnyDesignT]:
     """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
 
-    Designs that differ in something else than the method, such as λ, are one model to it.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: The design of each merged tensor by its name.
-        progress: Told about every pass.
-
-    Returns:
-        The ready design of each merged tensor by its name, the same object where it was the same.
+    Designs that differ in something else than the method, such as λ, are one model to it. The result gives the ready
+    design of each merged tensor by its name, the same object where it was the same.
     """
     merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     given = {name: designs(name) for name in merged}

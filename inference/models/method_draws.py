@@ -15,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,15 +25,15 @@ from typing_extensions import override
 from inference.models.design import require_data
 from inference.models.digest import Progress, Silent, digest_inputs
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
-from inference.models.model_draws import ModelDraws
-from inference.models.modules import module_names
+from inference.models.modules import feed, module_names
+from inference.models.named_draws import ModelDraws
 from poe_models.operators import sum_of_squares
-from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.weights.task_vectors import TaskVectors
 
 __all__ = ["MethodDraws", "method_text"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MethodDraws(ModelDraws):
     """Seeds of random merging methods; a draw is the merge at one of them.
 
@@ -44,13 +43,14 @@ class MethodDraws(ModelDraws):
 
     Attributes:
         seeds: ``(C, S)`` int64.
-        experts: names of the task vectors, in the order in which they are merged.
-        designs: for each module what its method is besides its seed, as text; draws are refused under another one.
+        experts: Names of the task vectors, in the order in which they are merged.
     """
 
     seeds: Tensor
     experts: tuple[str, ...]
-    designs: tuple[str, ...]
+
+    kind = "seeds"
+    own = ("seeds",)
 
     @classmethod
     def of(
@@ -95,7 +95,7 @@ class MethodDraws(ModelDraws):
             for module in task_vectors.modules(tensor):
                 if module.name in names:
                     norms.append(sum_of_squares(module.updates).cpu())
-                    _feed(digest, module)
+                    feed(digest, module.name, module.updates)
             progress.advance(len(names), nbytes[tensor])
         return cls(
             modules=tuple(name for names in drawn.values() for name in names),
@@ -108,53 +108,17 @@ class MethodDraws(ModelDraws):
 
     @property
     @override
-    def coordinates(self) -> Literal["seeds"]:
-        return "seeds"
-
-    @property
-    @override
-    def num_chains(self) -> int:
-        return self.seeds.shape[0]
-
-    @property
-    @override
-    def num_draws(self) -> int:
-        return self.seeds.shape[1]
-
-    @property
-    @override
-    def numbers(self) -> dict[str, Tensor]:
-        return {"seeds": self.seeds}
+    def independent(self) -> bool:
+        return True
 
     @property
     @override
     def labels(self) -> tuple[str, ...]:
-        return (*self.experts, *self.designs)
-
-    @override
-    def _only(self, chains: Tensor, draws: Tensor) -> MethodDraws:
-        return replace(self, seeds=self.seeds[chains, draws].unsqueeze(0))
-
-    @override
-    def _modules(self, kept: Sequence[int]) -> MethodDraws:
-        return replace(
-            self,
-            modules=tuple(self.modules[index] for index in kept),
-            squared_norms=self.squared_norms[kept],
-            designs=tuple(self.designs[index] for index in kept),
-        )
+        return self.experts
 
 
 def method_text(design: MethodDesign, task_vectors: TaskVectors) -> str:
-    """What decides a draw of a random method besides its seed and the updates.
-
-    Args:
-        design: With the method.
-        task_vectors: Base and experts.
-
-    Returns:
-        JSON: the method at seed 0, with digests of what it was given or has learned.
-    """
+    """Describe a random method besides its seed as JSON, with digests of what it was given or has learned."""
     inputs = digest_inputs(design.method.inputs(task_vectors.names, {}), [], Silent())
     digests = {role: entry["sha256"] for role, entry in inputs.items()}
     return json.dumps({"method": repr(design.at_seed(0).method), "inputs": digests}, sort_keys=True)
@@ -186,8 +150,3 @@ def _drawn(task_vectors: TaskVectors, design: AnyDesigns, pattern: str) -> Mappi
             "the tensors."
         )
     return {tensor: names for tensor, names in found.items() if names}
-
-
-def _feed(digest: Any, module: ModuleUpdates) -> None:
-    digest.update(f"{module.name}{tuple(module.updates.shape)}{module.updates.dtype}".encode())
-    digest.update(module.updates.cpu().contiguous().numpy().tobytes())

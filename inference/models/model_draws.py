@@ -6,18 +6,15 @@ A sampler's :class:`~inference.draws.Draws` are latents of one batch. Here they 
 >>> from inference.gibbs import gibbs
 >>> poe = ProductOfExperts.of(["a", "b"])
 >>> statistics = span_statistics(poe, torch.eye(4, dtype=torch.float64).reshape(1, 2, 2, 4), ["fc.weight"])
->>> posterior = poe.bind(statistics)
->>> draws = gibbs(posterior, 100, generator=torch.Generator().manual_seed(0))
->>> named = SpanDraws.of(draws, posterior)
->>> named.modules, len(named), len(named.thinned(10)), named.coefficients.shape
-(('fc.weight',), 400, 10, torch.Size([4, 100, 1, 3]))
+>>> draws = gibbs(poe.bind(statistics), 100, generator=torch.Generator().manual_seed(0))
+>>> SpanDraws.of(draws, poe.bind(statistics)).thinned(10)
+SpanDraws(gibbs draws in Span coordinates around the MAP of the span at temperature 1, 1 x 10, 1 module: fc.weight)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +25,7 @@ from inference.gibbs import GibbsKernel, seeded_noise
 from inference.laplace import Laplace
 from inference.merge_distance import span_distance
 from inference.models.modules import Module
-from inference.models.named_draws import ModelDraws, PosteriorDraws
+from inference.models.named_draws import ModelDraws
 from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import Posterior
 from poe_models.span_labels import CENTER, basis_names
@@ -36,31 +33,30 @@ from poe_models.span_labels import CENTER, basis_names
 __all__ = ["FullDraws", "ModelDraws", "PosteriorDraws", "SpanDraws"]
 
 
-@dataclass(frozen=True, eq=False)
-class SpanDraws(PosteriorDraws):
+@dataclass(frozen=True, eq=False, repr=False)
+class SpanDraws(ModelDraws):
     """Coefficients on the experts' updates, the anchor's centre, and the merge if the span goes through it.
 
+    Their ``designs`` are those whose merge the span goes through; empty without one.
+
     Attributes:
-        updates: names of the task vectors, the order of the first ``N`` coefficients.
+        updates: Names of the task vectors, the order of the first ``N`` coefficients.
         coefficients: ``c``, ``(C, S, M, K)`` with ``K = N + 1``, or ``N + 2`` through a merge.
-        designs: text of the design whose merge the span goes through, for each module; none without one.
-        made_by: see :attr:`PosteriorDraws.sampler`.
-        temperature: of the posterior; None if nobody said.
     """
 
     updates: tuple[str, ...]
     coefficients: Tensor
-    designs: tuple[str, ...] = ()
-    made_by: str | None = None
-    temperature: float | None = None
+
+    kind = "span"
+    own = ("coefficients",)
 
     @classmethod
     def of(cls, draws: Draws, posterior: Posterior) -> SpanDraws:
         """Name the draws of a Span posterior, and measure how far they are from a merge that the span goes through.
 
         Args:
-            draws: latents ``(M, K, 1)`` each.
-            posterior: what they are draws of, in Span coordinates.
+            draws: Latents ``(M, K, 1)`` each.
+            posterior: The posterior that they are draws of, in Span coordinates.
 
         Returns:
             The coefficients.
@@ -73,28 +69,30 @@ class SpanDraws(PosteriorDraws):
                 "`SpanDraws.of(...)`: the posterior is in Full coordinates. `sample_full` names its draws."
             )
         statistics = posterior.span.statistics
-        latents = [
-            torch.stack([draws.latents(chain, draw) for draw in range(draws.num_draws)])
-            for chain in range(draws.num_chains)
-        ]
-        coefficients = posterior.coefficients(torch.stack(latents))
+        coefficients = posterior.coefficients(draws.values)
+        heat = draws.temperature
         return cls(
             modules=statistics.modules,
             squared_norms=statistics.gram.diagonal(dim1=-2, dim2=-1).clone(),
             source=statistics_digest(statistics),
+            designs=statistics.through or (),
             stats=dict(draws.stats),
+            sampler=draws.sampler,
+            temperature=None if heat is None else torch.full((len(statistics.modules),), heat, dtype=torch.float64),
             from_merge=span_distance(statistics, coefficients),
             updates=statistics.updates,
             coefficients=coefficients,
-            designs=statistics.through or (),
-            made_by=draws.sampler,
-            temperature=draws.temperature,
         )
 
     @property
     def through_merge(self) -> bool:
-        """Whether the last coefficient is that of the merge."""
+        """True if the last coefficient is that of the merge."""
         return bool(self.designs)
+
+    @property
+    def uses_modes(self) -> bool:
+        """True if making a draw needs the module's MAP, which is then worth keeping."""
+        return self.through_merge
 
     @property
     def basis(self) -> tuple[str, ...]:
@@ -109,184 +107,87 @@ class SpanDraws(PosteriorDraws):
 
     @property
     @override
-    def surrounds(self) -> Literal["span", "full"]:
-        return "full" if self.through_merge else "span"
-
-    @property
-    @override
-    def uses_modes(self) -> bool:
-        return self.through_merge
-
-    @property
-    @override
-    def sampler(self) -> str | None:
-        return self.made_by
-
-    @property
-    @override
-    def temperatures(self) -> tuple[float, ...]:
-        return () if self.temperature is None else (self.temperature,)
-
-    @property
-    @override
-    def coordinates(self) -> Literal["span", "full"]:
-        return "span"
-
-    @property
-    @override
-    def num_chains(self) -> int:
-        return self.coefficients.shape[0]
-
-    @property
-    @override
-    def num_draws(self) -> int:
-        return self.coefficients.shape[1]
-
-    @property
-    @override
-    def numbers(self) -> dict[str, Tensor]:
-        return {"coefficients": self.coefficients}
-
-    @property
-    @override
     def labels(self) -> tuple[str, ...]:
-        return (*self.updates, *self.designs)
+        return self.updates
 
-    @override
     def update(self, module: Module, member: int) -> Tensor:
-        """``sum_j c_j U_j + c_0 Z_0``, and ``c_* Z_*`` through a merge."""
-        coefficients = self.coefficients[member // self.num_draws, member % self.num_draws, self.index(module.name)]
-        return self.combined(module, coefficients)
-
-    def combined(self, module: Module, coefficients: Tensor) -> Tensor:
-        """The merged update that coefficients stand for, ``(d_out, d_in)``.
+        """The merged update of one module in one draw, ``sum_j c_j U_j + c_0 Z_0``, and ``c_* Z_*`` through a merge.
 
         Args:
-            module: a module whose name is among ``modules``.
-            coefficients: ``(K,)``.
+            module: A module whose name is among ``modules``.
+            member: Number of the draw, chain after chain.
+
+        Returns:
+            ``Z``, ``(d_out, d_in)``.
         """
+        return self.combined(module, self.coefficients[*self.place(member), self.index(module.name)])
+
+    def combined(self, module: Module, coefficients: Tensor) -> Tensor:
+        """The merged update ``(d_out, d_in)`` that coefficients ``(K,)`` stand for."""
         own, count = coefficients.to(module.updates), len(self.updates)
         update = torch.tensordot(own[:count], module.updates, dims=1)
         if (center := module.center) is not None:
             update = update + own[count] * center
         return update + own[count + 1] * module.mode if self.through_merge else update
 
-    @override
-    def _only(self, chains: Tensor, draws: Tensor) -> SpanDraws:
-        stats = {name: value[chains, draws].unsqueeze(0) for name, value in self.stats.items()}
-        return replace(self, stats=stats, coefficients=self.coefficients[chains, draws].unsqueeze(0))
 
-    @override
-    def _modules(self, kept: Sequence[int]) -> SpanDraws:
-        return replace(
-            self,
-            modules=tuple(self.modules[index] for index in kept),
-            squared_norms=self.squared_norms[kept],
-            stats={name: value[:, :, kept] for name, value in self.stats.items()},
-            from_merge=None if self.from_merge is None else self.from_merge.select(kept),
-            coefficients=self.coefficients[:, :, kept],
-            designs=tuple(self.designs[index] for index in kept if self.designs),
-        )
+@dataclass(frozen=True, eq=False, repr=False)
+class FullDraws(ModelDraws):
+    """Mixture weights and seeds from which draws in Full coordinates are made again, under the design they are of.
 
-
-@dataclass(frozen=True, eq=False)
-class FullDraws(PosteriorDraws):
-    """What Full draws are made again from: mixture weights and seeds, with the design.
+    Their ``sampler`` is ``"gibbs"``; ``"laplace"``, whose draws need no weights but the mode; or ``"noise"``, white
+    noise around the mode.
 
     Attributes:
-        method: ``"gibbs"``; ``"laplace"``, whose draws need no weights but the mode; or ``"noise"``, white noise
-            around the mode.
         weights: ``(C, S, M, E)``, filled up with zeros where a module has fewer experts; ``E = 0`` for Laplace; the
             length ``|Z - Z*|`` for noise, ``E = 1``.
         seeds: ``(C, S, M)`` int64.
-        temperature: of each module's posterior, ``(M,)`` float64.
-        designs: for each module what its design is, as text; draws are refused under another one.
-        environment: where they were made: device type, torch version, threads, compute dtype.
+        environment: Where they were made: device type, torch version, threads, compute dtype.
     """
 
-    method: Literal["gibbs", "laplace", "noise"]
     weights: Tensor
     seeds: Tensor
-    temperature: Tensor
-    designs: tuple[str, ...]
     environment: Mapping[str, str]
 
-    @property
-    @override
-    def coordinates(self) -> Literal["span", "full"]:
-        return "full"
+    kind = "full"
+    own = ("weights", "seeds")
 
     @property
     @override
-    def surrounds(self) -> Literal["span", "full"]:
-        return "full"
+    def independent(self) -> bool:
+        return self.sampler == "noise" or super().independent
 
     @property
-    @override
-    def sampler(self) -> str | None:
-        return self.method
-
-    @property
-    @override
-    def temperatures(self) -> tuple[float, ...]:
-        return tuple(dict.fromkeys(self.temperature.tolist()))
-
-    @property
-    @override
-    def num_chains(self) -> int:
-        return self.weights.shape[0]
-
-    @property
-    @override
-    def num_draws(self) -> int:
-        return self.weights.shape[1]
-
-    @property
-    @override
     def uses_modes(self) -> bool:
-        return self.method != "gibbs"
+        """True if making a draw needs the module's MAP, which is then worth keeping."""
+        return self.independent
 
-    @property
-    @override
-    def numbers(self) -> dict[str, Tensor]:
-        return {"weights": self.weights, "seeds": self.seeds, "temperature": self.temperature}
-
-    @property
-    @override
-    def labels(self) -> tuple[str, ...]:
-        return (self.method, *self.designs)
-
-    @override
     def update(self, module: Module, member: int) -> Tensor:
-        """The draw, made again from its weights and its seed."""
-        index = self.index(module.name)
-        place = (member // self.num_draws, member % self.num_draws, index)
-        seed = int(self.seeds[place])
-        if self.method == "noise":
+        """The merged update of one module in one draw, made again from its weights and its seed.
+
+        Args:
+            module: A module whose name is among ``modules``.
+            member: Number of the draw, chain after chain.
+
+        Returns:
+            ``Z``, ``(d_out, d_in)``.
+        """
+        place = (*self.place(member), self.index(module.name))
+        seed, weights = int(self.seeds[place]), self.weights[place]
+        if self.sampler == "noise":
             noise = seeded_noise(seed, (module.updates.shape[-2], module.updates.shape[-1]), module.mode)
-            return module.mode + noise * float(self.weights[place][0] / noise.double().norm())
-        posterior = replace(module.posterior, temperature=float(self.temperature[index]))
-        if self.method == "laplace":
+            return module.mode + noise * float(weights[0] / noise.double().norm())
+        posterior = self.posterior(module)
+        if self.sampler == "laplace":
             return Laplace(posterior, module.mode.unsqueeze(0)).draw(seed)
-        weights = self.weights[place][: len(posterior.experts)].to(posterior.anchor_precision)
-        return GibbsKernel(posterior).regenerate(weights, seed)
+        own = weights[: len(posterior.experts)].to(posterior.anchor_precision)
+        return GibbsKernel(posterior).regenerate(own, seed)
 
-    @override
-    def _only(self, chains: Tensor, draws: Tensor) -> FullDraws:
-        stats = {name: value[chains, draws].unsqueeze(0) for name, value in self.stats.items()}
-        weights, seeds = (value[chains, draws].unsqueeze(0) for value in (self.weights, self.seeds))
-        return replace(self, stats=stats, weights=weights, seeds=seeds)
+    def posterior(self, module: Module) -> Posterior:
+        """The posterior of a module at the temperature of its draws."""
+        assert self.temperature is not None
+        return replace(module.posterior, temperature=float(self.temperature[self.index(module.name)]))
 
-    @override
-    def _modules(self, kept: Sequence[int]) -> FullDraws:
-        return replace(
-            self,
-            modules=tuple(self.modules[index] for index in kept),
-            squared_norms=self.squared_norms[kept],
-            stats={name: value[:, :, kept] for name, value in self.stats.items()},
-            from_merge=None if self.from_merge is None else self.from_merge.select(kept),
-            weights=self.weights[:, :, kept],
-            seeds=self.seeds[:, :, kept],
-            temperature=self.temperature[kept],
-            designs=tuple(self.designs[index] for index in kept),
-        )
+
+PosteriorDraws = SpanDraws | FullDraws
+"""Draws of the posterior of each module, which make its merged update from the module alone."""

@@ -1,4 +1,4 @@
-"""One module of a whole model with everything that its posterior needs: its updates, its product, its centre."""
+"""Modules of a whole model with everything that their posteriors need: updates, product of experts, centre."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference.map import fixed_point
-from inference.models.design import Design, check_center
+from inference.models.design import Design, require_alike
 from inference.reweighting import SolverOptions
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.updates import center_of
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.task_vectors import TaskVectors, block_names
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +28,13 @@ class Module:
     """A matrix of a checkpoint that has met its design.
 
     Attributes:
-        name: its name, as `ModuleUpdates` has it.
-        poe: the design's product; a checkpoint as the anchor's centre is a tensor in it.
+        name: Its name, as `ModuleUpdates` has it.
+        poe: The design's product; a checkpoint as the anchor's centre is a tensor in it.
         base: ``W_0``, ``(d_out, d_in)``.
         updates: ``(N, d_out, d_in)`` in the order of ``poe.update_names``.
-        low_rank: factors of the updates in the same order, if all are adapters'.
-        options: settings of the solver, for the MAP.
-        known_mode: the MAP in Full coordinates, if it has been solved for before.
+        low_rank: Factors of the updates in the same order, if all are adapters'.
+        options: Settings of the solver, for the MAP.
+        known_mode: The MAP in Full coordinates, if it has been solved for before.
     """
 
     name: str
@@ -79,15 +80,7 @@ class Module:
 
 
 def merged_update(module: Module, design: Design) -> Tensor:
-    """What a merge makes of a module: the MAP in the coordinates of the design, ``(d_out, d_in)``.
-
-    Args:
-        module: One of the tensor's modules.
-        design: The design of the tensor.
-
-    Returns:
-        ``Z_*``, with a warning if its solve did not converge.
-    """
+    """Merged update of a module, ``(d_out, d_in)``: the MAP in the coordinates of its design."""
     if design.coordinates == "full":
         return module.mode
     solution = replace(design, poe=module.poe, center=None).solve(module.updates.unsqueeze(0))
@@ -112,17 +105,30 @@ def read_modules(task_vectors: TaskVectors, tensor: str, design: Design) -> list
         ValueError: If the product is about task vectors that are not there.
     """
     order = [task_vectors.names.index(name) for name in checked_names(task_vectors, tensor, design)]
-    centers = _centers(task_vectors, tensor, design)
+    centers = anchor_blocks(task_vectors, tensor, design)
     modules = []
-    for index, each in enumerate(task_vectors.modules(tensor)):
+    for index, read in enumerate(task_vectors.modules(tensor)):
+        each = selected(read, order)
         anchor = design.poe.anchor
-        if centers is not None:
+        if centers:
             anchor = replace(anchor, center=centers[index] - each.base)
         poe = replace(design.poe, anchor=anchor).for_modules([each.name])
-        low_rank = None if each.low_rank is None else (each.low_rank[0][order], each.low_rank[1][order])
-        updates = each.updates if order == list(range(len(each.names))) else each.updates[order]
-        modules.append(Module(each.name, poe, each.base, updates, low_rank, design.options))
+        modules.append(Module(each.name, poe, each.base, each.updates, each.low_rank, design.options))
     return modules
+
+
+def selected(module: ModuleUpdates, order: Sequence[int]) -> ModuleUpdates:
+    """A module with the task vectors at some positions only, in their order; itself if these are all."""
+    places = list(order)
+    if places == list(range(len(module.names))):
+        return module
+    low_rank = module.low_rank
+    return replace(
+        module,
+        names=tuple(module.names[place] for place in places),
+        updates=module.updates[places],
+        low_rank=None if low_rank is None else (low_rank[0][places], low_rank[1][places]),
+    )
 
 
 def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
@@ -144,14 +150,6 @@ def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
 def checked_names(task_vectors: TaskVectors, tensor: str, design: Design) -> tuple[str, ...]:
     """Names of the task vectors that the design of a tensor is about.
 
-    Args:
-        task_vectors: Base and experts.
-        tensor: Name of the tensor.
-        design: Its design.
-
-    Returns:
-        ``design.poe.update_names``.
-
     Raises:
         ValueError: If there are none, or some are not there.
     """
@@ -167,27 +165,31 @@ def checked_names(task_vectors: TaskVectors, tensor: str, design: Design) -> tup
 
 
 def module_names(task_vectors: TaskVectors, tensor: str) -> list[str]:
-    """Names of the matrices of one tensor, from headers.
-
-    Args:
-        task_vectors: Base and experts.
-        tensor: Name of the tensor.
-
-    Returns:
-        The names that `TaskVectors.modules` gives them; empty if the tensor is not merged.
-    """
+    """Names of the matrices of one tensor, from headers; empty if it is not merged."""
     view = task_vectors.treatments[tensor].view
     if view is None:
         return []
     return block_names(tensor, len(view.block_shapes(task_vectors.base.tensors[tensor].shape)))
 
 
-def _centers(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Tensor] | None:
-    """The matrices of the anchor's checkpoint, or None if the centre is not a checkpoint."""
+def feed(digest: Any, name: str, *tensors: Tensor | None) -> None:
+    """Add a module's name and tensors to a checksum."""
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+
+
+def anchor_blocks(task_vectors: TaskVectors, tensor: str, design: Design) -> list[Tensor]:
+    """Read the matrices ``(d_out, d_in)`` of a tensor of the anchor's checkpoint; none if the centre is no checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint lacks the tensor, or it is not finite.
+    """
     view = task_vectors.treatments[tensor].view
     if design.center is None or view is None:
-        return None
-    check_center(design, task_vectors.base, tensor)
+        return []
+    require_alike(design.center, "anchor", task_vectors.base, tensor)
     weights = design.center.read(tensor).to(task_vectors.dtype)
     if not bool(weights.isfinite().all()):
         raise CheckpointError(

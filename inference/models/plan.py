@@ -1,16 +1,17 @@
-"""What a merge is going to do, from headers alone: treatments, batches, bytes, peak memory."""
+"""Plan of a merge from headers alone: treatments, batches, bytes, peak memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from typing_extensions import override
 
-from inference.models.design import Design, check_center
+from inference.models.design import Design, require_alike
 from inference.models.digest import nbytes_of
+from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
 from poe_models.methods import MergingMethod
@@ -26,7 +27,7 @@ BATCH_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor.
+    """Treatment of one tensor.
 
     Attributes:
         name: Its name in the base.
@@ -70,11 +71,6 @@ class Group:
         return sum(len(tensor.matrices) for tensor in self.tensors)
 
     @property
-    def names(self) -> list[str]:
-        """Names of its tensors."""
-        return [tensor.name for tensor in self.tensors]
-
-    @property
     def nbytes(self) -> int:
         """Bytes written for its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -82,7 +78,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file.
+    """Weight file of the output.
 
     Attributes:
         file: Its name.
@@ -98,14 +94,19 @@ class Shard:
         return {alias: t.name for group in self.groups for t in group.tensors for alias in t.aliases}
 
     @property
+    def names(self) -> list[str]:
+        """Names of its tensors, tied ones included."""
+        return [name for group in self.groups for t in group.tensors for name in (t.name, *t.aliases)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors, aliases included."""
         return sum(t.nbytes * (1 + len(t.aliases)) for group in self.groups for t in group.tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """What a merge is going to do.
+    """Plan of a merge.
 
     Attributes:
         shards: Output files with their groups of tensors.
@@ -144,6 +145,15 @@ class Plan:
         """Number of tensors that are merged, averaged, or kept from the base."""
         return sum(tensor.treatment.action == action for tensor in self.tensors)
 
+    @override
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{self.count(action)} {action}" for action in ("merge", "average", "base"))
+        return (
+            f"Plan({len(self.tensors)} tensors ({kinds}), {self.modules} matrices in {len(self.groups)} groups, "
+            f"{len(self.shards)} files, {len(self.designs)} designs; memory {self.peak_bytes / 1e6:.3g} MB, "
+            f"disk {self.disk_bytes / 1e6:.3g} MB)"
+        )
+
 
 def plan(
     task_vectors: TaskVectors,
@@ -174,8 +184,8 @@ def plan(
         each.check(task_vectors.names)
     _given(task_vectors, designs, _modules_by_design(list(tensors.values())))
     shards = tuple(
-        Shard(_safetensors_name(file), tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
-        for file, names in task_vectors.base.layout.items()
+        Shard(file, tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
+        for file, names in weight_files(task_vectors.base).items()
     )
     written = sum(shard.nbytes for shard in shards)
     return Plan(
@@ -203,7 +213,7 @@ def _products(designs: Sequence[AnyDesign]) -> list[Design]:
 def _given(
     task_vectors: TaskVectors, designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
 ) -> dict[str, Checkpoint]:
-    """What residual maps and methods read, by its role; checked for the modules given by the `id` of their design."""
+    """Inputs of residual maps and methods by their role, checked for the modules given by the `id` of their design."""
     found: dict[str, Checkpoint] = {}
     for design in designs:
         here = modules.get(id(design), {})
@@ -224,8 +234,8 @@ def _tensor_plan(
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
     design = for_tensor(name) if treatment.action == "merge" else None
-    if isinstance(design, Design):
-        check_center(design, base, name)
+    if isinstance(design, Design) and design.center is not None:
+        require_alike(design.center, "anchor", base, name)
     return TensorPlan(
         name=name,
         aliases=base.tied_names(name)[1:],
@@ -245,16 +255,6 @@ def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tup
             names = block_names(tensor.name, len(tensor.matrices))
             modules.setdefault(id(tensor.design), {}).update(zip(names, tensor.matrices, strict=True))
     return modules
-
-
-def _safetensors_name(file: str) -> str:
-    """The name of a shard once it is safetensors, whatever it was.
-
-    >>> _safetensors_name("pytorch_model-00001-of-00002.bin")
-    'model-00001-of-00002.safetensors'
-    """
-    path = Path(file)
-    return file if path.suffix == ".safetensors" else f"{path.stem.replace('pytorch_model', 'model')}.safetensors"
 
 
 def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: int) -> list[Group]:

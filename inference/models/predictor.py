@@ -32,7 +32,7 @@ class Runner:
         cut: A submodule whose inputs do not depend on the changing tensors.
 
     Raises:
-        ValueError: The model lacks a tensor or has it in another shape, or the loader can be used only once.
+        ValueError: If the model lacks a tensor or has it in another shape, or the loader can be used only once.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Runner:
             ``(n, classes)`` float64 on the CPU.
 
         Raises:
-            ValueError: The output is no finite logits, the loader gives other batches than before, or a cut that was
+            ValueError: If the output is no finite logits, the loader gives other batches than before, or a cut that was
                 asked for cannot be used.
         """
         state = {f"model.{name}": value for name, value in {**self._fixed, **self._fitted(changing)}.items()}

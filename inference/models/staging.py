@@ -1,11 +1,12 @@
-"""The output folder while it is being written: `OUT.partial`, finished parts, resuming, and one rename at the end.
+"""An output folder while it is written: ``OUT.partial``, finished files in it, resuming, and one rename at the end.
 
-    OUT.partial/merge_state.json                what is being merged; a resumed run must be about the same
-    OUT.partial/parts/00000-00003.safetensors   finished tensors of shard 0, group 3, with their records in the header
-    OUT.partial/records/00000.json              records of a finished shard, whose parts are gone
-    OUT.partial/model/                          finished shards and other files: what becomes OUT
+    OUT.partial/state.json                   what is written; a resumed run must be about the same
+    OUT.partial/parts/SHARD/00003.*          tensors of group 3 of a weight file, and JSON with their digest and records
+    OUT.partial/records/SHARD.json           digest and records of a finished weight file, whose parts are gone
+    OUT.partial/output/                      finished files: what becomes OUT
 
-Every file is written under another name, flushed to the disk and renamed, so that a file that is there is whole.
+Merges, ensembles, statistics and draws are all written like this. Every file is written under another name, flushed to
+the disk and renamed, so that a file that is there is whole. Progress is removed on request only: by its owner.
 """
 
 from __future__ import annotations
@@ -19,23 +20,33 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from inference.models.digest import difference, file_digest
+
+STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL_TEXT = re.compile(rf"os error ({'|'.join(str(code) for code in sorted(_FULL))})\b")
+Finished = tuple[Mapping[str, Tensor], Sequence[Any]]
+"""CPU tensors of a group by name, and their records: plain data."""
+Group = TypeVar("Group")
 
 
 class OutputError(RuntimeError):
     """The output cannot be written there, resumed, or finished; the message says what to do."""
 
 
-def check_output(out: Path, inputs: Sequence[Path]) -> Path:
+def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> Path:
     """Refuse an output folder that would overwrite something.
 
     Args:
         out: The folder to be made.
         inputs: Folders and files that are read.
+        resume: Accept one that an interrupted run has put in place already, before it could clean up.
 
     Returns:
         Its absolute path, links resolved.
@@ -49,17 +60,15 @@ def check_output(out: Path, inputs: Sequence[Path]) -> Path:
             raise OutputError(f"the output folder {out} contains the input {source}. Choose another folder.")
         if source.is_dir() and source in resolved.parents:
             raise OutputError(f"the output folder {out} lies inside the input {source}. Choose another folder.")
-    if out.exists() or out.is_symlink():
+    staging = Staging(resolved)
+    if (out.exists() or out.is_symlink()) and not (resume and staging.published):
+        staging.tidy()
         raise OutputError(f"the output folder {out} exists. Choose another name, or remove it first.")
     return resolved
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start a merge that the disk cannot hold.
-
-    Args:
-        folder: Where it is to be written; it need not exist yet.
-        needed: Bytes still to be written.
+    """Refuse to start what needs more bytes than the disk of a folder has; the folder need not exist yet.
 
     Raises:
         OutputError: If there is less space.
@@ -73,188 +82,228 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-STATE, PARTS, RECORDS, MODEL = "merge_state.json", "parts", "records", "model"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FULL_TEXT = re.compile(rf"os error ({'|'.join(str(code) for code in sorted(_FULL))})\b")
-
-
 class Staging:
-    """Writes `OUT.partial`.
+    """An output folder being written.
 
     Args:
         out: The folder that exists at the end.
+        what: What is written, for messages: "merge", "save".
 
     Attributes:
-        folder: `OUT.partial`.
+        folder: ``OUT.partial``.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, what: str = "save") -> None:
+        self.out, self.what = out, what
         self.folder = out.with_name(out.name + ".partial")
+        self._fresh = False
+
+    @property
+    def published(self) -> bool:
+        """True if OUT is in place, and only the clean-up was interrupted."""
+        return self.out.is_dir() and (self.folder / STATE).is_file() and not (self.folder / OUTPUT).exists()
+
+    @property
+    def content(self) -> Path:
+        """The folder that finished files are in."""
+        return self.out if self.published else self.folder / OUTPUT
 
     def check(self, resume: bool) -> None:
-        """Refuse to run over an interrupted merge unasked.
-
-        Args:
-            resume: Whether to go on with it.
+        """Refuse to run over an interrupted run unless it is to be resumed.
 
         Raises:
-            OutputError: If there is one and `resume` is false, or the folder is something else.
+            OutputError: If there is one and ``resume`` is false, another process is at it, or it is something else.
         """
-        if self.folder.exists() and not resume:
+        if not self.folder.exists() or all(path.suffix == ".tmp" for path in self.folder.iterdir()):
+            return  # killed before it had said what it was about: there is nothing to go on with
+        if not (self.folder / STATE).exists():
             raise OutputError(
-                f"{self.folder} is left from an interrupted merge. Go on with it (`resume=True`, or `--resume` on the "
-                "command line), or remove that folder to start again."
+                f"{self.folder} has no {STATE}: it is not an interrupted {self.what}. Look at what it is, and move it "
+                "or choose another output folder."
             )
-        if self.folder.exists() and not (self.folder / STATE).exists():
-            raise OutputError(
-                f"{self.folder} has no {STATE}: it is not an interrupted merge. Look at what it is, and move it or "
-                "choose another output folder."
-            )
+        with self._lock():
+            if not resume:
+                raise OutputError(
+                    f"{self.folder} is left from an interrupted {self.what}. Go on with it (`resume=True`, or "
+                    "`--resume` on the command line), or remove that folder to start again."
+                )
 
     @contextmanager
     def begin(self, state: Mapping[str, Any]) -> Iterator[None]:
-        """Start `OUT.partial`, or go on with the one that is there, and keep other processes out of it.
+        """Start ``OUT.partial``, or go on with the one that is there, and keep other processes out of it.
 
         Args:
-            state: What is merged: settings, digests of the inputs, versions; plain data.
+            state: What is written: settings, digests of the inputs, versions; plain data.
 
         Yields:
             Nothing; the folder is this process's own until the block ends.
 
         Raises:
-            OutputError: If the folder is about another merge, or another process works in it.
+            OutputError: If the folder is about something else, another process works in it, or the disk is full.
         """
-        if (self.folder / STATE).exists():
-            self._check_same(json.loads((self.folder / STATE).read_text(encoding="utf-8")), state)
         with self.disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock(), self.disk_errors():
+            self._fresh = not (self.folder / STATE).exists()
+            if not self._fresh:
+                self._check_same(json.loads((self.folder / STATE).read_text(encoding="utf-8")), state)
             for stale in self.folder.rglob("*.tmp"):
                 stale.unlink()
-            self._write_json(self.folder / STATE, state)
-            for name in (PARTS, RECORDS, MODEL):
-                (self.folder / name).mkdir(exist_ok=True)
+            if not self.published:
+                self._write_json(self.folder / STATE, state)
+                (self.folder / OUTPUT).mkdir(exist_ok=True)
             yield
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        descriptor = os.open(
-            self.folder, os.O_RDONLY
-        )  # the folder itself: nothing to clean up, and it follows a rename
+        folder = os.open(self.folder, os.O_RDONLY)  # the folder itself: nothing to clean up, and it follows a rename
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"another process is merging into {self.folder}. Wait for it, or end it.") from None
+            os.close(folder)
+            raise OutputError(f"another process is writing into {self.folder}. Wait for it, or end it.") from None
+        try:
+            yield
         finally:
-            os.close(descriptor)
+            os.close(folder)
+
+    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        differing = difference(before, json.loads(json.dumps(_finite(now))))
+        if differing:
+            place, old, new = differing[0]
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            raise OutputError(
+                f"{self.folder} was begun with `{place}` = {old}, now it is {new}{more}: not the same {self.what}. "
+                "Restore what it was, or remove that folder to start again."
+            )
 
     def nbytes(self) -> int:
         """Bytes that are in the folder already."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
-        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        if differing:
-            key = differing[0]
-            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-            raise OutputError(
-                f"{self.folder} was begun with `{key}` = {old.get(key)!r}, now it is {new.get(key)!r}{more}: not the "
-                "same merge. Restore what it was, or remove that folder to start again."
-            )
-
-    def part(self, shard: int, group: int) -> Path:
-        """Path of the part of one group."""
-        return self.folder / PARTS / f"{shard:05d}-{group:05d}.safetensors"
-
-    def has_part(self, shard: int, group: int, names: Sequence[str]) -> bool:
-        """Whether a group is finished: its part opens and holds just these tensors."""
-        try:
-            with safe_open(self.part(shard, group), framework="pt") as file:
-                return set(file.keys()) == set(names)
-        except (OSError, SafetensorError):
-            return False
-
-    def save_part(self, shard: int, group: int, tensors: Mapping[str, Tensor], records: Sequence[Any]) -> None:
-        """Save the tensors of a finished group with their records.
+    def write_shard(
+        self,
+        name: str,
+        groups: Sequence[Group],
+        make: Callable[[Group], Finished],
+        aliases: Mapping[str, str],
+        done: Callable[[Group], None] = lambda group: None,
+    ) -> int:
+        """Write a weight file group by group; groups that an earlier run finished are verified, and not made again.
 
         Args:
-            shard: Number of the shard.
-            group: Number of the group in the shard.
-            tensors: CPU tensors by name.
-            records: Plain data.
-        """
-        metadata = {"records": json.dumps(records)}
-        self._replace(self.part(shard, group), lambda path: save_file(dict(tensors), path, metadata=metadata))
-
-    def has_shard(self, shard: int, name: str) -> bool:
-        """Whether a shard is finished."""
-        return (self.folder / MODEL / name).exists() and (self.folder / RECORDS / f"{shard:05d}.json").exists()
-
-    def finish_shard(self, shard: int, name: str, groups: int, aliases: Mapping[str, str]) -> None:
-        """Assemble a shard from its parts, which are memory-mapped and not read into memory.
-
-        Args:
-            shard: Number of the shard.
-            name: Its file name.
-            groups: How many groups it has.
+            name: Path of the file in the output.
+            groups: Descriptions of its groups of tensors.
+            make: Makes the tensors and records of a group.
             aliases: Further names of tied tensors to the names they are saved under; written as equal tensors.
+            done: Called with every group once it is saved.
+
+        Returns:
+            How many groups were there already.
         """
-        paths = [self.part(shard, group) for group in range(groups)]
+        whole, there = self.has_shard(name), 0
+        for number, group in enumerate(groups):
+            if whole or self.has_part(name, number):
+                there += 1
+            else:
+                self.save_part(name, number, *make(group))
+            done(group)
+        if not whole:
+            self.finish_shard(name, len(groups), aliases)
+        shutil.rmtree(self.folder / PARTS / name, ignore_errors=True)
+        return there
+
+    def has_part(self, name: str, group: int) -> bool:
+        """Return whether a group of a weight file is finished and has the bytes that were written."""
+        return _intact(self._part(name, group), self._part(name, group).with_suffix(".json"))
+
+    def save_part(self, name: str, group: int, tensors: Mapping[str, Tensor], records: Sequence[Any]) -> None:
+        """Save the tensors of a finished group with their records."""
+        path = self._part(name, group)
+        self._replace(path, lambda temporary: save_file(dict(tensors), temporary))
+        self._write_json(path.with_suffix(".json"), {"sha256": file_digest(path), "records": records})
+
+    def has_shard(self, name: str) -> bool:
+        """Return whether a weight file is finished and has the bytes that were written."""
+        return _intact(self.folder / OUTPUT / name, self._record(name))
+
+    def finish_shard(self, name: str, groups: int, aliases: Mapping[str, str]) -> None:
+        """Assemble a weight file from its parts, which are memory-mapped and not read into memory."""
+        paths = [self._part(name, group) for group in range(groups)]
         tensors: dict[str, Tensor] = {}
-        records: list[Any] = []
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                records += json.loads(file.metadata()["records"])
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         for alias, target in aliases.items():
             path = next(path for path in paths if target in _names(path))
             with safe_open(path, framework="pt") as file:  # a second map: safetensors saves no tensor twice
                 tensors[alias] = file.get_tensor(target)
-        self._write_json(self.folder / RECORDS / f"{shard:05d}.json", records)
-        self._replace(self.folder / MODEL / name, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        records = [record for path in paths for record in _records(path.with_suffix(".json"))]
+        self.save(name, tensors, {"format": "pt"})
+        digest = file_digest(self.folder / OUTPUT / name)
+        self._write_json(self._record(name), {"sha256": digest, "records": records})
 
-    def drop_parts(self, shard: int) -> None:
-        """Remove the parts of a finished shard."""
-        for path in (self.folder / PARTS).glob(f"{shard:05d}-*.safetensors"):
-            path.unlink()
+    def records(self, names: Sequence[str]) -> list[Any]:
+        """Records of finished weight files, in order."""
+        return [record for name in names for record in _records(self._record(name))]
 
-    def records(self) -> list[Any]:
-        """The records of all finished shards, in order."""
-        files = sorted((self.folder / RECORDS).glob("*.json"))
-        return [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
+    def has(self, name: str) -> bool:
+        """Return whether a file of the output is finished."""
+        return (self.content / name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file of the output."""
+        given = None if metadata is None else dict(metadata)
+        self.write(name, lambda path: save_file(dict(tensors), path, metadata=given))
 
     def write_json(self, name: str, data: Any) -> None:
-        """Write a JSON file of the model; numbers that JSON lacks (NaN, infinity) become null."""
-        self._write_json(self.folder / MODEL / name, data)
+        """Write a JSON file of the output; numbers that JSON lacks (NaN, infinity) become null."""
+        self._write_json(self.folder / OUTPUT / name, data)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file of the model."""
-        self._replace(self.folder / MODEL / name, lambda path: path.write_text(text, encoding="utf-8"))
+    def write(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Write a file of the output, whole or not at all.
 
-    def copy(self, source: Path, name: str) -> None:
-        """Copy a file into the model."""
-        (self.folder / MODEL / name).parent.mkdir(parents=True, exist_ok=True)
-        self._replace(self.folder / MODEL / name, lambda path: shutil.copyfile(source, path))
+        Args:
+            name: Its path in the output.
+            write: Writes it at the path that it is given.
+        """
+        self._replace(self.folder / OUTPUT / name, write)
 
     def publish(self) -> None:
-        """Move the model into place, and remove what only resuming needs.
+        """Move the output into place, and remove what only resuming needs.
 
         Raises:
             OutputError: If something else has taken the place.
         """
-        if self.out.exists():
-            raise OutputError(
-                f"{self.out} has appeared in the meantime. The merge is complete in {self.folder / MODEL}: move it."
-            )
-        (self.folder / MODEL).rename(self.out)
-        self.discard()
+        if not self.published:
+            if self.out.exists():
+                raise OutputError(
+                    f"{self.out} has appeared in the meantime. The {self.what} is complete in {self.folder / OUTPUT}: "
+                    "move it."
+                )
+            (self.folder / OUTPUT).rename(self.out)
+        self._remove()
 
-    def discard(self) -> None:
-        """Remove `OUT.partial`."""
+    def abandon(self) -> None:
+        """Remove ``OUT.partial`` if this run began it and no part of it is finished."""
+        if self._fresh and not any((self.folder / name).exists() for name in (PARTS, RECORDS)):
+            self._remove()
+
+    def tidy(self) -> None:
+        """Finish an interrupted clean-up behind an output that is in place; everything else stays."""
+        if self.published or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            self._remove()
+
+    def _remove(self) -> None:
+        for name in (PARTS, RECORDS, OUTPUT):  # the state last: it says what the rest is
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _part(self, name: str, group: int) -> Path:
+        return self.folder / PARTS / name / f"{group:05d}.safetensors"
+
+    def _record(self, name: str) -> Path:
+        return self.folder / RECORDS / f"{name}.json"
 
     def _write_json(self, path: Path, data: Any) -> None:
         text = json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n"
@@ -263,6 +312,7 @@ class Staging:
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
         temporary = path.with_name(path.name + ".tmp")
         with self.disk_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
@@ -294,18 +344,21 @@ class Staging:
             raise
 
 
+def _intact(file: Path, record: Path) -> bool:
+    """True if a file has the digest that was recorded when it was written."""
+    try:
+        return bool(json.loads(record.read_text(encoding="utf-8"))["sha256"] == file_digest(file))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _records(path: Path) -> list[Any]:
+    return list(json.loads(path.read_text(encoding="utf-8"))["records"])
+
+
 def _names(path: Path) -> set[str]:
     with safe_open(path, framework="pt") as file:
         return set(file.keys())
-
-
-def _leaves(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Plain data as pairs of a dotted path and a leaf."""
-    if isinstance(data, Mapping) and data:
-        return [pair for k, v in data.items() for pair in _leaves(v, f"{prefix}.{k}" if prefix else str(k))]
-    if isinstance(data, list) and data:
-        return [pair for index, value in enumerate(data) for pair in _leaves(value, f"{prefix}[{index}]")]
-    return [(prefix, data)]
 
 
 def _finite(data: Any) -> Any:

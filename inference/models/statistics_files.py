@@ -45,7 +45,7 @@ def collect_statistics(
     tensors: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> SpanStatistics:
-    """One pass over the weights, a tensor at a time.
+    """Make Span statistics in one pass over the weights, a tensor at a time.
 
     Where the design's merge is solved in Full coordinates, which is the default, it is solved here as well and the span
     goes through it, so that draws surround what `merge_checkpoint` writes; such statistics belong to one energy, scale
@@ -86,14 +86,7 @@ def collect_statistics(
 def statistics_digest(statistics: SpanStatistics) -> str:
     """Sha256 of the names, maps and every number: two statistics with the same digest are the same.
 
-    Statistics made again with another number of threads or another library may differ in their last digits, and then
-    have another digest.
-
-    Args:
-        statistics: Of all modules.
-
-    Returns:
-        64 hexadecimal digits.
+    Made again with another number of threads or another library they may differ in their last digits.
     """
     names = (statistics.modules, statistics.updates, statistics.residual_maps, statistics.through)
     digest = hashlib.sha256(repr(names).encode())

@@ -1,12 +1,13 @@
-"""What Span statistics are about, as plain data: written beside them, and compared before they are used again."""
+"""Records of what Span statistics are about: written beside them, and compared before they are used again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from inference.models.design import Design, Designs, as_function, design_text
+from inference.models.digest import difference
 from inference.models.modules import checked_names
 from poe_models.span_labels import center_label
 from poe_models.weights.loading import CheckpointError
@@ -19,14 +20,7 @@ _Kind = tuple[tuple[str, ...], tuple[str, ...], str, str]
 
 
 def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
-    """Merged tensors by the kind of their design: one set of statistics can be made of each.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: One product or design for all tensors, or a function from the tensor's name.
-
-    Returns:
-        Names of the tensors that have the same updates, maps and centre.
+    """Group merged tensors by updates, maps and centre of their designs: each group has one set of statistics.
 
     Raises:
         ValueError: If nothing is merged, or a design does not fit the task vectors.
@@ -38,15 +32,7 @@ def families(task_vectors: TaskVectors, designs: Designs) -> list[list[str]]:
 
 
 def family_of(task_vectors: TaskVectors, designs: Designs, tensors: Collection[str] | None = None) -> dict[str, Design]:
-    """The design of each merged tensor, once all are known to be about the same updates, maps and centre.
-
-    Args:
-        task_vectors: Base and experts.
-        designs: One product or design for all tensors, or a function from the tensor's name.
-        tensors: Only these.
-
-    Returns:
-        Name of the tensor to its design.
+    """The design of each merged tensor by its name, once all are known to be about the same updates, maps and centre.
 
     Raises:
         ValueError: If nothing is merged, or the designs do not fit the task vectors or each other.
@@ -67,15 +53,10 @@ def family_of(task_vectors: TaskVectors, designs: Designs, tensors: Collection[s
 
 
 def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
-    """What decides statistics besides the contents of the checkpoints, from headers alone.
+    """Describe from headers what decides statistics besides the contents of the checkpoints, as plain data.
 
-    Args:
-        task_vectors: Base and experts.
-        designs: One product or design for all tensors, or a function from the tensor's name.
-
-    Returns:
-        Plain data: task vectors, residual maps, centre, what decides the merge that the span goes through
-        (None where the merge itself is solved in Span coordinates), dtype of the updates, and each tensor's matrices.
+    That is task vectors, maps, centre, the merge that the span goes through (None where the merge itself is solved in
+    Span coordinates), the dtype of the updates, and each tensor's matrices.
     """
     family = family_of(task_vectors, designs)
     tensor, design = next(iter(family.items()))
@@ -92,13 +73,7 @@ def describe(task_vectors: TaskVectors, designs: Designs) -> dict[str, Any]:
 
 
 def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Refuse statistics of other checkpoints or another design.
-
-    Args:
-        path: Where they are.
-        record: Their JSON, saved with ``about`` and ``inputs``.
-        about: What `describe` gives now.
-        inputs: What `digest_inputs` gives now.
+    """Refuse statistics at a path if their record is not about these inputs and this description of a design.
 
     Raises:
         CheckpointError: If something differs, or nothing was recorded; names it.
@@ -107,10 +82,10 @@ def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, An
         raise CheckpointError(
             f"{path}: nothing is recorded about what these statistics were made from. Make them with `poe-merge stats`."
         )
-    where = difference(record["about"], about)
-    if where is not None:
+    if found := difference(record["about"], about):
+        place, before, now = found[0]
         raise CheckpointError(
-            f"{path}: these statistics are about another design: {where[0]} was {where[1]}, now it is {where[2]}. Make "
+            f"{path}: these statistics are about another design: {place} was {before}, now it is {now}. Make "
             "the statistics again with `poe-merge stats`, or give the settings that they were made with."
         )
     changed = changed_input(record["inputs"], inputs)
@@ -122,37 +97,11 @@ def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, An
 
 
 def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first checkpoint whose contents differ, in words; None if all are the same.
-
-    Args:
-        before: What `digest_inputs` gave then.
-        now: What it gives now.
-    """
+    """The first checkpoint whose digests differ, in words; None if all are the same."""
     old, new = _contents(before), _contents(now)
     differing = (role for role in dict.fromkeys([*old, *new]) if old.get(role) != new.get(role))
     role = next(differing, None)
     return None if role is None else _changed(role, old, new)
-
-
-def difference(before: Any, now: Any) -> tuple[str, str, str] | None:
-    """The first place where two pieces of plain data differ.
-
-    Args:
-        before: One.
-        now: The other.
-
-    Returns:
-        The dotted place and both values as JSON, "missing" where there is none; None if they are the same.
-
-    >>> difference({"a": {"b": 1}, "c": [2]}, {"a": {"b": 1}, "c": [3]})
-    ('c[0]', '2', '3')
-    """
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    for place in dict.fromkeys([*old, *new]):
-        one, other = (json.dumps(each[place]) if place in each else "missing" for each in (old, new))
-        if one != other:
-            return place, one, other
-    return None
 
 
 def _designs(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
@@ -178,7 +127,7 @@ def _kind(task_vectors: TaskVectors, tensor: str, design: Design) -> _Kind:
 
 
 def _merges(family: Mapping[str, Design]) -> list[dict[str, Any]]:
-    """What decides the merge in Full coordinates: each distinct design, with its tensors."""
+    """Designs that decide the merge in Full coordinates, each with its tensors."""
     found: dict[str, list[str]] = {}
     for name, design in family.items():
         found.setdefault(design_text(design, solver=True), []).append(name)
@@ -208,14 +157,3 @@ def _changed(role: str, before: Mapping[str, dict[str, str]], now: Mapping[str, 
     file = next(name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name))
     shown = [f"{each[file][:12]}..." if file in each else "missing" for each in (old, new)]
     return f"{file} of the {role} has the sha256 {shown[1]} and had {shown[0]}"
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping) and data:
-        for key, value in data.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(data, list | tuple) and data:
-        for index, value in enumerate(data):
-            yield from _leaves(value, f"{prefix}[{index}]")
-    else:
-        yield prefix, data

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ MOST = 32
 def distance_from_merge(
     draws: PosteriorDraws, task_vectors: TaskVectors, design: Designs, merged: Source | None = None
 ) -> MergeDistance:
-    """How far draws are from a merge, module by module.
+    """Measure the distance of draws from a merge, module by module.
 
     Args:
         draws: Of a whole model, or of some of its modules.
@@ -59,43 +57,21 @@ def distance_from_merge(
 
 
 def distance_of_module(draws: PosteriorDraws, module: Module, merge: Tensor, error: float = 0.0) -> MergeDistance:
-    """How far the draws of one module are from a merged update.
-
-    Args:
-        draws: Of a whole model.
-        module: One of its modules.
-        merge: ``Z_*``, ``(d_out, d_in)``.
-        error: Squared error of its values that is allowed for.
-
-    Returns:
-        The distance of this module.
-    """
+    """Distance of the draws of one module from a merged update, whose values have a known squared error."""
     if isinstance(draws, SpanDraws):
         return _span(draws, module, merge, error)
-    assert isinstance(draws, FullDraws)
-    if draws.method != "gibbs":
+    if draws.independent:
         return _around_mode(draws, module, merge, error)
-    index = draws.index(module.name)
-    posterior = replace(module.posterior, temperature=float(draws.temperature[index]))
-    weights = draws.weights.flatten(0, 1)[:, index, : len(posterior.experts)]
+    posterior = draws.posterior(module)
+    weights = draws.weights.flatten(0, 1)[:, draws.index(module.name), : len(posterior.experts)]
     return gibbs_distance(module.name, GibbsKernel(posterior), weights, merge, error)
 
 
 def gibbs_distance(name: str, kernel: GibbsKernel, weights: Tensor, merge: Tensor, error: float = 0.0) -> MergeDistance:
-    """Of Full draws of one module, by the means and variances of ``Z`` given the mixture weights.
+    """Distance of Full draws of one module by the means and variances of ``Z`` given their mixture weights ``(S, E)``.
 
     Given these ``Z`` is Gaussian, so that neither its centre nor its spread has the noise of all its entries
-    (Rao-Blackwell): what is left of the Monte Carlo error is that of a few weights.
-
-    Args:
-        name: Of the module.
-        kernel: Of its posterior.
-        weights: Mixture weights of all draws, ``(S, E)``; at most `MOST` of them are used.
-        merge: ``Z_*``, ``(d_out, d_in)``.
-        error: Squared error of its values that is allowed for.
-
-    Returns:
-        The distance of this module.
+    (Rao-Blackwell): what is left of the Monte Carlo error is that of a few weights, of at most `MOST` draws.
     """
     places = torch.linspace(0, len(weights) - 1, min(MOST, len(weights))).round().long()
     some = weights[places].to(kernel.posterior.anchor_precision).unsqueeze(1)
@@ -134,12 +110,13 @@ def _span(draws: SpanDraws, module: Module, merge: Tensor, error: float) -> Merg
 
 
 def _around_mode(draws: FullDraws, module: Module, merge: Tensor, error: float) -> MergeDistance:
-    """Of draws whose mean is the mode itself: Laplace's, and noise around it."""
+    """Distance of draws whose mean is the mode itself: Laplace's, and noise around it."""
     away = module.mode.double() - merge.double()
     squared = sum_of_squares(away)
+    along = away if bool(squared > 0) else merge.double()  # at the merge itself, how wide they are along it
     places = torch.linspace(0, len(draws) - 1, min(MOST, len(draws))).round().long().tolist()
-    made = [_inner(draws.update(module, place).double() - module.mode.double(), away) for place in places]
-    spread = torch.stack(made).square().mean().sqrt() / squared.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    made = [_inner(draws.update(module, place).double() - module.mode.double(), along) for place in places]
+    spread = torch.stack(made).square().mean().sqrt() / along.norm().clamp(min=torch.finfo(torch.float64).tiny)
     return _one(module.name, squared, torch.as_tensor(error, dtype=torch.float64), spread, merge)
 
 

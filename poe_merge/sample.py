@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,27 +25,27 @@ from diagnostics.draw_groups import merge_attributes
 from diagnostics.verdicts import Level
 from inference.models.artifacts import versions
 from inference.models.design import Design
-from inference.models.digest import Progress
-from inference.models.draw_files import load_draws, save_draws
+from inference.models.digest import Progress, difference
+from inference.models.draw_files import add_draws, load_draws
 from inference.models.ensemble import MergedEnsemble
-from inference.models.ensemble_files import check_begun
 from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
-from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
-from inference.models.staging import OutputError
+from inference.models.staging import OutputError, Staging
 from inference.models.statistics_files import collect_statistics
-from inference.models.statistics_record import difference, families
+from inference.models.statistics_record import families
 from inference.models.surrounding import distance_from_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 from poe_merge.config import MergeConfig
-from poe_merge.drawing import Drawn, draw_full, draw_span
-from poe_merge.merged import check_inputs, read_record
+from poe_merge.drawing import Drawn, check_drawable, draw_full, draw_span
+from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
 from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
 from poe_models.weights.task_vectors import TaskVectors
 
 RECORD, DRAWS = "sample.json", "draws"
+_DRAWN = f"{DRAWS}/draws.json"
 AnyTable = Callable[[str], AnyDesign]
 
 
@@ -52,42 +53,27 @@ class Bars(Progress, Protocol):
     """Progress in modules and bytes, and in steps of a sampler."""
 
     def steps(self, stage: str) -> Callable[[int, int], None]:
-        """A sampler begins.
-
-        Args:
-            stage: Its name.
-
-        Returns:
-            What is told the finished steps and their total.
-        """
+        """Begin a sampler; the function that is returned is told its finished steps and their total."""
         ...
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What `poe-merge sample` did.
+    """Result of `poe-merge sample`.
 
     Attributes:
         out: The folder.
         what: The settings.
-        modules: Number of modules that were drawn.
-        shared: Number of merged tensors that were not: they are the merge's, or the method's at its own seed.
-        nbytes: Bytes of all files.
-        convergence: R-hat, effective sample size and verdicts; None for independent draws.
-        around: What the draws are, and how far their centre is from the merge; None for a method's seeds.
-        experts: What the merge kept of each expert.
+        drawn: The draws.
+        shared: Number of merged tensors that were not drawn: they are the merge's, or the method's at its own seed.
         warnings: What a reader should know.
         seconds: Wall time of this run.
     """
 
     out: Path
     what: Sampling | Seeds
-    modules: int
+    drawn: Drawn
     shared: int
-    nbytes: int
-    convergence: Mapping[str, Any] | None
-    around: str | None
-    experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
     seconds: float
 
@@ -126,23 +112,18 @@ def sample(
         ValueError: If something cannot be drawn; says what.
     """
     began = time.monotonic()
-    partial = check_apart(out, checkpoints_of(task_vectors, designs))
-    partial = partial.with_name(partial.name + ".partial")
-    check_begun(partial, resume)
-    if statistics is not None and isinstance(what, Sampling) and what.coordinates == "full":
-        raise ValueError(
-            "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
-        )
+    out = check_apart(out, checkpoints_of(task_vectors, designs), resume=resume)
+    staging = Staging(out)
+    staging.check(resume)
     folder_of_merge = None if merged is None else str(merged.absolute())
     asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if resume and (partial / DRAWS).is_dir():
-            drawn, convergence = _drawn_before(partial, asked)
+        if resume and staging.has(_DRAWN):
+            drawn = _drawn_before(staging, asked)
         else:
-            drawn = _around(merged, _draw(task_vectors, designs, what, statistics, bars), task_vectors, designs, bars)
-            chains = isinstance(what, Sampling) and what.method != "laplace"
-            convergence = _convergence(drawn.draws) if chains else None
+            drawn = _draw(task_vectors, designs, what, statistics, bars)
+            drawn = _judged(_around(merged, drawn, task_vectors, designs, bars))
         ensemble = MergedEnsemble(
             task_vectors,
             designs,
@@ -150,25 +131,17 @@ def sample(
             out_dtype=settings.output_dtype,
             elsewhere=merged,
         )
-        record = {**asked, "source": drawn.draws.source, "around": _placed(drawn.draws)}
-        record["experts"] = [each.record() for each in drawn.experts]
-        record |= {"convergence": convergence, "warnings": drawn.warnings}
-
-        def extras(folder: Path) -> None:
-            _write(folder, drawn, {"kind": "sample", **record, "versions": versions()})
-
-        folder = ensemble.save(out, format=what.format, resume=resume, progress=bars, extras=extras)
+        record = {"kind": "sample", **asked, **_record(drawn), "versions": versions()}
+        ensemble.save(
+            out, format=what.format, resume=resume, progress=bars, extras=lambda place: _write(place, drawn, record)
+        )
     tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
     return SampleReport(
-        out=folder,
+        out=out,
         what=what,
-        modules=len(drawn.draws.modules),
+        drawn=drawn,
         shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
-        nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        convergence=convergence,
-        around=_described(drawn.draws),
-        experts=drawn.experts,
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
         seconds=time.monotonic() - began,
     )
@@ -181,6 +154,11 @@ def _draw(
         draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
         return Drawn(draws, (), (), ())
     products = _products(designs)
+    check_drawable(task_vectors, products, what)
+    if what.coordinates == "full" and statistics is not None:
+        raise ValueError(
+            "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
+        )
     if what.coordinates == "full":
         return draw_full(task_vectors, products, what, bars)
     if statistics is None:
@@ -208,23 +186,24 @@ def _around(
             data.attrs |= merge_attributes(draws.from_merge.select(places))
     experts = drawn.experts if merged is None else totals_of(read_record(merged))
     far = () if draws.far_from_merge is None else (draws.far_from_merge,)
-    return Drawn(draws, drawn.data, experts, (*drawn.warnings, *far, *concerns(experts)))
+    return replace(drawn, draws=draws, experts=experts, warnings=(*drawn.warnings, *far, *concerns(experts)))
 
 
-def _described(draws: ModelDraws) -> str | None:
-    if not isinstance(draws, PosteriorDraws) or draws.from_merge is None:
-        return None
-    return f"{draws.about}: {draws.from_merge}"
-
-
-def _placed(draws: ModelDraws) -> dict[str, Any] | None:
-    """What the draws are, and where their centre is, as plain data."""
-    if not isinstance(draws, PosteriorDraws):
-        return None
-    found = None if draws.from_merge is None else merge_attributes(draws.from_merge)
-    numbers = {key: None if value != value else value for key, value in (found or {}).items()}
-    kinds = {"coordinates": draws.coordinates, "surrounds": draws.surrounds, "sampler": draws.sampler}
-    return {**kinds, "temperatures": list(draws.temperatures), **numbers}
+def _record(drawn: Drawn) -> dict[str, Any]:
+    """Everything but the draws themselves as plain data: their source, their centre, the merge, and the chains."""
+    draws, around = drawn.draws, None
+    if isinstance(draws, PosteriorDraws):
+        found = {} if draws.from_merge is None else merge_attributes(draws.from_merge)
+        numbers = {key: None if value != value else value for key, value in found.items()}
+        kinds = {"coordinates": draws.kind, "surrounds": draws.surrounds, "sampler": draws.sampler}
+        around = {**kinds, "temperatures": list(draws.temperatures), **numbers}
+    return {
+        "source": draws.source,
+        "around": around,
+        "experts": [each.record() for each in drawn.experts],
+        "convergence": drawn.convergence,
+        "warnings": drawn.warnings,
+    }
 
 
 def _products(designs: AnyTable) -> Table:
@@ -236,46 +215,52 @@ def _products(designs: AnyTable) -> Table:
     return product
 
 
-def _drawn_before(partial: Path, asked: Mapping[str, Any]) -> tuple[Drawn, dict[str, Any] | None]:
+def _drawn_before(staging: Staging, asked: Mapping[str, Any]) -> Drawn:
     """The draws of an interrupted run, if they are what is asked for now."""
-    record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
-    where = difference({key: record[key] for key in asked}, asked)
-    if where is not None:
+    record = json.loads((staging.content / RECORD).read_text(encoding="utf-8"))
+    if found := difference({key: record[key] for key in asked}, asked):
+        place, before, now = found[0]
         raise OutputError(
-            f"{partial} was begun with {where[0]} = {where[1]}, now it is {where[2]}. Restore what it was, or remove "
+            f"{staging.folder} was begun with {place} = {before}, now it is {now}. Restore what it was, or remove "
             "that folder to start again."
         )
-    draws = load_draws(partial / DRAWS, record["source"])
+    draws = load_draws(staging.content / DRAWS, record["source"])
     assert isinstance(draws, SpanDraws | FullDraws | MethodDraws)
     numbers = ("kept", "residual_left", "length")
     known = tuple(
         ExpertRetention(each["name"], *(math.nan if each[key] is None else each[key] for key in numbers))
         for each in record["experts"]
     )
-    return Drawn(draws, (), known, tuple(record["warnings"])), record["convergence"]
+    return Drawn(draws, (), known, tuple(record["warnings"]), record["convergence"])
 
 
-def _write(folder: Path, drawn: Drawn, record: Mapping[str, Any]) -> None:
+def _write(staging: Staging, drawn: Drawn, record: Mapping[str, Any]) -> None:
     """Write everything beside the members; the draws last, for they say that the rest is there."""
-    if (folder / DRAWS).is_dir():
+    if staging.has(_DRAWN):
         return
     for number, data in enumerate(drawn.data):
         name = "draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc"
-        data.to_netcdf(str(folder / f"{name}.tmp"))
-        (folder / f"{name}.tmp").replace(folder / name)
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    save_draws(drawn.draws, folder / DRAWS)
+        staging.write(name, partial(_to_netcdf, data))
+    staging.write_json(RECORD, record)
+    add_draws(staging, DRAWS, drawn.draws)
 
 
-def _convergence(draws: ModelDraws) -> dict[str, Any]:
-    """Whether the chains agree, as plain data."""
-    found = chain_convergence(draws)
+def _to_netcdf(data: Any, path: Path) -> None:
+    data.to_netcdf(str(path))
+
+
+def _judged(drawn: Drawn) -> Drawn:
+    """The draws with what R-hat and effective sample size say of their chains, if they are chains."""
+    if drawn.draws.independent:
+        return drawn
+    found = chain_convergence(drawn.draws)
     sizes = np.fmin(found.statistics.ess_bulk, found.statistics.ess_tail)
-    return {
+    convergence = {
         "r_hat": _extreme(found.statistics.r_hat, np.max),
         "ess": _extreme(sizes, np.min),
         "warnings": [f"{each.about}: {each.text}" for each in found.verdicts if each.level != Level.GOOD],
     }
+    return replace(drawn, convergence=convergence)
 
 
 def _extreme(values: np.ndarray, reduce: Any) -> float | None:

@@ -1,0 +1,152 @@
+"""The model card of a merged folder: what was merged from what, how, whether solves converged, what to cite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from inference.models.folder import hub_id, rounding_of, short_source, statuses
+from poe_models.weights.loading import Checkpoint
+
+_CITATIONS = """\
+```bibtex
+@inproceedings{bui2026poe,
+  title     = {Model Merging as Probabilistic Inference in Fine-Tuning Parameter Space},
+  author    = {Bui and others},
+  booktitle = {Uncertainty in Artificial Intelligence},
+  year      = {2026},
+  note      = {arXiv:2607.01689}
+}
+@article{li2026bmm,
+  title   = {Bayesian Model Merging},
+  author  = {Li and others},
+  year    = {2026},
+  journal = {arXiv:2605.12843}
+}
+```
+"""
+
+
+_CARD = """\
+---
+{header}
+---
+
+# {names} merged
+
+A merge of {count} fine-tuned models made with poe-merge: {approach}.
+
+- **Base:** `{base}`
+{sources}
+
+## Design
+
+{designs}
+## Treatment of tensors
+
+| tensors | treatment | seen as | reason |
+|---:|---|---|---|
+{treatments}
+
+## Convergence
+
+{convergence}
+
+Digests of all inputs, versions, settings and the record of every tensor are in `poe_merge.json`.
+
+## Citation
+
+{citations}"""
+
+
+def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
+    """Model card: what was merged from what, how tensors were treated, whether solves converged, what to cite."""
+    base_id = hub_id(base.source)
+    data = ModelCardData(
+        base_model=[base_id] if base_id else None,
+        base_model_relation="merge" if base_id else None,
+        library_name="transformers" if base.config is not None else None,
+        tags=["merge", "model-merging", "poe-merge"],
+    )
+    roles = {
+        role.partition("expert ")[2]: entry for role, entry in record["inputs"].items() if role.startswith("expert ")
+    }
+    text = _CARD.format(
+        header=data.to_yaml(),
+        names=" + ".join(roles),
+        count=len(roles),
+        approach=_approach(record["designs"]),
+        base=short_source(base.source),
+        sources="\n".join(f"- **Expert {name}:** `{short_source(each['source'])}`" for name, each in roles.items()),
+        designs="\n".join(line for index, each in enumerate(record["designs"]) for line in _design_lines(index, each)),
+        treatments="\n".join(_treatment_rows(record["tensors"])),
+        convergence="\n".join(_convergence_lines(record["tensors"])),
+        citations=_CITATIONS,
+    )
+    return ModelCard(text)
+
+
+def _approach(designs: Sequence[Mapping[str, Any]]) -> str:
+    """The approach in half a sentence."""
+    titles = dict.fromkeys(design["title"] for design in designs if "method" in design)
+    parts = [f"by {' and '.join(titles)}"] if titles else []
+    if any("experts" in design for design in designs):
+        parts.append(
+            "each model is an expert with an energy over the merged update of the weights, and the merge is the "
+            "maximum a posteriori of their product"
+        )
+    return "; ".join(parts) or "every tensor is an average or the base's"
+
+
+def _design_lines(index: int, design: Mapping[str, Any]) -> list[str]:
+    if "method" in design:
+        return [
+            f"Design {index}: W = W_0 + {design['scaling']:g} Z, Z by {design['title']} ({design['citation']}):",
+            "",
+            f"    {design['method']}",
+            "",
+        ]
+    rows = [
+        f"| {e['name']} | `{e['residual_map']}` | `{e['energy']}` | `{e['scale']}` | {e['importance']:g} |"
+        for e in design["experts"]
+    ]
+    anchor = design["anchor"]
+    center = "the base" if anchor["center"] is None else f"`{short_source(str(anchor['center']))}`"
+    return [
+        f"Design {index}: W = W_0 + {design['scaling']:g} Z, anchored at {center} with `{anchor['precision']}`, "
+        f"{design['coordinates']} coordinates.",
+        "",
+        "| expert | residual map | energy | scale | importance |",
+        "|---|---|---|---|---:|",
+        *rows,
+        "",
+    ]
+
+
+def _treatment_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = Counter((record["action"], record["view"] or "", record["reason"]) for record in tensors)
+    names = {"merge": "merged", "average": "averaged", "base": "base kept"}
+    return [
+        f"| {n} | {names[action]} | {view} | {reason.replace('|', '/')} |"
+        for (action, view, reason), n in kinds.items()
+    ]
+
+
+def _convergence_lines(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
+    modules = [module for record in tensors for module in record.get("modules", ())]
+    solved = [module for module in modules if "steps" in module]
+    if not modules:
+        return ["No matrix was merged."]
+    lines = [f"- {n} of {len(modules)} matrices: {status.replace('_', ' ')}" for status, n in statuses(modules).items()]
+    if solved:
+        steps = sorted(module["steps"] for module in solved)
+        lines.append(f"- Reweighted solves: median {steps[len(steps) // 2]}, most {steps[-1]}")
+        spread = max(module["weight_spread"] or 0.0 for module in solved)
+        lines.append(f"- Largest spread of the experts' weights (1: a Gaussian merge): {spread:.3g}")
+    updated, back = rounding_of(tensors)
+    if updated:
+        lines.append(f"- Rounding left {back / updated:.1%} of the {updated:,} changed weights at the base's value")
+    return lines
