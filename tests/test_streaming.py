@@ -24,7 +24,10 @@ from torch import Tensor
 from inference import Status, fixed_point
 from inference.models import staging as output_module
 from inference.models import staging as staging_module
+from inference.models.draw_files import add_draws
+from inference.models.ensemble import MergedEnsemble
 from inference.models.folder import weight_files
+from inference.models.full_draws import sample_full
 from inference.models.merge import Design, OutputError, merge_checkpoint, plan
 from inference.models.statistics_files import collect_statistics, save_statistics
 from poe_models import (
@@ -832,14 +835,18 @@ def test_centres_that_draw_are_reproduced_by_a_resumed_run(models: Any, tmp_path
     assert contents(tmp_path / "other") != contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("what", ["merge", "statistics"])
+@pytest.mark.parametrize("what", ["merge", "ensemble", "statistics"])
 def test_killed_at_any_file_operation_it_goes_on(what: str, models: Any, tmp_path: Path) -> None:
     vectors = models(shards=2)
     product, statistics = poe(vectors), collect_statistics(vectors, poe(vectors))
+    draws = sample_full(vectors, product, 2, generator=torch.Generator().manual_seed(0), chains=1, warmup=1)
+    ensemble = MergedEnsemble(vectors, product, draws)
 
     def write(out: Path, resume: bool) -> None:
         if what == "merge":
             merge_checkpoint(vectors, product, out, resume=resume)
+        elif what == "ensemble":
+            ensemble.save(out, resume=resume, extras=lambda staging: add_draws(staging, "draws", draws))
         else:
             save_statistics(statistics, out)
 
