@@ -31,8 +31,8 @@ from poe_models import (
     span_statistics,
 )
 from poe_models.posterior import BoundFactor, Posterior
-from poe_models.updates import center_of, check_updates
 from poe_models.span import span_basis
+from poe_models.updates import center_of, check_updates
 from tests.helpers import assert_close, name_of, random_updates
 
 NAMES = ["a", "b", "c"]

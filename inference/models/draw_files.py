@@ -41,7 +41,7 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
     if not isinstance(draws, SpanDraws | FullDraws | MethodDraws):
         raise TypeError(
             f"`save_draws({type(draws).__name__})`: give `SpanDraws`, `FullDraws` or `MethodDraws`; "
-            "`SpanDraws.of(draws, coordinates, statistics)` names the draws of a sampler."
+            "`SpanDraws.of(draws, posterior)` names the draws of a sampler."
         )
     record: dict[str, Any] = {
         "coordinates": draws.coordinates,
