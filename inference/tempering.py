@@ -145,7 +145,7 @@ def temper(
 
     Args:
         sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs(
-            replace(posterior, temperature=t), ...), coordinates, statistics).thinned(10)``: as many members as the
+            replace(posterior, temperature=t), ...), posterior).thinned(10)``: as many members as the
             final ensemble is to have, and the same number at every temperature. The same seed at every temperature
             makes the path smoother.
         predict: Maps a draw to the log probabilities of its member on validation, ``(n, classes)``, or to a dict of

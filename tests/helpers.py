@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from inference import fixed_point
 from poe_models import (
     Cauchy,
     Custom,
@@ -16,6 +19,7 @@ from poe_models import (
     Identity,
     InputGram,
     OutputGram,
+    Posterior,
     ResidualMap,
     StudentT,
     Welsch,
@@ -71,3 +75,8 @@ def random_updates(generator: torch.Generator, *shape: int, dtype: torch.dtype =
     common = torch.randn(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64)
     sizes = torch.linspace(0.5, 2.0, shape[1], dtype=torch.float64)[:, None, None]
     return ((own + common) * sizes).to(dtype)
+
+
+def merged(posterior: Posterior, **settings: Any) -> Tensor:
+    """The MAP as merged updates `(M, d_out, d_in)`, in Full or Span coordinates; settings are the solver's."""
+    return posterior.update(fixed_point(posterior, **settings).value)

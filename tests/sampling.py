@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from inference.draws import Draws
+from inference.gibbs import GibbsKernel
 from poe_models import Posterior
+from tests.helpers import assert_close
 
 
 class DoesNotMix(AssertionError):
@@ -87,6 +89,17 @@ def values_of(draws: Draws) -> Tensor:
     return torch.stack(
         [torch.stack([draws.latents(c, s) for s in range(draws.num_draws)]) for c in range(draws.num_chains)]
     )
+
+
+def made_again(posterior: Posterior, draws: Draws) -> Tensor:
+    """All Gibbs draws in Full coordinates, `(C, S, M, *event)`, from their weights and seeds in one batch."""
+    kernel = GibbsKernel(posterior)
+    seeds = draws.seeds.flatten(0, 1)
+    noise = torch.stack([kernel._noise(row) for row in seeds]).unflatten(0, draws.seeds.shape[:2])
+    white = kernel.quadratic.compression.compress(noise)
+    values = kernel._latent(kernel._conditional(draws.weights, white), noise, white)
+    assert_close(values[-1, -1], draws.latents(-1, -1))
+    return values
 
 
 def gaussian_means(posterior: Posterior) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from poe_models import (
     OutputGram,
     ProductOfExperts,
     Relative,
-    SpanCoordinates,
     SpanStatistics,
     StudentT,
     Welsch,
@@ -62,14 +62,15 @@ def updates(generator: torch.Generator) -> Tensor:
     return random_updates(generator, 2, 3, 4, 5)
 
 
-def span(
-    poe: ProductOfExperts, updates: Tensor, count: int = 150, chains: int = 4
-) -> tuple[Draws, Posterior, SpanCoordinates, SpanStatistics]:
-    statistics = span_statistics(poe, updates, MODULES[: len(updates)])
-    posterior = poe.bind(statistics)
-    coordinates = posterior.span
+def span(poe: ProductOfExperts, updates: Tensor, count: int = 150, chains: int = 4) -> tuple[Draws, Posterior]:
+    posterior = poe.bind(span_statistics(poe, updates, MODULES[: len(updates)]))
     draws = gibbs(posterior, count, generator=seeded(0), chains=chains, warmup=50)
-    return draws, posterior, coordinates, statistics
+    return draws, posterior
+
+
+def statistics_of(posterior: Posterior) -> SpanStatistics:
+    assert posterior.span is not None
+    return posterior.span.statistics
 
 
 def normalised(**options: Any) -> ProductOfExperts:
@@ -77,19 +78,19 @@ def normalised(**options: Any) -> ProductOfExperts:
 
 
 def test_coefficients_have_named_coordinates_and_are_those_of_the_draws(updates: Tensor) -> None:
-    draws, posterior, coordinates, statistics = span(normalised(anchor=Anchor(average)), updates)
+    draws, posterior = span(normalised(anchor=Anchor(average)), updates)
     data = to_inference_data(draws, posterior)
     coefficients = data.posterior["coefficients"]
     assert coefficients.dims == ("chain", "draw", "module", "basis")
     assert list(coefficients.module.values) == MODULES
     assert list(coefficients.basis.values) == [*NAMES, "center"]
     one = coefficients.sel(chain=2, draw=7, module="b.weight", basis="emoji")
-    assert float(one) == float(coordinates.coefficients(draws.values)[2, 7, 1, 1])
-    assert data.attrs["statistics_digest"] == statistics_digest(statistics)
+    assert float(one) == float(posterior.coefficients(draws.values)[2, 7, 1, 1])
+    assert data.attrs["statistics_digest"] == statistics_digest(statistics_of(posterior))
 
 
 def test_a_zero_centre_has_no_coefficient(updates: Tensor) -> None:
-    draws, posterior, coordinates, statistics = span(normalised(), updates)
+    draws, posterior = span(normalised(), updates)
     data = to_inference_data(draws, posterior)
     assert list(data.posterior.basis.values) == NAMES
     assert data.constant_data["gram"].shape == (2, 3, 3)
@@ -98,11 +99,11 @@ def test_a_zero_centre_has_no_coefficient(updates: Tensor) -> None:
 
 def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor) -> None:
     poe = normalised(anchor=Anchor(average), temperature=0.5)
-    draws, posterior, coordinates, statistics = span(poe, updates, count=100)
+    draws, posterior = span(poe, updates, count=100)
     data = to_inference_data(draws, posterior)
     full = poe.bind(updates)
     basis = torch.cat([updates, updates.mean(1, keepdim=True)], 1)
-    z = torch.einsum("csmj,mjab->csmab", coordinates.coefficients(draws.values), basis)
+    z = torch.einsum("csmj,mjab->csmab", posterior.coefficients(draws.values), basis)
     q = torch.stack([e.residual(z) / e.scale_squared for e in full.experts], -1)
     assert_close(torch.from_numpy(data.posterior["residual"].values), q, 1e-8)
     distance = (z - updates.mean(1)).flatten(-2).norm(dim=-1)
@@ -110,7 +111,7 @@ def test_residuals_and_distances_are_those_of_the_merged_updates(updates: Tensor
 
 
 def test_sample_stats_keep_the_samplers_names(updates: Tensor) -> None:
-    _, posterior, coordinates, statistics = span(normalised(), updates)
+    _, posterior = span(normalised(), updates)
     draws = slice_sample(posterior, 100, generator=seeded(0), warmup=100)
     data = to_inference_data(draws, posterior)
     assert {"lp", "evaluations", "stuck"} <= set(data.sample_stats)
@@ -130,10 +131,14 @@ NORMALISED: list[Energy] = [
 ]
 
 
+def named(posterior: Posterior) -> Posterior:
+    return replace(posterior, modules=tuple(MODULES))
+
+
 def full(poe: ProductOfExperts, updates: Tensor) -> tuple[Draws, Posterior]:
     """A hundred points around the updates in the place of draws: the densities are of any."""
     noise = torch.randn(4, 100, *updates[:, 0].shape, generator=seeded(0), dtype=torch.float64)
-    return Draws(updates.mean(1) + noise), poe.bind(updates)
+    return Draws(updates.mean(1) + noise), named(poe.bind(updates))
 
 
 @pytest.mark.parametrize("energy", NORMALISED, ids=name_of)
@@ -143,7 +148,7 @@ def test_log_likelihoods_are_normalised_densities_of_what_is_seen(
 ) -> None:
     """Of the one number that a Directional expert sees, the component along its update: the density integrates to 1."""
     poe = ProductOfExperts.of(NAMES, Directional(), energy, Absolute(0.6), [1.0, 2.0, 1.5], temperature=temperature)
-    posterior = poe.bind(updates)
+    posterior = named(poe.bind(updates))
     t = torch.linspace(-400, 400, 80_001, dtype=torch.float64)
     t = t.sign() * (t.abs() / 400) ** 3 * 400  # dense where the density is
     for i, expert in enumerate(posterior.experts):
@@ -151,7 +156,7 @@ def test_log_likelihoods_are_normalised_densities_of_what_is_seen(
         line = (1 + t[:, None, None, None] / squared[None, :, None, None]) * expert.update
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TooFewDraws)
-            data = to_inference_data(Draws(line.unsqueeze(0)), posterior, modules=MODULES)
+            data = to_inference_data(Draws(line.unsqueeze(0)), posterior)
         density = np.exp(data.log_likelihood["updates"].sel(expert=expert.name).values[0])
         for module in range(2):
             mass = np.trapezoid(density[:, module], t.numpy() / float(squared[module].sqrt()))
@@ -201,10 +206,10 @@ def test_span_draws_have_no_log_likelihood(updates: Tensor) -> None:
 def test_an_expert_with_nothing_to_say_adds_nothing(updates: Tensor) -> None:
     updates[1, 2] = 0.0
     draws, posterior = full(normalised(), updates)
-    values = to_inference_data(draws, posterior, modules=MODULES).log_likelihood["updates"]
+    values = to_inference_data(draws, posterior).log_likelihood["updates"]
     assert bool((values.sel(module="b.weight", expert="animals") == 0).all())
     assert bool((values.sel(module="b.weight", expert="mnist") != 0).all())
-    alone = to_inference_data(Draws(draws.values[:, :, :1]), posterior.module(0), modules=MODULES[:1])
+    alone = to_inference_data(Draws(draws.values[:, :, :1]), posterior.module(0))
     assert np.allclose(values.sel(module="a.weight"), alone.log_likelihood["updates"].sel(module="a.weight"))
 
 
@@ -224,12 +229,12 @@ def test_leaving_out_one_expert_of_a_few_is_beyond_importance_sampling(updates: 
 @ARVIZ_IS_OLD
 def test_arviz_takes_it_as_it_is(updates: Tensor) -> None:
     mpl.use("agg")
-    draws, posterior, coordinates, statistics = span(normalised(anchor=Anchor(average)), updates, count=400)
+    draws, posterior = span(normalised(anchor=Anchor(average)), updates, count=400)
     data = to_inference_data(draws, posterior)
     summary = az.summary(data)
     assert summary.loc["coefficients[a.weight, emoji]", "r_hat"] < 1.02
     assert summary.loc["distance[b.weight]", "ess_bulk"] > 400
-    mean = coordinates.coefficients(draws.values)[:, :, 0, 1].mean()
+    mean = posterior.coefficients(draws.values)[:, :, 0, 1].mean()
     exact = az.summary(data, var_names=["coefficients"], round_to="none")
     assert math.isclose(exact.loc["coefficients[a.weight, emoji]", "mean"], float(mean), rel_tol=1e-12)
     for axes in (az.plot_forest(data, var_names=["coefficients"]), az.plot_trace(data, var_names=["distance"])):
@@ -240,7 +245,7 @@ def test_arviz_takes_it_as_it_is(updates: Tensor) -> None:
 @pytest.mark.parametrize("energy", [StudentT(4.0, "multivariate"), Gaussian()], ids=name_of)
 def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path) -> None:
     poe = ProductOfExperts.of(NAMES, InputGram(), energy, anchor=Anchor(average))
-    _, posterior, coordinates, statistics = span(poe, updates)
+    _, posterior = span(poe, updates)
     draws = slice_sample(posterior, 100, generator=seeded(0), warmup=100)
     data = to_inference_data(draws, posterior)
     data.to_netcdf(str(tmp_path / "draws.nc"))
@@ -251,14 +256,14 @@ def test_netcdf_keeps_everything(energy: Energy, updates: Tensor, tmp_path: Path
             assert np.array_equal(variable.values, back[group][name].values)
             assert variable.dims == back[group][name].dims
     assert list(back.posterior.basis.values) == [*NAMES, "center"]
-    assert back.attrs["statistics_digest"] == statistics_digest(statistics)
+    assert back.attrs["statistics_digest"] == statistics_digest(statistics_of(posterior))
     assert energy.__class__.__name__ in back.attrs["energies"]
     assert float(back.constant_data["temperature"]) == 1.0
 
 
 def test_constants_are_those_of_the_posterior(updates: Tensor) -> None:
     poe = normalised(anchor=Anchor(average), importance=[1.0, 2.0, 3.0], temperature=0.7)
-    draws, posterior, coordinates, statistics = span(poe, updates, count=100)
+    draws, posterior = span(poe, updates, count=100)
     data = to_inference_data(draws, posterior).constant_data
     assert np.array_equal(data["anchor_precision"].values, posterior.anchor_precision.numpy())
     assert float(data["scale_squared"].sel(module="b.weight", expert="emoji")) == float(
@@ -266,8 +271,8 @@ def test_constants_are_those_of_the_posterior(updates: Tensor) -> None:
     )
     assert data["importance"].values.tolist() == [1.0, 2.0, 3.0]
     assert float(data["temperature"]) == 0.7
-    assert np.array_equal(data["gram"].values, statistics.gram.numpy())
-    assert np.array_equal(data["forms"].values, statistics.forms.numpy())
+    assert np.array_equal(data["gram"].values, statistics_of(posterior).gram.numpy())
+    assert np.array_equal(data["forms"].values, statistics_of(posterior).forms.numpy())
     assert np.array_equal(data["dimension"].values, np.full((2, 3), 16.0))  # rank 4 times 4 rows
 
 
@@ -279,7 +284,8 @@ def test_full_draws_are_judged_by_residuals_and_distance(include_update: bool, u
     poe = normalised(anchor=Anchor(average, AbsolutePrecision(0.3)))
     draws = gibbs(poe.bind(updates), 100, generator=seeded(0), warmup=20)
     posterior = poe.bind(updates)
-    data = to_inference_data(draws, posterior, modules=MODULES, include_update=include_update)
+    data = to_inference_data(draws, named(posterior), include_update=include_update)
+    assert list(data.posterior.module.values) == MODULES
     assert ("update" in data.posterior) == include_update
     z = draws.latents(3, 42)
     if include_update:
@@ -316,15 +322,9 @@ def test_too_few_draws_warn_and_carry_the_number(chains: int, count: int, update
 
 
 def test_arguments_that_do_not_go_together_are_named(updates: Tensor) -> None:
-    draws, posterior, coordinates, statistics = span(normalised(), updates)
-    for given in ((coordinates, None), (None, statistics)):
-        with pytest.raises(ValueError, match="needs both `coordinates` and `statistics`"):
-            to_inference_data(draws, posterior, *given)
-    with pytest.raises(ValueError, match="1 names for 2 modules"):
-        to_inference_data(draws, posterior)
-    full = normalised().bind(updates)
-    with pytest.raises(ValueError, match="3 names for 2 modules"):
-        to_inference_data(Draws(torch.zeros(4, 100, 2, 4, 5)), full, modules=["a", "b", "c"])
+    draws, _ = span(normalised(), updates)
+    with pytest.raises(ValueError, match="give the posterior that they are draws of"):
+        to_inference_data(draws)
 
 
 def test_only_the_adapter_knows_arviz() -> None:

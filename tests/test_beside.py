@@ -53,13 +53,14 @@ def judged(draws: PosteriorDraws, design: Design, vectors: TaskVectors, out: Pat
 
 def span_draws(poe: ProductOfExperts, vectors: TaskVectors, through: bool) -> SpanDraws:
     (module,) = vectors
-    merge = fixed_point(poe.bind(module.updates, coordinates="full" if through else "span"))
-    statistics = span_statistics(poe, module.updates, [module.name], through=merge.value if through else None)
+    merge = fixed_point(poe.bind(module.updates)).value if through else None
+    statistics = span_statistics(poe, module.updates, [module.name], through=merge)
     posterior = poe.bind(statistics)
     draws = SpanDraws.of(gibbs(posterior, 100, generator=seeded(0), warmup=50), posterior)
     if through:
         return draws
-    return replace(draws, from_merge=span_distance(statistics, draws.coefficients, merge.info.coefficients))
+    merged = posterior.coefficients(fixed_point(posterior).value)  # the merge in the span of the updates
+    return replace(draws, from_merge=span_distance(statistics, draws.coefficients, merged))
 
 
 @pytest.mark.parametrize(("residual_map", "level"), [(InputGram(), Level.GOOD), (Directional(), Level.CAUTION)])

@@ -954,7 +954,7 @@ vectors = TaskVectors(folder / "base", {n: folder / n for n in "xy"})
 poe = ProductOfExperts.of(vectors.names)
 design = Design(poe, coordinates=sys.argv[2])
 statistics = collect_statistics(vectors, design)
-posterior, coordinates = poe.bind(statistics)
+posterior = poe.bind(statistics)
 latents = gibbs(posterior, 16, generator=torch.Generator().manual_seed(0), chains=1, warmup=1)
 draws = SpanDraws.of(latents, posterior)
 files._PART_BYTES = 2 * 10**6

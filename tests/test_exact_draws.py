@@ -36,6 +36,7 @@ from poe_models import (
 )
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
+from tests.sampling import values_of
 from tests.seeds import seeded
 
 NAMES = ["a", "b"]
@@ -202,10 +203,12 @@ def test_a_state_knows_its_own_energy(design: object, shape: tuple[int, int], ge
     kernel = GibbsKernel(posterior)
     state = kernel.init(3, generator)
     for _ in range(2):
-        state = kernel.step(state, generator)
-        assert state.z.shape == (3, 1, *shape)
-        assert_close(state.residuals, posterior.residuals(state.z), 1e-9)
-        assert_close(state.energy, posterior.energy(state.z), 1e-9)
+        state, info = kernel.step(state, generator)
+        made = [kernel.regenerate(info.weights[c, 0], int(info.seeds[c, 0])) for c in range(3)]
+        z = torch.stack(made).unsqueeze(1)
+        assert z.shape == (3, 1, *shape)
+        assert_close(state.residuals, posterior.residuals(z), 1e-9)
+        assert_close(info.energy, posterior.energy(z), 1e-9)
 
 
 @pytest.mark.parametrize("modules", [1, 2])
@@ -214,17 +217,19 @@ def test_draws_are_made_again_from_weights_and_seeds_with_their_energies(
 ) -> None:
     updates = random_updates(generator, modules, 2, 3, 4)
     poe = ProductOfExperts.of(NAMES, OutputGram(), Cauchy(), Relative(0.8), temperature=0.5)
-    draws = gibbs(poe.bind(updates), 4, chains=3, warmup=2, generator=generator)
     posterior = poe.bind(updates)
+    draws = gibbs(posterior, 4, chains=3, warmup=2, generator=generator)
     assert (draws.num_chains, draws.num_draws) == (3, 4)
-    z = torch.stack([torch.stack([draws.latents(c, s) for s in range(4)]) for c in range(3)])
+    assert draws.seeds.shape == (3, 4, modules)
+    z = values_of(draws)
     assert z.shape == (3, 4, modules, 3, 4)
     assert_close(draws.stats["lp"], -posterior.energy(z) / 0.5, 1e-9)
-    kept = gibbs(posterior, 4, chains=3, warmup=2, generator=generator)
-    assert_close(kept.stats["lp"], -posterior.energy(kept.values) / 0.5, 1e-9)
-    kernel = GibbsKernel(posterior)
-    assert kernel.init(2, generator).z.numel() == 0
-    assert GibbsKernel(posterior).init(2, generator).seeds.numel() == 0
+    span = poe.bind(updates, coordinates="span")
+    kept = gibbs(span, 4, chains=3, warmup=2, generator=generator)
+    assert_close(kept.stats["lp"], -span.energy(kept.values) / 0.5, 1e-9)
+    for kernel, seeds, latents in ((GibbsKernel(posterior), 2 * modules, 0), (GibbsKernel(span), 0, 2 * modules * 3)):
+        _, info = kernel.step(kernel.init(2, generator), generator)
+        assert (info.seeds.numel(), info.z.numel()) == (seeds, latents)
 
 
 def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> None:
@@ -235,7 +240,7 @@ def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> 
         draws = gibbs(
             posterior, num_samples, generator=seeded(5), chains=2, progress=lambda i, n: ticks.append((i, n)), **options
         )
-        return draws.values, ticks
+        return values_of(draws), ticks
 
     every, ticks = run(9, warmup=0)
     assert ticks == [(i, 9) for i in range(1, 10)]
@@ -250,7 +255,8 @@ def test_steps_are_warmed_up_thinned_and_counted(generator: torch.Generator) -> 
         run(0)
     with pytest.raises(ValueError, match="at least one draw"):
         gibbs(posterior, 1, generator=generator, chains=0)
-    assert gibbs(posterior, 1, generator=generator, chains=1, warmup=0).values.shape[:2] == (1, 1)
+    draws = gibbs(posterior, 1, generator=generator, chains=1, warmup=0)
+    assert (draws.num_chains, draws.num_draws) == (1, 1)
 
 
 def test_the_anchors_spread_by_hand() -> None:

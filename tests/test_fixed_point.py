@@ -38,7 +38,7 @@ from poe_models import (
     average,
     span_statistics,
 )
-from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
+from tests.helpers import ENERGIES, MAPS, assert_close, merged, name_of, random_updates
 from tests.seeds import seeded
 
 NAMES = ["a", "b", "c"]
@@ -267,10 +267,11 @@ def test_a_zero_expert_is_legal(residual_map: object, generator: torch.Generator
 def test_more_experts_than_dimensions(residual_map: object, coordinates: str, generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 9, 2, 3)
     poe = ProductOfExperts.of(list("abcdefghi"), residual_map, Cauchy(), Relative(0.5))  # type: ignore[arg-type]
-    solution = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
+    posterior = poe.bind(updates, coordinates=coordinates)  # type: ignore[arg-type]
+    solution = fixed_point(posterior)
     assert solution.converged
     # Nine updates span all six entries, so Span is no restriction here.
-    assert_close(solution.value, fixed_point(poe.bind(updates)).value, 1e-6)
+    assert_close(posterior.update(solution.value), merged(poe.bind(updates)), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -320,14 +321,14 @@ def test_span_equals_full_for_directional_and_restricts_gram_maps(generator: tor
     updates = random_updates(generator, 2, 3, 6, 7)
     for centre in (None, average):
         poe = ProductOfExperts.of(NAMES, Directional(), Cauchy(), Relative(0.5), anchor=Anchor(centre))
-        assert_close(
-            fixed_point(poe.bind(updates, coordinates="span")).value, fixed_point(poe.bind(updates)).value, 1e-8
-        )
+        assert_close(merged(poe.bind(updates, coordinates="span")), merged(poe.bind(updates)), 1e-8)
     poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(0.5))
-    full, span = fixed_point(poe.bind(updates)), fixed_point(poe.bind(updates, coordinates="span"))
+    posterior = poe.bind(updates, coordinates="span")
+    full, span = fixed_point(poe.bind(updates)), fixed_point(posterior)
     assert bool((span.info.energy > full.info.energy + 1e-6).all())
-    assert span.info.coefficients is not None
-    assert_close(torch.einsum("mj,mjab->mab", span.info.coefficients[:, :3], updates), span.value, 1e-10)
+    of_coefficients = torch.einsum("mj,mjab->mab", posterior.coefficients(span.value)[:, :3], updates)
+    assert_close(of_coefficients, posterior.update(span.value), 1e-10)
+    assert_close(poe.bind(updates).energy(posterior.update(span.value)), span.info.energy, 1e-10)
 
 
 def test_different_designs_in_one_module(generator: torch.Generator) -> None:
@@ -392,12 +393,15 @@ def test_float32_converges_to_its_default_tolerance_and_is_near_float64(generato
         assert_close(single.value.double(), double.value, 1e-4)
 
 
-def test_bfloat16_in_gives_bfloat16_out(generator: torch.Generator) -> None:
-    updates = random_updates(generator, 1, 3, 4, 5).bfloat16()
+def test_half_precision_is_computed_in_float32(generator: torch.Generator) -> None:
     poe = ProductOfExperts.of(NAMES)
-    value = fixed_point(poe.bind(updates)).value
-    assert value.dtype == torch.bfloat16
-    assert_close(value.double(), fixed_point(poe.bind(updates.double())).value, 2**-8)
+    for dtype in (torch.bfloat16, torch.float16):
+        updates = random_updates(generator, 1, 3, 4, 5).to(dtype)
+        posterior = poe.bind(updates)
+        value = fixed_point(posterior).value
+        assert value.dtype == posterior.dtype == torch.float32
+        assert torch.equal(value, fixed_point(poe.bind(updates.float())).value)
+        assert_close(value.double(), fixed_point(poe.bind(updates.double())).value, 1e-4)
 
 
 def test_inputs_are_not_changed_and_may_be_non_contiguous(generator: torch.Generator) -> None:
@@ -419,7 +423,8 @@ def test_batched_modules_are_solved_as_if_alone(generator: torch.Generator) -> N
     together = fixed_point(poe.bind(updates))
     for module in range(4):
         alone = fixed_point(poe.bind(updates[module]))
-        assert_close(together.value[module], alone.value, 1e-8)
+        assert alone.value.shape == (1, 5, 6)
+        assert_close(together.value[module], alone.value[0], 1e-8)
         assert int(alone.info.steps) == int(together.info.steps[module])
 
 
@@ -446,13 +451,12 @@ def test_factor_experts_are_sent_to_lbfgs_which_agrees_with_the_fixed_point(gene
     with_factor = poe * FactorExpert("tilt", lambda c: c.sum(-1), coordinates="span")
     with pytest.raises(ValueError, match="minimize"):
         fixed_point(with_factor.bind(updates, coordinates="span"))
-    posterior = poe.bind(span_statistics(poe, updates))
-    span = posterior.span
-    reweighted = fixed_point(poe.bind(updates, coordinates="span"))
-    assert reweighted.info.coefficients is not None
-    generic = minimize(posterior, span.latents(reweighted.info.coefficients + 0.01))
+    posterior = poe.bind(updates, coordinates="span")
+    coefficients = posterior.coefficients(fixed_point(posterior).value)
+    assert posterior.span is not None
+    generic = minimize(posterior, posterior.span.latents(coefficients + 0.01))
     assert generic.converged
-    assert_close(span.coefficients(generic.value)[..., :3], reweighted.info.coefficients[..., :3], 1e-5)
+    assert_close(posterior.coefficients(generic.value)[..., :3], coefficients[..., :3], 1e-5)
     tilted = with_factor.bind(span_statistics(with_factor, updates))
     moved = minimize(tilted)
     assert moved.converged
@@ -469,7 +473,7 @@ def test_an_embedding_of_30000_rows_merges_in_ordinary_memory(residual_map: str)
         "from inference import fixed_point\nfrom poe_models import *\n"
         "updates = 0.02 * torch.randn(1, 3, 30_000, 64, generator=torch.Generator().manual_seed(0))\n"
         "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"solution = fixed_point(ProductOfExperts.of(list('abc'), {residual_map}), updates, starts=['twin'])\n"
+        f"solution = fixed_point(ProductOfExperts.of(list('abc'), {residual_map}).bind(updates), starts=['twin'])\n"
         "assert solution.converged, solution.status\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)\n"
     )
@@ -535,7 +539,7 @@ def test_span_keeps_small_updates_as_directions(generator: torch.Generator) -> N
     updates = random_updates(generator, 1, 3, 4, 5)
     updates[:, 0] *= 1e-6
     poe = ProductOfExperts.of(NAMES, Directional(), Cauchy(), Relative(0.5))
-    assert_close(fixed_point(poe.bind(updates, coordinates="span")).value, fixed_point(poe.bind(updates)).value, 1e-6)
+    assert_close(merged(poe.bind(updates, coordinates="span")), merged(poe.bind(updates)), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -543,6 +547,19 @@ def test_span_keeps_small_updates_as_directions(generator: torch.Generator) -> N
     [
         ({"coordinates": "Full"}, "'full' or 'span'"),
         ({"coordinates": "span", "low_rank": (torch.ones(1), torch.ones(1))}, "save nothing in Span"),
+        ({"through": torch.ones(4, 5)}, "a span goes through a merge"),
+    ],
+)
+def test_coordinates_that_cannot_be_bound_are_refused(
+    arguments: dict[str, object], message: str, generator: torch.Generator
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProductOfExperts.of(NAMES).bind(random_updates(generator, 1, 3, 4, 5), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ({"starts": "twin"}, "a sequence of starts"),
         ({"starts": ["nowhere"]}, "no start is called 'nowhere'"),
     ],
@@ -603,10 +620,10 @@ def test_cpu_and_cuda_agree(residual_map: object, dtype: torch.dtype, generator:
     poe = ProductOfExperts.of(list("abcd"), residual_map, Cauchy(), Relative(0.5), anchor=Anchor(average))  # type: ignore[arg-type]
     tolerance = 1e-3 if dtype == torch.float32 else 1e-8
     for coordinates in ("full", "span"):
-        cpu = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
-        cuda = fixed_point(poe.bind(updates.cuda(), coordinates=coordinates))  # type: ignore[arg-type]
-        assert cuda.value.is_cuda
-        assert_close(cuda.value.cpu(), cpu.value, tolerance)
+        cpu = merged(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
+        cuda = merged(poe.bind(updates.cuda(), coordinates=coordinates))  # type: ignore[arg-type]
+        assert cuda.is_cuda
+        assert_close(cuda.cpu(), cpu, tolerance)
     one, other = span_statistics(poe, updates), span_statistics(poe, updates.cuda())
     assert_close(other.forms.cpu(), one.forms, 1e-5 if dtype == torch.float32 else 1e-12)
     assert_close(other.gram.cpu(), one.gram, 1e-12)

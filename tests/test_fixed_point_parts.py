@@ -34,7 +34,7 @@ from poe_models import (
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
 from poe_models.span import span_basis
-from tests.helpers import assert_close, name_of, random_updates
+from tests.helpers import assert_close, merged, name_of, random_updates
 
 NAMES = ["a", "b", "c"]
 
@@ -192,22 +192,26 @@ def test_convex_energies_need_one_start(generator: torch.Generator) -> None:
     assert fixed_point((mixed * Anchor()).bind(updates[:, :2]), starts=starts).info.start_energies.shape == (1, 3)  # type: ignore[arg-type]
 
 
-def test_modules_alone_and_in_span_coordinates_keep_their_shape_and_dtype(generator: torch.Generator) -> None:
+def test_values_are_batched_in_the_posteriors_coordinates_and_dtype(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 4, 5)
     poe = design_of(InputGram(), StudentT(3.0, "multivariate"))
-    for coordinates in ("full", "span"):
-        found = fixed_point(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
-        alone = fixed_point(poe.bind(updates[0], coordinates=coordinates))  # type: ignore[arg-type]
-        assert alone.value.shape == (4, 5)
-        assert_close(alone.value, found.value[0], 1e-9)
-        assert fixed_point(poe.bind(updates.half(), coordinates=coordinates)).value.dtype == torch.float16  # type: ignore[arg-type]
-    coefficients = found.info.coefficients
-    assert coefficients is not None
-    assert_close(found.value, torch.einsum("mj,mjab->mab", coefficients, span_basis(poe, updates)), 1e-12)
-    posterior = poe.bind(span_statistics(poe, updates))
-    span = posterior.span
-    assert_close(span.coefficients(fixed_point(posterior).value), coefficients, 1e-9)
-    assert fixed_point(poe.bind(updates)).info.coefficients is None
+    for coordinates, event, half in (("full", (4, 5), torch.float32), ("span", (4, 1), torch.float64)):
+        posterior = poe.bind(updates, coordinates=coordinates)  # type: ignore[arg-type]
+        found = fixed_point(posterior)
+        alone = poe.bind(updates[0], coordinates=coordinates)  # type: ignore[arg-type]
+        value = fixed_point(alone).value
+        assert value.shape == (1, *event)
+        assert alone.update(value).shape == (1, 4, 5)
+        assert_close(alone.update(value), posterior.update(found.value)[:1], 1e-9)
+        of_half = poe.bind(updates.half(), coordinates=coordinates)  # type: ignore[arg-type]
+        assert fixed_point(of_half).value.dtype == of_half.dtype == half
+    coefficients = posterior.coefficients(found.value)
+    of_coefficients = torch.einsum("mj,mjab->mab", coefficients, span_basis(poe, updates))
+    assert_close(posterior.update(found.value), of_coefficients, 1e-12)
+    from_statistics = poe.bind(span_statistics(poe, updates))
+    assert_close(from_statistics.coefficients(fixed_point(from_statistics).value), coefficients, 1e-9)
+    with pytest.raises(ValueError, match="Full coordinates have none"):
+        poe.bind(updates).coefficients(fixed_point(poe.bind(updates)).value)
 
 
 def test_one_expert_alone_from_the_centre(generator: torch.Generator) -> None:
@@ -226,8 +230,7 @@ def test_ranks_are_found_in_span_as_soon_as_one_energy_needs_them(generator: tor
     updates = random_updates(generator, 2, 2, 4, 5)
     poe = Expert("a", Directional(), StudentT(3.0, "multivariate"), Relative(0.7))
     poe = poe * Expert("b", Directional(), Cauchy(), Relative(0.7)) * Anchor(precision=AbsolutePrecision(0.2))
-    full, span = fixed_point(poe.bind(updates)), fixed_point(poe.bind(updates, coordinates="span"))
-    assert_close(span.value, full.value, 1e-7)
+    assert_close(merged(poe.bind(updates, coordinates="span")), merged(poe.bind(updates)), 1e-7)
 
 
 def test_a_step_tolerance_gives_the_iterate_as_it_is(generator: torch.Generator) -> None:

@@ -33,6 +33,7 @@ from poe_models import (
 from poe_models.posterior import Posterior
 from tests.helpers import assert_close, name_of, random_updates
 from tests.levels import chi_squared_bound
+from tests.sampling import made_again, values_of
 from tests.seeds import seed_of, seeded
 
 NAMES = ["a", "b", "c"]
@@ -73,7 +74,7 @@ def test_agrees_with_a_grid_in_two_dimensions(energy: object, temperature: float
     posterior = poe.bind(updates)
     mean, second = grid_moments(posterior, 40.0, 2001)
     draws = gibbs(posterior, 10_000, generator=generator, chains=8, warmup=200)
-    values = draws.values.flatten(2)
+    values = made_again(posterior, draws).flatten(2)
     products = values.unsqueeze(-1) * values.unsqueeze(-2)
     assert bool(((values.mean((0, 1)) - mean).abs() < 5 * standard_error(values)).all())
     assert bool(((products.mean((0, 1)) - second).abs() < 5 * standard_error(products)).all())
@@ -86,7 +87,7 @@ def test_a_wrong_temperature_would_be_noticed(generator: torch.Generator) -> Non
     )
     _, second = grid_moments(poe.bind(updates), 40.0)
     warm = ProductOfExperts(poe.experts, poe.anchor, 1.1).bind(updates)
-    values = gibbs(warm, 10_000, generator=generator, chains=8).values.flatten(2)
+    values = made_again(warm, gibbs(warm, 10_000, generator=generator, chains=8)).flatten(2)
     products = values.square()
     gap = (products.mean((0, 1)) - second.diagonal()).abs()
     assert bool((gap > 5 * standard_error(products)).any())
@@ -171,10 +172,11 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
     )
     posterior = poe.for_modules(modules).bind(updates)
     draws = gibbs(posterior, kept, generator=generator, chains=1, warmup=200, thin=20)
+    values = made_again(posterior, draws)[0]
 
     def chi_squared(shift: float) -> Tensor:
         """Of each entry on its own, `(4,)`: those of one simulation are dependent."""
-        ranks = (draws.values[0] + shift < truth).sum(0).flatten(1)
+        ranks = (values + shift < truth).sum(0).flatten(1)
         counts = torch.stack([torch.bincount(entry, minlength=kept + 1) for entry in ranks.mT])
         expected = simulations / (kept + 1)
         return (counts - expected).square().sum(-1) / expected
@@ -220,7 +222,7 @@ def test_an_update_that_is_rounding_beside_the_others_drops_out_as_one_that_is_z
         updates[0, 2] *= size
         posterior = poe.bind(updates)
         assert posterior.active.tolist() == [[True, True, False], [True, True, True]]
-        values.append(gibbs(posterior, 5, generator=seeded(0)).values)
+        values.append(values_of(gibbs(posterior, 5, generator=seeded(0))))
     assert_close(values[0], values[1], 1e-12)
 
 

@@ -42,7 +42,7 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
     if not isinstance(draws, ModelDraws):
         raise TypeError(
             f"`save_draws({type(draws).__name__})`: give `SpanDraws`, `FullDraws` or `MethodDraws`; "
-            "`SpanDraws.of(draws, coordinates, statistics)` names the draws of a sampler."
+            "`SpanDraws.of(draws, posterior)` names the draws of a sampler."
         )
     return write_artifact(path, _KIND, _tensors(draws), _record(draws))
 
