@@ -20,7 +20,7 @@ class Anderson:
     """Type-II Anderson extrapolation of ``v -> g(v)`` for ``M`` independent iterations of ``E`` numbers.
 
     Args:
-        depth: how many past differences to use.
+        depth: How many past differences to use.
     """
 
     def __init__(self, depth: int) -> None:

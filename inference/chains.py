@@ -1,4 +1,4 @@
-"""What Markov chain samplers share: the kernel's interface, the loop over its steps, and overdispersed starts.
+"""The common part of Markov chain samplers: the kernel's interface, the loop over its steps, and overdispersed starts.
 
 Chains that start in different places, around the MAP and around every task vector, disagree for as long as they have
 not mixed; from one mode they would not notice another.
@@ -34,16 +34,16 @@ def overdispersed_starts(posterior: Posterior, mode: Tensor, chains: int, genera
     The noise is Gaussian with twice the standard deviations of the quadratic that majorises the energy at the MAP.
 
     Args:
-        posterior: in Full or Span coordinates, proper without its factor experts.
-        mode: the MAP, ``(M, *event)``.
+        posterior: In Full or Span coordinates, proper without its factor experts.
+        mode: The MAP, ``(M, *event)``.
         chains: ``C``.
-        generator: source of the noise.
+        generator: Source of the noise.
 
     Returns:
         The starts, ``(C, M, *event)``.
 
     Raises:
-        ValueError: the modules' operators do not share a factorisation (Full coordinates only).
+        ValueError: If the modules' operators do not share a factorisation (Full coordinates only).
     """
     by_update = {expert.update_name: expert.update for expert in posterior.experts}
     centers = [mode, *by_update.values()]
@@ -58,9 +58,9 @@ def majoriser_draws(posterior: Posterior, mode: Tensor, noise: Tensor) -> Tensor
     They are linear in the noise: ``R`` with ``R R^T = T H^-1 / 2`` has the draws of the unit vectors as its columns.
 
     Args:
-        posterior: in Full or Span coordinates, proper without its factor experts.
-        mode: the MAP, ``(M, *event)``.
-        noise: standard normal, ``(S, M, *event)``.
+        posterior: In Full or Span coordinates, proper without its factor experts.
+        mode: The MAP, ``(M, *event)``.
+        noise: Standard normal, ``(S, M, *event)``.
 
     Returns:
         The draws, ``(S, M, *event)``.

@@ -131,7 +131,8 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
         posterior: In Full or Span coordinates.
 
     Raises:
-        ValueError: an energy has no scale mixture, the posterior is improper, or its modules' operators do not share a
+        ValueError: If an energy has no scale mixture, the posterior is improper, or its modules' operators do not share
+        a
             factorisation.
     """
 
@@ -199,7 +200,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
         """Variance of ``<Z, direction>`` given mixture weights ``(*C, M, E)``, ``(*C, M)`` float64.
 
         Args:
-            weights: of the ``P_i``, ``1 / T`` included.
+            weights: Of the ``P_i``, ``1 / T`` included.
             direction: ``(M, *event)``.
         """
         seen = self.quadratic.compression.compress(direction)
@@ -243,10 +244,10 @@ def draw_weights(posterior: Posterior, residuals: Tensor, power: Tensor, generat
     """Mixture weights ``tau_i / (unit s_i^2)`` given ``Z``, for the density ``exp(-power E_i)`` of every expert.
 
     Args:
-        posterior: every energy has a Gaussian scale mixture.
+        posterior: Every energy has a Gaussian scale mixture.
         residuals: ``q_i``, ``(*C, M, E)``.
         power: ``1 / T``, ``(M,)``.
-        generator: source of the ``tau_i``.
+        generator: Source of the ``tau_i``.
 
     Returns:
         Weights of the ``P_i``, ``(*C, M, E)``; zero where an expert drops out.

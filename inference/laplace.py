@@ -60,11 +60,11 @@ class Laplace:
     """``N(Z*, T Hessian^-1)`` of a bound posterior.
 
     Args:
-        posterior: in Full or Span coordinates. With factor experts (Span only) the Hessian is autograd's.
+        posterior: In Full or Span coordinates. With factor experts (Span only) the Hessian is autograd's.
         mode: ``Z*``, ``(M, *event)``.
 
     Raises:
-        ValueError: the Hessian is not positive definite at the mode, or the posterior is improper.
+        ValueError: If the Hessian is not positive definite at the mode, or the posterior is improper.
     """
 
     def __init__(self, posterior: Posterior, mode: Tensor) -> None:
@@ -89,8 +89,8 @@ class Laplace:
         """Independent draws in one chain, kept as seeds.
 
         Args:
-            num_samples: number of draws.
-            generator: source of the seeds.
+            num_samples: Number of draws.
+            generator: Source of the seeds.
         """
         modules = self.posterior.num_modules
         size = (1, num_samples, modules)
@@ -165,11 +165,11 @@ class DenseLaplace:
     """``N(x*, T Hessian^-1)`` over all modules together, from the Pyro program by autograd; for a few coordinates.
 
     Args:
-        posterior: in Span coordinates; may have factor experts, also such that couple modules.
+        posterior: In Span coordinates; may have factor experts, also such that couple modules.
         mode: ``x*``, ``(M, *event)``.
 
     Raises:
-        ValueError: the Hessian is not positive definite at the mode, or the temperature is a tensor.
+        ValueError: If the Hessian is not positive definite at the mode, or the temperature is a tensor.
     """
 
     def __init__(self, posterior: Posterior, mode: Tensor) -> None:

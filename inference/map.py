@@ -217,7 +217,7 @@ def _solution(problem: Problem, best: _Best) -> Solution[FixedPointInfo]:
 
 
 def _contraction(problem: Problem, point: Point) -> Contraction:
-    """How the plain iteration contracts at a solution.
+    """Contraction of the plain iteration at a solution.
 
     With ``f_i = P_i (Z - U_i)`` the Jacobian of the log-weight map is
     ``d log w_i / d log w_j = -2 (rho''_i / rho'_i s_i^2) w_j <f_i, H^-1 f_j>``: a diagonal matrix times the Gram matrix

@@ -9,7 +9,7 @@ the displacement in standard deviations of the draws *along the displacement*. U
 this is the same in ten and in ten million dimensions. What is known not to be displacement is taken off ``|D|^2``
 first: the squared Monte Carlo error of the mean, the rounding of the merged weights, and a thousandth of the merge's
 length, which is where solvers in float32 stop. Draws that surround the merge are at about 0, skewed posteriors at a
-fraction of 1; beyond `FAR` the merge is no place that the draws come near.
+fraction of 1; beyond ``FAR`` the merge is no place that the draws come near.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class MergeDistance:
 
     @property
     def beyond(self) -> tuple[str, ...]:
-        """Names of the modules whose draws are known to be farther from the merge than `FAR`; see also `unknown`."""
+        """Names of the modules whose draws are known to be farther from the merge than ``FAR``."""
         return self._named(self._known > FAR)
 
     def _named(self, chosen: Tensor) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ def squared_error(coefficients: Tensor, gram: Tensor) -> Tensor:
 
 
 def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:
-    """Standard deviation of the draws along a direction, ``(M,)``; nan of fewer than `FEWEST`.
+    """Standard deviation of the draws along a direction, ``(M,)``; nan of fewer than ``FEWEST``.
 
     Args:
         coefficients: ``(C, S, M, K)``.

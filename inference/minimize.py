@@ -27,10 +27,10 @@ def minimize(
     """MAP in the posterior's own coordinates, all modules together, from the program's log density.
 
     Args:
-        posterior: usually in Span coordinates; with factor experts always.
-        start: where to start, ``(M, *event)``; by default the average of the experts' updates.
-        max_steps: evaluations of the energy.
-        tolerance: on each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
+        posterior: Usually in Span coordinates; with factor experts always.
+        start: Where to start, ``(M, *event)``; by default the average of the experts' updates.
+        max_steps: Evaluations of the energy.
+        tolerance: On each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
             factors, which balance each other at a minimum.
 
     Returns:

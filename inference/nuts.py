@@ -38,16 +38,16 @@ def nuts(
     Hoffman and Gelman, 2014, JMLR 15; Pyro's multinomial version with a diagonal mass matrix.
 
     Args:
-        posterior: in Full or Span coordinates, with or without factor experts.
-        num_samples: draws kept per chain.
-        generator: gives the starts, and one seed per chain. Pyro draws from torch's global generator: that is seeded
+        posterior: In Full or Span coordinates, with or without factor experts.
+        num_samples: Draws kept per chain.
+        generator: Gives the starts, and one seed per chain. Pyro draws from torch's global generator: that is seeded
             for each chain and put back afterwards.
-        chains: run one after the other in this process.
-        warmup: steps per chain before the first kept draw.
+        chains: Run one after the other in this process.
+        warmup: Steps per chain before the first kept draw.
         start: ``(C, M, *event)``; by default overdispersed around the MAP and all task vectors.
-        max_tree_depth: a trajectory has at most ``2**max_tree_depth - 1`` leapfrog steps.
-        target_acceptance: of the step size adaptation.
-        progress: called with the number of finished steps and their total over all chains.
+        max_tree_depth: A trajectory has at most ``2**max_tree_depth - 1`` leapfrog steps.
+        target_acceptance: Of the step size adaptation.
+        progress: Called with the number of finished steps and their total over all chains.
 
     Returns:
         Draws ``(C, S, M, *event)``. ``stats`` has ``lp`` (``-E / T``, of all modules together where a factor expert
@@ -55,7 +55,7 @@ def nuts(
         ``reached_max_treedepth``.
 
     Raises:
-        ValueError: the posterior is improper, or a setting or the start cannot be used.
+        ValueError: If the posterior is improper, or a setting or the start cannot be used.
     """
     if num_samples < 1 or chains < 1 or warmup < 1:
         raise ValueError(
@@ -105,10 +105,10 @@ class _Record:
     """Watches one chain: counts the leapfrog steps of every draw and notes what Pyro says about it.
 
     Args:
-        model: the program; every evaluation of it is a leapfrog step.
-        finished: steps of the chains before this one.
-        total: steps of all chains.
-        progress: see :func:`nuts`.
+        model: The program; every evaluation of it is a leapfrog step.
+        finished: Steps of the chains before this one.
+        total: Steps of all chains.
+        progress: See :func:`nuts`.
     """
 
     def __init__(self, model: Callable[[], Tensor], finished: int, total: int, progress: Progress | None) -> None:

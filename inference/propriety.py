@@ -31,10 +31,10 @@ def require_proper(posterior: Posterior) -> None:
     """Raise unless every module's posterior has a finite integral.
 
     Args:
-        posterior: in Full or Span coordinates, without factor experts.
+        posterior: In Full or Span coordinates, without factor experts.
 
     Raises:
-        ValueError: the posterior is improper, or cannot be shown to be proper; says why and what to change. Or its
+        ValueError: If the posterior is improper, or cannot be shown to be proper; says why and what to change. Or its
             temperature is a tensor, to be inferred in a Pyro model.
     """
     _ = posterior.fixed_temperature  # or its error: every sampler comes by here

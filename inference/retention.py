@@ -1,4 +1,4 @@
-"""How much of every expert a merge kept: the first question to ask of any merge, whatever made it.
+"""Share of every expert that a merge kept, whatever made the merge.
 
 Two numbers per module and expert: the share of its update that the merged update contains, ``<Z, U_i> / |U_i|^2``, and
 the share of its squared residual that is left, ``q_i(Z) / q_i(0)``. :func:`totals` sums them over the modules of a
@@ -35,15 +35,15 @@ LEAST_LENGTH = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Retention:
-    """What a merge kept of its experts; tensors are float64, one entry per module ``(M, ...)``.
+    """Retention of the experts by a merge; tensors are float64, one entry per module ``(M, ...)``.
 
     Attributes:
-        experts: names of the experts, the order of the last dimension.
+        experts: Names of the experts, the order of the last dimension.
         kept: ``<Z, U_i> / |U_i|^2``, ``(M, E)``; nan for a zero update.
         norm: ``|Z|``, ``(M,)``.
         update_norms: ``|U_i|``, ``(M, E)``.
         residuals: ``q_i(Z) / s_i^2``, ``(M, E)``; None for merging methods, whose experts have no residual.
-        residuals_at_zero: the same of merging nothing, ``q_i(0) / s_i^2``, ``(M, E)``.
+        residuals_at_zero: The same of merging nothing, ``q_i(0) / s_i^2``, ``(M, E)``.
         sizes: ``<Z, P_i Z> / s_i^2``, ``(M, E)``: with the other two it gives the residual of any multiple of ``Z``.
     """
 
@@ -56,7 +56,7 @@ class Retention:
     sizes: Tensor | None = None
 
     def scaled(self, scaling: float) -> Retention:
-        """What ``λ Z`` keeps, the update that a merge with this scaling writes.
+        """Retention of ``λ Z``, the update that a merge with this scaling writes.
 
         Args:
             scaling: ``λ``.
@@ -88,12 +88,12 @@ class Retention:
 
 @dataclass(frozen=True)
 class ExpertRetention:
-    """What a whole merge kept of one expert.
+    """Retention of one expert by a whole merge.
 
     Attributes:
-        name: of the expert.
+        name: Of the expert.
         kept: ``sum <λZ, U_i> / sum |U_i|^2`` over the modules that it changed; nan if it changed none.
-        residual_left: its scaled squared residuals over what merging nothing would leave, summed over modules; nan for
+        residual_left: Its scaled squared residuals over what merging nothing would leave, summed over modules; nan for
             merging methods.
         length: ``|λZ| / |U_i|`` over the same modules.
     """
@@ -105,7 +105,7 @@ class ExpertRetention:
 
     @property
     def kept_percent(self) -> str:
-        """`kept` in whole per cent; nothing is 0 and never -0.
+        """``kept`` in whole per cent; nothing is 0 and never -0.
 
         >>> ExpertRetention("a", -0.001, 1.0, 1.0).kept_percent
         '0%'
@@ -118,12 +118,12 @@ class ExpertRetention:
 
 
 def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
-    """What a merged update keeps of a posterior's experts.
+    """Retention of a posterior's experts by a merged update.
 
     Args:
-        posterior: in Full or Span coordinates.
-        z: merged updates in the same coordinates, ``(M, *event)``.
-        q: the experts' squared residuals there, ``(M, E)``.
+        posterior: In Full or Span coordinates.
+        z: Merged updates in the same coordinates, ``(M, *event)``.
+        q: The experts' squared residuals there, ``(M, E)``.
     """
     experts = posterior.experts
     norm_squared = torch.stack([expert.norm_squared for expert in experts], -1)
@@ -141,12 +141,12 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
 
 
 def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Retention:
-    """What a merged update that no posterior stands behind keeps of the updates.
+    """Retention of updates by a merged update that has no posterior.
 
     Args:
-        names: of the ``N`` task vectors.
+        names: Of the ``N`` task vectors.
         updates: ``(M, N, d_out, d_in)``.
-        z: merged updates, ``(M, d_out, d_in)``.
+        z: Merged updates, ``(M, d_out, d_in)``.
     """
     norm_squared = torch.stack([_inner(each, each) for each in updates.unbind(1)], -1)
     inner = torch.stack([_inner(z, each) for each in updates.unbind(1)], -1)
@@ -186,10 +186,10 @@ def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
 
 
 def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
-    """Sum up the modules in a merge's `poe_merge.json`.
+    """Sum up the modules in a merge's ``poe_merge.json``.
 
     Args:
-        record: its contents.
+        record: Its contents.
 
     Returns:
         One entry per expert, in order of first appearance.
@@ -203,7 +203,7 @@ def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
 
 
 def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
-    """What a reader should know about a merge before using it; nothing where every expert has its share.
+    """Sentences that a reader should know before using a merge; none where every expert has its share.
 
     Args:
         experts: :func:`totals` of the merge.

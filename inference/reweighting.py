@@ -61,7 +61,7 @@ class SolverOptions:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Where the iteration is: ``x`` ``(M, a, b)``, ``q`` ``(M, E)``, energy ``(M,)``, log-weights there ``(M, E)``."""
+    """Point of the iteration: ``x`` ``(M, a, b)``, ``q`` ``(M, E)``, energy ``(M,)``, log-weights there ``(M, E)``."""
 
     x: Tensor
     q: Tensor

@@ -38,7 +38,7 @@ class Sampler:
         draw: The function.
         about: One line for help texts.
         coordinates: Coordinates that it draws in, ``"span"`` and ``"full"``. Draws in Full coordinates are made again
-            from seeds, which `inference.models.full_draws` has to know how to do.
+            from seeds, which ``inference.models.full_draws`` has to know how to do.
         refusal: Maps an energy to the reason why it cannot be drawn, or to None.
     """
 

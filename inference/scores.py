@@ -2,7 +2,7 @@ r"""Scores of class probabilities: probabilities and labels in, one number for e
 
 The negative log-likelihood takes log probabilities, which do not underflow. Everything is float64 and stays on the
 device of its input. Intervals, other bins and checks of the input are in
-`diagnostics.predictions.calibration`, which builds on these.
+``diagnostics.predictions.calibration``, which builds on these.
 
 >>> import torch
 >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6]], dtype=torch.float64)
@@ -52,7 +52,7 @@ def top_label(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def equal_width_bins(probabilities: Tensor, bins: int = ECE_BINS) -> Tensor:
-    """Index of each probability's bin among `bins` of equal width over [0, 1], closed on the left."""
+    """Index of each probability's bin among ``bins`` of equal width over [0, 1], closed on the left."""
     return (probabilities * bins).long().clamp(0, bins - 1)
 
 

@@ -57,13 +57,13 @@ def slice_sample(
     ``progress``): it keeps no state but its locals and the generator.
 
     Args:
-        posterior: in Span coordinates, or Full ones of few entries; any energy and factor expert.
-        num_samples: draws kept per chain.
-        generator: source of all randomness, on the posterior's device.
-        chains: independent chains, from overdispersed starts; more cost little time.
-        warmup: steps per chain before the first kept draw, during which the t is fitted.
-        thin: steps per kept draw.
-        progress: called with the number of finished steps and their total.
+        posterior: In Span coordinates, or Full ones of few entries; any energy and factor expert.
+        num_samples: Draws kept per chain.
+        generator: Source of all randomness, on the posterior's device.
+        chains: Independent chains, from overdispersed starts; more cost little time.
+        warmup: Steps per chain before the first kept draw, during which the t is fitted.
+        thin: Steps per kept draw.
+        progress: Called with the number of finished steps and their total.
 
     Returns:
         Draws ``(C, S, M, *event)`` in float64. ``stats`` has ``lp`` (``-E / T``), ``evaluations`` of the energy in the
@@ -71,7 +71,7 @@ def slice_sample(
         together.
 
     Raises:
-        ValueError: the posterior is improper or has too many coordinates, its energy is not finite at a start, or a
+        ValueError: If the posterior is improper or has too many coordinates, its energy is not finite at a start, or a
             count cannot be used.
     """
     return stored_draws(
@@ -103,8 +103,8 @@ class SliceInfo:
     """Course of one step.
 
     Attributes:
-        evaluations: energies until a point above the level was found, ``(C, G)``: one more than the bracket shrank.
-        stuck: whether the bracket shrank to nothing, which leaves the chain where it was, ``(C, G)``.
+        evaluations: Energies until a point above the level was found, ``(C, G)``: one more than the bracket shrank.
+        stuck: Whether the bracket shrank to nothing, which leaves the chain where it was, ``(C, G)``.
     """
 
     evaluations: Tensor
@@ -117,7 +117,7 @@ class Reference:
 
     Attributes:
         center: ``m``, ``(G, D)``.
-        root: lower triangular ``L`` with ``S = L L^T``, ``(G, D, D)``.
+        root: Lower triangular ``L`` with ``S = L L^T``, ``(G, D, D)``.
     """
 
     center: Tensor
@@ -128,7 +128,7 @@ class Reference:
         """About the MAP ``(M, *event)``, with the covariance of the quadratic that majorises ``E / T`` there.
 
         Raises:
-            ValueError: there are too many coordinates for a dense covariance.
+            ValueError: If there are too many coordinates for a dense covariance.
         """
         center = states(posterior, mode)
         size = center.shape[-1]
@@ -175,7 +175,7 @@ def init(position: Tensor, posterior: Posterior) -> SliceState:
     """The state at a position ``(C, G, D)``.
 
     Raises:
-        ValueError: the energy is not finite there.
+        ValueError: If the energy is not finite there.
     """
     state = _at(position, posterior)
     finite = state.log_density.isfinite()
@@ -194,10 +194,10 @@ def step(
     """One elliptical slice step of all chains and groups.
 
     Args:
-        state: where the chains are.
-        posterior: what they sample.
-        reference: the t that the ellipses come from; any is exact.
-        generator: source of scales, ellipses, levels and angles.
+        state: Where the chains are.
+        posterior: What they sample.
+        reference: The t that the ellipses come from; any is exact.
+        generator: Source of scales, ellipses, levels and angles.
 
     Returns:
         The next state, and the course of the step.

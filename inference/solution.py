@@ -1,4 +1,4 @@
-"""What a solver returns: the value, whether to trust it, and how it got there."""
+"""Result of a solver: the value, a status that says whether to trust it, and a record of the solve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inference.retention import Retention
 
 
 class Status(Enum):
-    """How a module's solve ended; the text says what to do about it."""
+    """End of a module's solve; its text says what to do about it."""
 
     CONVERGED = "converged"
     CONVERGED_LINE_SEARCH = (
@@ -42,30 +42,30 @@ class Status(Enum):
 
 @dataclass(frozen=True, eq=False)
 class FixedPointInfo:
-    """What a reader of a reweighted MAP wants to know; tensors are float64, one entry per module ``(M, ...)``.
+    """Record of a reweighted MAP; tensors are float64, one entry per module ``(M, ...)``.
 
     Attributes:
-        experts: names of the experts, the order of the last dimension of ``weights``.
+        experts: Names of the experts, the order of the last dimension of ``weights``.
         energy: ``E`` at the solution in nats, ``(M,)``.
         energy_trace: ``E`` after every solve of the winning start, ``(M, steps)``; constant once converged.
-        start: name of the start that reached the lowest energy.
-        start_energies: final energy of every start, ``(M, S)``: different values are different local minima.
-        weights: effective weights ``w_i`` at the solution, ``(M, E)``.
+        start: Name of the start that reached the lowest energy.
+        start_energies: Final energy of every start, ``(M, S)``: different values are different local minima.
+        weights: Effective weights ``w_i`` at the solution, ``(M, E)``.
         relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``: the weight relative to the Gaussian twin's.
-        weight_spread: largest over smallest relative weight of the active experts, ``(M,)``; 1 means that the merge is
+        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``; 1 means that the merge is
             a Gaussian's.
-        inactive: experts that say nothing because their update is zero, ``(M, E)``.
+        inactive: Experts that say nothing because their update is zero, ``(M, E)``.
         residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
-        retention: how much of every expert the solution kept.
-        steps: reweighted solves until convergence, ``(M,)``; steps that were taken back are not among them.
-        rejected: accelerated or full steps that were taken back, ``(M,)``.
+        retention: How much of every expert the solution kept.
+        steps: Reweighted solves until convergence, ``(M,)``; steps that were taken back are not among them.
+        rejected: Accelerated or full steps that were taken back, ``(M,)``.
         gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
-        weight_change: largest change of a log-weight in the last step, ``(M,)``.
-        forward_error: last correction of the iterative refinement relative to ``Z``, ``(M,)``: the error that rounding
+        weight_change: Largest change of a log-weight in the last step, ``(M,)``.
+        forward_error: Last correction of the iterative refinement relative to ``Z``, ``(M,)``: the error that rounding
             leaves; nan where nothing was refined.
-        strict_minimum: whether the energy's Hessian is positive definite at the solution, by more than rounding,
+        strict_minimum: Whether the energy's Hessian is positive definite at the solution, by more than rounding,
             ``(M,)``.
-        contraction_rate: spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
+        contraction_rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
         contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
             solution) and for any map and energy, ``(M,)``: no smaller than the rate.
         anchor_precision: ``eta``, ``(M,)``.
@@ -124,14 +124,14 @@ class FixedPointInfo:
 
 @dataclass(frozen=True, eq=False)
 class MinimizeInfo:
-    """What a reader of a generic MAP wants to know.
+    """Record of a generic MAP.
 
     Attributes:
-        joint_energy: energy of all modules together in nats.
-        energy: per module, ``(M,)``, without the factors that couple modules.
-        gradient_norm: norm of the energy's gradient over the summed norms of its terms' gradients, ``(M,)``.
-        retention: how much of every expert the solution kept; factor experts have no update.
-        steps: evaluations of the energy.
+        joint_energy: Energy of all modules together in nats.
+        energy: Per module, ``(M,)``, without the factors that couple modules.
+        gradient_norm: Norm of the energy's gradient over the summed norms of its terms' gradients, ``(M,)``.
+        retention: How much of every expert the solution kept; factor experts have no update.
+        steps: Evaluations of the energy.
     """
 
     joint_energy: Tensor
@@ -151,10 +151,10 @@ class MinimizeInfo:
 
 @dataclass(frozen=True, eq=False)
 class MethodInfo:
-    """What there is to know about modules that a merging method has merged.
+    """Record of modules that a merging method has merged.
 
     Attributes:
-        retention: how much of every expert the merge kept.
+        retention: How much of every expert the merge kept.
     """
 
     retention: Retention
@@ -172,10 +172,10 @@ class Solution(Generic[InfoT]):
     """A MAP with its status.
 
     Attributes:
-        value: the latents in the posterior's coordinates, ``(M, *event)``: the merged updates ``(M, d_out, d_in)`` in
+        value: The latents in the posterior's coordinates, ``(M, *event)``: the merged updates ``(M, d_out, d_in)`` in
             Full ones.
-        status: one per module.
-        info: how it got there.
+        status: One per module.
+        info: How it got there.
     """
 
     value: Tensor
@@ -191,6 +191,6 @@ class Solution(Generic[InfoT]):
         """One module's convergence as plain numbers and strings, ready for JSON.
 
         Args:
-            module: its position in the batch.
+            module: Its position in the batch.
         """
         return {"status": self.status[module].name.lower(), **self.info.record(module)}

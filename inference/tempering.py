@@ -7,7 +7,7 @@ a thousandth of it, where the ensemble is the MAP. In Full coordinates ``D`` cou
 (thousands); in Span coordinates it is the dimension of the span, at most ``N + 1``, or ``N + 2`` through a merge.
 
 The best temperature of an ensemble depends on how many members it has and on what they are. So all temperatures of a
-search are judged with the same number, the chosen members are kept (`Tempering.draws`), and every kind of ensemble
+search are judged with the same number, the chosen members are kept (``Tempering.draws``), and every kind of ensemble
 (Gibbs draws, Laplace's, noise) wants a search of its own.
 
 >>> labels = torch.tensor([0, 1, 1])
@@ -43,7 +43,7 @@ LOGIT_TEMPERATURES = (0.01, 100.0)
 """Where a logit temperature is looked for."""
 
 Members = TypeVar("Members", bound=Iterable[Any])
-"""The draws of an ensemble's members: a list, `SpanDraws`, `FullDraws` and so on."""
+"""The draws of an ensemble's members: a list, ``SpanDraws``, ``FullDraws`` and so on."""
 PerTask = Tensor | Mapping[str, Tensor]
 """A tensor, or one for each of several tasks, whose scores are averaged."""
 
@@ -53,11 +53,11 @@ class TemperaturePoint:
     """Scores of the ensemble at one temperature; with several tasks their unweighted means.
 
     Attributes:
-        temperature: of the posterior.
-        nll: negative log-likelihood of the labels under the members' mean probabilities, nats per example.
-        accuracy: share of correct predictions.
-        ece: expected calibration error over 20 equal-width bins of the largest probability (Naeini et al., 2015).
-        num_members: how many members were averaged.
+        temperature: Of the posterior.
+        nll: Negative log-likelihood of the labels under the members' mean probabilities, nats per example.
+        accuracy: Share of correct predictions.
+        ece: Expected calibration error over 20 equal-width bins of the largest probability (Naeini et al., 2015).
+        num_members: How many members were averaged.
     """
 
     temperature: float
@@ -72,11 +72,11 @@ class Tempering(Generic[Members]):
     """The whole path of a search.
 
     Attributes:
-        temperature: the one with the lowest validation NLL.
-        draws: what `sample` gave there, the members that were judged: make the final ensemble of these.
-        path: every temperature that was tried, ascending.
-        status: what to make of it, in words.
-        num_evaluations: members that were evaluated, those from the cache not counted.
+        temperature: The one with the lowest validation NLL.
+        draws: What ``sample`` gave there, the members that were judged: make the final ensemble of these.
+        path: Every temperature that was tried, ascending.
+        status: What to make of it, in words.
+        num_evaluations: Members that were evaluated, those from the cache not counted.
     """
 
     temperature: float
@@ -92,20 +92,20 @@ class Tempering(Generic[Members]):
 
 
 def temperature_range(posterior: Posterior) -> tuple[float, float]:
-    r"""Where to look for a temperature: from a thousandth of ``2 sum_i kappa_i / D`` up to it.
+    r"""Range in which to look for a temperature: from a thousandth of ``2 sum_i kappa_i / D`` up to it.
 
     ``kappa_i = a_i k`` for Cauchy and Student-t. For other energies it is ``a_i rho(q_i(0) / s_i^2)``, what the expert
     pays if nothing is merged: there the thermal energy ``D T / 2`` (equipartition, for a quadratic energy) is as large
     as that of leaving the model at the base. Experts with a zero update do not count.
 
     Args:
-        posterior: in Full or Span coordinates; its own temperature does not matter.
+        posterior: In Full or Span coordinates; its own temperature does not matter.
 
     Returns:
         The lowest and the highest temperature, over all modules.
 
     Raises:
-        ValueError: no expert has anything to say.
+        ValueError: If no expert has anything to say.
     """
     at_zero = posterior.residuals(posterior.like.new_zeros(posterior.num_modules, *posterior.event_shape))
     strengths = []
@@ -149,17 +149,17 @@ def temper(
             final ensemble is to have, and the same number at every temperature. The same seed at every temperature
             makes the path smoother.
         predict: Maps a draw to the log probabilities of its member on validation, ``(n, classes)``, or to a dict of
-            these by task; `MergedEnsemble.predictor` makes such functions.
+            these by task; ``MergedEnsemble.predictor`` makes such functions.
         labels: ``(n,)`` integers, or a dict of these by task.
-        temperatures: The lowest and the highest, as `temperature_range` gives them.
+        temperatures: The lowest and the highest, as ``temperature_range`` gives them.
         num_temperatures: Size of the grid.
         refinements: How often the grid is refined around the best point.
         start: Where to begin, for instance the best temperature of a cheaper ensemble of the same kind: of the grid
             only the nearest point and its neighbours are tried, and on from there as long as the NLL falls. That finds
             a local minimum.
         cache: Evaluated members by the digest of their draw; hand the same dict to several searches with the same
-            `predict` to evaluate nothing twice. The digest knows nothing of λ, of what is not sampled, or of the data:
-            with another ensemble or other validation data begin a new dict.
+            ``predict`` to evaluate nothing twice. The digest knows nothing of λ, of what is not sampled, or of the
+            data: with another ensemble or other validation data begin a new dict.
         progress: Called with the number of finished temperatures and the most that there can be.
 
     Returns:
@@ -167,7 +167,7 @@ def temper(
         ``MergedEnsemble(task_vectors, design, found.draws)``.
 
     Raises:
-        ValueError: The range is empty, there are no members or not everywhere the same number, they can be iterated
+        ValueError: If the range is empty, there are no members or not everywhere the same number, they can be iterated
             once only, or a prediction is no table of log probabilities.
     """
     low, high = temperatures
@@ -203,7 +203,7 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
     """The calibration baseline: one number that divides the logits (Guo et al., 2017, arXiv 1706.04599).
 
     It minimises the mean negative log-likelihood: of all examples, or with several tasks the unweighted mean of the
-    tasks' means, as `temper` and tables of means over tasks have it. That is convex in the inverse of the number, so
+    tasks' means, as ``temper`` and tables of means over tasks have it. That is convex in the inverse of the number, so
     that the root of the derivative is the minimum.
 
     Args:
@@ -215,7 +215,7 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
         less than nothing); 1 if every example's logits are equal, which no temperature changes.
 
     Raises:
-        ValueError: Shapes or tasks do not fit, or a logit is not finite.
+        ValueError: If shapes or tasks do not fit, or a logit is not finite.
     """
     tables = _labelled_logits(_by_task(logits), _by_task(labels))
     if all(bool((z == z[:, :1]).all()) for z, _ in tables):

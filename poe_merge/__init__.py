@@ -1,7 +1,7 @@
 """Merge fine-tuned models as a product of experts.
 
-The names that most work needs; `poe_models` (what is merged and believed) and `inference` (from belief to numbers) have
-the others::
+The names that most work needs; ``poe_models`` (what is merged and believed) and ``inference`` (from belief to numbers)
+have the others::
 
     import poe_merge as pm
 
@@ -9,7 +9,7 @@ the others::
     poe = pm.ProductOfExperts.of(vectors.names, residual_map=pm.InputGram(), energy=pm.StudentT(4.0))
     pm.merge_checkpoint(vectors, poe, "merged")
 
-The names are imported when the first of them is used: `poe-merge --help` need not wait for torch.
+The names are imported when the first of them is used: ``poe-merge --help`` need not wait for torch.
 """
 
 from importlib import import_module

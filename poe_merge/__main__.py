@@ -1,4 +1,4 @@
-"""`python -m poe_merge` is `poe-merge`."""
+"""``python -m poe_merge`` is ``poe-merge``."""
 
 from poe_merge.cli import main
 

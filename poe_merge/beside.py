@@ -35,7 +35,7 @@ def beside_verdict(
     Args:
         draws: Draws of some of its modules.
         run: The merged folder.
-        record: Its `poe_merge.json`.
+        record: Its ``poe_merge.json``.
         task_vectors: Opens base and experts as they were merged.
 
     Returns:
@@ -145,6 +145,6 @@ def _as_long(one: float, other: float) -> bool:
 
 
 def _label(design: Mapping[str, Any]) -> str:
-    """A recorded design as `merge_label` has it."""
+    """A recorded design as ``merge_label`` has it."""
     experts = (f"{e['name']} {e['energy']} {e['scale']} importance {e['importance']:g}" for e in design["experts"])
     return f"{', '.join(experts)}; anchor {design['anchor']['precision']}"

@@ -37,7 +37,7 @@ def open_task_vectors(config: MergeConfig) -> TaskVectors:
 
 
 class DesignTable:
-    """The design of each tensor; tensors with the same settings share one `Design`, and so are solved as batches.
+    """The design of each tensor; tensors with the same settings share one ``Design``, and so are solved as batches.
 
     Args:
         config: The configuration.

@@ -1,4 +1,4 @@
-"""`poe-merge check`: test the properties of a merging method."""
+"""``poe-merge check``: test the properties of a merging method."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _WORDS = {"holds": "hold", "not promised": "not promised", "broken": "broken"}
 
 
 def check_method(method: str, modules: TaskVectors | None, not_promised: Sequence[str], seed: int) -> Report:
-    """Check a method given as text on random modules and on real ones, if there are any; `seed` is that of the random.
+    """Check a method given as text on random modules, made from ``seed``, and on real ones if there are any.
 
     Raises:
-        ValueError: If the method cannot be built, or no property is called like one of `not_promised`.
+        ValueError: If the method cannot be built, or no property is called like one of ``not_promised``.
     """
     for name in not_promised:
         if name not in PROPERTIES:

@@ -1,6 +1,7 @@
-"""The command line: `poe-merge plan`, `merge`, `stats`, `sample`, `diagnose`, `check`, `presets`, `methods`.
+"""The commands of ``poe-merge``: plan, merge, stats, sample, diagnose, check, presets, methods.
 
-A command imports what it needs when it runs: torch and ArviZ take seconds, which `poe-merge --help` need not wait for.
+A command imports what it needs when it runs: torch and ArviZ take seconds, which ``poe-merge --help`` need not wait
+for.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def stats(
     config: Config = None,
     out: Out = None,
 ) -> None:
-    """Read the weights once, and save the Span statistics that `sample` needs."""
+    """Read the weights once, and save the Span statistics that ``sample`` needs."""
     from inference.models.method_design import prepare_designs
     from poe_merge.build import DesignTable
     from poe_merge.stats import make_statistics
@@ -118,7 +119,7 @@ def stats(
 
 
 class SampleCommand(ConfiguredCommand):
-    """`sample`, whose help lists the samplers."""
+    """``sample``, whose help lists the samplers."""
 
     @override
     def helps(self) -> dict[str, str]:
@@ -167,7 +168,7 @@ def sample(
 ) -> None:
     """Draw merged models from the posterior around the merge.
 
-    The merge is the one that `poe-merge merge` makes of the same configuration, or has made (--merge). If the
+    The merge is the one that ``poe-merge merge`` makes of the same configuration, or has made (--merge). If the
     merging method (--method) is a random one, such as dare, the members are merges at as many seeds instead.
     """
     from inference.models.method_design import prepare_designs
@@ -328,7 +329,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line.
 
     Args:
-        arguments: What was typed after `poe-merge`.
+        arguments: What was typed after ``poe-merge``.
 
     Returns:
         The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.

@@ -79,7 +79,7 @@ class Section(BaseModel):
 
 
 class ModelParameters(Section):
-    """Parameters that may differ per model; those that are missing come from the shared `Parameters`."""
+    """Parameters that may differ per model; those that are missing come from the shared ``Parameters``."""
 
     weight: Annotated[Number, s.number(1.0, 0.0)] = None
     """Importance of the experts."""
@@ -167,7 +167,7 @@ class MergeConfig(Section):
     parameters: Parameters = Parameters()
     """The design and the solver's settings."""
     preset: Annotated[str | None, s.choice("preset", *PRESETS)] = None
-    """Settings of a paper, which `poe-merge presets` lists."""
+    """Settings of a paper, which ``poe-merge presets`` lists."""
     rules: tuple[Annotated[dict[str, Any], Value(s.rule, "RULE")], ...] = ()
     """A treatment, '{match: lm_head, action: base}'; a flag's goes before the file's."""
     dtype: Annotated[str | None, s.choice("dtype", *_DTYPES)] = None
@@ -177,7 +177,7 @@ class MergeConfig(Section):
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
     """Device that computes: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
-    """Seed of the draws of `sample`, and of torch's generators for energies that draw."""
+    """Seed of the draws of ``sample``, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
     """Most bytes of updates that are solved as one batch."""
 
@@ -223,7 +223,7 @@ class MergeConfig(Section):
 
     @property
     def output_dtype(self) -> torch.dtype | None:
-        """Dtype of the merged weights: `out_dtype`, else `dtype`, else (None) that of each tensor of the base."""
+        """Dtype of the merged weights: ``out_dtype``, else ``dtype``, else (None) that of each tensor of the base."""
         import torch
 
         name = self.out_dtype or self.dtype or "base"

@@ -263,7 +263,7 @@ class _Amount(DownloadColumn):
 
 
 class Bars:
-    """Progress bars on stderr; a context manager and an `inference.models.merge.Progress`."""
+    """Progress bars on stderr; a context manager and an ``inference.models.merge.Progress``."""
 
     def __init__(self) -> None:
         self._progress = Progress(

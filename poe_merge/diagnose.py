@@ -1,4 +1,4 @@
-"""`poe-merge diagnose`: what a merged folder, its draws and its predictions say, as one page."""
+"""``poe-merge diagnose``: what a merged folder, its draws and its predictions say, as one page."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def diagnose(
     """Make the report of a merged folder.
 
     Args:
-        run: Folder that `poe-merge merge` made.
-        draws: A folder of draws, as `poe-merge sample` and `save_draws` make them.
-        predictions: A file of predictions, see `diagnostics.predictions.files`.
+        run: Folder that ``poe-merge merge`` made.
+        draws: A folder of draws, as ``poe-merge sample`` and ``save_draws`` make them.
+        predictions: A file of predictions, see ``diagnostics.predictions.files``.
         tails: Read base, experts and merge again for the residuals and their tails.
-        residual_map: Measures residuals in the place of the merge's experts; `InputGram` by default where a method,
+        residual_map: Measures residuals in the place of the merge's experts; ``InputGram`` by default where a method,
             which has no experts, has merged.
         num_surrogates: Merges of Gaussian updates, as the null of a heavy tail; 0 for none. Each takes as
             long as the merge.

@@ -39,7 +39,7 @@ class Flag:
         about: The key's description.
         value: The key's type.
         default: Value if nothing is given, or None.
-        per_model: Whether `NAME=VALUE` sets it for one model.
+        per_model: Whether ``NAME=VALUE`` sets it for one model.
     """
 
     place: Place
@@ -61,7 +61,7 @@ class Flag:
 
     @property
     def help(self) -> str:
-        """Line of `--help`: the description, the names that are built in, and the default."""
+        """Line of ``--help``: the description, the names that are built in, and the default."""
         kind = None if self.value.path else self.value.kind
         names = f" Known: {', '.join(kind.registry)}; or your own, my_module:Mine or file.py:Mine." if kind else ""
         shown = ", ".join(self.default) if isinstance(self.default, list) else self.default
@@ -120,7 +120,7 @@ class ConfiguredCommand(TyperCommand):
 
 
 def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command every key of the configuration as an option; it gets them as one mapping called `flags`."""
+    """Give a command every key of the configuration as an option; it gets them as one mapping called ``flags``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         flags = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("setting_")}
@@ -137,7 +137,7 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def overridden(document: Document, flags: Mapping[str, Any]) -> Document:
-    """Configuration data with the values of flags, as `with_flags` passes them, in place of the file's.
+    """Configuration data with the values of flags, as ``with_flags`` passes them, in place of the file's.
 
     Each part has the option that it came from as its origin; mistakes in flags are among the problems.
     """
@@ -175,7 +175,7 @@ def _by_model(texts: list[Any], flag: Flag) -> dict[str | None, list[Any]]:
 
 
 def _index(document: Document, model: str) -> int:
-    """Position among `models` of the one with a name."""
+    """Position among ``models`` of the one with a name."""
     listed = document.data.get("models")
     entries = [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
     labels = [label_of(entry.get("name"), str(entry.get("model"))) for entry in entries]

@@ -24,8 +24,8 @@ def merge_in_span(posterior: Posterior, design: Design) -> Tensor:
     """Latents of the merge: what the span goes through, or the MAP of the span where that is the merge.
 
     Args:
-        posterior: in Span coordinates.
-        design: of all its modules.
+        posterior: In Span coordinates.
+        design: Of all its modules.
 
     Returns:
         ``(M, K, 1)``.

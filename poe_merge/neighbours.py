@@ -1,4 +1,4 @@
-"""The import names `inference` and `diagnostics` are generic: make sure that Python finds ours."""
+"""The import names ``inference`` and ``diagnostics`` are generic: make sure that Python finds ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_neighbours() -> None:
     """Refuse to run on somebody else's packages of the same names.
 
     Raises:
-        ImportError: Naming the foreign package and where it is.
+        ImportError: If one is found; names the foreign package and where it is.
     """
     home = Path(__file__).resolve().parent.parent
     for name in NEIGHBOURS:

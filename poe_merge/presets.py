@@ -18,8 +18,8 @@ class Preset:
 
     Args:
         about: What it reproduces, in one line.
-        parameters: Values of `parameters`.
-        rules: Values of `rules`.
+        parameters: Values of ``parameters``.
+        rules: Values of ``rules``.
     """
 
     about: str

@@ -1,4 +1,4 @@
-"""The record of a merge, `poe_merge.json`: its configuration, its inputs and its designs taken up again.
+"""The record of a merge, ``poe_merge.json``: its configuration, its inputs and its designs taken up again.
 
 Only what ships with the toolkit is built: a file that says so imports nothing.
 """
@@ -47,7 +47,7 @@ def read_record(run: Path) -> dict[str, Any]:
         run: The merged folder.
 
     Returns:
-        The contents of `poe_merge.json`.
+        The contents of ``poe_merge.json``.
 
     Raises:
         ValueError: If there is none, or it is not one.
@@ -69,7 +69,7 @@ def config_of(run: Path, flags: Mapping[str, Any]) -> MergeConfig:
 
     Args:
         run: The merged folder.
-        flags: Values of flags, as `with_flags` passes them.
+        flags: Values of flags, as ``with_flags`` passes them.
 
     Returns:
         The configuration.
@@ -134,7 +134,7 @@ def merge_of(record: Mapping[str, Any], base: Checkpoint) -> dict[str, AnyDesign
     """Designs of a recorded merge, with which it can be done again.
 
     Args:
-        record: Contents of `poe_merge.json`.
+        record: Contents of ``poe_merge.json``.
         base: The open base, which an adapter as the anchor's centre is opened on.
 
     Returns:
@@ -148,7 +148,7 @@ def merge_of(record: Mapping[str, Any], base: Checkpoint) -> dict[str, AnyDesign
 
 
 def unprepared(designs: Mapping[str, AnyDesign]) -> dict[str, AnyDesign]:
-    """Designs to merge another model with: what a method's `prepare` saw of the real one is taken back.
+    """Designs to merge another model with: what a method's ``prepare`` saw of the real one is taken back.
 
     Args:
         designs: The design of each tensor.
@@ -165,7 +165,7 @@ def unprepared(designs: Mapping[str, AnyDesign]) -> dict[str, AnyDesign]:
 
 
 def _before_prepare(method: MergingMethod) -> MergingMethod:
-    """The method with the fields that are None by default empty, if `prepare` is what fills them in."""
+    """The method with the fields that are None by default empty, if ``prepare`` is what fills them in."""
     if not is_dataclass(method):
         return method
     bare = replace(method, **{each.name: None for each in fields(method) if each.init and each.default is None})

@@ -1,8 +1,8 @@
-"""`poe-merge sample`: draw, then write the members with the draws they came from; or go on where that was interrupted.
+"""``poe-merge sample``: draw, then write the members with their draws, or go on where that was interrupted.
 
 OUT/member-000, ...    the members, OUT/shared their common part (deltas only), OUT/ensemble.json what everything is
 OUT/sample.json        settings, and whether the chains agree, if there are any
-OUT/draws              every draw, not only the members': `inference.models.draw_files.load_draws`
+OUT/draws              every draw, not only the members': ``inference.models.draw_files.load_draws``
 OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where designs differ between tensors
 """
 
@@ -59,7 +59,7 @@ class Bars(Progress, Protocol):
 
 @dataclass(frozen=True)
 class SampleReport:
-    """Result of `poe-merge sample`.
+    """Result of ``poe-merge sample``.
 
     Attributes:
         out: The folder.

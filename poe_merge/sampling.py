@@ -1,4 +1,4 @@
-"""Settings of `poe-merge sample`: its options with every number filled in."""
+"""Settings of ``poe-merge sample``: its options with every number filled in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DRAWS = 500
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `poe-merge sample` as they were typed; those about a posterior are None if they were not."""
+    """Options of ``poe-merge sample`` as they were typed; those about a posterior are None if they were not."""
 
     members: int
     pattern: str

@@ -1,7 +1,7 @@
 """Values of a configuration: their parsers, values by filter, and YAML that remembers its lines.
 
-A key of :mod:`poe_merge.config` is a pydantic field annotated with a `Value`, which validates it and gives its flag and
-its help text. This module imports neither torch nor the models' packages, so that `poe-merge --help` is quick.
+A key of :mod:`poe_merge.config` is a pydantic field annotated with a ``Value``, which validates it and gives its flag
+and its help text. This module imports neither torch nor the models' packages, so that ``poe-merge --help`` is quick.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Setting(Generic[T]):
         return any(word is None for word, _ in self.cases)
 
     def otherwise(self, fallback: Setting[T]) -> Setting[T]:
-        """These cases first, then those of `fallback`."""
+        """These cases first, then those of ``fallback``."""
         return self if self.complete else Setting(self.cases + fallback.cases)
 
     def plain(self) -> Any:
@@ -119,7 +119,7 @@ class Value:
 
 
 def number(default: float | None = None, low: float = -math.inf, *, above: bool = False, whole: bool = False) -> Value:
-    """A finite number of at least `low`, or above it; YAML's reading of ``1e-3`` as text is understood."""
+    """A finite number of at least ``low``, or above it; YAML's reading of ``1e-3`` as text is understood."""
     least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
     wanted = f"a {'whole' if whole else 'finite'} number{least}"
 
@@ -168,7 +168,7 @@ def eta(raw: Any, folders: Folders) -> str:
 
 
 def merge_method(raw: Any, folders: Folders) -> str:
-    """Parse `poe` or a merging method."""
+    """Parse ``poe`` or a merging method."""
     try:
         return POE if raw == POE else canonical_method(raw, folders)
     except ValueError as error:
@@ -176,7 +176,7 @@ def merge_method(raw: Any, folders: Folders) -> str:
 
 
 def anchor(raw: Any, folders: Folders) -> str:
-    """Parse an anchor's centre: `zero`, a merging method, or a checkpoint."""
+    """Parse an anchor's centre: ``zero``, a merging method, or a checkpoint."""
     text = str(raw).strip()
     if text == "zero":
         return text
@@ -236,7 +236,7 @@ class Document:
 
     Args:
         data: Nested dicts and lists, as YAML has them.
-        origins: For places (paths of keys and indices) where they were written: `file:line:column`, or a flag.
+        origins: For places (paths of keys and indices) where they were written: ``file:line:column``, or a flag.
         problems: Mistakes that are known before validation, one line each.
     """
 

@@ -76,10 +76,10 @@ METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.methods", "Merg
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Hint for a misspelling: ``did you mean `x`? `` or nothing.
+    """Hint for a misspelling: ``did you mean ``x``? `` or nothing.
 
     >>> nearest("Couchy", ["Cauchy", "Gaussian"])
-    'did you mean `Cauchy`? '
+    'did you mean ``Cauchy``? '
     """
     lowered = {item.lower(): item for item in valid}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
@@ -131,7 +131,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
-    """The spec written out in full, which `parse_spec` reads the same from any folder.
+    """The spec written out in full, which ``parse_spec`` reads the same from any folder.
 
     Every argument has its name, and files their absolute path; a plain module must still be importable.
 
@@ -148,7 +148,7 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
 
 
 def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
-    """As `canonical`, for a merging method that may be written as it usually is.
+    """As ``canonical``, for a merging method that may be written as it usually is.
 
     >>> canonical_method("dare-ties")[:9]
     'DareTies('
@@ -266,7 +266,7 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
 
 
 def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[Path]) -> Any:
-    """Import class `name`, which must derive from `base`, from a module or a file."""
+    """Import class ``name``, which must derive from ``base``, from a module or a file."""
     module = _module(what, where, folders)
     found = getattr(module, name, None)
     at = getattr(module, "__file__", None) or where
@@ -315,7 +315,7 @@ def _module_of_file(what: str, file: Path) -> ModuleType:
 
 @contextmanager
 def _importing(what: str, file: Path, folders: Sequence[Path]) -> Iterator[None]:
-    """Import with folders first on the path; whatever goes wrong is one `SpecError` with file, line and cause."""
+    """Import with folders first on the path; whatever goes wrong is one ``SpecError`` with file, line and cause."""
     added = [str(folder.resolve()) for folder in folders]
     sys.path[:0] = added
     try:

@@ -1,4 +1,4 @@
-"""`poe-merge stats`: the one pass over the weights; and its folder opened again, if it is about the same merge."""
+"""``poe-merge stats``: the one pass over the weights; and its folder opened again, if it is about the same merge."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Table = Callable[[str], Design]
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """Result of `poe-merge stats`.
+    """Result of ``poe-merge stats``.
 
     Attributes:
         out: The folder.

@@ -1,4 +1,4 @@
-"""What is merged and what is believed about it.
+"""The mathematics of a merge: energies, residual maps, experts, their product and its posterior.
 
 A merge starts from :class:`TaskVectors` (a base checkpoint and its fine-tunes). What each fine-tune claims about the
 merged update is an :class:`Expert`: a residual map, an energy and a scale. Their product, with an anchor, becomes a

@@ -25,13 +25,13 @@ def full_posterior(batch: Batch) -> Posterior:
     """The posterior of the merged updates ``(M, d_out, d_in)`` themselves.
 
     Args:
-        batch: the design and the updates.
+        batch: The design and the updates.
 
     Returns:
         The posterior in Full coordinates.
 
     Raises:
-        ValueError: the design has factor experts.
+        ValueError: If the design has factor experts.
     """
     poe, updates, factors, modules = batch
     if poe.factors:
@@ -66,8 +66,8 @@ def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
     """The posterior restricted to the span of the updates, the centre and perhaps a merge.
 
     Args:
-        batch: the design and the updates.
-        through: the design's merged updates, ``(M, d_out, d_in)``, as one more member of the span.
+        batch: The design and the updates.
+        through: The design's merged updates, ``(M, d_out, d_in)``, as one more member of the span.
 
     Returns:
         The posterior in Span coordinates, which can make merged updates of its latents.
@@ -85,16 +85,16 @@ def statistics_posterior(
     """The posterior restricted to the span, from statistics alone.
 
     Args:
-        poe: the design; its residual maps must be those of the statistics, and where these go through a merge, it must
+        poe: The design; its residual maps must be those of the statistics, and where these go through a merge, it must
             be the design of that merge. The temperature may be any.
-        statistics: of all modules, whatever their shapes.
+        statistics: Of all modules, whatever their shapes.
         bases: ``B`` of each module, ``(K, d_out, d_in)``; without them no merged updates can be made.
 
     Returns:
         The posterior over ``x``, ``(M, K, 1)``.
 
     Raises:
-        ValueError: the statistics are about another design, or a factor expert needs ``bases``.
+        ValueError: If the statistics are about another design, or a factor expert needs ``bases``.
     """
     _require_same_design(poe, statistics)
     coordinates = span_coordinates(statistics, bases)
@@ -131,12 +131,12 @@ def bind_experts(
     """Fill in scales and the anchor's precision; shared by Full and Span coordinates.
 
     Args:
-        poe: the design.
+        poe: The design.
         operators: ``P_i`` per expert.
         updates: ``U_i`` per expert in the same coordinates, ``(M, *event)``.
         norms: ``|U_i|^2`` per expert, ``(M,)``.
         mean_curvatures: ``tr(P_i) / d_i`` per expert, ``(M,)``.
-        dimensions: rank of ``P_i`` per expert, ``(M,)``; called only where an energy depends on it.
+        dimensions: Rank of ``P_i`` per expert, ``(M,)``; called only where an energy depends on it.
 
     Returns:
         The bound experts and ``eta``, ``(M,)``.
@@ -182,7 +182,7 @@ def _scales_by_rule(experts: Sequence[Expert], sizes: ExpertSizes) -> Tensor:
 
 
 def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Which experts say anything, ``(M, E)``: those whose ``P_i`` is not zero, nor rounding beside its map's others.
+    """Mask ``(M, E)`` of the experts whose ``P_i`` is neither zero nor rounding beside those of its map's others.
 
     Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
     """

@@ -18,8 +18,8 @@ class ScaleMixture:
     r"""``exp(-c rho(q)) = E[exp(-tau q / unit)]`` over ``tau ~ Gamma(c * shape, 1)``, for every power ``c > 0``.
 
     Attributes:
-        shape: shape of the Gamma at ``c = 1``; None for a Gaussian, whose ``tau`` is ``c`` itself.
-        unit: what divides ``q``.
+        shape: Shape of the Gamma at ``c = 1``; None for a Gaussian, whose ``tau`` is ``c`` itself.
+        unit: What divides ``q``.
     """
 
     shape: Parameter | None
@@ -84,7 +84,7 @@ def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance
     exponentially. The window is where the log integrand is within 50 nats of its peak.
 
     Raises:
-        ValueError: the peak is beyond ``exp(60)`` scales.
+        ValueError: If the peak is beyond ``exp(60)`` scales.
     """
 
     def log_integrand(u: Tensor) -> Tensor:

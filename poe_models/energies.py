@@ -48,9 +48,9 @@ class Energy(ABC):
     overridden by closed forms. Shapes are free: every method maps ``(...,)`` to ``(...,)``.
 
     Attributes:
-        concave: whether ``rho`` is concave in ``q``. Then reweighting majorises the energy and every
+        concave: Whether ``rho`` is concave in ``q``. Then reweighting majorises the energy and every
             step of the fixed point decreases it; otherwise the solver line-searches.
-        convex: whether ``r -> rho(r**2)`` is convex. Then the MAP is unique and one start is enough.
+        convex: Whether ``r -> rho(r**2)`` is convex. Then the MAP is unique and one start is enough.
     """
 
     concave: ClassVar[bool] = False
@@ -103,7 +103,7 @@ class Energy(ABC):
         """This energy's density as a mixture of Gaussians over their scale, for Gibbs sampling.
 
         Raises:
-            ValueError: none is known.
+            ValueError: If none is known.
         """
         raise ValueError(
             f"`{self!r}`: this energy has no known Gaussian scale mixture, so Gibbs sampling does not apply. "
@@ -134,7 +134,7 @@ class Energy(ABC):
         Gaussian(precision=2.0)
 
         Raises:
-            ValueError: the weight at 0 is not a positive finite number.
+            ValueError: If the weight at 0 is not a positive finite number.
         """
         if self.needs_dimension:
             return TwinOf(self)
@@ -149,7 +149,7 @@ class Gaussian(Energy):
     """``rho(q) = precision * q / 2``.
 
     Args:
-        precision: multiplies the energy; 1 is the standard Gaussian, other values are twins.
+        precision: Multiplies the energy; 1 is the standard Gaussian, other values are twins.
     """
 
     concave: ClassVar[bool] = True
@@ -186,7 +186,7 @@ class TwinOf(Energy):
     """The Gaussian twin of an energy that depends on the dimension of the residual; becomes one once it is known.
 
     Args:
-        energy: an energy with ``exponent="multivariate"``.
+        energy: An energy with ``exponent="multivariate"``.
     """
 
     concave: ClassVar[bool] = True
@@ -212,7 +212,7 @@ class StudentT(Energy):
     r"""``rho(q) = k log(1 + q / df)``.
 
     Args:
-        df: degrees of freedom ``nu > 0``.
+        df: Degrees of freedom ``nu > 0``.
         exponent: ``k``; by default ``(nu + 1) / 2`` ([PoE]'s choice). ``"multivariate"`` makes it
             ``(nu + D) / 2`` with ``D = rank(P_i)``, a normalised ``D``-variate Student-t.
     """
@@ -229,7 +229,7 @@ class StudentT(Energy):
         """The exponent as a number.
 
         Raises:
-            ValueError: the exponent is ``"multivariate"`` and no dimension is known yet.
+            ValueError: If the exponent is ``"multivariate"`` and no dimension is known yet.
         """
         if isinstance(self.exponent, str):
             raise ValueError(
@@ -295,7 +295,7 @@ class Huber(Energy):
     """``q / 2`` up to ``delta**2``, then ``delta * sqrt(q) - delta**2 / 2``.
 
     Args:
-        delta: residual (in scales) at which the quadratic becomes linear.
+        delta: Residual (in scales) at which the quadratic becomes linear.
     """
 
     concave: ClassVar[bool] = True
@@ -331,9 +331,9 @@ class GeneralizedGaussian(Energy):
     """``((q + epsilon)**(power / 2) - epsilon**(power / 2)) / power``; ``power = 2`` is the Gaussian.
 
     Args:
-        power: tail power; 1 is the Laplace density of the residual norm. Above 2 the energy is convex in
+        power: Tail power; 1 is the Laplace density of the residual norm. Above 2 the energy is convex in
             ``q`` and the fixed point line-searches.
-        epsilon: rounds the corner at ``q = 0`` (in squared scales), where powers below 2 would have an
+        epsilon: Rounds the corner at ``q = 0`` (in squared scales), where powers below 2 would have an
             infinite weight. Residuals well above ``sqrt(epsilon)`` scales do not notice it.
     """
 

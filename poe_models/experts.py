@@ -262,16 +262,16 @@ class ProductOfExperts:
             coordinates: ``"full"`` (the default for updates): the latent is the merged update. ``"span"`` (the only
                 ones of statistics): coordinates in the span of the updates and the anchor's centre, a restriction for
                 the Gram maps and none for Directional.
-            low_rank: factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of a tensor of updates, if they are
+            low_rank: Factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of a tensor of updates, if they are
                 adapters: saves work, changes nothing.
-            through: the merged updates of this very design, as one more member of the span, so that draws surround
+            through: The merged updates of this very design, as one more member of the span, so that draws surround
                 the merge.
 
         Returns:
             The posterior.
 
         Raises:
-            ValueError: names, shapes or values do not fit, or the design cannot be bound in these coordinates.
+            ValueError: If names, shapes or values do not fit, or the design cannot be bound in these coordinates.
 
         >>> import torch
         >>> updates = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])

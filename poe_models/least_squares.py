@@ -75,7 +75,7 @@ class Quadratic:
     Attributes:
         operators: ``P_i`` in these coordinates, one per expert.
         targets: ``U_i - Z_0`` in these coordinates, ``(M, a, b)`` each.
-        compression: the change of coordinates.
+        compression: The change of coordinates.
         shape: ``(d_out, d_in)`` of the merged update.
     """
 
@@ -151,15 +151,15 @@ def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
     """The least-squares problem behind a posterior, in few coordinates.
 
     Args:
-        posterior: of a batch of modules, without factor experts.
-        for_draws: leave out only directions that no expert sees, where the posterior is the anchor's alone. A MAP
+        posterior: Of a batch of modules, without factor experts.
+        for_draws: Leave out only directions that no expert sees, where the posterior is the anchor's alone. A MAP
             needs fewer: it does not move where experts see something but pull nowhere.
 
     Returns:
         The problem; ``lift(x) + Z_0`` is exact for every minimiser.
 
     Raises:
-        ValueError: the operators of one module do not share a factorisation (or their draws do not).
+        ValueError: If the operators of one module do not share a factorisation (or their draws do not).
     """
     kinds = {type(expert.operator) for expert in posterior.experts} - {ScaledIdentity}
     if len(kinds) > 1:

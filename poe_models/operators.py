@@ -39,7 +39,7 @@ class Operator(ABC):
         rank-one map it is the number of directions in which the product's rank-one maps act together.
 
         Args:
-            directions: that number, ``(...,)``; see :func:`mean_curvatures`.
+            directions: That number, ``(...,)``; see :func:`mean_curvatures`.
         """
 
     @abstractmethod
@@ -72,7 +72,7 @@ class ScaledIdentity(Operator):
 
     Args:
         shape: ``(d_out, d_in)``.
-        like: any tensor of the module batch, for its leading shape and device, ``(..., d_out, d_in)``.
+        like: Any tensor of the module batch, for its leading shape and device, ``(..., d_out, d_in)``.
     """
 
     shape: tuple[int, int]
@@ -149,7 +149,7 @@ class Gram(Operator):
     Args:
         factor: ``F`` of shape ``(..., d, r)`` with ``d`` the side it acts on; kept at ``r <= d`` columns by a
             QR decomposition, which changes neither ``P`` nor ``q``.
-        side: which side of the matrix it acts on.
+        side: Which side of the matrix it acts on.
         shape: ``(d_out, d_in)``.
     """
 
@@ -264,7 +264,7 @@ def mean_curvatures(operators: Sequence[Operator]) -> list[Tensor]:
     twice the importance.
 
     Args:
-        operators: of a batch of ``M`` modules.
+        operators: Of a batch of ``M`` modules.
     """
     vectors = [operator.vector for operator in operators if isinstance(operator, RankOne)]
     directions = span_rank(inner_products(vectors)).clamp(min=1) if vectors else 1
@@ -272,7 +272,7 @@ def mean_curvatures(operators: Sequence[Operator]) -> list[Tensor]:
 
 
 def span_rank(gram: Tensor) -> Tensor:
-    """How many dimensions vectors of any lengths span, from their inner products ``(M, N, N)``: ``(M,)`` float64."""
+    """Dimension of the span of vectors of any lengths, from their inner products ``(M, N, N)``: ``(M,)`` float64."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0)
     eigenvalues = torch.linalg.eigvalsh(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
@@ -298,14 +298,14 @@ def root_of(matrix: Tensor, computed_in: torch.dtype | None = None) -> Tensor:
     of zero are dropped. Rounding is judged with a unit diagonal, so that small inputs beside large ones are kept.
 
     Args:
-        matrix: the matrices.
-        computed_in: the dtype whose rounding they have; their own by default.
+        matrix: The matrices.
+        computed_in: The dtype whose rounding they have; their own by default.
 
     Returns:
         ``(..., d, d)`` float64.
 
     Raises:
-        ValueError: an eigenvalue is clearly negative.
+        ValueError: If an eigenvalue is clearly negative.
 
     >>> root_of(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
     tensor([[0., 2.],
@@ -332,7 +332,7 @@ def moment_rounding(side: int, dtype: torch.dtype) -> float:
 
     Args:
         side: ``d``; an error of one unit in every entry moves eigenvalues by up to ``d`` units.
-        dtype: in which they were summed up.
+        dtype: In which they were summed up.
 
     Returns:
         A bound with a margin for sums and scaling.

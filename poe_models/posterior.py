@@ -35,18 +35,18 @@ class BoundExpert:
     """One expert's energy with its operator, update and scale filled in.
 
     Attributes:
-        name: name of the expert.
-        update_name: name of the task vector it is about.
+        name: Name of the expert.
+        update_name: Name of the task vector it is about.
         operator: ``P_i``, batched over modules.
         update: ``U_i``, ``(M, d_out, d_in)``.
-        rho: the energy of the scaled squared residual.
+        rho: The energy of the scaled squared residual.
         scale_squared: ``s_i^2``, ``(M,)`` float64.
         norm_squared: ``|U_i|^2``, ``(M,)`` float64.
         residual_at_zero: ``q_i(0)``, the squared residual of merging nothing, ``(M,)`` float64.
         importance: ``a_i``.
         active: ``(M,)``; false where ``P_i`` vanishes (a zero update under a map made from it, or one that is zero to
             rounding beside the others): the expert drops out.
-        low_rank: factors of the update, ``(M, d_out, r)`` and ``(M, r, d_in)``, where it is an adapter's.
+        low_rank: Factors of the update, ``(M, d_out, r)`` and ``(M, r, d_in)``, where it is an adapter's.
     """
 
     name: str
@@ -104,9 +104,9 @@ class BoundFactor:
     """A :class:`~poe_models.experts.FactorExpert` as a function of the posterior's own coordinates.
 
     Attributes:
-        name: name of the expert.
-        energy: maps ``(*S, M, *event)`` to nats: ``(*S, M)``, or ``(*S)`` when ``joint``.
-        joint: whether it couples all modules.
+        name: Name of the expert.
+        energy: Maps ``(*S, M, *event)`` to nats: ``(*S, M)``, or ``(*S)`` when ``joint``.
+        joint: Whether it couples all modules.
     """
 
     name: str
@@ -119,16 +119,16 @@ class Posterior:
     """``exp(-E(Z) / T)`` for a batch of ``M`` modules, in Full or Span coordinates.
 
     Attributes:
-        experts: the bound experts.
+        experts: The bound experts.
         center: ``Z_0``, ``(M, *event)``, or None for zero.
         anchor_precision: ``eta``, ``(M,)`` float64.
         temperature: ``T``, a number. In a Pyro model of one's own also a scalar tensor that the model has drawn: such a
             posterior is for :func:`~poe_models.program.program` and :func:`~poe_models.program.log_density` only.
-        event_shape: shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
-        factors: bound factor experts.
-        span: the change of variables to coefficients on the updates, in Span coordinates; None in Full ones, where the
+        event_shape: Shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
+        factors: Bound factor experts.
+        span: The change of variables to coefficients on the updates, in Span coordinates; None in Full ones, where the
             latent is the merged update itself.
-        modules: names of the modules.
+        modules: Names of the modules.
     """
 
     experts: tuple[BoundExpert, ...]
@@ -156,7 +156,7 @@ class Posterior:
         """``T`` as a number, which everything but the Pyro program needs.
 
         Raises:
-            ValueError: it is a tensor.
+            ValueError: If it is a tensor.
         """
         if isinstance(self.temperature, Tensor):
             raise ValueError(
@@ -185,7 +185,7 @@ class Posterior:
         """Merged updates of latents, ``(*S, M, *event)`` to ``(*S, M, d_out, d_in)``, for modules of equal shape.
 
         Raises:
-            ValueError: the posterior was bound from statistics alone.
+            ValueError: If the posterior was bound from statistics alone.
         """
         if self.span is None:
             return z
@@ -195,7 +195,7 @@ class Posterior:
         """Coefficients on the members of the span, ``(*S, M, K, 1)`` to ``(*S, M, K)``.
 
         Raises:
-            ValueError: the posterior is in Full coordinates.
+            ValueError: If the posterior is in Full coordinates.
         """
         if self.span is None:
             raise ValueError(
@@ -272,7 +272,7 @@ class Posterior:
         """The posterior of one module of the batch alone.
 
         Raises:
-            ValueError: factor experts are functions of the whole batch.
+            ValueError: If factor experts are functions of the whole batch.
         """
         if self.factors:
             raise ValueError(f"`Posterior.module(...)`: {self.factors[0].name!r} sees the whole batch of modules.")
@@ -285,5 +285,5 @@ class Posterior:
 
     @property
     def active(self) -> Tensor:
-        """Which experts say anything, ``(M, E)``."""
+        """Mask of the experts whose operator is not zero, ``(M, E)``."""
         return torch.stack([expert.active for expert in self.experts], -1)

@@ -57,11 +57,11 @@ class GramPrecision(Precision):
 
     Args:
         matrix: ``A``.
-        side: the side it acts on.
+        side: The side it acts on.
         shape: ``(a, b)``.
 
     Raises:
-        NotPositiveDefiniteError: ``A`` is not positive definite in its dtype.
+        NotPositiveDefiniteError: If ``A`` is not positive definite in its dtype.
     """
 
     def __init__(self, matrix: Tensor, side: Literal["left", "right"], shape: tuple[int, int]) -> None:
@@ -125,7 +125,7 @@ class KroneckerSum(Precision):
         shift: ``(..., 1, 1)``.
 
     Raises:
-        NotPositiveDefiniteError: ``H`` is not positive definite.
+        NotPositiveDefiniteError: If ``H`` is not positive definite.
     """
 
     def __init__(self, left: Tensor, right: Tensor, shift: Tensor) -> None:
@@ -172,11 +172,11 @@ class DiagonalPrecision(Precision):
     """``H x = values * x``.
 
     Args:
-        values: the diagonal, broadcastable to ``(..., a, b)``.
+        values: The diagonal, broadcastable to ``(..., a, b)``.
         shape: ``(a, b)``.
 
     Raises:
-        NotPositiveDefiniteError: an entry is not positive.
+        NotPositiveDefiniteError: If an entry is not positive.
     """
 
     def __init__(self, values: Tensor, shape: tuple[int, int]) -> None:
@@ -224,7 +224,7 @@ class LowRankUpdate(Precision):
         coefficients: ``c_k``, ``(..., E)`` float64.
 
     Raises:
-        NotPositiveDefiniteError: ``H`` is not positive definite.
+        NotPositiveDefiniteError: If ``H`` is not positive definite.
     """
 
     def __init__(self, base: Precision, vectors: list[Tensor], coefficients: Tensor) -> None:
@@ -268,7 +268,7 @@ class LowRankUpdate(Precision):
         return self.base.inverse_diagonal() + self.inverse_diagonal_change(lambda x: x)
 
     def inverse_diagonal_change(self, lift: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the rank-one terms add to the marginal variances, in coordinates that ``lift`` leads to."""
+        """Change of the marginal variances by the rank-one terms, in coordinates that ``lift`` leads to."""
         terms = []
         for direction, value in zip(self.directions.unbind(-1), self.values.unbind(-1), strict=True):
             moved = lift(self.base.sample(direction.unflatten(-1, self.shape).to(self.dtype)))

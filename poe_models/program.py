@@ -35,7 +35,7 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
     """A Pyro model of the posterior, for any of Pyro's own inference algorithms.
 
     Args:
-        posterior: in Full or Span coordinates; its temperature may be a scalar tensor.
+        posterior: In Full or Span coordinates; its temperature may be a scalar tensor.
 
     Returns:
         A function without arguments; sampling it draws from the anchor and scores the experts. With
@@ -69,7 +69,7 @@ def anchor_prior(posterior: Posterior) -> dist.TorchDistribution:
     """``N(Z_0, T / (2 eta) I)`` per module, or an improper uniform where every ``eta`` is zero.
 
     Raises:
-        ValueError: some modules have an anchor and others none.
+        ValueError: If some modules have an anchor and others none.
     """
     shape = (posterior.num_modules, *posterior.event_shape)
     eta = posterior.anchor_precision
@@ -87,7 +87,7 @@ def anchor_prior(posterior: Posterior) -> dist.TorchDistribution:
 
 
 def log_constant(posterior: Posterior) -> Tensor:
-    """What the program's log density has beyond ``-E / T``: the anchor's normaliser in nats, ``(M,)``."""
+    """The anchor's normaliser in nats, ``(M,)``: the program's log density less ``-E / T``."""
     eta, size = posterior.anchor_precision, math.prod(posterior.event_shape)
     constant = 0.5 * size * torch.log(eta / (math.pi * posterior.temperature))
     return torch.where(eta > 0, constant, torch.zeros_like(constant))
@@ -97,15 +97,15 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
     """The program's log density as a pure, differentiable function; the only place that traces it.
 
     Args:
-        posterior: in Full or Span coordinates.
-        joint: sum over modules. Needed when a factor expert couples them.
+        posterior: In Full or Span coordinates.
+        joint: Sum over modules. Needed when a factor expert couples them.
 
     Returns:
         A function from ``(*S, M, *event)`` to nats, ``(*S, M)``, or ``(*S)`` if joint. It composes with
         ``torch.func`` transforms.
 
     Raises:
-        ValueError: a factor expert couples the modules and ``joint`` is not set.
+        ValueError: If a factor expert couples the modules and ``joint`` is not set.
     """
     coupled = [factor.name for factor in posterior.factors if factor.joint]
     if coupled and not joint:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 @dataclass(frozen=True, eq=False)
 class ExpertSizes:
-    """What a scale is computed from: the ``n`` experts of a module that share a residual map.
+    """Sizes of the ``n`` experts of a module that share a residual map, from which scales are computed.
 
     Residuals of one map have the same units, so a rule may compare these experts with each other.
 
@@ -23,8 +23,8 @@ class ExpertSizes:
         residual_at_zero: ``q_i(0)``, the squared residual of merging nothing, ``(..., n)``.
         mean_curvature: ``tr(P_i) / d``, ``(..., n)``.
         importance: ``a_i``, ``(n,)``.
-        active: experts whose operator is not zero, ``(..., n)``.
-        common_units: whether ``P_i`` is in units that all experts share, so that a smaller one is information; false
+        active: Experts whose operator is not zero, ``(..., n)``.
+        common_units: Whether ``P_i`` is in units that all experts share, so that a smaller one is information; false
             for maps made from the update itself, whose ``P_i`` grows with its length.
     """
 
@@ -39,8 +39,8 @@ class ExpertSizes:
         """The sizes of some experts.
 
         Args:
-            experts: their positions.
-            common_units: of the map that they share.
+            experts: Their positions.
+            common_units: Of the map that they share.
         """
         some = list(experts)
         return ExpertSizes(
@@ -61,7 +61,7 @@ class Scale(ABC):
         """Squared scales in the units of ``q_i``.
 
         Args:
-            sizes: of the experts of a module that share a residual map.
+            sizes: Of the experts of a module that share a residual map.
 
         Returns:
             ``s_i**2``, shape ``(..., n)``; zero where the rule gives none (the caller falls back).
@@ -207,8 +207,8 @@ class RelativePrecision(AnchorPrecision):
     One number then suits modules of every size and shrinks identical experts alike whatever their energy. It is
     computed once from the updates and not from the current weights: the posterior is one fixed density. With
     :class:`Balanced` or :class:`Relative` scales the merge of ``c U_i`` is ``c`` times the merge of ``U_i``. With
-    `Balanced` every expert counts alike in the sum; with `Relative` an expert counts as one over its squared length,
-    and one that hardly changed a module strengthens the anchor there and draws the others' merge to the centre.
+    ``Balanced`` every expert counts alike in the sum; with ``Relative`` an expert counts as one over its squared
+    length, and one that hardly changed a module strengthens the anchor there and draws the others' merge to the centre.
     """
 
     eta: float = 0.1

@@ -32,18 +32,18 @@ from poe_models.updates import NamedUpdates, batch_of, center_of
 
 @dataclass(frozen=True, eq=False)
 class SpanStatistics:
-    """What Span coordinates need of the weights, for ``M`` modules of any shapes; all float64.
+    """Inner products of updates, centre and operators for ``M`` modules of any shapes: all that Span coordinates need.
 
     Attributes:
-        modules: module names.
-        updates: names of the task vectors, in the order of the first ``N`` coordinates.
+        modules: Module names.
+        updates: Names of the task vectors, in the order of the first ``N`` coordinates.
         residual_maps: ``repr`` of each expert's residual map: ``forms`` belong to these.
-        center: what the anchor's centre was: "zero", the text of a rule, or "tensor" for values of its own.
+        center: What the anchor's centre was: "zero", the text of a rule, or "tensor" for values of its own.
         gram: ``G``, ``(M, K, K)`` with ``K = N + 1``, or ``N + 2`` through a merge.
         forms: ``K_i``, ``(M, E, K, K)``, one form per expert.
         mean_curvature: ``tr(P_i) / d_i``, ``(M, E)``.
-        dimension: rank of ``P_i``, ``(M, E)``; nan if it was not asked for.
-        through: text of the design whose merge is the last member of the basis, for each module; None without one.
+        dimension: Rank of ``P_i``, ``(M, E)``; nan if it was not asked for.
+        through: Text of the design whose merge is the last member of the basis, for each module; None without one.
     """
 
     modules: tuple[str, ...]
@@ -65,7 +65,7 @@ class SpanStatistics:
         """The statistics of some modules.
 
         Args:
-            kept: their positions.
+            kept: Their positions.
         """
         places = list(kept)
         return replace(
@@ -144,20 +144,21 @@ def span_statistics(
     """One pass over a batch of modules of equal shape.
 
     Args:
-        poe: the design; only its residual maps and its centre matter here, unless the span is to go through its merge.
+        poe: The design; only its residual maps and its centre matter here, unless the span is to go through its merge.
         updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``, or one module with names.
-        modules: names of the modules of a tensor; numbered if not given.
-        through: the merged updates ``Z_*`` of this design, ``(M, d_out, d_in)`` or ``(d_out, d_in)``, as `fixed_point`
+        modules: Names of the modules of a tensor; numbered if not given.
+        through: The merged updates ``Z_*`` of this design, ``(M, d_out, d_in)`` or ``(d_out, d_in)``, as
+        ``fixed_point``
             solves for them: draws from these statistics then surround the merge. Without, they surround the minimum
             over the span of the updates and the centre alone, which is another point.
-        ranks: find the rank of every ``P_i``, by singular values of the updates; without, only energies whose exponent
+        ranks: Find the rank of every ``P_i``, by singular values of the updates; without, only energies whose exponent
             does not depend on it can be used, and nothing that needs normalised experts.
 
     Returns:
         Statistics, to be joined over shapes with :func:`concatenate`.
 
     Raises:
-        ValueError: the product has no expert with an update, or the updates do not fit it.
+        ValueError: If the product has no expert with an update, or the updates do not fit it.
     """
     if not poe.update_names:
         raise ValueError(
@@ -209,7 +210,7 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
     """Statistics of several batches of modules as one.
 
     Raises:
-        ValueError: the parts are about different task vectors, residual maps or centres, or only some go through a
+        ValueError: If the parts are about different task vectors, residual maps or centres, or only some go through a
             merge.
     """
     first = parts[0]
@@ -255,7 +256,7 @@ def span_basis(poe: ProductOfExperts, updates: Tensor, through: Tensor | None = 
     """``B = (U_1, ..., U_N, Z_0)``, and ``Z_*`` if it is given, ``(M, K, d_out, d_in)``; a zero centre is zeros.
 
     Raises:
-        ValueError: ``through`` is not one merged update for each module.
+        ValueError: If ``through`` is not one merged update for each module.
     """
     center = center_of(poe.anchor, updates)
     parts = [updates, (torch.zeros_like(updates[:, 0]) if center is None else center).unsqueeze(1)]

@@ -1,4 +1,4 @@
-"""What Span statistics belong to, as text: the coefficients' names, the anchor's centre, the design of a merge."""
+"""Labels of Span statistics: names of the coefficients, kind of the anchor's centre, design of a merge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stored_center(updates: Tensor) -> Tensor:
         updates: ``(..., N, d_out, d_in)``.
 
     Raises:
-        ValueError: always: the updates do not tell it.
+        ValueError: If always: the updates do not tell it.
     """
     raise ValueError(
         "`Anchor(stored_center)` stands for the centre that Span statistics carry, and the updates "
@@ -33,7 +33,7 @@ def stored_center(updates: Tensor) -> Tensor:
 
 
 def merge_label(poe: ProductOfExperts) -> str:
-    """What of a design decides its merge besides residual maps, centre and solver, as text; not the temperature."""
+    """Text of what decides a design's merge besides residual maps, centre and solver: experts and anchor precision."""
     experts = (
         f"{each.name} {_plain(each.energy)} {_plain(each.scale)} importance {each.importance:g}" for each in poe.experts
     )
@@ -52,7 +52,7 @@ def basis_names(updates: Sequence[str], through: bool) -> tuple[str, ...]:
 
 
 def center_label(center: Tensor | CenterRule | None) -> str:
-    """What `SpanStatistics.center` says: the kind of a centre, without its values."""
+    """Kind of a centre without its values, as ``SpanStatistics.center`` has it."""
     if center is None:
         return "zero"
     if isinstance(center, Tensor) or center is stored_center:

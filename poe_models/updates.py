@@ -106,7 +106,7 @@ def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
     """Updates as ``(M, N, d_out, d_in)`` in a dtype to compute in.
 
     Raises:
-        ValueError: the shape does not fit ``names``, or a value is not finite.
+        ValueError: If the shape does not fit ``names``, or a value is not finite.
     """
     if updates.ndim == 3:
         updates = updates.unsqueeze(0)
@@ -145,7 +145,7 @@ def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] |
     """The anchor's centre as ``(M, d_out, d_in)``, or None for zero; a merging method makes use of adapters' factors.
 
     Raises:
-        ValueError: the centre does not have the shape of the updates.
+        ValueError: If the centre does not have the shape of the updates.
     """
     if anchor.center is None:
         return None

@@ -1,7 +1,7 @@
 """Designs compared by their evidence: which one predicts the fine-tunes, before it has seen them?
 
 **The question.** ``compare_designs`` asks how probable the updates were under each design before any was seen: a log
-density of all updates, prior and scales included, whose differences are log Bayes factors. `az.compare` asks another
+density of all updates, prior and scales included, whose differences are log Bayes factors. ``az.compare`` asks another
 one, how well each value is predicted by a model that was fitted to all others, and needs draws and a log likelihood for
 every value; for one expert of a few its importance sampling fails
 (:func:`~inference.evidence.estimate.leave_one_expert_out` answers that question exactly). A vague prior costs evidence
@@ -43,8 +43,8 @@ class DesignEvidence:
     """One row of :class:`EvidenceTable`.
 
     Attributes:
-        name: of the design.
-        evidence: of every module.
+        name: Of the design.
+        evidence: Of every module.
     """
 
     name: str
@@ -56,8 +56,8 @@ class EvidenceTable:
     """Designs by log evidence, the best first; prints as a table in nats.
 
     Attributes:
-        rows: one per design.
-        modules: names of the modules, in the order of each row's evidence.
+        rows: One per design.
+        modules: Names of the modules, in the order of each row's evidence.
     """
 
     rows: tuple[DesignEvidence, ...]
@@ -90,18 +90,18 @@ def compare_designs(
     """Evidence of several designs of the same merge, the best first; see the module for what it answers.
 
     Args:
-        designs: name to design.
-        updates: a tensor ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)``, or modules, for instance a whole model's
+        designs: Name to design.
+        updates: A tensor ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)``, or modules, for instance a whole model's
             :class:`~poe_models.weights.task_vectors.TaskVectors`, which are read once and held a few at a time.
-        generator: source of all randomness.
-        samples: importance samples per module and design.
-        progress: called with the name of every module that is done.
+        generator: Source of all randomness.
+        samples: Importance samples per module and design.
+        progress: Called with the name of every module that is done.
 
     Returns:
         The table, in nats summed over modules.
 
     Raises:
-        ValueError: two designs cannot be compared, or one has no evidence; names design and module.
+        ValueError: If two designs cannot be compared, or one has no evidence; names design and module.
 
     >>> from poe_models import AbsolutePrecision, Absolute, Anchor, Gaussian, Identity
     >>> near, far = (Anchor(precision=AbsolutePrecision(eta)) for eta in (0.5, 50.0))
@@ -161,7 +161,7 @@ def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:
 
 
 def _difference(one: Posterior, other: Posterior) -> str | None:
-    """What makes two evidences densities of different numbers; None if nothing is seen to."""
+    """Reason why two evidences are densities of different numbers, or None."""
     pairs = [
         sorted(enumerate(each.experts), key=lambda pair: (pair[1].update_name, _kind(pair[1].operator)))
         for each in (one, other)

@@ -35,9 +35,9 @@ def direct_log_weights(posterior: Posterior, samples: int, generator: torch.Gene
     """Importance weights whose mean is the integral of the anchor times ``exp(-E / T)`` over the merged update.
 
     Args:
-        posterior: in Full coordinates, with an anchor; every expert says something.
-        samples: how many, ``S``.
-        generator: source of all randomness.
+        posterior: In Full coordinates, with an anchor; every expert says something.
+        samples: How many, ``S``.
+        generator: Source of all randomness.
 
     Returns:
         Log weights in nats, ``(S, M)``.
@@ -57,8 +57,8 @@ def typical_weights(posterior: Posterior, integral: GaussianIntegral, residuals:
     """Weights ``w_i / T`` at the mean residuals of the Gaussian that they make, ``(*S, M, E)``.
 
     Args:
-        posterior: in Full coordinates.
-        integral: of the posterior.
+        posterior: In Full coordinates.
+        integral: Of the posterior.
         residuals: ``q_i`` to start from, ``(*S, M, E)``.
     """
     weights = posterior.weights(residuals) / posterior.fixed_temperature

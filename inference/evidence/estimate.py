@@ -58,9 +58,9 @@ class Evidence:
     Attributes:
         value: ``log p(U | design)`` in nats, ``(M,)`` float64.
         standard_error: Monte Carlo standard error of ``value`` in nats, ``(M,)``; 0 where it is exact.
-        dimension: how many numbers of its update each expert sees, ``(M, E)``; ``value`` is a density of all of them.
+        dimension: How many numbers of its update each expert sees, ``(M, E)``; ``value`` is a density of all of them.
         effective_samples: Kish's effective number of importance samples, ``(M,)``; infinite where ``value`` is exact.
-        pareto_k: shape of the upper tail of the importance weights, ``(M,)``; ``-inf`` where ``value`` is exact.
+        pareto_k: Shape of the upper tail of the importance weights, ``(M,)``; ``-inf`` where ``value`` is exact.
     """
 
     value: Tensor
@@ -89,7 +89,7 @@ class UntrustedEvidence(ValueError):
     """An estimate whose value and error cannot be trusted.
 
     Attributes:
-        evidence: the estimate all the same.
+        evidence: The estimate all the same.
     """
 
     def __init__(self, message: str, evidence: Evidence) -> None:
@@ -101,17 +101,18 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
     """Log evidence of a design in a batch of modules.
 
     Args:
-        posterior: in Full coordinates, with an anchor in every module.
-        generator: source of all randomness; not touched where all energies are Gaussian.
-        samples: importance samples per module. Each costs one factorisation of the smaller compressed side.
+        posterior: In Full coordinates, with an anchor in every module.
+        generator: Source of all randomness; not touched where all energies are Gaussian.
+        samples: Importance samples per module. Each costs one factorisation of the smaller compressed side.
 
     Returns:
         The evidence with its standard error; exact for Gaussian energies.
 
     Raises:
-        ValueError: an expert or the anchor has no normaliser, the posterior is in Span coordinates, or the samples are
+        ValueError: If an expert or the anchor has no normaliser, the posterior is in Span coordinates, or the samples
+        are
             fewer than would be trusted.
-        UntrustedEvidence: the importance weights are too uneven; carries the estimate.
+        UntrustedEvidence: If the importance weights are too uneven; carries the estimate.
     """
     if samples < 2 * FEWEST_EFFECTIVE:
         raise ValueError(
@@ -144,9 +145,9 @@ class LeaveOneExpertOut:
     """Log density of every expert's update given the other experts'.
 
     Attributes:
-        updates: names of the updates, ``N``.
-        whole: evidence of all experts.
-        without: evidence without the experts on each update.
+        updates: Names of the updates, ``N``.
+        whole: Evidence of all experts.
+        without: Evidence without the experts on each update.
     """
 
     updates: tuple[str, ...]
@@ -168,23 +169,23 @@ class LeaveOneExpertOut:
 def leave_one_expert_out(
     posterior: Posterior, *, generator: torch.Generator, samples: int = SAMPLES
 ) -> LeaveOneExpertOut:
-    """How well the other experts and the anchor predict each expert's update, by two evidences.
+    """Log density of each expert's update given the other experts and the anchor, by two evidences.
 
     ``log p(U_i | U_-i) = log p(U) - log p(U_-i)``: exact for Gaussian designs, with an error for others. It holds fixed
-    what the design has computed from all updates: operators, scales and the anchor. `az.loo` on posterior draws is not
-    usable for this question: one expert of a few is so much of the data that its importance weights have Pareto shapes
-    above 0.7 nearly everywhere.
+    what the design has computed from all updates: operators, scales and the anchor. ``az.loo`` on posterior draws is
+    not usable for this question: one expert of a few is so much of the data that its importance weights have Pareto
+    shapes above 0.7 nearly everywhere.
 
     Args:
-        posterior: in Full coordinates, with an anchor in every module.
-        generator: source of all randomness; not touched where all energies are Gaussian.
-        samples: importance samples per module and evidence.
+        posterior: In Full coordinates, with an anchor in every module.
+        generator: Source of all randomness; not touched where all energies are Gaussian.
+        samples: Importance samples per module and evidence.
 
     Returns:
         Densities with standard errors. Several experts about one update are left out together.
 
     Raises:
-        ValueError: as :func:`log_evidence`.
+        ValueError: If as :func:`log_evidence`.
     """
     names = tuple(dict.fromkeys(expert.update_name for expert in posterior.experts))
     whole = log_evidence(posterior, generator=generator, samples=samples)
@@ -203,13 +204,13 @@ def log_normalizers(posterior: Posterior) -> Tensor:
     """``log Z_i`` of every expert in nats, ``(M, E)``: ``-E_i / T - log Z_i`` is its normalised log likelihood.
 
     Args:
-        posterior: in Full coordinates, without factor experts.
+        posterior: In Full coordinates, without factor experts.
 
     Returns:
         ``log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2``; zero where an expert sees nothing.
 
     Raises:
-        ValueError: an expert has no normaliser, which names it; or the posterior is in Span coordinates.
+        ValueError: If an expert has no normaliser, which names it; or the posterior is in Span coordinates.
     """
     if posterior.coordinates == "span":
         raise ValueError(
@@ -229,7 +230,7 @@ def dimensions(posterior: Posterior) -> Tensor:
     """``D_i``, the ranks of the experts' operators, ``(M, E)``; zero where an expert drops out.
 
     Args:
-        posterior: in Full coordinates.
+        posterior: In Full coordinates.
     """
     return torch.stack([_dimension(expert) for expert in posterior.experts], -1)
 
@@ -292,7 +293,7 @@ def has_mixture(expert: BoundExpert) -> bool:
     """Whether an expert's density is a known Gaussian scale mixture.
 
     Args:
-        expert: any.
+        expert: Any.
     """
     try:
         expert.rho.scale_mixture()

@@ -35,7 +35,7 @@ class GaussianIntegral(ABC):
 
     Attributes:
         shift: ``sigma = eta / T``, ``(M,)``.
-        size: numbers that one set of weights of one module needs in memory.
+        size: Numbers that one set of weights of one module needs in memory.
     """
 
     shift: Tensor
@@ -56,7 +56,7 @@ class OneSided(GaussianIntegral):
     Args:
         grams: ``G_i``, ``(M, E, k, k)``.
         targets: ``U_i - Z_0`` with the acting side last, ``(M, E, r, k)``.
-        copies: length of the other side: how many rows ``A`` acts on.
+        copies: Length of the other side: how many rows ``A`` acts on.
         shift: ``sigma``, ``(M,)``.
     """
 
@@ -140,7 +140,7 @@ class TwoSided(GaussianIntegral):
     """Experts on both sides: a Kronecker sum, by an eigendecomposition of each side.
 
     Args:
-        quadratic: the least-squares problem, in float64.
+        quadratic: The least-squares problem, in float64.
         shift: ``sigma``, ``(M,)``.
     """
 
@@ -175,7 +175,7 @@ def in_float64(posterior: Posterior) -> Posterior:
     """The same posterior in double precision.
 
     Args:
-        posterior: in any precision.
+        posterior: In any precision.
     """
     experts = tuple(
         replace(e, operator=e.operator.to(torch.float64), update=e.update.double(), low_rank=None)
@@ -188,13 +188,13 @@ def gaussian_integral(posterior: Posterior) -> GaussianIntegral:
     """The integral over the merged update of a batch of modules.
 
     Args:
-        posterior: in Full coordinates, with an anchor in every module and at least one expert.
+        posterior: In Full coordinates, with an anchor in every module and at least one expert.
 
     Returns:
         A function of the experts' weights, in the order of ``posterior.experts``.
 
     Raises:
-        ValueError: the operators of one module do not share a factorisation.
+        ValueError: If the operators of one module do not share a factorisation.
     """
     posterior = in_float64(posterior)
     shift = posterior.anchor_precision / posterior.fixed_temperature

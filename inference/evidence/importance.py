@@ -23,11 +23,11 @@ class ImportanceMean:
     """Log of a mean of importance weights, per module.
 
     Attributes:
-        value: log of the mean in nats, ``(M,)``.
-        standard_error: of ``value``, by the delta method, ``(M,)``.
+        value: Log of the mean in nats, ``(M,)``.
+        standard_error: Of ``value``, by the delta method, ``(M,)``.
         effective_samples: Kish's effective number of samples, ``(M,)``.
-        pareto_k: shape of the weights' upper tail, ``(M,)``; below 1/2 their variance is finite.
-        count: number of samples.
+        pareto_k: Shape of the weights' upper tail, ``(M,)``; below 1/2 their variance is finite.
+        count: Number of samples.
     """
 
     value: Tensor
@@ -52,8 +52,8 @@ def trusted(pareto_k: Tensor, effective_samples: Tensor) -> Tensor:
     """Whether a mean of importance weights and its standard error can be trusted, bool.
 
     Args:
-        pareto_k: shape of the weights' upper tail.
-        effective_samples: effective number of samples.
+        pareto_k: Shape of the weights' upper tail.
+        effective_samples: Effective number of samples.
     """
     return (pareto_k <= LARGEST_PARETO_K) & (effective_samples >= FEWEST_EFFECTIVE)
 
@@ -62,7 +62,7 @@ def importance_mean(log_weights: Tensor) -> ImportanceMean:
     """Mean of independent importance weights.
 
     Args:
-        log_weights: in nats, ``(S, M)``.
+        log_weights: In nats, ``(S, M)``.
 
     Returns:
         Its logarithm with error and diagnostics.
@@ -78,7 +78,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     """Shape of a generalised Pareto distribution fitted to the largest weights (Vehtari et al., 2024, JMLR 25(72)).
 
     Args:
-        log_weights: in nats, ``(S, M)``.
+        log_weights: In nats, ``(S, M)``.
 
     Returns:
         ``(M,)``; ``-inf`` where the largest weights are equal.

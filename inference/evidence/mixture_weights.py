@@ -48,11 +48,11 @@ class WeightTarget:
     """The collapsed target of ``M`` modules in ``F`` log mixture weights.
 
     Attributes:
-        integral: over the merged update.
+        integral: Over the merged update.
         shape: ``alpha_i`` of the ``F`` experts that have a mixture, ``(M, F)``.
-        unit: their ``unit_i``, ``(M, F)``.
-        fixed: weights of all experts, where the others have theirs, ``(M, E)``.
-        free: places of the ``F`` experts among all.
+        unit: Their ``unit_i``, ``(M, F)``.
+        fixed: Weights of all experts, where the others have theirs, ``(M, E)``.
+        free: Places of the ``F`` experts among all.
     """
 
     integral: GaussianIntegral
@@ -102,13 +102,13 @@ def weight_target(posterior: Posterior) -> WeightTarget:
     """The collapsed target of a batch of modules in which every expert says something.
 
     Args:
-        posterior: in Full coordinates, with an anchor; every energy has a Gaussian scale mixture.
+        posterior: In Full coordinates, with an anchor; every energy has a Gaussian scale mixture.
 
     Returns:
         The target; ``free`` is empty where all energies are Gaussian.
 
     Raises:
-        ValueError: an energy has no scale mixture, or the operators of one module do not share a factorisation.
+        ValueError: If an energy has no scale mixture, or the operators of one module do not share a factorisation.
     """
     modules = posterior.num_modules
     shapes, units, fixed, free = [], [], [], []
@@ -131,14 +131,14 @@ def weight_target(posterior: Posterior) -> WeightTarget:
 
 
 def starts(target: WeightTarget, posterior: Posterior) -> Tensor:
-    """Where to climb from, ``(K, M, F)``.
+    """Starts of the climbs, ``(K, M, F)``.
 
     The best weights for the merge at each expert's update, for none at all, and for the one of Gaussian twins, after a
     few steps of expectation maximisation; ``K`` is less than these ``E + 2`` where some have met.
 
     Args:
-        target: of the posterior.
-        posterior: in Full coordinates.
+        target: Of the posterior.
+        posterior: In Full coordinates.
     """
     center = torch.zeros_like(posterior.like) if posterior.center is None else posterior.center
     residuals = [posterior.residuals(z) for z in (center, *(expert.update for expert in posterior.experts))]
@@ -163,8 +163,8 @@ def climb(target: WeightTarget, u: Tensor) -> Tensor:
     """Maxima of the target by Newton's method with a line search.
 
     Args:
-        target: what to maximise.
-        u: starts, ``(K, M, F)``.
+        target: What to maximise.
+        u: Starts, ``(K, M, F)``.
 
     Returns:
         Where each start leads, ``(K, M, F)``: a mode, or after many steps a point that is near one.
@@ -206,8 +206,8 @@ class Proposal:
     Attributes:
         location: ``(K, M, F)``.
         whitening: ``W``, ``(K, M, F, F)``: ``W (u - location)`` is a standard t.
-        coloring: its inverse.
-        df: degrees of freedom.
+        coloring: Its inverse.
+        df: Degrees of freedom.
     """
 
     location: Tensor
@@ -220,7 +220,7 @@ class Proposal:
         """The proposal with the target's curvature at each point, or its size where it is no maximum.
 
         Args:
-            target: of importance sampling.
+            target: Of importance sampling.
             points: ``(K, M, F)``.
         """
         curvatures, vectors = torch.linalg.eigh(-target.hessian(points))
@@ -264,15 +264,15 @@ def mixture_log_weights(posterior: Posterior, samples: int, generator: torch.Gen
     """Importance weights whose mean is the integral of the anchor times ``exp(-E / T)`` over the merged update.
 
     Args:
-        posterior: in Full coordinates, with an anchor; every expert says something and has a scale mixture.
-        samples: how many, ``S``.
-        generator: source of all randomness; not touched where all energies are Gaussian.
+        posterior: In Full coordinates, with an anchor; every expert says something and has a scale mixture.
+        samples: How many, ``S``.
+        generator: Source of all randomness; not touched where all energies are Gaussian.
 
     Returns:
         Log weights in nats, ``(S, M)``; ``(1, M)``, the exact value, where all energies are Gaussian.
 
     Raises:
-        ValueError: the anchor cannot be told from rounding beside the experts.
+        ValueError: If the anchor cannot be told from rounding beside the experts.
     """
     target = weight_target(posterior)
     if not target.free:

@@ -36,7 +36,7 @@ def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
     """Group modules by shape, holding a limited number of them at a time.
 
     Args:
-        updates: of one module, of a batch, or of many modules.
+        updates: Of one module, of a batch, or of many modules.
 
     Yields:
         Batches; modules of a tensor are named by their numbers.

@@ -54,14 +54,14 @@ class HierarchicalModel:
     everything but the priors of ``gamma`` and ``nu``. Leading dimensions ``(*S)`` of all methods are draws.
 
     Args:
-        poe: see :func:`~inference.hierarchical.sampler.hierarchical`.
-        updates: see :func:`~inference.hierarchical.sampler.hierarchical`.
-        shared: see :func:`~inference.hierarchical.sampler.hierarchical`.
-        gamma_prior: see :func:`~inference.hierarchical.sampler.hierarchical`.
-        df_prior: see :func:`~inference.hierarchical.sampler.hierarchical`.
+        poe: See :func:`~inference.hierarchical.sampler.hierarchical`.
+        updates: See :func:`~inference.hierarchical.sampler.hierarchical`.
+        shared: See :func:`~inference.hierarchical.sampler.hierarchical`.
+        gamma_prior: See :func:`~inference.hierarchical.sampler.hierarchical`.
+        df_prior: See :func:`~inference.hierarchical.sampler.hierarchical`.
 
     Raises:
-        ValueError: an expert is not a normalised density or no scale mixture, or a setting cannot be used.
+        ValueError: If an expert is not a normalised density or no scale mixture, or a setting cannot be used.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class HierarchicalModel:
 
         Args:
             gamma: ``(*S)``, ``(*S, E)`` or ``(*S, M)``, as ``shared`` says.
-            nu: of the same shape; None where no energy has degrees of freedom.
+            nu: Of the same shape; None where no energy has degrees of freedom.
             white: ``(*S, M, E)``; None where all energies are Gaussian.
 
         Returns:
@@ -188,7 +188,7 @@ class HierarchicalModel:
         return torch.where(self.free, (self.power * df + (self.power - 1) * self.rank) / 2, 1.0), df
 
     def _prepare(self, own_gamma: list[float]) -> None:
-        """What does not depend on the unknowns, for the modules of all batches."""
+        """Compute everything that does not depend on the unknowns, for the modules of all batches."""
 
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts)
@@ -255,7 +255,7 @@ def integrated(weights: Tensor, integral: GaussianIntegral) -> Tensor:
 
     Args:
         weights: ``(*S, M, E)``.
-        integral: of the ``M`` modules.
+        integral: Of the ``M`` modules.
 
     Returns:
         ``(*S, M)``.

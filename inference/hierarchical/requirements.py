@@ -1,4 +1,4 @@
-"""What `hierarchical` can be asked for: its settings, and the designs that are generative models of the updates."""
+"""Checks of ``hierarchical``: its settings, and that the design is a generative model of the updates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def sizes(shared: Shared, modules: int, experts: int) -> tuple[int, ...]:
     """Shape of ``gamma`` and ``nu``.
 
     Args:
-        shared: what has one of its own.
-        modules: how many.
-        experts: how many.
+        shared: What has one of its own.
+        modules: How many.
+        experts: How many.
     """
     return {"model": (), "expert": (experts,), "module": (modules,)}[shared]
 
@@ -35,12 +35,12 @@ def shared_prior(name: str, prior: dist.TorchDistribution, size: tuple[int, ...]
     """A scalar prior for each of the shared quantities.
 
     Args:
-        name: of the argument, for errors.
-        prior: scalar, on positive numbers.
-        size: shape of the quantities.
+        name: Of the argument, for errors.
+        prior: Scalar, on positive numbers.
+        size: Shape of the quantities.
 
     Raises:
-        ValueError: it is not scalar, or allows negative values.
+        ValueError: If it is not scalar, or allows negative values.
     """
     if prior.batch_shape or prior.event_shape:
         raise ValueError(
@@ -59,10 +59,10 @@ def check_energies(poe: ProductOfExperts) -> bool:
     """Whether there are degrees of freedom to infer.
 
     Args:
-        poe: the design.
+        poe: The design.
 
     Raises:
-        ValueError: its Student-t experts are no densities for every ``nu``, or only some experts are Student-t.
+        ValueError: If its Student-t experts are no densities for every ``nu``, or only some experts are Student-t.
     """
     students = [
         expert
@@ -94,10 +94,10 @@ def check_mixtures(poe: ProductOfExperts) -> None:
     """Refuse energies under which the merged update cannot be integrated out.
 
     Args:
-        poe: the design.
+        poe: The design.
 
     Raises:
-        ValueError: an energy is no Gaussian scale mixture.
+        ValueError: If an energy is no Gaussian scale mixture.
     """
     for expert in poe.experts:
         energy = expert.energy.for_dimension(torch.ones((), dtype=torch.float64))
@@ -115,11 +115,11 @@ def check_scales(poe: ProductOfExperts, shared: Shared) -> tuple[int, list[float
     """The power of ``gamma`` in the squared scales, and each expert's own ``gamma``.
 
     Args:
-        poe: the design.
-        shared: what has a ``gamma`` of its own.
+        poe: The design.
+        shared: What has a ``gamma`` of its own.
 
     Raises:
-        ValueError: the experts' scales are of different kinds, or differ where one takes their place.
+        ValueError: If the experts' scales are of different kinds, or differ where one takes their place.
     """
     if shared not in get_args(Shared):
         raise ValueError(f"`hierarchical(shared={shared!r})`: is one of {', '.join(map(repr, get_args(Shared)))}.")
@@ -141,11 +141,11 @@ def check_anchor(posteriors: Sequence[Posterior], modules: Sequence[str]) -> Non
     """Refuse modules without an anchor.
 
     Args:
-        posteriors: of all batches.
-        modules: names of all modules.
+        posteriors: Of all batches.
+        modules: Names of all modules.
 
     Raises:
-        ValueError: there are no modules, or some have a zero anchor precision; names them.
+        ValueError: If there are no modules, or some have a zero anchor precision; names them.
     """
     if not posteriors:
         raise ValueError("`hierarchical(updates=...)`: there are no modules. Give task vectors that merge some.")

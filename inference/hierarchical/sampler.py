@@ -58,15 +58,15 @@ class HierarchicalDraws:
     """Draws of scale, tail, the experts' weights and the merged updates together, ``C`` chains of ``S`` draws.
 
     Attributes:
-        gamma: the scale's ``gamma``: ``(C, S)``, ``(C, S, E)`` per expert or ``(C, S, M)`` per module; float64.
-        nu: degrees of freedom, of the same shape; None where no energy has any.
-        weights: weights ``w_i`` of the ``P_i``, ``(C, S, M, E)``.
-        updates: draws of the merged updates, made again from weights and seeds, for each batch of modules of one shape.
-        diverging: which trajectories diverged, ``(C, S)`` bool.
-        eta: the anchor's precision at the reference ``gamma``, ``(M,)``.
-        modules: names of the modules, batch after batch.
-        experts: names of the experts.
-        shared: what has a ``gamma`` and ``nu`` of its own.
+        gamma: The scale's ``gamma``: ``(C, S)``, ``(C, S, E)`` per expert or ``(C, S, M)`` per module; float64.
+        nu: Degrees of freedom, of the same shape; None where no energy has any.
+        weights: Weights ``w_i`` of the ``P_i``, ``(C, S, M, E)``.
+        updates: Draws of the merged updates, made again from weights and seeds, for each batch of modules of one shape.
+        diverging: Which trajectories diverged, ``(C, S)`` bool.
+        eta: The anchor's precision at the reference ``gamma``, ``(M,)``.
+        modules: Names of the modules, batch after batch.
+        experts: Names of the experts.
+        shared: What has a ``gamma`` and ``nu`` of its own.
     """
 
     gamma: Tensor
@@ -88,12 +88,12 @@ class HierarchicalDraws:
         """One draw of a module's merged update, ``(d_out, d_in)``.
 
         Args:
-            module: its name.
-            chain: number of the chain.
-            draw: number of the draw.
+            module: Its name.
+            chain: Number of the chain.
+            draw: Number of the draw.
 
         Raises:
-            ValueError: there is no such module.
+            ValueError: If there is no such module.
         """
         if module not in self.modules:
             raise ValueError(f"`HierarchicalDraws.update({module!r})`: the modules are {', '.join(self.modules)}.")
@@ -123,30 +123,30 @@ def hierarchical(
     """Infer scales and tails by Pyro's NUTS on :class:`~inference.hierarchical.model.HierarchicalModel`.
 
     Args:
-        poe: the design, with normalised experts: ``StudentT(df, exponent="multivariate")`` to infer ``gamma`` and
+        poe: The design, with normalised experts: ``StudentT(df, exponent="multivariate")`` to infer ``gamma`` and
             ``nu``, Gaussian or ``Cauchy("multivariate")`` to infer ``gamma`` alone. Its own ``gamma`` is the reference
             of the anchor and of the default prior; its own ``df`` only helps to find ``white``.
-        updates: a tensor ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)``, or modules of any shapes, for instance a
+        updates: A tensor ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)``, or modules of any shapes, for instance a
             whole model's :class:`~poe_models.weights.task_vectors.TaskVectors`.
-        num_samples: draws kept per chain.
-        seed: decides everything; torch's global generator is as before when the function returns.
-        shared: what has a ``gamma`` and ``nu`` of its own.
-        gamma_prior: a scalar distribution on positive numbers; by default log-normal about the design's own ``gamma``
+        num_samples: Draws kept per chain.
+        seed: Decides everything; torch's global generator is as before when the function returns.
+        shared: What has a ``gamma`` and ``nu`` of its own.
+        gamma_prior: A scalar distribution on positive numbers; by default log-normal about the design's own ``gamma``
             with a log standard deviation of 1.
-        df_prior: a scalar distribution on positive numbers; by default Gamma(2, 0.1) (Juarez and Steel, 2010,
+        df_prior: A scalar distribution on positive numbers; by default Gamma(2, 0.1) (Juarez and Steel, 2010,
             Journal of Business and Economic Statistics 28(1)), of mean 20.
-        chains: one after another, from starts drawn from the priors.
-        warmup: steps per chain before the first kept draw.
-        target_acceptance: raise it if trajectories diverge.
-        max_tree_depth: most doublings of one trajectory.
-        progress: called with the number of finished steps and their total.
+        chains: One after another, from starts drawn from the priors.
+        warmup: Steps per chain before the first kept draw.
+        target_acceptance: Raise it if trajectories diverge.
+        max_tree_depth: Most doublings of one trajectory.
+        progress: Called with the number of finished steps and their total.
 
     Returns:
         The draws; a warning says so if trajectories diverged. R-hat and effective sample sizes of ``gamma`` and ``nu``:
         ``az.summary(to_inference_data(draws))``.
 
     Raises:
-        ValueError: an expert is not a normalised density, or a setting cannot be used.
+        ValueError: If an expert is not a normalised density, or a setting cannot be used.
     """
     if num_samples < 1 or chains < 1 or warmup < 1:
         raise ValueError(
@@ -206,8 +206,8 @@ def gather(model: HierarchicalModel, samples: list[dict[str, Tensor]], divergenc
     """Weights of the chains' draws, and seeds for the merged updates from torch's global generator.
 
     Args:
-        model: that was sampled.
-        samples: draws of each chain by site.
+        model: That was sampled.
+        samples: Draws of each chain by site.
         divergences: ``(C, S)`` bool.
 
     Returns:

@@ -82,7 +82,7 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the record that `write_artifact` wrote; nothing in the folder is executed.
+    """Read the tensors and the record that ``write_artifact`` wrote; nothing in the folder is executed.
 
     Raises:
         CheckpointError: If anything about it is wrong.

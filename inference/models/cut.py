@@ -24,8 +24,8 @@ class CutError(ValueError):
 def structural_cut(model: nn.Module, changing: Collection[str]) -> str | None:
     """Find a cut that the model's containers give.
 
-    That is the first element with changing weights of an `nn.Sequential` or `nn.ModuleList`; inside that element the
-    search goes on only through containers, because a module's own code may use its input twice.
+    That is the first element with changing weights of an ``nn.Sequential`` or ``nn.ModuleList``; inside that element
+    the search goes on only through containers, because a module's own code may use its input twice.
 
     Args:
         model: The model.

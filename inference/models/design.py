@@ -23,14 +23,14 @@ from poe_models.weights.loading import Checkpoint, CheckpointError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Design:
-    """Settings of a merge by a product of experts; tensors that share one `Design` object are solved as a batch.
+    """Settings of a merge by a product of experts; tensors that share one ``Design`` object are solved as a batch.
 
     Args:
-        poe: The product of experts; `update_names` are names of task vectors.
+        poe: The product of experts; ``update_names`` are names of task vectors.
         scaling: Λ in ``W = W_0 + λ Z``.
         coordinates: Solve for the merged update (``"full"``) or its coefficients on the experts' (``"span"``).
         options: Settings of the solver.
-        center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to `poe.anchor`.
+        center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to ``poe.anchor``.
     """
 
     poe: ProductOfExperts
@@ -48,7 +48,7 @@ class Design:
 
     @property
     def span_product(self) -> ProductOfExperts:
-        """The product for `bind` and whatever else runs from statistics alone.
+        """The product for ``bind`` and whatever else runs from statistics alone.
 
         There a checkpoint as the centre is what the statistics carry.
         """

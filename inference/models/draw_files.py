@@ -30,7 +30,7 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
 
     Args:
         draws: Of a whole model.
-        path: The folder to make, with `draws.safetensors` and `draws.json`.
+        path: The folder to make, with ``draws.safetensors`` and ``draws.json``.
 
     Returns:
         The folder.
@@ -79,18 +79,18 @@ def _record(draws: ModelDraws) -> dict[str, Any]:
 
 
 def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> ModelDraws:
-    """Load what `save_draws` saved.
+    """Load what ``save_draws`` saved.
 
     Full draws are made again bit for bit on the same device type, torch version and number of threads, which the file
-    records. Elsewhere a `RegenerationWarning` says what holds.
+    records. Elsewhere a ``RegenerationWarning`` says what holds.
 
     Args:
         path: The folder.
-        source: What the draws should be about: the statistics, or the digest that earlier draws had as `source`. None
+        source: What the draws should be about: the statistics, or the digest that earlier draws had as ``source``. None
             takes any; an ensemble still compares the norms of all updates.
 
     Returns:
-        `SpanDraws`, `FullDraws` or `MethodDraws`.
+        ``SpanDraws``, ``FullDraws`` or ``MethodDraws``.
 
     Raises:
         CheckpointError: If the folder is missing, corrupt, holds something else, or draws of something else.

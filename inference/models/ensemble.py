@@ -60,13 +60,13 @@ class MergedEnsemble:
 
     Args:
         task_vectors: Base and experts.
-        design: One product, method or design for all tensors, or a function from the tensor's name; λ is its `scaling`.
-        draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
+        design: One product, method or design for all tensors, or a function from the tensor's name; λ is its
+        ``scaling``. draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.
 
     Raises:
-        CheckpointError: If `elsewhere` lacks a tensor.
+        CheckpointError: If ``elsewhere`` lacks a tensor.
         ValueError: If the draws have modules that are not merged here, or belong to another design or dtype.
 
     >>> from inference.models.full_draws import sample_full
@@ -141,10 +141,10 @@ class MergedEnsemble:
         """State dict of one member.
 
         Args:
-            draw: One draw (`draws[i]`) of the ensemble's modules, its own or another.
+            draw: One draw (``draws[i]``) of the ensemble's modules, its own or another.
 
         Returns:
-            As `members` yields.
+            As ``members`` yields.
 
         Raises:
             ValueError: If it is not one draw of these modules.
@@ -162,7 +162,7 @@ class MergedEnsemble:
         submodule: str = "",
         cut: str | None = None,
     ) -> MemberPredictor:
-        """A function from a draw to its member's log probabilities, for instance for `temper`.
+        """A function from a draw to its member's log probabilities, for instance for ``temper``.
 
         Args:
             model: A model of the base's architecture, or one that contains it; never written to.
@@ -171,8 +171,8 @@ class MergedEnsemble:
                 batch, or with its first element.
             submodule: Where in the model the checkpoint is, if a head was put on it.
             cut: A submodule of the model. What is before it is computed once and its inputs are kept in main memory;
-                they must not depend on sampled modules. By default the first sampled element of an `nn.Sequential` or
-                `nn.ModuleList`, if there is one and it works; `reused` says which was used.
+                they must not depend on sampled modules. By default the first sampled element of an ``nn.Sequential`` or
+                ``nn.ModuleList``, if there is one and it works; ``reused`` says which was used.
 
         Returns:
             The function.
@@ -204,7 +204,7 @@ class MergedEnsemble:
         """Mean class probabilities of all members, and how much they disagree; members are added up one by one.
 
         Args:
-            model: See `predictor`, as for the next four.
+            model: See ``predictor``, as for the next four.
             loader: Batches.
             forward: Maps the model and a batch to logits.
             submodule: Where in the model the checkpoint is.
@@ -258,14 +258,14 @@ class MergedEnsemble:
             The folder.
 
         Raises:
-            OutputError: If the folder exists, the disk is full, or an interrupted save is there and `resume` is false.
-            ValueError: If `format` is unknown.
+            OutputError: If the folder exists, the disk is full, or an interrupted save is there and ``resume`` is
+            false. ValueError: If ``format`` is unknown.
         """
         return save_members(self._tensors, Path(out), format, resume, progress, extras)
 
 
 class MemberPredictor:
-    """Log probabilities of one member after another; see `MergedEnsemble.predictor`."""
+    """Log probabilities of one member after another; see ``MergedEnsemble.predictor``."""
 
     def __init__(self, tensors: MemberTensors, runner: Runner, prefix: str) -> None:
         self._tensors, self._runner, self._prefix = tensors, runner, prefix

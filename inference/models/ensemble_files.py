@@ -34,7 +34,7 @@ def save_members(
     progress: Progress | None,
     extras: Callable[[Staging], None] | None,
 ) -> Path:
-    """Write all members; see `MergedEnsemble.save`.
+    """Write all members; see ``MergedEnsemble.save``.
 
     Raises:
         ValueError: If the kind is neither "checkpoints" nor "deltas".

@@ -81,7 +81,7 @@ def write_companions(
         files: Weight files to the names of their tensors, tied ones included.
         nbytes: Bytes of all tensors.
         dtype: Dtype asked for; None if the base's was kept.
-        record: What goes to `poe_merge.json`.
+        record: What goes to ``poe_merge.json``.
         prefix: Path of the folder in the output, with a slash at its end.
     """
     for path, name in companion_files(base):

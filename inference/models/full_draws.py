@@ -191,7 +191,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_environment(recorded: Mapping[str, Any]) -> None:
-    """Refuse an environment that `environment` cannot have given.
+    """Refuse an environment that ``environment`` cannot have given.
 
     Raises:
         ValueError: If something is missing, or is not known here.
@@ -206,7 +206,7 @@ def warn_of_changes(recorded: Mapping[str, Any], device: torch.device | None = N
     """Warn if draws recorded elsewhere will not be the same bits here.
 
     Args:
-        recorded: What `environment` gave where they were made.
+        recorded: What ``environment`` gave where they were made.
         device: Where they will be made again; by default the same kind of device, or the CPU if there is none.
     """
     dtype = getattr(torch, recorded["dtype"])

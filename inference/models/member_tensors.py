@@ -84,7 +84,7 @@ class MemberTensors:
         shared: Names of the others.
 
     Raises:
-        CheckpointError: If `elsewhere` lacks a tensor.
+        CheckpointError: If ``elsewhere`` lacks a tensor.
         ValueError: If the draws have modules that are not merged here, or belong to another design or dtype.
     """
 

@@ -90,9 +90,9 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge a checkpoint into a new folder.
 
-    The folder has the base's shards, config and tokenizer files, a model card, and `poe_merge.json` with the digests of
-    all inputs, versions, settings, and what happened to each tensor. Merged tensors are ``W_0 + λ Z``, averaged ones
-    ``W_0 + mean(U_i)``. The work is done in `OUT.partial` beside it, which an interrupted merge leaves behind.
+    The folder has the base's shards, config and tokenizer files, a model card, and ``poe_merge.json`` with the digests
+    of all inputs, versions, settings, and what happened to each tensor. Merged tensors are ``W_0 + λ Z``, averaged ones
+    ``W_0 + mean(U_i)``. The work is done in ``OUT.partial`` beside it, which an interrupted merge leaves behind.
 
     Args:
         task_vectors: Base and experts.
@@ -113,7 +113,7 @@ def merge_checkpoint(
         OutputError: If the folder exists or would overwrite an input, the disk is full, or the interrupted merge was
             another one.
         CheckpointError: If an input cannot be read, has values that are not finite, or is a copy of the base; groups
-            that are finished stay in `OUT.partial`.
+            that are finished stay in ``OUT.partial``.
         ValueError: If the design cannot be solved.
     """
     began, progress = time.monotonic(), progress or Silent()

@@ -19,10 +19,10 @@ from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 @dataclass(frozen=True, eq=False)
 class MethodDesign:
-    """The matrices of a tensor are merged by a method, of all task vectors; what `Design` is for products of experts.
+    """The matrices of a tensor are merged by a method, of all task vectors; what ``Design`` is for products of experts.
 
     Args:
-        method: The method; where it has to see the whole model first, `merge_checkpoint` shows it.
+        method: The method; where it has to see the whole model first, ``merge_checkpoint`` shows it.
         scaling: Λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
     """
 
@@ -68,7 +68,7 @@ class MethodDesign:
         """The design at another seed, which may have to look at the model anew; itself if its method does not draw.
 
         Raises:
-            ValueError: If the method draws and has no field `seed`, or was made ready at a seed of its own.
+            ValueError: If the method draws and has no field ``seed``, or was made ready at a seed of its own.
         """
         method = self.method
         if not method.about.random:

@@ -38,8 +38,8 @@ class MethodDraws(ModelDraws):
     """Seeds of random merging methods; a draw is the merge at one of them.
 
     The masks of a method depend on its seed and on names only, so that seeds are all there is to keep, and a draw is
-    what `merge_checkpoint` makes of the method at that seed. Methods that look at the whole model do so once for every
-    seed, in bounded memory.
+    what ``merge_checkpoint`` makes of the method at that seed. Methods that look at the whole model do so once for
+    every seed, in bounded memory.
 
     Attributes:
         seeds: ``(C, S)`` int64.

@@ -62,7 +62,7 @@ class SpanDraws(ModelDraws):
             The coefficients.
 
         Raises:
-            ValueError: the posterior is in Full coordinates.
+            ValueError: If the posterior is in Full coordinates.
         """
         if posterior.span is None:
             raise ValueError(

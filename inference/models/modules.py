@@ -28,7 +28,7 @@ class Module:
     """A matrix of a checkpoint that has met its design.
 
     Attributes:
-        name: Its name, as `ModuleUpdates` has it.
+        name: Its name, as ``ModuleUpdates`` has it.
         poe: The design's product; a checkpoint as the anchor's centre is a tensor in it.
         base: ``W_0``, ``(d_out, d_in)``.
         updates: ``(N, d_out, d_in)`` in the order of ``poe.update_names``.

@@ -162,7 +162,7 @@ def plan(
     out_dtype: torch.dtype | None = None,
     batch_bytes: int = BATCH_BYTES,
 ) -> Plan:
-    """Say what `merge_checkpoint` with the same arguments will do; nothing but headers is read.
+    """Say what ``merge_checkpoint`` with the same arguments will do; nothing but headers is read.
 
     Args:
         task_vectors: Base and experts.
@@ -213,7 +213,7 @@ def _products(designs: Sequence[AnyDesign]) -> list[Design]:
 def _given(
     task_vectors: TaskVectors, designs: Sequence[AnyDesign], modules: Mapping[int, Mapping[str, tuple[int, int]]]
 ) -> dict[str, Checkpoint]:
-    """Inputs of residual maps and methods by their role, checked for the modules given by the `id` of their design."""
+    """Inputs of residual maps and methods by their role, checked for modules by the ``id`` of their design."""
     found: dict[str, Checkpoint] = {}
     for design in designs:
         here = modules.get(id(design), {})
@@ -248,7 +248,7 @@ def _tensor_plan(
 
 
 def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tuple[int, int]]]:
-    """Names and shapes of the modules of each design, by its `id`."""
+    """Names and shapes of the modules of each design, by its ``id``."""
     modules: dict[int, dict[str, tuple[int, int]]] = {}
     for tensor in tensors:
         if tensor.design is not None:
@@ -258,7 +258,7 @@ def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tup
 
 
 def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: int) -> list[Group]:
-    """Tensors that fit together, at most `budget` bytes of updates each, in the order of their first tensor."""
+    """Tensors that fit together, at most ``budget`` bytes of updates each, in the order of their first tensor."""
     alike: dict[tuple[object, ...], list[TensorPlan]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.treatment.action, id(tensor.design), tensor.matrices), []).append(tensor)

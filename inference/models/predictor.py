@@ -208,7 +208,7 @@ def _shaken(state: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
 
 
 class _Caller(nn.Module):
-    """A function of a model as a module, for `functional_call`."""
+    """A function of a model as a module, for ``functional_call``."""
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
         super().__init__()

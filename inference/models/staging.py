@@ -323,7 +323,7 @@ class Staging:
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
-        """Turn a full disk into one `OutputError`.
+        """Turn a full disk into one ``OutputError``.
 
         Yields:
             Nothing.

@@ -48,9 +48,9 @@ def collect_statistics(
     """Make Span statistics in one pass over the weights, a tensor at a time.
 
     Where the design's merge is solved in Full coordinates, which is the default, it is solved here as well and the span
-    goes through it, so that draws surround what `merge_checkpoint` writes; such statistics belong to one energy, scale
-    and anchor. Those of a design with ``coordinates="span"`` serve any, and their draws surround its merge, too: the
-    MAP in Span coordinates.
+    goes through it, so that draws surround what ``merge_checkpoint`` writes; such statistics belong to one energy,
+    scale and anchor. Those of a design with ``coordinates="span"`` serve any, and their draws surround its merge, too:
+    the MAP in Span coordinates.
 
     Args:
         task_vectors: Base and experts.
@@ -109,9 +109,9 @@ def save_statistics(
 
     Args:
         statistics: Of all modules.
-        path: The folder to make, with `statistics.safetensors` and `statistics.json`.
-        about: What decides them besides the checkpoints, as `describe` gives it.
-        inputs: Digests of the checkpoints they were made from, as `digest_inputs` gives them.
+        path: The folder to make, with ``statistics.safetensors`` and ``statistics.json``.
+        about: What decides them besides the checkpoints, as ``describe`` gives it.
+        inputs: Digests of the checkpoints they were made from, as ``digest_inputs`` gives them.
         settings: What they were configured with, for the record.
 
     Returns:
@@ -142,7 +142,7 @@ def save_statistics(
 
 
 def load_statistics(path: str | Path) -> SpanStatistics:
-    """Load what `save_statistics` saved.
+    """Load what ``save_statistics`` saved.
 
     Args:
         path: The folder.

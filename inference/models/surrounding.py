@@ -71,7 +71,7 @@ def gibbs_distance(name: str, kernel: GibbsKernel, weights: Tensor, merge: Tenso
     """Distance of Full draws of one module by the means and variances of ``Z`` given their mixture weights ``(S, E)``.
 
     Given these ``Z`` is Gaussian, so that neither its centre nor its spread has the noise of all its entries
-    (Rao-Blackwell): what is left of the Monte Carlo error is that of a few weights, of at most `MOST` draws.
+    (Rao-Blackwell): what is left of the Monte Carlo error is that of a few weights, of at most ``MOST`` draws.
     """
     places = torch.linspace(0, len(weights) - 1, min(MOST, len(weights))).round().long()
     some = weights[places].to(kernel.posterior.anchor_precision).unsqueeze(1)
