@@ -56,8 +56,8 @@ def beside_verdict(
     for index, name in enumerate(draws.modules):
         if not _same(draws, index, designs[name], modules[name]):
             text = (
-                f"{draws.about}: those of {name!r} were drawn from other updates, or under other experts, scales or "
-                "anchor than this merge was made with, and are around another merge. Draw around this one: "
+                f"{draws.about}: those of {name!r} were drawn under other experts, scales or anchor than this merge "
+                "was made with, or from other updates, and are around another merge. Draw around this one: "
                 "`poe-merge sample --merge`."
             )
             return Verdict(ABOUT, Level.CAUTION, text)
