@@ -58,8 +58,8 @@ def beside_verdict(
         if not _same(draws, index, designs[name], modules[name]):
             return _caution(
                 draws,
-                f"those of {name!r} were drawn from other updates, or under other experts, scales or anchor than this "
-                "merge was made with, and are around another merge. Draw around this one: `poe-merge sample --merge`.",
+                f"those of {name!r} were drawn under other experts, scales or anchor than this merge was made with, or "
+                "from other updates, and are around another merge. Draw around this one: `poe-merge sample --merge`.",
             )
     return surround_verdict(draws)
 

@@ -102,7 +102,7 @@ def test_two_centres_that_read_alike_are_told_apart(
     draws = sample_full(vectors, around(FAR_AWAY / (2 if moved else 1)), 50, generator=seeded(0), warmup=20)
     found = judged(draws, around(FAR_AWAY), vectors, tmp_path / "merged")
     assert found.level is level
-    assert ("drawn from other updates, or under other experts, scales or anchor" in found.text) is moved
+    assert ("drawn under other experts, scales or anchor than this merge" in found.text) is moved
 
 
 @pytest.mark.parametrize("kind", ["full", "span"])
@@ -117,7 +117,7 @@ def test_draws_of_other_experts_of_the_same_names_are_found_out(
     assert judged(draws, Design(POE), other, tmp_path / "own").level is Level.GOOD
     found = judged(draws, Design(POE), vectors, tmp_path / "merged")
     assert found.level is Level.CAUTION
-    assert "drawn from other updates" in found.text
+    assert "or from other updates, and are around another merge" in found.text
 
 
 @pytest.mark.parametrize(("energy", "level"), [(Cauchy(), Level.GOOD), (Gaussian(), Level.CAUTION)])
