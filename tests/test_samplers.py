@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from inference.map import solve_posterior
+from inference.map import fixed_point
 from inference.samplers import SAMPLERS
-from poe_models import Gaussian, Posterior, ProductOfExperts, StudentT, Welsch, span_posterior, span_statistics
+from poe_models import Gaussian, Posterior, ProductOfExperts, StudentT, Welsch, span_statistics
 from tests.helpers import random_updates
 from tests.sampling import assert_same_mean, gaussian_means, values_of
 from tests.seeds import seeded
@@ -19,11 +19,11 @@ from tests.seeds import seeded
 def posterior() -> Posterior:
     """Span coordinates of one module of two Gaussian experts."""
     poe = ProductOfExperts.of(["a", "b"], energy=Gaussian())
-    return span_posterior(poe, span_statistics(poe, random_updates(seeded(0), 1, 2, 5, 4), ["m"]))[0]
+    return poe.bind(span_statistics(poe, random_updates(seeded(0), 1, 2, 5, 4), ["m"]))
 
 
 def settings(name: str, posterior: Posterior, **given: Any) -> dict[str, Any]:
-    known = {"mode": solve_posterior(posterior).value, "warmup": 50, "chains": 4, **given}
+    known = {"mode": fixed_point(posterior).value, "warmup": 50, "chains": 4, **given}
     return {key: value for key, value in known.items() if key in SAMPLERS[name].settings}
 
 
