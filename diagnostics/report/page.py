@@ -180,7 +180,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     every = [*verdicts, *(verdict for section in sections for verdict in section.verdicts)]
     warnings = tuple(sorted((v for v in every if v.level > Level.GOOD), key=lambda verdict: -verdict.level))
     template = Environment(
-        loader=PackageLoader("diagnostics", "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=PackageLoader("diagnostics.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     ).get_template("page.html.jinja")
     html = template.render(title=title, subtitle=subtitle, sections=sections, warnings=warnings, words=WORDS)
     return Page(html, warnings)
