@@ -89,11 +89,13 @@ class Kernel(ABC, Generic[State, Info]):
     The state is what a chain needs for its next step, the info what a reader wants to know of the last one.
 
     Attributes:
-        name: Name of the sampler.
+        name: Name of the sampler, which its draws keep.
+        function: Name of the function that users call.
         posterior: Density that the transition leaves invariant.
     """
 
     name: str
+    function: str
     posterior: Posterior
 
     @abstractmethod
@@ -145,8 +147,8 @@ def run_chains(
     """
     if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
         raise ValueError(
-            f"`{kernel.name}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least one "
-            "draw, one chain and one step per draw are needed, and no negative warmup."
+            f"`{kernel.function}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least "
+            "one draw, one chain and one step per draw are needed, and no negative warmup."
         )
     state = kernel.init(chains, generator)
     total = warmup + num_samples * thin

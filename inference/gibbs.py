@@ -137,6 +137,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
     """
 
     name = "gibbs"
+    function = "gibbs"
 
     def __init__(self, posterior: Posterior) -> None:
         if posterior.factors:

@@ -265,6 +265,7 @@ class SliceKernel(Kernel[SliceState, SliceInfo]):
     """
 
     name = "slice"
+    function = "slice_sample"
 
     def __init__(self, posterior: Posterior) -> None:
         require_proper(posterior)

@@ -243,7 +243,7 @@ def test_some_tensors_by_one_method_and_some_by_another(folders: dict[str, Path]
         expected = module.base + ready.merge(ModuleBatch.of_module(module))[0]
         assert_close(found[module.name], expected.float(), 2e-7)
     conv = vectors.modules("layers.1.conv.weight")[0]
-    expected = conv.base + fixed_point(poe.poe.bind(conv)).value
+    expected = conv.base + fixed_point(poe.poe.bind(conv)).value[0]
     assert_close(found["layers.1.conv.weight"], expected.view(4, 2, 3, 3).float(), 2e-7)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "by TIES; each model is an expert" in card
@@ -275,7 +275,7 @@ def test_a_method_as_the_centre_of_a_product(method: MergingMethod, folders: dic
     for module in pair:
         if module.name in SHAPES:
             center = ready.merge(ModuleBatch.of_module(module))[0]
-            z = fixed_point((poe * Anchor(center, RelativePrecision(0.5))).bind(module.updates)).value
+            z = fixed_point((poe * Anchor(center, RelativePrecision(0.5))).bind(module.updates)).value[0]
             assert_close(found[module.name], (module.base + z).reshape(SHAPES[module.name]).float(), 3e-7)
             assert_close(again[module.name], found[module.name], 3e-7)
     record = json.loads((tmp_path / "out" / "poe_merge.json").read_text())

@@ -311,6 +311,13 @@ def test_span_draws_are_coefficients_of_the_latents(vectors: TaskVectors) -> Non
         assert_close(full.residuals(update.unsqueeze(0))[0], posterior.residuals(latents.values[1, 2])[index], 1e-8)
 
 
+def test_draws_in_full_coordinates_are_no_span_draws(vectors: TaskVectors) -> None:
+    (module,) = read_modules(vectors, "a.weight", Design(poe_of(vectors)))
+    draws = gibbs(module.posterior, 1, generator=seeded(0), chains=1, warmup=0)
+    with pytest.raises(ValueError, match="the posterior is in Full coordinates"):
+        SpanDraws.of(draws, module.posterior)
+
+
 def test_thinning_is_fair_to_chains_and_even_along_them(vectors: TaskVectors) -> None:
     draws = span_draws(vectors, poe_of(vectors), count=100)
     marks = torch.arange(400, dtype=torch.float64).view(4, 100, 1, 1).expand(4, 100, 5, 4)

@@ -579,4 +579,4 @@ def test_other_bad_input_is_one_clear_error(generator: torch.Generator) -> None:
     factor = poe * FactorExpert("extra", lambda c: c.sum(-1), "span")
     bound = factor.bind(span_statistics(factor, updates))
     with pytest.raises(ValueError, match="'extra' is a FactorExpert"):
-        log_normalizers(replace(bound, coordinates="full"))
+        log_normalizers(replace(bound, span=None))

@@ -314,7 +314,7 @@ def test_a_report_of_everything(modules: list[ModuleUpdates], solved: FixedPoint
     generator = seeded(0)
     coefficients = torch.randn(4, 150, 2, 4, generator=generator, dtype=torch.float64)
     draws = SpanDraws(solved.modules, torch.tensor([[1.0, 1, 1, 0]] * 2), "", NAMES, coefficients)
-    z = [fixed_point(ProductOfExperts.of(NAMES).bind(module)).value for module in modules]
+    z = [fixed_point(ProductOfExperts.of(NAMES).bind(module)).value[0] for module in modules]
     left = Residuals(tuple(e for m, u in zip(modules, z, strict=True) for e in module_residuals(u, m, InputGram())))
     found = report(
         "everything",

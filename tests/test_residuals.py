@@ -143,7 +143,7 @@ def test_experts_agree_with_the_solver(generator: torch.Generator) -> None:
     given = module(generator)
     poe = ProductOfExperts.of(NAMES, (InputGram(), OutputGram()), Cauchy())
     solution = fixed_point(poe.bind(given))
-    found = Residuals(module_residuals(solution.value, given, poe))
+    found = Residuals(module_residuals(solution.value[0], given, poe))
     table = found.squared() / np.square([[entry.scale for entry in found.entries]])
     np.testing.assert_allclose(table, solution.info.residuals.numpy(), rtol=1e-9)
     np.testing.assert_allclose(found.weights(), 1 / (1 + table), rtol=1e-12)

@@ -50,8 +50,9 @@ def models(updates: dict[str, Tensor]) -> TaskVectors:
 @pytest.mark.parametrize("coordinates", ["full", "span"])
 def test_kept_and_left_are_their_formulas(coordinates: str, generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 3, 6, 5)
-    solution = fixed_point(product().bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
-    z, found = solution.value, solution.info.retention
+    posterior = product().bind(updates, coordinates=coordinates)  # type: ignore[arg-type]
+    solution = fixed_point(posterior)
+    z, found = posterior.update(solution.value), solution.info.retention
     for i in range(3):
         u = updates[:, i]
         assert_close(found.kept[:, i], (z * u).sum((-2, -1)) / u.square().sum((-2, -1)), 1e-10)
@@ -88,7 +89,7 @@ def test_totals_weigh_modules_by_their_size_and_know_lambda(tmp_path: Path, gene
     }
     updates["two"][1] = 0  # b did not change it
     report = merge_checkpoint(models(updates), Design(product(), scaling=0.5), tmp_path / "out")
-    merged = {name: fixed_point(product().bind(value.float())).value.double() for name, value in updates.items()}
+    merged = {name: fixed_point(product().bind(value.float())).value[0].double() for name, value in updates.items()}
     for i, expert in enumerate(report.experts):
         inner = sum((merged[n] * u[i]).sum() for n, u in updates.items())
         squared = sum(u[i].square().sum() for u in updates.values())

@@ -35,7 +35,7 @@ from poe_models import (
     span_statistics,
 )
 from poe_models.scales import weighted_median
-from tests.helpers import assert_close, name_of, random_updates
+from tests.helpers import assert_close, merged, name_of, random_updates
 from tests.seeds import seeded_numpy
 
 NAMES = list("abcd")
@@ -151,7 +151,7 @@ def test_an_expert_given_twice_is_importance_two(
             expected = posterior.anchor_precision
     assert_close(posterior.anchor_precision, expected, 1e-9)
     values = [
-        fixed_point(poe.bind(updates, coordinates=coordinates), starts=["twin"]).value  # type: ignore[arg-type]
+        merged(poe.bind(updates, coordinates=coordinates), starts=["twin"])  # type: ignore[arg-type]
         for poe, updates in ((doubled, one), (copied, twice))
     ]
     assert_close(values[0], values[1], 1e-6)

@@ -148,8 +148,8 @@ def test_samplers_take_modules_with_names(index: int, generator: torch.Generator
     poe = ProductOfExperts.of(NAMES, maps(generator)[index], Gaussian())
     for m, module in enumerate(vectors):
         solution = fixed_point(poe.bind(module))
-        assert_close(solution.value, fixed_point(poe.for_modules(MODULES).bind(updates)).value[m])
-        assert_close(laplace(poe.bind(module), at=solution).mode[0], solution.value)
+        assert_close(solution.value[0], fixed_point(poe.for_modules(MODULES).bind(updates)).value[m])
+        assert_close(laplace(poe.bind(module), at=solution).mode, solution.value)
         draws = gibbs(poe.bind(module), 20, chains=1, warmup=0, generator=generator)
         assert draws.num_draws == 20
 
@@ -396,8 +396,8 @@ def test_half_precision_statistics_and_updates(dtype: torch.dtype, generator: to
     )
     value = fixed_point(poe.for_modules(MODULES).bind(updates)).value
     expected = fixed_point(reference.for_modules(MODULES).bind(updates.double())).value
-    assert value.dtype == dtype
-    assert_close(value.double(), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert value.dtype == torch.float32  # half precision is computed in it
+    assert_close(value.double(), expected, 1e-5)
 
 
 def test_specs_find_statistics_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +445,7 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
     ensemble = MergedEnsemble(vectors, poe, draws).restrict("one")  # "two" is solved for its MAP
     for member in ensemble.members():
         for m, module in enumerate(vectors):
-            expected = fixed_point(poe.bind(module)).value
+            expected = fixed_point(poe.bind(module)).value[0]
             assert_close(member[MODULES[m]], expected, 1e-4)
 
 

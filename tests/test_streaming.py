@@ -159,7 +159,7 @@ def test_tensors_are_what_their_treatment_says(models: Any, out: Path) -> None:
     assert set(merged) == {*SHAPES, "position_ids"}
     for name in MERGED:
         modules = vectors.modules(name)
-        blocks = [each.base + 0.7 * fixed_point(design.poe.bind(each)).value for each in modules]
+        blocks = [each.base + 0.7 * fixed_point(design.poe.bind(each)).value[0] for each in modules]
         assert_close(merged[name], vectors.treatments[name].view.join(blocks, SHAPES[name]), 1e-5)
     for name in ("embed.weight", "layers.0.mlp.bias"):
         experts = torch.stack([vectors.experts[expert].read(name) for expert in vectors.names])
@@ -183,7 +183,7 @@ def test_batches_change_nothing(batch_bytes: int, models: Any, out: Path) -> Non
     merge_checkpoint(vectors, product, out, batch_bytes=batch_bytes)
     merged = load_file(out / "model.safetensors")
     for name in MERGED:
-        blocks = [each.base + fixed_point(product.bind(each)).value for each in vectors.modules(name)]
+        blocks = [each.base + fixed_point(product.bind(each)).value[0] for each in vectors.modules(name)]
         assert_close(merged[name], vectors.treatments[name].view.join(blocks, SHAPES[name]), 1e-9)
 
 
@@ -427,7 +427,7 @@ def test_a_design_for_each_tensor(models: Any, out: Path) -> None:
     merged, record = load_file(out / "model.safetensors"), record_of(out)
     for name, design in {"layers.0.mlp.weight": mlp, "head.weight": rest}.items():
         (module,) = vectors.modules(name)
-        assert_close(merged[name], module.base + design.scaling * fixed_point(design.poe.bind(module)).value, 1e-5)
+        assert_close(merged[name], module.base + design.scaling * fixed_point(design.poe.bind(module)).value[0], 1e-5)
         (found,) = (each for each in record["tensors"] if each["tensor"] == name)
         assert record["designs"][found["design"]] == design.describe()
     assert len(record["designs"]) == 2
@@ -438,7 +438,7 @@ def test_a_product_about_some_of_the_experts_in_another_order(models: Any, out: 
     product = ProductOfExperts.of(["emoji", "mnist"], importance=[3.0, 1.0])
     merge_checkpoint(vectors, product, out)
     (module,) = vectors.modules("head.weight")
-    expected = fixed_point(product.bind(module.updates[[1, 0]])).value + module.base
+    expected = fixed_point(product.bind(module.updates[[1, 0]])).value[0] + module.base
     assert_close(load_file(out / "model.safetensors")["head.weight"], expected, 1e-5)
 
 
@@ -475,7 +475,7 @@ def test_adapters_are_merged_by_their_factors(tmp_path: Path, out: Path, generat
     merge_checkpoint(vectors, poe(vectors, residual_map=OutputGram()), out)
     merged = load_file(out / "model.safetensors")
     updates = torch.stack([2 * b @ a for a, b in pairs.values()])
-    z = fixed_point(poe(vectors, residual_map=OutputGram()).bind(updates)).value
+    z = fixed_point(poe(vectors, residual_map=OutputGram()).bind(updates)).value[0]
     assert_close(merged["layers.0.mlp.weight"], base["layers.0.mlp.weight"] + z, 1e-5)
     assert torch.equal(merged["head.weight"], base["head.weight"])
     record = record_of(out)

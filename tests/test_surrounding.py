@@ -107,7 +107,7 @@ def plain(vectors: TaskVectors, poe: ProductOfExperts, count: int = 500) -> Span
 
 
 def merges(vectors: TaskVectors, poe: ProductOfExperts) -> dict[str, Tensor]:
-    return {module.name: fixed_point(poe.bind(module)).value for module in vectors}
+    return {module.name: fixed_point(poe.bind(module)).value[0] for module in vectors}
 
 
 # --- the span through a merge ---

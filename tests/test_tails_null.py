@@ -178,7 +178,7 @@ def test_a_row_that_one_expert_never_touched_stays_zero_in_it_alone(sizes: Sizes
         {name: {"m.weight": u.float()} for name, u in zip(NAMES, updates, strict=True)},
     )
     poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Relative(1.0))
-    found = [e for m in given for e in module_residuals(fixed_point(poe.bind(m)).value, m, poe)]
+    found = [e for m in given for e in module_residuals(fixed_point(poe.bind(m)).value[0], m, poe)]
     surrogates = surrogate_residuals(given, poe, num_surrogates=3, sizes=sizes)
     assert 0 < null_control(Residuals(tuple(found)), surrogates, level=0.25).p_value <= 1
 
@@ -191,11 +191,11 @@ def test_surrogates_are_merged_and_measured_as_the_updates_are(sizes: Sizes) -> 
 
     def by_hand(module: ModuleUpdates) -> Tensor:
         kept.append(module)
-        return fixed_point(poe.bind(module)).value
+        return fixed_point(poe.bind(module)).value[0]
 
     same = surrogate_residuals(given, by_hand, poe, num_surrogates=2, sizes=sizes, seed=4)
     assert seen(same) == seen(found)
-    expected = [e for m in kept[::2] for e in module_residuals(fixed_point(poe.bind(m)).value, m, poe)]
+    expected = [e for m in kept[::2] for e in module_residuals(fixed_point(poe.bind(m)).value[0], m, poe)]
     assert Residuals(tuple(expected)).values("raw").tolist() == found.residuals[0].values("raw").tolist()
     for module, made in zip(given, kept[::2], strict=True):
         assert (made.name, made.names, made.updates.shape) == (module.name, module.names, module.updates.shape)
@@ -252,7 +252,7 @@ def test_experts_in_another_order_and_a_checkpoint_as_the_centre() -> None:
 
     def by_hand(module: ModuleUpdates) -> Tensor:
         z0 = center.read(module.tensor)
-        return fixed_point(replace(poe, anchor=replace(poe.anchor, center=z0.unsqueeze(0))).bind(module)).value
+        return fixed_point(replace(poe, anchor=replace(poe.anchor, center=z0.unsqueeze(0))).bind(module)).value[0]
 
     np.testing.assert_allclose(seen(found), seen(surrogate_residuals(given, by_hand, poe, num_surrogates=1)), rtol=1e-9)
     assert found.residuals[0].experts == NAMES[:0:-1]
