@@ -186,7 +186,7 @@ def surround_verdict(draws: PosteriorDraws) -> Verdict:
     >>> from inference.models.model_draws import SpanDraws
     >>> coefficients = torch.zeros(1, 20, 1, 2, dtype=torch.float64)
     >>> shapes = torch.tensor([[1.0, 0.0]])
-    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, made_by="slice", temperature=0.1)
+    >>> draws = SpanDraws(("m",), shapes, "", ("a",), coefficients, sampler="slice")
     >>> surround_verdict(draws).level.name
     'UNKNOWN'
     """

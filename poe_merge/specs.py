@@ -76,10 +76,10 @@ METHOD: Kind[MergingMethod] = Kind("merging method", "poe_models.methods", "Merg
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Hint for a misspelling: ``did you mean ``x``? `` or nothing.
+    """Hint for a misspelling that names the nearest valid name, or nothing.
 
     >>> nearest("Couchy", ["Cauchy", "Gaussian"])
-    'did you mean ``Cauchy``? '
+    'did you mean `Cauchy`? '
     """
     lowered = {item.lower(): item for item in valid}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)

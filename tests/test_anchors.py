@@ -244,8 +244,8 @@ def test_a_centre_of_ones_own_is_told_the_names(generator: torch.Generator) -> N
 
     updates = random_updates(generator, 1, 2, 3, 4)
     poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(), anchor=Anchor(ByName(), AbsolutePrecision(1e9)))
-    assert_close(fixed_point(poe.for_modules(["m"]), updates).value, torch.ones(1, 3, 4), 1e-6)
-    assert_close(fixed_point(poe, updates).value, torch.zeros(1, 3, 4), 1e-6)
+    assert_close(fixed_point(poe.for_modules(["m"]).bind(updates)).value, torch.ones(1, 3, 4), 1e-6)
+    assert_close(fixed_point(poe.bind(updates)).value, torch.zeros(1, 3, 4), 1e-6)
 
 
 def test_a_batch_prints_in_a_line_without_tensors() -> None:

@@ -349,7 +349,6 @@ def damaged(state: State, damage: str, folder: Path) -> None:
     [
         ("missing", "expert 'emoji': tensor '1.attn.weight' (4, 4) is missing"),
         ("shape", "tensor '1.attn.weight' is (5, 4), the base's (4, 4)"),
-        ("nan", "expert 'emoji': tensor '1.attn.weight' has 1 values that are NaN or infinite"),
         ("quantised", "quantised weights cannot be merged"),
         ("truncated", "truncated or corrupt"),
         ("pickle", "this pickle holds code"),
@@ -358,6 +357,20 @@ def damaged(state: State, damage: str, folder: Path) -> None:
 def test_bad_experts(damage: str, message: str, fails: Any, here: Path, state: Any) -> None:
     damaged(state(), damage, here / "emoji")
     assert message in fails("merge", "config.yaml", "--out", "out", one_line=False).replace("\n", " ")
+
+
+def test_values_that_are_not_finite_keep_what_was_finished_before_them(cli: Cli, here: Path, state: Any) -> None:
+    damaged(state(), "nan", here / "emoji")
+    status, out, err = cli("merge", "config.yaml", "--out", "out")
+
+    assert (status, out) == (2, "")
+    assert "expert 'emoji': tensor '1.attn.weight' has 1 values that are NaN or infinite" in err.replace("\n", " ")
+    assert not (here / "out").exists()
+    assert list((here / "out.partial" / "parts").rglob("*.json"))
+    damaged(state(), "none", here / "emoji")
+    status, out, err = cli("merge", "config.yaml", "--out", "out", "--resume")
+
+    assert (status, "was begun with" in err, "emoji" in err) == (2, True, True)
 
 
 def test_a_copy_of_the_base(fails: Any, here: Path) -> None:

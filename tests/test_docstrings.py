@@ -19,6 +19,7 @@ FILES = sorted(
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 ENTRY = re.compile(r"^\*{0,2}[A-Za-z_][\w.]*: (.*)$")
 RIDDLE = re.compile(r"(What|Which|Who|Whose|How|Why|Where|When)\b")
+DOCTEST = re.compile(r"^ *>>> .*?(?=\n *\n|\Z)", re.M | re.S)
 SINGLE = re.compile(r"(?<![`:\w])`[^`\n]+`(?!`)")
 
 
@@ -61,7 +62,7 @@ def entries(text: str) -> Iterator[tuple[str, str]]:
 def complaints(text: str) -> list[str]:
     """Everything about a docstring that is not in the dialect."""
     summary = text.split("\n\n")[0].replace("\n", " ")
-    prose = "\n".join(line for line in text.splitlines() if not line.strip().startswith((">>>", "...")))
+    prose = DOCTEST.sub("", text)
     found = []
     if not summary.endswith((".", "::", ":", "?")):
         found.append(f"the summary does not end with a period: {summary}")

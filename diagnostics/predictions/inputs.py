@@ -47,7 +47,7 @@ def checked_probabilities(probabilities: Array, called: str) -> Tensor:
     >>> checked_probabilities(torch.tensor([[2.0, 1.0]]), "score")
     Traceback (most recent call last):
         ...
-    ValueError: ``score(probabilities=...)``: row 0 sums to 3, not to 1. Give probabilities: ``logits.softmax(-1)``.
+    ValueError: `score(probabilities=...)`: row 0 sums to 3, not to 1. Give probabilities: `logits.softmax(-1)`.
     """
     table = torch.as_tensor(probabilities).detach()
     tolerance = HALF_TOLERANCE if table.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
