@@ -86,12 +86,7 @@ class Laplace:
         )
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
-        """Independent draws in one chain, kept as seeds.
-
-        Args:
-            num_samples: Number of draws.
-            generator: Source of the seeds.
-        """
+        """Independent draws in one chain, kept as seeds."""
         modules = self.posterior.num_modules
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()

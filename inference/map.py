@@ -89,14 +89,7 @@ def fixed_point(
 
 @dataclass(frozen=True, eq=False)
 class _Best:
-    """The run that reached the lowest energy in every module.
-
-    Attributes:
-        run: The run.
-        contraction: How the plain iteration contracts there.
-        start: Name of the winning start of each module.
-        energies: Energy reached from every start, ``(M, S)``.
-    """
+    """The run that reached the lowest energy in every module, its start, and the energies of all ``(M, S)``."""
 
     run: Run
     contraction: Contraction
@@ -170,11 +163,6 @@ def _require_finite(posterior: Posterior, starts: Sequence[tuple[str, Tensor]]) 
             )
 
 
-def _statuses(run: Run, contraction: Contraction) -> tuple[Status, ...]:
-    flags = (run.converged, run.rounding, run.searched, contraction.strict)
-    return tuple(_status(*each) for each in zip(*(flag.tolist() for flag in flags), strict=True))
-
-
 def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> Status:
     if not converged:
         return Status.ROUNDING if rounding else Status.MAX_STEPS
@@ -213,7 +201,9 @@ def _solution(problem: Problem, best: _Best) -> Solution[FixedPointInfo]:
         contraction_bound=best.contraction.bound,
         anchor_precision=posterior.anchor_precision,
     )
-    return Solution(value, _statuses(run, best.contraction), info)
+    flags = (run.converged, run.rounding, run.searched, best.contraction.strict)
+    statuses = tuple(_status(*each) for each in zip(*(flag.tolist() for flag in flags), strict=True))
+    return Solution(value, statuses, info)
 
 
 def _contraction(problem: Problem, point: Point) -> Contraction:

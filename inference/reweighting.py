@@ -14,6 +14,7 @@ from poe_models.least_squares import Quadratic
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import NotPositiveDefiniteError
+from poe_models.records import choose
 
 Start = Literal["ones", "twin", "experts", "center"] | Tensor
 """Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
@@ -98,7 +99,7 @@ class Problem:
         self.dtype = quadratic.targets[0].dtype
 
     def tolerance(self, options: SolverOptions) -> float:
-        """Relative tolerance on the gradient and on the change of the log-weights."""
+        """Tolerance on the relative gradient and on the change of the log-weights."""
         return TOLERANCE[self.dtype] if options.tolerance is None else options.tolerance
 
     def solve(self, weights: Tensor) -> Point:
@@ -257,15 +258,7 @@ def init(problem: Problem, weights: Tensor) -> State:
 
 
 def terminate(problem: Problem, state: State, options: SolverOptions, known: Run | None, last: bool) -> State:
-    """The state with the modules marked that are done.
-
-    Args:
-        problem: What is solved.
-        state: After a step.
-        options: With the tolerances.
-        known: A run whose strict minima need not be found again.
-        last: Whether no further step will follow.
-    """
+    """The state with the modules marked that are done; the minima of a known run need not be found again."""
     tolerance = problem.tolerance(options)
     # The gradient costs as much as a solve, and only matters once the weights have settled.
     settled = bool((state.change <= tolerance).any()) or last
@@ -285,10 +278,7 @@ def terminate(problem: Problem, state: State, options: SolverOptions, known: Run
 def step(problem: Problem, state: State, anderson: Anderson | None) -> State:
     """One solve of the modules that are not done: extrapolated, else plain, else line-searched.
 
-    Args:
-        problem: What is solved.
-        state: Before the step.
-        anderson: The extrapolation with its history, which is updated; None for plain steps.
+    The extrapolation keeps its own history; None takes plain steps only.
     """
     done, point, plain = state.done, state.point, state.point.log_weights
     used, candidate = plain, None
@@ -369,30 +359,11 @@ def _line_search(problem: Problem, point: Point, candidate: Point, worse: Tensor
     return best
 
 
-def choose(where: Tensor, one: Point, other: Point) -> Point:
-    """Per module, ``one`` where true and ``other`` elsewhere."""
-    wide, matrix = where.unsqueeze(-1), where[:, None, None]
-    return Point(
-        torch.where(matrix, one.x, other.x),
-        torch.where(wide, one.q, other.q),
-        torch.where(where, one.energy, other.energy),
-        torch.where(wide, one.log_weights, other.log_weights),
-    )
-
-
 def select(where: Tensor, one: Run, other: Run) -> Run:
     """Per module, ``one`` where true and ``other`` elsewhere."""
     length = max(one.trace.shape[-1], other.trace.shape[-1])
-    traces = [torch.cat([t, t[:, -1:].expand(-1, length - t.shape[-1])], -1) for t in (one.trace, other.trace)]
-    return Run(
-        point=choose(where, one.point, other.point),
-        trace=torch.where(where.unsqueeze(-1), traces[0], traces[1]),
-        steps=torch.where(where, one.steps, other.steps),
-        rejected=torch.where(where, one.rejected, other.rejected),
-        gradient_norm=torch.where(where, one.gradient_norm, other.gradient_norm),
-        weight_change=torch.where(where, one.weight_change, other.weight_change),
-        converged=torch.where(where, one.converged, other.converged),
-        rounding=torch.where(where, one.rounding, other.rounding),
-        searched=torch.where(where, one.searched, other.searched),
-        forward_error=torch.where(where, one.forward_error, other.forward_error),
+    one, other = (
+        replace(run, trace=torch.cat([run.trace, run.trace[:, -1:].expand(-1, length - run.trace.shape[-1])], -1))
+        for run in (one, other)
     )
+    return replace(choose(where, one, other), point=choose(where, one.point, other.point))

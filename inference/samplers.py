@@ -60,20 +60,7 @@ class Sampler:
 
 
 def laplace_draws(posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor) -> Draws:
-    """Independent draws of Laplace's approximation at a mode, in one chain.
-
-    Args:
-        posterior: In Span coordinates.
-        num_samples: Number of draws.
-        generator: Source of the seeds.
-        mode: The MAP, ``(M, *event)``.
-
-    Returns:
-        The draws, ``(1, S, M, *event)``.
-
-    Raises:
-        ValueError: If the Hessian is not positive definite at the mode.
-    """
+    """Independent draws of Laplace's approximation at a MAP ``(M, *event)``, in one chain; errors as Laplace's."""
     return Laplace(posterior, mode).sample(num_samples, generator)
 
 

@@ -30,6 +30,7 @@ from inference.chains import Kernel, Progress, majoriser_draws, mode_of, overdis
 from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
+from poe_models.records import choose
 
 DEGREES = 4.0
 """``df`` of the t: tails far heavier than an anchor's, and still a variance."""
@@ -100,12 +101,7 @@ class SliceState:
 
 @dataclass(frozen=True, eq=False)
 class SliceInfo:
-    """Course of one step.
-
-    Attributes:
-        evaluations: Energies until a point above the level was found, ``(C, G)``: one more than the bracket shrank.
-        stuck: Whether the bracket shrank to nothing, which leaves the chain where it was, ``(C, G)``.
-    """
+    """Energies until a point above the level was found, and whether the bracket shrank to nothing; ``(C, G)``."""
 
     evaluations: Tensor
     stuck: Tensor
@@ -191,17 +187,7 @@ def init(position: Tensor, posterior: Posterior) -> SliceState:
 def step(
     state: SliceState, posterior: Posterior, reference: Reference, generator: torch.Generator
 ) -> tuple[SliceState, SliceInfo]:
-    """One elliptical slice step of all chains and groups.
-
-    Args:
-        state: Where the chains are.
-        posterior: What they sample.
-        reference: The t that the ellipses come from; any is exact.
-        generator: Source of scales, ellipses, levels and angles.
-
-    Returns:
-        The next state, and the course of the step.
-    """
+    """One elliptical slice step of all chains and groups; exact whatever t the ellipses come from."""
     start = reference.standardize(state.position)
     noise = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
     across = noise * reference.scale(start, generator).sqrt().unsqueeze(-1)
@@ -215,7 +201,7 @@ def step(
         proposal = _at(reference.position(y), posterior)
         evaluations = evaluations + waiting
         taken = waiting & (proposal.log_density - reference.log_density(y) > level)
-        state = _choose(taken, proposal, state)
+        state = choose(taken, proposal, state)
         waiting = waiting & ~taken
         if not bool(waiting.any()):
             break
@@ -301,14 +287,6 @@ class SliceKernel(Kernel[SliceState, SliceInfo]):
 def _at(position: Tensor, posterior: Posterior) -> SliceState:
     z = latents(posterior, position).to(posterior.dtype)
     return SliceState(position, -posterior.group_energy(z) / posterior.temperature)
-
-
-def _choose(where: Tensor, one: SliceState, other: SliceState) -> SliceState:
-    """Per chain and group, ``one`` where true and ``other`` elsewhere."""
-    return SliceState(
-        torch.where(where.unsqueeze(-1), one.position, other.position),
-        torch.where(where, one.log_density, other.log_density),
-    )
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -94,32 +95,16 @@ class FixedPointInfo:
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
-        return {
-            "steps": int(self.steps[module]),
-            "rejected": int(self.rejected[module]),
-            "start": self.start[module],
-            "start_energies": self.start_energies[module].tolist(),
-            "energy": float(self.energy[module]),
-            "energy_trace": self.energy_trace[module, : int(self.steps[module])].tolist(),
-            "gradient_norm": float(self.gradient_norm[module]),
-            "weight_change": float(self.weight_change[module]),
-            "forward_error": None if self.forward_error[module].isnan() else float(self.forward_error[module]),
-            "strict_minimum": bool(self.strict_minimum[module]),
-            "contraction_rate": float(self.contraction_rate[module]),
-            "contraction_bound": float(self.contraction_bound[module]),
-            "anchor_precision": float(self.anchor_precision[module]),
-            "weights": dict(zip(self.experts, self.weights[module].tolist(), strict=True)),
-            "relative_weights": self._active(self.relative_weights, module),
-            "weight_spread": float(self.weight_spread[module]),
-            "residuals": dict(zip(self.experts, self.residuals[module].tolist(), strict=True)),
-            "norm": float(self.retention.norm[module]),
-            "inactive": [n for n, silent in zip(self.experts, self.inactive[module].tolist(), strict=True) if silent],
-        }
-
-    def _active(self, values: Tensor, module: int) -> dict[str, float]:
-        """One module's values of the experts that say anything."""
-        rows = zip(self.experts, values[module].tolist(), self.inactive[module].tolist(), strict=True)
-        return {name: value for name, value, silent in rows if not silent}
+        tensors = {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), Tensor)}
+        found: dict[str, Any] = {name: value[module].tolist() for name, value in tensors.items()}
+        for name in ("weights", "relative_weights", "residuals", "inactive"):
+            found[name] = dict(zip(self.experts, found[name], strict=True))
+        silent = [name for name, says_nothing in found["inactive"].items() if says_nothing]
+        found["relative_weights"] = {name: w for name, w in found["relative_weights"].items() if name not in silent}
+        found["energy_trace"] = found["energy_trace"][: found["steps"]]
+        found["forward_error"] = None if math.isnan(found["forward_error"]) else found["forward_error"]
+        norm = float(self.retention.norm[module])
+        return found | {"start": self.start[module], "norm": norm, "inactive": silent}
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +173,5 @@ class Solution(Generic[InfoT]):
         return all(status.converged for status in self.status)
 
     def record(self, module: int = 0) -> dict[str, Any]:
-        """One module's convergence as plain numbers and strings, ready for JSON.
-
-        Args:
-            module: Its position in the batch.
-        """
+        """One module's convergence as plain numbers and strings, ready for JSON."""
         return {"status": self.status[module].name.lower(), **self.info.record(module)}

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from poe_models.densities import (
     require_positive,
     student_log_normalizer,
 )
+from poe_models.records import with_tensors
 
 Exponent = float | Tensor | Literal["multivariate"]
 
@@ -44,8 +45,7 @@ Exponent = float | Tensor | Literal["multivariate"]
 class Energy(ABC):
     """The energy ``rho(q)`` of one expert as a function of its scaled squared residual.
 
-    Subclasses define :meth:`rho`; :meth:`weight` and :meth:`curvature` default to autograd and may be
-    overridden by closed forms. Shapes are free: every method maps ``(...,)`` to ``(...,)``.
+    Subclasses define :meth:`rho`; :meth:`weight` and :meth:`curvature` default to autograd. Shapes are free.
 
     Attributes:
         concave: Whether ``rho`` is concave in ``q``. Then reweighting majorises the energy and every
@@ -86,8 +86,8 @@ class Energy(ABC):
         r"""Log of ``\int exp(-importance * rho(|x|^2 / scale^2)) dx`` in ``dim`` dimensions, nats in float64.
 
         Args:
-            scale: The expert's scale ``s``.
-            dim: Number of dimensions, the rank of ``P_i`` on ``vec(Z)``.
+            scale: Scale ``s`` of the expert.
+            dim: Rank of ``P_i`` on ``vec(Z)``.
             importance: The expert's importance over the temperature, ``a / T``.
 
         Raises:
@@ -116,9 +116,7 @@ class Energy(ABC):
 
     def module(self, one: slice) -> Energy:
         """This energy for some modules of a batch; differs only where a setting is a tensor over modules."""
-        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
-        sliced = {name: value[one] for name, value in settings.items() if isinstance(value, Tensor) and value.ndim}
-        return replace(self, **sliced) if sliced else self  # type: ignore[type-var]
+        return with_tensors(lambda value: value[one], self) if is_dataclass(self) else self
 
     @property
     def needs_dimension(self) -> bool:
@@ -149,7 +147,7 @@ class Gaussian(Energy):
     """``rho(q) = precision * q / 2``.
 
     Args:
-        precision: Multiplies the energy; 1 is the standard Gaussian, other values are twins.
+        precision: 1 for the standard Gaussian; twins have other values.
     """
 
     concave: ClassVar[bool] = True
@@ -346,13 +344,11 @@ class GeneralizedGaussian(Energy):
     @property
     @override
     def concave(self) -> bool:  # type: ignore[override]
-        """Whether the power is at most 2."""
         return self.power <= 2
 
     @property
     @override
     def convex(self) -> bool:  # type: ignore[override]
-        """Whether the power is at least 1."""
         return self.power >= 1
 
     @override

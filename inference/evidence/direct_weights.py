@@ -54,13 +54,7 @@ def direct_log_weights(posterior: Posterior, samples: int, generator: torch.Gene
 
 
 def typical_weights(posterior: Posterior, integral: GaussianIntegral, residuals: Tensor) -> Tensor:
-    """Weights ``w_i / T`` at the mean residuals of the Gaussian that they make, ``(*S, M, E)``.
-
-    Args:
-        posterior: In Full coordinates.
-        integral: Of the posterior.
-        residuals: ``q_i`` to start from, ``(*S, M, E)``.
-    """
+    """Weights ``w_i / T`` at the mean residuals of the Gaussian that they make, from starts ``q_i``: ``(*S, M, E)``."""
     weights = posterior.weights(residuals) / posterior.fixed_temperature
     for _ in range(STEPS):
         mean = -integral.value_and_slope(weights)[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,6 @@ class UpdateBatch:
 def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
     """Group modules by shape, holding a limited number of them at a time.
 
-    Args:
-        updates: Of one module, of a batch, or of many modules.
-
     Yields:
         Batches; modules of a tensor are named by their numbers.
     """
@@ -57,5 +54,5 @@ def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
             yield _batch(group)
 
 
-def _batch(modules: Sequence[ModuleUpdates]) -> UpdateBatch:
+def _batch(modules: list[ModuleUpdates]) -> UpdateBatch:
     return UpdateBatch(tuple(module.name for module in modules), tuple(modules))

@@ -21,23 +21,12 @@ POWERS: dict[type[Scale], int] = {Absolute: 2, Balanced: 2, Relative: 2, NormSca
 
 
 def sizes(shared: Shared, modules: int, experts: int) -> tuple[int, ...]:
-    """Shape of ``gamma`` and ``nu``.
-
-    Args:
-        shared: What has one of its own.
-        modules: How many.
-        experts: How many.
-    """
+    """Shape of ``gamma`` and ``nu``, from the numbers of modules and experts."""
     return {"model": (), "expert": (experts,), "module": (modules,)}[shared]
 
 
 def shared_prior(name: str, prior: dist.TorchDistribution, size: tuple[int, ...]) -> dist.TorchDistribution:
-    """A scalar prior for each of the shared quantities.
-
-    Args:
-        name: Of the argument, for errors.
-        prior: Scalar, on positive numbers.
-        size: Shape of the quantities.
+    """A scalar prior on positive numbers, expanded to shared quantities of a shape; errors name the argument.
 
     Raises:
         ValueError: If it is not scalar, or allows negative values.
@@ -93,9 +82,6 @@ def check_energies(poe: ProductOfExperts) -> bool:
 def check_mixtures(poe: ProductOfExperts) -> None:
     """Refuse energies under which the merged update cannot be integrated out.
 
-    Args:
-        poe: The design.
-
     Raises:
         ValueError: If an energy is no Gaussian scale mixture.
     """
@@ -113,10 +99,6 @@ def check_mixtures(poe: ProductOfExperts) -> None:
 
 def check_scales(poe: ProductOfExperts, shared: Shared) -> tuple[int, list[float]]:
     """The power of ``gamma`` in the squared scales, and each expert's own ``gamma``.
-
-    Args:
-        poe: The design.
-        shared: What has a ``gamma`` of its own.
 
     Raises:
         ValueError: If the experts' scales are of different kinds, or differ where one takes their place.
@@ -138,14 +120,10 @@ def check_scales(poe: ProductOfExperts, shared: Shared) -> tuple[int, list[float
 
 
 def check_anchor(posteriors: Sequence[Posterior], modules: Sequence[str]) -> None:
-    """Refuse modules without an anchor.
-
-    Args:
-        posteriors: Of all batches.
-        modules: Names of all modules.
+    """Refuse modules without an anchor, by name.
 
     Raises:
-        ValueError: If there are no modules, or some have a zero anchor precision; names them.
+        ValueError: If there are no modules, or some have a zero anchor precision.
     """
     if not posteriors:
         raise ValueError("`hierarchical(updates=...)`: there are no modules. Give task vectors that merge some.")
