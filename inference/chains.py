@@ -53,11 +53,9 @@ def majoriser_draws(posterior: Posterior, mode: Tensor, noise: Tensor) -> Tensor
     weights = posterior.weights(posterior.residuals(mode))
     precision = quadratic.precision(weights, posterior.anchor_precision)
     white = quadratic.compression.compress(noise)
-    draws = quadratic.lift(precision.sample(white))
-    if not quadratic.compression.trivial:
-        eta = posterior.anchor_precision
-        alone = torch.where(eta > 0, eta.rsqrt(), torch.zeros_like(eta))  # directions that only the anchor holds
-        draws = draws + (noise - quadratic.lift(white)) * alone.to(noise.dtype)[:, None, None]
+    eta = posterior.anchor_precision
+    alone = torch.where(eta > 0, eta.rsqrt(), torch.zeros_like(eta))  # directions that only the anchor holds
+    draws = quadratic.lift_draws(precision.sample(white), noise, white, alone)
     return draws * (posterior.temperature / 2) ** 0.5
 
 

@@ -209,10 +209,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
 
     def _latent(self, x: Tensor, noise: Tensor, white: Tensor) -> Tensor:
         """The latent of compressed ``x``, with the anchor's own noise where no expert sees anything."""
-        z = self.quadratic.lift(x)
-        if not self.quadratic.compression.trivial:
-            outside = noise - self.quadratic.lift(white)
-            z = z + outside * anchor_spread(self.shift).to(z.dtype)[:, None, None]
+        z = self.quadratic.lift_draws(x, noise, white, anchor_spread(self.shift))
         return z if self.posterior.center is None else self.posterior.center + z
 
     def _noise(self, seeds: Tensor) -> Tensor:

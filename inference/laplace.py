@@ -27,14 +27,9 @@ from poe_models.program import log_density
 
 
 def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[MinimizeInfo] | None = None) -> Laplace:
-    """Laplace's approximation of a posterior without factor experts.
+    """Laplace's approximation of a posterior without factor experts, at its MAP, which by default is solved for.
 
-    Args:
-        posterior: In Full or Span coordinates.
-        at: The MAP of the same posterior; by default it is solved for.
-
-    Returns:
-        The approximation; a warning says so if the MAP had not converged.
+    A warning says so if the MAP had not converged.
 
     Raises:
         ValueError: If ``at`` is of other modules, its Hessian is not positive definite, or the posterior is improper.
@@ -101,13 +96,10 @@ class Laplace:
 
     def draw(self, seed: int) -> Tensor:
         """One draw of a posterior of one module from a seed, ``(*event)``."""
-        compression = self.quadratic.compression
         noise = seeded_noise(seed, self.posterior.event_shape, self.mode).unsqueeze(0)
-        white = compression.compress(noise)
-        z = self.quadratic.lift(self.hessian.sample(white))
-        if not compression.trivial:
-            outside = noise - self.quadratic.lift(white)
-            z = z + outside * anchor_spread(self.posterior.anchor_precision).to(z.dtype)[:, None, None]
+        white = self.quadratic.compression.compress(noise)
+        spread = anchor_spread(self.posterior.anchor_precision)
+        z = self.quadratic.lift_draws(self.hessian.sample(white), noise, white, spread)
         return (self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:

@@ -25,8 +25,6 @@ from typing_extensions import override
 from poe_models.records import joined, with_tensors
 from poe_models.span import SpanStatistics
 
-__all__ = ["FAR", "MergeDistance"]
-
 FAR = 3.0
 """Standard deviations between the centre of the draws and the merge that are worth a warning."""
 RESOLUTION = 1e-3

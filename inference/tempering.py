@@ -35,8 +35,6 @@ from poe_models.energies import StudentT
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
 
-__all__ = ["TemperaturePoint", "Tempering", "fit_logit_temperature", "temper", "temperature_range"]
-
 COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
 LOGIT_TEMPERATURES = (0.01, 100.0)

@@ -22,13 +22,7 @@ from poe_models.updates import Batch, center_of
 
 
 def full_posterior(batch: Batch) -> Posterior:
-    """The posterior of the merged updates ``(M, d_out, d_in)`` themselves.
-
-    Args:
-        batch: The design and the updates.
-
-    Returns:
-        The posterior in Full coordinates.
+    """The posterior in Full coordinates: of the merged updates ``(M, d_out, d_in)`` themselves.
 
     Raises:
         ValueError: If the design has factor experts.
@@ -63,15 +57,7 @@ def full_posterior(batch: Batch) -> Posterior:
 
 
 def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
-    """The posterior restricted to the span of the updates, the centre and perhaps a merge.
-
-    Args:
-        batch: The design and the updates.
-        through: The design's merged updates, ``(M, d_out, d_in)``, as one more member of the span.
-
-    Returns:
-        The posterior in Span coordinates, which can make merged updates of its latents.
-    """
+    """The posterior in Span coordinates, of the updates, the centre and perhaps the merge ``(M, d_out, d_in)``."""
     poe, updates, _, modules = batch
     basis = span_basis(poe, updates, through)
     ranks = any(expert.energy.needs_dimension for expert in poe.experts)
@@ -82,25 +68,18 @@ def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
 def statistics_posterior(
     poe: ProductOfExperts, statistics: SpanStatistics, bases: tuple[Tensor, ...] | None = None
 ) -> Posterior:
-    """The posterior restricted to the span, from statistics alone.
+    """The posterior over ``x``, ``(M, K, 1)``, from statistics of modules of any shapes.
 
-    Args:
-        poe: The design; its residual maps must be those of the statistics, and where these go through a merge, it must
-            be the design of that merge. The temperature may be any.
-        statistics: Of all modules, whatever their shapes.
-        bases: ``B`` of each module, ``(K, d_out, d_in)``; without them no merged updates can be made.
-
-    Returns:
-        The posterior over ``x``, ``(M, K, 1)``.
+    Its residual maps must be those of the statistics, and where these go through a merge, it must be the design of that
+    merge; the temperature may be any. Without the bases ``B``, ``(K, d_out, d_in)`` each, no updates can be made.
 
     Raises:
-        ValueError: If the statistics are about another design, or a factor expert needs ``bases``.
+        ValueError: If the statistics are about another design, or a factor expert needs bases.
     """
     _require_same_design(poe, statistics)
     coordinates = span_coordinates(statistics, bases)
     size, num_modules = int(statistics.gram.shape[-1]), len(statistics.gram)
-    position = {name: i for i, name in enumerate(statistics.updates)}
-    index = [position[expert.update_name] for expert in poe.experts]
+    index = [statistics.updates.index(expert.update_name) for expert in poe.experts]
     units = torch.eye(size, dtype=torch.float64, device=statistics.gram.device)
     experts, precision = bind_experts(
         poe,
@@ -128,18 +107,15 @@ def bind_experts(
     mean_curvatures: Sequence[Tensor],
     dimensions: Sequence[Callable[[], Tensor]],
 ) -> tuple[tuple[BoundExpert, ...], Tensor]:
-    """Fill in scales and the anchor's precision; shared by Full and Span coordinates.
+    """Bound experts and the anchor's ``eta``, ``(M,)``, in Full or Span coordinates.
 
     Args:
-        poe: The design.
-        operators: ``P_i`` per expert.
-        updates: ``U_i`` per expert in the same coordinates, ``(M, *event)``.
-        norms: ``|U_i|^2`` per expert, ``(M,)``.
-        mean_curvatures: ``tr(P_i) / d_i`` per expert, ``(M,)``.
-        dimensions: Rank of ``P_i`` per expert, ``(M,)``; called only where an energy depends on it.
-
-    Returns:
-        The bound experts and ``eta``, ``(M,)``.
+        poe: The design; the others have an entry per expert.
+        operators: ``P_i``.
+        updates: ``U_i`` in the same coordinates, ``(M, *event)``.
+        norms: ``|U_i|^2``, ``(M,)``.
+        mean_curvatures: ``tr(P_i) / d_i``, ``(M,)``.
+        dimensions: Rank of ``P_i``, ``(M,)``; called only where an energy depends on it.
     """
     sizes = ExpertSizes(
         norm_squared=torch.stack(list(norms), -1),
@@ -187,11 +163,8 @@ def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype:
     Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
     """
     curvatures = torch.stack(list(mean_curvatures), -1)
-    columns = []
-    for i, group in enumerate(_same_map(experts)):
-        largest = curvatures[..., group].amax(-1)
-        columns.append(curvatures[..., i] > torch.finfo(dtype).eps ** 2 * largest)
-    return torch.stack(columns, -1)
+    largest = torch.stack([curvatures[..., group].amax(-1) for group in _same_map(experts)], -1)
+    return curvatures > torch.finfo(dtype).eps ** 2 * largest
 
 
 def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes) -> Tensor:
@@ -261,8 +234,7 @@ def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
 
 def _bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
     """A factor expert as a function of the latents ``(*S, M, K, 1)``."""
-    joint = factor.scope == "model"
-    names = span.statistics.modules
+    joint, names = factor.scope == "model", span.statistics.modules
     if factor.coordinates == "update" and span.bases is None:
         raise ValueError(
             f"`poe.bind(statistics)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "

@@ -113,11 +113,43 @@ class GramPrecision(Precision):
         return x if self.side == "left" else x.mT
 
 
-class KroneckerSum(Precision):
-    """``H x = A x + x B + shift x``, by an eigendecomposition of each side.
+class SpectralPrecision(Precision):
+    """A precision whose eigenvalues are known.
 
     Its root is the symmetric one, which does not depend on the signs and bases of eigenvectors: a draw made again from
     its seed is the same draw.
+    """
+
+    values: Tensor
+    """The eigenvalues, ``(..., a, b)``."""
+
+    @abstractmethod
+    def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
+        """``H^(exponent / 2) x``, ``(..., a, b)``."""
+
+    @override
+    def solve(self, b: Tensor) -> Tensor:
+        return self.power(b, -2)
+
+    @override
+    def whiten(self, x: Tensor) -> Tensor:
+        return self.power(x, -1)
+
+    @override
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.power(noise, -1)
+
+    @override
+    def standardize(self, x: Tensor) -> Tensor:
+        return self.power(x, 1)
+
+    @override
+    def logdet(self) -> Tensor:
+        return self.values.double().log().sum((-2, -1))
+
+
+class KroneckerSum(SpectralPrecision):
+    """``H x = A x + x B + shift x``, by an eigendecomposition of each side.
 
     Args:
         left: ``A``, ``(..., a, a)``.
@@ -140,35 +172,16 @@ class KroneckerSum(Precision):
             )
 
     @override
-    def solve(self, b: Tensor) -> Tensor:
-        return self._scaled(b, self.values.reciprocal())
-
-    @override
-    def whiten(self, x: Tensor) -> Tensor:
-        return self._scaled(x, self.values.rsqrt())
-
-    @override
-    def sample(self, noise: Tensor) -> Tensor:
-        return self._scaled(noise, self.values.rsqrt())
-
-    @override
-    def standardize(self, x: Tensor) -> Tensor:
-        return self._scaled(x, self.values.sqrt())
-
-    @override
-    def logdet(self) -> Tensor:
-        return self.values.double().log().sum((-2, -1))
+    def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
+        factors = {-2: torch.reciprocal, -1: torch.rsqrt, 1: torch.sqrt}[exponent](self.values)
+        return self.left @ ((self.left.mT @ x @ self.right) * factors) @ self.right.mT
 
     @override
     def inverse_diagonal(self) -> Tensor:
         return self.left.square() @ self.values.reciprocal() @ self.right.mT.square()
 
-    def _scaled(self, x: Tensor, factors: Tensor) -> Tensor:
-        """``x`` with its coordinates in the eigenbasis multiplied by factors, ``(..., a, b)``."""
-        return self.left @ ((self.left.mT @ x @ self.right) * factors) @ self.right.mT
 
-
-class DiagonalPrecision(Precision):
+class DiagonalPrecision(SpectralPrecision):
     """``H x = values * x``.
 
     Args:
@@ -189,24 +202,10 @@ class DiagonalPrecision(Precision):
             )
 
     @override
-    def solve(self, b: Tensor) -> Tensor:
-        return b / self.values
-
-    @override
-    def whiten(self, x: Tensor) -> Tensor:
-        return x / self.values.sqrt()
-
-    @override
-    def sample(self, noise: Tensor) -> Tensor:
-        return noise / self.values.sqrt()
-
-    @override
-    def standardize(self, x: Tensor) -> Tensor:
-        return x * self.values.sqrt()
-
-    @override
-    def logdet(self) -> Tensor:
-        return self.values.double().log().sum((-2, -1))
+    def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
+        if exponent == -2:
+            return x / self.values
+        return x * self.values.sqrt() if exponent == 1 else x / self.values.sqrt()
 
     @override
     def inverse_diagonal(self) -> Tensor:

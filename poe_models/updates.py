@@ -56,16 +56,7 @@ class Batch(NamedTuple):
 def batch_of(
     poe: ProductOfExperts, updates: Tensor | NamedUpdates | Sequence[NamedUpdates], low_rank: Factors | None = None
 ) -> Batch:
-    """Updates checked and brought into the order of the product's task vectors.
-
-    Args:
-        poe: The design.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in that order, a module with names, or several modules
-            of equal shape.
-        low_rank: Factors beside a tensor.
-
-    Returns:
-        The batch.
+    """Updates, and factors beside a tensor, checked and brought into the order of the product's task vectors.
 
     Raises:
         ValueError: If shapes, names or values do not fit.
@@ -78,17 +69,14 @@ def batch_of(
     if low_rank is not None:
         raise ValueError(f"`low_rank=...` beside {modules[0].name!r}: a module brings its own factors. Leave them out.")
     names = tuple(module.name for module in modules)
-    orders = [_order(poe, module) for module in modules]
-    stacked = torch.stack([module.updates[order] for module, order in zip(modules, orders, strict=True)])
-    pairs = [
-        None if module.low_rank is None else (module.low_rank[0][order], module.low_rank[1][order])
-        for module, order in zip(modules, orders, strict=True)
-    ]
-    known = [pair for pair in pairs if pair is not None]
-    checked = check_updates(stacked, poe.update_names)
+    ordered = [(module, _order(poe, module)) for module in modules]
+    checked = check_updates(torch.stack([module.updates[order] for module, order in ordered]), poe.update_names)
+    left, right = (
+        [module.low_rank[side][order] for module, order in ordered if module.low_rank is not None] for side in (0, 1)
+    )
     factors = None
-    if len(known) == len(pairs) and len({left.shape for left, _ in known}) == 1:  # of equal rank
-        factors = _check_factors((torch.stack([a for a, _ in known]), torch.stack([b for _, b in known])), checked)
+    if len(left) == len(modules) and len({each.shape for each in left}) == 1:  # of equal rank
+        factors = _check_factors((torch.stack(left), torch.stack(right)), checked)
     return Batch(poe.for_modules(names), checked, factors, names)
 
 

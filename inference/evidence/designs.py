@@ -41,12 +41,7 @@ from poe_models.records import joined
 
 @dataclass(frozen=True, eq=False)
 class DesignEvidence:
-    """One row of :class:`EvidenceTable`.
-
-    Attributes:
-        name: Of the design.
-        evidence: Of every module.
-    """
+    """One row of :class:`EvidenceTable`: a design's name and the evidence of every module."""
 
     name: str
     evidence: Evidence

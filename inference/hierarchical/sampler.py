@@ -49,8 +49,6 @@ from inference.hierarchical.model import HierarchicalModel
 from inference.hierarchical.requirements import Shared
 from poe_models.experts import ProductOfExperts
 
-__all__ = ["HierarchicalDraws", "HierarchicalModel", "Shared", "hierarchical"]
-
 
 @dataclass(frozen=True, eq=False)
 class HierarchicalDraws:
