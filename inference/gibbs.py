@@ -111,9 +111,6 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
     In Full coordinates the noise of every chain and module has a seed of its own, so that a latent can be made again
     from its mixture weights and seed instead of being kept.
 
-    Args:
-        posterior: In Full or Span coordinates.
-
     Raises:
         ValueError: If an energy has no scale mixture, the posterior is improper, or its modules' operators do not share
             a factorisation.

@@ -52,11 +52,7 @@ def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[Minimi
 
 
 class Laplace:
-    """``N(Z*, T Hessian^-1)`` of a bound posterior.
-
-    Args:
-        posterior: In Full or Span coordinates. With factor experts (Span only) the Hessian is autograd's.
-        mode: ``Z*``, ``(M, *event)``.
+    """``N(Z*, T Hessian^-1)`` of a posterior without factor experts, at a mode ``Z*``, ``(M, *event)``.
 
     Raises:
         ValueError: If the Hessian is not positive definite at the mode, or the posterior is improper.
@@ -149,11 +145,9 @@ class Laplace:
 
 
 class DenseLaplace:
-    """``N(x*, T Hessian^-1)`` over all modules together, from the Pyro program by autograd; for a few coordinates.
+    """``N(x*, T Hessian^-1)`` over all modules together, at a mode ``x*``, ``(M, *event)``; for a few coordinates.
 
-    Args:
-        posterior: In Span coordinates; may have factor experts, also such that couple modules.
-        mode: ``x*``, ``(M, *event)``.
+    The Hessian is that of the Pyro program by autograd, so there may be factor experts, also such that couple modules.
 
     Raises:
         ValueError: If the Hessian is not positive definite at the mode, or the temperature is a tensor.

@@ -143,15 +143,9 @@ class MergeDistance:
 def span_distance(
     statistics: SpanStatistics, coefficients: Tensor, merge: Tensor | None = None
 ) -> MergeDistance | None:
-    """Distance of draws in Span coordinates from a merge in the span.
+    """Distance of draws ``(C, S, M, K)`` from a merge ``(M, K)`` in the span of statistics, all in coefficients.
 
-    Args:
-        statistics: What they were drawn from.
-        coefficients: Of the draws, ``(C, S, M, K)``.
-        merge: Coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
-
-    Returns:
-        The distance of every module; None if there is no merge in the span.
+    By default it is the merge that the span goes through; None if there is none.
     """
     if merge is None and statistics.through is None:
         return None

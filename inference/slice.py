@@ -134,7 +134,13 @@ class Reference:
                 f"couples them), and it keeps their dense covariance, at most {MOST_COORDINATES} wide. Use Span "
                 "coordinates, or `gibbs` or `laplace` in Full ones."
             )
-        return cls(center, _triangular(_majoriser_root(posterior, mode)))
+        # R with R R^T the covariance has the draws of the unit vectors as its columns; L L^T = R R^T by QR.
+        units = torch.eye(mode[0].numel()).to(mode).view(-1, 1, *posterior.event_shape)
+        columns = majoriser_draws(posterior, mode, units.expand(-1, *mode.shape)).double().flatten(2)  # (D, M, D)
+        root = columns.permute(1, 2, 0)
+        if posterior.joint:
+            root = torch.block_diag(*root).unsqueeze(0)
+        return cls(center, torch.linalg.qr(root.mT).R.mT)
 
     def standardize(self, position: Tensor) -> Tensor:
         """``y = L^-1 (x - m)``, ``(C, G, D)``; ``|y|^2 = delta(x)``."""
@@ -226,29 +232,8 @@ def latents(posterior: Posterior, x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:-2], posterior.num_modules, *posterior.event_shape)
 
 
-def _majoriser_root(posterior: Posterior, mode: Tensor) -> Tensor:
-    """``R`` with ``R R^T`` the covariance of the quadratic that majorises ``E / T`` at the mode, ``(G, D, D)``."""
-    entries = mode[0].numel()
-    units = torch.eye(entries, dtype=mode.dtype, device=mode.device).view(entries, 1, *posterior.event_shape)
-    columns = majoriser_draws(posterior, mode, units.expand(entries, *mode.shape)).double().flatten(2)  # (D, M, D)
-    blocks = columns.permute(1, 2, 0)
-    return torch.block_diag(*blocks).unsqueeze(0) if posterior.joint else blocks
-
-
-def _triangular(root: Tensor) -> Tensor:
-    """Lower triangular ``L`` with ``L L^T = R R^T``."""
-    return torch.linalg.qr(root.mT).R.mT
-
-
 class SliceKernel(Kernel[SliceState, SliceInfo]):
-    """Elliptical slice steps whose t is fitted to the chains' draws during the warm-up and fixed afterwards.
-
-    Args:
-        posterior: In Span coordinates, or Full ones of few entries; any energy and factor expert.
-
-    Raises:
-        ValueError: If the posterior is improper or has too many coordinates.
-    """
+    """Elliptical slice steps whose t is fitted to the chains' draws during the warm-up and fixed afterwards."""
 
     name = "slice"
 

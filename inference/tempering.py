@@ -22,7 +22,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -51,11 +50,11 @@ class TemperaturePoint:
     """Scores of the ensemble at one temperature; with several tasks their unweighted means.
 
     Attributes:
-        temperature: Of the posterior.
+        temperature: Temperature of the posterior.
         nll: Negative log-likelihood of the labels under the members' mean probabilities, nats per example.
         accuracy: Share of correct predictions.
         ece: Expected calibration error over 20 equal-width bins of the largest probability (Naeini et al., 2015).
-        num_members: How many members were averaged.
+        num_members: Number of members that were averaged.
     """
 
     temperature: float
@@ -171,13 +170,8 @@ def temper(
         raise ValueError(f"`temper(start={start:g})`: give a temperature, positive and finite.")
     step = math.log(high / low) / (num_temperatures - 1)
     grid = [*(low * math.exp(index * step) for index in range(num_temperatures - 1)), high]
-    done, total = count(1), num_temperatures + 2 * refinements
-
-    def tell() -> None:
-        if progress is not None:
-            progress(next(done), total)
-
-    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache, tell)
+    total = num_temperatures + 2 * refinements
+    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache, total, progress)
     if start is None:
         search.visit(*grid)
     else:
@@ -223,7 +217,7 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
 
 
 def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of every task the logits ``(n, classes)`` and that of each example's label ``(n,)``, float64."""
+    """Of every task the logits ``(n, classes)`` and those of the labels ``(n,)``, float64."""
     if not labels or logits.keys() != labels.keys():
         raise ValueError(
             f"`fit_logit_temperature(...)`: logits of {', '.join(logits)}; labels of {', '.join(labels)}. Give both "
@@ -254,7 +248,8 @@ class _Search(Generic[Members]):
     predict: Callable[[Any], PerTask]
     labels: Mapping[str, Tensor]
     cache: MutableMapping[str, Mapping[str, Tensor]]
-    tell: Callable[[], None]
+    total: int
+    progress: Callable[[int, int], None] | None
     points: dict[float, TemperaturePoint] = field(default_factory=dict)
     best_draws: list[Members] = field(default_factory=list)
     evaluations: int = 0
@@ -268,7 +263,8 @@ class _Search(Generic[Members]):
         for temperature in temperatures:
             if temperature not in self.points:
                 self._try(temperature)
-                self.tell()
+                if self.progress is not None:
+                    self.progress(len(self.points), self.total)
 
     def descend(self, grid: Sequence[float], start: float) -> None:
         """Try the grid's points outwards from the one nearest to ``start`` until both neighbours of the best are."""

@@ -110,6 +110,15 @@ class Energy(ABC):
             "Use `slice_sample` or `nuts`, which serve any energy."
         )
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether a Gaussian scale mixture is known."""
+        try:
+            self.for_dimension(torch.ones((), dtype=torch.float64)).scale_mixture()
+        except ValueError:
+            return False
+        return True
+
     def for_dimension(self, dim: Tensor) -> Energy:
         """This energy on residuals of ``dim`` dimensions; only ``exponent="multivariate"`` depends on it."""
         return self

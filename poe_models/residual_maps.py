@@ -187,6 +187,10 @@ class StatisticsMap(ResidualMap):
     def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
         return self.source(update).inputs(update, modules)
 
+    @override
+    def stand_in(self) -> ResidualMap:
+        return _Squares() if self.kind == "fisher" else InputGram()
+
 
 @dataclass(frozen=True, repr=False)
 class _OfModules(ResidualMap):
@@ -250,10 +254,6 @@ class Fisher(StatisticsMap):
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
         return Diagonal(given.to(update.dtype) + self.floor)
 
-    @override
-    def stand_in(self) -> ResidualMap:
-        return _Squares()
-
 
 @dataclass(frozen=True)
 class Activation(StatisticsMap):
@@ -275,10 +275,6 @@ class Activation(StatisticsMap):
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
         factor = root_of(scaled_off_diagonal(given, self.off_diagonal))
         return Gram(factor.to(update.dtype), "right", _shape(update))
-
-    @override
-    def stand_in(self) -> ResidualMap:
-        return InputGram()
 
 
 @dataclass(frozen=True)
@@ -306,10 +302,6 @@ class Mixed(StatisticsMap):
             activations, gram = _unit_trace(activations), _unit_trace(gram)
         factor = root_of(self.share * activations + (1 - self.share) * gram, given.dtype)
         return Gram(factor.to(update.dtype), "right", _shape(update))
-
-    @override
-    def stand_in(self) -> ResidualMap:
-        return InputGram()
 
 
 @dataclass(frozen=True)

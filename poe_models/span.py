@@ -136,10 +136,8 @@ def span_statistics(
         poe: The design; only its residual maps and its centre matter here, unless the span is to go through its merge.
         updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``, or one module with names.
         modules: Names of the modules of a tensor; numbered if not given.
-        through: The merged updates ``Z_*`` of this design, ``(M, d_out, d_in)`` or ``(d_out, d_in)``, as
-        ``fixed_point``
-            solves for them: draws from these statistics then surround the merge. Without, they surround the minimum
-            over the span of the updates and the centre alone, which is another point.
+        through: The merged updates ``Z_*`` of this design, ``(M, d_out, d_in)``, as ``fixed_point``
+            solves for them, for draws to surround.
         ranks: Find the rank of every ``P_i``, by singular values of the updates; without, only energies whose exponent
             does not depend on it can be used, and nothing that needs normalised experts.
 

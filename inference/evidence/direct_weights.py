@@ -34,13 +34,7 @@ CHUNK = 2**25
 def direct_log_weights(posterior: Posterior, samples: int, generator: torch.Generator) -> Tensor:
     """Importance weights whose mean is the integral of the anchor times ``exp(-E / T)`` over the merged update.
 
-    Args:
-        posterior: In Full coordinates, with an anchor; every expert says something.
-        samples: How many, ``S``.
-        generator: Source of all randomness.
-
-    Returns:
-        Log weights in nats, ``(S, M)``.
+    Log weights in nats, ``(S, M)``, of a posterior in Full coordinates with an anchor, in which all experts speak.
     """
     posterior = in_float64(posterior)
     integral = gaussian_integral(posterior)

@@ -124,7 +124,8 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
     error = torch.zeros_like(value)
     effective, tail = error + math.inf, error - math.inf
     for modules, part in _homogeneous(posterior, samples):
-        sampler = mixture_log_weights if all(map(has_mixture, part.experts)) else direct_log_weights
+        mixtures = all(expert.rho.is_mixture for expert in part.experts)
+        sampler = mixture_log_weights if mixtures else direct_log_weights
         log_weights = sampler(part, samples, generator)
         if len(log_weights) == 1:
             value[modules] += log_weights[0]
@@ -251,15 +252,6 @@ def _homogeneous(posterior: Posterior, samples: int) -> Iterator[tuple[slice, Po
         start = end
 
 
-def has_mixture(expert: BoundExpert) -> bool:
-    """Whether an expert's density is a known Gaussian scale mixture."""
-    try:
-        expert.rho.scale_mixture()
-    except ValueError:
-        return False
-    return True
-
-
 def _nothing(posterior: Posterior) -> Evidence:
     """Evidence of no experts: the density of no numbers."""
     zero = torch.zeros_like(posterior.anchor_precision)
@@ -280,7 +272,7 @@ def _require_trusted(evidence: Evidence, posterior: Posterior, samples: int) -> 
     bad = (~evidence.trusted).nonzero().flatten().tolist()
     if not bad:
         return
-    others = [expert for expert in posterior.experts if not has_mixture(expert)]
+    others = [expert for expert in posterior.experts if not expert.rho.is_mixture]
     advice = "Raise `samples`"
     if others:
         advice += f", or use an energy that is a Gaussian scale mixture, which {others[0].name!r} has not"

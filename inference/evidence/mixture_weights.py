@@ -234,13 +234,8 @@ class Proposal:
 def mixture_log_weights(posterior: Posterior, samples: int, generator: torch.Generator) -> Tensor:
     """Importance weights whose mean is the integral of the anchor times ``exp(-E / T)`` over the merged update.
 
-    Args:
-        posterior: In Full coordinates, with an anchor; every expert says something and has a scale mixture.
-        samples: How many, ``S``.
-        generator: Source of all randomness; not touched where all energies are Gaussian.
-
-    Returns:
-        Log weights in nats, ``(S, M)``; ``(1, M)``, the exact value, where all energies are Gaussian.
+    Log weights in nats, ``(S, M)``, of a posterior in Full coordinates with an anchor, in which every expert speaks
+    and is a scale mixture; ``(1, M)``, the exact value without randomness, where all energies are Gaussian.
 
     Raises:
         ValueError: If the anchor cannot be told from rounding beside the experts.
