@@ -44,8 +44,8 @@ def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[Minimi
     loose = [index for index, status in enumerate(at.status) if not status.converged]
     if loose:
         warnings.warn(
-            f"`laplace(at=...)`: the MAP of modules {loose} had not converged ({at.status[loose[0]]}), so that the "
-            "approximation is centred beside the mode.",
+            f"`laplace(at=...)`: the MAP of {', '.join(map(posterior.label, loose))} had not converged "
+            f"({at.status[loose[0]]}), so that the approximation is centred beside the mode.",
             stacklevel=2,
         )
     return Laplace(posterior, at.value.to(posterior.dtype))

@@ -155,7 +155,7 @@ def _require_finite(posterior: Posterior, start: str, weights: Tensor) -> None:
         module, expert = bad[0]
         raise ValueError(
             f"`fixed_point(...)`: expert {posterior.experts[expert].name!r} has a weight that is not finite at the "
-            f"start {start!r} in module {module} of the batch. Its energy needs a finite slope at q = 0, and the "
+            f"start {start!r} in {posterior.label(module)}. Its energy needs a finite slope at q = 0, and the "
             "updates a size that their dtype can hold: rescale them, or compute in float64."
         )
 

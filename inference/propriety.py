@@ -40,13 +40,13 @@ def require_proper(posterior: Posterior) -> None:
     for module in loose:
         if silent[module]:
             raise ValueError(
-                f"module {module} of the batch has updates that are all zero, so that its relative anchor precision is "
+                f"{posterior.label(module)} has updates that are all zero, so that its relative anchor precision is "
                 "zero, too: nothing is to be inferred there. Leave the module out, or give an absolute precision."
             )
         reason = _improper(posterior, module)
         if reason is not None:
             raise ValueError(
-                f"the posterior of module {module} of the batch has no anchor (eta = 0) and is improper: {reason}. "
+                f"the posterior of {posterior.label(module)} has no anchor (eta = 0) and is improper: {reason}. "
                 "It has no draws, no standard deviations and no evidence. Give the anchor a positive precision."
             )
 

@@ -77,8 +77,7 @@ class Retention:
         """One module's numbers, ready for JSON."""
         numbers: dict[str, Any] = {"norm": float(self.norm[module])}
         for name in ("update_norms", "kept", "residuals", "residuals_at_zero"):
-            values = getattr(self, name)
-            if values is not None:
+            if (values := getattr(self, name)) is not None:
                 pairs = zip(self.experts, values[module].tolist(), strict=True)
                 numbers[name] = {expert: value for expert, value in pairs if math.isfinite(value)}
         return numbers

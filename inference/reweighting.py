@@ -98,10 +98,6 @@ class Problem:
         self.shift = torch.where(silent, 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
 
-    def tolerance(self, options: SolverOptions) -> float:
-        """Tolerance on the relative gradient and on the change of the log-weights."""
-        return TOLERANCE[self.dtype] if options.tolerance is None else options.tolerance
-
     def solve(self, weights: Tensor) -> Point:
         """Minimise the quadratic with these weights, ``(M, E)``."""
         return self.at(self.quadratic.precision(weights, self.shift).solve(self._weighted(weights, self.pulls)))
@@ -259,7 +255,7 @@ def init(problem: Problem, weights: Tensor) -> State:
 
 def terminate(problem: Problem, state: State, options: SolverOptions, known: Run | None, last: bool) -> State:
     """The state with the modules marked that are done; the minima of a known run need not be found again."""
-    tolerance = problem.tolerance(options)
+    tolerance = TOLERANCE[problem.dtype] if options.tolerance is None else options.tolerance
     # The gradient costs as much as a solve, and only matters once the weights have settled.
     settled = bool((state.change <= tolerance).any()) or last
     gradient = problem.gradient_norm(state.point) if settled else torch.full_like(state.change, torch.inf)

@@ -136,11 +136,7 @@ class MinimizeInfo:
 
 @dataclass(frozen=True, eq=False)
 class MethodInfo:
-    """Record of modules that a merging method has merged.
-
-    Attributes:
-        retention: How much of every expert the merge kept.
-    """
+    """Record of modules that a merging method has merged: how much of every expert it kept."""
 
     retention: Retention
 

@@ -34,11 +34,10 @@ def full_posterior(batch: Batch) -> Posterior:
             "is differentiated through a few coefficients. Use coordinates='span'."
         )
     index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
+    low_rank = [None if factors is None else (factors[0][:, i], factors[1][:, i]) for i in index]
     operators = [
-        e.residual_map.operator(updates[:, i])
-        if factors is None
-        else e.residual_map.operator_of_factors(factors[0][:, i], factors[1][:, i])
-        for e, i in zip(poe.experts, index, strict=True)
+        e.residual_map.operator(updates[:, i]) if pair is None else e.residual_map.operator_of_factors(*pair)
+        for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
     ]
     experts, precision = bind_experts(
         poe,
@@ -48,10 +47,7 @@ def full_posterior(batch: Batch) -> Posterior:
         mean_curvatures=mean_curvatures(operators),
         dimensions=[operator.dimension for operator in operators],
     )
-    if factors is not None:
-        experts = tuple(
-            replace(e, low_rank=(factors[0][:, i], factors[1][:, i])) for e, i in zip(experts, index, strict=True)
-        )
+    experts = tuple(replace(e, low_rank=pair) for e, pair in zip(experts, low_rank, strict=True))
     center, shape = center_of(poe.anchor, updates, factors), (int(updates.shape[2]), int(updates.shape[3]))
     return Posterior(experts, center, precision, poe.temperature, shape, modules=modules)
 
@@ -173,12 +169,10 @@ def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes
     The median is weighted by importance, so that an expert given twice is one of importance 2.
     """
     known = torch.where(scales > 0, sizes.importance.to(scales), 0.0)
-    columns = []
-    for i, group in enumerate(_same_map(experts)):
-        median = weighted_median(scales[..., group], known[..., group])
-        fallback = torch.where(sizes.active[..., i] & (median > 0), median, torch.ones_like(median))
-        columns.append(torch.where(scales[..., i] > 0, scales[..., i], fallback))
-    return torch.stack(columns, -1)
+    groups = _same_map(experts)
+    medians = torch.stack([weighted_median(scales[..., group], known[..., group]) for group in groups], -1)
+    fallback = torch.where(sizes.active & (medians > 0), medians, 1.0)
+    return torch.where(scales > 0, scales, fallback)
 
 
 def _same_map(experts: Sequence[Expert]) -> list[list[int]]:

@@ -85,10 +85,7 @@ class Energy(ABC):
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
         r"""Log of ``\int exp(-importance * rho(|x|^2 / scale^2)) dx`` in ``dim`` dimensions, nats in float64.
 
-        Args:
-            scale: Scale ``s`` of the expert.
-            dim: Rank of ``P_i`` on ``vec(Z)``.
-            importance: The expert's importance over the temperature, ``a / T``.
+        For an expert ``dim`` is the rank of ``P_i`` on ``vec(Z)``, ``importance`` is over the temperature, ``a / T``.
 
         Raises:
             ValueError: If this energy has none.
@@ -153,11 +150,7 @@ class Energy(ABC):
 
 @dataclass(frozen=True)
 class Gaussian(Energy):
-    """``rho(q) = precision * q / 2``.
-
-    Args:
-        precision: 1 for the standard Gaussian; twins have other values.
-    """
+    """``rho(q) = precision * q / 2``; a precision of 1 is the standard Gaussian, twins have others."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
@@ -190,11 +183,7 @@ class Gaussian(Energy):
 
 @dataclass(frozen=True)
 class TwinOf(Energy):
-    """The Gaussian twin of an energy that depends on the dimension of the residual; becomes one once it is known.
-
-    Args:
-        energy: An energy with ``exponent="multivariate"``.
-    """
+    """The Gaussian twin of an energy with ``exponent="multivariate"``; becomes one once the dimension is known."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
@@ -299,11 +288,7 @@ class Welsch(Energy):
 
 @dataclass(frozen=True)
 class Huber(Energy):
-    """``q / 2`` up to ``delta**2``, then ``delta * sqrt(q) - delta**2 / 2``.
-
-    Args:
-        delta: Residual (in scales) at which the quadratic becomes linear.
-    """
+    """``q / 2`` up to a residual of ``delta`` scales, ``q = delta**2``, then ``delta * sqrt(q) - delta**2 / 2``."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
@@ -384,10 +369,7 @@ class GeneralizedGaussian(Energy):
 
 @dataclass(frozen=True)
 class Custom(Energy):
-    """An energy from a function, for trying something out without a subclass.
-
-    Args:
-        function: ``rho``; maps ``q`` of shape ``(...,)`` to nats of the same shape, differentiable.
+    """An energy from a differentiable function ``rho``, for trying something out without a subclass.
 
     >>> Custom(lambda q: q.sqrt()).rho(torch.tensor(4.0))
     tensor(2.)

@@ -70,12 +70,7 @@ class Operator(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ScaledIdentity(Operator):
-    """``P = I`` on matrices of a given shape.
-
-    Args:
-        shape: ``(d_out, d_in)``.
-        like: Any tensor of the module batch, for its leading shape and device, ``(..., d_out, d_in)``.
-    """
+    """``P = I`` on matrices ``(d_out, d_in)``, batched and on the device like any tensor ``(..., d_out, d_in)``."""
 
     shape: tuple[int, int]
     like: Tensor

@@ -171,6 +171,11 @@ class Posterior:
         """Whether the latent is the merged update itself, or coordinates in the span of the updates."""
         return "full" if self.span is None else "span"
 
+    def label(self, module: int) -> str:
+        """A module's name for messages, or its position where it has none."""
+        named = self.modules[module : module + 1] not in ((), (str(module),))
+        return repr(self.modules[module]) if named else f"module {module} of the batch"
+
     def update(self, z: Tensor) -> Tensor:
         """Merged updates of latents, ``(*S, M, *event)`` to ``(*S, M, d_out, d_in)``, for modules of equal shape.
 

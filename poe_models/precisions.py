@@ -127,6 +127,12 @@ class SpectralPrecision(Precision):
     def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
         """``H^(exponent / 2) x``, ``(..., a, b)``."""
 
+    def _require_positive(self, reason: str) -> None:
+        if not bool((self.values > 0).all()):
+            raise NotPositiveDefiniteError(
+                f"the precision is not positive definite: {reason}. Raise the anchor's precision."
+            )
+
     @override
     def solve(self, b: Tensor) -> Tensor:
         return self.power(b, -2)
@@ -165,11 +171,7 @@ class KroneckerSum(SpectralPrecision):
         right_values, self.right = torch.linalg.eigh(right)
         self.values = left_values.clamp(min=0).unsqueeze(-1) + right_values.clamp(min=0).unsqueeze(-2) + shift
         self.shape, self.dtype = (int(left.shape[-1]), int(right.shape[-1])), left.dtype
-        if not bool((self.values > 0).all()):
-            raise NotPositiveDefiniteError(
-                "the precision is not positive definite: the experts leave some direction undetermined. "
-                "Raise the anchor's precision."
-            )
+        self._require_positive("the experts leave some direction undetermined")
 
     @override
     def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
@@ -195,11 +197,7 @@ class DiagonalPrecision(SpectralPrecision):
     def __init__(self, values: Tensor, shape: tuple[int, int]) -> None:
         self.values = values.expand(*values.shape[:-2], *shape)
         self.shape, self.dtype = shape, values.dtype
-        if not bool((values > 0).all()):
-            raise NotPositiveDefiniteError(
-                "the precision is not positive definite: some entry has neither an expert nor an anchor. "
-                "Raise the anchor's precision."
-            )
+        self._require_positive("some entry has neither an expert nor an anchor")
 
     @override
     def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:

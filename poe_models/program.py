@@ -74,8 +74,8 @@ def anchor_prior(posterior: Posterior) -> dist.TorchDistribution:
     if bool((eta == 0).any()):
         silent = (eta == 0).nonzero().flatten().tolist()
         raise ValueError(
-            f"`anchor_prior(...)`: modules {silent} of the batch have no anchor precision (their updates are zero), "
-            "the others do. Leave these modules out: nothing is to be inferred there."
+            f"`anchor_prior(...)`: {', '.join(map(posterior.label, silent))} without an anchor precision (the updates "
+            "are zero), the others have one. Leave these modules out: nothing is to be inferred there."
         )
     center = posterior.like.new_zeros(shape) if posterior.center is None else posterior.center
     return dist.Normal(center, _spread(posterior)[:, None, None].expand(shape)).to_event(2)

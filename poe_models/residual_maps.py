@@ -145,11 +145,7 @@ class InputGram(ResidualMap):
 
 @dataclass(frozen=True)
 class StatisticsMap(ResidualMap):
-    """A residual map on given statistics, which it looks up by the names of expert and modules.
-
-    Args:
-        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
-    """
+    """A residual map on ``ModuleStatistics`` or a ``StatisticsFolder``, looked up by names of expert and modules."""
 
     common_units: ClassVar[bool] = True
     kind: ClassVar[MomentKind]

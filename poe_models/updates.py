@@ -70,7 +70,8 @@ def batch_of(
         raise ValueError(f"`low_rank=...` beside {modules[0].name!r}: a module brings its own factors. Leave them out.")
     names = tuple(module.name for module in modules)
     ordered = [(module, _order(poe, module)) for module in modules]
-    checked = check_updates(torch.stack([module.updates[order] for module, order in ordered]), poe.update_names)
+    stacked = torch.stack([module.updates[order] for module, order in ordered])
+    checked = check_updates(stacked, poe.update_names, list(map(repr, names)))
     left, right = (
         [module.low_rank[side][order] for module, order in ordered if module.low_rank is not None] for side in (0, 1)
     )
@@ -90,8 +91,8 @@ def _order(poe: ProductOfExperts, module: NamedUpdates) -> list[int]:
     return [module.names.index(name) for name in poe.update_names]
 
 
-def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
-    """Updates as ``(M, N, d_out, d_in)`` in a dtype to compute in.
+def check_updates(updates: Tensor, names: Sequence[str], modules: Sequence[str] | None = None) -> Tensor:
+    """Updates as ``(M, N, d_out, d_in)`` in a dtype to compute in; errors name the modules if they have names.
 
     Raises:
         ValueError: If the shape does not fit ``names``, or a value is not finite.
@@ -110,8 +111,9 @@ def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
     finite = torch.isfinite(updates).flatten(2).all(-1)
     if not bool(finite.all()):
         module, expert = (~finite).nonzero()[0].tolist()
+        where = f"module {module} of the batch" if modules is None else modules[module]
         raise ValueError(
-            f"`updates` of {names[expert]!r} (module {module} of the batch) has NaN or infinite values. "
+            f"`updates` of {names[expert]!r} ({where}) has NaN or infinite values. "
             "Leave the expert out, or look at the checkpoint it came from."
         )
     return updates
@@ -135,14 +137,11 @@ def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] |
     Raises:
         ValueError: If the centre does not have the shape of the updates.
     """
-    if anchor.center is None:
+    center = anchor.center
+    if center is None:
         return None
-    if isinstance(anchor.center, Tensor):
-        center = anchor.center
-    elif isinstance(anchor.center, NamedCenter):
-        center = anchor.center(updates, low_rank)
-    else:
-        center = anchor.center(updates)
+    if not isinstance(center, Tensor):
+        center = center(updates, low_rank) if isinstance(center, NamedCenter) else center(updates)
     center = center.to(updates)
     if center.ndim == 2:
         center = center.unsqueeze(0)

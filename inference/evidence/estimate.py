@@ -140,13 +140,7 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneExpertOut:
-    """Log density of every expert's update given the other experts'.
-
-    Attributes:
-        updates: Names of the updates, ``N``.
-        whole: Evidence of all experts.
-        without: Evidence without the experts on each update.
-    """
+    """Log density of every expert's update given the other experts', from evidences with and without those on it."""
 
     updates: tuple[str, ...]
     whole: Evidence
@@ -262,9 +256,9 @@ def _require_anchor(posterior: Posterior) -> None:
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     if loose:
         raise ValueError(
-            f"modules {loose} of the batch have no anchor (eta = 0): a flat prior has no normaliser, so that the "
-            "evidence would be known only up to a constant, another one for every design. Give the anchor a positive "
-            "precision, and leave out modules whose updates are all zero: a relative precision is zero there."
+            f"no anchor (eta = 0) in {', '.join(map(posterior.label, loose))}: a flat prior has no normaliser, so that "
+            "the evidence would be known only up to a constant, another one for every design. Give the anchor a "
+            "positive precision, and leave out modules whose updates are all zero: a relative precision is zero there."
         )
 
 
@@ -278,7 +272,7 @@ def _require_trusted(evidence: Evidence, posterior: Posterior, samples: int) -> 
         advice += f", or use an energy that is a Gaussian scale mixture, which {others[0].name!r} has not"
     effective, tail = float(evidence.effective_samples[bad[0]]), float(evidence.pareto_k[bad[0]])
     raise UntrustedEvidence(
-        f"module {bad[0]} of the batch: {effective:.0f} of {samples} importance samples are effective and their "
+        f"{posterior.label(bad[0])}: {effective:.0f} of {samples} importance samples are effective and their "
         f"weights have a Pareto k of {tail:.2f} (trusted from "
         f"{FEWEST_EFFECTIVE:g} and up to {LARGEST_PARETO_K:g}), so that neither value nor error can be trusted. "
         f"{advice}.",

@@ -137,12 +137,7 @@ class Elementwise(GaussianIntegral):
 
 
 class TwoSided(GaussianIntegral):
-    """Experts on both sides: a Kronecker sum, by an eigendecomposition of each side.
-
-    Args:
-        quadratic: The least-squares problem, in float64.
-        shift: ``sigma``, ``(M,)``.
-    """
+    """Experts on both sides: a Kronecker sum, by an eigendecomposition of each side, in float64."""
 
     def __init__(self, quadratic: Quadratic, shift: Tensor) -> None:
         self.quadratic, self.shift = quadratic, shift

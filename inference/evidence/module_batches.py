@@ -21,12 +21,7 @@ MOST_NUMBERS = 2**24
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch:
-    """Updates of ``M`` modules of equal shape, ready to be bound.
-
-    Attributes:
-        names: Names of the modules.
-        updates: What :meth:`~poe_models.experts.ProductOfExperts.bind` takes.
-    """
+    """Updates of named modules of equal shape, as :meth:`~poe_models.experts.ProductOfExperts.bind` takes them."""
 
     names: tuple[str, ...]
     updates: Tensor | tuple[ModuleUpdates, ...]
