@@ -54,9 +54,6 @@ def slice_sample(
 ) -> Draws:
     """Draws of a posterior in its own coordinates by generalised elliptical slice sampling.
 
-    All chains of all modules are one tensor program. It can be interrupted at any step (also by an exception from
-    ``progress``): it keeps no state but its locals and the generator.
-
     Args:
         posterior: In Span coordinates, or Full ones of few entries; any energy and factor expert.
         num_samples: Draws kept per chain.
@@ -68,21 +65,15 @@ def slice_sample(
 
     Returns:
         Draws ``(C, S, M, *event)`` in float64. ``stats`` has ``lp`` (``-E / T``), ``evaluations`` of the energy in the
-        last step and whether it was ``stuck``; where a factor expert couples the modules they are of all modules
-        together.
+        last step and whether it was ``stuck``, of all modules together where a factor expert couples them.
 
     Raises:
         ValueError: If the posterior is improper or has too many coordinates, its energy is not finite at a start, or a
             count cannot be used.
     """
+    kernel = SliceKernel(posterior)
     return stored_draws(
-        SliceKernel(posterior),
-        num_samples,
-        generator=generator,
-        chains=chains,
-        warmup=warmup,
-        thin=thin,
-        progress=progress,
+        kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
     )
 
 

@@ -53,8 +53,7 @@ class FixedPointInfo:
         start_energies: Final energy of every start, ``(M, S)``: different values are different local minima.
         weights: Effective weights ``w_i`` at the solution, ``(M, E)``.
         relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``: the weight relative to the Gaussian twin's.
-        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``; 1 means that the merge is
-            a Gaussian's.
+        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``; 1 of a Gaussian merge.
         inactive: Experts that say nothing because their update is zero, ``(M, E)``.
         residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
         retention: How much of every expert the solution kept.
@@ -62,10 +61,8 @@ class FixedPointInfo:
         rejected: Accelerated or full steps that were taken back, ``(M,)``.
         gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
         weight_change: Largest change of a log-weight in the last step, ``(M,)``.
-        forward_error: Last correction of the iterative refinement relative to ``Z``, ``(M,)``: the error that rounding
-            leaves; nan where nothing was refined.
-        strict_minimum: Whether the energy's Hessian is positive definite at the solution, by more than rounding,
-            ``(M,)``.
+        forward_error: Last correction of the refinement relative to ``Z``, ``(M,)``; nan where there was none.
+        strict_minimum: Whether the energy's Hessian there is positive definite by more than rounding, ``(M,)``.
         contraction_rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
         contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
             solution) and for any map and energy, ``(M,)``: no smaller than the rate.

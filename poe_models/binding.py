@@ -235,23 +235,19 @@ def _bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
             "cannot give. Bind the updates with coordinates='span', or write it with coordinates='span'."
         )
 
-    def of_coefficients(x: Tensor) -> Tensor:
-        return _checked(factor, factor.function(span.coefficients(x)), x.shape[:-3] if joint else x.shape[:-2])
+    def energy(x: Tensor) -> Tensor:
+        if factor.coordinates == "span":
+            return _checked(factor, span.coefficients(x), x.shape[:-3] if joint else x.shape[:-2])
+        updates = (span.update(x, i) for i in range(len(names)))
+        if joint:
+            return _checked(factor, dict(zip(names, updates, strict=True)), x.shape[:-3])
+        return torch.stack([_checked(factor, update, x.shape[:-3]) for update in updates], -1)
 
-    def of_model(x: Tensor) -> Tensor:
-        named = {name: span.update(x, i) for i, name in enumerate(names)}
-        return _checked(factor, factor.function(named), x.shape[:-3])
-
-    def of_modules(x: Tensor) -> Tensor:
-        parts = [factor.function(span.update(x, i)) for i in range(len(names))]
-        return torch.stack([_checked(factor, part, x.shape[:-3]) for part in parts], -1)
-
-    if factor.coordinates == "span":
-        return BoundFactor(factor.name, of_coefficients, joint)
-    return BoundFactor(factor.name, of_model if joint else of_modules, joint)
+    return BoundFactor(factor.name, energy, joint)
 
 
-def _checked(factor: FactorExpert, energy: Tensor, shape: torch.Size) -> Tensor:
+def _checked(factor: FactorExpert, argument: Tensor | dict[str, Tensor], shape: torch.Size) -> Tensor:
+    energy = factor.function(argument)
     if energy.shape != shape:
         raise ValueError(
             f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "

@@ -42,7 +42,6 @@ from inference.hierarchical.requirements import (
     check_mixtures,
     check_scales,
     shared_prior,
-    sizes,
 )
 from poe_models.experts import ProductOfExperts
 
@@ -80,9 +79,11 @@ class HierarchicalModel:
             log_normalizers(posterior)  # refuses experts that are not densities
         self.integrals = [gaussian_integral(posterior) for posterior in self.posteriors]
         self._prepare(own)
-        size = sizes(shared, len(self.modules), len(self.experts))
+        size = {"model": (), "expert": (len(self.experts),), "module": (len(self.modules),)}[shared]
         reference = self.eta.new_tensor(own)
-        self.gamma_prior = _gamma_prior(gamma_prior, reference, shared, size)
+        center = (reference if shared == "expert" else reference[0]).log().expand(size)
+        own_prior = dist.LogNormal(center, torch.ones_like(center)).to_event(len(size))
+        self.gamma_prior = own_prior if gamma_prior is None else shared_prior("gamma_prior", gamma_prior, size)
         if df_prior is not None and not self.has_df:
             raise ValueError("`hierarchical(df_prior=...)`: no expert has a Student-t energy. Leave it out.")
         default = dist.Gamma(reference.new_tensor(2.0), reference.new_tensor(0.1))
@@ -254,15 +255,6 @@ def _mean_and_curvature(integral: GaussianIntegral, weights: Tensor) -> tuple[Te
         moved = -integral.value_and_slope(weights + step)[1]
         columns.append((moved - mean)[..., i] / step[..., i].clamp(min=torch.finfo(step.dtype).tiny))
     return mean, torch.stack(columns, -1)
-
-
-def _gamma_prior(
-    given: dist.TorchDistribution | None, reference: Tensor, shared: Shared, size: tuple[int, ...]
-) -> dist.TorchDistribution:
-    if given is not None:
-        return shared_prior("gamma_prior", given, size)
-    center = (reference if shared == "expert" else reference[0]).log().expand(size)
-    return dist.LogNormal(center, torch.ones_like(center)).to_event(len(size))
 
 
 def _inside(value: Tensor) -> Tensor:

@@ -20,11 +20,6 @@ POWERS: dict[type[Scale], int] = {Absolute: 2, Balanced: 2, Relative: 2, NormSca
 """``s^2`` is proportional to this power of ``gamma``."""
 
 
-def sizes(shared: Shared, modules: int, experts: int) -> tuple[int, ...]:
-    """Shape of ``gamma`` and ``nu``, from the numbers of modules and experts."""
-    return {"model": (), "expert": (experts,), "module": (modules,)}[shared]
-
-
 def shared_prior(name: str, prior: dist.TorchDistribution, size: tuple[int, ...]) -> dist.TorchDistribution:
     """A scalar prior on positive numbers, expanded to shared quantities of a shape; errors name the argument.
 
