@@ -32,13 +32,11 @@ def minimize(
         max_steps: Evaluations of the energy.
         tolerance: On each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
             factors, which balance each other at a minimum.
-
     """
     if start is None:
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
     density, temperature = log_density(posterior, joint=True), posterior.fixed_temperature
     x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
-
     optimizer = torch.optim.LBFGS(
         [x],
         lr=1.0,

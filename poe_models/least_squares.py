@@ -96,10 +96,7 @@ class Quadratic:
         return self.compression.lift(x, self.shape)
 
     def lift_draws(self, x: Tensor, noise: Tensor, white: Tensor, spread: Tensor) -> Tensor:
-        """``lift`` of draws ``x`` made of ``white``, the compressed noise, whose rest has its own spread ``(M,)``.
-
-        The noise is ``(*S, M, d_out, d_in)``; where nothing is compressed it has no rest.
-        """
+        """Displacement of draws ``x`` with the noise that its compression ``white`` leaves out, of spread ``(M,)``."""
         z = self.lift(x)
         if self.compression.trivial:
             return z
