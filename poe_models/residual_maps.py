@@ -154,7 +154,7 @@ class StatisticsMap(ResidualMap):
 
     def __post_init__(self) -> None:
         require_source(self)
-        for name in ("share", "off_diagonal"):
+        for name in ("share", "off_diagonal"):  # shares, of the maps that have them
             if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(
                     f"`{type(self).__name__}({name}={getattr(self, name)})`: expected a number between 0 and 1."
