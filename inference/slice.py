@@ -188,8 +188,7 @@ def step(
     start = reference.standardize(state.position)
     noise = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
     across = noise * reference.scale(start, generator).sqrt().unsqueeze(-1)
-    log_ratio = state.log_density - reference.log_density(start)
-    level = log_ratio + _uniform(log_ratio, generator).log()  # log of a uniform height below R(x)
+    level = height(state.log_density - reference.log_density(start), generator)
     angle = 2 * math.pi * _uniform(level, generator)
     low, high = angle - 2 * math.pi, angle
     waiting, evaluations = torch.ones_like(level, dtype=torch.bool), torch.zeros_like(level, dtype=torch.long)
@@ -206,6 +205,11 @@ def step(
         low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)  # 0 is where x is
         angle = low + (high - low) * _uniform(level, generator)
     return state, SliceInfo(evaluations, waiting)
+
+
+def height(log_ratio: Tensor, generator: torch.Generator) -> Tensor:
+    """Log of a uniform height below ``R(x)``, from ``log R(x)``."""
+    return log_ratio + _uniform(log_ratio, generator).log()
 
 
 def states(posterior: Posterior, z: Tensor) -> Tensor:
