@@ -19,8 +19,7 @@ LONGEST_STEP = 5.0
 class Anderson:
     """Type-II Anderson extrapolation of ``v -> g(v)`` for ``M`` independent iterations of ``E`` numbers.
 
-    Args:
-        depth: How many past differences to use.
+    It uses ``depth`` past differences.
     """
 
     def __init__(self, depth: int) -> None:

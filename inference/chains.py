@@ -7,7 +7,7 @@ not mixed; from one mode they would not notice another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -31,16 +31,8 @@ def mode_of(posterior: Posterior) -> Tensor:
 def overdispersed_starts(posterior: Posterior, mode: Tensor, chains: int, generator: torch.Generator) -> Tensor:
     """Chain 0 starts at the MAP, the next ones at every task vector in turn, and so on, all with noise.
 
-    The noise is Gaussian with twice the standard deviations of the quadratic that majorises the energy at the MAP.
-
-    Args:
-        posterior: In Full or Span coordinates, proper without its factor experts.
-        mode: The MAP, ``(M, *event)``.
-        chains: ``C``.
-        generator: Source of the noise.
-
-    Returns:
-        The starts, ``(C, M, *event)``.
+    The noise is Gaussian with twice the standard deviations of the quadratic that majorises the energy at the MAP, so
+    the posterior must be proper without its factor experts. From a mode ``(M, *event)`` to ``(C, M, *event)``.
 
     Raises:
         ValueError: If the modules' operators do not share a factorisation (Full coordinates only).
@@ -53,27 +45,17 @@ def overdispersed_starts(posterior: Posterior, mode: Tensor, chains: int, genera
 
 
 def majoriser_draws(posterior: Posterior, mode: Tensor, noise: Tensor) -> Tensor:
-    """Draws of ``N(0, T H^-1 / 2)`` with ``H = sum_i w_i P_i + eta I`` at the mode.
+    """Draws of ``N(0, T H^-1 / 2)`` with ``H = sum_i w_i P_i + eta I`` at the mode, ``(S, M, *event)`` like the noise.
 
     They are linear in the noise: ``R`` with ``R R^T = T H^-1 / 2`` has the draws of the unit vectors as its columns.
-
-    Args:
-        posterior: In Full or Span coordinates, proper without its factor experts.
-        mode: The MAP, ``(M, *event)``.
-        noise: Standard normal, ``(S, M, *event)``.
-
-    Returns:
-        The draws, ``(S, M, *event)``.
     """
     quadratic = quadratic_of(posterior, for_draws=True)
     weights = posterior.weights(posterior.residuals(mode))
     precision = quadratic.precision(weights, posterior.anchor_precision)
     white = quadratic.compression.compress(noise)
-    draws = quadratic.lift(precision.sample(white))
-    if not quadratic.compression.trivial:
-        eta = posterior.anchor_precision
-        alone = torch.where(eta > 0, eta.rsqrt(), torch.zeros_like(eta))  # directions that only the anchor holds
-        draws = draws + (noise - quadratic.lift(white)) * alone.to(noise.dtype)[:, None, None]
+    eta = posterior.anchor_precision
+    alone = torch.where(eta > 0, eta.rsqrt(), torch.zeros_like(eta))  # directions that only the anchor holds
+    draws = quadratic.lift_draws(precision.sample(white), noise, white, alone)
     return draws * (posterior.temperature / 2) ** 0.5
 
 
@@ -90,12 +72,12 @@ class Kernel(ABC, Generic[State, Info]):
 
     Attributes:
         name: Name of the sampler, which its draws keep.
-        function: Name of the function that users call.
+        function: Name of the function that users call, if it is another.
         posterior: Density that the transition leaves invariant.
     """
 
     name: str
-    function: str
+    function: str | None = None
     posterior: Posterior
 
     @abstractmethod
@@ -118,50 +100,6 @@ class Kernel(ABC, Generic[State, Info]):
         """Statistics of the draw by ArviZ's names, ``lp`` (``-E / T``) among them; broadcastable to ``(C, M)``."""
 
 
-def run_chains(
-    kernel: Kernel[State, Info],
-    num_samples: int,
-    *,
-    generator: torch.Generator,
-    chains: int,
-    warmup: int,
-    thin: int,
-    progress: Progress | None,
-) -> Iterator[tuple[State, Info]]:
-    """The loop over steps that all samplers share.
-
-    Args:
-        kernel: The transition.
-        num_samples: States to keep.
-        generator: Source of all randomness.
-        chains: Independent chains.
-        warmup: Steps before the first one that counts.
-        thin: Steps per kept state.
-        progress: Called after every step.
-
-    Yields:
-        The states that are kept, with their infos.
-
-    Raises:
-        ValueError: If a count is too small.
-    """
-    if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
-        raise ValueError(
-            f"`{kernel.function}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`: at least "
-            "one draw, one chain and one step per draw are needed, and no negative warmup."
-        )
-    state = kernel.init(chains, generator)
-    total = warmup + num_samples * thin
-    for count in range(1, total + 1):
-        state, info = kernel.step(state, generator)
-        if count <= warmup:
-            kernel.warm_up(state, count, warmup)
-        if progress is not None:
-            progress(count, total)
-        if count > warmup and (count - warmup) % thin == 0:
-            yield state, info
-
-
 def stored_draws(
     kernel: Kernel[State, Info],
     num_samples: int,
@@ -172,18 +110,40 @@ def stored_draws(
     thin: int,
     progress: Progress | None,
 ) -> Draws:
-    """Draws of a kernel with their latents kept as they are; for arguments see :func:`run_chains`.
+    """The loop over steps that all samplers share.
+
+    Args:
+        kernel: The transition.
+        num_samples: Draws kept per chain.
+        generator: Source of all randomness.
+        chains: Independent chains.
+        warmup: Steps before the first one that counts.
+        thin: Steps per kept draw.
+        progress: Called after every step.
 
     Returns:
         Draws ``(C, S, M, *event)``.
+
+    Raises:
+        ValueError: If a count is too small.
     """
+    if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
+        raise ValueError(
+            f"`{kernel.function or kernel.name}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`:"
+            " at least one draw, one chain and one step per draw are needed, and no negative warmup."
+        )
     values, statistics = [], []
-    kept = run_chains(
-        kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
-    )
-    for state, info in kept:
-        values.append(kernel.latents(state, info))
-        statistics.append(kernel.stats(state, info))
+    state = kernel.init(chains, generator)
+    total = warmup + num_samples * thin
+    for count in range(1, total + 1):
+        state, info = kernel.step(state, generator)
+        if count <= warmup:
+            kernel.warm_up(state, count, warmup)
+        if progress is not None:
+            progress(count, total)
+        if count > warmup and (count - warmup) % thin == 0:
+            values.append(kernel.latents(state, info))
+            statistics.append(kernel.stats(state, info))
     shape = (chains, num_samples, kernel.posterior.num_modules)
     stats = {name: torch.stack([each[name] for each in statistics], 1).expand(shape) for name in statistics[0]}
     return Draws(torch.stack(values, 1), stats, kernel.name, kernel.posterior.fixed_temperature)

@@ -13,10 +13,6 @@ from torch import Tensor
 from typing_extensions import override
 
 
-def _no_seeds() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
-
-
 @dataclass(frozen=True, eq=False)
 class Draws:
     """Draws of a posterior over ``M`` modules in its own coordinates, kept or made again when needed.
@@ -41,7 +37,7 @@ class Draws:
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     sampler: str | None = None
     temperature: float | None = None
-    seeds: Tensor = field(default_factory=_no_seeds, kw_only=True)
+    seeds: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), kw_only=True)
     regenerate: Callable[[int, Tensor, int], Tensor] | None = field(default=None, kw_only=True)
 
     @property

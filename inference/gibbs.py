@@ -13,13 +13,13 @@ the same ``H`` and ``b`` with the expected weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from inference.chains import Kernel, Progress, run_chains, stored_draws
+from inference.chains import Kernel, Progress, stored_draws
 from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.least_squares import quadratic_of
@@ -57,31 +57,19 @@ def gibbs(
             operators do not share a factorisation, or a count cannot be used.
     """
     kernel = GibbsKernel(posterior)
-    if not kernel.regenerable:
-        return stored_draws(
-            kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
-        )
-    kept = run_chains(
+    draws = stored_draws(
         kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
     )
-    infos = [info for _, info in kept]
-    return Draws(
-        torch.stack([info.weights for info in infos], 1),
-        {"lp": -torch.stack([info.energy for info in infos], 1) / posterior.fixed_temperature},
-        kernel.name,
-        posterior.fixed_temperature,
-        seeds=torch.stack([info.seeds for info in infos], 1),
-        regenerate=regenerate_with(posterior),
-    )
+    if not kernel.regenerable:
+        return draws
+    lp, seeds = draws.stats["lp"], draws.stats["seeds"]
+    return replace(draws, stats={"lp": lp}, seeds=seeds, regenerate=regenerate_with(posterior))
 
 
 def regenerate_with(posterior: Posterior) -> Callable[[int, Tensor, int], Tensor]:
     """A function that makes a module's merged update from its position, mixture weights ``(E,)`` and seed.
 
     One module at a time, whatever batch it was drawn in, because batched linear algebra may round differently.
-
-    Args:
-        posterior: In Full coordinates.
     """
     singles: dict[int, GibbsKernel] = {}
 
@@ -95,11 +83,7 @@ def regenerate_with(posterior: Posterior) -> Callable[[int, Tensor, int], Tensor
 
 @dataclass(frozen=True, eq=False)
 class GibbsState:
-    """State of ``C`` chains of ``M`` modules.
-
-    Attributes:
-        residuals: ``q_i``, ``(C, M, E)``: all that the next mixture weights depend on.
-    """
+    """Residuals ``q_i`` of ``C`` chains, ``(C, M, E)``: all that the next mixture weights depend on."""
 
     residuals: Tensor
 
@@ -127,13 +111,9 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
     In Full coordinates the noise of every chain and module has a seed of its own, so that a latent can be made again
     from its mixture weights and seed instead of being kept.
 
-    Args:
-        posterior: In Full or Span coordinates.
-
     Raises:
         ValueError: If an energy has no scale mixture, the posterior is improper, or its modules' operators do not share
-        a
-            factorisation.
+            a factorisation.
     """
 
     name = "gibbs"
@@ -178,11 +158,13 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
 
     @override
     def latents(self, state: GibbsState, info: GibbsInfo) -> Tensor:
-        return info.z
+        """The latents, or the mixture weights ``(C, M, E)`` that they are made again from, with seeds in ``stats``."""
+        return info.weights if self.regenerable else info.z
 
     @override
     def stats(self, state: GibbsState, info: GibbsInfo) -> dict[str, Tensor]:
-        return {"lp": -info.energy / self.posterior.temperature}
+        lp = {"lp": -info.energy / self.posterior.temperature}
+        return lp | {"seeds": info.seeds} if self.regenerable else lp
 
     def regenerate(self, weights: Tensor, seed: int) -> Tensor:
         """``Z`` of a posterior of one module from its mixture weights ``(E,)`` and seed, ``(*event)``."""
@@ -198,12 +180,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
         return self._latent(self._conditional(weights, white), still, white)
 
     def conditional_variance(self, weights: Tensor, direction: Tensor) -> Tensor:
-        """Variance of ``<Z, direction>`` given mixture weights ``(*C, M, E)``, ``(*C, M)`` float64.
-
-        Args:
-            weights: Of the ``P_i``, ``1 / T`` included.
-            direction: ``(M, *event)``.
-        """
+        """Variance of ``<Z, direction>`` given mixture weights, ``(*C, M, E)`` and ``(M, *event)`` to ``(*C, M)``."""
         seen = self.quadratic.compression.compress(direction)
         solved = self.quadratic.precision(weights, self.shift).solve(seen.expand(*weights.shape[:-1], *seen.shape[-2:]))
         inside = (seen.double() * solved.double()).sum((-2, -1)) / 2
@@ -230,10 +207,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
 
     def _latent(self, x: Tensor, noise: Tensor, white: Tensor) -> Tensor:
         """The latent of compressed ``x``, with the anchor's own noise where no expert sees anything."""
-        z = self.quadratic.lift(x)
-        if not self.quadratic.compression.trivial:
-            outside = noise - self.quadratic.lift(white)
-            z = z + outside * anchor_spread(self.shift).to(z.dtype)[:, None, None]
+        z = self.quadratic.lift_draws(x, noise, white, anchor_spread(self.shift))
         return z if self.posterior.center is None else self.posterior.center + z
 
     def _noise(self, seeds: Tensor) -> Tensor:
@@ -242,16 +216,9 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
 
 
 def draw_weights(posterior: Posterior, residuals: Tensor, power: Tensor, generator: torch.Generator) -> Tensor:
-    """Mixture weights ``tau_i / (unit s_i^2)`` given ``Z``, for the density ``exp(-power E_i)`` of every expert.
+    """Mixture weights ``tau_i / (unit s_i^2)`` given residuals ``q_i``, for the density ``exp(-power E_i)``.
 
-    Args:
-        posterior: Every energy has a Gaussian scale mixture.
-        residuals: ``q_i``, ``(*C, M, E)``.
-        power: ``1 / T``, ``(M,)``.
-        generator: Source of the ``tau_i``.
-
-    Returns:
-        Weights of the ``P_i``, ``(*C, M, E)``; zero where an expert drops out.
+    Both are ``(*C, M, E)``, ``power = 1 / T`` is ``(M,)``; a weight is zero where its expert drops out.
     """
     columns = []
     for i, expert in enumerate(posterior.experts):

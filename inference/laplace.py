@@ -27,14 +27,9 @@ from poe_models.program import log_density
 
 
 def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[MinimizeInfo] | None = None) -> Laplace:
-    """Laplace's approximation of a posterior without factor experts.
+    """Laplace's approximation of a posterior without factor experts, at its MAP, which by default is solved for.
 
-    Args:
-        posterior: In Full or Span coordinates.
-        at: The MAP of the same posterior; by default it is solved for.
-
-    Returns:
-        The approximation; a warning says so if the MAP had not converged.
+    A warning says so if the MAP had not converged.
 
     Raises:
         ValueError: If ``at`` is of other modules, its Hessian is not positive definite, or the posterior is improper.
@@ -49,19 +44,15 @@ def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[Minimi
     loose = [index for index, status in enumerate(at.status) if not status.converged]
     if loose:
         warnings.warn(
-            f"`laplace(at=...)`: the MAP of modules {loose} had not converged ({at.status[loose[0]]}), so that the "
-            "approximation is centred beside the mode.",
+            f"`laplace(at=...)`: the MAP of {', '.join(map(posterior.label, loose))} had not converged "
+            f"({at.status[loose[0]]}), so that the approximation is centred beside the mode.",
             stacklevel=2,
         )
     return Laplace(posterior, at.value.to(posterior.dtype))
 
 
 class Laplace:
-    """``N(Z*, T Hessian^-1)`` of a bound posterior.
-
-    Args:
-        posterior: In Full or Span coordinates. With factor experts (Span only) the Hessian is autograd's.
-        mode: ``Z*``, ``(M, *event)``.
+    """``N(Z*, T Hessian^-1)`` of a posterior without factor experts, at a mode ``Z*``, ``(M, *event)``.
 
     Raises:
         ValueError: If the Hessian is not positive definite at the mode, or the posterior is improper.
@@ -86,12 +77,7 @@ class Laplace:
         )
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
-        """Independent draws in one chain, kept as seeds.
-
-        Args:
-            num_samples: Number of draws.
-            generator: Source of the seeds.
-        """
+        """Independent draws in one chain, kept as seeds."""
         modules = self.posterior.num_modules
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
@@ -106,13 +92,10 @@ class Laplace:
 
     def draw(self, seed: int) -> Tensor:
         """One draw of a posterior of one module from a seed, ``(*event)``."""
-        compression = self.quadratic.compression
         noise = seeded_noise(seed, self.posterior.event_shape, self.mode).unsqueeze(0)
-        white = compression.compress(noise)
-        z = self.quadratic.lift(self.hessian.sample(white))
-        if not compression.trivial:
-            outside = noise - self.quadratic.lift(white)
-            z = z + outside * anchor_spread(self.posterior.anchor_precision).to(z.dtype)[:, None, None]
+        white = self.quadratic.compression.compress(noise)
+        spread = anchor_spread(self.posterior.anchor_precision)
+        z = self.quadratic.lift_draws(self.hessian.sample(white), noise, white, spread)
         return (self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
@@ -162,11 +145,9 @@ class Laplace:
 
 
 class DenseLaplace:
-    """``N(x*, T Hessian^-1)`` over all modules together, from the Pyro program by autograd; for a few coordinates.
+    """``N(x*, T Hessian^-1)`` over all modules together, at a mode ``x*``, ``(M, *event)``; for a few coordinates.
 
-    Args:
-        posterior: In Span coordinates; may have factor experts, also such that couple modules.
-        mode: ``x*``, ``(M, *event)``.
+    The Hessian is that of the Pyro program by autograd, so there may be factor experts, also such that couple modules.
 
     Raises:
         ValueError: If the Hessian is not positive definite at the mode, or the temperature is a tensor.

@@ -30,9 +30,7 @@ from poe_models.posterior import Posterior
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
     """[PoE] Algorithm 1: reweighted solves without end, acceleration or safeguard.
 
-    Args:
-        posterior: In Full or Span coordinates.
-        weights: Initial weights ``(M, E)``; the released code starts with ones.
+    From initial weights ``(M, E)``; the released code starts with ones.
 
     Yields:
         The iterates ``Z``, ``(M, *event)``.
@@ -70,8 +68,7 @@ def fixed_point(
         acceleration: Whether to extrapolate the log-weights (Anderson).
 
     Returns:
-        The solution, with a status per module; ``value`` is ``(M, *event)`` in the posterior's coordinates, of which
-        ``posterior.update`` makes merged updates.
+        The solution in the posterior's coordinates, of which ``posterior.update`` makes merged updates.
 
     Raises:
         ValueError: If the posterior has factor experts, its modules' operators do not share a factorisation, or a
@@ -89,14 +86,7 @@ def fixed_point(
 
 @dataclass(frozen=True, eq=False)
 class _Best:
-    """The run that reached the lowest energy in every module.
-
-    Attributes:
-        run: The run.
-        contraction: How the plain iteration contracts there.
-        start: Name of the winning start of each module.
-        energies: Energy reached from every start, ``(M, S)``.
-    """
+    """The run that reached the lowest energy in every module, its start, and the energies of all ``(M, S)``."""
 
     run: Run
     contraction: Contraction
@@ -107,7 +97,8 @@ class _Best:
 def _best_run(problem: Problem, options: SolverOptions) -> _Best:
     """Run from every start that can matter, and keep the lowest energy of each module."""
     starts = list(_initial_weights(problem, options.starts))
-    _require_finite(problem.posterior, starts)
+    for name, weights in starts:
+        _require_finite(problem.posterior, name, weights)
     if all(expert.rho.convex for expert in problem.posterior.experts):
         starts = starts[:1]
     best = run_from(problem, starts[0][1], options)
@@ -158,21 +149,15 @@ def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tupl
             )
 
 
-def _require_finite(posterior: Posterior, starts: Sequence[tuple[str, Tensor]]) -> None:
-    for name, weights in starts:
-        bad = (~weights.isfinite()).nonzero().tolist()
-        if bad:
-            module, expert = bad[0]
-            raise ValueError(
-                f"`fixed_point(...)`: expert {posterior.experts[expert].name!r} has a weight that is not finite at the "
-                f"start {name!r} in module {module} of the batch. Its energy needs a finite slope at q = 0, and the "
-                "updates a size that their dtype can hold: rescale them, or compute in float64."
-            )
-
-
-def _statuses(run: Run, contraction: Contraction) -> tuple[Status, ...]:
-    flags = (run.converged, run.rounding, run.searched, contraction.strict)
-    return tuple(_status(*each) for each in zip(*(flag.tolist() for flag in flags), strict=True))
+def _require_finite(posterior: Posterior, start: str, weights: Tensor) -> None:
+    bad = (~weights.isfinite()).nonzero().tolist()
+    if bad:
+        module, expert = bad[0]
+        raise ValueError(
+            f"`fixed_point(...)`: expert {posterior.experts[expert].name!r} has a weight that is not finite at the "
+            f"start {start!r} in {posterior.label(module)}. Its energy needs a finite slope at q = 0, and the "
+            "updates a size that their dtype can hold: rescale them, or compute in float64."
+        )
 
 
 def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> Status:
@@ -213,7 +198,9 @@ def _solution(problem: Problem, best: _Best) -> Solution[FixedPointInfo]:
         contraction_bound=best.contraction.bound,
         anchor_precision=posterior.anchor_precision,
     )
-    return Solution(value, _statuses(run, best.contraction), info)
+    flags = (run.converged, run.rounding, run.searched, best.contraction.strict)
+    statuses = tuple(_status(*each) for each in zip(*(flag.tolist() for flag in flags), strict=True))
+    return Solution(value, statuses, info)
 
 
 def _contraction(problem: Problem, point: Point) -> Contraction:

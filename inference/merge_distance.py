@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.records import joined, with_tensors
 from poe_models.span import SpanStatistics
-
-__all__ = ["FAR", "MergeDistance"]
 
 FAR = 3.0
 """Standard deviations between the centre of the draws and the merge that are worth a warning."""
@@ -32,8 +31,6 @@ RESOLUTION = 1e-3
 """Displacements below this share of the merge's length are rounding."""
 FEWEST = 10
 """Draws below which their spread is not known."""
-
-_VALUES = ("displacement", "spread", "length")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +98,8 @@ class MergeDistance:
     def select(self, kept: Sequence[int]) -> MergeDistance:
         """The distances of the modules at some positions."""
         places = list(kept)
-        values = (getattr(self, name)[places] for name in _VALUES)
-        return MergeDistance(tuple(self.modules[place] for place in places), *values)
+        some = with_tensors(lambda value: value[places], self)
+        return replace(some, modules=tuple(self.modules[place] for place in places))
 
     @classmethod
     def zero(cls, modules: Sequence[str], length: Tensor) -> MergeDistance:
@@ -112,8 +109,7 @@ class MergeDistance:
     @classmethod
     def joined(cls, parts: Sequence[MergeDistance]) -> MergeDistance:
         """The distances of several groups of modules as one."""
-        values = (torch.cat([getattr(part, name) for part in parts]) for name in _VALUES)
-        return cls(tuple(name for part in parts for name in part.modules), *values)
+        return replace(joined(*parts), modules=tuple(name for part in parts for name in part.modules))
 
     @override
     def __str__(self) -> str:
@@ -147,15 +143,9 @@ class MergeDistance:
 def span_distance(
     statistics: SpanStatistics, coefficients: Tensor, merge: Tensor | None = None
 ) -> MergeDistance | None:
-    """Distance of draws in Span coordinates from a merge in the span.
+    """Distance of draws ``(C, S, M, K)`` from a merge ``(M, K)`` in the span of statistics, all in coefficients.
 
-    Args:
-        statistics: What they were drawn from.
-        coefficients: Of the draws, ``(C, S, M, K)``.
-        merge: Coefficients of the merge, ``(M, K)``; by default of the one that the span goes through.
-
-    Returns:
-        The distance of every module; None if there is no merge in the span.
+    By default it is the merge that the span goes through; None if there is none.
     """
     if merge is None and statistics.through is None:
         return None
@@ -176,22 +166,14 @@ def span_distance(
 
 
 def displacement_of(squared: Tensor, error: Tensor, length: Tensor) -> Tensor:
-    """``|D|`` less Monte Carlo error and rounding, all ``(M,)``.
-
-    Args:
-        squared: ``|D|^2`` as it is found.
-        error: Expected square of what is no displacement.
-        length: Of the merge.
-    """
+    """``|D|`` less Monte Carlo error and rounding, from ``|D|^2``, the error's mean square and ``|Z_*|``, ``(M,)``."""
     return (squared - error - (RESOLUTION * length).square()).clamp(min=0).sqrt()
 
 
 def squared_error(coefficients: Tensor, gram: Tensor) -> Tensor:
-    """Expected ``|mean - E Z|^2``, ``(M,)``: from the chains' means, whose draws depend on each other, where it can be.
+    """Expected ``|mean - E Z|^2``, ``(M,)``, of coefficients ``(C, S, M, K)`` under a Gram matrix ``(M, K, K)``.
 
-    Args:
-        coefficients: ``(C, S, M, K)``.
-        gram: ``(M, K, K)``.
+    From the chains' means where there are several, since the draws of one depend on each other.
     """
     groups = coefficients.mean(1) if len(coefficients) > 1 else coefficients[0]
     count = len(groups)
@@ -202,11 +184,9 @@ def squared_error(coefficients: Tensor, gram: Tensor) -> Tensor:
 
 
 def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:
-    """Standard deviation of the draws along a direction, ``(M,)``; nan of fewer than ``FEWEST``.
+    """Standard deviation of the draws ``(C, S, M, K)`` along a direction, ``(M,)``; nan of fewer than ``FEWEST``.
 
-    Args:
-        coefficients: ``(C, S, M, K)``.
-        along: Inner products of the basis with the direction, ``(M, K)``.
+    The direction is given by its inner products with the basis, ``(M, K)``.
     """
     projected = torch.einsum("csmj,mj->csm", coefficients, along).flatten(0, 1)
     return projected.std(0) if len(projected) >= FEWEST else torch.full_like(projected[0], torch.nan)

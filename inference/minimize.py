@@ -32,18 +32,11 @@ def minimize(
         max_steps: Evaluations of the energy.
         tolerance: On each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
             factors, which balance each other at a minimum.
-
-    Returns:
-        The solution; ``value`` is ``(M, *event)`` in the posterior's dtype.
     """
     if start is None:
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
     density, temperature = log_density(posterior, joint=True), posterior.fixed_temperature
     x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
-
-    def energy() -> Tensor:
-        return -temperature * density(x)
-
     optimizer = torch.optim.LBFGS(
         [x],
         lr=1.0,
@@ -56,12 +49,12 @@ def minimize(
     )
 
     def closure() -> Tensor:
-        value = energy()
-        (x.grad,) = torch.autograd.grad(value, x)
+        value = -temperature * density(x)
+        x.grad = _gradient(value, x)
         return value
 
     optimizer.step(closure)
-    norm = _gradient(energy(), x).flatten(1).norm(dim=1).double()
+    norm = _gradient(-temperature * density(x), x).flatten(1).norm(dim=1).double()
     gradient = torch.where(norm > 0, norm / _scales(posterior, x), norm)
     status = tuple(Status.CONVERGED if value <= tolerance else Status.MAX_STEPS for value in gradient.tolist())
     value = x.detach()

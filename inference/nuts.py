@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from pyro.infer import MCMC, NUTS
@@ -101,38 +102,34 @@ def _require_start(posterior: Posterior, start: Tensor, chains: int) -> None:
         )
 
 
+@dataclass(eq=False)
 class _Record:
     """Watches one chain: counts the leapfrog steps of every draw and notes what Pyro says about it.
 
-    Args:
-        model: The program; every evaluation of it is a leapfrog step.
-        finished: Steps of the chains before this one.
-        total: Steps of all chains.
-        progress: See :func:`nuts`.
+    Every evaluation of the program is a leapfrog step; ``finished`` are steps of this and earlier chains.
     """
 
-    def __init__(self, model: Callable[[], Tensor], finished: int, total: int, progress: Progress | None) -> None:
-        self._model = model
-        self._evaluations = 0
-        self.finished = finished
-        self.total = total
-        self.progress = progress
-        self.step_size: list[float] = []
-        self.n_steps: list[int] = []
-        self.diverging: list[bool] = []
+    program: Callable[[], Tensor]
+    finished: int
+    total: int
+    progress: Progress | None
+    step_size: list[float] = field(default_factory=list)
+    n_steps: list[int] = field(default_factory=list)
+    diverging: list[bool] = field(default_factory=list)
+    evaluations: int = 0
 
     def model(self) -> Tensor:
         """The program, counted."""
-        self._evaluations += 1
-        return self._model()
+        self.evaluations += 1
+        return self.program()
 
     def after_step(self, kernel: NUTS, params: dict[str, Tensor], stage: str, index: int) -> None:
         """Pyro's hook, called after every step of warm-up and sampling."""
         if stage == "Sample":
             self.step_size.append(float(kernel.step_size))
-            self.n_steps.append(self._evaluations)
+            self.n_steps.append(self.evaluations)
             self.diverging.append(index in kernel.diagnostics()["divergences"][-1:])
-        self._evaluations = 0
+        self.evaluations = 0
         self.finished += 1
         if self.progress is not None:
             self.progress(self.finished, self.total)

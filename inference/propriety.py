@@ -28,10 +28,7 @@ def undetermined(posterior: Posterior) -> Tensor:
 
 
 def require_proper(posterior: Posterior) -> None:
-    """Raise unless every module's posterior has a finite integral.
-
-    Args:
-        posterior: In Full or Span coordinates, without factor experts.
+    """Raise unless every module's posterior has a finite integral, whatever its factor experts.
 
     Raises:
         ValueError: If the posterior is improper, or cannot be shown to be proper; says why and what to change. Or its
@@ -43,13 +40,13 @@ def require_proper(posterior: Posterior) -> None:
     for module in loose:
         if silent[module]:
             raise ValueError(
-                f"module {module} of the batch has updates that are all zero, so that its relative anchor precision is "
+                f"{posterior.label(module)} has updates that are all zero, so that its relative anchor precision is "
                 "zero, too: nothing is to be inferred there. Leave the module out, or give an absolute precision."
             )
         reason = _improper(posterior, module)
         if reason is not None:
             raise ValueError(
-                f"the posterior of module {module} of the batch has no anchor (eta = 0) and is improper: {reason}. "
+                f"the posterior of {posterior.label(module)} has no anchor (eta = 0) and is improper: {reason}. "
                 "It has no draws, no standard deviations and no evidence. Give the anchor a positive precision."
             )
 
@@ -93,18 +90,13 @@ def _null_dimension(operators: list[Operator], module: int, shape: tuple[int, in
     grams = [operator for operator in operators if isinstance(operator, Gram)]
     left = _nullity([g.factor[module] for g in grams if g.side == "left"], shape[0])
     right = _nullity([g.factor[module] for g in grams if g.side == "right"], shape[1])
-    vectors = [
-        operator.vector[module].flatten().unsqueeze(-1) for operator in operators if isinstance(operator, RankOne)
-    ]
-    if vectors:
-        if grams:
-            return left * right  # an upper bound: the few Directional experts can only lower it
+    vectors = [each.vector[module].flatten().unsqueeze(-1) for each in operators if isinstance(each, RankOne)]
+    if vectors and not grams:
         return _nullity(vectors, shape[0] * shape[1])
-    diagonals = [operator.values[module] for operator in operators if isinstance(operator, Diagonal)]
-    if diagonals:
-        unseen = torch.stack([values == 0 for values in diagonals]).all(0)
-        return min(int(unseen.sum()), left * right)
-    return left * right
+    blind = [each.values[module] == 0 for each in operators if isinstance(each, Diagonal)]
+    if blind and not vectors:
+        return min(int(torch.stack(blind).all(0).sum()), left * right)
+    return left * right  # an upper bound beside a few Directional experts, which can only lower it
 
 
 def _nullity(factors: list[Tensor], size: int) -> int:

@@ -32,6 +32,8 @@ LEAST_KEPT = 0.1
 LEAST_LENGTH = 0.1
 """Length of the merged update, relative to the experts' median, below which it is little more than the base."""
 
+WAYS_OUT = "Look at λ, the anchor's precision (eta) and the scale: Balanced lets no expert's length decide."
+
 
 @dataclass(frozen=True, eq=False)
 class Retention:
@@ -56,11 +58,7 @@ class Retention:
     sizes: Tensor | None = None
 
     def scaled(self, scaling: float) -> Retention:
-        """Retention of ``λ Z``, the update that a merge with this scaling writes.
-
-        Args:
-            scaling: ``λ``.
-        """
+        """Retention of ``λ Z``, the update that a merge with this scaling writes."""
         moved = replace(self, kept=scaling * self.kept, norm=abs(scaling) * self.norm)
         if self.residuals is None or self.residuals_at_zero is None or self.sizes is None:
             return moved
@@ -79,8 +77,7 @@ class Retention:
         """One module's numbers, ready for JSON."""
         numbers: dict[str, Any] = {"norm": float(self.norm[module])}
         for name in ("update_norms", "kept", "residuals", "residuals_at_zero"):
-            values = getattr(self, name)
-            if values is not None:
+            if (values := getattr(self, name)) is not None:
                 pairs = zip(self.experts, values[module].tolist(), strict=True)
                 numbers[name] = {expert: value for expert, value in pairs if math.isfinite(value)}
         return numbers
@@ -118,13 +115,7 @@ class ExpertRetention:
 
 
 def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
-    """Retention of a posterior's experts by a merged update.
-
-    Args:
-        posterior: In Full or Span coordinates.
-        z: Merged updates in the same coordinates, ``(M, *event)``.
-        q: The experts' squared residuals there, ``(M, E)``.
-    """
+    """Retention of a posterior's experts by merged updates ``(M, *event)`` with squared residuals ``(M, E)``."""
     experts = posterior.experts
     norm_squared = torch.stack([expert.norm_squared for expert in experts], -1)
     inner = torch.stack([_inner(z, expert.update) for expert in experts], -1)
@@ -141,27 +132,14 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
 
 
 def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Retention:
-    """Retention of updates by a merged update that has no posterior.
-
-    Args:
-        names: Of the ``N`` task vectors.
-        updates: ``(M, N, d_out, d_in)``.
-        z: Merged updates, ``(M, d_out, d_in)``.
-    """
+    """Retention of updates ``(M, N, d_out, d_in)`` by merged ones ``(M, d_out, d_in)`` that have no posterior."""
     norm_squared = torch.stack([_inner(each, each) for each in updates.unbind(1)], -1)
     inner = torch.stack([_inner(z, each) for each in updates.unbind(1)], -1)
     return Retention(tuple(names), inner / norm_squared, _inner(z, z).sqrt(), norm_squared.sqrt())
 
 
 def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
-    """Sum up a merge's modules.
-
-    Args:
-        records: :meth:`Retention.record` of every module, of the update that is written.
-
-    Returns:
-        One entry per expert, in order of first appearance.
-    """
+    """Sum up :meth:`Retention.record` of a merge's modules, expert by expert in order of first appearance."""
     sums: dict[str, dict[str, float]] = {}
     for record in records:
         for name, length in record["update_norms"].items():
@@ -186,14 +164,7 @@ def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
 
 
 def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
-    """Sum up the modules in a merge's ``poe_merge.json``.
-
-    Args:
-        record: Its contents.
-
-    Returns:
-        One entry per expert, in order of first appearance.
-    """
+    """Sum up the modules in the contents of a merge's ``poe_merge.json``."""
     return totals(
         module["retention"]
         for tensor in record["tensors"]
@@ -203,13 +174,7 @@ def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
 
 
 def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
-    """Sentences that a reader should know before using a merge; none where every expert has its share.
-
-    Args:
-        experts: :func:`totals` of the merge.
-
-    Returns:
-        Sentences, the most general first.
+    """Sentences that a reader should know before using a merge, from its :func:`totals`, the most general first.
 
     >>> mnist, emoji = (ExpertRetention(name, 0.9, 0.05, 1.0) for name in ("mnist", "emoji"))
     >>> concerns([mnist, emoji, ExpertRetention("sre", 0.03, 0.97, 1.0)])
@@ -218,26 +183,26 @@ def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
     known = [each for each in experts if not math.isnan(each.kept)]
     if not known:
         return []
-    if sorted(each.length for each in known)[len(known) // 2] < LEAST_LENGTH:
-        return [_pale(known)]
+    median = sorted(each.length for each in known)[len(known) // 2]
+    if median < LEAST_LENGTH:
+        return [_pale(known, median)]
     best = max(each.kept for each in known)
     passed_by = [each for each in known if each.residual_left >= MOST_LEFT or each.kept < LEAST_KEPT * best]
     if len(passed_by) == len(known) > 1:
-        return ["no expert has its share: every one has most of its squared residual left. " + _ways_out()]
+        return ["no expert has its share: every one has most of its squared residual left. " + WAYS_OUT]
     found = [_passed_by(each) for each in passed_by]
     if len(passed_by) == len(known) - 1 > 0:
         (kept,) = (each for each in known if each not in passed_by)
-        found.insert(0, f"the merge is little more than the expert {kept.name!r}. " + _ways_out())
+        found.insert(0, f"the merge is little more than the expert {kept.name!r}. " + WAYS_OUT)
     return found
 
 
-def _pale(known: Sequence[ExpertRetention]) -> str:
-    length = sorted(each.length for each in known)[len(known) // 2]
+def _pale(known: Sequence[ExpertRetention], length: float) -> str:
     nearest = max(known, key=lambda each: each.length)
     beside = f", as long as {nearest.name!r} is" if nearest.length > 5 * LEAST_LENGTH else ""
     return (
         f"the merge is little more than the base: its update has {length:.1%} of the experts' median length{beside}. "
-        + _ways_out()
+        + WAYS_OUT
     ).replace("%", " %", 1)
 
 
@@ -248,10 +213,6 @@ def _passed_by(expert: ExpertRetention) -> str:
     elif not math.isnan(expert.residual_left):
         left = f"{expert.residual_left:.0%} of its squared residual left, "
     return f"expert {expert.name!r}: {left}{expert.kept_percent} of its update kept.".replace("%", " %")
-
-
-def _ways_out() -> str:
-    return "Look at λ, the anchor's precision (eta) and the scale: Balanced lets no expert's length decide."
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from inference.anderson import Anderson
+from inference.propriety import undetermined
 from poe_models.least_squares import Quadratic
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import NotPositiveDefiniteError
+from poe_models.records import choose
 
 Start = Literal["ones", "twin", "experts", "center"] | Tensor
 """Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
@@ -93,13 +95,8 @@ class Problem:
         self.quadratic = quadratic
         self.pulls = quadratic.pulls()
         # A module that nobody changed and nothing anchors stays where it is whatever the shift.
-        silent = ~posterior.active.any(-1) & (posterior.anchor_precision == 0)
-        self.shift = torch.where(silent, 1.0, posterior.anchor_precision)
+        self.shift = torch.where(undetermined(posterior), 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
-
-    def tolerance(self, options: SolverOptions) -> float:
-        """Relative tolerance on the gradient and on the change of the log-weights."""
-        return TOLERANCE[self.dtype] if options.tolerance is None else options.tolerance
 
     def solve(self, weights: Tensor) -> Point:
         """Minimise the quadratic with these weights, ``(M, E)``."""
@@ -257,16 +254,8 @@ def init(problem: Problem, weights: Tensor) -> State:
 
 
 def terminate(problem: Problem, state: State, options: SolverOptions, known: Run | None, last: bool) -> State:
-    """The state with the modules marked that are done.
-
-    Args:
-        problem: What is solved.
-        state: After a step.
-        options: With the tolerances.
-        known: A run whose strict minima need not be found again.
-        last: Whether no further step will follow.
-    """
-    tolerance = problem.tolerance(options)
+    """The state with the modules marked that are done; the minima of a known run need not be found again."""
+    tolerance = TOLERANCE[problem.dtype] if options.tolerance is None else options.tolerance
     # The gradient costs as much as a solve, and only matters once the weights have settled.
     settled = bool((state.change <= tolerance).any()) or last
     gradient = problem.gradient_norm(state.point) if settled else torch.full_like(state.change, torch.inf)
@@ -285,10 +274,7 @@ def terminate(problem: Problem, state: State, options: SolverOptions, known: Run
 def step(problem: Problem, state: State, anderson: Anderson | None) -> State:
     """One solve of the modules that are not done: extrapolated, else plain, else line-searched.
 
-    Args:
-        problem: What is solved.
-        state: Before the step.
-        anderson: The extrapolation with its history, which is updated; None for plain steps.
+    The extrapolation keeps its own history; None takes plain steps only.
     """
     done, point, plain = state.done, state.point, state.point.log_weights
     used, candidate = plain, None
@@ -369,30 +355,11 @@ def _line_search(problem: Problem, point: Point, candidate: Point, worse: Tensor
     return best
 
 
-def choose(where: Tensor, one: Point, other: Point) -> Point:
-    """Per module, ``one`` where true and ``other`` elsewhere."""
-    wide, matrix = where.unsqueeze(-1), where[:, None, None]
-    return Point(
-        torch.where(matrix, one.x, other.x),
-        torch.where(wide, one.q, other.q),
-        torch.where(where, one.energy, other.energy),
-        torch.where(wide, one.log_weights, other.log_weights),
-    )
-
-
 def select(where: Tensor, one: Run, other: Run) -> Run:
     """Per module, ``one`` where true and ``other`` elsewhere."""
     length = max(one.trace.shape[-1], other.trace.shape[-1])
-    traces = [torch.cat([t, t[:, -1:].expand(-1, length - t.shape[-1])], -1) for t in (one.trace, other.trace)]
-    return Run(
-        point=choose(where, one.point, other.point),
-        trace=torch.where(where.unsqueeze(-1), traces[0], traces[1]),
-        steps=torch.where(where, one.steps, other.steps),
-        rejected=torch.where(where, one.rejected, other.rejected),
-        gradient_norm=torch.where(where, one.gradient_norm, other.gradient_norm),
-        weight_change=torch.where(where, one.weight_change, other.weight_change),
-        converged=torch.where(where, one.converged, other.converged),
-        rounding=torch.where(where, one.rounding, other.rounding),
-        searched=torch.where(where, one.searched, other.searched),
-        forward_error=torch.where(where, one.forward_error, other.forward_error),
+    one, other = (
+        replace(run, trace=torch.cat([run.trace, run.trace[:, -1:].expand(-1, length - run.trace.shape[-1])], -1))
+        for run in (one, other)
     )
+    return replace(choose(where, one, other), point=choose(where, one.point, other.point))

@@ -26,10 +26,6 @@ from poe_models.energies import Energy
 from poe_models.posterior import Posterior
 
 
-def _any_energy(energy: Energy) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Sampler:
     """A function that draws from a posterior, and what one may ask of it.
@@ -45,7 +41,7 @@ class Sampler:
     draw: Callable[..., Draws]
     about: str
     coordinates: tuple[str, ...] = ("span",)
-    refusal: Callable[[Energy], str | None] = _any_energy
+    refusal: Callable[[Energy], str | None] = lambda energy: None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,29 +56,12 @@ class Sampler:
 
 
 def laplace_draws(posterior: Posterior, num_samples: int, *, generator: torch.Generator, mode: Tensor) -> Draws:
-    """Independent draws of Laplace's approximation at a mode, in one chain.
-
-    Args:
-        posterior: In Span coordinates.
-        num_samples: Number of draws.
-        generator: Source of the seeds.
-        mode: The MAP, ``(M, *event)``.
-
-    Returns:
-        The draws, ``(1, S, M, *event)``.
-
-    Raises:
-        ValueError: If the Hessian is not positive definite at the mode.
-    """
+    """Independent draws of Laplace's approximation at a MAP ``(M, *event)``, in one chain; errors as Laplace's."""
     return Laplace(posterior, mode).sample(num_samples, generator)
 
 
 def _without_mixture(energy: Energy) -> str | None:
-    try:
-        energy.for_dimension(torch.ones((), dtype=torch.float64)).scale_mixture()
-    except ValueError:
-        return "has no known Gaussian scale mixture"
-    return None
+    return None if energy.is_mixture else "has no known Gaussian scale mixture"
 
 
 SAMPLERS = {

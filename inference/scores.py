@@ -17,18 +17,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = [
-    "ECE_BINS",
-    "accuracy",
-    "brier",
-    "brier_each",
-    "ece",
-    "equal_width_bins",
-    "nll",
-    "nll_each",
-    "top_label",
-]
-
 ECE_BINS = 20
 """As in [BMM] Eq. 34 (Li et al., arXiv 2605.12843)."""
 
@@ -72,17 +60,9 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def ece(probabilities: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
-    """Expected calibration error of the largest probability: ``sum_b (n_b / n) |accuracy_b - confidence_b|``.
+    """Expected calibration error of the largest probability: ``sum_b (n_b / n) |accuracy_b - confidence_b|``, 0 to 1.
 
     Reference: Naeini et al., *Obtaining well calibrated probabilities using Bayesian binning*, 2015.
-
-    Args:
-        probabilities: ``(n, classes)``.
-        labels: ``(n,)``.
-        bins: Number of bins of equal width.
-
-    Returns:
-        The error, 0 to 1.
     """
     confidence, right = top_label(probabilities, labels)
     gap = confidence.new_zeros(bins).index_add_(0, equal_width_bins(confidence, bins), right - confidence)

@@ -30,6 +30,7 @@ from inference.chains import Kernel, Progress, majoriser_draws, mode_of, overdis
 from inference.draws import Draws
 from inference.propriety import require_proper
 from poe_models.posterior import Posterior
+from poe_models.records import choose
 
 DEGREES = 4.0
 """``df`` of the t: tails far heavier than an anchor's, and still a variance."""
@@ -53,9 +54,6 @@ def slice_sample(
 ) -> Draws:
     """Draws of a posterior in its own coordinates by generalised elliptical slice sampling.
 
-    All chains of all modules are one tensor program. It can be interrupted at any step (also by an exception from
-    ``progress``): it keeps no state but its locals and the generator.
-
     Args:
         posterior: In Span coordinates, or Full ones of few entries; any energy and factor expert.
         num_samples: Draws kept per chain.
@@ -67,21 +65,15 @@ def slice_sample(
 
     Returns:
         Draws ``(C, S, M, *event)`` in float64. ``stats`` has ``lp`` (``-E / T``), ``evaluations`` of the energy in the
-        last step and whether it was ``stuck``; where a factor expert couples the modules they are of all modules
-        together.
+        last step and whether it was ``stuck``, of all modules together where a factor expert couples them.
 
     Raises:
         ValueError: If the posterior is improper or has too many coordinates, its energy is not finite at a start, or a
             count cannot be used.
     """
+    kernel = SliceKernel(posterior)
     return stored_draws(
-        SliceKernel(posterior),
-        num_samples,
-        generator=generator,
-        chains=chains,
-        warmup=warmup,
-        thin=thin,
-        progress=progress,
+        kernel, num_samples, generator=generator, chains=chains, warmup=warmup, thin=thin, progress=progress
     )
 
 
@@ -100,12 +92,7 @@ class SliceState:
 
 @dataclass(frozen=True, eq=False)
 class SliceInfo:
-    """Course of one step.
-
-    Attributes:
-        evaluations: Energies until a point above the level was found, ``(C, G)``: one more than the bracket shrank.
-        stuck: Whether the bracket shrank to nothing, which leaves the chain where it was, ``(C, G)``.
-    """
+    """Energies until a point above the level was found, and whether the bracket shrank to nothing; ``(C, G)``."""
 
     evaluations: Tensor
     stuck: Tensor
@@ -138,7 +125,13 @@ class Reference:
                 f"couples them), and it keeps their dense covariance, at most {MOST_COORDINATES} wide. Use Span "
                 "coordinates, or `gibbs` or `laplace` in Full ones."
             )
-        return cls(center, _triangular(_majoriser_root(posterior, mode)))
+        # R with R R^T the covariance has the draws of the unit vectors as its columns; L L^T = R R^T by QR.
+        units = torch.eye(mode[0].numel()).to(mode).view(-1, 1, *posterior.event_shape)
+        columns = majoriser_draws(posterior, mode, units.expand(-1, *mode.shape)).double().flatten(2)  # (D, M, D)
+        root = columns.permute(1, 2, 0)
+        if posterior.joint:
+            root = torch.block_diag(*root).unsqueeze(0)
+        return cls(center, torch.linalg.qr(root.mT).R.mT)
 
     def standardize(self, position: Tensor) -> Tensor:
         """``y = L^-1 (x - m)``, ``(C, G, D)``; ``|y|^2 = delta(x)``."""
@@ -191,17 +184,7 @@ def init(position: Tensor, posterior: Posterior) -> SliceState:
 def step(
     state: SliceState, posterior: Posterior, reference: Reference, generator: torch.Generator
 ) -> tuple[SliceState, SliceInfo]:
-    """One elliptical slice step of all chains and groups.
-
-    Args:
-        state: Where the chains are.
-        posterior: What they sample.
-        reference: The t that the ellipses come from; any is exact.
-        generator: Source of scales, ellipses, levels and angles.
-
-    Returns:
-        The next state, and the course of the step.
-    """
+    """One elliptical slice step of all chains and groups; exact whatever t the ellipses come from."""
     start = reference.standardize(state.position)
     noise = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
     across = noise * reference.scale(start, generator).sqrt().unsqueeze(-1)
@@ -215,7 +198,7 @@ def step(
         proposal = _at(reference.position(y), posterior)
         evaluations = evaluations + waiting
         taken = waiting & (proposal.log_density - reference.log_density(y) > level)
-        state = _choose(taken, proposal, state)
+        state = choose(taken, proposal, state)
         waiting = waiting & ~taken
         if not bool(waiting.any()):
             break
@@ -240,29 +223,8 @@ def latents(posterior: Posterior, x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:-2], posterior.num_modules, *posterior.event_shape)
 
 
-def _majoriser_root(posterior: Posterior, mode: Tensor) -> Tensor:
-    """``R`` with ``R R^T`` the covariance of the quadratic that majorises ``E / T`` at the mode, ``(G, D, D)``."""
-    entries = mode[0].numel()
-    units = torch.eye(entries, dtype=mode.dtype, device=mode.device).view(entries, 1, *posterior.event_shape)
-    columns = majoriser_draws(posterior, mode, units.expand(entries, *mode.shape)).double().flatten(2)  # (D, M, D)
-    blocks = columns.permute(1, 2, 0)
-    return torch.block_diag(*blocks).unsqueeze(0) if posterior.joint else blocks
-
-
-def _triangular(root: Tensor) -> Tensor:
-    """Lower triangular ``L`` with ``L L^T = R R^T``."""
-    return torch.linalg.qr(root.mT).R.mT
-
-
 class SliceKernel(Kernel[SliceState, SliceInfo]):
-    """Elliptical slice steps whose t is fitted to the chains' draws during the warm-up and fixed afterwards.
-
-    Args:
-        posterior: In Span coordinates, or Full ones of few entries; any energy and factor expert.
-
-    Raises:
-        ValueError: If the posterior is improper or has too many coordinates.
-    """
+    """Elliptical slice steps whose t is fitted to the chains' draws during the warm-up and fixed afterwards."""
 
     name = "slice"
     function = "slice_sample"
@@ -302,14 +264,6 @@ class SliceKernel(Kernel[SliceState, SliceInfo]):
 def _at(position: Tensor, posterior: Posterior) -> SliceState:
     z = latents(posterior, position).to(posterior.dtype)
     return SliceState(position, -posterior.group_energy(z) / posterior.temperature)
-
-
-def _choose(where: Tensor, one: SliceState, other: SliceState) -> SliceState:
-    """Per chain and group, ``one`` where true and ``other`` elsewhere."""
-    return SliceState(
-        torch.where(where.unsqueeze(-1), one.position, other.position),
-        torch.where(where, one.log_density, other.log_density),
-    )
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -52,8 +53,7 @@ class FixedPointInfo:
         start_energies: Final energy of every start, ``(M, S)``: different values are different local minima.
         weights: Effective weights ``w_i`` at the solution, ``(M, E)``.
         relative_weights: ``w_i / w_i(q = 0)``, ``(M, E)``: the weight relative to the Gaussian twin's.
-        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``; 1 means that the merge is
-            a Gaussian's.
+        weight_spread: Largest over smallest relative weight of the active experts, ``(M,)``; 1 of a Gaussian merge.
         inactive: Experts that say nothing because their update is zero, ``(M, E)``.
         residuals: ``q_i / s_i^2`` at the solution, ``(M, E)``.
         retention: How much of every expert the solution kept.
@@ -61,10 +61,8 @@ class FixedPointInfo:
         rejected: Accelerated or full steps that were taken back, ``(M,)``.
         gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
         weight_change: Largest change of a log-weight in the last step, ``(M,)``.
-        forward_error: Last correction of the iterative refinement relative to ``Z``, ``(M,)``: the error that rounding
-            leaves; nan where nothing was refined.
-        strict_minimum: Whether the energy's Hessian is positive definite at the solution, by more than rounding,
-            ``(M,)``.
+        forward_error: Last correction of the refinement relative to ``Z``, ``(M,)``; nan where there was none.
+        strict_minimum: Whether the energy's Hessian there is positive definite by more than rounding, ``(M,)``.
         contraction_rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
         contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
             solution) and for any map and energy, ``(M,)``: no smaller than the rate.
@@ -94,32 +92,16 @@ class FixedPointInfo:
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
-        return {
-            "steps": int(self.steps[module]),
-            "rejected": int(self.rejected[module]),
-            "start": self.start[module],
-            "start_energies": self.start_energies[module].tolist(),
-            "energy": float(self.energy[module]),
-            "energy_trace": self.energy_trace[module, : int(self.steps[module])].tolist(),
-            "gradient_norm": float(self.gradient_norm[module]),
-            "weight_change": float(self.weight_change[module]),
-            "forward_error": None if self.forward_error[module].isnan() else float(self.forward_error[module]),
-            "strict_minimum": bool(self.strict_minimum[module]),
-            "contraction_rate": float(self.contraction_rate[module]),
-            "contraction_bound": float(self.contraction_bound[module]),
-            "anchor_precision": float(self.anchor_precision[module]),
-            "weights": dict(zip(self.experts, self.weights[module].tolist(), strict=True)),
-            "relative_weights": self._active(self.relative_weights, module),
-            "weight_spread": float(self.weight_spread[module]),
-            "residuals": dict(zip(self.experts, self.residuals[module].tolist(), strict=True)),
-            "norm": float(self.retention.norm[module]),
-            "inactive": [n for n, silent in zip(self.experts, self.inactive[module].tolist(), strict=True) if silent],
-        }
-
-    def _active(self, values: Tensor, module: int) -> dict[str, float]:
-        """One module's values of the experts that say anything."""
-        rows = zip(self.experts, values[module].tolist(), self.inactive[module].tolist(), strict=True)
-        return {name: value for name, value, silent in rows if not silent}
+        tensors = {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), Tensor)}
+        found: dict[str, Any] = {name: value[module].tolist() for name, value in tensors.items()}
+        for name in ("weights", "relative_weights", "residuals", "inactive"):
+            found[name] = dict(zip(self.experts, found[name], strict=True))
+        silent = [name for name, says_nothing in found["inactive"].items() if says_nothing]
+        found["relative_weights"] = {name: w for name, w in found["relative_weights"].items() if name not in silent}
+        found["energy_trace"] = found["energy_trace"][: found["steps"]]
+        found["forward_error"] = None if math.isnan(found["forward_error"]) else found["forward_error"]
+        norm = float(self.retention.norm[module])
+        return found | {"start": self.start[module], "norm": norm, "inactive": silent}
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +133,7 @@ class MinimizeInfo:
 
 @dataclass(frozen=True, eq=False)
 class MethodInfo:
-    """Record of modules that a merging method has merged.
-
-    Attributes:
-        retention: How much of every expert the merge kept.
-    """
+    """Record of modules that a merging method has merged: how much of every expert it kept."""
 
     retention: Retention
 
@@ -188,9 +166,5 @@ class Solution(Generic[InfoT]):
         return all(status.converged for status in self.status)
 
     def record(self, module: int = 0) -> dict[str, Any]:
-        """One module's convergence as plain numbers and strings, ready for JSON.
-
-        Args:
-            module: Its position in the batch.
-        """
+        """One module's convergence as plain numbers and strings, ready for JSON."""
         return {"status": self.status[module].name.lower(), **self.info.record(module)}

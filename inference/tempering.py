@@ -21,8 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,8 +33,6 @@ from inference.models.model_draws import ModelDraws
 from poe_models.energies import StudentT
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
-
-__all__ = ["TemperaturePoint", "Tempering", "fit_logit_temperature", "temper", "temperature_range"]
 
 COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
@@ -53,11 +50,11 @@ class TemperaturePoint:
     """Scores of the ensemble at one temperature; with several tasks their unweighted means.
 
     Attributes:
-        temperature: Of the posterior.
+        temperature: Temperature of the posterior.
         nll: Negative log-likelihood of the labels under the members' mean probabilities, nats per example.
         accuracy: Share of correct predictions.
         ece: Expected calibration error over 20 equal-width bins of the largest probability (Naeini et al., 2015).
-        num_members: How many members were averaged.
+        num_members: Number of members that were averaged.
     """
 
     temperature: float
@@ -98,11 +95,7 @@ def temperature_range(posterior: Posterior) -> tuple[float, float]:
     pays if nothing is merged: there the thermal energy ``D T / 2`` (equipartition, for a quadratic energy) is as large
     as that of leaving the model at the base. Experts with a zero update do not count.
 
-    Args:
-        posterior: In Full or Span coordinates; its own temperature does not matter.
-
-    Returns:
-        The lowest and the highest temperature, over all modules.
+    The posterior's own temperature does not matter. The range is over all modules.
 
     Raises:
         ValueError: If no expert has anything to say.
@@ -140,26 +133,22 @@ def temper(
     """Choose the posterior's temperature by the ensemble's negative log-likelihood on validation.
 
     A grid over the log temperature, or a walk on it downhill from ``start``, then points halfway to the neighbours of
-    the best one, as often as asked for. What is chosen belongs to these members: a larger ensemble, or one of another
-    kind, has another best temperature.
+    the best one, as often as asked for.
 
     Args:
         sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs(
-            replace(posterior, temperature=t), ...), posterior).thinned(10)``: as many members as the
-            final ensemble is to have, and the same number at every temperature. The same seed at every temperature
-            makes the path smoother.
+            replace(posterior, temperature=t), ...), posterior).thinned(10)``: as many as the final ensemble is to have.
+            The same seed at every temperature makes the path smoother.
         predict: Maps a draw to the log probabilities of its member on validation, ``(n, classes)``, or to a dict of
             these by task; ``MergedEnsemble.predictor`` makes such functions.
         labels: ``(n,)`` integers, or a dict of these by task.
         temperatures: The lowest and the highest, as ``temperature_range`` gives them.
         num_temperatures: Size of the grid.
-        refinements: How often the grid is refined around the best point.
-        start: Where to begin, for instance the best temperature of a cheaper ensemble of the same kind: of the grid
-            only the nearest point and its neighbours are tried, and on from there as long as the NLL falls. That finds
-            a local minimum.
+        refinements: Refinements of the grid around the best point.
+        start: Where to walk from to a local minimum, for instance the best temperature of a cheaper ensemble of the
+            same kind.
         cache: Evaluated members by the digest of their draw; hand the same dict to several searches with the same
-            ``predict`` to evaluate nothing twice. The digest knows nothing of λ, of what is not sampled, or of the
-            data: with another ensemble or other validation data begin a new dict.
+            ``predict``. The digest knows nothing of λ, of what is not sampled, or of the data.
         progress: Called with the number of finished temperatures and the most that there can be.
 
     Returns:
@@ -181,13 +170,8 @@ def temper(
         raise ValueError(f"`temper(start={start:g})`: give a temperature, positive and finite.")
     step = math.log(high / low) / (num_temperatures - 1)
     grid = [*(low * math.exp(index * step) for index in range(num_temperatures - 1)), high]
-    done, total = count(1), num_temperatures + 2 * refinements
-
-    def tell() -> None:
-        if progress is not None:
-            progress(next(done), total)
-
-    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache, tell)
+    total = num_temperatures + 2 * refinements
+    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache, total, progress)
     if start is None:
         search.visit(*grid)
     else:
@@ -202,9 +186,8 @@ def temper(
 def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
     """The calibration baseline: one number that divides the logits (Guo et al., 2017, arXiv 1706.04599).
 
-    It minimises the mean negative log-likelihood: of all examples, or with several tasks the unweighted mean of the
-    tasks' means, as ``temper`` and tables of means over tasks have it. That is convex in the inverse of the number, so
-    that the root of the derivative is the minimum.
+    It minimises the mean negative log-likelihood, with several tasks the unweighted mean of the tasks' means. That is
+    convex in the inverse of the number, so that the root of the derivative is the minimum.
 
     Args:
         logits: ``(n, classes)`` on validation, or a dict of these by task; tasks may have different numbers of classes.
@@ -234,7 +217,7 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
 
 
 def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of every task the logits ``(n, classes)`` and that of each example's label ``(n,)``, float64."""
+    """Of every task the logits ``(n, classes)`` and those of the labels ``(n,)``, float64."""
     if not labels or logits.keys() != labels.keys():
         raise ValueError(
             f"`fit_logit_temperature(...)`: logits of {', '.join(logits)}; labels of {', '.join(labels)}. Give both "
@@ -257,33 +240,31 @@ def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor])
     return found
 
 
+@dataclass(eq=False)
 class _Search(Generic[Members]):
     """The points of a path, each evaluated once, and the members of the best one."""
 
-    def __init__(
-        self,
-        sample: Callable[[float], Members],
-        predict: Callable[[Any], PerTask],
-        labels: Mapping[str, Tensor],
-        cache: MutableMapping[str, Mapping[str, Tensor]],
-        tell: Callable[[], None],
-    ) -> None:
-        self._sample, self._predict, self._labels, self._cache = sample, predict, labels, cache
-        self._tell = tell
-        self._points: dict[float, TemperaturePoint] = {}
-        self._best_draws: list[Members] = []
-        self._evaluations = 0
+    sample: Callable[[float], Members]
+    predict: Callable[[Any], PerTask]
+    labels: Mapping[str, Tensor]
+    cache: MutableMapping[str, Mapping[str, Tensor]]
+    total: int
+    progress: Callable[[int, int], None] | None
+    points: dict[float, TemperaturePoint] = field(default_factory=dict)
+    best_draws: list[Members] = field(default_factory=list)
+    evaluations: int = 0
 
     @property
     def best(self) -> TemperaturePoint:
-        return min(self._points.values(), key=lambda point: (point.nll, point.temperature))
+        return min(self.points.values(), key=lambda point: (point.nll, point.temperature))
 
     def visit(self, *temperatures: float) -> None:
         """Sample and score temperatures that have not been tried."""
         for temperature in temperatures:
-            if temperature not in self._points:
+            if temperature not in self.points:
                 self._try(temperature)
-                self._tell()
+                if self.progress is not None:
+                    self.progress(len(self.points), self.total)
 
     def descend(self, grid: Sequence[float], start: float) -> None:
         """Try the grid's points outwards from the one nearest to ``start`` until both neighbours of the best are."""
@@ -296,7 +277,12 @@ class _Search(Generic[Members]):
             place = best
 
     def _try(self, temperature: float) -> None:
-        draws = self._drawn(temperature)
+        draws = self.sample(temperature)
+        if isinstance(draws, Iterator):
+            raise ValueError(
+                f"`temper(sample=...)`: it gave a {type(draws).__name__}, which can be iterated once only, so that the "
+                "chosen members could not be kept. Return the draws themselves, or a list."
+            )
         total: dict[str, Tensor] = {}
         members = 0
         for draw in draws:
@@ -304,33 +290,24 @@ class _Search(Generic[Members]):
             total = {task: torch.logaddexp(total[task], found[task]) for task in found} if total else dict(found)
             members += 1
         self._check_number(members, temperature)
-        self._points[temperature] = self._scored(total, members, temperature)
+        self.points[temperature] = self._scored(total, members, temperature)
         if self.best.temperature == temperature:
-            self._best_draws = [draws]
+            self.best_draws = [draws]
 
     def result(self, low: float, high: float) -> Tempering[Members]:
-        path = tuple(self._points[temperature] for temperature in sorted(self._points))
+        path = tuple(self.points[temperature] for temperature in sorted(self.points))
         best = self.best.temperature
         status = "the best temperature is inside the range"
         if best <= low:
             status = "the lowest temperature is the best: no ensemble here is better than a point estimate"
         elif best >= high:
             status = "the highest temperature is the best: look further up, or use energies that hold the update there"
-        return Tempering(best, self._best_draws[0], path, status, self._evaluations)
-
-    def _drawn(self, temperature: float) -> Members:
-        draws = self._sample(temperature)
-        if isinstance(draws, Iterator):
-            raise ValueError(
-                f"`temper(sample=...)`: it gave a {type(draws).__name__}, which can be iterated once only, so that the "
-                "chosen members could not be kept. Return the draws themselves, or a list."
-            )
-        return draws
+        return Tempering(best, self.best_draws[0], path, status, self.evaluations)
 
     def _check_number(self, members: int, temperature: float) -> None:
         if members == 0:
             raise ValueError(f"`temper(sample=...)`: no members at temperature {temperature:g}. Return some draws.")
-        others = {point.num_members for point in self._points.values()} - {members}
+        others = {point.num_members for point in self.points.values()} - {members}
         if others:
             raise ValueError(
                 f"`temper(sample=...)`: {members} members at temperature {temperature:g}, {others.pop()} at another. "
@@ -340,7 +317,7 @@ class _Search(Generic[Members]):
     def _scored(self, total: Mapping[str, Tensor], members: int, temperature: float) -> TemperaturePoint:
         """Scores of the mean of ``members`` whose probabilities sum to ``exp(total)``."""
         mean = {task: values - math.log(members) for task, values in total.items()}
-        pairs = [(mean[task], labels.detach().cpu()) for task, labels in self._labels.items()]
+        pairs = [(mean[task], labels.detach().cpu()) for task, labels in self.labels.items()]
         nll = sum(scores.nll(values, labels) for values, labels in pairs) / len(pairs)
         accuracy, ece = (
             sum(score(values.exp(), labels) for values, labels in pairs) / len(pairs)
@@ -350,17 +327,17 @@ class _Search(Generic[Members]):
 
     def _member(self, draw: object) -> Mapping[str, Tensor]:
         key = _key(draw)
-        if key is not None and key in self._cache:
-            return self._cache[key]
-        found = {task: _checked(values, self._labels, task) for task, values in _by_task(self._predict(draw)).items()}
-        if found.keys() != self._labels.keys():
+        if key is not None and key in self.cache:
+            return self.cache[key]
+        found = {task: _checked(values, self.labels, task) for task, values in _by_task(self.predict(draw)).items()}
+        if found.keys() != self.labels.keys():
             raise ValueError(
                 f"`temper(predict=...)`: predictions are about {', '.join(found)}; labels about "
-                f"{', '.join(self._labels)}. Give both for the same tasks."
+                f"{', '.join(self.labels)}. Give both for the same tasks."
             )
-        self._evaluations += 1
+        self.evaluations += 1
         if key is not None:
-            self._cache[key] = found
+            self.cache[key] = found
         return found
 
 

@@ -22,13 +22,7 @@ from poe_models.updates import Batch, center_of
 
 
 def full_posterior(batch: Batch) -> Posterior:
-    """The posterior of the merged updates ``(M, d_out, d_in)`` themselves.
-
-    Args:
-        batch: The design and the updates.
-
-    Returns:
-        The posterior in Full coordinates.
+    """The posterior in Full coordinates: of the merged updates ``(M, d_out, d_in)`` themselves.
 
     Raises:
         ValueError: If the design has factor experts.
@@ -40,11 +34,10 @@ def full_posterior(batch: Batch) -> Posterior:
             "is differentiated through a few coefficients. Use coordinates='span'."
         )
     index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
+    low_rank = [None if factors is None else (factors[0][:, i], factors[1][:, i]) for i in index]
     operators = [
-        e.residual_map.operator(updates[:, i])
-        if factors is None
-        else e.residual_map.operator_of_factors(factors[0][:, i], factors[1][:, i])
-        for e, i in zip(poe.experts, index, strict=True)
+        e.residual_map.operator(updates[:, i]) if pair is None else e.residual_map.operator_of_factors(*pair)
+        for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
     ]
     experts, precision = bind_experts(
         poe,
@@ -54,24 +47,13 @@ def full_posterior(batch: Batch) -> Posterior:
         mean_curvatures=mean_curvatures(operators),
         dimensions=[operator.dimension for operator in operators],
     )
-    if factors is not None:
-        experts = tuple(
-            replace(e, low_rank=(factors[0][:, i], factors[1][:, i])) for e, i in zip(experts, index, strict=True)
-        )
+    experts = tuple(replace(e, low_rank=pair) for e, pair in zip(experts, low_rank, strict=True))
     center, shape = center_of(poe.anchor, updates, factors), (int(updates.shape[2]), int(updates.shape[3]))
     return Posterior(experts, center, precision, poe.temperature, shape, modules=modules)
 
 
 def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
-    """The posterior restricted to the span of the updates, the centre and perhaps a merge.
-
-    Args:
-        batch: The design and the updates.
-        through: The design's merged updates, ``(M, d_out, d_in)``, as one more member of the span.
-
-    Returns:
-        The posterior in Span coordinates, which can make merged updates of its latents.
-    """
+    """The posterior in Span coordinates, of the updates, the centre and perhaps the merge ``(M, d_out, d_in)``."""
     poe, updates, _, modules = batch
     basis = span_basis(poe, updates, through)
     ranks = any(expert.energy.needs_dimension for expert in poe.experts)
@@ -82,25 +64,18 @@ def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
 def statistics_posterior(
     poe: ProductOfExperts, statistics: SpanStatistics, bases: tuple[Tensor, ...] | None = None
 ) -> Posterior:
-    """The posterior restricted to the span, from statistics alone.
+    """The posterior over ``x``, ``(M, K, 1)``, from statistics of modules of any shapes.
 
-    Args:
-        poe: The design; its residual maps must be those of the statistics, and where these go through a merge, it must
-            be the design of that merge. The temperature may be any.
-        statistics: Of all modules, whatever their shapes.
-        bases: ``B`` of each module, ``(K, d_out, d_in)``; without them no merged updates can be made.
-
-    Returns:
-        The posterior over ``x``, ``(M, K, 1)``.
+    Its residual maps must be those of the statistics, and where these go through a merge, it must be the design of that
+    merge; the temperature may be any. Without the bases ``B``, ``(K, d_out, d_in)`` each, no updates can be made.
 
     Raises:
-        ValueError: If the statistics are about another design, or a factor expert needs ``bases``.
+        ValueError: If the statistics are about another design, or a factor expert needs bases.
     """
     _require_same_design(poe, statistics)
     coordinates = span_coordinates(statistics, bases)
     size, num_modules = int(statistics.gram.shape[-1]), len(statistics.gram)
-    position = {name: i for i, name in enumerate(statistics.updates)}
-    index = [position[expert.update_name] for expert in poe.experts]
+    index = [statistics.updates.index(expert.update_name) for expert in poe.experts]
     units = torch.eye(size, dtype=torch.float64, device=statistics.gram.device)
     experts, precision = bind_experts(
         poe,
@@ -128,18 +103,15 @@ def bind_experts(
     mean_curvatures: Sequence[Tensor],
     dimensions: Sequence[Callable[[], Tensor]],
 ) -> tuple[tuple[BoundExpert, ...], Tensor]:
-    """Fill in scales and the anchor's precision; shared by Full and Span coordinates.
+    """Bound experts and the anchor's ``eta``, ``(M,)``, in Full or Span coordinates.
 
     Args:
-        poe: The design.
-        operators: ``P_i`` per expert.
-        updates: ``U_i`` per expert in the same coordinates, ``(M, *event)``.
-        norms: ``|U_i|^2`` per expert, ``(M,)``.
-        mean_curvatures: ``tr(P_i) / d_i`` per expert, ``(M,)``.
-        dimensions: Rank of ``P_i`` per expert, ``(M,)``; called only where an energy depends on it.
-
-    Returns:
-        The bound experts and ``eta``, ``(M,)``.
+        poe: The design; the others have an entry per expert.
+        operators: ``P_i``.
+        updates: ``U_i`` in the same coordinates, ``(M, *event)``.
+        norms: ``|U_i|^2``, ``(M,)``.
+        mean_curvatures: ``tr(P_i) / d_i``, ``(M,)``.
+        dimensions: Rank of ``P_i``, ``(M,)``; called only where an energy depends on it.
     """
     sizes = ExpertSizes(
         norm_squared=torch.stack(list(norms), -1),
@@ -187,11 +159,8 @@ def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype:
     Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
     """
     curvatures = torch.stack(list(mean_curvatures), -1)
-    columns = []
-    for i, group in enumerate(_same_map(experts)):
-        largest = curvatures[..., group].amax(-1)
-        columns.append(curvatures[..., i] > torch.finfo(dtype).eps ** 2 * largest)
-    return torch.stack(columns, -1)
+    largest = torch.stack([curvatures[..., group].amax(-1) for group in _same_map(experts)], -1)
+    return curvatures > torch.finfo(dtype).eps ** 2 * largest
 
 
 def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes) -> Tensor:
@@ -200,12 +169,10 @@ def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes
     The median is weighted by importance, so that an expert given twice is one of importance 2.
     """
     known = torch.where(scales > 0, sizes.importance.to(scales), 0.0)
-    columns = []
-    for i, group in enumerate(_same_map(experts)):
-        median = weighted_median(scales[..., group], known[..., group])
-        fallback = torch.where(sizes.active[..., i] & (median > 0), median, torch.ones_like(median))
-        columns.append(torch.where(scales[..., i] > 0, scales[..., i], fallback))
-    return torch.stack(columns, -1)
+    groups = _same_map(experts)
+    medians = torch.stack([weighted_median(scales[..., group], known[..., group]) for group in groups], -1)
+    fallback = torch.where(sizes.active & (medians > 0), medians, 1.0)
+    return torch.where(scales > 0, scales, fallback)
 
 
 def _same_map(experts: Sequence[Expert]) -> list[list[int]]:
@@ -261,31 +228,26 @@ def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
 
 def _bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
     """A factor expert as a function of the latents ``(*S, M, K, 1)``."""
-    joint = factor.scope == "model"
-    names = span.statistics.modules
+    joint, names = factor.scope == "model", span.statistics.modules
     if factor.coordinates == "update" and span.bases is None:
         raise ValueError(
             f"`poe.bind(statistics)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "
             "cannot give. Bind the updates with coordinates='span', or write it with coordinates='span'."
         )
 
-    def of_coefficients(x: Tensor) -> Tensor:
-        return _checked(factor, factor.function(span.coefficients(x)), x.shape[:-3] if joint else x.shape[:-2])
+    def energy(x: Tensor) -> Tensor:
+        if factor.coordinates == "span":
+            return _checked(factor, span.coefficients(x), x.shape[:-3] if joint else x.shape[:-2])
+        updates = (span.update(x, i) for i in range(len(names)))
+        if joint:
+            return _checked(factor, dict(zip(names, updates, strict=True)), x.shape[:-3])
+        return torch.stack([_checked(factor, update, x.shape[:-3]) for update in updates], -1)
 
-    def of_model(x: Tensor) -> Tensor:
-        named = {name: span.update(x, i) for i, name in enumerate(names)}
-        return _checked(factor, factor.function(named), x.shape[:-3])
-
-    def of_modules(x: Tensor) -> Tensor:
-        parts = [factor.function(span.update(x, i)) for i in range(len(names))]
-        return torch.stack([_checked(factor, part, x.shape[:-3]) for part in parts], -1)
-
-    if factor.coordinates == "span":
-        return BoundFactor(factor.name, of_coefficients, joint)
-    return BoundFactor(factor.name, of_model if joint else of_modules, joint)
+    return BoundFactor(factor.name, energy, joint)
 
 
-def _checked(factor: FactorExpert, energy: Tensor, shape: torch.Size) -> Tensor:
+def _checked(factor: FactorExpert, argument: Tensor | dict[str, Tensor], shape: torch.Size) -> Tensor:
+    energy = factor.function(argument)
     if energy.shape != shape:
         raise ValueError(
             f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from poe_models.densities import (
     require_positive,
     student_log_normalizer,
 )
+from poe_models.records import with_tensors
 
 Exponent = float | Tensor | Literal["multivariate"]
 
@@ -44,8 +45,7 @@ Exponent = float | Tensor | Literal["multivariate"]
 class Energy(ABC):
     """The energy ``rho(q)`` of one expert as a function of its scaled squared residual.
 
-    Subclasses define :meth:`rho`; :meth:`weight` and :meth:`curvature` default to autograd and may be
-    overridden by closed forms. Shapes are free: every method maps ``(...,)`` to ``(...,)``.
+    Subclasses define :meth:`rho`; :meth:`weight` and :meth:`curvature` default to autograd. Shapes are free.
 
     Attributes:
         concave: Whether ``rho`` is concave in ``q``. Then reweighting majorises the energy and every
@@ -85,10 +85,7 @@ class Energy(ABC):
     def log_normalizer(self, scale: Parameter, dim: float | Tensor, importance: float = 1.0) -> Tensor:
         r"""Log of ``\int exp(-importance * rho(|x|^2 / scale^2)) dx`` in ``dim`` dimensions, nats in float64.
 
-        Args:
-            scale: The expert's scale ``s``.
-            dim: Number of dimensions, the rank of ``P_i`` on ``vec(Z)``.
-            importance: The expert's importance over the temperature, ``a / T``.
+        For an expert ``dim`` is the rank of ``P_i`` on ``vec(Z)``, ``importance`` is over the temperature, ``a / T``.
 
         Raises:
             ValueError: If this energy has none.
@@ -110,15 +107,22 @@ class Energy(ABC):
             "Use `slice_sample` or `nuts`, which serve any energy."
         )
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether a Gaussian scale mixture is known."""
+        try:
+            self.for_dimension(torch.ones((), dtype=torch.float64)).scale_mixture()
+        except ValueError:
+            return False
+        return True
+
     def for_dimension(self, dim: Tensor) -> Energy:
         """This energy on residuals of ``dim`` dimensions; only ``exponent="multivariate"`` depends on it."""
         return self
 
     def module(self, one: slice) -> Energy:
         """This energy for some modules of a batch; differs only where a setting is a tensor over modules."""
-        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
-        sliced = {name: value[one] for name, value in settings.items() if isinstance(value, Tensor) and value.ndim}
-        return replace(self, **sliced) if sliced else self  # type: ignore[type-var]
+        return with_tensors(lambda value: value[one], self) if is_dataclass(self) else self
 
     @property
     def needs_dimension(self) -> bool:
@@ -146,11 +150,7 @@ class Energy(ABC):
 
 @dataclass(frozen=True)
 class Gaussian(Energy):
-    """``rho(q) = precision * q / 2``.
-
-    Args:
-        precision: Multiplies the energy; 1 is the standard Gaussian, other values are twins.
-    """
+    """``rho(q) = precision * q / 2``; a precision of 1 is the standard Gaussian, twins have others."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
@@ -183,11 +183,7 @@ class Gaussian(Energy):
 
 @dataclass(frozen=True)
 class TwinOf(Energy):
-    """The Gaussian twin of an energy that depends on the dimension of the residual; becomes one once it is known.
-
-    Args:
-        energy: An energy with ``exponent="multivariate"``.
-    """
+    """The Gaussian twin of an energy with ``exponent="multivariate"``; becomes one once the dimension is known."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
@@ -292,11 +288,7 @@ class Welsch(Energy):
 
 @dataclass(frozen=True)
 class Huber(Energy):
-    """``q / 2`` up to ``delta**2``, then ``delta * sqrt(q) - delta**2 / 2``.
-
-    Args:
-        delta: Residual (in scales) at which the quadratic becomes linear.
-    """
+    """``q / 2`` up to a residual of ``delta`` scales, ``q = delta**2``, then ``delta * sqrt(q) - delta**2 / 2``."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True
@@ -346,13 +338,11 @@ class GeneralizedGaussian(Energy):
     @property
     @override
     def concave(self) -> bool:  # type: ignore[override]
-        """Whether the power is at most 2."""
         return self.power <= 2
 
     @property
     @override
     def convex(self) -> bool:  # type: ignore[override]
-        """Whether the power is at least 1."""
         return self.power >= 1
 
     @override
@@ -379,10 +369,7 @@ class GeneralizedGaussian(Energy):
 
 @dataclass(frozen=True)
 class Custom(Energy):
-    """An energy from a function, for trying something out without a subclass.
-
-    Args:
-        function: ``rho``; maps ``q`` of shape ``(...,)`` to nats of the same shape, differentiable.
+    """An energy from a differentiable function ``rho``, for trying something out without a subclass.
 
     >>> Custom(lambda q: q.sqrt()).rho(torch.tensor(4.0))
     tensor(2.)

@@ -192,15 +192,13 @@ class ProductOfExperts:
 
         Args:
             names: Names of the task vectors, in the order of ``updates``.
-            residual_map: One map, or several (for instance both sides), each making an expert per update.
+            residual_map: One map, or several (for instance both sides), each making an expert per update, named
+                ``<update>/<map>``.
             energy: Shared energy, Cauchy by default.
             scale: Shared scale, ``Balanced(1.0)`` by default.
             importance: One number, or one per task vector.
             anchor: The anchor; zero centre and relative precision 0.1 by default.
             temperature: Temperature of the posterior.
-
-        Returns:
-            The product; with several maps an expert is named ``<update>/<map>``.
         """
         if isinstance(residual_map, type):
             _require_kind("ProductOfExperts.of", "residual_map", residual_map, ResidualMap)
@@ -227,14 +225,7 @@ class ProductOfExperts:
         return tuple(dict.fromkeys(expert.update_name for expert in self.experts))
 
     def for_modules(self, modules: Sequence[str]) -> ProductOfExperts:
-        """The product in named modules, for residual maps and centres that go by names; for others it is the same.
-
-        Args:
-            modules: Names of the ``M`` modules of the updates.
-
-        Returns:
-            A product for updates ``(M, N, d_out, d_in)`` of these modules.
-        """
+        """The product for updates of named modules, for residual maps and centres that go by names."""
         experts = tuple(
             replace(each, residual_map=each.residual_map.for_modules(each.update_name, modules))
             for each in self.experts
@@ -266,9 +257,6 @@ class ProductOfExperts:
                 adapters: saves work, changes nothing.
             through: The merged updates of this very design, as one more member of the span, so that draws surround
                 the merge.
-
-        Returns:
-            The posterior.
 
         Raises:
             ValueError: If names, shapes or values do not fit, or the design cannot be bound in these coordinates.
@@ -312,11 +300,11 @@ class ProductOfExperts:
             return replace(self, experts=(*self.experts, other))
         if isinstance(other, FactorExpert):
             return replace(self, factors=(*self.factors, other))
-        if self.anchor is DEFAULT_ANCHOR and self.temperature == 1.0:
-            return replace(other, experts=(*self.experts, *other.experts), factors=(*self.factors, *other.factors))
-        if other.anchor is not DEFAULT_ANCHOR or other.temperature != 1.0:
+        own = [each for each in (self, other) if each.anchor is not DEFAULT_ANCHOR or each.temperature != 1.0]
+        if len(own) == 2:
             raise ValueError(
                 "`product * product`: both have an anchor or a temperature of their own, and a product has one of "
                 "each. Multiply the experts first, then the anchor."
             )
-        return replace(self, experts=(*self.experts, *other.experts), factors=(*self.factors, *other.factors))
+        experts, factors = (*self.experts, *other.experts), (*self.factors, *other.factors)
+        return replace(own[0] if own else self, experts=experts, factors=factors)

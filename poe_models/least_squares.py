@@ -62,7 +62,9 @@ class Compression:
             return ScaledIdentity(shape, like)
         if isinstance(operator, Gram):
             basis = self.left if operator.side == "left" else self.right
-            return operator if self.trivial else Gram(_project(basis, operator.factor), operator.side, shape)
+            if self.trivial:
+                return operator
+            return Gram(operator.factor if basis is None else basis.mT @ operator.factor, operator.side, shape)
         return operator
 
 
@@ -92,6 +94,13 @@ class Quadratic:
     def lift(self, x: Tensor) -> Tensor:
         """Displacement ``Z - Z_0`` of ``x``, ``(*S, M, a, b)`` to ``(*S, M, d_out, d_in)``."""
         return self.compression.lift(x, self.shape)
+
+    def lift_draws(self, x: Tensor, noise: Tensor, white: Tensor, spread: Tensor) -> Tensor:
+        """Displacement of draws ``x`` with the noise that its compression ``white`` leaves out, of spread ``(M,)``."""
+        z = self.lift(x)
+        if self.compression.trivial:
+            return z
+        return z + (noise - self.lift(white)) * spread.to(z.dtype)[:, None, None]
 
     def residuals(self, x: Tensor) -> Tensor:
         """Squared residuals ``q_i``, ``(*S, M, E)`` float64."""
@@ -148,15 +157,12 @@ class Quadratic:
 
 
 def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
-    """The least-squares problem behind a posterior, in few coordinates.
+    """The least-squares problem behind a posterior in few coordinates; ``lift(x) + Z_0`` is exact for every minimiser.
 
     Args:
-        posterior: Of a batch of modules, without factor experts.
+        posterior: Factor experts do not count.
         for_draws: Leave out only directions that no expert sees, where the posterior is the anchor's alone. A MAP
             needs fewer: it does not move where experts see something but pull nowhere.
-
-    Returns:
-        The problem; ``lift(x) + Z_0`` is exact for every minimiser.
 
     Raises:
         ValueError: If the operators of one module do not share a factorisation (or their draws do not).
@@ -224,10 +230,6 @@ def _side_basis(
     if sum(column.shape[-1] for column in columns) >= length:
         return None
     return orthonormal(torch.cat(columns, -1))
-
-
-def _project(basis: Tensor | None, factor: Tensor) -> Tensor:
-    return factor if basis is None else basis.mT @ factor
 
 
 def _add_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:

@@ -10,18 +10,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from poe_models.records import with_tensors
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of unit vectors' Gram matrix below this share of the largest are rounding, not directions."""
 
 
 class Operator(ABC):
-    """A positive semi-definite operator on matrices of shape ``(d_out, d_in)``, batched over modules."""
+    """A positive semi-definite operator on matrices ``(d_out, d_in)``, batched over modules: a dataclass of tensors."""
 
     @abstractmethod
     def root(self, x: Tensor) -> Tensor:
@@ -53,13 +55,13 @@ class Operator(ABC):
         These are the eigenvalues that :meth:`dimension` counts; the value is 0 where ``P = 0``.
         """
 
-    @abstractmethod
-    def module(self, one: slice) -> Operator:
+    def module(self, one: slice) -> Self:
         """The operator of some modules of the batch."""
+        return with_tensors(lambda value: value[one], self)  # type: ignore[type-var]
 
-    @abstractmethod
-    def to(self, dtype: torch.dtype) -> Operator:
+    def to(self, dtype: torch.dtype) -> Self:
         """The operator in another dtype."""
+        return with_tensors(lambda value: value.to(dtype), self)  # type: ignore[type-var]
 
     def quadratic(self, x: Tensor) -> Tensor:
         """``<x, P x>``, summed in float64, shape ``(...,)``."""
@@ -68,23 +70,10 @@ class Operator(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ScaledIdentity(Operator):
-    """``P = I`` on matrices of a given shape.
-
-    Args:
-        shape: ``(d_out, d_in)``.
-        like: Any tensor of the module batch, for its leading shape and device, ``(..., d_out, d_in)``.
-    """
+    """``P = I`` on matrices ``(d_out, d_in)``, batched and on the device like any tensor ``(..., d_out, d_in)``."""
 
     shape: tuple[int, int]
     like: Tensor
-
-    @override
-    def module(self, one: slice) -> ScaledIdentity:
-        return ScaledIdentity(self.shape, self.like[one])
-
-    @override
-    def to(self, dtype: torch.dtype) -> ScaledIdentity:
-        return ScaledIdentity(self.shape, self.like.to(dtype))
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -112,14 +101,6 @@ class Diagonal(Operator):
     """``P x = values * x`` elementwise, ``values >= 0`` of shape ``(..., d_out, d_in)``."""
 
     values: Tensor
-
-    @override
-    def module(self, one: slice) -> Diagonal:
-        return Diagonal(self.values[one])
-
-    @override
-    def to(self, dtype: torch.dtype) -> Diagonal:
-        return Diagonal(self.values.to(dtype))
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -158,26 +139,22 @@ class Gram(Operator):
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        side_length = self.shape[0] if self.side == "left" else self.shape[1]
-        if self.factor.shape[-2] != side_length:
+        if self.factor.shape[-2] != self._lengths[0]:
             raise ValueError(
-                f"`Gram(factor={tuple(self.factor.shape)}, side={self.side!r})`: the factor needs {side_length} rows "
-                f"to act on matrices of shape {self.shape} from the {self.side}."
+                f"`Gram(factor={tuple(self.factor.shape)}, side={self.side!r})`: the factor needs {self._lengths[0]} "
+                f"rows to act on matrices of shape {self.shape} from the {self.side}."
             )
         object.__setattr__(self, "factor", thin(self.factor))
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        """Length of the side it acts on, and of the other one."""
+        return self.shape if self.side == "left" else (self.shape[1], self.shape[0])
 
     @cached_property
     def gram(self) -> Tensor:
         """``F F^T``, ``(..., d, d)``; made once, on first use."""
         return self.factor @ self.factor.mT
-
-    @override
-    def module(self, one: slice) -> Gram:
-        return Gram(self.factor[one], self.side, self.shape)
-
-    @override
-    def to(self, dtype: torch.dtype) -> Gram:
-        return Gram(self.factor.to(dtype), self.side, self.shape)
 
     @override
     def root(self, x: Tensor) -> Tensor:
@@ -193,15 +170,13 @@ class Gram(Operator):
 
     @override
     def dimension(self) -> Tensor:
-        other_side = self.shape[1] if self.side == "left" else self.shape[0]
-        return torch.linalg.matrix_rank(self.factor).double() * other_side
+        return torch.linalg.matrix_rank(self.factor).double() * self._lengths[1]
 
     @override
     def log_pseudo_determinant(self) -> Tensor:
-        other_side = self.shape[1] if self.side == "left" else self.shape[0]
         singular = torch.linalg.svdvals(self.factor.double())  # in descending order
         counted = torch.arange(singular.shape[-1]).to(singular) < torch.linalg.matrix_rank(self.factor).unsqueeze(-1)
-        return 2 * other_side * torch.where(counted, singular, 1.0).log().sum(-1)
+        return 2 * self._lengths[1] * torch.where(counted, singular, 1.0).log().sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,21 +186,12 @@ class RankOne(Operator):
     vector: Tensor
 
     @override
-    def module(self, one: slice) -> RankOne:
-        return RankOne(self.vector[one])
-
-    @override
-    def to(self, dtype: torch.dtype) -> RankOne:
-        return RankOne(self.vector.to(dtype))
-
-    @override
     def root(self, x: Tensor) -> Tensor:
-        product = self.vector.to(torch.float64) * x.to(torch.float64)
-        return product.sum((-2, -1))[..., None, None]
+        return (self.vector.double() * x.double()).sum((-2, -1))[..., None, None]
 
     @override
     def apply(self, x: Tensor) -> Tensor:
-        return (self.vector.to(torch.float64) * self.root(x)).to(x.dtype)
+        return (self.vector.double() * self.root(x)).to(x.dtype)
 
     @override
     def mean_curvature(self, directions: Tensor | float) -> Tensor:
@@ -243,17 +209,15 @@ class RankOne(Operator):
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """Squared Frobenius norm over the last two dimensions, summed in float64, shape ``(...,)``."""
-    return x.to(torch.float64).square().sum((-2, -1))
+    return x.double().square().sum((-2, -1))
 
 
 def inner_products(vectors: Sequence[Tensor]) -> Tensor:
     """Gram matrix of ``N`` tensors ``(M, a, b)`` over their last two dimensions, summed in float64: ``(M, N, N)``."""
-    size = len(vectors)
-    result = vectors[0].new_zeros((len(vectors[0]), size, size), dtype=torch.float64)
-    for j in range(size):
-        left = vectors[j].to(torch.float64)
+    result = vectors[0].new_zeros((len(vectors[0]), len(vectors), len(vectors)), dtype=torch.float64)
+    for j, left in enumerate(vectors):
         for k in range(j + 1):
-            result[:, j, k] = result[:, k, j] = (left * vectors[k].to(torch.float64)).sum((-2, -1))
+            result[:, j, k] = result[:, k, j] = (left.double() * vectors[k].double()).sum((-2, -1))
     return result
 
 
@@ -262,9 +226,6 @@ def mean_curvatures(operators: Sequence[Operator]) -> list[Tensor]:
 
     Rank-one operators act in as many directions as their vectors span, so that a vector given twice counts as one of
     twice the importance.
-
-    Args:
-        operators: Of a batch of ``M`` modules.
     """
     vectors = [operator.vector for operator in operators if isinstance(operator, RankOne)]
     directions = span_rank(inner_products(vectors)).clamp(min=1) if vectors else 1
@@ -273,10 +234,15 @@ def mean_curvatures(operators: Sequence[Operator]) -> list[Tensor]:
 
 def span_rank(gram: Tensor) -> Tensor:
     """Dimension of the span of vectors of any lengths, from their inner products ``(M, N, N)``: ``(M,)`` float64."""
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    lengths = torch.where(lengths > 0, lengths, 1.0)
+    lengths = vector_lengths(gram)
     eigenvalues = torch.linalg.eigvalsh(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
     return (eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)).double().sum(-1)
+
+
+def vector_lengths(gram: Tensor) -> Tensor:
+    """Lengths of vectors from their inner products, ``(M, N, N)`` to ``(M, N)``; 1 of a zero vector, to divide by."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    return torch.where(lengths > 0, lengths, 1.0)
 
 
 def thin(factor: Tensor) -> Tensor:
@@ -298,11 +264,8 @@ def root_of(matrix: Tensor, computed_in: torch.dtype | None = None) -> Tensor:
     of zero are dropped. Rounding is judged with a unit diagonal, so that small inputs beside large ones are kept.
 
     Args:
-        matrix: The matrices.
+        matrix: ``(..., d, d)``.
         computed_in: The dtype whose rounding they have; their own by default.
-
-    Returns:
-        ``(..., d, d)`` float64.
 
     Raises:
         ValueError: If an eigenvalue is clearly negative.
@@ -328,14 +291,9 @@ def root_of(matrix: Tensor, computed_in: torch.dtype | None = None) -> Tensor:
 
 
 def moment_rounding(side: int, dtype: torch.dtype) -> float:
-    """Eigenvalues of second moments of unit diagonal up to which they may be rounding.
+    """Bound on the rounding of eigenvalues of ``d x d`` second moments of unit diagonal, summed up in a dtype.
 
-    Args:
-        side: ``d``; an error of one unit in every entry moves eigenvalues by up to ``d`` units.
-        dtype: In which they were summed up.
-
-    Returns:
-        A bound with a margin for sums and scaling.
+    An error of one unit in every entry moves eigenvalues by up to ``d`` units; the margin is for sums and scaling.
 
     >>> moment_rounding(256, torch.float64) == 2.0**-42
     True
@@ -344,13 +302,9 @@ def moment_rounding(side: int, dtype: torch.dtype) -> float:
 
 
 def unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric matrices with rows and columns divided by the roots of their diagonal's magnitudes, in float64.
+    """Symmetric matrices ``(..., d, d)`` scaled to a unit diagonal in float64, and the divisors ``(..., d)``.
 
-    Args:
-        matrix: ``(..., d, d)``.
-
-    Returns:
-        The scaled matrices, and the divisors ``(..., d)``: 1 where the diagonal is zero.
+    Rows and columns are divided by the roots of the diagonal's magnitudes, and by 1 where it is zero.
 
     >>> unit_diagonal(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
     (tensor([[1.0000, 0.5000],

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from poe_models.energies import Energy
 from poe_models.operators import Operator, sum_of_squares
+from poe_models.records import with_tensors
 
 if TYPE_CHECKING:
     from poe_models.span import SpanCoordinates
@@ -71,17 +72,9 @@ class BoundExpert:
 
     def module(self, one: slice) -> BoundExpert:
         """The expert of some modules of the batch."""
-        return replace(
-            self,
-            operator=self.operator.module(one),
-            update=self.update[one],
-            rho=self.rho.module(one),
-            scale_squared=self.scale_squared[one],
-            norm_squared=self.norm_squared[one],
-            residual_at_zero=self.residual_at_zero[one],
-            active=self.active[one],
-            low_rank=None if self.low_rank is None else (self.low_rank[0][one], self.low_rank[1][one]),
-        )
+        low_rank = None if self.low_rank is None else (self.low_rank[0][one], self.low_rank[1][one])
+        some = with_tensors(lambda value: value[one], self)
+        return replace(some, operator=self.operator.module(one), rho=self.rho.module(one), low_rank=low_rank)
 
     def energy_of(self, q: Tensor) -> Tensor:
         """Energy in nats of squared residuals ``q``, ``(*S, M)``."""
@@ -126,8 +119,7 @@ class Posterior:
             posterior is for :func:`~poe_models.program.program` and :func:`~poe_models.program.log_density` only.
         event_shape: Shape of one module's latent: ``(d_out, d_in)``, in Span coordinates ``(N + 1, 1)``.
         factors: Bound factor experts.
-        span: The change of variables to coefficients on the updates, in Span coordinates; None in Full ones, where the
-            latent is the merged update itself.
+        span: The change of variables to coefficients on the updates; None in Full coordinates.
         modules: Names of the modules.
     """
 
@@ -141,14 +133,12 @@ class Posterior:
     modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, Tensor):
-            if self.temperature.ndim:
-                shape = tuple(self.temperature.shape)
-                raise ValueError(
-                    f"`Posterior(temperature=...)`: a tensor of shape {shape}. All modules share one temperature: give "
-                    "a number, or a scalar tensor."
-                )
-        elif not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, Tensor) and self.temperature.ndim:
+            raise ValueError(
+                f"`Posterior(temperature=...)`: a tensor of shape {tuple(self.temperature.shape)}. All modules share "
+                "one temperature: give a number, or a scalar tensor."
+            )
+        if not isinstance(self.temperature, Tensor) and not 0 < self.temperature < math.inf:
             raise ValueError(f"`Posterior(temperature={self.temperature})`: must be positive and finite.")
 
     @property
@@ -180,6 +170,11 @@ class Posterior:
     def coordinates(self) -> Literal["full", "span"]:
         """Whether the latent is the merged update itself, or coordinates in the span of the updates."""
         return "full" if self.span is None else "span"
+
+    def label(self, module: int) -> str:
+        """A module's name for messages, or its position where it has none."""
+        named = self.modules[module : module + 1] not in ((), (str(module),))
+        return repr(self.modules[module]) if named else f"module {module} of the batch"
 
     def update(self, z: Tensor) -> Tensor:
         """Merged updates of latents, ``(*S, M, *event)`` to ``(*S, M, d_out, d_in)``, for modules of equal shape.
@@ -243,21 +238,13 @@ class Posterior:
 
     def energy(self, z: Tensor) -> Tensor:
         """``E(Z)`` in nats per module, ``(*S, M, *event)`` to ``(*S, M)``; joint factors are not included."""
-        total = self.anchor_energy(z)
-        for expert in self.experts:
-            total = total + expert.energy(z)
-        for factor in self.factors:
-            if not factor.joint:
-                total = total + factor.energy(z)
-        return total
+        own = (factor for factor in self.factors if not factor.joint)
+        terms: tuple[BoundExpert | BoundFactor, ...] = (*self.experts, *own)
+        return sum((term.energy(z) for term in terms), self.anchor_energy(z))
 
     def joint_energy(self, z: Tensor) -> Tensor:
         """Energy in nats of all modules together, ``(*S, M, *event)`` to ``(*S)``."""
-        total = self.energy(z).sum(-1)
-        for factor in self.factors:
-            if factor.joint:
-                total = total + factor.energy(z)
-        return total
+        return sum((factor.energy(z) for factor in self.factors if factor.joint), self.energy(z).sum(-1))
 
     @property
     def joint(self) -> bool:
@@ -269,19 +256,23 @@ class Posterior:
         return self.joint_energy(z).unsqueeze(-1) if self.joint else self.energy(z)
 
     def module(self, index: int) -> Posterior:
-        """The posterior of one module of the batch alone.
+        """The posterior of one module of the batch alone; a ``ValueError`` as :meth:`part`."""
+        return self.part(slice(index, index + 1))
+
+    def part(self, some: slice) -> Posterior:
+        """The posterior of some modules of the batch.
 
         Raises:
             ValueError: If factor experts are functions of the whole batch.
         """
         if self.factors:
             raise ValueError(f"`Posterior.module(...)`: {self.factors[0].name!r} sees the whole batch of modules.")
-        one = slice(index, index + 1)
-        experts = tuple(expert.module(one) for expert in self.experts)
-        center = None if self.center is None else self.center[one]
-        span = None if self.span is None else self.span.module(index)
-        eta = self.anchor_precision[one]
-        return replace(self, experts=experts, center=center, anchor_precision=eta, span=span, modules=self.modules[one])
+        return replace(
+            with_tensors(lambda value: value[some], self),
+            experts=tuple(expert.module(some) for expert in self.experts),
+            span=None if self.span is None else self.span.module(some),
+            modules=self.modules[some],
+        )
 
     @property
     def active(self) -> Tensor:

@@ -113,11 +113,49 @@ class GramPrecision(Precision):
         return x if self.side == "left" else x.mT
 
 
-class KroneckerSum(Precision):
-    """``H x = A x + x B + shift x``, by an eigendecomposition of each side.
+class SpectralPrecision(Precision):
+    """A precision whose eigenvalues are known.
 
     Its root is the symmetric one, which does not depend on the signs and bases of eigenvectors: a draw made again from
     its seed is the same draw.
+    """
+
+    values: Tensor
+    """The eigenvalues, ``(..., a, b)``."""
+
+    @abstractmethod
+    def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
+        """``H^(exponent / 2) x``, ``(..., a, b)``."""
+
+    def _require_positive(self, reason: str) -> None:
+        if not bool((self.values > 0).all()):
+            raise NotPositiveDefiniteError(
+                f"the precision is not positive definite: {reason}. Raise the anchor's precision."
+            )
+
+    @override
+    def solve(self, b: Tensor) -> Tensor:
+        return self.power(b, -2)
+
+    @override
+    def whiten(self, x: Tensor) -> Tensor:
+        return self.power(x, -1)
+
+    @override
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.power(noise, -1)
+
+    @override
+    def standardize(self, x: Tensor) -> Tensor:
+        return self.power(x, 1)
+
+    @override
+    def logdet(self) -> Tensor:
+        return self.values.double().log().sum((-2, -1))
+
+
+class KroneckerSum(SpectralPrecision):
+    """``H x = A x + x B + shift x``, by an eigendecomposition of each side.
 
     Args:
         left: ``A``, ``(..., a, a)``.
@@ -133,42 +171,19 @@ class KroneckerSum(Precision):
         right_values, self.right = torch.linalg.eigh(right)
         self.values = left_values.clamp(min=0).unsqueeze(-1) + right_values.clamp(min=0).unsqueeze(-2) + shift
         self.shape, self.dtype = (int(left.shape[-1]), int(right.shape[-1])), left.dtype
-        if not bool((self.values > 0).all()):
-            raise NotPositiveDefiniteError(
-                "the precision is not positive definite: the experts leave some direction undetermined. "
-                "Raise the anchor's precision."
-            )
+        self._require_positive("the experts leave some direction undetermined")
 
     @override
-    def solve(self, b: Tensor) -> Tensor:
-        return self._scaled(b, self.values.reciprocal())
-
-    @override
-    def whiten(self, x: Tensor) -> Tensor:
-        return self._scaled(x, self.values.rsqrt())
-
-    @override
-    def sample(self, noise: Tensor) -> Tensor:
-        return self._scaled(noise, self.values.rsqrt())
-
-    @override
-    def standardize(self, x: Tensor) -> Tensor:
-        return self._scaled(x, self.values.sqrt())
-
-    @override
-    def logdet(self) -> Tensor:
-        return self.values.double().log().sum((-2, -1))
+    def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
+        factors = {-2: torch.reciprocal, -1: torch.rsqrt, 1: torch.sqrt}[exponent](self.values)
+        return self.left @ ((self.left.mT @ x @ self.right) * factors) @ self.right.mT
 
     @override
     def inverse_diagonal(self) -> Tensor:
         return self.left.square() @ self.values.reciprocal() @ self.right.mT.square()
 
-    def _scaled(self, x: Tensor, factors: Tensor) -> Tensor:
-        """``x`` with its coordinates in the eigenbasis multiplied by factors, ``(..., a, b)``."""
-        return self.left @ ((self.left.mT @ x @ self.right) * factors) @ self.right.mT
 
-
-class DiagonalPrecision(Precision):
+class DiagonalPrecision(SpectralPrecision):
     """``H x = values * x``.
 
     Args:
@@ -182,31 +197,13 @@ class DiagonalPrecision(Precision):
     def __init__(self, values: Tensor, shape: tuple[int, int]) -> None:
         self.values = values.expand(*values.shape[:-2], *shape)
         self.shape, self.dtype = shape, values.dtype
-        if not bool((values > 0).all()):
-            raise NotPositiveDefiniteError(
-                "the precision is not positive definite: some entry has neither an expert nor an anchor. "
-                "Raise the anchor's precision."
-            )
+        self._require_positive("some entry has neither an expert nor an anchor")
 
     @override
-    def solve(self, b: Tensor) -> Tensor:
-        return b / self.values
-
-    @override
-    def whiten(self, x: Tensor) -> Tensor:
-        return x / self.values.sqrt()
-
-    @override
-    def sample(self, noise: Tensor) -> Tensor:
-        return noise / self.values.sqrt()
-
-    @override
-    def standardize(self, x: Tensor) -> Tensor:
-        return x * self.values.sqrt()
-
-    @override
-    def logdet(self) -> Tensor:
-        return self.values.double().log().sum((-2, -1))
+    def power(self, x: Tensor, exponent: Literal[-2, -1, 1]) -> Tensor:
+        if exponent == -2:
+            return x / self.values
+        return x * self.values.sqrt() if exponent == 1 else x / self.values.sqrt()
 
     @override
     def inverse_diagonal(self) -> Tensor:

@@ -19,7 +19,7 @@ joint density is ``p(T) N(Z; Z_0, T / (2 eta)) exp(-sum_i E_i(Z) / T)``: the exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pyro
@@ -28,18 +28,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from poe_models.posterior import Posterior
+from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 
 
 def program(posterior: Posterior) -> Callable[[], Tensor]:
     """A Pyro model of the posterior, for any of Pyro's own inference algorithms.
 
-    Args:
-        posterior: In Full or Span coordinates; its temperature may be a scalar tensor.
-
-    Returns:
-        A function without arguments; sampling it draws from the anchor and scores the experts. With
-        ``eta = 0`` the anchor is improper uniform and the model can be scored but not sampled.
+    A function without arguments; sampling it draws from the anchor and scores the experts. With ``eta = 0`` the anchor
+    is improper uniform and the model can be scored but not sampled. The temperature may be a scalar tensor.
     """
     supported = _support(posterior)
     if supported is not None:  # outside it everything else is evaluated at 1, and the sum is -inf
@@ -47,19 +43,18 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
     prior = anchor_prior(posterior)
     temperature = posterior.temperature
 
+    def score(experts: Iterable[BoundExpert | BoundFactor], z: Tensor) -> None:
+        for expert in experts:
+            pyro.factor(f"expert/{expert.name}", -expert.energy(z) / temperature)
+
     def model() -> Tensor:
         if supported is not None:
             pyro.factor("temperature/support", torch.where(supported, 0.0, -math.inf))
         with pyro.plate("module", posterior.num_modules):
             z = pyro.sample("update", prior)
-            for expert in posterior.experts:
-                pyro.factor(f"expert/{expert.name}", -expert.energy(z) / temperature)
-            for factor in posterior.factors:
-                if not factor.joint:
-                    pyro.factor(f"expert/{factor.name}", -factor.energy(z) / temperature)
-        for factor in posterior.factors:
-            if factor.joint:
-                pyro.factor(f"expert/{factor.name}", -factor.energy(z) / temperature)
+            score(posterior.experts, z)
+            score((factor for factor in posterior.factors if not factor.joint), z)
+        score((factor for factor in posterior.factors if factor.joint), z)
         return z
 
     return model
@@ -79,8 +74,8 @@ def anchor_prior(posterior: Posterior) -> dist.TorchDistribution:
     if bool((eta == 0).any()):
         silent = (eta == 0).nonzero().flatten().tolist()
         raise ValueError(
-            f"`anchor_prior(...)`: modules {silent} of the batch have no anchor precision (their updates are zero), "
-            "the others do. Leave these modules out: nothing is to be inferred there."
+            f"`anchor_prior(...)`: {', '.join(map(posterior.label, silent))} without an anchor precision (the updates "
+            "are zero), the others have one. Leave these modules out: nothing is to be inferred there."
         )
     center = posterior.like.new_zeros(shape) if posterior.center is None else posterior.center
     return dist.Normal(center, _spread(posterior)[:, None, None].expand(shape)).to_event(2)
@@ -96,13 +91,8 @@ def log_constant(posterior: Posterior) -> Tensor:
 def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor], Tensor]:
     """The program's log density as a pure, differentiable function; the only place that traces it.
 
-    Args:
-        posterior: In Full or Span coordinates.
-        joint: Sum over modules. Needed when a factor expert couples them.
-
-    Returns:
-        A function from ``(*S, M, *event)`` to nats, ``(*S, M)``, or ``(*S)`` if joint. It composes with
-        ``torch.func`` transforms.
+    It leads from ``(*S, M, *event)`` to nats, ``(*S, M)``, or ``(*S)`` if joint, which is needed when a factor expert
+    couples the modules, and composes with ``torch.func`` transforms.
 
     Raises:
         ValueError: If a factor expert couples the modules and ``joint`` is not set.
@@ -123,11 +113,9 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
             trace.compute_log_prob()
         batch = z.shape[:-2]
         total = z.new_zeros(batch[:-1] if joint else batch, dtype=torch.float64)
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and "log_prob" in site:
-                value = site["log_prob"]
-                per_module = value.ndim == len(batch)
-                total = total + (value.sum(-1) if joint and per_module else value)
+        values = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample" and "log_prob" in site]
+        for value in values:
+            total = total + (value.sum(-1) if joint and value.ndim == len(batch) else value)
         return total
 
     return density

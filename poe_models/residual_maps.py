@@ -55,13 +55,11 @@ class MomentsSource(Protocol):
 class ResidualMap(ABC):
     """A function from the update of an expert to the operator ``P_i`` of its squared residual."""
 
-    @property
-    def common_units(self) -> bool:
-        """Return whether operators are in units that all experts share, so that a smaller one is information.
+    common_units: ClassVar[bool] = False
+    """Whether operators are in units that all experts share, so that a smaller one is information.
 
-        Not where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
-        """
-        return False
+    Not where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
+    """
 
     @override
     def __repr__(self) -> str:
@@ -84,14 +82,9 @@ class ResidualMap(ABC):
         return self
 
     def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
-        """Checkpoints, by their role, that the map of one expert reads besides the updates; checked by headers.
+        """Checkpoints, by their role, that an expert's map reads besides the updates of modules ``(d_out, d_in)``.
 
-        Args:
-            update: Name of the task vector.
-            modules: Names and shapes ``(d_out, d_in)`` of all modules that will be asked for.
-
-        Returns:
-            None, but for maps on given statistics.
+        None, but for maps on given statistics, which check them by their headers.
         """
         return {}
 
@@ -104,10 +97,7 @@ class ResidualMap(ABC):
 class Identity(ResidualMap):
     """``q = |Z - U|^2``: every entry counts alike; averaging ([PoE] Eq. 13)."""
 
-    @property
-    @override
-    def common_units(self) -> bool:
-        return True
+    common_units: ClassVar[bool] = True
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -155,33 +145,24 @@ class InputGram(ResidualMap):
 
 @dataclass(frozen=True)
 class StatisticsMap(ResidualMap):
-    """A residual map on given statistics, which it looks up by the names of expert and modules.
+    """A residual map on ``ModuleStatistics`` or a ``StatisticsFolder``, looked up by names of expert and modules."""
 
-    Args:
-        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
-    """
-
-    statistics: MomentsSource
-
+    common_units: ClassVar[bool] = True
     kind: ClassVar[MomentKind]
     """Kind of the statistics."""
+    statistics: MomentsSource
 
     def __post_init__(self) -> None:
         require_source(self)
-
-    @property
-    @override
-    def common_units(self) -> bool:
-        return True
+        for name in ("share", "off_diagonal"):  # shares, of the maps that have them
+            if not 0 <= getattr(self, name, 0) <= 1:
+                raise ValueError(
+                    f"`{type(self).__name__}({name}={getattr(self, name)})`: expected a number between 0 and 1."
+                )
 
     @abstractmethod
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
-        """The operator of a batch of modules.
-
-        Args:
-            given: Fisher information ``(M, d_out, d_in)`` or second moments ``(M, d_in, d_in)``, nonnegative.
-            update: Update ``U_i``, ``(M, d_out, d_in)``.
-        """
+        """The operator for given Fisher information ``(M, d_out, d_in)`` or second moments ``(M, d_in, d_in)``."""
 
     def source(self, update: str) -> Moments:
         """The statistics, of this expert at least; of a folder its header is read anew."""
@@ -202,20 +183,20 @@ class StatisticsMap(ResidualMap):
     def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
         return self.source(update).inputs(update, modules)
 
+    @override
+    def stand_in(self) -> ResidualMap:
+        return _Squares() if self.kind == "fisher" else InputGram()
+
 
 @dataclass(frozen=True, repr=False)
 class _OfModules(ResidualMap):
-    """A map on given statistics in named modules; equal to, and written as, the map without them."""
+    """A map on given statistics in named modules; equal to, and written as, the map without the names."""
 
+    common_units: ClassVar[bool] = True
     map: StatisticsMap
     update: str = field(compare=False)
     modules: tuple[str, ...] = field(compare=False)
     source: Moments = field(compare=False)
-
-    @property
-    @override
-    def common_units(self) -> bool:
-        return self.map.common_units
 
     @override
     def __repr__(self) -> str:
@@ -269,10 +250,6 @@ class Fisher(StatisticsMap):
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
         return Diagonal(given.to(update.dtype) + self.floor)
 
-    @override
-    def stand_in(self) -> ResidualMap:
-        return _Squares()
-
 
 @dataclass(frozen=True)
 class Activation(StatisticsMap):
@@ -291,18 +268,9 @@ class Activation(StatisticsMap):
     kind: ClassVar[MomentKind] = "activations"
 
     @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_share("Activation", "off_diagonal", self.off_diagonal)
-
-    @override
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
         factor = root_of(scaled_off_diagonal(given, self.off_diagonal))
         return Gram(factor.to(update.dtype), "right", _shape(update))
-
-    @override
-    def stand_in(self) -> ResidualMap:
-        return InputGram()
 
 
 @dataclass(frozen=True)
@@ -323,12 +291,6 @@ class Mixed(StatisticsMap):
     kind: ClassVar[MomentKind] = "activations"
 
     @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_share("Mixed", "share", self.share)
-        _require_share("Mixed", "off_diagonal", self.off_diagonal)
-
-    @override
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
         activations = scaled_off_diagonal(given.double(), self.off_diagonal)
         gram = update.double().mT @ update.double()
@@ -336,10 +298,6 @@ class Mixed(StatisticsMap):
             activations, gram = _unit_trace(activations), _unit_trace(gram)
         factor = root_of(self.share * activations + (1 - self.share) * gram, given.dtype)
         return Gram(factor.to(update.dtype), "right", _shape(update))
-
-    @override
-    def stand_in(self) -> ResidualMap:
-        return InputGram()
 
 
 @dataclass(frozen=True)
@@ -377,11 +335,6 @@ def require_source(owner: Any) -> None:
 def _unit_trace(gram: Tensor) -> Tensor:
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return gram / torch.where(mean > 0, mean, 1.0)
-
-
-def _require_share(owner: str, name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{owner}({name}={value})`: expected a number between 0 and 1.")
 
 
 def _shape(update: Tensor) -> tuple[int, int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from poe_models.records import with_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +38,9 @@ class ExpertSizes:
     common_units: bool = False
 
     def among(self, experts: Sequence[int], common_units: bool) -> ExpertSizes:
-        """The sizes of some experts.
-
-        Args:
-            experts: Their positions.
-            common_units: Of the map that they share.
-        """
+        """The sizes of the experts at some positions, which share a map of these units."""
         some = list(experts)
-        return ExpertSizes(
-            norm_squared=self.norm_squared[..., some],
-            residual_at_zero=self.residual_at_zero[..., some],
-            mean_curvature=self.mean_curvature[..., some],
-            importance=self.importance[some],
-            active=self.active[..., some],
-            common_units=common_units,
-        )
+        return replace(with_tensors(lambda value: value[..., some], self), common_units=common_units)
 
 
 class Scale(ABC):
@@ -58,24 +48,23 @@ class Scale(ABC):
 
     @abstractmethod
     def squared(self, sizes: ExpertSizes) -> Tensor:
-        """Squared scales in the units of ``q_i``.
-
-        Args:
-            sizes: Of the experts of a module that share a residual map.
-
-        Returns:
-            ``s_i**2``, shape ``(..., n)``; zero where the rule gives none (the caller falls back).
-        """
+        """``s_i**2`` of experts that share a map, ``(..., n)`` in units of ``q_i``; zero where the rule gives none."""
 
 
 @dataclass(frozen=True)
-class Absolute(Scale):
-    """``s^2 = gamma^2`` ([PoE] Eq. 18): the same for every module, in the units of the residual."""
+class GammaScale(Scale):
+    """A scale that is proportional to a number ``gamma > 0`` or its square."""
 
     gamma: float
 
     def __post_init__(self) -> None:
-        _require_positive("Absolute", "gamma", self.gamma)
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"`{type(self).__name__}(gamma={self.gamma})`: a scale must be a positive finite number.")
+
+
+@dataclass(frozen=True)
+class Absolute(GammaScale):
+    """``s^2 = gamma^2`` ([PoE] Eq. 18): the same for every module, in the units of the residual."""
 
     @override
     def squared(self, sizes: ExpertSizes) -> Tensor:
@@ -83,17 +72,12 @@ class Absolute(Scale):
 
 
 @dataclass(frozen=True)
-class NormScaled(Scale):
+class NormScaled(GammaScale):
     """``s^2 = gamma * |U_i|^2`` ([PoE] Algorithm 1, Table 5 and released code).
 
     It compares a fourth power of the update (``q`` under the Gram maps) with a second power: where
     ``q << gamma |U_i|^2`` every energy is a Gaussian in disguise. Report the spread of the weights.
     """
-
-    gamma: float
-
-    def __post_init__(self) -> None:
-        _require_positive("NormScaled", "gamma", self.gamma)
 
     @override
     def squared(self, sizes: ExpertSizes) -> Tensor:
@@ -101,7 +85,7 @@ class NormScaled(Scale):
 
 
 @dataclass(frozen=True)
-class Balanced(Scale):
+class Balanced(GammaScale):
     """``s_i^2 = gamma^2 t_i median_j(q_j(0) / t_j)``: free of units, and an expert's length gives it no say.
 
     ``t_i`` is ``tr(P_i) / d`` for maps made from the update itself (Directional and the Grams), so that every expert
@@ -113,9 +97,6 @@ class Balanced(Scale):
 
     gamma: float = 1.0
 
-    def __post_init__(self) -> None:
-        _require_positive("Balanced", "gamma", self.gamma)
-
     @override
     def squared(self, sizes: ExpertSizes) -> Tensor:
         strength = torch.ones_like(sizes.mean_curvature) if sizes.common_units else sizes.mean_curvature
@@ -126,7 +107,7 @@ class Balanced(Scale):
 
 
 @dataclass(frozen=True)
-class Relative(Scale):
+class Relative(GammaScale):
     """``s^2 = gamma^2 * q_i(0)``: each expert in units of its own residual, so that the shortest update decides.
 
     An expert that is not merged at all has ``q / s^2 = 1 / gamma^2``. Under a map made from the update the precision
@@ -136,9 +117,6 @@ class Relative(Scale):
 
     gamma: float = 1.0
 
-    def __post_init__(self) -> None:
-        _require_positive("Relative", "gamma", self.gamma)
-
     @override
     def squared(self, sizes: ExpertSizes) -> Tensor:
         return self.gamma**2 * sizes.residual_at_zero
@@ -147,8 +125,7 @@ class Relative(Scale):
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     """Median over the last dimension of values that count ``weights >= 0`` times; zero where all weights are zero.
 
-    Where half of the weight is at or below one value and half at or above the next, it is the mean of the two, as
-    usual.
+    Where half of the weight is at or below one value and half at or above the next, it is their mean.
 
     Args:
         values: ``(..., n)``; those of weight zero do not matter and may be infinite.
@@ -175,25 +152,30 @@ class AnchorPrecision(ABC):
 
     @abstractmethod
     def value(self, mean_curvature: Tensor) -> Tensor:
-        """``eta`` per module.
+        """``eta`` per module, shape ``(...,)``.
 
         Args:
-            mean_curvature: ``sum_i 2 a_i rho_i'(0) tr(P_i) / (d_i s_i^2)``, shape ``(...,)``, from the updates alone:
-                the summed mean curvature of the experts' Gaussian twins.
-
-        Returns:
-            ``eta``, shape ``(...,)``.
+            mean_curvature: ``sum_i 2 a_i rho_i'(0) tr(P_i) / (d_i s_i^2)``, shape ``(...,)``: of the experts' Gaussian
+                twins.
         """
 
 
 @dataclass(frozen=True)
-class AbsolutePrecision(AnchorPrecision):
-    """``eta`` as it stands, as in [PoE] Table 5."""
+class EtaPrecision(AnchorPrecision):
+    """A precision that is proportional to a number ``eta >= 0``."""
 
     eta: float
 
     def __post_init__(self) -> None:
-        _require_not_negative("AbsolutePrecision", "eta", self.eta)
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(
+                f"`{type(self).__name__}(eta={self.eta})`: a precision must be a finite number, zero or above."
+            )
+
+
+@dataclass(frozen=True)
+class AbsolutePrecision(EtaPrecision):
+    """``eta`` as it stands, as in [PoE] Table 5."""
 
     @override
     def value(self, mean_curvature: Tensor) -> Tensor:
@@ -201,7 +183,7 @@ class AbsolutePrecision(AnchorPrecision):
 
 
 @dataclass(frozen=True)
-class RelativePrecision(AnchorPrecision):
+class RelativePrecision(EtaPrecision):
     """``eta`` times the summed mean curvature of the experts' Gaussian twins.
 
     One number then suits modules of every size and shrinks identical experts alike whatever their energy. It is
@@ -213,9 +195,6 @@ class RelativePrecision(AnchorPrecision):
 
     eta: float = 0.1
 
-    def __post_init__(self) -> None:
-        _require_not_negative("RelativePrecision", "eta", self.eta)
-
     @override
     def value(self, mean_curvature: Tensor) -> Tensor:
         return self.eta * mean_curvature
@@ -223,13 +202,3 @@ class RelativePrecision(AnchorPrecision):
 
 SCALES: dict[str, type[Scale]] = {cls.__name__: cls for cls in (Balanced, Absolute, NormScaled, Relative)}
 PRECISIONS: dict[str, type[AnchorPrecision]] = {cls.__name__: cls for cls in (AbsolutePrecision, RelativePrecision)}
-
-
-def _require_positive(owner: str, name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{owner}({name}={value})`: a scale must be a positive finite number.")
-
-
-def _require_not_negative(owner: str, name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"`{owner}({name}={value})`: a precision must be a finite number, zero or above.")

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from poe_models.experts import ProductOfExperts
-from poe_models.operators import RANK_TOLERANCE, inner_products, mean_curvatures
+from poe_models.operators import RANK_TOLERANCE, inner_products, mean_curvatures, vector_lengths
+from poe_models.records import joined, with_tensors
 from poe_models.span_labels import basis_names, center_label, merge_label
 from poe_models.updates import NamedUpdates, batch_of, center_of
 
@@ -62,19 +63,11 @@ class SpanStatistics:
         return basis_names(self.updates, self.through is not None)
 
     def select(self, kept: Sequence[int]) -> SpanStatistics:
-        """The statistics of some modules.
-
-        Args:
-            kept: Their positions.
-        """
+        """The statistics of the modules at some positions."""
         places = list(kept)
         return replace(
-            self,
+            with_tensors(lambda value: value[places], self),
             modules=tuple(self.modules[place] for place in places),
-            gram=self.gram[places],
-            forms=self.forms[places],
-            mean_curvature=self.mean_curvature[places],
-            dimension=self.dimension[places],
             through=None if self.through is None else tuple(self.through[place] for place in places),
         )
 
@@ -109,11 +102,7 @@ class SpanCoordinates:
         return self.inverse @ c.unsqueeze(-1)
 
     def update(self, x: Tensor, module: int) -> Tensor:
-        """Merged update of one module, ``(*S, M, K, 1)`` to ``(*S, d_out, d_in)``.
-
-        Args:
-            x: Latents of all modules.
-            module: Position of the module in the batch.
+        """Merged update of the module at a position from all latents, ``(*S, M, K, 1)`` to ``(*S, d_out, d_in)``.
 
         Raises:
             ValueError: If only statistics are at hand.
@@ -126,11 +115,11 @@ class SpanCoordinates:
         basis = self.bases[module]
         return torch.tensordot(self.coefficients(x)[..., module, :].to(basis), basis, dims=1)
 
-    def module(self, index: int) -> SpanCoordinates:
-        """The coordinates of one module."""
-        one = slice(index, index + 1)
+    def module(self, one: slice) -> SpanCoordinates:
+        """The coordinates of some modules."""
+        places = range(len(self.transform))[one]
         bases = None if self.bases is None else self.bases[one]
-        return SpanCoordinates(self.transform[one], self.inverse[one], self.statistics.select([index]), bases)
+        return SpanCoordinates(self.transform[one], self.inverse[one], self.statistics.select(places), bases)
 
 
 def span_statistics(
@@ -147,10 +136,8 @@ def span_statistics(
         poe: The design; only its residual maps and its centre matter here, unless the span is to go through its merge.
         updates: ``(M, N, d_out, d_in)`` or ``(N, d_out, d_in)``, or one module with names.
         modules: Names of the modules of a tensor; numbered if not given.
-        through: The merged updates ``Z_*`` of this design, ``(M, d_out, d_in)`` or ``(d_out, d_in)``, as
-        ``fixed_point``
-            solves for them: draws from these statistics then surround the merge. Without, they surround the minimum
-            over the span of the updates and the centre alone, which is another point.
+        through: The merged updates ``Z_*`` of this design, ``(M, d_out, d_in)``, as ``fixed_point``
+            solves for them, for draws to surround.
         ranks: Find the rank of every ``P_i``, by singular values of the updates; without, only energies whose exponent
             does not depend on it can be used, and nothing that needs normalised experts.
 
@@ -174,31 +161,20 @@ def span_statistics(
 def statistics_of(
     poe: ProductOfExperts, updates: Tensor, basis: Tensor, modules: tuple[str, ...], ranks: bool, through: bool
 ) -> SpanStatistics:
-    """Statistics of a batch whose basis is known; see :func:`span_statistics`.
+    """Statistics of updates ``(M, N, d_out, d_in)`` and their basis ``(M, K, d_out, d_in)``.
 
-    Args:
-        poe: The design, bound to the modules.
-        updates: ``(M, N, d_out, d_in)``.
-        basis: ``B``, ``(M, K, d_out, d_in)``.
-        modules: Names of the modules.
-        ranks: Whether to find the ranks of the operators.
-        through: Whether the last member of the basis is the design's merge.
-
-    Returns:
-        The statistics.
+    ``through`` says that the last member of the basis is the design's merge.
     """
-    position = {name: i for i, name in enumerate(poe.update_names)}
-    operators = [e.residual_map.operator(updates[:, position[e.update_name]]) for e in poe.experts]
+    operators = [e.residual_map.operator(updates[:, poe.update_names.index(e.update_name)]) for e in poe.experts]
+    members, curvature = basis.unbind(1), torch.stack(mean_curvatures(operators), 1)
     return SpanStatistics(
         modules=modules,
         updates=poe.update_names,
         residual_maps=tuple(repr(expert.residual_map) for expert in poe.experts),
         center=center_label(poe.anchor.center),
-        gram=inner_products([basis[:, j] for j in range(basis.shape[1])]),
-        forms=torch.stack(
-            [inner_products([operator.root(basis[:, j]) for j in range(basis.shape[1])]) for operator in operators], 1
-        ),
-        mean_curvature=(curvature := torch.stack(mean_curvatures(operators), 1)),
+        gram=inner_products(members),
+        forms=torch.stack([inner_products([each.root(member) for member in members]) for each in operators], 1),
+        mean_curvature=curvature,
         dimension=torch.stack([operator.dimension() for operator in operators], 1)
         if ranks
         else torch.full_like(curvature, torch.nan),
@@ -222,15 +198,9 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
                 f"`concatenate(...)`: one part is about {shown[0]}, another about {shown[1]}. Make all parts with one "
                 "design."
             )
-    return SpanStatistics(
+    return replace(
+        joined(*parts),
         modules=tuple(name for part in parts for name in part.modules),
-        updates=first.updates,
-        residual_maps=first.residual_maps,
-        center=first.center,
-        gram=torch.cat([part.gram for part in parts]),
-        forms=torch.cat([part.forms for part in parts]),
-        mean_curvature=torch.cat([part.mean_curvature for part in parts]),
-        dimension=torch.cat([part.dimension for part in parts]),
         through=None if first.through is None else tuple(text for part in parts for text in part.through or ()),
     )
 
@@ -238,8 +208,7 @@ def concatenate(parts: Sequence[SpanStatistics]) -> SpanStatistics:
 def span_coordinates(statistics: SpanStatistics, bases: tuple[Tensor, ...] | None = None) -> SpanCoordinates:
     """Orthonormal coordinates of each module's span, by a rank-revealing eigendecomposition of ``G``."""
     # Of unit vectors, so that a small update counts as a direction of its own as much as a large one.
-    lengths = statistics.gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    lengths = torch.where(lengths > 0, lengths, 1.0)
+    lengths = vector_lengths(statistics.gram)
     eigenvalues, vectors = torch.linalg.eigh(statistics.gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
     kept = eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)
     root = torch.where(kept, eigenvalues, 0.0).sqrt()

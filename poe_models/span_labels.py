@@ -20,9 +20,6 @@ def stored_center(updates: Tensor) -> Tensor:
     ``Anchor(stored_center)`` makes of the design that such statistics were made with one for Span coordinates, where
     the values themselves are not needed again.
 
-    Args:
-        updates: ``(..., N, d_out, d_in)``.
-
     Raises:
         ValueError: If always: the updates do not tell it.
     """

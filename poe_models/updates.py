@@ -56,16 +56,7 @@ class Batch(NamedTuple):
 def batch_of(
     poe: ProductOfExperts, updates: Tensor | NamedUpdates | Sequence[NamedUpdates], low_rank: Factors | None = None
 ) -> Batch:
-    """Updates checked and brought into the order of the product's task vectors.
-
-    Args:
-        poe: The design.
-        updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in that order, a module with names, or several modules
-            of equal shape.
-        low_rank: Factors beside a tensor.
-
-    Returns:
-        The batch.
+    """Updates, and factors beside a tensor, checked and brought into the order of the product's task vectors.
 
     Raises:
         ValueError: If shapes, names or values do not fit.
@@ -78,17 +69,15 @@ def batch_of(
     if low_rank is not None:
         raise ValueError(f"`low_rank=...` beside {modules[0].name!r}: a module brings its own factors. Leave them out.")
     names = tuple(module.name for module in modules)
-    orders = [_order(poe, module) for module in modules]
-    stacked = torch.stack([module.updates[order] for module, order in zip(modules, orders, strict=True)])
-    pairs = [
-        None if module.low_rank is None else (module.low_rank[0][order], module.low_rank[1][order])
-        for module, order in zip(modules, orders, strict=True)
-    ]
-    known = [pair for pair in pairs if pair is not None]
-    checked = check_updates(stacked, poe.update_names)
+    ordered = [(module, _order(poe, module)) for module in modules]
+    stacked = torch.stack([module.updates[order] for module, order in ordered])
+    checked = check_updates(stacked, poe.update_names, list(map(repr, names)))
+    left, right = (
+        [module.low_rank[side][order] for module, order in ordered if module.low_rank is not None] for side in (0, 1)
+    )
     factors = None
-    if len(known) == len(pairs) and len({left.shape for left, _ in known}) == 1:  # of equal rank
-        factors = _check_factors((torch.stack([a for a, _ in known]), torch.stack([b for _, b in known])), checked)
+    if len(left) == len(modules) and len({each.shape for each in left}) == 1:  # of equal rank
+        factors = _check_factors((torch.stack(left), torch.stack(right)), checked)
     return Batch(poe.for_modules(names), checked, factors, names)
 
 
@@ -102,8 +91,8 @@ def _order(poe: ProductOfExperts, module: NamedUpdates) -> list[int]:
     return [module.names.index(name) for name in poe.update_names]
 
 
-def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
-    """Updates as ``(M, N, d_out, d_in)`` in a dtype to compute in.
+def check_updates(updates: Tensor, names: Sequence[str], modules: Sequence[str] | None = None) -> Tensor:
+    """Updates as ``(M, N, d_out, d_in)`` in a dtype to compute in; errors name the modules if they have names.
 
     Raises:
         ValueError: If the shape does not fit ``names``, or a value is not finite.
@@ -122,8 +111,9 @@ def check_updates(updates: Tensor, names: Sequence[str]) -> Tensor:
     finite = torch.isfinite(updates).flatten(2).all(-1)
     if not bool(finite.all()):
         module, expert = (~finite).nonzero()[0].tolist()
+        where = f"module {module} of the batch" if modules is None else modules[module]
         raise ValueError(
-            f"`updates` of {names[expert]!r} (module {module} of the batch) has NaN or infinite values. "
+            f"`updates` of {names[expert]!r} ({where}) has NaN or infinite values. "
             "Leave the expert out, or look at the checkpoint it came from."
         )
     return updates
@@ -147,14 +137,11 @@ def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] |
     Raises:
         ValueError: If the centre does not have the shape of the updates.
     """
-    if anchor.center is None:
+    center = anchor.center
+    if center is None:
         return None
-    if isinstance(anchor.center, Tensor):
-        center = anchor.center
-    elif isinstance(anchor.center, NamedCenter):
-        center = anchor.center(updates, low_rank)
-    else:
-        center = anchor.center(updates)
+    if not isinstance(center, Tensor):
+        center = center(updates, low_rank) if isinstance(center, NamedCenter) else center(updates)
     center = center.to(updates)
     if center.ndim == 2:
         center = center.unsqueeze(0)

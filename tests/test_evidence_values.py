@@ -15,7 +15,6 @@ from inference.evidence.estimate import (
     UntrustedEvidence,
     _homogeneous,
     _require_trusted,
-    has_mixture,
     leave_one_expert_out,
     log_evidence,
 )
@@ -110,7 +109,7 @@ def test_what_cannot_be_trusted_says_how_bad_it_is_and_what_helps(generator: tor
 
 def test_mixtures_are_known_by_name(generator: torch.Generator) -> None:
     experts = posterior_of(random_updates(generator, 1, 3, 2, 3), Gaussian(), Cauchy(9.0), Huber(1.0)).experts
-    assert [has_mixture(expert) for expert in experts] == [True, True, False]
+    assert [expert.rho.is_mixture for expert in experts] == [True, True, False]
 
 
 def test_means_of_importance_weights_by_hand() -> None:

@@ -36,16 +36,12 @@ from inference.models.modules import with_names
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, sum_of_squares
 from poe_models.posterior import Posterior
+from poe_models.records import joined
 
 
 @dataclass(frozen=True, eq=False)
 class DesignEvidence:
-    """One row of :class:`EvidenceTable`.
-
-    Attributes:
-        name: Of the design.
-        evidence: Of every module.
-    """
+    """One row of :class:`EvidenceTable`: a design's name and the evidence of every module."""
 
     name: str
     evidence: Evidence
@@ -131,21 +127,13 @@ def compare_designs(
                 progress(module)
     if not modules:
         raise ValueError("`compare_designs(updates=...)`: there are no modules. Give task vectors that merge some.")
-    rows = [DesignEvidence(name, _joined(parts)) for name, parts in found.items()]
+    rows = [DesignEvidence(name, joined(*parts)) for name, parts in found.items()]
     return EvidenceTable(tuple(sorted(rows, key=lambda row: row.evidence.total, reverse=True)), tuple(modules))
 
 
 def _located(error: ValueError, design: str, modules: tuple[str, ...]) -> ValueError:
     text = f"`compare_designs(...)`: design {design!r}: {with_names(error, modules)}"
     return UntrustedEvidence(text, error.evidence) if isinstance(error, UntrustedEvidence) else ValueError(text)
-
-
-def _joined(parts: list[Evidence]) -> Evidence:
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    names = ("value", "standard_error", "dimension", "effective_samples", "pareto_k")
-    return Evidence(*(join(name) for name in names))
 
 
 def _require_comparable(posteriors: Mapping[str, Posterior]) -> None:

@@ -34,13 +34,7 @@ CHUNK = 2**25
 def direct_log_weights(posterior: Posterior, samples: int, generator: torch.Generator) -> Tensor:
     """Importance weights whose mean is the integral of the anchor times ``exp(-E / T)`` over the merged update.
 
-    Args:
-        posterior: In Full coordinates, with an anchor; every expert says something.
-        samples: How many, ``S``.
-        generator: Source of all randomness.
-
-    Returns:
-        Log weights in nats, ``(S, M)``.
+    Log weights in nats, ``(S, M)``, of a posterior in Full coordinates with an anchor, in which all experts speak.
     """
     posterior = in_float64(posterior)
     integral = gaussian_integral(posterior)
@@ -54,13 +48,7 @@ def direct_log_weights(posterior: Posterior, samples: int, generator: torch.Gene
 
 
 def typical_weights(posterior: Posterior, integral: GaussianIntegral, residuals: Tensor) -> Tensor:
-    """Weights ``w_i / T`` at the mean residuals of the Gaussian that they make, ``(*S, M, E)``.
-
-    Args:
-        posterior: In Full coordinates.
-        integral: Of the posterior.
-        residuals: ``q_i`` to start from, ``(*S, M, E)``.
-    """
+    """Weights ``w_i / T`` at the mean residuals of the Gaussian that they make, from starts ``q_i``: ``(*S, M, E)``."""
     weights = posterior.weights(residuals) / posterior.fixed_temperature
     for _ in range(STEPS):
         mean = -integral.value_and_slope(weights)[1]

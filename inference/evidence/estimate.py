@@ -34,7 +34,7 @@ True
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,8 +110,7 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
 
     Raises:
         ValueError: If an expert or the anchor has no normaliser, the posterior is in Span coordinates, or the samples
-        are
-            fewer than would be trusted.
+            are fewer than would be trusted.
         UntrustedEvidence: If the importance weights are too uneven; carries the estimate.
     """
     if samples < 2 * FEWEST_EFFECTIVE:
@@ -122,13 +121,12 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
     normalizers = log_normalizers(posterior)
     _require_anchor(posterior)
     value = -normalizers.sum(-1)
-    error, effective, tail = (
-        torch.zeros_like(value),
-        value.new_full((len(value),), math.inf),
-        value.new_full((len(value),), -math.inf),
-    )
+    error = torch.zeros_like(value)
+    effective, tail = error + math.inf, error - math.inf
     for modules, part in _homogeneous(posterior, samples):
-        log_weights = _log_weights(part, samples, generator)
+        mixtures = all(expert.rho.is_mixture for expert in part.experts)
+        sampler = mixture_log_weights if mixtures else direct_log_weights
+        log_weights = sampler(part, samples, generator)
         if len(log_weights) == 1:
             value[modules] += log_weights[0]
             continue
@@ -142,13 +140,7 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneExpertOut:
-    """Log density of every expert's update given the other experts'.
-
-    Attributes:
-        updates: Names of the updates, ``N``.
-        whole: Evidence of all experts.
-        without: Evidence without the experts on each update.
-    """
+    """Log density of every expert's update given the other experts', from evidences with and without those on it."""
 
     updates: tuple[str, ...]
     whole: Evidence
@@ -172,45 +164,28 @@ def leave_one_expert_out(
     """Log density of each expert's update given the other experts and the anchor, by two evidences.
 
     ``log p(U_i | U_-i) = log p(U) - log p(U_-i)``: exact for Gaussian designs, with an error for others. It holds fixed
-    what the design has computed from all updates: operators, scales and the anchor. ``az.loo`` on posterior draws is
-    not usable for this question: one expert of a few is so much of the data that its importance weights have Pareto
-    shapes above 0.7 nearly everywhere.
-
-    Args:
-        posterior: In Full coordinates, with an anchor in every module.
-        generator: Source of all randomness; not touched where all energies are Gaussian.
-        samples: Importance samples per module and evidence.
-
-    Returns:
-        Densities with standard errors. Several experts about one update are left out together.
-
-    Raises:
-        ValueError: If as :func:`log_evidence`.
+    what the design has computed from all updates: operators, scales and the anchor. Several experts about one update
+    are left out together. ``az.loo`` on posterior draws is not usable for this question: one expert of a few is so much
+    of the data that its importance weights have Pareto shapes above 0.7 nearly everywhere. Arguments and errors are
+    those of :func:`log_evidence`.
     """
     names = tuple(dict.fromkeys(expert.update_name for expert in posterior.experts))
     whole = log_evidence(posterior, generator=generator, samples=samples)
     without = []
     for name in names:
-        others = tuple(expert for expert in posterior.experts if expert.update_name != name)
-        if others:
-            rest = replace(posterior, experts=others)
-            without.append(log_evidence(rest, generator=generator, samples=samples))
-        else:
-            without.append(_nothing(posterior))
+        rest = replace(posterior, experts=tuple(each for each in posterior.experts if each.update_name != name))
+        found = log_evidence(rest, generator=generator, samples=samples) if rest.experts else _nothing(posterior)
+        without.append(found)
     return LeaveOneExpertOut(names, whole, tuple(without))
 
 
 def log_normalizers(posterior: Posterior) -> Tensor:
     """``log Z_i`` of every expert in nats, ``(M, E)``: ``-E_i / T - log Z_i`` is its normalised log likelihood.
 
-    Args:
-        posterior: In Full coordinates, without factor experts.
-
-    Returns:
-        ``log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2``; zero where an expert sees nothing.
+    It is ``log_normalizer(s_i, D_i, a_i / T) - log pdet(P_i) / 2``, and zero where an expert sees nothing.
 
     Raises:
-        ValueError: If an expert has no normaliser, which names it; or the posterior is in Span coordinates.
+        ValueError: If an expert has no normaliser, or the posterior is in Span coordinates.
     """
     if posterior.coordinates == "span":
         raise ValueError(
@@ -227,11 +202,7 @@ def log_normalizers(posterior: Posterior) -> Tensor:
 
 
 def dimensions(posterior: Posterior) -> Tensor:
-    """``D_i``, the ranks of the experts' operators, ``(M, E)``; zero where an expert drops out.
-
-    Args:
-        posterior: In Full coordinates.
-    """
+    """``D_i``, the ranks of the experts' operators, ``(M, E)``; zero where an expert drops out."""
     return torch.stack([_dimension(expert) for expert in posterior.experts], -1)
 
 
@@ -260,7 +231,7 @@ def _homogeneous(posterior: Posterior, samples: int) -> Iterator[tuple[slice, Po
     """The modules in runs, without experts that say nothing there.
 
     Yields:
-        Positions in the batch, and the posterior of these modules.
+        Positions and posterior of a run.
     """
     complete = posterior.active.all(-1).tolist()
     most, start = max(1, MOST_TOGETHER // samples), 0
@@ -270,36 +241,9 @@ def _homogeneous(posterior: Posterior, samples: int) -> Iterator[tuple[slice, Po
             end += 1
         speaking = posterior.active[start].nonzero().flatten().tolist()
         if speaking:
-            yield slice(start, end), _part(posterior, slice(start, end), speaking)
+            part = posterior.part(slice(start, end))
+            yield slice(start, end), replace(part, experts=tuple(part.experts[i] for i in speaking))
         start = end
-
-
-def _part(posterior: Posterior, modules: slice, experts: Sequence[int]) -> Posterior:
-    return replace(
-        posterior,
-        experts=tuple(posterior.experts[i].module(modules) for i in experts),
-        center=None if posterior.center is None else posterior.center[modules],
-        anchor_precision=posterior.anchor_precision[modules],
-    )
-
-
-def _log_weights(posterior: Posterior, samples: int, generator: torch.Generator) -> Tensor:
-    if all(has_mixture(expert) for expert in posterior.experts):
-        return mixture_log_weights(posterior, samples, generator)
-    return direct_log_weights(posterior, samples, generator)
-
-
-def has_mixture(expert: BoundExpert) -> bool:
-    """Whether an expert's density is a known Gaussian scale mixture.
-
-    Args:
-        expert: Any.
-    """
-    try:
-        expert.rho.scale_mixture()
-    except ValueError:
-        return False
-    return True
 
 
 def _nothing(posterior: Posterior) -> Evidence:
@@ -312,9 +256,9 @@ def _require_anchor(posterior: Posterior) -> None:
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     if loose:
         raise ValueError(
-            f"modules {loose} of the batch have no anchor (eta = 0): a flat prior has no normaliser, so that the "
-            "evidence would be known only up to a constant, another one for every design. Give the anchor a positive "
-            "precision, and leave out modules whose updates are all zero: a relative precision is zero there."
+            f"no anchor (eta = 0) in {', '.join(map(posterior.label, loose))}: a flat prior has no normaliser, so that "
+            "the evidence would be known only up to a constant, another one for every design. Give the anchor a "
+            "positive precision, and leave out modules whose updates are all zero: a relative precision is zero there."
         )
 
 
@@ -322,13 +266,13 @@ def _require_trusted(evidence: Evidence, posterior: Posterior, samples: int) -> 
     bad = (~evidence.trusted).nonzero().flatten().tolist()
     if not bad:
         return
-    others = [expert for expert in posterior.experts if not has_mixture(expert)]
+    others = [expert for expert in posterior.experts if not expert.rho.is_mixture]
     advice = "Raise `samples`"
     if others:
         advice += f", or use an energy that is a Gaussian scale mixture, which {others[0].name!r} has not"
     effective, tail = float(evidence.effective_samples[bad[0]]), float(evidence.pareto_k[bad[0]])
     raise UntrustedEvidence(
-        f"module {bad[0]} of the batch: {effective:.0f} of {samples} importance samples are effective and their "
+        f"{posterior.label(bad[0])}: {effective:.0f} of {samples} importance samples are effective and their "
         f"weights have a Pareto k of {tail:.2f} (trusted from "
         f"{FEWEST_EFFECTIVE:g} and up to {LARGEST_PARETO_K:g}), so that neither value nor error can be trusted. "
         f"{advice}.",

@@ -137,12 +137,7 @@ class Elementwise(GaussianIntegral):
 
 
 class TwoSided(GaussianIntegral):
-    """Experts on both sides: a Kronecker sum, by an eigendecomposition of each side.
-
-    Args:
-        quadratic: The least-squares problem, in float64.
-        shift: ``sigma``, ``(M,)``.
-    """
+    """Experts on both sides: a Kronecker sum, by an eigendecomposition of each side, in float64."""
 
     def __init__(self, quadratic: Quadratic, shift: Tensor) -> None:
         self.quadratic, self.shift = quadratic, shift
@@ -172,11 +167,7 @@ class TwoSided(GaussianIntegral):
 
 
 def in_float64(posterior: Posterior) -> Posterior:
-    """The same posterior in double precision.
-
-    Args:
-        posterior: In any precision.
-    """
+    """The same posterior in double precision."""
     experts = tuple(
         replace(e, operator=e.operator.to(torch.float64), update=e.update.double(), low_rank=None)
         for e in posterior.experts
@@ -185,13 +176,9 @@ def in_float64(posterior: Posterior) -> Posterior:
 
 
 def gaussian_integral(posterior: Posterior) -> GaussianIntegral:
-    """The integral over the merged update of a batch of modules.
+    """The integral over the merged updates of a posterior in Full coordinates, with an anchor in every module.
 
-    Args:
-        posterior: In Full coordinates, with an anchor in every module and at least one expert.
-
-    Returns:
-        A function of the experts' weights, in the order of ``posterior.experts``.
+    It is a function of the experts' weights, in the order of ``posterior.experts``.
 
     Raises:
         ValueError: If the operators of one module do not share a factorisation.

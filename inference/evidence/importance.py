@@ -49,24 +49,12 @@ class ImportanceMean:
 
 
 def trusted(pareto_k: Tensor, effective_samples: Tensor) -> Tensor:
-    """Whether a mean of importance weights and its standard error can be trusted, bool.
-
-    Args:
-        pareto_k: Shape of the weights' upper tail.
-        effective_samples: Effective number of samples.
-    """
+    """Mask of the means of importance weights that can be trusted, with their standard errors."""
     return (pareto_k <= LARGEST_PARETO_K) & (effective_samples >= FEWEST_EFFECTIVE)
 
 
 def importance_mean(log_weights: Tensor) -> ImportanceMean:
-    """Mean of independent importance weights.
-
-    Args:
-        log_weights: In nats, ``(S, M)``.
-
-    Returns:
-        Its logarithm with error and diagnostics.
-    """
+    """Log mean of independent importance weights, from log weights ``(S, M)`` in nats, with error and diagnostics."""
     count = len(log_weights)
     value = torch.logsumexp(log_weights, 0) - math.log(count)
     relative = (log_weights - value).exp()
@@ -77,11 +65,7 @@ def importance_mean(log_weights: Tensor) -> ImportanceMean:
 def pareto_k(log_weights: Tensor) -> Tensor:
     """Shape of a generalised Pareto distribution fitted to the largest weights (Vehtari et al., 2024, JMLR 25(72)).
 
-    Args:
-        log_weights: In nats, ``(S, M)``.
-
-    Returns:
-        ``(M,)``; ``-inf`` where the largest weights are equal.
+    From log weights ``(S, M)`` in nats, ``(M,)``; ``-inf`` where the largest weights are equal.
 
     >>> normal = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> narrow, heavy = 0.1 * normal, 8 * normal

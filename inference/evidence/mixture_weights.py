@@ -24,6 +24,7 @@ from torch import Tensor
 from inference.evidence.gaussian_integrals import GaussianIntegral, gaussian_integral
 from inference.evidence.importance import ROUNDS, importance_mean
 from poe_models.posterior import Posterior
+from poe_models.records import joined
 
 MOST_STEPS = 60
 LONGEST_STEP = 2.0
@@ -99,28 +100,21 @@ class WeightTarget:
 
 
 def weight_target(posterior: Posterior) -> WeightTarget:
-    """The collapsed target of a batch of modules in which every expert says something.
-
-    Args:
-        posterior: In Full coordinates, with an anchor; every energy has a Gaussian scale mixture.
-
-    Returns:
-        The target; ``free`` is empty where all energies are Gaussian.
+    """The collapsed target of modules in which every expert says something; ``free`` is empty if all are Gaussian.
 
     Raises:
         ValueError: If an energy has no scale mixture, or the operators of one module do not share a factorisation.
     """
-    modules = posterior.num_modules
     shapes, units, fixed, free = [], [], [], []
     for place, expert in enumerate(posterior.experts):
         mixture, power = expert.rho.scale_mixture(), expert.importance / posterior.fixed_temperature
-        unit = _per_module(mixture.unit, modules, expert.scale_squared) * expert.scale_squared
+        unit = per_module(mixture.unit, posterior) * expert.scale_squared
         fixed.append(power / unit)
         if mixture.shape is not None:
             free.append(place)
-            shapes.append(power * _per_module(mixture.shape, modules, expert.scale_squared))
+            shapes.append(power * per_module(mixture.shape, posterior))
             units.append(unit)
-    empty = posterior.anchor_precision.new_zeros(modules, 0)
+    empty = posterior.anchor_precision.new_zeros(posterior.num_modules, 0)
     return WeightTarget(
         gaussian_integral(posterior),
         torch.stack(shapes, -1) if free else empty,
@@ -135,10 +129,6 @@ def starts(target: WeightTarget, posterior: Posterior) -> Tensor:
 
     The best weights for the merge at each expert's update, for none at all, and for the one of Gaussian twins, after a
     few steps of expectation maximisation; ``K`` is less than these ``E + 2`` where some have met.
-
-    Args:
-        target: Of the posterior.
-        posterior: In Full coordinates.
     """
     center = torch.zeros_like(posterior.like) if posterior.center is None else posterior.center
     residuals = [posterior.residuals(z) for z in (center, *(expert.update for expert in posterior.experts))]
@@ -160,15 +150,7 @@ def _best_weights(target: WeightTarget, residuals: Tensor) -> Tensor:
 
 
 def climb(target: WeightTarget, u: Tensor) -> Tensor:
-    """Maxima of the target by Newton's method with a line search.
-
-    Args:
-        target: What to maximise.
-        u: Starts, ``(K, M, F)``.
-
-    Returns:
-        Where each start leads, ``(K, M, F)``: a mode, or after many steps a point that is near one.
-    """
+    """Maxima of the target from starts ``(K, M, F)``, by Newton's method with a line search; or points near them."""
     value, slope = target.log_density_and_slope(u)
     for _ in range(MOST_STEPS):
         step = _newton_step(slope, target.hessian(u))
@@ -217,25 +199,14 @@ class Proposal:
 
     @classmethod
     def at(cls, target: WeightTarget, points: Tensor) -> Proposal:
-        """The proposal with the target's curvature at each point, or its size where it is no maximum.
-
-        Args:
-            target: Of importance sampling.
-            points: ``(K, M, F)``.
-        """
+        """The proposal with the target's curvature at points ``(K, M, F)``, or its size where there is no maximum."""
         curvatures, vectors = torch.linalg.eigh(-target.hessian(points))
         roots = curvatures.abs().clamp(min=LEAST_CURVATURE).sqrt()
         return cls(points, roots.unsqueeze(-1) * vectors.mT, vectors / roots.unsqueeze(-2), HEAVIER + points.shape[-1])
 
     def with_point(self, target: WeightTarget, point: Tensor) -> Proposal:
         """The proposal with one more component, at a point ``(1, M, F)``."""
-        one = Proposal.at(target, point)
-        return Proposal(
-            torch.cat([self.location, one.location]),
-            torch.cat([self.whitening, one.whitening]),
-            torch.cat([self.coloring, one.coloring]),
-            self.df,
-        )
+        return joined(self, Proposal.at(target, point))
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Draws ``(S, M, F)``, from the ``K`` components in turns."""
@@ -263,13 +234,8 @@ class Proposal:
 def mixture_log_weights(posterior: Posterior, samples: int, generator: torch.Generator) -> Tensor:
     """Importance weights whose mean is the integral of the anchor times ``exp(-E / T)`` over the merged update.
 
-    Args:
-        posterior: In Full coordinates, with an anchor; every expert says something and has a scale mixture.
-        samples: How many, ``S``.
-        generator: Source of all randomness; not touched where all energies are Gaussian.
-
-    Returns:
-        Log weights in nats, ``(S, M)``; ``(1, M)``, the exact value, where all energies are Gaussian.
+    Log weights in nats, ``(S, M)``, of a posterior in Full coordinates with an anchor, in which every expert speaks
+    and is a scale mixture; ``(1, M)``, the exact value without randomness, where all energies are Gaussian.
 
     Raises:
         ValueError: If the anchor cannot be told from rounding beside the experts.
@@ -299,5 +265,7 @@ def _finite(value: Tensor) -> Tensor:
     return value
 
 
-def _per_module(setting: float | Tensor, modules: int, like: Tensor) -> Tensor:
-    return torch.as_tensor(setting, dtype=torch.float64, device=like.device).expand(modules)
+def per_module(setting: float | Tensor, posterior: Posterior) -> Tensor:
+    """A setting of an energy for every module, ``(M,)`` float64."""
+    device = posterior.anchor_precision.device
+    return torch.as_tensor(setting, dtype=torch.float64, device=device).expand(posterior.num_modules)

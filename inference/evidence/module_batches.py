@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,7 @@ MOST_NUMBERS = 2**24
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch:
-    """Updates of ``M`` modules of equal shape, ready to be bound.
-
-    Attributes:
-        names: Names of the modules.
-        updates: What :meth:`~poe_models.experts.ProductOfExperts.bind` takes.
-    """
+    """Updates of named modules of equal shape, as :meth:`~poe_models.experts.ProductOfExperts.bind` takes them."""
 
     names: tuple[str, ...]
     updates: Tensor | tuple[ModuleUpdates, ...]
@@ -34,9 +29,6 @@ class UpdateBatch:
 
 def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
     """Group modules by shape, holding a limited number of them at a time.
-
-    Args:
-        updates: Of one module, of a batch, or of many modules.
 
     Yields:
         Batches; modules of a tensor are named by their numbers.
@@ -57,5 +49,5 @@ def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
             yield _batch(group)
 
 
-def _batch(modules: Sequence[ModuleUpdates]) -> UpdateBatch:
+def _batch(modules: list[ModuleUpdates]) -> UpdateBatch:
     return UpdateBatch(tuple(module.name for module in modules), tuple(modules))

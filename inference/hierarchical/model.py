@@ -33,6 +33,7 @@ from typing_extensions import override
 from inference.evidence.direct_weights import typical_weights
 from inference.evidence.estimate import dimensions, log_normalizers
 from inference.evidence.gaussian_integrals import GaussianIntegral, gaussian_integral, in_float64
+from inference.evidence.mixture_weights import per_module
 from inference.evidence.module_batches import Updates, module_batches
 from inference.hierarchical.requirements import (
     Shared,
@@ -41,10 +42,8 @@ from inference.hierarchical.requirements import (
     check_mixtures,
     check_scales,
     shared_prior,
-    sizes,
 )
 from poe_models.experts import ProductOfExperts
-from poe_models.posterior import Posterior
 
 
 class HierarchicalModel:
@@ -53,12 +52,7 @@ class HierarchicalModel:
     ``weights`` (deterministic) are the experts' weights in every module, ``(M, E)``, and ``updates`` the factor of
     everything but the priors of ``gamma`` and ``nu``. Leading dimensions ``(*S)`` of all methods are draws.
 
-    Args:
-        poe: See :func:`~inference.hierarchical.sampler.hierarchical`.
-        updates: See :func:`~inference.hierarchical.sampler.hierarchical`.
-        shared: See :func:`~inference.hierarchical.sampler.hierarchical`.
-        gamma_prior: See :func:`~inference.hierarchical.sampler.hierarchical`.
-        df_prior: See :func:`~inference.hierarchical.sampler.hierarchical`.
+    The arguments are those of :func:`~inference.hierarchical.sampler.hierarchical`.
 
     Raises:
         ValueError: If an expert is not a normalised density or no scale mixture, or a setting cannot be used.
@@ -85,9 +79,11 @@ class HierarchicalModel:
             log_normalizers(posterior)  # refuses experts that are not densities
         self.integrals = [gaussian_integral(posterior) for posterior in self.posteriors]
         self._prepare(own)
-        size = sizes(shared, len(self.modules), len(self.experts))
+        size = {"model": (), "expert": (len(self.experts),), "module": (len(self.modules),)}[shared]
         reference = self.eta.new_tensor(own)
-        self.gamma_prior = _gamma_prior(gamma_prior, reference, shared, size)
+        center = (reference if shared == "expert" else reference[0]).log().expand(size)
+        own_prior = dist.LogNormal(center, torch.ones_like(center)).to_event(len(size))
+        self.gamma_prior = own_prior if gamma_prior is None else shared_prior("gamma_prior", gamma_prior, size)
         if df_prior is not None and not self.has_df:
             raise ValueError("`hierarchical(df_prior=...)`: no expert has a Student-t energy. Leave it out.")
         default = dist.Gamma(reference.new_tensor(2.0), reference.new_tensor(0.1))
@@ -189,31 +185,24 @@ class HierarchicalModel:
 
     def _prepare(self, own_gamma: list[float]) -> None:
         """Compute everything that does not depend on the unknowns, for the modules of all batches."""
-
-        def joined(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts)
-
         posteriors = self.posteriors
-        self.eta = joined([posterior.anchor_precision for posterior in posteriors])
-        self.rank = joined([dimensions(posterior) for posterior in posteriors])
+        self.eta = torch.cat([posterior.anchor_precision for posterior in posteriors])
+        self.rank = torch.cat([dimensions(posterior) for posterior in posteriors])
         self.seen = self.rank > 0
         self.power = self.eta.new_tensor([expert.importance for expert in posteriors[0].experts])
         self.power = self.power / float(posteriors[0].temperature)
         volumes = [torch.stack([e.operator.log_pseudo_determinant() for e in p.experts], -1) for p in posteriors]
-        self.half_volume = torch.where(self.seen, joined(volumes), 0.0) / 2
-        scales = joined([torch.stack([e.scale_squared for e in p.experts], -1) for p in posteriors])
+        self.half_volume = torch.where(self.seen, torch.cat(volumes), 0.0) / 2
+        scales = torch.cat([torch.stack([e.scale_squared for e in p.experts], -1) for p in posteriors])
         self.unit = scales / self.eta.new_tensor(own_gamma) ** self.scale_power
         mixtures = [[e.rho.scale_mixture() for e in p.experts] for p in posteriors]
         self.free = self.seen & torch.tensor([m.shape is not None for m in mixtures[0]], device=self.eta.device)
-        columns: dict[str, list[Tensor]] = {"shape": [], "unit": []}
-        for posterior, row in zip(posteriors, mixtures, strict=True):
-            for name in columns:
-                values = [getattr(each, name) for each in row]
-                settings = [_setting(1.0 if v is None else v, posterior) for v in values]
-                columns[name].append(torch.stack(settings, -1))
-        alpha = self.power * joined(columns["shape"])
-        self.shape = torch.where(self.free, alpha - self.rank / 2, 1.0)
-        self.mixture_unit = joined(columns["unit"])
+        rows = list(zip(posteriors, mixtures, strict=True))
+        alpha = [[per_module(1.0 if m.shape is None else m.shape, p) for m in row] for p, row in rows]
+        unit = [[per_module(m.unit, p) for m in row] for p, row in rows]
+        self.shape = self.power * torch.cat([torch.stack(each, -1) for each in alpha])
+        self.shape = torch.where(self.free, self.shape - self.rank / 2, 1.0)
+        self.mixture_unit = torch.cat([torch.stack(each, -1) for each in unit])
 
     def _prepare_white(self) -> None:
         """The conjugate approximation ``w^(d / 2) exp(-w r)`` of each weight's likelihood, at typical weights."""
@@ -251,15 +240,7 @@ class _Integrated(torch.autograd.Function):
 
 
 def integrated(weights: Tensor, integral: GaussianIntegral) -> Tensor:
-    """The log integral over the merged update in nats, differentiable once.
-
-    Args:
-        weights: ``(*S, M, E)``.
-        integral: Of the ``M`` modules.
-
-    Returns:
-        ``(*S, M)``.
-    """
+    """The log integral over the merged update in nats, ``(*S, M, E)`` to ``(*S, M)``, differentiable once."""
     result: Tensor = _Integrated.apply(weights, integral)
     return result
 
@@ -274,20 +255,6 @@ def _mean_and_curvature(integral: GaussianIntegral, weights: Tensor) -> tuple[Te
         moved = -integral.value_and_slope(weights + step)[1]
         columns.append((moved - mean)[..., i] / step[..., i].clamp(min=torch.finfo(step.dtype).tiny))
     return mean, torch.stack(columns, -1)
-
-
-def _gamma_prior(
-    given: dist.TorchDistribution | None, reference: Tensor, shared: Shared, size: tuple[int, ...]
-) -> dist.TorchDistribution:
-    if given is not None:
-        return shared_prior("gamma_prior", given, size)
-    center = (reference if shared == "expert" else reference[0]).log().expand(size)
-    return dist.LogNormal(center, torch.ones_like(center)).to_event(len(size))
-
-
-def _setting(value: float | Tensor, posterior: Posterior) -> Tensor:
-    setting = torch.as_tensor(value, dtype=torch.float64, device=posterior.anchor_precision.device)
-    return setting.expand(posterior.num_modules)
 
 
 def _inside(value: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 r"""Scales and tails inferred instead of set: one ``gamma`` and one ``nu`` for many residuals, with priors.
 
 With normalised experts a design is a generative model of the updates (:mod:`inference.evidence.estimate`), so that its
-scale
-``gamma`` and its degrees of freedom ``nu`` can be unknowns like any other, shared by the whole model, by all modules of
-one expert (task) or by all experts of one module (layer):
+scale ``gamma`` and its degrees of freedom ``nu`` can be unknowns like any other, shared by the whole model, by all
+modules of one expert (task) or by all experts of one module (layer):
 
     gamma ~ gamma_prior,  nu ~ df_prior,  Z ~ N(Z_0, T / (2 eta) I)
     log p(U_i | Z, gamma, nu) = -a_i rho_nu(q_i(Z) / s_i(gamma)^2) / T - log Z_i(gamma, nu)
@@ -50,8 +49,6 @@ from inference.hierarchical.model import HierarchicalModel
 from inference.hierarchical.requirements import Shared
 from poe_models.experts import ProductOfExperts
 
-__all__ = ["HierarchicalDraws", "HierarchicalModel", "Shared", "hierarchical"]
-
 
 @dataclass(frozen=True, eq=False)
 class HierarchicalDraws:
@@ -85,12 +82,7 @@ class HierarchicalDraws:
         return int(self.diverging.sum())
 
     def update(self, module: str, chain: int, draw: int) -> Tensor:
-        """One draw of a module's merged update, ``(d_out, d_in)``.
-
-        Args:
-            module: Its name.
-            chain: Number of the chain.
-            draw: Number of the draw.
+        """One draw of a module's merged update by name and position, ``(d_out, d_in)``.
 
         Raises:
             ValueError: If there is no such module.
@@ -203,15 +195,9 @@ class _ScaledNUTS(NUTS):
 
 
 def gather(model: HierarchicalModel, samples: list[dict[str, Tensor]], divergences: Tensor) -> HierarchicalDraws:
-    """Weights of the chains' draws, and seeds for the merged updates from torch's global generator.
+    """The draws of all chains, by site, with weights, and seeds of the merged updates from torch's global generator.
 
-    Args:
-        model: That was sampled.
-        samples: Draws of each chain by site.
-        divergences: ``(C, S)`` bool.
-
-    Returns:
-        The draws, with a warning if trajectories diverged.
+    A warning says so if trajectories diverged, ``(C, S)`` bool.
     """
     stacked = {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
     gamma, nu, white = stacked["gamma"], stacked.get("nu"), stacked.get("white")
