@@ -129,8 +129,8 @@ def stored_draws(
     """
     if num_samples < 1 or chains < 1 or thin < 1 or warmup < 0:
         raise ValueError(
-            f"`{kernel.function or kernel.name}(num_samples={num_samples}, chains={chains}, thin={thin}, warmup={warmup})`:"
-            " at least one draw, one chain and one step per draw are needed, and no negative warmup."
+            f"`{kernel.function or kernel.name}(num_samples={num_samples}, chains={chains}, thin={thin}, "
+            f"warmup={warmup})`: at least one draw, one chain and one step per draw are needed, and no negative warmup."
         )
     values, statistics = [], []
     state = kernel.init(chains, generator)
