@@ -16,7 +16,7 @@ from poe_models.experts import Expert, FactorExpert, ProductOfExperts
 from poe_models.operators import Gram, Operator, mean_curvatures, sum_of_squares
 from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
-from poe_models.span import SpanCoordinates, SpanStatistics, span_basis, span_coordinates, statistics_of
+from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
 from poe_models.span_labels import center_label, merge_label
 from poe_models.updates import Batch, center_of
 
@@ -52,13 +52,25 @@ def full_posterior(batch: Batch) -> Posterior:
     return Posterior(experts, center, precision, poe.temperature, shape, modules=modules)
 
 
-def span_posterior(batch: Batch, through: Tensor | None) -> Posterior:
-    """The posterior in Span coordinates, of the updates, the centre and perhaps the merge ``(M, d_out, d_in)``."""
-    poe, updates, _, modules = batch
-    basis = span_basis(poe, updates, through)
+def span_posterior(
+    poe: ProductOfExperts, batches: Sequence[Batch], merges: Sequence[Tensor] | Tensor | None
+) -> Posterior:
+    """The posterior restricted to the span of the updates, the centre and perhaps a merge, ``(M, d_out, d_in)`` each.
+
+    Batches may be of modules of different shapes; the posterior can make merged updates of its latents.
+    """
     ranks = any(expert.energy.needs_dimension for expert in poe.experts)
-    statistics = statistics_of(poe, updates, basis, modules, ranks, through is not None)
-    return statistics_posterior(poe, statistics, tuple(basis.unbind(0)))
+    if merges is not None and len(merges) != len(batches):
+        raise ValueError(
+            f"`poe.bind(through=...)`: {len(merges)} merged updates for {len(batches)} modules. Give one for each."
+        )
+    parts: list[SpanStatistics] = []
+    bases: list[Tensor] = []
+    for i, (bound, updates, _, modules) in enumerate(batches):
+        basis = span_basis(bound, updates, None if merges is None else merges[i])
+        parts.append(statistics_of(bound, updates, basis, modules, ranks, merges is not None))
+        bases += basis.unbind(0)
+    return statistics_posterior(poe, concatenate(parts), tuple(bases))
 
 
 def statistics_posterior(

@@ -241,22 +241,22 @@ class ProductOfExperts:
         coordinates: Literal["full", "span"] | None = None,
         *,
         low_rank: Factors | None = None,
-        through: Tensor | None = None,
+        through: Tensor | Sequence[Tensor] | None = None,
     ) -> Posterior:
         """The posterior of a batch of modules: what every solver and sampler takes.
 
         Args:
             updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``update_names``, where half
                 precision is computed in float32; one module of a
-                :class:`~poe_models.weights.task_vectors.TaskVectors`, or several of equal shape; or
-                :class:`~poe_models.span.SpanStatistics` of modules of any shapes. Never changed.
+                :class:`~poe_models.weights.task_vectors.TaskVectors`, or several, of equal shape in Full coordinates;
+                or :class:`~poe_models.span.SpanStatistics` of modules of any shapes. Never changed.
             coordinates: ``"full"`` (the default for updates): the latent is the merged update. ``"span"`` (the only
                 ones of statistics): coordinates in the span of the updates and the anchor's centre, a restriction for
                 the Gram maps and none for Directional.
             low_rank: Factors ``(..., N, d_out, r)`` and ``(..., N, r, d_in)`` of a tensor of updates, if they are
                 adapters: saves work, changes nothing.
-            through: The merged updates of this very design, as one more member of the span, so that draws surround
-                the merge.
+            through: The merged updates of this very design, one for each module if several are given, as one more
+                member of the span, so that draws surround the merge.
 
         Raises:
             ValueError: If names, shapes or values do not fit, or the design cannot be bound in these coordinates.
@@ -286,8 +286,12 @@ class ProductOfExperts:
             )
         if coordinates != "span" and through is not None:
             raise ValueError("`poe.bind(through=...)`: a span goes through a merge. Say coordinates='span'.")
-        batch = batch_of(self, updates, low_rank)
-        return span_posterior(batch, through) if coordinates == "span" else full_posterior(batch)
+        if coordinates != "span":
+            return full_posterior(batch_of(self, updates, low_rank))
+        if isinstance(updates, Sequence):
+            return span_posterior(self, [batch_of(self, each) for each in updates], through)
+        merges = [through] if isinstance(through, Tensor) else through
+        return span_posterior(self, [batch_of(self, updates)], merges)
 
     def twin(self) -> ProductOfExperts:
         """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""

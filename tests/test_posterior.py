@@ -34,10 +34,10 @@ from poe_models import (
     program,
     span_statistics,
 )
-from poe_models.binding import statistics_posterior
 from poe_models.program import log_constant
 from poe_models.span import concatenate, span_basis
 from poe_models.span_labels import stored_center
+from poe_models.weights.task_vectors import ModuleUpdates
 from tests.helpers import ENERGIES, MAPS, assert_close, name_of, random_updates
 
 NAMES = ["a", "b", "c"]
@@ -153,7 +153,9 @@ def test_factor_experts_in_their_three_forms(generator: torch.Generator) -> None
     poe = ProductOfExperts.of(["a", "b"]) * on_update * on_span * on_model
     parts = [span_statistics(poe, u, [name]) for name, u in updates.items()]
     bases = [span_basis(poe, u)[0] for u in updates.values()]
-    posterior = statistics_posterior(poe, concatenate(parts), tuple(bases))
+    modules = [ModuleUpdates(n, n, ("a", "b"), torch.zeros_like(u[0, 0]), u[0]) for n, u in updates.items()]
+    posterior = poe.bind(modules, coordinates="span")
+    assert posterior.modules == ("wide", "tall")
     span = posterior.span
     c = torch.randn(4, 2, 3, generator=generator, dtype=torch.float64)
     c[..., 2] = 0  # the zero centre has no direction
@@ -171,6 +173,21 @@ def test_factor_experts_in_their_three_forms(generator: torch.Generator) -> None
         poe.bind(concatenate(parts))
     with pytest.raises(ValueError, match="Use coordinates='span'"):
         poe.bind(updates["wide"])
+
+
+def test_spans_of_modules_of_different_shapes_go_through_their_merges(generator: torch.Generator) -> None:
+    poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy())
+    modules = [
+        ModuleUpdates(name, name, ("a", "b"), torch.zeros(shape), random_updates(generator, 1, 2, *shape)[0])
+        for name, shape in (("wide", (3, 6)), ("tall", (5, 2)))
+    ]
+    merges = [fixed_point(poe.bind(module)).value[0] for module in modules]
+    posterior = poe.bind(modules, coordinates="span", through=merges)
+    found = fixed_point(posterior).value
+    for place, merge in enumerate(merges):
+        assert_close(posterior.span.update(found, place), merge, 1e-6)
+    with pytest.raises(ValueError, match="1 merged updates for 2 modules. Give one for each"):
+        poe.bind(modules, coordinates="span", through=merges[:1])
 
 
 def test_multivariate_exponent_uses_the_rank_of_each_module(generator: torch.Generator) -> None:
