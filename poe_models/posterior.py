@@ -133,6 +133,10 @@ class Posterior:
     modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.modules and len(self.modules) != self.num_modules:
+            raise ValueError(
+                f"`Posterior(modules=...)`: {len(self.modules)} names for {self.num_modules} modules. Give one for each."
+            )
         if isinstance(self.temperature, Tensor) and self.temperature.ndim:
             raise ValueError(
                 f"`Posterior(temperature=...)`: a tensor of shape {tuple(self.temperature.shape)}. All modules share "

@@ -190,6 +190,14 @@ def test_spans_of_modules_of_different_shapes_go_through_their_merges(generator:
         poe.bind(modules, coordinates="span", through=merges[:1])
 
 
+def test_every_module_has_one_name(generator: torch.Generator) -> None:
+    posterior = ProductOfExperts.of(["a", "b"]).bind(random_updates(generator, 2, 2, 3, 4))
+    assert posterior.modules == ("0", "1")
+    assert posterior.module(1).modules == ("1",)
+    with pytest.raises(ValueError, match="3 names for 2 modules. Give one for each"):
+        replace(posterior, modules=("a", "b", "c"))
+
+
 def test_multivariate_exponent_uses_the_rank_of_each_module(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 1, 4, 6)
     updates[1, 0] = updates[1, 0, :, :1] @ updates[1, 0, :1, :]  # rank one
