@@ -135,7 +135,8 @@ class Posterior:
     def __post_init__(self) -> None:
         if self.modules and len(self.modules) != self.num_modules:
             raise ValueError(
-                f"`Posterior(modules=...)`: {len(self.modules)} names for {self.num_modules} modules. Give one for each."
+                f"`Posterior(modules=...)`: {len(self.modules)} names for {self.num_modules} modules. Give one for "
+                "each."
             )
         if isinstance(self.temperature, Tensor) and self.temperature.ndim:
             raise ValueError(
@@ -272,7 +273,7 @@ class Posterior:
         if self.factors:
             raise ValueError(f"`Posterior.module(...)`: {self.factors[0].name!r} sees the whole batch of modules.")
         return replace(
-            with_tensors(lambda value: value[some], self),
+            with_tensors(lambda value: value[some], replace(self, modules=())),
             experts=tuple(expert.module(some) for expert in self.experts),
             span=None if self.span is None else self.span.module(some),
             modules=self.modules[some],
