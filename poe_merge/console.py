@@ -96,6 +96,11 @@ def report(done: MergeReport) -> None:
         f"{escape(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
         f"{done.seconds:.1f} s{resumed}."
     )
+    if done.copied:
+        console.print(escape(f"Copied from the base's folder: {', '.join(done.copied)}."), soft_wrap=True)
+    if done.left_out:
+        names = ", ".join(done.left_out)
+        warning(f"left in the base's folder, links out of it or files of unknown kinds: {names}. Copy what you need.")
     if done.updated:
         share = done.rounded_back / done.updated
         console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")
