@@ -49,7 +49,8 @@ def warning(message: str) -> None:
 
 def _print(colour: str, word: str, message: str) -> None:
     console = _console(stderr=True)
-    console.print(f"[{colour}]{word}:[/{colour}] {escape(message.strip())}", soft_wrap=not console.is_terminal)
+    text = Text.assemble((f"{word}:", colour), " ", message.strip())  # no markup, which eats the backslashes of a rule
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def plan(planned: Plan, task_vectors: TaskVectors) -> None:

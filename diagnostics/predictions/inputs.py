@@ -41,8 +41,8 @@ def checked_probabilities(probabilities: Array, called: str) -> Tensor:
     """Probabilities ``(n, classes)`` in float64 on their device, rows divided by their sums, which rounding moved.
 
     Raises:
-        ValueError: If they are complex, no table of at least one row and two classes, have NaN or negative entries, or have
-            rows that do not sum to one.
+        ValueError: If they are complex, no table of at least one row and two classes, have NaN or negative entries, or
+            have rows that do not sum to one.
 
     >>> checked_probabilities(torch.tensor([[2.0, 1.0]]), "score")
     Traceback (most recent call last):

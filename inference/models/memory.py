@@ -113,7 +113,7 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         solving = max(design.method.working_floats(shapes.count(one), experts, one) for one in set(shapes))
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
-    solving = max(sum(solve_floats(design, experts, each) for each in shapes if each == one) for one in set(shapes))
+    solving = max(shapes.count(one) * solve_floats(design, experts, one) for one in set(shapes))
     return itemsize * (held + max(reading, solving))
 
 

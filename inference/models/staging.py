@@ -31,6 +31,7 @@ from poe_models.weights.loading import CheckpointError
 from poe_models.weights.weight_files import SafetensorsFile
 
 STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
+_PRETTY = 2**20
 Finished = tuple[Mapping[str, Tensor], Sequence[Any]]
 """CPU tensors of a group by name, and their records: plain data."""
 Headers = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -338,8 +339,10 @@ class Staging:
         return self.folder / RECORDS / f"{name}.json"
 
     def _write_json(self, path: Path, data: Any) -> None:
-        text = json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n"
-        self._replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        text = _json(data, None)
+        if len(text) < _PRETTY:  # Python's own encoder, which indents, is slow
+            text = _json(data, 2)
+        self._replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
         replace_file(path, write, self.again)
@@ -360,6 +363,13 @@ def _records(path: Path) -> list[Any]:
 def _names(path: Path) -> set[str]:
     with safe_open(path, framework="pt") as file:
         return set(file.keys())
+
+
+def _json(data: Any, indent: int | None) -> str:
+    try:
+        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):  # mappings that are no dict, numbers that JSON lacks
+        return json.dumps(_finite(data), indent=indent, ensure_ascii=False)
 
 
 def _finite(data: Any) -> Any:

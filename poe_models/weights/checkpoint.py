@@ -49,8 +49,9 @@ def check_stamp(path: Path, stamp: Stamp, tensor: str | None = None) -> None:
         CheckpointError: If it was written to, replaced or removed.
     """
     if stamp_of(path) != stamp:
+        where = f"{path}: " if tensor is None else f"{path}: tensor {tensor!r}: "
         raise CheckpointError(
-            f"{path}: {'' if tensor is None else f'tensor {tensor!r}: '}the file changed while it was in use. Put it back as it was and run again (what is finished is "
+            f"{where}the file changed while it was in use. Put it back as it was and run again (what is finished is "
             "kept, `--resume` goes on with it), or remove the unfinished output to start with the file as it is now."
         )
 
