@@ -37,6 +37,7 @@ app = typer.Typer(
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)]
 INTERRUPTED = 130
+_LESS_MEMORY = "Free memory or take a larger machine; `poe-merge plan` says how much a merge takes."
 
 
 @app.callback(invoke_without_command=True)
@@ -355,17 +356,18 @@ def run(arguments: Sequence[str]) -> int:
 def _is_wrong_input(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError):
         return True
-    from inference.models.merge import OutputError
+    from inference.models.disk import OutputError
+    from inference.models.memory import OutOfMemory, is_out_of_memory
 
-    return isinstance(error, OutputError)
+    return isinstance(error, OutputError | OutOfMemory) or is_out_of_memory(error)
 
 
 def _text(error: Exception, wrong_input: bool) -> str:
-    if wrong_input:
-        return str(error)
-    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-        return f"out of memory ({str(error).partition('.')[0]}). Lower --batch-bytes, and go on with --resume."
-    return f"{type(error).__name__}: {error} (--debug shows where)"
+    from inference.models.memory import OutOfMemory, is_out_of_memory
+
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        return f"out of memory ({str(error).partition('.')[0] or type(error).__name__}). {_LESS_MEMORY}"
+    return str(error) if wrong_input else f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 def _usage(error: Any, arguments: Sequence[str]) -> str:

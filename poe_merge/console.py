@@ -49,7 +49,8 @@ def warning(message: str) -> None:
 
 def _print(colour: str, word: str, message: str) -> None:
     console = _console(stderr=True)
-    console.print(f"[{colour}]{word}:[/{colour}] {escape(message.strip())}", soft_wrap=not console.is_terminal)
+    text = Text.assemble((f"{word}:", colour), " ", message.strip())  # no markup, which eats the backslashes of a rule
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def plan(planned: Plan, task_vectors: TaskVectors) -> None:
@@ -96,6 +97,11 @@ def report(done: MergeReport) -> None:
         f"{escape(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
         f"{done.seconds:.1f} s{resumed}."
     )
+    if done.copied:
+        console.print(escape(f"Copied from the base's folder: {', '.join(done.copied)}."), soft_wrap=True)
+    if done.left_out:
+        names = ", ".join(done.left_out)
+        warning(f"left in the base's folder, links out of it or files of unknown kinds: {names}. Copy what you need.")
     if done.updated:
         share = done.rounded_back / done.updated
         console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")

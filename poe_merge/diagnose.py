@@ -17,6 +17,7 @@ from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
 from inference.models.digest import Progress, Silent
+from inference.models.disk import replace_file
 from inference.models.draw_files import load_draws
 from inference.models.model_draws import PosteriorDraws, SpanDraws
 from poe_merge.beside import beside_verdict
@@ -116,13 +117,7 @@ def write_page(text: str, out: Path) -> Path:
     """Write the page, whole or not at all; one that is there is replaced. Returns its absolute path."""
     check_out(out)
     target = out.expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(target, lambda path: path.write_text(text, encoding="utf-8"), "run again")
     return target
 
 

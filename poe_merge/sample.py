@@ -26,13 +26,14 @@ from diagnostics.verdicts import Level
 from inference.models.artifacts import versions
 from inference.models.design import Design
 from inference.models.digest import Progress, difference
+from inference.models.disk import OutputError
 from inference.models.draw_files import add_draws, load_draws
 from inference.models.ensemble import MergedEnsemble
 from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
-from inference.models.staging import OutputError, Staging
+from inference.models.staging import Staging
 from inference.models.statistics_files import collect_statistics
 from inference.models.statistics_record import families
 from inference.models.surrounding import distance_from_merge

@@ -389,8 +389,8 @@ def test_out_of_memory_says_what_helps(cli: Cli, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("inference.models.merge.merge_checkpoint", full)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
-    assert (status, err.count("\n")) == (1, 1)
-    assert "out of memory (CUDA out of memory). Lower --batch-bytes, and go on with --resume." in err
+    assert (status, err.count("\n")) == (2, 1)
+    assert "out of memory (CUDA out of memory). Free memory or take a larger machine; `poe-merge plan` says how" in err
 
 
 def test_a_place_that_cannot_be_written(fails: Any, here: Path) -> None:

@@ -514,10 +514,12 @@ def test_resume_goes_on_with_the_draws_there_are(
 
     def stopped(self: Any, out: Path, **options: Any) -> Path:
         class Stop:
-            def begin(self, stage: str, modules: int, nbytes: int) -> None: ...
+            def begin(self, stage: str, modules: int, nbytes: int) -> None:
+                self.stage = stage
 
             def advance(self, modules: int, nbytes: int) -> None:
-                raise KeyboardInterrupt
+                if self.stage == "members":
+                    raise KeyboardInterrupt
 
         return real(self, out, **{**options, "progress": Stop()})
 

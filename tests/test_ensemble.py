@@ -859,19 +859,21 @@ class _Full:
 
 
 def test_progress_of_a_save_adds_up(on_disk: Callable[..., TaskVectors], tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    begun: list[tuple[str, int, int]] = []
+    seen: dict[str, list[tuple[int, int]]] = {}
+    begun: dict[str, tuple[int, int]] = {}
 
     class Ticks:
         def begin(self, stage: str, modules: int, nbytes: int) -> None:
-            begun.append((stage, modules, nbytes))
+            begun[stage], seen[stage] = (modules, nbytes), []
+            self.stage = stage
 
         def advance(self, modules: int, nbytes: int) -> None:
-            seen.append((modules, nbytes))
+            seen[self.stage].append((modules, nbytes))
 
     made(on_disk(), "out|stem").save(tmp_path / "out", progress=Ticks())
-    assert begun == [("members", 6, sum(nbytes for _, nbytes in seen))]
-    assert sum(modules for modules, _ in seen) == 6
+    assert list(begun) == ["checksums", "members"]
+    assert begun == {stage: tuple(map(sum, zip(*ticks, strict=True))) for stage, ticks in seen.items()}
+    assert begun["members"][0] == 6
 
 
 def test_members_load_with_from_pretrained(generator: torch.Generator, tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def checked_probabilities(probabilities: Array, called: str) -> Tensor:
     """Probabilities ``(n, classes)`` in float64 on their device, rows divided by their sums, which rounding moved.
 
     Raises:
-        ValueError: If they are no table of at least one row and two classes, have NaN or negative entries, or have
-            rows that do not sum to one.
+        ValueError: If they are complex, no table of at least one row and two classes, have NaN or negative entries, or
+            have rows that do not sum to one.
 
     >>> checked_probabilities(torch.tensor([[2.0, 1.0]]), "score")
     Traceback (most recent call last):
@@ -50,6 +50,10 @@ def checked_probabilities(probabilities: Array, called: str) -> Tensor:
     ValueError: `score(probabilities=...)`: row 0 sums to 3, not to 1. Give probabilities: `logits.softmax(-1)`.
     """
     table = torch.as_tensor(probabilities).detach()
+    if table.is_complex():
+        raise ValueError(
+            f"`{called}(probabilities=...)`: {table.dtype}. Probabilities are real numbers: give `logits.softmax(-1)`."
+        )
     tolerance = HALF_TOLERANCE if table.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
     table = table.double()
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:

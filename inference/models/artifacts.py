@@ -40,7 +40,7 @@ def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], re
     Raises:
         OutputError: If it exists, or appears in the meantime.
     """
-    staging = Staging(check_output(Path(out), []), f"folder of {kind}")
+    staging = Staging(check_output(Path(out), []), f"folder of {kind}", "run again")
     staging.check(resume=True)  # an interrupted one is written over: its tensors are here
     try:
         with staging.begin({"kind": kind}):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,9 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
 
     Returns:
         For each role its source and the digests of its files.
+
+    Raises:
+        CheckpointError: If a file is not what it was when it was opened.
     """
     progress.begin("checksums", 0, sum(nbytes_of(checkpoint) for checkpoint in checkpoints.values()))
     known: dict[Path, str] = {}
@@ -65,9 +68,20 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
             "source": checkpoint.source,
             "sha256": files or {"memory": _memory_digest(checkpoint, progress)},
         }
+        checkpoint.check_unchanged()  # the digests are those of the files whose headers were read
     if code:
         inputs["code"] = {"sha256": {str(path): file_digest(path) for path in code}}
     return inputs
+
+
+def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """Refuse to go on with checkpoints whose files are not what they were when they were opened.
+
+    Raises:
+        CheckpointError: If a file was written to, replaced or removed; names it.
+    """
+    for checkpoint in checkpoints:
+        checkpoint.check_unchanged()
 
 
 def refuse_copies(inputs: Mapping[str, Any]) -> None:

@@ -8,17 +8,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inference.models.artifacts import versions
 from inference.models.design import design_text
-from inference.models.digest import Progress, Silent, files_of
+from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
+from inference.models.disk import check_space
 from inference.models.folder import weight_files, write_companions
 from inference.models.groups import rounding_of_tensor
 from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import MethodDesign
 from inference.models.model_draws import ModelDraws
-from inference.models.staging import Finished, Staging, check_output, check_space
+from inference.models.staging import Finished, Headers, Staging, check_output
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 
 _DELTA = "delta.safetensors"
@@ -41,14 +43,15 @@ def save_members(
     """
     if kind not in ("checkpoints", "deltas"):
         raise ValueError(f"`save(format={kind!r})`: unknown. Give 'checkpoints' or 'deltas'.")
-    experts = tensors.task_vectors.experts.values()
-    inputs = [file for checkpoint in (tensors.base, *experts) for file in files_of(checkpoint)]
+    checkpoints = tensors.inputs
+    inputs = [file for checkpoint in checkpoints.values() for file in files_of(checkpoint)]
     staging = Staging(check_output(out, inputs, resume=resume))
     staging.check(resume)
-    writer = _Writer(tensors, staging, kind, progress or Silent())
+    progress = progress or Silent()
+    writer = _Writer(tensors, staging, kind, progress, digest_inputs(checkpoints, (), progress))
     if not staging.published:
         check_space(staging.folder, writer.needed() - staging.nbytes())
-    with staging.begin(writer.state):
+    with staging.begin(writer.state, partial(check_unchanged, checkpoints.values())):
         if not staging.published:
             if extras is not None:
                 extras(staging)
@@ -60,8 +63,11 @@ def save_members(
 class _Writer:
     """Writer of all members of an ensemble into one output."""
 
-    def __init__(self, tensors: MemberTensors, staging: Staging, kind: str, progress: Progress) -> None:
+    def __init__(
+        self, tensors: MemberTensors, staging: Staging, kind: str, progress: Progress, inputs: Mapping[str, Any]
+    ) -> None:
         self.tensors, self.staging, self.kind, self.progress = tensors, staging, kind, progress
+        self.inputs = inputs
         self.base, self.sampled, self.layout = tensors.base, tensors.sampled, weight_files(tensors.base)
         treatments = tensors.task_vectors.treatments
         self.changed = [
@@ -88,6 +94,7 @@ class _Writer:
             "base": self.base.source,
             "experts": {name: checkpoint.source for name, checkpoint in tensors.task_vectors.experts.items()},
             "elsewhere": None if tensors.elsewhere is None else tensors.elsewhere.source,
+            "inputs": self.inputs,
             "versions": versions(),
         }
 
@@ -147,7 +154,16 @@ class _Writer:
             made = {tensor: make(tensor) for tensor in names}
             return {tensor: value for tensor, (value, _) in made.items()}, [record for _, record in made.values()]
 
-        self.staging.write_shard(name, self._groups(names), group, aliases)
+        self.staging.write_shard(name, self._groups(names), group, aliases, self._headers(names, aliases))
+
+    def _headers(self, names: Sequence[str], aliases: Mapping[str, str]) -> Headers:
+        """Dtype and shape of the tensors of a weight file."""
+        deltas, tensors = self.kind == "deltas", self.base.tensors
+        own = {name: torch.float32 if deltas else self.tensors.dtype_of(name) for name in names}
+        return {
+            name: (own[target], tensors[target].shape)
+            for name, target in [*((name, name) for name in names), *aliases.items()]
+        }
 
     def _weights(self, draw: ModelDraws, like: Checkpoint | None, tensor: str) -> tuple[Tensor, dict[str, Any]]:
         """A tensor of a member; those that members share are read back from the first one."""

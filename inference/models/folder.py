@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -13,25 +14,60 @@ from typing import Any
 import torch
 
 from inference.models.staging import Staging
-from poe_models.weights.loading import Checkpoint
+from poe_models.weights.loading import Checkpoint, CheckpointError
 
 RECORD = "poe_merge.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".index.json")
+_TEXTS = (".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".jinja", ".py")
+_KINDS = (*_TEXTS, ".model", ".tiktoken", ".vocab", ".merges", ".bpe", ".spm")
+_NAMES = {"LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "vocab", "merges"}
 _OURS = ("README.md", RECORD, "adapter_config.json")
+_HEADER_BYTES = 50 * 10**6  # safetensors reads no header of more than 100 MB
+_ENTRY_BYTES = 100  # of one tensor in a header, beside its name
+_RESERVED = "__metadata__"
 _LARGEST = 100 * 2**20
 _HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 
 
 def weight_files(base: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Weight files of an output with the names of their tensors: the base's, as safetensors, under different names."""
+    """Weight files of an output with the names of their tensors: the base's, as safetensors, under different names.
+
+    Names differ in more than their case, for disks that do not tell it apart. One of several files is never called
+    ``model.safetensors``, which readers take for the whole model. Files of very many tensors are split.
+
+    Raises:
+        CheckpointError: If a tensor has the name that safetensors keeps for itself.
+    """
+    if _RESERVED in base.tensors or _RESERVED in base.aliases:
+        raise CheckpointError(
+            f"{base.source}: a tensor is called {_RESERVED!r}, which safetensors files keep for themselves. Rename it "
+            "in base and experts."
+        )
+    parts = [(file, part) for file, names in base.layout.items() for part in _split(base, names)]
     found: dict[str, tuple[str, ...]] = {}
-    for file, names in base.layout.items():
+    taken = {"model.safetensors"} if len(parts) > 1 else set()
+    for file, names in parts:
         stem = file.removesuffix(".safetensors")
         if stem == file:  # as transformers calls them
             stem = Path(file).stem.replace("pytorch_model", "model")
-        number = next(n for n in range(len(found) + 1) if _numbered(stem, n) not in found)
-        found[_numbered(stem, number)] = names
+        name = next(each for n in range(len(found) + 2) if (each := _numbered(stem, n)).lower() not in taken)
+        taken.add(name.lower())
+        found[name] = names
     return found
+
+
+def _split(base: Checkpoint, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Names of a weight file in parts whose headers are small enough."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = sum(_ENTRY_BYTES + len(json.dumps(each)) for each in base.tied_names(name))
+        if parts[-1] and filled + size > _HEADER_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return [tuple(part) for part in parts]
 
 
 def _numbered(stem: str, number: int) -> str:
@@ -46,22 +82,49 @@ def _numbered(stem: str, number: int) -> str:
 def companion_files(base: Checkpoint) -> list[tuple[Path, str]]:
     """Config, tokenizer and other small files of the base's folder, with their names in it; no weights.
 
-    A subfolder comes along if it holds small files only (a pooling config, say).
+    They are regular files of known kinds that lie in the folder itself, or in the blobs that a snapshot of the Hub's
+    cache links to: the output is published, and must not take along what a link leads to elsewhere. A subfolder comes
+    along if it holds such files only (a pooling config, say).
+
+    Returns:
+        Real paths, links resolved, and names in the output.
     """
     folder = Path(base.source)
     if not base.files or not folder.is_dir():
         return []
-    found = [(path, path.name) for path in sorted(folder.iterdir()) if path.is_file() and _small(path)]
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(inner.iterdir())
-        if all(path.is_file() and _small(path) for path in files):
-            found += [(path, f"{inner.name}/{path.name}") for path in files]
+    entries = sorted(folder.iterdir())
+    found = [(path.resolve(), path.name) for path in entries if _belongs(path, folder)]
+    for inner in entries:
+        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
+            files = sorted(inner.iterdir())
+            if all(_belongs(path, folder) for path in files):
+                found += [(path.resolve(), f"{inner.name}/{path.name}") for path in files]
     return found
 
 
-def _small(path: Path) -> bool:
-    hidden = path.name.startswith(".") or path.name in _OURS
-    return not hidden and not path.name.endswith(_WEIGHTS) and path.stat().st_size <= _LARGEST
+def left_out(base: Checkpoint) -> list[str]:
+    """Names in the base's folder that are not copied although nobody would miss them on purpose.
+
+    These are links that lead out of the folder, and small files of unknown kinds; weights and hidden files are not
+    counted.
+    """
+    folder, copied = Path(base.source), {name.partition("/")[0] for _, name in companion_files(base)}
+    if not base.files or not folder.is_dir():
+        return []
+    rest = [path for path in sorted(folder.iterdir()) if path.name not in copied and not path.name.startswith(".")]
+    return [path.name for path in rest if path.name not in _OURS and not path.name.endswith(_WEIGHTS)]
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """True if a file is a small one of a known kind, and lies in the folder or among the blobs of its snapshot."""
+    if path.name.startswith(".") or path.name in _OURS or path.name.endswith(_WEIGHTS):
+        return False
+    if path.suffix.lower() not in _KINDS and path.name not in _NAMES:
+        return False
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    inside = home in real.parents or (blobs is not None and real.parent == blobs)
+    return inside and real.is_file() and real.stat().st_size <= _LARGEST
 
 
 def write_companions(
@@ -84,15 +147,16 @@ def write_companions(
         record: What goes to ``poe_merge.json``.
         prefix: Path of the folder in the output, with a slash at its end.
     """
-    for path, name in companion_files(base):
+    copied = companion_files(base)
+    for path, name in copied:
         staging.write(prefix + name, partial(shutil.copyfile, path))
-    if dtype is not None and base.config is not None:
+    if dtype is not None and base.config is not None and "config.json" in [name for _, name in copied]:
         staging.write_json(f"{prefix}config.json", _with_dtype(base.config, str(dtype).removeprefix("torch.")))
     if len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(places.items()))}
         staging.write_json(f"{prefix}model.safetensors.index.json", index)
-    staging.write_json(prefix + RECORD, record)
+    staging.write_json(prefix + RECORD, {**record, "copied": [name for _, name in copied]})
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

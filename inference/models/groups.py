@@ -173,13 +173,15 @@ def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
 def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tuple[Tensor, dict[str, int] | None]:
     """The tensor in its output dtype, and how many of its updated entries rounding took back to the base."""
     rounded = value.to(tensor.dtype).contiguous()
-    if tensor.dtype.is_floating_point and not bool(rounded.isfinite().all()):
-        where = "the base" if tensor.treatment.action == "base" else "the merge"
+    kept = tensor.treatment.action == "base"  # what was not finite in the base is so by design: a mask of -inf
+    bad = ~rounded.isfinite() & value.isfinite() if kept else ~rounded.isfinite()
+    if tensor.dtype.is_floating_point and bool(bad.any()):
+        where = "the base" if kept else "the merge"
         raise CheckpointError(
             f"tensor {tensor.name!r} of {where} has values that are not finite as {tensor.dtype}. Write another dtype: "
             "`out_dtype: float32` (or bfloat16, which has float32's range), or keep the base's tensor with a rule."
         )
-    if tensor.treatment.action == "base":
+    if kept:
         return rounded, None
     return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
 

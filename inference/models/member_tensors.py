@@ -17,6 +17,7 @@ from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, 
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.modules import Module, merged_update, module_names, read_modules
+from inference.models.plan import inputs_of
 from poe_models.methods import ModuleBatch
 from poe_models.operators import sum_of_squares
 from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
@@ -114,6 +115,13 @@ class MemberTensors:
         self._shared_blocks: dict[str, Tensor] = {}
         self._modes: dict[str, Tensor] = {}
 
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """Every checkpoint that is read, by its role."""
+        designs = {id(design): design for design in map(self.design_of, self._modules)}
+        elsewhere = {} if self.elsewhere is None else {"elsewhere": self.elsewhere}
+        return {**inputs_of(self.task_vectors, list(designs.values())), **elsewhere}
+
     def all_shared(self) -> dict[str, Tensor]:
         """All tensors that members share, in their output dtype; made once and kept."""
         if self._shared_tensors is None:
@@ -152,7 +160,9 @@ class MemberTensors:
         """
         dtype = self.dtype_of(tensor)
         result = value.to(dtype).contiguous()
-        if dtype.is_floating_point and not bool(result.isfinite().all()):
+        kept = self.task_vectors.treatments[tensor].action == "base"  # not finite by design, such as a mask
+        bad = ~result.isfinite() & value.isfinite() if kept else ~result.isfinite()
+        if dtype.is_floating_point and bool(bad.any()):
             raise CheckpointError(
                 f"tensor {tensor!r} of a member has values that are not finite as {dtype}. Ask for float32 or bfloat16 "
                 "(`out_dtype`), or lower the temperature."

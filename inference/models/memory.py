@@ -8,7 +8,10 @@ bound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 
 from inference.models.design import Design
 from inference.models.method_design import AnyDesign, MethodDesign
@@ -24,6 +27,45 @@ from poe_models.residual_maps import (
 )
 
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
+
+
+class OutOfMemory(RuntimeError):
+    """There was not enough memory; the message says for what, how much it takes, and what helps."""
+
+
+@contextmanager
+def memory_errors(tensors: Sequence[str], needed: int, device: torch.device) -> Iterator[None]:
+    """Turn a lack of memory into one error that says what was needed, for what, and what helps.
+
+    Args:
+        tensors: Names of the tensors that are worked on together.
+        needed: Predicted bytes.
+        device: Device that they are worked on.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutOfMemory: If there is not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+        smaller = "Lower --batch-bytes (`batch_bytes`)" if more else "Free memory, or take a larger machine"
+        elsewhere = "" if device.type == "cpu" else ", or --device cpu"
+        raise OutOfMemory(
+            f"out of memory on {device} at {tensors[0]!r}{more}, which take {needed / 1e9:.3g} GB "
+            f"({str(error).partition('.')[0] or type(error).__name__}). {smaller}{elsewhere}; what is finished is kept."
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python or torch is about a lack of memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
@@ -71,7 +113,7 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         solving = max(design.method.working_floats(shapes.count(one), experts, one) for one in set(shapes))
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
-    solving = max(sum(solve_floats(design, experts, each) for each in shapes if each == one) for one in set(shapes))
+    solving = max(shapes.count(one) * solve_floats(design, experts, one) for one in set(shapes))
     return itemsize * (held + max(reading, solving))
 
 

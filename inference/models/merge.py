@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from typing_extensions import override
 
 from inference.models.artifacts import versions
 from inference.models.design import Design
-from inference.models.digest import Progress, Silent, digest_inputs, files_of, refuse_copies
-from inference.models.folder import RECORD, companion_files, rounding_of, summary_of, write_companions
+from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of, refuse_copies
+from inference.models.disk import OutputError, check_space
+from inference.models.folder import RECORD, companion_files, left_out, rounding_of, summary_of, write_companions
 from inference.models.groups import merge_group
+from inference.models.memory import memory_errors
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
 from inference.models.model_card import model_card
 from inference.models.plan import BATCH_BYTES, Group, Plan, inputs_of, plan
-from inference.models.staging import Finished, OutputError, Staging, check_output, check_space
+from inference.models.staging import Finished, Staging, check_output
 from inference.retention import ExpertRetention, totals
 from inference.solution import Status
 from poe_models.weights.loading import Checkpoint, CheckpointError
@@ -48,6 +51,8 @@ class MergeReport:
         updated: Entries of half-precision tensors that the merge changed, before rounding; 0 without such tensors.
         rounded_back: How many of them rounding to half precision took back to the base's value.
         nbytes: Bytes of weights written.
+        copied: Names of the files of the base's folder that came along.
+        left_out: Names of those that were left there: links out of it, and files of unknown kinds.
         resumed_groups: Groups that an interrupted run had finished before.
         seconds: Wall time of this run.
     """
@@ -61,6 +66,8 @@ class MergeReport:
     updated: int
     rounded_back: int
     nbytes: int
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
     resumed_groups: int
     seconds: float
 
@@ -119,7 +126,8 @@ def merge_checkpoint(
     began, progress = time.monotonic(), progress or Silent()
     planned = plan(task_vectors, design, out_dtype=out_dtype, batch_bytes=batch_bytes)
     staging = _checked(task_vectors, planned, Path(out), resume)
-    inputs = digest_inputs(inputs_of(task_vectors, planned.designs), code, progress)
+    checkpoints = inputs_of(task_vectors, planned.designs)
+    inputs = digest_inputs(checkpoints, code, progress)
     refuse_copies(inputs)
     state = {
         "settings": dict(settings or {}),
@@ -134,7 +142,7 @@ def merge_checkpoint(
         "versions": versions(),
     }
     resumed = len(planned.groups)
-    with staging.begin(state):
+    with staging.begin(state, partial(check_unchanged, checkpoints.values())):
         if not staging.published:
             try:
                 if any(each.method is not None and not each.method.ready for each in planned.designs):
@@ -146,7 +154,7 @@ def merge_checkpoint(
                 staging.abandon()
                 raise
         staging.publish()
-    return _report(staging.out, planned, resumed, time.monotonic() - began)
+    return _report(task_vectors.base, staging.out, planned, resumed, time.monotonic() - began)
 
 
 def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) -> Staging:
@@ -167,12 +175,15 @@ def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, se
     progress.begin("merging", planned.modules, planned.write_bytes)
 
     def make(group: Group) -> Finished:
-        return merge_group(task_vectors, group, planned.designs, seed)
+        with memory_errors([tensor.name for tensor in group.tensors], group.peak_bytes, task_vectors.device):
+            return merge_group(task_vectors, group, planned.designs, seed)
 
     def done(group: Group) -> None:
         progress.advance(group.modules, group.nbytes)
 
-    return sum(staging.write_shard(each.file, each.groups, make, each.aliases, done) for each in planned.shards)
+    return sum(
+        staging.write_shard(each.file, each.groups, make, each.aliases, each.headers, done) for each in planned.shards
+    )
 
 
 def _write_rest(
@@ -197,8 +208,9 @@ def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, .
     return totals(module["retention"] for record in records for module in record.get("modules", ()))
 
 
-def _report(out: Path, planned: Plan, resumed: int, seconds: float) -> MergeReport:
-    records = json.loads((out / RECORD).read_text(encoding="utf-8"))["tensors"]
+def _report(base: Checkpoint, out: Path, planned: Plan, resumed: int, seconds: float) -> MergeReport:
+    record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    records = record["tensors"]
     modules = [module for record in records for module in record.get("modules", ())]
     updated, rounded_back = rounding_of(records)
     return MergeReport(
@@ -211,6 +223,8 @@ def _report(out: Path, planned: Plan, resumed: int, seconds: float) -> MergeRepo
         updated=updated,
         rounded_back=rounded_back,
         nbytes=planned.write_bytes,
+        copied=tuple(record["copied"]),
+        left_out=tuple(left_out(base)),
         resumed_groups=resumed,
         seconds=seconds,
     )

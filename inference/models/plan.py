@@ -99,6 +99,12 @@ class Shard:
         return [name for group in self.groups for t in group.tensors for name in (t.name, *t.aliases)]
 
     @property
+    def headers(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each of its tensors, tied ones included."""
+        tensors = [t for group in self.groups for t in group.tensors]
+        return {name: (t.dtype, t.shape) for t in tensors for name in (t.name, *t.aliases)}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors, aliases included."""
         return sum(t.nbytes * (1 + len(t.aliases)) for group in self.groups for t in group.tensors)

@@ -11,33 +11,32 @@ the disk and renamed, so that a file that is there is whole. Progress is removed
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.models.digest import difference, file_digest
+from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
+from poe_models.weights.loading import CheckpointError
+from poe_models.weights.weight_files import SafetensorsFile
 
 STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FULL_TEXT = re.compile(rf"os error ({'|'.join(str(code) for code in sorted(_FULL))})\b")
+_PRETTY = 2**20
 Finished = tuple[Mapping[str, Tensor], Sequence[Any]]
 """CPU tensors of a group by name, and their records: plain data."""
+Headers = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each tensor of a file by its name."""
 Group = TypeVar("Group")
-
-
-class OutputError(RuntimeError):
-    """The output cannot be written there, resumed, or finished; the message says what to do."""
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> Path:
@@ -67,36 +66,24 @@ def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> 
     return resolved
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start what needs more bytes than the disk of a folder has; the folder need not exist yet.
-
-    Raises:
-        OutputError: If there is less space.
-    """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"the merge needs {needed / 1e9:.3g} GB in {existing}, where {free / 1e9:.3g} GB are free. Free some space "
-            "or choose another disk."
-        )
-
-
 class Staging:
     """An output folder being written.
 
     Args:
         out: The folder that exists at the end.
         what: What is written, for messages: "merge", "save".
+        again: What to do after a full disk or the like.
 
     Attributes:
         folder: ``OUT.partial``.
     """
 
-    def __init__(self, out: Path, what: str = "save") -> None:
-        self.out, self.what = out, what
+    def __init__(self, out: Path, what: str = "save", again: str = RESUME) -> None:
+        self.out, self.what, self.again = out, what, again
         self.folder = out.with_name(out.name + ".partial")
         self._fresh = False
+        self._check_inputs: Callable[[], None] = lambda: None
+        self._expected: dict[str, Headers] = {}
 
     @property
     def published(self) -> bool:
@@ -129,11 +116,13 @@ class Staging:
                 )
 
     @contextmanager
-    def begin(self, state: Mapping[str, Any]) -> Iterator[None]:
+    def begin(self, state: Mapping[str, Any], check_inputs: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Start ``OUT.partial``, or go on with the one that is there, and keep other processes out of it.
 
         Args:
             state: What is written: settings, digests of the inputs, versions; plain data.
+            check_inputs: Raises if an input is not what its digest says any more. Called once a group of tensors is
+                written and before it counts as finished, and before the output is moved into place.
 
         Yields:
             Nothing; the folder is this process's own until the block ends.
@@ -141,22 +130,28 @@ class Staging:
         Raises:
             OutputError: If the folder is about something else, another process works in it, or the disk is full.
         """
-        with self.disk_errors():
+        self._check_inputs = check_inputs
+        with disk_errors(self.folder, self.again):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(), self.disk_errors():
+        with self._lock():
             self._fresh = not (self.folder / STATE).exists()
             if not self._fresh:
-                self._check_same(json.loads((self.folder / STATE).read_text(encoding="utf-8")), state)
-            for stale in self.folder.rglob("*.tmp"):
-                stale.unlink()
+                self._check_same(self._begun_with(), state)
+            with disk_errors(self.folder, self.again):
+                for stale in self.folder.rglob("*.tmp"):
+                    stale.unlink()
             if not self.published:
                 self._write_json(self.folder / STATE, state)
-                (self.folder / OUTPUT).mkdir(exist_ok=True)
+                with disk_errors(self.folder, self.again):
+                    (self.folder / OUTPUT).mkdir(exist_ok=True)
             yield
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        folder = os.open(self.folder, os.O_RDONLY)  # the folder itself: nothing to clean up, and it follows a rename
+        with disk_errors(self.folder, self.again):
+            folder = os.open(
+                self.folder, os.O_RDONLY
+            )  # the folder itself: nothing to clean up, and it follows a rename
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,6 +161,14 @@ class Staging:
             yield
         finally:
             os.close(folder)
+
+    def _begun_with(self) -> Any:
+        try:
+            return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.folder / STATE} is damaged ({error}). Remove that folder to start again."
+            ) from error
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differing = difference(before, json.loads(json.dumps(_finite(now))))
@@ -187,6 +190,7 @@ class Staging:
         groups: Sequence[Group],
         make: Callable[[Group], Finished],
         aliases: Mapping[str, str],
+        headers: Headers,
         done: Callable[[Group], None] = lambda group: None,
     ) -> int:
         """Write a weight file group by group; groups that an earlier run finished are verified, and not made again.
@@ -196,11 +200,13 @@ class Staging:
             groups: Descriptions of its groups of tensors.
             make: Makes the tensors and records of a group.
             aliases: Further names of tied tensors to the names they are saved under; written as equal tensors.
+            headers: What the file must hold in the end, further names included.
             done: Called with every group once it is saved.
 
         Returns:
             How many groups were there already.
         """
+        self._expect(name, headers)
         whole, there = self.has_shard(name), 0
         for number, group in enumerate(groups):
             if whole or self.has_part(name, number):
@@ -221,6 +227,7 @@ class Staging:
         """Save the tensors of a finished group with their records."""
         path = self._part(name, group)
         self._replace(path, lambda temporary: save_file(dict(tensors), temporary))
+        self._check_inputs()  # after the last look at them, and before the group counts as finished
         self._write_json(path.with_suffix(".json"), {"sha256": file_digest(path), "records": records})
 
     def has_shard(self, name: str) -> bool:
@@ -239,7 +246,7 @@ class Staging:
             with safe_open(path, framework="pt") as file:  # a second map: safetensors saves no tensor twice
                 tensors[alias] = file.get_tensor(target)
         records = [record for path in paths for record in _records(path.with_suffix(".json"))]
-        self.save(name, tensors, {"format": "pt"})
+        self._save(name, tensors, {"format": "pt"})
         digest = file_digest(self.folder / OUTPUT / name)
         self._write_json(self._record(name), {"sha256": digest, "records": records})
 
@@ -253,6 +260,10 @@ class Staging:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file of the output."""
+        self._expect(name, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+        self._save(name, tensors, metadata)
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
         given = None if metadata is None else dict(metadata)
         self.write(name, lambda path: save_file(dict(tensors), path, metadata=given))
 
@@ -269,19 +280,41 @@ class Staging:
         """
         self._replace(self.folder / OUTPUT / name, write)
 
+    def _expect(self, name: str, headers: Headers) -> None:
+        if name in self._expected:
+            raise OutputError(f"{self.out}: two files would be called {name}. Rename one of them in the base's folder.")
+        self._expected[name] = headers
+
+    def _read_back(self) -> None:
+        """Compare the headers of everything that this run has written or found finished with what they must be."""
+        for name, expected in self._expected.items():
+            file = self.folder / OUTPUT / name
+            found = {key: (info.dtype, info.shape) for key, info in SafetensorsFile(file).tensors.items()}
+            if found != dict(expected):
+                key = next(key for key in {**expected, **found} if expected.get(key) != found.get(key))
+                self._record(name).unlink(missing_ok=True)  # so that it is made again
+                raise CheckpointError(
+                    f"{file}: tensor {key!r} is {found.get(key)}, expected {expected.get(key)}. To have the file made "
+                    f"again, {self.again}."
+                )
+
     def publish(self) -> None:
-        """Move the output into place, and remove what only resuming needs.
+        """Read the output back, move it into place, and remove what only resuming needs.
 
         Raises:
             OutputError: If something else has taken the place.
+            CheckpointError: If an input has changed, or a weight file does not hold what was to be written.
         """
         if not self.published:
+            self._check_inputs()
+            self._read_back()
             if self.out.exists():
                 raise OutputError(
                     f"{self.out} has appeared in the meantime. The {self.what} is complete in {self.folder / OUTPUT}: "
                     "move it."
                 )
-            (self.folder / OUTPUT).rename(self.out)
+            with disk_errors(self.out, self.again):
+                (self.folder / OUTPUT).rename(self.out)
         self._remove()
 
     def abandon(self) -> None:
@@ -306,42 +339,13 @@ class Staging:
         return self.folder / RECORDS / f"{name}.json"
 
     def _write_json(self, path: Path, data: Any) -> None:
-        text = json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n"
-        self._replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        text = _json(data, None)
+        if len(text) < _PRETTY:  # Python's own encoder, which indents, is slow
+            text = _json(data, 2)
+        self._replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        with self.disk_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            write(temporary)
-            temporary.chmod(mode)  # safetensors puts a file of its own there, which only its owner can read
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-
-    @contextmanager
-    def disk_errors(self) -> Iterator[None]:
-        """Turn a full disk into one ``OutputError``.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            OutputError: If the disk is full.
-        """
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) in _FULL or _FULL_TEXT.search(str(error)):
-                for unfinished in self.folder.rglob("*.tmp"):
-                    unfinished.unlink()
-                raise OutputError(
-                    f"the disk of {self.folder} is full. Free some space and go on with `--resume` (`resume=True`); "
-                    "nothing finished so far is lost."
-                ) from error
-            raise
+        replace_file(path, write, self.again)
 
 
 def _intact(file: Path, record: Path) -> bool:
@@ -359,6 +363,13 @@ def _records(path: Path) -> list[Any]:
 def _names(path: Path) -> set[str]:
     with safe_open(path, framework="pt") as file:
         return set(file.keys())
+
+
+def _json(data: Any, indent: int | None) -> str:
+    try:
+        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):  # mappings that are no dict, numbers that JSON lacks
+        return json.dumps(_finite(data), indent=indent, ensure_ascii=False)
 
 
 def _finite(data: Any) -> Any:

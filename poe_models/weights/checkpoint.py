@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +21,39 @@ from typing_extensions import override
 
 class CheckpointError(ValueError):
     """An error in an input file, its tensors, or how two of them fit together."""
+
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Inode, size and times of a file, which stay equal until it is written to, truncated or replaced.
+
+    Raises:
+        CheckpointError: If the file is not there.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: not there any more ({error.strerror}). Put it back and run again; what is finished is kept, "
+            "`--resume` (`resume=True`) goes on with it."
+        ) from error
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def check_stamp(path: Path, stamp: Stamp, tensor: str | None = None) -> None:
+    """Refuse a file that is not what it was when its stamp was taken; the tensor, if one is read, is named.
+
+    Raises:
+        CheckpointError: If it was written to, replaced or removed.
+    """
+    if stamp_of(path) != stamp:
+        where = f"{path}: " if tensor is None else f"{path}: tensor {tensor!r}: "
+        raise CheckpointError(
+            f"{where}the file changed while it was in use. Put it back as it was and run again (what is finished is "
+            "kept, `--resume` goes on with it), or remove the unfinished output to start with the file as it is now."
+        )
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,7 @@ class Checkpoint(ABC):
         files: The weight files, in order.
         layout: File name to the names of the tensors it holds; ``"model.safetensors"`` for single files and memory.
         metadata: The ``__metadata__`` of safetensors files.
+        stamps: Files that were read, configs included, with their stamps from before.
     """
 
     source: str
@@ -67,6 +103,16 @@ class Checkpoint(ABC):
     files: tuple[Path, ...]
     layout: Mapping[str, tuple[str, ...]]
     metadata: Mapping[str, str]
+    stamps: Mapping[Path, Stamp] = MappingProxyType({})
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with files that are not what they were when they were opened.
+
+        Raises:
+            CheckpointError: If one was written to, replaced or removed; names it.
+        """
+        for path, stamp in self.stamps.items():
+            check_stamp(path, stamp)
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:

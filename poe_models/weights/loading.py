@@ -30,6 +30,7 @@ from poe_models.weights.checkpoint import (
     find_aliases,
     read_json,
     refuse_quantised,
+    stamp_of,
 )
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
 
@@ -93,6 +94,8 @@ class FileCheckpoint(Checkpoint):
         self.source = str(path)
         self.config = config
         self.files = tuple(part.path for part in parts)
+        configs = [path / "config.json"] if config is not None else []
+        self.stamps = {**{part.path: part.stamp for part in parts}, **{each: stamp_of(each) for each in configs}}
         self.layout = {
             "model.safetensors" if len(parts) == 1 else part.path.name: tuple(part.tensors) for part in parts
         }

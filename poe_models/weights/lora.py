@@ -32,7 +32,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo, read_json, refuse_quantised
+from poe_models.weights.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    read_json,
+    refuse_quantised,
+    stamp_of,
+)
 from poe_models.weights.lora_names import Renaming, find_renaming, refuse_untied, sort_keys
 from poe_models.weights.rules import CONV1D_TYPES, DEFAULT_RULES, model_type_of
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile
@@ -210,13 +217,17 @@ class LoraCheckpoint(Checkpoint):
             )
         self.base = base
         self.source = str(folder)
-        settings = LoraSettings.read(folder / "adapter_config.json")
+        config = folder / "adapter_config.json"
+        stamp = stamp_of(config)
+        settings = LoraSettings.read(config)
         self._file: WeightFile = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
         refuse_quantised(self.source, self._file.tensors.values(), None)
-        self.files = (path,)
+        self.files, self.stamps = (path,), {path: self._file.stamp, config: stamp}
         self.metadata = self._file.metadata
         self.config, self.aliases, self.layout = base.config, base.aliases, base.layout
         factors, full = sort_keys(path, [*self._file.tensors, *self._file.aliases])
+        if not factors and not full:
+            raise CheckpointError(f"{path}: the adapter has no tensors, so that it changes nothing. Copy it anew.")
         renaming = find_renaming(path, factors, base)
         pairs = [self._pair(module, sides, renaming, settings) for module, sides in factors.items()]
         self._pairs = {pair.tensor: pair for pair in pairs}
@@ -267,6 +278,12 @@ class LoraCheckpoint(Checkpoint):
     def _pair(self, module: str, sides: Mapping[str, str], renaming: Renaming, settings: LoraSettings) -> _Pair:
         embedding = "embedding_A" in sides
         a, b = (self._file.info(sides[f"embedding_{side}" if embedding else side]) for side in "AB")
+        for factor in (a, b):
+            if not factor.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self._file.path}: factor {factor.name!r} is {factor.dtype}, not real floating-point numbers. "
+                    "Save the adapter in float32, bfloat16 or float16."
+                )
         name = renaming.matrix(module, self.base)
         assert name is not None  # `find_renaming` checked every module
         info = self.base.tensors[self.base.aliases.get(name, name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class TaskVectors:
         self.model_type = model_type_of(self.base)
         self.treatments = self._treat_all()
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
+        _refuse_equal_names(self.base, self.treatments)
 
     @override
     def __repr__(self) -> str:
@@ -276,6 +278,22 @@ def block_names(tensor: str, count: int) -> list[str]:
     ['attn.qkv[0]', 'attn.qkv[1]', 'attn.qkv[2]']
     """
     return [tensor] if count == 1 else [f"{tensor}[{i}]" for i in range(count)]
+
+
+def _refuse_equal_names(base: Checkpoint, treatments: Mapping[str, Treatment]) -> None:
+    """Refuse a merged tensor that is called like a matrix of another: draws and records know matrices by their name."""
+    counts = {
+        tensor: len(treatment.view.block_shapes(base.tensors[tensor].shape))
+        for tensor, treatment in treatments.items()
+        if treatment.view is not None
+    }
+    for tensor, count in counts.items():
+        for name in block_names(tensor, count):
+            if name != tensor and name in counts:
+                raise CheckpointError(
+                    f"{base.source}: tensor {name!r} has the name of a matrix of {tensor!r}. Keep it at the base with "
+                    f"the rule {{match: '^{re.escape(name)}$', action: base}}, or rename it in base and experts."
+                )
 
 
 def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) -> dict[str, Source]:

@@ -1,7 +1,9 @@
 """Weight files: one safetensors file, or one PyTorch state dict, opened by its header and read a tensor at a time.
 
-Both kinds are memory-mapped. Pages that were read stay resident for as long as the map lives, so that reading a whole
-file would in the end hold a whole model; the map is therefore dropped and made anew after ``RESIDENT_BYTES``.
+Every tensor is copied out of the file at once: who truncates a file that is mapped ends the process that touches its
+pages. Safetensors files are not mapped at all. PyTorch files are, and pages that were read stay resident for as long as
+the map lives; it is therefore dropped and made anew after ``RESIDENT_BYTES``. A file that is not what it was when its
+header was read is refused, before and after each tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.weights.checkpoint import CheckpointError, TensorInfo, find_aliases
+from poe_models.weights.checkpoint import CheckpointError, TensorInfo, check_stamp, find_aliases, stamp_of
 
 
 def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]
 
 
 RESIDENT_BYTES = 16 * 2**20
-"""Bytes read from a memory map before it is made anew."""
+"""Bytes read from an open file before it is opened anew."""
 
 _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -93,6 +95,7 @@ class WeightFile(ABC):
         tensors: Name to header, tied tensors once.
         aliases: Further name of a tied tensor to its canonical name.
         metadata: Safetensors ``__metadata__``; empty for PyTorch files.
+        stamp: What the file looked like to the system before its header was read.
     """
 
     path: Path
@@ -101,17 +104,17 @@ class WeightFile(ABC):
     metadata: dict[str, str]
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map: Any = None
+        self.path, self.stamp = path, stamp_of(path)
+        self._opened: Any = None
         self._resident = 0
 
     @abstractmethod
     def _open(self) -> Any:
-        """Map the file."""
+        """Open the file."""
 
     @abstractmethod
-    def _get(self, mapped: Any, name: str) -> Tensor:
-        """Read one tensor from the map."""
+    def _get(self, opened: Any, name: str) -> Tensor:
+        """Copy one tensor out of the open file."""
 
     def info(self, name: str) -> TensorInfo:
         """Header of a tensor, whose name is in ``tensors`` or ``aliases``, under its canonical name."""
@@ -124,34 +127,31 @@ class WeightFile(ABC):
             name: A name in ``tensors`` or ``aliases``.
 
         Returns:
-            The tensor, on the CPU; it may share memory with the map.
+            The tensor, on the CPU.
 
         Raises:
-            CheckpointError: If the data is not what the header said when the file was opened.
+            CheckpointError: If the file is not what it was when its header was read, or cannot be read.
         """
         info = self.info(name)
         name = info.name
+        check_stamp(self.path, self.stamp, name)
         if self._resident > RESIDENT_BYTES:
             self.release()
-        if self._map is None:
-            self._map = self._open()
+        if self._opened is None:
+            self._opened = self._open()
         try:
-            tensor = self._get(self._map, name)
+            tensor = self._get(self._opened, name)
         except (SafetensorError, KeyError, OSError) as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} cannot be read: {error}. Copy the file anew."
             ) from error
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype} and was {info.shape} "
-                f"{info.dtype} when the file was opened. The file changed while it was in use; open it again."
-            )
+        check_stamp(self.path, self.stamp, name)
         self._resident += info.nbytes
         return tensor
 
     def release(self) -> None:
-        """Drop the map; the next read makes a new one."""
-        self._map = None
+        """Close the file; the next read opens it again."""
+        self._opened = None
         self._resident = 0
 
 
@@ -176,23 +176,11 @@ class SafetensorsFile(WeightFile):
     @override
     def _open(self) -> Any:
         try:
-            return safe_open(self.path, framework="pt", device="cpu")
+            return safe_open(self.path, framework="pt", device="cpu", backend="pread")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self.path}: not a complete safetensors file ({error}). It is truncated or corrupt: copy it anew."
             ) from error
-        except RuntimeError as error:
-            return self._open_unmapped(error)
-
-    def _open_unmapped(self, cause: RuntimeError) -> Any:
-        """Open a file that is too large to be mapped: the map is private, which the system counts as memory."""
-        try:
-            return safe_open(self.path, framework="pt", device="cpu", backend="pread")
-        except TypeError:
-            raise CheckpointError(
-                f"{self.path}: too large to be mapped into this machine's memory ({cause}). Install safetensors 0.8 or "
-                "later, which can read it without a map, or save the model in smaller shards."
-            ) from cause
 
     def _info(self, handle: Any, name: str) -> TensorInfo:
         header = handle.get_slice(name)
@@ -205,8 +193,8 @@ class SafetensorsFile(WeightFile):
         return TensorInfo(name, tuple(header.get_shape()), dtype, self.path)
 
     @override
-    def _get(self, mapped: Any, name: str) -> Tensor:
-        return mapped.get_tensor(name)
+    def _get(self, opened: Any, name: str) -> Tensor:
+        return opened.get_tensor(name)
 
 
 class TorchFile(WeightFile):
@@ -233,7 +221,7 @@ class TorchFile(WeightFile):
             if name not in self.aliases
         }
         self.metadata = {}
-        self._map = state if self._legacy else None
+        self._opened = state if self._legacy else None
 
     @override
     def release(self) -> None:
@@ -245,8 +233,8 @@ class TorchFile(WeightFile):
         return state_dict_of(_load(self.path, mmap=not self._legacy), str(self.path))
 
     @override
-    def _get(self, mapped: Any, name: str) -> Tensor:
-        return mapped[name].detach()
+    def _get(self, opened: Any, name: str) -> Tensor:
+        return opened[name].detach().clone()
 
 
 def _load(path: Path, mmap: bool) -> Any:

@@ -1,0 +1,116 @@
+"""Writing a file whole or not at all, and whatever a disk refuses as one error that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+RESUME = "go on with `--resume` (`resume=True`); nothing finished so far is lost"
+"""What to do once the disk is mended, where a run can be resumed."""
+
+_FULL = (
+    "the disk of {folder} is full",
+    "Free some space and {again}. (`df` and `df -i` say what is full: bytes or files.)",
+)
+_ELSEWHERE = "Make it writable and {again}, or choose another output."
+_CLOSED = ("{folder} may not be written by this user", _ELSEWHERE)
+_REFUSALS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: (
+        "{file} would be larger than files may be here (`ulimit -f`, or the disk's own limit)",
+        "Raise the limit or choose another disk, and {again}.",
+    ),
+    errno.EROFS: ("{folder} is on a disk that can only be read", _ELSEWHERE),
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+}
+_CODE = re.compile(r"(?:os error|errno =|\[Errno) ?(\d+)")
+
+
+class OutputError(RuntimeError):
+    """The output cannot be written there, resumed, or finished; the message says what to do."""
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start what needs more bytes than the disk of a folder has; the folder need not exist yet.
+
+    Raises:
+        OutputError: If there is less space.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"the merge needs {needed / 1e9:.3g} GB in {existing}, where {free / 1e9:.3g} GB are free. Free some space "
+            "or choose another disk."
+        )
+
+
+@contextmanager
+def disk_errors(file: Path, again: str = RESUME) -> Iterator[None]:
+    """Turn what the system refuses while a file or folder is written into one ``OutputError``.
+
+    Args:
+        file: What is written.
+        again: What to do once the cause is gone.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: If the disk is full or read-only, a limit is reached, or anything else is in the way.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # HDF5 has all of them
+        code = _errno(error)
+        if code is None or isinstance(error, OutputError):
+            raise
+        reason, way_out = _REFUSALS.get(code, ("{file} cannot be written ({text})", "Remove the cause and {again}."))
+        text = f"{reason}. {way_out}".format(file=file, folder=file.parent, text=os.strerror(code), again=again)
+        raise OutputError(text) from error
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's number for an error; safetensors and HDF5 have it in their text, or in that of the cause."""
+    known = getattr(error, "errno", None)
+    if known is None and (found := _CODE.search(str(error))):
+        known = int(found[1])
+    cause = error.__cause__ or error.__context__
+    return known if known is not None or cause is None else _errno(cause)
+
+
+def replace_file(file: Path, write: Callable[[Path], Any], again: str = RESUME) -> None:
+    """Write a file under another name, flush it to the disk, and rename it: it is there whole or not at all.
+
+    Args:
+        file: The file; one that is there is replaced.
+        write: Writes it at the path that it is given.
+        again: What to do once the disk is mended.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    with disk_errors(file, again):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors puts a file of its own there, which only its owner can read
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
