@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from poe_merge.stats import Table
 from poe_models.energies import Energy
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
+from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
 Steps = Callable[[str], Callable[[int, int], None]]
@@ -171,7 +171,7 @@ def _groups(
     tensor_of = {name: tensor for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)}
     groups: dict[int, tuple[Design, list[int]]] = {}
     for place, name in enumerate(modules):
-        if re.search(pattern, name):
+        if regular(pattern).search(name):
             design = designs(tensor_of[name])
             groups.setdefault(id(design), (design, []))[1].append(place)
     if not groups:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
+from poe_merge import yaml_text
 from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_spec, names_method, nearest
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ Place = tuple[str | int, ...]
 Folders = Sequence[Path]
 POE = "poe"
 """The merge method of this package: a product of experts."""
+_MOST_PROBLEMS = 20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -282,14 +284,11 @@ def read_yaml(path: Path) -> Document:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node, data = yaml_text.read(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    except yaml_text.YamlError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: a configuration is a mapping, with `base_model: ...` and `models: ...`.")
     document = Document(data, {(): f"{path}:1:1"})
@@ -298,6 +297,8 @@ def read_yaml(path: Path) -> Document:
         if place in document.origins and place[-1] != "<<":
             first = document.origins[place]
             document.problems.append(f"{where}: `{place[-1]}` is given twice, first at {first}. Keep one.")
+            if len(document.problems) == _MOST_PROBLEMS:
+                break
         document.wrote(place, where)
     return document
 

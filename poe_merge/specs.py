@@ -186,6 +186,16 @@ def is_spec(text: str) -> bool:
     return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)|.+:[A-Za-z_]\w*", text, re.DOTALL) is not None
 
 
+def names_code(text: Any) -> bool:
+    """Return whether a text names a class of a module or file, which reading it imports.
+
+    >>> names_code("mine:Energy(2.0)"), names_code("Cauchy"), names_code("runs/mnist")
+    (True, False, False)
+    """
+    match = _SPEC.match(text.strip()) if isinstance(text, str) else None
+    return match is not None and match["where"] is not None
+
+
 def source_file(found: type) -> Path | None:
     """The file that defines a class, if it has one."""
     file = getattr(sys.modules.get(found.__module__), "__file__", None)
