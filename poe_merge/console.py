@@ -19,6 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from poe_models.weights.visible import visible
+
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.verdicts import Verdict
     from inference.models.merge import MergeReport, Plan
@@ -37,15 +39,6 @@ _SHOWN = 3
 def _console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)
-
-
-def visible(text: str) -> str:
-    r"""Text from a file with everything that a terminal would obey, or not show, written out.
-
-    >>> print(visible("fc\x1b[2J.weight"))
-    fc\x1b[2J.weight
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(text: str) -> str:

@@ -7,17 +7,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
+from diagnostics.predictions.evaluation import evaluate
+from diagnostics.predictions.files import predictions_of
+from diagnostics.report.report import report
 from poe_merge.cli import run
-from poe_merge.console import visible
 from poe_merge.yaml_text import YamlError, read
 from poe_models.weights.json_files import read_object
 from poe_models.weights.patterns import SECONDS, Pattern, PatternError
 from poe_models.weights.rules import Rule, RuleTable
 from poe_models.weights.task_vectors import TaskVectors
+from poe_models.weights.visible import visible
 
 HOSTILE = "\x1b[2J\x1b]0;TITLE\x07[red]\u202egnp\r\nerror: all is lost\x00"
 CATASTROPHE = "(a|a|aa)+$"
@@ -127,6 +133,33 @@ def test_odd_json_is_one_error(text: str, tmp_path: Path) -> None:
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="record.json"):
         read_object(file)
+
+
+# --- the page and the card ---
+
+
+def test_html_in_names_of_predictions() -> None:
+    method, task = f"<script>alert(1)</script> $\\frac{HOSTILE}$", "<img src=x onerror=alert(1)> $\\bad$"
+    labels, p = np.array([0, 1, 1, 0]), np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
+    found = predictions_of({task: labels}, {method: {task: p}, "plain": {task: p}})
+    page = report(task, subtitle=method, predictions=evaluate(found, seed=0, num_resamples=20)).html
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert all(line.isprintable() for line in page.split("\n"))
+
+
+def test_markdown_in_names_of_a_card(generator: torch.Generator, cli: Cli) -> None:
+    models(generator, "fc.weight")
+    name = "x\n---\nlicense: evil\n---\n# Title\n<script>a</script> ![i](http://e/x.png) [y](javascript:a) | `c`"
+    Path("c.yaml").write_text(json.dumps({"base_model": "base", "models": [{"model": "tuned", "name": name}]}))
+    assert cli("merge", "c.yaml", "--out", "out")[0] == 0
+    card = ModelCard(Path("out/README.md").read_text())
+    assert "license" not in card.data.to_dict()
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(card.text)
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "<a " not in html
+    assert html.count("<h1") == 1
 
 
 # --- the terminal ---
