@@ -308,13 +308,13 @@ def _taken_up(
 
 
 def _vectors(settings: MergeConfig) -> TaskVectors:
-    """Open the checkpoints of a configuration; rules that match nothing are warned about."""
+    """Open the checkpoints of a configuration; rules and filters that fit nothing are warned about."""
     from poe_merge.build import open_task_vectors
+    from poe_merge.unmatched import unmatched
 
     task_vectors = open_task_vectors(settings)
-    for rule in task_vectors.unused_rules:
-        if rule.to_dict() in settings.rules:
-            show.warning(f"the rule {{match: {rule.match}, action: {rule.action}}} fits no tensor of the base.")
+    for text in unmatched(settings, task_vectors):
+        show.warning(text)
     return task_vectors
 
 

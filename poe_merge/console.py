@@ -97,6 +97,8 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
         "experts": ", ".join(task_vectors.names),
         "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
         f"{planned.count('base')} kept from the base",
+        "parameters": f"{planned.share('merge'):.1%} merged, {planned.share('average'):.1%} averaged with the same "
+        f"weights and λ, {planned.share('base'):.1%} kept from the base",
         "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
         "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
         "to read": f"{size(planned.read_bytes)} (checksums included)",

@@ -29,6 +29,7 @@ from inference.tempering import temperature_range
 from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
+from poe_merge.unmatched import nearest_part
 from poe_models.energies import Energy
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
@@ -177,8 +178,8 @@ def _groups(
     if not groups:
         shown = f"{', '.join(modules[:3])}{', ...' if len(modules) > 3 else ''}"
         raise ValueError(
-            f"--pattern {pattern!r}: fits none of the {len(modules)} merged modules ({shown}). `poe-merge plan` lists "
-            "the tensors."
+            f"--pattern {pattern!r}: fits none of the {len(modules)} merged modules ({shown}). "
+            f"{nearest_part(pattern, modules)}`poe-merge plan` lists the tensors."
         )
     return list(groups.values())
 

@@ -78,6 +78,14 @@ class Design:
         """Positions of the task vectors that the product is about, in the order of its updates."""
         return [names.index(name) for name in self.poe.update_names]
 
+    def importance(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Importance of each task vector, by which tensors without a product of their own are averaged.
+
+        It is 0 for one that the product is not about, and the mean of its experts' where several share an update.
+        """
+        own = [[each.importance for each in self.poe.experts if each.update_name == name] for name in names]
+        return tuple(sum(values) / len(values) if values else 0.0 for values in own)
+
     @property
     def method(self) -> MergingMethod | None:
         """The merging method that is the anchor's centre, if it is one."""

@@ -92,7 +92,8 @@ def merge_checkpoint(
 
     The folder has the base's shards, config and tokenizer files, a model card, and ``poe_merge.json`` with the digests
     of all inputs, versions, settings, and what happened to each tensor. Merged tensors are ``W_0 + λ Z``, averaged ones
-    ``W_0 + mean(U_i)``. The work is done in ``OUT.partial`` beside it, which an interrupted merge leaves behind.
+    ``W_0 + λ Σ ω_i U_i / Σ ω_i`` with the experts' importances ω. The work is done in ``OUT.partial`` beside it, which
+    an interrupted merge leaves behind.
 
     Args:
         task_vectors: Base and experts.
@@ -129,6 +130,7 @@ def merge_checkpoint(
         "device": str(task_vectors.device),
         "batch_bytes": batch_bytes,
         "designs": [each.describe() for each in planned.designs],
+        "averages": sorted({(t.scaling, *t.importance) for t in planned.tensors if t.treatment.action == "average"}),
         "rules": task_vectors.rules.to_dicts(),
         "inputs": inputs,
         "versions": versions(),

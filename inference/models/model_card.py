@@ -53,6 +53,8 @@ A merge of {count} fine-tuned models made with poe-merge: {approach}.
 |---:|---|---|---|
 {treatments}
 
+{shares}
+
 ## Convergence
 
 {convergence}
@@ -64,6 +66,7 @@ Digests of all inputs, versions, settings and the record of every tensor are in 
 {citations}"""
 
 
+_ACTIONS = {"merge": "merged", "average": "averaged", "base": "base kept"}
 _MEANS_SOMETHING = re.compile(r"[\\`*_<>#|~$&!@]|\](?=[(\[:])|:(?=//)|(?<=www)\.")
 """Characters that Markdown, HTML in it, or the Hub would read as more than themselves."""
 
@@ -109,6 +112,7 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
         ),
         designs="\n".join(line for index, each in enumerate(record["designs"]) for line in _design_lines(index, each)),
         treatments="\n".join(_treatment_rows(record["tensors"])),
+        shares=_shares(record["tensors"]),
         convergence="\n".join(_convergence_lines(record["tensors"])),
         citations=_CITATIONS,
     )
@@ -156,11 +160,21 @@ def _design_lines(index: int, design: Mapping[str, Any]) -> list[str]:
 
 def _treatment_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
     kinds = Counter((record["action"], record["view"] or "", record["reason"]) for record in tensors)
-    names = {"merge": "merged", "average": "averaged", "base": "base kept"}
     return [
-        f"| {n} | {names[action]} | {markdown(view)} | {markdown(reason)} |"
+        f"| {n} | {_ACTIONS[action]} | {markdown(view)} | {markdown(reason)} |"
         for (action, view, reason), n in kinds.items()
     ]
+
+
+def _shares(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the parameters that the approach is about, in a sentence."""
+    sizes = {action: sum(each["numel"] for each in tensors if each["action"] == action) for action in _ACTIONS}
+    total = sum(sizes.values()) or 1
+    told = ", ".join(f"{size / total:.1%} {_ACTIONS[action]}" for action, size in sizes.items())
+    return (
+        f"Of all parameters: {told}. The approach above is about the merged ones; averaged tensors are W_0 + λ times "
+        "the mean of the updates, weighted by the experts' importance."
+    )
 
 
 def _convergence_lines(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
