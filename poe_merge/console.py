@@ -133,6 +133,11 @@ def report(done: MergeReport) -> None:
         console.print(shown(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}."), soft_wrap=True)
     for text in concerns(done.experts):
         warning(text)
+    changed = done.tensors["merge"] + done.tensors["average"]
+    if done.equal_to_base and done.equal_to_base == changed:
+        warning("the merge is equal to the base: every tensor that was merged or averaged came out as it was.")
+    elif done.equal_to_base:
+        console.print(f"{done.equal_to_base} of {changed} merged or averaged tensors came out as the base's.")
     for name, count in done.status.items():
         status = Status[name.upper()]
         if not status.converged:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from inference.gradient_check import judged
 from inference.map import fixed_point
 from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
@@ -71,7 +72,7 @@ class Design:
         """
         poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
         posterior = poe.bind(updates, self.coordinates, low_rank=low_rank if self.coordinates == "full" else None)
-        solution = fixed_point(posterior, **vars(self.options))
+        solution = judged(posterior, fixed_point(posterior, **vars(self.options)))
         return replace(solution, value=posterior.update(solution.value).to(updates.dtype))
 
     def order(self, names: Sequence[str]) -> list[int]:

@@ -56,6 +56,8 @@ def merge_group(
         rounded, rounding = _rounded(task_vectors, tensor, value)
         tensors[tensor.name] = rounded
         records.append(_record(tensor, rounding))
+        if tensor.treatment.action != "base" and torch.equal(rounded, task_vectors.base.read(tensor.name).to(rounded)):
+            records[-1]["equals_base"] = True
         if tensor.treatment.action == "average":
             records[-1] |= {"importance": list(tensor.importance), "scaling": tensor.scaling}
         if tensor.design is not None:

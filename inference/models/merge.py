@@ -47,6 +47,7 @@ class MergeReport:
         experts: How much the merge kept of every expert, over all matrices.
         updated: Entries of half-precision tensors that the merge changed, before rounding; 0 without such tensors.
         rounded_back: How many of them rounding to half precision took back to the base's value.
+        equal_to_base: Merged or averaged tensors that came out as the base's.
         nbytes: Bytes of weights written.
         resumed_groups: Groups that an interrupted run had finished before.
         seconds: Wall time of this run.
@@ -60,6 +61,7 @@ class MergeReport:
     experts: tuple[ExpertRetention, ...]
     updated: int
     rounded_back: int
+    equal_to_base: int
     nbytes: int
     resumed_groups: int
     seconds: float
@@ -212,6 +214,7 @@ def _report(out: Path, planned: Plan, resumed: int, seconds: float) -> MergeRepo
         experts=_retention(records),
         updated=updated,
         rounded_back=rounded_back,
+        equal_to_base=sum("equals_base" in record for record in records),
         nbytes=planned.write_bytes,
         resumed_groups=resumed,
         seconds=seconds,
