@@ -325,7 +325,10 @@ class InterruptedByUser(Exception):
 def _required(out: Path | None, command: str) -> Path:
     if out is None:
         raise ValueError(f"`poe-merge {command}`: give the folder to make, --out DIR.")
-    return out
+    try:
+        return out.expanduser()
+    except RuntimeError as error:  # ~somebody who has no home here
+        raise ValueError(f"--out {out}: {error}. Give another folder.") from error
 
 
 @contextmanager

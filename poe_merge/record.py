@@ -20,6 +20,7 @@ from inference.models.statistics_record import changed_input
 from inference.reweighting import SolverOptions
 from poe_merge.config import MergeConfig, parse_config
 from poe_merge.flags import overridden
+from poe_merge.record_shape import require_shape
 from poe_merge.settings import POE, ConfigError, Document
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
 from poe_merge.stats import Table, checkpoints_of
@@ -61,6 +62,7 @@ def read_record(run: Path) -> dict[str, Any]:
         raise ValueError(f"{error} Merge again.") from error
     if not set(record) >= KEYS or not isinstance(record["tensors"], list):
         raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
+    require_shape(path, record)
     return record
 
 

@@ -121,7 +121,11 @@ class Value:
 
 
 def number(default: float | None = None, low: float = -math.inf, *, above: bool = False, whole: bool = False) -> Value:
-    """A finite number of at least ``low``, or above it; YAML's reading of ``1e-3`` as text is understood."""
+    """A number of at least ``low``, or above it, and no larger than float32 (or a 64-bit integer) has room for.
+
+    YAML's reading of ``1e-3`` as text is understood.
+    """
+    most = 2.0**53 if whole else 1e30
     least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
     wanted = f"a {'whole' if whole else 'finite'} number{least}"
 
@@ -132,8 +136,8 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
                 "`[{filter: layers.0., value: 1.0}, {value: 0.5}]`"
             )
         value = _float(raw)
-        if not math.isfinite(value) or value < low or (above and value == low) or (whole and value != int(value)):
-            raise ValueError(f"{raw!r} is not {wanted}")
+        if not abs(value) <= most or value < low or (above and value == low) or (whole and value != int(value)):
+            raise ValueError(f"{short(raw)} is not {wanted}{f', at most {most:g}' if abs(value) > most else ''}")
         return int(value) if whole else value
 
     return Value(parse, "INTEGER" if whole else "NUMBER", default)
@@ -215,9 +219,11 @@ def device(raw: Any, folders: Folders) -> str:
     import torch
 
     try:
-        torch.empty(0, device=raw)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device `{raw}` cannot be used: {str(error).splitlines()[0]}") from error
+        made = torch.zeros(1, device=raw)
+        if made.is_meta or made.item() != 0:
+            raise RuntimeError("it holds no values")
+    except Exception as error:  # whatever a backend raises that is not there
+        raise ValueError(f"device `{raw}` cannot be used: {(str(error).splitlines() or [''])[0]}") from error
     return str(raw)
 
 
@@ -226,6 +232,17 @@ def _float(raw: Any) -> float:
         return math.nan if isinstance(raw, bool) else float(raw)
     except (TypeError, ValueError):
         return math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def short(raw: Any) -> str:
+    """What was written, cut where it is long."""
+    try:
+        text = repr(raw)
+    except ValueError:  # Python prints no integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class ConfigError(ValueError):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _CALL = r"[A-Za-z_]\w*\s*(?:\(.*\))?"
 _SPEC = re.compile(rf"^(?:(?P<where>.+?\.py|[A-Za-z_][\w.]*):)?(?P<call>{_CALL})$", re.DOTALL)
+_LARGEST = 1e30
 _FILE_MODULE = "_poe_merge_file_"
 
 
@@ -117,6 +118,9 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{what}: it needs moments of data. Give their folder: `{example}`.")
     if _takes_moments(found):
         args, kwargs = _with_folder(args, kwargs, folders)
+    for number in (*args, *kwargs.values()):
+        if isinstance(number, int | float) and not abs(number) <= _LARGEST:
+            raise SpecError(f"{what}: an argument is out of range. Give a finite number of at most {_LARGEST:g}.")
     try:
         value = found(*args, **kwargs)
     except TypeError as error:
@@ -125,6 +129,8 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{what}: {error}. Write it as `{template}`.") from error
     except ValueError as error:
         raise SpecError(f"{what}: {error}") from error
+    except Exception as error:  # an argument of a kind that the class did not expect
+        raise SpecError(f"{what}: {type(error).__name__}: {error}. Give other arguments.") from error
     if kind is ENERGY:
         _check_energy(what, value)
     return value

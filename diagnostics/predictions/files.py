@@ -167,11 +167,12 @@ def _read(path: str | Path) -> dict[str, Array]:
         return {name: file[name] for name in file.files}
 
 
-def _require_small(archive: zipfile.ZipFile) -> None:
+def _require_small(archive: zipfile.ZipFile | None) -> None:
     """Refuse what unpacks to more than fits: a few kilobytes of zip may stand for terabytes."""
-    size = sum(entry.file_size for entry in archive.infolist())
-    if size > LARGEST or len(archive.infolist()) > MOST:
-        raise ValueError(f"{len(archive.infolist()):,} entries of {size:,} bytes, more than {MOST:,} of {LARGEST:,}")
+    entries = [] if archive is None else archive.infolist()
+    size = sum(entry.file_size for entry in entries)
+    if size > LARGEST or len(entries) > MOST:
+        raise ValueError(f"{len(entries):,} entries of {size:,} bytes, more than {MOST:,} of {LARGEST:,}")
 
 
 def _kind(path: str | Path, called: str) -> str:
