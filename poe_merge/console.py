@@ -19,8 +19,6 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from poe_models.weights.visible import visible
-
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.verdicts import Verdict
     from inference.models.merge import MergeReport, Plan
@@ -39,6 +37,11 @@ _SHOWN = 3
 def _console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)
+
+
+def visible(text: str) -> str:
+    """As ``poe_models.weights.visible``, whose package imports torch, which an error need not wait for."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(text: str) -> str:

@@ -137,7 +137,9 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
             )
         value = _float(raw)
         if not abs(value) <= most or value < low or (above and value == low) or (whole and value != int(value)):
-            raise ValueError(f"{short(raw)} is not {wanted}{f', at most {most:g}' if abs(value) > most else ''}")
+            raise ValueError(
+                f"{short(raw)} is not {wanted}{f', at most {most:g}' if most < abs(value) < math.inf else ''}"
+            )
         return int(value) if whole else value
 
     return Value(parse, "INTEGER" if whole else "NUMBER", default)
@@ -237,7 +239,7 @@ def _float(raw: Any) -> float:
 
 
 def short(raw: Any) -> str:
-    """What was written, cut where it is long."""
+    """Text of a value, cut where it is long."""
     try:
         text = repr(raw)
     except ValueError:  # Python prints no integers of thousands of digits
