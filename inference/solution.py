@@ -28,6 +28,10 @@ class Status(Enum):
         "stopped at a saddle, or at a point too flat to be told from one, where no start led lower: add starts "
         "('twin' and 'experts' are the default), or raise the scale or the anchor's precision"
     )
+    NO_MINIMUM = (
+        "not a minimum: the energy's own gradient, taken in float64, does not vanish there: lower the tolerance, "
+        "compute in float64, or check that rho carries its gradient"
+    )
     COMPUTED = "computed: a merging method has no solver"
     MAX_STEPS = "not converged: raise max_steps, or the scale or the anchor's precision, which make the energy easier"
 

@@ -6,7 +6,6 @@ for.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from typing_extensions import override
 
 from poe_merge import console as show
 from poe_merge.config import MergeConfig, parse_config
+from poe_merge.errors import explained
 from poe_merge.flags import ConfiguredCommand, overridden, with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.settings import Document, read_yaml
-from poe_merge.specs import METHOD, RESIDUAL_MAP, nearest, parse_spec
+from poe_merge.specs import METHOD, RESIDUAL_MAP, parse_spec
 
 if TYPE_CHECKING:
     from poe_models.weights.task_vectors import TaskVectors
@@ -36,8 +36,13 @@ app = typer.Typer(
 )
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", help="Import the modules that the configuration names: this runs their code, also in plan."
+    ),
+]
 INTERRUPTED = 130
-_LESS_MEMORY = "Free memory or take a larger machine; `poe-merge plan` says how much a merge takes."
 
 
 @app.callback(invoke_without_command=True)
@@ -56,12 +61,12 @@ def _root(
 
 @app.command(cls=ConfiguredCommand)
 @with_flags
-def plan(flags: Mapping[str, Any], config: Config = None) -> None:
+def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode = False) -> None:
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
 
-    settings, task_vectors = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags, allow_code)
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
@@ -73,6 +78,7 @@ def merge(
     flags: Mapping[str, Any],
     config: Config = None,
     out: Out = None,
+    allow_code: AllowCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
     """Merge, and write a Hugging Face folder."""
@@ -80,7 +86,7 @@ def merge(
     from poe_merge.build import custom_sources, designs_of
 
     out = _required(out, "merge")
-    settings, task_vectors = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags, allow_code)
     designs = designs_of(settings, task_vectors.base)
     with _bars(out) as bars:
         report = merge_checkpoint(
@@ -104,6 +110,7 @@ def stats(
     flags: Mapping[str, Any],
     config: Config = None,
     out: Out = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Read the weights once, and save the Span statistics that ``sample`` needs."""
     from inference.models.method_design import prepare_designs
@@ -111,7 +118,7 @@ def stats(
     from poe_merge.stats import make_statistics
 
     out = _required(out, "stats")
-    settings, task_vectors = _opened(config, flags)
+    settings, task_vectors = _opened(config, flags, allow_code)
     table = DesignTable(settings, task_vectors.base)
     with _bars(out) as bars:
         designs = prepare_designs(task_vectors, table, bars)
@@ -144,6 +151,7 @@ def sample(
     config: Config = None,
     members: Annotated[int, typer.Option("-n", "--members", min=1, help="How many merged models.")] = 10,
     out: Out = None,
+    allow_code: AllowCode = False,
     merged: Annotated[
         Path | None,
         typer.Option("--merge", help="Folder of `poe-merge merge` to draw around, instead of CONFIG."),
@@ -178,7 +186,9 @@ def sample(
     from poe_merge.sampling import Options, requested
 
     out = _required(out, "sample")
-    settings, task_vectors = _opened(config, flags) if merged is None else _taken_up(merged, config, flags)
+    settings, task_vectors = (
+        _opened(config, flags, allow_code) if merged is None else _taken_up(merged, config, flags, allow_code)
+    )
     options = Options(members, pattern, format, sampler, coordinates, temperature, stats, chains, draws, warmup, thin)
     what = requested(settings, options)
     table = designs_of(settings, task_vectors.base)
@@ -244,6 +254,7 @@ def check(
     flags: Mapping[str, Any],
     method: Annotated[str, typer.Argument(help="'Ties(density=0.1)', my_module:MyMethod(...)", show_default=False)],
     config: Config = None,
+    allow_code: AllowCode = False,
     not_promised: Annotated[
         list[str] | None,
         typer.Option("--not-promised", help="A property it need not have; once for each.", show_default=False),
@@ -257,9 +268,9 @@ def check(
     from poe_merge.check import check_method, summary
 
     real = config is not None or any(value is not None for value in flags.values())
-    task_vectors = _opened(config, flags)[1] if real else None
+    task_vectors = _opened(config, flags, allow_code)[1] if real else None
     report = check_method(method, task_vectors, not_promised or [], random_seed)
-    print(summary(report))
+    show.lines(summary(report))
     if report.broken:
         raise typer.Exit(1)
 
@@ -276,31 +287,34 @@ def methods() -> None:
     show.methods(METHOD.registry)
 
 
-def _opened(path: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
+def _opened(path: Path | None, flags: Mapping[str, Any], allow_code: bool) -> tuple[MergeConfig, TaskVectors]:
     """Read the configuration and open what it names."""
     document = overridden(Document() if path is None else read_yaml(path), flags)
-    settings = parse_config(document, [Path.cwd() if path is None else path.absolute().parent, Path.cwd()])
+    folders = [Path.cwd() if path is None else path.absolute().parent, Path.cwd()]
+    settings = parse_config(document, folders, allow_code=allow_code)
     return settings, _vectors(settings)
 
 
-def _taken_up(merged: Path, config: Path | None, flags: Mapping[str, Any]) -> tuple[MergeConfig, TaskVectors]:
+def _taken_up(
+    merged: Path, config: Path | None, flags: Mapping[str, Any], allow_code: bool
+) -> tuple[MergeConfig, TaskVectors]:
     """The configuration of a merge, and what it names."""
     from poe_merge.record import config_of
 
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
-    settings = config_of(merged, flags)
+    settings = config_of(merged, flags, allow_code=allow_code)
     return settings, _vectors(settings)
 
 
 def _vectors(settings: MergeConfig) -> TaskVectors:
-    """Open the checkpoints of a configuration; rules that match nothing are warned about."""
+    """Open the checkpoints of a configuration; rules and filters that fit nothing are warned about."""
     from poe_merge.build import open_task_vectors
+    from poe_merge.unmatched import unmatched
 
     task_vectors = open_task_vectors(settings)
-    for rule in task_vectors.unused_rules:
-        if rule.to_dict() in settings.rules:
-            show.warning(f"the rule {{match: {rule.match}, action: {rule.action}}} fits no tensor of the base.")
+    for text in unmatched(settings, task_vectors):
+        show.warning(text)
     return task_vectors
 
 
@@ -311,7 +325,10 @@ class InterruptedByUser(Exception):
 def _required(out: Path | None, command: str) -> Path:
     if out is None:
         raise ValueError(f"`poe-merge {command}`: give the folder to make, --out DIR.")
-    return out
+    try:
+        return out.expanduser()
+    except RuntimeError as error:  # ~somebody who has no home here
+        raise ValueError(f"--out {out}: {error}. Give another folder.") from error
 
 
 @contextmanager
@@ -336,8 +353,10 @@ def run(arguments: Sequence[str]) -> int:
         The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.
     """
     typed = [word for word in arguments if word != "--debug"]
+    command = get_command(app)
     try:
-        result = get_command(app).main(args=typed, prog_name="poe-merge", standalone_mode=False)
+        with show.python_warnings():
+            result = command.main(args=typed, prog_name="poe-merge", standalone_mode=False)
         if result == INTERRUPTED:  # typer's own answer to Ctrl-C
             show.warning("interrupted.")
         return result if isinstance(result, int) else 0
@@ -347,45 +366,9 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             raise
-        usage = hasattr(error, "format_message")  # typer's own, which come from either of two libraries
-        wrong_input = usage or _is_wrong_input(error)
-        show.error(_usage(error, arguments) if usage else _text(error, wrong_input))
-        return 2 if wrong_input else 1
-
-
-def _is_wrong_input(error: Exception) -> bool:
-    if isinstance(error, ValueError | OSError):
-        return True
-    from inference.models.disk import OutputError
-    from inference.models.memory import OutOfMemory, is_out_of_memory
-
-    return isinstance(error, OutputError | OutOfMemory) or is_out_of_memory(error)
-
-
-def _text(error: Exception, wrong_input: bool) -> str:
-    from inference.models.memory import OutOfMemory, is_out_of_memory
-
-    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
-        return f"out of memory ({str(error).partition('.')[0] or type(error).__name__}). {_LESS_MEMORY}"
-    return str(error) if wrong_input else f"{type(error).__name__}: {error} (--debug shows where)"
-
-
-def _usage(error: Any, arguments: Sequence[str]) -> str:
-    """A mistyped command or option, with the nearest that exists."""
-    message = error.format_message()
-    command = get_command(app)
-    commands = getattr(command, "commands", {})
-    if unknown := re.match(r"No such command '(.*?)'", message):
-        return f"no command `{unknown[1]}`; {nearest(unknown[1], commands)}Commands: {', '.join(commands)}."
-    if option := getattr(error, "option_name", None):
-        used = next((commands[word] for word in arguments if word in commands), command)
-        valid = [name for parameter in used.params for name in [*parameter.opts, *parameter.secondary_opts]]
-        if option not in valid:
-            where = f"poe-merge {used.name}" if used is not command else "poe-merge"
-            close = nearest(option, [name for name in valid if name.startswith("-")])
-            hint = "λ is `--scaling`. " if option == "--lambda" else close
-            return f"no option `{option}`; {hint}See `{where} --help`."
-    return message
+        message, status = explained(error, arguments, command)
+        show.error(message)
+        return status
 
 
 def main() -> None:

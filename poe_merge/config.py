@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
+from poe_merge.code_in_files import refuse_code
 from poe_merge.presets import PRESETS
 from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, nearest
@@ -313,21 +314,39 @@ _SECTIONS: dict[tuple[str, ...], type[Section]] = {
 }
 
 
-def load_config(path: Path) -> MergeConfig:
+def load_config(path: Path, *, allow_code: bool = False) -> MergeConfig:
     """Read a configuration from a YAML file.
 
-    Raises:
-        ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
-    """
-    return parse_config(read_yaml(path), dict.fromkeys((path.absolute().parent, Path.cwd())))
+    Args:
+        path: The file.
+        allow_code: Import the modules that it names, which runs their code.
 
-
-def parse_config(document: Document, folders: Iterable[Path] = ()) -> MergeConfig:
-    """Validate configuration data, whose relative paths and module names refer to the folders (if none, to this one).
+    Returns:
+        The configuration.
 
     Raises:
         ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
     """
+    return parse_config(read_yaml(path), dict.fromkeys((path.absolute().parent, Path.cwd())), allow_code=allow_code)
+
+
+def parse_config(document: Document, folders: Iterable[Path] = (), *, allow_code: bool = False) -> MergeConfig:
+    """Validate configuration data.
+
+    Args:
+        document: The data.
+        folders: Relative paths and module names refer to these, or to the current folder.
+        allow_code: Import modules that the data names; those that were typed as flags are imported always.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: If there are mistakes; lists all, each with its place and the nearest valid name.
+    """
+    if not allow_code:
+        values = [item for section in _SECTIONS.values() for item in section.values().items()]
+        refuse_code(document, {key for key, value in values if value.kind})
     problems = list(document.problems)
     try:
         config = MergeConfig.model_validate(document.data, context={"folders": tuple(folders)})

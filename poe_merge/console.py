@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -37,6 +39,21 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
+def visible(text: str) -> str:
+    """As ``poe_models.weights.visible``, whose package imports torch, which an error need not wait for."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """Text as a console may print it: visible, and no markup of Rich's."""
+    return escape(visible(text))
+
+
+def lines(text: str) -> None:
+    """Print text of several lines to stdout."""
+    print("\n".join(map(visible, text.split("\n"))))
+
+
 def error(message: str) -> None:
     """Print an error to stderr: one line unless it lists several things; the terminal's width breaks it."""
     _print("red", "error", message)
@@ -47,9 +64,23 @@ def warning(message: str) -> None:
     _print("yellow", "warning", message)
 
 
+@contextmanager
+def python_warnings() -> Iterator[None]:
+    """Print what libraries warn of as this program's own warnings.
+
+    Yields:
+        Nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where, **more: warning(str(message))
+        yield
+
+
 def _print(colour: str, word: str, message: str) -> None:
     console = _console(stderr=True)
-    text = Text.assemble((f"{word}:", colour), " ", message.strip())  # no markup, which eats the backslashes of a rule
+    first, *more = map(visible, message.strip().split("\n"))
+    lines = [first, *(line if line.startswith(" ") else f"  {line}" for line in more)]  # none passes for a new message
+    text = Text.assemble((f"{word}:", colour), " ", "\n".join(lines))  # no markup, which eats the backslashes of a rule
     console.print(text, soft_wrap=not console.is_terminal)
 
 
@@ -59,8 +90,8 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
     table.columns[0].overflow = "fold"
     table.columns[1].no_wrap = True
     for tensor in planned.tensors:
-        tied = "".join(f" = {escape(alias)}" for alias in tensor.aliases)
-        table.add_row(escape(tensor.name) + tied, "x".join(map(str, tensor.shape)), escape(str(tensor.treatment)))
+        tied = "".join(f" = {shown(alias)}" for alias in tensor.aliases)
+        table.add_row(shown(tensor.name) + tied, "x".join(map(str, tensor.shape)), shown(str(tensor.treatment)))
     console = _console()
     console.print(table)
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
@@ -70,6 +101,8 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
         "experts": ", ".join(task_vectors.names),
         "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
         f"{planned.count('base')} kept from the base",
+        "parameters": f"{planned.share('merge'):.1%} merged, {planned.share('average'):.1%} averaged with the same "
+        f"weights and λ, {planned.share('base'):.1%} kept from the base",
         "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
         "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
         "to read": f"{size(planned.read_bytes)} (checksums included)",
@@ -77,7 +110,7 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
         "free disk": f"{size(planned.disk_bytes)} needed while merging",
     }
     for key, value in rows.items():
-        facts.add_row(f"[bold]{key}[/bold]", escape(value))
+        facts.add_row(f"[bold]{key}[/bold]", shown(value))
     console.print()
     console.print(facts)
 
@@ -94,11 +127,11 @@ def report(done: MergeReport) -> None:
     groups = "group" if done.resumed_groups == 1 else "groups"
     resumed = f", {done.resumed_groups} {groups} from before" if done.resumed_groups else ""
     console.print(
-        f"{escape(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
+        f"{shown(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
         f"{done.seconds:.1f} s{resumed}."
     )
     if done.copied:
-        console.print(escape(f"Copied from the base's folder: {', '.join(done.copied)}."), soft_wrap=True)
+        console.print(shown(f"Copied from the base's folder: {', '.join(done.copied)}."), soft_wrap=True)
     if done.left_out:
         names = ", ".join(done.left_out)
         warning(f"left in the base's folder, links out of it or files of unknown kinds: {names}. Copy what you need.")
@@ -106,9 +139,14 @@ def report(done: MergeReport) -> None:
         share = done.rounded_back / done.updated
         console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")
     if done.experts:
-        console.print(escape(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}."), soft_wrap=True)
+        console.print(shown(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}."), soft_wrap=True)
     for text in concerns(done.experts):
         warning(text)
+    changed = done.tensors["merge"] + done.tensors["average"]
+    if done.equal_to_base and done.equal_to_base == changed:
+        warning("the merge is equal to the base: every tensor that was merged or averaged came out as it was.")
+    elif done.equal_to_base:
+        console.print(f"{done.equal_to_base} of {changed} merged or averaged tensors came out as the base's.")
     for name, count in done.status.items():
         status = Status[name.upper()]
         if not status.converged:
@@ -133,7 +171,7 @@ def statistics(done: StatisticsReport) -> None:
 
     about, maps = done.statistics, ", ".join(dict.fromkeys(done.statistics.residual_maps))
     _console().print(
-        escape(
+        shown(
             f"{done.out}: {len(about.modules)} modules, {len(about.updates)} experts ({', '.join(about.updates)}), "
             f"{maps} around the centre {about.center}; {_folder_size(done.out)} in {done.seconds:.1f} s; digest "
             f"{statistics_digest(about)[:12]}."
@@ -151,13 +189,13 @@ def sample(done: SampleReport) -> None:
     made = f"{done.out}: {what.members} members as {what.format}, {_folder_size(done.out)} in {done.seconds:.1f} s"
     modules = "1 module" if len(draws.modules) == 1 else f"{len(draws.modules)} modules"
     name = what.method if isinstance(what, Seeds) else what.sampler
-    console.print(escape(f"{made}; {modules} drawn by {name} {_how_drawn(what, done.shared)}."), soft_wrap=True)
+    console.print(shown(f"{made}; {modules} drawn by {name} {_how_drawn(what, done.shared)}."), soft_wrap=True)
     _chains(done, console)
     if done.drawn.experts:
         kept = ", ".join(map(_kept, done.drawn.experts))
-        console.print(escape(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
+        console.print(shown(f"The merge kept of the experts' updates: {kept}."), soft_wrap=True)
     if isinstance(draws, PosteriorDraws) and draws.from_merge is not None:
-        console.print(escape(f"{draws.about}: {draws.from_merge}."), soft_wrap=True)
+        console.print(shown(f"{draws.about}: {draws.from_merge}."), soft_wrap=True)
     for text in done.warnings:
         warning(text)
 
@@ -192,11 +230,11 @@ def _how_drawn(what: Sampling | Seeds, shared: int) -> str:
     return f"in {what.coordinates.capitalize()} coordinates at temperature {what.temperature:g}{rest}"
 
 
-def diagnosis(path: Path, warnings: Sequence[Verdict]) -> None:
+def diagnosis(path: Path, verdicts: Sequence[Verdict]) -> None:
     """Print where the page is and its warnings, the worst first."""
-    for found in warnings:
+    for found in verdicts:
         warning(f"{found.about}: {found.text}")
-    _console().print(f"{escape(str(path))}: {len(warnings) or 'no'} warning{'' if len(warnings) == 1 else 's'}.")
+    _console().print(f"{shown(str(path))}: {len(verdicts) or 'no'} warning{'' if len(verdicts) == 1 else 's'}.")
 
 
 def presets(known: Mapping[str, Preset]) -> None:
@@ -206,13 +244,13 @@ def presets(known: Mapping[str, Preset]) -> None:
     common = set.intersection(*({*map(str, preset.parameters.items())} for preset in known.values()))
     for name, preset in known.items():
         values = preset.parameters
-        table.add_row(name, str(values["scaling"]), values["scale"], escape(preset.about))
+        table.add_row(name, str(values["scaling"]), values["scale"], shown(preset.about))
     console = _console()
     console.print("Bui et al. (2026), arXiv 2607.01689, Table 5:\n")
     console.print(table)
     first = next(iter(known.values())).parameters
     shared = ", ".join(f"{key}: {value}" for key, value in first.items() if str((key, value)) in common)
-    console.print(f"\nAll of them: {escape(shared)}.")
+    console.print(f"\nAll of them: {shown(shared)}.")
 
 
 def methods(known: Mapping[str, type[MergingMethod]]) -> None:
@@ -226,8 +264,8 @@ def methods(known: Mapping[str, type[MergingMethod]]) -> None:
     console = _console()
     console.print(table)
     for name, method in known.items():
-        console.print(escape(f"\n{name}({', '.join(_settings(method))})"), soft_wrap=True)
-        console.print(escape(f"  {method.about.title}. {method.about.citation}"), soft_wrap=True)
+        console.print("\n" + shown(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
+        console.print(shown(f"  {method.about.title}. {method.about.citation}"), soft_wrap=True)
 
 
 def _settings(method: type[MergingMethod]) -> list[str]:
@@ -295,12 +333,12 @@ class Bars:
         """Add the bar of a stage; the first one makes them appear."""
         self._progress.start()
         self._solved = 0
-        self._task = self._progress.add_task(stage, total=nbytes, modules=modules, solved=0)
+        self._task = self._progress.add_task(shown(stage), total=nbytes, modules=modules, solved=0)
 
     def steps(self, stage: str) -> Callable[[int, int], None]:
         """Add the bar of a sampler; what is returned moves it on."""
         self._progress.start()
-        task = self._progress.add_task(stage, total=None, modules=0, solved=0, steps=True)
+        task = self._progress.add_task(shown(stage), total=None, modules=0, solved=0, steps=True)
         return lambda finished, total: self._progress.update(task, completed=finished, total=total)
 
     def advance(self, modules: int, nbytes: int) -> None:

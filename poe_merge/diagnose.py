@@ -19,9 +19,11 @@ from diagnostics.verdicts import Level, Verdict
 from inference.models.digest import Progress, Silent
 from inference.models.disk import replace_file
 from inference.models.draw_files import load_draws
+from inference.models.folder import RECORD
 from inference.models.model_draws import PosteriorDraws, SpanDraws
 from poe_merge.beside import beside_verdict
 from poe_merge.record import NotBuiltIn, design_of, experts_of, merge_of, read_record, task_vectors_of, unprepared
+from poe_merge.record_shape import understood
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
@@ -80,15 +82,16 @@ def diagnose(
     """
     record = read_record(run)
     found = Findings()
-    merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
-    modules = [module for tensor in merged for module in tensor["modules"]]
-    solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
-    if solved:
-        found.fixed_point = fixed_point_convergence(solved)
-    if draws is not None:
-        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
-    if tails and modules:
-        _fit_tails(run, record, found, seed, residual_map, num_surrogates, progress or Silent())
+    with understood(run / RECORD):
+        merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
+        modules = [module for tensor in merged for module in tensor["modules"]]
+        solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
+        if solved:
+            found.fixed_point = fixed_point_convergence(solved)
+        if draws is not None:
+            _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
+        if tails and modules:
+            _fit_tails(run, record, found, seed, residual_map, num_surrogates, progress or Silent())
     if predictions is not None:
         found.predictions = evaluate(load_predictions(predictions), seed=seed)
     return report(

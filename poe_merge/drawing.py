@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,11 @@ from inference.tempering import temperature_range
 from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
+from poe_merge.unmatched import nearest_part
 from poe_models.energies import Energy
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
+from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
 Steps = Callable[[str], Callable[[int, int], None]]
@@ -171,14 +172,14 @@ def _groups(
     tensor_of = {name: tensor for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)}
     groups: dict[int, tuple[Design, list[int]]] = {}
     for place, name in enumerate(modules):
-        if re.search(pattern, name):
+        if regular(pattern).search(name):
             design = designs(tensor_of[name])
             groups.setdefault(id(design), (design, []))[1].append(place)
     if not groups:
         shown = f"{', '.join(modules[:3])}{', ...' if len(modules) > 3 else ''}"
         raise ValueError(
-            f"--pattern {pattern!r}: fits none of the {len(modules)} merged modules ({shown}). `poe-merge plan` lists "
-            "the tensors."
+            f"--pattern {pattern!r}: fits none of the {len(modules)} merged modules ({shown}). "
+            f"{nearest_part(pattern, modules)}`poe-merge plan` lists the tensors."
         )
     return list(groups.values())
 

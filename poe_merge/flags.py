@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic_core import PydanticUndefined
 from typer.core import TyperCommand, TyperOption
 from typing_extensions import override
 
+from poe_merge import yaml_text
 from poe_merge.config import MergeConfig, ModelParameters, Section, label_of
 from poe_merge.settings import ConfigError, Document, Place, Value, located
 from poe_merge.specs import nearest
@@ -199,6 +199,6 @@ def _read(text: Any, flag: Flag) -> Any:
         here = located(text, (Path.cwd(),)) if flag.value.path else text
         return here if flag.value.kind is None or Path(here).exists() else text  # an anchor may be no path
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+        return yaml_text.read(text)[1]
+    except yaml_text.YamlError as error:
+        raise ConfigError(f"{text!r}: {error}") from error

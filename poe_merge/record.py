@@ -5,7 +5,6 @@ Only what ships with the toolkit is built: a file that says so imports nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -21,11 +20,13 @@ from inference.models.statistics_record import changed_input
 from inference.reweighting import SolverOptions
 from poe_merge.config import MergeConfig, parse_config
 from poe_merge.flags import overridden
+from poe_merge.record_shape import require_shape
 from poe_merge.settings import POE, ConfigError, Document
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
 from poe_merge.stats import Table, checkpoints_of
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.methods import METHODS, MergingMethod
+from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
 from poe_models.weights.rules import RuleTable
 from poe_models.weights.task_vectors import TaskVectors
@@ -56,20 +57,22 @@ def read_record(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{run}: no merge, {RECORD} is missing. Give a folder that `poe-merge merge` made.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}). Merge again.") from error
-    if not isinstance(record, dict) or not set(record) >= KEYS or not isinstance(record["tensors"], list):
+        record = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Merge again.") from error
+    if not set(record) >= KEYS or not isinstance(record["tensors"], list):
         raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
+    require_shape(path, record)
     return record
 
 
-def config_of(run: Path, flags: Mapping[str, Any]) -> MergeConfig:
+def config_of(run: Path, flags: Mapping[str, Any], *, allow_code: bool = False) -> MergeConfig:
     """Configuration that a folder was merged with, with another seed, device or output dtype if they were typed.
 
     Args:
         run: The merged folder.
         flags: Values of flags, as ``with_flags`` passes them.
+        allow_code: Import the modules that the record names.
 
     Returns:
         The configuration.
@@ -95,7 +98,7 @@ def config_of(run: Path, flags: Mapping[str, Any]) -> MergeConfig:
             f"{fixed[0]}: the merge in {run} was made with settings of its own, and draws around it have the same. "
             "Leave it out, or merge again with it."
         )
-    return parse_config(document, [run.absolute().parent, Path.cwd()])
+    return parse_config(document, [run.absolute().parent, Path.cwd()], allow_code=allow_code)
 
 
 def check_inputs(run: Path, task_vectors: TaskVectors, designs: Table, progress: Progress) -> None:

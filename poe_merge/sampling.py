@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from poe_merge.config import MergeConfig
 from poe_merge.settings import POE
 from poe_merge.specs import METHOD, names_method, nearest, parse_spec
 from poe_models.methods import METHODS
+from poe_models.weights.patterns import PatternError, pattern
 
 Coordinates = Literal["span", "full"]
 Format = Literal["checkpoints", "deltas"]
@@ -104,11 +104,9 @@ def requested(settings: MergeConfig, options: Options) -> Sampling | Seeds:
     """
     _check_choice("format", options.format, get_args(Format))
     try:
-        re.compile(options.pattern)
-    except re.error as error:
-        raise ValueError(
-            f"--pattern {options.pattern!r}: no regular expression: {error}. Write it like 'mlp.*fc2'."
-        ) from None
+        pattern(options.pattern)
+    except PatternError as error:
+        raise ValueError(f"--pattern {error} Write it like 'mlp.*fc2'.") from None
     return _sampling(settings, options) if settings.merge_method == POE else _seeds(settings, options)
 
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
+from poe_merge import yaml_text
 from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_spec, names_method, nearest
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ Place = tuple[str | int, ...]
 Folders = Sequence[Path]
 POE = "poe"
 """The merge method of this package: a product of experts."""
+_MOST_PROBLEMS = 20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -119,7 +121,11 @@ class Value:
 
 
 def number(default: float | None = None, low: float = -math.inf, *, above: bool = False, whole: bool = False) -> Value:
-    """A finite number of at least ``low``, or above it; YAML's reading of ``1e-3`` as text is understood."""
+    """A number of at least ``low``, or above it, and no larger than float32 (or a 64-bit integer) has room for.
+
+    YAML's reading of ``1e-3`` as text is understood.
+    """
+    most = 2.0**53 if whole else 1e30
     least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
     wanted = f"a {'whole' if whole else 'finite'} number{least}"
 
@@ -130,8 +136,10 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
                 "`[{filter: layers.0., value: 1.0}, {value: 0.5}]`"
             )
         value = _float(raw)
-        if not math.isfinite(value) or value < low or (above and value == low) or (whole and value != int(value)):
-            raise ValueError(f"{raw!r} is not {wanted}")
+        if not abs(value) <= most or value < low or (above and value == low) or (whole and value != int(value)):
+            raise ValueError(
+                f"{short(raw)} is not {wanted}{f', at most {most:g}' if most < abs(value) < math.inf else ''}"
+            )
         return int(value) if whole else value
 
     return Value(parse, "INTEGER" if whole else "NUMBER", default)
@@ -213,9 +221,11 @@ def device(raw: Any, folders: Folders) -> str:
     import torch
 
     try:
-        torch.empty(0, device=raw)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device `{raw}` cannot be used: {str(error).splitlines()[0]}") from error
+        made = torch.zeros(1, device=raw)
+        if made.is_meta or made.item() != 0:
+            raise RuntimeError("it holds no values")
+    except Exception as error:  # whatever a backend raises that is not there
+        raise ValueError(f"device `{raw}` cannot be used: {(str(error).splitlines() or [''])[0]}") from error
     return str(raw)
 
 
@@ -224,6 +234,17 @@ def _float(raw: Any) -> float:
         return math.nan if isinstance(raw, bool) else float(raw)
     except (TypeError, ValueError):
         return math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def short(raw: Any) -> str:
+    """Text of a value, cut where it is long."""
+    try:
+        text = repr(raw)
+    except ValueError:  # Python prints no integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class ConfigError(ValueError):
@@ -282,14 +303,11 @@ def read_yaml(path: Path) -> Document:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node, data = yaml_text.read(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    except yaml_text.YamlError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: a configuration is a mapping, with `base_model: ...` and `models: ...`.")
     document = Document(data, {(): f"{path}:1:1"})
@@ -298,6 +316,8 @@ def read_yaml(path: Path) -> Document:
         if place in document.origins and place[-1] != "<<":
             first = document.origins[place]
             document.problems.append(f"{where}: `{place[-1]}` is given twice, first at {first}. Keep one.")
+            if len(document.problems) == _MOST_PROBLEMS:
+                break
         document.wrote(place, where)
     return document
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _CALL = r"[A-Za-z_]\w*\s*(?:\(.*\))?"
 _SPEC = re.compile(rf"^(?:(?P<where>.+?\.py|[A-Za-z_][\w.]*):)?(?P<call>{_CALL})$", re.DOTALL)
+_LARGEST = 1e30
 _FILE_MODULE = "_poe_merge_file_"
 
 
@@ -117,6 +118,9 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{what}: it needs moments of data. Give their folder: `{example}`.")
     if _takes_moments(found):
         args, kwargs = _with_folder(args, kwargs, folders)
+    for number in (*args, *kwargs.values()):
+        if isinstance(number, int | float) and not abs(number) <= _LARGEST:
+            raise SpecError(f"{what}: an argument is out of range. Give a finite number of at most {_LARGEST:g}.")
     try:
         value = found(*args, **kwargs)
     except TypeError as error:
@@ -125,6 +129,8 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
         raise SpecError(f"{what}: {error}. Write it as `{template}`.") from error
     except ValueError as error:
         raise SpecError(f"{what}: {error}") from error
+    except Exception as error:  # an argument of a kind that the class did not expect
+        raise SpecError(f"{what}: {type(error).__name__}: {error}. Give other arguments.") from error
     if kind is ENERGY:
         _check_energy(what, value)
     return value
@@ -186,6 +192,16 @@ def is_spec(text: str) -> bool:
     return re.fullmatch(r"(?:.+:)?[A-Za-z_]\w*\(.*\)|.+:[A-Za-z_]\w*", text, re.DOTALL) is not None
 
 
+def names_code(text: Any) -> bool:
+    """Return whether a text names a class of a module or file, which reading it imports.
+
+    >>> names_code("mine:Energy(2.0)"), names_code("Cauchy"), names_code("runs/mnist")
+    (True, False, False)
+    """
+    match = _SPEC.match(text.strip()) if isinstance(text, str) else None
+    return match is not None and match["where"] is not None
+
+
 def source_file(found: type) -> Path | None:
     """The file that defines a class, if it has one."""
     file = getattr(sys.modules.get(found.__module__), "__file__", None)
@@ -226,6 +242,7 @@ def _check_energy(what: str, energy: Any) -> None:
         rho = energy.rho(q)
         fine = isinstance(rho, torch.Tensor) and rho.shape == q.shape and bool(rho.isfinite().all())
         slope = float(energy.weight(q)[0]) if fine else 0.0
+        pull = _slopes(energy) if fine else q
     except Exception as error:  # whatever a user's function raises
         raise SpecError(f"{what}: `rho` fails on {q.tolist()}: {type(error).__name__}: {error}") from error
     if not fine or abs(float(rho[0])) > 1e-9 or bool((rho.diff() < 0).any()):
@@ -234,11 +251,26 @@ def _check_energy(what: str, energy: Any) -> None:
             f"{what}: `rho({q.tolist()})` is {shown}. It must give one finite number for each q, 0 at q = 0, and never "
             "decrease."
         )
+    if not bool((pull > 0).any()):
+        raise SpecError(
+            f"{what}: the derivative of `rho` is 0 at every q, so that nothing would pull. Compute it from `q` with "
+            "torch, without `.detach()`, `.item()` or NumPy; a step function has no slope."
+        )
     if not math.isfinite(slope):
         raise SpecError(
             f"{what}: the derivative of `rho` at q = 0 is {slope}, where it must be finite. Round the corner, for "
             "instance with q + 1e-6 in place of q."
         )
+
+
+def _slopes(energy: Any) -> Any:
+    """Derivative of an energy at a few q, 0 where it carries none."""
+    import torch
+
+    q = torch.logspace(-3, 3, 25, dtype=torch.float64).requires_grad_()
+    rho = energy.rho(q)
+    found = torch.autograd.grad(rho.sum(), q, allow_unused=True)[0] if rho.requires_grad else None
+    return torch.zeros_like(q) if found is None else found
 
 
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:

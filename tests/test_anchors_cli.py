@@ -135,12 +135,14 @@ def test_a_method_of_one_s_own(cli: Cli, here: Path) -> None:
     assert "First(scale=0.5)" in record["designs"][0]["method"]
     base, mnist = (load_file(here / name / "model.safetensors")["1.attn.weight"] for name in ("base", "mnist"))
     assert_merged(here / "out", {"1.attn.weight": base + 0.5 * (mnist - base)})
-    assert custom_sources(load_config(write(here, merge_method="mine.py:First"))) == [here / "mine.py"]
+    assert custom_sources(load_config(write(here, merge_method="mine.py:First"), allow_code=True)) == [here / "mine.py"]
     as_anchor = write(here, parameters={"anchor": "mine.py:First(2.0)"})
-    assert custom_sources(load_config(as_anchor)) == [here / "mine.py"]
-    cli("merge", "config.yaml", "--out", "anchored")
+    assert custom_sources(load_config(as_anchor, allow_code=True)) == [here / "mine.py"]
+    cli("merge", "config.yaml", "--allow-code", "--out", "anchored")
     plain = write(here, parameters={"anchor": "mine.py:First"})  # without settings, as for every other kind of class
-    assert load_config(plain).resolved()["parameters"]["anchor"] == f"{here / 'mine.py'}:First(scale=1.0)"
+    assert (
+        load_config(plain, allow_code=True).resolved()["parameters"]["anchor"] == f"{here / 'mine.py'}:First(scale=1.0)"
+    )
 
 
 # --- as an anchor ---

@@ -246,6 +246,14 @@ def test_a_rule_that_fits_nothing_is_a_warning(cli: Cli) -> None:
     assert "warning: the rule {match: lm_haed, action: base} fits no tensor of the base." in err
 
 
+def test_a_filter_that_fits_nothing_is_a_warning(cli: Cli) -> None:
+    status, _, err = cli("plan", "config.yaml", "--energy", "[{filter: atn, value: Gaussian}, {value: Cauchy}]")
+    assert status == 0
+    assert "warning: the filter 'atn' of parameters.energy fits no tensor" in err
+    assert "Did you mean `attn`?" in err
+    assert not cli("plan", "config.yaml", "--energy", "[{filter: attn, value: Gaussian}, {value: Cauchy}]")[2]
+
+
 # --- what it refuses ---
 
 

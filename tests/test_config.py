@@ -172,7 +172,9 @@ def test_paths_are_relative_to_the_file(
     )
     models = "[{model: ./one}, {model: two/model.safetensors}]"
     text = f"{{base_model: base, models: {models}, parameters: {{energy: 'mine:Mine'}}}}"
-    made = load_config(write(folder, text))
+    with pytest.raises(ConfigError, match="--allow-code"):
+        load_config(write(folder, text))
+    made = load_config(write(folder, text), allow_code=True)
     assert made.base_model == str(folder / "base")
     assert [entry.label for entry in made.models] == ["one", "two"]
     assert open_task_vectors(made).names == ("one", "two")

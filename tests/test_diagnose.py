@@ -142,7 +142,7 @@ def test_a_record_holds_the_merge_that_made_the_folder(folders: Path, merged: Pa
             ProductOfExperts.of(NAMES), options=SolverOptions(("ones",), max_steps=3), center=given.base
         ),
     }
-    merge_checkpoint(given, lambda tensor: designs[tensor], tmp_path / "out")
+    merge_checkpoint(given, lambda tensor: designs.get(tensor, next(iter(designs.values()))), tmp_path / "out")
     record = diagnosis.read_record(tmp_path / "out")
     again = merge_of(record, given.base)
     assert {name: each.describe() for name, each in again.items()} == {n: d.describe() for n, d in designs.items()}

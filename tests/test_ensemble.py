@@ -181,8 +181,8 @@ def test_members_are_the_base_plus_lambda_times_the_draw(
                 assert_close(value, base[name] + scaling * z, 1e-12)
             elif name == "steps":
                 assert torch.equal(value, base[name])
-            else:  # norms and biases are averaged, and lambda does not scale them
-                assert_close(value, base[name] + updates[name].mean(0), 1e-12)
+            else:  # norms and biases are averaged, and λ means the same
+                assert_close(value, base[name] + scaling * updates[name].mean(0), 1e-12)
     assert not torch.equal(members[0]["out.weight"], members[1]["out.weight"])
     assert members[0]["out.bias"] is members[1]["out.bias"]
 

@@ -35,7 +35,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "rules": (["{match: a, action: base}", "{match: b, action: average}"], None),
     "dtype": ("float64", "float64"),
     "out_dtype": ("base", "base"),
-    "device": ("meta", "meta"),
+    "device": ("cpu:0", "cpu:0"),
     "seed": ("3", 3),
     "batch_bytes": ("4096", 4096),
     "weight": (["0.5"], 0.5),

@@ -13,13 +13,13 @@ A method may have a slash in its name, a task may not. An ``.npz`` keeps the ord
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,6 +29,10 @@ from diagnostics.printing import Brief
 
 __all__ = ["Predictions", "load_predictions", "predictions_of", "save_predictions"]
 
+LARGEST, MOST = 32 * 2**30, 100_000
+"""Most bytes, unpacked, and entries of a file."""
+_ODD_ZIP = (RuntimeError, NotImplementedError, zlib.error, SyntaxError, KeyError, MemoryError, OverflowError, TypeError)
+"""What NumPy lets through of encrypted, damaged or oddly compressed entries."""
 LABELS, PROBABILITIES = "labels", "probabilities"
 
 
@@ -126,9 +130,9 @@ def load_predictions(path: str | Path) -> Predictions:
     """
     try:
         entries = _read(path)
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError, *_ODD_ZIP) as error:
         raise ValueError(
             f"{path}: cannot be read as predictions ({error}). Make it with `save_predictions`."
         ) from error
@@ -159,7 +163,16 @@ def _read(path: str | Path) -> dict[str, Array]:
         file = np.load(stream, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array")
+        _require_small(file.zip)
         return {name: file[name] for name in file.files}
+
+
+def _require_small(archive: zipfile.ZipFile | None) -> None:
+    """Refuse what unpacks to more than fits: a few kilobytes of zip may stand for terabytes."""
+    entries = [] if archive is None else archive.infolist()
+    size = sum(entry.file_size for entry in entries)
+    if size > LARGEST or len(entries) > MOST:
+        raise ValueError(f"{len(entries):,} entries of {size:,} bytes, more than {MOST:,} of {LARGEST:,}")
 
 
 def _kind(path: str | Path, called: str) -> str:
@@ -171,6 +184,6 @@ def _kind(path: str | Path, called: str) -> str:
 
 def _labelled(method: str, task: str, probabilities: Array, labels: Array) -> Labelled:
     try:
-        return labelled(torch.as_tensor(probabilities), torch.as_tensor(labels), "predictions_of")
+        return labelled(probabilities, labels, "predictions_of")
     except ValueError as error:
         raise ValueError(f"{method!r} on {task!r}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -49,7 +50,7 @@ def checked_probabilities(probabilities: Array, called: str) -> Tensor:
         ...
     ValueError: `score(probabilities=...)`: row 0 sums to 3, not to 1. Give probabilities: `logits.softmax(-1)`.
     """
-    table = torch.as_tensor(probabilities).detach()
+    table = _tensor(probabilities, f"{called}(probabilities=...)", "probabilities in float32 or float64")
     if table.is_complex():
         raise ValueError(
             f"`{called}(probabilities=...)`: {table.dtype}. Probabilities are real numbers: give `logits.softmax(-1)`."
@@ -85,13 +86,14 @@ def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor
     Raises:
         ValueError: If they are no integers, not n, or out of range.
     """
-    values = torch.as_tensor(labels).detach()
+    values = _tensor(labels, f"{called}(labels=...)", "labels in int64")
     size, classes = shape
     if values.shape != (size,) or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(
             f"`{called}(labels=...)`: {values.dtype} of shape {tuple(values.shape)} for {size} rows of probabilities. "
             "Give one integer for each row."
         )
+    values = values.long()  # torch compares no unsigned integers above 8 bits
     outside = (values < 0) | (values >= classes)
     if bool(outside.any()):
         raise ValueError(
@@ -99,6 +101,20 @@ def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor
             "leave out examples without a label."
         )
     return values.long()
+
+
+def _tensor(values: Array, where: str, wanted: str) -> Tensor:
+    """An array as a tensor, also of dtypes that torch lacks: other byte orders, long double, lists of numbers."""
+    if isinstance(values, Tensor):
+        kind = "complex" if values.is_complex() else ""
+    else:
+        values = np.asarray(values)
+        native = values.dtype.newbyteorder("=")
+        kind = "" if native.kind in "biuf" else f"dtype {values.dtype}"
+        values = values.astype(np.float64 if native == np.longdouble else native, copy=False)
+    if kind:
+        raise ValueError(f"`{where}`: {kind}. Give {wanted}.")
+    return torch.as_tensor(values).detach()
 
 
 def labelled(probabilities: Array, labels: Array, called: str) -> Labelled:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
+from poe_models.weights.visible import visible
 
 __all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
 
@@ -89,6 +91,9 @@ class Plot(_Block):
     def base64(self) -> str:
         """The SVG: the same for the same picture, without date or random names; text as paths, which need no font."""
         buffer = io.BytesIO()
+        for text in self.figure.findobj(mpl.text.Text):  # a name with dollars is no formula, as a log axis' ticks are
+            if not text.get_text().startswith(r"$\mathdefault"):
+                text.set(parse_math=False, text="\n".join(map(visible, text.get_text().split("\n"))))
         with mpl.rc_context({"svg.hashsalt": "poe-merge", "svg.fonttype": "path"}):
             self.figure.savefig(buffer, format="svg", dpi=DOTS, metadata={"Date": None})
         return base64.b64encode(buffer.getvalue()).decode()
@@ -140,6 +145,13 @@ class Page(Brief):
     warnings: tuple[Verdict, ...]
 
 
+def _shown(value: object) -> object:
+    """Text of the page without control characters but line breaks; markup of the template's own stays."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(visible, value.split("\n")))
+
+
 def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Sequence[Verdict] = ()) -> Page:
     """The page: its warnings first, then the sections in order.
 
@@ -159,6 +171,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     template = Environment(
         loader=PackageLoader("diagnostics.report", "."),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     ).get_template("page.html.jinja")

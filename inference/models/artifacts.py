@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from inference.models.digest import file_digest
 from inference.models.staging import Staging, check_output
+from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import CheckpointError
 
 
@@ -73,10 +73,10 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path}: no {kind} here, {kind}.json is missing. Give the folder that was saved.")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}). Make the {kind} again.") from error
-    if not isinstance(record, dict) or record.get("kind") != kind:
+        record = read_object(file)
+    except ValueError as error:
+        raise CheckpointError(f"{error} Make the {kind} again.") from error
+    if record.get("kind") != kind:
         raise CheckpointError(f"{file}: not the {kind} of a merge. Give the folder that was saved.")
     return record
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
+
+from poe_models.weights.batches import mapped
 
 
 class CutError(ValueError):
@@ -115,13 +116,13 @@ class Cut:
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not features and name == self.name:
-                features.append(tree_map(_kept, (args, kwargs)))
+                features.append(mapped(_kept, (args, kwargs)))
             elif not features:
                 called.setdefault(name, [])
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if not features:
-                called[name].append(tree_map(_outlined, output))
+                called[name].append(mapped(_outlined, output))
 
         module = self._modules[name]
         return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
@@ -143,9 +144,7 @@ class Cut:
             if reached:
                 return None
             reached.append(True)
-            given: tuple[Any, Any] = tree_map(
-                lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, self._features[batch]
-            )
+            given: tuple[Any, Any] = mapped(lambda x: x.to(device, copy=True), self._features[batch])
             return given
 
         replaced = {}
@@ -174,7 +173,7 @@ def _stub(
     def forward(*args: Any, **kwargs: Any) -> Any:
         if reached:
             return original(*args, **kwargs)
-        return tree_map(lambda x: x.filled(device) if isinstance(x, _Outline) else x, next(remaining))
+        return mapped(lambda x: x.filled(device), next(remaining), _Outline)
 
     return forward
 
@@ -189,13 +188,13 @@ class _Outline:
         return torch.full_like(self.like, torch.nan, device=device)
 
 
-def _kept(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _kept(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
-def _outlined(value: Any) -> Any:
+def _outlined(value: Tensor) -> Tensor | _Outline:
     """Masks and indices stay: they are small, and NaN does not fit in them."""
-    return _Outline(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return _Outline(value) if value.is_floating_point() else value
 
 
 def _owns(module: str, tensor: str) -> bool:

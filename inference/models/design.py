@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from inference.gradient_check import judged
 from inference.map import fixed_point
 from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
@@ -71,12 +72,20 @@ class Design:
         """
         poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
         posterior = poe.bind(updates, self.coordinates, low_rank=low_rank if self.coordinates == "full" else None)
-        solution = fixed_point(posterior, **vars(self.options))
+        solution = judged(posterior, fixed_point(posterior, **vars(self.options)))
         return replace(solution, value=posterior.update(solution.value).to(updates.dtype))
 
     def order(self, names: Sequence[str]) -> list[int]:
         """Positions of the task vectors that the product is about, in the order of its updates."""
         return [names.index(name) for name in self.poe.update_names]
+
+    def importance(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Importance of each task vector, by which tensors without a product of their own are averaged.
+
+        It is 0 for one that the product is not about, and the mean of its experts' where several share an update.
+        """
+        own = [[each.importance for each in self.poe.experts if each.update_name == name] for name in names]
+        return tuple(sum(values) / len(values) if values else 0.0 for values in own)
 
     @property
     def method(self) -> MergingMethod | None:

@@ -97,8 +97,9 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
     """
     tensors, record = read_artifact(path, _KIND)
     try:
+        _require_texts(record)
         draws = _read(tensors, record)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: incomplete draws ({type(error).__name__}: {error}). Draw them again."
         ) from error
@@ -111,6 +112,17 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
     if isinstance(draws, FullDraws):
         warn_of_changes(draws.environment)
     return draws
+
+
+def _require_texts(record: dict[str, Any]) -> None:
+    """Refuse a record whose names are none."""
+    for key in ("modules", "designs", "through", "updates", "experts"):
+        names = record.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} is no list of names")
+    for key in ("source", "sampler", "method", "coordinates"):
+        if not isinstance(record.get(key, ""), str):
+            raise ValueError(f"{key} is no text")
 
 
 def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from inference.models.modules import Module, feed, merged_update, module_names, 
 from inference.models.surrounding import distance_of_module, gibbs_distance
 from inference.propriety import undetermined
 from poe_models.operators import sum_of_squares
+from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
 __all__ = ["TOLERANCE", "RegenerationWarning", "environment", "noise_control", "sample_full"]
@@ -103,7 +103,8 @@ def _wanted(task_vectors: TaskVectors, pattern: str) -> dict[str, list[str]]:
     """Merged tensors with the names of their modules that a pattern finds."""
     merged = [tensor for tensor, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     found = {
-        tensor: [name for name in module_names(task_vectors, tensor) if re.search(pattern, name)] for tensor in merged
+        tensor: [name for name in module_names(task_vectors, tensor) if regular(pattern).search(name)]
+        for tensor in merged
     }
     if not any(found.values()):
         raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")

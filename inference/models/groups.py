@@ -46,7 +46,9 @@ def merge_group(
         with _seeded(seed, task_vectors.device):
             made = _solved(task_vectors, group.tensors, first.design)
     elif first.treatment.action == "average":
-        made = ((tensor, task_vectors.average(tensor.name).cpu(), []) for tensor in group.tensors)
+        made = (
+            (each, task_vectors.average(each.name, each.importance, each.scaling).cpu(), []) for each in group.tensors
+        )
     else:
         made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in group.tensors)
     tensors, records = {}, []
@@ -54,6 +56,10 @@ def merge_group(
         rounded, rounding = _rounded(task_vectors, tensor, value)
         tensors[tensor.name] = rounded
         records.append(_record(tensor, rounding))
+        if tensor.treatment.action != "base" and torch.equal(rounded, task_vectors.base.read(tensor.name).to(rounded)):
+            records[-1]["equals_base"] = True
+        if tensor.treatment.action == "average":
+            records[-1] |= {"importance": list(tensor.importance), "scaling": tensor.scaling}
         if tensor.design is not None:
             records[-1] |= {"design": designs.index(tensor.design), "modules": modules}
     return tensors, records

@@ -141,7 +141,8 @@ class MemberTensors:
             if treatment.action == "base":
                 return self.base.read(tensor).clone()
             if treatment.action == "average":
-                return self.task_vectors.average(tensor).cpu()
+                decided, names = self.design_of(tensor), self.task_vectors.names
+                return self.task_vectors.average(tensor, decided.importance(names), decided.scaling).cpu()
         assert treatment.view is not None
         design = self.design_of(tensor)
         blocks = self._merged(tensor, draw) if isinstance(design, MethodDesign) else self._drawn(tensor, design, draw)

@@ -50,6 +50,7 @@ class MergeReport:
         experts: How much the merge kept of every expert, over all matrices.
         updated: Entries of half-precision tensors that the merge changed, before rounding; 0 without such tensors.
         rounded_back: How many of them rounding to half precision took back to the base's value.
+        equal_to_base: Merged or averaged tensors that came out as the base's.
         nbytes: Bytes of weights written.
         copied: Names of the files of the base's folder that came along.
         left_out: Names of those that were left there: links out of it, and files of unknown kinds.
@@ -65,6 +66,7 @@ class MergeReport:
     experts: tuple[ExpertRetention, ...]
     updated: int
     rounded_back: int
+    equal_to_base: int
     nbytes: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -99,7 +101,8 @@ def merge_checkpoint(
 
     The folder has the base's shards, config and tokenizer files, a model card, and ``poe_merge.json`` with the digests
     of all inputs, versions, settings, and what happened to each tensor. Merged tensors are ``W_0 + λ Z``, averaged ones
-    ``W_0 + mean(U_i)``. The work is done in ``OUT.partial`` beside it, which an interrupted merge leaves behind.
+    ``W_0 + λ Σ ω_i U_i / Σ ω_i`` with the experts' importances ω. The work is done in ``OUT.partial`` beside it, which
+    an interrupted merge leaves behind.
 
     Args:
         task_vectors: Base and experts.
@@ -137,6 +140,7 @@ def merge_checkpoint(
         "device": str(task_vectors.device),
         "batch_bytes": batch_bytes,
         "designs": [each.describe() for each in planned.designs],
+        "averages": sorted({(t.scaling, *t.importance) for t in planned.tensors if t.treatment.action == "average"}),
         "rules": task_vectors.rules.to_dicts(),
         "inputs": inputs,
         "versions": versions(),
@@ -222,6 +226,7 @@ def _report(base: Checkpoint, out: Path, planned: Plan, resumed: int, seconds: f
         experts=_retention(records),
         updated=updated,
         rounded_back=rounded_back,
+        equal_to_base=sum("equals_base" in record for record in records),
         nbytes=planned.write_bytes,
         copied=tuple(record["copied"]),
         left_out=tuple(left_out(base)),

@@ -33,6 +33,10 @@ class MethodDesign:
         """Positions of the task vectors that are merged: all of them."""
         return list(range(len(names)))
 
+    def importance(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Importance of each task vector, by which tensors that the method does not see are averaged: the same."""
+        return (1.0,) * len(names)
+
     def solve(self, batch: ModuleBatch) -> Solution[MethodInfo]:
         """Merge a batch of modules; ``value`` of the solution is ``(M, d_out, d_in)``."""
         value = self.method.merge(batch)
@@ -136,16 +140,15 @@ def prepare_designs(
     """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
 
     Designs that differ in something else than the method, such as λ, are one model to it. The result gives the ready
-    design of each merged tensor by its name, the same object where it was the same.
+    design of each merged or averaged tensor by its name, the same object where it was the same.
     """
     merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    given = {name: designs(name) for name in merged}
-    ready: dict[int, AnyDesignT] = {}
+    given = {name: designs(name) for name, each in task_vectors.treatments.items() if each.action != "base"}
+    ready: dict[int, AnyDesignT] = {id(design): design for design in given.values()}
     known: list[tuple[MergingMethod, list[int], MergingMethod]] = []
-    for design in {id(each): each for each in given.values()}.values():
+    for design in {id(given[name]): given[name] for name in merged}.values():
         method, order = design.method, design.order(task_vectors.names)
         if method is None or method.ready:
-            ready[id(design)] = design
             continue
         found = next((after for before, about, after in known if (before, about) == (method, order)), None)
         if found is None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from inference.models.method_design import AnyDesigns, MethodDesign, as_any_func
 from inference.models.modules import feed, module_names
 from inference.models.named_draws import ModelDraws
 from poe_models.operators import sum_of_squares
+from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
 __all__ = ["MethodDraws", "method_text"]
@@ -141,7 +141,7 @@ def _drawn(task_vectors: TaskVectors, design: AnyDesigns, pattern: str) -> Mappi
         require_data(each.method)
         texts[id(each)] = texts.get(id(each)) or method_text(each, task_vectors)
     found = {
-        tensor: {name: texts[id(each)] for name in module_names(task_vectors, tensor) if re.search(pattern, name)}
+        tensor: {name: texts[id(each)] for name in module_names(task_vectors, tensor) if regular(pattern).search(name)}
         for tensor, each in random.items()
     }
     if not any(found.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from inference.models.folder import hub_id, rounding_of, short_source, statuses
 from poe_models.weights.loading import Checkpoint
+from poe_models.weights.visible import visible
 
 _CITATIONS = """\
 ```bibtex
@@ -39,7 +41,7 @@ _CARD = """\
 
 A merge of {count} fine-tuned models made with poe-merge: {approach}.
 
-- **Base:** `{base}`
+- **Base:** {base}
 {sources}
 
 ## Design
@@ -51,6 +53,8 @@ A merge of {count} fine-tuned models made with poe-merge: {approach}.
 |---:|---|---|---|
 {treatments}
 
+{shares}
+
 ## Convergence
 
 {convergence}
@@ -60,6 +64,29 @@ Digests of all inputs, versions, settings and the record of every tensor are in 
 ## Citation
 
 {citations}"""
+
+
+_ACTIONS = {"merge": "merged", "average": "averaged", "base": "base kept"}
+_MEANS_SOMETHING = re.compile(r"[\\`*_<>#|~$&!@]|\](?=[(\[:])|:(?=//)|(?<=www)\.")
+"""Characters that Markdown, HTML in it, or the Hub would read as more than themselves."""
+
+
+def markdown(text: object) -> str:
+    r"""Text as Markdown that shows it and does nothing else.
+
+    >>> print(markdown("<b>a_b</b>"))
+    \<b\>a\_b\</b\>
+    """
+    return _MEANS_SOMETHING.sub(r"\\\g<0>", visible(str(text)))
+
+
+def code(text: object) -> str:
+    """Text as a span of code, also in a table.
+
+    >>> code("Cauchy()")
+    '`Cauchy()`'
+    """
+    return f"`{visible(str(text)).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
@@ -76,13 +103,16 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
     }
     text = _CARD.format(
         header=data.to_yaml(),
-        names=" + ".join(roles),
+        names=" + ".join(map(markdown, roles)),
         count=len(roles),
         approach=_approach(record["designs"]),
-        base=short_source(base.source),
-        sources="\n".join(f"- **Expert {name}:** `{short_source(each['source'])}`" for name, each in roles.items()),
+        base=code(short_source(base.source)),
+        sources="\n".join(
+            f"- **Expert {markdown(name)}:** {code(short_source(each['source']))}" for name, each in roles.items()
+        ),
         designs="\n".join(line for index, each in enumerate(record["designs"]) for line in _design_lines(index, each)),
         treatments="\n".join(_treatment_rows(record["tensors"])),
+        shares=_shares(record["tensors"]),
         convergence="\n".join(_convergence_lines(record["tensors"])),
         citations=_CITATIONS,
     )
@@ -92,7 +122,7 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
 def _approach(designs: Sequence[Mapping[str, Any]]) -> str:
     """The approach in half a sentence."""
     titles = dict.fromkeys(design["title"] for design in designs if "method" in design)
-    parts = [f"by {' and '.join(titles)}"] if titles else []
+    parts = [f"by {' and '.join(map(markdown, titles))}"] if titles else []
     if any("experts" in design for design in designs):
         parts.append(
             "each model is an expert with an energy over the merged update of the weights, and the merge is the "
@@ -104,19 +134,21 @@ def _approach(designs: Sequence[Mapping[str, Any]]) -> str:
 def _design_lines(index: int, design: Mapping[str, Any]) -> list[str]:
     if "method" in design:
         return [
-            f"Design {index}: W = W_0 + {design['scaling']:g} Z, Z by {design['title']} ({design['citation']}):",
+            f"Design {index}: W = W_0 + {design['scaling']:g} Z, Z by {markdown(design['title'])} "
+            f"({markdown(design['citation'])}):",
             "",
-            f"    {design['method']}",
+            f"    {visible(design['method'])}",
             "",
         ]
     rows = [
-        f"| {e['name']} | `{e['residual_map']}` | `{e['energy']}` | `{e['scale']}` | {e['importance']:g} |"
+        f"| {markdown(e['name'])} | {code(e['residual_map'])} | {code(e['energy'])} | {code(e['scale'])} | "
+        f"{e['importance']:g} |"
         for e in design["experts"]
     ]
     anchor = design["anchor"]
-    center = "the base" if anchor["center"] is None else f"`{short_source(str(anchor['center']))}`"
+    center = "the base" if anchor["center"] is None else code(short_source(str(anchor["center"])))
     return [
-        f"Design {index}: W = W_0 + {design['scaling']:g} Z, anchored at {center} with `{anchor['precision']}`, "
+        f"Design {index}: W = W_0 + {design['scaling']:g} Z, anchored at {center} with {code(anchor['precision'])}, "
         f"{design['coordinates']} coordinates.",
         "",
         "| expert | residual map | energy | scale | importance |",
@@ -128,11 +160,21 @@ def _design_lines(index: int, design: Mapping[str, Any]) -> list[str]:
 
 def _treatment_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
     kinds = Counter((record["action"], record["view"] or "", record["reason"]) for record in tensors)
-    names = {"merge": "merged", "average": "averaged", "base": "base kept"}
     return [
-        f"| {n} | {names[action]} | {view} | {reason.replace('|', '/')} |"
+        f"| {n} | {_ACTIONS[action]} | {markdown(view)} | {markdown(reason)} |"
         for (action, view, reason), n in kinds.items()
     ]
+
+
+def _shares(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the parameters that the approach is about, in a sentence."""
+    sizes = {action: sum(each["numel"] for each in tensors if each["action"] == action) for action in _ACTIONS}
+    total = sum(sizes.values()) or 1
+    told = ", ".join(f"{size / total:.1%} {_ACTIONS[action]}" for action, size in sizes.items())
+    return (
+        f"Of all parameters: {told}. The approach above is about the merged ones; averaged tensors are W_0 + λ times "
+        "the mean of the updates, weighted by the experts' importance."
+    )
 
 
 def _convergence_lines(tensors: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.gradient_check import judged
 from inference.map import fixed_point
 from inference.models.design import Design, require_alike
 from inference.reweighting import SolverOptions
@@ -50,7 +51,7 @@ class Module:
         """The MAP in Full coordinates, ``(d_out, d_in)``; it is the same at every temperature."""
         if self.known_mode is not None:
             return self.known_mode
-        solution = fixed_point(self.posterior, **vars(self.options))
+        solution = judged(self.posterior, fixed_point(self.posterior, **vars(self.options)))
         if not solution.status[0].converged:
             warnings.warn(f"the MAP of {self.name!r}: {solution.status[0]}", stacklevel=2)
         return solution.value[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from inference.merge_distance import FAR, MergeDistance
 from inference.samplers import SAMPLERS
+from poe_models.weights.patterns import pattern as regular
 
 _PLACES = {
     ("full", "full"): "Full coordinates",
@@ -163,7 +163,7 @@ class ModelDraws(ABC):
         Raises:
             ValueError: If it finds none.
         """
-        kept = [index for index, name in enumerate(self.modules) if re.search(pattern, name)]
+        kept = [index for index, name in enumerate(self.modules) if regular(pattern).search(name)]
         if not kept:
             raise ValueError(
                 f"`restrict({pattern!r})`: fits none of the {len(self.modules)} modules that were drawn "

@@ -37,6 +37,8 @@ class TensorPlan:
         matrices: Shapes ``(d_out, d_in)`` of the matrices it is seen as; empty if it is not merged.
         dtype: Dtype it is written in.
         design: The design of a merged tensor.
+        importance: Weights of the experts in the mean of an averaged tensor.
+        scaling: Factor λ of the update that is merged or averaged.
     """
 
     name: str
@@ -46,6 +48,8 @@ class TensorPlan:
     matrices: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     design: AnyDesign | None
+    importance: tuple[float, ...] = ()
+    scaling: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +151,12 @@ class Plan:
         """Number of matrices that are solved."""
         return sum(group.modules for group in self.groups)
 
+    def share(self, action: str) -> float:
+        """Share of the parameters that are merged, averaged, or kept from the base."""
+        sizes = {id(tensor): math.prod(tensor.shape) for tensor in self.tensors}
+        found = sum(sizes[id(tensor)] for tensor in self.tensors if tensor.treatment.action == action)
+        return found / (sum(sizes.values()) or 1)
+
     def count(self, action: str) -> int:
         """Number of tensors that are merged, averaged, or kept from the base."""
         return sum(tensor.treatment.action == action for tensor in self.tensors)
@@ -239,7 +249,8 @@ def _tensor_plan(
 ) -> TensorPlan:
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
-    design = for_tensor(name) if treatment.action == "merge" else None
+    decided = None if treatment.action == "base" else for_tensor(name)
+    design = decided if treatment.action == "merge" else None
     if isinstance(design, Design) and design.center is not None:
         require_alike(design.center, "anchor", base, name)
     return TensorPlan(
@@ -250,6 +261,8 @@ def _tensor_plan(
         matrices=() if treatment.view is None else tuple(treatment.view.block_shapes(info.shape)),
         dtype=out_dtype if out_dtype is not None and info.dtype.is_floating_point else info.dtype,
         design=design,
+        importance=() if decided is None else decided.importance(task_vectors.names),
+        scaling=1.0 if decided is None else decided.scaling,
     )
 
 

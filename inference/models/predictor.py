@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from inference.models.cut import Cut, CutError, structural_cut
+from poe_models.weights.batches import fingerprint, mapped
 
 _log = logging.getLogger("inference.models.ensemble")
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -83,19 +83,19 @@ class Runner:
                 asked for cannot be used.
         """
         state = {f"model.{name}": value for name, value in {**self._fixed, **self._fitted(changing)}.items()}
-        results, fingerprint = [], []
+        results, seen = [], []
         if self._cut is not None and self._passes == 0:
             self._cut.clear()
         with _evaluating(self._model):
             for index, batch in enumerate(self._loader):
-                fingerprint.append(_fingerprint(batch))
-                if self._fingerprint is not None and fingerprint[-1:] != self._fingerprint[index : index + 1]:
+                seen.append(_fingerprint(batch, index))
+                if self._fingerprint is not None and seen[-1:] != self._fingerprint[index : index + 1]:
                     raise _other_batches(index)
-                moved = tree_map(lambda x: x.to(self._device) if isinstance(x, Tensor) else x, batch)
+                moved = mapped(lambda x: x.to(self._device), batch)
                 results.append(_log_probabilities(self._run(state, moved, index)))
-        if self._fingerprint is not None and len(fingerprint) != len(self._fingerprint):
-            raise _other_batches(len(fingerprint))
-        self._fingerprint = fingerprint
+        if self._fingerprint is not None and len(seen) != len(self._fingerprint):
+            raise _other_batches(len(seen))
+        self._fingerprint = seen
         self._passes += 1
         if not results:
             raise ValueError("`predict(loader=...)`: the loader has no batches. Give it some data.")
@@ -256,14 +256,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _fingerprint(batch: Any) -> str:
-    """A number that another batch hardly has."""
-    total = 0.0
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            flat = leaf.detach().reshape(-1)[:4096].double()
-            total += float((flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum()) + leaf.numel()
-    return repr(total)
+def _fingerprint(batch: Any, index: int) -> str:
+    try:
+        return fingerprint(batch)
+    except ValueError as error:
+        raise ValueError(f"`predict(loader=...)`: batch {index}: {error}") from error
 
 
 def _other_batches(index: int) -> ValueError:

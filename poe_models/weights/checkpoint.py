@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from poe_models.weights.json_files import read_object
 
 
 class CheckpointError(ValueError):
@@ -181,12 +182,9 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that must hold a JSON object; a ``CheckpointError`` says so if it does not."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Copy the file anew.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. Copy the file anew.")
-    return value
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error} Copy the file anew.") from error
 
 
 # Names that only a quantiser writes, and the format they belong to.

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from poe_models.weights.batches import mapped, tensors_of
 from poe_models.weights.checkpoint import nearest
 from poe_models.weights.module_inputs import recorder_of
 from poe_models.weights.task_vectors import block_names
@@ -184,7 +185,7 @@ def _terms(logits: Any, labels: Tensor | None) -> Iterator[tuple[float, Tensor]]
 def _examples(batch: Any) -> Iterator[Any]:
     # Each example of a batch, as a batch of one.
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0}
+    sizes = {len(leaf) for leaf in tensors_of(batch) if leaf.ndim > 0}
     if len(sizes) != 1:
         raise ValueError(
             f"a batch ({type(batch).__name__}) has tensors of lengths {sorted(sizes)}, and Fisher information is "
@@ -192,7 +193,11 @@ def _examples(batch: Any) -> Iterator[Any]:
         )
     for index in range(sizes.pop()):
         one = slice(index, index + 1)
-        yield tree_map(lambda leaf, one=one: leaf[one] if isinstance(leaf, Tensor) and leaf.ndim > 0 else leaf, batch)
+        yield mapped(partial(_taken, one), batch)
+
+
+def _taken(rows: slice, tensor: Tensor) -> Tensor:
+    return tensor[rows] if tensor.ndim > 0 else tensor
 
 
 def _blocks(views: Mapping[str, View], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 
@@ -9,7 +10,7 @@ from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInf
 from poe_models.weights.loading import same_weights
 from poe_models.weights.rules import RuleTable, Treatment
 
-_SHOWN = 5
+_SHOWN, _IN_A_RULE = 5, 100
 
 
 def refuse_misfits(
@@ -43,19 +44,21 @@ def refuse_misfits(
             f"not fit {base.source}{f', the first {_SHOWN} are' if len(problems) > _SHOWN else ''}:\n"
             + "".join(f"  - {text}\n" for text, _ in problems[:_SHOWN])
             + "Every expert must be fine-tuned from this base. To keep the base's tensor, or leave out an expert's, "
-            f"add a rule, here for instance {suggested_rule(problems[0][1])}."
+            f"add a rule, here {suggested_rule(*dict.fromkeys(name for _, name in problems[:_IN_A_RULE]))}."
         )
 
 
-def suggested_rule(name: str) -> str:
-    """The rule that keeps a tensor at the base, in YAML's inline form.
+def suggested_rule(*names: str) -> str:
+    r"""The rule that keeps some tensors at the base and no others, in YAML's inline form.
 
-    >>> suggested_rule("model.embed_tokens.weight")
-    '{match: embed_tokens, action: base}'
+    >>> print(suggested_rule("embed_tokens.weight"))
+    {match: '^embed_tokens\.weight$', action: base}
     """
-    module, _, last = name.rpartition(".")
-    word = module.rpartition(".")[2] if last in {"weight", "bias"} and module else last
-    return f"{{match: {re.escape(word) if not word.isdigit() else re.escape(name)}, action: base}}"
+    quoted = "|".join(map(re.escape, names))
+    match = f"^({quoted})$" if len(names) > 1 else f"^{quoted}$"
+    # only YAML's double quotes, which are JSON's, can write control characters
+    text = "'" + match.replace("'", "''") + "'" if match.isprintable() else json.dumps(match)
+    return f"{{match: {text}, action: base}}"
 
 
 def _misfits(base: Checkpoint, expert: Checkpoint, treatments: Mapping[str, Treatment]) -> Iterator[tuple[str, str]]:

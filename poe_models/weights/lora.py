@@ -22,7 +22,6 @@ same: merge the adapter with PEFT and give the folder of the merged model.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from poe_models.weights.checkpoint import (
     stamp_of,
 )
 from poe_models.weights.lora_names import Renaming, find_renaming, refuse_untied, sort_keys
+from poe_models.weights.patterns import PatternError, pattern
 from poe_models.weights.rules import CONV1D_TYPES, DEFAULT_RULES, model_type_of
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile
 
@@ -121,6 +121,9 @@ class LoraSettings:
             raise CheckpointError(
                 f"{path}: {reason} is not supported. Merge the adapter with PEFT and give that folder."
             )
+        for field in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(field) or {}, dict):
+                raise CheckpointError(f"{path}: {field!r} is {config[field]!r}, not a mapping. Correct the config.")
         settings = cls(
             rank=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
@@ -146,9 +149,12 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def _from_pattern(pattern: Mapping[str, T], module: str, default: T) -> T:
+def _from_pattern(table: Mapping[str, T], module: str, default: T) -> T:
     """Look a module up as PEFT does: the first key that matches the end of its name, as a regular expression."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    try:
+        return next((value for key, value in table.items() if pattern(rf"(.*\.)?({key})$").match(module)), default)
+    except PatternError as error:
+        raise CheckpointError(f"adapter_config.json: {error}") from error
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from typing import Any, Literal, get_args
 from typing_extensions import override
 
 from poe_models.weights.checkpoint import Checkpoint, TensorInfo
+from poe_models.weights.patterns import PatternError, pattern
 from poe_models.weights.views import View
 
 Action = Literal["merge", "average", "base"]
@@ -72,13 +72,12 @@ class Rule:
     note: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.match, str):
+            raise ValueError(f"`Rule(match={self.match!r})`: not a regular expression. Write the name of a tensor.")
         try:
-            re.compile(self.match)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"`Rule(match={self.match!r})`: not a regular expression ({error}). Escape special characters with a "
-                "backslash."
-            ) from error
+            pattern(self.match)
+        except PatternError as error:
+            raise ValueError(f"`Rule(match=...)`: {error} Escape special characters with a backslash.") from error
         _one_of("action", self.action, get_args(Action))
         _one_of("shape", self.shape, get_args(Shape))
         if self.view is not None and self.action != "merge":
@@ -94,7 +93,7 @@ class Rule:
     def applies(self, names: Iterable[str], info: TensorInfo, model_type: str | None) -> bool:
         """Return whether the rule is about a tensor, given all its names (several if it is tied)."""
         typed = not self.model_types or model_type in self.model_types or (model_type is None and not self.known)
-        return typed and _SHAPES[self.shape](info.shape) and any(re.search(self.match, name) for name in names)
+        return typed and _SHAPES[self.shape](info.shape) and any(map(pattern(self.match).search, names))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rule:

@@ -153,14 +153,16 @@ class TaskVectors:
         parts = zip(block_names(name, len(shapes)), bases, updates, low_rank, strict=True)
         return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
 
-    def average(self, tensor: str) -> Tensor:
+    def average(self, tensor: str, importance: Sequence[float] | None = None, scaling: float = 1.0) -> Tensor:
         """Read one tensor of every model and add the mean update to the base's.
 
         Args:
             tensor: Name of a tensor that is averaged or merged.
+            importance: Weight ω of each expert in the mean; the same for all if not given.
+            scaling: Factor λ of the mean.
 
         Returns:
-            The tensor W_0 + mean of U_i, in the compute dtype.
+            The tensor W_0 + λ Σ ω_i U_i / Σ ω_i, in the compute dtype; W_0 if no expert has any weight.
 
         Raises:
             CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
@@ -173,10 +175,12 @@ class TaskVectors:
                 f"base: `base.read({tensor!r})`."
             )
         base = self._base(name)
+        weights = [1.0] * len(self.names) if importance is None else list(importance)
         total = torch.zeros_like(base)
-        for expert in self.names:
-            total += self._update(expert, name, base)
-        return (base + total / len(self.names)).to(self.device)
+        for expert, weight in zip(self.names, weights, strict=True):
+            update = self._update(expert, name, base)  # also of weight 0, which must be finite as well
+            total.add_(update, alpha=weight)
+        return (base + (scaling / (sum(weights) or 1.0)) * total).to(self.device)
 
     @property
     def views(self) -> dict[str, View]:
