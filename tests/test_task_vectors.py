@@ -349,7 +349,7 @@ def test_a_vocabulary_of_another_size_names_the_rule_that_helps(tmp_path: Path) 
         "1 tensor does not fit",
     ):
         assert words in message
-    assert "{match: embed_tokens, action: base}" in message
+    assert r"{match: '^model\.embed_tokens\.weight$', action: base}" in message
     rules = DEFAULT_RULES.extended([{"match": "embed_tokens", "action": "base"}])
     task_vectors = TaskVectors(base, {"chat": tuned}, rules=rules)
     assert [module.name for module in task_vectors] == ["fc.weight"]
@@ -371,7 +371,7 @@ def test_missing_extra_and_misshapen_tensors_are_one_error() -> None:
         "tensor 'conv.weight' is (5, 2, 2, 2), the base's (5, 3, 2, 2)",
         "tensor 'norm.weight' is torch.int64, the base's torch.float64",
         "tensor 'score.weight' (2, 4) is not in the base",
-        "{match: layer, action: base}",
+        r"{match: '^layer\.weight$', action: base}",
     ):
         assert words in message, message
     assert "good" not in message

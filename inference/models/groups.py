@@ -173,15 +173,37 @@ def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
 def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tuple[Tensor, dict[str, int] | None]:
     """The tensor in its output dtype, and how many of its updated entries rounding took back to the base."""
     rounded = value.to(tensor.dtype).contiguous()
-    if tensor.dtype.is_floating_point and not bool(rounded.isfinite().all()):
-        where = "the base" if tensor.treatment.action == "base" else "the merge"
-        raise CheckpointError(
-            f"tensor {tensor.name!r} of {where} has values that are not finite as {tensor.dtype}. Write another dtype: "
-            "`out_dtype: float32` (or bfloat16, which has float32's range), or keep the base's tensor with a rule."
-        )
-    if tensor.treatment.action == "base":
+    kept = tensor.treatment.action == "base"
+    where = "the base" if kept else "the merge"
+    refuse_overflow(f"tensor {tensor.name!r} of {where}", value if kept else None, rounded)
+    if kept:
         return rounded, None
     return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
+
+
+def refuse_overflow(what: str, kept: Tensor | None, rounded: Tensor) -> None:
+    """Refuse a tensor that its output dtype cannot hold.
+
+    Args:
+        what: Name of the tensor and its model, for the message.
+        kept: The base's values if the tensor stays the base's: those that are not finite there may stay so (the -inf
+            of an attention mask).
+        rounded: The tensor in its output dtype.
+
+    Raises:
+        CheckpointError: If a value is not finite, and not the base's.
+    """
+    if not rounded.dtype.is_floating_point:
+        return
+    bad = ~rounded.isfinite()
+    if kept is not None:
+        bad &= kept.isfinite()
+    if bool(bad.any()):
+        name = str(rounded.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{what} has {int(bad.sum()):,} values that {name} cannot hold. Write a dtype of wider range: bfloat16 and "
+            "float32 in place of float16, float64 in place of those (`out_dtype`, `--out-dtype`)."
+        )
 
 
 def rounding_of_tensor(base: Checkpoint, name: str, value: Tensor, rounded: Tensor) -> dict[str, int] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 
+from poe_models.weights.architectures import refuse_other_architecture
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from poe_models.weights.loading import same_weights
 from poe_models.weights.rules import RuleTable, Treatment
@@ -26,6 +28,8 @@ def refuse_misfits(
     """
     problems: list[tuple[str, str]] = []
     for expert, checkpoint in experts.items():
+        _refuse_foreign_names(base, expert, checkpoint)
+        refuse_other_architecture(base, expert, checkpoint)
         if same_weights(checkpoint, base):
             raise CheckpointError(
                 f"`TaskVectors(base, experts)`: expert {expert!r} is the base itself ({base.source}), so that its "
@@ -43,19 +47,56 @@ def refuse_misfits(
             f"not fit {base.source}{f', the first {_SHOWN} are' if len(problems) > _SHOWN else ''}:\n"
             + "".join(f"  - {text}\n" for text, _ in problems[:_SHOWN])
             + "Every expert must be fine-tuned from this base. To keep the base's tensor, or leave out an expert's, "
-            f"add a rule, here for instance {suggested_rule(problems[0][1])}."
+            f"add a rule for each, for the first {suggested_rule(problems[0][1])}."
         )
 
 
-def suggested_rule(name: str) -> str:
-    """The rule that keeps a tensor at the base, in YAML's inline form.
+def _refuse_foreign_names(base: Checkpoint, expert: str, checkpoint: Checkpoint) -> None:
+    """Refuse an expert none of whose names is the base's: rules would only leave the base."""
+    known = {*base.tensors, *base.aliases}
+    if not known.isdisjoint({*checkpoint.tensors, *checkpoint.aliases}):
+        return
+    prefix = _prefix(known, checkpoint.tensors)
+    if prefix is not None:
+        ours, theirs = ("lack", "have") if prefix[1] else ("have", "lack")
+        way = (
+            f"its names {theirs} {prefix[0]!r} in front, which the base's {ours}: one of them was saved from a wrapped "
+            f"or a bare model. Save it again with the base's names: {{{_renaming(*prefix)}: tensor for name, tensor in "
+            "state_dict.items()}"
+        )
+    else:
+        way = "give a model that was fine-tuned from this base"
+    raise CheckpointError(
+        f"`TaskVectors(base, experts)`: expert {expert!r}: none of its tensors ({next(iter(checkpoint.tensors))!r}, "
+        f"...) has a name of {base.source} ({next(iter(base.tensors))!r}, ...); {way}."
+    )
 
-    >>> suggested_rule("model.embed_tokens.weight")
-    '{match: embed_tokens, action: base}'
+
+def _prefix(base: Collection[str], expert: Collection[str]) -> tuple[str, bool] | None:
+    """The prefix by which most names differ (one may have a head more), and whether it is the expert's."""
+    for short, long, of_expert in ((base, expert, True), (expert, base, False)):
+        known = set(short)
+        ends = ((name, dot.end()) for name in long for dot in re.finditer(r"\.", name))
+        found = Counter(name[:end] for name, end in ends if name[end:] in known)
+        if found:
+            prefix, count = found.most_common(1)[0]
+            if 2 * count > min(len(short), len(long)):
+                return prefix, of_expert
+    return None
+
+
+def _renaming(prefix: str, of_expert: bool) -> str:
+    return f"name.removeprefix({prefix!r})" if of_expert else f"{prefix!r} + name"
+
+
+def suggested_rule(name: str) -> str:
+    r"""The rule that keeps a tensor at the base, in YAML's inline form.
+
+    >>> print(suggested_rule("model.embed_tokens.weight"))
+    {match: '^model\.embed_tokens\.weight$', action: base}
     """
-    module, _, last = name.rpartition(".")
-    word = module.rpartition(".")[2] if last in {"weight", "bias"} and module else last
-    return f"{{match: {re.escape(word) if not word.isdigit() else re.escape(name)}, action: base}}"
+    pattern = re.escape(name).replace("'", "''")  # as YAML writes a quote within quotes
+    return f"{{match: '^{pattern}$', action: base}}"
 
 
 def _misfits(base: Checkpoint, expert: Checkpoint, treatments: Mapping[str, Treatment]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,14 @@ from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment, model_type_of
+from poe_models.weights.rules import (
+    DEFAULT_RULES,
+    Rule,
+    RuleTable,
+    Treatment,
+    first_convolution,
+    model_type_of,
+)
 from poe_models.weights.views import View
 
 Source = str | Path | Mapping[str, Tensor] | Checkpoint
@@ -192,9 +199,10 @@ class TaskVectors:
         adapters = [self._adapter(name) for name in self.names]
         treatments = {}
         problems = []
+        first = first_convolution(self.base)
         for name, info in self.base.tensors.items():
             try:
-                treatment = self.rules.treat(info, self.model_type, self.base.tied_names(name)[1:])
+                treatment = self.rules.treat(info, self.model_type, self.base.tied_names(name)[1:], first=name == first)
             except ValueError as error:
                 problems.append(str(error))
                 continue
