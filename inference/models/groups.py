@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
-from inference.models.modules import anchor_blocks, selected
+from inference.models.modules import anchor_blocks, selected, with_names
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
@@ -146,7 +146,10 @@ def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list
     else:
         own = design.for_modules(batch.labels)
         center = torch.stack(batch.centers) if batch.centers else center_of(own.poe.anchor, batch.updates, factors)
-        solution = own.solve(batch.updates, factors, center)
+        try:
+            solution = own.solve(batch.updates, factors, center)
+        except ValueError as error:
+            raise with_names(error, batch.labels) from error
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
     kept = solution.info.retention.scaled(design.scaling)  # of what is written
     records = [

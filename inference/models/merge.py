@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from inference.models.artifacts import versions
 from inference.models.design import Design
-from inference.models.digest import Progress, Silent, digest_inputs, files_of, refuse_copies
+from inference.models.digest import Progress, Silent, digest_inputs, files_of
 from inference.models.folder import RECORD, companion_files, rounding_of, summary_of, write_companions
 from inference.models.groups import merge_group
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
@@ -120,7 +120,7 @@ def merge_checkpoint(
     planned = plan(task_vectors, design, out_dtype=out_dtype, batch_bytes=batch_bytes)
     staging = _checked(task_vectors, planned, Path(out), resume)
     inputs = digest_inputs(inputs_of(task_vectors, planned.designs), code, progress)
-    refuse_copies(inputs)
+    task_vectors.refuse_copies()
     state = {
         "settings": dict(settings or {}),
         "seed": seed,

@@ -29,21 +29,22 @@ def refuse_other_architecture(base: Checkpoint, expert: str, checkpoint: Checkpo
     Raises:
         CheckpointError: If a setting differs, or a token has another number.
     """
-    for key in _SETTINGS if base.config and checkpoint.config else ():
-        ours, theirs = base.config.get(key), checkpoint.config.get(key)
+    one, other = base.config or {}, checkpoint.config or {}
+    for key in _SETTINGS:
+        ours, theirs = one.get(key), other.get(key)
         if ours is not None and theirs is not None and ours != theirs:
             raise CheckpointError(
                 f"`TaskVectors(base, experts)`: expert {expert!r}: its config.json has `{key}` {theirs!r}, the base's "
                 f"{ours!r}: weights of equal shapes that are another model. Give a model that was fine-tuned from "
                 f"{base.source}; correct the config if it is one."
             )
-    ours, theirs = vocabulary(base), vocabulary(checkpoint)
-    moved = [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]
+    known, its = vocabulary(base), vocabulary(checkpoint)
+    moved = [token for token in known.keys() & its.keys() if known[token] != its[token]]
     if moved:
-        first = min(moved, key=lambda token: ours[token])
+        first = min(moved, key=lambda token: known[token])
         raise CheckpointError(
             f"`TaskVectors(base, experts)`: expert {expert!r}: its tokenizer gives {len(moved):,} tokens other numbers "
-            f"than the base's ({first!r} is {theirs[first]}, the base's {ours[first]}), so that rows of its embedding "
+            f"than the base's ({first!r} is {its[first]}, the base's {known[first]}), so that rows of its embedding "
             f"are about other tokens. Give a model that was fine-tuned from {base.source} with its tokenizer; remove "
             "the tokenizer's files if they are another model's."
         )

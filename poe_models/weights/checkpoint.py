@@ -212,6 +212,6 @@ def quantisation_of(info: TensorInfo) -> str | None:
     if _SUB_BYTE.search(dtype):
         return "packed integer weights"
     integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool)
-    if integer and len(info.shape) >= 2 and _WEIGHT.search(info.name.rpartition(".")[2]):
+    if integer and len(info.shape) >= 2 and 0 not in info.shape and _WEIGHT.search(info.name.rpartition(".")[2]):
         return "packed integer weights"
     return None

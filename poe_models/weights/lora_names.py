@@ -119,7 +119,7 @@ def refuse_untied(path: Path, factors: Mapping[str, str], full: Mapping[str, str
     for name, key in full.items():
         if len(base.tied_names(name)) == 1 and head_is_tied_to(name, base):
             raise CheckpointError(
-                f"{path}: the adapter replaces {key!r}, but the config of {base.source} ties embedding and head "
+                f"{path}: the adapter replaces {key!r}, but embedding and head are tied by the config of {base.source} "
                 "(`tie_word_embeddings`), so that both would change: the adapter unties them. Give a base that stores "
                 "the two apart, with `tie_word_embeddings: false`, or train the adapter without `modules_to_save` on "
                 "them."
