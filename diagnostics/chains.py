@@ -134,7 +134,8 @@ class ChainConvergence(Brief):
         if not np.isfinite(sizes).any():
             return Verdict("effective sample size", Level.UNKNOWN, "cannot be judged: too few draws.")
         least, where = float(np.nanmin(sizes)), self._name(np.nanargmin(sizes))
-        error = np.where(stuck, 1.0, self.statistics.mcse_mean / self.statistics.sd)[np.isfinite(sizes)]
+        varying = np.isfinite(sizes)
+        error = np.where(stuck[varying], 1.0, self.statistics.mcse_mean[varying] / self.statistics.sd[varying])
         text = (
             f"smallest effective sample size {least:.0f} ({where}) of {self.num_chains * self.num_draws} draws; Monte "
             f"Carlo errors of the means are up to {error.max():.1%} of a standard deviation"

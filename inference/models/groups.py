@@ -148,6 +148,8 @@ def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list
         center = torch.stack(batch.centers) if batch.centers else center_of(own.poe.anchor, batch.updates, factors)
         try:
             solution = own.solve(batch.updates, factors, center)
+        except CheckpointError:
+            raise
         except ValueError as error:
             raise with_names(error, batch.labels) from error
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
@@ -202,10 +204,10 @@ def refuse_overflow(what: str, kept: Tensor | None, rounded: Tensor) -> None:
     if kept is not None:
         bad &= kept.isfinite()
     if bool(bad.any()):
-        name = str(rounded.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{what} has {int(bad.sum()):,} values that {name} cannot hold. Write a dtype of wider range: bfloat16 and "
-            "float32 in place of float16, float64 in place of those (`out_dtype`, `--out-dtype`)."
+            f"{what} has values that are not finite as {rounded.dtype}, {int(bad.sum()):,} of them. Write a dtype of "
+            "wider range: bfloat16 and float32 in place of float16, float64 in place of those (`out_dtype`, "
+            "`--out-dtype`)."
         )
 
 
