@@ -97,7 +97,7 @@ class TaskVectors:
         base: Source,
         experts: Mapping[str, Source] | Sequence[tuple[str, Source]],
         rules: RuleTable = DEFAULT_RULES,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in {None, torch.float32, torch.float64}:
