@@ -214,11 +214,21 @@ def compare_leave_one_out(results: Mapping[str, LeaveOneOut]) -> dict[str, dict[
         Name to the standard error of the elpd ``error``, the ``difference`` to the best (zero or above), the standard
         error of that ``difference_error``, and the stacking ``weight``.
 
+    Raises:
+        ValueError: If a density is not finite.
+
     >>> noise = 1e-3 * np.random.default_rng(0).normal(size=(2, 200, 3))
     >>> models = {"good": leave_one_out(noise[0] - 1), "poor": leave_one_out(noise[1] - 2)}
     >>> {name: round(row["difference"], 2) for name, row in compare_leave_one_out(models).items()}
     {'good': 0.0, 'poor': 3.0}
     """
+    broken = [name for name, result in results.items() if not np.isfinite(result.pointwise).all()]
+    if broken:
+        count = int((~np.isfinite(results[broken[0]].pointwise)).sum())
+        raise ValueError(
+            f"`compare_leave_one_out(...)`: {broken[0]!r} has {count} densities that are NaN or infinite, to which no "
+            "comparison and no stacking weight can be given. Leave the model out, or mend its likelihood."
+        )
     if len(results) == 1:
         ((name, only),) = results.items()
         error = float(np.sqrt(len(only.pointwise) * only.pointwise.var()))

@@ -114,7 +114,7 @@ class ChainConvergence(Brief):
         return [Verdict("draws", Level.BAD, text)]
 
     def _r_hat(self) -> Verdict:
-        known = self.statistics.r_hat[np.isfinite(self.statistics.r_hat)]
+        known = self.statistics.r_hat[~np.isnan(self.statistics.r_hat)]  # infinite: every chain is stuck by itself
         if not known.size:
             why = "there is one chain" if self.num_chains == 1 else "no quantity varies, or draws are not finite"
             return Verdict("R-hat", Level.UNKNOWN, f"cannot be judged: {why}. Run four chains or more.")
@@ -129,12 +129,13 @@ class ChainConvergence(Brief):
         return Verdict("R-hat", Level.BAD, f"{text}: the chains disagree; run them longer, or look at their modes.")
 
     def _sample_size(self) -> Verdict:
-        sizes = np.fmin(self.statistics.ess_bulk, self.statistics.ess_tail)
+        stuck = np.isinf(self.statistics.r_hat)  # no draw of these says anything about the others
+        sizes = np.where(stuck, 1.0, np.fmin(self.statistics.ess_bulk, self.statistics.ess_tail))
         if not np.isfinite(sizes).any():
             return Verdict("effective sample size", Level.UNKNOWN, "cannot be judged: too few draws.")
         least, where = float(np.nanmin(sizes)), self._name(np.nanargmin(sizes))
         varying = np.isfinite(sizes)
-        error = self.statistics.mcse_mean[varying] / self.statistics.sd[varying]
+        error = np.where(stuck[varying], 1.0, self.statistics.mcse_mean[varying] / self.statistics.sd[varying])
         text = (
             f"smallest effective sample size {least:.0f} ({where}) of {self.num_chains * self.num_draws} draws; Monte "
             f"Carlo errors of the means are up to {error.max():.1%} of a standard deviation"

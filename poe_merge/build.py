@@ -31,7 +31,7 @@ def open_task_vectors(config: MergeConfig) -> TaskVectors:
         config.base_model,
         [(entry.label, entry.model) for entry in config.models],
         rules=config.rule_table(),
-        dtype=config.compute_dtype,
+        dtype=config.compute_dtype if config.dtype else None,
         device=config.device,
     )
 

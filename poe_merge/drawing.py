@@ -37,6 +37,7 @@ from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
 Steps = Callable[[str], Callable[[int, int], None]]
+_COLDEST = 1e-12  # temperature below which errors within a sampler are put down to it
 """A stage's name to a function that is told the finished steps and their total."""
 
 
@@ -230,6 +231,13 @@ def _draw_group(
         chains = sampler.draw(posterior, what.draws, generator=generator, **settings)
     except ValueError as error:
         raise with_names(error, statistics.modules) from error
+    except (RuntimeError, ArithmeticError) as error:
+        if what.temperature > _COLDEST:
+            raise
+        raise ValueError(
+            f"--temperature {what.temperature:g}: too low for the sampler {what.sampler}, whose steps become nothing "
+            f"({str(error).splitlines()[0]}). Ask for {_COLDEST:g} or more, or for --sampler gibbs."
+        ) from error
     data, notes = _inference_data(chains, posterior)
     notes = [] if what.independent else notes
     if bool(posterior.active.any()):

@@ -265,5 +265,5 @@ def _judged(drawn: Drawn) -> Drawn:
 
 
 def _extreme(values: np.ndarray, reduce: Any) -> float | None:
-    known = values[np.isfinite(values)]
+    known = values[~np.isnan(values)]  # an infinite R-hat is one
     return float(reduce(known)) if known.size else None

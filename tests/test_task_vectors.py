@@ -350,7 +350,7 @@ def test_a_vocabulary_of_another_size_names_the_rule_that_helps(tmp_path: Path) 
         "1 tensor does not fit",
     ):
         assert words in message
-    assert r"embed_tokens\.weight$', action: base}" in message
+    assert r"{match: '^model\.embed_tokens\.weight$', action: base}" in message
     rules = DEFAULT_RULES.extended([{"match": "embed_tokens", "action": "base"}])
     task_vectors = TaskVectors(base, {"chat": tuned}, rules=rules)
     assert [module.name for module in task_vectors] == ["fc.weight"]

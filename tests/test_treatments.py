@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from poe_models.weights.loading import MemoryCheckpoint, TensorInfo
-from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, View, model_type_of
+from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, View, first_convolution, model_type_of
 
 # ------------------------------------------------------------------------------------------------ views
 
@@ -28,6 +28,7 @@ VIEWS: list[tuple[View, tuple[int, ...], list[tuple[int, int]], str]] = [
     (View(square=True), (2, 5), [(2, 5)], "square row blocks of height d_in"),
     (View(groups=2), (6, 2, 3, 3), [(3, 18)] * 2, "conv flattened (out, in*kh*kw), per group (2 groups)"),
     (View(stacked=True), (3, 4, 2), [(4, 2)] * 3, "stacked: a batch of matrices"),
+    (View(heads=True), (5, 2, 3), [(6, 5)], "heads flattened (head*dim, in)"),
     (View(stacked=True, transpose=True), (2, 4, 3), [(3, 4)] * 2, "stacked: a batch of matrices, transposed"),
     (
         View(stacked=True, rows=(1, 3)),
@@ -72,6 +73,10 @@ def test_what_the_views_mean() -> None:
     (matrix,) = View().fitted(kernel.shape).split(kernel)
     torch.testing.assert_close(matrix @ patch.flatten(), torch.conv2d(patch[None], kernel).flatten())
 
+    heads = torch.randn(6, 2, 3, dtype=torch.float64)  # XLNet: einsum("ih,hnd->ind")
+    (matrix,) = View(heads=True).fitted(heads.shape).split(heads)
+    torch.testing.assert_close(matrix @ x.T, torch.einsum("ih,hnd->ind", x, heads).flatten(1).T)
+
     grouped = torch.randn(4, 2, 1, 1, dtype=torch.float64)
     pixels = torch.randn(1, 4, 1, 1, dtype=torch.float64)
     top, bottom = View(groups=2).fitted(grouped.shape).split(grouped)
@@ -95,6 +100,29 @@ def test_factors_are_split_like_their_product(
     assert [(b.shape[0], a.shape[1]) for b, a in pairs] == blocks
     for (b, a), block in zip(pairs, fitted.split((left @ right).reshape(shape)), strict=True):
         torch.testing.assert_close(b @ a, block)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "first"),
+    [
+        ({"conv1.weight": (6, 1, 5, 5), "conv2.weight": (16, 6, 5, 5)}, "conv1.weight"),
+        ({"features.0.0.weight": (8, 1, 3, 3), "features.1.0.weight": (8, 1, 3, 3)}, "features.0.0.weight"),
+        ({"features.10.weight": (8, 1, 3, 3), "features.9.weight": (8, 1, 3, 3)}, "features.9.weight"),
+        (
+            {"encoder.depthwise.weight": (8, 1, 31), "feature_extractor.0.weight": (8, 1, 10)},
+            "feature_extractor.0.weight",
+        ),
+        ({"stem.weight": (8, 3, 3, 3), "block.weight": (8, 1, 3, 3)}, None),
+        ({"embed_tokens.weight": (50, 8), "layers.0.conv.weight": (8, 1, 3)}, None),
+    ],
+)
+def test_the_convolution_that_sees_grey_images_is_not_depthwise(
+    tensors: dict[str, tuple[int, ...]], first: str | None
+) -> None:
+    assert first_convolution(MemoryCheckpoint({name: torch.zeros(shape) for name, shape in tensors.items()})) == first
+    for name, shape in tensors.items():
+        treated = DEFAULT_RULES.treat(TensorInfo(name, shape, torch.float32), first=name == first)
+        assert treated.action == ("average" if shape[1] == 1 and name != first or "embed" in name else "merge")
 
 
 def test_views_that_do_not_fit_say_why() -> None:
@@ -121,6 +149,7 @@ def test_views_that_do_not_fit_say_why() -> None:
 # ------------------------------------------------------------------------------------------------ default rules
 
 THIRDS = "split into 3 equal row blocks"
+HALVES = "split into 2 equal row blocks"
 DEFAULTS: list[tuple[str, tuple[int, ...], str | None, str, str | None]] = [
     # Conv1D and its namesakes
     ("transformer.h.0.attn.c_attn.weight", (8, 24), "gpt2", "merge", f"transposed, {THIRDS}"),
@@ -164,17 +193,56 @@ DEFAULTS: list[tuple[str, tuple[int, ...], str | None, str, str | None]] = [
     ("features.1.depthwise.weight", (8, 1, 3, 3), None, "average", None),
     ("mixer.conv1d.weight", (8, 1, 4), "mamba", "average", None),
     # stacked experts
-    ("model.layers.0.mlp.experts.gate_up_proj", (4, 16, 8), "mixtral", "merge", "stacked: a batch of matrices"),
+    (
+        "model.layers.0.mlp.experts.gate_up_proj",
+        (4, 16, 8),
+        "mixtral",
+        "merge",
+        f"stacked: a batch of matrices, {HALVES}",
+    ),
     ("layers.0.experts.down_proj", (4, 8, 16), None, "merge", "stacked: a batch of matrices"),
     (
         "layers.0.block_sparse_moe.input_linear.weight",
         (4, 8, 16),
         "granitemoe",
         "merge",
+        f"stacked: a batch of matrices, {HALVES}",
+    ),
+    (
+        "layers.0.block_sparse_moe.output_linear.weight",
+        (4, 8, 16),
+        "granitemoe",
+        "merge",
         "stacked: a batch of matrices",
     ),
+    ("layers.0.shared_mlp.input_linear.weight", (32, 8), "granitemoehybrid", "merge", HALVES),
+    ("model.layers.0.mlp.gate_up_proj.weight", (32, 8), "phi3", "merge", HALVES),
+    ("layers.0.mlp.Wi.weight", (32, 8), "modernbert", "merge", HALVES),
+    ("layers.0.mlp.Wi.weight", (32, 8), "another", "merge", "as it is"),
+    (
+        "layers.0.feed_forward.experts.gate_up_proj",
+        (4, 8, 32),
+        "llama4",
+        "merge",
+        f"stacked: a batch of matrices, transposed, {HALVES}",
+    ),
+    ("layers.0.mlp.experts.fc1.weight", (4, 8, 32), "aria", "merge", "stacked: a batch of matrices, transposed"),
+    ("conditioning_encoder.layers.0.mlp.c_fc.weight", (8, 32), "clvp", "merge", "transposed"),
+    ("transformer.layer.0.rel_attn.q", (8, 2, 4), "xlnet", "merge", "heads flattened (head*dim, in)"),
+    ("transformer.layer.0.rel_attn.o", (8, 2, 4), "xlnet", "merge", "conv flattened (out, in*kh*kw)"),
+    # kept
+    ("blocks.0.attn_mask", (4, 16, 16), "swin", "base", None),
+    ("blocks.0.attn.IGNORE", (), None, "base", None),
+    ("fc.weight", (0, 8), None, "base", None),
     ("layers.0.mlp.experts.gate_up_proj", (4, 8, 16), "gpt_oss", "merge", "stacked: a batch of matrices, transposed"),
     # averaged
+    ("tokens_embed.weight", (50, 8), "openai-gpt", "average", None),
+    ("positions_embed.weight", (50, 8), "openai-gpt", "average", None),
+    ("transformer.word_embedding.weight", (50, 8), "xlnet", "average", None),
+    ("transformer.layer.0.rel_attn.seg_embed", (2, 2, 4), "xlnet", "average", None),
+    ("transformer.layer.0.rel_attn.r_w_bias", (2, 4), "xlnet", "average", None),
+    ("mask_token", (1, 1, 8), "vit", "average", None),
+    ("layers.0.mixer.A_log", (16, 8), "mamba", "average", None),
     ("wte.weight", (50, 8), "gpt2", "average", None),
     ("transformer.wpe.weight", (50, 8), "gpt2", "average", None),
     ("bert.embeddings.word_embeddings.weight", (50, 8), "bert", "average", None),

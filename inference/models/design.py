@@ -21,6 +21,10 @@ from poe_models.methods import MergingMethod
 from poe_models.span_labels import stored_center
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
+_COMFORTABLE = 2.0**20
+"""Updates whose largest entry is within this factor of one are solved for as they are."""
+_LARGEST_SPREAD = 1e60
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Design:
@@ -68,12 +72,92 @@ class Design:
             center: ``Z_0``, ``(M, d_out, d_in)``, where the centre is a checkpoint.
 
         Returns:
-            The MAP, ``value`` of shape ``(M, d_out, d_in)`` in the dtype of the updates.
+            The MAP, ``value`` of shape ``(M, d_out, d_in)`` in the dtype of the updates. Updates of extreme size are
+            solved for in units of their own, and in float64 where experts differ by orders of magnitude.
         """
+        spread = _spread(updates)
+        if updates.dtype == torch.float32 and bool((spread > _COMFORTABLE).any()):
+            wide = None if low_rank is None else (low_rank[0].double(), low_rank[1].double())
+            found = self.solve(updates.double(), wide, None if center is None else center.double())
+            return replace(found, value=found.value.to(updates.dtype))
+        units = self._units(updates)
+        if units is not None:
+            return self._solve_in_units(units, updates, low_rank, center)
+        return self._solve(updates, low_rank, center)
+
+    def _solve(
+        self, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None, center: Tensor | None
+    ) -> Solution[FixedPointInfo]:
         poe = self.poe if center is None else replace(self.poe, anchor=replace(self.poe.anchor, center=center))
         posterior = poe.bind(updates, self.coordinates, low_rank=low_rank if self.coordinates == "full" else None)
         solution = judged(posterior, fixed_point(posterior, **vars(self.options)))
         return replace(solution, value=posterior.update(solution.value).to(updates.dtype))
+
+    def _units(self, updates: Tensor) -> Tensor | None:
+        """Powers of two that bring the updates of each module to a size of about one, ``(M,)``; None if all are near.
+
+        Fourth powers of updates leave the range of float32 below 1e-9 and above 1e9, where the merge itself does not.
+        """
+        sizes = updates.abs().amax((-3, -2, -1)).double()
+        odd = (sizes > 0) & ((sizes < 1 / _COMFORTABLE) | (sizes > _COMFORTABLE))
+        given = any(isinstance(start, Tensor) for start in self.options.starts)
+        measured = any(each.residual_map.stand_in() is not each.residual_map for each in self.poe.experts)
+        if not bool(odd.any()) or given or measured:
+            return None
+        return torch.where(odd, sizes.log2().round().exp2(), 1.0)
+
+    def _solve_in_units(
+        self, units: Tensor, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None, center: Tensor | None
+    ) -> Solution[FixedPointInfo]:
+        """Solve for ``U / c`` and multiply the merge by ``c``, if the design does not mind (is equivariant)."""
+        degrees = self._degrees(center is not None)
+        if degrees is None:
+            return self._solve(updates, low_rank, center)
+
+        def shrunk(tensor: Tensor) -> Tensor:
+            return (tensor.double() / units.reshape(-1, *[1] * (tensor.ndim - 1))).to(tensor.dtype)
+
+        factors = None if low_rank is None else (shrunk(low_rank[0]), low_rank[1])
+        found = self._solve(shrunk(updates), factors, None if center is None else shrunk(center))
+        info, kept = found.info, found.info.retention
+        column = units.unsqueeze(-1)
+        kept = replace(kept, norm=kept.norm * units.cpu(), update_norms=kept.update_norms * column.cpu())
+        info = replace(
+            info,
+            retention=kept,
+            weights=info.weights * column.to(info.weights).pow(degrees[:-1].to(info.weights)),
+            anchor_precision=info.anchor_precision * units.to(info.anchor_precision).pow(float(degrees[-1])),
+        )
+        value = (found.value.double() * units.reshape(-1, 1, 1)).to(updates.dtype)
+        return replace(found, value=value, info=info)
+
+    def _degrees(self, centered: bool) -> Tensor | None:
+        """Degree in the updates of each expert's weight and of the anchor's precision, ``(E + 1,)``.
+
+        None unless twice the updates give twice the merge, as relative scales and precisions do and absolute ones
+        do not: found out by solving a small problem at two sizes.
+        """
+        try:
+            one, eight = (self._probe(size, centered) for size in (1.0, 8.0))
+        except ValueError:  # bound to modules of other shapes
+            return None
+        if not torch.allclose(eight.value, 8 * one.value, rtol=1e-9, atol=0.0):
+            return None
+        numbers = [torch.cat([each.info.weights[0], each.info.anchor_precision]) for each in (one, eight)]
+        return torch.nan_to_num((numbers[1] / numbers[0]).log2() / 3, posinf=0.0, neginf=0.0).round()
+
+    def _probe(self, size: float, centered: bool) -> Solution[FixedPointInfo]:
+        """One step on a small problem of updates and centre of some size, float64."""
+        generator = torch.Generator().manual_seed(0)
+        count = len(self.poe.update_names)
+        probe = size * torch.randn(1, count + 1, 3, 3, generator=generator, dtype=torch.float64)
+        given = isinstance(self.poe.anchor.center, Tensor) or centered or self.method is not None
+        experts = tuple(replace(each, residual_map=each.residual_map.stand_in()) for each in self.poe.experts)
+        once = replace(
+            self, poe=replace(self.poe, experts=experts), options=replace(self.options, max_steps=1), center=None
+        )
+        with torch.random.fork_rng(devices=[]):  # a centre may draw
+            return once._solve(probe[:, :count], None, probe[:, count] if given else None)
 
     def order(self, names: Sequence[str]) -> list[int]:
         """Positions of the task vectors that the product is about, in the order of its updates."""
@@ -136,14 +220,24 @@ class Design:
             )
         if self.method is not None:
             require_data(self.method)
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, len(self.poe.update_names), 3, 3, generator=generator, dtype=torch.float64)
-        given_center = isinstance(self.poe.anchor.center, Tensor) or self.center is not None or self.method is not None
-        experts = tuple(replace(each, residual_map=each.residual_map.stand_in()) for each in self.poe.experts)
-        poe = replace(self.poe, experts=experts)
-        once = replace(self, poe=poe, options=replace(self.options, max_steps=1))
-        with torch.random.fork_rng(devices=[]):  # a centre may draw
-            once.solve(probe, center=torch.zeros(1, 3, 3, dtype=torch.float64) if given_center else None)
+        self._probe(1.0, self.center is not None)
+
+
+def _spread(updates: Tensor) -> Tensor:
+    """Largest over smallest size of the updates of each module, ``(M,)``; those that are zero do not count.
+
+    Raises:
+        ValueError: If fourth powers of such updates do not fit into float64 together.
+    """
+    sizes = updates.abs().amax((-2, -1)).double()
+    spread = sizes.amax(-1) / torch.where(sizes > 0, sizes, torch.inf).amin(-1)
+    if bool((spread > _LARGEST_SPREAD).any()):
+        raise ValueError(
+            f"module {int(spread.argmax())} of the batch has updates that differ by a factor of "
+            f"{float(spread.max()):.0e} in size, which float64 cannot compare. Leave one of these experts out, or keep "
+            "the base's tensor with a rule."
+        )
+    return spread
 
 
 def require_data(method: MergingMethod) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.loading import Checkpoint
 
 _BLOCK = 8 * 2**20
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -84,21 +84,6 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
         checkpoint.check_unchanged()
 
 
-def refuse_copies(inputs: Mapping[str, Any]) -> None:
-    """Refuse an expert whose files are a copy of the base's, from the digests of all inputs.
-
-    Raises:
-        CheckpointError: If there is one; names it.
-    """
-    base = _weights(inputs["base"])
-    for role, entry in inputs.items():
-        if role.startswith("expert ") and _weights(entry) == base:
-            raise CheckpointError(
-                f"{role}: {entry['source']} holds the same weights as the base {inputs['base']['source']}, so that its "
-                "update is zero. Give models that were fine-tuned from the base."
-            )
-
-
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """Weight files of a checkpoint, and the configs beside them that decide how they are understood."""
     folders = list(dict.fromkeys(path.parent for path in checkpoint.files))
@@ -110,10 +95,6 @@ def nbytes_of(checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint's files, or of its tensors in memory."""
     files = files_of(checkpoint)
     return sum(path.stat().st_size for path in files) if files else sum(i.nbytes for i in checkpoint.tensors.values())
-
-
-def _weights(entry: Mapping[str, Any]) -> list[str]:
-    return sorted(digest for name, digest in entry["sha256"].items() if name not in _CONFIGS)
 
 
 def file_digest(path: Path, progress: Progress | None = None) -> str:

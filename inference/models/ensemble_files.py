@@ -184,7 +184,7 @@ class _Writer:
         room = 0
         for name in names:
             size = self.base.tensors[name].nbytes
-            if size > room:
+            if not groups or size > room:
                 groups.append([])
                 room = _PART_BYTES
             groups[-1].append(name)

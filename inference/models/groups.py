@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
-from inference.models.modules import anchor_blocks, selected
+from inference.models.modules import anchor_blocks, selected, with_names
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
@@ -152,7 +152,12 @@ def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list
     else:
         own = design.for_modules(batch.labels)
         center = torch.stack(batch.centers) if batch.centers else center_of(own.poe.anchor, batch.updates, factors)
-        solution = own.solve(batch.updates, factors, center)
+        try:
+            solution = own.solve(batch.updates, factors, center)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise with_names(error, batch.labels) from error
     merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
     kept = solution.info.retention.scaled(design.scaling)  # of what is written
     records = [
@@ -179,17 +184,37 @@ def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
 def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tuple[Tensor, dict[str, int] | None]:
     """The tensor in its output dtype, and how many of its updated entries rounding took back to the base."""
     rounded = value.to(tensor.dtype).contiguous()
-    kept = tensor.treatment.action == "base"  # what was not finite in the base is so by design: a mask of -inf
-    bad = ~rounded.isfinite() & value.isfinite() if kept else ~rounded.isfinite()
-    if tensor.dtype.is_floating_point and bool(bad.any()):
-        where = "the base" if kept else "the merge"
-        raise CheckpointError(
-            f"tensor {tensor.name!r} of {where} has values that are not finite as {tensor.dtype}. Write another dtype: "
-            "`out_dtype: float32` (or bfloat16, which has float32's range), or keep the base's tensor with a rule."
-        )
+    kept = tensor.treatment.action == "base"
+    where = "the base" if kept else "the merge"
+    refuse_overflow(f"tensor {tensor.name!r} of {where}", value if kept else None, rounded)
     if kept:
         return rounded, None
     return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
+
+
+def refuse_overflow(what: str, kept: Tensor | None, rounded: Tensor) -> None:
+    """Refuse a tensor that its output dtype cannot hold.
+
+    Args:
+        what: Name of the tensor and its model, for the message.
+        kept: The base's values if the tensor stays the base's: those that are not finite there may stay so (the -inf
+            of an attention mask).
+        rounded: The tensor in its output dtype.
+
+    Raises:
+        CheckpointError: If a value is not finite, and not the base's.
+    """
+    if not rounded.dtype.is_floating_point:
+        return
+    bad = ~rounded.isfinite()
+    if kept is not None:
+        bad &= kept.isfinite()
+    if bool(bad.any()):
+        raise CheckpointError(
+            f"{what} has values that are not finite as {rounded.dtype}, {int(bad.sum()):,} of them. Write a dtype of "
+            "wider range: bfloat16 and float32 in place of float16, float64 in place of those (`out_dtype`, "
+            "`--out-dtype`)."
+        )
 
 
 def rounding_of_tensor(base: Checkpoint, name: str, value: Tensor, rounded: Tensor) -> dict[str, int] | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from inference.models.design import Design, require_alike
 from inference.models.digest import Silent
 from inference.models.draw_checks import check_designs
+from inference.models.groups import refuse_overflow
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function, prepare_designs
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
@@ -20,7 +21,7 @@ from inference.models.modules import Module, merged_update, module_names, read_m
 from inference.models.plan import inputs_of
 from poe_models.methods import ModuleBatch
 from poe_models.operators import sum_of_squares
-from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
+from poe_models.weights.loading import Checkpoint, open_checkpoint
 from poe_models.weights.task_vectors import ModuleUpdates, Source, TaskVectors
 
 _ReadyDesigns = Callable[[str], AnyDesign]
@@ -161,13 +162,8 @@ class MemberTensors:
         """
         dtype = self.dtype_of(tensor)
         result = value.to(dtype).contiguous()
-        kept = self.task_vectors.treatments[tensor].action == "base"  # not finite by design, such as a mask
-        bad = ~result.isfinite() & value.isfinite() if kept else ~result.isfinite()
-        if dtype.is_floating_point and bool(bad.any()):
-            raise CheckpointError(
-                f"tensor {tensor!r} of a member has values that are not finite as {dtype}. Ask for float32 or bfloat16 "
-                "(`out_dtype`), or lower the temperature."
-            )
+        kept = tensor not in self.sampled and self.task_vectors.treatments[tensor].action == "base"
+        refuse_overflow(f"tensor {tensor!r} of a member", value if kept else None, result)
         return result
 
     def check_draw(self, draw: ModelDraws) -> None:

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from inference.models.artifacts import versions
 from inference.models.design import Design
-from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of, refuse_copies
+from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
 from inference.models.disk import OutputError, check_space
 from inference.models.folder import RECORD, companion_files, left_out, rounding_of, summary_of, write_companions
 from inference.models.groups import merge_group
@@ -131,7 +131,7 @@ def merge_checkpoint(
     staging = _checked(task_vectors, planned, Path(out), resume)
     checkpoints = inputs_of(task_vectors, planned.designs)
     inputs = digest_inputs(checkpoints, code, progress)
-    refuse_copies(inputs)
+    task_vectors.refuse_copies()
     state = {
         "settings": dict(settings or {}),
         "seed": seed,

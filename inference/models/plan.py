@@ -283,7 +283,7 @@ def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: in
         alike.setdefault((tensor.treatment.action, id(tensor.design), tensor.matrices), []).append(tensor)
     batches: list[list[TensorPlan]] = []
     for members in alike.values():
-        filled = budget
+        filled = math.inf  # the first tensor opens a batch, whatever its size
         for tensor in members:
             copies = len(task_vectors.names) if tensor.design is not None else 1
             size = math.prod(tensor.shape) * copies * task_vectors.dtype.itemsize

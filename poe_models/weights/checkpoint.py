@@ -197,9 +197,24 @@ _MARKERS = (
     (r"(^|\.)W_q$", "HQQ"),
 )
 _SUB_BYTE = re.compile(r"\.(u?int[1-7]$|qu?int|bits)")
-_PACKED = (torch.int8, torch.uint8)
-# Integer tensors with two or more axes that are tables and masks rather than packed weights, by the end of their name.
-_BUFFER = re.compile(r"(bias|mask|ids?|index|indices|table|tracked|buffer|state|positions?|counts?|offsets?)$")
+# Integer tensors with two or more axes are packed weights only under the names of weights; others are tables and masks.
+_WEIGHT = re.compile(r"(^|_)(weight|kernel|proj|packed|blocks|data|w\d?)$", re.IGNORECASE)
+_FACTOR = re.compile(r"lora_|\.lora\.|modules_to_save|\.alpha$|_alpha$")
+
+
+def refuse_adapter(source: str, names: Iterable[str], folder: Path | None = None) -> None:
+    """Refuse tensors that are all those of a LoRA adapter, in a file given by itself; ``folder`` is where it lies."""
+    own = list(names)
+    if not any("lora_" in name for name in own) or not all(_FACTOR.search(name) for name in own):
+        return
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        way = f"Give its folder, {folder}, which has its config."
+    else:
+        way = (
+            "Without PEFT's adapter_config.json its scaling is not known: give the folder that PEFT saved, or merge it "
+            "into its model with the tool that trained it and give the merged model."
+        )
+    raise CheckpointError(f"{source}: a LoRA adapter, not a model: it holds factors such as {own[0]!r}. {way}")
 
 
 def refuse_quantised(source: str, tensors: Iterable[TensorInfo], config: dict[str, Any] | None) -> None:
@@ -241,7 +256,6 @@ def quantisation_of(info: TensorInfo) -> str | None:
     if _SUB_BYTE.search(dtype):
         return "packed integer weights"
     integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool)
-    last = info.name.rpartition(".")[2]
-    if integer and len(info.shape) >= 2 and (last == "weight" or (info.dtype in _PACKED and not _BUFFER.search(last))):
+    if integer and len(info.shape) >= 2 and 0 not in info.shape and _WEIGHT.search(info.name.rpartition(".")[2]):
         return "packed integer weights"
     return None

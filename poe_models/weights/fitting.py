@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 
+from poe_models.weights.architectures import refuse_other_architecture
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from poe_models.weights.loading import same_weights
 from poe_models.weights.rules import RuleTable, Treatment
@@ -27,6 +29,8 @@ def refuse_misfits(
     """
     problems: list[tuple[str, str]] = []
     for expert, checkpoint in experts.items():
+        _refuse_foreign_names(base, expert, checkpoint)
+        refuse_other_architecture(base, expert, checkpoint)
         if same_weights(checkpoint, base):
             raise CheckpointError(
                 f"`TaskVectors(base, experts)`: expert {expert!r} is the base itself ({base.source}), so that its "
@@ -46,6 +50,44 @@ def refuse_misfits(
             + "Every expert must be fine-tuned from this base. To keep the base's tensor, or leave out an expert's, "
             f"add a rule, here {suggested_rule(*dict.fromkeys(name for _, name in problems[:_IN_A_RULE]))}."
         )
+
+
+def _refuse_foreign_names(base: Checkpoint, expert: str, checkpoint: Checkpoint) -> None:
+    """Refuse an expert none of whose names is the base's: rules would only leave the base."""
+    known = {*base.tensors, *base.aliases}
+    if not known.isdisjoint({*checkpoint.tensors, *checkpoint.aliases}):
+        return
+    prefix = _prefix(known, checkpoint.tensors)
+    if prefix is not None:
+        ours, theirs = ("lack", "have") if prefix[1] else ("have", "lack")
+        way = (
+            f"its names {theirs} {prefix[0]!r} in front, which the base's {ours}: one of them was saved from a wrapped "
+            f"or a bare model. Save it again with the base's names: {{{_renaming(*prefix)}: tensor for name, tensor in "
+            "state_dict.items()}"
+        )
+    else:
+        way = "give a model that was fine-tuned from this base"
+    raise CheckpointError(
+        f"`TaskVectors(base, experts)`: expert {expert!r}: none of its tensors ({next(iter(checkpoint.tensors))!r}, "
+        f"...) has a name of {base.source} ({next(iter(base.tensors))!r}, ...); {way}."
+    )
+
+
+def _prefix(base: Collection[str], expert: Collection[str]) -> tuple[str, bool] | None:
+    """The prefix by which most names differ (one may have a head more), and whether it is the expert's."""
+    for short, long, of_expert in ((base, expert, True), (expert, base, False)):
+        known = set(short)
+        ends = ((name, dot.end()) for name in long for dot in re.finditer(r"\.", name))
+        found = Counter(name[:end] for name, end in ends if name[end:] in known)
+        if found:
+            prefix, count = found.most_common(1)[0]
+            if 2 * count > min(len(short), len(long)):
+                return prefix, of_expert
+    return None
+
+
+def _renaming(prefix: str, of_expert: bool) -> str:
+    return f"name.removeprefix({prefix!r})" if of_expert else f"{prefix!r} + name"
 
 
 def suggested_rule(*names: str) -> str:

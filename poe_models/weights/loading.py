@@ -6,7 +6,7 @@
   ``pytorch_model.bin.index.json`` and its shards, looked for in this order, and ``config.json`` if there is one;
 - one ``.safetensors`` file;
 - one PyTorch state dict (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), loaded without running code: a dict of tensors, or
-  one nested under ``"state_dict"`` or ``"model"`` provided that every leaf of it is a tensor;
+  one nested under ``"state_dict"``, ``"model"`` and the like provided that every leaf of it is a tensor;
 - a PEFT LoRA folder (``adapter_config.json``) on top of its base, see :mod:`poe_models.weights.lora`;
 - a mapping of names to tensors;
 - a model id of the Hugging Face hub, ``org/name`` or ``org/name@revision``, downloaded with ``huggingface_hub``.
@@ -29,9 +29,11 @@ from poe_models.weights.checkpoint import (
     TensorInfo,
     find_aliases,
     read_json,
+    refuse_adapter,
     refuse_quantised,
     stamp_of,
 )
+from poe_models.weights.tied import tied_copies
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -112,7 +114,15 @@ class FileCheckpoint(Checkpoint):
                 self._parts[name] = part
         self.tensors = {name: part.tensors[name] for part in parts for name in part.tensors}
         self._last: WeightFile | None = None
+        refuse_adapter(self.source, self.tensors, path.parent if path.is_file() else None)
         refuse_quantised(self.source, self.tensors.values(), config)
+        self._tie(tied_copies(self))
+
+    def _tie(self, aliases: Mapping[str, str]) -> None:
+        """Take tensors that are stored apart for further names of others."""
+        self.aliases = {**self.aliases, **aliases}
+        self.tensors = {name: info for name, info in self.tensors.items() if name not in aliases}
+        self.layout = {f: tuple(name for name in names if name not in aliases) for f, names in self.layout.items()}
 
     @override
     def _read(self, name: str) -> Tensor:
@@ -153,6 +163,7 @@ class MemoryCheckpoint(Checkpoint):
             if name not in self.aliases
         }
         self.layout = {"model.safetensors": tuple(self.tensors)}
+        refuse_adapter(self.source, self.tensors)
         refuse_quantised(self.source, self.tensors.values(), config)
 
     @property
@@ -192,6 +203,9 @@ def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
             )
         return LoraCheckpoint(folder, base)
     if weights is None:
+        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        if inner:
+            raise CheckpointError(f"{folder}: no weights; the adapter is in {inner[0]}/. Give {folder / inner[0]}.")
         found = sorted(entry.name for entry in folder.iterdir())
         raise CheckpointError(
             f"{folder}: no weights: looked for {', '.join(_WEIGHTS)} and adapter_config.json, found "
@@ -201,15 +215,41 @@ def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if weights.suffix == ".json":
         return FileCheckpoint(folder, _open_shards(weights), config)
+    _refuse_two_saves(folder, weights)
     return FileCheckpoint(folder, [_weight_file(weights)], config)
 
 
-def _open_shards(index: Path) -> list[WeightFile]:
+def _refuse_two_saves(folder: Path, weights: Path) -> None:
+    """Refuse a single file beside a whole set of shards with other tensors: nothing says which of them is the model."""
+    index = weights.with_name(f"{weights.name}.index.json")
+    if not index.is_file():
+        return
+    weight_map = _weight_map(index)
+    file = _weight_file(weights)
+    if _missing(index, weight_map) or set(weight_map) <= {*file.tensors, *file.aliases}:
+        return  # the index is what another save left behind, or of this very file
+    raise CheckpointError(
+        f"{folder}: holds {weights.name} and, with {index.name}, shards of another save; programs differ in which they "
+        f"read. Move {weights.name} out of the folder if the shards are the model, or {index.name} if they are not."
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index}: has no `weight_map` of tensor names to shard files. Copy the file anew.")
+    return weight_map
+
+
+def _missing(index: Path, weight_map: Mapping[str, str]) -> list[str]:
+    names = sorted(set(weight_map.values()))
+    return [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+
+
+def _open_shards(index: Path) -> list[WeightFile]:
+    weight_map = _weight_map(index)
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]
+    missing = _missing(index, weight_map)
     if missing:
         raise CheckpointError(
             f"{index}: lists {len(missing)} of {len(shards)} shards that are not in the folder: "
@@ -226,6 +266,9 @@ def _open_shards(index: Path) -> list[WeightFile]:
             f"{index}: lists {len(absent)} tensors that their shard does not hold: {', '.join(absent[:5])}"
             f"{', ...' if len(absent) > 5 else ''}. Index and shards are from different saves: copy the folder anew."
         )
+    for shard, part in parts.items():
+        listed = {part.aliases.get(name, name) for name, place in weight_map.items() if place == shard}
+        part.keep(listed)  # what the index does not list there is left over from another save
     return list(parts.values())
 
 

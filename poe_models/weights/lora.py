@@ -232,15 +232,22 @@ class LoraCheckpoint(Checkpoint):
         self.metadata = self._file.metadata
         self.config, self.aliases, self.layout = base.config, base.aliases, base.layout
         factors, full = sort_keys(path, [*self._file.tensors, *self._file.aliases])
-        if not factors and not full:
-            raise CheckpointError(f"{path}: the adapter has no tensors, so that it changes nothing. Copy it anew.")
+        self._refuse_odd_tensors(path)
         renaming = find_renaming(path, factors, base)
         pairs = [self._pair(module, sides, renaming, settings) for module, sides in factors.items()]
         self._pairs = {pair.tensor: pair for pair in pairs}
         self._full = {renaming.tensor(name, base): key for name, key in full.items()}
-        refuse_untied(path, {**self._full, **{pair.tensor: pair.a.name for pair in pairs}}, base)
+        refuse_untied(path, {pair.tensor: pair.a.name for pair in pairs}, self._full, base)
         replaced = {name: replace(self._file.info(key), name=name) for name, key in self._full.items()}
         self.tensors = {**base.tensors, **replaced}
+
+    def _refuse_odd_tensors(self, path: Path) -> None:
+        odd = next((info for info in self._file.tensors.values() if not info.dtype.is_floating_point), None)
+        if odd is not None or not self._file.tensors:
+            what = "it has no tensors" if odd is None else f"tensor {odd.name!r} is {odd.dtype}"
+            raise CheckpointError(
+                f"{path}: {what}; an adapter has factors of a real floating dtype. Save it again in float32."
+            )
 
     def changes(self, name: str) -> bool:
         """Return, from headers, whether the adapter holds anything for a tensor; if not, it is the base's."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
+from poe_models.weights.tied import head_is_tied_to
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 
@@ -106,9 +107,24 @@ def _candidates(module: str, base: Checkpoint) -> list[Renaming]:
     return [r for r in dict.fromkeys([*stripping, *adding]) if r.matrix(module, base)]
 
 
-def refuse_untied(path: Path, changed: Mapping[str, str], base: Checkpoint) -> None:
-    """Refuse an adapter that changes one of several tied tensors, from names in the base to names in the adapter."""
-    for name, key in changed.items():
+def refuse_untied(path: Path, factors: Mapping[str, str], full: Mapping[str, str], base: Checkpoint) -> None:
+    """Refuse an adapter that unties the base's tensors.
+
+    Args:
+        path: The adapter's file.
+        factors: Names in the base of the tensors that factors change, to names in the adapter.
+        full: The same of the tensors that are replaced whole.
+        base: The base. It may store tied tensors once; then its config says that they are tied.
+    """
+    for name, key in full.items():
+        if len(base.tied_names(name)) == 1 and head_is_tied_to(name, base):
+            raise CheckpointError(
+                f"{path}: the adapter replaces {key!r}, but embedding and head are tied by the config of {base.source} "
+                "(`tie_word_embeddings`), so that both would change: the adapter unties them. Give a base that stores "
+                "the two apart, with `tie_word_embeddings: false`, or train the adapter without `modules_to_save` on "
+                "them."
+            )
+    for name, key in {**full, **factors}.items():
         tied = base.tied_names(name)
         if len(tied) > 1:
             raise CheckpointError(

@@ -10,194 +10,96 @@ By default matrices and convolutions are merged; GPT-2's Conv1D is transposed; f
 ``c_attn`` and ``qkv`` are split into [q; k; v] where d_out = 3*d_in; stacked 3-D experts are a batch of matrices;
 embeddings, biases, norms (LayerNorm and the others) and scalars are averaged. Only the shape can say that a convolution
 is grouped, and only of depthwise ones: shape[1] = 1 with several outputs, which a first layer on grey images has too.
-Those are averaged unless a rule merges them. Integer, bool and complex tensors always stay the base's.
+Those are averaged unless a rule merges them. Integer, bool and complex tensors, and those without
+entries, always stay the base's.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from typing_extensions import override
 
 from poe_models.weights.checkpoint import Checkpoint, TensorInfo
-from poe_models.weights.patterns import PatternError, pattern
+from poe_models.weights.rule import SHAPES, Action, Rule
 from poe_models.weights.views import View
 
-Action = Literal["merge", "average", "base"]
-Shape = Literal["any", "vector", "matrix", "stack", "kernel", "depthwise", "three_in_rows", "three_in_columns"]
-
-_SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
-    "any": lambda shape: True,
-    "vector": lambda shape: len(shape) < 2 or (len(shape) > 2 and sum(axis > 1 for axis in shape) < 2),
-    "matrix": lambda shape: len(shape) == 2,
-    "stack": lambda shape: len(shape) == 3,
-    "kernel": lambda shape: 3 <= len(shape) <= 5,
-    "depthwise": lambda shape: 3 <= len(shape) <= 5 and shape[1] == 1 and shape[0] > 1,
-    "three_in_rows": lambda shape: len(shape) == 2 and shape[0] == 3 * shape[1],
-    "three_in_columns": lambda shape: len(shape) == 2 and shape[1] == 3 * shape[0],
-}
-_VIEW_KEYS = tuple(field.name for field in dataclasses.fields(View) if field.name != "flatten")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An action for the tensors whose name, shape and model type fit.
-
-    Args:
-        match: Regular expression, searched for anywhere in the tensor's name.
-        action: Either ``"merge"`` by the product of experts, ``"average"`` the updates, or keep the ``"base"``.
-        view: View of a merged tensor as matrices; None leaves it to the first later rule that has one.
-        model_types: Values of ``model_type``; empty for any. A model without a config fits too, unless ``known``.
-        shape: Condition on the shape. ``"vector"`` has fewer than two axes (or all but one of length 1, from three axes
-            on); ``"matrix"`` two axes; ``"stack"`` three; ``"kernel"`` three to five; ``"depthwise"`` is a kernel with
-            one input channel and several outputs; ``"three_in_rows"`` d_out = 3 d_in; ``"three_in_columns"`` the
-            transpose of it.
-        known: The model type must be known to be one of ``model_types``.
-        note: Description of the tensors, for the reason that ``plan`` prints.
-
-    >>> Rule.from_dict({"match": "lm_head", "action": "base"}).action
-    'base'
-    """
-
-    match: str = ""
-    action: Action = "merge"
-    view: View | None = None
-    model_types: tuple[str, ...] = ()
-    shape: Shape = "any"
-    known: bool = False
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.match, str):
-            raise ValueError(f"`Rule(match={self.match!r})`: not a regular expression. Write the name of a tensor.")
-        try:
-            pattern(self.match)
-        except PatternError as error:
-            raise ValueError(f"`Rule(match=...)`: {error} Escape special characters with a backslash.") from error
-        _one_of("action", self.action, get_args(Action))
-        _one_of("shape", self.shape, get_args(Shape))
-        if self.view is not None and self.action != "merge":
-            raise ValueError(
-                f"`Rule(action={self.action!r}, view=...)`: only merged tensors are seen as matrices. Leave `view` "
-                "out, or use `action: merge`."
-            )
-        if self.known and not self.model_types:
-            raise ValueError(
-                "`Rule(known=True)`: there are no model types to know. Give `model_types`, or leave `known` out."
-            )
-
-    def applies(self, names: Iterable[str], info: TensorInfo, model_type: str | None) -> bool:
-        """Return whether the rule is about a tensor, given all its names (several if it is tied)."""
-        typed = not self.model_types or model_type in self.model_types or (model_type is None and not self.known)
-        return typed and _SHAPES[self.shape](info.shape) and any(map(pattern(self.match).search, names))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Rule:
-        """Make a rule from plain values, such as an entry of a YAML file.
-
-        Args:
-            values: Values of ``match`` and ``action``, and optionally the other arguments; ``view`` as a mapping of
-                ``View``'s arguments, ``{}`` to see a matrix as it is.
-
-        Returns:
-            The rule.
-
-        Raises:
-            ValueError: If a key is unknown (the message names the nearest valid one) or a value has a wrong type.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"rule {values!r}: expected a mapping such as {{match: lm_head, action: base}}.")
-        names = tuple(field.name for field in dataclasses.fields(cls))
-        _known_keys("rule", values, names)
-        for key in ("match", "action"):
-            if key not in values:
-                raise ValueError(
-                    f"rule {dict(values)}: `{key}` is missing. Write for instance {{match: lm_head, action: base}}."
-                )
-        known = dict(values)
-        if "model_types" in known:
-            known["model_types"] = _typed_tuple("model_types", known["model_types"], str)
-        if known.get("view") is not None:
-            known["view"] = _view_from_dict(known["view"])
-        return cls(**known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that :meth:`from_dict` takes back: ``match``, ``action``, and what is not a default."""
-        values = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
-        if self.view is not None:
-            view = {key: getattr(self.view, key) for key in _VIEW_KEYS if getattr(self.view, key) != getattr(View, key)}
-            values["view"] = {key: list(value) if isinstance(value, tuple) else value for key, value in view.items()}
-        if self.model_types:
-            values["model_types"] = list(self.model_types)
-        return {**values, "match": self.match, "action": self.action}
-
-
-def _view_from_dict(values: object) -> View:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"rule: `view` is {values!r}. Write for instance `view: {{rows: [4096, 1024, 1024]}}`.")
-    _known_keys("view", values, _VIEW_KEYS)
-    plain = dict(values)
-    for key in ("transpose", "stacked", "square"):
-        if not isinstance(plain.get(key, False), bool):
-            raise ValueError(f"view: `{key}` is {plain[key]!r}. Write true or false.")
-    for key in ("blocks", "groups"):
-        if type(plain.get(key, 1)) is not int:
-            raise ValueError(f"view: `{key}` is {plain[key]!r}. Write a whole number.")
-    if "rows" in plain:
-        plain["rows"] = _typed_tuple("rows", plain["rows"], int)
-    return View(**plain)
-
-
-def _typed_tuple(key: str, value: object, kind: type) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)) or not all(type(item) is kind for item in value):
-        raise ValueError(f"rule: `{key}` is {value!r}. Write a list of {'whole numbers' if kind is int else 'names'}.")
-    return tuple(value)
-
-
-def _known_keys(what: str, values: Mapping[str, Any], valid: tuple[str, ...]) -> None:
-    for key in values:
-        if key not in valid:
-            raise ValueError(f"{what} {dict(values)}: unknown key {key!r}; {_nearest(key, valid)}.")
-
-
-def _one_of(key: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"`Rule({key}={value!r})`: unknown {key}; {_nearest(value, valid)}.")
-
-
-def _nearest(word: object, valid: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}"
-
-
+_TOKENS = r"(^|\.)(wte|shared|embed_in|embed_tokens|tok\w*_embed\w*|tokens_embed|word_embed\w*|embeddings)\.weight$"
 # Model types whose linear layers are Conv1D, stored (in, out).
-CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D = r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)\.weight$"
+CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+_CONV1D = r"(^|\.)(h|layers)\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)\.weight$"
+# Model types whose stacked experts are stored (expert, in, out).
+_IN_OUT_EXPERTS = ("llama4", "llama4_text", "gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 _CONV1D_FUSED = r"(^|\.)h\.\d+\.attn\.c_attn\.weight$"
 _FUSED = r"(^|\.)(in_proj_weight|((c_attn|qkv|qkv_proj|Wqkv|to_qkv)\.weight))$"
 _EMBEDDING = (
-    r"(^|\.)(wte|wpe|shared|embs?|embed|embed_in|embed_tokens|embed_positions|relative_attention_bias|\w*pos_embed"
+    r"(^|\.)(wte|wpe|shared|embs?|embed|embed_in|\w*embed_tokens|\w*embed_positions|relative_attention_bias|\w*pos_emb"
+    r"|\w*(tokens|positions|pos|query|level|class|cls|label|seg|segment|mask|char|codec|point|tgt|freq)_emb(ed)?"
     r"|(?!\w*patch)\w*embeddings?)(\.weight)?$"
 )
+# Input and output features of these gated projections are one tensor, gate above up (or up above gate).
+_GATE_UP = r"(^|\.)(gate_up_proj|gate_and_up_proj|w1w3|w13|fused_gate_up)(\.weight)?$"
+_GATE_UP_BY_TYPE = r"(^|\.)(mlp\.Wi|shared_mlp\.input_linear|block_sparse_moe\.input_linear|dense_h_to_4h)\.weight$"
+_GATE_UP_TYPES = (
+    *("modernbert", "modernbert-decoder", "granitemoe", "granitemoeshared", "granitemoehybrid", "jetmoe", "chatglm"),
+    *("granitemoe_swa",),
+)
+# Masks and position tables that a model computes; learned ones (mask_token, mask_emb) are parameters.
+_MASK = r"(^|\.)(\w*_mask|mask|masked_bias|IGNORE|causal|tril|triu)$"
+_STATE_SPACE = r"(^|\.)(A_logs?|dt_bias|time_(decay|first|faaaa|mix\w*|maa\w*)|conv_state|ssm_state)$"
 
 _DEFAULTS: tuple[Rule, ...] = (
+    Rule(_MASK, "base", note="mask: no weights"),
     Rule(action="average", shape="vector", note="bias, norm, running statistic or scalar: fewer than two axes"),
     Rule(r"(^|[._])bias$", "average", note="bias"),
     Rule(_EMBEDDING, "average", note="embedding"),
     Rule(r"(^|\.)relative_position_bias_table$", "average", note="position bias"),
+    Rule(_STATE_SPACE, "average", note="state-space parameter, entry by entry"),
+    Rule(r"(^|\.)rel(_attn|ative_attention)?\.r_\w_bias$|(^|\.)r_[wrs]_bias$", "average", note="bias"),
+    Rule(
+        r"(^|\.)rel_attn\.[qkvr]$|(^|\.)r_kernel$",
+        "merge",
+        View(heads=True),
+        shape="stack",
+        note="projection to heads, stored (in, head, dim)",
+    ),
     Rule(r"(^|\.)(\w*norm\w*|ln(_\w+)?|\w+_ln)\.weight$", "average", note="norm"),
+    Rule(
+        r"experts\.gate_up_proj$",
+        "merge",
+        View(stacked=True, transpose=True),
+        model_types=("gpt_oss", "openai_privacy_filter"),
+        shape="stack",
+        known=True,
+        note="stacked experts stored (expert, in, out), gate and up in turn: merged whole",
+    ),
+    Rule(
+        r"experts\.gate_up_proj$",
+        "merge",
+        View(stacked=True, transpose=True, blocks=2),
+        model_types=_IN_OUT_EXPERTS,
+        shape="stack",
+        known=True,
+        note="stacked experts stored (expert, in, out), fused [gate; up]",
+    ),
     Rule(
         r"experts\b",
         "merge",
         View(stacked=True, transpose=True),
-        model_types=("llama4", "llama4_text", "gpt_oss"),
+        model_types=_IN_OUT_EXPERTS,
         shape="stack",
         known=True,
         note="stacked experts stored (expert, in, out)",
+    ),
+    Rule(
+        rf"experts\b.*gate_up_proj|{_GATE_UP_BY_TYPE}",
+        "merge",
+        View(stacked=True, blocks=2),
+        shape="even_stack",
+        note="stacked experts, fused [gate; up]",
     ),
     Rule(
         r"experts\b|block_sparse_moe\.(input|output)_linear",
@@ -237,6 +139,16 @@ _DEFAULTS: tuple[Rule, ...] = (
         model_types=CONV1D_TYPES,
         shape="matrix",
         note="Conv1D, stored (in, out)",
+    ),
+    Rule(_GATE_UP, "merge", View(blocks=2), shape="even_rows", note="fused [gate; up]"),
+    Rule(
+        _GATE_UP_BY_TYPE,
+        "merge",
+        View(blocks=2),
+        model_types=_GATE_UP_TYPES,
+        shape="even_rows",
+        known=True,
+        note="fused [gate; up]",
     ),
     Rule(
         r"(^|\.)(visual\.proj|text_projection)$",
@@ -291,13 +203,16 @@ class RuleTable:
 
     rules: tuple[Rule, ...]
 
-    def treat(self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = ()) -> Treatment:
+    def treat(
+        self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = (), *, first: bool = False
+    ) -> Treatment:
         """Decide what happens to a tensor.
 
         Args:
             info: Header of the tensor.
             model_type: Value of ``model_type`` in the config; None if there is no config.
             aliases: Further names of a tied tensor: a rule applies if any of the names matches.
+            first: It is the convolution that sees the input (``first_convolution``), and not depthwise.
 
         Returns:
             The treatment, with its reason.
@@ -305,10 +220,12 @@ class RuleTable:
         Raises:
             ValueError: If no rule applies, or the deciding rule asks for a view that the shape does not allow.
         """
+        if 0 in info.shape:
+            return Treatment("base", None, "no entries")
         if not info.dtype.is_floating_point:
             kind = str(info.dtype).removeprefix("torch.")
             return Treatment("base", None, f"{kind} buffer: the base's, whatever the rules say")
-        rule = self.deciding(info, model_type, aliases)
+        rule = self.deciding(info, model_type, aliases, first=first)
         if rule is None:
             raise ValueError(
                 f"tensor {info.name!r}: no rule applies. Extend `DEFAULT_RULES`, which covers every tensor."
@@ -323,10 +240,13 @@ class RuleTable:
         except ValueError as error:
             raise ValueError(f"tensor {info.name!r}: {reason} merges it, but {error}.") from error
 
-    def deciding(self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = ()) -> Rule | None:
+    def deciding(
+        self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = (), *, first: bool = False
+    ) -> Rule | None:
         """The first rule that applies to a tensor, or None; for the arguments see :meth:`treat`."""
         names = (info.name, *aliases)
-        return next((rule for rule in self.rules if rule.applies(names, info, model_type)), None)
+        fitting = (rule for rule in self.rules if not (first and rule.shape == "depthwise"))
+        return next((rule for rule in fitting if rule.applies(names, info, model_type)), None)
 
     def extended(self, rules: Iterable[Rule | Mapping[str, Any]]) -> RuleTable:
         """Put rules before those of this table.
@@ -364,6 +284,33 @@ class RuleTable:
 
 DEFAULT_RULES = RuleTable(_DEFAULTS)
 """The defaults, which cover every tensor."""
+
+
+_DEPTHWISE = re.compile(r"depth_?wise|dw|conv1d|mixer|separable", re.IGNORECASE)
+
+
+def first_convolution(checkpoint: Checkpoint) -> str | None:
+    """The convolution with one input channel that sees the input itself, grey images or sound; None without one.
+
+    Where another convolution has the two to four channels of an image, or there is an embedding of tokens, the input
+    comes in there, and kernels with one input channel are depthwise.
+    """
+    kernels = {
+        name: info.shape
+        for name, info in checkpoint.tensors.items()
+        if info.dtype.is_floating_point and 3 <= len(info.shape) <= 5 and not SHAPES["vector"](info.shape)
+    }
+    if any(1 < shape[1] <= 4 for shape in kernels.values()):
+        return None
+    if any(re.search(_TOKENS, name) for name in checkpoint.tensors):
+        return None
+    grey = [name for name, shape in kernels.items() if shape[1] == 1 and not _DEPTHWISE.search(name)]
+    return min(grey, key=_natural, default=None)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that counts: ``layers.10`` after ``layers.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def model_type_of(checkpoint: Checkpoint) -> str | None:

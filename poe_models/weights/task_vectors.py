@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,20 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.span_labels import CENTER, MERGE
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
+from poe_models.weights.copies import refuse_copies
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment, model_type_of
+from poe_models.weights.rules import (
+    DEFAULT_RULES,
+    Rule,
+    RuleTable,
+    Treatment,
+    first_convolution,
+    model_type_of,
+)
 from poe_models.weights.views import View
 
 Source = str | Path | Mapping[str, Tensor] | Checkpoint
@@ -59,8 +69,9 @@ class TaskVectors:
         base: The base, as ``open_checkpoint`` takes it.
         experts: Name to expert, or (name, expert) pairs; adapters are opened on ``base``.
         rules: Table of the tensors that are merged, averaged, or kept from the base.
-        dtype: Precision in which updates are formed, float32 or float64. The difference of two bfloat16 weights is
-            exact in float32 unless they differ by orders of magnitude; in bfloat16 it would lose what fine-tuning did.
+        dtype: Precision in which updates are formed, float32 or float64; None for float32, with a warning about a
+            float64 base. The difference of two bfloat16 weights is exact in float32 unless they differ by orders of
+            magnitude; in bfloat16 it would lose what fine-tuning did.
         device: Device of the updates.
 
     Attributes:
@@ -87,17 +98,17 @@ class TaskVectors:
         base: Source,
         experts: Mapping[str, Source] | Sequence[tuple[str, Source]],
         rules: RuleTable = DEFAULT_RULES,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if dtype not in {torch.float32, torch.float64}:
+        if dtype not in {None, torch.float32, torch.float64}:
             raise ValueError(f"`TaskVectors(dtype={dtype})`: updates are formed in torch.float32 or torch.float64.")
         if not isinstance(rules, RuleTable):
             raise ValueError(
                 "`TaskVectors(rules=...)`: expected a `RuleTable`; `DEFAULT_RULES.extended(rules)` makes one."
             )
         named = _unique_names(experts)
-        self.dtype = dtype
+        self.dtype = dtype or torch.float32
         self.device = torch.device(device)
         self.rules = rules
         self.base = open_checkpoint(base)
@@ -107,6 +118,20 @@ class TaskVectors:
         self.treatments = self._treat_all()
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
         _refuse_equal_names(self.base, self.treatments)
+        if dtype is None:
+            self._warn_of_float64()
+
+    def _warn_of_float64(self) -> None:
+        wide = [n for n, t in self.treatments.items() if t.action != "base" and self._is_float64(n)]
+        if wide:
+            warnings.warn(
+                f"{len(wide)} tensors of the base are float64, {wide[0]!r} first, and their updates are formed in "
+                "float32, which rounds them. For float64 ask for `dtype: float64` (`--dtype float64`).",
+                stacklevel=3,
+            )
+
+    def _is_float64(self, name: str) -> bool:
+        return self.base.tensors[name].dtype == torch.float64
 
     @override
     def __repr__(self) -> str:
@@ -182,6 +207,14 @@ class TaskVectors:
             total.add_(update, alpha=weight)
         return (base + (scaling / (sum(weights) or 1.0)) * total).to(self.device)
 
+    def refuse_copies(self) -> None:
+        """Refuse an expert whose tensors all have the base's values, by reading up to the first that differs.
+
+        Raises:
+            CheckpointError: If there is one; names it.
+        """
+        refuse_copies(self.base, self.experts, self.treatments)
+
     @property
     def views(self) -> dict[str, View]:
         """View of each merged tensor, for which statistics of its modules are collected."""
@@ -198,9 +231,10 @@ class TaskVectors:
         adapters = [self._adapter(name) for name in self.names]
         treatments = {}
         problems = []
+        first = first_convolution(self.base)
         for name, info in self.base.tensors.items():
             try:
-                treatment = self.rules.treat(info, self.model_type, self.base.tied_names(name)[1:])
+                treatment = self.rules.treat(info, self.model_type, self.base.tied_names(name)[1:], first=name == first)
             except ValueError as error:
                 problems.append(str(error))
                 continue
@@ -233,7 +267,8 @@ class TaskVectors:
         return None
 
     def _base(self, name: str) -> Tensor:
-        return _finite(self.base.read(name).to(self.dtype), f"the base ({self.base.source})", name)
+        stored = self.base.read(name)
+        return _finite(stored.to(self.dtype), f"the base ({self.base.source})", name, stored)
 
     def _update(self, expert: str, name: str, base: Tensor) -> Tensor:
         """Form U_i of one expert; the result may be shared and is not written to."""
@@ -244,7 +279,9 @@ class TaskVectors:
         if factors is not None:
             left, right = (factor.to(self.dtype) for factor in factors)
             return _finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
-        return _finite(self._weight(expert, name), f"expert {expert!r}", name) - base
+        stored = self._weight(expert, name)
+        weight = _finite(stored.to(self.dtype), f"expert {expert!r}", name, stored)
+        return _finite(weight - base, f"the update of expert {expert!r}", name, weight)
 
     def _weight(self, expert: str, name: str) -> Tensor:
         checkpoint = self.experts[expert]
@@ -256,7 +293,7 @@ class TaskVectors:
                     f"`TaskVectors`: expert {expert!r} has untied {keys[0]!r} and {other!r}, which are one tensor in "
                     f"the base ({self.base.source}). Give a base that stores the two apart, or tie the expert's again."
                 )
-        return weight.to(self.dtype)
+        return weight
 
     def _low_rank(self, name: str, view: View, blocks: int) -> Sequence[tuple[Tensor, Tensor] | None]:
         """The factors of each block, or None for each if an expert has none."""
@@ -310,6 +347,12 @@ def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) 
     names = [name for name, _ in pairs]
     if not names:
         raise ValueError("`TaskVectors(experts={})`: there are no experts. Give at least one fine-tuned model.")
+    taken = next((name for name in names if name in (CENTER, MERGE)), None)
+    if taken is not None:
+        raise ValueError(
+            f"`TaskVectors(experts=...)`: an expert called {taken!r}: draws call the anchor's centre {CENTER!r} and a "
+            f"merge in the span {MERGE!r}. Give it another name, such as '{taken}_model'."
+        )
     bad = [name for name in names if not isinstance(name, str) or not name]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if bad or twice:
@@ -318,12 +361,16 @@ def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) 
     return dict(pairs)
 
 
-def _finite(tensor: Tensor, owner: str, name: str) -> Tensor:
+def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None) -> Tensor:
+    """The same tensor, once it is clear that it is finite; ``stored`` is the one it was made of, in its own dtype."""
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
+        beyond = stored is not None and bool(torch.isfinite(stored).all())
+        what = f"too large for {tensor.dtype}" if beyond else f"NaN or infinite (as {tensor.dtype})"
+        way = "Compute in float64 (`dtype: float64`)" if beyond else "Save it from an earlier step"
         raise CheckpointError(
-            f"`TaskVectors`: {owner}: tensor {name!r} has {bad:,} values that are NaN or infinite (as {tensor.dtype}). "
-            f"Save it from an earlier step, or keep the base's tensor with the rule {suggested_rule(name)}."
+            f"`TaskVectors`: {owner}: tensor {name!r} has {bad:,} values that are {what}. {way}, or keep the base's "
+            f"tensor with the rule {suggested_rule(name)}."
         )
     return tensor
 

@@ -21,6 +21,7 @@ class View:
 
     Args:
         transpose: The tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
+        heads: The tensor is stored (in, head, dim), as XLNet's projections to heads: seen as (head*dim, in).
         stacked: The first axis counts matrices, as in 3-D mixture-of-experts weights.
         flatten: A convolution (out, in, kh, kw), seen as (out, in*kh*kw); set by ``fitted`` where the shape needs it.
         blocks: Number of equal row blocks, 3 for a fused [q; k; v].
@@ -38,6 +39,7 @@ class View:
     """
 
     transpose: bool = False
+    heads: bool = False
     stacked: bool = False
     flatten: bool = False
     blocks: int = 1
@@ -46,6 +48,11 @@ class View:
     groups: int = 1
 
     def __post_init__(self) -> None:
+        if self.heads and (self.transpose or self.stacked):
+            raise ValueError(
+                "`View(heads=True)`: says already that the first axis is the input. Leave `transpose` and `stacked` "
+                "out."
+            )
         cuts = [name for name in ("blocks", "rows", "square", "groups") if getattr(self, name) != getattr(View, name)]
         if len(cuts) > 1:
             raise ValueError(f"`View(...)`: {' and '.join(cuts)} are two ways to cut the same rows. Give one of them.")
@@ -89,6 +96,7 @@ class View:
         parts = tensor.unbind(0) if self.stacked else (tensor,)
         oriented = [part.transpose(0, 1) if self.transpose else part for part in parts]
         matrices = [part.reshape(part.shape[0], -1) for part in oriented]
+        matrices = [matrix.T for matrix in matrices] if self.heads else matrices
         return [block for matrix in matrices for block in matrix.split(self._heights(*matrix.shape))]
 
     def join(self, blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
@@ -114,7 +122,8 @@ class View:
         if self.transpose:
             part_shape[:2] = part_shape[1::-1]
         count = len(blocks) // (shape[0] if self.stacked else 1)
-        parts = [torch.cat(list(blocks[i : i + count])).reshape(part_shape) for i in range(0, len(blocks), count)]
+        matrices = [torch.cat(list(blocks[i : i + count])) for i in range(0, len(blocks), count)]
+        parts = [(matrix.T if self.heads else matrix).reshape(part_shape) for matrix in matrices]
         parts = [part.transpose(0, 1) if self.transpose else part for part in parts]
         return torch.stack(parts) if self.stacked else parts[0].contiguous()
 
@@ -140,7 +149,7 @@ class View:
             raise ValueError(
                 f"`View.split_factors`: a tensor seen as '{self}' has no two factors. Multiply it out and split that."
             )
-        if self.transpose:
+        if self.transpose or self.heads:
             left, right = right.T, left.T
         return [(block, right) for block in left.split(self._heights(left.shape[0], right.shape[1]))]
 
@@ -148,7 +157,8 @@ class View:
         axes = list(shape[1:] if self.stacked else shape)
         if self.transpose:
             axes[:2] = axes[1::-1]
-        return axes[0], math.prod(axes[1:])
+        rows, cols = axes[0], math.prod(axes[1:])
+        return (cols, rows) if self.heads else (rows, cols)
 
     def _heights(self, rows: int, cols: int) -> list[int]:
         if self.rows:
@@ -178,7 +188,8 @@ class View:
         words = [
             "stacked: a batch of matrices" if self.stacked else "",
             "transposed" if self.transpose else "",
-            "conv flattened (out, in*kh*kw)" if self.flatten else "",
+            "heads flattened (head*dim, in)" if self.heads else "",
+            "conv flattened (out, in*kh*kw)" if self.flatten and not self.heads else "",
             *(text for text in cuts.values() if text),
         ]
         return ", ".join(word for word in words if word) or "as it is"

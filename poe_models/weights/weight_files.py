@@ -14,7 +14,7 @@ import re
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ from typing_extensions import override
 
 from poe_models.weights.checkpoint import CheckpointError, TensorInfo, check_stamp, find_aliases, stamp_of
 
+WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "module", "net", "network", "params")
+"""Entries of a training checkpoint that hold the state dict."""
+
 
 def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
     """Find the state dict in the object that a PyTorch file holds.
 
-    Either the object itself maps names to tensors, or its entry ``"state_dict"`` or ``"model"`` does, every leaf of it
-    a tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and are left alone.
+    Either the object itself maps names to tensors, or one entry of a usual name (``"state_dict"``, ``"model"``, ...)
+    does, every leaf of it a tensor. Other entries of such a training checkpoint (optimizer, epoch) are not weights and
+    are left alone.
     """
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
@@ -39,7 +43,7 @@ def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
     if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
         return check_plain(loaded, source)
     inner = [key for key, value in loaded.items() if _is_state_dict(value)]
-    if len(inner) == 1 and inner[0] in {"state_dict", "model"}:
+    if len(inner) == 1 and inner[0] in WRAPPERS:
         return check_plain(loaded[inner[0]], source)
     if len(inner) > 1:
         raise CheckpointError(
@@ -49,7 +53,8 @@ def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
     odd = [f"{key!r} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
     raise CheckpointError(
         f"{source}: not a state dict: {', '.join(odd[:5]) or 'it is empty'}{', ...' if len(odd) > 5 else ''}. Expected "
-        "a dict of tensors, or one under 'state_dict' or 'model' whose every leaf is a tensor."
+        f"a dict of tensors, or one under {', '.join(map(repr, WRAPPERS[:-1]))} or {WRAPPERS[-1]!r} whose every leaf "
+        "is a tensor."
     )
 
 
@@ -59,6 +64,11 @@ def _is_state_dict(value: object) -> bool:
 
 def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]:
     """The same tensors as a dict, after a check that none is quantised, sparse, without data, or a foreign subclass."""
+    if "__metadata__" in tensors:
+        raise CheckpointError(
+            f"{source}: has a tensor called '__metadata__', a name that safetensors files keep for themselves, so that "
+            "no merge can be written. Rename the tensor."
+        )
     for name, tensor in tensors.items():
         plain = isinstance(name, str) and type(tensor) in {Tensor, torch.nn.Parameter, torch.nn.Buffer}
         if not plain or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
@@ -149,6 +159,11 @@ class WeightFile(ABC):
         self._resident += info.nbytes
         return tensor
 
+    def keep(self, names: Collection[str]) -> None:
+        """Leave out every tensor but these, by their canonical names."""
+        self.tensors = {name: info for name, info in self.tensors.items() if name in names}
+        self.aliases = {name: target for name, target in self.aliases.items() if target in names}
+
     def release(self) -> None:
         """Close the file; the next read opens it again."""
         self._opened = None
@@ -171,7 +186,7 @@ class SafetensorsFile(WeightFile):
         self.tensors = {name: self._info(handle, name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
         self.metadata = dict(handle.metadata() or {})
         # safetensors' `save_model` notes each name it left out, with the name it kept.
-        self.aliases = {k: v for k, v in self.metadata.items() if k not in self.tensors and v in self.tensors}
+        self.aliases = {k: v for k, v in self.metadata.items() if k not in self.tensors and _names_a_tie(k, v, self)}
 
     @override
     def _open(self) -> Any:
@@ -197,8 +212,13 @@ class SafetensorsFile(WeightFile):
         return opened.get_tensor(name)
 
 
+def _names_a_tie(name: str, kept: str, file: WeightFile) -> bool:
+    """Return whether an entry of the metadata is one of ``save_model``'s, and not text that happens to be a name."""
+    return kept in file.tensors and name.rpartition(".")[2] == kept.rpartition(".")[2]
+
+
 class TorchFile(WeightFile):
-    """One PyTorch state dict: a flat dict of tensors, or one nested under ``"state_dict"`` or ``"model"``.
+    """One PyTorch state dict: a flat dict of tensors, or one nested under one of ``WRAPPERS``.
 
     Loaded with ``weights_only=True``, so that no code in the file ever runs. Files of the zip format (torch 1.6 and
     later) are memory-mapped; older ones have no index and are read whole.
