@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields, replace
 from typing import Any
 
@@ -82,8 +83,8 @@ def rebuilt(text: str) -> Any:
 @for_all
 def test_registered_with_a_citation_and_a_repr_that_builds_it(method: MergingMethod) -> None:
     assert METHODS[type(method).__name__] is type(method)
-    assert ", 20" in method.about.citation
-    assert "arXiv" in method.about.citation
+    assert re.search(r", \d{4}", method.about.citation)
+    assert re.search("arXiv|doi", method.about.citation)
     assert method.about.random == ("seed" in {field.name for field in fields(method)})  # type: ignore[arg-type]
     assert rebuilt(repr(method)) == method
     updates = random_updates(seeded(0), 1, 2, 4, 3)

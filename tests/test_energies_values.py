@@ -62,7 +62,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert Cauchy() == Cauchy(exponent=1.0)
     assert StudentT(4.0).k == 2.5
     assert GeneralizedGaussian(1.0).epsilon == 1e-6
-    assert set(ENERGIES) == {"Gaussian", "Cauchy", "StudentT", "Welsch", "Huber", "GeneralizedGaussian"}
+    assert set(ENERGIES) >= {"Gaussian", "Cauchy", "StudentT", "Welsch", "Huber", "GeneralizedGaussian"}
 
 
 def test_multivariate_exponents_and_their_twins() -> None:
