@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from diagnostics.draw_groups import hierarchical_groups, posterior_attributes, posterior_groups
-from diagnostics.printing import Brief
 from inference.draws import Draws
 from inference.hierarchical.sampler import HierarchicalDraws
 from poe_models.posterior import Posterior
+from poe_models.printing import Brief
 
 with warnings.catch_warnings():
     # ArviZ 0.23 announces its next version on its first import of the day, by a stamp in the user's cache folder.

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.arviz_adapter import ChainStatistics, chain_statistics
-from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -32,11 +32,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diagnostics.printing import Brief
 from poe_models.energies import Gaussian
 from poe_models.experts import Anchor, ProductOfExperts
 from poe_models.operators import Gram, Operator, RankOne
 from poe_models.posterior import BoundExpert
+from poe_models.printing import Brief
 from poe_models.residual_maps import ResidualMap
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.task_vectors import ModuleUpdates, Source, TaskVectors

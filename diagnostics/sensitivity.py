@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.map import fixed_point
 from poe_models.experts import ProductOfExperts
+from poe_models.printing import Brief
 from poe_models.scales import Scale
 from poe_models.weights.task_vectors import ModuleUpdates
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.solution import FixedPointInfo, Solution, Status
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,6 +13,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from inference.draws import Draws
 from inference.gibbs import anchor_spread, seeded_noise
@@ -75,6 +76,10 @@ class Laplace:
             [2 * force for force in self.quadratic.forces(x)],
             posterior.curvatures(q),
         )
+
+    @override
+    def __repr__(self) -> str:
+        return f"Laplace({self.posterior})"
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
         """Independent draws in one chain, kept as seeds."""

@@ -137,7 +137,7 @@ class MergeDistance:
         share = float(self.spread[place] / self.length[place])
         if not math.isfinite(share):
             return ""
-        return f"; there one standard deviation is {100 * share:.2g} % of the merge's length"
+        return f"; there one standard deviation is {_percent(share)} % of the merge's length"
 
 
 def span_distance(
@@ -190,3 +190,9 @@ def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:
     """
     projected = torch.einsum("csmj,mj->csm", coefficients, along).flatten(0, 1)
     return projected.std(0) if len(projected) >= FEWEST else torch.full_like(projected[0], torch.nan)
+
+
+def _percent(share: float) -> str:
+    """A share in per cent with two digits, never in powers of ten."""
+    percent = 100 * share
+    return f"{percent:.0f}" if percent >= 100 else f"{percent:.2g}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from poe_models.posterior import Posterior
+from poe_models.printing import Brief
 
 BLOCK = 2**17
 """Entries that are multiplied at once in float64."""
@@ -35,8 +36,8 @@ LEAST_LENGTH = 0.1
 WAYS_OUT = "Look at λ, the anchor's precision (eta) and the scale: Balanced lets no expert's length decide."
 
 
-@dataclass(frozen=True, eq=False)
-class Retention:
+@dataclass(frozen=True, eq=False, repr=False)
+class Retention(Brief):
     """Retention of the experts by a merge; tensors are float64, one entry per module ``(M, ...)``.
 
     Attributes:

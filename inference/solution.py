@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from inference.retention import Retention
+from poe_models.printing import Brief
 
 
 class Status(Enum):
@@ -45,8 +46,8 @@ class Status(Enum):
         return self.value
 
 
-@dataclass(frozen=True, eq=False)
-class FixedPointInfo:
+@dataclass(frozen=True, eq=False, repr=False)
+class FixedPointInfo(Brief):
     """Record of a reweighted MAP; tensors are float64, one entry per module ``(M, ...)``.
 
     Attributes:
@@ -108,8 +109,8 @@ class FixedPointInfo:
         return found | {"start": self.start[module], "norm": norm, "inactive": silent}
 
 
-@dataclass(frozen=True, eq=False)
-class MinimizeInfo:
+@dataclass(frozen=True, eq=False, repr=False)
+class MinimizeInfo(Brief):
     """Record of a generic MAP.
 
     Attributes:
@@ -149,8 +150,8 @@ class MethodInfo:
 InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo, MethodInfo)
 
 
-@dataclass(frozen=True, eq=False)
-class Solution(Generic[InfoT]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Solution(Brief, Generic[InfoT]):
     """A MAP with its status.
 
     Attributes:

@@ -33,6 +33,7 @@ from inference.models.model_draws import ModelDraws
 from poe_models.energies import StudentT
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
+from poe_models.printing import Brief
 
 COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
@@ -64,8 +65,8 @@ class TemperaturePoint:
     num_members: int
 
 
-@dataclass(frozen=True, eq=False)
-class Tempering(Generic[Members]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Tempering(Brief, Generic[Members]):
     """The whole path of a search.
 
     Attributes:

@@ -107,6 +107,7 @@ class Energy(ABC):
 
         That of :class:`GeneralizedGaussian` is set by ``epsilon`` alone and says little.
 
+        >>> from poe_models.energies import Cauchy
         >>> Cauchy().twin()
         Gaussian(precision=2.0)
 

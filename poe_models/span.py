@@ -26,13 +26,14 @@ from torch import Tensor
 
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import RANK_TOLERANCE, inner_products, mean_curvatures, vector_lengths
+from poe_models.printing import Brief
 from poe_models.records import joined, with_tensors
 from poe_models.span_labels import basis_names, center_label, merge_label
 from poe_models.updates import NamedUpdates, batch_of, center_of
 
 
-@dataclass(frozen=True, eq=False)
-class SpanStatistics:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpanStatistics(Brief):
     """Inner products of updates, centre and operators for ``M`` modules of any shapes: all that Span coordinates need.
 
     Attributes:
@@ -72,8 +73,8 @@ class SpanStatistics:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class SpanCoordinates:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpanCoordinates(Brief):
     """The change of variables ``c = T x`` between coefficients and orthonormal coordinates.
 
     Attributes:

@@ -14,10 +14,10 @@ from diagnostics.predictions.evaluation import evaluate
 from diagnostics.predictions.files import predictions_of
 from diagnostics.predictions.shift import compare_detection, point_prediction
 from diagnostics.predictions.soft_labels import soft_label_scores
-from diagnostics.printing import Brief
 from diagnostics.report.page import page
 from diagnostics.tails import hill, pooled_tails, tail_posterior
 from diagnostics.tails.families import CAUCHY
+from poe_models.printing import Brief
 from tests.diagnosed import MODULES, NAMES, Results, made
 from tests.seeds import seeded
 

@@ -31,8 +31,8 @@ from diagnostics.estimates import Estimate, Interval, estimate_of, interval_colu
 from diagnostics.predictions.agreement import pareto_front
 from diagnostics.predictions.binning import Binning, check_bins
 from diagnostics.predictions.inputs import Array, Labelled, labelled
-from diagnostics.printing import Brief
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,9 +16,9 @@ from diagnostics.predictions.comparison import Comparison, compare_methods
 from diagnostics.predictions.files import Predictions
 from diagnostics.predictions.reliability import Reliability, reliability
 from diagnostics.predictions.selective import RiskCoverage, risk_coverage
-from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
 from inference.scores import top_label
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd

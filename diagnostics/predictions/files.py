@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diagnostics.predictions.inputs import Array, Labelled, labelled
-from diagnostics.printing import Brief
+from poe_models.printing import Brief
 
 __all__ = ["Predictions", "load_predictions", "predictions_of", "save_predictions"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from diagnostics.estimates import interval_ends, resamples
 from diagnostics.predictions.binning import Binning, check_bins, equal_mass_bins, equal_mass_edges
 from diagnostics.predictions.inputs import Array, labelled
-from diagnostics.printing import Brief
 from inference.scores import ECE_BINS, equal_width_bins, top_label
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd

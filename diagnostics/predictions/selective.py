@@ -19,7 +19,7 @@ from torch import Tensor
 from diagnostics.estimates import Estimate, bootstrap, interval_ends, resamples, weighted_mean
 from diagnostics.predictions.binning import Binning
 from diagnostics.predictions.inputs import Array
-from diagnostics.printing import Brief
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd

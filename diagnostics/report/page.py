@@ -14,8 +14,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diagnostics.printing import Brief
 from diagnostics.verdicts import Level, Verdict
+from poe_models.printing import Brief
 from poe_models.weights.visible import visible
 
 __all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from diagnostics.arviz_adapter import LeaveOneOut, compare_leave_one_out, leave_one_out
 from diagnostics.estimates import Estimate, interval_columns
-from diagnostics.printing import Brief
 from diagnostics.tails.families import FAMILIES, Array, Family, families_named
 from diagnostics.tails.fits import Fit, maximum_likelihood
 from diagnostics.tails.posteriors import TailPosterior, tail_posterior
 from diagnostics.tails.samples import Sample, Values, sample_of
+from poe_models.printing import Brief
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,7 +240,8 @@ def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, .
     """Reasons to doubt the best families themselves."""
     unreliable = [r for r in results if r.tied and r.loo.unreliable]
     texts = [
-        f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residuals under {r.name}"
+        f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residual{'' if r.loo.unreliable == 1 else 's'} under "
+        f"{r.name}"
         for r in unreliable
         if r.loo.unreliable > 0.01 * len(sample.values)
     ]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from diagnostics.estimates import Estimate, z_of
-from diagnostics.printing import Brief
 from diagnostics.tails.families import Array
 from diagnostics.tails.fits import Fit
 from diagnostics.tails.samples import Values, sample_of
+from poe_models.printing import Brief
 
 __all__ = ["Hill", "LogDensity", "Quantiles", "hill", "log_density", "quantiles"]
 

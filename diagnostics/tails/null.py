@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from diagnostics.printing import Brief
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.families import GAUSSIAN, STUDENT_T, Array
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, as_array, sample_of
 from diagnostics.tails.sizes import Sizes
 from diagnostics.tails.surrogates import Surrogates
+from poe_models.printing import Brief
 
 __all__ = [
     "Groups",

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from diagnostics.printing import Brief
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails.comparison import TailComparison, fit_tails
 from diagnostics.tails.families import Array
@@ -27,6 +26,7 @@ from diagnostics.tails.null import (
     usable_groups,
 )
 from diagnostics.tails.surrogates import Surrogates
+from poe_models.printing import Brief
 
 __all__ = ["PooledTails", "pooled_tails", "tails_by"]
 

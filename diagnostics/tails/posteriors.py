@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from diagnostics.estimates import Estimate
-from diagnostics.printing import Brief
 from diagnostics.tails.families import Array, Family
 from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, sample_of
+from poe_models.printing import Brief
 
 __all__ = ["TailPosterior", "tail_posterior"]
 

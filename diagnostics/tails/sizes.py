@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diagnostics.printing import Brief
+from poe_models.printing import Brief
 
 __all__ = ["FittedSizes", "Sizes", "fit_sizes"]
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.printing import Brief
 from diagnostics.residuals import ExpertResiduals, Experts, Residuals, module_residuals
 from diagnostics.tails.sizes import Sizes, fit_sizes
 from inference.models.design import Design
@@ -28,6 +27,7 @@ from inference.models.digest import Progress, Silent
 from inference.models.method_design import AnyDesign, MethodDesign
 from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod, ModuleBatch
+from poe_models.printing import Brief
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
 
 __all__ = ["Merge", "MergeModule", "Surrogates", "surrogate_residuals"]

@@ -48,10 +48,11 @@ from inference.gibbs import regenerate_with
 from inference.hierarchical.model import HierarchicalModel
 from inference.hierarchical.requirements import Shared
 from poe_models.experts import ProductOfExperts
+from poe_models.printing import Brief
 
 
-@dataclass(frozen=True, eq=False)
-class HierarchicalDraws:
+@dataclass(frozen=True, eq=False, repr=False)
+class HierarchicalDraws(Brief):
     """Draws of scale, tail, the experts' weights and the merged updates together, ``C`` chains of ``S`` draws.
 
     Attributes:

@@ -25,13 +25,14 @@ from inference.models.method_design import AnyDesigns
 from inference.models.model_draws import ModelDraws
 from inference.models.predictor import Forward, Runner
 from inference.models.staging import Staging
+from poe_models.printing import Brief
 from poe_models.weights.task_vectors import Source, TaskVectors
 
 __all__ = ["MemberPredictor", "MergedEnsemble", "Prediction"]
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction(Brief):
     """Prediction of an ensemble for ``n`` examples.
 
     Attributes:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from typing_extensions import override
 
 __all__ = ["Brief"]
@@ -19,13 +17,14 @@ MOST_NAMES, LONGEST_TEXT = 4, 60
 class Brief:
     """Base of dataclasses that print their fields in brief; it has none of its own.
 
+    >>> import torch
     >>> from dataclasses import dataclass
     >>> @dataclass(repr=False)
     ... class Curve(Brief):
     ...     names: tuple[str, ...]
-    ...     values: np.ndarray
-    >>> Curve(("a", "b"), np.zeros((2, 500)))
-    Curve(names=('a', 'b'), values=float64 (2, 500))
+    ...     values: torch.Tensor
+    >>> Curve(("a", "b"), torch.zeros(2, 500))
+    Curve(names=('a', 'b'), values=float32 (2, 500))
     """
 
     @override
@@ -35,7 +34,7 @@ class Brief:
 
 
 def _shortened(value: Any) -> str:
-    if isinstance(value, Tensor | np.ndarray):
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # a tensor or an array
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, str):
         return repr(value if len(value) <= LONGEST_TEXT else f"{value[: LONGEST_TEXT - 1]}…")
