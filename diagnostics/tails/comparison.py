@@ -240,8 +240,7 @@ def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, .
     """Reasons to doubt the best families themselves."""
     unreliable = [r for r in results if r.tied and r.loo.unreliable]
     texts = [
-        f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residual{'' if r.loo.unreliable == 1 else 's'} under "
-        f"{r.name}"
+        f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residual{'s' * (r.loo.unreliable > 1)} under {r.name}"
         for r in unreliable
         if r.loo.unreliable > 0.01 * len(sample.values)
     ]
