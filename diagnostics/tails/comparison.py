@@ -240,7 +240,7 @@ def _warnings(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, .
     """Reasons to doubt the best families themselves."""
     unreliable = [r for r in results if r.tied and r.loo.unreliable]
     texts = [
-        f"Pareto k above {r.loo.good_k:.2f} for {r.loo.unreliable} residual{'s' * (r.loo.unreliable > 1)} under {r.name}"
+        f"Pareto k above {r.loo.good_k:.2f} for {_residuals(r.loo.unreliable)} under {r.name}"
         for r in unreliable
         if r.loo.unreliable > 0.01 * len(sample.values)
     ]
@@ -263,3 +263,7 @@ def _notes(sample: Sample, results: tuple[FamilyResult, ...]) -> tuple[str, ...]
         if not result.tied and result.difference < SMALL:
             notes.append(f"{result.name} is behind by less than {SMALL:g} nats, little whatever the standard error")
     return tuple(notes)
+
+
+def _residuals(count: int) -> str:
+    return f"{count} residual{'s' * (count > 1)}"
