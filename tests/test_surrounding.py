@@ -54,7 +54,7 @@ from poe_models import (
     span_statistics,
 )
 from poe_models.span import span_coordinates
-from tests.helpers import assert_close
+from tests.helpers import assert_close, merged
 from tests.seeds import seeded
 
 NAMES = ("a", "b", "c", "d")
@@ -304,7 +304,7 @@ def test_modules_that_are_not_known_are_named_and_hide_nothing() -> None:
     mixed = MergeDistance(("far", "broken", "few", "there"), *values)
     assert (mixed.worst, mixed.where, mixed.beyond) == (4.0, "far", ("far",))
     assert mixed.unknown == ("broken", "few")  # a displacement that is not a number is no displacement of 0
-    assert "their centre is 4 standard deviations" in str(mixed)
+    assert "their mean is 4 standard deviations" in str(mixed)
     assert "too few to tell in broken, few" in str(mixed)
     lost = mixed.select([1, 3])
     assert (lost.worst, lost.unknown, lost.beyond) == (0.0, ("broken",), ())
@@ -322,11 +322,10 @@ def test_noise_around_the_map_is_measured_against_the_merge(coordinates: Any, ve
     assert noise.from_merge is not None
     modules = {name: read_modules(vectors, name, Design(poe))[0] for name in noise.modules}
     modes = {name: module.mode for name, module in modules.items()}
-    merged = {
-        name: fixed_point(poe, read_modules(vectors, name, Design(poe))[0].updates, coordinates=coordinates).value
-        for name in modes
+    solved = {
+        name: merged(poe.bind(read_modules(vectors, name, Design(poe))[0].updates, coordinates))[0] for name in modes
     }
-    away = torch.stack([(modes[name] - merged[name]).norm() for name in modes])
+    away = torch.stack([(modes[name] - solved[name]).norm() for name in modes])
     if coordinates == "full":
         assert noise.from_merge.worst == 0.0
     else:
