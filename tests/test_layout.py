@@ -87,7 +87,6 @@ def test_pyro_and_arviz_are_where_they_belong(path: Path) -> None:
         "pyro": {
             "poe_models/program.py",
             "inference/nuts.py",
-            "diagnostics/tails/program.py",
         },
         "arviz": {"diagnostics/arviz_adapter.py"},
     }
