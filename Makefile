@@ -42,8 +42,8 @@ bench: $(STAMP) out/demo/temperatures.csv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_null
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_suites
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.rules
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.evidence
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 
 # Single edits of the core and whether the tests notice them; half an hour, so not part of CI.

@@ -137,7 +137,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console()
     suite = make_suite(console=console)
-    vectors = TaskVectors(suite.base, suite.experts)
+    vectors = suite.vectors()
     poe = ProductOfExperts.of(vectors.names, InputGram(), Cauchy(), Balanced(1.0), temperature=TEMPERATURE)
     statistics = span_of_suite(vectors, poe)
     posterior = poe.bind(statistics)

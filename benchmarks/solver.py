@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console()
     suite = make_suite(console=console)
-    vectors = TaskVectors(suite.base, suite.experts, dtype=torch.float64)
+    vectors = suite.vectors(torch.float64)
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for module in vectors:
         by_shape[module.updates.shape].append(module.updates)

@@ -16,13 +16,13 @@ from torch import Tensor
 from benchmarks.vision import demo, report
 from benchmarks.vision.ensemble_report import ensemble_note
 from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, SCOPES, Budget, Ensembles, Outcome
-from benchmarks.vision.evaluate import Head, Scores, evaluate, mean_scores
+from benchmarks.harness.evaluate import Head, Scores, evaluate, mean_scores
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.vision.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
+from benchmarks.harness.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
 from benchmarks.vision.model import SqueezeNet, build
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import EXPERTS, MEAN, Row
-from benchmarks.vision.search import ETA_HALF_DECADES, Settings, search
+from benchmarks.harness.search import ETA_HALF_DECADES, Settings, search
 from benchmarks.vision.tasks import Split, Task
 from benchmarks.vision.train import Suite, save_folder
 from diagnostics.estimates import Estimate
@@ -379,7 +379,7 @@ class TestDemo:
         method, best = demo.best_of(rows[2:], self.methods)
         merged = load_file(out / "merged" / "model.safetensors")
         build(merged)
-        got = mean_scores(evaluate(merged, suite.tasks, suite.heads, "test"))
+        got = mean_scores(evaluate(suite, merged, "test"))
         assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(best.on(MEAN)), abs=1e-4)
         assert method.energy is not None
         again, same = demo.run(suite, out, 2, 0, console, self.methods, self.budget)  # an earlier folder is replaced
@@ -402,7 +402,7 @@ class TestDemo:
             return solve(method, vectors, eta)
 
         monkeypatch.setattr(demo, "solve", counting)
-        vectors = TaskVectors(suite.base, suite.experts)
+        vectors = suite.vectors()
         demo.choose(ARITHMETIC, suite, vectors, 5, 0)
         assert asked == [0.0]
         demo.choose(BY_NAME["Directional, Cauchy"], suite, vectors, 6, 0)

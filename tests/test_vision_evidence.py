@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.vision import evidence
-from benchmarks.vision.evaluate import Scores
-from benchmarks.vision.evidence import Candidate, agreements, candidates, designs, merged_state, report
+from benchmarks.harness.evaluate import Scores
+from benchmarks.evidence import Candidate, agreements, candidates, designs, merged_state, report
 from inference import fixed_point
 from inference.evidence.estimate import log_evidence
 from poe_models import Gaussian, OutputGram, TaskVectors
@@ -20,7 +20,7 @@ from tests.test_vision_demo import toy_suite
 
 def test_merge_is_the_map_in_full_coordinates(tmp_path: Path) -> None:
     suite = toy_suite(tmp_path)
-    vectors = TaskVectors(suite.base, suite.experts)
+    vectors = suite.vectors()
     poes = designs(vectors.names, OutputGram())
     assert len(poes) == 18
     poe = poes["Cauchy, γ = 0.3, η = 1"]
@@ -41,7 +41,7 @@ def test_designs_are_ordered_by_evidence_within_each_map(tmp_path: Path, monkeyp
     found = candidates(suite, 0, 100, told.append)
     assert [name for name in told if "evidence" not in name] == [f"{e.residual_map}, {e.name}" for e in found]
     assert [each.residual_map for each in found] == ["InputGram"] * 2 + ["OutputGram"] * 2
-    vectors = TaskVectors(suite.base, suite.experts, dtype=torch.float64)
+    vectors = suite.vectors(torch.float64)
     for one, other in (found[:2], found[2:]):
         assert one.evidence > other.evidence
     poe = designs(vectors.names, evidence.MAPS["InputGram"])[found[0].name]

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.vision import rule_bench, rule_report, rules
-from benchmarks.vision.calibration import Calibration
-from benchmarks.vision.evaluate import Scores, mean_scores, task_logits
+from benchmarks.harness.calibration import Calibration
+from benchmarks.harness.evaluate import Scores, mean_scores, task_logits
 from benchmarks.vision.model import preprocess
-from benchmarks.vision.rule_bench import BASE, Bench, Chosen, Line
-from benchmarks.vision.rulebook import RULES, Rule
-from benchmarks.vision.search import Settings
-from benchmarks.vision.train import Suite
+from benchmarks.harness.rule_bench import BASE, Bench, Chosen, Line
+from benchmarks.harness.rulebook import RULES, Rule
+from benchmarks.harness.search import Settings
+from benchmarks.harness.suite import Suite
 from poe_models import TaskVectors
 from poe_models.methods import METHODS, AdaMerging, Average
 from tests.seeds import seeded
@@ -70,7 +70,7 @@ class TestCalibration:
 
     def test_fisher_information_is_of_every_expert(self, suite: Suite) -> None:
         given = Calibration(suite, 1).fisher
-        vectors = TaskVectors(suite.base, suite.experts)
+        vectors = suite.vectors()
         one, two = ([given.read(e, [m.name], m.updates.shape[-2:]) for m in vectors] for e in suite.experts)
         assert all(bool((each >= 0).all()) for each in (*one, *two))
         assert sum(float(each.sum()) for each in one) != sum(float(each.sum()) for each in two)
@@ -128,7 +128,7 @@ class TestBench:
         assert chosen.merge is not None
         state = chosen.merge.state(chosen.settings.scale)
         assert chosen.validation == mean_scores(bench.validation(state)).accuracy
-        logits = task_logits(state, suite.tasks, suite.heads, "test")
+        logits = task_logits(suite, state, "test")
         for task, table in chosen.probabilities.items():
             torch.testing.assert_close(table, logits[task].double().softmax(1))
 
@@ -172,7 +172,7 @@ class TestBench:
         own, mean = Bench(suite, 1, 0, 4).bounds()
         tables = {}
         for name, folder in suite.experts.items():
-            logits = task_logits(folder, suite.tasks, suite.heads, "test")
+            logits = task_logits(suite, folder, "test")
             tables[name] = {task: values.double().softmax(1) for task, values in logits.items()}
         torch.testing.assert_close(own["one"], tables["one"]["one"])
         torch.testing.assert_close(mean["two"], (tables["one"]["two"] + tables["two"]["two"]) / 2)
@@ -266,5 +266,5 @@ class TestReport:
 
 
 def test_command_says_what_makes_the_table_again() -> None:
-    assert rules.command(8, 128, 0, list(RULES)) == "python -m benchmarks.vision.rules --trials 8 --images 128 --seed 0"
+    assert rules.command(8, 128, 0, list(RULES)) == "python -m benchmarks.rules --trials 8 --images 128 --seed 0"
     assert rules.command(2, 4, 1, ["Ties"]).endswith("--trials 2 --images 4 --seed 1 --methods Ties")

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from benchmarks.vision import demo, shift_bench, shift_report
 from benchmarks.vision.ensembles import CUTS, GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, SuiteModel
-from benchmarks.vision.evaluate import task_logits
-from benchmarks.vision.methods import METHODS
+from benchmarks.harness.evaluate import task_logits
+from benchmarks.harness.methods import METHODS
 from benchmarks.vision.model import preprocess
-from benchmarks.vision.search import Settings
+from benchmarks.harness.search import Settings
 from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, OTHERS, Best, Predictions, Shift, mixture, read_demo
-from benchmarks.vision.train import Suite
+from benchmarks.harness.suite import Suite
 from diagnostics.predictions.corruptions import corrupt
 from inference.models.ensemble import Prediction
 from inference.tempering import fit_logit_temperature
@@ -85,7 +85,7 @@ class TestReadDemo:
 
 class TestPredictions:
     def test_the_map_is_the_merged_model(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
-        logits = task_logits(best.merged, suite.tasks, suite.heads, "test")
+        logits = task_logits(suite, best.merged, "test")
         for task, values in logits.items():
             expected = values.double().softmax(1)
             torch.testing.assert_close(found[MAP][CLEAN][task].probabilities, expected, rtol=1e-4, atol=1e-6)
@@ -124,10 +124,10 @@ class TestPredictions:
         torch.testing.assert_close(got, logits["one"].double().softmax(1), rtol=1e-4, atol=1e-6)
 
     def test_scaled_logits(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
-        validation = task_logits(best.merged, suite.tasks, suite.heads, "validation")
+        validation = task_logits(suite, best.merged, "validation")
         labels = {name: task.splits["validation"].labels for name, task in suite.tasks.items()}
         divisor = fit_logit_temperature(validation, labels)
-        logits = task_logits(best.merged, suite.tasks, suite.heads, "test")["one"]
+        logits = task_logits(suite, best.merged, "test")["one"]
         expected = (logits.double() / divisor).softmax(1)
         torch.testing.assert_close(found[SCALED_MAP][CLEAN]["one"].probabilities, expected, rtol=1e-4, atol=1e-6)
 

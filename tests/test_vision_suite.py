@@ -34,7 +34,7 @@ from benchmarks.archives import (
     read_members,
 )
 from benchmarks.vision import metrics, train
-from benchmarks.vision.evaluate import Head, Scores, evaluate, features, mean_scores, score
+from benchmarks.harness.evaluate import Head, Scores, evaluate, features, mean_scores, score
 from benchmarks.vision.model import SqueezeNet, _pad_same, build, convert, preprocess, published_weights
 from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
 from benchmarks.vision.sources import EMOJI, cache_folder

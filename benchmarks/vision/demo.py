@@ -29,11 +29,11 @@ from torch import Tensor
 
 from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_tables, path_plot, write_paths
 from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
-from benchmarks.vision.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
+from benchmarks.harness.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.vision.methods import METHODS, Merge, Method, solve
+from benchmarks.harness.methods import METHODS, Merge, Method, solve
 from benchmarks.vision.page import report
-from benchmarks.vision.parallel import cores
+from benchmarks.harness.parallel import cores
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import (
     EXPERTS,
@@ -48,7 +48,7 @@ from benchmarks.vision.report import (
     task_table,
     write_csv,
 )
-from benchmarks.vision.search import Settings, search
+from benchmarks.harness.search import Settings, search
 from benchmarks.vision.train import Recipe, Suite, accuracy_table, make_suite
 from inference.models.design import Design
 from inference.models.merge import merge_checkpoint
@@ -72,7 +72,7 @@ def reference_rows(suite: Suite) -> list[Row]:
         task: suite.heads[task](features(backbone(folder), suite.tasks[task].splits["test"].images))
         for task, folder in suite.experts.items()
     }
-    base = task_logits(suite.base, suite.tasks, suite.heads, "test")
+    base = task_logits(suite, suite.base, "test")
     return [judge("base", suite, base), judge(EXPERTS, suite, own)]
 
 
@@ -95,7 +95,7 @@ def choose(method: Method, suite: Suite, vectors: TaskVectors, trials: int, seed
         if settings.eta not in merges:  # another scale alone needs no other solve
             merges[settings.eta] = solve(method, vectors, settings.eta)
         state = merges[settings.eta].state(settings.scale)
-        return mean_scores(evaluate(state, suite.tasks, suite.heads, "validation"))
+        return mean_scores(evaluate(suite, state, "validation"))
 
     best, _ = search(validation, method.tuned, trials, seed)
     return best.settings, best.scores.accuracy
@@ -105,11 +105,11 @@ def merge_row(method: Method, suite: Suite, settings: Settings) -> Row:
     """Merge with given settings from the checkpoint folders, measure that, and test."""
     with PeakMemory() as memory:
         started = time.perf_counter()
-        merge = solve(method, TaskVectors(suite.base, suite.experts), settings.eta)
+        merge = solve(method, suite.vectors(), settings.eta)
         state = merge.state(settings.scale)
         seconds = time.perf_counter() - started
     return replace(
-        judge(method.name, suite, task_logits(state, suite.tasks, suite.heads, "test")),
+        judge(method.name, suite, task_logits(suite, state, "test")),
         family=method.family,
         energy=method.energy_name,
         settings=settings,
@@ -134,7 +134,7 @@ def compare(suite: Suite, methods: Sequence[Method], trials: int, seed: int, tel
     Returns:
         The rows, in order.
     """
-    vectors = TaskVectors(suite.base, suite.experts)
+    vectors = suite.vectors()
     rows = []
     for method in methods:
         tell(method.name)
@@ -165,7 +165,7 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> D
         raise FileExistsError(f"`save_merge(out={str(out)!r})`: it is not a merged model. Give another --out folder.")
     design = Design(method.design(tuple(suite.experts), settings.eta), settings.scale)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary:
-        merge_checkpoint(TaskVectors(suite.base, suite.experts), design, Path(temporary) / MERGED)
+        merge_checkpoint(suite.vectors(), design, Path(temporary) / MERGED)
         shutil.rmtree(out, ignore_errors=True)
         os.rename(Path(temporary) / MERGED, out)
     return design
@@ -289,7 +289,7 @@ def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, 
     method, best = best_of(merged, methods)
     assert best.settings is not None
     design = save_merge(method, best.settings, suite, out / MERGED)
-    again = evaluate(out / MERGED, suite.tasks, suite.heads, "test")
+    again = evaluate(suite, out / MERGED, "test")
     console.print(f"{best.name}, best on validation, saved and loaded again: test {mean_scores(again).accuracy:.3f}")
     if torch.cuda.is_available():
         console.print(device_table(best.name, device_seconds(method, best.settings, suite)))

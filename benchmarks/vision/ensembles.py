@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.vision.evaluate import Head, Scores, mean_scores, score, task_logits
+from benchmarks.harness.evaluate import Head, Scores, mean_scores, score, task_logits
 from benchmarks.vision.model import SqueezeNet, build, preprocess
-from benchmarks.vision.parallel import run_all
-from benchmarks.vision.train import Suite
+from benchmarks.harness.parallel import run_all
+from benchmarks.harness.suite import Suite
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from inference.models.design import Design
@@ -300,7 +300,7 @@ class Ensembles:
         """Task vectors of its own, because ensembles are drawn side by side, and the design at this temperature."""
         poe = self.design.poe.twin() if kind == TWIN else self.design.poe
         design = replace(self.design, poe=replace(poe, temperature=temperature))
-        return TaskVectors(self.suite.base, self.suite.experts), design
+        return self.suite.vectors(), design
 
     def _judge(self, scope: str, kind: str, search: Search) -> Outcome:
         """The members that the search chose, on the test images."""
@@ -324,7 +324,7 @@ class Ensembles:
     def _points(self) -> tuple[Outcome, Outcome]:
         """The MAP, and the MAP with its logits divided by what is best on validation."""
         validation, test = (
-            task_logits(self.merged, self.suite.tasks, self.suite.heads, split) for split in ("validation", "test")
+            task_logits(self.suite, self.merged, split) for split in ("validation", "test")
         )
         divisor = fit_logit_temperature(validation, self.validation.labels)
         scaled = {task: (logits.double() / divisor).softmax(1) for task, logits in test.items()}
@@ -344,7 +344,7 @@ class Ensembles:
         poe = self.design.poe
         ranges = [
             temperature_range(poe.bind(module.updates.unsqueeze(0)))
-            for module in TaskVectors(self.suite.base, self.suite.experts)
+            for module in self.suite.vectors()
             if re.search(SCOPES[scope], module.name)
         ]
         return min(low for low, _ in ranges), max(high for _, high in ranges)

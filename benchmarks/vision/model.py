@@ -7,6 +7,7 @@ authors' repository: 3x3 stem, pools after conv1, fire3 and fire5). The weights 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from benchmarks.archives import fetch, load_arrays, read_members
 from benchmarks.vision.sources import SQUEEZENET, cache_folder
+from benchmarks.vision.tasks import Split
 
 FEATURES = 512
 MEAN_BGR = (104.0, 117.0, 123.0)
@@ -140,3 +142,32 @@ def build(state: Mapping[str, Tensor]) -> SqueezeNet:
     model = SqueezeNet()
     model.load_state_dict(dict(state), strict=True)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class SqueezeNetwork:
+    """The network of the vision suite: features of stored images, channels last (a third of the time on a CPU)."""
+
+    name: str = "SqueezeNet v1.1"
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """Contents of `config.json`."""
+        return CONFIG
+
+    def open(self, state: Mapping[str, Tensor]) -> SqueezeNet:
+        """A backbone with these weights, in evaluation mode."""
+        return build(state).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def inputs(self, split: Split, rows: Tensor, device: torch.device) -> Tensor:
+        """Inputs (b, 3, 64, 64) of some of a split's images."""
+        return prepared(split.images[rows].to(device))
+
+    def order(self, split: Split) -> Tensor:
+        """As they are: images of a split have one size."""
+        return torch.arange(len(split))
+
+
+def prepared(images: Tensor) -> Tensor:
+    """The network's input (B, 3, 64, 64) of stored images, channels last."""
+    return preprocess(images).contiguous(memory_format=torch.channels_last)

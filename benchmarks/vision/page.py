@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.vision.ensembles import GIBBS, LAST, NOISE, Outcome
 from benchmarks.vision.report import Row
-from benchmarks.vision.train import Suite
+from benchmarks.harness.suite import Suite
 from diagnostics.predictions.files import predictions_of, save_predictions
 from diagnostics.verdicts import Verdict
 from inference.gibbs import gibbs
@@ -43,7 +43,7 @@ def save_span_draws(suite: Suite, design: Design, out: Path, seed: int) -> Path:
     folder = out / DRAWS_FOLDER
     if (folder / "draws.json").is_file():
         shutil.rmtree(folder)
-    statistics = collect_statistics(TaskVectors(suite.base, suite.experts), design)
+    statistics = collect_statistics(suite.vectors(), design)
     posterior = replace(design.poe, temperature=TEMPERATURE).bind(statistics)
     generator = torch.Generator().manual_seed(seed)
     draws = gibbs(posterior, DRAWS, generator=generator, chains=CHAINS)

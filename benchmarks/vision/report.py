@@ -11,9 +11,9 @@ from statistics import median
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.vision.evaluate import Scores, mean_scores
-from benchmarks.vision.parallel import machine
-from benchmarks.vision.search import Settings
+from benchmarks.harness.evaluate import Scores, mean_scores
+from benchmarks.harness.parallel import machine
+from benchmarks.harness.search import Settings
 
 MEAN = "mean"
 EXPERTS = "own experts"

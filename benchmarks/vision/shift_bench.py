@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from benchmarks.vision.demo import MERGED
 from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles
-from benchmarks.vision.evaluate import backbone, task_logits
-from benchmarks.vision.methods import METHODS
+from benchmarks.harness.evaluate import backbone, task_logits
+from benchmarks.harness.methods import METHODS
 from benchmarks.vision.model import preprocess
-from benchmarks.vision.parallel import run_all
+from benchmarks.harness.parallel import run_all
 from benchmarks.vision.report import MEAN
-from benchmarks.vision.train import Suite
+from benchmarks.harness.suite import Suite
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from inference.models.design import Design
 from inference.models.ensemble import Prediction
@@ -164,7 +164,7 @@ class Shift:
 
     def scaled(self, point: Predictions) -> Predictions:
         """The MAP's predictions with logits divided by what is best on validation."""
-        logits = task_logits(self.best.merged, self.suite.tasks, self.suite.heads, "validation")
+        logits = task_logits(self.suite, self.best.merged, "validation")
         labels = {name: task.splits["validation"].labels for name, task in self.suite.tasks.items()}
         divisor = fit_logit_temperature(logits, labels)
         return {

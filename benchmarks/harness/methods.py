@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.vision.parallel import run_all
+from benchmarks.harness.parallel import run_all
 from inference.map import fixed_point
 from inference.solution import FixedPointInfo, Solution
 from poe_models import (

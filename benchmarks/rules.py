@@ -1,6 +1,6 @@
 """Every merging rule of the registry on the vision suite, alone and as the centre of a posterior's anchor.
 
-`python -m benchmarks.vision.rules` chooses, for each rule with one budget of trials on validation, its coefficient λ
+`python -m benchmarks.rules` chooses, for each rule with one budget of trials on validation, its coefficient λ
 and the one parameter of its own that it may have; then, with the rule so chosen as the anchor's centre `Z_0`, λ and η
 of a product of Cauchy experts with `InputGram` and with `OutputGram`, with the same budget each ([BMM] Table 1). The
 first row is the base itself, `Z_0 = 0`. Rules that need data get 128 training images of every task. Test images are
@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.vision.rule_bench import Bench
-from benchmarks.vision.rule_report import write_report
-from benchmarks.vision.rulebook import RULES
+from benchmarks.harness.rule_bench import Bench
+from benchmarks.harness.rule_report import write_report
+from benchmarks.harness.rulebook import RULES
 from benchmarks.vision.train import make_suite
 
 TRIALS = 8
@@ -30,7 +30,7 @@ def command(trials: int, images: int, seed: int, methods: Sequence[str]) -> str:
     """What makes the table again."""
     chosen = [] if list(methods) == list(RULES) else [f"--methods {' '.join(methods)}"]
     given = [f"--trials {trials}", f"--images {images}", f"--seed {seed}", *chosen]
-    return " ".join(["python -m benchmarks.vision.rules", *given])
+    return " ".join(["python -m benchmarks.rules", *given])
 
 
 def main() -> None:

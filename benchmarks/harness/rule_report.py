@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.vision.parallel import machine
-from benchmarks.vision.rule_bench import BASE, Chosen, Line, Tables
+from benchmarks.harness.parallel import machine
+from benchmarks.harness.rule_bench import BASE, Chosen, Line, Tables
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from inference import scores

@@ -1,4 +1,4 @@
-"""A few training images of every task, and what data-assisted merging rules take from them."""
+"""A few training examples of every task, and what data-assisted merging rules take from them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.vision.evaluate import Head, backbone
-from benchmarks.vision.model import preprocess
-from benchmarks.vision.parallel import run_all
-from benchmarks.vision.train import Suite
-from poe_models import TaskVectors
+from benchmarks.harness.parallel import run_all
+from benchmarks.harness.suite import Suite
 from poe_models.methods import TaskData
 from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.moments import ModuleStatistics
@@ -25,35 +22,32 @@ BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Images of the train splits, drawn once.
+    """Examples of the train splits, drawn once.
 
     Args:
         suite: Experts, tasks and heads.
-        images: Of each task, at most what its train split has.
+        examples: Of each task, at most what its train split has.
         seed: Of the choice.
     """
 
     suite: Suite
-    images: int = 128
+    examples: int = 128
     seed: int = 0
 
-    def batches(self, task: str) -> list[Tensor]:
-        """Inputs of the backbone (b, 3, 64, 64), without labels."""
+    def batches(self, task: str) -> list[Any]:
+        """Inputs of the backbone, without labels."""
         train = self.suite.tasks[task].splits["train"]
         generator = torch.Generator().manual_seed(self.seed)
-        rows = torch.randperm(len(train), generator=generator)[: self.images]
-        inputs = preprocess(train.images[rows]).contiguous(memory_format=torch.channels_last)
-        return list(inputs.split(BATCH))
+        rows = torch.randperm(len(train), generator=generator)[: self.examples]
+        return [self.suite.network.inputs(train, part, self.suite.device) for part in rows.split(BATCH)]
 
     @cached_property
     def fisher(self) -> ModuleStatistics:
         """Exact diagonal Fisher information of every expert, collected on first use."""
 
         def of_task(task: str) -> dict[str, Tensor]:
-            head = self.suite.heads[task]
-            return collect_fisher(
-                backbone(self.suite.experts[task]), self.batches(task), lambda m, x: _logits(m, head, x), self._views
-            )
+            head, model = self.suite.heads[task], self.suite.model(self.suite.experts[task])
+            return collect_fisher(model, self.batches(task), lambda m, x: head(m(x)), self._views)
 
         found = run_all(of_task, self.suite.experts)
         return ModuleStatistics("fisher", dict(zip(self.suite.experts, found, strict=True)))
@@ -63,16 +57,15 @@ class Calibration:
         """Second moments of the inputs of every expert's layers, collected on first use."""
 
         def of_task(task: str) -> dict[str, Tensor]:
-            return collect_activations(
-                backbone(self.suite.experts[task]), self.batches(task), lambda m, x: m(x), self._views
-            )
+            model = self.suite.model(self.suite.experts[task])
+            return collect_activations(model, self.batches(task), lambda m, x: m(x), self._views)
 
         found = run_all(of_task, self.suite.experts)
         return ModuleStatistics("activations", dict(zip(self.suite.experts, found, strict=True)))
 
     def data(self) -> TaskData:
         """Unlabelled batches of every task and the logits of a merged model on them, each task by its own head."""
-        model = backbone(self.suite.base)
+        model = self.suite.model(self.suite.base)
 
         def forward(weights: Mapping[str, Tensor], batch: Any) -> Tensor:
             inputs, task = batch
@@ -83,8 +76,4 @@ class Calibration:
 
     @property
     def _views(self) -> Mapping[str, Any]:
-        return TaskVectors(self.suite.base, self.suite.experts).views
-
-
-def _logits(model: nn.Module, head: Head, inputs: Tensor) -> Tensor:
-    return head(model(inputs))
+        return self.suite.vectors().views

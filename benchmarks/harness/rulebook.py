@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks.vision.calibration import Calibration
-from benchmarks.vision.methods import Method
-from benchmarks.vision.search import Settings
+from benchmarks.harness.calibration import Calibration
+from benchmarks.harness.methods import Method
+from benchmarks.harness.search import Settings
 from poe_models.methods import (
     TSVM,
     AdaMerging,

@@ -1,6 +1,6 @@
 """Does the evidence of a design, which needs no labels, rank designs as their held-out accuracy does?
 
-`python -m benchmarks.vision.evidence` takes designs that differ in energy, scale and anchor precision, under two
+`python -m benchmarks.evidence` takes designs that differ in energy, scale and anchor precision, under two
 residual maps; merges the vision suite's experts by the MAP of each (λ = 1) and compares. Evidence and MAP are in Full
 coordinates. Writes `benchmarks/results/evidence.md`.
 
@@ -23,9 +23,9 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from benchmarks.vision.evaluate import Scores, evaluate, mean_scores
-from benchmarks.vision.methods import Method, solve
-from benchmarks.vision.rule_report import machine, markdown_table
+from benchmarks.harness.evaluate import Scores, evaluate, mean_scores
+from benchmarks.harness.methods import Method, solve
+from benchmarks.harness.rule_report import machine, markdown_table
 from benchmarks.vision.train import Suite, make_suite
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.agreement import rank_agreement
@@ -125,8 +125,8 @@ def candidates(suite: Suite, seed: int, samples: int, progress: Callable[[str], 
     Returns:
         All designs, map by map.
     """
-    vectors = TaskVectors(suite.base, suite.experts)
-    exact = TaskVectors(suite.base, suite.experts, dtype=torch.float64)
+    vectors = suite.vectors()
+    exact = suite.vectors(torch.float64)
     found = []
     for map_name, residual_map in MAPS.items():
         progress(f"evidence of all designs with {map_name}")
@@ -135,7 +135,7 @@ def candidates(suite: Suite, seed: int, samples: int, progress: Callable[[str], 
         for row in compare_designs(poes, exact, generator=generator, samples=samples).rows:
             progress(f"{map_name}, {row.name}")
             state = merged_state(poes[row.name], vectors)
-            scores = mean_scores(evaluate(state, suite.tasks, suite.heads, "test"))
+            scores = mean_scores(evaluate(suite, state, "test"))
             found.append(Candidate(map_name, row.name, row.evidence.total, row.evidence.total_error, scores))
     return found
 
@@ -192,7 +192,7 @@ def main() -> None:
     suite = make_suite(cache=arguments.cache, console=console)
     started = time.perf_counter()
     found = candidates(suite, arguments.seed, arguments.samples, lambda name: console.print(name, highlight=False))
-    command = f"python -m benchmarks.vision.evidence --samples {arguments.samples} --seed {arguments.seed}"
+    command = f"python -m benchmarks.evidence --samples {arguments.samples} --seed {arguments.seed}"
     text = report(found, list(suite.tasks), command, time.perf_counter() - started)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")

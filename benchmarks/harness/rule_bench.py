@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.vision.calibration import Calibration
-from benchmarks.vision.evaluate import Scores, evaluate, mean_scores, task_logits
-from benchmarks.vision.methods import MAPS, Merge, Method, solve
-from benchmarks.vision.rulebook import RULES, Rule
-from benchmarks.vision.search import Settings, search
-from benchmarks.vision.train import Suite
+from benchmarks.harness.calibration import Calibration
+from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, task_logits
+from benchmarks.harness.methods import MAPS, Merge, Method, solve
+from benchmarks.harness.rulebook import RULES, Rule
+from benchmarks.harness.search import Settings, search
+from benchmarks.harness.suite import Suite
 from poe_models import TaskVectors
 
 SEEDS = 5
@@ -84,7 +84,7 @@ class Bench:
 
     def __init__(self, suite: Suite, trials: int, seed: int, images: int) -> None:
         self.suite, self.trials, self.seed = suite, trials, seed
-        self.vectors = TaskVectors(suite.base, suite.experts)
+        self.vectors = suite.vectors()
         self.calibration = Calibration(suite, images, seed)
 
     def line(self, name: str) -> Line:
@@ -171,11 +171,11 @@ class Bench:
 
     def validation(self, source: Mapping[str, Tensor] | Path) -> dict[str, Scores]:
         """Validation scores of a backbone by task."""
-        return evaluate(source, self.suite.tasks, self.suite.heads, "validation")
+        return evaluate(self.suite, source, "validation")
 
     def test(self, source: Mapping[str, Tensor] | Path) -> dict[str, Tensor]:
         """Test probabilities of a backbone by task."""
-        logits = task_logits(source, self.suite.tasks, self.suite.heads, "test")
+        logits = task_logits(self.suite, source, "test")
         return {task: values.double().softmax(1) for task, values in logits.items()}
 
     def bounds(self) -> tuple[Tables, Tables]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import optuna
 
-from benchmarks.vision.evaluate import Scores
+from benchmarks.harness.evaluate import Scores
 
 SCALES = (0.05, 2.0)
 ETA_HALF_DECADES = (-6, 2)  # 1e-3 to 10: a grid, so that a trial can reuse a merge that is already solved

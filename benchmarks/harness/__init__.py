@@ -1,0 +1,1 @@
+"""What every suite shares: evaluation, fine-tuning, methods, search with equal trials, and tables."""
