@@ -26,7 +26,8 @@ from typing_extensions import override
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores
 from benchmarks.harness.methods import Method, solve
 from benchmarks.harness.rule_report import machine, markdown_table
-from benchmarks.vision.train import Suite, make_suite
+from benchmarks.harness.suite import Suite
+from benchmarks.vision.train import make_suite
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.vision.train import make_suite
 from inference import fixed_point
-from poe_models import Balanced, Cauchy, InputGram, OutputGram, ProductOfExperts, ResidualMap, TaskVectors
+from poe_models import Balanced, Cauchy, InputGram, OutputGram, ProductOfExperts, ResidualMap
 
 MAPS: tuple[ResidualMap, ...] = (OutputGram(), InputGram())
 GAMMAS = (1.0, 0.3, 0.1, 0.03, 0.01)

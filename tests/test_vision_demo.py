@@ -13,18 +13,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.harness.evaluate import Scores, evaluate, mean_scores
+from benchmarks.harness.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
+from benchmarks.harness.search import ETA_HALF_DECADES, Settings, search
+from benchmarks.harness.suite import Head, Suite
+from benchmarks.harness.training import save_folder
 from benchmarks.vision import demo, report
 from benchmarks.vision.ensemble_report import ensemble_note
 from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, SCOPES, Budget, Ensembles, Outcome
-from benchmarks.harness.evaluate import Head, Scores, evaluate, mean_scores
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.harness.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
-from benchmarks.vision.model import SqueezeNet, build
+from benchmarks.vision.model import CONFIG, SqueezeNet, SqueezeNetwork, build
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import EXPERTS, MEAN, Row
-from benchmarks.harness.search import ETA_HALF_DECADES, Settings, search
 from benchmarks.vision.tasks import Split, Task
-from benchmarks.vision.train import Suite, save_folder
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.files import load_predictions
 from inference.models.design import Design
@@ -297,18 +298,18 @@ def toy_suite(folder: Path) -> Suite:
     generator = seeded(1)
     shapes = {name: value.shape for name, value in SqueezeNet().state_dict().items()}
     base = {n: torch.randn(s, generator=generator) * (2 / max(1, s[1:].numel())) ** 0.5 for n, s in shapes.items()}
-    save_folder(folder / "base", base)
+    save_folder(folder / "base", base, CONFIG)
     tasks, heads, experts = {}, {}, {}
     for task in ("one", "two"):
         noise = {name: 0.02 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
-        save_folder(folder / task, {name: value + noise[name] for name, value in base.items()})
+        save_folder(folder / task, {name: value + noise[name] for name, value in base.items()}, CONFIG)
         images = torch.randint(0, 256, (12, 1, 28, 28), generator=generator).to(torch.uint8)
         index = torch.arange(12)
         split = Split(images, index % 2, index, index)
         tasks[task] = Task(task, ("a", "b"), {"validation": split, "test": split}, 0, "toy")
         heads[task] = Head(torch.randn(2, 512, generator=generator) * 0.01, torch.zeros(2))
         experts[task] = folder / task
-    return Suite(folder / "base", experts, tasks, heads, {}, {})
+    return Suite("vision", SqueezeNetwork(), folder / "base", experts, tasks, heads)
 
 
 def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) -> None:
@@ -351,7 +352,7 @@ def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) 
 def test_white_noise_is_as_far_away_as_the_posterior(tmp_path: Path) -> None:
     suite = toy_suite(tmp_path)
     design = Design(BY_NAME["InputGram, Cauchy"].design(tuple(suite.experts), 0.1))
-    save_folder(tmp_path / "merged", load_file(suite.base / "model.safetensors"))
+    save_folder(tmp_path / "merged", load_file(suite.base / "model.safetensors"), CONFIG)
     ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(members=2, warmup=1, thin=1))
     drawn, noise = (ensembles.ensemble("last layer", kind, 1e-5, 2) for kind in (GIBBS, NOISE))
     low, high = ensembles.ensemble("last layer", GIBBS, 1e-9, 1), ensembles.ensemble("last layer", GIBBS, 1e-3, 1)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.vision import evidence
-from benchmarks.harness.evaluate import Scores
+from benchmarks import evidence
 from benchmarks.evidence import Candidate, agreements, candidates, designs, merged_state, report
+from benchmarks.harness.evaluate import Scores
 from inference import fixed_point
 from inference.evidence.estimate import log_evidence
-from poe_models import Gaussian, OutputGram, TaskVectors
+from poe_models import Gaussian, OutputGram
 from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
 

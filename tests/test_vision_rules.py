@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.vision import rule_bench, rule_report, rules
+from benchmarks import rules
+from benchmarks.harness import rule_bench, rule_report
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, mean_scores, task_logits
-from benchmarks.vision.model import preprocess
 from benchmarks.harness.rule_bench import BASE, Bench, Chosen, Line
 from benchmarks.harness.rulebook import RULES, Rule
 from benchmarks.harness.search import Settings
 from benchmarks.harness.suite import Suite
-from poe_models import TaskVectors
+from benchmarks.vision.model import preprocess
 from poe_models.methods import METHODS, AdaMerging, Average
 from tests.seeds import seeded
 from tests.test_vision_demo import toy_suite
@@ -63,9 +63,9 @@ class TestCalibration:
         (batch,) = data.loaders["one"]
         rows = torch.randperm(12, generator=seeded(0))[:4]
         train = suite.tasks["one"].splits["train"]
-        some = {"some": dataclasses.replace(train, images=train.images[rows])}
+        some = {"some": dataclasses.replace(train, images=train.images[rows], labels=train.labels[rows])}
         tasks = {"one": dataclasses.replace(suite.tasks["one"], splits=some)}
-        expected = task_logits(state, tasks, suite.heads, "some")["one"]
+        expected = task_logits(dataclasses.replace(suite, tasks=tasks), state, "some")["one"]
         torch.testing.assert_close(data.forward(state, batch), expected)
 
     def test_fisher_information_is_of_every_expert(self, suite: Suite) -> None:

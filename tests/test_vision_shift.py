@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.vision import demo, shift_bench, shift_report
-from benchmarks.vision.ensembles import CUTS, GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, SuiteModel
 from benchmarks.harness.evaluate import task_logits
 from benchmarks.harness.methods import METHODS
-from benchmarks.vision.model import preprocess
 from benchmarks.harness.search import Settings
-from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, OTHERS, Best, Predictions, Shift, mixture, read_demo
 from benchmarks.harness.suite import Suite
+from benchmarks.vision import demo, shift_bench, shift_report
+from benchmarks.vision.ensembles import CUTS, GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, SuiteModel
+from benchmarks.vision.model import preprocess
+from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, OTHERS, Best, Predictions, Shift, mixture, read_demo
 from diagnostics.predictions.corruptions import corrupt
 from inference.models.ensemble import Prediction
 from inference.tempering import fit_logit_temperature
@@ -119,7 +119,7 @@ class TestPredictions:
         shown = Shift(suite, best, 3, BUDGET).images(OTHERS)
         assert torch.equal(shown["one"][0], suite.tasks["two"].splits["test"].images)
         crossed = {"one": suite.tasks["two"], "two": suite.tasks["one"]}
-        logits = task_logits(best.merged, crossed, suite.heads, "test")
+        logits = task_logits(dataclasses.replace(suite, tasks=crossed), best.merged, "test")
         got = found[MAP][OTHERS]["one"].probabilities
         torch.testing.assert_close(got, logits["one"].double().softmax(1), rtol=1e-4, atol=1e-6)
 

@@ -33,12 +33,15 @@ from benchmarks.archives import (
     members,
     read_members,
 )
-from benchmarks.vision import metrics, train
-from benchmarks.harness.evaluate import Head, Scores, evaluate, features, mean_scores, score
-from benchmarks.vision.model import SqueezeNet, _pad_same, build, convert, preprocess, published_weights
+from benchmarks.harness import metrics, training
+from benchmarks.harness.evaluate import Scores, evaluate, features, mean_scores, score
+from benchmarks.harness.suite import SPLITS, Suite
+from benchmarks.harness.training import accuracy_table
+from benchmarks.vision import train
+from benchmarks.vision.model import SqueezeNet, SqueezeNetwork, _pad_same, build, convert, preprocess, published_weights
 from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
 from benchmarks.vision.sources import EMOJI, cache_folder
-from benchmarks.vision.tasks import SPLITS, TASKS, Split, SplitSizes, Task, load_task, load_tasks, split_indices
+from benchmarks.vision.tasks import TASKS, Split, SplitSizes, Task, load_task, load_tasks, split_indices
 from tests.seeds import seeded, seeded_numpy
 
 QUIET = Console(quiet=True)
@@ -350,11 +353,12 @@ RECIPE = train.Recipe(epochs=1)
 
 class TestTraining:
     def test_seed_decides_and_the_base_is_not_changed(self) -> None:
-        base, task = random_state(), toy_task()
-        head = train.fit_head(base, task, 1e-6)  # a weak head: there is something to learn
+        base, task, network = random_state(), toy_task(), SqueezeNetwork()
+        head = training.fit_head(network, base, task, 1e-6)  # a weak head: there is something to learn
+        suite = Suite("toy", network, Path("base"), {}, {task.name: task}, {task.name: head})
         one, same, other = (
-            train.fine_tune(
-                base, head, task, dataclasses.replace(RECIPE, seed=seed), Progress(console=QUIET), threading.Event()
+            training.fine_tune(
+                suite, base, task, dataclasses.replace(RECIPE, seed=seed), Progress(console=QUIET), threading.Event()
             )
             for seed in (1, 1, 2)
         )
@@ -363,7 +367,7 @@ class TestTraining:
         assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
         assert (one["conv1.weight"] - base["conv1.weight"]).abs().max() > 1e-5
         before, after = (
-            metrics.nll(head(features(build(state), task.splits["train"].images)), task.splits["train"].labels)
+            metrics.nll(head(features(network, build(state), task.splits["train"])), task.splits["train"].labels)
             for state in (base, one)
         )
         assert after < before
@@ -374,12 +378,13 @@ class TestTraining:
             assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
             build(load_file(folder / "model.safetensors"))
             assert json.loads((folder / "config.json").read_text())["model_type"] == "squeezenet"
-        monkeypatch.setattr(train, "fine_tune", lambda *_: pytest.fail("trained again"))
+        monkeypatch.setattr(training, "fine_tune", lambda *_: pytest.fail("trained again"))
         again = train.make_suite(RECIPE, toy_suite, QUIET)
         assert (again.base, again.experts) == (suite.base, suite.experts)
-        got = evaluate(suite.experts["mnist"], {"mnist": suite.tasks["mnist"]}, again.heads, "test")["mnist"]
+        alone = dataclasses.replace(again, tasks={"mnist": suite.tasks["mnist"]})
+        got = evaluate(alone, suite.experts["mnist"], "test")["mnist"]
         assert dataclasses.asdict(got) == pytest.approx(suite.records["mnist"]["expert_test"])
-        assert train.accuracy_table(again).row_count == 2
+        assert accuracy_table(again).row_count == 2
 
     def test_other_recipe_is_another_folder(self, toy_suite: Path) -> None:
         one = train.make_suite(RECIPE, toy_suite, QUIET)
@@ -388,12 +393,12 @@ class TestTraining:
         assert set(one.experts.values()).isdisjoint(other.experts.values())
 
     def test_interrupting_leaves_no_half_expert(self, toy_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(_: object, __: Head, task: Task, *___: object) -> dict[str, Tensor]:
+        def interrupt(_: object, __: object, task: Task, *___: object) -> dict[str, Tensor]:
             if task.name == "fashion":
                 raise KeyboardInterrupt
             return random_state()
 
-        monkeypatch.setattr(train, "fine_tune", interrupt)
+        monkeypatch.setattr(training, "fine_tune", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.make_suite(RECIPE, toy_suite, QUIET)
         assert sorted(path.name.split("-")[0] for path in (toy_suite / "suite").iterdir()) == ["base", "mnist"]
@@ -404,6 +409,6 @@ class TestTraining:
             train.make_suite(RECIPE, toy_suite, QUIET)
 
     def test_features_do_not_depend_on_the_batch_or_memory_format(self) -> None:
-        state, images = random_state(), toy_task().splits["test"].images
-        plain = build(state)(preprocess(images)).detach()
-        torch.testing.assert_close(features(build(state), images, batch_size=7), plain, rtol=1e-4, atol=1e-4)
+        state, split, network = random_state(), toy_task().splits["test"], SqueezeNetwork()
+        plain = build(state)(preprocess(split.images)).detach()
+        torch.testing.assert_close(features(network, network.open(state), split, 7), plain, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Merging rules tuned and judged on the vision suite, alone and as the centre of a posterior's anchor."""
+"""Merging rules tuned and judged on a suite, alone and as the centre of a posterior's anchor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from benchmarks.harness.methods import MAPS, Merge, Method, solve
 from benchmarks.harness.rulebook import RULES, Rule
 from benchmarks.harness.search import Settings, search
 from benchmarks.harness.suite import Suite
-from poe_models import TaskVectors
 
 SEEDS = 5
 """Of rules that draw, on the test images."""
@@ -79,13 +78,13 @@ class Bench:
         suite: What to merge and to judge by.
         trials: Settings that each search may try.
         seed: Of searches and calibration images.
-        images: For data-assisted rules, of each task.
+        examples: For data-assisted rules, of each task.
     """
 
-    def __init__(self, suite: Suite, trials: int, seed: int, images: int) -> None:
+    def __init__(self, suite: Suite, trials: int, seed: int, examples: int) -> None:
         self.suite, self.trials, self.seed = suite, trials, seed
         self.vectors = suite.vectors()
-        self.calibration = Calibration(suite, images, seed)
+        self.calibration = Calibration(suite, examples, seed)
 
     def line(self, name: str) -> Line:
         """Everything about one rule of `RULES`."""
@@ -187,5 +186,5 @@ class Bench:
 
     @property
     def labels(self) -> dict[str, Tensor]:
-        """Labels of the test images by task."""
-        return {name: task.splits["test"].labels for name, task in self.suite.tasks.items()}
+        """Labels of the test examples by task."""
+        return self.suite.labels("test")

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.folders import key_of, move_into_place
+from benchmarks.harness.parallel import run_all
 from benchmarks.language.model import base_folder, features, open_encoder, open_tokenizer, pooled
 from benchmarks.language.sources import MINILM, SENTIMENT, cache_folder
 from benchmarks.language.tasks import Split, SplitSizes, load_tasks
-from benchmarks.harness.parallel import run_all
 
 VERSION = 1  # raise it when this file makes other experts from the same recipe
 

@@ -27,13 +27,16 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, own_logits, score, task_logits
+from benchmarks.harness.methods import METHODS, Merge, Method, solve
+from benchmarks.harness.parallel import cores
+from benchmarks.harness.search import Settings, search
+from benchmarks.harness.suite import Suite
+from benchmarks.harness.training import accuracy_table
 from benchmarks.vision.ensemble_report import ensemble_markdown, ensemble_note, ensemble_tables, path_plot, write_paths
 from benchmarks.vision.ensembles import Budget, Ensembles, Outcome
-from benchmarks.harness.evaluate import Scores, backbone, evaluate, features, mean_scores, score, task_logits
 from benchmarks.vision.memory import PeakMemory
-from benchmarks.harness.methods import METHODS, Merge, Method, solve
 from benchmarks.vision.page import report
-from benchmarks.harness.parallel import cores
 from benchmarks.vision.plot import bar_plot
 from benchmarks.vision.report import (
     EXPERTS,
@@ -48,8 +51,7 @@ from benchmarks.vision.report import (
     task_table,
     write_csv,
 )
-from benchmarks.harness.search import Settings, search
-from benchmarks.vision.train import Recipe, Suite, accuracy_table, make_suite
+from benchmarks.vision.train import Recipe, make_suite
 from inference.models.design import Design
 from inference.models.merge import merge_checkpoint
 from poe_models import TaskVectors
@@ -68,10 +70,7 @@ def judge(name: str, suite: Suite, logits: Mapping[str, Tensor]) -> Row:
 
 def reference_rows(suite: Suite) -> list[Row]:
     """The base on every task, and every expert on its own."""
-    own = {
-        task: suite.heads[task](features(backbone(folder), suite.tasks[task].splits["test"].images))
-        for task, folder in suite.experts.items()
-    }
+    own = {task: own_logits(suite, suite.model(folder), task, "test") for task, folder in suite.experts.items()}
     base = task_logits(suite, suite.base, "test")
     return [judge("base", suite, base), judge(EXPERTS, suite, own)]
 

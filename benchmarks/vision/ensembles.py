@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.harness.evaluate import Head, Scores, mean_scores, score, task_logits
-from benchmarks.vision.model import SqueezeNet, build, preprocess
+from benchmarks.harness.evaluate import Scores, mean_scores, score, task_logits
 from benchmarks.harness.parallel import run_all
-from benchmarks.harness.suite import Suite
+from benchmarks.harness.suite import Head, Suite
+from benchmarks.vision.model import SqueezeNet, SqueezeNetwork, prepared
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from inference.models.design import Design
@@ -98,7 +98,7 @@ class SuiteModel(nn.Module):
 
     def __init__(self, state: Mapping[str, Tensor], heads: Mapping[str, Head]) -> None:
         super().__init__()
-        self.backbone = build(state).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = SqueezeNetwork().open(state)
         self.heads = list(heads.values())
         self.classes = max(len(head.bias) for head in self.heads)
         self.trunk = Trunk(self.backbone)
@@ -132,9 +132,7 @@ class Examples:
         """The split of this name."""
         splits = {name: task.splits[split] for name, task in suite.tasks.items()}
         batches = [
-            (preprocess(part).contiguous(memory_format=torch.channels_last), i)
-            for i, each in enumerate(splits.values())
-            for part in each.images.split(batch_size)
+            (prepared(part), i) for i, each in enumerate(splits.values()) for part in each.images.split(batch_size)
         ]
         return cls(batches, {name: each.labels for name, each in splits.items()})
 
@@ -323,9 +321,7 @@ class Ensembles:
 
     def _points(self) -> tuple[Outcome, Outcome]:
         """The MAP, and the MAP with its logits divided by what is best on validation."""
-        validation, test = (
-            task_logits(self.suite, self.merged, split) for split in ("validation", "test")
-        )
+        validation, test = (task_logits(self.suite, self.merged, split) for split in ("validation", "test"))
         divisor = fit_logit_temperature(validation, self.validation.labels)
         scaled = {task: (logits.double() / divisor).softmax(1) for task, logits in test.items()}
         point = {task: logits.double().softmax(1) for task, logits in test.items()}

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness.suite import Suite
 from benchmarks.vision.ensembles import GIBBS, LAST, NOISE, Outcome
 from benchmarks.vision.report import Row
-from benchmarks.harness.suite import Suite
 from diagnostics.predictions.files import predictions_of, save_predictions
 from diagnostics.verdicts import Verdict
 from inference.gibbs import gibbs
@@ -21,7 +21,6 @@ from inference.models.draw_files import save_draws
 from inference.models.model_draws import SpanDraws
 from inference.models.statistics_files import collect_statistics
 from poe_merge.diagnose import diagnose, write_page
-from poe_models import TaskVectors
 
 TEMPERATURE = 0.1
 CHAINS, DRAWS = 4, 1000

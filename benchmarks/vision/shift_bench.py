@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.harness.evaluate import task_logits
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.parallel import run_all
+from benchmarks.harness.suite import Suite
 from benchmarks.vision.demo import MERGED
 from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles
-from benchmarks.harness.evaluate import backbone, task_logits
-from benchmarks.harness.methods import METHODS
-from benchmarks.vision.model import preprocess
-from benchmarks.harness.parallel import run_all
+from benchmarks.vision.model import SqueezeNet, SqueezeNetwork, prepared
 from benchmarks.vision.report import MEAN
-from benchmarks.harness.suite import Suite
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from inference.models.design import Design
 from inference.models.ensemble import Prediction
@@ -102,7 +102,7 @@ class Shift:
     def __init__(self, suite: Suite, best: Best, seed: int, budget: Budget) -> None:
         self.suite, self.best, self.seed, self.budget = suite, best, seed, budget
         state = load_file(best.merged / "model.safetensors")
-        self.features = backbone(state)
+        self.features = _opened(state)
         self.features.fire9 = nn.Identity()  # type: ignore[assignment]
         self.layers: dict[str, list[nn.Module]] = {MAP: [_last_layer(state)]}
 
@@ -156,7 +156,7 @@ class Shift:
         head, parts = self.suite.heads[task], [part for each in images for part in each.split(BATCH)]
         tables: dict[str, list[Tensor]] = {kind: [] for kind in self.layers}
         for part in parts:
-            inputs = self.features.activations(preprocess(part).contiguous(memory_format=torch.channels_last))
+            inputs = self.features.activations(prepared(part))
             for kind, layers in self.layers.items():
                 logits = torch.stack([head(layer(inputs).mean((2, 3))) for layer in layers])
                 tables[kind].append(logits.double().softmax(-1))
@@ -184,4 +184,8 @@ def mixture(probabilities: Tensor) -> Prediction:
 
 
 def _last_layer(state: Mapping[str, Tensor]) -> nn.Module:
-    return backbone(state).fire9
+    return _opened(state).fire9
+
+
+def _opened(state: Mapping[str, Tensor]) -> SqueezeNet:
+    return SqueezeNetwork().open(state)

@@ -26,7 +26,7 @@ VERSION = 1  # raise it when this file makes another base from the same archive
 
 @dataclass(frozen=True)
 class Recipe(training.Recipe):
-    """How experts are made; arguments as in `training.Recipe`, and
+    """How experts are made; other arguments are those of `training.Recipe`.
 
     Args:
         sizes: How the tasks are split.
