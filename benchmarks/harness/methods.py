@@ -101,7 +101,7 @@ _MAPS: dict[str, ResidualMap | tuple[ResidualMap, ...]] = {
     "both sides": (InputGram(), OutputGram()),
 }
 # The Gaussian is Cauchy's twin. Student-t's differs from it by a factor that the tuned eta absorbs.
-_ENERGIES: dict[str, Energy] = {"Gaussian": Cauchy().twin(), "Cauchy": Cauchy(), "Student-t(4)": StudentT(4.0)}
+ENERGIES: dict[str, Energy] = {"Gaussian": Cauchy().twin(), "Cauchy": Cauchy(), "Student-t(4)": StudentT(4.0)}
 
 BASELINES = (
     Method("average", "average", average, tuned=()),
@@ -124,7 +124,7 @@ WUDI's iteration is taken as published: the minimiser that it stops short of fol
 MAPS = tuple(
     Method(f"{map_name}, {energy_name}", map_name, None, residual_map, energy)
     for map_name, residual_map in _MAPS.items()
-    for energy_name, energy in _ENERGIES.items()
+    for energy_name, energy in ENERGIES.items()
 )
 METHODS = (*BASELINES, *RULES, *MAPS)
 
@@ -191,7 +191,8 @@ def solve(
         if rule is not None:
             return batch, rule.merge(ModuleBatch.of(updates, labels, vectors.names)), None
         center = None if centers is None else torch.stack([centers[label] for label in labels])
-        solution = fixed_point(method.design(vectors.names, eta, center).bind(updates))
+        design = method.design(vectors.names, eta, center).for_modules(labels)
+        solution = fixed_point(design.bind(updates))
         return batch, solution.value, solution
 
     return _assemble(vectors, modules, run_all(solved, largest_first))

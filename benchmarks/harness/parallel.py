@@ -28,9 +28,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def machine() -> str:
-    """What it ran on, in words."""
-    return f"{cores()} {'core' if cores() == 1 else 'cores'} of a {platform.machine()} CPU"
+def machine(device: torch.device | None = None) -> str:
+    """The machine in words.
+
+    Args:
+        device: Where the work was done; default the CPU.
+    """
+    processors = f"{cores()} {'core' if cores() == 1 else 'cores'} of a {platform.machine()} CPU"
+    if device is None or device.type == "cpu":
+        return processors
+    return f"one {torch.cuda.get_device_name(device)} GPU and {processors}"
 
 
 def run_all(

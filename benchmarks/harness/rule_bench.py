@@ -14,7 +14,7 @@ from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, task_logits
 from benchmarks.harness.methods import MAPS, Merge, Method, solve
 from benchmarks.harness.rulebook import RULES, Rule
-from benchmarks.harness.search import Settings, search
+from benchmarks.harness.search import SCALES, Settings, search
 from benchmarks.harness.suite import Suite
 
 SEEDS = 5
@@ -79,10 +79,13 @@ class Bench:
         trials: Settings that each search may try.
         seed: Of searches and calibration images.
         examples: For data-assisted rules, of each task.
+        scales: Least and largest λ that is tried.
     """
 
-    def __init__(self, suite: Suite, trials: int, seed: int, examples: int) -> None:
-        self.suite, self.trials, self.seed = suite, trials, seed
+    def __init__(
+        self, suite: Suite, trials: int, seed: int, examples: int, scales: tuple[float, float] = SCALES
+    ) -> None:
+        self.suite, self.trials, self.seed, self.scales = suite, trials, seed, scales
         self.vectors = suite.vectors()
         self.calibration = Calibration(suite, examples, seed)
 
@@ -163,7 +166,7 @@ class Bench:
                 merges[key] = merged(key)
             return mean_scores(self.validation(merges[key].state(settings.scale)))
 
-        best, _ = search(scores, tuned, self.trials, self.seed, choices, first, ETA_HALF_DECADES)
+        best, _ = search(scores, tuned, self.trials, self.seed, choices, first, ETA_HALF_DECADES, self.scales)
         merge = merges[replace(best.settings, scale=1.0)]
         probabilities = self.test(merge.state(best.settings.scale))
         return Chosen(best.settings, best.scores.accuracy, probabilities, merge, len(merge.unconverged))

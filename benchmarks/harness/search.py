@@ -55,6 +55,7 @@ def search(
     choices: Sequence[float] = (),
     first: Sequence[Settings] = (),
     eta_half_decades: tuple[int, int] = ETA_HALF_DECADES,
+    scales: tuple[float, float] = SCALES,
 ) -> tuple[Trial, list[Trial]]:
     """Try `trials` settings, the first given, the others proposed by a tree-structured Parzen estimator.
 
@@ -66,6 +67,7 @@ def search(
         choices: What a method's own parameter may be.
         first: The first trials; by default scale 0.3, or with a tuned eta scale 1 and eta 0.1.
         eta_half_decades: Least and largest log10 of eta, times two.
+        scales: Least and largest scale.
 
     Returns:
         The best trial and all of them in order.
@@ -79,7 +81,7 @@ def search(
 
     def objective(trial: optuna.Trial) -> float:
         settings = Settings(
-            trial.suggest_float("scale", *SCALES, log=True) if "scale" in tuned else start[0].scale,
+            trial.suggest_float("scale", *scales, log=True) if "scale" in tuned else start[0].scale,
             10.0 ** (trial.suggest_int("eta_half_decade", *eta_half_decades) / 2) if "eta" in tuned else start[0].eta,
             trial.suggest_categorical("own", choices) if "own" in tuned else start[0].own,
         )

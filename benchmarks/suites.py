@@ -1,0 +1,99 @@
+"""Rules and products of experts on both suites, over training seeds, each tuned with equal trials.
+
+`python -m benchmarks.suites` makes base, heads and experts of each suite and seed where the cache lacks them,
+tunes every method on validation, keeps its test predictions under `out/suites`, and writes
+`benchmarks/results/suites.md` and a CSV. A run that was interrupted goes on where it stopped; `--report` writes the
+page from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.folders import key_of
+from benchmarks.harness.contest import Contest, Results, run
+from benchmarks.harness.contest_report import write_report
+from benchmarks.harness.rule_bench import Bench
+from benchmarks.harness.suite import Suite
+from benchmarks.harness.training import Recipe
+from benchmarks.language import tasks as language_tasks
+from benchmarks.language import train as language
+from benchmarks.vision import tasks as vision_tasks
+from benchmarks.vision import train as vision
+
+SCALES = (0.05, 5.0)
+"""Least and largest λ: the best of the language suite is near 2."""
+Maker = Callable[[Recipe, Path | None, Console, str], Suite]
+MAKERS: dict[str, Maker] = {"vision": vision.make_suite, "language": language.make_suite}  # type: ignore[dict-item]
+
+
+def recipe(suite: str, seed: int, full: bool) -> Recipe:
+    """How the experts of a suite are made: as in the demos, or at full size, with more examples of every kind."""
+    if suite == "vision":
+        sizes = vision_tasks.SplitSizes(test=4000, validation=1000, train=8000)
+        return vision.Recipe(seed=seed, sizes=sizes) if full else vision.Recipe(seed=seed)
+    more = language_tasks.SplitSizes(test=2000, validation=500, train=8000)
+    return language.Recipe(seed=seed, sizes=more) if full else language.Recipe(seed=seed)
+
+
+def entries_folder(root: Path, suite: str, made: Recipe, trials: int, examples: int) -> Path:
+    """Where the entries of one suite and seed are kept; other settings are another folder."""
+    return root / f"{suite}-{made.seed}-{key_of(asdict(made), trials, examples, SCALES)}"
+
+
+def measured(name: str, seed: int, arguments: argparse.Namespace, console: Console) -> Results:
+    """Results of one suite and training seed, made where they are missing.
+
+    Args:
+        name: Of the suite.
+        seed: Of the experts' training, of searches and of the calibration examples.
+        arguments: Of the command.
+        console: Where progress is shown.
+
+    Returns:
+        The results.
+    """
+    made = recipe(name, seed, arguments.full)
+    folder = entries_folder(arguments.entries, name, made, arguments.trials, arguments.examples)
+    if not arguments.report:
+        cache = arguments.cache and arguments.cache / name
+        suite = MAKERS[name](made, cache, console, arguments.device)
+        contest = Contest(Bench(suite, arguments.trials, seed, arguments.examples, SCALES))
+
+        def tell(method: str, accuracy: float, seconds: float) -> None:
+            console.print(f"{name}, seed {seed}: {method} {accuracy:.3f} ({seconds:.1f} s)", highlight=False)
+
+        run(contest, folder, arguments.methods or list(contest.methods), tell)
+    return Results.read(folder)
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/suites.md"), help="a CSV is put beside it")
+    parser.add_argument("--entries", type=Path, default=Path("out/suites"), help="where predictions are kept")
+    parser.add_argument("--suites", nargs="+", choices=list(MAKERS), default=list(MAKERS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of searches")
+    parser.add_argument("--full", action="store_true", help="more examples of every kind")
+    parser.add_argument("--trials", type=int, default=10, help="settings that each search may try on validation")
+    parser.add_argument("--examples", type=int, default=128, help="of each task, for data-assisted methods")
+    parser.add_argument("--methods", nargs="+", default=None, help="default: all")
+    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the page from what is kept")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # see `parallel`
+    console = Console()
+    found = {name: [measured(name, seed, arguments, console) for seed in arguments.seeds] for name in arguments.suites}
+    command = " ".join(["python -m benchmarks.suites", *(["--full"] if arguments.full else [])])
+    console.print(write_report(arguments.out, found, command), markup=False)
+
+
+if __name__ == "__main__":
+    main()
