@@ -141,7 +141,7 @@ def answers(case: Case, num_surrogates: int, seed: int, bar: Bar) -> list[Answer
 def report(found: list[Answer], num_surrogates: int, seconds: float) -> str:
     """The page."""
     lines = [
-        "Are the residuals of real merges heavier-tailed than those of Gaussian updates would be? Each suite's four "
+        "Are the residuals of real merges heavier-tailed than those of Gaussian updates would be? Each suite's "
         "fine-tunes merged by `InputGram` experts at the default scale and anchor, and the same merge of "
         f"{num_surrogates} Gaussian surrogates with the real updates' row and column sizes (*own*: every expert's; "
         f"*shared*: those that all experts share) and correlation. {seconds:.0f} CPU seconds. Made by "

@@ -1,5 +1,5 @@
-"""A small language suite: MiniLM fine-tuned on the sentiment of four kinds of text, on a CPU in minutes.
+"""The language suite: MiniLM fine-tuned on six tasks of text, on a CPU in minutes.
 
-``python -m benchmarks.language.train`` makes base and experts once, in the user's cache; `benchmarks.tails_suites` asks
-what tails the residuals of their merges have.
+``python -m benchmarks.language.train`` makes base, heads and experts once, in the user's cache; the harness merges and
+judges them.
 """

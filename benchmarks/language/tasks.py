@@ -1,144 +1,224 @@
-"""Four tasks: is a text positive or negative, in film reviews, product reviews, tweets and newspaper editorials.
-
-Twenty people rated each text between -4 and 4 (Hutto and Gilbert, 2014, VADER, ICWSM); the label is the sign of their
-mean. Texts of one review go to one split.
-"""
+"""The six tasks as disjoint splits of tokens, made once by seed and cached as safetensors."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-from dataclasses import dataclass
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.archives import fetch, read_members
-from benchmarks.language.sources import SENTIMENT, cache_folder
+from benchmarks.archives import MissingSourceError, fetch
+from benchmarks.folders import key_of
+from benchmarks.harness.suite import SPLITS
+from benchmarks.language.sources import MINILM, cache_folder
+from benchmarks.language.texts import READERS
+from benchmarks.language.tokens import MOST_TOKENS, published_tokenizer, tokenized
 
-FILES = {
-    "movies": "movieReviewSnippets_GroundTruth.txt",
-    "amazon": "amazonReviewSnippets_GroundTruth.txt",
-    "tweets": "tweets_GroundTruth.txt",
-    "news": "nytEditorialSnippets_GroundTruth.txt",
-}
-TASKS = tuple(FILES)
-SPLITS = ("test", "head", "train")
+TASKS = tuple(READERS)
+FIELDS = ("tokens", "lengths", "labels", "index", "groups")
+VERSION = 1  # raise it when the meaning of a cached file changes
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many texts each split has at most.
+    """How many texts each split may have.
 
     Args:
-        test: Texts to judge by.
-        shots: Texts of each class that the frozen head is fitted to.
-        train: Texts to fine-tune on.
-        seed: Of the order that everything is drawn in.
+        test: At most this many, and at most a fifth of the pool.
+        validation: At most this many, and at most a seventh of the pool.
+        shots: Texts per class for the few-shot head, exactly.
+        train: At most this many.
+        seed: Seed of the permutation that everything is drawn from.
     """
 
     test: int = 800
-    shots: int = 32
+    validation: int = 300
+    shots: int = 16
     train: int = 2000
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and their labels.
+    """Texts of one split, or of a whole task.
 
     Args:
-        texts: Of n texts.
-        labels: (n,) int64, 1 for positive.
+        tokens: (n, longest) int16, zero behind a text's end.
+        lengths: (n,) int64, in tokens.
+        labels: (n,) int64.
+        index: (n,) int64, rows of what the archive holds.
+        groups: (n,) int64, what may not straddle splits.
+        votes: (n, classes) int64, how many raters chose each class, as `soft_label_scores` of `diagnostics` takes them;
+            None if nobody was asked.
     """
 
-    texts: tuple[str, ...]
+    tokens: Tensor
+    lengths: Tensor
     labels: Tensor
+    index: Tensor
+    groups: Tensor
+    votes: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Split:
+        """The texts in these rows."""
+        tokens, lengths, labels, index, groups = (getattr(self, field)[rows] for field in FIELDS)
+        votes = None if self.votes is None else self.votes[rows]
+        return Split(tokens, lengths, labels, index, groups, votes)
+
+    def without_duplicates(self) -> Split:
+        """The first of texts that are the same to the network, whatever their labels: no split can hold a copy."""
+        first: dict[bytes, int] = {}
+        for row, tokens in enumerate(self.tokens.numpy()):
+            first.setdefault(tokens.tobytes(), row)
+        return self.take(torch.tensor(sorted(first.values())))
 
 
-def load_tasks(sizes: SplitSizes | None = None, cache: Path | None = None) -> dict[str, dict[str, Split]]:
-    """Every task's splits.
+@dataclass(frozen=True)
+class Task:
+    """One task.
 
     Args:
-        sizes: How many texts; default `SplitSizes()`.
-        cache: Cache folder; default `cache_folder()`.
+        name: One of `TASKS`.
+        classes: Names of the classes.
+        splits: One `Split` for each of `SPLITS`.
+        duplicates: Copies left out.
+        key: Hash of the archives' digests and the sizes; changes when the examples may change.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    duplicates: int
+    key: str
+
+
+def split_rows(labels: Tensor, groups: Tensor, sizes: SplitSizes) -> dict[str, Tensor]:
+    """Rows of each split; whole groups go to one split.
+
+    Groups are taken in a random order: the test set first, then validation, then the head's examples, then training.
+    Other members of a group in the head set are left out.
+
+    Args:
+        labels: (n,) int64, each class at least once.
+        groups: (n,) int64.
+        sizes: How many.
 
     Returns:
-        Task name to the split of each name in `SPLITS`.
+        Rows for each of `SPLITS`.
 
     Raises:
-        MissingSourceError: If the archive is not there and cannot be downloaded.
+        ValueError: If a class has too few texts left for the head.
     """
-    archive = fetch(SENTIMENT, cache or cache_folder())
-    (inner,) = read_members(archive, "additional_resources/hutto_ICWSM_2014.tar.gz")
-    tables = _tables(inner)
-    return {task: split(*parsed(tables[file]), sizes or SplitSizes()) for task, file in FILES.items()}
+    generator, n, classes = torch.Generator().manual_seed(sizes.seed), len(labels), int(labels.max()) + 1
+    rank = torch.randperm(int(groups.max()) + 1, generator=generator)[groups]
+    rest = torch.argsort(rank * n + torch.randperm(n, generator=generator))
+    test = _whole_groups(groups, rest, min(sizes.test, n // 5))
+    rest = _without_groups(groups, rest, test)
+    validation = _whole_groups(groups, rest, min(sizes.validation, n // 7))
+    rest = _without_groups(groups, rest, validation)
+    head = torch.cat([rest[labels[rest] == label][: sizes.shots] for label in range(classes)])
+    if len(head) != sizes.shots * classes:
+        raise ValueError(
+            f"`split_rows`: {len(head)} texts left for {sizes.shots} of each of {classes} classes. "
+            f"Lower `shots`, `test` or `validation`."
+        )
+    train = _without_groups(groups, rest, head)[: sizes.train]
+    return {"test": test, "validation": validation, "head": head, "train": train}
 
 
-def parsed(table: str) -> tuple[list[str], list[str], Tensor]:
-    r"""Groups, texts and labels of a table: identifier, mean rating and text, separated by tabs.
+def _whole_groups(groups: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The first `count` rows, less the group that would be cut."""
+    if len(rows) <= count:
+        return rows
+    taken, following = rows[:count], groups[rows[count]]
+    return taken[groups[taken] != following]
+
+
+def _without_groups(groups: Tensor, rows: Tensor, taken: Tensor) -> Tensor:
+    return rows[~torch.isin(groups[rows], groups[taken])]
+
+
+def load_task(name: str, sizes: SplitSizes | None = None, cache: Path | None = None) -> Task:
+    """One task, from the cache or from its archive.
 
     Args:
-        table: Its contents.
+        name: One of `TASKS`.
+        sizes: How its texts are split; default `SplitSizes()`.
+        cache: Cache folder; default `sources.cache_folder()`.
 
     Returns:
-        What each text was cut from, its text, and its label; ratings of exactly zero are left out.
-
-    >>> parsed("1_1\t-0.9\tno picture\n1_2\t0.0\tbought it\n2\t3.1\tlove it\n")
-    (['1', '2'], ['no picture', 'love it'], tensor([0, 1]))
-    """
-    rows = [line.split("\t", 2) for line in table.splitlines() if line.strip()]
-    rated = [(key.split("_")[0], text.strip(), float(rating)) for key, rating, text in rows if float(rating)]
-    groups, texts, ratings = zip(*rated, strict=True)
-    return list(groups), list(texts), (torch.tensor(ratings) > 0).long()
-
-
-def split(groups: list[str], texts: list[str], labels: Tensor, sizes: SplitSizes) -> dict[str, Split]:
-    """Disjoint splits; whole groups are taken in a random order, the test set first.
-
-    Args:
-        groups: What may not straddle splits.
-        texts: The texts.
-        labels: Their labels.
-        sizes: How many of each.
-
-    Returns:
-        The splits by name.
+        The task.
 
     Raises:
-        ValueError: If a class has too few texts for the head.
+        MissingSourceError: If neither its splits nor the archives are there, and these cannot be downloaded.
     """
-    names = sorted(set(groups))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(sizes.seed)).tolist()
-    rank = {names[place]: position for position, place in enumerate(order)}
-    rows = sorted(range(len(texts)), key=lambda row: (rank[groups[row]], row))
-    test, rest = _cut(rows, groups, sizes.test)
-    head = [row for label in (0, 1) for row in [r for r in rest if int(labels[r]) == label][: sizes.shots]]
-    if len(head) < 2 * sizes.shots:
-        raise ValueError(f"`split`: {len(head)} texts for {sizes.shots} of each class. Lower `shots` or `test`.")
-    used = {groups[row] for row in head}
-    train = [row for row in rest if groups[row] not in used][: sizes.train]
-    chosen = {"test": test, "head": head, "train": train}
-    return {name: Split(tuple(texts[row] for row in taken), labels[taken]) for name, taken in chosen.items()}
+    sizes, cache = sizes or SplitSizes(), cache or cache_folder()
+    source, reader = READERS[name]
+    key = key_of(VERSION, name, MOST_TOKENS, MINILM.sha256, source.sha256, asdict(sizes))
+    path = cache / "tasks" / f"{name}-{key}.safetensors"
+    if not path.exists():
+        found = reader(fetch(source, cache))
+        whole = Split(
+            *tokenized(published_tokenizer(cache), found.texts),
+            found.labels,
+            torch.arange(len(found.labels)),
+            found.groups,
+            found.votes,
+        )
+        kept = whole.without_duplicates()
+        splits = {split: kept.take(rows) for split, rows in split_rows(kept.labels, kept.groups, sizes).items()}
+        _save(path, Task(name, found.classes, splits, len(whole) - len(kept), key))
+    return _load(path, name, key)
 
 
-def _cut(rows: list[int], groups: list[str], count: int) -> tuple[list[int], list[int]]:
-    """The first `count` rows, less the group that would be cut; and the rows of other groups."""
-    following = {groups[row] for row in rows[count:]}
-    taken = [row for row in rows[:count] if groups[row] not in following]
-    left = {groups[row] for row in taken}
-    return taken, [row for row in rows if groups[row] not in left]
+def _save(path: Path, task: Task) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, split in task.splits.items():
+        tensors |= {f"{name}.{field}": getattr(split, field) for field in FIELDS}
+        if split.votes is not None:
+            tensors[f"{name}.votes"] = split.votes
+    metadata = {"classes": json.dumps(task.classes), "duplicates": str(task.duplicates)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".split-") as temporary:
+        save_file(tensors, Path(temporary) / "task.safetensors", metadata=metadata)
+        os.replace(Path(temporary) / "task.safetensors", path)
 
 
-def _tables(inner: bytes) -> dict[str, str]:
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as tar:
-        for entry in tar:
-            content = tar.extractfile(entry) if entry.isfile() else None
-            if content is not None and Path(entry.name).name in FILES.values():
-                found[Path(entry.name).name] = content.read().decode("utf-8", errors="replace")
-    return found
+def _load(path: Path, name: str, key: str) -> Task:
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    splits = {}
+    for split in SPLITS:
+        tokens, lengths, labels, index, groups = (tensors[f"{split}.{field}"] for field in FIELDS)
+        splits[split] = Split(tokens, lengths, labels, index, groups, tensors.get(f"{split}.votes"))
+    return Task(name, tuple(json.loads(metadata["classes"])), splits, int(metadata["duplicates"]), key)
+
+
+def load_tasks(sizes: SplitSizes | None = None, cache: Path | None = None) -> tuple[dict[str, Task], dict[str, str]]:
+    """Every task that is in the cache, or whose archives are there or can be downloaded.
+
+    Args:
+        sizes: How texts are split; default `SplitSizes()`.
+        cache: Cache folder; default `sources.cache_folder()`.
+
+    Returns:
+        The tasks by name, and for each skipped one the line that says why.
+    """
+    tasks, skipped = {}, {}
+    for name in TASKS:
+        try:
+            tasks[name] = load_task(name, sizes, cache)
+        except MissingSourceError as error:
+            skipped[name] = f"task {name} is skipped: {error}"
+    return tasks, skipped
