@@ -1,8 +1,8 @@
 """Does the evidence of a design, which needs no labels, rank designs as their held-out accuracy does?
 
-`python -m benchmarks.evidence` takes designs that differ in energy, scale and anchor precision, under two
-residual maps; merges the vision suite's experts by the MAP of each (λ = 1) and compares. Evidence and MAP are in Full
-coordinates. Writes `benchmarks/results/evidence.md`.
+`python -m benchmarks.evidence` takes designs that differ in energy, scale and anchor precision, under two residual
+maps; merges the experts of each suite and training seed by the MAP of each (λ = 1) and compares. Evidence and MAP are
+in Full coordinates. Keeps what is done under `out/evidence` and writes `benchmarks/results/evidence.md` and a CSV.
 
 Evidences of one residual map are densities of the same numbers. OutputGram and InputGram see other directions of an
 update unless it has full rank on both sides, so that they are ranked apart.
@@ -11,10 +11,10 @@ update unless it has full rank on both sides, so that they are ranked apart.
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,11 +23,13 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
+from benchmarks.folders import kept, key_of
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores
 from benchmarks.harness.methods import Method, solve
-from benchmarks.harness.rule_report import machine, markdown_table
+from benchmarks.harness.parallel import machine
+from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.vision.train import make_suite
+from benchmarks.registry import SUITES, load, recipe_of
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs
@@ -57,6 +59,8 @@ ENERGIES: dict[str, Energy] = {
 GAMMAS = (0.3, 1.0)
 ETAS = (0.1, 1.0, 10.0)
 SAMPLES = 200
+Run = tuple[str, int]
+"""Suite and training seed."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def candidates(suite: Suite, seed: int, samples: int, progress: Callable[[str], 
     for map_name, residual_map in MAPS.items():
         progress(f"evidence of all designs with {map_name}")
         poes = designs(vectors.names, residual_map)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(suite.device).manual_seed(seed)
         for row in compare_designs(poes, exact, generator=generator, samples=samples).rows:
             progress(f"{map_name}, {row.name}")
             state = merged_state(poes[row.name], vectors)
@@ -141,7 +145,7 @@ def candidates(suite: Suite, seed: int, samples: int, progress: Callable[[str], 
     return found
 
 
-def agreements(found: list[Candidate]) -> Mapping[tuple[str, str], Estimate]:
+def agreements(found: Sequence[Candidate]) -> Mapping[tuple[str, str], Estimate]:
     """Spearman's correlation of evidence with accuracy and with minus NLL, within each map."""
     return {
         (score, name): rank_agreement(
@@ -153,50 +157,105 @@ def agreements(found: list[Candidate]) -> Mapping[tuple[str, str], Estimate]:
     }
 
 
-def report(found: list[Candidate], tasks: list[str], command: str, seconds: float) -> str:
-    """The page."""
-    best = {name: max(each.evidence for each in found if each.residual_map == name) for name in MAPS}
-    body = [
-        [
-            each.residual_map,
-            each.name,
-            f"{each.evidence - best[each.residual_map]:.0f} ± {each.error:.1f}",
-            f"{each.scores.accuracy:.3f}",
-            f"{each.scores.nll:.3f}",
-        ]
-        for each in found
-    ]
-    rows = [[score, name, str(each)] for (score, name), each in agreements(found).items()]
+def chosen_and_best(found: Sequence[Candidate], name: str) -> tuple[Candidate, Candidate]:
+    """The design of a map with the highest evidence, and the one with the highest accuracy."""
+    own = [each for each in found if each.residual_map == name]
+    return max(own, key=lambda each: each.evidence), max(own, key=lambda each: each.scores.accuracy)
+
+
+def report(runs: Mapping[Run, Sequence[Candidate]], machine: str, command: str) -> str:
+    """The page.
+
+    Args:
+        runs: Suite and training seed to the designs.
+        machine: Where it was measured, in words.
+        command: What made it.
+
+    Returns:
+        Markdown.
+    """
+    body = []
+    for (suite, seed), found in runs.items():
+        for name in MAPS:
+            chosen, best = chosen_and_best(found, name)
+            ranks = [str(agreements(found)[score, name]) for score in ("accuracy", "nll")]
+            chosen_cells = (chosen.name, f"{chosen.scores.accuracy:.3f}", f"{chosen.scores.nll:.3f}")
+            body.append([suite, str(seed), name, *ranks, *chosen_cells, best.name, f"{best.scores.accuracy:.3f}"])
+    header = ["suite", "seed", "map", "with accuracy", "with minus NLL", "highest evidence", "its accuracy", "its NLL"]
     return "\n\n".join([
-        f"Log evidence of designs and test scores of their MAP (λ = 1), both in Full coordinates, on the vision suite "
-        f"({', '.join(tasks)}). Balanced scales, relative anchor precisions, T = 1, normalised (multivariate) "
-        f"Student-t and Cauchy experts. Made by `{command}` in {seconds:.0f} seconds on {machine()}.",
-        "Evidence in nats below the best of the same map, with the standard error of importance sampling (0 for "
-        "Gaussian designs, which are exact). Evidences of different maps are densities of different numbers.",
-        markdown_table(["map", "design", "log evidence", "accuracy", "NLL"], body, left=2),
-        "Spearman's rank correlation of the evidence with the accuracy, and with minus the NLL (95 % interval over "
-        "designs as if they were drawn at random; these are a grid):",
-        markdown_table(["score", "designs", "correlation"], rows, left=2),
+        f"Does log evidence rank designs as the test scores of their MAP (λ = 1) do? {len(ENERGIES)} energies x scales "
+        f"Balanced({' and '.join(f'{gamma:g}' for gamma in GAMMAS)}) x relative anchor precisions "
+        f"{', '.join(f'{eta:g}' for eta in ETAS)}; T = 1, normalised (multivariate) Student-t and Cauchy experts; "
+        f"evidence and MAP in Full coordinates. Made by `{command}` on {machine}. Every design is in the CSV.",
+        "Spearman's rank correlations over the designs of one map (95 % interval as if they were drawn at random; "
+        "these are a grid), the design with the highest evidence, and the most accurate. Evidences of different maps "
+        "are densities of different numbers.",
+        markdown_table([*header, "most accurate", "its accuracy"], body, left=3),
     ]) + "\n"  # fmt: skip
+
+
+def write_table(path: Path, runs: Mapping[Run, Sequence[Candidate]]) -> None:
+    """Every design as a row of a CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("suite", "seed", "map", "design", "log_evidence", "standard_error", "accuracy", "nll"))
+        for run, found in runs.items():
+            for each in found:
+                numbers = (each.evidence, each.error, each.scores.accuracy, each.scores.nll)
+                writer.writerow((*run, each.residual_map, each.name, *(f"{number:.8g}" for number in numbers)))
+
+
+def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[Candidate]:
+    """Designs of one suite and training seed, from what is kept if it is there.
+
+    Args:
+        run: Suite and training seed.
+        arguments: Of the command.
+        console: Where progress is shown.
+
+    Returns:
+        The designs, the best evidence of each map first.
+    """
+    name, seed = run
+    recipe = recipe_of(name, seed, arguments.full)
+
+    def make() -> dict[str, object]:
+        suite = load(name, recipe, arguments.cache, console, arguments.device)
+        found = candidates(suite, seed, arguments.samples, lambda text: console.print(text, highlight=False))
+        return {"machine": machine(suite.device), "designs": [asdict(each) for each in found]}
+
+    saved = kept(arguments.kept / f"{name}-{seed}-{key_of(asdict(recipe), arguments.samples)}.json", make)
+    arguments.machines.append(saved["machine"])
+    return [Candidate(**{**each, "scores": Scores(**each["scores"])}) for each in saved["designs"]]
 
 
 def main() -> None:
     """Compare and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evidence.md"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/evidence.md"), help="a CSV is put beside it"
+    )
+    parser.add_argument("--kept", type=Path, default=Path("out/evidence"), help="where what is done is kept")
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the samples")
+    parser.add_argument("--full", action="store_true", help="more examples of every kind")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples per module and design")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
+    parser.add_argument("--device", default="cpu", help="where models run and evidence is computed")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
+    arguments.machines = []
     torch.set_num_threads(1)  # see `parallel`
     console = Console()
-    suite = make_suite(cache=arguments.cache, console=console)
-    started = time.perf_counter()
-    found = candidates(suite, arguments.seed, arguments.samples, lambda name: console.print(name, highlight=False))
-    command = f"python -m benchmarks.evidence --samples {arguments.samples} --seed {arguments.seed}"
-    text = report(found, list(suite.tasks), command, time.perf_counter() - started)
+    runs = {
+        (name, seed): measured((name, seed), arguments, console)
+        for name in arguments.suites
+        for seed in arguments.seeds
+    }
+    command = f"python -m benchmarks.evidence{' --full' if arguments.full else ''} --samples {arguments.samples}"
+    text = report(runs, " and ".join(dict.fromkeys(arguments.machines)), command)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
+    write_table(arguments.out.with_suffix(".csv"), runs)
     console.print(text, markup=False)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def key_of(*parts: object) -> str:
@@ -32,3 +34,18 @@ def move_into_place(made: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Plain data from a JSON file, made and written there, whole or not at all, if there is none.
+
+    Args:
+        path: Of the file.
+        make: Called without arguments if it is not there.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(make(), indent=1), encoding="utf-8")
+        os.replace(part, path)
+    return json.loads(path.read_text(encoding="utf-8"))

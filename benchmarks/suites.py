@@ -9,7 +9,6 @@ page from what is there.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,31 +19,10 @@ from benchmarks.folders import key_of
 from benchmarks.harness.contest import Contest, Results, run
 from benchmarks.harness.contest_report import write_report
 from benchmarks.harness.rule_bench import Bench
-from benchmarks.harness.suite import Suite
-from benchmarks.harness.training import Recipe
-from benchmarks.language import tasks as language_tasks
-from benchmarks.language import train as language
-from benchmarks.vision import tasks as vision_tasks
-from benchmarks.vision import train as vision
+from benchmarks.registry import SUITES, load, recipe_of
 
 SCALES = (0.05, 5.0)
 """Least and largest λ: the best of the language suite is near 2."""
-Maker = Callable[[Recipe, Path | None, Console, str], Suite]
-MAKERS: dict[str, Maker] = {"vision": vision.make_suite, "language": language.make_suite}  # type: ignore[dict-item]
-
-
-def recipe(suite: str, seed: int, full: bool) -> Recipe:
-    """How the experts of a suite are made: as in the demos, or at full size, with more examples of every kind."""
-    if suite == "vision":
-        sizes = vision_tasks.SplitSizes(test=4000, validation=1000, train=8000)
-        return vision.Recipe(seed=seed, sizes=sizes) if full else vision.Recipe(seed=seed)
-    more = language_tasks.SplitSizes(test=2000, validation=500, train=8000)
-    return language.Recipe(seed=seed, sizes=more) if full else language.Recipe(seed=seed)
-
-
-def entries_folder(root: Path, suite: str, made: Recipe, trials: int, examples: int) -> Path:
-    """Where the entries of one suite and seed are kept; other settings are another folder."""
-    return root / f"{suite}-{made.seed}-{key_of(asdict(made), trials, examples, SCALES)}"
 
 
 def measured(name: str, seed: int, arguments: argparse.Namespace, console: Console) -> Results:
@@ -59,11 +37,11 @@ def measured(name: str, seed: int, arguments: argparse.Namespace, console: Conso
     Returns:
         The results.
     """
-    made = recipe(name, seed, arguments.full)
-    folder = entries_folder(arguments.entries, name, made, arguments.trials, arguments.examples)
+    recipe = recipe_of(name, seed, arguments.full)
+    key = key_of(asdict(recipe), arguments.trials, arguments.examples, SCALES)
+    folder = arguments.entries / f"{name}-{seed}-{key}"
     if not arguments.report:
-        cache = arguments.cache and arguments.cache / name
-        suite = MAKERS[name](made, cache, console, arguments.device)
+        suite = load(name, recipe, arguments.cache, console, arguments.device)
         contest = Contest(Bench(suite, arguments.trials, seed, arguments.examples, SCALES))
 
         def tell(method: str, accuracy: float, seconds: float) -> None:
@@ -78,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/suites.md"), help="a CSV is put beside it")
     parser.add_argument("--entries", type=Path, default=Path("out/suites"), help="where predictions are kept")
-    parser.add_argument("--suites", nargs="+", choices=list(MAKERS), default=list(MAKERS))
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of searches")
     parser.add_argument("--full", action="store_true", help="more examples of every kind")
     parser.add_argument("--trials", type=int, default=10, help="settings that each search may try on validation")

@@ -1,17 +1,18 @@
 """Are the residuals of real merges heavier-tailed than Gaussian ([PoE] Figure 1)? Asked on two suites.
 
-`python -m benchmarks.tails_suites` merges each suite's fine-tunes with `InputGram` experts, Gaussian and Cauchy, at the
-default scale and anchor, compares the residuals with those of the same merge of Gaussian surrogates, in all and by kind
-of module, and writes `benchmarks/results/tails_suites.md`. Experts come from the cache, or are made there.
+`python -m benchmarks.tails_suites` merges the fine-tunes of each suite and training seed with `InputGram` experts,
+Gaussian and Cauchy, at the default scale and anchor, compares the residuals with those of the same merge of Gaussian
+surrogates, in all and by kind of module, keeps what is done under `out/tails`, and writes
+`benchmarks/results/tails_suites.md`. Experts come from the cache, or are made there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from typing_extensions import override
 
-from benchmarks.language import train as language
-from benchmarks.vision import train as vision
+from benchmarks.folders import kept, key_of
+from benchmarks.harness.suite import Suite
+from benchmarks.registry import SUITES, load, recipe_of
 from diagnostics.residuals import Residuals, module_residuals
-from diagnostics.tails import NullControl, Sizes, null_control, surrogate_residuals
+from diagnostics.tails import Sizes, null_control, surrogate_residuals
 from inference.map import fixed_point
 from inference.models.digest import Silent
 from poe_models import Cauchy, Energy, Gaussian, InputGram, ProductOfExperts, TaskVectors
@@ -33,49 +35,47 @@ SIZES: tuple[Sizes, ...] = ("own", "shared")
 
 
 @dataclass(frozen=True)
-class Case:
-    """The experts of a suite.
-
-    Args:
-        name: row of the table.
-        base: folder of the base.
-        experts: task name to the folder of its expert.
-        kinds: kind of module to a pattern that its tensors' names match.
-    """
-
-    name: str
-    base: Path
-    experts: Mapping[str, Path]
-    kinds: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Answer:
-    """What the null control says of one merge.
+    """What the null control says of some modules of one merge; all numbers but the counts are nats or shares.
 
     Args:
-        case: whose.
-        energy: of the experts.
-        sizes: of the surrogates.
-        part: which modules.
-        null: the control.
+        suite: Whose.
+        seed: Of the experts' training.
+        energy: Of the experts.
+        sizes: Of the surrogates.
+        part: Which modules.
+        gain: Log likelihood of a Student-t over a Gaussian.
+        surrogates: Least, median and largest gain of the surrogates.
+        p_value: Share of at least the real gain among surrogates and the real one.
+        p_pooled: The same for all modules as one sample.
+        row_spread: Median standard deviation of the log row sizes.
+        how: Heavier-tailed than, lighter-tailed than, or like Gaussian updates.
     """
 
-    case: str
+    suite: str
+    seed: int
     energy: str
     sizes: Sizes
     part: str
-    null: NullControl
+    gain: float
+    surrogates: tuple[float, float, float]
+    p_value: float
+    p_pooled: float
+    row_spread: float
+    how: str
 
 
-VISION_KINDS = {"squeeze": r"squeeze", "expand 1x1": r"expand1x1", "expand 3x3": r"expand3x3"}
-LANGUAGE_KINDS = {
-    "queries and keys": r"query|key",
-    "values": r"value",
-    "attention out": r"attention\.output",
-    "feed-forward in": r"intermediate",
-    "feed-forward out": r"layer\.\d+\.output",
+KINDS = {
+    "vision": {"squeeze": r"squeeze", "expand 1x1": r"expand1x1", "expand 3x3": r"expand3x3"},
+    "language": {
+        "queries and keys": r"query|key",
+        "values": r"value",
+        "attention out": r"attention\.output",
+        "feed-forward in": r"intermediate",
+        "feed-forward out": r"layer\.\d+\.output",
+    },
 }
+"""Suite to its kinds of modules, each by a pattern that its tensors' names match."""
 
 
 class _Shown(Silent):
@@ -120,9 +120,9 @@ def parts(residuals: Residuals, kinds: Mapping[str, str]) -> dict[str, Residuals
     return found
 
 
-def answers(case: Case, num_surrogates: int, seed: int, bar: Bar) -> list[Answer]:
-    """The null control of each energy, kind of sizes and kind of module."""
-    vectors = TaskVectors(case.base, dict(case.experts))
+def answers(suite: Suite, seed: int, num_surrogates: int, bar: Bar) -> list[Answer]:
+    """The null control of each energy, kind of sizes and kind of module of one suite."""
+    vectors = suite.vectors()
     found = []
     for energy_name, energy in ENERGIES.items():
         poe = ProductOfExperts.of(vectors.names, InputGram(), energy)
@@ -131,21 +131,23 @@ def answers(case: Case, num_surrogates: int, seed: int, bar: Bar) -> list[Answer
             made = surrogate_residuals(
                 vectors, poe, num_surrogates=num_surrogates, sizes=sizes, seed=seed, progress=_Shown(bar)
             )
-            for part, residuals in parts(real, case.kinds).items():
+            for part, residuals in parts(real, KINDS[suite.name]).items():
                 null = null_control(residuals, made, level=1 / (num_surrogates + 1))
-                found.append(Answer(case.name, energy_name, sizes, part, null))
-                bar.console.print(f"{case.name}, {energy_name}, {part}: {null.verdict}", highlight=False)
+                gains = tuple(np.quantile(null.surrogate_gains, (0.0, 0.5, 1.0)).tolist())
+                how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"
+                numbers = (null.p_value, null.p_pooled, null.row_spread)
+                found.append(Answer(suite.name, seed, energy_name, sizes, part, null.gain, gains, *numbers, how))
+                bar.console.print(f"{suite.name}, {energy_name}, {part}: {null.verdict}", highlight=False)
     return found
 
 
-def report(found: list[Answer], num_surrogates: int, seconds: float) -> str:
+def report(found: list[Answer], num_surrogates: int, command: str) -> str:
     """The page."""
     lines = [
         "Are the residuals of real merges heavier-tailed than those of Gaussian updates would be? Each suite's "
         "fine-tunes merged by `InputGram` experts at the default scale and anchor, and the same merge of "
         f"{num_surrogates} Gaussian surrogates with the real updates' row and column sizes (*own*: every expert's; "
-        f"*shared*: those that all experts share) and correlation. {seconds:.0f} CPU seconds. Made by "
-        "`python -m benchmarks.tails_suites`.",
+        f"*shared*: those that all experts share) and correlation. Made by `{command}`.",
         "",
         "*gain*: log likelihood of a Student-t over a Gaussian within modules, nats: of the real residuals, and the "
         "median and range of the surrogates'. *p*: share of at least the real gain among surrogates and the real one, "
@@ -155,57 +157,65 @@ def report(found: list[Answer], num_surrogates: int, seconds: float) -> str:
         "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for each in found:
-        null = each.null
-        low, middle, high = np.quantile(null.surrogate_gains, (0.0, 0.5, 1.0))
-        surrogate = f"{middle:.1f} ({low:.1f} to {high:.1f})"
-        cells = (each.case, each.energy, each.sizes, each.part, f"{null.gain:.1f}", surrogate)
-        numbers = (null.p_value, null.p_pooled, null.row_spread)
-        lines.append(f"| {' | '.join([*cells, *(f'{number:.2f}' for number in numbers)])} |")
+        low, middle, high = each.surrogates
+        gains = (f"{each.gain:.1f}", f"{middle:.1f} ({low:.1f} to {high:.1f})")
+        numbers = (f"{number:.2f}" for number in (each.p_value, each.p_pooled, each.row_spread))
+        cells = (f"{each.suite}, seed {each.seed}", each.energy, each.sizes, each.part, *gains, *numbers)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *summary(found), ""])
 
 
 def summary(found: list[Answer]) -> list[str]:
-    """The answer in a sentence for each suite, energy and kind of sizes."""
+    """The answer in a sentence for each suite, energy and kind of sizes, with the p values of all training seeds."""
     lines = []
-    for each in found:
-        if each.part != "all modules":
-            continue
-        null = each.null
-        how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"
-        lines.append(
-            f"- {each.case}, {each.energy}, {each.sizes} sizes: {how} Gaussian updates (p = {null.p_value:.2f})."
-        )
+    for key, group in itertools.groupby(
+        sorted((each for each in found if each.part == "all modules"), key=_setting), key=_setting
+    ):
+        answers = list(group)
+        words = ", ".join(f"{each.how} Gaussian updates (seed {each.seed}, p = {each.p_value:.2f})" for each in answers)
+        lines.append(f"- {key[0]}, {key[1]}, {key[2]} sizes: {words}.")
     return lines
 
 
-def cases(seeds: list[int], suites: list[str], console: Console) -> list[Case]:
-    """The suites' experts, made where the cache lacks them."""
-    found = []
-    if "vision" in suites:
-        made = vision.make_suite(console=console)
-        found.append(Case("vision", made.base, made.experts, VISION_KINDS))
-    for seed in seeds if "language" in suites else []:
-        suite = language.make_suite(language.Recipe(seed=seed), console=console)
-        found.append(Case(f"language, seed {seed}", suite.base, suite.experts, LANGUAGE_KINDS))
-    return found
+def _setting(each: Answer) -> tuple[str, str, str]:
+    return each.suite, each.energy, each.sizes
+
+
+def measured(name: str, seed: int, arguments: argparse.Namespace, console: Console) -> list[Answer]:
+    """Answers of one suite and training seed, from what is kept if it is there."""
+    recipe = recipe_of(name, seed, arguments.full)
+
+    def make() -> list[dict[str, object]]:
+        suite = load(name, recipe, arguments.cache, console, arguments.device)
+        with Bar(console=console) as bar:
+            return [asdict(each) for each in answers(suite, seed, arguments.surrogates, bar)]
+
+    saved = kept(arguments.kept / f"{name}-{seed}-{key_of(asdict(recipe), arguments.surrogates)}.json", make)
+    return [Answer(**{**each, "surrogates": tuple(each["surrogates"])}) for each in saved]
 
 
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tails_suites.md"))
-    parser.add_argument("--suites", nargs="+", choices=["vision", "language"], default=["vision", "language"])
-    parser.add_argument("--language-seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--kept", type=Path, default=Path("out/tails"), help="where what is done is kept")
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the surrogates")
+    parser.add_argument("--full", action="store_true", help="experts trained on more examples")
     parser.add_argument("--surrogates", type=int, default=19)
+    parser.add_argument("--device", default="cpu", help="where updates are merged")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # see `parallel`
     console = Console()
-    started = time.process_time()
-    found: list[Answer] = []
-    for case in cases(arguments.language_seeds, arguments.suites, console):
-        with Bar(console=console) as bar:
-            found += answers(case, arguments.surrogates, 0, bar)
-    text = report(found, arguments.surrogates, time.process_time() - started)
+    found = [
+        answer
+        for name in arguments.suites
+        for seed in arguments.seeds
+        for answer in measured(name, seed, arguments, console)
+    ]
+    command = f"python -m benchmarks.tails_suites{' --full' if arguments.full else ''}"
+    text = report(found, arguments.surrogates, command)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
     console.print(text, markup=False)

@@ -373,7 +373,7 @@ def test_the_pages_say_what_was_found() -> None:
     assert list(chosen) == ["all modules", "first"]
     assert {entry.tensor for entry in chosen["first"].entries} == {"a.weight"}
     null = null_control(real, made, level=0.25)
-    answer = tails_suites.Answer("toy", "Gaussian", "own", "all modules", null)
+    answer = tails_suites.Answer("toy", 0, "Gaussian", "own", "all modules", *numbers_of(null))
     page = tails_suites.report([answer], 3, 7.0)
     assert f"| toy | Gaussian | own | all modules | {null.gain:.1f} |" in page
     how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"

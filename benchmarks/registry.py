@@ -1,0 +1,54 @@
+"""The suites there are, and how their experts are made in the demos and at full size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.harness.suite import Suite
+from benchmarks.harness.training import Recipe
+from benchmarks.language import tasks as language_tasks
+from benchmarks.language import train as language
+from benchmarks.vision import tasks as vision_tasks
+from benchmarks.vision import train as vision
+
+SUITES: dict[str, Callable[..., Suite]] = {"vision": vision.make_suite, "language": language.make_suite}
+RECIPES: dict[tuple[str, bool], Callable[[int], Any]] = {
+    ("vision", False): lambda seed: vision.Recipe(seed=seed),
+    ("vision", True): lambda seed: vision.Recipe(
+        seed=seed, sizes=vision_tasks.SplitSizes(test=4000, validation=1000, train=8000)
+    ),
+    ("language", False): lambda seed: language.Recipe(seed=seed),
+    ("language", True): lambda seed: language.Recipe(
+        seed=seed, sizes=language_tasks.SplitSizes(test=2000, validation=500, train=8000)
+    ),
+}
+"""Suite, and whether at full size, to the recipe of a training seed. At full size all splits have more examples."""
+
+
+def recipe_of(name: str, seed: int, full: bool) -> Recipe:
+    """How the experts of a suite are made.
+
+    Args:
+        name: Of the suite.
+        seed: Of the order of the training examples.
+        full: At full size; else as in the demos.
+    """
+    recipe: Recipe = RECIPES[name, full](seed)
+    return recipe
+
+
+def load(name: str, recipe: Recipe, cache: Path | None, console: Console, device: str) -> Suite:
+    """A suite, whose heads and experts are made where its cache lacks them.
+
+    Args:
+        name: Of the suite.
+        recipe: How experts are made.
+        cache: Folder with one cache for each suite; default the user's.
+        console: Where progress is shown.
+        device: Where models run.
+    """
+    return SUITES[name](recipe, cache and cache / name, console, device)
