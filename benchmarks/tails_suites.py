@@ -25,7 +25,7 @@ from benchmarks.folders import kept, key_of
 from benchmarks.harness.suite import Suite
 from benchmarks.registry import SUITES, load, recipe_of
 from diagnostics.residuals import Residuals, module_residuals
-from diagnostics.tails import Sizes, null_control, surrogate_residuals
+from diagnostics.tails import NullControl, Sizes, null_control, surrogate_residuals
 from inference.map import fixed_point
 from inference.models.digest import Silent
 from poe_models import Cauchy, Energy, Gaussian, InputGram, ProductOfExperts, TaskVectors
@@ -63,6 +63,14 @@ class Answer:
     p_pooled: float
     row_spread: float
     how: str
+
+    @classmethod
+    def of(cls, suite: str, seed: int, energy: str, sizes: Sizes, part: str, null: NullControl) -> Answer:
+        """The answer that a null control gives."""
+        low, median, high = np.quantile(null.surrogate_gains, (0.0, 0.5, 1.0)).tolist()
+        how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"
+        numbers = (null.p_value, null.p_pooled, null.row_spread)
+        return cls(suite, seed, energy, sizes, part, null.gain, (low, median, high), *numbers, how)
 
 
 KINDS = {
@@ -133,10 +141,7 @@ def answers(suite: Suite, seed: int, num_surrogates: int, bar: Bar) -> list[Answ
             )
             for part, residuals in parts(real, KINDS[suite.name]).items():
                 null = null_control(residuals, made, level=1 / (num_surrogates + 1))
-                gains = tuple(np.quantile(null.surrogate_gains, (0.0, 0.5, 1.0)).tolist())
-                how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"
-                numbers = (null.p_value, null.p_pooled, null.row_spread)
-                found.append(Answer(suite.name, seed, energy_name, sizes, part, null.gain, gains, *numbers, how))
+                found.append(Answer.of(suite.name, seed, energy_name, sizes, part, null))
                 bar.console.print(f"{suite.name}, {energy_name}, {part}: {null.verdict}", highlight=False)
     return found
 

@@ -373,8 +373,8 @@ def test_the_pages_say_what_was_found() -> None:
     assert list(chosen) == ["all modules", "first"]
     assert {entry.tensor for entry in chosen["first"].entries} == {"a.weight"}
     null = null_control(real, made, level=0.25)
-    answer = tails_suites.Answer("toy", 0, "Gaussian", "own", "all modules", *numbers_of(null))
-    page = tails_suites.report([answer], 3, 7.0)
-    assert f"| toy | Gaussian | own | all modules | {null.gain:.1f} |" in page
+    answer = tails_suites.Answer.of("toy", 0, "Gaussian", "own", "all modules", null)
+    page = tails_suites.report([answer], 3, "the command")
+    assert f"| toy, seed 0 | Gaussian | own | all modules | {null.gain:.1f} |" in page
     how = "heavier-tailed than" if null.heavy_tailed else "lighter-tailed than" if null.lighter else "like"
-    assert f"- toy, Gaussian, own sizes: {how} Gaussian updates (p = {null.p_value:.2f})." in page
+    assert f"- toy, Gaussian, own sizes: {how} Gaussian updates (seed 0, p = {null.p_value:.2f})." in page

@@ -67,9 +67,15 @@ def test_agreements() -> None:
     assert len(found) == 4
 
 
-def test_page() -> None:
-    text = report(grid(), ["s", "t"], "the command", 3.0)
-    assert "| InputGram | 0 | 0 ± 0.1 | 0.900 | 1.000 |" in text
-    assert "| OutputGram | 4 | -4 ± 0.1 | 0.900 | 1.600 |" in text
-    assert "| accuracy | OutputGram | -1.0" in text
-    assert "Made by `the command` in 3 seconds" in text
+def test_page(tmp_path: Path) -> None:
+    runs = {("toy", 3): grid()}
+    text = report(runs, "an abacus", "the command")
+    first, second = (str(agreements(grid())["accuracy", name]) for name in ("InputGram", "OutputGram"))
+    assert f"| toy | 3 | InputGram | {first} |" in text
+    assert f"| toy | 3 | OutputGram | {second} |" in text
+    assert text.rstrip().endswith("| 0 | 0.500 | 2.000 | 4 | 0.900 |")  # the evidence's choice, and the best
+    assert "Made by `the command` on an abacus" in text
+    evidence.write_table(tmp_path / "table.csv", runs)
+    rows = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(rows) == 11
+    assert rows[10] == "toy,3,OutputGram,4,-13,0.1,0.9,1.6"
