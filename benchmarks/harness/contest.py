@@ -116,7 +116,7 @@ class Contest:
 
     def product(self, method: Method) -> Entry:
         """The MAP of a product of experts, λ and η tuned."""
-        vectors = self.bench.vectors
+        vectors = self.bench.loaded
         data = "none"
         if method.residual_map is None:
             data = "activations"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -157,9 +158,41 @@ class Merge:
         return {name: value.cpu() for name, value in (merged | self.others).items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Task vectors that are read once and held, for many merges.
+
+    Args:
+        vectors: The task vectors.
+    """
+
+    vectors: TaskVectors
+
+    @cached_property
+    def modules(self) -> list[ModuleUpdates]:
+        """Updates of every module."""
+        return list(self.vectors)
+
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        """Base tensors that have updates, on the updates' device and in their dtype."""
+        treatments = self.vectors.treatments.items()
+        device, dtype = self.vectors.device, self.vectors.dtype
+        return {n: self.vectors.base.read(n).to(device, dtype) for n, each in treatments if each.view is not None}
+
+    @cached_property
+    def others(self) -> dict[str, Tensor]:
+        """What has no updates: averages over experts, and tensors of the base."""
+        return {
+            name: self.vectors.average(name) if each.action == "average" else self.vectors.base.read(name)
+            for name, each in self.vectors.treatments.items()
+            if each.view is None
+        }
+
+
 def solve(
     method: Method,
-    vectors: TaskVectors,
+    vectors: TaskVectors | Loaded,
     eta: float,
     centers: Mapping[str, Tensor] | None = None,
 ) -> Merge:
@@ -167,7 +200,7 @@ def solve(
 
     Args:
         method: What to do.
-        vectors: The task vectors.
+        vectors: The task vectors; `Loaded` ones are not read again.
         eta: Relative precision of the anchor; methods without experts have none and must be given 0.
         centers: Of the anchor by module, (d_out, d_in); None for the base.
 
@@ -179,39 +212,37 @@ def solve(
     """
     if method.rule is not None and (eta != 0 or centers is not None):
         raise ValueError(f"`solve({method.name!r}, eta={eta})`: it has no anchor. Give eta=0 and no centers.")
-    rule = method.rule if method.rule is None or method.rule.ready else method.rule.prepare(vectors)
-    modules = list(vectors)
+    loaded = vectors if isinstance(vectors, Loaded) else Loaded(vectors)
+    names = loaded.vectors.names
+    rule = method.rule if method.rule is None or method.rule.ready else method.rule.prepare(loaded.vectors)
     batches: dict[torch.Size, list[ModuleUpdates]] = defaultdict(list)
-    for module in modules:
+    for module in loaded.modules:
         batches[module.updates.shape].append(module)
     largest_first = sorted(batches.values(), key=lambda batch: -len(batch) * batch[0].updates.numel())
 
     def solved(batch: list[ModuleUpdates]) -> Solved:
         updates, labels = torch.stack([module.updates for module in batch]), [module.name for module in batch]
         if rule is not None:
-            return batch, rule.merge(ModuleBatch.of(updates, labels, vectors.names)), None
+            return batch, rule.merge(ModuleBatch.of(updates, labels, names)), None
         center = None if centers is None else torch.stack([centers[label] for label in labels])
-        design = method.design(vectors.names, eta, center).for_modules(labels)
-        solution = fixed_point(design.bind(updates))
+        solution = fixed_point(method.design(names, eta, center).for_modules(labels).bind(updates))
         return batch, solution.value, solution
 
-    return _assemble(vectors, modules, run_all(solved, largest_first))
+    return _assemble(loaded, run_all(solved, largest_first))
 
 
 Solved = tuple[list[ModuleUpdates], Tensor, Solution[FixedPointInfo] | None]
 """Modules of one shape, their merged updates (M, d_out, d_in), and the solution these are from."""
 
 
-def _assemble(vectors: TaskVectors, modules: list[ModuleUpdates], solved: list[Solved]) -> Merge:
+def _assemble(loaded: Loaded, solved: list[Solved]) -> Merge:
     values = {m.name: value for batch, merged, _ in solved for m, value in zip(batch, merged, strict=True)}
-    base, updates, others = {}, {}, {}
-    for tensor, treatment in vectors.treatments.items():
-        if treatment.view is not None:
-            parts = [values[module.name] for module in modules if module.tensor == tensor]
-            base[tensor] = vectors.base.read(tensor).to(parts[0])
-            updates[tensor] = treatment.view.join(parts, base[tensor].shape)
-        else:
-            others[tensor] = vectors.average(tensor) if treatment.action == "average" else vectors.base.read(tensor)
+    updates = {}
+    for tensor, base in loaded.base.items():
+        view = loaded.vectors.treatments[tensor].view
+        assert view is not None
+        parts = [values[module.name] for module in loaded.modules if module.tensor == tensor]
+        updates[tensor] = view.join(parts, base.shape)
     spread: dict[str, float] = {}
     unconverged, moved = [], []
     for batch, _, solution in solved:
@@ -219,5 +250,5 @@ def _assemble(vectors: TaskVectors, modules: list[ModuleUpdates], solved: list[S
             spread |= dict(zip((m.name for m in batch), solution.info.weight_spread.tolist(), strict=True))
             unconverged += [m.name for m, status in zip(batch, solution.status, strict=True) if not status.converged]
             moved += [m.name for m, start in zip(batch, solution.info.start, strict=True) if start != "twin"]
-    in_order = tuple(spread[module.name] for module in modules if module.name in spread)
-    return Merge(base, updates, values, others, in_order, tuple(unconverged), tuple(moved))
+    in_order = tuple(spread[module.name] for module in loaded.modules if module.name in spread)
+    return Merge(loaded.base, updates, values, loaded.others, in_order, tuple(unconverged), tuple(moved))

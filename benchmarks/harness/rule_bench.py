@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, task_logits
-from benchmarks.harness.methods import MAPS, Merge, Method, solve
+from benchmarks.harness.methods import MAPS, Loaded, Merge, Method, solve
 from benchmarks.harness.rulebook import RULES, Rule
 from benchmarks.harness.search import SCALES, Settings, search
 from benchmarks.harness.suite import Suite
@@ -87,6 +87,7 @@ class Bench:
     ) -> None:
         self.suite, self.trials, self.seed, self.scales = suite, trials, seed, scales
         self.vectors = suite.vectors()
+        self.loaded = Loaded(self.vectors)
         self.calibration = Calibration(suite, examples, seed)
 
     def line(self, name: str) -> Line:
@@ -115,7 +116,7 @@ class Bench:
         """The tuned MAP under each residual map, anchored at a merge."""
         return {
             each.family: self.tune(
-                lambda s, each=each: solve(each, self.vectors, s.eta, centers),  # type: ignore[misc]
+                lambda s, each=each: solve(each, self.loaded, s.eta, centers),  # type: ignore[misc]
                 each.tuned,
                 first=FIRST,
             )
@@ -127,7 +128,7 @@ class Bench:
         assert method.rule is not None
         if method.rule.needs_loaders:
             method = replace(method, rule=method.rule.prepare(self.vectors, self.calibration.data()))
-        return solve(method, self.vectors, 0.0)
+        return solve(method, self.loaded, 0.0)
 
     def other_seeds(self, rule: Rule, settings: Settings) -> list[Tables]:
         """Test probabilities of a rule that draws, for the seeds after the first; not of those that learn."""
