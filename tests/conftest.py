@@ -1,6 +1,8 @@
 """Shared fixtures: explicit randomness, any order, nothing left behind in Pyro, no GPU tests without a GPU.
 
 `TEST_SEED=1` moves every seed (see seeds.py), `TEST_ORDER=1` shuffles the files and the tests within each.
+`POE_TEST_DEVICE` is the device of the tests marked `gpu`, `cuda` by default; with `cpu` they run where there is no GPU
+and compare the CPU with itself, which tries the tests, not the device.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import diagnostics.arviz_adapter  # noqa: F401  (before any test imports ArviZ, 
 from tests.seeds import SHIFT, seed_of, seeded
 
 ORDER = os.environ.get("TEST_ORDER")
+DEVICE = os.environ.get("POE_TEST_DEVICE")
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,12 @@ def generator() -> torch.Generator:
     return seeded(20261122)
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests marked `gpu` compute."""
+    return torch.device(DEVICE or "cuda")
+
+
 def pytest_report_header() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     return f"seeds moved by {SHIFT}, order {ORDER or 'as written'}, {capability}, {torch.get_num_threads()} threads"
@@ -40,10 +49,10 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if ORDER is not None:
         _shuffle(items, random.Random(ORDER))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or DEVICE is not None:
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

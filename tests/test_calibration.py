@@ -271,10 +271,10 @@ def test_levels_refused(confidence: float) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_device_as_on_the_cpu() -> None:
+def test_on_a_device_as_on_the_cpu(device: torch.device) -> None:
     p, y = predictions(200, 3, 2.0)
-    here, there = (calibration(p.to(device), y, seed=0, num_resamples=20) for device in ("cpu", "cuda"))
+    here, there = (calibration(p.to(place), y, seed=0, num_resamples=20) for place in ("cpu", device))
     for name, estimate in here.scores.items():
         assert there.scores[name].value == pytest.approx(estimate.value)
         assert there.scores[name].high == pytest.approx(estimate.high)
-    assert int(reliability(p.cuda(), y, seed=0, num_resamples=10).counts.sum()) == 200
+    assert int(reliability(p.to(device), y, seed=0, num_resamples=10).counts.sum()) == 200

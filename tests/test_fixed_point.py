@@ -615,15 +615,17 @@ def test_an_unknown_operator_is_not_taken_for_another(generator: torch.Generator
 @pytest.mark.gpu
 @pytest.mark.parametrize("residual_map", MAPS, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cpu_and_cuda_agree(residual_map: object, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_cpu_and_device_agree(
+    residual_map: object, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
     updates = random_updates(generator, 3, 4, 60, 80, dtype=dtype)
     poe = ProductOfExperts.of(list("abcd"), residual_map, Cauchy(), Relative(0.5), anchor=Anchor(average))  # type: ignore[arg-type]
     tolerance = 1e-3 if dtype == torch.float32 else 1e-8
     for coordinates in ("full", "span"):
         cpu = merged(poe.bind(updates, coordinates=coordinates))  # type: ignore[arg-type]
-        cuda = merged(poe.bind(updates.cuda(), coordinates=coordinates))  # type: ignore[arg-type]
-        assert cuda.is_cuda
-        assert_close(cuda.cpu(), cpu, tolerance)
-    one, other = span_statistics(poe, updates), span_statistics(poe, updates.cuda())
+        there = merged(poe.bind(updates.to(device), coordinates=coordinates))  # type: ignore[arg-type]
+        assert there.device.type == device.type
+        assert_close(there.cpu(), cpu, tolerance)
+    one, other = span_statistics(poe, updates), span_statistics(poe, updates.to(device))
     assert_close(other.forms.cpu(), one.forms, 1e-5 if dtype == torch.float32 else 1e-12)
     assert_close(other.gram.cpu(), one.gram, 1e-12)

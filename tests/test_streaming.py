@@ -533,10 +533,10 @@ def test_two_runs_are_byte_identical_and_progress_adds_up(models: Any, out: Path
 
 
 @pytest.mark.gpu
-def test_cuda_agrees_with_the_cpu(models: Any, out: Path) -> None:
+def test_a_device_agrees_with_the_cpu(models: Any, out: Path, device: torch.device) -> None:
     vectors = models(shards=2)
     merge_checkpoint(vectors, poe(vectors), out)
-    on_gpu = TaskVectors(vectors.base, vectors.experts, device="cuda")
+    on_gpu = TaskVectors(vectors.base, vectors.experts, device=device)
     merge_checkpoint(on_gpu, poe(vectors), out.with_name("gpu"))
     for file in out.glob("*.safetensors"):
         cpu, gpu = load_file(file), load_file(out.with_name("gpu") / file.name)

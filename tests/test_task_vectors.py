@@ -175,12 +175,12 @@ def test_gpt2_from_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_updates_go_to_the_device() -> None:
-    task_vectors = TaskVectors(state(0), {"e1": state(1)}, device="cuda")
+def test_updates_go_to_the_device(device: torch.device) -> None:
+    task_vectors = TaskVectors(state(0), {"e1": state(1)}, device=device)
     for cpu, gpu in zip(TaskVectors(state(0), {"e1": state(1)}), task_vectors, strict=True):
-        assert gpu.updates.device.type == gpu.base.device.type == "cuda"
+        assert gpu.updates.device.type == gpu.base.device.type == device.type
         assert torch.equal(gpu.updates.cpu(), cpu.updates)
-    assert task_vectors.average("norm.weight").device.type == "cuda"
+    assert task_vectors.average("norm.weight").device.type == device.type
 
 
 # ------------------------------------------------------------------------------------------------ tied weights

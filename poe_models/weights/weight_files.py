@@ -27,6 +27,7 @@ from poe_models.weights.checkpoint import CheckpointError, TensorInfo, check_sta
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "module", "net", "network", "params")
 """Entries of a training checkpoint that hold the state dict."""
+_BLOCK = re.compile(r"\[\d+\]$")
 
 
 def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
@@ -213,8 +214,12 @@ class SafetensorsFile(WeightFile):
 
 
 def _names_a_tie(name: str, kept: str, file: WeightFile) -> bool:
-    """Return whether an entry of the metadata is one of ``save_model``'s, and not text that happens to be a name."""
-    return kept in file.tensors and name.rpartition(".")[2] == kept.rpartition(".")[2]
+    """Return whether an entry of the metadata is one of ``save_model``'s, and not text that happens to be a name.
+
+    Blocks of one tensor, ``qkv.weight[0]`` and ``qkv.weight[1]``, whose statistics are the same, are tied as well.
+    """
+    ends = {_BLOCK.sub("", each).rpartition(".")[2] for each in (name, kept)}
+    return kept in file.tensors and len(ends) == 1
 
 
 class TorchFile(WeightFile):
