@@ -66,7 +66,7 @@ def student_log_normalizer(energy: object, shape: Tensor, scale_squared: Tensor,
 
 def huber_radial_integral(delta: float, dim: Tensor, importance: float) -> Tensor:
     """Log of the radial integral of Huber's density: a Gaussian up to ``delta``, an exponential beyond it."""
-    knot = torch.tensor(importance * delta**2, dtype=torch.float64)
+    knot = torch.tensor(importance * delta**2, dtype=torch.float64, device=dim.device)
     inner = (
         (dim / 2 - 1) * math.log(2)
         - dim / 2 * math.log(importance)
