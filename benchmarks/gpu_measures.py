@@ -171,8 +171,8 @@ def write_models(home: Path, layers: int, width: int, experts: int, seed: int, d
     base: dict[str, Tensor] = {}
     for index in range(experts + 1):
         state = {}
-        for name, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator, device=device).cpu()
+        for name, size in shapes.items():
+            noise = torch.randn(size, generator=generator, device=device).cpu()
             state[name] = noise.mul_(0.02) if index == 0 else noise.mul_(1e-3).add_(base[name])
         base = base or state
         folder = home / ("base" if index == 0 else f"expert{index - 1}")
