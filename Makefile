@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: venv lint test test-matrix demo bench mutants clean
+.PHONY: venv lint test test-matrix demo bench gpu mutants clean
 
 venv: $(STAMP)
 
@@ -45,6 +45,12 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
+
+# On a machine with a GPU: the tests that need one, then the tables of it. Where the packages are installed already, no
+# network is needed: `make gpu BIN=/usr/bin` takes that folder's python, and nothing is installed.
+gpu: $(if $(filter file,$(origin BIN)),$(STAMP))
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m gpu -n 4 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 
 # Single edits of the core and whether the tests notice them; half an hour, so not part of CI.
 mutants: $(STAMP)

@@ -200,8 +200,9 @@ def test_every_method_merges_alike_and_draws_the_same(name: str, device: torch.d
         parts = [method.merge(ModuleBatch.of(u[None].to(place), [n], NAMES)) for n, u in updates.items()]
         assert all(part.device.type == place.type for part in parts)
         found.append([part.cpu() for part in parts])
+    learned = METHODS[name].about.data in ("inputs", "labels") or "Adam" in name  # steps of Adam add rounding up
     for one, other in zip(*found, strict=True):
-        assert_close(other, one, 1e-6)
+        assert_close(other, one, 1e-4 if learned else 1e-6)
 
 
 def test_adapters_factors_are_used_alike(device: torch.device, generator: torch.Generator) -> None:

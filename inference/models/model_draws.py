@@ -28,6 +28,7 @@ from inference.models.modules import Module
 from inference.models.named_draws import ModelDraws
 from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import Posterior
+from poe_models.records import with_tensors
 from poe_models.span_labels import CENTER, basis_names
 
 __all__ = ["FullDraws", "ModelDraws", "PosteriorDraws", "SpanDraws"]
@@ -59,7 +60,7 @@ class SpanDraws(ModelDraws):
             posterior: The posterior that they are draws of, in Span coordinates.
 
         Returns:
-            The coefficients.
+            The coefficients, on the CPU wherever they were drawn.
 
         Raises:
             ValueError: If the posterior is in Full coordinates.
@@ -68,15 +69,15 @@ class SpanDraws(ModelDraws):
             raise ValueError(
                 "`SpanDraws.of(...)`: the posterior is in Full coordinates. `sample_full` names its draws."
             )
-        statistics = posterior.span.statistics
-        coefficients = posterior.coefficients(draws.values)
+        statistics = with_tensors(Tensor.cpu, posterior.span.statistics)
+        coefficients = posterior.coefficients(draws.values).cpu()
         heat = draws.temperature
         return cls(
             modules=statistics.modules,
             squared_norms=statistics.gram.diagonal(dim1=-2, dim2=-1).clone(),
             source=statistics_digest(statistics),
             designs=statistics.through or (),
-            stats=dict(draws.stats),
+            stats={name: values.cpu() for name, values in draws.stats.items()},
             sampler=draws.sampler,
             temperature=None if heat is None else torch.full((len(statistics.modules),), heat, dtype=torch.float64),
             from_merge=span_distance(statistics, coefficients),
