@@ -1,14 +1,9 @@
-"""The language suite: tables as they are in the archives, splits of tokens, the network, and a small run of it all."""
+"""The language suite: splits of tokens, the network, and a small run of it all."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import tarfile
-import zipfile
-from base64 import b64encode
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
-from benchmarks.archives import CorruptSourceError, MissingSourceError, Source
+from benchmarks.archives import MissingSourceError, Source
 from benchmarks.harness import metrics
 from benchmarks.harness.evaluate import features, own_logits
 from benchmarks.harness.suite import SPLITS, Suite
@@ -29,9 +24,9 @@ from benchmarks.language import model, tasks, texts, tokens, train
 from benchmarks.language.model import NOT_WEIGHTS, MiniLMNetwork, base_state
 from benchmarks.language.sources import MINILM, SENTIMENT, SPAM_ASSASSIN, WORDNET
 from benchmarks.language.tasks import TASKS, Split, SplitSizes, load_task, load_tasks, split_rows
-from benchmarks.language.texts import glosses, numbered, rated, read_polarity, read_spam, subject_and_text
 from diagnostics.predictions import soft_label_scores
 from tests.seeds import seed_of, seeded
+from tests.test_language_texts import tar_of, zip_of
 
 QUIET = Console(quiet=True)
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
@@ -65,98 +60,12 @@ def letters() -> Tokenizer:
     return tokenizer
 
 
-def tar_of(files: Mapping[str, str]) -> bytes:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:gz") as tar:
-        for name, text in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(text.encode())
-            tar.addfile(entry, io.BytesIO(text.encode()))
-    return content.getvalue()
-
-
-def zip_of(path: Path, files: Mapping[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
 def polarity_tables(count: int = 120) -> tuple[str, str]:
     """Texts in groups of three, every other one positive, and their ratings from the last text to the first."""
     means = {f"{i // 3}_{i % 3}": 1.5 if i % 2 else -1.0 for i in range(count)}
     table = [f"{key}\t{mean}\ttext {'good' if mean > 0 else 'bad'} {i}" for i, (key, mean) in enumerate(means.items())]
     rows = [f"{key}\t{mean}\t0\t{[3, 2, 0, 1] if mean > 0 else [-3, -2, 1, 0]}" for key, mean in means.items()]
     return "\ufeff" + "\n".join(table), "\n".join(reversed(rows))
-
-
-class TestTables:
-    def test_votes_and_labels_follow_the_identifier(self) -> None:
-        table = "\n".join(("7_1\t-0.5\tBad\tvery", "7_2\t0\tnothing", "8_1\t2.5\tgood ", "9_1\t1.5\tanother wording"))
-        given = "\n".join(
-            ("9_1\t2\t0\t[2, 2]", "8_1\t2.5\t0\t[2, 3]", "7_2\t0\t0\t[1, -1]", "7_1\t-0.5\t0\t[-3, 1, 1, -1]")
-        )
-        found = rated(table, given)
-        assert found.texts == ("Bad\tvery", "good")
-        assert found.labels.tolist() == [0, 1]
-        assert found.votes is not None
-        assert found.votes.tolist() == [[2, 2], [0, 2]]
-        assert found.groups.tolist() == [0, 1]
-
-    def test_an_archive_without_a_table_is_named(self, tmp_path: Path) -> None:
-        inner = tar_of({"hutto/tweets_GroundTruth.txt": "1\t1\ta"})
-        path = zip_of(tmp_path / "x.zip", {"v/additional_resources/hutto_ICWSM_2014.tar.gz": inner})
-        with pytest.raises(CorruptSourceError, match=r"it has \['tweets_GroundTruth.txt'\]. Delete"):
-            read_polarity(path, "tweets")
-
-    @pytest.mark.parametrize(
-        ("raw", "subject", "text"),
-        [
-            ("Subject: RE: Fwd: [ILUG]  Two\n words\nX-Spam: yes\n\nOne\ntwo\n", "two words", "One two"),
-            ("From a@b\n\n<style>p {x}</style><!-- no --><P\nalign=x>A&amp;B", "", "A&B"),
-            ("Content-Transfer-Encoding: quoted-printable\n\nlong =\nline=3D1", "", "long line=1"),
-            (f"Content-Transfer-Encoding: base64\n\n{b64encode(b'hidden').decode()}", "", "hidden"),
-            ("Content-Type: image/gif\nSubject: x\n\nabc", "x", ""),
-            (
-                "Content-Type: multipart/alternative; boundary=Q\n\nskipped\n"
-                "--Q\nContent-Type: text/html\n\n<b>in</b>\n--Q\nContent-Type: text/plain\n\nsecond\n--Q--\n",
-                "",
-                "in",
-            ),
-        ],
-    )
-    def test_mails_lose_headers_markup_and_encodings(self, raw: str, subject: str, text: str) -> None:
-        assert subject_and_text(raw) == (subject, text)
-
-    def test_mails_of_a_subject_are_a_group(self, tmp_path: Path) -> None:
-        mails = [("easy-ham-1", "One"), ("hard-ham-1", "Re: one"), ("spam-2", ""), ("spam-1", "Two"), ("spam-1", "")]
-        files = {
-            f"package/data/{group}/{i}.json": json.dumps({"group": group, "text": f"Subject: {subject}\n\ntext {i}"})
-            for i, (group, subject) in enumerate(mails)
-        }
-        path = tmp_path / "spam.tgz"
-        path.write_bytes(tar_of({"package/package.json": "{}", **files}))
-        found = read_spam(path)
-        assert found.labels.tolist() == [0, 0, 1, 1, 1]
-        assert found.groups.tolist() == [0, 0, 1, 2, 3]
-        assert found.texts == tuple(f"text {i}" for i in range(5))
-
-    def test_glosses_of_the_classes_that_have_enough(self) -> None:
-        lines = [
-            "  1 licence | not a gloss",
-            '0001 05 n 01 cat 0 000 | a beast; "it purrs"  ',
-            "0002 06 n 01 cup 0 | a cup",
-        ]
-        lines += [
-            "0003 05 n 01 dog 0 000 | another beast  ",
-            "0004 28 n 01 day 0 | a day",
-            "0005 28 n 01 week 0 | days",
-        ]
-        found = glosses("\n".join(lines), 2)
-        assert found.classes == ("animal", "time")
-        assert found.texts == ("a beast", "another beast", "a day", "days")
-        assert found.labels.tolist() == [0, 0, 1, 1]
-        assert found.votes is None
 
 
 def toy_split(count: int = 40, longest: int = 9) -> Split:
@@ -243,9 +152,6 @@ class TestTokens:
         assert rows.dtype == torch.int16
         assert rows.tolist() == [[1, 4, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0], [1, 5, 6, 7, 8, 2]]
         assert lengths.tolist() == [3, 2, 6]
-
-    def test_groups_are_numbered_as_they_come(self) -> None:
-        assert numbered(["x", "y", "x", "z"]).tolist() == [0, 1, 0, 2]
 
 
 class TestSplits:
