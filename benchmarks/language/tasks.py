@@ -40,7 +40,7 @@ class SplitSizes:
 
     test: int = 800
     validation: int = 300
-    shots: int = 16
+    shots: int = 24
     train: int = 2000
     seed: int = 0
 

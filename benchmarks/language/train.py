@@ -17,7 +17,7 @@ from benchmarks.folders import key_of, move_into_place
 from benchmarks.harness import training
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.training import accuracy_table, save_folder
-from benchmarks.language.model import CONFIG, MiniLMNetwork, base_state
+from benchmarks.language.model import MiniLMNetwork, base_state
 from benchmarks.language.sources import MINILM, cache_folder
 from benchmarks.language.tasks import SplitSizes, load_tasks
 
@@ -64,16 +64,17 @@ def make_suite(
     root.mkdir(parents=True, exist_ok=True)
     with console.status("fetching and splitting the tasks (once)"):
         tasks, skipped = load_tasks(recipe.sizes, cache)
-        base = _make_base(root, cache)
-    bare = Suite("language", MiniLMNetwork(), base, {}, tasks, {}, {}, skipped, torch.device(device))
+        network = MiniLMNetwork()
+        base = _make_base(root, cache, network)
+    bare = Suite("language", network, base, {}, tasks, {}, {}, skipped, torch.device(device))
     return training.make_suite(bare, recipe, root, console)
 
 
-def _make_base(root: Path, cache: Path) -> Path:
+def _make_base(root: Path, cache: Path, network: MiniLMNetwork) -> Path:
     folder = root / f"base-{key_of(VERSION, MINILM.sha256)}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=root, prefix=".base-") as temporary:
-            save_folder(Path(temporary) / "base", base_state(cache), CONFIG)
+            save_folder(Path(temporary) / "base", base_state(cache), network.config)
             move_into_place(Path(temporary) / "base", folder)
     return folder
 
