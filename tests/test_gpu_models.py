@@ -73,17 +73,13 @@ from poe_models import (
     open_checkpoint,
 )
 from poe_models.methods import ModuleBatch
+from tests.devices import on
 from tests.helpers import assert_close, merged, random_updates
-from tests.seeds import seed_of, seeded
+from tests.seeds import seeded
 
 pytestmark = pytest.mark.gpu
 NAMES = ("x", "y", "z")
 WIDTH, CLASSES = 12, 4
-
-
-def on(device: torch.device, seed: int) -> torch.Generator:
-    """A generator on the device."""
-    return torch.Generator(device).manual_seed(seed_of(seed))
 
 
 class Net(nn.Module):
