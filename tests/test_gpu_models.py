@@ -530,7 +530,8 @@ def test_a_module_that_is_too_large_for_the_card_is_one_message(device: torch.de
     if device.type != "cuda":
         pytest.skip("only a card has a limit of its own")
     command = [sys.executable, "-c", _TOO_LARGE, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=root)
     assert "out of memory on cuda at 'fc.weight', which take" in done.stdout
     assert "or --device cpu; what is finished is kept" in done.stdout
 
