@@ -73,17 +73,13 @@ from poe_models import (
     open_checkpoint,
 )
 from poe_models.methods import ModuleBatch
+from tests.devices import on
 from tests.helpers import assert_close, merged, random_updates
-from tests.seeds import seed_of, seeded
+from tests.seeds import seeded
 
 pytestmark = pytest.mark.gpu
 NAMES = ("x", "y", "z")
 WIDTH, CLASSES = 12, 4
-
-
-def on(device: torch.device, seed: int) -> torch.Generator:
-    """A generator on the device."""
-    return torch.Generator(device).manual_seed(seed_of(seed))
 
 
 class Net(nn.Module):
@@ -534,7 +530,8 @@ def test_a_module_that_is_too_large_for_the_card_is_one_message(device: torch.de
     if device.type != "cuda":
         pytest.skip("only a card has a limit of its own")
     command = [sys.executable, "-c", _TOO_LARGE, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=root)
     assert "out of memory on cuda at 'fc.weight', which take" in done.stdout
     assert "or --device cpu; what is finished is kept" in done.stdout
 

@@ -334,9 +334,17 @@ def test_a_limit_on_files_is_one_error_of_every_command(command: str, nbytes: in
     assert run([*COMMANDS[command], *resume]) == 0
 
 
-def test_out_of_memory_says_what_was_needed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9 bytes.",
+        "CUDA out of memory. Tried to allocate 9.00 GiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_out_of_memory_says_what_was_needed(said: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9 bytes.")
+        raise RuntimeError(said)
 
     monkeypatch.setattr("inference.models.merge.merge_group", full)
     vectors = TaskVectors("base", {"x": "x", "y": "y"})

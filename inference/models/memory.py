@@ -65,7 +65,8 @@ def memory_errors(tensors: Sequence[str], needed: int, device: torch.device) -> 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of Python or torch is about a lack of memory."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    said = ("out of memory", "can't allocate memory", "_status_alloc_failed")  # the last by CUDA's libraries
+    return isinstance(error, MemoryError) or any(each in text for each in said)
 
 
 def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
