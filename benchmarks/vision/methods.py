@@ -134,10 +134,10 @@ class Merge:
     """A solved merge, before its scale is chosen.
 
     Args:
-        base: Base tensors of the merged updates, by name.
-        updates: Merged updates in the tensors' own shapes.
-        matrices: The same by module, (d_out, d_in).
-        others: Finished tensors that the scale does not touch: averages, and what stays the base's.
+        base: Base tensors of the merged and averaged updates, by name.
+        updates: Merged updates in the tensors' own shapes, and the mean ones of averaged tensors.
+        matrices: The merged ones by module, (d_out, d_in).
+        others: Tensors that stay the base's.
         weight_spread: Largest over smallest effective expert weight, one entry a module; empty without experts.
         unconverged: Modules whose solve did not converge.
         other_starts: Modules in which another start than the twin found a lower energy.
@@ -152,7 +152,7 @@ class Merge:
     other_starts: tuple[str, ...] = ()
 
     def state(self, scale: float) -> dict[str, Tensor]:
-        """State dict with `W_0 + scale * Z`; averaged tensors are not scaled."""
+        """State dict with `W_0 + scale * Z`, also where Z is the mean update."""
         merged = {name: self.base[name] + scale * update for name, update in self.updates.items()}
         return {name: value.cpu() for name, value in (merged | self.others).items()}
 
@@ -209,8 +209,12 @@ def _assemble(vectors: TaskVectors, modules: list[ModuleUpdates], solved: list[S
             parts = [values[module.name] for module in modules if module.tensor == tensor]
             base[tensor] = vectors.base.read(tensor).to(parts[0])
             updates[tensor] = treatment.view.join(parts, base[tensor].shape)
+        elif treatment.action == "average":
+            average = vectors.average(tensor)
+            base[tensor] = vectors.base.read(tensor).to(average)
+            updates[tensor] = average - base[tensor]
         else:
-            others[tensor] = vectors.average(tensor) if treatment.action == "average" else vectors.base.read(tensor)
+            others[tensor] = vectors.base.read(tensor)
     spread: dict[str, float] = {}
     unconverged, moved = [], []
     for batch, _, solution in solved:
