@@ -73,7 +73,7 @@ class DesignTable:
         return self._designs[key]
 
     def average(self, tensor: str) -> Average:
-        """How a tensor that is averaged is averaged: by the settings that it would be merged with."""
+        """The average of a tensor that is not merged, by the settings that it would be merged with."""
         return Average.of(self(tensor), self._names)
 
     def _value(self, settings: dict[str, Setting[Any]], key: str, tensor: str) -> Any:
@@ -136,7 +136,7 @@ class MethodTable:
         return self._designs.setdefault(scaling, MethodDesign(self._method, scaling))
 
     def average(self, tensor: str) -> Average:
-        """How a tensor that the method does not see is averaged: by the λ that it would be merged with."""
+        """The average of a tensor that the method does not see, by the λ that it would be merged with."""
         return Average.of(self(tensor), self._names)
 
 

@@ -286,7 +286,7 @@ def _unclosed(text: str) -> str:
 
 
 def _way_out(text: str, kind: Kind[Any]) -> str:
-    """How to write what is no spec: the arguments of the class that it begins with, or the nearest name."""
+    """A way to write what is no spec: with the arguments of the class that it begins with, or by the nearest name."""
     name = text.strip().partition("(")[0].strip()
     if name in kind.registry:
         return f"Write it as `{_template(kind.registry[name])}`, with literal arguments."

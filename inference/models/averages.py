@@ -36,7 +36,7 @@ class KnowsAverages(Protocol):
     """Designs of a whole model that say how tensors without one are averaged."""
 
     def average(self, tensor: str) -> Average:
-        """How an averaged tensor is averaged."""
+        """The average of an averaged tensor."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ModelDesigns(Generic[AnyDesignT]):
         return self.merged(tensor)
 
     def average(self, tensor: str) -> Average:
-        """How an averaged tensor is averaged."""
+        """The average of an averaged tensor."""
         return self.averaged(tensor)
 
 
