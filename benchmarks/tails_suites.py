@@ -105,7 +105,7 @@ class _Shown(Silent):
 def merged_residuals(vectors: TaskVectors, poe: ProductOfExperts) -> Residuals:
     """Residuals of the MAP of every module."""
     found = [
-        entry for module in vectors for entry in module_residuals(fixed_point(poe.bind(module)).value, module, poe)
+        entry for module in vectors for entry in module_residuals(fixed_point(poe.bind(module)).value[0], module, poe)
     ]
     return Residuals(tuple(found))
 

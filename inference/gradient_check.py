@@ -52,7 +52,8 @@ def _parts(posterior: Posterior, value: Tensor) -> tuple[Tensor, Tensor]:
             continue
         found = torch.autograd.grad(energy.sum(), point, allow_unused=True)[0]
         if found is not None:
-            total, size = total + found, size + found.norm()
+            total.add_(found)
+            size = size + found.norm()
     return total, size
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from inference.models.averages import Average
 from inference.models.design import Design
 from inference.models.method_design import MethodDesign
 from inference.reweighting import SolverOptions
@@ -55,6 +56,7 @@ class DesignTable:
             )
         self._shared = config.shared()
         self._experts = [(entry.label, entry.parameters.settings()) for entry in config.models]
+        self._names = [entry.label for entry in config.models]
         self._base = base
         self._designs: dict[tuple[Any, ...], Design] = {}
         self._centers: dict[str, Checkpoint] = {}
@@ -69,6 +71,10 @@ class DesignTable:
         if key not in self._designs:
             self._designs[key] = self._build(tensor, own, shared)
         return self._designs[key]
+
+    def average(self, tensor: str) -> Average:
+        """The average of a tensor that is not merged, by the settings that it would be merged with."""
+        return Average.of(self(tensor), self._names)
 
     def _value(self, settings: dict[str, Setting[Any]], key: str, tensor: str) -> Any:
         own = settings[key].get(tensor) if key in settings else None
@@ -121,12 +127,17 @@ class MethodTable:
     def __init__(self, config: MergeConfig) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
         self._scaling = config.shared()["scaling"]
+        self._names = [entry.label for entry in config.models]
         self._designs: dict[Any, MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:
         """The design for one tensor, the same object for the same settings."""
         scaling: Any = self._scaling.get(tensor)
         return self._designs.setdefault(scaling, MethodDesign(self._method, scaling))
+
+    def average(self, tensor: str) -> Average:
+        """The average of a tensor that the method does not see, by the λ that it would be merged with."""
+        return Average.of(self(tensor), self._names)
 
 
 def designs_of(config: MergeConfig, base: Checkpoint) -> DesignTable | MethodTable:

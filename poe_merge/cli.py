@@ -113,7 +113,7 @@ def stats(
     allow_code: AllowCode = False,
 ) -> None:
     """Read the weights once, and save the Span statistics that ``sample`` needs."""
-    from inference.models.method_design import prepare_designs
+    from inference.models.preparing import prepare_designs
     from poe_merge.build import DesignTable
     from poe_merge.stats import make_statistics
 
@@ -180,7 +180,7 @@ def sample(
     The merge is the one that ``poe-merge merge`` makes of the same configuration, or has made (--merge). If the
     merging method (--method) is a random one, such as dare, the members are merges at as many seeds instead.
     """
-    from inference.models.method_design import prepare_designs
+    from inference.models.preparing import prepare_designs
     from poe_merge.build import MethodTable, designs_of
     from poe_merge.sample import sample as draw_members
     from poe_merge.sampling import Options, requested

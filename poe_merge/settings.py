@@ -137,9 +137,8 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
             )
         value = _float(raw)
         if not abs(value) <= most or value < low or (above and value == low) or (whole and value != int(value)):
-            raise ValueError(
-                f"{short(raw)} is not {wanted}{f', at most {most:g}' if most < abs(value) < math.inf else ''}"
-            )
+            large = most < abs(value) < math.inf or (isinstance(raw, int) and math.isinf(value))
+            raise ValueError(f"{short(raw)} is not {wanted}{f', at most {most:g}' if large else ''}")
         return int(value) if whole else value
 
     return Value(parse, "INTEGER" if whole else "NUMBER", default)
@@ -172,6 +171,8 @@ def spec(kind: Kind[Any], default: str, *, many: bool = False) -> Value:
 def eta(raw: Any, folders: Folders) -> str:
     """Parse an anchor's precision: a spec, or a bare number, which is relative."""
     value = _float(raw)
+    if isinstance(raw, float) and not math.isfinite(value):
+        raise ValueError(f"{raw} is not a finite number of at least 0")
     return canonical(str(raw) if math.isnan(value) else f"RelativePrecision({value!r})", PRECISION, folders)
 
 

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import math
 import re
 import sys
 import traceback
@@ -121,19 +120,46 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     for number in (*args, *kwargs.values()):
         if isinstance(number, int | float) and not abs(number) <= _LARGEST:
             raise SpecError(f"{what}: an argument is out of range. Give a finite number of at most {_LARGEST:g}.")
+    _check_arguments(what, found, args, kwargs)
     try:
         value = found(*args, **kwargs)
-    except TypeError as error:
-        parameters = inspect.signature(found).parameters.values()
-        template = f"{found.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
-        raise SpecError(f"{what}: {error}. Write it as `{template}`.") from error
     except ValueError as error:
         raise SpecError(f"{what}: {error}") from error
     except Exception as error:  # an argument of a kind that the class did not expect
-        raise SpecError(f"{what}: {type(error).__name__}: {error}. Give other arguments.") from error
+        given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+        raise SpecError(
+            f"{what}: it cannot be made of ({given}), one of which is of the wrong type ({error}). Write it as "
+            f"`{_template(found)}`."
+        ) from error
     if kind is ENERGY:
-        _check_energy(what, value)
+        from poe_merge.energy_check import check_energy
+
+        try:
+            check_energy(value)
+        except ValueError as error:
+            raise SpecError(f"{what}: {error}") from error
     return value
+
+
+def _check_arguments(what: str, found: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that a class does not have, with the nearest that it has, and a wrong number of them."""
+    signature = inspect.signature(found)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    unknown = next((name for name in kwargs if name not in signature.parameters), None)
+    if unknown is not None and inspect.Parameter.VAR_KEYWORD not in kinds:
+        hint = nearest(unknown, signature.parameters)
+        hint = f"; {hint}" if hint else ". "
+        raise SpecError(f"{what}: there is no argument `{unknown}`{hint}Write it as `{_template(found)}`.")
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise SpecError(f"{what}: {error}. Write it as `{_template(found)}`.") from error
+
+
+def _template(found: type) -> str:
+    """A class with the names and defaults of its arguments, such as ``StudentT(df, exponent=None)``."""
+    parameters = inspect.signature(found).parameters.values()
+    return f"{found.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
 
 
 def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
@@ -232,47 +258,6 @@ def _with_folder(args: list[Any], kwargs: dict[str, Any], folders: Sequence[Path
     return ([opened, *args[1:]], kwargs) if args else ([], {**kwargs, "statistics": opened})
 
 
-def _check_energy(what: str, energy: Any) -> None:
-    """Refuse an energy that is not 0 at 0, finite and non-decreasing, now rather than in the middle of a merge."""
-    import torch
-
-    q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
-    try:
-        energy = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64))
-        rho = energy.rho(q)
-        fine = isinstance(rho, torch.Tensor) and rho.shape == q.shape and bool(rho.isfinite().all())
-        slope = float(energy.weight(q)[0]) if fine else 0.0
-        pull = _slopes(energy) if fine else q
-    except Exception as error:  # whatever a user's function raises
-        raise SpecError(f"{what}: `rho` fails on {q.tolist()}: {type(error).__name__}: {error}") from error
-    if not fine or abs(float(rho[0])) > 1e-9 or bool((rho.diff() < 0).any()):
-        shown = rho.tolist() if isinstance(rho, torch.Tensor) else rho
-        raise SpecError(
-            f"{what}: `rho({q.tolist()})` is {shown}. It must give one finite number for each q, 0 at q = 0, and never "
-            "decrease."
-        )
-    if not bool((pull > 0).any()):
-        raise SpecError(
-            f"{what}: the derivative of `rho` is 0 at every q, so that nothing would pull. Compute it from `q` with "
-            "torch, without `.detach()`, `.item()` or NumPy; a step function has no slope."
-        )
-    if not math.isfinite(slope):
-        raise SpecError(
-            f"{what}: the derivative of `rho` at q = 0 is {slope}, where it must be finite. Round the corner, for "
-            "instance with q + 1e-6 in place of q."
-        )
-
-
-def _slopes(energy: Any) -> Any:
-    """Derivative of an energy at a few q, 0 where it carries none."""
-    import torch
-
-    q = torch.logspace(-3, 3, 25, dtype=torch.float64).requires_grad_()
-    rho = energy.rho(q)
-    found = torch.autograd.grad(rho.sum(), q, allow_unused=True)[0] if rho.requires_grad else None
-    return torch.zeros_like(q) if found is None else found
-
-
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:
     """Split a spec into the place of its class (None: the registry), the class's name, and its literal arguments."""
     match = _SPEC.match(text.strip())
@@ -289,12 +274,27 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
         if len(kwargs) < len(node.keywords):  # **mapping
             raise ValueError
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        example = next(iter(kind.registry))
         raise SpecError(
-            f"{kind.noun} `{text}`: not a name with literal arguments. Write it like `{example}`, "
-            f"`Name(1.0)`, `my_module:Name(1.0)` or `path/to/file.py:Name`."
+            f"{kind.noun} `{text}`: not a name with literal arguments{_unclosed(text)}. {_way_out(text, kind)}"
         ) from None
     return match["where"], node.func.id, args, kwargs
+
+
+def _unclosed(text: str) -> str:
+    missing = text.count("(") - text.count(")")
+    return ": a bracket is not closed" if missing > 0 else ""
+
+
+def _way_out(text: str, kind: Kind[Any]) -> str:
+    """A way to write what is no spec: with the arguments of the class that it begins with, or by the nearest name."""
+    name = text.strip().partition("(")[0].strip()
+    if name in kind.registry:
+        return f"Write it as `{_template(kind.registry[name])}`, with literal arguments."
+    hint = nearest(name, kind.registry)
+    return (
+        f"{hint[:1].upper()}{hint[1:]}Write it like `{next(iter(kind.registry))}`, `Name(1.0)`, "
+        "`my_module:Name(1.0)` or `path/to/file.py:Name`."
+    )
 
 
 def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[Path]) -> Any:

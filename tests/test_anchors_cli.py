@@ -169,7 +169,7 @@ def test_a_method_as_the_anchor(cli: Cli, here: Path) -> None:
     [
         (("--method", "tise"), "--method: merging method `tise`: unknown name `tise`; did you mean `Ties`?"),
         (("--method", "dare-tis(seed=1)"), "did you mean `DareTies`?"),
-        (("--method", "Ties(denisty=0.2)"), "unexpected keyword argument 'denisty'"),
+        (("--method", "Ties(denisty=0.2)"), "there is no argument `denisty`; did you mean `density`?"),
         (("--method", "Ties(density=20)"), "For 20 % write 0.2."),
         (("--method", "Ties(open('x'))"), "not a name with literal arguments"),
         (("--method", "ties", "--energy", "Cauchy"), "`energy` belongs to a product of experts, and `merge_method` is"),

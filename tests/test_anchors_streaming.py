@@ -15,7 +15,8 @@ from torch import Tensor
 from inference import fixed_point
 from inference.models.design import Design
 from inference.models.merge import merge_checkpoint, plan
-from inference.models.method_design import MethodDesign, as_any_function, prepare_designs
+from inference.models.method_design import MethodDesign, as_any_function
+from inference.models.preparing import prepare_designs
 from poe_models import Anchor, Gaussian, ProductOfExperts, RelativePrecision, TaskVectors
 from poe_models.methods import (
     METHODS,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from inference import merge_checkpoint, sample_full
+from inference.models.averages import Average, ModelDesigns
 from inference.models.design import Design
 from inference.models.ensemble import MergedEnsemble
 from inference.models.method_design import MethodDesign
@@ -70,3 +71,45 @@ def test_members_have_the_merges_averages(vectors: TaskVectors, generator: torch
     draws = sample_full(vectors, design, 2, generator=generator, chains=1)
     for member in MergedEnsemble(vectors, design, draws).members():
         assert torch.equal(member["fc.bias"], found["fc.bias"])
+
+
+# --- designs by a function of the user's ---
+
+
+def test_a_function_is_asked_about_merged_tensors_only(vectors: TaskVectors, tmp_path: Path) -> None:
+    table = {"fc.weight": replace(weighted(vectors, [3.0, 1.0]), scaling=0.5)}
+    found, expected = tmp_path / "found", tmp_path / "expected"
+    merge_checkpoint(vectors, table.__getitem__, found)  # no entry for the others, which follow its only design
+    merge_checkpoint(vectors, table["fc.weight"], expected)
+    for name, value in load_file(expected / "model.safetensors").items():
+        assert torch.equal(load_file(found / "model.safetensors")[name], value)
+
+
+@pytest.fixture
+def two_scalings(generator: torch.Generator) -> tuple[TaskVectors, dict[str, Design]]:
+    def state() -> dict[str, Tensor]:
+        return {name: torch.randn(4, 4, generator=generator) for name in ("a.weight", "b.weight", "embeddings.weight")}
+
+    vectors = TaskVectors(state(), {"one": state(), "two": state()})
+    poe = ProductOfExperts.of(vectors.names)
+    return vectors, {"a.weight": Design(poe, scaling=0.5), "b.weight": Design(poe, scaling=0.2)}
+
+
+def test_averages_that_follow_no_design_are_warned_about(
+    two_scalings: tuple[TaskVectors, dict[str, Design]], tmp_path: Path
+) -> None:
+    vectors, table = two_scalings
+    with pytest.warns(UserWarning, match=r"1 averaged tensors \(0.33 of all parameters\) follow none of them") as told:
+        merge_checkpoint(vectors, table.__getitem__, tmp_path / "out")
+    assert len(told) == 1
+    mean = torch.stack([each.read("embeddings.weight") for each in vectors.experts.values()]).mean(0)
+    assert_close(load_file(tmp_path / "out" / "model.safetensors")["embeddings.weight"], mean, 1e-6)
+
+
+def test_averages_may_be_said(two_scalings: tuple[TaskVectors, dict[str, Design]], tmp_path: Path) -> None:
+    vectors, table = two_scalings
+    designs = ModelDesigns(table.__getitem__, lambda tensor: Average((1.0, 0.0), 0.25))
+    merge_checkpoint(vectors, designs, tmp_path / "out")
+    base, one = vectors.base.read("embeddings.weight"), vectors.experts["one"].read("embeddings.weight")
+    found = load_file(tmp_path / "out" / "model.safetensors")["embeddings.weight"]
+    assert_close(found, base + 0.25 * (one - base), 1e-6)

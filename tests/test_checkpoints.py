@@ -535,13 +535,25 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [(repo, revision) for repo, revision, _ in calls] == [("org/some-model", None)]
 
 
-def test_a_failed_download_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def snapshot(*args: object, **kwargs: object) -> str:
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(CheckpointError, match=r"'models/base'.*no such file or folder here.*no route to host"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"'models/base'.*no such file or folder: .*no route to host"):
         open_checkpoint("models/base")
+
+
+@pytest.mark.parametrize("prefix", ["ft/", "./ft/", "{here}/ft/", "ft/../ft/"])
+def test_a_missing_path_is_told_as_one(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ft" / "mnist").mkdir(parents=True)
+    message = r"no such file or folder: \S*ft has no 'minst'; the nearest is 'mnist'. Give a folder, a weight file"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(f"{prefix}minst".format(here=tmp_path))
+    assert "ZeroDivisionError" not in str(caught.value)
 
 
 def test_tensor_info_and_repr() -> None:

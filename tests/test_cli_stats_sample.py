@@ -644,7 +644,7 @@ def test_seeds_go_on_after_an_interruption(
         ("dare", ("--stats", "stats"), "--stats stats: is about a posterior"),
         ("dare", ("--chains", "2"), "--chains 2: is about a posterior"),
         ("dare", ("--format", "delta"), "did you mean `deltas`?"),
-        ("dare", ("--pattern", "("), "no regular expression"),
+        ("dare", ("--pattern", "("), "not a regular expression"),
         ("dare", ("--pattern", "lm_head"), "fits none of the modules that are merged at random"),
         ("concrete-task-arithmetic", (), "it needs data (inputs)"),
         (
@@ -673,7 +673,7 @@ def test_seeds_that_cannot_be_drawn(
         (("--out", "o", "--tempreature", "1"), "no option `--tempreature`; did you mean `--temperature`?"),
         (("--out", "o", "--temperature", "0"), "--temperature 0: must be positive and finite"),
         (("--out", "o", "--temperature", "nan"), "--temperature nan: must be positive and finite"),
-        (("--out", "o", "--pattern", "("), r"--pattern '(': no regular expression"),
+        (("--out", "o", "--pattern", "("), r"--pattern '(': not a regular expression"),
         (
             ("--out", "o", "--pattern", "lm_head"),
             "--pattern 'lm_head': fits none of the 3 merged modules (0.mlp.weight",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import warnings
 import weakref
@@ -216,11 +218,14 @@ def test_writing_is_all_or_nothing(vectors: TaskVectors, tmp_path: Path, monkeyp
     with pytest.raises(OutputError, match="exists"):
         save_statistics(statistics, tmp_path / "there")
 
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise OSError("no space left")
+    def full(self: Path, target: Path) -> Path:  # once the tensors are there
+        if target.name == "statistics.json":
+            raise OSError(errno.ENOSPC, "no space left")
+        os.replace(self, target)
+        return target
 
-    monkeypatch.setattr("inference.models.artifacts.json.dumps", fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match="is full"):
         save_statistics(statistics, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -238,7 +243,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (lambda folder: (folder / "statistics.json").unlink(), "statistics.json is missing"),
     "a flipped bit": (corrupt_weights, "not the file that was saved"),
     "half a JSON": (lambda folder: (folder / "statistics.json").write_text('{"kind": "st'), "not readable as JSON"),
-    "another JSON": (lambda folder: (folder / "statistics.json").write_text("[]"), "not the statistics of a merge"),
+    "another JSON": (
+        lambda folder: (folder / "statistics.json").write_text("[]"),
+        "expected a JSON object, got list",
+    ),
     "a pickle": (
         lambda folder: torch.save({"gram": torch.zeros(1)}, folder / "statistics.safetensors"),
         "not the file that was saved",

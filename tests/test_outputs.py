@@ -364,16 +364,16 @@ def adapter(folder: Path, tensors: State) -> Path:
 
 def test_adapters_without_tensors_and_of_complex_factors(here: Path) -> None:
     base = open_checkpoint("base")
-    with pytest.raises(CheckpointError, match="the adapter has no tensors"):
+    with pytest.raises(CheckpointError, match="the adapter has no tensors. Save it again"):
         LoraCheckpoint(adapter(here / "empty", {}), base)
     factors = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(4, 2)}
     LoraCheckpoint(adapter(here / "real", factors), base)
-    with pytest.raises(CheckpointError, match=r"factor 'a.lora_A.weight' is torch.complex64, not real"):
+    with pytest.raises(CheckpointError, match=r"tensor 'a.lora_A.weight' is torch.complex64, not real"):
         LoraCheckpoint(adapter(here / "complex", {name: each.cfloat() for name, each in factors.items()}), base)
 
 
 def test_complex_probabilities_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"complex128. Probabilities are real numbers"):
+    with pytest.raises(ValueError, match=r"dtype complex128. Give probabilities in float32 or float64"):
         checked_probabilities(np.full((2, 2), 0.5 + 0.5j), "score")
 
 
@@ -402,4 +402,4 @@ def test_a_tensor_called_metadata_is_refused(cli: Any, here: Path) -> None:
     for seed, name in enumerate(("base", "x", "y")):
         (here / name / "model.safetensors").unlink()
         saved(here / name, {**drawn(seed), "__metadata__": torch.full((2, 2), float(seed))}, "bin")
-    assert "a tensor is called '__metadata__', which safetensors files keep" in fails(cli, *COMMANDS["merge"])
+    assert "has a tensor called '__metadata__', a name that safetensors files" in fails(cli, *COMMANDS["merge"])

@@ -135,6 +135,7 @@ def test_the_command_line_warns_of_a_saddle_and_says_what_to_do(
         "merge_method": "poe",
         "base_model": "base",
         "models": [{"model": "a"}, {"model": "b"}],
+        "dtype": "float64",
         "parameters": {
             "energy": "Cauchy",
             "residual_map": "Identity",

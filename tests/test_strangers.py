@@ -63,12 +63,12 @@ def harmless(text: str) -> bool:
 
 @pytest.mark.parametrize("find", ["search", "match"])
 def test_a_pattern_has_a_budget(find: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # a busy machine takes no part in it
     pattern = Pattern(CATASTROPHE)
     for _ in range(3):  # the budget is of the pattern, not of each name
         with pytest.raises(PatternError, match="takes too long"):
             getattr(pattern, find)("a" * 60 + "b")
-    assert time.monotonic() - began < 5 * SECONDS
+    assert time.process_time() - began < 5 * SECONDS
 
 
 def test_ordinary_patterns_never_run_out() -> None:

@@ -161,8 +161,8 @@ def test_tensors_are_what_their_treatment_says(models: Any, out: Path) -> None:
         blocks = [each.base + 0.7 * fixed_point(design.poe.bind(each)).value[0] for each in modules]
         assert_close(merged[name], vectors.treatments[name].view.join(blocks, SHAPES[name]), 1e-5)
     for name in ("embed.weight", "layers.0.mlp.bias"):
-        experts = torch.stack([vectors.experts[expert].read(name) for expert in vectors.names])
-        assert_close(merged[name], experts.mean(0), 1e-6)  # averages are not scaled by lambda
+        base, experts = vectors.base.read(name), [vectors.experts[expert].read(name) for expert in vectors.names]
+        assert_close(merged[name], base + 0.7 * (torch.stack(experts).mean(0) - base), 1e-6)
     assert torch.equal(merged["position_ids"], torch.arange(7))
     assert report.tensors == {"merge": 6, "average": 2, "base": 1}
     assert (report.modules, report.status) == (10, {"converged": 10})

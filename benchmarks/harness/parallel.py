@@ -54,6 +54,7 @@ def run_all(
     Returns:
         One result for each item.
     """
+    _initialise_linear_algebra()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that begin from now on start with this, too
     pool = ThreadPoolExecutor(cores())
@@ -66,3 +67,9 @@ def run_all(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
+
+
+def _initialise_linear_algebra() -> None:
+    """Load torch's linear algebra on the GPU in this thread: loading it in two threads at once fails."""
+    if torch.cuda.is_initialized():
+        torch.linalg.inv(torch.ones(1, 1, device="cuda"))

@@ -265,7 +265,7 @@ def design_text(design: Design, *, solver: bool) -> str:
 
 
 Designs = ProductOfExperts | Design | Callable[[str], Design]
-"""One design for all tensors, or a function from the tensor's name."""
+"""One design for all tensors, or a function from the name of a merged tensor."""
 
 
 def as_function(designs: Designs) -> Callable[[str], Design]:

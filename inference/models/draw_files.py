@@ -121,7 +121,8 @@ def _require_texts(record: dict[str, Any]) -> None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{key} is no list of names")
     for key in ("source", "sampler", "method", "coordinates"):
-        if not isinstance(record.get(key, ""), str):
+        unnamed = key == "sampler" and record.get(key) is None  # draws of the user's own
+        if not unnamed and not isinstance(record.get(key, ""), str):
             raise ValueError(f"{key} is no text")
 
 

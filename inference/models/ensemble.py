@@ -61,7 +61,7 @@ class MergedEnsemble:
 
     Args:
         task_vectors: Base and experts.
-        design: One product, method or design for all tensors, or a function from the tensor's name; λ is its
+        design: One product, method or design for all tensors, or a function from the name of a merged tensor; λ is its
         ``scaling``. draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.

@@ -51,7 +51,7 @@ def sample_full(
 
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name.
+        design: One product or design for all tensors, or a function from the name of a merged tensor.
         num_samples: Draws kept per chain.
         generator: Source of all randomness.
         sampler: Exact Gibbs sampling, or independent draws of Laplace's approximation in one chain.

@@ -45,10 +45,8 @@ def merge_group(
     if first.design is not None:
         with _seeded(seed, task_vectors.device):
             made = _solved(task_vectors, group.tensors, first.design)
-    elif first.treatment.action == "average":
-        made = (
-            (each, task_vectors.average(each.name, each.importance, each.scaling).cpu(), []) for each in group.tensors
-        )
+    elif first.average is not None:
+        made = ((tensor, _averaged(task_vectors, tensor), []) for tensor in group.tensors)
     else:
         made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in group.tensors)
     tensors, records = {}, []
@@ -58,11 +56,16 @@ def merge_group(
         records.append(_record(tensor, rounding))
         if tensor.treatment.action != "base" and torch.equal(rounded, task_vectors.base.read(tensor.name).to(rounded)):
             records[-1]["equals_base"] = True
-        if tensor.treatment.action == "average":
-            records[-1] |= {"importance": list(tensor.importance), "scaling": tensor.scaling}
+        if tensor.average is not None:
+            records[-1] |= {"importance": list(tensor.average.importance), "scaling": tensor.average.scaling}
         if tensor.design is not None:
             records[-1] |= {"design": designs.index(tensor.design), "modules": modules}
     return tensors, records
+
+
+def _averaged(task_vectors: TaskVectors, tensor: TensorPlan) -> Tensor:
+    assert tensor.average is not None
+    return task_vectors.average(tensor.name, tensor.average.importance, tensor.average.scaling).cpu()
 
 
 @contextmanager

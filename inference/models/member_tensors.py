@@ -5,20 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from inference.models.averages import Average, averages_of
 from inference.models.design import Design, require_alike
 from inference.models.digest import Silent
 from inference.models.draw_checks import check_designs
 from inference.models.groups import refuse_overflow
-from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function, prepare_designs
+from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.modules import Module, merged_update, module_names, read_modules
 from inference.models.plan import inputs_of
+from inference.models.preparing import prepare_designs
 from poe_models.methods import ModuleBatch
 from poe_models.operators import sum_of_squares
 from poe_models.weights.loading import Checkpoint, open_checkpoint
@@ -75,7 +77,7 @@ class MemberTensors:
 
     Args:
         task_vectors: Base and experts.
-        design: One product, method or design for all tensors, or a function from the tensor's name.
+        design: One product, method or design for all tensors, or a function from the name of a merged tensor.
         draws: Draws of some of its modules; modules and weights are checked against them.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not.
@@ -100,7 +102,7 @@ class MemberTensors:
     ) -> None:
         self.task_vectors, self.draws, self.out_dtype = task_vectors, draws, out_dtype
         self.base = task_vectors.base
-        self.design_of = as_any_function(design)
+        self._design, self.design_of = design, as_any_function(design)
         self._methods = MethodMembers(task_vectors, self.design_of)
         self.elsewhere = None if elsewhere is None else self._opened(elsewhere)
         merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
@@ -115,6 +117,10 @@ class MemberTensors:
         self._shared_tensors: dict[str, Tensor] | None = None
         self._shared_blocks: dict[str, Tensor] = {}
         self._modes: dict[str, Tensor] = {}
+
+    @cached_property
+    def _averages(self) -> Callable[[str], Average]:
+        return averages_of(self.task_vectors, self._design)
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:
@@ -142,8 +148,8 @@ class MemberTensors:
             if treatment.action == "base":
                 return self.base.read(tensor).clone()
             if treatment.action == "average":
-                decided, names = self.design_of(tensor), self.task_vectors.names
-                return self.task_vectors.average(tensor, decided.importance(names), decided.scaling).cpu()
+                average = self._averages(tensor)
+                return self.task_vectors.average(tensor, average.importance, average.scaling).cpu()
         assert treatment.view is not None
         design = self.design_of(tensor)
         blocks = self._merged(tensor, draw) if isinstance(design, MethodDesign) else self._drawn(tensor, design, draw)

@@ -26,6 +26,7 @@ from poe_models.residual_maps import (
     ResidualMap,
 )
 
+_CHECKED_BYTES = 56  # an entry of one module at a time, of which the gradient check has seven copies in float64
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
 
 
@@ -115,9 +116,10 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
     solving = max(shapes.count(one) * solve_floats(design, experts, one) for one in set(shapes))
-    return itemsize * (held + max(reading, solving))
+    checking = _CHECKED_BYTES * max(d_out * d_in for d_out, d_in in shapes)
+    return max(itemsize * (held + max(reading, solving)), itemsize * held + checking)
 
 
 def averaged_bytes(shape_entries: int, itemsize: int) -> int:
-    """Peak memory of averaging one tensor beside the result: base, sum, one update."""
-    return 3 * shape_entries * itemsize
+    """Peak memory of averaging one tensor beside what is finished: base, sum, one expert's weights and its update."""
+    return 4 * shape_entries * itemsize

@@ -25,9 +25,10 @@ from inference.models.disk import OutputError, check_space
 from inference.models.folder import RECORD, companion_files, left_out, rounding_of, summary_of, write_companions
 from inference.models.groups import merge_group
 from inference.models.memory import memory_errors
-from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function, prepare_designs
+from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
 from inference.models.model_card import model_card
 from inference.models.plan import BATCH_BYTES, Group, Plan, inputs_of, plan
+from inference.models.preparing import prepare_designs
 from inference.models.staging import Finished, Staging, check_output
 from inference.retention import ExpertRetention, totals
 from inference.solution import Status
@@ -106,7 +107,7 @@ def merge_checkpoint(
 
     Args:
         task_vectors: Base and experts.
-        design: One product, method or design for all tensors, or a function from the tensor's name.
+        design: One product, method or design for all tensors, or a function from the name of a merged tensor.
         out: The folder to make.
         out_dtype: Dtype of floating tensors in the output; the base's own by default.
         batch_bytes: Byte budget of the updates that are solved as one batch.
@@ -140,7 +141,7 @@ def merge_checkpoint(
         "device": str(task_vectors.device),
         "batch_bytes": batch_bytes,
         "designs": [each.describe() for each in planned.designs],
-        "averages": sorted({(t.scaling, *t.importance) for t in planned.tensors if t.treatment.action == "average"}),
+        "averages": sorted({(each.scaling, *each.importance) for each in planned.averages}),
         "rules": task_vectors.rules.to_dicts(),
         "inputs": inputs,
         "versions": versions(),

@@ -1,20 +1,17 @@
-"""Merging methods in the place of a product of experts, and the look at the whole model that some of them need."""
+"""Merging methods in the place of a product of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
 from inference.models.design import Design, Designs, as_function, require_data
-from inference.models.digest import Progress
-from inference.models.modules import selected
 from inference.retention import retention_of_updates
 from inference.solution import MethodInfo, Solution, Status
 from poe_models.methods import MergingMethod, ModuleBatch
-from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +90,7 @@ class MethodDesign:
 AnyDesign = Design | MethodDesign
 AnyDesignT = TypeVar("AnyDesignT", bound=AnyDesign)
 AnyDesigns = Designs | MergingMethod | MethodDesign | Callable[[str], AnyDesign]
-"""One product, method or design for all tensors, or a function from the tensor's name."""
+"""One product, method or design for all tensors, or a function from the name of a merged tensor."""
 
 
 def as_any_function(designs: AnyDesigns) -> Callable[[str], AnyDesign]:
@@ -102,58 +99,3 @@ def as_any_function(designs: AnyDesigns) -> Callable[[str], AnyDesign]:
     if isinstance(design, MethodDesign):
         return lambda tensor: design
     return as_function(design)  # type: ignore[arg-type]
-
-
-class Modules:
-    """The matrices that one design merges, read again in every pass.
-
-    Args:
-        task_vectors: Base and experts.
-        tensors: Names of the tensors.
-        order: Positions of the experts that the design is about.
-        progress: Told about every pass.
-    """
-
-    def __init__(
-        self, task_vectors: TaskVectors, tensors: Sequence[str], order: Sequence[int], progress: Progress
-    ) -> None:
-        self._task_vectors = task_vectors
-        self._tensors = tensors
-        self._order = list(order)
-        self._progress = progress
-        self._passes = 0
-
-    def __iter__(self) -> Iterator[ModuleUpdates]:
-        self._passes += 1
-        sizes = {name: self._task_vectors.base.tensors[name].nbytes for name in self._tensors}
-        self._progress.begin(f"preparing, pass {self._passes}", len(self._tensors), sum(sizes.values()))
-        for name, size in sizes.items():
-            modules = self._task_vectors.modules(name)
-            while modules:  # each is let go of when it is done
-                yield selected(modules.pop(0), self._order)
-            self._progress.advance(1, size)
-
-
-def prepare_designs(
-    task_vectors: TaskVectors, designs: Callable[[str], AnyDesignT], progress: Progress
-) -> Callable[[str], AnyDesignT]:
-    """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
-
-    Designs that differ in something else than the method, such as λ, are one model to it. The result gives the ready
-    design of each merged or averaged tensor by its name, the same object where it was the same.
-    """
-    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    given = {name: designs(name) for name, each in task_vectors.treatments.items() if each.action != "base"}
-    ready: dict[int, AnyDesignT] = {id(design): design for design in given.values()}
-    known: list[tuple[MergingMethod, list[int], MergingMethod]] = []
-    for design in {id(given[name]): given[name] for name in merged}.values():
-        method, order = design.method, design.order(task_vectors.names)
-        if method is None or method.ready:
-            continue
-        found = next((after for before, about, after in known if (before, about) == (method, order)), None)
-        if found is None:
-            same = [n for n in merged if (given[n].method, given[n].order(task_vectors.names)) == (method, order)]
-            found = method.prepare(Modules(task_vectors, same, order, progress))
-            known.append((method, order, found))
-        ready[id(design)] = cast(AnyDesignT, design.with_method(found))
-    return lambda tensor: ready[id(given[tensor])]

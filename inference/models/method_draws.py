@@ -68,7 +68,7 @@ class MethodDraws(ModelDraws):
 
         Args:
             task_vectors: Base and experts.
-            design: A random method or a design with one, for all tensors, or a function from the tensor's name.
+            design: A random method or a design with one, for all tensors, or a function from a merged tensor's name.
             seeds: One for each draw.
             pattern: Regular expression; only modules whose names it finds are drawn.
             progress: Told how far it is.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from inference.models.averages import Average, averages_of
 from inference.models.design import Design, require_alike
 from inference.models.digest import nbytes_of
 from inference.models.folder import weight_files
@@ -37,8 +38,7 @@ class TensorPlan:
         matrices: Shapes ``(d_out, d_in)`` of the matrices it is seen as; empty if it is not merged.
         dtype: Dtype it is written in.
         design: The design of a merged tensor.
-        importance: Weights of the experts in the mean of an averaged tensor.
-        scaling: Factor λ of the update that is merged or averaged.
+        average: How an averaged tensor is averaged.
     """
 
     name: str
@@ -48,8 +48,7 @@ class TensorPlan:
     matrices: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     design: AnyDesign | None
-    importance: tuple[float, ...] = ()
-    scaling: float = 1.0
+    average: Average | None = None
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +146,11 @@ class Plan:
         return [tensor for group in self.groups for tensor in group.tensors]
 
     @property
+    def averages(self) -> set[Average]:
+        """The distinct averages."""
+        return {tensor.average for tensor in self.tensors if tensor.average is not None}
+
+    @property
     def modules(self) -> int:
         """Number of matrices that are solved."""
         return sum(group.modules for group in self.groups)
@@ -182,7 +186,7 @@ def plan(
 
     Args:
         task_vectors: Base and experts.
-        design: One product, method or design for all tensors, or a function from the tensor's name.
+        design: One product, method or design for all tensors, or a function from the name of a merged tensor.
         out_dtype: Dtype of floating tensors in the output; the base's own by default.
         batch_bytes: Byte budget of the updates that are solved as one batch; a larger tensor is a batch of its own.
 
@@ -193,8 +197,10 @@ def plan(
         ValueError: If a design is about other task vectors or cannot be solved.
         CheckpointError: If an anchor's checkpoint lacks a tensor.
     """
-    for_tensor = as_any_function(design)
-    tensors = {name: _tensor_plan(task_vectors, name, for_tensor, out_dtype) for name in task_vectors.treatments}
+    for_tensor, averages = as_any_function(design), averages_of(task_vectors, design)
+    tensors = {
+        name: _tensor_plan(task_vectors, name, for_tensor, averages, out_dtype) for name in task_vectors.treatments
+    }
     designs = tuple({id(t.design): t.design for t in tensors.values() if t.design is not None}.values())
     for each in designs:
         each.check(task_vectors.names)
@@ -245,12 +251,15 @@ def _given(
 
 
 def _tensor_plan(
-    task_vectors: TaskVectors, name: str, for_tensor: Callable[[str], AnyDesign], out_dtype: torch.dtype | None
+    task_vectors: TaskVectors,
+    name: str,
+    for_tensor: Callable[[str], AnyDesign],
+    averages: Callable[[str], Average],
+    out_dtype: torch.dtype | None,
 ) -> TensorPlan:
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
-    decided = None if treatment.action == "base" else for_tensor(name)
-    design = decided if treatment.action == "merge" else None
+    design = for_tensor(name) if treatment.action == "merge" else None
     if isinstance(design, Design) and design.center is not None:
         require_alike(design.center, "anchor", base, name)
     return TensorPlan(
@@ -261,8 +270,7 @@ def _tensor_plan(
         matrices=() if treatment.view is None else tuple(treatment.view.block_shapes(info.shape)),
         dtype=out_dtype if out_dtype is not None and info.dtype.is_floating_point else info.dtype,
         design=design,
-        importance=() if decided is None else decided.importance(task_vectors.names),
-        scaling=1.0 if decided is None else decided.scaling,
+        average=averages(name) if treatment.action == "average" else None,
     )
 
 

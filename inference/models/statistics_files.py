@@ -54,8 +54,8 @@ def collect_statistics(
 
     Args:
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name. Residual maps, the anchor's
-            centre and the coordinates of the merge must be the same for all tensors.
+        design: One product or design for all tensors, or a function from the name of a merged tensor. Residual
+            maps, the anchor's centre and the coordinates of the merge must be the same for all tensors.
         tensors: Read only these merged tensors.
         progress: Told how far the pass is.
 

@@ -30,7 +30,7 @@ def distance_from_merge(
     Args:
         draws: Of a whole model, or of some of its modules.
         task_vectors: Base and experts.
-        design: One product or design for all tensors, or a function from the tensor's name.
+        design: One product or design for all tensors, or a function from the name of a merged tensor.
         merged: A merged checkpoint, whose rounding is allowed for; by default what the design's merge is.
 
     Returns:

@@ -28,6 +28,7 @@ from poe_models.weights.checkpoint import (
     CheckpointError,
     TensorInfo,
     find_aliases,
+    nearest,
     read_json,
     refuse_adapter,
     refuse_quantised,
@@ -289,8 +290,8 @@ def _download(source: str) -> Path:
     hub = _HUB_ID.fullmatch(source)
     if hub is None:
         raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder. Give a folder, a weight file, or a hub id "
-            "'org/name'."
+            f"`open_checkpoint({source!r})`: no such file or folder: {_end_of(Path(source).expanduser())}. Give a "
+            "folder, a weight file, or a hub id 'org/name'."
         )
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
@@ -298,12 +299,31 @@ def _download(source: str) -> Path:
         if not any((folder / name).is_file() for name in _SAFETENSORS):
             folder = Path(_snapshot(hub["repo"], hub["revision"], [*patterns, "*.bin"]))
     except Exception as error:  # network, cache, authorisation: one message for all
+        where = _end_of(Path(source))
+        if Path(source).parent.is_dir():  # it was meant as a path
+            raise CheckpointError(
+                f"`open_checkpoint({source!r})`: no such file or folder: {where}. Give a folder, a weight file, or the "
+                "id of a model that the hub has."
+            ) from error
+        reason = (str(error).splitlines() or [""])[0].partition(". ")[0]
         raise CheckpointError(
-            f"`open_checkpoint({source!r})`: no such file or folder here, and downloading it from the hub failed: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Give a local folder, or check "
-            "the id and the connection."
+            f"`open_checkpoint({source!r})`: no such file or folder: {where}. Nor can it be downloaded as the id of a "
+            f"model of the hub ({type(error).__name__}: {reason}). Check the path, or the id and the connection."
         ) from error
     return folder
+
+
+def _end_of(path: Path) -> str:
+    """The first part of a path that is not there, with the nearest name that is."""
+    parent = next(each for each in path.parents if each.exists())
+    part = path.relative_to(parent).parts[0]
+    if not parent.is_dir():
+        return f"{parent} is a file"
+    try:
+        names = [each.name for each in parent.iterdir()]
+    except OSError:
+        names = []
+    return f"{parent if parent.parts else 'the current folder'} has no {part!r}{nearest(part, names)}"
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:

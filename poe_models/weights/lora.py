@@ -242,11 +242,13 @@ class LoraCheckpoint(Checkpoint):
         self.tensors = {**base.tensors, **replaced}
 
     def _refuse_odd_tensors(self, path: Path) -> None:
+        if not self._file.tensors:
+            raise CheckpointError(f"{path}: the adapter has no tensors. Save it again with `model.save_pretrained`.")
         odd = next((info for info in self._file.tensors.values() if not info.dtype.is_floating_point), None)
-        if odd is not None or not self._file.tensors:
-            what = "it has no tensors" if odd is None else f"tensor {odd.name!r} is {odd.dtype}"
+        if odd is not None:
             raise CheckpointError(
-                f"{path}: {what}; an adapter has factors of a real floating dtype. Save it again in float32."
+                f"{path}: tensor {odd.name!r} is {odd.dtype}, not real floating-point numbers. Save the adapter in "
+                "float32, bfloat16 or float16."
             )
 
     def changes(self, name: str) -> bool:
@@ -291,12 +293,6 @@ class LoraCheckpoint(Checkpoint):
     def _pair(self, module: str, sides: Mapping[str, str], renaming: Renaming, settings: LoraSettings) -> _Pair:
         embedding = "embedding_A" in sides
         a, b = (self._file.info(sides[f"embedding_{side}" if embedding else side]) for side in "AB")
-        for factor in (a, b):
-            if not factor.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{self._file.path}: factor {factor.name!r} is {factor.dtype}, not real floating-point numbers. "
-                    "Save the adapter in float32, bfloat16 or float16."
-                )
         name = renaming.matrix(module, self.base)
         assert name is not None  # `find_renaming` checked every module
         info = self.base.tensors[self.base.aliases.get(name, name)]

@@ -238,6 +238,8 @@ class StatisticsFolder:
                     f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
                     f"{kind} statistics."
                 )
+            shared = {k: v for k, v in checkpoint.metadata.items() if k != _KEY and v in checkpoint.tensors}
+            checkpoint.aliases = {**shared, **checkpoint.aliases}  # as `save` noted them, whatever they are called
         return ModuleStatistics(kind, checkpoints)
 
     @override

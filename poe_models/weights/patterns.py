@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from time import perf_counter
+from time import thread_time
 
 import regex
 
 LONGEST = 10_000
 """Most characters of a pattern."""
 SECONDS, PER_NAME = 1.0, 1e-4
-"""Time that a pattern may take at first, and the further time that it earns with every name."""
+"""Processor time that a pattern may take at first, and the further time that it earns with every name."""
 
 
 class PatternError(ValueError):
@@ -57,7 +57,7 @@ class Pattern:
         return self._tried(self._compiled.match, name)
 
     def _tried(self, how: Callable[..., object], name: str) -> bool:
-        began = perf_counter()
+        began = thread_time()
         try:
             return how(name, timeout=self._left, concurrent=False) is not None
         except (TimeoutError, MemoryError, RecursionError) as error:
@@ -67,7 +67,7 @@ class Pattern:
                 "nested repeats."
             ) from error
         finally:
-            spent = perf_counter() - began
+            spent = thread_time() - began
             self._left = max(PER_NAME, min(SECONDS, self._left + PER_NAME - spent))
 
 

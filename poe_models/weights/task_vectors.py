@@ -205,7 +205,8 @@ class TaskVectors:
         for expert, weight in zip(self.names, weights, strict=True):
             update = self._update(expert, name, base)  # also of weight 0, which must be finite as well
             total.add_(update, alpha=weight)
-        return (base + (scaling / (sum(weights) or 1.0)) * total).to(self.device)
+            del update  # before the next is formed beside it
+        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
 
     def refuse_copies(self) -> None:
         """Refuse an expert whose tensors all have the base's values, by reading up to the first that differs.
@@ -363,7 +364,7 @@ def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) 
 
 def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None) -> Tensor:
     """The same tensor, once it is clear that it is finite; ``stored`` is the one it was made of, in its own dtype."""
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # no temporary of its size
         bad = int((~torch.isfinite(tensor)).sum())
         beyond = stored is not None and bool(torch.isfinite(stored).all())
         what = f"too large for {tensor.dtype}" if beyond else f"NaN or infinite (as {tensor.dtype})"

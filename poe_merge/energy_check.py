@@ -1,0 +1,49 @@
+"""A check of an energy of the user's own before anything is merged with it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def check_energy(energy: Any) -> None:
+    """Refuse an energy that is not 0 at 0, finite and non-decreasing, now rather than in the middle of a merge.
+
+    Raises:
+        ValueError: If it is not; says where.
+    """
+    q = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
+    try:
+        energy = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64))
+        rho = energy.rho(q)
+        fine = isinstance(rho, torch.Tensor) and rho.shape == q.shape and bool(rho.isfinite().all())
+        slope = float(energy.weight(q)[0]) if fine else 0.0
+        pull = _slopes(energy) if fine else q
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"`rho` fails on {q.tolist()}: {type(error).__name__}: {error}") from error
+    if not fine or abs(float(rho[0])) > 1e-9 or bool((rho.diff() < 0).any()):
+        shown = rho.tolist() if isinstance(rho, torch.Tensor) else rho
+        raise ValueError(
+            f"`rho({q.tolist()})` is {shown}. It must give one finite number for each q, 0 at q = 0, and never "
+            "decrease."
+        )
+    if not bool((pull > 0).any()):
+        raise ValueError(
+            "the derivative of `rho` is 0 at every q, so that nothing would pull. Compute it from `q` with "
+            "torch, without `.detach()`, `.item()` or NumPy; a step function has no slope."
+        )
+    if not math.isfinite(slope):
+        raise ValueError(
+            f"the derivative of `rho` at q = 0 is {slope}, where it must be finite. Round the corner, for "
+            "instance with q + 1e-6 in place of q."
+        )
+
+
+def _slopes(energy: Any) -> Any:
+    """Derivative of an energy at a few q, 0 where it carries none."""
+    q = torch.logspace(-3, 3, 25, dtype=torch.float64).requires_grad_()
+    rho = energy.rho(q)
+    found = torch.autograd.grad(rho.sum(), q, allow_unused=True)[0] if rho.requires_grad else None
+    return torch.zeros_like(q) if found is None else found
