@@ -369,6 +369,8 @@ def test_the_pages_say_what_was_found() -> None:
     assert "| rows of equal size | holds | 0% | 1.00 |" in page
     assert "| Student-t(4) entries, sd 0.3 | does not hold | 100% | 0.05 |" in page
     real, made = control(vectors())
+    poe = ProductOfExperts.of(vectors().names, InputGram(), Gaussian())
+    assert [entry.tensor for entry in tails_suites.merged_residuals(vectors(), poe).entries]
     chosen = tails_suites.parts(real, {"first": r"^a\.", "none": "nothing"})
     assert list(chosen) == ["all modules", "first"]
     assert {entry.tensor for entry in chosen["first"].entries} == {"a.weight"}
