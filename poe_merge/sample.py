@@ -29,6 +29,7 @@ from inference.models.digest import Progress, difference
 from inference.models.disk import OutputError
 from inference.models.draw_files import add_draws, load_draws
 from inference.models.ensemble import MergedEnsemble
+from inference.models.folder import weight_files
 from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
@@ -113,6 +114,7 @@ def sample(
         ValueError: If something cannot be drawn; says what.
     """
     began = time.monotonic()
+    weight_files(task_vectors.base)  # refuses, before anything is drawn, what cannot be written
     out = check_apart(out, checkpoints_of(task_vectors, designs), resume=resume)
     staging = Staging(out)
     staging.check(resume)

@@ -390,6 +390,15 @@ def test_a_tensor_with_the_name_of_anothers_matrix(cli: Any, here: Path) -> None
     assert status == 0, (rule, err)
 
 
+def test_a_dtype_that_safetensors_lacks_is_refused(cli: Any, here: Path) -> None:
+    (here / "base" / "model.safetensors").unlink()
+    saved(here / "base", {**drawn(0), "phases": torch.ones(2, dtype=torch.complex128)}, "bin")
+    for command in ("merge", "sample"):
+        message = fails(cli, *COMMANDS[command])
+        assert "tensor 'phases' is torch.complex128, which safetensors files and merges cannot hold" in message
+    assert not list(here.glob("out*"))
+
+
 def test_a_tensor_called_metadata_is_refused(cli: Any, here: Path) -> None:
     for seed, name in enumerate(("base", "x", "y")):
         (here / name / "model.safetensors").unlink()
