@@ -154,9 +154,7 @@ def test_one_expert_alone_and_one_passed_by_are_said() -> None:
     (nobody,) = concerns([passed, passed])
     assert nobody.startswith("no expert has its share")
     unknown = ExpertRetention("z", math.nan, math.nan, math.nan)
-    nothing = (
-        f"{unknown.name!r} has no update in any merged tensor. Leave it out, or look whether it is a copy of the base."
-    )
+    nothing = f"{unknown.name!r} has no update in any merged tensor. Leave it out, or look for copies of the base."
     assert concerns([unknown]) == [nothing]
     assert concerns([fair, unknown, fair]) == [nothing]
     (both,) = concerns([unknown, fair, unknown])
