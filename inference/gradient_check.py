@@ -17,6 +17,10 @@ FLOOR = 1e-3
 """Share of the parts at the start, 0, below which they count as vanished: every expert is satisfied there."""
 
 
+CHUNK = 2**16
+"""Entries up to which modules are checked together."""
+
+
 def relative_gradient(posterior: Posterior, value: Tensor) -> Tensor:
     """Norm of the energy's gradient relative to the sum of those of the experts' and the anchor's.
 
@@ -30,19 +34,27 @@ def relative_gradient(posterior: Posterior, value: Tensor) -> Tensor:
     Returns:
         ``(M,)`` float64, between 0 and 1; 0 where nothing pulls.
     """
-    return torch.stack([_of_module(posterior.module(i), value[i : i + 1].double()) for i in range(len(value))])
+    step = modules_at_once(value[:1].numel())
+    chunks = [slice(first, first + step) for first in range(0, len(value), step)]
+    return torch.cat([_of_modules(posterior.part(some), value[some].double()) for some in chunks])
 
 
-def _of_module(posterior: Posterior, value: Tensor) -> Tensor:
+def modules_at_once(entries: int) -> int:
+    """Number of modules of so many entries that are checked together: one, unless they are small."""
+    return max(1, CHUNK // max(entries, 1))
+
+
+def _of_modules(posterior: Posterior, value: Tensor) -> Tensor:
     gradient, size = _parts(posterior, value)
-    if gradient.norm() > LARGEST * size:  # perhaps only because all parts have vanished
-        size = torch.maximum(size, FLOOR * _parts(posterior, torch.zeros_like(value))[1])
-    return gradient.norm() / size if size > 0 else size
+    if bool((gradient > LARGEST * size).any()):  # perhaps only because all parts have vanished
+        floor = FLOOR * _parts(posterior, torch.zeros_like(value))[1]
+        size = torch.where(gradient > LARGEST * size, torch.maximum(size, floor), size)
+    return torch.where(size > 0, gradient / size, size)
 
 
 def _parts(posterior: Posterior, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The energy's gradient, and the sum of the norms of its parts; one expert is in float64 at a time."""
-    total, size = torch.zeros_like(value), value.new_zeros(())
+    """Norm of the energy's gradient, and the sum of those of its parts, ``(M,)``; one expert in float64 at a time."""
+    total, size = torch.zeros_like(value), value.new_zeros(len(value))
     anchor = replace(posterior, experts=())
     for part in (*posterior.experts, anchor):
         point = value.detach().requires_grad_()
@@ -53,8 +65,8 @@ def _parts(posterior: Posterior, value: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.autograd.grad(energy.sum(), point, allow_unused=True)[0]
         if found is not None:
             total.add_(found)
-            size = size + found.norm()
-    return total, size
+            size = size + found.flatten(1).norm(dim=1)
+    return total.flatten(1).norm(dim=1), size
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -182,8 +182,27 @@ def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
     ["expert 'sre': 97 % of its squared residual left, 3 % of its update kept."]
     """
     known = [each for each in experts if not math.isnan(each.kept)]
-    if not known:
+    silent = without_update(each.name for each in experts if math.isnan(each.kept))
+    return silent + (_concerns_of_known(known) if known else [])
+
+
+def without_update(names: Iterable[str]) -> list[str]:
+    """One sentence about experts that change no merged tensor, or none.
+
+    >>> without_update(["mnist", "emoji"])
+    ["'mnist', 'emoji' have no update in any merged tensor. Leave them out, or look for copies of the base."]
+    """
+    found = [repr(name) for name in names]
+    if not found:
         return []
+    has, them = ("have", "them") if len(found) > 1 else ("has", "it")
+    return [
+        f"{', '.join(found)} {has} no update in any merged tensor. Leave {them} out, or look for copies of the base."
+    ]
+
+
+def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
+    """Sentences about experts that change something."""
     median = sorted(each.length for each in known)[len(known) // 2]
     if median < LEAST_LENGTH:
         return [_pale(known, median)]

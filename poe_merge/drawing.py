@@ -23,7 +23,7 @@ from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.modules import module_names, with_names
 from inference.models.statistics_files import statistics_digest
 from inference.propriety import undetermined
-from inference.retention import ExpertRetention
+from inference.retention import ExpertRetention, without_update
 from inference.samplers import SAMPLERS
 from inference.tempering import temperature_range
 from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
@@ -265,7 +265,7 @@ def _silent(statistics: Sequence[SpanStatistics]) -> list[str]:
     """Experts whose update is zero wherever something is merged: they drop out, and copies of the base do."""
     norms = torch.cat([each.gram.diagonal(dim1=-2, dim2=-1)[:, : len(each.updates)] for each in statistics])
     silent = [name for name, found in zip(statistics[0].updates, (norms > 0).any(0).tolist(), strict=True) if not found]
-    return [f"{name!r} has no update in any merged tensor; is it a copy of the base?" for name in silent]
+    return without_update(silent)
 
 
 def _too_hot(temperature: float, highest: float) -> list[str]:

@@ -27,8 +27,9 @@ from inference.models.artifacts import versions
 from inference.models.design import Design
 from inference.models.digest import Progress, difference
 from inference.models.disk import OutputError
-from inference.models.draw_files import add_draws, load_draws
+from inference.models.draw_files import add_draws, changed_beside, load_draws
 from inference.models.ensemble import MergedEnsemble
+from inference.models.folder import weight_files
 from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
@@ -113,6 +114,7 @@ def sample(
         ValueError: If something cannot be drawn; says what.
     """
     began = time.monotonic()
+    weight_files(task_vectors.base)  # refuses, before anything is drawn, what cannot be written
     out = check_apart(out, checkpoints_of(task_vectors, designs), resume=resume)
     staging = Staging(out)
     staging.check(resume)
@@ -218,6 +220,10 @@ def _products(designs: AnyTable) -> Table:
 
 def _drawn_before(staging: Staging, asked: Mapping[str, Any]) -> Drawn:
     """The draws of an interrupted run, if they are what is asked for now."""
+    if (changed := changed_beside(staging.content, DRAWS)) is not None:
+        raise OutputError(
+            f"{changed}: not the file that was written with the draws. Remove {staging.folder} to start again."
+        )
     record = json.loads((staging.content / RECORD).read_text(encoding="utf-8"))
     if found := difference({key: record[key] for key in asked}, asked):
         place, before, now = found[0]
@@ -239,11 +245,11 @@ def _write(staging: Staging, drawn: Drawn, record: Mapping[str, Any]) -> None:
     """Write everything beside the members; the draws last, for they say that the rest is there."""
     if staging.has(_DRAWN):
         return
-    for number, data in enumerate(drawn.data):
-        name = "draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc"
+    chains = ["draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc" for number in range(len(drawn.data))]
+    for name, data in zip(chains, drawn.data, strict=True):
         staging.write(name, partial(_to_netcdf, data))
     staging.write_json(RECORD, record)
-    add_draws(staging, DRAWS, drawn.draws)
+    add_draws(staging, DRAWS, drawn.draws, [*chains, RECORD])
 
 
 def _to_netcdf(data: Any, path: Path) -> None:

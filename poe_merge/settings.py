@@ -138,7 +138,8 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
         value = _float(raw)
         if not abs(value) <= most or value < low or (above and value == low) or (whole and value != int(value)):
             large = most < abs(value) < math.inf or (isinstance(raw, int) and math.isinf(value))
-            raise ValueError(f"{short(raw)} is not {wanted}{f', at most {most:g}' if large else ''}")
+            limit = f"{int(most):,}" if whole else f"{most:g}"
+            raise ValueError(f"{short(raw)} is not {wanted}{f', at most {limit}' if large else ''}")
         return int(value) if whole else value
 
     return Value(parse, "INTEGER" if whole else "NUMBER", default)
@@ -171,8 +172,8 @@ def spec(kind: Kind[Any], default: str, *, many: bool = False) -> Value:
 def eta(raw: Any, folders: Folders) -> str:
     """Parse an anchor's precision: a spec, or a bare number, which is relative."""
     value = _float(raw)
-    if isinstance(raw, float) and not math.isfinite(value):
-        raise ValueError(f"{raw} is not a finite number of at least 0")
+    if math.isinf(value) or str(raw).strip().lower().lstrip("+-") == "nan":
+        raise ValueError(f"{short(raw)} is not a finite number of at least 0")
     return canonical(str(raw) if math.isnan(value) else f"RelativePrecision({value!r})", PRECISION, folders)
 
 

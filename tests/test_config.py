@@ -340,6 +340,10 @@ def test_the_resolved_configuration_reproduces_the_run(preset: str | None, folde
             "{path}:3:1: device: device `cudo` cannot be used",
         ),
         ("base_model: base\nmodels: [{model: one}]\nseed: many\n", "'many' is not a whole number of at least 0."),
+        (
+            f"base_model: base\nmodels: [{{model: one}}]\nseed: {2**70}\n",
+            f"seed: {2**70} is not a whole number of at least 0, at most 9,007,199,254,740,992.",
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_one_error_with_its_place(text: str, message: str, folder: Path) -> None:
@@ -360,6 +364,12 @@ def test_mistakes_in_the_file_are_one_error_with_its_place(text: str, message: s
         ("eta", -0.1, "precision `RelativePrecision(-0.1)`: "),
         ("eta", "Relative(0.1)", "unknown name `Relative`; did you mean `RelativePrecision`?"),
         ("max_steps", 0, "0 is not a whole number of at least 1."),
+        ("max_steps", 10**30, f"{10**30} is not a whole number of at least 1, at most 9,007,199,254,740,992."),
+        ("max_steps", int("1" * 400), "... is not a whole number of at least 1, at most 9,007,199,254,740,992."),
+        ("scale", "Absolute(1e308)", "an argument is out of range. Give a finite number of at most 1e+30."),
+        ("eta", float("nan"), "nan is not a finite number of at least 0."),
+        ("eta", "-inf", "'-inf' is not a finite number of at least 0."),
+        ("eta", 1e308, "an argument is out of range. Give a finite number of at most 1e+30."),
         ("max_steps", 1.5, "1.5 is not a whole number of at least 1."),
         ("tolerance", 0, "0 is not a finite number above 0."),
         ("starts", "twins", "did you mean `twin`? Choose from 'ones', 'twin', 'experts', 'center'."),

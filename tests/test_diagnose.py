@@ -380,3 +380,18 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(ValueError, match="ends in .html"):
         diagnosis.write_page("three", tmp_path / "folder.html")
+
+
+def test_a_tiny_merge_gets_one_line_for_each_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"fc.weight": torch.randn(8, 8, generator=generator)}, tmp_path / name / "model.safetensors")
+    models = [f"--model={name}={tmp_path / name}" for name in "ab"]
+    assert run(["merge", "--base-model", str(tmp_path / "base"), *models, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert run(["diagnose", str(tmp_path / "out"), "--surrogates", "2", "--out", str(tmp_path / "r.html")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: tails")]
+    few = "only 16 residuals, fewer than 50: neither the fits nor the null control are to be trusted."
+    assert lines == [f"warning: tails: {few}"]
+    assert few in (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from poe_merge.cli import run
 from poe_merge.specs import ENERGY, SpecError, parse_spec
 from poe_models import (
     Anchor,
+    Cauchy,
     Custom,
     Directional,
     GeneralizedGaussian,
@@ -25,7 +26,7 @@ from poe_models import (
     RelativePrecision,
     TaskVectors,
 )
-from tests.helpers import ENERGIES, name_of, random_updates
+from tests.helpers import ENERGIES, assert_close, name_of, random_updates
 
 NAMES = ("a", "b", "c")
 
@@ -41,6 +42,16 @@ def test_minima_pass(energy: Any, generator: torch.Generator) -> None:
     solution = fixed_point(posterior)
     for status, size in zip(solution.status, relative_gradient(posterior, solution.value), strict=True):
         assert not status.converged or float(size) < 1e-6
+
+
+def test_modules_are_checked_together_as_alone(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = ProductOfExperts.of(NAMES, energy=Cauchy()).bind(random_updates(generator, 5, 3, 6, 5))
+    points = torch.randn(5, 6, 5, generator=generator, dtype=torch.float64)
+    points[1] = fixed_point(posterior).value[1]
+    together = relative_gradient(posterior, points)
+    monkeypatch.setattr("inference.gradient_check.CHUNK", 1)
+    assert_close(together, relative_gradient(posterior, points), 1e-12)
+    assert float(together[1]) < 1e-6 < float(together[0])
 
 
 def test_what_is_no_minimum_is_not_called_converged(generator: torch.Generator) -> None:

@@ -258,6 +258,29 @@ def test_sample_goes_on_with_the_same_inputs_only(
             assert contents(here / "out")[name] == content
 
 
+@pytest.mark.parametrize("name", ["sample.json", "draws.nc", "draws/draws.safetensors"])
+def test_what_a_resumed_sample_reads_back_is_what_was_written(
+    name: str, cli: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = staging_module.Staging.finish_shard
+
+    def stopped(self: Any, *arguments: Any) -> None:
+        plain(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging_module.Staging, "finish_shard", stopped)
+        assert cli(*COMMANDS["sample"])[0] == 130
+    (file,) = (here / "out.partial").rglob(name)
+    before = file.read_bytes()
+    file.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+    message = fails(cli, *COMMANDS["sample"], "--resume")
+    assert name in message
+    assert "not the file that was" in message
+    file.write_bytes(before)
+    assert cli(*COMMANDS["sample"], "--resume")[0] == 0
+
+
 # --- killed anywhere ---
 
 
@@ -396,6 +419,15 @@ def test_a_tensor_with_the_name_of_anothers_matrix(cli: Any, here: Path) -> None
     rule = message.partition("the rule ")[2].partition(", or rename")[0]
     status, err = cli("merge", "--rule", rule, *COMMANDS["merge"][1:])
     assert status == 0, (rule, err)
+
+
+def test_a_dtype_that_safetensors_lacks_is_refused(cli: Any, here: Path) -> None:
+    (here / "base" / "model.safetensors").unlink()
+    saved(here / "base", {**drawn(0), "phases": torch.ones(2, dtype=torch.complex128)}, "bin")
+    for command in ("merge", "sample"):
+        message = fails(cli, *COMMANDS[command])
+        assert "tensor 'phases' is torch.complex128, which safetensors files and merges cannot hold" in message
+    assert not list(here.glob("out*"))
 
 
 def test_a_tensor_called_metadata_is_refused(cli: Any, here: Path) -> None:

@@ -149,6 +149,14 @@ def test_warnings_come_first_and_the_worst_of_them_before_the_others() -> None:
     assert "all is well" in found.html
 
 
+def test_a_check_is_warned_of_once() -> None:
+    first, second = Verdict("tails", Level.UNKNOWN, "few."), Verdict("tails", Level.BAD, "heavy.")
+    other = Verdict("chains", Level.CAUTION, "short.")
+    found = page("t", "s", [section(first, other), section(second, first, title="Another")])
+    assert found.warnings == (Verdict("tails", Level.BAD, "heavy. few."), other)
+    assert "2 warnings" in found.html[: found.html.index("<nav>")]
+
+
 def test_a_page_without_warnings_says_so() -> None:
     found = page("t", "s", [section(Verdict("fine", Level.GOOD, "well"))])
     assert found.warnings == ()

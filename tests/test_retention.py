@@ -154,8 +154,11 @@ def test_one_expert_alone_and_one_passed_by_are_said() -> None:
     (nobody,) = concerns([passed, passed])
     assert nobody.startswith("no expert has its share")
     unknown = ExpertRetention("z", math.nan, math.nan, math.nan)
-    assert concerns([unknown]) == []
-    assert concerns([fair, unknown, fair]) == []
+    nothing = f"{unknown.name!r} has no update in any merged tensor. Leave it out, or look for copies of the base."
+    assert concerns([unknown]) == [nothing]
+    assert concerns([fair, unknown, fair]) == [nothing]
+    (both,) = concerns([unknown, fair, unknown])
+    assert "have no update" in both
 
 
 def test_averages_of_many_models_are_not_called_the_base(generator: torch.Generator) -> None:

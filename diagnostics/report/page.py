@@ -138,7 +138,7 @@ class Page(Brief):
 
     Attributes:
         html: The whole document.
-        warnings: The verdicts on its top, the worst first.
+        warnings: The verdicts on its top, one for each diagnostic, the worst first.
     """
 
     html: str
@@ -150,6 +150,14 @@ def _shown(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return "\n".join(map(visible, value.split("\n")))
+
+
+def _one_each(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+    """Verdicts of the same diagnostic as one of the worst level, what made it worst said first; the worst first."""
+    of: dict[str, list[Verdict]] = {}
+    for each in sorted(dict.fromkeys(verdicts), key=lambda verdict: -verdict.level):
+        of.setdefault(each.about, []).append(each)
+    return tuple(Verdict(about, same[0].level, " ".join(each.text for each in same)) for about, same in of.items())
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Sequence[Verdict] = ()) -> Page:
@@ -167,7 +175,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section], verdicts: Seque
     True
     """
     every = [*verdicts, *(verdict for section in sections for verdict in section.verdicts)]
-    warnings = tuple(sorted((v for v in every if v.level > Level.GOOD), key=lambda verdict: -verdict.level))
+    warnings = _one_each([verdict for verdict in every if verdict.level > Level.GOOD])
     template = Environment(
         loader=PackageLoader("diagnostics.report", "."),
         autoescape=True,

@@ -17,6 +17,7 @@ from diagnostics.residuals import Residuals
 from diagnostics.tails import TailComparison, hill, log_density, quantiles
 from diagnostics.tails.comparison import with_error
 from diagnostics.tails.pooled import NO_SURROGATES, PooledTails
+from diagnostics.tails.samples import TRUSTED
 from diagnostics.verdicts import Level, Verdict
 
 __all__ = ["tails_section"]
@@ -41,6 +42,10 @@ def tails_section(residuals: Residuals | None, tails: PooledTails | None, measur
 
 def _tail_verdicts(tails: PooledTails) -> list[Verdict]:
     fits = (("tails, pooled", tails.pooled), ("tails within modules", tails.standardised))
+    count = len(tails.pooled.values)
+    if count < TRUSTED:  # whatever else is said follows from that
+        few = f"only {count} residuals, fewer than {TRUSTED}: neither the fits nor the null control are to be trusted."
+        return [Verdict("tails", Level.UNKNOWN, few), Verdict("offset", Level.NOTE, _offset(tails.offset))]
     return [
         _null_verdict(tails),
         Verdict("offset", Level.NOTE, _offset(tails.offset)),

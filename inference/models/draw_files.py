@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from inference.merge_distance import MergeDistance
-from inference.models.artifacts import add_artifact, read_artifact, write_artifact
+from inference.models.artifacts import add_artifact, read_artifact, read_record, write_artifact
+from inference.models.digest import file_digest
 from inference.models.full_draws import check_environment, warn_of_changes
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
@@ -18,7 +20,7 @@ from inference.models.statistics_files import statistics_digest
 from poe_models.span import SpanStatistics
 from poe_models.weights.loading import CheckpointError
 
-__all__ = ["add_draws", "load_draws", "save_draws"]
+__all__ = ["add_draws", "changed_beside", "load_draws", "save_draws"]
 
 _KIND = "draws"
 _STATS, _MERGE = "stats.", "merge."
@@ -47,9 +49,29 @@ def save_draws(draws: ModelDraws, path: str | Path) -> Path:
     return write_artifact(path, _KIND, _tensors(draws), _record(draws))
 
 
-def add_draws(staging: Staging, name: str, draws: ModelDraws) -> None:
-    """Save draws as a folder of a larger output."""
-    add_artifact(staging, f"{name}/", _KIND, _tensors(draws), _record(draws))
+def add_draws(staging: Staging, name: str, draws: ModelDraws, beside: Sequence[str] = ()) -> None:
+    """Save draws as a folder of a larger output, with the digests of finished files beside them."""
+    digests = {file: file_digest(staging.content / file) for file in beside}
+    record = _record(draws) | ({"beside": digests} if digests else {})
+    add_artifact(staging, f"{name}/", _KIND, _tensors(draws), record)
+
+
+def changed_beside(content: Path, name: str) -> Path | None:
+    """The first file beside draws that is not what it was when :func:`add_draws` saved them.
+
+    Args:
+        content: The larger output.
+        name: The draws' folder in it.
+
+    Returns:
+        The file; None if all are as they were.
+
+    Raises:
+        CheckpointError: If the draws' record cannot be read.
+    """
+    digests = read_record(content / name, _KIND).get("beside", {})
+    files = {content / file: digest for file, digest in digests.items()}
+    return next((file for file, was in files.items() if not file.is_file() or file_digest(file) != was), None)
 
 
 def _tensors(draws: ModelDraws) -> dict[str, Tensor]:

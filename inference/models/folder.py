@@ -15,6 +15,7 @@ import torch
 
 from inference.models.staging import Staging
 from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.weight_files import SAFETENSORS_DTYPES
 
 RECORD = "poe_merge.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".index.json")
@@ -36,8 +37,14 @@ def weight_files(base: Checkpoint) -> dict[str, tuple[str, ...]]:
     ``model.safetensors``, which readers take for the whole model. Files of very many tensors are split.
 
     Raises:
-        CheckpointError: If a tensor has the name that safetensors keeps for itself.
+        CheckpointError: If a tensor has the name that safetensors keeps for itself, or a dtype that it lacks.
     """
+    lacking = next((each for each in base.tensors.values() if each.dtype not in SAFETENSORS_DTYPES.values()), None)
+    if lacking is not None:
+        raise CheckpointError(
+            f"{base.source}: tensor {lacking.name!r} is {lacking.dtype}, which safetensors files and merges cannot "
+            "hold. Save the base without it, or with it in another dtype."
+        )
     if _RESERVED in base.tensors or _RESERVED in base.aliases:
         raise CheckpointError(
             f"{base.source}: a tensor is called {_RESERVED!r}, which safetensors files keep for themselves. Rename it "

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from inference.gradient_check import CHUNK
 from inference.models.design import Design
 from inference.models.method_design import AnyDesign, MethodDesign
 from poe_models.residual_maps import (
@@ -116,7 +117,7 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
     solving = max(shapes.count(one) * solve_floats(design, experts, one) for one in set(shapes))
-    checking = _CHECKED_BYTES * max(d_out * d_in for d_out, d_in in shapes)
+    checking = _CHECKED_BYTES * max(max(d_out * d_in for d_out, d_in in shapes), min(total, CHUNK))
     return max(itemsize * (held + max(reading, solving)), itemsize * held + checking)
 
 

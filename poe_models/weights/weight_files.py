@@ -85,7 +85,7 @@ def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]
 RESIDENT_BYTES = 16 * 2**20
 """Bytes read from an open file before it is opened anew."""
 
-_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -97,6 +97,7 @@ _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""Dtypes of safetensors files by their names in them."""
 
 
 class WeightFile(ABC):
@@ -206,7 +207,7 @@ class SafetensorsFile(WeightFile):
 
     def _info(self, handle: Any, name: str) -> TensorInfo:
         header = handle.get_slice(name)
-        dtype = _SAFETENSORS_DTYPES.get(header.get_dtype())
+        dtype = SAFETENSORS_DTYPES.get(header.get_dtype())
         if dtype is None:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has dtype {header.get_dtype()}, which is not supported: sub-byte and "
