@@ -1,0 +1,1 @@
+"""Experts that compare predictions: factors over the merged update that see a model's outputs on inputs of a task."""
