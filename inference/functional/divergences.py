@@ -64,8 +64,8 @@ class Residual:
         energy: Its ``rho``.
         scale: ``s``, in the units of the outputs.
 
-    >>> Residual(Gaussian(), scale=2.0)(torch.tensor([[2.0, 0.0]]), Targets(torch.zeros(1, 2)))
-    tensor([1.])
+    >>> Residual(Gaussian(), scale=2.0)(torch.tensor([[2.0, 0.0]]), Targets(torch.zeros(1, 2)))      # rho = q / 2
+    tensor([0.5000])
     """
 
     energy: Energy = Gaussian()

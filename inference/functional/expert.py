@@ -140,6 +140,8 @@ def functional(
     """
     if targets is None:
         targets = predictions(expert, model, inputs, forward, counted, batch_size)
+    else:
+        _require_same_classes(expert, model, inputs, forward, targets)
     return prediction_expert(
         name or f"{expert}/predictions",
         model,
@@ -180,6 +182,16 @@ def predictions(
             )
         parts.append(outputs)
     return Targets(torch.cat(parts), counted)
+
+
+@torch.no_grad()
+def _require_same_classes(expert: str, model: SpanModel, inputs: Any, forward: Forward, targets: Targets) -> None:
+    first = model.call(model.expert(expert), forward, rows_of(inputs, torch.arange(1)))
+    if first.shape[1:] != targets.outputs.shape[1:] and first.ndim > 1:
+        raise ValueError(
+            f"`functional({expert!r}, targets=...)`: targets of {tuple(targets.outputs.shape[1:])} classes, and "
+            f"outputs of {tuple(first.shape[1:])} per example. Give the predictions of a model with the same head."
+        )
 
 
 def rows_of(data: Any, rows: Tensor) -> Any:
