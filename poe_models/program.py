@@ -53,6 +53,7 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
             return
         size, some = factor.expert.examples, factor.expert.subsample_size or factor.expert.examples
         with pyro.plate(f"examples/{factor.name}", size, some) as rows:
+            assert rows is not None
             pyro.factor(f"expert/{factor.name}", -factor.per_example(z, rows) / temperature)
 
     def model() -> Tensor:

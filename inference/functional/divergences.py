@@ -1,4 +1,4 @@
-"""What a merged model's outputs on an example cost: energies in nats per example, of outputs and targets.
+"""Energies of a merged model's outputs on an example, in nats, given what an expert predicts there.
 
 A divergence is any function of outputs ``(b, ..., C)`` and targets that gives ``(b,)`` nats. Shipped are the
 Kullback-Leibler divergence of class probabilities and residuals of outputs under any energy.
@@ -21,7 +21,7 @@ Divergence = Callable[[Tensor, Any], Tensor]
 
 @dataclass(frozen=True)
 class Targets:
-    """What an expert predicts, and which of its predictions count.
+    """Predictions of an expert, and the mask of those that count.
 
     Attributes:
         outputs: Outputs of the expert, ``(n, C)`` or ``(n, tokens, C)``.
@@ -50,7 +50,7 @@ class KullbackLeibler:
     def __call__(self, outputs: Tensor, targets: Targets) -> Tensor:
         """Nats per example ``(b,)`` of logits ``(b, C)`` or ``(b, tokens, C)``."""
         own = targets.outputs.log_softmax(-1)
-        terms = torch.where(own > -torch.inf, own.exp() * (own - outputs.log_softmax(-1)), 0.0)
+        terms = torch.where(own == -torch.inf, 0.0, own.exp() * (own - outputs.log_softmax(-1)))
         return _per_example(terms.sum(-1), targets.counted)
 
 

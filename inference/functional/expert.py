@@ -1,6 +1,6 @@
 """Experts that see a merged model's outputs: predictions on a few unlabelled inputs, or any loss, as factors.
 
-`functional` compares with what an expert predicts; `prediction_expert` takes any function of the outputs.
+:func:`functional` compares with what an expert predicts; :func:`prediction_expert` takes any function of the outputs.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def functional(
     subsample_size: int | None = None,
     batch_size: int | None = 64,
 ) -> FactorExpert:
-    """What an expert believes about inputs of its task: ``a sum_x D(x; Z)`` over unlabelled inputs, in nats.
+    """An expert over predictions on unlabelled inputs of its task: the energy ``a sum_x D(x; Z)`` in nats.
 
     Args:
         expert: The task vector whose predictions are the target.

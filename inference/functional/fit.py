@@ -192,8 +192,8 @@ def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
     if not bool(energy.isfinite()):
         names = ", ".join(repr(factor.name) for factor in posterior.factors)
         raise ValueError(
-            f"`fit(...)`: the energy is {float(energy.detach())} at step {step}. Lower the learning rate, or look at the inputs "
-            f"of {names}, whose outputs or targets may not be finite."
+            f"`fit(...)`: the energy is {float(energy.detach())} at step {step}. Lower the learning rate, or look at "
+            f"the inputs of {names}, whose outputs or targets may not be finite."
         )
 
 
