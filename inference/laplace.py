@@ -152,18 +152,21 @@ class Laplace:
 class DenseLaplace:
     """``N(x*, T Hessian^-1)`` over all modules together, at a mode ``x*``, ``(M, *event)``; for a few coordinates.
 
-    The Hessian is that of the Pyro program by autograd, so there may be factor experts, also such that couple modules.
+    The Hessian is that of the Pyro program by autograd, so there may be factor experts, also such that couple modules;
+    or it is given: of ``E / T``, ``(M K, M K)``, as the Gauss-Newton matrix of functional experts is.
 
     Raises:
         ValueError: If the Hessian is not positive definite at the mode, or the temperature is a tensor.
     """
 
-    def __init__(self, posterior: Posterior, mode: Tensor) -> None:
+    def __init__(self, posterior: Posterior, mode: Tensor, hessian: Tensor | None = None) -> None:
         _ = posterior.fixed_temperature  # or its error
         self.posterior = posterior
         self.mode = mode
-        density = log_density(posterior, joint=True)
-        flat = torch.func.hessian(lambda x: -density(x.view(mode.shape)))(mode.double().flatten())
+        if hessian is None:
+            density = log_density(posterior, joint=True)
+            hessian = torch.func.hessian(lambda x: -density(x.view(mode.shape)))(mode.double().flatten())
+        flat = hessian
         values, self.vectors = torch.linalg.eigh((flat + flat.mT) / 2)
         if not bool((values > 0).all()):
             raise ValueError(

@@ -136,6 +136,31 @@ class MinimizeInfo(Brief):
         }
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class FitInfo(Brief):
+    """Record of a MAP by mini-batches.
+
+    Attributes:
+        steps: Steps that were taken.
+        energy_trace: Estimated joint energy in nats at every step, ``(steps,)``.
+        held_out_trace: Steps and the held-out energy per example in nats, ``(evaluations, 2)``; empty without.
+        best_step: The step whose point is the solution.
+        gradient_norm: Norm of the gradient of the whole joint energy there, in nats per unit of coefficient.
+        retention: How much of every expert the solution kept.
+    """
+
+    steps: int
+    energy_trace: Tensor
+    held_out_trace: Tensor
+    best_step: int
+    gradient_norm: float
+    retention: Retention
+
+    def record(self, module: int) -> dict[str, Any]:
+        """One module's numbers, ready for JSON."""
+        return {"steps": self.steps, "best_step": self.best_step, "norm": float(self.retention.norm[module])}
+
+
 @dataclass(frozen=True, eq=False)
 class MethodInfo:
     """Record of modules that a merging method has merged: how much of every expert it kept."""
@@ -147,7 +172,7 @@ class MethodInfo:
         return {"norm": float(self.retention.norm[module])}
 
 
-InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo, MethodInfo)
+InfoT = TypeVar("InfoT", FixedPointInfo, MinimizeInfo, FitInfo, MethodInfo)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -103,7 +103,7 @@ def statistics_posterior(
             "the updates do not have. Give a small one, or use Full coordinates."
         )
     center = coordinates.latents(units[len(statistics.updates)].expand(num_modules, size))
-    factors = tuple(_bind_factor(factor, coordinates) for factor in poe.factors)
+    factors = tuple(bind_factor(factor, coordinates) for factor in poe.factors)
     return Posterior(experts, center, precision, poe.temperature, (size, 1), factors, coordinates, statistics.modules)
 
 
@@ -238,29 +238,42 @@ def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
     return vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
 
 
-def _bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
+def bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
     """A factor expert as a function of the latents ``(*S, M, K, 1)``."""
-    joint, names = factor.scope == "model", span.statistics.modules
+    joint, names = factor.scope != "module", span.statistics.modules
     if factor.coordinates == "update" and span.bases is None:
         raise ValueError(
             f"`poe.bind(statistics)`: factor expert {factor.name!r} sees the merged updates, which statistics alone "
             "cannot give. Bind the updates with coordinates='span', or write it with coordinates='span'."
         )
 
-    def energy(x: Tensor) -> Tensor:
+    def argument(x: Tensor) -> Tensor | dict[str, Tensor]:
         if factor.coordinates == "span":
-            return _checked(factor, span.coefficients(x), x.shape[:-3] if joint else x.shape[:-2])
-        updates = (span.update(x, i) for i in range(len(names)))
-        if joint:
-            return _checked(factor, dict(zip(names, updates, strict=True)), x.shape[:-3])
-        return torch.stack([_checked(factor, update, x.shape[:-3]) for update in updates], -1)
+            return span.coefficients(x)
+        return dict(zip(names, (span.update(x, i) for i in range(len(names))), strict=True))
 
-    return BoundFactor(factor.name, energy, joint)
+    def energy(x: Tensor) -> Tensor:
+        whole = argument(x)
+        if joint or isinstance(whole, Tensor):
+            return _checked(factor, whole, shape=x.shape[:-3] if joint else x.shape[:-2])
+        return torch.stack([_checked(factor, update, shape=x.shape[:-3]) for update in whole.values()], -1)
+
+    def per_example(x: Tensor, rows: Tensor) -> Tensor:
+        whole = argument(x)
+        parts = rows.split(factor.batch_size or factor.examples)
+        return torch.cat([_checked(factor, whole, part, shape=(*x.shape[:-3], len(part))) for part in parts], -1)
+
+    def summed(x: Tensor) -> Tensor:
+        return per_example(x, torch.arange(factor.examples, device=x.device)).sum(-1)
+
+    if factor.scope == "examples":
+        return BoundFactor(factor.name, summed, joint, per_example, factor)
+    return BoundFactor(factor.name, energy, joint, expert=factor)
 
 
-def _checked(factor: FactorExpert, argument: Tensor | dict[str, Tensor], shape: torch.Size) -> Tensor:
-    energy = factor.function(argument)
-    if energy.shape != shape:
+def _checked(factor: FactorExpert, *arguments: Tensor | dict[str, Tensor], shape: Sequence[int]) -> Tensor:
+    energy = factor.function(*arguments)
+    if energy.shape != torch.Size(shape):
         raise ValueError(
             f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "
             f"independent draws: expected {tuple(shape)}. Sum over the trailing dimensions only."

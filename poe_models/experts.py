@@ -101,24 +101,52 @@ class FactorExpert:
             ``(..., M, N + 1)`` on the experts' updates and the anchor's centre, so that no weights are needed.
         scope: Part of the model: ``"module"`` is an energy for each module. The function is called per module with
             ``(..., d_out, d_in)`` and gives ``(...)``, or once with ``(..., M, N + 1)`` and gives ``(..., M)``.
-            ``"model"`` is one energy of all modules, for instance the loss of a small batch. The function is called
-            once, with a dict from module name to ``(..., d_out, d_in)`` or with ``(..., M, N + 1)``, and gives
-            ``(...)``.
+            ``"model"`` is one energy of all modules, for instance the norm of a bias. The function is called once, with
+            a dict from module name to ``(..., d_out, d_in)`` or with ``(..., M, N + 1)``, and gives ``(...)``.
+            ``"examples"`` is a sum over independent observations, for instance a loss: the function is called with the
+            same and with the rows ``(b,)`` of some examples, and gives ``(..., b)``, one energy for each.
+        examples: How many observations there are, of scope ``"examples"`` alone.
+        subsample_size: How many of them the Pyro program draws anew each time it runs, for mini-batches of Pyro's own
+            SVI; its log density is then an unbiased estimate. All of them by default.
+        batch_size: How many are seen at a time where all are summed, which bounds memory; all by default.
 
     Leading dimensions ``...`` are independent draws. A product with a factor expert runs in Span coordinates.
+
+    >>> import torch
+    >>> labels = torch.tensor([1.0, 0.0, 1.0])
+    >>> loss = lambda c, rows: (c[..., 0, :1] - labels[rows]).square()          # one module, its first coefficient
+    >>> poe = ProductOfExperts.of(["a", "b"]) * FactorExpert("loss", loss, "span", "examples", examples=3)
+    >>> posterior = poe.bind(torch.eye(2).unsqueeze(1), coordinates="span")
+    >>> posterior.factors[0].energy(posterior.span.latents(torch.tensor([[0.5, 0.0, 0.0]])))
+    tensor(0.7500)
     """
 
     name: str
     function: Callable[..., Tensor]
     coordinates: Literal["update", "span"] = "update"
-    scope: Literal["module", "model"] = "module"
+    scope: Literal["module", "model", "examples"] = "module"
+    examples: int = 0
+    subsample_size: int | None = None
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.coordinates not in ("update", "span") or self.scope not in ("module", "model"):
+        if self.coordinates not in ("update", "span") or self.scope not in ("module", "model", "examples"):
             raise ValueError(
                 f"`FactorExpert({self.name!r}, coordinates={self.coordinates!r}, scope={self.scope!r})`: coordinates "
-                "are 'update' or 'span', scope is 'module' or 'model'."
+                "are 'update' or 'span', scope is 'module', 'model' or 'examples'."
             )
+        if (self.scope == "examples") != (self.examples > 0):
+            raise ValueError(
+                f"`FactorExpert({self.name!r}, scope={self.scope!r}, examples={self.examples})`: scope 'examples' "
+                "needs their number, one or more, and the others have none."
+            )
+        for field_name in ("subsample_size", "batch_size"):
+            size = getattr(self, field_name)
+            if size is not None and not 0 < size <= self.examples:
+                raise ValueError(
+                    f"`FactorExpert({self.name!r}, {field_name}={size})`: it must be between 1 and the number of "
+                    f"examples, {self.examples}."
+                )
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
         return ProductOfExperts((), factors=(self,)) * other

@@ -28,6 +28,7 @@ from poe_models.operators import Operator, sum_of_squares
 from poe_models.records import with_tensors
 
 if TYPE_CHECKING:
+    from poe_models.experts import FactorExpert
     from poe_models.span import SpanCoordinates
 
 
@@ -100,11 +101,15 @@ class BoundFactor:
         name: Name of the expert.
         energy: Maps ``(*S, M, *event)`` to nats: ``(*S, M)``, or ``(*S)`` when ``joint``.
         joint: Whether it couples all modules.
+        per_example: Of a sum over examples: maps ``(*S, M, *event)`` and rows ``(b,)`` to nats ``(*S, b)``.
+        expert: What was bound.
     """
 
     name: str
     energy: Callable[[Tensor], Tensor]
     joint: bool
+    per_example: Callable[[Tensor, Tensor], Tensor] | None = None
+    expert: FactorExpert | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 The program is the single source of truth: its log density is ``-E(Z) / T`` plus the anchor's normaliser
 (:func:`log_constant`), in Full and in Span coordinates alike. Site names are part of the interface:
-``update`` for the latent and ``expert/<name>`` for each factor.
+``update`` for the latent, ``expert/<name>`` for each factor, and the plate ``examples/<name>`` for a factor that is a
+sum over examples.
 
 The temperature may be inferred, too: a model of one's own draws it and runs the program at it.
 
@@ -47,6 +48,14 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
         for expert in experts:
             pyro.factor(f"expert/{expert.name}", -expert.energy(z) / temperature)
 
+    def score_examples(factor: BoundFactor, z: Tensor) -> None:
+        if factor.expert is None or factor.per_example is None:
+            return
+        size, some = factor.expert.examples, factor.expert.subsample_size or factor.expert.examples
+        with pyro.plate(f"examples/{factor.name}", size, some) as rows:
+            assert rows is not None
+            pyro.factor(f"expert/{factor.name}", -factor.per_example(z, rows) / temperature)
+
     def model() -> Tensor:
         if supported is not None:
             pyro.factor("temperature/support", torch.where(supported, 0.0, -math.inf))
@@ -54,7 +63,9 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
             z = pyro.sample("update", prior)
             score(posterior.experts, z)
             score((factor for factor in posterior.factors if not factor.joint), z)
-        score((factor for factor in posterior.factors if factor.joint), z)
+        score((factor for factor in posterior.factors if factor.joint and factor.per_example is None), z)
+        for factor in posterior.factors:
+            score_examples(factor, z)
         return z
 
     return model
@@ -92,7 +103,8 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
     """The program's log density as a pure, differentiable function; the only place that traces it.
 
     It leads from ``(*S, M, *event)`` to nats, ``(*S, M)``, or ``(*S)`` if joint, which is needed when a factor expert
-    couples the modules, and composes with ``torch.func`` transforms.
+    couples the modules, and composes with ``torch.func`` transforms. It sees all examples, also where the program would
+    draw some of them.
 
     Raises:
         ValueError: If a factor expert couples the modules and ``joint`` is not set.
@@ -105,7 +117,7 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
         )
     # Argument checks branch on data, which torch.func transforms cannot trace.
     with pyro.validation_enabled(False):
-        model = program(posterior)
+        model = program(replace(posterior, factors=tuple(map(_of_all_examples, posterior.factors))))
 
     def density(z: Tensor) -> Tensor:
         with pyro.validation_enabled(False):
@@ -119,6 +131,10 @@ def log_density(posterior: Posterior, joint: bool = False) -> Callable[[Tensor],
         return total
 
     return density
+
+
+def _of_all_examples(factor: BoundFactor) -> BoundFactor:
+    return factor if factor.expert is None else replace(factor, expert=replace(factor.expert, subsample_size=None))
 
 
 def _spread(posterior: Posterior) -> Tensor:

@@ -16,6 +16,7 @@ from diagnostics.predictions.comparison import Comparison, compare_methods
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
 from diagnostics.predictions.evaluation import OWN_EXPERTS, Evaluation, evaluate
 from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
+from diagnostics.predictions.functional_score import FunctionalScore, functional_score
 from diagnostics.predictions.reliability import Reliability, reliability
 from diagnostics.predictions.selective import RiskCoverage, risk_coverage
 from diagnostics.predictions.shift import (
@@ -41,6 +42,7 @@ __all__ = [
     "Corruption",
     "CorruptionScores",
     "Evaluation",
+    "FunctionalScore",
     "LogitScaling",
     "Predictions",
     "Reliability",
@@ -56,6 +58,7 @@ __all__ = [
     "corrupt",
     "detect_shift",
     "evaluate",
+    "functional_score",
     "load_predictions",
     "pareto_front",
     "point_prediction",

@@ -1,0 +1,32 @@
+"""Functional experts: predictions on unlabelled inputs as factors over the merged update.
+
+Experts in weight space compare weights; a functional expert compares predictions on a few inputs of its task, and both
+multiply in one posterior, in the span through the weight-space merge:
+
+    model = SpanModel(network, task_vectors, weight_space_product)
+    experts = [functional(name, model, inputs[name], forward) for name in task_vectors.names]
+    posterior = model.posterior(*experts)
+    solution = fit(posterior, model.start(), generator=generator)
+    weights = model.weights(posterior.coefficients(solution.value))
+    members = functional_laplace(posterior, solution.value).sample(10, generator)
+"""
+
+from inference.functional.divergences import Divergence, KullbackLeibler, Residual, Targets
+from inference.functional.expert import functional, joined_batches, prediction_expert, predictions
+from inference.functional.fit import fit
+from inference.functional.gauss_newton import functional_laplace
+from inference.functional.span_model import SpanModel
+
+__all__ = [
+    "Divergence",
+    "KullbackLeibler",
+    "Residual",
+    "SpanModel",
+    "Targets",
+    "fit",
+    "functional",
+    "functional_laplace",
+    "joined_batches",
+    "prediction_expert",
+    "predictions",
+]

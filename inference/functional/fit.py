@@ -1,0 +1,212 @@
+"""The MAP of a product with functional experts, by mini-batches of examples.
+
+The merge is looked for by Adam with a cosine schedule in the span's orthonormal coordinates: each step sees a few
+examples of every functional expert, scaled to their number, and the whole weight-space product. Held-out inputs stop
+it early, and the best point by them is the solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from inference.retention import retention
+from inference.solution import FitInfo, Solution, Status
+from poe_models.binding import bind_factor
+from poe_models.experts import FactorExpert
+from poe_models.posterior import BoundFactor, Posterior
+
+
+def fit(
+    posterior: Posterior,
+    start: Tensor,
+    *,
+    generator: torch.Generator,
+    steps: int = 100,
+    batch_size: int = 32,
+    learning_rate: float = 0.03,
+    held_out: Sequence[FactorExpert] = (),
+    every: int = 10,
+    patience: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> Solution[FitInfo]:
+    """The MAP of a posterior in Span coordinates whose factors are sums over examples.
+
+    Args:
+        posterior: Of :meth:`SpanModel.posterior`.
+        start: Latents to start at, ``(M, K, 1)``, for instance :meth:`SpanModel.start`.
+        generator: Of the mini-batches.
+        steps: Steps, one mini-batch of every expert each; the schedule ends there.
+        batch_size: Examples of each expert in a step.
+        learning_rate: Of Adam, in units of coefficients: 0.03 moves a coefficient by about 0.03 a step at first.
+        held_out: The same experts on inputs that this fit does not see; their energy per example chooses the point.
+        every: Steps between two looks at them.
+        patience: Looks without improvement after which it ends.
+        progress: Called with the steps done and their number.
+
+    Returns:
+        The solution; its status is ``CONVERGED`` if the schedule was finished or held-out inputs ended it.
+
+    Raises:
+        ValueError: If no factor is a sum over examples, held-out inputs are those of the fit, an energy is not finite,
+            or the outputs do not depend on the merged weights.
+    """
+    factors = [factor for factor in posterior.factors if factor.per_example is not None]
+    _require_examples(posterior, factors, held_out)
+    assert posterior.span is not None
+    looks = [_bound(posterior, expert) for expert in held_out]
+    unit = _units(posterior)
+    scaled = (start.detach().double() / unit).requires_grad_(True)
+    optimizer = torch.optim.Adam([scaled], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    trace, seen = [], []
+    best, best_step, worse = scaled.detach().clone(), 0, 0
+    for step in range(steps + 1):
+        if looks and step % every == 0 or looks and step == steps:
+            seen.append((float(step), _held_out(looks, scaled.detach() * unit)))
+            better = seen[-1][1] <= min(value for _, value in seen)
+            worse = 0 if better else worse + 1
+            if better:
+                best, best_step = scaled.detach().clone(), step
+            if worse >= patience:
+                break
+        if step == steps:
+            break
+        energy = _estimate(posterior, factors, scaled * unit, batch_size, generator)
+        _require_finite(posterior, energy, step)
+        optimizer.zero_grad()
+        energy.backward()
+        if step == 0:
+            _require_gradient(factors, scaled * unit, generator, batch_size)
+        optimizer.step()
+        schedule.step()
+        trace.append(float(energy.detach()))
+        if progress is not None:
+            progress(step + 1, steps)
+    if not looks:
+        best, best_step = scaled.detach(), len(trace)
+    value = best * unit
+    return _solution(posterior, value, trace, seen, best_step)
+
+
+def _solution(
+    posterior: Posterior, value: Tensor, trace: list[float], seen: list[tuple[float, float]], best_step: int
+) -> Solution[FitInfo]:
+    x = value.clone().requires_grad_(True)
+    gradient = torch.zeros_like(x)
+    for term in _terms(posterior, x):
+        (part,) = torch.autograd.grad(term, x)
+        gradient += part
+    info = FitInfo(
+        steps=len(trace),
+        energy_trace=torch.tensor(trace, dtype=torch.float64),
+        held_out_trace=torch.tensor(seen, dtype=torch.float64).reshape(-1, 2),
+        best_step=best_step,
+        gradient_norm=float((gradient * _units(posterior)).norm()),
+        retention=retention(posterior, value.to(posterior.dtype), posterior.residuals(value.to(posterior.dtype))),
+    )
+    return Solution(value.to(posterior.dtype), (Status.CONVERGED,) * posterior.num_modules, info)
+
+
+def _terms(posterior: Posterior, x: Tensor) -> Iterator[Tensor]:
+    """Parts of the joint energy, whose graphs are held one at a time.
+
+    Yields:
+        The energy in weight space, then that of a batch of examples each.
+    """
+    yield _weight_space(posterior, x)
+    for factor in posterior.factors:
+        if factor.per_example is not None and factor.expert is not None:
+            count = factor.expert.examples
+            for rows in torch.arange(count, device=x.device).split(factor.expert.batch_size or count):
+                yield factor.per_example(x, rows).sum()
+
+
+def _weight_space(posterior: Posterior, x: Tensor) -> Tensor:
+    """Energy of everything but the sums over examples, in nats."""
+    others = [factor.energy(x) for factor in posterior.factors if factor.joint and factor.per_example is None]
+    return sum(others, posterior.energy(x).sum())
+
+
+def _estimate(
+    posterior: Posterior, factors: Sequence[BoundFactor], x: Tensor, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """Unbiased estimate of the joint energy from some examples of every factor, drawn without replacement."""
+    energy = _weight_space(posterior, x)
+    for factor in factors:
+        rows = _some(factor, batch_size, generator).to(x.device)
+        assert factor.per_example is not None
+        assert factor.expert is not None
+        energy = energy + factor.per_example(x, rows).sum() * (factor.expert.examples / len(rows))
+    return energy
+
+
+def _some(factor: BoundFactor, batch_size: int, generator: torch.Generator) -> Tensor:
+    assert factor.expert is not None
+    count = factor.expert.examples
+    return torch.randperm(count, generator=generator, device=generator.device)[: min(batch_size, count)].cpu()
+
+
+@torch.no_grad()
+def _held_out(looks: Sequence[BoundFactor], x: Tensor) -> float:
+    """Mean over experts of the energy per example, in nats."""
+    means = [float(look.energy(x)) / look.expert.examples for look in looks if look.expert is not None]
+    return sum(means) / len(means)
+
+
+def _bound(posterior: Posterior, expert: FactorExpert) -> BoundFactor:
+    """A held-out expert as a function of the posterior's latents."""
+    assert posterior.span is not None
+    return bind_factor(expert, posterior.span)
+
+
+def _units(posterior: Posterior) -> Tensor:
+    """Length of a typical update in each module, ``(M, 1, 1)`` float64: latents per unit of coefficient."""
+    assert posterior.span is not None
+    statistics = posterior.span.statistics
+    count = len(statistics.updates)
+    squares = statistics.gram.diagonal(dim1=-2, dim2=-1)[:, :count].double()
+    typical = squares.mean(-1).sqrt()
+    return torch.where(typical > 0, typical, 1.0)[:, None, None]
+
+
+def _require_examples(posterior: Posterior, factors: Sequence[BoundFactor], held_out: Sequence[FactorExpert]) -> None:
+    if posterior.span is None or not factors:
+        raise ValueError(
+            "`fit(...)`: no factor of this posterior is a sum over examples. Make it by `SpanModel.posterior(...)` "
+            "with functional experts, or use `fixed_point` or `minimize`."
+        )
+    for expert in held_out:
+        for factor in factors:
+            assert factor.expert is not None
+            one, other = (getattr(each.function, "inputs", None) for each in (expert, factor.expert))
+            if one is not None and one is other:
+                raise ValueError(
+                    f"`fit(held_out=...)`: the inputs of {expert.name!r} are those of the fit. Give others, or none."
+                )
+
+
+def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
+    if not bool(energy.isfinite()):
+        names = ", ".join(repr(factor.name) for factor in posterior.factors)
+        raise ValueError(
+            f"`fit(...)`: the energy is {float(energy.detach())} at step {step}. Lower the learning rate, or look at "
+            f"the inputs of {names}, whose outputs or targets may not be finite."
+        )
+
+
+def _require_gradient(factors: Sequence[BoundFactor], x: Tensor, generator: torch.Generator, batch_size: int) -> None:
+    """Refuse factors whose energy does not move with any coefficient: the forward pass ignores the weights."""
+    for factor in factors:
+        at = x.detach().clone().requires_grad_(True)
+        assert factor.per_example is not None
+        rows = _some(factor, batch_size, torch.Generator().manual_seed(0)).to(at.device)
+        value = factor.per_example(at, rows).sum()
+        gradient = torch.autograd.grad(value, at, allow_unused=True)[0] if value.requires_grad else None
+        if bool(value != 0) and (gradient is None or not bool((gradient != 0).any())):
+            raise ValueError(
+                f"`fit(...)`: the outputs of {factor.name!r} do not depend on the merged weights: the gradient is zero "
+                "in every module. Call the network that `forward` is given, not another one."
+            )

@@ -1,0 +1,187 @@
+"""A model whose weights are a function of the coefficients of a posterior in Span coordinates.
+
+>>> from poe_models import InputGram, ProductOfExperts, TaskVectors
+>>> network = torch.nn.Linear(2, 2)
+>>> base = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+>>> tuned = {"weight": torch.eye(2), "bias": torch.ones(2)}
+>>> vectors = TaskVectors(base, {"tuned": tuned})
+>>> model = SpanModel(network, vectors, ProductOfExperts.of(["tuned"], InputGram()))
+>>> model.basis
+('tuned', 'center', 'merge')
+>>> model.weights(torch.tensor([[0.5, 0.0, 0.0]]))["bias"]             # the bias follows the matrix of its layer
+tensor([0.5000, 0.5000])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from inference.map import fixed_point
+from poe_models.binding import statistics_posterior
+from poe_models.experts import FactorExpert, ProductOfExperts
+from poe_models.posterior import Posterior
+from poe_models.span_labels import basis_names
+from poe_models.weights.task_vectors import TaskVectors
+
+Forward = Callable[[Callable[..., Any], Any], Tensor]
+"""Outputs of a batch of inputs: called with the network, to be called as the module itself is, and the inputs."""
+
+
+class SpanModel:
+    """A network whose merged weights are ``W_0 + sum_j c_mj B_mj`` for every merged module ``m``.
+
+    The members of the basis are those of a span through the merge of a design: the experts' updates, the anchor's
+    centre, and the merge ``Z_*`` (see :mod:`poe_models.span`). Tensors that the rules average (biases, norms) have the
+    coefficients of the merged module whose name they share up to the last dot; those that share none stay the average.
+
+    Args:
+        network: The architecture; its own weights are only used where the checkpoints have none.
+        vectors: Base and experts; their updates are held once, on the device of the task vectors.
+        poe: The design in weight space. Its factor experts are added by :meth:`posterior`.
+        merged: Name of each module to its merged update ``Z_*``, ``(d_out, d_in)``, to go through; the design's MAP by
+            default.
+        prefix: What comes before the checkpoints' names in the network's own.
+
+    Raises:
+        ValueError: If the network lacks a tensor of the checkpoints, or the design has factor experts already.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        vectors: TaskVectors,
+        poe: ProductOfExperts,
+        merged: Mapping[str, Tensor] | None = None,
+        prefix: str = "",
+    ) -> None:
+        if poe.factors:
+            raise ValueError(
+                f"`SpanModel(poe=...)`: {poe.factors[0].name!r} is a factor expert. Give the experts in weight space "
+                "here, and the others to `SpanModel.posterior(...)`."
+            )
+        self.network, self.prefix, self.poe = network.to(vectors.device), prefix, poe
+        self.names = vectors.names
+        modules = list(vectors)
+        through = [fixed_point(poe.bind(m)).value[0] if merged is None else merged[m.name] for m in modules]
+        bound = poe.bind(modules, coordinates="span", through=through)
+        assert bound.span is not None
+        assert bound.span.bases is not None
+        self.span = bound.span
+        self._places = {module.name: place for place, module in enumerate(modules)}
+        self._read(vectors, [(module.name, module.tensor) for module in modules])
+        self._refuse_unknown(vectors)
+
+    def _read(self, vectors: TaskVectors, modules: list[tuple[str, str]]) -> None:
+        """Base tensors; and of averaged tensors the updates ``(N, *shape)`` and the module that they follow, if any."""
+        self._blocks = {t: [name for name, tensor in modules if tensor == t] for _, t in modules}
+        self._base: dict[str, Tensor] = {}
+        self._views = vectors.views
+        self._averaged: dict[str, tuple[Tensor, int | None]] = {}
+        owners = {tensor.rpartition(".")[0]: names for tensor, names in self._blocks.items()}
+        for name, treatment in vectors.treatments.items():
+            base = vectors.base.read(name)
+            self._base[name] = base.to(vectors.device, vectors.dtype) if base.is_floating_point() else base
+            if treatment.action == "average":
+                only = [[float(each == name_) for name_ in self.names] for each in self.names]
+                moved = [vectors.average(name, importance=weights) - self._base[name] for weights in only]
+                owner = owners.get(name.rpartition(".")[0])
+                self._averaged[name] = (torch.stack(moved), self._places[owner[0]] if owner else None)
+
+    def _refuse_unknown(self, vectors: TaskVectors) -> None:
+        known = {name for name, _ in [*self.network.named_parameters(), *self.network.named_buffers()]}
+        missing = [name for name in self._base if self.prefix + name not in known]
+        if missing:
+            raise ValueError(
+                f"`SpanModel(prefix={self.prefix!r})`: the network has no tensor {self.prefix + missing[0]!r} "
+                f"({len(missing)} of {len(self._base)} of {vectors.base.source} are not there). Give `prefix=...`, the "
+                "part of the network's names that comes before the checkpoint's, or the network that was fine-tuned."
+            )
+
+    @override
+    def __repr__(self) -> str:
+        return f"SpanModel({type(self.network).__name__}; {len(self._places)} modules on {', '.join(self.basis)})"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the ``M`` merged modules."""
+        return tuple(self._places)
+
+    @property
+    def basis(self) -> tuple[str, ...]:
+        """Names of the ``K`` members of every module's basis."""
+        return basis_names(self.names, True)
+
+    def posterior(self, *experts: FactorExpert) -> Posterior:
+        """The product of the design and factor experts, in this span; the updates are not copied."""
+        poe = self.poe
+        for expert in experts:
+            poe = poe * expert
+        return statistics_posterior(poe, self.span.statistics, self.span.bases)
+
+    def coefficients(self, values: Mapping[str, float]) -> Tensor:
+        """Coefficients ``(M, K)``, the same in every module, by the names of the basis; zero where none is given."""
+        unknown = set(values) - set(self.basis)
+        if unknown:
+            raise ValueError(f"`SpanModel.coefficients(...)`: no {sorted(unknown)[0]!r} among {', '.join(self.basis)}.")
+        row = torch.tensor([values.get(name, 0.0) for name in self.basis], dtype=torch.float64)
+        return row.to(self.span.transform.device).expand(len(self._places), -1).clone()
+
+    def latents(self, coefficients: Tensor) -> Tensor:
+        """Latents of a posterior in this span, ``(M, K)`` to ``(M, K, 1)``."""
+        return self.span.latents(coefficients)
+
+    def start(self, scaling: float = 1.0) -> Tensor:
+        """Latents of the merge that the span goes through, times λ, ``(M, K, 1)``."""
+        return self.latents(self.coefficients({"merge": scaling}))
+
+    def weights(self, coefficients: Tensor, averages: str | None = None) -> dict[str, Tensor]:
+        """Weights by the network's names, differentiable in the coefficients ``(M, K)``.
+
+        Args:
+            coefficients: On the members of the basis.
+            averages: The expert whose values tensors take that follow no module; their mean by default.
+        """
+        assert self.span.bases is not None
+        found = dict(self._base)
+        for tensor, names in self._blocks.items():
+            places = [self._places[name] for name in names]
+            bases = [self.span.bases[place] for place in places]
+            parts = [torch.tensordot(coefficients[m].to(b), b, dims=1) for m, b in zip(places, bases, strict=True)]
+            found[tensor] = found[tensor] + self._views[tensor].join(parts, found[tensor].shape)
+        for tensor, (updates, place) in self._averaged.items():
+            found[tensor] = found[tensor] + torch.tensordot(
+                self._shares(coefficients, place, averages).to(updates), updates, dims=1
+            )
+        return {self.prefix + name: value for name, value in found.items()}
+
+    def _shares(self, coefficients: Tensor, place: int | None, averages: str | None) -> Tensor:
+        """Weights ``(N,)`` of the experts' updates of an averaged tensor; the merge's update is their mean."""
+        count = len(self.names)
+        if place is not None:
+            own = coefficients[place]
+            return own[:count] + own[-1] / count
+        if averages is None:
+            return coefficients.new_full((count,), 1 / count)
+        return torch.tensor([float(name == averages) for name in self.names])
+
+    def call(self, coefficients: Tensor, forward: Forward, inputs: Any, averages: str | None = None) -> Tensor:
+        """Outputs of a batch under merged weights, differentiable in the coefficients ``(M, K)``.
+
+        Args:
+            coefficients: On the members of the basis.
+            forward: As in ``Forward``.
+            inputs: The batch.
+            averages: As in :meth:`weights`.
+        """
+        weights = self.weights(coefficients, averages)
+        return forward(lambda *args, **kwargs: functional_call(self.network, weights, args, kwargs), inputs)
+
+    def expert(self, name: str) -> Tensor:
+        """Coefficients ``(M, K)`` of one expert: its own updates."""
+        return self.coefficients({name: 1.0})
