@@ -1,7 +1,7 @@
 """The functional score: how far a merge's predictions are from each task's own expert's, without labels.
 
-The mean ``KL(p_i || p_Z)`` on inputs of task ``i`` judges any merge: a folder, a state dict, an ensemble. On inputs that
-a fit has seen it is too low, as a training loss is; give held-out ones.
+The mean ``KL(p_i || p_Z)`` on inputs of task ``i`` judges any merge: a folder, a state dict, an ensemble. On inputs
+that a fit has seen it is too low, as a training loss is; give held-out ones.
 
 >>> own = {"task": torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)}
 >>> merges = {"near": own, "far": {"task": torch.full((2, 2), 0.5, dtype=torch.float64)}}
