@@ -25,8 +25,8 @@ SCALES = (0.05, 5.0)
 """Least and largest λ: the best of the language suite is near 2."""
 
 
-def measured(name: str, seed: int, arguments: argparse.Namespace, console: Console) -> Results:
-    """Results of one suite and training seed, made where they are missing.
+def measured(name: str, seed: int, arguments: argparse.Namespace, console: Console) -> Results | None:
+    """Results of one suite and training seed, made where they are missing; None if they are not to be made.
 
     Args:
         name: Of the suite.
@@ -48,7 +48,7 @@ def measured(name: str, seed: int, arguments: argparse.Namespace, console: Conso
             console.print(f"{name}, seed {seed}: {method} {accuracy:.3f} ({seconds:.1f} s)", highlight=False)
 
         run(contest, folder, arguments.methods or list(contest.methods), tell)
-    return Results.read(folder)
+    return Results.read(folder) if folder.exists() else None
 
 
 def main() -> None:
@@ -68,8 +68,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     console = Console()
-    found = {name: [measured(name, seed, arguments, console) for seed in arguments.seeds] for name in arguments.suites}
-    command = " ".join(["python -m benchmarks.suites", *(["--full"] if arguments.full else [])])
+    every = {name: [measured(name, seed, arguments, console) for seed in arguments.seeds] for name in arguments.suites}
+    found = {name: [each for each in runs if each is not None] for name, runs in every.items() if any(runs)}
+    if not found:
+        parser.error(f"--report: nothing is kept under {arguments.entries}. Run without it first.")
+    command = f"python -m benchmarks.suites{' --full' if arguments.full else ''} --trials {arguments.trials}"
     console.print(write_report(arguments.out, found, command), markup=False)
 
 
