@@ -32,8 +32,8 @@ from typing_extensions import override
 
 from inference.evidence.estimate import SAMPLES, Evidence, UntrustedEvidence, dimensions, log_evidence
 from inference.evidence.module_batches import Updates, module_batches
-from inference.models.modules import with_names
 from poe_models.experts import ProductOfExperts
+from poe_models.module_names import with_names
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.records import joined
