@@ -38,7 +38,7 @@ def full_posterior(batch: Batch) -> Posterior:
     index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
     low_rank = [None if factors is None else (factors[0][:, i], factors[1][:, i]) for i in index]
     operators = [
-        e.residual_map.operator(updates[:, i]) if pair is None else e.residual_map.operator_of_factors(*pair)
+        e.residual_map.checked_operator(updates[:, i], pair)
         for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
     ]
     experts, precision = bind_experts(
