@@ -66,5 +66,21 @@ def not_drawn(modules: Sequence[str]) -> str:
     >>> not_drawn(["fc.weight"])
     "nothing changes fc.weight: not drawn but left at the MAP, the anchor's centre."
     """
+    return f"{_nothing_changes(modules)}: not drawn but left at the MAP, the anchor's centre."
+
+
+def left_out(modules: Sequence[str]) -> str:
+    """Says the same where nothing is drawn.
+
+    Args:
+        modules: Their names.
+
+    >>> left_out(["fc.weight"])
+    'nothing changes fc.weight: left out, since nothing is to be inferred there.'
+    """
+    return f"{_nothing_changes(modules)}: left out, since nothing is to be inferred there."
+
+
+def _nothing_changes(modules: Sequence[str]) -> str:
     more = f" and {len(modules) - _SHOWN} more modules" if len(modules) > _SHOWN else ""
-    return f"nothing changes {', '.join(modules[:_SHOWN])}{more}: not drawn but left at the MAP, the anchor's centre."
+    return f"nothing changes {', '.join(modules[:_SHOWN])}{more}"

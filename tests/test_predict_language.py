@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import poe_merge as pm
-from inference import nuts, slice_sample
+from inference import HierarchicalModel, compare_designs, nuts, slice_sample
 from inference.models.ensemble import MergedEnsemble
 from poe_models import AbsolutePrecision, ProductOfExperts, TaskVectors
 from poe_models.least_squares import quadratic_of
@@ -125,6 +125,18 @@ def test_an_absolute_precision_says_something_about_an_untouched_module() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert poe.bind(pm.collect_statistics(vectors, poe)).modules == ("0.weight", "1.weight")
+
+
+def test_evidence_and_scales_of_a_model_leave_it_out() -> None:
+    vectors = two_layers()
+    poe = ProductOfExperts.of(vectors.names, energy=pm.Gaussian())
+    with pytest.warns(UserWarning, match="nothing changes 1.weight: left out, since nothing is to be inferred there"):
+        found = compare_designs({"gaussian": poe}, vectors, generator=seeded(0))
+    assert found.modules == ("0.weight",)
+    with pytest.warns(UserWarning, match="nothing changes 1.weight: left out"):
+        assert HierarchicalModel(poe, vectors).modules == ("0.weight",)
+    with pytest.raises(ValueError, match=r"'1\.weight'"):
+        compare_designs({"gaussian": poe}, list(vectors)[1], generator=seeded(0))
 
 
 def test_errors_of_a_batch_name_the_module() -> None:

@@ -113,7 +113,7 @@ def compare_designs(
         raise ValueError("`compare_designs({})`: no designs. Give at least one.")
     found: dict[str, list[Evidence]] = {name: [] for name in designs}
     modules: list[str] = []
-    for batch in module_batches(updates):
+    for batch in module_batches(updates, designs.values()):
         posteriors = {name: poe.bind(batch.updates) for name, poe in designs.items()}
         _require_comparable(posteriors)
         for name, posterior in posteriors.items():
