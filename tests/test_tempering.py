@@ -410,6 +410,6 @@ def test_logits_that_are_all_right_or_all_wrong_hit_the_bounds() -> None:
     for bad in ((torch.zeros(3), torch.arange(3)), (logits, torch.arange(2)), (logits[:0], torch.arange(0))):
         with pytest.raises(ValueError, match="fit_logit_temperature"):
             fit_logit_temperature(*bad)
-    for value in (math.nan, -math.inf):
+    for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="are NaN or .inf, or -inf for a label"):
             fit_logit_temperature(torch.tensor([[0.0, value]]), torch.tensor([0]))
