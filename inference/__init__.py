@@ -30,7 +30,7 @@ from inference.merge_distance import MergeDistance
 from inference.minimize import minimize
 from inference.models.design import Design
 from inference.models.draw_files import load_draws, save_draws
-from inference.models.ensemble import MemberPredictor, MergedEnsemble, Prediction
+from inference.models.ensemble import MemberPredictor, MergedEnsemble, Prediction, ValuePrediction
 from inference.models.full_draws import RegenerationWarning, noise_control, sample_full
 from inference.models.merge import MergeReport, merge_checkpoint, plan
 from inference.models.method_design import MethodDesign
@@ -73,6 +73,7 @@ __all__ = [
     "TemperaturePoint",
     "Tempering",
     "UntrustedEvidence",
+    "ValuePrediction",
     "collect_statistics",
     "compare_designs",
     "distance_from_merge",

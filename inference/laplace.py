@@ -21,6 +21,7 @@ from inference.map import fixed_point
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, MinimizeInfo, Solution
 from poe_models.least_squares import quadratic_of
+from poe_models.module_names import naming
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, LowRankUpdate
@@ -71,11 +72,9 @@ class Laplace:
         self.quadratic = quadratic_of(posterior, for_draws=True)
         x = self.quadratic.compression.compress(mode if posterior.center is None else mode - posterior.center)
         q = self.quadratic.residuals(x)
-        self.hessian = LowRankUpdate(
-            self.quadratic.precision(2 * posterior.weights(q), 2 * posterior.anchor_precision),
-            [2 * force for force in self.quadratic.forces(x)],
-            posterior.curvatures(q),
-        )
+        base = self.quadratic.precision(2 * posterior.weights(q), 2 * posterior.anchor_precision)
+        with naming(posterior.modules):
+            self.hessian = LowRankUpdate(base, [2 * each for each in self.quadratic.forces(x)], posterior.curvatures(q))
 
     @override
     def __repr__(self) -> str:

@@ -22,11 +22,6 @@ MOST_EXPERTS = 14
 """Every subset of power-law experts is checked; beyond this many the check would take too long."""
 
 
-def undetermined(posterior: Posterior) -> Tensor:
-    """Modules about which nothing is said, ``(M,)``: no update there, and so no relative anchor precision either."""
-    return (posterior.anchor_precision == 0) & ~posterior.active.any(-1)
-
-
 def require_proper(posterior: Posterior) -> None:
     """Raise unless every module's posterior has a finite integral, whatever its factor experts.
 
@@ -35,7 +30,7 @@ def require_proper(posterior: Posterior) -> None:
             temperature is a tensor, to be inferred in a Pyro model.
     """
     _ = posterior.fixed_temperature  # or its error: every sampler comes by here
-    silent = undetermined(posterior).tolist()
+    silent = posterior.undetermined.tolist()
     loose = (posterior.anchor_precision == 0).nonzero().flatten().tolist()
     for module in loose:
         if silent[module]:

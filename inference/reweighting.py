@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from inference.anderson import Anderson
-from inference.propriety import undetermined
 from poe_models.least_squares import Quadratic
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
@@ -95,7 +94,7 @@ class Problem:
         self.quadratic = quadratic
         self.pulls = quadratic.pulls()
         # A module that nobody changed and nothing anchors stays where it is whatever the shift.
-        self.shift = torch.where(undetermined(posterior), 1.0, posterior.anchor_precision)
+        self.shift = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
 
     def solve(self, weights: Tensor) -> Point:

@@ -26,6 +26,20 @@ def nll_each(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return -log_probabilities.double().gather(1, labels.long().unsqueeze(1)).squeeze(1)
 
 
+def label_log_likelihood(log_probabilities: Tensor, labels: Tensor | None) -> Tensor:
+    """Log-likelihood of each label, ``(n,)`` in nats, of ``(n, classes)`` and ``(n,)``.
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    if labels is None:
+        raise ValueError(
+            "`label_log_likelihood(...)`: the batches have no integer labels, one for each row of logits. Give them as "
+            "`labels` of a mapping, or the second of a pair; or give `reduce=` a function of the probabilities alone."
+        )
+    return -nll_each(log_probabilities, labels)
+
+
 def brier_each(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Squared distance of each row of probabilities from its one-hot label, ``(n,)``, summed over classes: 0 to 2."""
     values = probabilities.double()

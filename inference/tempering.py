@@ -39,6 +39,7 @@ COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
 LOGIT_TEMPERATURES = (0.01, 100.0)
 """Where a logit temperature is looked for."""
+_LOWEST = torch.finfo(torch.float64).min
 
 Members = TypeVar("Members", bound=Iterable[Any])
 """The draws of an ensemble's members: a list, ``SpanDraws``, ``FullDraws`` and so on."""
@@ -192,6 +193,7 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
 
     Args:
         logits: ``(n, classes)`` on validation, or a dict of these by task; tasks may have different numbers of classes.
+            A logit of -inf rules a class out.
         labels: ``(n,)`` integers, or a dict of these by task.
 
     Returns:
@@ -199,15 +201,17 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
         less than nothing); 1 if every example's logits are equal, which no temperature changes.
 
     Raises:
-        ValueError: If shapes or tasks do not fit, or a logit is not finite.
+        ValueError: If shapes or tasks do not fit, a logit is NaN or +inf, or one of a label is -inf.
     """
     tables = _labelled_logits(_by_task(logits), _by_task(labels))
-    if all(bool((z == z[:, :1]).all()) for z, _ in tables):
+    if all(bool((z.isneginf() | (z == z.amax(1, keepdim=True))).all()) for z, _ in tables):
         return 1.0
 
     def slope(inverse: float) -> float:
         """Derivative of the mean negative log-likelihood in the inverse temperature: expected less observed logit."""
-        return sum(float(((inverse * z).softmax(1) * z).sum(1).sub(own).mean()) for z, own in tables) / len(tables)
+        expected = (((inverse * z).softmax(1) * z.clamp(min=_LOWEST)).sum(1) for z, _ in tables)
+        gaps = (float((each - own).mean()) for each, (_, own) in zip(expected, tables, strict=True))
+        return sum(gaps) / len(tables)
 
     coldest, hottest = LOGIT_TEMPERATURES
     if slope(1 / coldest) <= 0:
@@ -233,11 +237,13 @@ def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor])
                 "give (n, classes) and (n,) of validation examples."
             )
         z = table.detach().double().cpu()
-        if not bool(z.isfinite().all()):
+        of_label = z.gather(1, own.detach().cpu().long().unsqueeze(1)).squeeze(1)
+        if not bool((z.isfinite() | z.isneginf()).all() and of_label.isfinite().all()):
             raise ValueError(
-                "`fit_logit_temperature(...)`: some logits are NaN or infinite. Give classes that are ruled out -1e4."
+                f"`fit_logit_temperature(...)`: logits of {task} are NaN or +inf, or -inf for a label, which no "
+                "temperature mends. Look at the model that gave them, or leave these examples out."
             )
-        found.append((z, z.gather(1, own.detach().cpu().long().unsqueeze(1)).squeeze(1)))
+        found.append((z, of_label))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from poe_merge.console import Bars
-from poe_merge.specs import METHOD, canonical_method, nearest, parse_spec
+from poe_merge.specs import METHOD, canonical_method, nearest, parse_spec, same_name
 from poe_models.methods.checking import PROPERTIES, Report, check
 from poe_models.weights.task_vectors import TaskVectors
 
@@ -20,8 +20,9 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
     Raises:
         ValueError: If the method cannot be built, or no property is called like one of ``not_promised``.
     """
-    for name in not_promised:
-        if name not in PROPERTIES:
+    exempt = [same_name(name, PROPERTIES) for name in not_promised]
+    for name, known in zip(not_promised, exempt, strict=True):
+        if known is None:
             raise ValueError(
                 f"--not-promised {name!r}: no such property; {nearest(name, PROPERTIES)}Known: {', '.join(PROPERTIES)}."
             )
@@ -30,7 +31,7 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
         return check(
             built,
             modules,
-            not_promised=dict.fromkeys(not_promised, "as you say"),
+            not_promised={name: "as you say" for name in exempt if name is not None},
             seed=seed,
             progress=bars.steps("checking"),
         )

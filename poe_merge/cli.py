@@ -228,6 +228,7 @@ def diagnose(
         ),
     ] = 19,
     seed: Annotated[int, typer.Option("--seed", help="Of resamples and surrogates.")] = 0,
+    allow_code: AllowCode = False,
 ) -> None:
     """Judge a merge: one page of verdicts, tables and figures."""
     from poe_merge import diagnose as diagnosis
@@ -243,6 +244,7 @@ def diagnose(
             residual_map=measure,
             num_surrogates=num_surrogates,
             seed=seed,
+            allow_code=allow_code,
             progress=bars,
         )
     show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)

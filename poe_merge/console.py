@@ -190,6 +190,8 @@ def sample(done: SampleReport) -> None:
     modules = "1 module" if len(draws.modules) == 1 else f"{len(draws.modules)} modules"
     name = what.method if isinstance(what, Seeds) else what.sampler
     console.print(shown(f"{made}; {modules} drawn by {name} {_how_drawn(what, done.shared)}."), soft_wrap=True)
+    if what.pattern:
+        console.print(shown(f"--pattern {what.pattern!r} fits {done.found[0]} of {done.found[1]} merged modules."))
     _chains(done, console)
     if done.drawn.experts:
         kept = ", ".join(map(_kept, done.drawn.experts))
@@ -276,16 +278,10 @@ def _settings(method: type[MergingMethod]) -> list[str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people.
+    """Bytes for people; the import takes seconds, which an error need not wait for."""
+    from poe_models.printing import size_text
 
-    >>> size(0), size(1536), size(3 * 10**9)
-    ('0 bytes', '1.5 kB', '3.0 GB')
-    """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
+    return size_text(nbytes)
 
 
 class _Modules(ProgressColumn):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from diagnostics.solver import FixedPointConvergence, fixed_point_convergence
 from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
+from inference.models.design import Design
 from inference.models.digest import Progress, Silent
 from inference.models.disk import replace_file
 from inference.models.draw_files import load_draws
 from inference.models.folder import RECORD
+from inference.models.method_design import AnyDesign
 from inference.models.model_draws import PosteriorDraws, SpanDraws
 from poe_merge.beside import beside_verdict
-from poe_merge.record import NotBuiltIn, design_of, experts_of, merge_of, read_record, task_vectors_of, unprepared
+from poe_merge.record import NotBuiltIn, design_of, experts_of, read_record, task_vectors_of, unprepared
 from poe_merge.record_shape import understood
+from poe_merge.recorded_designs import recorded_designs
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
@@ -58,6 +62,7 @@ def diagnose(
     residual_map: ResidualMap | None = None,
     num_surrogates: int = NUM_SURROGATES,
     seed: int = 0,
+    allow_code: bool = False,
     progress: Progress | None = None,
 ) -> Page:
     """Make the report of a merged folder.
@@ -72,6 +77,7 @@ def diagnose(
         num_surrogates: Merges of Gaussian updates, as the null of a heavy tail; 0 for none. Each takes as
             long as the merge.
         seed: Of resamples and surrogates.
+        allow_code: Import the modules of the user's own that the merge's configuration names.
         progress: Told about the merges of surrogates.
 
     Returns:
@@ -91,7 +97,7 @@ def diagnose(
         if draws is not None:
             _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
         if tails and modules:
-            _fit_tails(run, record, found, seed, residual_map, num_surrogates, progress or Silent())
+            _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
     if predictions is not None:
         found.predictions = evaluate(load_predictions(predictions), seed=seed)
     return report(
@@ -150,30 +156,36 @@ def _fit_tails(
     seed: int,
     residual_map: ResidualMap | None = None,
     num_surrogates: int = NUM_SURROGATES,
+    allow_code: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Residuals and tails; where the inputs are not what they were, a note why there are none."""
     try:
         vectors = task_vectors_of(record)
         designs = {str(t["tensor"]): design_of(record, t) for t in record["tensors"] if "design" in t}
-        experts = {name: _experts(design, residual_map) for name, design in designs.items()}
+        again = partial(recorded_designs, run, record, vectors.base, allow_code=allow_code)
+        experts = _experts(designs, residual_map, again)
         found.measured = _measured(designs, residual_map)
         found.residuals = residuals(
             run, vectors, lambda tensor: experts[tensor], scaling=lambda tensor: float(designs[tensor]["scaling"])
         )
         surrogates = None
         if num_surrogates:
-            surrogates = _surrogates(record, vectors, experts, num_surrogates, seed, progress, found)
+            surrogates = _surrogates(again, vectors, experts, num_surrogates, seed, progress, found)
         level = max(LEVEL, 1 / (num_surrogates + 1))  # so few surrogates can reach no smaller one
         found.tails = pooled_tails(found.residuals, surrogates=surrogates, level=level, seed=seed)
     except (ValueError, CheckpointError, OSError) as error:
         part = "tails" if found.residuals is not None else "residuals"
-        way_out = " Name a residual map that measures them, --residual-map." if isinstance(error, NotBuiltIn) else ""
+        way_out = (
+            " Otherwise name a residual map that measures them, --residual-map."
+            if isinstance(error, NotBuiltIn)
+            else ""
+        )
         found.verdicts.append(Verdict(part, Level.UNKNOWN, f"left out: {error}{way_out}"))
 
 
 def _surrogates(
-    record: Mapping[str, Any],
+    again: Callable[[], dict[str, AnyDesign]],
     vectors: TaskVectors,
     experts: Mapping[str, Experts],
     count: int,
@@ -183,13 +195,13 @@ def _surrogates(
 ) -> Surrogates | None:
     """Residuals of the same merge of Gaussian updates; where the record does not hold the merge, a note why not."""
     try:
-        merge = unprepared(merge_of(record, vectors.base))
+        merge = unprepared(again())
         return surrogate_residuals(
             vectors, merge, lambda tensor: experts[tensor], num_surrogates=count, seed=seed, progress=progress
         )
     except ValueError as error:
         way_out = (
-            " Make it in Python: `surrogate_residuals(task_vectors, poe)` with your product of experts."
+            " Otherwise make it in Python: `surrogate_residuals(task_vectors, poe)` with your product of experts."
             if isinstance(error, NotBuiltIn)
             else ""
         )
@@ -198,11 +210,23 @@ def _surrogates(
         return None
 
 
-def _experts(design: Mapping[str, Any], residual_map: ResidualMap | None) -> Experts:
-    """Experts or the residual map that measure the residuals of a tensor."""
-    if residual_map is not None:
-        return residual_map
-    return METHODS_MAP if "method" in design else experts_of(design)
+def _experts(
+    designs: Mapping[str, Mapping[str, Any]],
+    residual_map: ResidualMap | None,
+    again: Callable[[], dict[str, AnyDesign]],
+) -> dict[str, Experts]:
+    """Experts or the residual map that measure the residuals of each tensor."""
+
+    def built_in(design: Mapping[str, Any]) -> Experts:
+        if residual_map is not None:
+            return residual_map
+        return METHODS_MAP if "method" in design else experts_of(design)
+
+    try:
+        return {tensor: built_in(design) for tensor, design in designs.items()}
+    except NotBuiltIn:
+        own = again()
+    return {tensor: each.poe if isinstance(each, Design) else METHODS_MAP for tensor, each in own.items()}
 
 
 def _measured(designs: Mapping[str, Mapping[str, Any]], residual_map: ResidualMap | None) -> str:

@@ -17,20 +17,20 @@ from inference.draws import Draws
 from inference.merge_distance import span_distance
 from inference.models.design import Design
 from inference.models.digest import Progress
-from inference.models.full_draws import not_drawn, sample_full
+from inference.models.full_draws import sample_full
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
-from inference.models.modules import module_names, with_names
+from inference.models.modules import module_names
 from inference.models.statistics_files import statistics_digest
-from inference.propriety import undetermined
 from inference.retention import ExpertRetention, without_update
 from inference.samplers import SAMPLERS
 from inference.tempering import temperature_range
-from poe_merge.kept import kept_in_statistics, kept_when_solved, merge_in_span
+from poe_merge.kept import bound, kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
 from poe_merge.unmatched import nearest_part
 from poe_models.energies import Energy
+from poe_models.module_names import not_drawn, with_names
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
 from poe_models.weights.patterns import pattern as regular
@@ -97,19 +97,25 @@ def draw_span(
         )
     modules = [name for each in statistics for name in each.modules]
     sets = [(each, place) for each in statistics for place in range(len(each.modules))]
-    groups, left = _determined(_groups(task_vectors, designs, modules, what.pattern), sets, what)
+    wanted = _groups(task_vectors, designs, modules, what.pattern)
+    posteriors = [(design, _bound(design, _selected(sets, places), what)) for design, places in wanted]
+    groups = [(design, each) for design, each in posteriors if not bool(each.undetermined.all())]
+    if not groups:
+        raise ValueError("no expert changes any of the modules to draw: there is nothing to infer. Draw others.")
+    drawn = [name for _, posterior in groups for name in posterior.modules]
+    left = [modules[place] for _, places in wanted for place in places if modules[place] not in drawn]
     whole = [(each, _selected(sets, places)) for each, places in _groups(task_vectors, designs, modules, "")]
     generator, digest = what.generator(), _digest(statistics)
     parts, data, notes = [], [], _silent(statistics) + ([not_drawn(left)] if left else [])
-    for number, (design, places) in enumerate(groups, 1):
+    for number, (design, posterior) in enumerate(groups, 1):
         name = what.sampler if len(groups) == 1 else f"{what.sampler} {number}/{len(groups)}"
-        part, made, said = _draw_group(design, _selected(sets, places), what, generator, partial(steps, name))
+        part, made, said = _draw_group(design, posterior, what, generator, partial(steps, name))
         made.attrs["statistics_digest"] = digest
         parts.append(part)
         data.append(made)
         notes += said
-    order = [place for _, places in groups for place in places]
-    draws = SpanDraws.joined(parts, digest).select(sorted(range(len(order)), key=order.__getitem__))
+    order = sorted(range(len(drawn)), key=lambda place: modules.index(drawn[place]))
+    draws = SpanDraws.joined(parts, digest).select(order)
     return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
@@ -185,22 +191,8 @@ def _groups(
     return list(groups.values())
 
 
-def _determined(
-    groups: Sequence[tuple[Design, list[int]]], sets: Sequence[tuple[SpanStatistics, int]], what: Sampling
-) -> tuple[list[tuple[Design, list[int]]], list[str]]:
-    """The groups without modules that nothing changes, and the names of these."""
-    kept: list[tuple[Design, list[int]]] = []
-    left: list[str] = []
-    for design, places in groups:
-        some = _selected(sets, places)
-        idle = undetermined(_posterior(design, some, what)).tolist()
-        left += [name for name, silent in zip(some.modules, idle, strict=True) if silent]
-        found = [place for place, silent in zip(places, idle, strict=True) if not silent]
-        if found:
-            kept.append((design, found))
-    if not kept:
-        raise ValueError("no expert changes any of the modules to draw: there is nothing to infer. Draw others.")
-    return kept, left
+def _bound(design: Design, statistics: SpanStatistics, what: Sampling) -> Posterior:
+    return bound(dataclasses.replace(design.span_product, temperature=what.temperature), statistics)
 
 
 def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int]) -> SpanStatistics:
@@ -208,19 +200,15 @@ def _selected(sets: Sequence[tuple[SpanStatistics, int]], places: Sequence[int])
     return sets[places[0]][0].select([sets[place][1] for place in places])
 
 
-def _posterior(design: Design, statistics: SpanStatistics, what: Sampling) -> Posterior:
-    return dataclasses.replace(design.span_product, temperature=what.temperature).bind(statistics)
-
-
 def _draw_group(
     design: Design,
-    statistics: SpanStatistics,
+    posterior: Posterior,
     what: Sampling,
     generator: torch.Generator,
     stage: Callable[[], Callable[[int, int], None]],
 ) -> tuple[SpanDraws, Any, list[str]]:
     """Draws of the modules of one design, ArviZ's InferenceData of them, and what a reader should know."""
-    posterior = _posterior(design, statistics, what)
+    assert posterior.span is not None
     mode = merge_in_span(posterior, design)
     sampler = SAMPLERS[what.sampler]
     offered = {"chains": what.chains, "warmup": what.warmup, "thin": what.thin, "mode": mode}
@@ -230,7 +218,7 @@ def _draw_group(
     try:
         chains = sampler.draw(posterior, what.draws, generator=generator, **settings)
     except ValueError as error:
-        raise with_names(error, statistics.modules) from error
+        raise with_names(error, posterior.modules) from error
     except (RuntimeError, ArithmeticError) as error:
         if what.temperature > _COLDEST:
             raise
@@ -243,7 +231,7 @@ def _draw_group(
     if bool(posterior.active.any()):
         notes += _too_hot(what.temperature, temperature_range(posterior)[1])
     named = SpanDraws.of(chains, posterior)
-    away = span_distance(statistics, named.coefficients, posterior.coefficients(mode))
+    away = span_distance(posterior.span.statistics, named.coefficients, posterior.coefficients(mode))
     return dataclasses.replace(named, from_merge=away), data, notes
 
 

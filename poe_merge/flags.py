@@ -22,7 +22,17 @@ from poe_merge.specs import nearest
 
 _OPTIONS = {"merge_method": "--method", "models": "--model", "rules": "--rule"}
 """Flags that are not called as their key."""
-COMMANDS = {"merge_method": ("plan", "merge", "sample"), "coordinates": ("plan", "merge", "stats")}
+_PRODUCT = ("plan", "merge", "stats", "sample")
+COMMANDS = {
+    "merge_method": ("plan", "merge", "sample"),
+    "coordinates": ("plan", "merge", "stats"),
+    "scaling": ("plan", "merge", "sample"),
+    "out_dtype": ("plan", "merge", "sample"),
+    "batch_bytes": ("plan", "merge"),
+    "seed": ("plan", "merge", "sample"),
+    **dict.fromkeys(("weight", "residual_map", "energy", "scale", "eta", "anchor", "starts"), _PRODUCT),
+    **dict.fromkeys(("max_steps", "tolerance", "step_tolerance", "acceleration"), _PRODUCT),
+}
 """Commands that have the flag, where not all have it."""
 _LISTS = {key: Value(lambda raw, _: raw, word, many=True) for key, word in (("models", "PATH"), ("rules", "RULE"))}
 """Lists of sections, one for each time that the flag is given."""

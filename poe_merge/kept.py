@@ -15,9 +15,17 @@ from inference.models.modules import merged_update, module_names, read_modules
 from inference.retention import ExpertRetention, retention, totals
 from inference.tempering import temperature_range
 from poe_merge.stats import Table
+from poe_models.experts import ProductOfExperts
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
 from poe_models.weights.task_vectors import TaskVectors
+
+
+def bound(product: ProductOfExperts, statistics: SpanStatistics) -> Posterior:
+    """The posterior from statistics; the modules that it leaves out are the caller's to tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return product.bind(statistics)
 
 
 def merge_in_span(posterior: Posterior, design: Design) -> Tensor:
@@ -46,11 +54,11 @@ def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple
     """Retention of each expert, from each design with the statistics of its modules."""
     records: list[Mapping[str, Any]] = []
     for design, statistics in groups:
-        posterior = design.span_product.bind(statistics)
+        posterior = bound(design.span_product, statistics)
         merge = merge_in_span(posterior, design)
         found = retention(posterior, merge, posterior.residuals(merge))
         written = found.scaled(design.scaling)
-        records += [written.record(module) for module in range(len(statistics.modules))]
+        records += [written.record(module) for module in range(posterior.num_modules)]
     return totals(records)
 
 

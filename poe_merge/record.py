@@ -22,7 +22,7 @@ from poe_merge.config import MergeConfig, parse_config
 from poe_merge.flags import overridden
 from poe_merge.record_shape import require_shape
 from poe_merge.settings import POE, ConfigError, Document
-from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, parse_spec
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, is_spec, parse_spec
 from poe_merge.stats import Table, checkpoints_of
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.methods import METHODS, MergingMethod
@@ -219,6 +219,8 @@ def _center(
     if text.partition("(")[0] in METHODS:
         return _known(text, METHOD), None
     role = f"anchor {text}"
+    if role not in inputs and is_spec(text):
+        raise NotBuiltIn(f"the anchor's centre {text} is not built in, and a record does not hold its code.")
     if role not in inputs or not Path(text).exists():
         raise ValueError(f"the anchor's centre, {text}, is not in the record, or not there any more.")
     checkpoint = open_checkpoint(text, base=base)

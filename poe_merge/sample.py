@@ -44,6 +44,7 @@ from poe_merge.drawing import Drawn, check_drawable, draw_full, draw_span
 from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
 from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
+from poe_models.weights.patterns import pattern
 from poe_models.weights.task_vectors import TaskVectors
 
 RECORD, DRAWS = "sample.json", "draws"
@@ -68,6 +69,7 @@ class SampleReport:
         what: The settings.
         drawn: The draws.
         shared: Number of merged tensors that were not drawn: they are the merge's, or the method's at its own seed.
+        found: Number of merged modules that the pattern finds, and of all.
         warnings: What a reader should know.
         seconds: Wall time of this run.
     """
@@ -76,6 +78,7 @@ class SampleReport:
     what: Sampling | Seeds
     drawn: Drawn
     shared: int
+    found: tuple[int, int]
     warnings: tuple[str, ...]
     seconds: float
 
@@ -139,12 +142,14 @@ def sample(
             out, format=what.format, resume=resume, progress=bars, extras=lambda place: _write(place, drawn, record)
         )
     tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    modules = [name for tensor in tensors for name in module_names(task_vectors, tensor)]
     sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
     return SampleReport(
         out=out,
         what=what,
         drawn=drawn,
         shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
+        found=(sum(1 for name in modules if pattern(what.pattern).search(name)), len(modules)),
         warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
         seconds=time.monotonic() - began,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -13,7 +13,7 @@ import torch
 from inference.samplers import SAMPLERS
 from poe_merge.config import MergeConfig
 from poe_merge.settings import POE
-from poe_merge.specs import METHOD, names_method, nearest, parse_spec
+from poe_merge.specs import METHOD, names_method, nearest, parse_spec, same_name
 from poe_models.methods import METHODS
 from poe_models.weights.patterns import PatternError, pattern
 
@@ -102,7 +102,7 @@ def requested(settings: MergeConfig, options: Options) -> Sampling | Seeds:
     Raises:
         ValueError: If an option cannot be used, or not with another or with the merge; says which.
     """
-    _check_choice("format", options.format, get_args(Format))
+    options = replace(options, format=_choice("format", options.format, get_args(Format)))
     try:
         pattern(options.pattern)
     except PatternError as error:
@@ -131,13 +131,13 @@ def _seeds(settings: MergeConfig, options: Options) -> Seeds:
 def _sampling(settings: MergeConfig, options: Options) -> Sampling:
     sampler, coordinates = options.sampler or "gibbs", options.coordinates or "span"
     temperature = 1.0 if options.temperature is None else options.temperature
-    if sampler not in SAMPLERS and names_method(sampler):
+    if same_name(sampler, SAMPLERS) is None and names_method(sampler):
         raise ValueError(
             f"--sampler {sampler}: is a merging method. To draw it at several seeds, give --method {sampler}, or "
             f"`merge_method: {sampler}` in the configuration."
         )
-    _check_choice("sampler", sampler, SAMPLERS)
-    _check_choice("coordinates", coordinates, get_args(Coordinates))
+    sampler = _choice("sampler", sampler, SAMPLERS)
+    coordinates = _choice("coordinates", coordinates, get_args(Coordinates))
     if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
     _check_merge(settings, coordinates)
@@ -159,9 +159,12 @@ def _sampling(settings: MergeConfig, options: Options) -> Sampling:
     )
 
 
-def _check_choice(option: str, value: str, valid: Iterable[str]) -> None:
-    if value not in valid:
+def _choice(option: str, value: str, valid: Collection[str]) -> str:
+    """One of the valid names, as it is spelled here."""
+    known = same_name(value, valid)
+    if known is None:
         raise ValueError(f"--{option} {value}: {nearest(value, valid)}Choose from {', '.join(valid)}.")
+    return known
 
 
 def one_of(names: Iterable[str]) -> str:

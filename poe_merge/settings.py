@@ -18,7 +18,17 @@ from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from poe_merge import yaml_text
-from poe_merge.specs import METHOD, PRECISION, Kind, canonical, canonical_method, is_spec, names_method, nearest
+from poe_merge.specs import (
+    METHOD,
+    PRECISION,
+    Kind,
+    canonical,
+    canonical_method,
+    is_spec,
+    names_method,
+    nearest,
+    same_name,
+)
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -149,10 +159,11 @@ def choice(noun: str, *options: Any, default: Any = None, many: bool = False) ->
     """One of a few values of the same type."""
 
     def parse(raw: Any, folders: Folders) -> Any:
-        if type(raw) is not type(options[0]) or raw not in options:
+        known = same_name(raw, map(str, options)) if isinstance(raw, str) else raw
+        if type(known) is not type(options[0]) or known not in options:
             hint = nearest(str(raw), map(str, options))
             raise ValueError(f"unknown {noun} `{raw}`; {hint}Choose from {', '.join(map(repr, options))}")
-        return raw
+        return known
 
     listed = "|".join(map(str, options))
     return Value(parse, listed if len(listed) < 60 else noun.upper(), default, many)
@@ -180,7 +191,7 @@ def eta(raw: Any, folders: Folders) -> str:
 def merge_method(raw: Any, folders: Folders) -> str:
     """Parse ``poe`` or a merging method."""
     try:
-        return POE if raw == POE else canonical_method(raw, folders)
+        return POE if isinstance(raw, str) and same_name(raw, [POE]) else canonical_method(raw, folders)
     except ValueError as error:
         raise ValueError(f"{error} A product of experts is `merge_method: {POE}`.") from error
 
@@ -188,8 +199,8 @@ def merge_method(raw: Any, folders: Folders) -> str:
 def anchor(raw: Any, folders: Folders) -> str:
     """Parse an anchor's centre: ``zero``, a merging method, or a checkpoint."""
     text = str(raw).strip()
-    if text == "zero":
-        return text
+    if same_name(text, ["zero"]):
+        return "zero"
     if names_method(text) or is_spec(text):
         return canonical_method(text, folders)
     found = located(text, folders)

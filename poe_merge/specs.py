@@ -86,6 +86,22 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean `{lowered[close[0]]}`? " if close else ""
 
 
+def same_name(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that a name is but for capitals, hyphens and underscores; None if there is none, or several.
+
+    >>> same_name("inputgram", ["InputGram", "OutputGram"]), same_name("dare-ties", ["Dare", "DareTies"])
+    ('InputGram', 'DareTies')
+    """
+    found = list(valid)
+    same = [name] if name in found else [each for each in found if plain_name(each) == plain_name(name)]
+    return same[0] if len(same) == 1 else None
+
+
+def plain_name(name: str) -> str:
+    """A name without capitals, hyphens, underscores and spaces."""
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
 def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     """Build the object that a spec describes.
 
@@ -174,7 +190,7 @@ def canonical(text: str, kind: Kind[Any], folders: Sequence[Path] = ()) -> str:
     _, name, args, kwargs = _read(text, kind)
     if dataclasses.is_dataclass(value):
         args, kwargs = [], {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
-        name = type(value).__name__
+    name = type(value).__name__
     shown = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
     return f"{_prefix(type(value), kind)}{name}({shown})"
 
@@ -189,11 +205,7 @@ def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
     """
     if not isinstance(text, str):
         raise SpecError(f"{text!r} is no merging method; write its name, such as `Ties`")
-    name, bracket, rest = text.strip().partition("(")
-    if ":" not in name:
-        usual = {_plain_name(method): method for method in METHOD.registry}
-        name = usual.get(_plain_name(name), name.replace("-", "_"))
-    return canonical(name + bracket + rest, METHOD, folders)
+    return canonical(text, METHOD, folders)
 
 
 def names_method(text: str) -> bool:
@@ -202,11 +214,7 @@ def names_method(text: str) -> bool:
     >>> names_method("dare-ties"), names_method("Ties(density=0.2)"), names_method("gibbs")
     (True, True, False)
     """
-    return _plain_name(text.partition("(")[0]) in map(_plain_name, METHOD.registry)
-
-
-def _plain_name(name: str) -> str:
-    return re.sub(r"[-_ ]", "", name).lower()
+    return same_name(text.partition("(")[0], METHOD.registry) is not None
 
 
 def is_spec(text: str) -> bool:
@@ -260,7 +268,7 @@ def _with_folder(args: list[Any], kwargs: dict[str, Any], folders: Sequence[Path
 
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:
     """Split a spec into the place of its class (None: the registry), the class's name, and its literal arguments."""
-    match = _SPEC.match(text.strip())
+    match = _SPEC.match(_usual(text, kind))
     try:
         if match is None:
             raise ValueError
@@ -280,6 +288,14 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
     return match["where"], node.func.id, args, kwargs
 
 
+def _usual(text: str, kind: Kind[Any]) -> str:
+    """A spec with the name of a member as it is spelled here, however it was."""
+    name, bracket, rest = text.strip().partition("(")
+    if ":" in name:
+        return text.strip()
+    return (same_name(name.strip(), kind.registry) or name.strip().replace("-", "_")) + bracket + rest
+
+
 def _unclosed(text: str) -> str:
     missing = text.count("(") - text.count(")")
     return ": a bracket is not closed" if missing > 0 else ""
@@ -288,8 +304,9 @@ def _unclosed(text: str) -> str:
 def _way_out(text: str, kind: Kind[Any]) -> str:
     """A way to write what is no spec: with the arguments of the class that it begins with, or by the nearest name."""
     name = text.strip().partition("(")[0].strip()
-    if name in kind.registry:
-        return f"Write it as `{_template(kind.registry[name])}`, with literal arguments."
+    known = same_name(name, kind.registry)
+    if known is not None:
+        return f"Write it as `{_template(kind.registry[known])}`, with literal arguments."
     hint = nearest(name, kind.registry)
     return (
         f"{hint[:1].upper()}{hint[1:]}Write it like `{next(iter(kind.registry))}`, `Name(1.0)`, "
@@ -300,12 +317,12 @@ def _way_out(text: str, kind: Kind[Any]) -> str:
 def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[Path]) -> Any:
     """Import class ``name``, which must derive from ``base``, from a module or a file."""
     module = _module(what, where, folders)
-    found = getattr(module, name, None)
+    classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
+    found = getattr(module, same_name(name, classes) or name, None)
     at = getattr(module, "__file__", None) or where
     if found is None:
-        classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         known = ", ".join(key for key in classes if key != base.__name__) or f"no class derived from {base.__name__}"
-        raise SpecError(f"{what}: {at} has no `{name}`; it has {known}.")
+        raise SpecError(f"{what}: {at} has no `{name}`; {nearest(name, classes)}It has {known}.")
     if not (isinstance(found, type) and issubclass(found, base)):
         raise SpecError(f"{what}: `{name}` in {at} is no {base.__name__}. Write `class {name}({base.__name__}): ...`.")
     if inspect.isabstract(found):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from poe_models.experts import Expert, FactorExpert, ProductOfExperts
+from poe_models.module_names import not_drawn
 from poe_models.operators import Gram, Operator, mean_curvatures, sum_of_squares
 from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
@@ -36,7 +38,7 @@ def full_posterior(batch: Batch) -> Posterior:
     index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
     low_rank = [None if factors is None else (factors[0][:, i], factors[1][:, i]) for i in index]
     operators = [
-        e.residual_map.operator(updates[:, i]) if pair is None else e.residual_map.operator_of_factors(*pair)
+        e.residual_map.checked_operator(updates[:, i], pair)
         for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
     ]
     experts, precision = bind_experts(
@@ -71,6 +73,22 @@ def span_posterior(
         parts.append(statistics_of(bound, updates, basis, modules, ranks, merges is not None))
         bases += basis.unbind(0)
     return statistics_posterior(poe, concatenate(parts), tuple(bases))
+
+
+def model_posterior(poe: ProductOfExperts, statistics: SpanStatistics) -> Posterior:
+    """The posterior from the statistics of a whole model, without the modules about which nothing is said.
+
+    A warning names these. They stay where nothing is said about any, and where factor experts see all modules.
+
+    Raises:
+        ValueError: If the statistics are about another design, or a factor expert needs bases.
+    """
+    whole = statistics_posterior(poe, statistics)
+    silent = whole.undetermined.tolist()
+    if poe.factors or all(silent) or not any(silent):
+        return whole
+    warnings.warn(not_drawn([name for name, idle in zip(whole.modules, silent, strict=True) if idle]), stacklevel=3)
+    return statistics_posterior(poe, statistics.select([place for place, idle in enumerate(silent) if not idle]))
 
 
 def statistics_posterior(

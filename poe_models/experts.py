@@ -277,7 +277,9 @@ class ProductOfExperts:
             updates: ``(N, d_out, d_in)`` or ``(M, N, d_out, d_in)`` in the order of ``update_names``, where half
                 precision is computed in float32; one module of a
                 :class:`~poe_models.weights.task_vectors.TaskVectors`, or several, of equal shape in Full coordinates;
-                or :class:`~poe_models.span.SpanStatistics` of modules of any shapes. Never changed.
+                or :class:`~poe_models.span.SpanStatistics` of modules of any shapes, of which those that no update
+                changes are left out, with a warning, where the anchor's precision is relative: nothing is to be
+                inferred there, and an ensemble has their MAP. Never changed.
             coordinates: ``"full"`` (the default for updates): the latent is the merged update. ``"span"`` (the only
                 ones of statistics): coordinates in the span of the updates and the anchor's centre, a restriction for
                 the Gram maps and none for Directional.
@@ -295,7 +297,7 @@ class ProductOfExperts:
         Posterior(1 module: 0; span, latents (3, 1), torch.float64; experts a, b; T = 1)
         """
         # These modules are about products, and import this one.
-        from poe_models.binding import full_posterior, span_posterior, statistics_posterior
+        from poe_models.binding import full_posterior, model_posterior, span_posterior
         from poe_models.span import SpanStatistics
         from poe_models.updates import batch_of
 
@@ -307,7 +309,7 @@ class ProductOfExperts:
                     "`poe.bind(statistics, ...)`: statistics are of a span, with or without a merge, and take no other "
                     "coordinates, factors or merge. Bind the updates themselves."
                 )
-            return statistics_posterior(self, updates)
+            return model_posterior(self, updates)
         if coordinates == "span" and low_rank is not None:
             raise ValueError(
                 "`poe.bind(coordinates='span', low_rank=...)`: factors save nothing in Span. Leave them out."

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from poe_models.module_names import naming
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, KroneckerSum, Precision
@@ -79,12 +80,14 @@ class Quadratic:
         targets: ``U_i - Z_0`` in these coordinates, ``(M, a, b)`` each.
         compression: The change of coordinates.
         shape: ``(d_out, d_in)`` of the merged update.
+        modules: Names of the modules, for errors.
     """
 
     operators: tuple[Operator, ...]
     targets: tuple[Tensor, ...]
     compression: Compression
     shape: tuple[int, int]
+    modules: tuple[str, ...] = ()
 
     @property
     def event_shape(self) -> tuple[int, int]:
@@ -118,13 +121,14 @@ class Quadratic:
     def precision(self, weights: Tensor, shift: Tensor) -> Precision:
         """``H = sum_i w_i P_i + shift I``, factored, for weights ``(*S, M, E)`` and a shift ``(*S, M)``."""
         left, right, diagonal = self._assemble(weights, shift)
-        if left is not None and right is not None:
-            return KroneckerSum(left, right, diagonal)
-        if left is not None:
-            return GramPrecision(_add_diagonal(left, diagonal), "left", self.event_shape)
-        if right is not None:
-            return GramPrecision(_add_diagonal(right, diagonal), "right", self.event_shape)
-        return DiagonalPrecision(diagonal, self.event_shape)
+        with naming(self.modules):
+            if left is not None and right is not None:
+                return KroneckerSum(left, right, diagonal)
+            if left is not None:
+                return GramPrecision(_add_diagonal(left, diagonal), "left", self.event_shape)
+            if right is not None:
+                return GramPrecision(_add_diagonal(right, diagonal), "right", self.event_shape)
+            return DiagonalPrecision(diagonal, self.event_shape)
 
     def apply(self, weights: Tensor, shift: Tensor, x: Tensor) -> Tensor:
         """``H x`` for the same ``H``, ``(*S, M, a, b)``."""
@@ -186,7 +190,7 @@ def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
         )
     reduced = tuple(compression.compress(target) for target in targets)
     operators = tuple(compression.operator(expert.operator, reduced[0]) for expert in posterior.experts)
-    return Quadratic(operators, reduced, compression, posterior.event_shape)
+    return Quadratic(operators, reduced, compression, posterior.event_shape, posterior.modules)
 
 
 def _flat_basis(experts: tuple[BoundExpert, ...], targets: list[Tensor], for_draws: bool) -> Tensor:

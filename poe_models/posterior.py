@@ -24,6 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.energies import Energy
+from poe_models.module_names import module_label
 from poe_models.operators import Operator, sum_of_squares
 from poe_models.records import with_tensors
 
@@ -183,8 +184,7 @@ class Posterior:
 
     def label(self, module: int) -> str:
         """A module's name for messages, or its position where it has none."""
-        named = self.modules[module : module + 1] not in ((), (str(module),))
-        return repr(self.modules[module]) if named else f"module {module} of the batch"
+        return module_label(self.modules, module)
 
     def update(self, z: Tensor) -> Tensor:
         """Merged updates of latents, ``(*S, M, *event)`` to ``(*S, M, d_out, d_in)``, for modules of equal shape.
@@ -288,3 +288,8 @@ class Posterior:
     def active(self) -> Tensor:
         """Mask of the experts whose operator is not zero, ``(M, E)``."""
         return torch.stack([expert.active for expert in self.experts], -1)
+
+    @property
+    def undetermined(self) -> Tensor:
+        """Modules about which nothing is said, ``(M,)``: no update there, so no relative anchor precision either."""
+        return (self.anchor_precision == 0) & ~self.active.any(-1)

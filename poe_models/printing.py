@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-__all__ = ["Brief"]
+__all__ = ["Brief", "size_text"]
 
 MOST_NAMES, LONGEST_TEXT = 4, 60
 
@@ -51,3 +51,16 @@ def _listed(items: Sequence[Any]) -> str:
         return f"{len(items)} x {type(items[0]).__name__}"
     shown = ", ".join(map(repr, items[:MOST_NAMES]))
     return f"{shown}, ... {len(items)} in all" if len(items) > MOST_NAMES else shown
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(0), size_text(1536), size_text(215_000), size_text(3 * 10**9)
+    ('0 bytes', '1.5 kB', '215.0 kB', '3.0 GB')
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

@@ -74,6 +74,22 @@ class ResidualMap(ABC):
         """The operator of ``U_i = left @ right``, ``(..., d_out, r)`` and ``(..., r, d_in)``; cheaper for some maps."""
         return self.operator(left @ right)
 
+    def checked_operator(self, update: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Operator:
+        """The operator of an update or of its factors, if it is one.
+
+        Raises:
+            ValueError: If the map returns something else, such as a tensor.
+        """
+        found: Any = self.operator(update) if low_rank is None else self.operator_of_factors(*low_rank)
+        if isinstance(found, Operator):
+            return found
+        got = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"`{type(self).__name__}.operator(update)`: it returned {got}, expected an operator. Return a `Gram`, "
+            "which is `P = F F^T` on one side: `Gram(F, 'left', tuple(update.shape[-2:]))`, or a `Diagonal`, `RankOne` "
+            "or `ScaledIdentity`, from `poe_models`."
+        )
+
     def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
         """The map of one expert, named by its task vector, for a batch of named modules; equal to this one.
 

@@ -166,7 +166,9 @@ def statistics_of(
 
     ``through`` says that the last member of the basis is the design's merge.
     """
-    operators = [e.residual_map.operator(updates[:, poe.update_names.index(e.update_name)]) for e in poe.experts]
+    operators = [
+        e.residual_map.checked_operator(updates[:, poe.update_names.index(e.update_name)]) for e in poe.experts
+    ]
     members, curvature = basis.unbind(1), torch.stack(mean_curvatures(operators), 1)
     return SpanStatistics(
         modules=modules,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from poe_models.experts import NamedCenter
+from poe_models.module_names import module_label
 
 if TYPE_CHECKING:
     from poe_models.experts import Anchor, ProductOfExperts
@@ -71,7 +72,7 @@ def batch_of(
     names = tuple(module.name for module in modules)
     ordered = [(module, _order(poe, module)) for module in modules]
     stacked = torch.stack([module.updates[order] for module, order in ordered])
-    checked = check_updates(stacked, poe.update_names, list(map(repr, names)))
+    checked = check_updates(stacked, poe.update_names, names)
     left, right = (
         [module.low_rank[side][order] for module, order in ordered if module.low_rank is not None] for side in (0, 1)
     )
@@ -111,7 +112,7 @@ def check_updates(updates: Tensor, names: Sequence[str], modules: Sequence[str] 
     finite = torch.isfinite(updates).flatten(2).all(-1)
     if not bool(finite.all()):
         module, expert = (~finite).nonzero()[0].tolist()
-        where = f"module {module} of the batch" if modules is None else modules[module]
+        where = module_label(modules or [], module)
         raise ValueError(
             f"`updates` of {names[expert]!r} ({where}) has NaN or infinite values. "
             "Leave the expert out, or look at the checkpoint it came from."

@@ -217,12 +217,12 @@ def test_an_energy_of_the_users_own_is_not_imported(folders: Path, tmp_path: Pat
     (verdict,) = [v for v in diagnosis.diagnose(tmp_path / "out").warnings if v.about == "residuals"]
     assert "Mine" in verdict.text
     assert "not built in" in verdict.text
-    assert verdict.text.endswith("Name a residual map that measures them, --residual-map.")
+    assert verdict.text.endswith("Otherwise name a residual map that measures them, --residual-map.")
     page = diagnosis.diagnose(tmp_path / "out", residual_map=InputGram())
     assert not [v for v in page.warnings if v.about == "residuals"]
     (verdict,) = [v for v in page.warnings if v.about == "null control"]
     assert "could not be made, so that no tail has a null" in verdict.text
-    assert "Make it in Python: `surrogate_residuals(task_vectors, poe)`" in verdict.text
+    assert "Otherwise make it in Python: `surrogate_residuals(task_vectors, poe)`" in verdict.text
     assert "not known" in page.html
     record = tmp_path / "out" / "poe_merge.json"
     evil = tmp_path / "evil.py"

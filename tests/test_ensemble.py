@@ -638,11 +638,13 @@ def test_bad_loaders_and_outputs_are_named(
         ensemble.predict(model, iter(loader))
     with pytest.raises(ValueError, match="has no batches"):
         ensemble.predict(model, [])
-    with pytest.raises(ValueError, match="batches are mappings with input_ids.*forward=lambda"):
+    with pytest.raises(ValueError, match=r"batches are mappings with input_ids.*`Net.forward`.*forward=lambda"):
         ensemble.predict(model, [{"input_ids": torch.zeros(1, 4)}])
-    with pytest.raises(ValueError, match=r"gave a tensor \(10, 2, 5\), expected logits \(b, classes\)"):
-        ensemble.predict(model, loader, forward=lambda model, batch: model(batch[0]).unsqueeze(1).expand(-1, 2, -1))
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match=r"gave a tensor \(10, 1, 2, 5\), expected logits \(b, classes\)"):
+        ensemble.predict(
+            model, loader, forward=lambda model, batch: model(batch[0])[:, None, None].expand(-1, 1, 2, -1)
+        )
+    with pytest.raises(ValueError, match="batch 0: a member gives logits that are NaN"):
         ensemble.predict(model, loader, forward=lambda model, batch: model(batch[0]) * torch.nan)
     other = Net()
     other.out = nn.Linear(6, 7, dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.propriety import MOST_EXPERTS, _null_dimension, require_proper, undetermined
+from inference.propriety import MOST_EXPERTS, _null_dimension, require_proper
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -132,10 +132,10 @@ def test_a_module_without_updates_is_another_reason(generator: torch.Generator) 
     updates = normal(generator, 2, 2, 1, 1)
     updates[1] = 0.0
     posterior = bare(OutputGram(), Gaussian(), updates)
-    assert undetermined(posterior).tolist() == [False, True]
+    assert posterior.undetermined.tolist() == [False, True]
     with pytest.raises(ValueError, match="module 1 of the batch has updates that are all zero"):
         require_proper(posterior)
-    assert undetermined(bare(OutputGram(), Gaussian(), updates, eta=1.0)).tolist() == [False, False]
+    assert bare(OutputGram(), Gaussian(), updates, eta=1.0).undetermined.tolist() == [False, False]
     require_proper(bare(OutputGram(), Gaussian(), updates, eta=1.0))
 
 

@@ -146,8 +146,8 @@ def test_only_names_with_literals_are_read(text: str, tmp_path: Path, monkeypatc
     ("text", "kind", "message"),
     [
         ("Couchy", ENERGY, "unknown name `Couchy`; did you mean `Cauchy`? Known: Gaussian, Cauchy"),
-        ("student_t(4)", ENERGY, "did you mean `StudentT`?"),
-        ("Inputgram", RESIDUAL_MAP, "did you mean `InputGram`? Known: Identity, Directional, OutputGram, InputGram"),
+        ("studen_t(4)", ENERGY, "did you mean `StudentT`?"),
+        ("Inputgrm", RESIDUAL_MAP, "did you mean `InputGram`? Known: Identity, Directional, OutputGram, InputGram"),
         ("xyz", SCALE, "unknown name `xyz`; Known: Balanced, Absolute, NormScaled, Relative"),
         ("Relative(-1.0)", SCALE, "scale `Relative(-1.0)`: `Relative(gamma=-1.0)`: a scale must be a positive"),
         ("StudentT", ENERGY, "missing a required argument: 'df'. Write it as `StudentT(df, exponent=None)`."),
@@ -206,7 +206,7 @@ def test_installed_modules_count_too() -> None:
     [
         ("NoEnergy", "`NoEnergy` in {path} is no Energy. Write `class NoEnergy(Energy): ...`."),
         ("torch", "`torch` in {path} is no Energy"),
-        ("Rot", "{path} has no `Rot`; it has Root, Scaled, Stateful"),
+        ("Rot", "{path} has no `Rot`; did you mean `Root`? It has Root, Scaled, Stateful"),
         ("Unfinished", "`Unfinished` in {path} lacks rho. Define it."),
         ("Falling", "It must give one finite number for each q, 0 at q = 0, and never decrease."),
         ("Sharp", "the derivative of `rho` at q = 0 is inf, where it must be finite. Round the corner"),

@@ -106,7 +106,8 @@ def test_modules_of_different_rank_span_the_range(generator: torch.Generator) ->
     updates[1, 2] = updates[1, 1]  # two experts agree: a plane
     updates[2] = 0.0  # nothing to say
     poe = ProductOfExperts.of(NAMES)
-    posterior = poe.bind(span_statistics(poe, updates))
+    with pytest.warns(UserWarning, match="nothing changes 2"):
+        posterior = poe.bind(span_statistics(poe, updates))
     low, high = temperature_range(posterior)
     assert math.isclose(high, 2 * 3 / 2)
     assert math.isclose(low, COLDEST * 2 * 3 / 3)
@@ -389,6 +390,18 @@ def test_the_logit_temperature_scales_with_the_logits_and_takes_any_dtype(genera
     assert math.isclose(two, 2 * one, rel_tol=1e-9)
 
 
+def test_classes_that_are_ruled_out_have_no_say_in_the_logit_temperature(generator: torch.Generator) -> None:
+    logits = 4 * torch.randn(100, 3, generator=generator, dtype=torch.float64)
+    labels = torch.distributions.Categorical(logits=logits / 2).sample()
+    padded = nn.functional.pad(logits, (0, 2), value=-math.inf)
+    assert math.isclose(fit_logit_temperature(padded, labels), fit_logit_temperature(logits, labels), rel_tol=1e-9)
+    for bad in (-math.inf, math.inf, math.nan):
+        wrong = logits.clone()
+        wrong[3, labels[3]] = bad
+        with pytest.raises(ValueError, match="logits of all are NaN or .inf, or -inf for a label"):
+            fit_logit_temperature(wrong, labels)
+
+
 def test_logits_that_are_all_right_or_all_wrong_hit_the_bounds() -> None:
     logits = torch.eye(3, dtype=torch.float64)
     assert fit_logit_temperature(logits, torch.arange(3)) == 0.01
@@ -397,6 +410,6 @@ def test_logits_that_are_all_right_or_all_wrong_hit_the_bounds() -> None:
     for bad in ((torch.zeros(3), torch.arange(3)), (logits, torch.arange(2)), (logits[:0], torch.arange(0))):
         with pytest.raises(ValueError, match="fit_logit_temperature"):
             fit_logit_temperature(*bad)
-    for value in (math.nan, -math.inf):
-        with pytest.raises(ValueError, match="NaN or infinite"):
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="are NaN or .inf, or -inf for a label"):
             fit_logit_temperature(torch.tensor([[0.0, value]]), torch.tensor([0]))

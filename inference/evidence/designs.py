@@ -32,8 +32,8 @@ from typing_extensions import override
 
 from inference.evidence.estimate import SAMPLES, Evidence, UntrustedEvidence, dimensions, log_evidence
 from inference.evidence.module_batches import Updates, module_batches
-from inference.models.modules import with_names
 from poe_models.experts import ProductOfExperts
+from poe_models.module_names import with_names
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.records import joined
@@ -113,7 +113,7 @@ def compare_designs(
         raise ValueError("`compare_designs({})`: no designs. Give at least one.")
     found: dict[str, list[Evidence]] = {name: [] for name in designs}
     modules: list[str] = []
-    for batch in module_batches(updates):
+    for batch in module_batches(updates, designs.values()):
         posteriors = {name: poe.bind(batch.updates) for name, poe in designs.items()}
         _require_comparable(posteriors)
         for name, posterior in posteriors.items():

@@ -242,9 +242,9 @@ def mixture_log_weights(posterior: Posterior, samples: int, generator: torch.Gen
     """
     target = weight_target(posterior)
     if not target.free:
-        return _finite(target.integral.value(target.fixed)).unsqueeze(0)
+        return _finite(target.integral.value(target.fixed), posterior).unsqueeze(0)
     modes = climb(target, starts(target, posterior))
-    _finite(target.log_density(modes[0]))
+    _finite(target.log_density(modes[0]), posterior)
     proposal = Proposal.at(target, modes)
     for _ in range(ROUNDS):
         u = proposal.sample(samples, generator)
@@ -256,10 +256,10 @@ def mixture_log_weights(posterior: Posterior, samples: int, generator: torch.Gen
     return log_weights
 
 
-def _finite(value: Tensor) -> Tensor:
+def _finite(value: Tensor, posterior: Posterior) -> Tensor:
     if not bool(value.isfinite().all()):
         raise ValueError(
-            f"module {int((~value.isfinite()).nonzero()[0, 0])} of the batch has an anchor precision that is rounding "
+            f"{posterior.label(int((~value.isfinite()).nonzero()[0, 0]))} has an anchor precision that is rounding "
             "beside the experts' in float64, and directions that no other holds. Raise the anchor's precision."
         )
     return value

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from poe_models.experts import ProductOfExperts
+from poe_models.module_names import left_out
 from poe_models.weights.task_vectors import ModuleUpdates
 
 Updates = Tensor | ModuleUpdates | Iterable[ModuleUpdates]
@@ -27,8 +30,15 @@ class UpdateBatch:
     updates: Tensor | tuple[ModuleUpdates, ...]
 
 
-def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
+def module_batches(updates: Updates, designs: Collection[ProductOfExperts]) -> Iterator[UpdateBatch]:
     """Group modules by shape, holding a limited number of them at a time.
+
+    Of several modules those are left out, with a warning, that no update changes and about which one of the designs
+    says nothing.
+
+    Args:
+        updates: The modules.
+        designs: What they are batched for.
 
     Yields:
         Batches; modules of a tensor are named by their numbers.
@@ -38,7 +48,11 @@ def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
         yield UpdateBatch(tuple(map(str, range(len(batch)))), batch)
         return
     waiting: dict[torch.Size, list[ModuleUpdates]] = defaultdict(list)
+    alone, silent = isinstance(updates, ModuleUpdates), []
     for module in (updates,) if isinstance(updates, ModuleUpdates) else updates:
+        if not alone and not bool(module.updates.any()) and any(bool(poe.bind(module).undetermined) for poe in designs):
+            silent.append(module.name)
+            continue
         group = waiting[module.updates.shape]
         group.append(module)
         if len(group) * module.updates.numel() >= MOST_NUMBERS:
@@ -47,6 +61,8 @@ def module_batches(updates: Updates) -> Iterator[UpdateBatch]:
     for group in waiting.values():
         if group:
             yield _batch(group)
+    if silent:
+        warnings.warn(left_out(silent), stacklevel=3)
 
 
 def _batch(modules: list[ModuleUpdates]) -> UpdateBatch:

@@ -70,7 +70,7 @@ class HierarchicalModel:
         self.has_df = check_energies(poe)
         check_mixtures(poe)
         self.scale_power, own = check_scales(poe, shared)
-        batches = list(module_batches(updates))
+        batches = list(module_batches(updates, (poe,)))
         self.modules = tuple(name for batch in batches for name in batch.names)
         self.experts = tuple(expert.name for expert in poe.experts)
         self.posteriors = [poe.bind(batch.updates) for batch in batches]

@@ -219,7 +219,7 @@ class Design:
                 "merged with. Use `minimize` on the modules it is about."
             )
         if self.method is not None:
-            require_data(self.method)
+            require_usable(self.method, len(names))
         self._probe(1.0, self.center is not None)
 
 
@@ -240,16 +240,20 @@ def _spread(updates: Tensor) -> Tensor:
     return spread
 
 
-def require_data(method: MergingMethod) -> None:
-    """Refuse a method that cannot be made ready by the updates alone.
+def require_usable(method: MergingMethod, experts: int) -> None:
+    """Refuse a method that cannot be made ready by the updates alone, or fails on random ones.
 
     Raises:
-        ValueError: If it needs data and has not seen any.
+        ValueError: If it needs data and has not seen any, or gives no merged updates.
     """
     if method.needs_loaders and not method.ready:
         raise ValueError(
             f"`{method!r}`: it needs data ({method.about.data}). Give what `.prepare(task_vectors, data)` returns."
         )
+    if method.ready and method.about.scope == "module" and method.about.data == "none":
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng(devices=[]):  # one of the user's own may draw
+            method(torch.randn(experts, 3, 3, generator=generator, dtype=torch.float64))
 
 
 def design_text(design: Design, *, solver: bool) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from poe_models.printing import size_text
+
 RESUME = "go on with `--resume` (`resume=True`); nothing finished so far is lost"
 """What to do once the disk is mended, where a run can be resumed."""
 
@@ -50,7 +52,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"the merge needs {needed / 1e9:.3g} GB in {existing}, where {free / 1e9:.3g} GB are free. Free some space "
+            f"the merge needs {size_text(needed)} in {existing}, where {size_text(free)} are free. Free some space "
             "or choose another disk."
         )
 

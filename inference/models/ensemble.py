@@ -10,7 +10,6 @@ r"""Merged models drawn from a posterior, made one at a time from the experts' w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,32 +22,21 @@ from inference.models.ensemble_files import save_members
 from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import AnyDesigns
 from inference.models.model_draws import ModelDraws
-from inference.models.predictor import Forward, Runner
+from inference.models.outputs import Forward, class_rows, value_rows
+from inference.models.prediction import (
+    MemberPredictor,
+    Prediction,
+    ValuePrediction,
+    predicted_classes,
+    predicted_values,
+    scored,
+)
+from inference.models.predictor import Read, Reduce, Runner
 from inference.models.staging import Staging
-from poe_models.printing import Brief
+from inference.scores import label_log_likelihood
 from poe_models.weights.task_vectors import Source, TaskVectors
 
-__all__ = ["MemberPredictor", "MergedEnsemble", "Prediction"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Prediction(Brief):
-    """Prediction of an ensemble for ``n`` examples.
-
-    Attributes:
-        probabilities: Mean of the members' class probabilities, ``(n, classes)`` float64.
-        entropy: Entropy of the mean in nats, ``(n,)``: total uncertainty.
-        mutual_information: Between class and member in nats, ``(n,)``: the entropy of the mean less the mean entropy,
-            that is how much the members disagree (Houlsby et al., 2011, arXiv 1112.5745).
-        num_members: How many members.
-        reused: The submodule before which features were computed once; None if every member ran in full.
-    """
-
-    probabilities: Tensor
-    entropy: Tensor
-    mutual_information: Tensor
-    num_members: int
-    reused: str | None
+__all__ = ["MemberPredictor", "MergedEnsemble", "Prediction", "ValuePrediction"]
 
 
 class MergedEnsemble:
@@ -168,8 +156,12 @@ class MergedEnsemble:
         Args:
             model: A model of the base's architecture, or one that contains it; never written to.
             loader: Batches, the same ones in every pass. Tensors are moved to the model's device.
-            forward: Maps the model and a batch to logits ``(b, classes)``; by default the model is called with the
-                batch, or with its first element.
+            forward: Maps the model and a batch to logits ``(b, classes)`` or ``(b, tokens, classes)``, or to a model
+                output with ``logits``. By default the model is called with the batch, or with its first element; a
+                mapping, such as a tokenizer's, becomes keyword arguments, without the labels. Positions whose label
+                (``batch["labels"]``, or the second of a pair) is -100 or whose ``attention_mask`` is 0 do not count,
+                and a causal language model's logits are about the next token's label. A logit of -inf rules a class
+                out.
             submodule: Where in the model the checkpoint is, if a head was put on it.
             cut: A submodule of the model. What is before it is computed once and its inputs are kept in main memory;
                 they must not depend on sampled modules. By default the first sampled element of an ``nn.Sequential`` or
@@ -181,6 +173,18 @@ class MergedEnsemble:
         Raises:
             ValueError: If model, loader or cut do not fit.
         """
+        return self._predictor(model, loader, forward, submodule, cut, class_rows, None)
+
+    def _predictor(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        forward: Forward | None,
+        submodule: str,
+        cut: str | None,
+        read: Read,
+        reduce: Reduce | None,
+    ) -> MemberPredictor:
         prefix = f"{submodule}." if submodule else ""
         shared = {
             prefix + name: t for key, t in self._tensors.all_shared().items() for name in self._base.tied_names(key)
@@ -190,7 +194,9 @@ class MergedEnsemble:
             for key in self._tensors.sampled
             for name in self._base.tied_names(key)
         }
-        return MemberPredictor(self._tensors, Runner(model, loader, shared, sampled, forward, cut), prefix)
+        return MemberPredictor(
+            self._tensors, Runner(model, loader, shared, sampled, forward, cut, read, reduce), prefix
+        )
 
     def predict(
         self,
@@ -219,17 +225,72 @@ class MergedEnsemble:
             ValueError: If model, loader or cut do not fit.
         """
         predictor = self.predictor(model, loader, forward=forward, submodule=submodule, cut=cut)
-        total, entropies = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for done, draw in enumerate(self.draws, 1):
-            probabilities = predictor(draw).exp()
-            total = total + probabilities
-            entropies = entropies + torch.special.entr(probabilities).sum(-1)
-            if progress is not None:
-                progress(done, len(self))
-        mean = total / len(self)
-        entropy = torch.special.entr(mean).sum(-1)
-        disagreement = (entropy - entropies / len(self)).clamp(min=0)  # below zero only by rounding
-        return Prediction(mean, entropy, disagreement, len(self), predictor.reused)
+        return predicted_classes(predictor, self.draws, progress)
+
+    def predict_values(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        submodule: str = "",
+        cut: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ValuePrediction:
+        """Mean and spread over members of what is no class: regressions, embeddings.
+
+        Args:
+            model: See ``predictor``, as for the next four.
+            loader: Batches.
+            forward: Maps the model and a batch to values ``(b, *shape)``; of ``(b, tokens, width)`` those tokens count
+                that the batch's attention mask has. By default the model's ``logits``, of a regression.
+            submodule: Where in the model the checkpoint is.
+            cut: Before which features are computed once.
+            progress: Called with the number of finished members and their total.
+
+        Returns:
+            The prediction, in the order of the loader.
+
+        Raises:
+            ValueError: If model, loader or cut do not fit, or a value is not finite.
+        """
+        predictor = self._predictor(model, loader, forward, submodule, cut, value_rows, None)
+        return predicted_values(predictor, self.draws, progress)
+
+    def score(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        reduce: Reduce = label_log_likelihood,
+        forward: Forward | None = None,
+        submodule: str = "",
+        cut: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Numbers for each example and member, where probabilities of all classes would not fit into memory.
+
+        By default the log-likelihood of the labels, of which ``scores.logsumexp(0) - math.log(len(ensemble))`` is that
+        of the ensemble: of each token of a language model, for instance.
+
+        Args:
+            model: See ``predictor``, as for ``loader`` and the others.
+            loader: Batches.
+            reduce: Maps the log probabilities of a batch, ``(n, classes)``, and its labels ``(n,)``, or None where it
+                has none, to what is kept, ``(n, ...)``.
+            forward: Maps the model and a batch to logits.
+            submodule: Where in the model the checkpoint is.
+            cut: Before which features are computed once.
+            progress: Called with the number of finished members and their total.
+
+        Returns:
+            ``(members, n, ...)``, in the order of draws and loader.
+
+        Raises:
+            ValueError: If model, loader or cut do not fit, or ``reduce`` does not keep one entry for each row.
+        """
+        predictor = self._predictor(model, loader, forward, submodule, cut, class_rows, reduce)
+        return scored(predictor, self.draws, progress)
 
     def save(
         self,
@@ -263,29 +324,3 @@ class MergedEnsemble:
             false. ValueError: If ``format`` is unknown.
         """
         return save_members(self._tensors, Path(out), format, resume, progress, extras)
-
-
-class MemberPredictor:
-    """Log probabilities of one member after another; see ``MergedEnsemble.predictor``."""
-
-    def __init__(self, tensors: MemberTensors, runner: Runner, prefix: str) -> None:
-        self._tensors, self._runner, self._prefix = tensors, runner, prefix
-
-    @property
-    def reused(self) -> str | None:
-        """The submodule before which features are computed once; None where every member runs in full."""
-        return self._runner.reused
-
-    def __call__(self, draw: ModelDraws) -> Tensor:
-        """Log probabilities of one member, ``(n, classes)`` float64 on the CPU.
-
-        Args:
-            draw: One draw of the ensemble's modules, its own or from another temperature.
-
-        Raises:
-            ValueError: If it is not one draw of these modules, or the model gives no finite logits.
-        """
-        self._tensors.check_draw(draw)
-        tied_names = self._tensors.base.tied_names
-        sampled = self._tensors.all_sampled(draw)
-        return self._runner({self._prefix + name: value for key, value in sampled.items() for name in tied_names(key)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,9 +17,9 @@ from inference.merge_distance import MergeDistance
 from inference.models.design import Design, Designs, as_function, design_text
 from inference.models.digest import Progress, Silent
 from inference.models.model_draws import FullDraws
-from inference.models.modules import Module, feed, merged_update, module_names, read_modules, with_names
+from inference.models.modules import Module, feed, merged_update, module_names, read_modules
 from inference.models.surrounding import distance_of_module, gibbs_distance
-from inference.propriety import undetermined
+from poe_models.module_names import not_drawn, with_names
 from poe_models.operators import sum_of_squares
 from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
@@ -81,7 +81,7 @@ def sample_full(
         here = for_tensor(tensor)
         modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in names]
         for module in modules:
-            if not bool(module.updates.any()) and bool(undetermined(module.posterior)):
+            if not bool(module.updates.any()) and bool(module.posterior.undetermined):
                 silent.append(module.name)
                 continue
             try:
@@ -128,19 +128,6 @@ def _named(
         seeds=drawn.seeds,
         environment=where,
     )
-
-
-def not_drawn(modules: Sequence[str]) -> str:
-    """Says that nothing is to be inferred in some modules.
-
-    Args:
-        modules: Their names.
-
-    >>> not_drawn(["fc.weight"])
-    "nothing changes fc.weight: not drawn but left at the MAP, the anchor's centre."
-    """
-    shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more modules" if len(modules) > 3 else "")
-    return f"nothing changes {shown}: not drawn but left at the MAP, the anchor's centre."
 
 
 def noise_control(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
-from inference.models.modules import anchor_blocks, selected, with_names
+from inference.models.modules import anchor_blocks, selected
 from inference.models.plan import Group, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
+from poe_models.module_names import with_names
 from poe_models.updates import center_of
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors

@@ -16,6 +16,7 @@ import torch
 from inference.gradient_check import CHUNK
 from inference.models.design import Design
 from inference.models.method_design import AnyDesign, MethodDesign
+from poe_models.printing import size_text
 from poe_models.residual_maps import (
     Activation,
     Directional,
@@ -59,7 +60,7 @@ def memory_errors(tensors: Sequence[str], needed: int, device: torch.device) -> 
         smaller = "Lower --batch-bytes (`batch_bytes`)" if more else "Free memory, or take a larger machine"
         elsewhere = "" if device.type == "cpu" else ", or --device cpu"
         raise OutOfMemory(
-            f"out of memory on {device} at {tensors[0]!r}{more}, which take {needed / 1e9:.3g} GB "
+            f"out of memory on {device} at {tensors[0]!r}{more}, which take {size_text(needed)} "
             f"({str(error).partition('.')[0] or type(error).__name__}). {smaller}{elsewhere}; what is finished is kept."
         ) from error
 

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-import torch
-
-from inference.models.design import Design, Designs, as_function, require_data
+from inference.models.design import Design, Designs, as_function, require_usable
 from inference.retention import retention_of_updates
 from inference.solution import MethodInfo, Solution, Status
 from poe_models.methods import MergingMethod, ModuleBatch
@@ -56,10 +54,7 @@ class MethodDesign:
         Raises:
             ValueError: If it needs data, or fails on random updates.
         """
-        require_data(self.method)
-        if self.method.ready and self.method.about.scope == "module" and self.method.about.data == "none":
-            generator = torch.Generator().manual_seed(0)
-            self.method(torch.randn(len(names), 3, 3, generator=generator, dtype=torch.float64))
+        require_usable(self.method, len(names))
 
     def with_method(self, method: MergingMethod) -> MethodDesign:
         """The design with another method."""

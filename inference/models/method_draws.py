@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from inference.models.design import require_data
+from inference.models.design import require_usable
 from inference.models.digest import Progress, Silent, digest_inputs
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
 from inference.models.modules import feed, module_names
@@ -138,7 +138,7 @@ def _drawn(task_vectors: TaskVectors, design: AnyDesigns, pattern: str) -> Mappi
         )
     texts: dict[int, str] = {}
     for each in random.values():
-        require_data(each.method)
+        require_usable(each.method, len(task_vectors.names))
         texts[id(each)] = texts.get(id(each)) or method_text(each, task_vectors)
     found = {
         tensor: {name: texts[id(each)] for name in module_names(task_vectors, tensor) if regular(pattern).search(name)}

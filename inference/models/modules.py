@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -130,22 +129,6 @@ def selected(module: ModuleUpdates, order: Sequence[int]) -> ModuleUpdates:
         updates=module.updates[places],
         low_rank=None if low_rank is None else (low_rank[0][places], low_rank[1][places]),
     )
-
-
-def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
-    """An error of a batch with its module by name.
-
-    Args:
-        error: It may say "module 2 of the batch".
-        names: Names of the modules of the batch.
-
-    Returns:
-        The same error about ``names[2]``.
-
-    >>> with_names(ValueError("module 1 of the batch is not at a minimum"), ["a", "b"])
-    ValueError("'b' is not at a minimum")
-    """
-    return ValueError(re.sub(r"module (\d+) of the batch", lambda found: repr(names[int(found[1])]), str(error)))
 
 
 def checked_names(task_vectors: TaskVectors, tensor: str, design: Design) -> tuple[str, ...]:

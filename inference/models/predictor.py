@@ -1,4 +1,4 @@
-"""Class log probabilities of a model under changing weights, batch by batch."""
+"""Outputs of a model under changing weights, batch by batch, reduced to what is kept of each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from inference.models.cut import Cut, CutError, structural_cut
+from inference.models.outputs import Forward, Rows, called, class_rows, tensor_of
 from poe_models.weights.batches import fingerprint, mapped
 
 _log = logging.getLogger("inference.models.ensemble")
-Forward = Callable[[nn.Module, Any], Tensor]
-"""From a model and a batch of the loader to logits ``(b, classes)``."""
+Read = Callable[[nn.Module, Tensor, Any, int], Rows]
+"""From a model, its output for a batch, the batch and its number to the rows that count."""
+Reduce = Callable[[Tensor, Tensor | None], Tensor]
+"""From the rows of a batch, ``(n, ...)``, and their labels to what is kept of them, ``(n, ...)``."""
 
 
 class Runner:
@@ -30,6 +33,8 @@ class Runner:
         changing: Names and shapes of those that each pass brings.
         forward: Logits of a batch; by default the model is called with the batch, or with its first element.
         cut: A submodule whose inputs do not depend on the changing tensors.
+        read: Makes rows of an output.
+        reduce: Makes of each batch's rows what is kept; all of them by default.
 
     Raises:
         ValueError: If the model lacks a tensor or has it in another shape, or the loader can be used only once.
@@ -43,6 +48,8 @@ class Runner:
         changing: Mapping[str, Sequence[int]],
         forward: Forward | None,
         cut: str | None,
+        read: Read = class_rows,
+        reduce: Reduce | None = None,
     ) -> None:
         if isinstance(loader, Iterator):
             raise ValueError(
@@ -50,7 +57,9 @@ class Runner:
                 "Give a DataLoader or a list of batches."
             )
         self._model, self._loader = model, loader
-        self._caller = _Caller(model, forward or _call)
+        self._caller = _Caller(model, called if forward is None else forward)
+        self._read, self._reduce = read, reduce
+        self._labels: list[Tensor | None] = []
         self._own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         first = next(iter(self._own.values()), torch.empty(0))
         self._device = first.device
@@ -68,22 +77,30 @@ class Runner:
         """The submodule before which features are computed once; None where every pass is a full one."""
         return None if self._cut is None else self._cut.name
 
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of all rows of the last pass, ``(n,)``; None where a batch has none."""
+        known = [each for each in self._labels if each is not None]
+        return torch.cat(known) if known and len(known) == len(self._labels) else None
+
     @torch.no_grad()
     def __call__(self, changing: Mapping[str, Tensor]) -> Tensor:
-        """Log probabilities of all batches.
+        """Rows of all batches, or what is kept of them.
 
         Args:
             changing: Tensors by the model's names.
 
         Returns:
-            ``(n, classes)`` float64 on the CPU.
+            ``(n, classes)`` log probabilities, or whatever is read and kept; float64 on the CPU.
 
         Raises:
-            ValueError: If the output is no finite logits, the loader gives other batches than before, or a cut that was
+            ValueError: If the output cannot be read, the loader gives other batches than before, or a cut that was
                 asked for cannot be used.
         """
         state = {f"model.{name}": value for name, value in {**self._fixed, **self._fitted(changing)}.items()}
-        results, seen = [], []
+        results: list[Tensor] = []
+        seen: list[str] = []
+        self._labels = []
         if self._cut is not None and self._passes == 0:
             self._cut.clear()
         with _evaluating(self._model):
@@ -92,7 +109,9 @@ class Runner:
                 if self._fingerprint is not None and seen[-1:] != self._fingerprint[index : index + 1]:
                     raise _other_batches(index)
                 moved = mapped(lambda x: x.to(self._device), batch)
-                results.append(_log_probabilities(self._run(state, moved, index)))
+                rows = self._read(self._model, self._run(state, moved, index), moved, index)
+                self._labels.append(rows.labels)
+                results.append(self._kept(rows))
         if self._fingerprint is not None and len(seen) != len(self._fingerprint):
             raise _other_batches(len(seen))
         self._fingerprint = seen
@@ -100,6 +119,18 @@ class Runner:
         if not results:
             raise ValueError("`predict(loader=...)`: the loader has no batches. Give it some data.")
         return torch.cat(results)
+
+    def _kept(self, rows: Rows) -> Tensor:
+        """The rows of a batch reduced, one entry each."""
+        if self._reduce is None:
+            return rows.values
+        found: Any = self._reduce(rows.values, rows.labels)
+        if not isinstance(found, Tensor) or found.shape[:1] != rows.values.shape[:1]:
+            got = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"`score(reduce=...)`: it gave {got} for {len(rows.values)} rows. Return a tensor, one entry for each."
+            )
+        return found.detach().cpu()
 
     def _run(self, state: Mapping[str, Tensor], batch: Any, index: int) -> Tensor:
         if self._cut is None:
@@ -179,9 +210,11 @@ class Runner:
             own = self._own.get(name)
             if own is None or tuple(own.shape) != tuple(shape):
                 has = "has no such tensor" if own is None else f"has {tuple(own.shape)}"
+                places = [each.removesuffix(f".{name}") for each in self._own if each.endswith(f".{name}")]
+                where = f"{places[0]!r}" if own is None and len(places) == 1 else ""
                 raise ValueError(
                     f"`predict(model=...)`: the members have {name!r} of shape {tuple(shape)}, the model {has}. Give a "
-                    "model of the base's architecture, or say where in it the checkpoint is: `submodule=`."
+                    f"model of the base's architecture, or say where in it the checkpoint is: `submodule={where}`."
                 )
 
     def _fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,32 +250,7 @@ class _Caller(nn.Module):
 
     @override
     def forward(self, batch: Any) -> Tensor:
-        return self.function(self.model, batch)
-
-
-def _call(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        raise ValueError(
-            f"`predict(...)`: the batches are mappings with {', '.join(map(str, batch))}, and it is not clear how the "
-            "model takes them. Give `forward=lambda model, batch: model(**batch).logits`, or what fits."
-        )
-    result: Tensor = model(batch[0] if isinstance(batch, tuple | list) else batch)
-    return result
-
-
-def _log_probabilities(logits: Any) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-        got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"`predict(...)`: a batch gave {got}, expected logits (b, classes). Give "
-            "`forward=lambda model, batch: ...` that returns them."
-        )
-    if not bool(logits.isfinite().all()):
-        raise ValueError(
-            "`predict(...)`: a member gives logits that are NaN or infinite. Its weights are far from the experts': "
-            "lower the temperature, or raise the anchor's precision."
-        )
-    return logits.detach().cpu().double().log_softmax(-1)
+        return tensor_of(self.function(self.model, batch))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, final, get_args
+from typing import Any, ClassVar, Literal, Self, final, get_args
 
 import torch
 from torch import Tensor
@@ -142,6 +142,21 @@ class MergingMethod(ABC):
 
     about: ClassVar[About]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse a method that says nothing of itself.
+
+        Raises:
+            ValueError: If ``about`` is missing, or no ``About``.
+        """
+        about = getattr(cls, "about", None)
+        if not isinstance(about, About):
+            has = "no `about`" if about is None else f"`about = {about!r}`"
+            raise ValueError(
+                f"`{cls.__name__}`: a merging method with {has}. Say what it is in the class: "
+                '`about = About("title", "Author, year, title, arXiv ...")`, from `poe_models.methods`.'
+            )
+        return super().__new__(cls)
+
     @abstractmethod
     def merged(self, batch: ModuleBatch) -> Tensor:
         """The merged updates ``(M, d_out, d_in)``; called with finite float32 or float64 updates, once prepared."""
@@ -249,9 +264,21 @@ class MergingMethod(ABC):
                 "checkpoint it came from."
             )
         if updates.dtype in (torch.float32, torch.float64):
-            return self.merged(batch)
+            return self._checked(self.merged(batch), batch)
         factors = None if batch.low_rank is None else (batch.low_rank[0].float(), batch.low_rank[1].float())
-        return self.merged(replace(batch, updates=updates.float(), low_rank=factors)).to(updates.dtype)
+        single = replace(batch, updates=updates.float(), low_rank=factors)
+        return self._checked(self.merged(single), single).to(updates.dtype)
+
+    def _checked(self, merged: Any, batch: ModuleBatch) -> Tensor:
+        modules, _, *shape = batch.updates.shape
+        if isinstance(merged, Tensor) and merged.shape == (modules, *shape):
+            return merged
+        got = f"a tensor {tuple(merged.shape)}" if isinstance(merged, Tensor) else type(merged).__name__
+        raise ValueError(
+            f"`{type(self).__name__}.merged(batch)`: it returned {got}, but the updates are "
+            f"{tuple(batch.updates.shape)}. Return one merged update for each module, (M, d_out, d_in) = "
+            f"{(modules, *shape)}."
+        )
 
     @final
     def __call__(self, updates: Tensor, low_rank: Factors | None = None) -> Tensor:

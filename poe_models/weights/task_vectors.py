@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from poe_models.span_labels import CENTER, MERGE
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
-from poe_models.weights.copies import refuse_copies
+from poe_models.weights.copies import refuse_copies, warn_of_copies, warn_of_one_model
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
@@ -118,6 +118,7 @@ class TaskVectors:
         self.treatments = self._treat_all()
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
         _refuse_equal_names(self.base, self.treatments)
+        warn_of_one_model(self.experts)
         if dtype is None:
             self._warn_of_float64()
 
@@ -209,12 +210,15 @@ class TaskVectors:
         return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
 
     def refuse_copies(self) -> None:
-        """Refuse an expert whose tensors all have the base's values, by reading up to the first that differs.
+        """Refuse an expert whose tensors all have the base's values, and warn of one with those of another.
+
+        Both are read up to the first tensor that differs.
 
         Raises:
             CheckpointError: If there is one; names it.
         """
         refuse_copies(self.base, self.experts, self.treatments)
+        warn_of_copies(self.base, self.experts, self.treatments)
 
     @property
     def views(self) -> dict[str, View]:
