@@ -1,4 +1,4 @@
-"""The demo's tables in the README: `python -m benchmarks.vision.readme` puts those of its last run there."""
+"""The demo's tables in the README: `python -m benchmarks.readme` puts those of its last run there."""
 
 from __future__ import annotations
 

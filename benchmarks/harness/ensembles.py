@@ -1,0 +1,351 @@
+"""Ensembles drawn from the posterior of the best merge, beside its MAP: is the merge calibrated, and at what cost?
+
+For the network's last layer ([BMM] samples the last MLP matrix only) and for all layers: exact Gibbs draws, draws of
+Laplace's approximation and of the Gaussian twin, and white noise as the control, each member as far from the MAP as the
+Gibbs draw of that number. Every one of these has the temperature that validation NLL chooses for it, judged with as
+many members as are used in the end, and the members that were judged are the ones used. For the last layer the whole
+range of temperatures is tried ([BMM] Figure 4); for all layers, where every member runs the whole network, the search
+walks: that of Gibbs from its best in the last layer, those of the other kinds from Gibbs's best in all layers.
+
+The point estimate to beat is the MAP with its logits divided by one temperature, which minimises the same mean over
+tasks of the validation NLL. Every ensemble is shown twice as well: as it is, and with its members' logits divided by
+one number that is chosen together with the posterior's temperature.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness.evaluate import Scores, mean_scores, score, task_logits
+from benchmarks.harness.parallel import run_all
+from benchmarks.harness.suite import Suite
+from benchmarks.harness.suite_model import Examples, SuiteModel
+from diagnostics.estimates import Estimate
+from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
+from inference.logit_temperature import fit_logit_temperature, scaled_mean
+from inference.models.design import Design
+from inference.models.ensemble import MemberPredictor, MergedEnsemble
+from inference.models.full_draws import noise_control, sample_full
+from inference.models.model_draws import FullDraws, ModelDraws
+from inference.tempering import Tempering, temper, temperature_range
+from poe_models import TaskVectors
+
+SCOPES = (ALL, LAST) = ("all layers", "last layer")
+SCALED = ", scaled logits"
+MAP = "MAP"
+SCALED_MAP = MAP + SCALED
+KINDS = (GIBBS, LAPLACE, TWIN, NOISE) = ("Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is drawn. In Full coordinates temperatures are small: mixture weights hardly move, and a few steps mix.
+
+    Args:
+        members: Of every ensemble, at every temperature that is tried on validation and in the end; 10 in [BMM].
+        temperatures: Size of the last layer's grid of temperatures.
+        refinements: How often that grid is refined around its best point.
+        walk_temperatures: Size of all layers' grid, on which the searches walk.
+        everywhere: Kinds that are drawn in all layers, Gibbs among them.
+        warmup: Gibbs steps before the first member.
+        thin: Gibbs steps between members.
+    """
+
+    members: int = 10
+    temperatures: int = 4
+    refinements: int = 1
+    walk_temperatures: int = 12
+    everywhere: tuple[str, ...] = KINDS
+    warmup: int = 5
+    thin: int = 1
+
+    def kinds(self, scope: str) -> tuple[str, ...]:
+        """What is drawn in these layers."""
+        return KINDS if scope == LAST else self.everywhere
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Searches over temperatures of one kind of ensemble, which share their draws.
+
+    Args:
+        plain: The chosen temperature and the path, logits as they are.
+        scaled: The same, chosen together with a logit temperature.
+        probabilities: Temperature of the plain path -> task -> (n, classes), the members' mean on validation.
+    """
+
+    plain: Tempering[FullDraws]
+    scaled: Tempering[FullDraws]
+    probabilities: Mapping[float, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One way to predict, on the test images.
+
+    Args:
+        name: What the members are, or which point estimate it is.
+        probabilities: Task -> (n, classes), the members' mean.
+        scores: Task -> scores.
+        scope: Which layers differ between members; empty for a point estimate.
+        temperature: Of the posterior; None for a point estimate.
+        logit_temperature: What the logits were divided by, those of every member.
+        tempering: The search over temperatures; None for a point estimate.
+        validation: Temperature -> task -> (n, classes) along that search; empty where logits are scaled.
+        differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval. The intervals of one
+            score hold for all rows together.
+        nll_from_scaled: Mean NLL minus that of the MAP with scaled logits, by intervals that hold for all ensembles
+            together; None for a point estimate.
+        distance: Of the members' centre from the MAP, in standard deviations of the draws, in the farthest module;
+            None for a point estimate.
+    """
+
+    name: str
+    probabilities: Mapping[str, Tensor]
+    scores: Mapping[str, Scores]
+    scope: str = ""
+    temperature: float | None = None
+    logit_temperature: float = 1.0
+    tempering: Tempering[FullDraws] | None = None
+    validation: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    differences: Mapping[str, Estimate] = field(default_factory=dict)
+    nll_from_scaled: Estimate | None = None
+    distance: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the members are, whether their logits are scaled or not."""
+        return self.name.removesuffix(SCALED)
+
+    @property
+    def label(self) -> str:
+        """Name and scope."""
+        return f"{self.name}, {self.scope}" if self.scope else self.name
+
+    @property
+    def mean(self) -> Scores:
+        """Unweighted mean over tasks."""
+        return mean_scores(self.scores)
+
+
+class Ensembles:
+    """Ensembles around one merge, drawn and judged.
+
+    Args:
+        suite: Tasks, heads and experts.
+        design: The merge.
+        merged: The merge as a checkpoint folder: the MAP, and everything that is not sampled.
+        seed: Of all draws and resamples.
+        budget: How much is drawn.
+    """
+
+    def __init__(self, suite: Suite, design: Design, merged: Path, seed: int, budget: Budget) -> None:
+        self.suite, self.design, self.merged, self.seed, self.budget = suite, design, merged, seed, budget
+        self.validation, self.test = Examples.of(suite, "validation"), Examples.of(suite, "test")
+        self._drawn: dict[tuple[str, str, float, int], FullDraws] = {}
+
+    def compare(self, progress: Callable[[int, int], None]) -> list[Outcome]:
+        """The point estimates and all ensembles, judged on the test examples; the MAP comes first.
+
+        Args:
+            progress: Called with the number of finished searches and ensembles, and their total.
+
+        Returns:
+            One outcome each.
+        """
+        done = count(1)
+        jobs = [(scope, kind) for scope in SCOPES for kind in self.budget.kinds(scope)]
+
+        def searched(job: tuple[str, str], start: float | None = None) -> Search:
+            found = self.search(*job, start=start)
+            progress(next(done), 2 * len(jobs))
+            return found
+
+        def judged(job: tuple[str, str]) -> tuple[Outcome, Outcome]:
+            pair = self._judge(*job, found[job])
+            progress(next(done), 2 * len(jobs))
+            return pair
+
+        last = [job for job in jobs if job[0] == LAST]
+        found = dict(zip(last, run_all(searched, last), strict=True))
+        first, *others = (job for job in jobs if job[0] == ALL)
+        found[first] = searched(first, found[LAST, first[1]].plain.temperature)
+        start = found[first].plain.temperature
+        found |= dict(zip(others, run_all(lambda job: searched(job, start), others), strict=True))
+        outcomes = [*self._points(), *(each for pair in run_all(judged, jobs) for each in pair)]
+        predictions = {each.label: each.probabilities for each in outcomes}
+        return _with_differences(outcomes, compare_methods(predictions, self.test.labels, seed=self.seed))
+
+    def search(self, scope: str, kind: str, start: float | None = None) -> Search:
+        """Choose the temperature of one kind of ensemble by validation NLL, with logits as they are and scaled.
+
+        Args:
+            scope: Which layers are sampled, one of `SCOPES`.
+            kind: What the members are.
+            start: Where to walk from on the finer grid; None tries the whole range.
+
+        Returns:
+            The temperatures with their members and the whole paths, and the ensembles' predictions along them.
+        """
+        low, high = self._temperatures(scope)
+        tried: dict[float, list[Tensor]] = {}
+        predictor = self._predictor(scope, self._draw(scope, kind, high, 1), self.validation, kind)
+
+        def predict(draw: ModelDraws) -> dict[str, Tensor]:
+            log_probabilities = predictor(draw)
+            tried.setdefault(draw.temperatures[0], []).append(log_probabilities.exp())
+            return self.validation.by_task(log_probabilities)
+
+        cache: dict[str, Mapping[str, Tensor]] = {}
+        chosen = partial(
+            temper,
+            lambda temperature: self._draw(scope, kind, temperature, self.budget.members),
+            predict,
+            self.validation.labels,
+            (low, high),
+            num_temperatures=self.budget.temperatures if start is None else self.budget.walk_temperatures,
+            refinements=self.budget.refinements if start is None else 0,
+            cache=cache,
+        )
+        plain = chosen(start=start)
+        scaled = chosen(start=start if start is None else plain.temperature, scale_logits=True)
+        means = {point.temperature: torch.stack(tried[point.temperature]).mean(0) for point in plain.path}
+        return Search(plain, scaled, {t: self._own(self.validation.by_task(mean)) for t, mean in means.items()})
+
+    def ensemble(self, scope: str, kind: str, temperature: float, members: int) -> MergedEnsemble:
+        """An ensemble of one kind; the same seed at every temperature.
+
+        Args:
+            scope: Which layers are sampled, one of `SCOPES`.
+            kind: What the members are.
+            temperature: Of the posterior.
+            members: How many.
+
+        Returns:
+            The ensemble.
+        """
+        return self._around(self._draw(scope, kind, temperature, members), kind)
+
+    def _around(self, draws: FullDraws, kind: str) -> MergedEnsemble:
+        vectors, design = self._tempered(kind, draws.temperatures[0])
+        return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
+
+    def _draw(self, scope: str, kind: str, temperature: float, members: int) -> FullDraws:
+        """Draws of one kind, made once: noise is as far away as Gibbs's draws, and both searches try them."""
+        key = (scope, kind, temperature, members)
+        if key not in self._drawn:
+            vectors, design = self._tempered(kind, temperature)
+            if kind == NOISE:
+                generator = torch.Generator().manual_seed(self.seed + 1)
+                draws = noise_control(
+                    self._draw(scope, GIBBS, temperature, members), vectors, design, generator=generator
+                )
+            else:
+                draws = sample_full(
+                    vectors,
+                    design,
+                    members,
+                    generator=torch.Generator().manual_seed(self.seed),
+                    sampler="laplace" if kind == LAPLACE else "gibbs",
+                    chains=1,
+                    warmup=self.budget.warmup,
+                    thin=self.budget.thin,
+                    pattern=self.suite.network.last_layer if scope == LAST else "",
+                )
+            self._drawn[key] = draws
+        return self._drawn[key]
+
+    def _predictor(self, scope: str, draws: FullDraws, examples: Examples, kind: str) -> MemberPredictor:
+        """A function from a draw to its member's log probabilities of all examples."""
+        cut = f"backbone.{self.suite.network.cut}" if scope == LAST else None
+        return self._around(draws, kind).predictor(
+            SuiteModel(self.suite, self.merged), examples.batches, forward=_forward, submodule="backbone", cut=cut
+        )
+
+    def _tempered(self, kind: str, temperature: float) -> tuple[TaskVectors, Design]:
+        """Task vectors of its own, because ensembles are drawn side by side, and the design at this temperature."""
+        poe = self.design.poe.twin() if kind == TWIN else self.design.poe
+        design = replace(self.design, poe=replace(poe, temperature=temperature))
+        return self.suite.vectors(), design
+
+    def _judge(self, scope: str, kind: str, search: Search) -> tuple[Outcome, Outcome]:
+        """The members that the searches chose, on the test examples: as they are, and with scaled logits."""
+        tables: dict[float, Tensor] = {}
+        outcomes = []
+        for tempering, name in ((search.plain, kind), (search.scaled, kind + SCALED)):
+            draws, divisor = tempering.draws, tempering.best.logit_temperature
+            if tempering.temperature not in tables:
+                predictor = self._predictor(scope, draws, self.test, kind)
+                tables[tempering.temperature] = torch.stack([predictor(draw) for draw in draws])
+            mean = scaled_mean(tables[tempering.temperature], divisor).exp()
+            outcome = replace(
+                self._outcome(name, self.test.by_task(mean)),
+                scope=scope,
+                temperature=tempering.temperature,
+                logit_temperature=divisor,
+                tempering=tempering,
+                validation=search.probabilities if name == kind else {},
+                distance=None if draws.from_merge is None else draws.from_merge.worst,
+            )
+            outcomes.append(outcome)
+        return outcomes[0], outcomes[1]
+
+    def _points(self) -> tuple[Outcome, Outcome]:
+        """The MAP, and the MAP with its logits divided by what is best on validation."""
+        validation, test = (task_logits(self.suite, self.merged, split) for split in ("validation", "test"))
+        divisor = fit_logit_temperature(validation, self.validation.labels)
+        scaled = {task: (logits.double() / divisor).softmax(1) for task, logits in test.items()}
+        point = {task: logits.double().softmax(1) for task, logits in test.items()}
+        return self._outcome(MAP, point), replace(self._outcome(SCALED_MAP, scaled), logit_temperature=divisor)
+
+    def _outcome(self, name: str, probabilities: Mapping[str, Tensor]) -> Outcome:
+        own = self._own(probabilities)
+        return Outcome(name, own, {task: score(table.log(), self.test.labels[task]) for task, table in own.items()})
+
+    def _own(self, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without the classes that a task does not have."""
+        return {task: table[:, : len(self.suite.heads[task].bias)] for task, table in probabilities.items()}
+
+    def _temperatures(self, scope: str) -> tuple[float, float]:
+        """From the lowest to the highest that any sampled module's energies imply."""
+        poe = self.design.poe
+        pattern = self.suite.network.last_layer if scope == LAST else ""
+        ranges = [
+            temperature_range(poe.bind(module.updates.unsqueeze(0)))
+            for module in self.suite.vectors()
+            if re.search(pattern, module.name)
+        ]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _with_differences(outcomes: Sequence[Outcome], compared: Comparison) -> list[Outcome]:
+    """Every way to predict minus the point estimates, which come first."""
+    point, scaled, *drawn = outcomes
+    others = [(each.label, point.label) for each in (scaled, *drawn)]
+    found = {score: compared.differences(others, score) for score in SCORES}
+    from_scaled = compared.differences([(each.label, scaled.label) for each in drawn], "nll")
+    return [
+        point,
+        *(
+            replace(
+                each,
+                differences={score: found[score][each.label, point.label] for score in SCORES},
+                nll_from_scaled=from_scaled.get((each.label, scaled.label)),
+            )
+            for each in (scaled, *drawn)
+        ),
+    ]
+
+
+def _forward(model: nn.Module, batch: tuple[Any, int]) -> Tensor:
+    logits: Tensor = model(*batch)
+    return logits
