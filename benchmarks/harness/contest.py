@@ -86,7 +86,7 @@ class Contest:
         """Name to what runs it: the base and the own experts, the rules of the registry, products of experts."""
         found: dict[str, Callable[[], Entry]] = {BASE: self.base, OWN: self.own}
         found |= {name: lambda name=name: self.rule(name) for name in RULES}  # type: ignore[misc]
-        return found | {each.name: lambda each=each: self.product(each) for each in self.products}  # type: ignore[misc]
+        return found | {each.name: lambda each=each: self.product(each) for each in self.products}
 
     @property
     def products(self) -> list[Method]:

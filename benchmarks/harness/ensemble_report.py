@@ -71,6 +71,8 @@ def ensemble_note(outcomes: Sequence[Outcome]) -> str:
     ]
     for scope in SCOPES:
         drawn = {each.name: each for each in outcomes if each.scope == scope}
+        if not drawn:
+            continue
         for score in ("accuracy", "nll"):
             found = {name: each.differences[score] for name, each in drawn.items()}
             sentences.append(f"Sampling {scope}, {SHOWN[score]} against the MAP's is {_placed(found)}.")

@@ -5,7 +5,7 @@ Laplace's approximation and of the Gaussian twin, and white noise as the control
 Gibbs draw of that number. Every one of these has the temperature that validation NLL chooses for it, judged with as
 many members as are used in the end, and the members that were judged are the ones used. For the last layer the whole
 range of temperatures is tried ([BMM] Figure 4); for all layers, where every member runs the whole network, the search
-walks: that of Gibbs from its best in the last layer, those of the other kinds from Gibbs's best in all layers.
+walks: that of the first kind from its best in the last layer, those of the others from the first's in all layers.
 
 The point estimate to beat is the MAP with its logits divided by one temperature, which minimises the same mean over
 tasks of the validation NLL. Every ensemble is shown twice as well: as it is, and with its members' logits divided by
@@ -15,7 +15,7 @@ one number that is chosen together with the posterior's temperature.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -33,9 +33,11 @@ from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from inference.logit_temperature import fit_logit_temperature, scaled_mean
 from inference.models.design import Design
-from inference.models.ensemble import MemberPredictor, MergedEnsemble
+from inference.models.ensemble import MergedEnsemble
 from inference.models.full_draws import noise_control, sample_full
 from inference.models.model_draws import FullDraws, ModelDraws
+from inference.models.modules import Module, module_names, read_modules
+from inference.models.predictor import Runner
 from inference.tempering import Tempering, temper, temperature_range
 from poe_models import TaskVectors
 
@@ -43,6 +45,7 @@ SCOPES = (ALL, LAST) = ("all layers", "last layer")
 SCALED = ", scaled logits"
 MAP = "MAP"
 SCALED_MAP = MAP + SCALED
+PREFIX = "backbone."
 KINDS = (GIBBS, LAPLACE, TWIN, NOISE) = ("Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise")
 
 
@@ -55,7 +58,7 @@ class Budget:
         temperatures: Size of the last layer's grid of temperatures.
         refinements: How often that grid is refined around its best point.
         walk_temperatures: Size of all layers' grid, on which the searches walk.
-        everywhere: Kinds that are drawn in all layers, Gibbs among them.
+        everywhere: Kinds that are drawn in all layers; where the first is best, the others' searches start.
         warmup: Gibbs steps before the first member.
         thin: Gibbs steps between members.
     """
@@ -137,6 +140,26 @@ class Outcome:
         return mean_scores(self.scores)
 
 
+class Members:
+    """Log probabilities of members, whose weights are made for all members of one temperature together.
+
+    Args:
+        runner: The model.
+        states: From draws to the sampled tensors of each member.
+    """
+
+    def __init__(self, runner: Runner, states: Callable[[FullDraws], list[dict[str, Tensor]]]) -> None:
+        self._runner, self._states = runner, states
+        self._made: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, draw: ModelDraws, whole: FullDraws) -> Tensor:
+        """Log probabilities (n, classes) of one member of `whole`."""
+        key = draw.digest()
+        if key not in self._made:
+            self._made = {each.digest(): state for each, state in zip(whole, self._states(whole), strict=True)}
+        return self._runner(self._made[key])
+
+
 class Ensembles:
     """Ensembles around one merge, drawn and judged.
 
@@ -151,6 +174,7 @@ class Ensembles:
     def __init__(self, suite: Suite, design: Design, merged: Path, seed: int, budget: Budget) -> None:
         self.suite, self.design, self.merged, self.seed, self.budget = suite, design, merged, seed, budget
         self.validation, self.test = Examples.of(suite, "validation"), Examples.of(suite, "test")
+        self._modes: dict[str, Tensor] = {}
         self._drawn: dict[tuple[str, str, float, int], FullDraws] = {}
 
     def compare(self, progress: Callable[[int, int], None]) -> list[Outcome]:
@@ -177,10 +201,11 @@ class Ensembles:
 
         last = [job for job in jobs if job[0] == LAST]
         found = dict(zip(last, run_all(searched, last), strict=True))
-        first, *others = (job for job in jobs if job[0] == ALL)
-        found[first] = searched(first, found[LAST, first[1]].plain.temperature)
-        start = found[first].plain.temperature
-        found |= dict(zip(others, run_all(lambda job: searched(job, start), others), strict=True))
+        if self.budget.everywhere:
+            first, *others = (job for job in jobs if job[0] == ALL)
+            found[first] = searched(first, found[LAST, first[1]].plain.temperature)
+            start = found[first].plain.temperature
+            found |= dict(zip(others, run_all(lambda job: searched(job, start), others), strict=True))
         outcomes = [*self._points(), *(each for pair in run_all(judged, jobs) for each in pair)]
         predictions = {each.label: each.probabilities for each in outcomes}
         return _with_differences(outcomes, compare_methods(predictions, self.test.labels, seed=self.seed))
@@ -198,10 +223,11 @@ class Ensembles:
         """
         low, high = self._temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
-        predictor = self._predictor(scope, self._draw(scope, kind, high, 1), self.validation, kind)
+        members = Members(self._runner(scope, kind, self.validation), lambda draws: self._states(draws, kind))
 
         def predict(draw: ModelDraws) -> dict[str, Tensor]:
-            log_probabilities = predictor(draw)
+            whole = self._draw(scope, kind, draw.temperatures[0], self.budget.members)
+            log_probabilities = members(draw, whole)
             tried.setdefault(draw.temperatures[0], []).append(log_probabilities.exp())
             return self.validation.by_task(log_probabilities)
 
@@ -233,11 +259,8 @@ class Ensembles:
         Returns:
             The ensemble.
         """
-        return self._around(self._draw(scope, kind, temperature, members), kind)
-
-    def _around(self, draws: FullDraws, kind: str) -> MergedEnsemble:
-        vectors, design = self._tempered(kind, draws.temperatures[0])
-        return MergedEnsemble(vectors, design, draws, elsewhere=self.merged)
+        vectors, design = self._tempered(kind, temperature)
+        return MergedEnsemble(vectors, design, self._draw(scope, kind, temperature, members), elsewhere=self.merged)
 
     def _draw(self, scope: str, kind: str, temperature: float, members: int) -> FullDraws:
         """Draws of one kind, made once: noise is as far away as Gibbs's draws, and both searches try them."""
@@ -264,12 +287,39 @@ class Ensembles:
             self._drawn[key] = draws
         return self._drawn[key]
 
-    def _predictor(self, scope: str, draws: FullDraws, examples: Examples, kind: str) -> MemberPredictor:
-        """A function from a draw to its member's log probabilities of all examples."""
+    def _runner(self, scope: str, kind: str, examples: Examples) -> Runner:
+        """Log probabilities of all examples under the merge with some of its tensors replaced."""
         cut = f"backbone.{self.suite.network.cut}" if scope == LAST else None
-        return self._around(draws, kind).predictor(
-            SuiteModel(self.suite, self.merged), examples.batches, forward=_forward, submodule="backbone", cut=cut
-        )
+        model = SuiteModel(self.suite, self.merged)
+        modules = set(self._draw(scope, kind, self._temperatures(scope)[1], 1).modules)
+        base = self.suite.vectors().base.tensors
+        changing = {f"{PREFIX}{name}": base[name].shape for name in self._tensors(modules)}
+        return Runner(model, examples.batches, {}, changing, _forward, cut)
+
+    def _tensors(self, modules: Collection[str]) -> list[str]:
+        """Names of the tensors that these modules are in."""
+        vectors = self.suite.vectors()
+        return [name for name in vectors.treatments if not set(module_names(vectors, name)).isdisjoint(modules)]
+
+    def _states(self, draws: FullDraws, kind: str) -> list[dict[str, Tensor]]:
+        """The sampled tensors of every member: what `MergedEnsemble` makes, a module at a time for all members."""
+        vectors, design = self._tempered(kind, draws.temperatures[0])
+        states: list[dict[str, Tensor]] = [{} for _ in range(len(draws))]
+        for tensor in self._tensors(draws.modules):
+            view, shape = vectors.treatments[tensor].view, vectors.base.tensors[tensor].shape
+            assert view is not None
+            made = [self._weights(module, design, draws) for module in read_modules(vectors, tensor, design)]
+            for state, blocks in zip(states, zip(*made, strict=True), strict=True):
+                state[f"{PREFIX}{tensor}"] = view.join(list(blocks), shape).cpu()
+        return states
+
+    def _weights(self, module: Module, design: Design, draws: FullDraws) -> list[Tensor]:
+        """`W_0 + scale * Z` of one module in every draw; a mode is solved for once."""
+        if draws.uses_modes:
+            module = replace(module, known_mode=self._modes.get(module.name))
+            self._modes[module.name] = module.mode
+        made = draws.maker(module)
+        return [module.base + design.scaling * made(member) for member in range(len(draws))]
 
     def _tempered(self, kind: str, temperature: float) -> tuple[TaskVectors, Design]:
         """Task vectors of its own, because ensembles are drawn side by side, and the design at this temperature."""
@@ -279,13 +329,13 @@ class Ensembles:
 
     def _judge(self, scope: str, kind: str, search: Search) -> tuple[Outcome, Outcome]:
         """The members that the searches chose, on the test examples: as they are, and with scaled logits."""
-        tables: dict[float, Tensor] = {}
+        runner, tables = self._runner(scope, kind, self.test), dict[float, Tensor]()
         outcomes = []
         for tempering, name in ((search.plain, kind), (search.scaled, kind + SCALED)):
             draws, divisor = tempering.draws, tempering.best.logit_temperature
             if tempering.temperature not in tables:
-                predictor = self._predictor(scope, draws, self.test, kind)
-                tables[tempering.temperature] = torch.stack([predictor(draw) for draw in draws])
+                states = self._states(draws, kind)
+                tables[tempering.temperature] = torch.stack([runner(state) for state in states])
             mean = scaled_mean(tables[tempering.temperature], divisor).exp()
             outcome = replace(
                 self._outcome(name, self.test.by_task(mean)),

@@ -68,11 +68,12 @@ class Plan:
             f"λ among {', '.join(f'{scale:g}' for scale in self.scales)}, η = {ETA:g}" if self.scales else "λ and η"
         )
         drawn = self.budget
+        walked = f"walks on {drawn.walk_temperatures} temperatures ({', '.join(drawn.everywhere)})"
         return (
             f"The budget: {self.trials} settings for each method ({chosen}) on {validation} validation examples a "
             f"task, judged on {test} test examples a task; {drawn.members} members of every ensemble, "
-            f"{drawn.temperatures} temperatures of the last layer refined {drawn.refinements} time(s), in all layers "
-            f"walks on {drawn.walk_temperatures} temperatures ({', '.join(drawn.everywhere)})."
+            f"{drawn.temperatures} temperatures of the last layer refined {drawn.refinements} time(s); all layers are "
+            f"{f'sampled in {walked}' if drawn.everywhere else 'not sampled together'}."
         )
 
 
