@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from benchmarks.harness import demo, report
+from benchmarks.harness import demo, page, report
 from benchmarks.harness import plan as plan_module
 from benchmarks.harness.ensemble_report import ensemble_note
 from benchmarks.harness.ensembles import (
@@ -210,8 +210,8 @@ def check_outcomes(outcomes: list[Outcome], best: Row, suite: Suite, out: Path) 
         (each.name, each.scope) for each in ensembles
     ]
     assert {line["logit_temperature"] for line in lines if SCALED not in line["members"]} == {"1.0"}
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert all(word in page for word in ("Convergence", "tails", "Calibration", "Comparison", EXPERTS))
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert all(word in html for word in ("Convergence", "tails", "Calibration", "Comparison", EXPERTS))
     text = (out / "ensembles.md").read_text()
     assert text.count("\n| ") == len(outcomes) + 1
     assert text.startswith("One run (seed 0 of searches and draws, ")
@@ -291,7 +291,8 @@ class TestDemo:
     budget = Budget(2, temperatures=2, refinements=0, walk_temperatures=2, everywhere=(GIBBS, NOISE), warmup=1, thin=1)
     plan = Plan((*BASELINES, BY_NAME["Directional, Cauchy"], BY_NAME["InputGram, Gaussian"]), trials=2, budget=budget)
 
-    def test_from_end_to_end(self, suite: Suite, tmp_path: Path) -> None:
+    def test_from_end_to_end(self, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(page, "DRAWS", 100)  # of each chain of the report
         out, console = tmp_path / "out", Console(width=140, quiet=True)
         rows, outcomes = demo.run(suite, out, self.plan, 0, console)
         assert [row.name for row in rows] == ["base", EXPERTS, *(method.name for method in self.plan.methods)]

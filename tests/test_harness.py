@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.harness.evaluate import Scores
 from benchmarks.harness.methods import BASELINES, MAPS, METHODS, RULES, Method, solve
 from benchmarks.harness.search import ETA_HALF_DECADES, Settings, search
+from inference.models.design import Design
+from inference.models.merge import merge_checkpoint
 from poe_models import TaskVectors
 from poe_models.methods import MergingMethod, ModuleBatch
 from tests.seeds import seeded
@@ -42,8 +47,16 @@ class TestMethods:
             state = solve(method, vectors, 0.0).state(0.7)
             for name in base:
                 total = torch.stack([expert[name] - base[name] for expert in experts.values()]).sum(0)
-                weight = 0.7 * factor if name.endswith("weight") else 1 / 3  # the scale does not touch averages
+                weight = 0.7 * (factor if name.endswith("weight") else 1 / 3)  # biases are averaged
                 torch.testing.assert_close(state[name], base[name] + weight * total)
+
+    def test_it_is_what_a_saved_merge_is(self, tmp_path: Path) -> None:
+        _, _, vectors = toy_vectors()
+        method = BY_NAME["InputGram, Cauchy"]
+        merge_checkpoint(vectors, Design(method.design(vectors.names, 0.1), 0.7), tmp_path / "merged")
+        saved = load_file(tmp_path / "merged" / "model.safetensors")
+        for name, value in solve(method, vectors, 0.1).state(0.7).items():
+            torch.testing.assert_close(saved[name], value)
 
     @pytest.mark.parametrize("method", RULES, ids=lambda m: m.name)
     def test_rules_meet_the_whole_model_and_names(self, method: Method) -> None:

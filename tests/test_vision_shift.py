@@ -51,7 +51,7 @@ def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapp
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """The demo's toy, with heads that are less sure."""
     made = toy_suite(tmp_path_factory.mktemp("suite"))
-    heads = {name: dataclasses.replace(head, weight=0.02 * head.weight) for name, head in made.heads.items()}
+    heads = {name: dataclasses.replace(head, weight=0.1 * head.weight) for name, head in made.heads.items()}
     return dataclasses.replace(made, heads=heads)
 
 

@@ -66,7 +66,7 @@ class Budget:
     members: int = 10
     temperatures: int = 4
     refinements: int = 1
-    walk_temperatures: int = 12
+    walk_temperatures: int = 10
     everywhere: tuple[str, ...] = KINDS
     warmup: int = 5
     thin: int = 1

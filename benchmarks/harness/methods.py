@@ -135,10 +135,10 @@ class Merge:
     """A solved merge, before its scale is chosen.
 
     Args:
-        base: Base tensors of the merged updates, by name.
-        updates: Merged updates in the tensors' own shapes.
-        matrices: The same by module, (d_out, d_in).
-        others: Finished tensors that the scale does not touch: averages, and what stays the base's.
+        base: Base tensors of the updates, by name.
+        updates: Merged updates in the tensors' own shapes, and the mean updates of tensors that are averaged.
+        matrices: The merged ones by module, (d_out, d_in).
+        others: Tensors that stay the base's.
         weight_spread: Largest over smallest effective expert weight, one entry a module; empty without experts.
         unconverged: Modules whose solve did not converge.
         other_starts: Modules in which another start than the twin found a lower energy.
@@ -153,7 +153,7 @@ class Merge:
     other_starts: tuple[str, ...] = ()
 
     def state(self, scale: float) -> dict[str, Tensor]:
-        """State dict with `W_0 + scale * Z`; averaged tensors are not scaled."""
+        """State dict with `W_0 + scale * Z`, as `merge_checkpoint` has it; Z of averaged tensors is the mean update."""
         merged = {name: self.base[name] + scale * update for name, update in self.updates.items()}
         return {name: value.cpu() for name, value in (merged | self.others).items()}
 
@@ -175,19 +175,22 @@ class Loaded:
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
-        """Base tensors that have updates, on the updates' device and in their dtype."""
+        """Base tensors that are merged or averaged, on the updates' device and in their dtype."""
         treatments = self.vectors.treatments.items()
         device, dtype = self.vectors.device, self.vectors.dtype
-        return {n: self.vectors.base.read(n).to(device, dtype) for n, each in treatments if each.view is not None}
+        return {n: self.vectors.base.read(n).to(device, dtype) for n, each in treatments if each.action != "base"}
+
+    @cached_property
+    def averages(self) -> dict[str, Tensor]:
+        """Mean updates of the tensors that are averaged."""
+        names = [name for name, each in self.vectors.treatments.items() if each.action == "average"]
+        return {name: self.vectors.average(name) - self.base[name] for name in names}
 
     @cached_property
     def others(self) -> dict[str, Tensor]:
-        """What has no updates: averages over experts, and tensors of the base."""
-        return {
-            name: self.vectors.average(name) if each.action == "average" else self.vectors.base.read(name)
-            for name, each in self.vectors.treatments.items()
-            if each.view is None
-        }
+        """Tensors that stay the base's."""
+        treatments = self.vectors.treatments.items()
+        return {name: self.vectors.base.read(name) for name, each in treatments if each.action == "base"}
 
 
 def solve(
@@ -237,12 +240,11 @@ Solved = tuple[list[ModuleUpdates], Tensor, Solution[FixedPointInfo] | None]
 
 def _assemble(loaded: Loaded, solved: list[Solved]) -> Merge:
     values = {m.name: value for batch, merged, _ in solved for m, value in zip(batch, merged, strict=True)}
-    updates = {}
-    for tensor, base in loaded.base.items():
-        view = loaded.vectors.treatments[tensor].view
-        assert view is not None
-        parts = [values[module.name] for module in loaded.modules if module.tensor == tensor]
-        updates[tensor] = view.join(parts, base.shape)
+    updates = dict(loaded.averages)
+    for tensor, treatment in loaded.vectors.treatments.items():
+        if treatment.view is not None:
+            parts = [values[module.name] for module in loaded.modules if module.tensor == tensor]
+            updates[tensor] = treatment.view.join(parts, loaded.base[tensor].shape)
     spread: dict[str, float] = {}
     unconverged, moved = [], []
     for batch, _, solution in solved:

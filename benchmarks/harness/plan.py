@@ -101,7 +101,7 @@ class Merges:
 
     def __init__(self, vectors: Loaded) -> None:
         self.vectors, self._family = vectors, ""
-        _ = vectors.modules, vectors.base, vectors.others  # so that no solve has to read them
+        _ = vectors.modules, vectors.base, vectors.averages, vectors.others  # so that no solve has to read them
         self._solved: dict[tuple[Any, ...], Solved] = {}
 
     def of(self, method: Method, eta: float) -> Solved:
