@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.demo import run
-from benchmarks.harness.ensembles import Budget
 from benchmarks.harness.methods import METHODS
+from benchmarks.harness.outcomes import Budget
 from benchmarks.harness.parallel import cores
 from benchmarks.harness.plan import Plan
 from benchmarks.harness.training import accuracy_table

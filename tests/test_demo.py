@@ -16,21 +16,11 @@ from safetensors.torch import load_file
 from benchmarks.harness import demo, page, report
 from benchmarks.harness import plan as plan_module
 from benchmarks.harness.ensemble_report import ensemble_note
-from benchmarks.harness.ensembles import (
-    GIBBS,
-    KINDS,
-    MAP,
-    NOISE,
-    SCALED,
-    SCALED_MAP,
-    SCOPES,
-    Budget,
-    Ensembles,
-    Outcome,
-)
+from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, task_logits
 from benchmarks.harness.memory import PeakMemory
 from benchmarks.harness.methods import BASELINES, METHODS, Loaded, Method, solve
+from benchmarks.harness.outcomes import GIBBS, KINDS, MAP, NOISE, SCALED, SCALED_MAP, SCOPES, Budget, Outcome
 from benchmarks.harness.page import save_span_draws
 from benchmarks.harness.plan import ETA, Plan
 from benchmarks.harness.plot import bar_plot
@@ -263,6 +253,24 @@ class TestSuiteModel:
         for name, task in some.tasks.items():
             assert torch.equal(task.splits["validation"].labels, suite.tasks[name].splits["validation"].labels[:5])
             assert len(task.splits["test"]) == len(suite.tasks[name].splits["test"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_members_are_those_of_the_merged_ensemble(kind: str, scope: str, tmp_path: Path) -> None:
+    suite = toy_language(tmp_path)
+    method, settings = BY_NAME["InputGram, Cauchy"], Settings(0.7, 0.1)
+    design = demo.save_merge(method, settings, suite, tmp_path / "merged")
+    ensembles = Ensembles(suite, design, tmp_path / "merged", 0, Budget(members=2, warmup=1, thin=1))
+    states = ensembles.states(ensembles.draw(scope, kind, 1e-4, 2), kind)
+    whole = list(ensembles.ensemble(scope, kind, 1e-4, 2).members())
+    for state, expected in zip(states, whole, strict=True):
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name.removeprefix("backbone.")])
+    same = expected.keys() - {name.removeprefix("backbone.") for name in state}
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(expected[name], saved[name]) for name in same)
+    assert len(state) == (1 if scope == "last layer" else 13)
 
 
 class TestPlan:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import demo
-from benchmarks.harness.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles
+from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import task_logits
 from benchmarks.harness.methods import METHODS
+from benchmarks.harness.outcomes import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget
 from benchmarks.harness.search import Settings
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.suite_model import SuiteModel

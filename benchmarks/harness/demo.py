@@ -24,9 +24,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.harness.ensemble_report import ensemble_markdown, ensemble_note, ensemble_tables, path_plot, write_paths
-from benchmarks.harness.ensembles import Ensembles, Outcome
+from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, own_logits, score, task_logits
 from benchmarks.harness.methods import Loaded, Method, solve
+from benchmarks.harness.outcomes import Outcome
 from benchmarks.harness.page import report
 from benchmarks.harness.parallel import cores
 from benchmarks.harness.plan import Merges, Plan

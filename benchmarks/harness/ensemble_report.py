@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness.ensembles import KINDS, LAST, SCALED_MAP, SCOPES, Ensembles, Outcome
+from benchmarks.harness.ensembles import Ensembles
+from benchmarks.harness.outcomes import KINDS, LAST, SCALED_MAP, SCOPES, Outcome
 from diagnostics.estimates import Estimate
 from diagnostics.plots import plot_pareto
 from diagnostics.predictions.comparison import compare_methods

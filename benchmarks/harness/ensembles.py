@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,11 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.evaluate import Scores, mean_scores, score, task_logits
+from benchmarks.harness.evaluate import score, task_logits
+from benchmarks.harness.outcomes import (
+    ALL,
+    GIBBS,
+    LAPLACE,
+    LAST,
+    MAP,
+    NOISE,
+    SCALED,
+    SCALED_MAP,
+    SCOPES,
+    TWIN,
+    Budget,
+    Outcome,
+    Search,
+)
 from benchmarks.harness.parallel import run_all
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.suite_model import Examples, SuiteModel
-from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from inference.logit_temperature import fit_logit_temperature, scaled_mean
 from inference.models.design import Design
@@ -38,106 +52,11 @@ from inference.models.full_draws import noise_control, sample_full
 from inference.models.model_draws import FullDraws, ModelDraws
 from inference.models.modules import Module, module_names, read_modules
 from inference.models.predictor import Runner
-from inference.tempering import Tempering, temper, temperature_range
+from inference.tempering import temper, temperature_range
 from poe_models import TaskVectors
 
-SCOPES = (ALL, LAST) = ("all layers", "last layer")
-SCALED = ", scaled logits"
-MAP = "MAP"
-SCALED_MAP = MAP + SCALED
 PREFIX = "backbone."
-KINDS = (GIBBS, LAPLACE, TWIN, NOISE) = ("Gibbs", "Laplace", "Gaussian twin, Gibbs", "white noise")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is drawn. In Full coordinates temperatures are small: mixture weights hardly move, and a few steps mix.
-
-    Args:
-        members: Of every ensemble, at every temperature that is tried on validation and in the end; 10 in [BMM].
-        temperatures: Size of the last layer's grid of temperatures.
-        refinements: How often that grid is refined around its best point.
-        walk_temperatures: Size of all layers' grid, on which the searches walk.
-        everywhere: Kinds that are drawn in all layers; where the first is best, the others' searches start.
-        warmup: Gibbs steps before the first member.
-        thin: Gibbs steps between members.
-    """
-
-    members: int = 10
-    temperatures: int = 4
-    refinements: int = 1
-    walk_temperatures: int = 10
-    everywhere: tuple[str, ...] = KINDS
-    warmup: int = 5
-    thin: int = 1
-
-    def kinds(self, scope: str) -> tuple[str, ...]:
-        """What is drawn in these layers."""
-        return KINDS if scope == LAST else self.everywhere
-
-
-@dataclass(frozen=True, eq=False)
-class Search:
-    """Searches over temperatures of one kind of ensemble, which share their draws.
-
-    Args:
-        plain: The chosen temperature and the path, logits as they are.
-        scaled: The same, chosen together with a logit temperature.
-        probabilities: Temperature of the plain path -> task -> (n, classes), the members' mean on validation.
-    """
-
-    plain: Tempering[FullDraws]
-    scaled: Tempering[FullDraws]
-    probabilities: Mapping[float, Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """One way to predict, on the test images.
-
-    Args:
-        name: What the members are, or which point estimate it is.
-        probabilities: Task -> (n, classes), the members' mean.
-        scores: Task -> scores.
-        scope: Which layers differ between members; empty for a point estimate.
-        temperature: Of the posterior; None for a point estimate.
-        logit_temperature: What the logits were divided by, those of every member.
-        tempering: The search over temperatures; None for a point estimate.
-        validation: Temperature -> task -> (n, classes) along that search; empty where logits are scaled.
-        differences: Score -> mean over tasks minus the MAP's, with a paired bootstrap interval. The intervals of one
-            score hold for all rows together.
-        nll_from_scaled: Mean NLL minus that of the MAP with scaled logits, by intervals that hold for all ensembles
-            together; None for a point estimate.
-        distance: Of the members' centre from the MAP, in standard deviations of the draws, in the farthest module;
-            None for a point estimate.
-    """
-
-    name: str
-    probabilities: Mapping[str, Tensor]
-    scores: Mapping[str, Scores]
-    scope: str = ""
-    temperature: float | None = None
-    logit_temperature: float = 1.0
-    tempering: Tempering[FullDraws] | None = None
-    validation: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
-    differences: Mapping[str, Estimate] = field(default_factory=dict)
-    nll_from_scaled: Estimate | None = None
-    distance: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """What the members are, whether their logits are scaled or not."""
-        return self.name.removesuffix(SCALED)
-
-    @property
-    def label(self) -> str:
-        """Name and scope."""
-        return f"{self.name}, {self.scope}" if self.scope else self.name
-
-    @property
-    def mean(self) -> Scores:
-        """Unweighted mean over tasks."""
-        return mean_scores(self.scores)
+"""Where in the suite's model the checkpoint is."""
 
 
 class Members:
@@ -223,10 +142,10 @@ class Ensembles:
         """
         low, high = self._temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
-        members = Members(self._runner(scope, kind, self.validation), lambda draws: self._states(draws, kind))
+        members = Members(self._runner(scope, kind, self.validation), lambda draws: self.states(draws, kind))
 
         def predict(draw: ModelDraws) -> dict[str, Tensor]:
-            whole = self._draw(scope, kind, draw.temperatures[0], self.budget.members)
+            whole = self.draw(scope, kind, draw.temperatures[0], self.budget.members)
             log_probabilities = members(draw, whole)
             tried.setdefault(draw.temperatures[0], []).append(log_probabilities.exp())
             return self.validation.by_task(log_probabilities)
@@ -234,7 +153,7 @@ class Ensembles:
         cache: dict[str, Mapping[str, Tensor]] = {}
         chosen = partial(
             temper,
-            lambda temperature: self._draw(scope, kind, temperature, self.budget.members),
+            lambda temperature: self.draw(scope, kind, temperature, self.budget.members),
             predict,
             self.validation.labels,
             (low, high),
@@ -260,17 +179,24 @@ class Ensembles:
             The ensemble.
         """
         vectors, design = self._tempered(kind, temperature)
-        return MergedEnsemble(vectors, design, self._draw(scope, kind, temperature, members), elsewhere=self.merged)
+        return MergedEnsemble(vectors, design, self.draw(scope, kind, temperature, members), elsewhere=self.merged)
 
-    def _draw(self, scope: str, kind: str, temperature: float, members: int) -> FullDraws:
-        """Draws of one kind, made once: noise is as far away as Gibbs's draws, and both searches try them."""
+    def draw(self, scope: str, kind: str, temperature: float, members: int) -> FullDraws:
+        """Draws of one kind, made once: noise is as far away as Gibbs's draws, and both searches try them.
+
+        Args:
+            scope: Which layers are sampled, one of `SCOPES`.
+            kind: What the members are.
+            temperature: Of the posterior.
+            members: How many.
+        """
         key = (scope, kind, temperature, members)
         if key not in self._drawn:
             vectors, design = self._tempered(kind, temperature)
             if kind == NOISE:
                 generator = torch.Generator().manual_seed(self.seed + 1)
                 draws = noise_control(
-                    self._draw(scope, GIBBS, temperature, members), vectors, design, generator=generator
+                    self.draw(scope, GIBBS, temperature, members), vectors, design, generator=generator
                 )
             else:
                 draws = sample_full(
@@ -291,7 +217,7 @@ class Ensembles:
         """Log probabilities of all examples under the merge with some of its tensors replaced."""
         cut = f"backbone.{self.suite.network.cut}" if scope == LAST else None
         model = SuiteModel(self.suite, self.merged)
-        modules = set(self._draw(scope, kind, self._temperatures(scope)[1], 1).modules)
+        modules = set(self.draw(scope, kind, self._temperatures(scope)[1], 1).modules)
         base = self.suite.vectors().base.tensors
         changing = {f"{PREFIX}{name}": base[name].shape for name in self._tensors(modules)}
         return Runner(model, examples.batches, {}, changing, _forward, cut)
@@ -301,8 +227,16 @@ class Ensembles:
         vectors = self.suite.vectors()
         return [name for name in vectors.treatments if not set(module_names(vectors, name)).isdisjoint(modules)]
 
-    def _states(self, draws: FullDraws, kind: str) -> list[dict[str, Tensor]]:
-        """The sampled tensors of every member: what `MergedEnsemble` makes, a module at a time for all members."""
+    def states(self, draws: FullDraws, kind: str) -> list[dict[str, Tensor]]:
+        """The sampled tensors of every member: what `MergedEnsemble` makes, a module at a time for all members.
+
+        Args:
+            draws: One for each member.
+            kind: What they are.
+
+        Returns:
+            Tensors by their names in the suite's model.
+        """
         vectors, design = self._tempered(kind, draws.temperatures[0])
         states: list[dict[str, Tensor]] = [{} for _ in range(len(draws))]
         for tensor in self._tensors(draws.modules):
@@ -334,7 +268,7 @@ class Ensembles:
         for tempering, name in ((search.plain, kind), (search.scaled, kind + SCALED)):
             draws, divisor = tempering.draws, tempering.best.logit_temperature
             if tempering.temperature not in tables:
-                states = self._states(draws, kind)
+                states = self.states(draws, kind)
                 tables[tempering.temperature] = torch.stack([runner(state) for state in states])
             mean = scaled_mean(tables[tempering.temperature], divisor).exp()
             outcome = replace(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness.ensembles import GIBBS, LAST, NOISE, Outcome
+from benchmarks.harness.outcomes import GIBBS, LAST, NOISE, Outcome
 from benchmarks.harness.report import Row
 from benchmarks.harness.suite import Suite
 from diagnostics.predictions.files import predictions_of, save_predictions

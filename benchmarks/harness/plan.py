@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.ensembles import Budget
 from benchmarks.harness.evaluate import Scores
 from benchmarks.harness.memory import PeakMemory
 from benchmarks.harness.methods import METHODS, Loaded, Merge, Method, solve
+from benchmarks.harness.outcomes import Budget
 from benchmarks.harness.search import Settings, Trial, search
 from benchmarks.harness.suite import Suite
 

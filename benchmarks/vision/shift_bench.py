@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.harness.demo import MERGED
-from benchmarks.harness.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles
+from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import task_logits
 from benchmarks.harness.methods import METHODS
+from benchmarks.harness.outcomes import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget
 from benchmarks.harness.parallel import run_all
 from benchmarks.harness.report import MEAN
 from benchmarks.harness.suite import Suite
