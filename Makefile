@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: venv lint test test-matrix demo bench gpu mutants clean
+.PHONY: venv lint test test-matrix demo demo-language bench gpu mutants clean
 
 venv: $(STAMP)
 
@@ -32,7 +32,10 @@ test-matrix: $(STAMP)
 	.ci/matrix $(BIN)/python
 
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.demo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo --suite vision --out out/demo
+
+demo-language: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo --suite language --out out/demo-language
 
 # Every table in benchmarks/results. Where CPU seconds are compared, all libraries have one thread.
 bench: $(STAMP) out/demo/temperatures.csv

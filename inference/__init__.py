@@ -25,6 +25,7 @@ from inference.evidence.estimate import (
 from inference.gibbs import gibbs
 from inference.hierarchical.sampler import HierarchicalDraws, HierarchicalModel, hierarchical
 from inference.laplace import DenseLaplace, Laplace, laplace
+from inference.logit_temperature import fit_ensemble_temperature, fit_logit_temperature
 from inference.map import fixed_point, plain_iterates
 from inference.merge_distance import MergeDistance
 from inference.minimize import minimize
@@ -43,7 +44,7 @@ from inference.propriety import require_proper
 from inference.reweighting import SolverOptions
 from inference.slice import slice_sample
 from inference.solution import Solution, Status
-from inference.tempering import TemperaturePoint, Tempering, fit_logit_temperature, temper, temperature_range
+from inference.tempering import TemperaturePoint, Tempering, temper, temperature_range
 
 __all__ = [
     "DenseLaplace",
@@ -77,6 +78,7 @@ __all__ = [
     "collect_statistics",
     "compare_designs",
     "distance_from_merge",
+    "fit_ensemble_temperature",
     "fit_logit_temperature",
     "fixed_point",
     "gibbs",

@@ -1,4 +1,4 @@
-r"""The posterior's temperature chosen on validation, and the calibration baseline that it has to beat.
+"""The posterior's temperature chosen on validation, by itself or together with a logit temperature.
 
 A posterior at ``T = 1`` is not calibrated: its energies are in the experts' own units. ``(1 + q / s^2)^(-kappa / T)``
 in ``D`` dimensions has a finite integral only if ``2 kappa / T > D``, so the experts hold the merged update by
@@ -9,11 +9,6 @@ a thousandth of it, where the ensemble is the MAP. In Full coordinates ``D`` cou
 The best temperature of an ensemble depends on how many members it has and on what they are. So all temperatures of a
 search are judged with the same number, the chosen members are kept (``Tempering.draws``), and every kind of ensemble
 (Gibbs draws, Laplace's, noise) wants a search of its own.
-
->>> labels = torch.tensor([0, 1, 1])
->>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
->>> round(fit_logit_temperature(logits, labels), 4)               # two thirds right: logit gap log 2 instead of 4
-5.7708
 """
 
 from __future__ import annotations
@@ -21,14 +16,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from inference import scores
+from inference.logit_temperature import PerTask, by_task, fit_ensemble_temperature, scaled_mean
 from inference.models.model_draws import ModelDraws
 from poe_models.energies import StudentT
 from poe_models.least_squares import quadratic_of
@@ -37,14 +32,8 @@ from poe_models.printing import Brief
 
 COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
-LOGIT_TEMPERATURES = (0.01, 100.0)
-"""Where a logit temperature is looked for."""
-_LOWEST = torch.finfo(torch.float64).min
-
 Members = TypeVar("Members", bound=Iterable[Any])
 """The draws of an ensemble's members: a list, ``SpanDraws``, ``FullDraws`` and so on."""
-PerTask = Tensor | Mapping[str, Tensor]
-"""A tensor, or one for each of several tasks, whose scores are averaged."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,7 @@ class TemperaturePoint:
         accuracy: Share of correct predictions.
         ece: Expected calibration error over 20 equal-width bins of the largest probability (Naeini et al., 2015).
         num_members: Number of members that were averaged.
+        logit_temperature: What every member's logits were divided by, before the scores above; 1 if nothing was.
     """
 
     temperature: float
@@ -64,6 +54,7 @@ class TemperaturePoint:
     accuracy: float
     ece: float
     num_members: int
+    logit_temperature: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,6 +120,7 @@ def temper(
     num_temperatures: int = 10,
     refinements: int = 1,
     start: float | None = None,
+    scale_logits: bool = False,
     cache: MutableMapping[str, Mapping[str, Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tempering[Members]:
@@ -136,6 +128,10 @@ def temper(
 
     A grid over the log temperature, or a walk on it downhill from ``start``, then points halfway to the neighbours of
     the best one, as often as asked for.
+
+    An ensemble is compared with a point estimate of scaled logits on equal terms only if its own logits may be scaled,
+    and then the best temperature of the posterior is lower: a choice without scaling lets the draws do what one
+    divisor does. ``scale_logits`` chooses both together.
 
     Args:
         sample: Maps a temperature to the draws of the members, for instance ``lambda t: SpanDraws.of(gibbs(
@@ -149,6 +145,8 @@ def temper(
         refinements: Refinements of the grid around the best point.
         start: Where to walk from to a local minimum, for instance the best temperature of a cheaper ensemble of the
             same kind.
+        scale_logits: Whether to divide every member's logits by the number that is best at each temperature
+            (``fit_ensemble_temperature``), and to compare temperatures with their logits so divided.
         cache: Evaluated members by the digest of their draw; hand the same dict to several searches with the same
             ``predict``. The digest knows nothing of λ, of what is not sampled, or of the data.
         progress: Called with the number of finished temperatures and the most that there can be.
@@ -173,7 +171,8 @@ def temper(
     step = math.log(high / low) / (num_temperatures - 1)
     grid = [*(low * math.exp(index * step) for index in range(num_temperatures - 1)), high]
     total = num_temperatures + 2 * refinements
-    search = _Search(sample, predict, _by_task(labels), {} if cache is None else cache, total, progress)
+    kept = {} if cache is None else cache
+    search = _Search(sample, predict, by_task(labels), kept, total, scale_logits, progress)
     if start is None:
         search.visit(*grid)
     else:
@@ -185,68 +184,6 @@ def temper(
     return search.result(low, high)
 
 
-def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
-    """The calibration baseline: one number that divides the logits (Guo et al., 2017, arXiv 1706.04599).
-
-    It minimises the mean negative log-likelihood, with several tasks the unweighted mean of the tasks' means. That is
-    convex in the inverse of the number, so that the root of the derivative is the minimum.
-
-    Args:
-        logits: ``(n, classes)`` on validation, or a dict of these by task; tasks may have different numbers of classes.
-            A logit of -inf rules a class out.
-        labels: ``(n,)`` integers, or a dict of these by task.
-
-    Returns:
-        The logit temperature, between 0.01 (predictions that are all right have no better one) and 100 (logits that say
-        less than nothing); 1 if every example's logits are equal, which no temperature changes.
-
-    Raises:
-        ValueError: If shapes or tasks do not fit, a logit is NaN or +inf, or one of a label is -inf.
-    """
-    tables = _labelled_logits(_by_task(logits), _by_task(labels))
-    if all(bool((z.isneginf() | (z == z.amax(1, keepdim=True))).all()) for z, _ in tables):
-        return 1.0
-
-    def slope(inverse: float) -> float:
-        """Derivative of the mean negative log-likelihood in the inverse temperature: expected less observed logit."""
-        expected = (((inverse * z).softmax(1) * z.clamp(min=_LOWEST)).sum(1) for z, _ in tables)
-        gaps = (float((each - own).mean()) for each, (_, own) in zip(expected, tables, strict=True))
-        return sum(gaps) / len(tables)
-
-    coldest, hottest = LOGIT_TEMPERATURES
-    if slope(1 / coldest) <= 0:
-        return coldest
-    if slope(1 / hottest) >= 0:
-        return hottest
-    return 1 / float(brentq(slope, 1 / hottest, 1 / coldest, xtol=1e-12, rtol=1e-12))
-
-
-def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of every task the logits ``(n, classes)`` and those of the labels ``(n,)``, float64."""
-    if not labels or logits.keys() != labels.keys():
-        raise ValueError(
-            f"`fit_logit_temperature(...)`: logits of {', '.join(logits)}; labels of {', '.join(labels)}. Give both "
-            "for the same tasks."
-        )
-    found = []
-    for task, own in labels.items():
-        table = logits[task]
-        if table.ndim != 2 or own.shape != table.shape[:1] or len(own) == 0:
-            raise ValueError(
-                f"`fit_logit_temperature(...)`: logits {tuple(table.shape)} and labels {tuple(own.shape)} of {task}; "
-                "give (n, classes) and (n,) of validation examples."
-            )
-        z = table.detach().double().cpu()
-        of_label = z.gather(1, own.detach().cpu().long().unsqueeze(1)).squeeze(1)
-        if not bool((z.isfinite() | z.isneginf()).all() and of_label.isfinite().all()):
-            raise ValueError(
-                f"`fit_logit_temperature(...)`: logits of {task} are NaN or +inf, or -inf for a label, which no "
-                "temperature mends. Look at the model that gave them, or leave these examples out."
-            )
-        found.append((z, of_label))
-    return found
-
-
 @dataclass(eq=False)
 class _Search(Generic[Members]):
     """The points of a path, each evaluated once, and the members of the best one."""
@@ -256,6 +193,7 @@ class _Search(Generic[Members]):
     labels: Mapping[str, Tensor]
     cache: MutableMapping[str, Mapping[str, Tensor]]
     total: int
+    scale_logits: bool
     progress: Callable[[int, int], None] | None
     points: dict[float, TemperaturePoint] = field(default_factory=dict)
     best_draws: list[Members] = field(default_factory=list)
@@ -290,6 +228,17 @@ class _Search(Generic[Members]):
                 f"`temper(sample=...)`: it gave a {type(draws).__name__}, which can be iterated once only, so that the "
                 "chosen members could not be kept. Return the draws themselves, or a list."
             )
+        if self.scale_logits:
+            tables = [self._member(draw) for draw in draws]
+            self._check_number(len(tables), temperature)
+            self.points[temperature] = self._scaled(tables, temperature)
+        else:
+            self.points[temperature] = self._averaged(draws, temperature)
+        if self.best.temperature == temperature:
+            self.best_draws = [draws]
+
+    def _averaged(self, draws: Iterable[Any], temperature: float) -> TemperaturePoint:
+        """Scores of the members' mean; they are added up one by one."""
         total: dict[str, Tensor] = {}
         members = 0
         for draw in draws:
@@ -297,9 +246,15 @@ class _Search(Generic[Members]):
             total = {task: torch.logaddexp(total[task], found[task]) for task in found} if total else dict(found)
             members += 1
         self._check_number(members, temperature)
-        self.points[temperature] = self._scored(total, members, temperature)
-        if self.best.temperature == temperature:
-            self.best_draws = [draws]
+        mean = {task: values - math.log(members) for task, values in total.items()}
+        return self._scored(mean, members, temperature)
+
+    def _scaled(self, tables: Sequence[Mapping[str, Tensor]], temperature: float) -> TemperaturePoint:
+        """Scores of the members' mean at the logit temperature that is best for it."""
+        stacked = {task: torch.stack([table[task] for table in tables]) for task in self.labels}
+        divisor = fit_ensemble_temperature(stacked, self.labels)
+        mean = {task: scaled_mean(values, divisor) for task, values in stacked.items()}
+        return replace(self._scored(mean, len(tables), temperature), logit_temperature=divisor)
 
     def result(self, low: float, high: float) -> Tempering[Members]:
         path = tuple(self.points[temperature] for temperature in sorted(self.points))
@@ -321,9 +276,8 @@ class _Search(Generic[Members]):
                 "Larger ensembles are better at higher temperatures: return the same number at every temperature."
             )
 
-    def _scored(self, total: Mapping[str, Tensor], members: int, temperature: float) -> TemperaturePoint:
-        """Scores of the mean of ``members`` whose probabilities sum to ``exp(total)``."""
-        mean = {task: values - math.log(members) for task, values in total.items()}
+    def _scored(self, mean: Mapping[str, Tensor], members: int, temperature: float) -> TemperaturePoint:
+        """Scores of the log of the mean probabilities of ``members``."""
         pairs = [(mean[task], labels.detach().cpu()) for task, labels in self.labels.items()]
         nll = sum(scores.nll(values, labels) for values, labels in pairs) / len(pairs)
         accuracy, ece = (
@@ -336,7 +290,7 @@ class _Search(Generic[Members]):
         key = _key(draw)
         if key is not None and key in self.cache:
             return self.cache[key]
-        found = {task: _checked(values, self.labels, task) for task, values in _by_task(self.predict(draw)).items()}
+        found = {task: _checked(values, self.labels, task) for task, values in by_task(self.predict(draw)).items()}
         if found.keys() != self.labels.keys():
             raise ValueError(
                 f"`temper(predict=...)`: predictions are about {', '.join(found)}; labels about "
@@ -346,10 +300,6 @@ class _Search(Generic[Members]):
         if key is not None:
             self.cache[key] = found
         return found
-
-
-def _by_task(values: PerTask) -> dict[str, Tensor]:
-    return {"all": values} if isinstance(values, Tensor) else dict(values)
 
 
 def _key(draw: object) -> str | None:

@@ -21,7 +21,7 @@ print([f for f in warnings.filters if f[1] is not None and "ArviZ" in f[1].patte
 
 COMMANDS = """
 from poe_merge.cli import run
-import diagnostics, benchmarks.vision.demo
+import diagnostics, benchmarks.harness.demo
 assert run(["sample", "--help"]) == run(["diagnose", "--help"]) == 0
 """
 

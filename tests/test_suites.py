@@ -16,8 +16,8 @@ from benchmarks.harness.methods import MAPS, solve
 from benchmarks.harness.rule_bench import Bench
 from benchmarks.harness.rulebook import RULES
 from benchmarks.harness.suite import Suite
-from inference.tempering import fit_logit_temperature
-from tests.test_vision_demo import toy_suite
+from inference.logit_temperature import fit_logit_temperature
+from tests.toy_suites import toy_suite
 
 
 @pytest.fixture(scope="module")

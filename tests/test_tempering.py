@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from inference.gibbs import gibbs
+from inference.logit_temperature import fit_ensemble_temperature, fit_logit_temperature, scaled_mean
 from inference.models.ensemble import MergedEnsemble
 from inference.models.model_draws import SpanDraws
 from inference.models.statistics_files import collect_statistics
 from inference.propriety import require_proper
-from inference.tempering import COLDEST, Tempering, fit_logit_temperature, temper, temperature_range
+from inference.tempering import COLDEST, Tempering, temper, temperature_range
 from poe_models import (
     AbsolutePrecision,
     Anchor,
@@ -413,3 +414,71 @@ def test_logits_that_are_all_right_or_all_wrong_hit_the_bounds() -> None:
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="are NaN or .inf, or -inf for a label"):
             fit_logit_temperature(torch.tensor([[0.0, value]]), torch.tensor([0]))
+
+
+# --- the logit temperature of an ensemble ---
+
+
+@pytest.mark.parametrize("share", [0.65, 0.8])
+def test_logit_temperature_of_two_members_is_the_closed_form(share: float) -> None:
+    """One member is sure by a gap g, the other says nothing: (s(g / tau) + 1/2) / 2 = share."""
+    right = torch.arange(20) < 20 * share
+    gap = 3.0
+    sure = torch.tensor([gap, 0.0], dtype=torch.float64).expand(20, 2)
+    found = fit_ensemble_temperature(torch.stack([sure, torch.zeros_like(sure)]), (~right).long())
+    wanted = 2 * share - 0.5
+    if wanted < 1:
+        assert math.isclose(found, gap / math.log(wanted / (1 - wanted)), rel_tol=1e-5)
+    else:
+        assert found < 0.02  # no temperature makes the mean so sure
+
+
+def test_equal_members_are_one_model(generator: torch.Generator) -> None:
+    logits = {task: torch.randn(n, c, generator=generator).double() for task, n, c in (("a", 40, 3), ("b", 60, 5))}
+    labels = {task: (3 * table).softmax(1).multinomial(1, generator=generator)[:, 0] for task, table in logits.items()}
+    alone = fit_logit_temperature(logits, labels)
+    stacked = {task: table.expand(4, -1, -1) for task, table in logits.items()}
+    assert math.isclose(fit_ensemble_temperature(stacked, labels), alone, rel_tol=1e-5)
+    assert fit_ensemble_temperature(torch.ones(2, 3, 4), torch.zeros(3, dtype=torch.long)) == 1.0
+    with pytest.raises(ValueError, match="Give both for the same tasks"):
+        fit_ensemble_temperature({"a": stacked["a"]}, labels)
+    with pytest.raises(ValueError, match=r"give \(n, classes\) and \(n,\)"):
+        fit_ensemble_temperature(stacked["a"], labels["b"])
+
+
+def test_scaled_mean_is_that_of_scaled_members(generator: torch.Generator) -> None:
+    members = torch.randn(3, 5, 4, generator=generator).double()
+    expected = (members / 1.7).softmax(-1).mean(0)
+    torch.testing.assert_close(scaled_mean(members.log_softmax(-1), 1.7).exp(), expected)
+
+
+def test_chosen_together_the_posterior_is_colder_and_the_likelihood_better() -> None:
+    """Members that are too sure by a factor of 3: spread mends that a little, one divisor mends it all."""
+    generator = seeded(0)
+    truth = 2 * torch.randn(400, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(400, generator=generator, dtype=torch.float64) < truth.sigmoid()).long()
+    noise = torch.randn(32, 400, generator=generator, dtype=torch.float64)
+
+    def predict(draw: Tensor) -> Tensor:
+        logit = 3 * truth + draw
+        return torch.stack([torch.zeros_like(logit), logit], 1).log_softmax(1)
+
+    cache: dict[str, Any] = {}
+    alone, both = (
+        temper(
+            lambda t: list(t * noise), predict, labels, (0.1, 30.0),
+            num_temperatures=9, scale_logits=scale, cache=cache,
+        )
+        for scale in (False, True)
+    )  # fmt: skip
+    assert both.temperature < alone.temperature
+    assert both.best.nll < alone.best.nll
+    assert alone.best.logit_temperature == 1.0
+    for point in both.path:
+        members = torch.stack([predict(point.temperature * each) for each in noise])
+        assert math.isclose(point.logit_temperature, fit_ensemble_temperature(members, labels), rel_tol=1e-6)
+        mean = scaled_mean(members, point.logit_temperature)
+        assert math.isclose(point.nll, float(nn.functional.nll_loss(mean, labels)), rel_tol=1e-9)
+        assert math.isclose(point.accuracy, float((mean.argmax(1) == labels).double().mean()))
+    plain = {point.temperature: point.nll for point in alone.path}
+    assert all(point.nll <= plain[point.temperature] + 1e-12 for point in both.path if point.temperature in plain)

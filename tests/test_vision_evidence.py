@@ -15,7 +15,7 @@ from inference import fixed_point
 from inference.evidence.estimate import log_evidence
 from poe_models import Gaussian, OutputGram
 from tests.seeds import seeded
-from tests.test_vision_demo import toy_suite
+from tests.toy_suites import toy_suite
 
 
 def test_merge_is_the_map_in_full_coordinates(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from benchmarks.harness.suite import Suite
 from benchmarks.vision.model import preprocess
 from poe_models.methods import METHODS, AdaMerging, Average
 from tests.seeds import seeded
-from tests.test_vision_demo import toy_suite
+from tests.toy_suites import toy_suite
 
 
 @pytest.fixture(scope="module")

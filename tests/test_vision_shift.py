@@ -10,21 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.harness import demo
+from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import task_logits
 from benchmarks.harness.methods import METHODS
+from benchmarks.harness.outcomes import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget
 from benchmarks.harness.search import Settings
 from benchmarks.harness.suite import Suite
-from benchmarks.vision import demo, shift_bench, shift_report
-from benchmarks.vision.ensembles import CUTS, GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles, SuiteModel
+from benchmarks.harness.suite_model import SuiteModel
+from benchmarks.vision import shift_bench, shift_report
 from benchmarks.vision.model import preprocess
 from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, OTHERS, Best, Predictions, Shift, mixture, read_demo
 from diagnostics.predictions.corruptions import corrupt
+from inference.logit_temperature import fit_logit_temperature
 from inference.models.ensemble import Prediction
-from inference.tempering import fit_logit_temperature
-from tests.test_vision_demo import toy_suite
+from tests.toy_suites import toy_suite
 
 INPUT = next(method for method in METHODS if method.name == "InputGram, Cauchy")
 BUDGET = Budget(warmup=1, thin=1)
@@ -50,7 +52,7 @@ def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapp
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """The demo's toy, with heads that are less sure."""
     made = toy_suite(tmp_path_factory.mktemp("suite"))
-    heads = {name: dataclasses.replace(head, weight=0.02 * head.weight) for name, head in made.heads.items()}
+    heads = {name: dataclasses.replace(head, weight=0.1 * head.weight) for name, head in made.heads.items()}
     return dataclasses.replace(made, heads=heads)
 
 
@@ -99,14 +101,14 @@ class TestPredictions:
         ensemble = Ensembles(suite, best.design, best.merged, 3, BUDGET).ensemble(
             "last layer", kind, best.temperatures[kind], 2
         )
-        model = SuiteModel(load_file(best.merged / "model.safetensors"), suite.heads)
+        model = SuiteModel(suite, best.merged)
         images = corrupt(suite.tasks["two"].splits["test"].images, "shot_noise", 2, seed=3)
         expected = ensemble.predict(
             model,
             [(preprocess(images), 1)],
             forward=lambda m, batch: m(*batch),
             submodule="backbone",
-            cut=CUTS["last layer"],
+            cut="backbone.fire9",
         )
         got = found[kind]["shot_noise", 2]["two"]
         torch.testing.assert_close(got.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)

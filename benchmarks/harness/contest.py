@@ -20,7 +20,7 @@ from benchmarks.harness.methods import ENERGIES, MAPS, Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_bench import Bench, Chosen
 from benchmarks.harness.rulebook import RULES
-from inference.tempering import fit_logit_temperature
+from inference.logit_temperature import fit_logit_temperature
 from poe_models import Activation, Mixed
 
 BASE, OWN = "base", "own experts"

@@ -135,8 +135,8 @@ class Merge:
     """A solved merge, before its scale is chosen.
 
     Args:
-        base: Base tensors of the merged and averaged updates, by name.
-        updates: Merged updates in the tensors' own shapes, and the mean ones of averaged tensors.
+        base: Base tensors of the updates, by name.
+        updates: Merged updates in the tensors' own shapes, and the mean updates of tensors that are averaged.
         matrices: The merged ones by module, (d_out, d_in).
         others: Tensors that stay the base's.
         weight_spread: Largest over smallest effective expert weight, one entry a module; empty without experts.
@@ -153,7 +153,7 @@ class Merge:
     other_starts: tuple[str, ...] = ()
 
     def state(self, scale: float) -> dict[str, Tensor]:
-        """State dict with `W_0 + scale * Z`, also where Z is the mean update."""
+        """State dict with `W_0 + scale * Z`, as `merge_checkpoint` has it; Z of averaged tensors is the mean update."""
         merged = {name: self.base[name] + scale * update for name, update in self.updates.items()}
         return {name: value.cpu() for name, value in (merged | self.others).items()}
 
@@ -175,23 +175,22 @@ class Loaded:
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
-        """Base tensors that the experts change, on the updates' device and in their dtype."""
-        read, like = self.vectors.base.read, (self.vectors.device, self.vectors.dtype)
-        return {name: read(name).to(*like) for name in self._named("merge", "average")}
+        """Base tensors that are merged or averaged, on the updates' device and in their dtype."""
+        treatments = self.vectors.treatments.items()
+        device, dtype = self.vectors.device, self.vectors.dtype
+        return {n: self.vectors.base.read(n).to(device, dtype) for n, each in treatments if each.action != "base"}
 
     @cached_property
     def averages(self) -> dict[str, Tensor]:
-        """Mean updates of tensors that are averaged."""
-        return {n: self.vectors.average(n).to(self.base[n]) - self.base[n] for n in self._named("average")}
+        """Mean updates of the tensors that are averaged."""
+        names = [name for name, each in self.vectors.treatments.items() if each.action == "average"]
+        return {name: self.vectors.average(name) - self.base[name] for name in names}
 
     @cached_property
     def others(self) -> dict[str, Tensor]:
         """Tensors that stay the base's."""
-        kept = set(self.vectors.treatments) - set(self.base)
-        return {name: self.vectors.base.read(name) for name in self.vectors.treatments if name in kept}
-
-    def _named(self, *actions: str) -> list[str]:
-        return [name for name, treatment in self.vectors.treatments.items() if treatment.action in actions]
+        treatments = self.vectors.treatments.items()
+        return {name: self.vectors.base.read(name) for name, each in treatments if each.action == "base"}
 
 
 def solve(

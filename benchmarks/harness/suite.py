@@ -6,7 +6,7 @@ A suite of your own needs a `Network` and tasks; `benchmarks.harness.training.ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ class Split(Protocol):
         """Class of each example, (n,) int64."""
 
     def __len__(self) -> int: ...
+
+    def take(self, rows: Tensor) -> Split:
+        """The examples in these rows."""
 
 
 class Task(Protocol):
@@ -59,6 +62,14 @@ class Network(Protocol):
     @property
     def config(self) -> Mapping[str, object]:
         """What goes into `config.json` beside its weights."""
+
+    @property
+    def last_layer(self) -> str:
+        """Regular expression that finds the tensors of its last layer, which ensembles sample alone."""
+
+    @property
+    def cut(self) -> str:
+        """A submodule of what `open` makes; nothing before it depends on the last layer, so ensembles run that once."""
 
     def open(self, state: Mapping[str, Tensor]) -> nn.Module:
         """A module in evaluation mode with a copy of these weights; it turns inputs into features (n, features)."""
@@ -117,6 +128,25 @@ class Suite:
     def seeds(self) -> tuple[int, ...]:
         """Different seeds of the experts' trainings, as far as they are recorded."""
         return tuple(sorted({record["recipe"]["seed"] for record in self.records.values()}))
+
+    def limited(self, validation: int | None, test: int | None) -> Suite:
+        """The suite with fewer examples to choose and to judge by.
+
+        Args:
+            validation: Most examples of each task's validation split, the first ones; None for all.
+            test: The same of its test split.
+        """
+        most = {"validation": validation, "test": test}
+
+        def some(name: str, split: Split) -> Split:
+            limit = most.get(name)
+            return split if limit is None or limit >= len(split) else split.take(torch.arange(limit))
+
+        tasks = {
+            name: replace(task, splits={each: some(each, split) for each, split in task.splits.items()})
+            for name, task in self.tasks.items()
+        }
+        return replace(self, tasks=tasks)
 
     def vectors(self, dtype: torch.dtype = torch.float32) -> TaskVectors:
         """The fine-tunes' updates, on the suite's device."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -72,9 +73,14 @@ def _untrained(config: str) -> MiniLM:
         return MiniLM(BertConfig.from_dict(json.loads(config))).eval()
 
 
+def untrained(config: Mapping[str, object]) -> MiniLM:
+    """A backbone with random weights, in evaluation mode."""
+    return copy.deepcopy(_untrained(json.dumps(dict(config))))
+
+
 def build(state: Mapping[str, Tensor], config: Mapping[str, object]) -> MiniLM:
     """A backbone with these weights, in evaluation mode; the tensors are copied, missing or extra names are errors."""
-    model = copy.deepcopy(_untrained(json.dumps(dict(config))))
+    model = untrained(config)
     model.load_state_dict(dict(state), strict=True)
     return model
 
@@ -106,6 +112,16 @@ class MiniLMNetwork:
 
     name: str = "MiniLM-L6"
     config: Mapping[str, object] = field(default_factory=lambda: CONFIG)
+
+    @property
+    def last_layer(self) -> str:
+        """The last matrix of the last block: that of its feed-forward output."""
+        return rf"{re.escape(self.cut)}\.dense"
+
+    @property
+    def cut(self) -> str:
+        """The module that this matrix is in."""
+        return f"encoder.layer.{int(str(self.config['num_hidden_layers'])) - 1}.output"
 
     def open(self, state: Mapping[str, Tensor]) -> MiniLM:
         """A backbone with these weights, in evaluation mode."""

@@ -46,19 +46,46 @@ class Fire(nn.Module):
         return F.relu(torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1), inplace=True)
 
 
+class Trunk(nn.Module):
+    """What comes before fire9 as one module, so that a cut at fire9 leaves out all of it; it has no weights of its own.
+
+    Args:
+        backbone: Whose layers it calls.
+    """
+
+    def __init__(self, backbone: SqueezeNet) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # not registered a second time
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of fire8 (B, 512, h, w) for images (B, 3, H, W)."""
+        net = self._backbone[0]
+        x = F.max_pool2d(F.relu(net.conv1(_pad_same(x)), inplace=True), 3, 2)
+        x = F.max_pool2d(net.fire3(net.fire2(x)), 3, 2)
+        x = F.max_pool2d(net.fire5(net.fire4(x)), 3, 2)
+        activations: Tensor = net.fire8(net.fire7(net.fire6(x)))
+        return activations
+
+
 class SqueezeNet(nn.Module):
     """SqueezeNet v1.1 up to fire9; features are the global average of its output.
 
     The input is BGR in 0-255 minus `MEAN_BGR`, as `preprocess` makes it.
+
+    Args:
+        unit: What all numbers of channels are multiples of; the published network has 16.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, stride=2)
-        self.fire2, self.fire3 = Fire(64, 16, 64), Fire(128, 16, 64)
-        self.fire4, self.fire5 = Fire(128, 32, 128), Fire(256, 32, 128)
-        self.fire6, self.fire7 = Fire(256, 48, 192), Fire(384, 48, 192)
-        self.fire8, self.fire9 = Fire(384, 64, 256), Fire(512, 64, 256)
+        u = unit
+        self.conv1 = nn.Conv2d(3, 4 * u, 3, stride=2)
+        self.fire2, self.fire3 = Fire(4 * u, u, 4 * u), Fire(8 * u, u, 4 * u)
+        self.fire4, self.fire5 = Fire(8 * u, 2 * u, 8 * u), Fire(16 * u, 2 * u, 8 * u)
+        self.fire6, self.fire7 = Fire(16 * u, 3 * u, 12 * u), Fire(24 * u, 3 * u, 12 * u)
+        self.fire8, self.fire9 = Fire(24 * u, 4 * u, 16 * u), Fire(32 * u, 4 * u, 16 * u)
+        self.trunk = Trunk(self)
 
     def activations(self, x: Tensor) -> Tensor:
         """Output of fire9.
@@ -69,15 +96,8 @@ class SqueezeNet(nn.Module):
         Returns:
             (B, 512, h, w), about H/16 by W/16.
         """
-        activations: Tensor = self.fire9(self.before_fire9(x))
+        activations: Tensor = self.fire9(self.trunk(x))
         return activations
-
-    def before_fire9(self, x: Tensor) -> Tensor:
-        """Output of fire8 (B, 512, h, w) for images (B, 3, H, W)."""
-        x = F.max_pool2d(F.relu(self.conv1(_pad_same(x)), inplace=True), 3, 2)
-        x = F.max_pool2d(self.fire3(self.fire2(x)), 3, 2)
-        x = F.max_pool2d(self.fire5(self.fire4(x)), 3, 2)
-        return self.fire8(self.fire7(self.fire6(x)))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -137,18 +157,28 @@ def base_state(cache: Path | None = None) -> dict[str, Tensor]:
     return {name: value for name, value in published_weights(cache).items() if not name.startswith("conv10")}
 
 
-def build(state: Mapping[str, Tensor]) -> SqueezeNet:
+def build(state: Mapping[str, Tensor], unit: int = 16) -> SqueezeNet:
     """A backbone with these weights, in evaluation mode; the tensors are copied, missing or extra names are errors."""
-    model = SqueezeNet()
+    model = SqueezeNet(unit)
     model.load_state_dict(dict(state), strict=True)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class SqueezeNetwork:
-    """The network of the vision suite: features of stored images, channels last (a third of the time on a CPU)."""
+    """The network of the vision suite: features of stored images, channels last (a third of the time on a CPU).
+
+    Args:
+        name: On the pages of results.
+        last_layer: The two kernels that end fire9.
+        cut: The module that these are in.
+        unit: Of `SqueezeNet`.
+    """
 
     name: str = "SqueezeNet v1.1"
+    last_layer: str = r"fire9\.expand"
+    cut: str = "fire9"
+    unit: int = 16
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -157,7 +187,7 @@ class SqueezeNetwork:
 
     def open(self, state: Mapping[str, Tensor]) -> SqueezeNet:
         """A backbone with these weights, in evaluation mode."""
-        return build(state).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return build(state, self.unit).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def inputs(self, split: Split, rows: Tensor, device: torch.device) -> Tensor:
         """Inputs (b, 3, 64, 64) of some of a split's images."""

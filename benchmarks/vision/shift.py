@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.vision.ensembles import Budget
+from benchmarks.harness.outcomes import Budget
 from benchmarks.vision.shift_bench import Shift, read_demo
 from benchmarks.vision.shift_report import write_report
 from benchmarks.vision.train import make_suite

@@ -12,18 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.harness.demo import MERGED
+from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import task_logits
 from benchmarks.harness.methods import METHODS
+from benchmarks.harness.outcomes import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget
 from benchmarks.harness.parallel import run_all
+from benchmarks.harness.report import MEAN
 from benchmarks.harness.suite import Suite
-from benchmarks.vision.demo import MERGED
-from benchmarks.vision.ensembles import GIBBS, MAP, NOISE, SCALED_MAP, TWIN, Budget, Ensembles
-from benchmarks.vision.model import SqueezeNet, SqueezeNetwork, prepared
-from benchmarks.vision.report import MEAN
+from benchmarks.vision.model import SqueezeNet, prepared
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from inference.logit_temperature import fit_logit_temperature
 from inference.models.design import Design
 from inference.models.ensemble import Prediction
-from inference.tempering import fit_logit_temperature
 
 SCOPE = "last layer"
 ENSEMBLES = (GIBBS, TWIN, NOISE)
@@ -102,9 +103,9 @@ class Shift:
     def __init__(self, suite: Suite, best: Best, seed: int, budget: Budget) -> None:
         self.suite, self.best, self.seed, self.budget = suite, best, seed, budget
         state = load_file(best.merged / "model.safetensors")
-        self.features = _opened(state)
+        self.features = self._opened(state)
         self.features.fire9 = nn.Identity()  # type: ignore[assignment]
-        self.layers: dict[str, list[nn.Module]] = {MAP: [_last_layer(state)]}
+        self.layers: dict[str, list[nn.Module]] = {MAP: [self._last_layer(state)]}
 
     def draw(self) -> None:
         """Make the last layers of all members, once for all conditions."""
@@ -112,7 +113,7 @@ class Shift:
 
         def drawn(kind: str) -> list[nn.Module]:
             ensemble = ensembles.ensemble(SCOPE, kind, self.best.temperatures[kind], self.best.members)
-            return [_last_layer(state) for state in ensemble.members()]
+            return [self._last_layer(state) for state in ensemble.members()]
 
         self.layers |= dict(zip(ENSEMBLES, run_all(drawn, ENSEMBLES), strict=True))
 
@@ -175,17 +176,17 @@ class Shift:
             for condition, heads in point.items()
         }
 
+    def _last_layer(self, state: Mapping[str, Tensor]) -> nn.Module:
+        return self._opened(state).fire9
+
+    def _opened(self, state: Mapping[str, Tensor]) -> SqueezeNet:
+        opened = self.suite.network.open(state)
+        assert isinstance(opened, SqueezeNet)
+        return opened
+
 
 def mixture(probabilities: Tensor) -> Prediction:
     """The prediction of members with probabilities (S, n, classes)."""
     mean = probabilities.mean(0)
     entropy, own = torch.special.entr(mean).sum(-1), torch.special.entr(probabilities).sum(-1).mean(0)
     return Prediction(mean, entropy, (entropy - own).clamp(min=0), len(probabilities), "fire9")
-
-
-def _last_layer(state: Mapping[str, Tensor]) -> nn.Module:
-    return _opened(state).fire9
-
-
-def _opened(state: Mapping[str, Tensor]) -> SqueezeNet:
-    return SqueezeNetwork().open(state)

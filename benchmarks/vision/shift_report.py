@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness.outcomes import GIBBS, MAP, SCALED_MAP
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import interval, markdown_table, signed
-from benchmarks.vision.ensembles import GIBBS, MAP, SCALED_MAP
 from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, ENSEMBLES, OTHERS, Condition, Predictions
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods

@@ -62,6 +62,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: Tensor) -> Split:
+        """The images in these rows."""
+        return Split(self.images[rows], self.labels[rows], self.index[rows], self.groups[rows])
+
 
 @dataclass(frozen=True)
 class Task:

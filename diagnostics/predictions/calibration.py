@@ -24,8 +24,8 @@ from torch import Tensor
 from diagnostics.estimates import BATCH, Estimate, Interval, Scores, Statistic, bootstrap, estimate_of, weighted_mean
 from diagnostics.predictions.binning import Binning, check_bins, equal_mass_bins
 from diagnostics.predictions.inputs import Array, Labelled, checked_probabilities, labelled
+from inference.logit_temperature import LOGIT_TEMPERATURES, fit_logit_temperature
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
-from inference.tempering import LOGIT_TEMPERATURES, fit_logit_temperature
 from poe_models.printing import Brief
 
 __all__ = ["Calibration", "LogitScaling", "calibration", "calibration_difference", "scale_logits"]

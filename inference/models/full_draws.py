@@ -160,8 +160,9 @@ def noise_control(
             if module.name in draws.modules:
                 index = draws.index(module.name)
                 texts[index] = design_text(here, solver=True)
+                made = draws.maker(module)
                 for member in range(len(draws)):
-                    distance = (draws.update(module, member) - module.mode).double().norm()
+                    distance = (made(member) - module.mode).double().norm()
                     lengths[*draws.place(member), index] = float(distance)
                 away[module.name] = distance_of_module(noise, module, merged_update(module, here))
     measured = MergeDistance.joined([away[name] for name in draws.modules])

@@ -13,7 +13,7 @@ SpanDraws(gibbs draws in Span coordinates around the MAP of the span at temperat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,21 +173,44 @@ class FullDraws(ModelDraws):
         Returns:
             ``Z``, ``(d_out, d_in)``.
         """
-        place = (*self.place(member), self.index(module.name))
-        seed, weights = int(self.seeds[place]), self.weights[place]
+        return self.maker(module)(member)
+
+    def maker(self, module: Module) -> Callable[[int], Tensor]:
+        """A function from the number of a draw to ``update`` of one module; what its draws share is computed once.
+
+        Args:
+            module: A module whose name is among ``modules``.
+        """
+        index = self.index(module.name)
+
+        def numbers(member: int) -> tuple[int, Tensor]:
+            place = (*self.place(member), index)
+            return int(self.seeds[place]), self.weights[place]
+
         if self.sampler == "noise":
-            noise = seeded_noise(seed, (module.updates.shape[-2], module.updates.shape[-1]), module.mode)
-            return module.mode + noise * float(weights[0] / noise.double().norm())
+            return lambda member: _noisy(module, *numbers(member))
         posterior = self.posterior(module)
         if self.sampler == "laplace":
-            return Laplace(posterior, module.mode.unsqueeze(0)).draw(seed)
-        own = weights[: len(posterior.experts)].to(posterior.anchor_precision)
-        return GibbsKernel(posterior).regenerate(own, seed)
+            fitted = Laplace(posterior, module.mode.unsqueeze(0))
+            return lambda member: fitted.draw(numbers(member)[0])
+        kernel, active = GibbsKernel(posterior), len(posterior.experts)
+
+        def regenerated(member: int) -> Tensor:
+            seed, weights = numbers(member)
+            return kernel.regenerate(weights[:active].to(posterior.anchor_precision), seed)
+
+        return regenerated
 
     def posterior(self, module: Module) -> Posterior:
         """The posterior of a module at the temperature of its draws."""
         assert self.temperature is not None
         return replace(module.posterior, temperature=float(self.temperature[self.index(module.name)]))
+
+
+def _noisy(module: Module, seed: int, length: Tensor) -> Tensor:
+    """The mode and white noise of this length, ``(1,)``."""
+    noise = seeded_noise(seed, (module.updates.shape[-2], module.updates.shape[-1]), module.mode)
+    return module.mode + noise * float(length[0] / noise.double().norm())
 
 
 PosteriorDraws = SpanDraws | FullDraws

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.vision.report import EXPERTS, MEAN, Row
+from benchmarks.harness.report import EXPERTS, MEAN, Row
 
 # Okabe and Ito's colours, chosen dark to light so that they also differ in grayscale; hatches say it once more.
 STYLES = {
@@ -21,12 +21,13 @@ STYLES = {
 LINES = {"base": ":", EXPERTS: "--"}
 
 
-def bar_plot(rows: Sequence[Row], tails: Sequence[tuple[Row, Row]] = ()) -> Figure:
+def bar_plot(rows: Sequence[Row], tails: Sequence[tuple[Row, Row]] = (), network: str = "") -> Figure:
     """Mean test accuracy and calibration error of every merge, with base and own experts as lines.
 
     Args:
         rows: The methods, base and own experts among them.
         tails: Heavy-tailed rows, each with its Gaussian twin's, which is marked on the bar.
+        network: What was merged, for the title.
 
     Returns:
         The figure, not shown and not saved.
@@ -47,7 +48,7 @@ def bar_plot(rows: Sequence[Row], tails: Sequence[tuple[Row, Row]] = ()) -> Figu
             axes.axhline(value, color="black", linestyle=LINES[row.name], linewidth=1.2, label=row.name, zorder=0)
             axes.annotate(f"{value:.3f}", (1, value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     tasks = ", ".join(merged[0].scores)
-    above.set(ylabel="mean test accuracy", ylim=(0, 1), title=f"SqueezeNet v1.1 merged over {tasks}")
+    above.set(ylabel="mean test accuracy", ylim=(0, 1), title=f"{network} merged over {tasks}")
     below.set(ylabel="mean ECE, 20 bins (lower is better)")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)

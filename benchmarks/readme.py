@@ -1,4 +1,4 @@
-"""The demo's tables in the README: `python -m benchmarks.vision.readme` puts those of its last run there."""
+"""The demos' tables in the README: `python -m benchmarks.readme --suite vision` puts those of its last run there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import textwrap
 from pathlib import Path
 
 WIDTH = 130
+MARKS = {
+    "vision": ("demo", "ensembles", "demo"),
+    "language": ("demo-language", "ensembles-language", "demo-language"),
+}
+"""Suite to the marks around its tables of merges and of ensembles, and the folder that its demo writes."""
 
 
 def wrapped(text: str) -> str:
@@ -36,14 +41,17 @@ def filled(readme: str, name: str, text: str) -> str:
 def main() -> None:
     """Fill the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--demo", type=Path, default=Path("out/demo"), help="the demo's output folder")
+    parser.add_argument("--suite", choices=list(MARKS), default="vision", help="whose demo")
+    parser.add_argument("--demo", type=Path, default=None, help="the demo's output folder")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     arguments = parser.parse_args()
-    results = (arguments.demo / "results.md").read_text(encoding="utf-8").strip()
+    merges_mark, ensembles_mark, folder = MARKS[arguments.suite]
+    demo: Path = arguments.demo or Path("out") / folder
+    results = (demo / "results.md").read_text(encoding="utf-8").strip()
     merges, _, twins = results.rpartition("\n\n|")  # the table of twins is in the page
-    text = filled(arguments.readme.read_text(encoding="utf-8"), "demo", wrapped(merges if twins else results))
-    ensembles = (arguments.demo / "ensembles.md").read_text(encoding="utf-8")
-    arguments.readme.write_text(filled(text, "ensembles", wrapped(ensembles)), encoding="utf-8")
+    text = filled(arguments.readme.read_text(encoding="utf-8"), merges_mark, wrapped(merges if twins else results))
+    ensembles = (demo / "ensembles.md").read_text(encoding="utf-8")
+    arguments.readme.write_text(filled(text, ensembles_mark, wrapped(ensembles)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,23 +21,23 @@ EXPERTS = "own experts"
 
 @dataclass(frozen=True)
 class Row:
-    """One method on every task's test images.
+    """One method on every task's test examples.
 
     Args:
         name: Name of the method.
         family: Methods that differ in the energy alone share it.
         energy: Name of the energy; empty without one.
         scores: Task -> scores.
-        correct: Task -> (n,) bool, which test images it got right.
+        correct: Task -> (n,) bool, which test examples it got right.
         settings: Chosen scale and anchor precision, if anything was merged.
         validation: Mean validation accuracy at these settings.
-        merge_seconds: One merge at these settings, from files to a state dict.
+        merge_seconds: One solve at these settings, the updates in memory.
         search_seconds: Choosing the settings.
-        peak_mib: Peak memory of that one merge.
+        peak_mib: Its peak memory beside the updates.
         weight_spread: Per module, largest over smallest effective expert weight.
         unconverged: Modules whose solve did not converge.
         other_starts: Modules in which another start than the twin found a lower energy.
-        logits: Task -> (n, classes), on the test images.
+        logits: Task -> (n, classes), on the test examples.
     """
 
     name: str
@@ -67,7 +67,7 @@ def normalised(row: Row, own: Row, task: str) -> float:
 
 
 def paired_difference(one: Row, other: Row) -> tuple[float, float]:
-    """Mean test accuracy of `one` minus `other`, and the standard error of that over the test images."""
+    """Mean test accuracy of `one` minus `other`, and the standard error of that over the test examples."""
     gaps = [one.correct[task].double() - other.correct[task].double() for task in one.correct]
     variance = sum(float(gap.var()) / len(gap) for gap in gaps)
     return sum(float(gap.mean()) for gap in gaps) / len(gaps), variance**0.5 / len(gaps)
@@ -149,12 +149,12 @@ def run_note(training_seeds: Sequence[int], seed: int) -> str:
 
 
 def best_note(best: Row, other: Row) -> str:
-    """How the merge that validation chose compares with another on the test images, which had no part in the choice."""
+    """How the merge that validation chose compares with another on the test examples, which had no part in that."""
     gap, error = paired_difference(best, other)
     return (
-        f"{best.name} was chosen on validation among the products of experts. On test images, independent of that, its "
+        f"{best.name} was chosen on validation among the products of experts. On test examples, independent of it, its "
         f"accuracy less that of {other.name} is {100 * gap:+.1f} ± {100 * error:.1f} points (one standard error, "
-        "paired over images). Which row leads on the test images themselves was not settled beforehand: of so many "
+        "paired over examples). Which row leads on the test examples themselves was not settled beforehand: of so many "
         "rows some lead by chance."
     )
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.vision.ensembles import LAST, SCALED_MAP, SCOPES, Ensembles, Outcome
+from benchmarks.harness.ensembles import Ensembles
+from benchmarks.harness.outcomes import KINDS, LAST, SCALED_MAP, SCOPES, Outcome
 from diagnostics.estimates import Estimate
 from diagnostics.plots import plot_pareto
 from diagnostics.predictions.comparison import compare_methods
@@ -19,7 +20,7 @@ from diagnostics.predictions.comparison import compare_methods
 PATH_RESAMPLES = 200
 SHOWN = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
 MINUS = "minus MAP"
-COLUMNS = ("members", "sampled", "T", "centre", *(column for shown in SHOWN.values() for column in (shown, MINUS)))
+COLUMNS = ("members", "sampled", "T", "τ", "centre", *(column for shown in SHOWN.values() for column in (shown, MINUS)))
 
 
 def cells(outcome: Outcome) -> list[str]:
@@ -28,6 +29,7 @@ def cells(outcome: Outcome) -> list[str]:
         outcome.name,
         outcome.scope,
         "" if outcome.temperature is None else f"{outcome.temperature:.1e}",
+        f"{outcome.logit_temperature:.2f}",
         "" if outcome.distance is None else f"{outcome.distance:.1f}",
     ]
     for score in SHOWN:
@@ -40,10 +42,10 @@ def cells(outcome: Outcome) -> list[str]:
 
 
 def ensemble_tables(outcomes: Sequence[Outcome]) -> tuple[Table, Table]:
-    """Point estimates and ensembles on the test images, means over tasks; and what they differ by from the MAP."""
+    """Point estimates and ensembles on the test examples, means over tasks; and what they differ by from the MAP."""
     title = "test, mean over tasks: the MAP and ensembles around it"
     scores = _table(title, [column for column in COLUMNS if column != MINUS])
-    title = "minus the MAP, with 95 % intervals over test images that hold for all rows of a column together"
+    title = "minus the MAP, with 95 % intervals over test examples that hold for all rows of a column together"
     differences = _table(title, [*COLUMNS[:2], *SHOWN.values()])
     for outcome in outcomes:
         row = cells(outcome)
@@ -70,6 +72,8 @@ def ensemble_note(outcomes: Sequence[Outcome]) -> str:
     ]
     for scope in SCOPES:
         drawn = {each.name: each for each in outcomes if each.scope == scope}
+        if not drawn:
+            continue
         for score in ("accuracy", "nll"):
             found = {name: each.differences[score] for name, each in drawn.items()}
             sentences.append(f"Sampling {scope}, {SHOWN[score]} against the MAP's is {_placed(found)}.")
@@ -96,12 +100,13 @@ def ensemble_markdown(outcomes: Sequence[Outcome], run: str) -> str:
     Returns:
         Markdown.
     """
-    members = next(each.search.tempering.best.num_members for each in outcomes if each.search is not None)
+    members = next(each.tempering.best.num_members for each in outcomes if each.tempering is not None)
     heading = (
         f"{run} Ensembles of {members} around the best merge; each kind has the temperature, and the very members, "
-        "that validation NLL chooses for it. *Centre* is how far the members' mean is from the MAP in the farthest "
+        "that validation NLL chooses for it; with scaled logits, T together with the number τ that divides the logits "
+        "of every member. *Centre* is how far the members' mean is from the MAP in the farthest "
         "module, in standard deviations of the draws: beyond 3 an ensemble does not surround the merge. Test images, "
-        "means over tasks; differences with 95 % intervals, paired over test images, that hold for all rows of a "
+        "means over tasks; differences with 95 % intervals, paired over test examples, that hold for all rows of a "
         "column together."
     )
     lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, *(cells(outcome) for outcome in outcomes))]
@@ -118,11 +123,13 @@ def write_paths(path: Path, outcomes: Sequence[Outcome]) -> None:
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("members", "sampled", "temperature", "accuracy", "nll", "ece", "num_members"))
+        writer.writerow(
+            ("members", "sampled", "temperature", "accuracy", "nll", "ece", "num_members", "logit_temperature")
+        )
         for outcome in outcomes:
-            for point in outcome.search.tempering.path if outcome.search else ():
-                row = (point.temperature, point.accuracy, point.nll, point.ece, point.num_members)
-                writer.writerow((outcome.name, outcome.scope, *row))
+            for point in outcome.tempering.path if outcome.tempering else ():
+                scored = (point.temperature, point.accuracy, point.nll, point.ece)
+                writer.writerow((outcome.name, outcome.scope, *scored, point.num_members, point.logit_temperature))
 
 
 def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
@@ -138,13 +145,13 @@ def path_plot(ensembles: Ensembles, outcomes: Sequence[Outcome]) -> Figure:
     tables: dict[str, Mapping[str, Tensor]] = {}
     series: dict[str, list[str]] = {}
     for outcome in outcomes:
-        if outcome.search is None or outcome.scope != LAST:
+        if outcome.tempering is None or outcome.scope != LAST or outcome.name not in KINDS:
             continue
-        path = outcome.search.tempering.path
+        path = outcome.tempering.path
         best = max(point.accuracy for point in path)
         kept = [point.temperature for point in path if point.accuracy > 0.9 * best]
         series[outcome.name] = [f"{outcome.name}, T = {temperature:.1e}" for temperature in kept]
-        tables |= {name: outcome.search.probabilities[t] for name, t in zip(series[outcome.name], kept, strict=True)}
+        tables |= {name: outcome.validation[t] for name, t in zip(series[outcome.name], kept, strict=True)}
     compared = compare_methods(tables, ensembles.validation.labels, seed=ensembles.seed, num_resamples=PATH_RESAMPLES)
     axes = plot_pareto(compared, series)
     axes.set_title(f"validation, {LAST} sampled, over temperatures", loc="left", pad=21, fontsize=11)

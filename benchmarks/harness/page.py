@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness.outcomes import GIBBS, LAST, NOISE, Outcome
+from benchmarks.harness.report import Row
 from benchmarks.harness.suite import Suite
-from benchmarks.vision.ensembles import GIBBS, LAST, NOISE, Outcome
-from benchmarks.vision.report import Row
 from diagnostics.predictions.files import predictions_of, save_predictions
 from diagnostics.verdicts import Verdict
 from inference.gibbs import gibbs
@@ -52,7 +52,7 @@ def save_span_draws(suite: Suite, design: Design, out: Path, seed: int) -> Path:
 def save_test_predictions(
     rows: Sequence[Row], outcomes: Sequence[Outcome], labels: Mapping[str, Tensor], out: Path
 ) -> Path:
-    """Save what methods and ensembles predict on the test images.
+    """Save what methods and ensembles predict on the test examples.
 
     Args:
         rows: Methods.
@@ -92,7 +92,7 @@ def report(
     """
     labels = {name: task.splits["test"].labels for name, task in suite.tasks.items()}
     shown = [
-        each for each in outcomes if not each.scope or each.name == GIBBS or (each.name, each.scope) == (NOISE, LAST)
+        each for each in outcomes if not each.scope or each.kind == GIBBS or (each.kind, each.scope) == (NOISE, LAST)
     ]
     predictions = save_test_predictions(rows, shown, labels, merged.parent)
     draws = save_span_draws(suite, design, merged.parent, seed)
