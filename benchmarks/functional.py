@@ -29,7 +29,7 @@ from benchmarks.harness.suite import Head, Suite
 from benchmarks.registry import SUITES, load, recipe_of
 from diagnostics import functional_score
 from inference.functional import SpanModel, fit, functional, functional_laplace
-from inference.tempering import fit_logit_temperature
+from inference.logit_temperature import fit_logit_temperature
 from poe_models import Cauchy, Expert, InputGram, ProductOfExperts
 from poe_models.methods import RegMean
 
