@@ -80,7 +80,7 @@ def fit_ensemble_temperature(members: PerTask, labels: PerTask) -> float:
         The logit temperature, between 0.01 and 100; 1 if every example's logits are equal, which none changes.
 
     Raises:
-        ValueError: As of ``fit_logit_temperature``.
+        ValueError: If shapes or tasks do not fit, a logit is NaN or +inf, or one of a label is -inf.
     """
     tables = {task: table.flatten(0, -2) for task, table in by_task(members).items()}
     own = by_task(labels)
