@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` (the main job) and `make test`.
+# Three commands do everything on a fresh machine: `make demo` (the main job), `make demo-language` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -46,14 +46,17 @@ bench: $(STAMP) out/demo/temperatures.csv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_null
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_suites
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 
-# On a machine with a GPU: the tests that need one, then the tables of it. Where the packages are installed already, no
+# On a machine with a GPU: the tests that need one, then the tables of it and both suites at full size. Where the packages are installed already, no
 # network is needed: `make gpu BIN=/usr/bin` takes that folder's python, and nothing is installed.
 gpu: $(if $(filter file,$(origin BIN)),$(STAMP))
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m gpu -n 4 --dist worksteal
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites --full --device cuda
 
 # Single edits of the core and whether the tests notice them; half an hour, so not part of CI.
 mutants: $(STAMP)
