@@ -29,9 +29,10 @@ from inference.functional import (
     predictions,
 )
 from inference.laplace import DenseLaplace
+from inference.map import fixed_point
 from inference.minimize import minimize
 from inference.nuts import nuts
-from poe_models import Cauchy, FactorExpert, Gaussian, InputGram, ProductOfExperts, StudentT, TaskVectors
+from poe_models import Cauchy, Directional, FactorExpert, Gaussian, InputGram, ProductOfExperts, StudentT, TaskVectors
 from poe_models.posterior import Posterior
 from poe_models.program import log_constant, log_density, program
 from tests.levels import Z
@@ -109,11 +110,63 @@ def test_a_prefix_names_the_networks_tensors() -> None:
     wrapped = nn.Sequential(nn.Linear(5, 4)).double()
     model = SpanModel(wrapped, vectors, poe, prefix="0.")
     x = inputs_of(2)
-    torch.testing.assert_close(
-        model.call(model.coefficients({}), called, x), F.linear(x, state["weight"], state["bias"])
-    )
+    found = model.call(model.coefficients({}), called, x)
+    mean = state["bias"] + 1  # one expert's merge is a multiple of its update: the bias is the mean of all
+    torch.testing.assert_close(found, F.linear(x, state["weight"], mean))
     with pytest.raises(ValueError, match="no tensor 'weight'.*prefix"):
         SpanModel(wrapped, vectors, poe)
+
+
+def test_the_start_is_the_merge_also_where_it_lies_in_the_span() -> None:
+    plain = linear_model()
+    base = {key: value.clone() for key, value in plain.weights(plain.coefficients({})).items()}
+    experts = {name: {k: v.clone() for k, v in plain.weights(plain.expert(name)).items()} for name in NAMES}
+    vectors = TaskVectors(base, experts, dtype=torch.float64)
+    for poe in (ProductOfExperts.of(NAMES, Directional()), ProductOfExperts.of(NAMES, importance=[1.0, 2.0, 5.0])):
+        model = SpanModel(nn.Linear(5, 4), vectors, poe)
+        found = model.weights(model.posterior().coefficients(model.start()))
+        (module,) = vectors
+        merged = base["weight"] + fixed_point(poe.bind(module)).value[0]
+        mean = vectors.average("bias", importance=[e.importance for e in poe.experts])
+        torch.testing.assert_close(found["weight"], merged, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found["bias"], mean)
+
+
+def test_the_network_is_a_copy_in_evaluation_mode() -> None:
+    generator = seeded(2)
+    network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4))
+    base = {k: v.clone() for k, v in network.state_dict().items()}
+    experts = {}
+    for name in ("a", "b"):
+        moved = {k: 0.1 * torch.randn(v.shape, generator=generator) for k, v in base.items() if v.is_floating_point()}
+        experts[name] = {k: v + moved[k] if k in moved and "running" not in k else v for k, v in base.items()}
+    model = SpanModel(network, TaskVectors(base, experts), ProductOfExperts.of(["a", "b"]))
+    x = inputs_of(6).float()
+    one, other = (predictions("a", model, x, called).outputs for _ in range(2))
+    assert torch.equal(one, other)
+    assert network.training
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in base.items())
+    assert not any(parameter.requires_grad for parameter in model.network.parameters())
+
+
+def test_a_frozen_layer_stays_the_bases() -> None:
+    base = {k: v.clone() for k, v in nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)).state_dict().items()}
+    generator = seeded(8)
+    experts = {
+        name: {k: v + 0.1 * torch.randn(v.shape, generator=generator) if k[0] == "2" else v for k, v in base.items()}
+        for name in NAMES
+    }
+    network = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    with pytest.warns(UserWarning, match=r"no update changes 0\.weight"):
+        model = SpanModel(network, TaskVectors(base, experts), ProductOfExperts.of(NAMES, InputGram()))
+    x = inputs_of(8).float()
+    posterior = model.posterior(*(functional(name, model, x, called) for name in NAMES))
+    found = fit(posterior, model.start(), generator=seeded(0), steps=5, batch_size=8)
+    weights = model.weights(posterior.coefficients(found.value))
+    assert torch.equal(weights["0.weight"], base["0.weight"])
+    draws = functional_laplace(posterior, minimize(posterior, found.value).value).sample(2, seeded(1))
+    assert bool(draws.isfinite().all())
+    program(posterior)()
 
 
 # --- energies ---

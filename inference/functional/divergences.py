@@ -31,8 +31,26 @@ class Targets:
     outputs: Tensor
     counted: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.counted is not None and self.counted.shape != self.outputs.shape[:-1]:
+            raise ValueError(
+                f"`Targets(counted={tuple(self.counted.shape)})`: outputs of {tuple(self.outputs.shape)}. Give a mask "
+                "(n, tokens) of the same examples and tokens."
+            )
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
     def __getitem__(self, rows: Tensor) -> Targets:
-        return Targets(self.outputs[rows], None if self.counted is None else self.counted[rows])
+        rows = rows.to(self.outputs.device)
+        return Targets(self.outputs[rows], None if self.counted is None else self.counted[rows.to(self.counted.device)])
+
+    def masked(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and targets with zeros where nothing counts, so that nothing there has a value or a gradient."""
+        if self.counted is None:
+            return outputs, self.outputs
+        kept = self.counted.to(outputs.device).unsqueeze(-1)
+        return torch.where(kept, outputs, 0.0), torch.where(kept, self.outputs, 0.0)
 
 
 @dataclass(frozen=True)
@@ -49,9 +67,10 @@ class KullbackLeibler:
 
     def __call__(self, outputs: Tensor, targets: Targets) -> Tensor:
         """Nats per example ``(b,)`` of logits ``(b, C)`` or ``(b, tokens, C)``."""
-        own = targets.outputs.log_softmax(-1)
+        outputs, target = targets.masked(outputs)
+        own = target.log_softmax(-1)
         terms = torch.where(own == -torch.inf, 0.0, own.exp() * (own - outputs.log_softmax(-1)))
-        return _per_example(terms.sum(-1), targets.counted)
+        return _per_example(terms.sum(-1))
 
 
 @dataclass(frozen=True)
@@ -81,12 +100,11 @@ class Residual:
 
     def __call__(self, outputs: Tensor, targets: Targets) -> Tensor:
         """Nats per example ``(b,)`` of outputs ``(b, C)`` or ``(b, tokens, C)``."""
-        squared = (outputs - targets.outputs).square().sum(-1)
-        return _per_example(self.energy.rho(squared / self.scale**2), targets.counted)
+        outputs, target = targets.masked(outputs)
+        values = self.energy.rho((outputs - target).square().sum(-1) / self.scale**2)
+        return _per_example(values if targets.counted is None else torch.where(targets.counted, values, 0.0))
 
 
-def _per_example(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Sum ``(b,)`` of values ``(b,)`` or ``(b, tokens)``, of the counted tokens alone."""
-    if counted is not None:
-        values = torch.where(counted, values, 0.0)
+def _per_example(values: Tensor) -> Tensor:
+    """Sum ``(b,)`` of values ``(b,)`` or ``(b, tokens)``."""
     return values if values.ndim == 1 else values.sum(-1)

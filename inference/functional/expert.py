@@ -99,6 +99,10 @@ def prediction_expert(
         >>> few_shot = lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     """
     count = count_of(inputs)
+    if targets is not None and count_of(targets) != count:
+        raise ValueError(
+            f"`prediction_expert({name!r})`: {count_of(targets)} targets for {count} inputs. Give as many."
+        )
     if not 0 < importance < torch.inf:
         raise ValueError(f"`prediction_expert({name!r}, importance={importance})`: give a positive finite number.")
     energy = OutputEnergy(model, forward, inputs, divergence, targets, importance)
@@ -129,7 +133,7 @@ def functional(
         forward: As there.
         divergence: ``D``; default :class:`~inference.functional.divergences.KullbackLeibler`.
         targets: The expert's predictions, if they are already there; by default they are computed once, in batches.
-        counted: Mask ``(n, tokens)`` of the tokens that are observations; with ``targets`` theirs is taken.
+        counted: Mask ``(n, tokens)`` of the tokens that are observations; not with ``targets``, which have theirs.
         name: Of the factor; default ``<expert>/predictions``.
         importance: As in :func:`prediction_expert`.
         subsample_size: As there.
@@ -138,6 +142,8 @@ def functional(
     Raises:
         ValueError: If the name is no task vector's, or predictions are NaN or of other shapes than expected.
     """
+    if targets is not None and counted is not None:
+        raise ValueError(f"`functional({expert!r})`: give the mask with the targets: `Targets(outputs, counted)`.")
     if targets is None:
         targets = predictions(expert, model, inputs, forward, counted, batch_size)
     else:
@@ -175,7 +181,8 @@ def predictions(
     parts = []
     for rows in torch.arange(count).split(batch_size or count):
         outputs = model.call(own, forward, rows_of(inputs, rows), averages=name)
-        if bool(outputs.isnan().any()):
+        seen = outputs if counted is None else outputs[counted[rows.to(counted.device)]]
+        if bool(seen.isnan().any()):
             raise ValueError(
                 f"`functional({name!r})`: the expert's outputs are NaN in the batch of rows {int(rows[0])} to "
                 f"{int(rows[-1])}. Look at these inputs, or at the checkpoint."

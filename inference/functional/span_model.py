@@ -4,17 +4,21 @@
 >>> network = torch.nn.Linear(2, 2)
 >>> base = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
 >>> tuned = {"weight": torch.eye(2), "bias": torch.ones(2)}
->>> vectors = TaskVectors(base, {"tuned": tuned})
->>> model = SpanModel(network, vectors, ProductOfExperts.of(["tuned"], InputGram()))
+>>> other = {"weight": torch.tensor([[0.0, 1.0], [0.0, 2.0]]), "bias": torch.zeros(2)}
+>>> vectors = TaskVectors(base, {"tuned": tuned, "other": other})
+>>> model = SpanModel(network, vectors, ProductOfExperts.of(vectors.names, InputGram()))
 >>> model.basis
-('tuned', 'center', 'merge')
->>> model.weights(torch.tensor([[0.5, 0.0, 0.0]]))["bias"]             # the bias follows the matrix of its layer
+('tuned', 'other', 'center', 'merge')
+>>> model.weights(model.coefficients({"tuned": 0.5}))["bias"]           # a bias follows the matrix of its layer
 tensor([0.5000, 0.5000])
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ from poe_models.binding import statistics_posterior
 from poe_models.experts import FactorExpert, ProductOfExperts
 from poe_models.posterior import Posterior
 from poe_models.span_labels import basis_names
-from poe_models.weights.task_vectors import TaskVectors
+from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 Forward = Callable[[Callable[..., Any], Any], Tensor]
 """Outputs of a batch of inputs: called with the network, to be called as the module itself is, and the inputs."""
@@ -37,12 +41,16 @@ class SpanModel:
     """A network whose merged weights are ``W_0 + sum_j c_mj B_mj`` for every merged module ``m``.
 
     The members of the basis are those of a span through the merge of a design: the experts' updates, the anchor's
-    centre, and the merge ``Z_*`` (see :mod:`poe_models.span`). Tensors that the rules average (biases, norms) have the
-    coefficients of the merged module whose name they share up to the last dot; those that share none stay the average.
+    centre, and the merge ``Z_*`` (see :mod:`poe_models.span`): ``N + 2`` matrices a module. Tensors that the rules
+    average (biases, norms) have the coefficients of the merged module whose name they share up to the last dot, the
+    merge's being the mean by importance. Those that share none, or that of a tensor of several modules, or of one whose
+    merge is a combination of the updates, stay that mean. Modules that no update changes stay the base's, with a
+    warning.
 
     Args:
-        network: The architecture; its own weights are only used where the checkpoints have none.
-        vectors: Base and experts; their updates are held once, on the device of the task vectors.
+        network: The architecture. A copy in evaluation mode is kept, on the device and in the dtype of the task
+            vectors; its own weights, fixed, are used where the checkpoints have none.
+        vectors: Base and experts.
         poe: The design in weight space. Its factor experts are added by :meth:`posterior`.
         merged: Name of each module to its merged update ``Z_*``, ``(d_out, d_in)``, to go through; the design's MAP by
             default.
@@ -65,33 +73,50 @@ class SpanModel:
                 f"`SpanModel(poe=...)`: {poe.factors[0].name!r} is a factor expert. Give the experts in weight space "
                 "here, and the others to `SpanModel.posterior(...)`."
             )
-        self.network, self.prefix, self.poe = network.to(vectors.device), prefix, poe
+        own = copy.deepcopy(network).to(vectors.device, vectors.dtype)
+        self.network, self.prefix, self.poe = own.eval().requires_grad_(False), prefix, poe
         self.names = vectors.names
-        modules = list(vectors)
+        every = list(vectors)
+        modules = _with_updates(every)
         through = [fixed_point(poe.bind(m)).value[0] if merged is None else merged[m.name] for m in modules]
         bound = poe.bind(modules, coordinates="span", through=through)
         assert bound.span is not None
         assert bound.span.bases is not None
         self.span = bound.span
         self._places = {module.name: place for place, module in enumerate(modules)}
-        self._read(vectors, [(module.name, module.tensor) for module in modules])
+        self._read(vectors, [m for m in every if m.tensor in {each.tensor for each in modules}])
         self._refuse_unknown(vectors)
 
-    def _read(self, vectors: TaskVectors, modules: list[tuple[str, str]]) -> None:
+    def _read(self, vectors: TaskVectors, modules: list[ModuleUpdates]) -> None:
         """Base tensors; and of averaged tensors the updates ``(N, *shape)`` and the module that they follow, if any."""
-        self._blocks = {t: [name for name, tensor in modules if tensor == t] for _, t in modules}
+        said = {name: sum(e.importance for e in self.poe.experts if e.update_name == name) for name in self.names}
+        total = sum(said.values())
+        self._mean = torch.tensor([said[name] / total for name in self.names], dtype=torch.float64)
+        self._blocks: dict[str, list[ModuleUpdates]] = {}
+        for module in modules:
+            bare = replace(module, updates=module.updates[:0], low_rank=None)
+            self._blocks.setdefault(module.tensor, []).append(bare)
         self._base: dict[str, Tensor] = {}
         self._views = vectors.views
         self._averaged: dict[str, tuple[Tensor, int | None]] = {}
-        owners = {tensor.rpartition(".")[0]: names for tensor, names in self._blocks.items()}
+        owners = {tensor.rpartition(".")[0]: [m.name for m in own] for tensor, own in self._blocks.items()}
         for name, treatment in vectors.treatments.items():
             base = vectors.base.read(name)
-            self._base[name] = base.to(vectors.device, vectors.dtype) if base.is_floating_point() else base
+            self._base[name] = base.to(vectors.device, vectors.dtype if base.is_floating_point() else base.dtype)
             if treatment.action == "average":
                 only = [[float(each == name_) for name_ in self.names] for each in self.names]
                 moved = [vectors.average(name, importance=weights) - self._base[name] for weights in only]
                 owner = owners.get(name.rpartition(".")[0])
-                self._averaged[name] = (torch.stack(moved), self._places[owner[0]] if owner else None)
+                self._averaged[name] = (torch.stack(moved), self._followed(owner or []))
+
+    def _followed(self, modules: list[str]) -> int | None:
+        """Place of the module that averaged tensors beside it follow; None where they stay the mean."""
+        if len(modules) != 1:
+            return None
+        place = self._places[modules[0]]
+        statistics = self.span.statistics
+        nonzero = int((statistics.gram[place].diagonal() > 0).sum())
+        return place if int(self.span.known[place].sum()) == nonzero else None
 
     def _refuse_unknown(self, vectors: TaskVectors) -> None:
         known = {name for name, _ in [*self.network.named_parameters(), *self.network.named_buffers()]}
@@ -118,9 +143,18 @@ class SpanModel:
         return basis_names(self.names, True)
 
     def posterior(self, *experts: FactorExpert) -> Posterior:
-        """The product of the design and factor experts, in this span; the updates are not copied."""
+        """The product of the design and factor experts, in this span; the updates are not copied.
+
+        Raises:
+            ValueError: If an expert was made with another ``SpanModel``, whose coefficients mean something else.
+        """
         poe = self.poe
         for expert in experts:
+            if getattr(expert.function, "model", self) is not self:
+                raise ValueError(
+                    f"`SpanModel.posterior(...)`: {expert.name!r} was made with another `SpanModel`, whose "
+                    "coefficients are others. Make it with this one."
+                )
             poe = poe * expert
         return statistics_posterior(poe, self.span.statistics, self.span.bases)
 
@@ -145,14 +179,11 @@ class SpanModel:
 
         Args:
             coefficients: On the members of the basis.
-            averages: The expert whose values tensors take that follow no module; their mean by default.
+            averages: The expert whose values averaged tensors take; by default they follow the coefficients.
         """
-        assert self.span.bases is not None
         found = dict(self._base)
-        for tensor, names in self._blocks.items():
-            places = [self._places[name] for name in names]
-            bases = [self.span.bases[place] for place in places]
-            parts = [torch.tensordot(coefficients[m].to(b), b, dims=1) for m, b in zip(places, bases, strict=True)]
+        for tensor, modules in self._blocks.items():
+            parts = [self._update(coefficients, module) for module in modules]
             found[tensor] = found[tensor] + self._views[tensor].join(parts, found[tensor].shape)
         for tensor, (updates, place) in self._averaged.items():
             found[tensor] = found[tensor] + torch.tensordot(
@@ -160,15 +191,24 @@ class SpanModel:
             )
         return {self.prefix + name: value for name, value in found.items()}
 
+    def _update(self, coefficients: Tensor, module: ModuleUpdates) -> Tensor:
+        """Merged update ``(d_out, d_in)`` of one module; zero where no update changes it."""
+        if module.name not in self._places:
+            return torch.zeros_like(module.base)
+        assert self.span.bases is not None
+        place = self._places[module.name]
+        basis = self.span.bases[place]
+        return torch.tensordot(coefficients[place].to(basis), basis, dims=1)
+
     def _shares(self, coefficients: Tensor, place: int | None, averages: str | None) -> Tensor:
         """Weights ``(N,)`` of the experts' updates of an averaged tensor; the merge's update is their mean."""
-        count = len(self.names)
-        if place is not None:
-            own = coefficients[place]
-            return own[:count] + own[-1] / count
-        if averages is None:
-            return coefficients.new_full((count,), 1 / count)
-        return torch.tensor([float(name == averages) for name in self.names])
+        mean = self._mean.to(coefficients)
+        if averages is not None:
+            return torch.tensor([float(name == averages) for name in self.names])
+        if place is None:
+            return mean
+        own = coefficients[place]
+        return own[: len(self.names)] + own[-1] * mean
 
     def call(self, coefficients: Tensor, forward: Forward, inputs: Any, averages: str | None = None) -> Tensor:
         """Outputs of a batch under merged weights, differentiable in the coefficients ``(M, K)``.
@@ -185,3 +225,16 @@ class SpanModel:
     def expert(self, name: str) -> Tensor:
         """Coefficients ``(M, K)`` of one expert: its own updates."""
         return self.coefficients({name: 1.0})
+
+
+def _with_updates(modules: list[ModuleUpdates]) -> list[ModuleUpdates]:
+    """The modules that some update changes, with a warning about the others."""
+    found = [module for module in modules if bool((module.updates != 0).any())]
+    silent = [module.name for module in modules if not bool((module.updates != 0).any())]
+    if silent:
+        warnings.warn(
+            f"no update changes {', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''}: "
+            f"{len(silent)} of {len(modules)} modules stay the base's.",
+            stacklevel=3,
+        )
+    return found
