@@ -217,14 +217,14 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
         The designs, the best evidence of each map first.
     """
     name, seed = run
-    recipe = recipe_of(name, seed, arguments.full)
+    suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
 
     def make() -> dict[str, object]:
-        suite = load(name, recipe, arguments.cache, console, arguments.device)
         found = candidates(suite, seed, arguments.samples, lambda text: console.print(text, highlight=False))
         return {"machine": machine(suite.device), "designs": [asdict(each) for each in found]}
 
-    saved = kept(arguments.kept / f"{name}-{seed}-{key_of(asdict(recipe), arguments.samples)}.json", make)
+    key = key_of(suite.key, arguments.samples, list(MAPS), list(ENERGIES), GAMMAS, ETAS)
+    saved = kept(arguments.kept / f"{name}-{seed}-{key}.json", make)
     arguments.machines.append(saved["machine"])
     return [Candidate(**{**each, "scores": Scores(**each["scores"])}) for each in saved["designs"]]
 

@@ -29,7 +29,7 @@ from benchmarks.harness.suite import Head, Suite
 from benchmarks.registry import SUITES, load, recipe_of
 from diagnostics import functional_score
 from inference.functional import SpanModel, fit, functional, functional_laplace
-from inference.logit_temperature import fit_logit_temperature
+from inference.logit_temperature import fit_ensemble_temperature, scaled_mean
 from poe_models import Cauchy, Expert, InputGram, ProductOfExperts
 from poe_models.methods import RegMean
 
@@ -89,7 +89,7 @@ def lines_of(suite: Suite, seed: int, examples: int, tell: Any) -> list[Line]:
         found.append(line_of(f"{name} + predictions, MAP", suite, [at], own, spent))
         tell(found[-1])
         began = time.process_time()
-        draws = functional_laplace(posterior, solution.value).sample(MEMBERS, torch.Generator().manual_seed(seed))
+        draws = functional_laplace(posterior, solution).sample(MEMBERS, torch.Generator().manual_seed(seed))
         members = [model.weights(posterior.coefficients(draw)) for draw in draws]
         spent = time.process_time() - began
         found.append(line_of(f"{name} + predictions, Laplace at T = 1", suite, members, own, spent))
@@ -128,25 +128,22 @@ def joined(batches: list[Any]) -> Any:
 
 def line_of(name: str, suite: Suite, states: list[dict[str, Tensor]], own: Logits, seconds: float) -> Line:
     """Scores of one model, or of the mean of several."""
-    log_probabilities = {split: mixed(suite, states, split) for split in ("validation", "test")}
-    divisor = fit_logit_temperature(log_probabilities["validation"], suite.labels("validation"))
-    test, labels = log_probabilities["test"], suite.labels("test")
+    members = {split: tables_of(suite, states, split) for split in ("validation", "test")}
+    divisor = fit_ensemble_temperature(members["validation"], suite.labels("validation"))
+    labels = suite.labels("test")
     plain, scaled = (
-        mean_scores({task: score(table / by, labels[task]) for task, table in test.items()}) for by in (1.0, divisor)
+        mean_scores({task: score(scaled_mean(each, by), labels[task]) for task, each in members["test"].items()})
+        for by in (1.0, divisor)
     )
-    seen = {task: table.softmax(1) for task, table in log_probabilities["validation"].items()}
-    targets = {task: table.double().softmax(1) for task, table in own.items()}
-    divergence = functional_score({name: seen}, targets, seed=0).mean(name).value
+    seen = {task: scaled_mean(each, 1.0) for task, each in members["validation"].items()}
+    divergence = functional_score({name: seen}, own, seed=0, logits=True).mean(name).value
     return Line(name, plain, scaled, divergence, seconds)
 
 
-def mixed(suite: Suite, states: list[dict[str, Tensor]], split: str) -> Logits:
-    """Log of the members' mean probabilities by task, (n, classes) float64."""
+def tables_of(suite: Suite, states: list[dict[str, Tensor]], split: str) -> Logits:
+    """Logits of every member by task, (members, n, classes)."""
     tables = [task_logits(suite, {k: v.detach() for k, v in state.items()}, split) for state in states]
-    return {
-        task: torch.stack([table[task].double().log_softmax(1) for table in tables]).logsumexp(0)
-        for task in suite.tasks
-    }
+    return {task: torch.stack([table[task] for table in tables]) for task in suite.tasks}
 
 
 def report(found: Mapping[tuple[str, int], list[Line]], machines: list[str], command: str) -> str:
@@ -173,9 +170,9 @@ def report(found: Mapping[tuple[str, int], list[Line]], machines: list[str], com
         f"examples (KL from the task's own expert), in the span through a centre. {STEPS} steps of Adam on {BATCH} "
         f"examples a task, weight-space importance {IMPORTANCE:g}; Laplace with the Gauss-Newton matrix at T = 1, "
         f"{MEMBERS} members, nothing tuned. Made by `{command}` on {' and '.join(dict.fromkeys(machines))}.",
-        "Mean test scores over tasks; *scaled*: logits divided by what minimises validation NLL; *KL*: the functional "
-        "score, mean divergence from the own experts on validation inputs, which no fit has seen, without labels. "
-        "RegMean sees the same examples.",
+        "Mean test scores over tasks; *scaled*: every member's logits divided by what minimises validation NLL; "
+        "*KL*: the functional score, mean divergence from the own experts on validation inputs, which no fit has seen, "
+        "without labels. RegMean sees the same examples.",
         markdown_table(header, body, left=3),
     ]) + "\n"  # fmt: skip
 
@@ -197,15 +194,14 @@ def main() -> None:
     found = {}
     for name in arguments.suites:
         for seed in arguments.seeds:
-            recipe = recipe_of(name, seed, arguments.full)
+            suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
 
-            def make(name: str = name, seed: int = seed, recipe: Any = recipe) -> dict[str, object]:
-                suite = load(name, recipe, arguments.cache, console, arguments.device)
+            def make(suite: Suite = suite, seed: int = seed) -> dict[str, object]:
                 lines = lines_of(suite, seed, arguments.examples, lambda line: console.print(line, highlight=False))
                 return {"machine": machine(suite.device), "lines": [asdict(each) for each in lines]}
 
             settings = (IMPORTANCE, STEPS, BATCH, LEARNING_RATE, MEMBERS, arguments.examples)
-            saved = kept(arguments.kept / f"{name}-{seed}-{key_of(asdict(recipe), settings)}.json", make)
+            saved = kept(arguments.kept / f"{name}-{seed}-{key_of(suite.key, settings)}.json", make)
             machines.append(saved["machine"])
             scores = ("plain", "scaled")
             rows = [Line(**{**each, **{s: Scores(**each[s]) for s in scores}}) for each in saved["lines"]]

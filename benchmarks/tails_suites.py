@@ -139,7 +139,7 @@ def answers(suite: Suite, seed: int, num_surrogates: int, bar: Bar) -> list[Answ
             made = surrogate_residuals(
                 vectors, poe, num_surrogates=num_surrogates, sizes=sizes, seed=seed, progress=_Shown(bar)
             )
-            for part, residuals in parts(real, KINDS[suite.name]).items():
+            for part, residuals in parts(real, KINDS.get(suite.name, {})).items():
                 null = null_control(residuals, made, level=1 / (num_surrogates + 1))
                 found.append(Answer.of(suite.name, seed, energy_name, sizes, part, null))
                 bar.console.print(f"{suite.name}, {energy_name}, {part}: {null.verdict}", highlight=False)
@@ -188,14 +188,14 @@ def _setting(each: Answer) -> tuple[str, str, str]:
 
 def measured(name: str, seed: int, arguments: argparse.Namespace, console: Console) -> list[Answer]:
     """Answers of one suite and training seed, from what is kept if it is there."""
-    recipe = recipe_of(name, seed, arguments.full)
+    suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
 
     def make() -> list[dict[str, object]]:
-        suite = load(name, recipe, arguments.cache, console, arguments.device)
         with Bar(console=console) as bar:
             return [asdict(each) for each in answers(suite, seed, arguments.surrogates, bar)]
 
-    saved = kept(arguments.kept / f"{name}-{seed}-{key_of(asdict(recipe), arguments.surrogates)}.json", make)
+    key = key_of(suite.key, arguments.surrogates, list(ENERGIES), SIZES)
+    saved = kept(arguments.kept / f"{name}-{seed}-{key}.json", make)
     return [Answer(**{**each, "surrogates": tuple(each["surrogates"])}) for each in saved]
 
 

@@ -34,12 +34,13 @@ class Status(Enum):
         "compute in float64, or check that rho carries its gradient"
     )
     COMPUTED = "computed: a merging method has no solver"
+    STOPPED = "stopped where held-out inputs are served best, before the minimum"
     MAX_STEPS = "not converged: raise max_steps, or the scale or the anchor's precision, which make the energy easier"
 
     @property
     def converged(self) -> bool:
         """Whether the tolerance was reached, at a minimum."""
-        return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH, Status.COMPUTED)
+        return self in (Status.CONVERGED, Status.CONVERGED_LINE_SEARCH, Status.COMPUTED, Status.STOPPED)
 
     @override
     def __str__(self) -> str:

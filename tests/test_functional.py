@@ -391,6 +391,28 @@ def test_seed_decides_and_held_out_inputs_choose_the_point() -> None:
     assert found.info.energy_trace.shape == (found.info.steps,)
 
 
+def test_the_status_is_judged_by_the_gradient() -> None:
+    model = linear_model()
+    posterior = linear_posterior(model, KullbackLeibler())
+    short, long = (
+        fit(posterior, model.start(), generator=seeded(0), steps=steps, batch_size=12, learning_rate=0.05)
+        for steps in (1, 300)
+    )
+    assert not short.converged
+    assert long.converged
+    with pytest.warns(UserWarning, match="had not converged"):
+        functional_laplace(posterior, short)
+
+
+def test_gauss_newton_of_tokens_is_the_hessian_of_linear_outputs() -> None:
+    model, x = linear_model(), torch.randn(3, 4, 5, generator=seeded(1), dtype=torch.float64)
+    counted = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    posterior = model.posterior(functional("a", model, x, called, counted=counted, batch_size=2))
+    mode = minimize(posterior, model.start()).value
+    found, exact = functional_laplace(posterior, mode), DenseLaplace(posterior, mode)
+    torch.testing.assert_close(found.standard_deviations(), exact.standard_deviations(), rtol=1e-6, atol=1e-9)
+
+
 def test_predictions_are_the_experts_own() -> None:
     model, x = linear_model(), inputs_of(7)
     found = predictions("c", model, x, called, batch_size=3)
@@ -417,10 +439,19 @@ def test_bad_input() -> None:
         fitted(functional("a", model, x, lambda net, b: net(b).sum(-1), targets=Targets(torch.zeros(6, 4))))
     with pytest.raises(ValueError, match="NaN in the batch of rows 0 to 5"):
         functional("a", model, x * torch.nan, called)
-    with pytest.raises(ValueError, match="do not depend on the merged weights"):
-        fitted(functional("a", model, x, lambda net, b: b[:, :4], targets=Targets(x[:, 1:])))
-    with pytest.raises(ValueError, match="are those of the fit"):
-        fitted(functional("a", model, x, called), held_out=(functional("b", model, x, called),))
+    for ignoring in (lambda net, b: b[:, :4], lambda net, b: nn.Linear(5, 4).double()(b)):
+        with pytest.raises(ValueError, match="do not depend on the merged weights"):
+            fitted(functional("a", model, x, ignoring))
+    with pytest.raises(ValueError, match="2 inputs of 'b/predictions' are those of the fit"):
+        fitted(functional("a", model, x, called), held_out=(functional("b", model, x[:2].clone(), called),))
+    with pytest.raises(ValueError, match="with another `SpanModel`"):
+        fitted(functional("a", linear_model(Cauchy()), x, called))
+    with pytest.raises(ValueError, match="9 targets for 6 inputs"):
+        functional("a", model, x, called, targets=Targets(torch.zeros(9, 4)))
+    with pytest.raises(ValueError, match="give the mask with the targets"):
+        functional("a", model, x, called, targets=Targets(torch.zeros(6, 4)), counted=torch.ones(6).bool())
+    with pytest.raises(ValueError, match="Give a mask"):
+        Targets(torch.zeros(6, 3, 4), torch.ones(9, 3).bool())
     with pytest.raises(ValueError, match="no factor of this posterior is a sum over examples"):
         fitted()
     with pytest.raises(ValueError, match="energy is nan at step 0"):
@@ -455,6 +486,14 @@ def test_the_score_is_the_mean_divergence_and_its_interval_covers() -> None:
     assert difference.value == pytest.approx(score.mean("two").value - score.mean("one").value)
     assert difference.high < 0
     assert score.to_dataframe().shape[0] == 2
+    logits = torch.tensor([[120.0, 0.0]]), torch.tensor([[100.0, 0.0]])
+    sure = functional_score({"one": {"t": logits[0]}}, {"t": logits[1]}, seed=0, logits=True)
+    assert 0 <= sure.mean("one").value < 1e-12
+    excluded = own.clone()
+    excluded[0] = torch.tensor([0.0, 0.5, 0.25, 0.25])
+    never = functional_score({"one": {"t": excluded}}, {"t": own}, seed=0)
+    assert never.mean("one").value == math.inf
+    assert not bool(never.replicates.isnan().any())
     with pytest.raises(ValueError, match="on the same inputs"):
         functional_score({"one": {"t": merge[:5]}}, {"t": own}, seed=0)
     with pytest.raises(ValueError, match="no predictions on 't'"):

@@ -148,6 +148,15 @@ class Suite:
         }
         return replace(self, tasks=tasks)
 
+    @property
+    def key(self) -> list[str]:
+        """Names that change when the base, the tasks or the experts do."""
+        return [self.base.name, *(f"{name} {task.key}" for name, task in self.tasks.items()), *map(str, self._made)]
+
+    @property
+    def _made(self) -> list[str]:
+        return [folder.parent.name for folder in self.experts.values()]
+
     def vectors(self, dtype: torch.dtype = torch.float32) -> TaskVectors:
         """The fine-tunes' updates, on the suite's device."""
         return TaskVectors(self.base, self.experts, device=self.device, dtype=dtype)

@@ -90,6 +90,7 @@ def functional_score(
     experts: Mapping[str, Array],
     *,
     seed: int,
+    logits: bool = False,
     num_resamples: int = 1000,
     confidence: float = 0.95,
 ) -> FunctionalScore:
@@ -99,6 +100,7 @@ def functional_score(
         predictions: Merge to task to its class probabilities ``(n, classes)``; of an ensemble the members' mean.
         experts: Task to the probabilities ``(n, classes)`` of its own expert on the same inputs.
         seed: Of the bootstrap over inputs.
+        logits: The tables are logits or log probabilities, which keep what float32 probabilities round to zero.
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
 
@@ -111,26 +113,41 @@ def functional_score(
         )
     values, replicates = [], []
     for number, (task, own) in enumerate(experts.items()):
-        target = checked_probabilities(own, f"functional_score: own expert, {task}")
-        costs = torch.stack([_divergences(name, given, task, target) for name, given in predictions.items()])
+        target = _log_probabilities(own, f"functional_score: own expert, {task}", logits)
+        costs = torch.stack([_divergences(name, given, task, target, logits) for name, given in predictions.items()])
         weights = torch.cat(list(resamples(len(target), num_resamples, seed=seed + number)))
         values.append(costs.mean(1))
-        replicates.append(weights @ costs.T / len(target))
+        replicates.append(_means(weights, costs))
     return FunctionalScore(
         tuple(predictions), tuple(experts), torch.stack(values, 1), torch.stack(replicates, 2), confidence
     )
 
 
-def _divergences(merge: str, given: Mapping[str, Array], task: str, target: Tensor) -> Tensor:
+def _divergences(merge: str, given: Mapping[str, Array], task: str, target: Tensor, logits: bool) -> Tensor:
     """``KL(p_i || p_Z)`` of each input, ``(n,)``; infinite where a merge excludes what the expert holds possible."""
     if task not in given:
-        raise ValueError(
-            f"`functional_score(...)`: {merge!r} has no predictions on {task!r}. Give every merge all tasks."
-        )
-    table = checked_probabilities(given[task], f"functional_score: {merge}, {task}")
+        raise ValueError(f"`functional_score(...)`: {merge!r} has no predictions on {task!r}. Give all tasks.")
+    table = _log_probabilities(given[task], f"functional_score: {merge}, {task}", logits)
     if table.shape != target.shape:
         raise ValueError(
             f"`functional_score(...)`: {merge!r} has a table {tuple(table.shape)} on {task!r}, the expert "
             f"{tuple(target.shape)}. Give predictions on the same inputs by the same head."
         )
-    return (torch.special.xlogy(target, target) - torch.special.xlogy(target, table)).sum(1)
+    return torch.where(target.isneginf(), 0.0, target.exp() * (target - table)).sum(1)
+
+
+def _log_probabilities(table: Array, called: str, logits: bool) -> Tensor:
+    """Log probabilities ``(n, classes)`` float64 of logits or of probabilities."""
+    if not logits:
+        return checked_probabilities(table, called).log()
+    values = torch.as_tensor(table).detach().double()
+    if values.ndim != 2 or not bool((values < torch.inf).all()):
+        raise ValueError(f"`{called}`: expected logits (n, classes) without NaN or +inf, got {tuple(values.shape)}.")
+    return values.log_softmax(1)
+
+
+def _means(weights: Tensor, costs: Tensor) -> Tensor:
+    """Weighted means ``(B, M)`` of costs ``(M, n)``; infinite where a cost that counts is."""
+    infinite = costs.isinf()
+    found = weights @ torch.where(infinite, 0.0, costs).T / costs.shape[1]
+    return torch.where(weights @ infinite.double().T > 0, torch.inf, found)

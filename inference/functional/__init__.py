@@ -8,7 +8,7 @@ multiply in one posterior, in the span through the weight-space merge:
     posterior = model.posterior(*experts)
     solution = fit(posterior, model.start(), generator=generator)
     weights = model.weights(posterior.coefficients(solution.value))
-    members = functional_laplace(posterior, solution.value).sample(10, generator)
+    draws = functional_laplace(posterior, solution).sample(10, generator)          # latents, (10, M, K, 1)
 """
 
 from inference.functional.divergences import Divergence, KullbackLeibler, Residual, Targets

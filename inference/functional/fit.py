@@ -7,11 +7,14 @@ it early, and the best point by them is the solution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from inference.functional.expert import OutputEnergy, rows_of
 from inference.retention import retention
 from inference.solution import FitInfo, Solution, Status
 from poe_models.binding import bind_factor
@@ -30,6 +33,7 @@ def fit(
     held_out: Sequence[FactorExpert] = (),
     every: int = 10,
     patience: int = 5,
+    tolerance: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Solution[FitInfo]:
     """The MAP of a posterior in Span coordinates whose factors are sums over examples.
@@ -44,18 +48,21 @@ def fit(
         held_out: The same experts on inputs that this fit does not see; their energy per example chooses the point.
         every: Steps between two looks at them.
         patience: Looks without improvement after which it ends.
+        tolerance: Norm of the whole energy's gradient at the end, relative to that at the start, that counts as
+            converged; held-out inputs stop before the minimum, and such a stop is ``STOPPED``.
         progress: Called with the steps done and their number.
 
     Returns:
-        The solution; its status is ``CONVERGED`` if the schedule was finished or held-out inputs ended it.
+        The solution; all modules share its status.
 
     Raises:
-        ValueError: If no factor is a sum over examples, held-out inputs are those of the fit, an energy is not finite,
-            or the outputs do not depend on the merged weights.
+        ValueError: If no factor is a sum over examples, held-out inputs are among those of the fit, an energy is not
+            finite, or the outputs do not depend on the merged weights.
     """
     factors = [factor for factor in posterior.factors if factor.per_example is not None]
     _require_examples(posterior, factors, held_out)
-    assert posterior.span is not None
+    _require_gradient(posterior, factors, start.double())
+    before = _gradient_norm(posterior, start.double())
     looks = [_bound(posterior, expert) for expert in held_out]
     unit = _units(posterior)
     scaled = (start.detach().double() / unit).requires_grad_(True)
@@ -66,6 +73,7 @@ def fit(
     for step in range(steps + 1):
         if looks and step % every == 0 or looks and step == steps:
             seen.append((float(step), _held_out(looks, scaled.detach() * unit)))
+            _require_finite(posterior, torch.tensor(seen[-1][1]), step)
             better = seen[-1][1] <= min(value for _, value in seen)
             worse = 0 if better else worse + 1
             if better:
@@ -78,8 +86,6 @@ def fit(
         _require_finite(posterior, energy, step)
         optimizer.zero_grad()
         energy.backward()
-        if step == 0:
-            _require_gradient(factors, scaled * unit, generator, batch_size)
         optimizer.step()
         schedule.step()
         trace.append(float(energy.detach()))
@@ -87,27 +93,34 @@ def fit(
             progress(step + 1, steps)
     if not looks:
         best, best_step = scaled.detach(), len(trace)
-    value = best * unit
-    return _solution(posterior, value, trace, seen, best_step)
+    found = _info(posterior, best * unit, trace, seen, best_step)
+    stopped = best_step < len(trace)
+    done = stopped or found.gradient_norm <= tolerance * before
+    status = Status.STOPPED if stopped else Status.CONVERGED if done else Status.MAX_STEPS
+    return Solution((best * unit).to(posterior.dtype), (status,) * posterior.num_modules, found)
 
 
-def _solution(
-    posterior: Posterior, value: Tensor, trace: list[float], seen: list[tuple[float, float]], best_step: int
-) -> Solution[FitInfo]:
-    x = value.clone().requires_grad_(True)
+def _gradient_norm(posterior: Posterior, value: Tensor) -> float:
+    """Norm of the gradient of the whole joint energy, in nats per unit of coefficient."""
+    x = value.detach().clone().requires_grad_(True)
     gradient = torch.zeros_like(x)
     for term in _terms(posterior, x):
         (part,) = torch.autograd.grad(term, x)
         gradient += part
-    info = FitInfo(
+    return float((gradient * _units(posterior)).norm())
+
+
+def _info(
+    posterior: Posterior, value: Tensor, trace: list[float], seen: list[tuple[float, float]], best_step: int
+) -> FitInfo:
+    return FitInfo(
         steps=len(trace),
         energy_trace=torch.tensor(trace, dtype=torch.float64),
         held_out_trace=torch.tensor(seen, dtype=torch.float64).reshape(-1, 2),
         best_step=best_step,
-        gradient_norm=float((gradient * _units(posterior)).norm()),
+        gradient_norm=_gradient_norm(posterior, value),
         retention=retention(posterior, value.to(posterior.dtype), posterior.residuals(value.to(posterior.dtype))),
     )
-    return Solution(value.to(posterior.dtype), (Status.CONVERGED,) * posterior.num_modules, info)
 
 
 def _terms(posterior: Posterior, x: Tensor) -> Iterator[Tensor]:
@@ -179,13 +192,32 @@ def _require_examples(posterior: Posterior, factors: Sequence[BoundFactor], held
             "with functional experts, or use `fixed_point` or `minimize`."
         )
     for expert in held_out:
+        own = _digests(expert)
         for factor in factors:
             assert factor.expert is not None
-            one, other = (getattr(each.function, "inputs", None) for each in (expert, factor.expert))
-            if one is not None and one is other:
+            both = len(own & _digests(factor.expert))
+            if both:
                 raise ValueError(
-                    f"`fit(held_out=...)`: the inputs of {expert.name!r} are those of the fit. Give others, or none."
+                    f"`fit(held_out=...)`: {both} inputs of {expert.name!r} are those of the fit ({factor.name!r}). "
+                    "Give inputs that it does not see, or none."
                 )
+
+
+def _digests(expert: FactorExpert) -> set[bytes]:
+    """One digest for the inputs of each example; none of a function that is not made by ``prediction_expert``."""
+    energy = expert.function
+    if not isinstance(energy, OutputEnergy):
+        return set()
+    return {_digest(rows_of(energy.inputs, torch.tensor([row]))) for row in range(expert.examples)}
+
+
+def _digest(data: Any) -> bytes:
+    """Digest of the tensors of one example."""
+    if isinstance(data, Mapping):
+        return b"".join(_digest(value) for value in data.values())
+    if isinstance(data, tuple | list):
+        return b"".join(map(_digest, data))
+    return hashlib.sha256(torch.as_tensor(data).cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
@@ -197,16 +229,27 @@ def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
         )
 
 
-def _require_gradient(factors: Sequence[BoundFactor], x: Tensor, generator: torch.Generator, batch_size: int) -> None:
-    """Refuse factors whose energy does not move with any coefficient: the forward pass ignores the weights."""
+def _require_gradient(posterior: Posterior, factors: Sequence[BoundFactor], x: Tensor) -> None:
+    """Refuse factors whose outputs move with no coefficient: the forward pass ignores the weights."""
     for factor in factors:
         at = x.detach().clone().requires_grad_(True)
-        assert factor.per_example is not None
-        rows = _some(factor, batch_size, torch.Generator().manual_seed(0)).to(at.device)
-        value = factor.per_example(at, rows).sum()
-        gradient = torch.autograd.grad(value, at, allow_unused=True)[0] if value.requires_grad else None
-        if bool(value != 0) and (gradient is None or not bool((gradient != 0).any())):
+        seen = _probe(posterior, factor, at)
+        gradient = torch.autograd.grad(seen, at, allow_unused=True)[0] if seen.requires_grad else None
+        if gradient is None or not bool((gradient != 0).any()):
             raise ValueError(
                 f"`fit(...)`: the outputs of {factor.name!r} do not depend on the merged weights: the gradient is zero "
                 "in every module. Call the network that `forward` is given, not another one."
             )
+
+
+def _probe(posterior: Posterior, factor: BoundFactor, x: Tensor) -> Tensor:
+    """A random projection of a few outputs, whose divergence may be zero; else the energy of a few examples."""
+    assert factor.expert is not None
+    assert factor.per_example is not None
+    rows = torch.arange(min(4, factor.expert.examples), device=x.device)
+    energy = factor.expert.function
+    if not isinstance(energy, OutputEnergy):
+        return factor.per_example(x, rows).sum()
+    outputs = energy.outputs(posterior.coefficients(x), rows)
+    direction = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+    return (outputs * direction).sum()

@@ -3,12 +3,14 @@ r"""Laplace's approximation of a posterior with functional experts, by the Gauss
 With outputs ``f(x)`` of an example and its energy ``D(f)``, the Hessian of a sum over examples is
 ``sum J^T (d^2 D / df^2) J`` plus a term with the network's second derivatives, which Gauss-Newton leaves out
 (Schraudolph, 2002, Neural Computation 14(7)). For the Kullback-Leibler divergence the middle is
-``diag(p_Z) - p_Z p_Z^T``, Fisher's information. ``J`` takes one forward-mode product for each latent; the rest of the
-energy keeps its Hessian.
+``diag(p_Z) - p_Z p_Z^T``, Fisher's information. ``J`` takes one forward-mode product for each latent and
+is held for one batch of examples, ``batch_size`` times the outputs times the latents; the middle is never formed. The
+rest of the energy keeps its Hessian.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,22 +20,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inference.functional.expert import OutputEnergy
 from inference.laplace import DenseLaplace
+from inference.solution import FitInfo, Solution
 from poe_models.posterior import BoundFactor, Posterior
 from poe_models.program import log_density
 
 
 def functional_laplace(
-    posterior: Posterior, mode: Tensor, progress: Callable[[int, int], None] | None = None
+    posterior: Posterior, at: Solution[FitInfo] | Tensor, progress: Callable[[int, int], None] | None = None
 ) -> DenseLaplace:
     """``N(x*, T H^-1)`` over all modules together, with the Gauss-Newton matrix of the sums over examples.
 
     Args:
         posterior: Of :meth:`SpanModel.posterior`.
-        mode: Latents of the MAP, ``(M, K, 1)``, as :func:`fit` finds it.
+        at: The MAP as :func:`fit` finds it, with a warning if it had not converged; or its latents, ``(M, K, 1)``.
         progress: Called with the batches of examples that are done and their number.
 
     Returns:
-        The approximation: draws, log density, and the evidence (``log_integral``).
+        The approximation: draws and log density. Its ``log_integral`` is that of ``exp(-E / T)``; the weight-space
+        product has no normaliser, so that it does not compare designs.
 
     Raises:
         ValueError: If a factor over examples has no outputs to differentiate, or the matrix is not positive definite.
@@ -41,7 +45,7 @@ def functional_laplace(
     sums = [factor for factor in posterior.factors if factor.per_example is not None]
     others = tuple(factor for factor in posterior.factors if factor.per_example is None)
     density = log_density(replace(posterior, factors=others), joint=True)
-    mode = mode.double()
+    mode = _mode(at).double()
     hessian = torch.func.hessian(lambda x: -density(x.view(mode.shape)))(mode.flatten())
     known = _known(posterior)
     batches = [(factor, rows) for factor in sums for rows in _batches(factor)]
@@ -65,22 +69,22 @@ def gauss_newton(posterior: Posterior, energy: OutputEnergy, mode: Tensor, rows:
         known: Positions of the ``D`` latents among all ``M K``.
     """
     outputs, jacobian = _jacobian(posterior, energy, mode, rows, known)
-    flat = outputs.flatten(1).double()
 
-    def cost(each: Tensor, row: Tensor) -> Tensor:
-        return energy.cost(each.reshape(1, *outputs.shape[1:]), row.reshape(1))[0]
+    def slope(at: Tensor) -> Tensor:
+        return torch.func.grad(lambda f: energy.cost(f, rows).sum())(at)
 
-    blocks = torch.func.vmap(torch.func.hessian(cost))(flat, rows)
-    return torch.einsum("nci,ncd,ndj->ij", jacobian, blocks, jacobian)
+    moved = [torch.func.jvp(slope, (outputs,), (column,))[1] for column in jacobian]  # the middle is never formed
+    left, right = (torch.stack([each.flatten().double() for each in part]) for part in (jacobian, moved))
+    return left @ right.T
 
 
 def _jacobian(
     posterior: Posterior, energy: OutputEnergy, mode: Tensor, rows: Tensor, known: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Outputs ``(n, ..., C)`` and their derivatives in the known latents, ``(n, outputs, D)`` float64."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs ``(n, ..., C)`` in float64 and their derivative in each of the known latents, of the same shape."""
 
     def outputs(x: Tensor) -> Tensor:
-        return energy.outputs(posterior.coefficients(x), rows)
+        return energy.outputs(posterior.coefficients(x), rows).double()
 
     columns = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
@@ -88,8 +92,20 @@ def _jacobian(
             tangent = torch.zeros_like(mode).flatten()
             tangent[place] = 1.0
             value, moved = torch.func.jvp(outputs, (mode,), (tangent.view(mode.shape),))[:2]
-            columns.append(moved.flatten(1).double())
-    return value, torch.stack(columns, -1)
+            columns.append(moved)
+    return value, columns
+
+
+def _mode(at: Solution[FitInfo] | Tensor) -> Tensor:
+    if isinstance(at, Tensor):
+        return at
+    if not at.converged:
+        warnings.warn(
+            f"`functional_laplace(at=...)`: the MAP had not converged ({at.status[0]}), so that the approximation is "
+            "centred beside the mode.",
+            stacklevel=3,
+        )
+    return at.value
 
 
 def _known(posterior: Posterior) -> Tensor:
