@@ -117,8 +117,9 @@ class FactorExpert:
     >>> loss = lambda c, rows: (c[..., 0, :1] - labels[rows]).square()          # one module, its first coefficient
     >>> poe = ProductOfExperts.of(["a", "b"]) * FactorExpert("loss", loss, "span", "examples", examples=3)
     >>> posterior = poe.bind(torch.eye(2).unsqueeze(1), coordinates="span")
-    >>> posterior.factors[0].energy(posterior.span.latents(torch.tensor([[0.5, 0.0, 0.0]])))
-    tensor(0.7500)
+    >>> at = posterior.span.latents(torch.tensor([[0.5, 0.0, 0.0]], dtype=torch.float64))
+    >>> posterior.factors[0].energy(at)                                         # of three errors of 1/2
+    tensor(0.7500, dtype=torch.float64)
     """
 
     name: str
