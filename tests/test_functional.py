@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pytest
@@ -39,6 +39,13 @@ from tests.levels import Z
 from tests.seeds import seeded
 
 NAMES = ("a", "b", "c")
+
+
+class Named(NamedTuple):
+    """A batch as a tokenizer's wrapper gives it."""
+
+    x: Tensor
+    places: Tensor
 
 
 def linear_model(energy: Any = None, d_in: int = 5, d_out: int = 4) -> SpanModel:
@@ -355,6 +362,8 @@ def test_inputs_may_be_mappings_and_batches() -> None:
     plain = functional("b", model, torch.cat([batch["x"] for batch in batches]), called)
     rows, c = torch.tensor([5, 0]), model.coefficients({"merge": 1.0})
     torch.testing.assert_close(expert.function(c, rows), plain.function(c, rows))
+    named = functional("b", model, Named(joined["x"], torch.arange(6)), lambda net, batch: net(batch.x))
+    torch.testing.assert_close(named.function(c, rows), plain.function(c, rows))
     with pytest.raises(ValueError, match="Pad all inputs"):
         joined_batches([torch.zeros(1, 2), torch.zeros(1, 3)])
 

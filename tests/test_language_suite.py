@@ -19,11 +19,12 @@ from transformers import BertConfig, BertModel
 from benchmarks.archives import MissingSourceError, Source
 from benchmarks.harness import metrics
 from benchmarks.harness.evaluate import features, own_logits
+from benchmarks.harness.splits import split_rows
 from benchmarks.harness.suite import SPLITS, Suite
 from benchmarks.language import model, tasks, texts, tokens, train
 from benchmarks.language.model import NOT_WEIGHTS, MiniLMNetwork, base_state
 from benchmarks.language.sources import MINILM, SENTIMENT, SPAM_ASSASSIN, WORDNET
-from benchmarks.language.tasks import TASKS, Split, SplitSizes, load_task, load_tasks, split_rows
+from benchmarks.language.tasks import TASKS, Split, SplitSizes, load_task, load_tasks
 from diagnostics.predictions import soft_label_scores
 from tests.seeds import seed_of, seeded
 from tests.test_language_texts import tar_of, zip_of
@@ -177,7 +178,7 @@ class TestSplits:
         assert not torch.equal(one["test"], other["test"])
 
     def test_too_few_texts_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"texts left for 50 of each of 3 classes. Lower `shots`"):
+        with pytest.raises(ValueError, match=r"examples left for 50 of each of 3 classes. Lower `shots`"):
             self.rows(replace(SIZES, shots=50))
 
     def test_duplicates_go_whatever_their_labels(self) -> None:

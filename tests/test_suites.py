@@ -75,6 +75,12 @@ def test_a_run_goes_on_and_is_read_back(suite: Suite, tmp_path: Path) -> None:
     assert told == [BASE, BASE, "Average"]
     assert entry_file(tmp_path, BASE).read_bytes() == kept
     assert {path.name for path in tmp_path.iterdir()} == {ABOUT, LABELS, "base.safetensors", "Average.safetensors"}
+    flipped = {}
+    for name, task in suite.tasks.items():
+        test = dataclasses.replace(task.splits["test"], labels=task.splits["test"].labels.flip(0))
+        flipped[name] = dataclasses.replace(task, splits={**task.splits, "test": test})
+    with pytest.raises(ValueError, match="other test examples"):
+        run(Contest(Bench(dataclasses.replace(suite, tasks=flipped), 1, 0, 4)), tmp_path, [], lambda *_: None)
     read = Results.read(tmp_path)
     assert list(read.entries) == ["Average", BASE]
     assert read.about["suite"] == "vision"

@@ -35,13 +35,14 @@ from benchmarks.archives import (
 )
 from benchmarks.harness import metrics, training
 from benchmarks.harness.evaluate import Scores, evaluate, features, mean_scores, score
+from benchmarks.harness.splits import split_rows
 from benchmarks.harness.suite import SPLITS, Suite
 from benchmarks.harness.training import accuracy_table
 from benchmarks.vision import train
 from benchmarks.vision.model import SqueezeNet, SqueezeNetwork, _pad_same, build, convert, preprocess, published_weights
 from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
 from benchmarks.vision.sources import EMOJI, cache_folder
-from benchmarks.vision.tasks import TASKS, Split, SplitSizes, Task, load_task, load_tasks, split_indices
+from benchmarks.vision.tasks import TASKS, Split, SplitSizes, Task, load_task, load_tasks
 from tests.seeds import seeded, seeded_numpy
 
 QUIET = Console(quiet=True)
@@ -64,6 +65,10 @@ def scripted(script: str, sha256: str) -> Scripted:
 
 WRITES_ABC = "import sys; open(sys.argv[1], 'wb').write(b'abc')"
 SHA_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def rows_of(pool: Pool, sizes: SplitSizes) -> dict[str, Tensor]:
+    return split_rows(pool.labels, pool.groups, sizes, pool.official_test)
 
 
 class TestSources:
@@ -141,7 +146,7 @@ class TestSplits:
     @pytest.mark.parametrize("official", [False, True])
     def test_rows_and_groups_are_disjoint(self, official: bool) -> None:
         pool = toy_pool(official)
-        rows = split_indices(pool, SplitSizes(test=60, validation=40, shots=3, train=120))
+        rows = rows_of(pool, SplitSizes(test=60, validation=40, shots=3, train=120))
         for left, right in itertools.combinations(SPLITS, 2):
             assert not set(rows[left].tolist()) & set(rows[right].tolist())
             assert not set(pool.groups[rows[left]].tolist()) & set(pool.groups[rows[right]].tolist())
@@ -154,13 +159,13 @@ class TestSplits:
             assert not any(pool.official_test[rows[split]].any() for split in SPLITS if split != "test")
 
     def test_seed_decides(self) -> None:
-        one, same, other = (split_indices(toy_pool(), SplitSizes(train=99, seed=seed)) for seed in (1, 1, 2))
+        one, same, other = (rows_of(toy_pool(), SplitSizes(train=99, seed=seed)) for seed in (1, 1, 2))
         assert all(torch.equal(one[split], same[split]) for split in SPLITS)
         assert not torch.equal(one["test"], other["test"])
 
     def test_too_small_a_pool_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"images left for 80 of each of 5 classes. Lower `shots`"):
-            split_indices(toy_pool(), SplitSizes(shots=80))
+        with pytest.raises(ValueError, match=r"examples left for 80 of each of 5 classes. Lower `shots`"):
+            rows_of(toy_pool(), SplitSizes(shots=80))
 
     def test_duplicates_go_whatever_their_labels(self) -> None:
         pool = without_duplicates(toy_pool(duplicate=30))

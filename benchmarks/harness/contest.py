@@ -172,8 +172,9 @@ def run(contest: Contest, folder: Path, methods: list[str], tell: Callable[[str,
     """
     suite, labels = contest.bench.suite, contest.bench.labels
     folder.mkdir(parents=True, exist_ok=True)
+    machines = _machines(folder, labels, machine(suite.device))
     save_file(dict(labels), folder / LABELS)
-    about = {"suite": suite.name, "network": suite.network.name, "seeds": suite.seeds, "machine": machine(suite.device)}
+    about = {"suite": suite.name, "network": suite.network.name, "seeds": suite.seeds, "machine": machines}
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for name in methods:
         started = time.perf_counter()
@@ -182,3 +183,18 @@ def run(contest: Contest, folder: Path, methods: list[str], tell: Callable[[str,
         entry = Entry.read(entry_file(folder, name))
         hits = [(table.argmax(1) == labels[task]).double().mean() for task, table in entry.probabilities.items()]
         tell(name, float(torch.stack(hits).mean()), time.perf_counter() - started)
+
+
+def _machines(folder: Path, labels: Mapping[str, Tensor], here: str) -> str:
+    """All machines that a folder's entries were made on, this one included.
+
+    Raises:
+        ValueError: If its entries are of other test examples.
+    """
+    if not (folder / ABOUT).exists():
+        return here
+    before = load_file(folder / LABELS)
+    if set(before) != set(labels) or not all(torch.equal(before[task], labels[task]) for task in labels):
+        raise ValueError(f"{folder}: its entries are of other test examples. Remove the folder to begin again.")
+    made = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["machine"]
+    return made if here in made.split(" and on ") else f"{made} and on {here}"

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.archives import MissingSourceError, fetch
+from benchmarks.archives import fetch
 from benchmarks.folders import key_of
+from benchmarks.harness.splits import load_all, split_rows
 from benchmarks.harness.suite import SPLITS
 from benchmarks.language.sources import MINILM, cache_folder
 from benchmarks.language.texts import READERS
@@ -102,52 +103,6 @@ class Task:
     key: str
 
 
-def split_rows(labels: Tensor, groups: Tensor, sizes: SplitSizes) -> dict[str, Tensor]:
-    """Rows of each split; whole groups go to one split.
-
-    Groups are taken in a random order: the test set first, then validation, then the head's examples, then training.
-    Other members of a group in the head set are left out.
-
-    Args:
-        labels: (n,) int64, each class at least once.
-        groups: (n,) int64.
-        sizes: How many.
-
-    Returns:
-        Rows for each of `SPLITS`.
-
-    Raises:
-        ValueError: If a class has too few texts left for the head.
-    """
-    generator, n, classes = torch.Generator().manual_seed(sizes.seed), len(labels), int(labels.max()) + 1
-    rank = torch.randperm(int(groups.max()) + 1, generator=generator)[groups]
-    rest = torch.argsort(rank * n + torch.randperm(n, generator=generator))
-    test = _whole_groups(groups, rest, min(sizes.test, n // 5))
-    rest = _without_groups(groups, rest, test)
-    validation = _whole_groups(groups, rest, min(sizes.validation, n // 7))
-    rest = _without_groups(groups, rest, validation)
-    head = torch.cat([rest[labels[rest] == label][: sizes.shots] for label in range(classes)])
-    if len(head) != sizes.shots * classes:
-        raise ValueError(
-            f"`split_rows`: {len(head)} texts left for {sizes.shots} of each of {classes} classes. "
-            f"Lower `shots`, `test` or `validation`."
-        )
-    train = _without_groups(groups, rest, head)[: sizes.train]
-    return {"test": test, "validation": validation, "head": head, "train": train}
-
-
-def _whole_groups(groups: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows, less the group that would be cut."""
-    if len(rows) <= count:
-        return rows
-    taken, following = rows[:count], groups[rows[count]]
-    return taken[groups[taken] != following]
-
-
-def _without_groups(groups: Tensor, rows: Tensor, taken: Tensor) -> Tensor:
-    return rows[~torch.isin(groups[rows], groups[taken])]
-
-
 def load_task(name: str, sizes: SplitSizes | None = None, cache: Path | None = None) -> Task:
     """One task, from the cache or from its archive.
 
@@ -215,10 +170,4 @@ def load_tasks(sizes: SplitSizes | None = None, cache: Path | None = None) -> tu
     Returns:
         The tasks by name, and for each skipped one the line that says why.
     """
-    tasks, skipped = {}, {}
-    for name in TASKS:
-        try:
-            tasks[name] = load_task(name, sizes, cache)
-        except MissingSourceError as error:
-            skipped[name] = f"task {name} is skipped: {error}"
-    return tasks, skipped
+    return load_all(TASKS, lambda name: load_task(name, sizes, cache))

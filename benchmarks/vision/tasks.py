@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.archives import MissingSourceError, fetch
+from benchmarks.archives import fetch
+from benchmarks.harness.splits import load_all, split_rows
 from benchmarks.harness.suite import SPLITS
 from benchmarks.vision.pools import READERS, Pool, without_duplicates
 from benchmarks.vision.sources import cache_folder
@@ -86,54 +86,6 @@ class Task:
     key: str
 
 
-def split_indices(pool: Pool, sizes: SplitSizes) -> dict[str, Tensor]:
-    """Rows of each split; whole groups go to one split.
-
-    Groups are taken in a random order: the test set first, then validation, then the head's examples, then training.
-    Other members of a group in the head set are left out.
-
-    Args:
-        pool: Where to draw from.
-        sizes: How many.
-
-    Returns:
-        Rows of the pool for each of `SPLITS`.
-
-    Raises:
-        ValueError: If a class has too few images left for the head.
-    """
-    generator = torch.Generator().manual_seed(sizes.seed)
-    rank = torch.randperm(int(pool.groups.max()) + 1, generator=generator)[pool.groups]
-    rank = rank * len(rank) + torch.randperm(len(rank), generator=generator)
-    n = len(pool.labels)
-    separate = bool(pool.official_test.any())
-    rest = torch.argsort(rank)
-    test = _whole_groups(pool, rest[pool.official_test[rest]] if separate else rest, min(sizes.test, n // 5))
-    rest = _without_groups(pool, rest[~pool.official_test[rest]] if separate else rest, test)
-    validation = _whole_groups(pool, rest, min(sizes.validation, n // 7))
-    rest = _without_groups(pool, rest, validation)
-    head = torch.cat([rest[pool.labels[rest] == label][: sizes.shots] for label in range(len(pool.classes))])
-    if len(head) != sizes.shots * len(pool.classes):
-        raise ValueError(
-            f"`split_indices`: {len(head)} images left for {sizes.shots} of each of {len(pool.classes)} classes. "
-            f"Lower `shots`, `test` or `validation`."
-        )
-    train = _without_groups(pool, rest, head)[: sizes.train]
-    return {"test": test, "validation": validation, "head": head, "train": train}
-
-
-def _whole_groups(pool: Pool, rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows, less the group that would be cut."""
-    if len(rows) <= count:
-        return rows
-    taken, following = rows[:count], pool.groups[rows[count]]
-    return taken[pool.groups[taken] != following]
-
-
-def _without_groups(pool: Pool, rows: Tensor, taken: Tensor) -> Tensor:
-    return rows[~torch.isin(pool.groups[rows], pool.groups[taken])]
-
-
 def load_task(name: str, sizes: SplitSizes | None = None, cache: Path | None = None) -> Task:
     """One task, from the cache or from its archive.
 
@@ -152,7 +104,7 @@ def load_task(name: str, sizes: SplitSizes | None = None, cache: Path | None = N
     path = cache / "tasks" / f"{name}-{key}.safetensors"
     if not path.exists():
         pool = without_duplicates(reader(fetch(source, cache)))
-        _save(path, pool, split_indices(pool, sizes))
+        _save(path, pool, split_rows(pool.labels, pool.groups, sizes, pool.official_test))
     return _load(path, name, key)
 
 
@@ -188,10 +140,4 @@ def load_tasks(sizes: SplitSizes | None = None, cache: Path | None = None) -> tu
     Returns:
         The tasks by name, and for each skipped one the line that says why.
     """
-    tasks, skipped = {}, {}
-    for name in TASKS:
-        try:
-            tasks[name] = load_task(name, sizes, cache)
-        except MissingSourceError as error:
-            skipped[name] = f"task {name} is skipped: {error}"
-    return tasks, skipped
+    return load_all(TASKS, lambda name: load_task(name, sizes, cache))

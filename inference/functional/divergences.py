@@ -38,18 +38,11 @@ class Targets:
                 "(n, tokens) of the same examples and tokens."
             )
 
-    def __len__(self) -> int:
-        return len(self.outputs)
-
-    def __getitem__(self, rows: Tensor) -> Targets:
-        rows = rows.to(self.outputs.device)
-        return Targets(self.outputs[rows], None if self.counted is None else self.counted[rows.to(self.counted.device)])
-
     def masked(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and targets with zeros where nothing counts, so that nothing there has a value or a gradient."""
         if self.counted is None:
             return outputs, self.outputs
-        kept = self.counted.to(outputs.device).unsqueeze(-1)
+        kept = self.counted.unsqueeze(-1)
         return torch.where(kept, outputs, 0.0), torch.where(kept, self.outputs, 0.0)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from inference.functional.divergences import Divergence, KullbackLeibler, Targets
 from inference.functional.span_model import Forward, SpanModel
 from poe_models.experts import FactorExpert
+from poe_models.weights.batches import mapped, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,8 @@ class OutputEnergy:
 
     def outputs(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """Outputs ``(b, ..., C)`` under merged weights, of one draw's coefficients ``(M, K)``."""
-        found = self.model.call(coefficients, self.forward, rows_of(self.inputs, rows))
+        inputs = rows_of(self.inputs, rows, coefficients.device)
+        found = self.model.call(coefficients, self.forward, inputs)
         if found.ndim < 2 or len(found) != len(rows):
             raise ValueError(
                 f"the forward function gave {tuple(found.shape)} for {len(rows)} examples: expected logits "
@@ -49,7 +51,7 @@ class OutputEnergy:
 
     def cost(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """Nats per example ``(b,)`` of outputs, the importance included."""
-        targets = None if self.targets is None else rows_of(self.targets, rows)
+        targets = None if self.targets is None else rows_of(self.targets, rows, outputs.device)
         found = self.importance * self.divergence(outputs, targets)
         if found.shape != rows.shape:
             raise ValueError(
@@ -180,7 +182,7 @@ def predictions(
     count, own = count_of(inputs), model.expert(name)
     parts = []
     for rows in torch.arange(count).split(batch_size or count):
-        outputs = model.call(own, forward, rows_of(inputs, rows), averages=name)
+        outputs = model.call(own, forward, rows_of(inputs, rows, own.device), averages=name)
         seen = outputs if counted is None else outputs[counted[rows.to(counted.device)]]
         if bool(seen.isnan().any()):
             raise ValueError(
@@ -193,7 +195,7 @@ def predictions(
 
 @torch.no_grad()
 def _require_same_classes(expert: str, model: SpanModel, inputs: Any, forward: Forward, targets: Targets) -> None:
-    first = model.call(model.expert(expert), forward, rows_of(inputs, torch.arange(1)))
+    first = model.call(model.expert(expert), forward, rows_of(inputs, torch.arange(1), model.span.transform.device))
     if first.shape[1:] != targets.outputs.shape[1:] and first.ndim > 1:
         raise ValueError(
             f"`functional({expert!r}, targets=...)`: targets of {tuple(targets.outputs.shape[1:])} classes, and "
@@ -201,13 +203,9 @@ def _require_same_classes(expert: str, model: SpanModel, inputs: Any, forward: F
         )
 
 
-def rows_of(data: Any, rows: Tensor) -> Any:
-    """Some rows of tensors, or of mappings and sequences of tensors."""
-    if isinstance(data, Mapping):
-        return {key: rows_of(value, rows) for key, value in data.items()}
-    if isinstance(data, tuple | list):
-        return type(data)(rows_of(value, rows) for value in data)
-    return data[rows.to(data.device) if isinstance(data, Tensor) else rows]
+def rows_of(data: Any, rows: Tensor, device: torch.device | None = None) -> Any:
+    """Some rows of tensors, or of mappings, sequences and dataclasses of tensors, on a device (default: their own)."""
+    return mapped(lambda each: each[rows.to(each.device)].to(device or each.device), data)
 
 
 def count_of(data: Any) -> int:
@@ -216,20 +214,12 @@ def count_of(data: Any) -> int:
     Raises:
         ValueError: If there are none, or the tensors differ in it.
     """
-    counts = set(_lengths(data))
+    counts = {len(each) if each.ndim else 0 for each in tensors_of(data)}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
             f"inputs of {sorted(counts) or 'no'} examples: give tensors with one row for each example, one at least."
         )
     return counts.pop()
-
-
-def _lengths(data: Any) -> Sequence[int]:
-    if isinstance(data, Mapping):
-        return [n for value in data.values() for n in _lengths(value)]
-    if isinstance(data, tuple | list):
-        return [n for value in data for n in _lengths(value)]
-    return [len(data)]
 
 
 def joined_batches(batches: Sequence[Any]) -> Any:

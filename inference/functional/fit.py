@@ -8,7 +8,7 @@ it early, and the best point by them is the solution.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from inference.solution import FitInfo, Solution, Status
 from poe_models.binding import bind_factor
 from poe_models.experts import FactorExpert
 from poe_models.posterior import BoundFactor, Posterior
+from poe_models.weights.batches import tensors_of
 
 
 def fit(
@@ -213,11 +214,10 @@ def _digests(expert: FactorExpert) -> set[bytes]:
 
 def _digest(data: Any) -> bytes:
     """Digest of the tensors of one example."""
-    if isinstance(data, Mapping):
-        return b"".join(_digest(value) for value in data.values())
-    if isinstance(data, tuple | list):
-        return b"".join(map(_digest, data))
-    return hashlib.sha256(torch.as_tensor(data).cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
+    found = hashlib.sha256()
+    for each in tensors_of(data):
+        found.update(each.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.digest()
 
 
 def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
