@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -96,11 +97,10 @@ class _Best:
 
 def _best_run(problem: Problem, options: SolverOptions) -> _Best:
     """Run from every start that can matter, and keep the lowest energy of each module."""
-    starts = list(_initial_weights(problem, options.starts))
+    unique = all(expert.rho.convex for expert in problem.posterior.experts)
+    starts = list(islice(_initial_weights(problem, options.starts), 1 if unique else None))
     for name, weights in starts:
         _require_finite(problem.posterior, name, weights)
-    if all(expert.rho.convex for expert in problem.posterior.experts):
-        starts = starts[:1]
     best = run_from(problem, starts[0][1], options)
     contraction = _contraction(problem, best.point)
     energies = [best.point.energy]
@@ -138,15 +138,10 @@ def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tupl
             yield start, posterior.weights(at_zero)
         elif start == "center":
             yield start, posterior.weights(quadratic.residuals(torch.zeros_like(quadratic.targets[0])))
-        elif start == "experts":
+        else:  # "experts"
             by_update = {e.update_name: t for e, t in zip(posterior.experts, quadratic.targets, strict=True)}
             for name, target in by_update.items():
                 yield f"expert:{name}", posterior.weights(quadratic.residuals(target))
-        else:
-            raise ValueError(
-                f"`fixed_point(starts=...)`: no start is called {start!r}. Known: 'ones', 'twin', 'experts', 'center', "
-                "or a tensor."
-            )
 
 
 def _require_finite(posterior: Posterior, start: str, weights: Tensor) -> None:
@@ -211,6 +206,10 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
     ``<f_i, H^-1 f_j>``, whose spectrum is real. Relative to ``2 H`` the energy's Hessian is ``1`` less this spectrum:
     positive definite iff the largest eigenvalue is below 1.
     """
+    curvature = problem.posterior.curvatures(point.q)
+    if not bool(curvature.any()):  # constant weights: one solve is the solution
+        zero = torch.zeros_like(point.energy)
+        return Contraction(zero, zero, torch.ones_like(zero, dtype=torch.bool))
     weights = problem.posterior.weights(point.q)
     precision = problem.quadratic.precision(weights, problem.shift)
     forces = problem.quadratic.forces(point.x)
@@ -218,7 +217,6 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
     inner = torch.stack(
         [torch.stack([(f.double() * s.double()).sum((-2, -1)) for s in solved], -1) for f in forces], -2
     )
-    curvature = problem.posterior.curvatures(point.q)
     lengths = [sum_of_squares(f).sqrt() * sum_of_squares(s).sqrt() for f, s in zip(forces, solved, strict=True)]
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from poe_models.posterior import Posterior
 from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.records import choose
 
-Start = Literal["ones", "twin", "experts", "center"] | Tensor
+NamedStart = Literal["ones", "twin", "experts", "center"]
+NAMED_STARTS: tuple[NamedStart, ...] = get_args(NamedStart)
+
+Start = NamedStart | Tensor
 """Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
 turn, the anchor's centre, or a given point ``(M, *event)``."""
 
@@ -54,6 +57,12 @@ class SolverOptions:
         if isinstance(self.starts, str):
             raise ValueError(f"`fixed_point(starts={self.starts!r})`: give a sequence of starts: ({self.starts!r},).")
         object.__setattr__(self, "starts", tuple(self.starts))
+        unknown = [start for start in self.starts if not isinstance(start, Tensor) and start not in NAMED_STARTS]
+        if unknown:
+            raise ValueError(
+                f"`fixed_point(starts=...)`: no start is called {unknown[0]!r}. Known: "
+                f"{', '.join(map(repr, NAMED_STARTS))}, or a tensor."
+            )
         if not self.starts or self.max_steps < 1:
             raise ValueError(
                 f"`fixed_point(starts={self.starts!r}, max_steps={self.max_steps})`: at least one start and one step."

@@ -64,7 +64,7 @@ def test_every_start_has_the_weights_of_its_place(generator: torch.Generator) ->
         assert_close(weights, value, 1e-12)
         assert weights.shape == (2, 6), name
     with pytest.raises(ValueError, match="no start is called 'middle'"):
-        list(_initial_weights(problem_of(posterior), ("middle",)))  # type: ignore[arg-type]
+        fixed_point(posterior, starts=("twin", "middle"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("center", [None, average])
