@@ -13,6 +13,7 @@ ArviZ. The classes of results are in the modules of the functions that make them
 'Cauchy'
 """
 
+from diagnostics.alignment import gram_alignment
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
 from diagnostics.chains import chain_convergence, coefficient_intervals, rank_histogram, surround_verdict
 from diagnostics.estimates import Estimate, bootstrap
@@ -82,6 +83,7 @@ __all__ = [
     "fixed_point_convergence",
     "functional_score",
     "gamma_sensitivity",
+    "gram_alignment",
     "hill",
     "load_predictions",
     "log_density",

@@ -1,5 +1,6 @@
 """Outer loop of Bayesian model merging ([BMM] section 4.2): settings of a design, tied over groups, by a score."""
 
+from inference.search.empirical_bayes import EmpiricalBayes, empirical_bayes, regression_evidence
 from inference.search.groups import bmm_groups, layer_blocks, pattern_groups
 from inference.search.ridge import Ridge
 from inference.search.solves import ModelMerges
@@ -9,6 +10,7 @@ from inference.search.study import SearchResult, SearchTrial, StudyError, search
 __all__ = [
     "Choice",
     "DesignSpace",
+    "EmpiricalBayes",
     "ModelMerges",
     "Range",
     "Ridge",
@@ -17,7 +19,9 @@ __all__ = [
     "Searched",
     "StudyError",
     "bmm_groups",
+    "empirical_bayes",
     "layer_blocks",
     "pattern_groups",
+    "regression_evidence",
     "search",
 ]
