@@ -65,9 +65,7 @@ def regression_evidence(
     if not eta > 0 or (noise_precision is not None and not noise_precision > 0):
         raise ValueError(f"`regression_evidence(eta={eta}, noise_precision={noise_precision})`: both must be positive.")
     if len(ridges) != len(observations) or any(count < 1 for count in observations):
-        raise ValueError(
-            f"`regression_evidence(observations={list(observations)})`: one positive count for each batch."
-        )
+        raise ValueError(f"`regression_evidence(observations={list(observations)})`: one positive count a batch.")
     outputs = [_outputs(ridge) for ridge in ridges]
     numbers = sum(n * d * len(r.values) for r, n, d in zip(ridges, observations, outputs, strict=True))
     residual = sum(float(ridge.residual(eta * ridge.curvature).sum()) for ridge in ridges)
