@@ -17,7 +17,7 @@ __all__ = ["UserTasks", "read_tasks"]
 
 @dataclass(frozen=True, eq=False)
 class UserTasks:
-    """What a user's module gives.
+    """Tasks and network of a user's module.
 
     Attributes:
         tasks: The tasks, of different names.

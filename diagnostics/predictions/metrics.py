@@ -40,7 +40,7 @@ def class_rows_kept(log_probabilities: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is kept of a model's predictions on a task with ``n`` examples.
+    """Numbers for each example or token of a model's predictions on a task with ``n`` examples.
 
     Attributes:
         rows: ``(r, 4)`` by ``COLUMNS``, or ``(n, 2)`` predicted and true values.
@@ -103,7 +103,7 @@ def _perplexity(kept: Kept) -> Statistic:
 
 def _exact_match(kept: Kept) -> Statistic:
     """Share of examples of which every row is right."""
-    right = kept.rows.new_ones(kept.size).index_reduce_(0, kept.examples, kept.column("right"), "amin")
+    right = kept.rows.new_ones(kept.size).scatter_reduce_(0, kept.examples, kept.column("right"), "amin")
     return lambda weights: weights @ right / weights.sum(1)
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a model's predictions on a task: networks, checkpoints, ensembles, one batch in memory at a time."""
+"""Predictions of networks, checkpoints and ensembles on a task, one batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def open_model(
         submodule: Where in the network the checkpoints are.
 
     Raises:
-        ValueError: If there is no network for a checkpoint, or the ensemble has no members.
+        ValueError: If there is no network for a checkpoint, no such submodule, or the ensemble has no members.
         CheckpointError: If a checkpoint cannot be opened, or lacks a tensor of the network.
     """
     if isinstance(model, nn.Module):
@@ -157,6 +157,8 @@ def _refuse_missing(model: str, checkpoint: Checkpoint, network: nn.Module, subm
     prefix = f"{submodule}." if submodule else ""
     held = {prefix + name for key in checkpoint.tensors for name in checkpoint.tied_names(key)}
     own = list(_tensors_of(network))
+    if not any(name.startswith(prefix) for name, _ in own):
+        raise ValueError(f"`evaluate(submodule={submodule!r})`: the network has no such submodule with tensors.")
     given = {id(tensor) for name, tensor in own if name in held}
     missing = [name for name, tensor in own if name.startswith(prefix) and id(tensor) not in given]
     if missing:

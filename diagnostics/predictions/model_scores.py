@@ -280,7 +280,7 @@ def _replicates(statistic: Statistic, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _kept(model: OpenModel, task: Task, kind: str, before: Sequence[Kept]) -> Kept:
-    """What is kept of a model on a task; errors name both."""
+    """Predictions of a model on a task; errors name both."""
     try:
         found = model.classes(task) if kind == "classes" else model.values(task)
         if before and not torch.equal(found.examples, before[0].examples):
