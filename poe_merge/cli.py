@@ -1,4 +1,4 @@
-"""The commands of ``poe-merge``: plan, merge, stats, sample, diagnose, evaluate, check, presets, methods.
+"""The commands of ``poe-merge``: plan, merge, search, stats, sample, diagnose, evaluate, check, presets, methods.
 
 A command imports what it needs when it runs: torch and ArviZ take seconds, which ``poe-merge --help`` need not wait
 for.
@@ -101,6 +101,75 @@ def merge(
             resume=resume,
             progress=bars,
         )
+    show.report(report)
+
+
+@app.command(cls=ConfiguredCommand)
+@with_flags
+def search(
+    flags: Mapping[str, Any],
+    config: Config = None,
+    out: Out = None,
+    score: Annotated[
+        str, typer.Option("--score", help="A metric, functional (no labels), or FILE.py:NAME of a state dict.")
+    ] = "accuracy",
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier runs included.")] = 60,
+    sampler: Annotated[str, typer.Option(help="gp (Gaussian process), random or grid.")] = "gp",
+    storage: Annotated[
+        str | None, typer.Option(help="Database of the study, sqlite:///study.db; memory if not given.")
+    ] = None,
+    study: Annotated[str, typer.Option(help="Name of the study in the database.")] = "poe-merge",
+    worker: Annotated[int, typer.Option(min=0, help="Number of this worker, if several share the study.")] = 0,
+    fraction: Annotated[float, typer.Option(help="Share of each task's batches that are used.")] = 1.0,
+    submodule: Annotated[str, typer.Option(help="Where in the network the checkpoints are.")] = "",
+    csv: Annotated[Path | None, typer.Option("--csv", help="All trials as a file.", show_default=False)] = None,
+    search_seed: Annotated[int, typer.Option("--search-seed", min=0, help="Of the proposals.")] = 0,
+    allow_code: AllowCode = False,
+) -> None:
+    """Choose the settings that CONFIG gives as ranges by a score, and merge with the best ones."""
+    from inference.models.merge import merge_checkpoint
+    from inference.models.staging import check_output
+    from poe_merge import search as searching
+    from poe_merge.build import custom_sources, designs_of
+
+    out = _required(out, "search")
+    space = searching.read_space(*_read(config, flags), allow_code=allow_code)
+    settings = space.middle()
+    task_vectors = _vectors(settings)
+    check_output(out, [], resume=False)
+    by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
+    with _bars(out) as bars:
+        found = searching.search(
+            space,
+            task_vectors,
+            by,
+            trials=trials,
+            sampler=sampler,
+            storage=storage,
+            study=study,
+            worker=worker,
+            seed=search_seed,
+            progress=bars,
+        )
+        report = merge_checkpoint(
+            task_vectors,
+            designs_of(found.config, task_vectors.base),
+            out,
+            out_dtype=settings.output_dtype,
+            batch_bytes=settings.batch_bytes,
+            seed=settings.seed,
+            settings={
+                "preset": settings.preset,
+                "config": found.config.resolved(),
+                "search": {"score": by.about, "sampler": sampler, "seed": search_seed, **found.result.record()},
+            },
+            code=custom_sources(found.config),
+            progress=bars,
+        )
+    show.search(found.result, by.about, None if csv is None else searching.write_trials(found.result, csv))
     show.report(report)
 
 
@@ -310,10 +379,15 @@ def methods() -> None:
 
 def _opened(path: Path | None, flags: Mapping[str, Any], allow_code: bool) -> tuple[MergeConfig, TaskVectors]:
     """Read the configuration and open what it names."""
-    document = overridden(Document() if path is None else read_yaml(path), flags)
-    folders = [Path.cwd() if path is None else path.absolute().parent, Path.cwd()]
+    document, folders = _read(path, flags)
     settings = parse_config(document, folders, allow_code=allow_code)
     return settings, _vectors(settings)
+
+
+def _read(path: Path | None, flags: Mapping[str, Any]) -> tuple[Document, tuple[Path, ...]]:
+    """The configuration with the flags in it, and the folders that its paths refer to."""
+    document = overridden(Document() if path is None else read_yaml(path), flags)
+    return document, (Path.cwd() if path is None else path.absolute().parent, Path.cwd())
 
 
 def _taken_up(

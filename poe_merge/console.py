@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.verdicts import Verdict
     from inference.models.merge import MergeReport, Plan
     from inference.retention import ExpertRetention
+    from inference.search import SearchResult
     from poe_merge.presets import Preset
     from poe_merge.sample import SampleReport
     from poe_merge.sampling import Sampling, Seeds
@@ -114,6 +115,20 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
         facts.add_row(f"[bold]{key}[/bold]", shown(value))
     console.print()
     console.print(facts)
+
+
+def search(result: SearchResult, about: str, csv: Path | None) -> None:
+    """Print the best settings of a search, and what went wrong in it."""
+    console = _console()
+    failed = [trial for trial in result.trials if trial.error]
+    done = f"{len(result.trials)} trials" + (f", {len(failed)} of them failed" if failed else "")
+    console.print(shown(f"{done}; best {about}: {result.score:.4g}."), soft_wrap=True)
+    for name, value in result.values.items():
+        console.print(shown(f"  {name}: {value if isinstance(value, str) else f'{value:.4g}'}"), soft_wrap=True)
+    for trial in failed[:3]:
+        warning(f"trial {trial.number}: {trial.error}")
+    if csv is not None:
+        console.print(shown(f"{csv}: all trials."), soft_wrap=True)
 
 
 def report(done: MergeReport) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from inference.models.tasks import Task
 from poe_merge.specs import SpecError, module_of, nearest
 
-__all__ = ["UserTasks", "read_tasks"]
+__all__ = ["UserTasks", "read_function", "read_tasks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,23 @@ def read_tasks(text: str, folders: Sequence[Path] = ()) -> UserTasks:
     return UserTasks(tuple(listed), file, lambda base: _network(what, file, network, base))
 
 
+def read_function(what: str, text: str, folders: Sequence[Path] = ()) -> Callable[..., Any]:
+    """Import a function ``FILE.py:NAME`` or ``module:NAME``, which runs the module's code.
+
+    Args:
+        what: What it is for, in messages.
+        text: The module and the function.
+        folders: Where relative files and plain modules are looked for; the current folder if empty.
+
+    Raises:
+        SpecError: If the module does not import or lacks the function.
+    """
+    where, _, name = text.rpartition(":")
+    module = module_of(what, where, folders or [Path.cwd()])
+    function = _function(what, module, name)
+    return lambda *arguments: _called(what, Path(str(module.__file__)), function, *arguments)
+
+
 def _function(what: str, module: Any, name: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
@@ -81,7 +98,7 @@ def _called(what: str, file: Path, function: Callable[..., Any], *arguments: Any
     try:
         return function(*arguments)
     except Exception as error:
-        shown = ", ".join(map(repr, arguments))
+        shown = ", ".join(repr(each) if isinstance(each, str) else type(each).__name__ for each in arguments)
         raise SpecError(
             f"{what}: {file}: `{function.__name__}({shown})` failed: {type(error).__name__}: {error}"
         ) from error

@@ -119,7 +119,7 @@ def test_blocks_are_consecutive_layers_of_their_stack(vectors: TaskVectors) -> N
 def test_groups_that_make_no_sense_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="none of 1 tensors has a name of a known architecture, 'fc'"):
         bmm_groups(["fc"])
-    with pytest.raises(ValueError, match="'atn' fits no merged tensor"):
+    with pytest.raises(ValueError, match="'atn' fits no tensor"):
         pattern_groups(["attn", "mlp"], {"attention": "atn"})
     with pytest.raises(ValueError, match="groups 'x' and 'y' overlap: both fit 'attn'"):
         pattern_groups(["attn", "mlp"], {"x": "a", "y": "t"})
@@ -173,7 +173,7 @@ def test_merged_states_are_those_of_merge_checkpoint(vectors: TaskVectors, tmp_p
     groups = bmm_groups(vectors.views, 2)
     searched = {
         "eta": Searched(Range(1e-3, 1, log=True), groups),
-        "scaling": Searched(Range(0.5, 1.5), layer_blocks(vectors.views, 2)),
+        "scaling": Searched(Range(0.5, 1.5), layer_blocks(vectors.treatments, 2)),
         "energy": Searched(Choice(("Gaussian", "Cauchy"))),
     }
     space, merges = DesignSpace(make, searched), ModelMerges(vectors)

@@ -50,7 +50,7 @@ def role_of(tensor: str) -> Role | None:
     >>> role_of("embeddings.word_embeddings.weight") is None
     True
     """
-    parts = re.sub(r"([._]weight)$", "", tensor.lower()).split(".")
+    parts = re.sub(r"[._](weight|bias)$", "", tensor.lower()).split(".")
     roles = _IN_ATTENTION if _ATTENTION.search(tensor) else _OUTSIDE
     leaf, pair = parts[-1], ".".join(parts[-2:])
     return next((role for role, leaves in roles.items() if leaf in leaves or pair in leaves), None)
@@ -70,7 +70,7 @@ def bmm_groups(tensors: Iterable[str], blocks: int = 3) -> dict[str, tuple[str, 
     """Groups of [BMM] section 4.2: each role in each of ``blocks`` blocks of consecutive layers.
 
     Args:
-        tensors: Names of the merged tensors, such as ``task_vectors.views``.
+        tensors: Names of tensors, such as ``task_vectors.treatments``; biases go with their weights.
         blocks: Blocks of every stack of layers; 3 for ViT and 1 for Llama in [BMM].
 
     Returns:
@@ -94,7 +94,7 @@ def layer_blocks(tensors: Iterable[str], blocks: int = 3) -> dict[str, tuple[str
     """Blocks of consecutive layers, ``"block/0"`` and so on, over which [BMM] ties the scale.
 
     Args:
-        tensors: Names of the merged tensors.
+        tensors: Names of tensors, such as ``task_vectors.treatments``.
         blocks: Blocks of every stack of layers.
 
     Returns:
@@ -114,7 +114,7 @@ def pattern_groups(tensors: Iterable[str], patterns: Mapping[str, str]) -> dict[
     """Groups by regular expressions that are searched in the tensors' names.
 
     Args:
-        tensors: Names of the merged tensors.
+        tensors: Names of tensors, such as ``task_vectors.treatments``.
         patterns: Name of a group to its pattern.
 
     Returns:
@@ -133,7 +133,7 @@ def pattern_groups(tensors: Iterable[str], patterns: Mapping[str, str]) -> dict[
         except re.error as error:
             raise ValueError(f"group {group!r}: {pattern!r} is no regular expression: {error}.") from error
         if not fitting:
-            raise ValueError(f"group {group!r}: {pattern!r} fits no merged tensor. They are {_few(names)}.")
+            raise ValueError(f"group {group!r}: {pattern!r} fits no tensor. They are {_few(names)}.")
         taken = next((name for name in fitting if name in owners), None)
         if taken is not None:
             raise ValueError(

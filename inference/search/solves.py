@@ -79,11 +79,10 @@ class ModelMerges:
         return found
 
     def complete(self, designs: Callable[[str], AnyDesign]) -> ModelDesigns[AnyDesign]:
-        """Designs with the averages that follow them: the mean of the merged tensors' importances and of their λ."""
+        """Designs with the averages that follow them: by the importances and λ that the tensor would be merged with."""
         if isinstance(designs, KnowsAverages):
             return ModelDesigns(designs, designs.average)
-        found = {id(design): design for design in map(designs, self.modules)}
-        return ModelDesigns(designs, lambda tensor: _mean_average([*found.values()], self.task_vectors.names))
+        return ModelDesigns(designs, lambda tensor: Average.of(designs(tensor), self.task_vectors.names))
 
     def _averaged(self, name: str, average: Average) -> Tensor:
         key = (name, replace(average, scaling=1.0))
@@ -127,17 +126,6 @@ class ModelMerges:
         spectrum = Ridge.of(poe.for_modules([module.name]), module.updates.unsqueeze(0))
         known.spectra = [(poe, spectrum), *known.spectra][:KEPT]
         return spectrum
-
-
-def _mean_average(designs: list[AnyDesign], names: tuple[str, ...]) -> Average:
-    """The average that follows these designs: their importances and λ, the mean of each where they differ."""
-    each = [Average.of(design, names) for design in designs]
-    if not each:
-        return Average((1.0,) * len(names))
-    columns = zip(*(average.importance for average in each), strict=True)
-    return Average(
-        tuple(sum(column) / len(each) for column in columns), sum(average.scaling for average in each) / len(each)
-    )
 
 
 def _with_precision(poe: ProductOfExperts, precision: AnchorPrecision) -> ProductOfExperts:

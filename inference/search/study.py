@@ -3,7 +3,7 @@
 Settings are proposed by Optuna, each is solved and scored, and the study may live in a database that several workers
 share and that a later run goes on with::
 
-    space = DesignSpace(make, {"eta": Searched(Range(1e-4, 1, log=True), bmm_groups(vectors.views))})
+    space = DesignSpace(make, {"eta": Searched(Range(1e-4, 1, log=True), bmm_groups(vectors.treatments))})
     found = search(space, score, ModelMerges(vectors), trials=60, seed=0)      # score(state_dict) -> a number
     merge_checkpoint(vectors, found.designs, "merged")
 """

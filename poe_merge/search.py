@@ -1,0 +1,335 @@
+"""``poe-merge search``: a configuration whose parameters may be ranges, and the merge with the best of their values.
+
+::
+
+    parameters:
+      energy: Gaussian()
+      residual_map: {choices: [InputGram, OutputGram]}
+      eta: {low: 1e-4, high: 1, log: true, groups: bmm, blocks: 3}    # one for each role and block of layers
+      scaling: {low: 1.0, high: 1.3, groups: blocks, blocks: 3}
+      anchor: "Ties(density=0.2)"
+
+``groups`` is ``bmm``, ``blocks`` (of consecutive layers), or a mapping of names to regular expressions; without it all
+tensors share one value. ``as: Mixed(activations, share=$)`` writes a number into a text, at the ``$``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from poe_merge.config import MergeConfig, Parameters, parse_config
+from poe_merge.sections import Section, validated
+from poe_merge.settings import ConfigError, Document, Place
+
+if TYPE_CHECKING:
+    from inference.models.digest import Progress
+    from inference.search import Choice, DesignSpace, Range, SearchResult
+    from inference.search.study import Score
+    from poe_models.weights.task_vectors import TaskVectors
+
+__all__ = ["Found", "Scoring", "Space", "read_space", "scoring", "search", "write_trials"]
+
+_WORDS = ("low", "choices")
+"""Keys by which a range is told from a value."""
+
+
+class RangeSection(Section):
+    """Values of a parameter that is searched."""
+
+    low: float | None = None
+    """Smallest number."""
+    high: float | None = None
+    """Largest number."""
+    log: bool = False
+    """Whether its logarithm is searched."""
+    choices: tuple[float | str, ...] = ()
+    """The values, instead of a range."""
+    groups: str | dict[str, str] = ""
+    """Tensors that share a value: bmm, blocks, or names with regular expressions."""
+    blocks: int = Field(default=3, ge=1)
+    """Blocks of consecutive layers of ``bmm`` and ``blocks``."""
+    template: str = Field(default="$", alias="as")
+    """Text with a $ for the number."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> RangeSection:
+        if bool(self.choices) == (self.low is not None) or (self.low is None) != (self.high is None):
+            raise ValueError("give `low` and `high`, or `choices`")
+        if "$" not in self.template:
+            raise ValueError(f"`as: {self.template}` has no $ for the number")
+        if isinstance(self.groups, str) and self.groups not in ("", "bmm", "blocks"):
+            raise ValueError(f"`groups: {self.groups}`: write bmm, blocks, or a mapping of names to patterns")
+        return self
+
+    @classmethod
+    def valid_keys(cls) -> list[str]:
+        """The keys as they are written in YAML."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    def text(self, value: float | str) -> Any:
+        """A value as the configuration has it."""
+        return value if self.template == "$" else self.template.replace("$", str(value))
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A configuration with ranges.
+
+    Attributes:
+        document: The rest of it.
+        ranges: Parameter to its range.
+        folders: Relative paths refer to these.
+        allow_code: Whether modules that it names may be imported.
+    """
+
+    document: Document
+    ranges: Mapping[str, RangeSection]
+    folders: tuple[Path, ...]
+    allow_code: bool
+
+    def config(self, values: Mapping[str, Any]) -> MergeConfig:
+        """The configuration with a value, or cases by filter, for every range.
+
+        Raises:
+            ConfigError: If there are mistakes.
+        """
+        document = copy.deepcopy(self.document)
+        for key, value in values.items():
+            document.put(("parameters", key), value, document.origins.get(("parameters", key), f"search of {key}"))
+        return parse_config(document, self.folders, allow_code=self.allow_code)
+
+    def middle(self) -> MergeConfig:
+        """The configuration in the middle of every range, after a look at all choices.
+
+        Raises:
+            ConfigError: If there are mistakes.
+        """
+        middle = {key: each.text(_values(each).grid(1)[0]) for key, each in self.ranges.items()}
+        for key, each in self.ranges.items():
+            for choice in each.choices[1:]:
+                self.config({**middle, key: each.text(choice)})
+        return self.config(middle)
+
+    def designs(self, task_vectors: TaskVectors) -> DesignSpace:
+        """The design space of a model.
+
+        Raises:
+            ConfigError: If groups fit nothing or overlap.
+        """
+        from inference.search import DesignSpace, Searched
+        from poe_merge.build import designs_of
+
+        searched = {}
+        for key, each in self.ranges.items():
+            try:
+                searched[key] = Searched(_values(each), _groups(each, task_vectors))
+            except ValueError as error:
+                raise ConfigError(f"{self._origin(key)}: parameters.{key}: {error}") from error
+
+        def make(**settings: Any) -> Any:
+            texts = {key: self.ranges[key].text(value) for key, value in settings.items()}
+            return designs_of(self.config(texts), task_vectors.base)
+
+        return DesignSpace(make, searched)
+
+    def best(self, space: DesignSpace, values: Mapping[str, Any], task_vectors: TaskVectors) -> MergeConfig:
+        """The configuration with the best values, by filters where tensors differ."""
+        tensors = [name for name, each in task_vectors.treatments.items() if each.action != "base"]
+        settings = {tensor: space.settings(values, tensor) for tensor in tensors}
+        cases: dict[str, Any] = {}
+        for key, each in self.ranges.items():
+            by_value: dict[Any, list[str]] = {}
+            for tensor in tensors:
+                by_value.setdefault(each.text(settings[tensor][key]), []).append(tensor)
+            most = max(by_value, key=lambda value: len(by_value[value]))
+            filters = [
+                {"filter": tensor, "value": value}
+                for value, named in by_value.items()
+                if value != most
+                for tensor in named
+            ]
+            # A name may be part of a longer one, which goes first.
+            filters.sort(key=lambda case: -len(case["filter"]))
+            longer = [
+                {"filter": tensor, "value": most}
+                for tensor in by_value[most]
+                if any(case["filter"] in tensor for case in filters)
+            ]
+            cases[key] = [*longer, *filters, {"value": most}] if filters else most
+        return self.config(cases)
+
+    def _origin(self, key: str) -> str:
+        return self.document.origins.get(("parameters", key), "parameters")
+
+
+def read_space(document: Document, folders: tuple[Path, ...], *, allow_code: bool = False) -> Space:
+    """Take the ranges out of a configuration.
+
+    Raises:
+        ConfigError: If a range is no range, or there is none.
+    """
+    document = copy.deepcopy(document)
+    parameters = document.data.get("parameters")
+    ranges: dict[str, RangeSection] = {}
+    for key, raw in dict(parameters if isinstance(parameters, dict) else {}).items():
+        if isinstance(raw, dict) and not set(_WORDS).isdisjoint(raw):
+            if key not in Parameters.valid_keys():
+                continue  # an unknown key, which validation will say
+            part = Document(raw, _origins_below(document, ("parameters", key)))
+            ranges[key] = validated(part, RangeSection, {(): RangeSection}, folders)
+            try:
+                _values(ranges[key])
+            except ValueError as error:
+                raise ConfigError(f"{document.origins[('parameters', key)]}: parameters.{key}: {error}") from error
+            del parameters[key]  # type: ignore[union-attr]
+    if not ranges:
+        raise ConfigError(
+            f"{document.origins.get((), 'the configuration')}: no parameter is a range. Write one, such as "
+            "`eta: {low: 1e-4, high: 1, log: true}`, or use `poe-merge merge`."
+        )
+    return Space(document, ranges, folders, allow_code)
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What a search makes large or small.
+
+    Attributes:
+        score: Maps a state dict to a number.
+        minimize: Whether smaller is better.
+        about: What it is, in words.
+    """
+
+    score: Score
+    minimize: bool
+    about: str
+
+
+def scoring(
+    text: str,
+    tasks: str | None,
+    config: MergeConfig,
+    folders: tuple[Path, ...],
+    fraction: float = 1.0,
+    submodule: str = "",
+) -> Scoring:
+    """The score of a search, from what was typed.
+
+    Args:
+        text: A metric of ``poe-merge evaluate``, ``functional``, or a function ``FILE.py:NAME`` of a state dict.
+        tasks: The user's module of tasks, for the former two.
+        config: The merge, for the base and the experts.
+        folders: Where the user's modules are looked for.
+        fraction: Share of the batches of each task.
+        submodule: Where in the module's network the checkpoints are.
+
+    Raises:
+        ValueError: If the module or the function does not fit, or the metric is unknown.
+    """
+    from diagnostics.predictions.task_score import TaskScore
+    from poe_merge.specs import names_code
+    from poe_merge.user_tasks import read_function, read_tasks
+
+    if names_code(text):
+        function = read_function(f"score `{text}`", text, folders)
+        return Scoring(lambda state: float(function(state)), False, text)
+    if tasks is None:
+        raise ValueError(f"--score {text}: judged on what? Give --tasks FILE.py, a module with `network` and `tasks`.")
+    user = read_tasks(tasks, folders)
+    made = TaskScore(
+        user.tasks,
+        user.network(config.base_model).to(config.device),
+        text,
+        experts={entry.label: entry.model for entry in config.models},
+        base=config.base_model,
+        submodule=submodule,
+        fraction=fraction,
+    )
+    names = ", ".join(task.name for task in user.tasks)
+    return Scoring(made, made.minimize, f"{text} of {names}, {fraction:g} of the batches")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found: its result, and the configuration with the best values."""
+
+    result: SearchResult
+    config: MergeConfig
+
+
+def search(
+    space: Space,
+    task_vectors: TaskVectors,
+    by: Scoring,
+    *,
+    trials: int,
+    sampler: str,
+    storage: str | None,
+    study: str,
+    worker: int,
+    seed: int,
+    progress: Progress,
+) -> Found:
+    """Search the ranges of a configuration.
+
+    Raises:
+        ValueError: If the study cannot be searched; see ``inference.search.search``.
+    """
+    from inference.search import ModelMerges
+    from inference.search import search as search_designs
+
+    designs = space.designs(task_vectors)
+    result = search_designs(
+        designs,
+        by.score,
+        ModelMerges(task_vectors),
+        trials=trials,
+        seed=seed,
+        sampler=sampler,  # type: ignore[arg-type]  # refused there if unknown
+        minimize=by.minimize,
+        storage=storage,
+        name=study,
+        worker=worker,
+        scored_by=by.about,
+        progress=progress,
+    )
+    return Found(result, space.best(designs, result.values, task_vectors))
+
+
+def write_trials(result: SearchResult, out: Path) -> Path:
+    """Write all trials as CSV, whole or not at all; a file that is there is replaced."""
+    from inference.models.disk import replace_file
+
+    target = out.expanduser().resolve()
+    replace_file(target, lambda path: result.to_dataframe().to_csv(path, index=False), "run again")
+    return target
+
+
+def _values(each: RangeSection) -> Range | Choice:
+    from inference.search import Choice, Range
+
+    if each.low is None or each.high is None:
+        return Choice(each.choices)
+    return Range(each.low, each.high, each.log)
+
+
+def _groups(each: RangeSection, task_vectors: TaskVectors) -> Mapping[str, tuple[str, ...]]:
+    from inference.search import bmm_groups, layer_blocks, pattern_groups
+
+    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action != "base"]
+    if isinstance(each.groups, dict):
+        return pattern_groups(tensors, each.groups)
+    if each.groups == "bmm":
+        return bmm_groups(tensors, each.blocks)
+    return layer_blocks(tensors, each.blocks) if each.groups == "blocks" else {}
+
+
+def _origins_below(document: Document, place: Place) -> dict[Place, str]:
+    size = len(place)
+    return {other[size:]: text for other, text in document.origins.items() if other[:size] == place}
