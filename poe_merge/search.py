@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from poe_merge.config import MergeConfig, Parameters, parse_config
 from poe_merge.sections import Section, validated
@@ -68,6 +69,7 @@ class RangeSection(Section):
         return self
 
     @classmethod
+    @override
     def valid_keys(cls) -> list[str]:
         """The keys as they are written in YAML."""
         return [field.alias or name for name, field in cls.model_fields.items()]
