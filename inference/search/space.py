@@ -21,8 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from inference.models.design import Designs, as_function
-from inference.models.method_design import AnyDesign
+from inference.models.method_design import AnyDesign, AnyDesigns, as_any_function
 from inference.search.groups import OTHER, Groups
 
 Value = float | str
@@ -119,7 +118,7 @@ class DesignSpace:
         searched: Name of a setting to its values and the groups that share one.
     """
 
-    make: Callable[..., Designs]
+    make: Callable[..., AnyDesigns]
     searched: Mapping[str, Searched]
 
     def __post_init__(self) -> None:
@@ -154,7 +153,7 @@ class DesignSpace:
             settings = self.settings(values, tensor)
             key = tuple(settings.items())
             if key not in made:
-                made[key] = as_function(self.make(**settings))
+                made[key] = as_any_function(self.make(**settings))
             return made[key](tensor)
 
         return of
