@@ -1,4 +1,4 @@
-"""The commands of ``poe-merge``: plan, merge, search, stats, sample, diagnose, evaluate, check, presets, methods.
+"""The commands of ``poe-merge``, from ``plan`` and ``merge`` to ``diagnose`` and ``evaluate``.
 
 A command imports what it needs when it runs: torch and ArviZ take seconds, which ``poe-merge --help`` need not wait
 for.
@@ -171,6 +171,29 @@ def search(
         )
     show.search(found.result, by.about, None if csv is None else searching.write_trials(found.result, csv))
     show.report(report)
+
+
+@app.command(cls=ConfiguredCommand)
+@with_flags
+def activations(
+    flags: Mapping[str, Any],
+    tasks: Annotated[str, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.")],
+    config: Config = None,
+    out: Out = None,
+    submodule: Annotated[str, typer.Option(help="Where in the network the checkpoints are.")] = "",
+    allow_code: AllowCode = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the experts that are done.")] = False,
+) -> None:
+    """Collect what `Activation` and `Mixed` experts need: second moments of layers' inputs, each expert on its task."""
+    from poe_merge.activations import make_activations
+    from poe_merge.user_tasks import read_tasks
+
+    out = _required(out, "activations")
+    settings, task_vectors = _opened(config, flags, allow_code)
+    user = read_tasks(tasks, [Path.cwd()])
+    with show.Bars() as bars:
+        report = make_activations(settings, task_vectors, user, out, submodule=submodule, resume=resume, progress=bars)
+    show.activations(report)
 
 
 @app.command(cls=ConfiguredCommand)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from inference.models.merge import MergeReport, Plan
     from inference.retention import ExpertRetention
     from inference.search import SearchResult
+    from poe_merge.activations import ActivationsReport
     from poe_merge.presets import Preset
     from poe_merge.sample import SampleReport
     from poe_merge.sampling import Sampling, Seeds
@@ -129,6 +130,14 @@ def search(result: SearchResult, about: str, csv: Path | None) -> None:
         warning(f"trial {trial.number}: {trial.error}")
     if csv is not None:
         console.print(shown(f"{csv}: all trials."), soft_wrap=True)
+
+
+def activations(done: ActivationsReport) -> None:
+    """Print whose moments were collected, and how to use them."""
+    kept = f"; from before: {', '.join(done.kept)}" if done.kept else ""
+    text = f"{done.out}: activations of {', '.join(done.collected) or 'nobody'}{kept}."
+    _console().print(shown(text), soft_wrap=True)
+    _console().print(shown(f"""Use them as --residual-map "Activation('{done.out}')"."""), soft_wrap=True)
 
 
 def report(done: MergeReport) -> None:

@@ -1,0 +1,125 @@
+"""``poe-merge activations``: second moments of the inputs of every expert's layers, from a user's module of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from inference.models.digest import Progress
+from inference.models.tasks import Task
+from poe_merge.config import MergeConfig
+from poe_merge.user_tasks import UserTasks
+from poe_models.weights.collecting import collect_activations
+from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.task_vectors import TaskVectors
+
+__all__ = ["ActivationsReport", "make_activations"]
+
+
+@dataclass(frozen=True)
+class ActivationsReport:
+    """Result of ``poe-merge activations``.
+
+    Attributes:
+        out: The folder, for ``Activation(folder)`` and ``Mixed(folder)``.
+        collected: Names of the experts whose moments were collected.
+        kept: Names of those whose file was there already.
+    """
+
+    out: Path
+    collected: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def make_activations(
+    settings: MergeConfig,
+    task_vectors: TaskVectors,
+    user: UserTasks,
+    out: Path,
+    *,
+    submodule: str = "",
+    resume: bool = False,
+    progress: Progress,
+) -> ActivationsReport:
+    """Run every expert on the batches of its task, and save the moments of each as a file.
+
+    Args:
+        settings: The configuration.
+        task_vectors: Base and experts.
+        user: The module of tasks, which are called like their experts.
+        out: The folder.
+        submodule: Where in the network the checkpoints are.
+        resume: Keep the experts that are there, and collect the others.
+        progress: Told about every batch.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileExistsError: If the folder is there and is not gone on with.
+        ValueError: If an expert has no task or its task no batches, or a layer's inputs are not known.
+    """
+    tasks = {task.name: task for task in user.tasks}
+    lacking = next((name for name in task_vectors.names if name not in tasks), None)
+    if lacking is not None:
+        raise ValueError(
+            f"{user.source}: expert {lacking!r} has no task; there are {', '.join(tasks)}. Give task and expert one "
+            "name."
+        )
+    if out.exists() and not resume:
+        raise FileExistsError(f"{out} exists. Give another folder, or go on with it: --resume.")
+    there = [name for name in task_vectors.names if (out / f"{quote(name, safe='')}.safetensors").exists()]
+    network = user.network(settings.base_model).to(settings.device)
+    missing = [name for name in task_vectors.names if name not in there]
+    for name in missing:
+        loader = list(tasks[name].loader)
+        progress.begin(f"activations of {name}", len(loader), 0)
+        found = _moments(network, task_vectors, name, tasks[name], loader, submodule, lambda: progress.advance(1, 0))
+        ModuleStatistics("activations", {name: found}).save(out)
+    return ActivationsReport(out, tuple(missing), tuple(there))
+
+
+def _moments(
+    network: nn.Module,
+    task_vectors: TaskVectors,
+    name: str,
+    task: Task,
+    loader: Sequence[Any],
+    submodule: str,
+    advance: Callable[[], None],
+) -> dict[str, Tensor]:
+    prefix, expert = f"{submodule}." if submodule else "", task_vectors.experts[name]
+    own = network.state_dict()
+    read = {prefix + tensor: expert.read(tensor) for tensor in expert.tensors}
+    state = {key: value.to(own[key]) for key, value in read.items() if key in own}
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        advance()
+        return functional_call(_Through(model, task), {f"model.{key}": value for key, value in state.items()}, (batch,))
+
+    counted = _mask_of if loader and _mask_of(loader[0]) is not None else None
+    return collect_activations(network, loader, forward, task_vectors.views, counted=counted, prefix=prefix)  # type: ignore[arg-type]
+
+
+class _Through(nn.Module):
+    """A network that is called as its task calls it."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self._task = model, task
+
+    def forward(self, batch: Any) -> Any:
+        return self._task.forward(self.model, batch)
+
+
+def _mask_of(batch: Any) -> Tensor | None:
+    """The attention mask of a batch, a mapping or the first of a pair; None if it has none."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    mask = first.get("attention_mask") if isinstance(first, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
