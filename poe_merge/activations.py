@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from inference.models.digest import Progress
 from inference.models.tasks import Task
@@ -114,6 +115,7 @@ class _Through(nn.Module):
         super().__init__()
         self.model, self._task = model, task
 
+    @override
     def forward(self, batch: Any) -> Any:
         return self._task.forward(self.model, batch)
 
