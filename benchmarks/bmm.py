@@ -27,7 +27,7 @@ from benchmarks.harness.evaluate import evaluate, mean_scores, own_logits, task_
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import SUITES, command_line, load, recipe_of
 from inference.models.design import Design
 from inference.models.method_design import MethodDesign
 from inference.search import (
@@ -310,10 +310,7 @@ def main() -> None:
             saved = kept(arguments.kept / f"{name}-{seed}-{key_of(suite.key, settings)}.json", make)
             machines.append(saved["machine"])
             found[name, seed] = [Line(**each) for each in saved["lines"]]
-    given = [f"--trials {arguments.trials}", f"--seeds {' '.join(map(str, arguments.seeds))}"]
-    given += [f"--validation {arguments.validation}"] if arguments.validation else []
-    given += ["--full"] if arguments.full else []
-    text = report(found, machines, " ".join(["python -m benchmarks.bmm", *given]))
+    text = report(found, machines, command_line("benchmarks.bmm", parser, arguments))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
     console.print(text, markup=False)

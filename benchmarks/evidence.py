@@ -29,7 +29,7 @@ from benchmarks.harness.methods import Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import SUITES, command_line, load, recipe_of
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs
@@ -251,7 +251,7 @@ def main() -> None:
         for name in arguments.suites
         for seed in arguments.seeds
     }
-    command = f"python -m benchmarks.evidence{' --full' if arguments.full else ''} --samples {arguments.samples}"
+    command = command_line("benchmarks.evidence", parser, arguments)
     text = report(runs, " and ".join(dict.fromkeys(arguments.machines)), command)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from benchmarks.harness.methods import Loaded, Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Head, Suite
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import SUITES, command_line, load, recipe_of
 from diagnostics import functional_score
 from inference.functional import SpanModel, fit, functional, functional_laplace
 from inference.logit_temperature import fit_ensemble_temperature, scaled_mean
@@ -206,7 +206,7 @@ def main() -> None:
             scores = ("plain", "scaled")
             rows = [Line(**{**each, **{s: Scores(**each[s]) for s in scores}}) for each in saved["lines"]]
             found[name, seed] = rows
-    command = f"python -m benchmarks.functional{' --full' if arguments.full else ''}"
+    command = command_line("benchmarks.functional", parser, arguments)
     text = report(found, machines, command)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,3 +54,28 @@ def load(name: str, recipe: Recipe, cache: Path | None, console: Console, device
         device: Where models run.
     """
     return SUITES[name](recipe, cache and cache / name, console, device)
+
+
+PLACES = ("out", "kept", "entries", "cache", "device", "report", "machines")
+"""Arguments that say where something is, and do not decide what comes out."""
+
+
+def command_line(module: str, parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """What was typed, as far as it decides what comes out: arguments that are not the defaults.
+
+    Args:
+        module: Of the benchmark.
+        parser: Its parser, with flags only.
+        arguments: What was parsed.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--seeds", type=int, nargs="+", default=[0]), parser.add_argument("--out")
+    >>> command_line("benchmarks.rules", parser, parser.parse_args(["--seeds", "1", "2", "--out", "x"]))
+    'python -m benchmarks.rules --seeds 1 2'
+    """
+    words = []
+    for name, value in vars(arguments).items():
+        if name not in PLACES and value != parser.get_default(name):
+            given = [] if value is True else value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, given)]
+    return shlex.join(["python", "-m", module, *words])

@@ -19,7 +19,7 @@ from benchmarks.folders import key_of
 from benchmarks.harness.contest import Contest, Results, run
 from benchmarks.harness.contest_report import write_report
 from benchmarks.harness.rule_bench import Bench
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import SUITES, command_line, load, recipe_of
 
 SCALES = (0.05, 5.0)
 """Least and largest λ: the best of the language suite is near 2."""
@@ -72,7 +72,7 @@ def main() -> None:
     found = {name: [each for each in runs if each is not None] for name, runs in every.items() if any(runs)}
     if not found:
         parser.error(f"--report: nothing is kept under {arguments.entries}. Run without it first.")
-    command = f"python -m benchmarks.suites{' --full' if arguments.full else ''} --trials {arguments.trials}"
+    command = command_line("benchmarks.suites", parser, arguments)
     console.print(write_report(arguments.out, found, command), markup=False)
 
 

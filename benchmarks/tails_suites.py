@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from benchmarks.folders import kept, key_of
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import SUITES, command_line, load, recipe_of
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.tails import NullControl, Sizes, null_control, surrogate_residuals
 from inference.map import fixed_point
@@ -219,7 +219,7 @@ def main() -> None:
         for seed in arguments.seeds
         for answer in measured(name, seed, arguments, console)
     ]
-    command = f"python -m benchmarks.tails_suites{' --full' if arguments.full else ''}"
+    command = command_line("benchmarks.tails_suites", parser, arguments)
     text = report(found, arguments.surrogates, command)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
