@@ -31,15 +31,13 @@ def float64(value: Parameter) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
-def require_positive(owner: str, **values: Parameter | str | None) -> None:
+def require_positive(owner: str, **values: Parameter | None) -> None:
     """Refuse settings of an energy that are not positive and finite.
 
     Raises:
-        ValueError: If one is not, or is text other than ``"multivariate"``.
+        ValueError: If one is not.
     """
     for name, value in values.items():
-        if isinstance(value, str) and value != "multivariate":
-            raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
         number = value if isinstance(value, int | float) else None
         if isinstance(value, Tensor) and not bool((good := (value > 0) & value.isfinite()).all()):
             number = float(value.detach()[~good][0])
