@@ -90,7 +90,7 @@ class Energy(ABC):
         return True
 
     def for_dimension(self, dim: Tensor) -> Energy:
-        """This energy with numbers for settings that depend on the dimension of the residual; called where it is bound."""
+        """This energy with numbers for the settings that depend on the dimension; called where it is bound."""
         return self
 
     def module(self, one: slice) -> Energy:

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diagnostics.verdicts import Level, Verdict
-from poe_models.printing import Brief
-from poe_models.weights.visible import visible
+from poe_models.printing import Brief, visible
 
 __all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
 
