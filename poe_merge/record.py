@@ -325,7 +325,7 @@ def _require_same(role: str, checkpoint: Checkpoint, inputs: Mapping[str, Any]) 
 
 
 def _known(text: Any, kind: Kind[Any]) -> Any:
-    """The object that a record's text describes, if it is one of ours: nothing is imported because a file says so."""
+    """The built-in object that a record's text describes; a record never makes anything be imported."""
     if str(text).partition("(")[0] not in kind.registry:
         raise NotBuiltIn(f"{kind.noun} {text} is not built in, and a record does not hold its code.")
     return parse_spec(str(text), kind)

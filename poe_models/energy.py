@@ -43,7 +43,7 @@ class Energy(ABC):
         return derivative(self.rho, q)
 
     def weight_at_rest(self, like: Tensor) -> Tensor:
-        """Weight of a residual that is met, ``rho'(0)``: what a relative anchor precision measures curvature by.
+        """Weight at a zero residual, ``rho'(0)``: the curvature that a relative anchor precision is relative to.
 
         Where it is zero or infinite, the weight of a residual of one scale, ``rho'(1)``, stands in its place. Shape,
         dtype and device are those of ``like``.

@@ -67,7 +67,7 @@ def size_text(nbytes: float) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Text with everything that a terminal would obey, or not show, written out.
+    r"""Text with control characters and other unprintable ones escaped.
 
     >>> print(visible("fc\x1b[2J.weight"))
     fc\x1b[2J.weight

@@ -152,7 +152,7 @@ def _shown(value: object) -> object:
 
 
 def _one_each(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
-    """Verdicts of the same diagnostic as one of the worst level, what made it worst said first; the worst first."""
+    """One verdict per diagnostic, at its worst level and with that reason first; the worst verdicts first."""
     of: dict[str, list[Verdict]] = {}
     for each in sorted(dict.fromkeys(verdicts), key=lambda verdict: -verdict.level):
         of.setdefault(each.about, []).append(each)

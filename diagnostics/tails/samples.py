@@ -1,4 +1,4 @@
-"""Validation of residuals before a fit: finite, of some size, not all alike."""
+"""Validation of residuals before a fit: finite, not all zero, not all equal."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
 class RegenerationWarning(UserWarning):
-    """Full draws are made again somewhere else than where they were drawn; the message says what still holds."""
+    """Warning that Full draws are regenerated on another device, torch version or number of threads."""
 
 
 def sample_full(

@@ -1,4 +1,4 @@
-"""From a model's output for a batch to one row for each example that counts.
+"""Rows of a model's output: one for each example, or each token under the attention mask.
 
 The conventions are those of transformers: an output has ``logits``; positions whose label is -100 (torch's
 ``ignore_index``) or whose attention mask is 0 do not count; a causal language model's logits at one position are about
