@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
-from poe_merge.own_code import refuse_code
+from poe_merge.code_in_files import refuse_code
 from poe_merge.presets import PRESETS
 from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, nearest

@@ -148,7 +148,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
             f"`{_template(found)}`."
         ) from error
     if kind is ENERGY:
-        from poe_merge.own_code import check_energy
+        from poe_merge.energy_check import check_energy
 
         try:
             check_energy(value)
