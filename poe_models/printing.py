@@ -9,8 +9,6 @@ from typing import Any
 
 from typing_extensions import override
 
-__all__ = ["Brief", "size_text", "visible"]
-
 MOST_NAMES, LONGEST_TEXT = 4, 60
 
 

@@ -90,4 +90,4 @@ RULES: dict[str, Callable[[Calibration], Rule]] = {name: _as_it_stands(name) for
         ConcreteTaskArithmetic(steps=200, learning_rate=1e-2), 1.0, "learning_rate", (1e-2, 1e-1)
     ),
 }
-"""The registry's methods, some with the one parameter that is tuned. Those that learn take fewer steps than published."""
+"""The registry's methods, some with a parameter that is tuned. Those that learn take fewer steps than published."""

@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from diagnostics.verdicts import Level, Verdict
 from poe_models.printing import Brief, visible
 
-__all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
-
 DOTS = 150
 """Resolution per inch of marks that are drawn as dots because they are so many."""
 WORDS = {Level.NOTE: "Note", Level.GOOD: "Good", Level.UNKNOWN: "Unknown", Level.CAUTION: "Caution", Level.BAD: "Bad"}

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from diagnostics.tails.families import Array
 
-__all__ = ["Sample", "Values", "as_array", "sample_of"]
-
 FEWEST = 5
 """Two parameters, and something to judge them by."""
 TRUSTED = 50

@@ -20,8 +20,6 @@ from inference.models.statistics_files import statistics_digest
 from poe_models.span import SpanStatistics
 from poe_models.weights.loading import CheckpointError
 
-__all__ = ["add_draws", "changed_beside", "load_draws", "save_draws"]
-
 _KIND = "draws"
 _STATS, _MERGE = "stats.", "merge."
 _DISTANCE = ("displacement", "spread", "length")

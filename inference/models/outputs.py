@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "Forward", "Rows", "called", "class_rows", "value_rows"]
-
 Forward = Callable[[nn.Module, Any], Any]
 """From a model and a batch of the loader to a tensor, or a model output with ``logits``."""
 IGNORED = -100

@@ -13,8 +13,6 @@ from inference.models.model_draws import ModelDraws
 from inference.models.predictor import Runner
 from poe_models.printing import Brief
 
-__all__ = ["MemberPredictor", "Prediction", "ValuePrediction", "predicted_classes", "predicted_values", "scored"]
-
 Progress = Callable[[int, int], None] | None
 """Called with the number of finished members and their total."""
 
