@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from benchmarks.folders import kept, key_of
+from benchmarks.folders import kept, key_of, write_page
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores
 from benchmarks.harness.methods import Method, solve
 from benchmarks.harness.parallel import machine
@@ -253,8 +253,7 @@ def main() -> None:
     }
     command = command_line("benchmarks.evidence", parser, arguments)
     text = report(runs, " and ".join(dict.fromkeys(arguments.machines)), command)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     write_table(arguments.out.with_suffix(".csv"), runs)
     console.print(text, markup=False)
 

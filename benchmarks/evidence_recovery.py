@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.folders import write_page
 from inference.evidence.designs import compare_designs
 from inference.hierarchical.sampler import HierarchicalDraws, hierarchical
 from poe_models import (
@@ -152,8 +153,7 @@ def main() -> None:
         "90 % intervals that cover, over models of one module whose γ and ν are drawn from the prior:",
         table(["numbers", "γ", "ν"], third),
     ]) + "\n"  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     console.print(text, markup=False)
 
 

@@ -49,3 +49,9 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
         part.write_text(json.dumps(make(), indent=1), encoding="utf-8")
         os.replace(part, path)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page of results, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.folders import kept, key_of
+from benchmarks.folders import kept, key_of, write_page
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, mean_scores, score, task_logits
 from benchmarks.harness.methods import Loaded, Method, solve
@@ -208,8 +208,7 @@ def main() -> None:
             found[name, seed] = rows
     command = command_line("benchmarks.functional", parser, arguments)
     text = report(found, machines, command)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     console.print(text, markup=False)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.folders import write_page
 from benchmarks.vision.train import make_suite
 from diagnostics.arviz_adapter import chain_statistics
 from inference.draws import Draws
@@ -152,8 +153,7 @@ def main() -> None:
         f"{len(statistics.modules)} matrices of the vision suite's SqueezeNet, {coordinates} coefficients; one thread, "
         f"{platform.machine()} CPU. Made by `python -m benchmarks.sampling --nuts-draws {arguments.nuts_draws}`.\n"
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join([title, table(figures, chosen), ""]), encoding="utf-8")
+    write_page(arguments.out, "\n".join([title, table(figures, chosen), ""]))
     console.print(arguments.out.read_text(encoding="utf-8"), markup=False)
 
 

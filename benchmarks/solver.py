@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks.folders import write_page
 from benchmarks.vision.train import make_suite
 from inference import fixed_point
 from poe_models import Balanced, Cauchy, InputGram, OutputGram, ProductOfExperts, ResidualMap
@@ -100,8 +101,7 @@ def main() -> None:
         f"{len(vectors.names)} experts, tolerance 1e-8 in float64, at most {MAX_STEPS} steps; one thread.\n"
         "Made by `python -m benchmarks.solver`.\n"
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join([title, HEADER, *lines, ""]), encoding="utf-8")
+    write_page(arguments.out, "\n".join([title, HEADER, *lines, ""]))
     console.print(arguments.out.read_text(encoding="utf-8"), markup=False)
 
 

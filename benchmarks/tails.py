@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from benchmarks.folders import write_page
 from diagnostics.tails import FAMILIES, Family, TailComparison, fit_tails
 from diagnostics.tails.families import CAUCHY, GAUSSIAN, STUDENT_T, Array
 
@@ -140,8 +141,7 @@ def main() -> None:
         scores[truth.name] = score(truth, arguments.seeds)
         console.print(f"{truth.name}: {scores[truth.name].covered} of {arguments.seeds} covered")
     text = report(scores, time.process_time() - started)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     console.print(text, markup=False)
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import binom
 
+from benchmarks.folders import write_page
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.tails import Merge, Sizes, null_control, surrogate_residuals
 from diagnostics.tails.families import Array
@@ -168,8 +169,7 @@ def main() -> None:
         rejected = int((found[case.name] <= 0.05).sum())
         console.print(f"{case.name}: rejected {rejected} of {arguments.seeds}", highlight=False)
     text = report(found, time.process_time() - started)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     console.print(text, markup=False)
 
 

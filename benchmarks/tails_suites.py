@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from typing_extensions import override
 
-from benchmarks.folders import kept, key_of
+from benchmarks.folders import kept, key_of, write_page
 from benchmarks.harness.suite import Suite
 from benchmarks.registry import SUITES, command_line, load, recipe_of
 from diagnostics.residuals import Residuals, module_residuals
@@ -221,8 +221,7 @@ def main() -> None:
     ]
     command = command_line("benchmarks.tails_suites", parser, arguments)
     text = report(found, arguments.surrogates, command)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     console.print(text, markup=False)
 
 

@@ -19,15 +19,6 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
     import arviz as az
 
-__all__ = [
-    "ChainStatistics",
-    "LeaveOneOut",
-    "TooFewDraws",
-    "chain_statistics",
-    "compare_leave_one_out",
-    "leave_one_out",
-    "to_inference_data",
-]
 
 FEWEST_CHAINS, FEWEST_DRAWS = 4, 100
 

@@ -32,15 +32,6 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "ChainConvergence",
-    "CoefficientIntervals",
-    "Ranks",
-    "chain_convergence",
-    "coefficient_intervals",
-    "rank_histogram",
-    "surround_verdict",
-]
 
 ABOUT = "mean of the draws"
 R_HAT = (1.01, 1.05)

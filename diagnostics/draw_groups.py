@@ -20,8 +20,6 @@ from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanStatistics
 
-__all__ = ["hierarchical_groups", "merge_attributes", "posterior_attributes", "posterior_groups"]
-
 DIMS = {
     "coefficients": ["module", "basis"],
     "update": ["module", "row", "column"],

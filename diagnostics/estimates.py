@@ -23,18 +23,6 @@ from typing_extensions import override
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Estimate",
-    "Scores",
-    "Statistic",
-    "bootstrap",
-    "estimate_of",
-    "interval_columns",
-    "interval_ends",
-    "resamples",
-    "weighted_mean",
-    "z_of",
-]
 
 FEWEST = 20
 """Below so many examples bootstrap intervals are too narrow to be trusted."""

@@ -44,7 +44,6 @@ from poe_models.weights.task_vectors import ModuleUpdates, Source, TaskVectors
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ExpertResiduals", "Experts", "Residuals", "Unit", "module_residuals", "residuals"]
 
 Array = npt.NDArray[np.float64]
 Unit = Literal["raw", "scale", "own"]

@@ -19,7 +19,6 @@ from poe_models.weights.task_vectors import ModuleUpdates
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["GammaSensitivity", "gamma_sensitivity", "with_gamma"]
 
 LARGE_MOVE = 0.1
 """Relative move of the merge over the grid from which gamma is worth choosing with care."""

@@ -30,8 +30,6 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FixedPointConvergence", "fixed_point_convergence", "solution_records"]
-
 
 SHOWN = 3
 GAUSSIAN_SPREAD = 1.05

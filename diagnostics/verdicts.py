@@ -7,8 +7,6 @@ from enum import IntEnum
 
 from typing_extensions import override
 
-__all__ = ["Level", "Verdict"]
-
 
 class Level(IntEnum):
     """Severity of a verdict; a larger one is worse. A note is a finding that is neither good nor bad."""

@@ -132,7 +132,7 @@ class MergeDistance:
 
     @property
     def _wide(self) -> str:
-        """Width of the draws beside the merge: wide ones may have their centre anywhere and still be near it."""
+        """Spread of the draws relative to the merge, in words: a wide spread makes any distance look small."""
         place = int(self._known.argmax())
         share = float(self.spread[place] / self.length[place])
         if not math.isfinite(share):

@@ -1,4 +1,4 @@
-r"""Is a posterior a distribution at all? Checked before anything is sampled.
+r"""Check that a posterior is proper (has a finite integral), before anything is sampled.
 
 With an anchor (``eta > 0``) it always is. Without one the experts must hold every direction by themselves (a
 generalisation of the propriety of Student-t regressions, Fernandez and Steel, 1999, Biometrika 86(1)): Gaussian, Huber

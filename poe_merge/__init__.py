@@ -13,11 +13,33 @@ The names are imported when the first of them is used: ``poe-merge --help`` need
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poe_merge.neighbours import check_neighbours
+_NEIGHBOURS = ("poe_models", "inference", "diagnostics")
 
-check_neighbours()
+
+def _check_neighbours() -> None:
+    """Refuse to run on somebody else's packages of the generic names ``inference`` and ``diagnostics``.
+
+    Raises:
+        ImportError: If one is found; names the foreign package and where it is.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in _NEIGHBOURS:
+        spec = find_spec(name)
+        places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
+        folders = [Path(place).resolve() for place in places if place is not None]
+        if not any(home in folder.parents for folder in folders):
+            found = f"finds {folders[0]}" if folders else "finds none"
+            raise ImportError(
+                f"poe_merge needs its own package `{name}` in {home}, but Python {found}. Another installed package "
+                "uses the same import name: use a fresh virtual environment, or take the other one off the path."
+            )
+
+
+_check_neighbours()
 
 if TYPE_CHECKING:
     from inference import (

@@ -1,4 +1,4 @@
-"""From a configuration to the objects it describes: task vectors, and a design for each tensor."""
+"""Objects that a configuration describes: task vectors, and a design for each tensor."""
 
 from __future__ import annotations
 

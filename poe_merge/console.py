@@ -43,7 +43,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 def visible(text: str) -> str:
-    """As ``poe_models.weights.visible``, whose package imports torch, which an error need not wait for."""
+    """As ``poe_models.printing``, whose package imports torch, which an error need not wait for."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

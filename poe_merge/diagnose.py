@@ -18,18 +18,28 @@ from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
 from inference.models.design import Design
-from inference.models.digest import Progress, Silent
+from inference.models.digest import Progress, Silent, file_digest
 from inference.models.disk import replace_file
 from inference.models.draw_files import load_draws
 from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign
 from inference.models.model_draws import PosteriorDraws, SpanDraws
 from poe_merge.beside import beside_verdict
-from poe_merge.record import NotBuiltIn, design_of, experts_of, read_record, task_vectors_of, unprepared
-from poe_merge.record_shape import understood
-from poe_merge.recorded_designs import recorded_designs
+from poe_merge.build import designs_of
+from poe_merge.config import parse_config
+from poe_merge.record import (
+    NotBuiltIn,
+    design_of,
+    experts_of,
+    merge_of,
+    read_record,
+    task_vectors_of,
+    understood,
+    unprepared,
+)
+from poe_merge.settings import Document
 from poe_models.residual_maps import InputGram, ResidualMap
-from poe_models.weights.loading import CheckpointError
+from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
 
 NUM_SURROGATES = 19
@@ -240,3 +250,38 @@ def _measured(designs: Mapping[str, Mapping[str, Any]], residual_map: ResidualMa
         f"{' and '.join(titles)} has no experts and so no residuals of its own: residuals are measured by "
         f"{METHODS_MAP!r} (`--residual-map` asks for another)."
     )
+
+
+def recorded_designs(
+    run: Path, record: Mapping[str, Any], base: Checkpoint, *, allow_code: bool
+) -> dict[str, AnyDesign]:
+    """Designs with which a recorded merge can be done again.
+
+    Args:
+        run: The merged folder.
+        record: Contents of its ``poe_merge.json``.
+        base: The open base, which an adapter as the anchor's centre is opened on.
+        allow_code: Import the modules that its configuration names.
+
+    Returns:
+        Name of each merged tensor to its design; tensors that shared one do so again.
+
+    Raises:
+        NotBuiltIn: If a design is code of the user's own, which may not be imported, or which nothing names.
+        ValueError: If that code has changed, or a design was given numbers that a record does not hold.
+    """
+    try:
+        return merge_of(record, base)
+    except NotBuiltIn as error:
+        config = (record.get("settings") or {}).get("config")
+        if not isinstance(config, dict):
+            raise NotBuiltIn(f"{error} The merge was made in Python, so that nothing says where it is.") from None
+        if not allow_code:
+            way_out = "Add --allow-code to import it from where the merge's configuration names it."
+            raise NotBuiltIn(f"{error} {way_out}") from None
+    for path, digest in record["inputs"].get("code", {}).get("sha256", {}).items():
+        if not Path(path).is_file() or file_digest(Path(path)) != digest:
+            raise ValueError(f"{path} is not the code that the merge was made with. Put it back, or merge again.")
+    settings = parse_config(Document(config), [run.absolute().parent, Path.cwd()], allow_code=True)
+    table = designs_of(settings, base)
+    return {str(each["tensor"]): table(str(each["tensor"])) for each in record["tensors"] if "design" in each}

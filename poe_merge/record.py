@@ -5,12 +5,15 @@ Only what ships with the toolkit is built: a file that says so imports nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent, digest_inputs
@@ -20,7 +23,6 @@ from inference.models.statistics_record import changed_input
 from inference.reweighting import SolverOptions
 from poe_merge.config import MergeConfig, parse_config
 from poe_merge.flags import overridden
-from poe_merge.record_shape import require_shape
 from poe_merge.settings import POE, ConfigError, Document
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, Kind, is_spec, parse_spec
 from poe_merge.stats import Table, checkpoints_of
@@ -30,6 +32,94 @@ from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
 from poe_models.weights.rules import RuleTable
 from poe_models.weights.task_vectors import TaskVectors
+
+LARGEST = 1e30
+"""Largest number that a record may hold: none that a merge writes comes near."""
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Module(_Part):
+    module: str
+    status: str
+
+
+class _Tensor(_Part):
+    tensor: str
+    aliases: list[str]
+    action: Literal["merge", "average", "base"]
+    view: str | None
+    reason: str
+    shape: list[Count]
+    dtype: str
+    numel: Count
+    design: Count = 0
+    modules: list[_Module] = []
+
+
+class _Input(_Part):
+    sha256: dict[str, str]
+
+
+class _Record(_Part):
+    tensors: list[_Tensor]
+    inputs: dict[str, _Input]
+    designs: list[dict[str, Any]]
+    versions: dict[str, str]
+    rules: list[dict[str, Any]]
+    compute_dtype: Literal["float32", "float64"]
+    settings: dict[str, Any] = {}
+
+
+def require_shape(path: Path, record: dict[str, Any]) -> None:
+    """Refuse a record of another shape.
+
+    Raises:
+        ValueError: If a field has another type than a merge writes, or a number no merge can have; names it.
+    """
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: `{place}`: {first['msg']}. Merge again.") from error
+    used = [tensor.get("design", 0) for tensor in record["tensors"] if "modules" in tensor]
+    if any(index >= len(record["designs"]) for index in used):
+        raise ValueError(
+            f"{path}: `designs` has {len(record['designs'])} entries, fewer than tensors use. Merge again."
+        )
+    if any(not abs(number) <= LARGEST for number in _numbers(record["tensors"])):
+        raise ValueError(f"{path}: `tensors` has a number beyond {LARGEST:g}. Merge again.")
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Turn what a record's deeper parts may do to code that reads them into an error about the record.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If a field is missing or of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: a part of it is not as a merge writes it ({told}). Merge again.") from error
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    # Every number in nested data; NaN, which a merge writes where something is not known, is none.
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
+        yield value
+
 
 KEYS = {"tensors", "inputs", "designs", "versions", "rules", "compute_dtype"}
 FREE = ("seed", "device", "out_dtype")
@@ -235,7 +325,7 @@ def _require_same(role: str, checkpoint: Checkpoint, inputs: Mapping[str, Any]) 
 
 
 def _known(text: Any, kind: Kind[Any]) -> Any:
-    """The object that a record's text describes, if it is one of ours: nothing is imported because a file says so."""
+    """The built-in object that a record's text describes; a record never makes anything be imported."""
     if str(text).partition("(")[0] not in kind.registry:
         raise NotBuiltIn(f"{kind.noun} {text} is not built in, and a record does not hold its code.")
     return parse_spec(str(text), kind)

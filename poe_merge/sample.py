@@ -265,7 +265,7 @@ def _to_netcdf(data: Any, path: Path) -> None:
 
 
 def _judged(drawn: Drawn) -> Drawn:
-    """The draws with what R-hat and effective sample size say of their chains, if they are chains."""
+    """The draws with verdicts on R-hat and effective sample size, if the sampler has chains."""
     if drawn.draws.independent:
         return drawn
     found = chain_convergence(drawn.draws)

@@ -1,4 +1,4 @@
-"""YAML of bounded size: an alias counts as often as it is used, so that a few lines cannot stand for gigabytes."""
+"""Parser of YAML of bounded size, aliases written out: a few lines cannot expand to gigabytes."""
 
 from __future__ import annotations
 

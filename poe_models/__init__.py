@@ -2,7 +2,7 @@
 
 A merge starts from :class:`TaskVectors` (a base checkpoint and its fine-tunes). What each fine-tune claims about the
 merged update is an :class:`Expert`: a residual map, an energy and a scale. Their product, with an anchor, becomes a
-:class:`Posterior` once it meets the updates; ``program`` writes the same posterior in Pyro.
+:class:`Posterior` once it is bound to updates; ``program`` writes the same posterior in Pyro.
 """
 
 from poe_models.energies import (

@@ -76,7 +76,7 @@ def span_posterior(
 
 
 def model_posterior(poe: ProductOfExperts, statistics: SpanStatistics) -> Posterior:
-    """The posterior from the statistics of a whole model, without the modules about which nothing is said.
+    """The posterior from the statistics of a whole model, without the modules that no update changes.
 
     A warning names these. They stay where nothing is said about any, and where factor experts see all modules.
 

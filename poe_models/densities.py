@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+POINTS = 4001
+"""Nodes of the trapezoid rule."""
 Parameter = float | Tensor
 """A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
 
@@ -31,15 +33,13 @@ def float64(value: Parameter) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
-def require_positive(owner: str, **values: Parameter | str | None) -> None:
+def require_positive(owner: str, **values: Parameter | None) -> None:
     """Refuse settings of an energy that are not positive and finite.
 
     Raises:
-        ValueError: If one is not, or is text other than ``"multivariate"``.
+        ValueError: If one is not.
     """
     for name, value in values.items():
-        if isinstance(value, str) and value != "multivariate":
-            raise ValueError(f"`{owner}({name}={value!r})`: the only named exponent is 'multivariate'.")
         number = value if isinstance(value, int | float) else None
         if isinstance(value, Tensor) and not bool((good := (value > 0) & value.isfinite()).all()):
             number = float(value.detach()[~good][0])
@@ -77,7 +77,7 @@ def huber_radial_integral(delta: float, dim: Tensor, importance: float) -> Tenso
     return torch.logaddexp(inner, knot / 2 - dim * math.log(importance * delta) + beyond)
 
 
-def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance: float, points: int = 4001) -> Tensor:
+def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance: float) -> Tensor:
     """Log of ``int_0^inf r**(dim-1) exp(-importance * rho(r**2)) dr`` by the trapezoid rule in ``u = log r``.
 
     In ``u`` the integrand is smooth, unimodal and decays at both ends, where the trapezoid rule converges
@@ -108,8 +108,8 @@ def radial_log_integral(rho: Callable[[Tensor], Tensor], dim: Tensor, importance
             inside = log_integrand(peak + direction * middle) > floor
             near, far = torch.where(inside, middle, near), torch.where(inside, far, middle)
         ends.append(peak + direction * far)
-    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, points, dtype=torch.float64, device=dim.device)
-    step = (ends[1] - ends[0]).squeeze(-1) / (points - 1)
+    u = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, POINTS, dtype=torch.float64, device=dim.device)
+    step = (ends[1] - ends[0]).squeeze(-1) / (POINTS - 1)
     result = torch.logsumexp(log_integrand(u), -1) + torch.log(step)
     return result.squeeze(0) if scalar else result
 

@@ -67,7 +67,15 @@ class StudentT(Energy):
     exponent: Exponent | None = None
 
     def __post_init__(self) -> None:
-        require_positive(type(self).__name__, df=self.df, exponent=self.exponent)
+        name, exponent = type(self).__name__, self.exponent
+        if isinstance(exponent, str) and exponent != "multivariate":
+            raise ValueError(f"`{name}(exponent={exponent!r})`: the only named exponent is 'multivariate'.")
+        require_positive(name, df=self.df, exponent=None if isinstance(exponent, str) else exponent)
+
+    @property
+    @override
+    def needs_dimension(self) -> bool:
+        return isinstance(self.exponent, str)
 
     @property
     def k(self) -> Parameter:

@@ -43,7 +43,7 @@ class Energy(ABC):
         return derivative(self.rho, q)
 
     def weight_at_rest(self, like: Tensor) -> Tensor:
-        """Weight of a residual that is met, ``rho'(0)``: what a relative anchor precision measures curvature by.
+        """Weight at a zero residual, ``rho'(0)``: the curvature that a relative anchor precision is relative to.
 
         Where it is zero or infinite, the weight of a residual of one scale, ``rho'(1)``, stands in its place. Shape,
         dtype and device are those of ``like``.
@@ -90,7 +90,7 @@ class Energy(ABC):
         return True
 
     def for_dimension(self, dim: Tensor) -> Energy:
-        """This energy on residuals of ``dim`` dimensions; only ``exponent="multivariate"`` depends on it."""
+        """This energy with numbers for the settings that depend on the dimension; called where it is bound."""
         return self
 
     def module(self, one: slice) -> Energy:
@@ -100,7 +100,7 @@ class Energy(ABC):
     @property
     def needs_dimension(self) -> bool:
         """Whether the energy depends on the rank of the expert's operator, see :meth:`for_dimension`."""
-        return getattr(self, "exponent", None) == "multivariate"
+        return False
 
     def twin(self) -> Energy:
         """The Gaussian with the same weight at ``q = 0``, against which only the tail differs.
@@ -157,7 +157,7 @@ class Gaussian(Energy):
 
 @dataclass(frozen=True)
 class TwinOf(Energy):
-    """The Gaussian twin of an energy with ``exponent="multivariate"``; becomes one once the dimension is known."""
+    """The Gaussian twin of an energy that depends on the dimension; becomes a Gaussian once that is known."""
 
     concave: ClassVar[bool] = True
     convex: ClassVar[bool] = True

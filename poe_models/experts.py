@@ -1,4 +1,4 @@
-"""Experts, the anchor and their product: the design of a merge, before it meets any weights.
+"""Experts, the anchor and their product: the design of a merge, which holds no weights.
 
 >>> a, b = (Expert(name, residual_map=InputGram(), energy=Cauchy()) for name in ("mnist", "emoji"))
 >>> poe = a * b * Anchor(precision=RelativePrecision(0.1))
@@ -30,7 +30,7 @@ CenterRule = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class NamedCenter(Protocol):
-    """A centre that is computed from names and adapters' factors, too, as every merging method is."""
+    """A centre that also depends on names of modules and experts, or uses adapters' factors; all methods do."""
 
     def for_modules(self, modules: Sequence[str], experts: Sequence[str]) -> CenterRule:
         """The centre of named modules of named experts."""

@@ -194,7 +194,7 @@ def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
 
 
 def _flat_basis(experts: tuple[BoundExpert, ...], targets: list[Tensor], for_draws: bool) -> Tensor:
-    """Directional experts see their update, Identity experts everything (a MAP only moves towards their targets)."""
+    """Basis of ``vec(Z - Z_0)`` for Directional and Identity experts, whose span holds that of every MAP."""
     columns = [
         e.operator.vector if isinstance(e.operator, RankOne) else t for e, t in zip(experts, targets, strict=True)
     ]

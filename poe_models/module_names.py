@@ -58,7 +58,7 @@ def naming(names: Sequence[str]) -> Iterator[None]:
 
 
 def not_drawn(modules: Sequence[str]) -> str:
-    """Says that nothing is to be inferred in some modules.
+    """Warning that some modules are left at the MAP, because no update changes them.
 
     Args:
         modules: Their names.
@@ -70,7 +70,7 @@ def not_drawn(modules: Sequence[str]) -> str:
 
 
 def left_out(modules: Sequence[str]) -> str:
-    """Says the same where nothing is drawn.
+    """Warning that some modules are left out of an estimate, because no update changes them.
 
     Args:
         modules: Their names.

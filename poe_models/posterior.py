@@ -291,5 +291,5 @@ class Posterior:
 
     @property
     def undetermined(self) -> Tensor:
-        """Modules about which nothing is said, ``(M,)``: no update there, so no relative anchor precision either."""
+        """Mask of the modules without any active expert or anchor precision, ``(M,)``: any update is as good there."""
         return (self.anchor_precision == 0) & ~self.active.any(-1)

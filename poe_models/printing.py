@@ -1,4 +1,4 @@
-"""Results that print in a few lines: names, shapes and settings, and no arrays."""
+"""Text for people: results in a few lines without arrays, sizes, and text of other people's files made visible."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from typing_extensions import override
-
-__all__ = ["Brief", "size_text"]
 
 MOST_NAMES, LONGEST_TEXT = 4, 60
 
@@ -64,3 +62,14 @@ def size_text(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
+
+
+def visible(text: str) -> str:
+    r"""Text with control characters and other unprintable ones escaped.
+
+    >>> print(visible("fc\x1b[2J.weight"))
+    fc\x1b[2J.weight
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

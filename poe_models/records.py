@@ -1,4 +1,4 @@
-"""Frozen dataclasses of tensors that lead with modules: sliced, joined and mixed without naming every field."""
+"""Slicing, concatenating and mixing of frozen dataclasses whose tensors have modules as their first dimension."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def with_tensors(change: Callable[..., Tensor], record: Record, *others: Record) -> Record:
-    """The record with its own tensors, but for scalars, changed: a function of them and of the others' same fields."""
+    """The record with a function applied to its tensors, and to the same fields of others; scalars stay."""
     changed = {}
     for field in fields(record):
         values = [getattr(each, field.name) for each in (record, *others)]

@@ -1,4 +1,4 @@
-"""What holds for every merging method, at the points where merges go wrong."""
+"""What holds for every merging method, at the points where merging methods differ."""
 
 from __future__ import annotations
 
@@ -36,44 +36,10 @@ from poe_models.methods import (
     WudiAdam,
 )
 from poe_models.methods.spectral import directions
-from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.weights.task_vectors import TaskVectors
 from tests.helpers import assert_close, name_of, random_updates
+from tests.method_laws import ALL, as_modules, batch_of, for_all, low_rank_batch, merge
 from tests.seeds import seeded
-
-ALL: list[MergingMethod] = [
-    *(cls() for name, cls in METHODS.items() if cls.about.data == "none" and name not in ("DogeTA", "WudiAdam")),
-    DogeTA(steps=20),
-    WudiAdam(steps=20, learning_rate=1e-4),
-    Ties(scope="module"),
-    Ties(combine="max"),
-]
-SPECTRAL = (TSVM(), IsoC(), IsoCTS(), Wudi(), KnotsTies())
-for_all = pytest.mark.parametrize("method", ALL, ids=name_of)
-
-
-def batch_of(updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> ModuleBatch:
-    return ModuleBatch.of(
-        updates, [f"m{i}" for i in range(len(updates))], [f"e{i}" for i in range(updates.shape[1])], low_rank
-    )
-
-
-def as_modules(batch: ModuleBatch) -> list[ModuleUpdates]:
-    return [
-        ModuleUpdates(
-            name,
-            name,
-            batch.experts,
-            torch.zeros_like(updates[0]),
-            updates,
-            None if batch.low_rank is None else (batch.low_rank[0][i], batch.low_rank[1][i]),
-        )
-        for i, (name, updates) in enumerate(zip(batch.names, batch.updates, strict=True))
-    ]
-
-
-def merge(method: MergingMethod, batch: ModuleBatch | Tensor) -> Tensor:
-    batch = batch if isinstance(batch, ModuleBatch) else batch_of(batch)
-    return method.prepare(as_modules(batch)).merge(batch)
 
 
 def rebuilt(text: str) -> Any:
@@ -263,24 +229,6 @@ def test_missing_data_is_refused() -> None:
         Needy()(torch.ones(1, 2, 2))
 
 
-@for_all
-def test_a_centre_makes_use_of_factors(
-    method: MergingMethod, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = low_rank_batch(generator)
-    ready = method.prepare(as_modules(batch))
-    expected = ready.merge(batch)
-    poe = ProductOfExperts.of(batch.experts, anchor=Anchor(ready, AbsolutePrecision(1.0))).for_modules(batch.names)
-    monkeypatch.setattr(type(ready), "merged", lambda self, given: expected if given.low_rank is not None else None)
-    center = poe.bind(batch.updates, low_rank=batch.low_rank).center
-    assert center is not None
-    assert torch.equal(center, expected)
-    assert torch.equal(ready(batch.updates, batch.low_rank), expected)
-
-
-# --- one expert, identical experts ---
-
-
 def test_one_expert(generator: torch.Generator) -> None:
     updates = random_updates(generator, 2, 1, 6, 5)
     update = updates[:, 0]
@@ -303,58 +251,6 @@ def test_identical_experts(generator: torch.Generator) -> None:
     assert_close(merge(IsoC(), updates), 3 * s.mean(-1)[:, None, None] * u @ vt, 1e-9)
 
 
-# --- the null space ---
-
-
-def low_rank_batch(generator: torch.Generator, rank: int = 2) -> ModuleBatch:
-    b = torch.randn(2, 3, 14, rank, generator=generator, dtype=torch.float64)
-    a = torch.randn(2, 3, rank, 12, generator=generator, dtype=torch.float64)
-    b[0, 1, :, 1:] = 0  # an adapter of smaller rank
-    return batch_of(b @ a, (b, a))
-
-
-@pytest.mark.parametrize("rank", [2, 5])
-@for_all
-def test_factors_give_what_the_dense_updates_give(method: MergingMethod, rank: int, generator: torch.Generator) -> None:
-    batch = low_rank_batch(generator, rank)
-    assert_close(merge(method, batch), merge(method, replace(batch, low_rank=None)), 1e-8)
-
-
-@for_all
-def test_noise_in_the_null_space_moves_nothing(method: MergingMethod, generator: torch.Generator) -> None:
-    updates = low_rank_batch(generator).updates
-    noise = 1e-7 * torch.randn(updates.shape, generator=generator, dtype=torch.float64)
-    assert_close(merge(method, updates + noise), merge(method, updates), 1e-4)
-
-
-@pytest.mark.parametrize("method", [TSVM(), IsoC(), IsoCTS(), Wudi(), WudiAdam(20), DogeTA(steps=20)], ids=name_of)
-def test_an_expert_that_is_only_noise_counts_as_zero(method: MergingMethod, generator: torch.Generator) -> None:
-    updates = random_updates(generator, 2, 3, 9, 8)
-    updates[:, 1] = 0
-    noisy = updates.clone()
-    noisy[:, 1] = 1e-7 * torch.randn(updates[:, 1].shape, generator=generator, dtype=torch.float64)
-    assert_close(merge(method, noisy), merge(method, updates), 1e-5)
-
-
-@pytest.mark.parametrize("method", SPECTRAL, ids=name_of)
-def test_nearly_identical_experts_of_low_rank(method: MergingMethod, generator: torch.Generator) -> None:
-    """The difference of two experts is noise, and no direction of its own."""
-    updates = low_rank_batch(generator).updates[:, :1].expand(2, 3, 14, 12).clone()
-    noise = 1e-9 * torch.randn(updates.shape, generator=generator, dtype=torch.float64)
-    assert_close(merge(method, updates + noise), merge(method, updates), 1e-4)
-
-
-def test_without_the_guard_noise_moves_the_merge(generator: torch.Generator) -> None:
-    """So that the tests above can fail."""
-    updates = low_rank_batch(generator).updates
-    noise = 1e-7 * torch.randn(updates.shape, generator=generator, dtype=torch.float64)
-    guarded, naive = merge(IsoC(), updates), merge(IsoC(rank_tolerance=1e-12), updates + noise)
-    assert float((naive - guarded).norm()) > 0.3 * float(guarded.norm())
-
-
-# --- randomness ---
-
-
 @pytest.mark.parametrize("method", [m for m in ALL if m.about.random], ids=name_of)
 def test_seeds(method: Any, generator: torch.Generator) -> None:
     batch = batch_of(random_updates(generator, 2, 3, 6, 5))
@@ -372,9 +268,6 @@ def test_masks_depend_on_names_alone(generator: torch.Generator) -> None:
     assert torch.equal(merge(Dare(), turned), merge(Dare(), batch).flip(0))
     half = replace(batch, updates=batch.updates.float())
     assert torch.equal(merge(Dare(), half) == 0, merge(Dare(), batch) == 0)
-
-
-# --- settings ---
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from poe_models import (
     Welsch,
 )
 from poe_models.operators import Diagonal, Operator
+from tests.evidences import plain, simulate
 from tests.helpers import assert_close, name_of, random_updates
-from tests.test_evidence import plain, simulate
 
 NAMES = ["a", "b", "c"]
 

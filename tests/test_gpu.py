@@ -1,6 +1,6 @@
 """The mathematics on a GPU against the CPU: solvers, evidence, hierarchical models.
 
-Samplers are in `test_gpu_samplers.py`, whole models in `test_gpu_models.py`.
+Samplers are in `test_gpu_samplers.py`, whole models in `gpu`.
 
 Everything is computed twice, on the device (`cuda`; `POE_TEST_DEVICE` names another, see conftest.py) and on the CPU.
 What is not random agrees to the tolerance of its dtype; draws agree in their means within Monte Carlo error, for the

@@ -21,6 +21,7 @@ from benchmarks.harness import metrics
 from benchmarks.harness.evaluate import features, own_logits
 from benchmarks.harness.splits import split_rows
 from benchmarks.harness.suite import SPLITS, Suite
+from benchmarks.harness.training import accuracy_table
 from benchmarks.language import model, tasks, texts, tokens, train
 from benchmarks.language.model import NOT_WEIGHTS, MiniLMNetwork, base_state
 from benchmarks.language.sources import MINILM, SENTIMENT, SPAM_ASSASSIN, WORDNET
@@ -317,7 +318,7 @@ class TestTraining:
             monkeypatch.setattr(module, "fetch", refuse)
         again = train.make_suite(self.recipe, toy_archives, QUIET)
         assert (again.base, again.experts, again.seeds) == (suite.base, suite.experts, (0,))
-        assert train.accuracy_table(again).row_count == len(TASKS)
+        assert accuracy_table(again).row_count == len(TASKS)
 
     def test_the_counter_is_not_a_weight(self, toy_archives: Path) -> None:
         assert base_state(toy_archives).keys() == plain().state_dict().keys()

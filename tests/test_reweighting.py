@@ -1,4 +1,4 @@
-"""The parts of the reweighted iteration: gradients by autograd, safeguards at hand-made points."""
+"""The parts of the reweighted iteration: gradients by autograd, line minima, refinement, selection."""
 
 from __future__ import annotations
 
@@ -9,54 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.reweighting import (
-    FORWARD_ERROR,
-    TOLERANCE,
-    Anderson,
-    Point,
-    Problem,
-    Run,
-    SolverOptions,
-    _line_search,
-    choose,
-    run_from,
-    select,
-)
+from inference.reweighting import FORWARD_ERROR, Point, Problem, Run, SolverOptions, _line_search, choose, select
 from poe_models import (
     AbsolutePrecision,
     Anchor,
     Cauchy,
-    Custom,
-    Directional,
     Energy,
     Gaussian,
     GeneralizedGaussian,
     Identity,
-    InputGram,
     OutputGram,
     ProductOfExperts,
     Relative,
     StudentT,
     Welsch,
-    average,
 )
 from poe_models.least_squares import quadratic_of
 from tests.helpers import assert_close, name_of, random_updates
-from tests.seeds import seeded
+from tests.reweighted import MAPS, NAMES, a_run, problem_of
 
-NAMES = ["a", "b", "c"]
-CAUCHY, INPUTS = Cauchy(), InputGram()
-MAPS = [Identity(), OutputGram(), InputGram(), Directional(), (OutputGram(), InputGram())]
 EPS = torch.finfo(torch.float64).eps
-
-
-def problem_of(
-    updates: Tensor, design: object = INPUTS, energy: Energy = CAUCHY, eta: float = 0.3, gamma: float = 0.7
-) -> Problem:
-    anchor = Anchor(average, AbsolutePrecision(eta))
-    poe = ProductOfExperts.of(NAMES[: updates.shape[1]], design, energy, Relative(gamma), anchor=anchor)  # type: ignore[arg-type]
-    posterior = poe.bind(updates)
-    return Problem(posterior, quadratic_of(posterior))
 
 
 def somewhere(problem: Problem, generator: torch.Generator) -> Tensor:
@@ -175,11 +147,6 @@ def test_a_module_that_nothing_holds_stays_at_the_centre(generator: torch.Genera
     assert_close(problem.solve(torch.ones(3, 2, dtype=torch.float64)).x[0], torch.zeros_like(updates[0, 0]))
 
 
-def a_run(problem: Problem, weights: Tensor | None = None, **options: object) -> Run:
-    start = problem.posterior.weights(torch.zeros_like(problem.at(problem.quadratic.targets[0]).q))
-    return run_from(problem, start if weights is None else weights, SolverOptions(**options))  # type: ignore[arg-type]
-
-
 def test_refinement_undoes_what_was_done_to_a_solution(generator: torch.Generator) -> None:
     problem = problem_of(random_updates(generator, 2, 3, 4, 5))
     run = a_run(problem)
@@ -226,68 +193,6 @@ def test_refinement_says_what_it_could_not_mend(generator: torch.Generator, monk
     assert silent.rounding.tolist() == [False]
 
 
-def test_the_iteration_stops_where_it_is_told_to(generator: torch.Generator) -> None:
-    problem = problem_of(random_updates(generator, 2, 3, 4, 5), gamma=0.3)
-    for steps in (1, 2, 5):
-        run = a_run(problem, max_steps=steps, acceleration=False)
-        assert run.trace.shape == (2, steps)
-        assert run.steps.tolist() == [steps, steps]
-        assert not bool(run.converged.any())
-        assert not bool(run.rounding.any())
-    loose = a_run(problem, tolerance=1e-2, acceleration=False)
-    tight = a_run(problem, acceleration=False)
-    assert int(loose.steps.max()) < int(tight.steps.min())
-    for run, tolerance in ((loose, 1e-2), (tight, TOLERANCE[torch.float64])):
-        assert bool((run.gradient_norm <= tolerance).all())
-        assert bool((run.weight_change <= tolerance).all())
-    # One module may be done before the other, and then stays.
-    assert int(tight.steps.min()) < int(tight.steps.max())
-    first = int(tight.steps.argmin())
-    alone = problem_of(random_updates(seeded(20261122), 2, 3, 4, 5)[first : first + 1], gamma=0.3)
-    assert_close(a_run(alone, acceleration=False).point.x, tight.point.x[first : first + 1], 1e-13)
-    assert tight.trace[first, -1] == tight.point.energy[first]
-
-
-def test_steps_go_on_as_long_as_the_weights_settle_though_the_energy_no_longer_tells() -> None:
-    """Errors of the energy are squares: it is level at 1e-8, and the weights have half of the way to go."""
-    slow = random_updates(torch.Generator().manual_seed(0), 2, 3, 4, 5)  # one fixed problem, whose rate is 0.95
-    problem = problem_of(slow, gamma=0.1)
-    run = a_run(problem, acceleration=False, max_steps=1000)
-    falls = run.trace[0].diff() < -problem.slack(run.point.energy)[0]
-    assert int(run.steps[0]) - int(falls.nonzero().max()) > 30
-    assert (run.converged.tolist(), run.rounding.tolist()) == ([True, True], [False, False])
-
-
-def test_ten_steps_without_progress_are_rounding() -> None:
-    problem = problem_of(random_updates(torch.Generator().manual_seed(0), 1, 3, 4, 5, dtype=torch.float32), gamma=0.3)
-    options = {"acceleration": False, "tolerance": 1e-12}
-    run = a_run(problem, max_steps=400, **options)
-    assert (run.converged.tolist(), run.rounding.tolist()) == ([False], [True])
-    changes = [float(a_run(problem, max_steps=k, **options).weight_change) for k in range(1, int(run.steps) + 1)]
-    lowest = [min(changes[:k], default=math.inf) for k in range(len(changes))]
-    progress = [change < low for change, low in zip(changes, lowest, strict=True)]
-    assert not any(progress[-10:])
-    assert int(run.steps) == 11 + max(i for i, made in enumerate(progress) if made) + 1
-
-
-def test_zero_tolerance_is_met_where_nothing_moves() -> None:
-    problem = problem_of(torch.zeros(1, 2, 3, 4, dtype=torch.float64))
-    run = a_run(problem, tolerance=0.0)
-    assert run.converged.tolist() == [True]
-    refined = problem.refine(run)
-    assert (refined.converged.tolist(), refined.forward_error.tolist()) == ([True], [0.0])
-    assert problem.uphill(run.point, run.point).tolist() == [False]
-
-
-def test_a_run_that_starts_at_its_end_is_done_at_once(generator: torch.Generator) -> None:
-    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
-    end = a_run(problem, tolerance=1e-13).point.log_weights.exp()
-    again = run_from(problem, end, SolverOptions())
-    assert again.steps.tolist() == [1.0, 1.0]
-    assert again.converged.tolist() == [True, True]
-    assert again.rejected.tolist() == [0.0, 0.0]
-
-
 def test_a_basin_is_a_log_weight_on_either_side(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 3, 4, 5)
     updates[:, 2] = 0.0
@@ -298,18 +203,6 @@ def test_a_basin_is_a_log_weight_on_either_side(generator: torch.Generator) -> N
         moved_there = known.log_weights.clone()
         moved_there[:, place] += off
         assert problem.same_basin(replace(known, log_weights=moved_there), known).tolist() == [same]
-
-
-@pytest.mark.parametrize("design", MAPS, ids=name_of)
-def test_one_expert_alone_is_met_but_for_the_anchor(design: object, generator: torch.Generator) -> None:
-    update = random_updates(generator, 1, 1, 4, 5)
-    poe = ProductOfExperts.of(["a"], design, Gaussian(), Relative(1.0), anchor=Anchor(precision=AbsolutePrecision(0.3)))  # type: ignore[arg-type]
-    posterior = poe.bind(update)
-    problem = Problem(posterior, quadratic_of(posterior))
-    point = a_run(problem).point
-    leaf = problem.quadratic.lift(point.x).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(posterior.energy(leaf).sum(), leaf)
-    assert float(gradient.abs().max()) < 1e-10
 
 
 def test_a_line_search_ends_between_the_points_and_lower(generator: torch.Generator) -> None:
@@ -330,43 +223,6 @@ def test_a_line_search_ends_between_the_points_and_lower(generator: torch.Genera
     assert bool((halvings > -1e-9).all())
     assert bool((found.energy < point.energy)[:2].all())
     assert_close(found.energy, problem.at(found.x).energy, 1e-14)
-
-
-def test_a_step_tolerance_is_a_frobenius_norm(generator: torch.Generator) -> None:
-    problem = problem_of(random_updates(generator, 1, 3, 4, 5), gamma=0.3)
-    points = [a_run(problem, max_steps=k, acceleration=False).point.x for k in range(1, 30)]
-    lengths = [float((b - a).norm()) for a, b in zip(points, points[1:], strict=False)]
-    for limit in (lengths[2] * 1.001, lengths[9] * 1.001):
-        expected = 2 + next(i for i, length in enumerate(lengths) if length <= limit)
-        run = a_run(problem, step_tolerance=limit, acceleration=False)
-        assert run.steps.tolist() == [expected]
-        assert bool(run.converged.all())
-
-
-def test_convex_energies_in_q_are_searched_along_the_line(generator: torch.Generator) -> None:
-    steep = random_updates(torch.Generator().manual_seed(20261122), 2, 3, 4, 5)  # one fixed problem that overshoots
-    problem = problem_of(steep, energy=GeneralizedGaussian(6.0))
-    run = a_run(problem, acceleration=False, max_steps=400)
-    assert bool(run.searched.any())
-    assert torch.equal(run.searched, run.rejected > 0)
-    assert bool((run.trace.diff() <= 8 * EPS * run.trace[:, :1]).all())
-    assert bool((run.gradient_norm < 1e-6).all())
-    plain = a_run(problem_of(random_updates(generator, 2, 3, 4, 5)), acceleration=False)
-    assert not bool(plain.searched.any())
-    assert plain.rejected.tolist() == [0.0, 0.0]
-
-
-def test_a_run_takes_over_a_known_minimum_that_it_approaches(generator: torch.Generator) -> None:
-    problem = problem_of(random_updates(generator, 2, 3, 4, 5), gamma=0.3)
-    known = a_run(problem)
-    near = known.point.log_weights.exp() * 1.001
-    marked = replace(known, rejected=known.rejected + 77.0)
-    again = run_from(problem, near, SolverOptions(), known=marked)
-    assert again.rejected.tolist() == marked.rejected.tolist()
-    only_one = replace(marked, converged=torch.tensor([True, False]))
-    mixed = run_from(problem, near, SolverOptions(), known=only_one)
-    assert float(mixed.rejected[0]) == float(marked.rejected[0])
-    assert float(mixed.rejected[1]) < 77.0
 
 
 def filled(length: int, value: float) -> Run:
@@ -405,77 +261,3 @@ def test_settings_that_cannot_be_are_refused() -> None:
             SolverOptions(**options)  # type: ignore[arg-type]
     SolverOptions(max_steps=1)
     assert SolverOptions() == SolverOptions(("twin", "experts"), 100, None, None, True)
-
-
-def linear_map(generator: torch.Generator, modules: int, size: int) -> tuple[Tensor, Tensor]:
-    """Contractions ``v -> A v + b``, ``(M, E, E)`` and ``(M, E)``."""
-    a = torch.randn(modules, size, size, generator=generator, dtype=torch.float64)
-    a = 0.8 * a / torch.linalg.matrix_norm(a, 2)[:, None, None]
-    return a, 0.1 * torch.randn(modules, size, generator=generator, dtype=torch.float64)  # no step beyond the longest
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_extrapolation_solves_a_linear_map_in_as_many_steps_as_it_has_numbers(
-    size: int, generator: torch.Generator
-) -> None:
-    """Type II of full depth is GMRES (Walker and Ni, 2011, theorem 2.2): exact after ``E + 1`` values and a step."""
-    a, b = linear_map(generator, 3, size)
-    fixed = torch.linalg.solve(torch.eye(size, dtype=torch.float64) - a, b)
-    anderson, v = Anderson(depth=size), torch.zeros(3, size, dtype=torch.float64)
-    for step in range(size + 2):
-        if step == size + 1:
-            assert_close(v, fixed, 1e-6)
-        elif step <= size // 2:
-            assert float((v - fixed).abs().max()) > 1e-3
-        v = anderson.propose(v, (a @ v.unsqueeze(-1)).squeeze(-1) + b)
-
-
-def test_what_led_uphill_is_forgotten_module_by_module(generator: torch.Generator) -> None:
-    a, b = linear_map(generator, 2, 3)
-    forgetful, steady, late = (Anderson(depth=3) for _ in range(3))
-    points = torch.randn(4, 2, 3, generator=generator, dtype=torch.float64)
-    outputs = (a @ points.unsqueeze(-1)).squeeze(-1) + b
-    assert_close(late.propose(points[2], outputs[2]), outputs[2])  # the first call: the plain step
-    for i in range(3):
-        forgetful.propose(points[i], outputs[i])
-        steady.propose(points[i], outputs[i])
-    forgetful.forget(torch.tensor([True, False]))
-    found = forgetful.propose(points[3], outputs[3])
-    assert_close(found[0], late.propose(points[3], outputs[3])[0], 1e-9)
-    assert_close(found[1], steady.propose(points[3], outputs[3])[1])
-
-
-def test_only_as_many_differences_count_as_the_depth_says(generator: torch.Generator) -> None:
-    """With depth 1 the proposal depends on the last two values only."""
-    a, b = linear_map(generator, 1, 3)
-    long, short = Anderson(depth=1), Anderson(depth=1)
-    points = torch.randn(4, 1, 3, generator=generator, dtype=torch.float64)
-    outputs = (a @ points.unsqueeze(-1)).squeeze(-1) + b
-    for i in range(3):
-        long.propose(points[i], outputs[i])
-    short.propose(points[2], outputs[2])
-    assert_close(long.propose(points[3], outputs[3]), short.propose(points[3], outputs[3]), 1e-15)
-
-
-def test_one_number_is_extrapolated_by_the_secant() -> None:
-    """``g`` through (0, 1) and (1, 1.5) has its fixed point at 2."""
-    anderson = Anderson(depth=5)
-    anderson.propose(torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64))
-    found = anderson.propose(torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[1.5]], dtype=torch.float64))
-    assert float(found) == pytest.approx(2.0, rel=1e-9)
-
-
-def test_an_extrapolation_that_is_no_number_gives_way_to_the_plain_step() -> None:
-    anderson = Anderson(depth=2)
-    anderson.propose(torch.zeros(2, 1), torch.tensor([[1.0], [1.0]]))
-    output = torch.tensor([[1.5], [math.inf]])
-    found = anderson.propose(torch.tensor([[1.0], [1.0]]), output)
-    assert float(found[0]) == pytest.approx(2.0, rel=1e-5)
-    assert float(found[1]) == math.inf
-
-
-def test_custom_energies_run_like_shipped_ones(generator: torch.Generator) -> None:
-    updates = random_updates(generator, 1, 3, 4, 5)
-    shipped = a_run(problem_of(updates))
-    own = a_run(problem_of(updates, energy=Custom(torch.log1p)))
-    assert_close(own.point.x, shipped.point.x, 1e-8)

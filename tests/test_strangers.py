@@ -19,11 +19,11 @@ from diagnostics.predictions.files import predictions_of
 from diagnostics.report.report import report
 from poe_merge.cli import run
 from poe_merge.yaml_text import YamlError, read
+from poe_models.printing import visible
 from poe_models.weights.json_files import read_object
 from poe_models.weights.patterns import SECONDS, Pattern, PatternError
 from poe_models.weights.rules import Rule, RuleTable
 from poe_models.weights.task_vectors import TaskVectors
-from poe_models.weights.visible import visible
 
 HOSTILE = "\x1b[2J\x1b]0;TITLE\x07[red]\u202egnp\r\nerror: all is lost\x00"
 CATASTROPHE = "(a|a|aa)+$"

@@ -1,4 +1,4 @@
-"""The vision suite: archives, splits, the SqueezeNet port, training and scores."""
+"""The vision suite: archives, splits, the SqueezeNet port, metrics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ import itertools
 import json
 import pickle
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
@@ -33,19 +29,15 @@ from benchmarks.archives import (
     members,
     read_members,
 )
-from benchmarks.harness import metrics, training
-from benchmarks.harness.evaluate import Scores, evaluate, features, mean_scores, score
+from benchmarks.harness import metrics
+from benchmarks.harness.evaluate import Scores, mean_scores, score
 from benchmarks.harness.splits import split_rows
-from benchmarks.harness.suite import SPLITS, Suite
-from benchmarks.harness.training import accuracy_table
-from benchmarks.vision import train
-from benchmarks.vision.model import SqueezeNet, SqueezeNetwork, _pad_same, build, convert, preprocess, published_weights
+from benchmarks.harness.suite import SPLITS
+from benchmarks.vision.model import _pad_same, build, convert, preprocess, published_weights
 from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
 from benchmarks.vision.sources import EMOJI, cache_folder
-from benchmarks.vision.tasks import TASKS, Split, SplitSizes, Task, load_task, load_tasks
+from benchmarks.vision.tasks import TASKS, SplitSizes, Task, load_task, load_tasks
 from tests.seeds import seeded, seeded_numpy
-
-QUIET = Console(quiet=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +56,8 @@ def scripted(script: str, sha256: str) -> Scripted:
 
 
 WRITES_ABC = "import sys; open(sys.argv[1], 'wb').write(b'abc')"
+
+
 SHA_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
@@ -324,96 +318,3 @@ class TestMetrics:
     def test_mean_over_tasks(self) -> None:
         got = mean_scores({"a": Scores(0.0, 1.0, 2.0, 3.0), "b": Scores(1.0, 2.0, 0.0, 5.0)})
         assert got == Scores(0.5, 1.5, 1.0, 4.0)
-
-
-def toy_task(name: str = "mnist") -> Task:
-    """Squares of three brightnesses, which a few steps can learn."""
-    generator = seeded(len(name))
-    splits = {}
-    for i, (split, n) in enumerate({"test": 21, "validation": 12, "head": 15, "train": 96}.items()):
-        labels = torch.arange(n) % 3
-        noise = torch.randint(0, 90, (n, 1, 28, 28), generator=generator)
-        images = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
-        splits[split] = Split(images, labels, torch.arange(n) + 100 * i, torch.arange(n) + 100 * i)
-    return Task(name, ("dark", "grey", "bright"), splits, 0, "toy")
-
-
-def random_state() -> dict[str, Tensor]:
-    generator = seeded(0)
-    shapes = {name: value.shape for name, value in SqueezeNet().state_dict().items()}
-    fans = {name: max(1, shape[1:].numel()) for name, shape in shapes.items()}
-    return {name: torch.randn(shapes[name], generator=generator) * (2 / fan) ** 0.5 for name, fan in fans.items()}
-
-
-@pytest.fixture
-def toy_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder in which `make_suite` finds two toy tasks and a random base."""
-    monkeypatch.setattr(train, "load_tasks", lambda *_: ({name: toy_task(name) for name in ("mnist", "fashion")}, {}))
-    monkeypatch.setattr(train, "base_state", lambda _: random_state())
-    return tmp_path
-
-
-RECIPE = train.Recipe(epochs=1)
-
-
-class TestTraining:
-    def test_seed_decides_and_the_base_is_not_changed(self) -> None:
-        base, task, network = random_state(), toy_task(), SqueezeNetwork()
-        head = training.fit_head(network, base, task, 1e-6)  # a weak head: there is something to learn
-        suite = Suite("toy", network, Path("base"), {}, {task.name: task}, {task.name: head})
-        one, same, other = (
-            training.fine_tune(
-                suite, base, task, dataclasses.replace(RECIPE, seed=seed), Progress(console=QUIET), threading.Event()
-            )
-            for seed in (1, 1, 2)
-        )
-        assert all(torch.equal(base[name], value) for name, value in random_state().items())
-        assert all(torch.equal(one[name], same[name]) for name in base)
-        assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
-        assert (one["conv1.weight"] - base["conv1.weight"]).abs().max() > 1e-5
-        before, after = (
-            metrics.nll(head(features(network, build(state), task.splits["train"])), task.splits["train"].labels)
-            for state in (base, one)
-        )
-        assert after < before
-
-    def test_suite_is_made_once_as_plain_folders(self, toy_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        suite = train.make_suite(RECIPE, toy_suite, QUIET)
-        for folder in (suite.base, *suite.experts.values()):
-            assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-            build(load_file(folder / "model.safetensors"))
-            assert json.loads((folder / "config.json").read_text())["model_type"] == "squeezenet"
-        monkeypatch.setattr(training, "fine_tune", lambda *_: pytest.fail("trained again"))
-        again = train.make_suite(RECIPE, toy_suite, QUIET)
-        assert (again.base, again.experts) == (suite.base, suite.experts)
-        alone = dataclasses.replace(again, tasks={"mnist": suite.tasks["mnist"]})
-        got = evaluate(alone, suite.experts["mnist"], "test")["mnist"]
-        assert dataclasses.asdict(got) == pytest.approx(suite.records["mnist"]["expert_test"])
-        assert accuracy_table(again).row_count == 2
-
-    def test_other_recipe_is_another_folder(self, toy_suite: Path) -> None:
-        one = train.make_suite(RECIPE, toy_suite, QUIET)
-        other = train.make_suite(dataclasses.replace(RECIPE, learning_rate=2e-4), toy_suite, QUIET)
-        assert one.base == other.base
-        assert set(one.experts.values()).isdisjoint(other.experts.values())
-
-    def test_interrupting_leaves_no_half_expert(self, toy_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(_: object, __: object, task: Task, *___: object) -> dict[str, Tensor]:
-            if task.name == "fashion":
-                raise KeyboardInterrupt
-            return random_state()
-
-        monkeypatch.setattr(training, "fine_tune", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train.make_suite(RECIPE, toy_suite, QUIET)
-        assert sorted(path.name.split("-")[0] for path in (toy_suite / "suite").iterdir()) == ["base", "mnist"]
-
-    def test_no_task_is_an_error(self, toy_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(train, "load_tasks", lambda *_: ({}, {"mnist": "task mnist is skipped: gone"}))
-        with pytest.raises(RuntimeError, match="no task could be loaded"):
-            train.make_suite(RECIPE, toy_suite, QUIET)
-
-    def test_features_do_not_depend_on_the_batch_or_memory_format(self) -> None:
-        state, split, network = random_state(), toy_task().splits["test"], SqueezeNetwork()
-        plain = build(state)(preprocess(split.images)).detach()
-        torch.testing.assert_close(features(network, network.open(state), split, 7), plain, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.methods import Method
 from benchmarks.harness.search import Settings
 from poe_models.methods import (
-    TSVM,
+    METHODS,
     AdaMerging,
     Average,
     ConcreteTaskArithmetic,
@@ -18,12 +18,10 @@ from poe_models.methods import (
     DogeTA,
     FisherMerging,
     GradientMatching,
-    IsoC,
     IsoCTS,
     KnotsDareTies,
     KnotsTies,
     MergingMethod,
-    MetaGPT,
     RegMean,
     TaskArithmetic,
     Ties,
@@ -67,19 +65,19 @@ class Rule:
         return ("scale", "own") if self.parameter else ("scale",)
 
 
+def _as_it_stands(name: str) -> Callable[[Calibration], Rule]:
+    return lambda _: Rule(METHODS[name]())
+
+
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7)
 DROPS = (0.1, 0.3, 0.5, 0.7, 0.9)
-RULES: dict[str, Callable[[Calibration], Rule]] = {
-    "Average": lambda _: Rule(Average()),
+RULES: dict[str, Callable[[Calibration], Rule]] = {name: _as_it_stands(name) for name in METHODS} | {
     "TaskArithmetic": lambda _: Rule(TaskArithmetic(1.0), 0.3),
-    "MetaGPT": lambda _: Rule(MetaGPT()),
     "Ties": lambda _: Rule(Ties(), 1.0, "density", DENSITIES),
     "Dare": lambda _: Rule(Dare(scale=1.0), 0.3, "drop", DROPS),
     "DareTies": lambda _: Rule(DareTies(), 1.0, "drop", DROPS),
     "KnotsTies": lambda _: Rule(KnotsTies(), 1.0, "density", DENSITIES),
     "KnotsDareTies": lambda _: Rule(KnotsDareTies(), 1.0, "drop", DROPS),
-    "TSVM": lambda _: Rule(TSVM()),
-    "IsoC": lambda _: Rule(IsoC()),
     "IsoCTS": lambda _: Rule(IsoCTS(), 1.0, "common", (0.2, 0.4, 0.6, 0.8, 1.0)),
     "Wudi": lambda _: Rule(Wudi(), 1.0, "rank_tolerance", (1e-5, 1e-3, 1e-2, 3e-2, 1e-1)),
     "WudiAdam": lambda _: Rule(WudiAdam(), 1.0, "learning_rate", (1e-5, 3e-5, 1e-4, 3e-4)),
@@ -92,4 +90,4 @@ RULES: dict[str, Callable[[Calibration], Rule]] = {
         ConcreteTaskArithmetic(steps=200, learning_rate=1e-2), 1.0, "learning_rate", (1e-2, 1e-1)
     ),
 }
-"""The registry's methods, each with its one parameter. Those that learn take fewer steps than published."""
+"""The registry's methods, some with a parameter that is tuned. Those that learn take fewer steps than published."""

@@ -10,7 +10,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,41 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, 
     save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def suite_from_sources(
+    bare: Suite,
+    key: str,
+    base_state: Callable[[], Mapping[str, Tensor]],
+    load_tasks: Callable[[], tuple[dict[str, Any], dict[str, str]]],
+    recipe: Recipe,
+    cache: Path,
+    console: Console | None,
+) -> Suite:
+    """Load a suite from its archives, making what the cache lacks.
+
+    Args:
+        bare: Name, network and device; base and tasks are filled in.
+        key: Key of the base, which changes with what it is made of.
+        base_state: Makes the weights of the base.
+        load_tasks: Fetches and splits the tasks: those that could be had, and a sentence about each other.
+        recipe: How experts are made.
+        cache: Cache folder.
+        console: Where progress and skipped tasks are shown.
+
+    Returns:
+        The suite; errors are those of `make_suite`.
+    """
+    console, root = console or Console(), cache / "suite"
+    root.mkdir(parents=True, exist_ok=True)
+    base = root / f"base-{key}"
+    with console.status("fetching and splitting the tasks (once)"):
+        tasks, skipped = load_tasks()
+        if not base.exists():
+            with tempfile.TemporaryDirectory(dir=root, prefix=".base-") as temporary:
+                save_folder(Path(temporary) / "base", base_state(), bare.network.config)
+                move_into_place(Path(temporary) / "base", base)
+    return make_suite(replace(bare, base=base, tasks=tasks, skipped=skipped), recipe, root, console)
+
+
 def make_suite(suite: Suite, recipe: Recipe, root: Path, console: Console) -> Suite:
     """Load heads and experts, making what the cache lacks; each is complete or absent, so interrupting is safe.
 
@@ -191,3 +226,9 @@ def accuracy_table(suite: Suite) -> Table:
         cells = (f"{record['base_test']['accuracy']:.3f}", f"{record['expert_test']['accuracy']:.3f}")
         table.add_row(name, str(len(task.classes)), *sizes, *cells, f"{record['seconds']:.0f}")
     return table
+
+
+def show_suite(suite: Suite, console: Console) -> None:
+    """Print the accuracies, and where base and experts are."""
+    console.print(accuracy_table(suite))
+    console.print(f"base: {suite.base}", *(f"{name}: {path}" for name, path in suite.experts.items()), sep="\n")

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks.folders import key_of, move_into_place
+from benchmarks.folders import key_of
 from benchmarks.harness import training
 from benchmarks.harness.suite import Suite
-from benchmarks.harness.training import accuracy_table, save_folder
 from benchmarks.language.model import MiniLMNetwork, base_state
 from benchmarks.language.sources import MINILM, cache_folder
 from benchmarks.language.tasks import SplitSizes, load_tasks
@@ -59,24 +57,16 @@ def make_suite(
         RuntimeError: If no task is left.
         MissingSourceError: If the base is not there and cannot be downloaded.
     """
-    recipe, cache, console = recipe or Recipe(), cache or cache_folder(), console or Console()
-    root = cache / "suite"
-    root.mkdir(parents=True, exist_ok=True)
-    with console.status("fetching and splitting the tasks (once)"):
-        tasks, skipped = load_tasks(recipe.sizes, cache)
-        network = MiniLMNetwork()
-        base = _make_base(root, cache, network)
-    bare = Suite("language", network, base, {}, tasks, {}, {}, skipped, torch.device(device))
-    return training.make_suite(bare, recipe, root, console)
-
-
-def _make_base(root: Path, cache: Path, network: MiniLMNetwork) -> Path:
-    folder = root / f"base-{key_of(VERSION, MINILM.sha256)}"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=root, prefix=".base-") as temporary:
-            save_folder(Path(temporary) / "base", base_state(cache), network.config)
-            move_into_place(Path(temporary) / "base", folder)
-    return folder
+    recipe, cache = recipe or Recipe(), cache or cache_folder()
+    return training.suite_from_sources(
+        Suite("language", MiniLMNetwork(), cache, {}, {}, {}, device=torch.device(device)),
+        key_of(VERSION, MINILM.sha256),
+        lambda: base_state(cache),
+        lambda: load_tasks(recipe.sizes, cache),
+        recipe,
+        cache,
+        console,
+    )
 
 
 def main() -> None:
@@ -97,8 +87,7 @@ def main() -> None:
     sizes = SplitSizes(arguments.test, arguments.validation, arguments.shots, arguments.train)
     recipe = Recipe(epochs=arguments.epochs, seed=arguments.seed, sizes=sizes)
     suite = make_suite(recipe, arguments.cache, console, arguments.device)
-    console.print(accuracy_table(suite))
-    console.print(f"base: {suite.base}", *(f"{name}: {path}" for name, path in suite.experts.items()), sep="\n")
+    training.show_suite(suite, console)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks.folders import key_of, move_into_place
+from benchmarks.folders import key_of
 from benchmarks.harness import training
 from benchmarks.harness.suite import Suite
-from benchmarks.harness.training import accuracy_table, save_folder
-from benchmarks.vision.model import CONFIG, SqueezeNetwork, base_state
+from benchmarks.vision.model import SqueezeNetwork, base_state
 from benchmarks.vision.sources import SQUEEZENET, cache_folder
 from benchmarks.vision.tasks import SplitSizes, load_tasks
 
@@ -56,23 +54,16 @@ def make_suite(
     Raises:
         RuntimeError: If no task is left.
     """
-    recipe, cache, console = recipe or Recipe(), cache or cache_folder(), console or Console()
-    root = cache / "suite"
-    root.mkdir(parents=True, exist_ok=True)
-    with console.status("fetching and splitting the tasks (once)"):
-        tasks, skipped = load_tasks(recipe.sizes, cache)
-        base = _make_base(root, cache)
-    bare = Suite("vision", SqueezeNetwork(), base, {}, tasks, {}, {}, skipped, torch.device(device))
-    return training.make_suite(bare, recipe, root, console)
-
-
-def _make_base(root: Path, cache: Path) -> Path:
-    folder = root / f"base-{key_of(VERSION, SQUEEZENET.sha256)}"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=root, prefix=".base-") as temporary:
-            save_folder(Path(temporary) / "base", base_state(cache), CONFIG)
-            move_into_place(Path(temporary) / "base", folder)
-    return folder
+    recipe, cache = recipe or Recipe(), cache or cache_folder()
+    return training.suite_from_sources(
+        Suite("vision", SqueezeNetwork(), cache, {}, {}, {}, device=torch.device(device)),
+        key_of(VERSION, SQUEEZENET.sha256),
+        lambda: base_state(cache),
+        lambda: load_tasks(recipe.sizes, cache),
+        recipe,
+        cache,
+        console,
+    )
 
 
 def main() -> None:
@@ -85,8 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)  # see `parallel`
     console = Console()
     suite = make_suite(Recipe(seed=arguments.seed), arguments.cache, console, arguments.device)
-    console.print(accuracy_table(suite))
-    console.print(f"base: {suite.base}", *(f"{name}: {path}" for name, path in suite.experts.items()), sep="\n")
+    training.show_suite(suite, console)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,6 @@ from diagnostics.plots.style import (
 from diagnostics.sensitivity import GammaSensitivity
 from diagnostics.solver import FixedPointConvergence
 
-__all__ = [
-    "plot_chain_traces",
-    "plot_contraction",
-    "plot_effective_sizes",
-    "plot_energy_traces",
-    "plot_expert_weights",
-    "plot_forest",
-    "plot_gamma_moves",
-    "plot_gamma_scores",
-    "plot_r_hat",
-    "plot_ranks",
-]
-
 ROUNDING = 1e-16
 MOST_NUMBERS = 200
 TALLEST, WIDEST = 30.0, 11.0

@@ -14,8 +14,6 @@ from diagnostics.predictions.reliability import Reliability
 from diagnostics.predictions.selective import RiskCoverage
 from diagnostics.predictions.shift import Corrupted
 
-__all__ = ["plot_corruptions", "plot_pareto", "plot_radar", "plot_reliability", "plot_risk_coverage"]
-
 
 def plot_reliability(result: Reliability, name: str = "", ax: Axes | None = None) -> Axes:
     """Reliability diagram: accuracy over confidence with its bootstrap band, and how many examples each bin has.

@@ -12,15 +12,6 @@ from diagnostics.plots.style import axes_of, finish, label_modules, line_style
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails import FAMILIES, Hill, LogDensity, Quantiles, TailComparison
 
-__all__ = [
-    "plot_families",
-    "plot_hill",
-    "plot_log_density",
-    "plot_mean_squared_residuals",
-    "plot_quantiles",
-    "plot_residual_histogram",
-]
-
 BINS = 61
 COVERAGE = 0.99
 OBSERVED: dict[str, Any] = {"color": "black", "marker": "o", "markersize": 3, "linestyle": "none"}

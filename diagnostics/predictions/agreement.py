@@ -11,8 +11,6 @@ from torch import Tensor
 from diagnostics.estimates import Estimate, z_of
 from diagnostics.predictions.inputs import Array
 
-__all__ = ["pareto_front", "rank_agreement"]
-
 FEWEST_DESIGNS = 10
 """Below so many designs the interval of a rank correlation is not to be trusted (Bonett and Wright, 2000)."""
 

@@ -9,8 +9,6 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-__all__ = ["Binning", "check_bins", "equal_mass_bins", "equal_mass_edges"]
-
 
 @dataclass(frozen=True, eq=False)
 class Binning:

@@ -28,8 +28,6 @@ from inference.logit_temperature import LOGIT_TEMPERATURES, fit_logit_temperatur
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
 from poe_models.printing import Brief
 
-__all__ = ["Calibration", "LogitScaling", "calibration", "calibration_difference", "scale_logits"]
-
 
 @dataclass(frozen=True)
 class Calibration(Scores):

@@ -37,7 +37,6 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SCORES", "Comparison", "compare_methods"]
 
 BySeed = Array | Sequence[Array]
 """Probabilities ``(n, classes)``, or one such table for each seed."""

@@ -16,8 +16,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["CORRUPTIONS", "SEVERITIES", "Corruption", "corrupt"]
-
 Corruption = Literal["gaussian_noise", "shot_noise", "gaussian_blur", "brightness", "contrast", "pixelate"]
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 SEVERITIES = (1, 2, 3)

@@ -27,8 +27,6 @@ from torch import Tensor
 from diagnostics.predictions.inputs import Array, Labelled, labelled
 from poe_models.printing import Brief
 
-__all__ = ["Predictions", "load_predictions", "predictions_of", "save_predictions"]
-
 LARGEST, MOST = 32 * 2**30, 100_000
 """Most bytes, unpacked, and entries of a file."""
 _ODD_ZIP = (RuntimeError, NotImplementedError, zlib.error, SyntaxError, KeyError, MemoryError, OverflowError, TypeError)

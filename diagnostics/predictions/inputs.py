@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Array", "Labelled", "checked_labels", "checked_probabilities", "labelled"]
-
 Array = Tensor | NDArray[Any]
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
 """Largest distance of the sum of a row from one; the second for 16-bit floats, whose rounding adds up over classes."""

@@ -27,10 +27,9 @@ from diagnostics.estimates import Estimate, Statistic, estimate_of, interval_end
 from diagnostics.predictions.metrics import METRICS, Kept, Metric, metrics_named
 from diagnostics.predictions.model_outputs import Model, OpenModel, open_model
 from inference.models.tasks import Task
-from poe_models.printing import Brief
+from poe_models.printing import Brief, visible
 from poe_models.weights.loading import open_checkpoint
 from poe_models.weights.task_vectors import Source
-from poe_models.weights.visible import visible
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,6 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Reliability", "reliability"]
 
 FEWEST_IN_BIN = 10
 """Below so many examples the band of a bin is not to be trusted: few outcomes resample to too few values."""

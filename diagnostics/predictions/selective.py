@@ -24,8 +24,6 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RiskCoverage", "risk_coverage"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RiskCoverage(Brief):

@@ -26,18 +26,6 @@ from inference.models.ensemble import Prediction
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Corrupted",
-    "CorruptionScores",
-    "ShiftComparison",
-    "ShiftDetection",
-    "auroc",
-    "compare_detection",
-    "detect_shift",
-    "point_prediction",
-    "under_corruption",
-]
-
 
 @dataclass(frozen=True)
 class Corrupted:

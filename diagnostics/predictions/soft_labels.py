@@ -20,8 +20,6 @@ from diagnostics.predictions.binning import Binning, check_bins
 from diagnostics.predictions.inputs import Array, checked_probabilities
 from inference.scores import ECE_BINS, equal_width_bins
 
-__all__ = ["SoftLabelScores", "soft_label_scores"]
-
 
 @dataclass(frozen=True)
 class SoftLabelScores(Scores):

@@ -23,8 +23,6 @@ from diagnostics.solver import FixedPointConvergence
 from diagnostics.verdicts import Verdict
 from poe_models.span_labels import MERGE
 
-__all__ = ["convergence_section"]
-
 
 def convergence_section(
     fixed_point: FixedPointConvergence | None,

@@ -15,10 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diagnostics.verdicts import Level, Verdict
-from poe_models.printing import Brief
-from poe_models.weights.visible import visible
-
-__all__ = ["Block", "Details", "Facts", "Gallery", "Page", "Plot", "Section", "Table", "Text", "page"]
+from poe_models.printing import Brief, visible
 
 DOTS = 150
 """Resolution per inch of marks that are drawn as dots because they are so many."""
@@ -153,7 +150,7 @@ def _shown(value: object) -> object:
 
 
 def _one_each(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
-    """Verdicts of the same diagnostic as one of the worst level, what made it worst said first; the worst first."""
+    """One verdict per diagnostic, at its worst level and with that reason first; the worst verdicts first."""
     of: dict[str, list[Verdict]] = {}
     for each in sorted(dict.fromkeys(verdicts), key=lambda verdict: -verdict.level):
         of.setdefault(each.about, []).append(each)

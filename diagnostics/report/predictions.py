@@ -17,8 +17,6 @@ from diagnostics.predictions.evaluation import Evaluation
 from diagnostics.predictions.shift import Corrupted, ShiftComparison
 from diagnostics.report.page import Block, Details, Gallery, Plot, Section, Table, Text
 
-__all__ = ["calibration_section", "comparison_section", "shift_section"]
-
 MOST_DIAGRAMS, MOST_CURVES = 8, 7
 DOUBT = "A number with a question mark is not to be trusted."
 HEADERS = {

@@ -20,8 +20,6 @@ from diagnostics.tails.pooled import NO_SURROGATES, PooledTails
 from diagnostics.tails.samples import TRUSTED
 from diagnostics.verdicts import Level, Verdict
 
-__all__ = ["tails_section"]
-
 SURROGATE = "Residuals within modules of the same merge of Gaussian updates"
 CENTRED = 0.1
 """Robust scales up to which an offset of the residuals is none."""

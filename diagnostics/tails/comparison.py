@@ -18,7 +18,6 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FamilyResult", "TailComparison", "fit_tails", "with_error"]
 
 TIE = 2.0
 """Standard errors within which families are tied."""

@@ -14,8 +14,6 @@ from diagnostics.tails.fits import Fit
 from diagnostics.tails.samples import Values, sample_of
 from poe_models.printing import Brief
 
-__all__ = ["Hill", "LogDensity", "Quantiles", "hill", "log_density", "quantiles"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Hill(Brief):

@@ -20,20 +20,6 @@ import scipy.stats
 from scipy.special import gammaln
 from typing_extensions import override
 
-__all__ = [
-    "CAUCHY",
-    "FAMILIES",
-    "GAUSSIAN",
-    "GENERALIZED_GAUSSIAN",
-    "LAPLACE",
-    "LOGISTIC",
-    "STUDENT_T",
-    "Array",
-    "Family",
-    "Shape",
-    "families_named",
-]
-
 Array = npt.NDArray[np.float64]
 
 

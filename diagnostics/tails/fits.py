@@ -16,8 +16,6 @@ from scipy.optimize import brentq, minimize_scalar
 from diagnostics.tails.families import Array, Family
 from diagnostics.tails.samples import Values, sample_of
 
-__all__ = ["Fit", "maximum_likelihood"]
-
 
 @dataclass(frozen=True)
 class Fit:

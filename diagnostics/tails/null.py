@@ -30,18 +30,6 @@ from diagnostics.tails.sizes import Sizes
 from diagnostics.tails.surrogates import Surrogates
 from poe_models.printing import Brief
 
-__all__ = [
-    "Groups",
-    "NullControl",
-    "location_and_scale",
-    "named_groups",
-    "null_control",
-    "standardised",
-    "student_gain",
-    "usable_groups",
-]
-
-
 Groups = Sequence[Values] | Mapping[str, Values]
 """Signed residuals of several groups, in each of which they share a location and a scale."""
 SMALLEST_GROUP = 3

@@ -28,8 +28,6 @@ from diagnostics.tails.null import (
 from diagnostics.tails.surrogates import Surrogates
 from poe_models.printing import Brief
 
-__all__ = ["PooledTails", "pooled_tails", "tails_by"]
-
 FEWEST_KEPT = 20
 """Smallest size of a group after thinning, for the sake of its scale."""
 NO_SURROGATES = (

@@ -18,8 +18,6 @@ from diagnostics.tails.fits import profile
 from diagnostics.tails.samples import Values, sample_of
 from poe_models.printing import Brief
 
-__all__ = ["TailPosterior", "tail_posterior"]
-
 DEPTH = 20.0
 """Nats below the mode where the posterior is cut off."""
 NODES, NODES_ALONE, COARSE_NODES = 49, 401, 25

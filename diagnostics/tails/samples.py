@@ -1,4 +1,4 @@
-"""Validation of residuals before a fit: finite, of some size, not all alike."""
+"""Validation of residuals before a fit: finite, not all zero, not all equal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 from diagnostics.tails.families import Array
-
-__all__ = ["Sample", "Values", "as_array", "sample_of"]
 
 FEWEST = 5
 """Two parameters, and something to judge them by."""

@@ -35,8 +35,6 @@ from torch import Tensor
 
 from poe_models.printing import Brief
 
-__all__ = ["FittedSizes", "Sizes", "fit_sizes"]
-
 Sizes = Literal["own", "shared"]
 """Row and column sizes: every expert's own, or shared by all up to a factor for each."""
 MOST_STEPS = 500

@@ -30,8 +30,6 @@ from poe_models.methods import MergingMethod, ModuleBatch
 from poe_models.printing import Brief
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
 
-__all__ = ["Merge", "MergeModule", "Surrogates", "surrogate_residuals"]
-
 MergeModule = Callable[[ModuleUpdates], Tensor]
 """From one module's updates to its merged update ``Z``, ``(d_out, d_in)``."""
 Merge = ProductOfExperts | AnyDesign | MergingMethod | Mapping[str, AnyDesign] | MergeModule

@@ -1,4 +1,4 @@
-"""Designs compared by their evidence: which one predicts the fine-tunes, before it has seen them?
+"""Comparison of designs by log evidence: the density of the experts' updates under each design.
 
 **The question.** ``compare_designs`` asks how probable the updates were under each design before any was seen: a log
 density of all updates, prior and scales included, whose differences are log Bayes factors. ``az.compare`` asks another

@@ -223,12 +223,12 @@ def _log_normalizer(expert: BoundExpert, temperature: float) -> Tensor:
 
 
 def _dimension(expert: BoundExpert) -> Tensor:
-    """Rank of an expert's operator, ``(M,)``; zero where the expert drops out, for then it has no energy either."""
+    """Rank of an expert's operator, ``(M,)``; zero where the expert is inactive."""
     return torch.where(expert.active, expert.operator.dimension(), 0.0)
 
 
 def _homogeneous(posterior: Posterior, samples: int) -> Iterator[tuple[slice, Posterior]]:
-    """The modules in runs, without experts that say nothing there.
+    """Runs of modules with the same active experts, each as the posterior of these experts alone.
 
     Yields:
         Positions and posterior of a run.
@@ -247,7 +247,7 @@ def _homogeneous(posterior: Posterior, samples: int) -> Iterator[tuple[slice, Po
 
 
 def _nothing(posterior: Posterior) -> Evidence:
-    """Evidence of no experts: the density of no numbers."""
+    """Evidence of modules without an active expert: log density 0, without error."""
     zero = torch.zeros_like(posterior.anchor_precision)
     return Evidence(zero, zero, zero.new_zeros(len(zero), 0), zero + math.inf, zero - math.inf)
 

@@ -100,7 +100,7 @@ class WeightTarget:
 
 
 def weight_target(posterior: Posterior) -> WeightTarget:
-    """The collapsed target of modules in which every expert says something; ``free`` is empty if all are Gaussian.
+    """The collapsed target of modules in which every expert is active; ``free`` is empty if all are Gaussian.
 
     Raises:
         ValueError: If an energy has no scale mixture, or the operators of one module do not share a factorisation.

@@ -128,7 +128,7 @@ class HierarchicalModel:
         return torch.where(known & value.isfinite(), value, -math.inf), weights
 
     def weights(self, gamma: Tensor, nu: Tensor | None, white: Tensor | None) -> Tensor:
-        """The experts' weights ``w_i``, ``(*S, M, E)``; zero where one says nothing. Arguments: :meth:`log_density`."""
+        """The experts' weights ``w_i``, ``(*S, M, E)``; zero where one is inactive. Arguments: :meth:`log_density`."""
         return torch.where(self.seen, self._log_weights(gamma, nu, white)[0].exp(), 0.0)
 
     def scale_squared(self, gamma: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def check_energies(poe: ProductOfExperts) -> bool:
     tailed = [expert for expert in poe.experts if isinstance(expert.energy, StudentT)]
     students = [expert for expert in tailed if not isinstance(expert.energy, Cauchy)]
     for expert in students:
-        if getattr(expert.energy, "exponent", None) != "multivariate":
+        if not expert.energy.needs_dimension:
             raise ValueError(
                 f"`hierarchical(...)`: expert {expert.name!r} has the energy {expert.energy!r}, which is no normalised "
                 "density for every `nu`. Set exponent='multivariate'."

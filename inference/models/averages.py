@@ -66,7 +66,7 @@ def with_averages(merged: Callable[[str], AnyDesignT], like: object) -> Callable
 
 
 def averages_of(task_vectors: TaskVectors, designs: AnyDesigns) -> Callable[[str], Average]:
-    """Say how each averaged tensor of a merge is averaged: by the importances and the λ that merged ones have.
+    """Averages of a merge's averaged tensors, by the importances and the λ of the merged ones.
 
     Args:
         task_vectors: Base and experts.
@@ -93,7 +93,7 @@ def averages_of(task_vectors: TaskVectors, designs: AnyDesigns) -> Callable[[str
 
 
 def _warn_of_plain_mean(task_vectors: TaskVectors) -> None:
-    """Say which share of the parameters follows no design, if there is any."""
+    """Warn of the share of the parameters that is averaged without weights of a design."""
     base = task_vectors.base
     sizes = {name: math.prod(base.tensors[name].shape) for name in task_vectors.treatments}
     averaged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "average"]

@@ -32,7 +32,7 @@ class Design:
 
     Args:
         poe: The product of experts; ``update_names`` are names of task vectors.
-        scaling: Λ in ``W = W_0 + λ Z``.
+        scaling: Factor λ in ``W = W_0 + λ Z``.
         coordinates: Solve for the merged update (``"full"``) or its coefficients on the experts' (``"span"``).
         options: Settings of the solver.
         center: A checkpoint as the anchor's centre, ``Z_0 = W_center - W_0``; None leaves the centre to ``poe.anchor``.

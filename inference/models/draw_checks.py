@@ -57,7 +57,7 @@ def _check_methods(draws: MethodDraws, designs: Mapping[str, AnyDesign], task_ve
 
 
 def _check_merge(draws: ModelDraws, designs: Mapping[str, Design]) -> None:
-    """Refuse draws that are drawn around something else than what the design merges to."""
+    """Refuse draws around another point than the merge of their design."""
     where = {"full": "the MAP in Full coordinates", "span": "the MAP in Span coordinates"}
     for name in draws.modules:
         merged = designs[name].coordinates
@@ -89,7 +89,7 @@ def _check_order(draws: SpanDraws, designs: Mapping[str, Design]) -> None:
 
 
 def _check_full(draws: FullDraws, designs: Mapping[str, Design], task_vectors: TaskVectors) -> None:
-    """Refuse draws that would be made again as others."""
+    """Refuse Full draws whose seeds would give other numbers under these designs, dtype or device."""
     dtype = str(task_vectors.dtype).removeprefix("torch.")
     if draws.environment["dtype"] != dtype:
         raise ValueError(

@@ -20,8 +20,6 @@ from inference.models.statistics_files import statistics_digest
 from poe_models.span import SpanStatistics
 from poe_models.weights.loading import CheckpointError
 
-__all__ = ["add_draws", "changed_beside", "load_draws", "save_draws"]
-
 _KIND = "draws"
 _STATS, _MERGE = "stats.", "merge."
 _DISTANCE = ("displacement", "spread", "length")
@@ -96,7 +94,7 @@ def _record(draws: ModelDraws) -> dict[str, Any]:
     distinct = list(dict.fromkeys(draws.designs))
     record |= {"designs": distinct, "design_of_module": [distinct.index(text) for text in draws.designs]}
     if isinstance(draws, FullDraws):
-        return record | {"method": draws.sampler, "environment": dict(draws.environment)}
+        return record | {"sampler": draws.sampler, "environment": dict(draws.environment)}
     return record | {"experts": list(draws.labels)}
 
 
@@ -118,6 +116,8 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
         CheckpointError: If the folder is missing, corrupt, holds something else, or draws of something else.
     """
     tensors, record = read_artifact(path, _KIND)
+    if record.get("coordinates") == "full" and "sampler" not in record:  # written before it was called so
+        record["sampler"] = record.pop("method", None)
     try:
         _require_texts(record)
         draws = _read(tensors, record)
@@ -142,8 +142,8 @@ def _require_texts(record: dict[str, Any]) -> None:
         names = record.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{key} is no list of names")
-    for key in ("source", "sampler", "method", "coordinates"):
-        unnamed = key == "sampler" and record.get(key) is None  # draws of the user's own
+    for key in ("source", "sampler", "coordinates"):
+        unnamed = key == "sampler" and record["coordinates"] == "span" and record.get(key) is None  # of the user's own
         if not unnamed and not isinstance(record.get(key, ""), str):
             raise ValueError(f"{key} is no text")
 
@@ -185,7 +185,7 @@ def _full(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
     return FullDraws(
         **_common(tensors, record),
         designs=_designs(record),
-        sampler=record["method"],
+        sampler=record["sampler"],
         temperature=tensors["temperature"],
         weights=tensors["weights"],
         seeds=tensors["seeds"],

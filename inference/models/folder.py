@@ -110,7 +110,7 @@ def companion_files(base: Checkpoint) -> list[tuple[Path, str]]:
 
 
 def left_out(base: Checkpoint) -> list[str]:
-    """Names in the base's folder that are not copied although nobody would miss them on purpose.
+    """Files of the base's folder that the merged folder lacks and its user may need.
 
     These are links that lead out of the folder, and small files of unknown kinds; weights and hidden files are not
     counted.

@@ -24,14 +24,12 @@ from poe_models.operators import sum_of_squares
 from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
-__all__ = ["TOLERANCE", "RegenerationWarning", "environment", "noise_control", "sample_full"]
-
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 """How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
 
 
 class RegenerationWarning(UserWarning):
-    """Full draws are made again somewhere else than where they were drawn; the message says what still holds."""
+    """Warning that Full draws are regenerated on another device, torch version or number of threads."""
 
 
 def sample_full(

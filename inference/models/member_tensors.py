@@ -55,7 +55,7 @@ class MethodMembers:
         return self._own
 
     def _at(self, seed: int) -> _ReadyDesigns:
-        """Only the last seed's is kept: members are made one after another."""
+        """Designs ready at a seed; those of the last seed are kept, since members are made one after another."""
         if self._last is None or self._last[0] != seed:
             self._last = None
             self._last = (seed, self._ready(lambda tensor: _at_seed(self._design_of(tensor), seed)))

@@ -88,7 +88,7 @@ def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
 
 
 def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
-    """Gram experts, or a user's maps, which are taken for Grams of both sides."""
+    """Numbers held for Gram experts; a user's map counts as a Gram on both sides."""
     given = sum(isinstance(each, Activation | Mixed) for each in maps)
     left = sum(not isinstance(each, InputGram | Identity | Activation | Mixed) for each in maps)
     right = sum(not isinstance(each, OutputGram | Identity) for each in maps)

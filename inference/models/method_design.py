@@ -18,7 +18,7 @@ class MethodDesign:
 
     Args:
         method: The method; where it has to see the whole model first, ``merge_checkpoint`` shows it.
-        scaling: Λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
+        scaling: Factor λ in ``W = W_0 + λ Z``, beside a coefficient of the method's own.
     """
 
     method: MergingMethod

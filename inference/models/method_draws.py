@@ -30,8 +30,6 @@ from poe_models.operators import sum_of_squares
 from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
-__all__ = ["MethodDraws", "method_text"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MethodDraws(ModelDraws):

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from inference.models.folder import hub_id, rounding_of, short_source, statuses
+from poe_models.printing import visible
 from poe_models.weights.loading import Checkpoint
-from poe_models.weights.visible import visible
 
 _CITATIONS = """\
 ```bibtex

@@ -25,7 +25,7 @@ from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_na
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """A matrix of a checkpoint that has met its design.
+    """A matrix of a checkpoint with its product of experts and the anchor's centre.
 
     Attributes:
         name: Its name, as ``ModuleUpdates`` has it.

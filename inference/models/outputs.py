@@ -1,4 +1,4 @@
-"""From a model's output for a batch to one row for each example that counts.
+"""Rows of a model's output: one for each example, or each token under the attention mask.
 
 The conventions are those of transformers: an output has ``logits``; positions whose label is -100 (torch's
 ``ignore_index``) or whose attention mask is 0 do not count; a causal language model's logits at one position are about
@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["IGNORED", "Forward", "Rows", "called", "class_rows", "value_rows"]
 
 Forward = Callable[[nn.Module, Any], Any]
 """From a model and a batch of the loader to a tensor, or a model output with ``logits``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,6 @@ from inference.models.member_tensors import MemberTensors
 from inference.models.model_draws import ModelDraws
 from inference.models.predictor import Runner
 from poe_models.printing import Brief
-
-__all__ = ["MemberPredictor", "Prediction", "ValuePrediction", "predicted_classes", "predicted_values", "scored"]
 
 Progress = Callable[[int, int], None] | None
 """Called with the number of finished members and their total."""
@@ -98,12 +96,10 @@ class MemberPredictor:
 def predicted_classes(predictor: MemberPredictor, draws: ModelDraws, progress: Progress) -> Prediction:
     """Mean class probabilities over draws, and how much their members disagree."""
     total, entropies = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for done, draw in enumerate(draws, 1):
-        probabilities = predictor(draw).exp()
+    for rows in _rows(predictor, draws, progress):
+        probabilities = rows.exp()
         total = total + probabilities
         entropies = entropies + torch.special.entr(probabilities).sum(-1)
-        if progress is not None:
-            progress(done, len(draws))
     mean = total / len(draws)
     entropy = torch.special.entr(mean).sum(-1)
     disagreement = (entropy - entropies / len(draws)).clamp(min=0)  # below zero only by rounding
@@ -113,21 +109,21 @@ def predicted_classes(predictor: MemberPredictor, draws: ModelDraws, progress: P
 def predicted_values(predictor: MemberPredictor, draws: ModelDraws, progress: Progress) -> ValuePrediction:
     """Mean and standard deviation over draws, updated member by member (Welford, 1962)."""
     mean, squares = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for done, draw in enumerate(draws, 1):
-        values = predictor(draw)
+    for done, values in enumerate(_rows(predictor, draws, progress), 1):
         away = values - mean
         mean = mean + away / done
         squares = squares + away * (values - mean)
-        if progress is not None:
-            progress(done, len(draws))
     return ValuePrediction(mean, (squares / len(draws)).sqrt(), len(draws), predictor.reused)
 
 
 def scored(predictor: MemberPredictor, draws: ModelDraws, progress: Progress) -> Tensor:
     """Whatever the predictor keeps of every member, ``(members, n, ...)``."""
-    found: list[Tensor] = []
+    return torch.stack(list(_rows(predictor, draws, progress)))
+
+
+def _rows(predictor: MemberPredictor, draws: ModelDraws, progress: Progress) -> Iterator[Tensor]:
+    # Rows of one member after another, (n, ...); a member counts as done when the next is asked for.
     for done, draw in enumerate(draws, 1):
-        found.append(predictor(draw))
+        yield predictor(draw)
         if progress is not None:
             progress(done, len(draws))
-    return torch.stack(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from typing_extensions import override
 from inference.models.cut import Cut, CutError, structural_cut
 from inference.models.outputs import Forward, Rows, called, class_rows, tensor_of
 from poe_models.weights.batches import fingerprint, mapped
+from poe_models.weights.collecting import evaluating
 
 _log = logging.getLogger("inference.models.ensemble")
 Read = Callable[[nn.Module, Tensor, Any, int], Rows]
@@ -109,7 +109,7 @@ class Runner:
         self._labels, self._examples, count = [], [], 0
         if self._cut is not None and self._passes == 0:
             self._cut.clear()
-        with _evaluating(self._model):
+        with evaluating(self._model):
             for index, batch in enumerate(self._loader):
                 seen.append(_fingerprint(batch, index))
                 if self._fingerprint is not None and seen[-1:] != self._fingerprint[index : index + 1]:
@@ -259,17 +259,6 @@ class _Caller(nn.Module):
     @override
     def forward(self, batch: Any) -> Tensor:
         return tensor_of(self.function(self.model, batch))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _fingerprint(batch: Any, index: int) -> str:

@@ -258,14 +258,13 @@ class Staging:
         """Return whether a file of the output is finished."""
         return (self.content / name).is_file()
 
-    def save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file of the output."""
         self._expect(name, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
-        self._save(name, tensors, metadata)
+        self._save(name, tensors)
 
-    def _save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-        given = None if metadata is None else dict(metadata)
-        self.write(name, lambda path: save_file(dict(tensors), path, metadata=given))
+    def _save(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        self.write(name, lambda path: save_file(dict(tensors), path, metadata=metadata))
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file of the output; numbers that JSON lacks (NaN, infinity) become null."""

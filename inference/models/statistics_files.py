@@ -32,8 +32,6 @@ from poe_models.span import SpanStatistics, concatenate, span_statistics
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
 
-__all__ = ["collect_statistics", "load_statistics", "save_statistics", "statistics_digest"]
-
 _KIND = "statistics"
 _TENSORS = ("gram", "forms", "mean_curvature", "dimension")
 

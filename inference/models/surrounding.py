@@ -14,8 +14,6 @@ from poe_models.operators import sum_of_squares
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 from poe_models.weights.task_vectors import Source, TaskVectors
 
-__all__ = ["distance_from_merge"]
-
 SIGMAS = 5.0
 """Standard deviations of the squared rounding error that are allowed for, beyond its mean."""
 MOST = 32

@@ -76,7 +76,7 @@ def collect_fisher(
     names, tensors = list(parameters), list(parameters.values())
     sums = [torch.zeros_like(tensor, dtype=dtype) for tensor in tensors]
     count = 0
-    with _evaluating(model), _requiring_gradients(model, tensors), torch.enable_grad():
+    with evaluating(model), _requiring_gradients(model, tensors), torch.enable_grad():
         for batch in _reported(loader, progress):
             for example in _examples(batch):
                 given = None if labels is None else labels(example)
@@ -135,7 +135,7 @@ def collect_activations(
     }
     handles = [recorder.attach() for recorder in recorders.values()]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in _reported(loader, progress):
                 mask = None if counted is None else counted(batch).bool()
                 for recorder in recorders.values():
@@ -222,7 +222,8 @@ def _reported(loader: Iterable[Any], progress: Progress | None) -> Iterator[Any]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode; each module then has the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

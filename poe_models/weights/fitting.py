@@ -1,15 +1,21 @@
-"""A check that the experts fit the base, from headers alone; all problems are one error."""
+"""Checks that experts fit the base and are no copies: names, shapes, architecture and tokenizer, then values."""
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
 
-from poe_models.weights.architectures import refuse_other_architecture
+import torch
+
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from poe_models.weights.loading import same_weights
+from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import RuleTable, Treatment
 
 _SHOWN, _IN_A_RULE = 5, 100
@@ -141,3 +147,148 @@ def keys_of(base: Checkpoint, expert: Checkpoint, name: str) -> list[str]:
     """
     keys = (expert.aliases.get(tied, tied) for tied in base.tied_names(name))
     return list(dict.fromkeys(key for key in keys if key in expert.tensors))
+
+
+# Settings that change what weights of the same shapes compute. Those that a fine-tune may change (lengths, labels,
+# dropout, rotary bases) are not among them.
+_SETTINGS = (
+    "model_type",
+    *("num_attention_heads", "num_key_value_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    *("decoder_attention_heads", "hidden_act", "activation_function", "hidden_activation", "position_embedding_type"),
+)
+
+
+def refuse_other_architecture(base: Checkpoint, expert: str, checkpoint: Checkpoint) -> None:
+    """Refuse an expert whose config or tokenizer says that its weights mean something else than the base's.
+
+    Args:
+        base: The base.
+        expert: Name of the expert.
+        checkpoint: The expert.
+
+    Raises:
+        CheckpointError: If a setting differs, or a token has another number.
+    """
+    one, other = base.config or {}, checkpoint.config or {}
+    for key in _SETTINGS:
+        ours, theirs = one.get(key), other.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise CheckpointError(
+                f"`TaskVectors(base, experts)`: expert {expert!r}: its config.json has `{key}` {theirs!r}, the base's "
+                f"{ours!r}: weights of equal shapes that are another model. Give a model that was fine-tuned from "
+                f"{base.source}; correct the config if it is one."
+            )
+    known, its = vocabulary(base), vocabulary(checkpoint)
+    moved = [token for token in known.keys() & its.keys() if known[token] != its[token]]
+    if moved:
+        first = min(moved, key=lambda token: known[token])
+        raise CheckpointError(
+            f"`TaskVectors(base, experts)`: expert {expert!r}: its tokenizer gives {len(moved):,} tokens other numbers "
+            f"than the base's ({first!r} is {its[first]}, the base's {known[first]}), so that rows of its embedding "
+            f"are about other tokens. Give a model that was fine-tuned from {base.source} with its tokenizer; remove "
+            "the tokenizer's files if they are another model's."
+        )
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """Token to number, of the tokenizer beside the weights; empty if there is none, or its format is not known."""
+    folder = Path(checkpoint.source)
+    for name, read in (("tokenizer.json", _of_tokenizer), ("vocab.json", _plain), ("vocab.txt", _lines)):
+        path = folder / name
+        if checkpoint.files and path.is_file():
+            try:
+                return read(path)
+            except (OSError, ValueError, RecursionError):  # another tool's file: it says nothing
+                return {}
+    return {}
+
+
+def _of_tokenizer(path: Path) -> dict[str, int]:
+    parsed = json.loads(path.read_text(encoding="utf-8"))
+    model = parsed.get("model") if isinstance(parsed, Mapping) else None
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocab, list):  # unigram: (token, log probability) in the order of the numbers
+        return {str(entry[0]): number for number, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    return _numbers(vocab)
+
+
+def _plain(path: Path) -> dict[str, int]:
+    return _numbers(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _numbers(vocab: Any) -> dict[str, int]:
+    pairs = vocab.items() if isinstance(vocab, Mapping) else ()
+    return {token: number for token, number in pairs if type(number) is int}
+
+
+def _lines(path: Path) -> dict[str, int]:
+    return {token: number for number, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+
+
+def refuse_copies(base: Checkpoint, experts: Mapping[str, Checkpoint], treatments: Mapping[str, Treatment]) -> None:
+    """Refuse an expert whose tensors all have the base's values; the first that differs ends the reading.
+
+    Raises:
+        CheckpointError: If there is one; names it.
+    """
+    used = _used(treatments)
+    for expert, checkpoint in experts.items():
+        changed = used
+        if isinstance(checkpoint, LoraCheckpoint):
+            changed = [name for name in used if checkpoint.changes(name)]
+        if used and all(_same(base, checkpoint, name) for name in changed):
+            raise CheckpointError(
+                f"expert {expert}: {checkpoint.source} holds the same weights as the base {base.source}, so that its "
+                "update is zero. Give models that were fine-tuned from the base."
+            )
+
+
+def warn_of_one_model(experts: Mapping[str, Checkpoint]) -> None:
+    """Warn of experts that are the same files."""
+    for (one, first), (other, second) in combinations(experts.items(), 2):
+        if first.files and same_weights(first, second):
+            _warn(one, other, second)
+
+
+def warn_of_copies(base: Checkpoint, experts: Mapping[str, Checkpoint], treatments: Mapping[str, Treatment]) -> None:
+    """Warn of experts of other files with the same values; the first tensor that differs ends the reading."""
+    used = _used(treatments)
+    for (one, first), (other, second) in combinations(experts.items(), 2):
+        kinds = {isinstance(each, LoraCheckpoint) for each in (first, second)}
+        apart = not first.files or not second.files or same_weights(first, second) or len(kinds) > 1
+        if used and not apart and all(_equal(base, first, second, name) for name in used):
+            _warn(one, other, second)
+
+
+def _warn(one: str, other: str, checkpoint: Checkpoint) -> None:
+    warnings.warn(
+        f"the experts {one!r} and {other!r} are the same model ({checkpoint.source}), which counts twice. Leave one "
+        "out, or give it once with weight 2.",
+        stacklevel=4,
+    )
+
+
+def _used(treatments: Mapping[str, Treatment]) -> list[str]:
+    """Tensors that are merged or averaged; first those that fine-tuning changed in all likelihood."""
+    used = [name for name, treatment in treatments.items() if treatment.action != "base"]
+    return sorted(used, key=lambda name: treatments[name].action != "merge")
+
+
+def _equal(base: Checkpoint, first: Checkpoint, second: Checkpoint, name: str) -> bool:
+    pairs = zip(keys_of(base, first, name), keys_of(base, second, name), strict=False)
+    return all(torch.equal(first.read(one), second.read(other)) for one, other in pairs)
+
+
+def _same(base: Checkpoint, expert: Checkpoint, name: str) -> bool:
+    """Return whether a tensor has the base's values, or what rounding to the expert's narrower dtype makes of them."""
+    ours = base.read(name)
+    for key in keys_of(base, expert, name):
+        theirs = expert.read(key)
+        if theirs.dtype.itemsize < ours.dtype.itemsize:
+            alike = torch.equal(ours.to(theirs.dtype), theirs)
+        else:
+            wide = torch.promote_types(ours.dtype, theirs.dtype)
+            alike = torch.equal(ours.to(wide), theirs.to(wide))
+        if not alike:
+            return False
+    return True

@@ -120,7 +120,7 @@ class FileCheckpoint(Checkpoint):
         self._tie(tied_copies(self))
 
     def _tie(self, aliases: Mapping[str, str]) -> None:
-        """Take tensors that are stored apart for further names of others."""
+        """Treat tensors that are stored apart as further names of others."""
         self.aliases = {**self.aliases, **aliases}
         self.tensors = {name: info for name, info in self.tensors.items() if name not in aliases}
         self.layout = {f: tuple(name for name in names if name not in aliases) for f, names in self.layout.items()}

@@ -14,8 +14,14 @@ from typing_extensions import override
 
 from poe_models.span_labels import CENTER, MERGE
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
-from poe_models.weights.copies import refuse_copies, warn_of_copies, warn_of_one_model
-from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
+from poe_models.weights.fitting import (
+    keys_of,
+    refuse_copies,
+    refuse_misfits,
+    suggested_rule,
+    warn_of_copies,
+    warn_of_one_model,
+)
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import (

@@ -1,4 +1,4 @@
-"""Tied embeddings: the config says that head and embedding are one tensor, whatever the files store."""
+"""Tied embeddings: output heads that a model's config makes one tensor with the input embedding."""
 
 from __future__ import annotations
 
