@@ -184,7 +184,7 @@ def activations(
     allow_code: AllowCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the experts that are done.")] = False,
 ) -> None:
-    """Collect what `Activation` and `Mixed` experts need: second moments of layers' inputs, each expert on its task."""
+    """Collect second moments of layers' inputs, each expert on its task, for Activation and Mixed experts."""
     from poe_merge.activations import make_activations
     from poe_merge.user_tasks import read_tasks
 

@@ -200,7 +200,7 @@ def read_space(document: Document, folders: tuple[Path, ...], *, allow_code: boo
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """What a search makes large or small.
+    """Objective of a search.
 
     Attributes:
         score: Maps a state dict to a number.
@@ -259,7 +259,7 @@ def scoring(
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a search found: its result, and the configuration with the best values."""
+    """Result of a search, and the configuration with the best values."""
 
     result: SearchResult
     config: MergeConfig

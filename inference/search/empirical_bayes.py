@@ -29,7 +29,7 @@ BOUNDS = (1e-8, 1e4)
 
 @dataclass(frozen=True)
 class EmpiricalBayes:
-    """What the marginal likelihood of a group of modules prefers.
+    """Maximum of the marginal likelihood of a group of modules.
 
     Attributes:
         eta: Anchor precision, relative to the experts' curvature.

@@ -27,7 +27,7 @@ KEPT = 8
 
 @dataclass(eq=False)
 class _Known:
-    """What has been computed of one module: spectra by product, merged updates by design."""
+    """Results for one module: spectra by product, merged updates by design."""
 
     spectra: list[tuple[ProductOfExperts, Ridge | None]] = field(default_factory=list)
     solved: list[tuple[AnyDesign, Tensor]] = field(default_factory=list)

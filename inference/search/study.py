@@ -281,7 +281,7 @@ def _grid(space: DesignSpace, trials: int) -> dict[str, list[Value]]:
 
 
 def _identity(space: DesignSpace, merges: ModelMerges, minimize: bool, scored_by: str) -> dict[str, str]:
-    """What a study is about, each as a short text that is compared when it is gone on with."""
+    """Checksums of the space, the checkpoints and the score, by which a study is known again."""
     vectors = merges.task_vectors
     designs = [space.designs({key: v.grid(1)[0] for key, v in space.parameters.items()})(t) for t in merges.modules]
     fixed = sorted({str(sorted(design.describe().items())) for design in designs})
