@@ -8,7 +8,9 @@ multiply in one posterior, in the span through the weight-space merge:
     posterior = model.posterior(*experts)
     solution = fit(posterior, model.start(), generator=generator)
     weights = model.weights(posterior.coefficients(solution.value))
-    draws = functional_laplace(posterior, solution).sample(10, generator)          # latents, (10, M, K, 1)
+    found = functional_laplace(posterior, solution).sample(10, generator)          # latents, (1, 10, M, K, 1)
+    draws = model.draws(found, solution.value)                                     # by name, as all other draws
+    ensemble = MergedEnsemble(task_vectors, weight_space_product, draws, through=model.merges)
 """
 
 from inference.functional.divergences import Divergence, KullbackLeibler, Residual, Targets

@@ -9,7 +9,7 @@ r"""Merged models drawn from a posterior, made one at a time from the experts' w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,8 @@ class MergedEnsemble:
         ``scaling``. draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.
+        through: Name of each sampled module to the merged update, ``(d_out, d_in)``, that Span draws go through, as
+            :attr:`~inference.functional.SpanModel.merges` has it; by default the design's MAP, solved for.
 
     Raises:
         CheckpointError: If ``elsewhere`` lacks a tensor.
@@ -76,8 +78,9 @@ class MergedEnsemble:
         *,
         out_dtype: torch.dtype | None = None,
         elsewhere: Source | None = None,
+        through: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._tensors = MemberTensors(task_vectors, design, draws, out_dtype, elsewhere)
+        self._tensors = MemberTensors(task_vectors, design, draws, out_dtype, elsewhere, through)
         self._design = design
         self._base = task_vectors.base
 
@@ -114,7 +117,10 @@ class MergedEnsemble:
         tensors = self._tensors
         kept = tensors.elsewhere if elsewhere is None else elsewhere
         draws = self.draws.restrict(pattern)
-        return MergedEnsemble(tensors.task_vectors, self._design, draws, out_dtype=tensors.out_dtype, elsewhere=kept)
+        own, through = tensors.out_dtype, tensors.through
+        return MergedEnsemble(
+            tensors.task_vectors, self._design, draws, out_dtype=own, elsewhere=kept, through=through
+        )
 
     def members(self) -> Iterator[dict[str, Tensor]]:
         """State dicts of all members, one after another.

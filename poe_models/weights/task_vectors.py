@@ -194,6 +194,29 @@ class TaskVectors:
             CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
             ValueError: If the tensor stays the base's.
         """
+        weights = [1.0] * len(self.names) if importance is None else list(importance)
+        base, total = self._combined(tensor, weights)
+        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
+
+    def combination(self, tensor: str, coefficients: Sequence[float]) -> Tensor:
+        """Read one tensor of every model and add a combination of the updates to the base's.
+
+        Args:
+            tensor: Name of a tensor that is averaged or merged.
+            coefficients: ``c``, of each expert's update.
+
+        Returns:
+            The tensor W_0 + Σ c_i U_i, in the compute dtype.
+
+        Raises:
+            CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
+            ValueError: If the tensor stays the base's.
+        """
+        base, total = self._combined(tensor, coefficients)
+        return total.add_(base).to(self.device)
+
+    def _combined(self, tensor: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """A tensor of the base, and the sum of its updates times their weights."""
         name = self._canonical(tensor)
         if self.treatments[name].action == "base":
             raise ValueError(
@@ -201,13 +224,12 @@ class TaskVectors:
                 f"base: `base.read({tensor!r})`."
             )
         base = self._base(name)
-        weights = [1.0] * len(self.names) if importance is None else list(importance)
         total = torch.zeros_like(base)
         for expert, weight in zip(self.names, weights, strict=True):
             update = self._update(expert, name, base)  # also of weight 0, which must be finite as well
             total.add_(update, alpha=weight)
             del update  # before the next is formed beside it
-        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
+        return base, total
 
     def refuse_copies(self) -> None:
         """Refuse an expert whose tensors all have the base's values, and warn of one with those of another.
