@@ -10,7 +10,6 @@ from torch import Tensor
 
 from inference.functional import Residual, SpanModel, fit, functional, functional_laplace
 from inference.functional.tied import Groups
-from inference.laplace import DenseLaplace
 from inference.minimize import minimize
 from inference.models.ensemble import MergedEnsemble
 from poe_models import Cauchy, Energy, InputGram, NormScaled, ProductOfExperts, StudentT
@@ -76,7 +75,6 @@ def test_fit_laplace_and_draws_are_those_of_groups() -> None:
     assert found.value.shape == (1, 5, 1)
     assert found.info.energy_trace[-1] < found.info.energy_trace[0]
     mode = minimize(posterior, found.value).value
-    assert 0.5 < float(functional_laplace(posterior, mode).log_integral() / DenseLaplace(posterior, mode).log_integral()) < 2
     latents = functional_laplace(posterior, mode).sample(2, seeded(2))
     draws = model.draws(latents, mode)
     assert draws.modules == free.modules
@@ -85,4 +83,3 @@ def test_fit_laplace_and_draws_are_those_of_groups() -> None:
     weights = model.weights(posterior.coefficients(latents.values[0, 0]))
     for name, value in weights.items():
         torch.testing.assert_close(member[name], value, rtol=1e-10, atol=1e-10)
-

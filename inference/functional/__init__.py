@@ -14,6 +14,7 @@ multiply in one posterior, in the span through the weight-space merge:
 """
 
 from inference.functional.divergences import Divergence, KullbackLeibler, Residual, Targets
+from inference.functional.evidence import functional_evidence
 from inference.functional.expert import functional, joined_batches, prediction_expert, predictions
 from inference.functional.fit import fit
 from inference.functional.gauss_newton import functional_laplace
@@ -27,6 +28,7 @@ __all__ = [
     "Targets",
     "fit",
     "functional",
+    "functional_evidence",
     "functional_laplace",
     "joined_batches",
     "prediction_expert",

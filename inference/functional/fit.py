@@ -8,6 +8,7 @@ it early, and the best point by them is the solution.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -230,7 +231,11 @@ def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
 
 
 def _require_gradient(posterior: Posterior, factors: Sequence[BoundFactor], x: Tensor) -> None:
-    """Refuse factors whose outputs move with no coefficient: the forward pass ignores the weights."""
+    """Refuse factors whose outputs move with no coefficient: the forward pass ignores the weights.
+
+    A warning names the modules whose coefficients move the outputs of none.
+    """
+    used = torch.zeros(posterior.num_modules, dtype=torch.bool, device=x.device)
     for factor in factors:
         at = x.detach().clone().requires_grad_(True)
         seen = _probe(posterior, factor, at)
@@ -240,6 +245,15 @@ def _require_gradient(posterior: Posterior, factors: Sequence[BoundFactor], x: T
                 f"`fit(...)`: the outputs of {factor.name!r} do not depend on the merged weights: the gradient is zero "
                 "in every module. Call the network that `forward` is given, not another one."
             )
+        used |= (gradient != 0).flatten(1).any(1)
+    unused = [name for name, seen in zip(posterior.modules, used.tolist(), strict=True) if not seen]
+    if unused:
+        warnings.warn(
+            f"`fit(...)`: no forward pass uses {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}: "
+            f"{len(unused)} of {posterior.num_modules} modules move no output, and stay where the product in weight "
+            "space has them.",
+            stacklevel=3,
+        )
 
 
 def _probe(posterior: Posterior, factor: BoundFactor, x: Tensor) -> Tensor:

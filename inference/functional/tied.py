@@ -50,10 +50,12 @@ class Groups:
         """
         if tied is None:
             return cls(tuple(modules), tuple(range(len(modules))))
-        found = [regular(tied).search(name) for name in modules]
-        if not any(found):
-            raise ValueError(f"`SpanModel(tied={tied!r})`: it finds none of the modules ({', '.join(modules[:3])}, ...).")
-        keys = [(name,) if match is None else (None, *match.groups()) for name, match in zip(modules, found, strict=True)]
+        found = [regular(tied).groups(name) for name in modules]
+        if all(groups is None for groups in found):
+            raise ValueError(
+                f"`SpanModel(tied={tied!r})`: it finds none of the modules ({', '.join(modules[:3])}, ...)."
+            )
+        keys = [(name,) if own is None else (None, *own) for name, own in zip(modules, found, strict=True)]
         distinct = list(dict.fromkeys(keys))
         return cls(tuple(map(_name_of, distinct)), tuple(distinct.index(key) for key in keys))
 
@@ -87,9 +89,7 @@ def tied_posterior(untied: Posterior, groups: Groups, factors: Sequence[FactorEx
             experts.append(_of_slot(named, i, places, there, span, own))
     center = span.latents(_unit(own, len(own.updates), len(members)))
     bound = tuple(bind_factor(factor, span) for factor in factors)
-    return Posterior(
-        tuple(experts), center, eta, untied.temperature, untied.event_shape, bound, span, groups.names
-    )
+    return Posterior(tuple(experts), center, eta, untied.temperature, untied.event_shape, bound, span, groups.names)
 
 
 def _of_slot(

@@ -106,7 +106,7 @@ class MemberTensors:
         self.base = task_vectors.base
         self._design, self.design_of = design, as_any_function(design)
         self._methods = MethodMembers(task_vectors, self.design_of)
-        self.elsewhere = None if elsewhere is None else self._opened(elsewhere)
+        self.elsewhere = None if elsewhere is None else self.opened(elsewhere, "elsewhere")
         merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
         self._modules = {tensor: module_names(task_vectors, tensor) for tensor in merged}
         own = set(draws.modules)
@@ -295,10 +295,15 @@ class MemberTensors:
             )
         self._checked.add(module.name)
 
-    def _opened(self, elsewhere: Source) -> Checkpoint:
-        checkpoint = open_checkpoint(elsewhere, base=self.base)
+    def opened(self, source: Source, what: str) -> Checkpoint:
+        """A merged checkpoint of the base's architecture, called by the argument that gave it.
+
+        Raises:
+            CheckpointError: If it lacks a tensor.
+        """
+        checkpoint = open_checkpoint(source, base=self.base)
         for name in self.base.tensors:
-            require_alike(checkpoint, "elsewhere", self.base, name)
+            require_alike(checkpoint, what, self.base, name)
         return checkpoint
 
 
