@@ -19,6 +19,7 @@ from inference.functional.expert import functional, joined_batches, prediction_e
 from inference.functional.fit import fit
 from inference.functional.gauss_newton import functional_laplace
 from inference.functional.span_model import SpanModel
+from inference.functional.teachers import load_predictions, save_predictions
 
 __all__ = [
     "Divergence",
@@ -31,6 +32,8 @@ __all__ = [
     "functional_evidence",
     "functional_laplace",
     "joined_batches",
+    "load_predictions",
     "prediction_expert",
     "predictions",
+    "save_predictions",
 ]

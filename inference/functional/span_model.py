@@ -16,6 +16,7 @@ tensor([0.5000, 0.5000])
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,6 +36,7 @@ from poe_models.experts import FactorExpert, ProductOfExperts
 from poe_models.posterior import Posterior
 from poe_models.records import with_tensors
 from poe_models.span_labels import basis_names
+from poe_models.weights.batches import fingerprint
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 Forward = Callable[[Callable[..., Any], Any], Tensor]
@@ -261,6 +263,23 @@ class SpanModel:
         """
         weights = self.weights(coefficients, averages)
         return forward(lambda *args, **kwargs: functional_call(self.network, weights, args, kwargs), inputs)
+
+    def fingerprint(self, name: str) -> str:
+        """Digest of all weights that one expert's outputs depend on, the same on any machine.
+
+        Raises:
+            ValueError: If the name is no task vector's.
+        """
+        if name not in self.names:
+            raise ValueError(f"`fingerprint({name!r})`: no such task vector. There are {', '.join(self.names)}.")
+        place, digest = self.names.index(name), hashlib.sha256()
+        parts = {f"update of {module}": basis[place] for module, basis in self._bases.items()}
+        parts |= {f"update of {tensor}": updates[place] for tensor, (updates, _) in self._averaged.items()}
+        own = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        parts |= {key: value for key, value in own.items() if key.removeprefix(self.prefix) not in self._base}
+        for key, value in sorted({**parts, **self._base}.items()):
+            digest.update(f"{key} {fingerprint(value)}".encode())
+        return digest.hexdigest()
 
     def expert(self, name: str) -> Tensor:
         """Coefficients ``(M, K)`` of one expert: its own updates."""
