@@ -1,7 +1,7 @@
 """Diagnostics of merges: residuals and their tails, calibration, convergence, comparison, figures and a report.
 
 ``residuals`` and ``pooled_tails`` fit the tails of a merge's residuals; ``calibration``, ``risk_coverage`` and
-``detect_shift`` score predictions, ``evaluate`` and ``compare_methods`` those of several methods;
+``detect_shift`` score predictions, ``evaluate`` runs models on tasks and ``compare_methods`` compares predictions;
 ``fixed_point_convergence`` and ``chain_convergence`` judge solver and samplers. Results print in a few lines, have
 verdicts or warnings where they can be wrong, and tables have ``to_dataframe()``. ``diagnostics.plots`` draws each
 result, ``report`` puts them on one page (as ``poe-merge diagnose`` does), and ``to_inference_data`` converts draws for
@@ -18,8 +18,10 @@ from diagnostics.chains import chain_convergence, coefficient_intervals, rank_hi
 from diagnostics.estimates import Estimate, bootstrap
 from diagnostics.predictions import (
     CORRUPTIONS,
+    METRICS,
     OWN_EXPERTS,
     SEVERITIES,
+    Metric,
     auroc,
     calibration,
     calibration_difference,
@@ -28,6 +30,7 @@ from diagnostics.predictions import (
     corrupt,
     detect_shift,
     evaluate,
+    evaluate_predictions,
     functional_score,
     load_predictions,
     pareto_front,
@@ -61,10 +64,12 @@ from diagnostics.verdicts import Level, Verdict
 
 __all__ = [
     "CORRUPTIONS",
+    "METRICS",
     "OWN_EXPERTS",
     "SEVERITIES",
     "Estimate",
     "Level",
+    "Metric",
     "TooFewDraws",
     "Verdict",
     "auroc",
@@ -78,6 +83,7 @@ __all__ = [
     "corrupt",
     "detect_shift",
     "evaluate",
+    "evaluate_predictions",
     "fit_tails",
     "fixed_point_convergence",
     "functional_score",

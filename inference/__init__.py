@@ -39,6 +39,7 @@ from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics, statistics_digest
 from inference.models.surrounding import distance_from_merge
+from inference.models.tasks import Task
 from inference.nuts import nuts
 from inference.propriety import require_proper
 from inference.reweighting import SolverOptions
@@ -71,6 +72,7 @@ __all__ = [
     "SolverOptions",
     "SpanDraws",
     "Status",
+    "Task",
     "TemperaturePoint",
     "Tempering",
     "UntrustedEvidence",

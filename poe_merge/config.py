@@ -23,14 +23,15 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
 from poe_merge.code_in_files import refuse_code
 from poe_merge.presets import PRESETS
+from poe_merge.sections import Section, validated
 from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
-from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, nearest
+from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE
 
 if TYPE_CHECKING:
     import torch
@@ -44,39 +45,6 @@ Number = Setting[float] | None
 Text = Setting[str] | None
 Checkpoint = Annotated[str, Value(s.located, "PATH", path=True)]
 Texts = Setting[tuple[str, ...]] | None
-
-
-class Section(BaseModel):
-    """A section of the configuration. Keys without a value say nothing; unknown ones are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,  # a key's description, which is its help text, stands below it
-    )
-
-    @classmethod
-    def valid_keys(cls) -> list[str]:
-        """The keys as they are written in YAML."""
-        return list(cls.model_fields)
-
-    @classmethod
-    def values(cls) -> dict[str, Value]:
-        """Types of the keys that hold no further section."""
-        marks = ((key, mark) for key, field in cls.model_fields.items() for mark in field.metadata)
-        return {key: mark for key, mark in marks if isinstance(mark, Value)}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_keys(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.valid_keys()}
-
-    def settings(self) -> dict[str, Setting[Any]]:
-        """The settings that are given, by their key."""
-        return {key: value for key, value in self if isinstance(value, Setting)}
 
 
 class ModelParameters(Section):
@@ -347,40 +315,4 @@ def parse_config(document: Document, folders: Iterable[Path] = (), *, allow_code
     if not allow_code:
         values = [item for section in _SECTIONS.values() for item in section.values().items()]
         refuse_code(document, {key for key, value in values if value.kind})
-    problems = list(document.problems)
-    try:
-        config = MergeConfig.model_validate(document.data, context={"folders": tuple(folders)})
-    except ValidationError as error:
-        order = {place: position for position, place in enumerate(document.origins)}
-        found = [((*each["loc"], *each.get("ctx", {}).get("place", ())), each) for each in error.errors()]
-        found.sort(key=lambda item: order.get(document.known(item[0]), -1))
-        problems += [_one_line(place, each, document) for place, each in found]
-    if problems:
-        listed = "\n  ".join([f"{len(problems)} mistakes in the configuration:", *problems])
-        raise ConfigError(problems[0] if len(problems) == 1 else listed)
-    return config
-
-
-def _one_line(place: Place, problem: Any, document: Document) -> str:
-    """A mistake with its origin, its key, and what would be right."""
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        message = _unknown_key(place)
-    elif problem["type"] == "missing":
-        flag = str(place[-1]).replace("_", "-").replace("models", "model")
-        where = f": write it in the YAML file, or give --{flag}" if len(place) == 1 else ""
-        message = f"`{place[-1]}` is missing{where}"
-    elif problem["type"] not in ("value_error", "misplaced"):
-        message = f"{message}, got {problem['input']!r}"
-    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
-    origin = document.origins.get(document.known(place), "")
-    known = (origin,) if origin.startswith("--") else (origin, dotted)
-    end = "" if message.endswith(("?", ".")) else "."
-    return ": ".join(part for part in (*known, message + end) if part)
-
-
-def _unknown_key(place: Place) -> str:
-    key = str(place[-1])
-    valid = _SECTIONS[tuple(part for part in place[:-1] if isinstance(part, str))].valid_keys()
-    why = f"mergekit's key has no use here: {_MERGEKIT_ONLY[key]}. " if key in _MERGEKIT_ONLY else nearest(key, valid)
-    return f"unknown key `{key}`; {why}Valid keys: {', '.join(valid)}"
+    return validated(document, MergeConfig, _SECTIONS, folders, _MERGEKIT_ONLY)

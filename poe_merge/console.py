@@ -20,6 +20,7 @@ from rich.text import Text
 from typing_extensions import override
 
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
+    from diagnostics.predictions.model_scores import ModelScores
     from diagnostics.verdicts import Verdict
     from inference.models.merge import MergeReport, Plan
     from inference.retention import ExpertRetention
@@ -237,6 +238,15 @@ def diagnosis(path: Path, verdicts: Sequence[Verdict]) -> None:
     for found in verdicts:
         warning(f"{found.about}: {found.text}")
     _console().print(f"{shown(str(path))}: {len(verdicts) or 'no'} warning{'' if len(verdicts) == 1 else 's'}.")
+
+
+def scores(found: ModelScores, csv: Path | None) -> None:
+    """Print the scores of models, and where they were written."""
+    console = _console()
+    console.print(found)
+    console.print(f"Intervals of {found.confidence:.0%}; ? marks those not to be trusted.")
+    if csv is not None:
+        console.print(shown(f"{csv}: the same as a file."), soft_wrap=True)
 
 
 def presets(known: Mapping[str, Preset]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.chains import ChainConvergence, CoefficientIntervals, chain_convergence, coefficient_intervals
-from diagnostics.predictions.evaluation import Evaluation, evaluate
+from diagnostics.predictions.evaluation import Evaluation, evaluate_predictions
 from diagnostics.predictions.files import load_predictions
 from diagnostics.report.report import Page, report
 from diagnostics.residuals import Experts, Residuals, residuals
@@ -99,7 +99,7 @@ def diagnose(
         if tails and modules:
             _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
     if predictions is not None:
-        found.predictions = evaluate(load_predictions(predictions), seed=seed)
+        found.predictions = evaluate_predictions(load_predictions(predictions), seed=seed)
     return report(
         f"Merge {run.resolve().name}",
         subtitle=f"made by poe-merge {record['versions'].get('poe-merge', '')}",

@@ -16,7 +16,8 @@ from typer.core import TyperCommand, TyperOption
 from typing_extensions import override
 
 from poe_merge import yaml_text
-from poe_merge.config import MergeConfig, ModelParameters, Section, label_of
+from poe_merge.config import MergeConfig, ModelParameters, label_of
+from poe_merge.sections import Section
 from poe_merge.settings import ConfigError, Document, Place, Value, located
 from poe_merge.specs import nearest
 

@@ -316,7 +316,7 @@ def _way_out(text: str, kind: Kind[Any]) -> str:
 
 def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[Path]) -> Any:
     """Import class ``name``, which must derive from ``base``, from a module or a file."""
-    module = _module(what, where, folders)
+    module = module_of(what, where, folders)
     classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
     found = getattr(module, same_name(name, classes) or name, None)
     at = getattr(module, "__file__", None) or where
@@ -331,7 +331,7 @@ def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[P
     return found
 
 
-def _module(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
+def module_of(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
     """A file, or a module, of which a file in one of the folders goes before an installed one of its name."""
     is_file = where.endswith(".py")
     candidates = [folder / Path(where if is_file else f"{where}.py").expanduser() for folder in folders]

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from diagnostics.chains import chain_convergence, coefficient_intervals
 from diagnostics.predictions.calibration import calibration
-from diagnostics.predictions.evaluation import OWN_EXPERTS, evaluate
+from diagnostics.predictions.evaluation import OWN_EXPERTS, evaluate_predictions
 from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
 from diagnostics.predictions.shift import (
     Corrupted,
@@ -337,7 +337,7 @@ def test_a_report_of_everything(modules: list[ModuleUpdates], solved: FixedPoint
             ["Gaussian", "Student-t"],
             surrogates=surrogate_residuals(vectors_of(modules), ProductOfExperts.of(NAMES), InputGram()),
         ),
-        predictions=evaluate(predictions(), seed=0, num_resamples=50),
+        predictions=evaluate_predictions(predictions(), seed=0, num_resamples=50),
         corrupted={"merge": shifted()[0]},
         detection={"mnist, shown emoji": shifted()[1]},
         verdicts=[Verdict("besides", Level.UNKNOWN, "something was left out")],
@@ -431,7 +431,7 @@ def test_a_task_with_a_slash_is_refused(tmp_path: Path) -> None:
 
 def test_judged_scores_are_those_of_the_predictions_alone() -> None:
     given = predictions()
-    found = evaluate(given, seed=0, num_resamples=50)
+    found = evaluate_predictions(given, seed=0, num_resamples=50)
     alone = calibration(given.probabilities["average"]["mnist"], given.labels["mnist"], seed=0, num_resamples=50)
     assert found.calibrations["average"]["mnist"] == alone
     assert found.comparison.methods == ("average", "product/Cauchy")
@@ -453,7 +453,7 @@ def overconfident(factor: float) -> Predictions:
     [(1.0, Level.GOOD, "calibrated"), (3.0, Level.CAUTION, "too sure"), (0.4, Level.CAUTION, "not sure enough")],
 )
 def test_confidence_is_judged_against_calibrated_predictions(factor: float, level: Level, words: str) -> None:
-    verdict = evaluate(overconfident(factor), seed=0, num_resamples=100).verdicts[0]
+    verdict = evaluate_predictions(overconfident(factor), seed=0, num_resamples=100).verdicts[0]
     assert verdict.level is level
     assert words in verdict.text
 
@@ -467,7 +467,7 @@ def test_many_tasks_do_not_make_calibrated_predictions_look_off() -> None:
         for task in "abcdefgh":
             tables[task] = (2 * torch.randn(100, 4, generator=generator)).double().softmax(1)
             labels[task] = torch.multinomial(tables[task], 1, generator=generator).squeeze(1)
-        found = evaluate(predictions_of(labels, {"m": tables}), seed=seed, num_resamples=60)
+        found = evaluate_predictions(predictions_of(labels, {"m": tables}), seed=seed, num_resamples=60)
         each = found.calibrations["m"].values()
         above += any(one.ece.value > one.ece_if_calibrated.high for one in each)
         off += found.verdicts[0].level is not Level.GOOD
@@ -481,7 +481,7 @@ def test_doubts_about_single_scores_are_told_with_the_methods() -> None:
     given = predictions_of({"t": labels, "few": labels[-9:]}, {
         "sure": {"t": sure, "few": sure[:9]}, "fair": {"t": 0.5 + 0 * sure, "few": 0.5 + 0 * sure[:9]},
     })  # fmt: skip
-    found = evaluate(given, seed=0, num_resamples=50)
+    found = evaluate_predictions(given, seed=0, num_resamples=50)
     texts = [verdict.text for verdict in found.verdicts if verdict.about == "predictions"]
     assert "not to be trusted: t: a label has probability zero (sure)." in texts
     assert "not to be trusted: few: only 9 examples." in texts
@@ -493,25 +493,25 @@ def test_tasks_of_different_sizes_and_classes_are_pooled() -> None:
         {"a": torch.tensor([0, 1, 2]), "b": torch.tensor([1, 0])},
         {"m": {"a": torch.full((3, 3), 1 / 3), "b": torch.full((2, 2), 0.5)}},
     )
-    found = evaluate(given, seed=0, num_resamples=20)
+    found = evaluate_predictions(given, seed=0, num_resamples=20)
     assert int(found.reliability["m"].counts.sum()) == 5
     assert float(found.reliability["m"].accuracy.nan_to_num().max()) == pytest.approx(0.5)
 
 
 def test_the_winner_and_who_cannot_be_told_from_it() -> None:
     given = predictions()
-    found = evaluate(given, seed=0, num_resamples=50)
+    found = evaluate_predictions(given, seed=0, num_resamples=50)
     assert "cannot be told from it" in found.winner.text  # the same labels are right in both
     wrong = {task: table.flip(1) for task, table in given.probabilities["average"].items()}
     worse = predictions_of(given.labels, {**given.probabilities, "average": wrong})
-    text = evaluate(worse, seed=0, num_resamples=50).winner.text
+    text = evaluate_predictions(worse, seed=0, num_resamples=50).winner.text
     assert text.startswith("product/Cauchy has the largest mean accuracy, 1")
     assert "above average, the next" in text
 
 
 def test_one_class_only_is_a_doubt() -> None:
     given = predictions_of({"t": torch.zeros(30, dtype=torch.int64)}, {"m": {"t": torch.tensor([[0.8, 0.2]] * 30)}})
-    doubts = [v for v in evaluate(given, seed=0, num_resamples=20).verdicts if v.about == "predictions"]
+    doubts = [v for v in evaluate_predictions(given, seed=0, num_resamples=20).verdicts if v.about == "predictions"]
     assert "one class" in doubts[0].text
 
 

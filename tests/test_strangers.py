@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
-from diagnostics.predictions.evaluation import evaluate
+from diagnostics.predictions.evaluation import evaluate_predictions
 from diagnostics.predictions.files import predictions_of
 from diagnostics.report.report import report
 from poe_merge.cli import run
@@ -142,7 +142,7 @@ def test_html_in_names_of_predictions() -> None:
     method, task = f"<script>alert(1)</script> $\\frac{HOSTILE}$", "<img src=x onerror=alert(1)> $\\bad$"
     labels, p = np.array([0, 1, 1, 0]), np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     found = predictions_of({task: labels}, {method: {task: p}, "plain": {task: p}})
-    page = report(task, subtitle=method, predictions=evaluate(found, seed=0, num_resamples=20)).html
+    page = report(task, subtitle=method, predictions=evaluate_predictions(found, seed=0, num_resamples=20)).html
     assert "<script" not in page
     assert "<img src=x" not in page
     assert all(line.isprintable() for line in page.split("\n"))

@@ -10,7 +10,7 @@ import torch
 
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.calibration import calibration
-from diagnostics.predictions.evaluation import evaluate
+from diagnostics.predictions.evaluation import evaluate_predictions
 from diagnostics.predictions.files import predictions_of
 from diagnostics.predictions.shift import compare_detection, point_prediction
 from diagnostics.predictions.soft_labels import soft_label_scores
@@ -114,7 +114,7 @@ def test_gains_under_shift_are_beside_what_they_are_over() -> None:
 def test_one_row_for_each_method_and_task() -> None:
     labels = {task: torch.randint(3, (40,), generator=seeded(1)) for task in NAMES}
     tables = {m: {t: torch.full((40, 3), 1 / 3) for t in NAMES} for m in ("average", "product")}
-    found = evaluate(predictions_of(labels, tables), seed=0, num_resamples=20)
+    found = evaluate_predictions(predictions_of(labels, tables), seed=0, num_resamples=20)
     table = found.to_dataframe()
     assert len(table) == 2 * 3
     assert table["examples"].tolist() == [40] * 6

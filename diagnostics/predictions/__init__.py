@@ -1,7 +1,8 @@
 """Class probabilities scored: calibration, selective prediction, shift, and methods compared on the same examples.
 
 Every number is an :class:`~diagnostics.estimates.Estimate` with a bootstrap interval over examples, by an explicit
-seed. ``evaluate`` does all of it for a file of predictions (``load_predictions``) of several methods on several tasks.
+seed. ``evaluate`` runs models on tasks and scores them; ``evaluate_predictions`` is about a file of predictions
+(``load_predictions``) of several methods on several tasks.
 """
 
 from diagnostics.predictions.agreement import pareto_front, rank_agreement
@@ -14,9 +15,11 @@ from diagnostics.predictions.calibration import (
 )
 from diagnostics.predictions.comparison import Comparison, compare_methods
 from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt
-from diagnostics.predictions.evaluation import OWN_EXPERTS, Evaluation, evaluate
+from diagnostics.predictions.evaluation import OWN_EXPERTS, Evaluation, evaluate_predictions
 from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
 from diagnostics.predictions.functional_score import FunctionalScore, functional_score
+from diagnostics.predictions.metrics import METRICS, Metric
+from diagnostics.predictions.model_scores import ModelScores, evaluate
 from diagnostics.predictions.reliability import Reliability, reliability
 from diagnostics.predictions.selective import RiskCoverage, risk_coverage
 from diagnostics.predictions.shift import (
@@ -34,6 +37,7 @@ from diagnostics.predictions.soft_labels import SoftLabelScores, soft_label_scor
 
 __all__ = [
     "CORRUPTIONS",
+    "METRICS",
     "OWN_EXPERTS",
     "SEVERITIES",
     "Calibration",
@@ -44,6 +48,8 @@ __all__ = [
     "Evaluation",
     "FunctionalScore",
     "LogitScaling",
+    "Metric",
+    "ModelScores",
     "Predictions",
     "Reliability",
     "RiskCoverage",
@@ -58,6 +64,7 @@ __all__ = [
     "corrupt",
     "detect_shift",
     "evaluate",
+    "evaluate_predictions",
     "functional_score",
     "load_predictions",
     "pareto_front",

@@ -19,6 +19,8 @@ class Binning:
     Attributes:
         index: ``(n, k)`` int64 on the CPU; an example may have several values, for instance one for each class.
         size: Number of bins.
+        examples: Example of each row, ``(n,)``, where several rows are one example's; by default each is one.
+        num_examples: Their number.
 
     >>> binning = Binning(torch.tensor([[0], [1], [1]]), 2)
     >>> values = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
@@ -29,12 +31,16 @@ class Binning:
 
     index: Tensor
     size: int
+    examples: Tensor | None = None
+    num_examples: int = 0
 
     def sums(self, values: Tensor, weights: Tensor) -> Tensor:
         """Sums ``(batch, size)`` of values ``(n, k)`` by bin, for weights ``(batch, n)`` of examples; all float64."""
-        examples, each = self.index.shape
-        rows, columns = self.index.flatten().numpy(), np.repeat(np.arange(examples), each)
-        table = csr_matrix((values.flatten().numpy(), (rows, columns)), shape=(self.size, examples))
+        size, each = self.index.shape
+        own = np.arange(size) if self.examples is None else self.examples.numpy()
+        rows, columns = self.index.flatten().numpy(), np.repeat(own, each)
+        shape = (self.size, size if self.examples is None else self.num_examples)
+        table = csr_matrix((values.flatten().numpy(), (rows, columns)), shape=shape)
         return torch.from_numpy(np.ascontiguousarray((table @ weights.numpy().T).T))
 
     def counts(self, weights: Tensor) -> Tensor:

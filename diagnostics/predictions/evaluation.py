@@ -23,7 +23,7 @@ from poe_models.printing import Brief
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["OWN_EXPERTS", "Evaluation", "evaluate"]
+__all__ = ["OWN_EXPERTS", "Evaluation", "evaluate_predictions"]
 
 OWN_EXPERTS = "own experts"
 """Name of the method that gives each task the predictions of its own fine-tune."""
@@ -131,7 +131,7 @@ class Evaluation(Brief):
         return [Verdict("predictions", Level.CAUTION, f"not to be trusted: {d}{named[d]}.") for d in sorted(named)]
 
 
-def evaluate(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> Evaluation:
+def evaluate_predictions(predictions: Predictions, *, seed: int, num_resamples: int = 1000) -> Evaluation:
     """Score the predictions of all methods, with bootstrap intervals.
 
     Args:
@@ -141,7 +141,7 @@ def evaluate(predictions: Predictions, *, seed: int, num_resamples: int = 1000) 
 
     >>> from diagnostics.predictions.files import predictions_of
     >>> table = torch.tensor([[0.75, 0.25]] * 40)
-    >>> found = evaluate(predictions_of({"coin": [0, 0, 0, 1] * 10}, {"fair": {"coin": table}}), seed=0)
+    >>> found = evaluate_predictions(predictions_of({"coin": [0, 0, 0, 1] * 10}, {"fair": {"coin": table}}), seed=0)
     >>> found.verdicts[0].level.name
     'GOOD'
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,14 @@ class Rows:
     Attributes:
         values: Log probabilities ``(n, classes)``, or values ``(n, *shape)``; float64 on the CPU.
         labels: ``(n,)`` integers, where the batch has them.
+        examples: ``(n,)`` int64, the position in the batch of each row's example.
+        num_examples: Number of examples of the batch, those without a row that counts included.
     """
 
     values: Tensor
     labels: Tensor | None
+    examples: Tensor
+    num_examples: int
 
 
 def called(model: nn.Module, batch: Any) -> Tensor:
@@ -121,7 +125,7 @@ def class_rows(model: nn.Module, logits: Tensor, batch: Any, index: int) -> Rows
             f"`predict(...)`: batch {index}: a member gives logits that are NaN, +inf, or -inf for every class. Its "
             "weights may be far from the experts': lower the temperature, or raise the anchor's precision."
         )
-    return Rows(values, rows.labels)
+    return replace(rows, values=values)
 
 
 def value_rows(model: nn.Module, values: Tensor, batch: Any, index: int) -> Rows:
@@ -172,4 +176,5 @@ def _counted(values: Tensor, leading: torch.Size, labels: Tensor | None, mask: T
     for kept in (None if labels is None else labels != IGNORED, mask):
         counts = counts if kept is None else counts & kept.cpu().bool()
     own = None if labels is None else labels.cpu()[counts].long()
-    return Rows(values.detach().cpu()[counts].double(), own)
+    examples = counts.nonzero()[:, 0]
+    return Rows(values.detach().cpu()[counts].double(), own, examples, leading[0])

@@ -75,6 +75,11 @@ class MemberPredictor:
         """Labels of the rows of the last member, ``(n,)``; None where the batches have none."""
         return self._runner.labels
 
+    @property
+    def examples(self) -> Tensor:
+        """Number of the example that each row of the last member belongs to, ``(n,)``: of several tokens the same."""
+        return self._runner.examples
+
     def __call__(self, draw: ModelDraws) -> Tensor:
         """Log probabilities of one member, ``(n, classes)`` float64 on the CPU, or what is kept of them.
 

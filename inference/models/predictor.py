@@ -63,6 +63,7 @@ class Runner:
         self._caller = _Caller(model, called if forward is None else forward)
         self._read, self._reduce = read, reduce
         self._labels: list[Tensor | None] = []
+        self._examples: list[Tensor] = []
         self._own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         first = next(iter(self._own.values()), torch.empty(0))
         self._device = first.device
@@ -91,6 +92,11 @@ class Runner:
         known = [each for each in self._labels if each is not None]
         return torch.cat(known) if known and len(known) == len(self._labels) else None
 
+    @property
+    def examples(self) -> Tensor:
+        """Number of the example that each row of the last pass belongs to, ``(n,)``, counted over all batches."""
+        return torch.cat(self._examples)
+
     @torch.no_grad()
     def __call__(self, changing: Mapping[str, Tensor]) -> Tensor:
         """Rows of all batches, or what is kept of them.
@@ -108,7 +114,7 @@ class Runner:
         state = {f"model.{name}": value for name, value in {**self._fixed, **self._fitted(changing)}.items()}
         results: list[Tensor] = []
         seen: list[str] = []
-        self._labels = []
+        self._labels, self._examples, count = [], [], 0
         if self._cut is not None and self._passes == 0:
             self._cut.clear()
         with _evaluating(self._model):
@@ -119,6 +125,8 @@ class Runner:
                 moved = mapped(lambda x: x.to(self._device), batch)
                 rows = self._read(self._model, self._run(state, moved, index), moved, index)
                 self._labels.append(rows.labels)
+                self._examples.append(rows.examples + count)
+                count += rows.num_examples
                 results.append(self._kept(rows))
         if self._fingerprint is not None and len(seen) != len(self._fingerprint):
             raise _other_batches(len(seen))
