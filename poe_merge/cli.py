@@ -66,10 +66,14 @@ def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode 
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
 
-    settings, task_vectors = _opened(config, flags, allow_code)
+    settings, task_vectors = _opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
+    if settings.functional.tasks is not None:
+        from poe_merge.functional import memory
+
+        show.lines(memory(settings, task_vectors))
 
 
 @app.command(cls=ConfiguredCommand)
@@ -86,9 +90,16 @@ def merge(
     from poe_merge.build import custom_sources, designs_of
 
     out = _required(out, "merge")
-    settings, task_vectors = _opened(config, flags, allow_code)
-    designs = designs_of(settings, task_vectors.base)
+    settings, task_vectors = _opened(config, flags, allow_code, functional=True)
+    code = custom_sources(settings)
     with _bars(out) as bars:
+        if settings.functional.tasks is None:
+            designs: Any = designs_of(settings, task_vectors.base)
+        else:
+            from poe_merge.functional import fitted_designs
+
+            designs, source = fitted_designs(settings, task_vectors, out, resume, bars)
+            code = [*code, source]
         report = merge_checkpoint(
             task_vectors,
             designs,
@@ -97,10 +108,11 @@ def merge(
             batch_bytes=settings.batch_bytes,
             seed=settings.seed,
             settings={"preset": settings.preset, "config": settings.resolved()},
-            code=custom_sources(settings),
+            code=code,
             resume=resume,
             progress=bars,
         )
+    out.with_name(f"{out.name}.fit").unlink(missing_ok=True)
     show.report(report)
 
 
@@ -308,12 +320,28 @@ def methods() -> None:
     show.methods(METHOD.registry)
 
 
-def _opened(path: Path | None, flags: Mapping[str, Any], allow_code: bool) -> tuple[MergeConfig, TaskVectors]:
-    """Read the configuration and open what it names."""
+def _opened(
+    path: Path | None, flags: Mapping[str, Any], allow_code: bool, *, functional: bool = False
+) -> tuple[MergeConfig, TaskVectors]:
+    """Read the configuration and open what it names; only some commands know experts on predictions."""
     document = overridden(Document() if path is None else read_yaml(path), flags)
     folders = [Path.cwd() if path is None else path.absolute().parent, Path.cwd()]
     settings = parse_config(document, folders, allow_code=allow_code)
+    alone = [key for key in settings.functional.model_fields_set if settings.functional.tasks is None]
+    if alone:
+        raise ValueError(f"functional.{sorted(alone)[0]}: it is about experts on predictions. Give their --tasks.")
+    if not functional:
+        _refuse_functional(settings)
     return settings, _vectors(settings)
+
+
+def _refuse_functional(settings: MergeConfig) -> None:
+    """Refuse a configuration with experts on predictions, which this command would leave out."""
+    if settings.functional.tasks is not None:
+        raise ValueError(
+            "functional.tasks: this command knows only experts in weight space. Draw around a fit in Python: "
+            "`SpanModel`, `functional_laplace` and `SpanModel.draws` of `inference.functional`."
+        )
 
 
 def _taken_up(
@@ -325,6 +353,7 @@ def _taken_up(
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
     settings = config_of(merged, flags, allow_code=allow_code)
+    _refuse_functional(settings)
     return settings, _vectors(settings)
 
 

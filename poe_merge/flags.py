@@ -32,6 +32,9 @@ COMMANDS = {
     "batch_bytes": ("plan", "merge"),
     "seed": ("plan", "merge", "sample"),
     **dict.fromkeys(("weight", "residual_map", "energy", "scale", "eta", "anchor", "starts"), _PRODUCT),
+    **dict.fromkeys(
+        ("tasks", "importance", "steps", "batch_size", "learning_rate", "tied", "submodule"), ("plan", "merge")
+    ),
     **dict.fromkeys(("max_steps", "tolerance", "step_tolerance", "acceleration"), _PRODUCT),
 }
 """Commands that have the flag, where not all have it."""

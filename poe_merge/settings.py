@@ -212,6 +212,21 @@ def anchor(raw: Any, folders: Folders) -> str:
     )
 
 
+def text(raw: Any, folders: Folders) -> str:
+    """A text as it is."""
+    if not isinstance(raw, str):
+        raise ValueError(f"{raw!r} is no text")
+    return raw
+
+
+def code(raw: Any, folders: Folders) -> str:
+    """A Python file, or a module, perhaps with ``:NAME`` of a function; a file's path is made absolute."""
+    name = text(raw, folders)
+    where, colon, function = (name, "", "") if name.endswith(".py") else name.partition(":")
+    path = next((each / Path(where).expanduser() for each in folders if (each / where).is_file()), None)
+    return name if path is None else f"{path.absolute()}{colon}{function}"
+
+
 def located(raw: Any, folders: Folders) -> str:
     """Make a checkpoint's path absolute; a model id of the Hub that is no local path stays as it is."""
     if not isinstance(raw, str):

@@ -38,7 +38,7 @@ def test_groups_are_what_the_pattern_matches() -> None:
     assert Groups.of(LAYERS, r"layers\.(\d+)\.") == Groups(("0", "1", "head"), (0, 0, 1, 1, 2))
     assert Groups.of(LAYERS, r"(attn|mlp)") == Groups(("attn", "mlp", "head"), (0, 1, 0, 1, 2))
     assert Groups.of(LAYERS, "attn|mlp") == Groups(("all modules", "head"), (0, 0, 0, 0, 1))
-    with pytest.raises(ValueError, match="finds none of the modules"):
+    with pytest.raises(ValueError, match="finds none of 5 modules"):
         Groups.of(LAYERS, "conv")
 
 

@@ -18,6 +18,7 @@ from inference.functional.evidence import functional_evidence
 from inference.functional.expert import functional, joined_batches, prediction_expert, predictions
 from inference.functional.fit import fit
 from inference.functional.gauss_newton import functional_laplace
+from inference.functional.merged import merge_designs
 from inference.functional.span_model import SpanModel
 from inference.functional.teachers import load_predictions, save_predictions
 
@@ -33,6 +34,7 @@ __all__ = [
     "functional_laplace",
     "joined_batches",
     "load_predictions",
+    "merge_designs",
     "prediction_expert",
     "predictions",
     "save_predictions",

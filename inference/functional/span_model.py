@@ -19,7 +19,8 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -41,6 +42,32 @@ from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 Forward = Callable[[Callable[..., Any], Any], Tensor]
 """Outputs of a batch of inputs: called with the network, to be called as the module itself is, and the inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A network under other weights, called as the module itself is.
+
+    Attributes:
+        network: The module.
+        weights: Its tensors.
+    """
+
+    network: nn.Module
+    weights: Mapping[str, Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.network, dict(self.weights), args, kwargs)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The call, with the signature of the module's own."""
+        return wraps(self.network.forward)(self.__call__)
+
+    @property
+    def config(self) -> Any:
+        """What a module of transformers says of itself; None for others."""
+        return getattr(self.network, "config", None)
 
 
 class SpanModel:
@@ -227,7 +254,7 @@ class SpanModel:
         """
         found = dict(self._base)
         for tensor, modules in self._blocks.items():
-            parts = [self._update(coefficients, module) for module in modules]
+            parts = [self.update(coefficients, module.name, module.base) for module in modules]
             found[tensor] = found[tensor] + self._views[tensor].join(parts, found[tensor].shape)
         for tensor, (updates, module) in self._averaged.items():
             found[tensor] = found[tensor] + torch.tensordot(
@@ -235,12 +262,16 @@ class SpanModel:
             )
         return {self.prefix + name: value for name, value in found.items()}
 
-    def _update(self, coefficients: Tensor, module: ModuleUpdates) -> Tensor:
-        """Merged update ``(d_out, d_in)`` of one module; zero where no update changes it."""
-        if module.name not in self._bases:
-            return torch.zeros_like(module.base)
-        basis = self._bases[module.name]
-        return torch.tensordot(coefficients[self._places[module.name]].to(basis), basis, dims=1)
+    def update(self, coefficients: Tensor, module: str, like: Tensor) -> Tensor:
+        """Merged update ``(d_out, d_in)`` of a module, of the shape of ``like``; zero where no update changes it."""
+        if module not in self._bases:
+            return torch.zeros_like(like)
+        basis = self._bases[module]
+        return torch.tensordot(coefficients[self._places[module]].to(basis), basis, dims=1)
+
+    def shares(self, coefficients: Tensor, tensor: str) -> Tensor:
+        """Coefficients ``(N,)`` of the experts' updates of an averaged tensor, at coefficients ``(M, K)``."""
+        return self._shares(coefficients, self._averaged[tensor][1], None)
 
     def _shares(self, coefficients: Tensor, module: str | None, averages: str | None) -> Tensor:
         """Weights ``(N,)`` of the experts' updates of an averaged tensor; the merge's update is their mean."""
@@ -261,8 +292,7 @@ class SpanModel:
             inputs: The batch.
             averages: As in :meth:`weights`.
         """
-        weights = self.weights(coefficients, averages)
-        return forward(lambda *args, **kwargs: functional_call(self.network, weights, args, kwargs), inputs)
+        return forward(Merged(self.network, self.weights(coefficients, averages)), inputs)
 
     def fingerprint(self, name: str) -> str:
         """Digest of all weights that one expert's outputs depend on, the same on any machine.

@@ -53,7 +53,8 @@ class Groups:
         found = [regular(tied).groups(name) for name in modules]
         if all(groups is None for groups in found):
             raise ValueError(
-                f"`SpanModel(tied={tied!r})`: it finds none of the modules ({', '.join(modules[:3])}, ...)."
+                f"`SpanModel(tied={tied!r})`: it finds none of {len(modules)} modules ({', '.join(modules[:3])}"
+                f"{', ...' if len(modules) > 3 else ''}). Give a regular expression that their names match."
             )
         keys = [(name,) if own is None else (None, *own) for name, own in zip(modules, found, strict=True)]
         distinct = list(dict.fromkeys(keys))
