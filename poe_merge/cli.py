@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
-from typing_extensions import override
 
 from poe_merge import console as show
-from poe_merge.config import MergeConfig, parse_config
+from poe_merge.config import MergeConfig, parse_config, require_known
 from poe_merge.errors import explained
-from poe_merge.flags import ConfiguredCommand, overridden, with_flags
+from poe_merge.flags import ConfiguredCommand, SampleCommand, overridden, with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.settings import Document, read_yaml
 from poe_merge.specs import METHOD, RESIDUAL_MAP, parse_spec
@@ -136,24 +135,6 @@ def stats(
         designs = prepare_designs(task_vectors, table, bars)
         report = make_statistics(settings, task_vectors, designs, out, bars)
     show.statistics(report)
-
-
-class SampleCommand(ConfiguredCommand):
-    """``sample``, whose help lists the samplers."""
-
-    @override
-    def helps(self) -> dict[str, str]:
-        """Help texts by the name of the parameter."""
-        from inference.samplers import SAMPLERS
-
-        about = "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
-        steps = {name: sampler.settings["warmup"] for name, sampler in SAMPLERS.items() if "warmup" in sampler.settings}
-        told = ", ".join(f"{name} {count}" for name, count in steps.items())
-        texts = {
-            "sampler": f"Algorithm that draws. {about}. [default: gibbs]",
-            "warmup": f"Steps per chain before the first kept draw. [default: {told}]",
-        }
-        return super().helps() | texts
 
 
 @app.command(cls=SampleCommand)
@@ -327,21 +308,8 @@ def _opened(
     document = overridden(Document() if path is None else read_yaml(path), flags)
     folders = [Path.cwd() if path is None else path.absolute().parent, Path.cwd()]
     settings = parse_config(document, folders, allow_code=allow_code)
-    alone = [key for key in settings.functional.model_fields_set if settings.functional.tasks is None]
-    if alone:
-        raise ValueError(f"functional.{sorted(alone)[0]}: it is about experts on predictions. Give their --tasks.")
-    if not functional:
-        _refuse_functional(settings)
+    require_known(settings, functional=functional)
     return settings, _vectors(settings)
-
-
-def _refuse_functional(settings: MergeConfig) -> None:
-    """Refuse a configuration with experts on predictions, which this command would leave out."""
-    if settings.functional.tasks is not None:
-        raise ValueError(
-            "functional.tasks: this command knows only experts in weight space. Draw around a fit in Python: "
-            "`SpanModel`, `functional_laplace` and `SpanModel.draws` of `inference.functional`."
-        )
 
 
 def _taken_up(
@@ -353,7 +321,7 @@ def _taken_up(
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
     settings = config_of(merged, flags, allow_code=allow_code)
-    _refuse_functional(settings)
+    require_known(settings, functional=False)
     return settings, _vectors(settings)
 
 

@@ -28,8 +28,8 @@ def refuse_code(document: Document, keys: Set[str]) -> None:
             )
 
 
-def refuse_file(document: Document, place: Place) -> None:
-    """Refuse a file of code that a configuration names in a place; one that was typed as a flag is fine.
+def refuse_file(document: Document, place: tuple[str, str]) -> None:
+    """Refuse a file of code that a configuration names in a key of a section; one that was typed as a flag is fine.
 
     Raises:
         ConfigError: If there is one.

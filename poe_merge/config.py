@@ -47,6 +47,7 @@ __all__ = [
     "Parameters",
     "load_config",
     "parse_config",
+    "require_known",
 ]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -352,3 +353,23 @@ def parse_config(document: Document, folders: Iterable[Path] = (), *, allow_code
         refuse_code(document, {key for key, value in values if value.kind})
         refuse_file(document, ("functional", "tasks"))
     return validated(document, MergeConfig, _SECTIONS, folders, _MERGEKIT_ONLY)
+
+
+def require_known(config: MergeConfig, *, functional: bool) -> None:
+    """Refuse experts on predictions where a command does not know them, and settings of such experts without any.
+
+    Args:
+        config: The configuration.
+        functional: Whether the command knows them.
+
+    Raises:
+        ConfigError: If something would be left out.
+    """
+    tasks, given = config.functional.tasks, sorted(config.functional.model_fields_set)
+    if tasks is None and given:
+        raise ConfigError(f"functional.{given[0]}: it is about experts on predictions. Give their --tasks.")
+    if tasks is not None and not functional:
+        raise ConfigError(
+            "functional.tasks: this command knows only experts in weight space. Draw around a fit in Python: "
+            "`SpanModel`, `functional_laplace` and `SpanModel.draws` of `inference.functional`."
+        )

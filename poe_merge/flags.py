@@ -133,6 +133,24 @@ class ConfiguredCommand(TyperCommand):
         return super().get_help(ctx)
 
 
+class SampleCommand(ConfiguredCommand):
+    """``sample``, whose help lists the samplers."""
+
+    @override
+    def helps(self) -> dict[str, str]:
+        """Help texts by the name of the parameter."""
+        from inference.samplers import SAMPLERS
+
+        about = "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
+        steps = {name: sampler.settings["warmup"] for name, sampler in SAMPLERS.items() if "warmup" in sampler.settings}
+        told = ", ".join(f"{name} {count}" for name, count in steps.items())
+        texts = {
+            "sampler": f"Algorithm that draws. {about}. [default: gibbs]",
+            "warmup": f"Steps per chain before the first kept draw. [default: {told}]",
+        }
+        return super().helps() | texts
+
+
 def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command every key of the configuration as an option; it gets them as one mapping called ``flags``."""
 

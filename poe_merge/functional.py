@@ -1,11 +1,11 @@
-"""Experts on predictions in a configuration: a user's module of tasks beside the product in weight space.
+r"""Experts on predictions in a configuration: a user's module of tasks beside the product in weight space.
 
 ::
 
     functional:
       tasks: my_tasks.py                # network(base) and tasks(), as for poe-merge evaluate; labels are not used
       importance: 1.0
-      tied: layers\\.(\\d+)             # one coefficient for each expert and layer; each module's own without
+      tied: layers\.(\d+)             # one coefficient for each expert and layer; each module's own without
 
 The design of ``parameters`` is the product in weight space, and its merge the centre of the span.
 """

@@ -57,6 +57,7 @@ class Merged:
     weights: Mapping[str, Tensor]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Outputs of the network under the weights."""
         return functional_call(self.network, dict(self.weights), args, kwargs)
 
     @property
@@ -66,7 +67,7 @@ class Merged:
 
     @property
     def config(self) -> Any:
-        """What a module of transformers says of itself; None for others."""
+        """Configuration of a network of transformers; None for others."""
         return getattr(self.network, "config", None)
 
 

@@ -67,7 +67,7 @@ class Pattern:
         return self._tried(self._compiled.match, name) is not None
 
     def _tried(self, how: Callable[..., Any], name: str) -> Any:
-        """What a match gives, within the budget."""
+        """The match, or None, within the budget."""
         began = thread_time()
         try:
             return how(name, timeout=self._left, concurrent=False)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.span_labels import CENTER, MERGE
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.copies import refuse_copies, warn_of_copies, warn_of_one_model
+from poe_models.weights.expert_names import unique_names
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
@@ -107,7 +107,7 @@ class TaskVectors:
             raise ValueError(
                 "`TaskVectors(rules=...)`: expected a `RuleTable`; `DEFAULT_RULES.extended(rules)` makes one."
             )
-        named = _unique_names(experts)
+        named = unique_names(experts)
         self.dtype = dtype or torch.float32
         self.device = torch.device(device)
         self.rules = rules
@@ -362,30 +362,6 @@ def _refuse_equal_names(base: Checkpoint, treatments: Mapping[str, Treatment]) -
                     f"{base.source}: tensor {name!r} has the name of a matrix of {tensor!r}. Keep it at the base with "
                     f"the rule {{match: '^{re.escape(name)}$', action: base}}, or rename it in base and experts."
                 )
-
-
-def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) -> dict[str, Source]:
-    pairs = list(experts.items()) if isinstance(experts, Mapping) else list(experts)
-    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            "`TaskVectors(experts=...)`: experts have names. Give a dict {'mnist': 'path/to/mnist', ...}, or (name, "
-            "expert) pairs."
-        )
-    names = [name for name, _ in pairs]
-    if not names:
-        raise ValueError("`TaskVectors(experts={})`: there are no experts. Give at least one fine-tuned model.")
-    taken = next((name for name in names if name in (CENTER, MERGE)), None)
-    if taken is not None:
-        raise ValueError(
-            f"`TaskVectors(experts=...)`: an expert called {taken!r}: draws call the anchor's centre {CENTER!r} and a "
-            f"merge in the span {MERGE!r}. Give it another name, such as '{taken}_model'."
-        )
-    bad = [name for name in names if not isinstance(name, str) or not name]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if bad or twice:
-        what = f"{twice[0]!r} is the name of several experts" if twice else f"{bad[0]!r} is no name"
-        raise ValueError(f"`TaskVectors(experts=...)`: {what}. Give every expert a name of its own.")
-    return dict(pairs)
 
 
 def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None) -> Tensor:
