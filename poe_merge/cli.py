@@ -70,6 +70,11 @@ def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode 
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
+    if settings.adapter is not None:
+        from inference.models.adapters import refuse_no_adapter
+
+        refuse_no_adapter(task_vectors, planned)
+        show.line("Written as an adapter: memory and sizes above are those of a whole model.")
 
 
 @app.command(cls=ConfiguredCommand)
@@ -81,27 +86,14 @@ def merge(
     allow_code: AllowCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
-    """Merge, and write a Hugging Face folder."""
-    from inference.models.merge import merge_checkpoint
-    from poe_merge.build import custom_sources, designs_of
+    """Merge, and write a Hugging Face folder, or an adapter (--output)."""
+    from poe_merge.merge import merge as merge_models
 
     out = _required(out, "merge")
     settings, task_vectors = _opened(config, flags, allow_code)
-    designs = designs_of(settings, task_vectors.base)
     with _bars(out) as bars:
-        report = merge_checkpoint(
-            task_vectors,
-            designs,
-            out,
-            out_dtype=settings.output_dtype,
-            batch_bytes=settings.batch_bytes,
-            seed=settings.seed,
-            settings={"preset": settings.preset, "config": settings.resolved()},
-            code=custom_sources(settings),
-            resume=resume,
-            progress=bars,
-        )
-    show.report(report)
+        report = merge_models(settings, task_vectors, out, bars, resume=resume)
+    show.merged(report)
 
 
 @app.command(cls=ConfiguredCommand)

@@ -30,7 +30,7 @@ from poe_models.weights.factors import cut
 from poe_models.weights.lora import AdapterPlace, LoraCheckpoint
 from poe_models.weights.task_vectors import TaskVectors
 
-__all__ = ["AdapterReport", "merge_adapters"]
+__all__ = ["AdapterReport", "merge_adapters", "refuse_no_adapter"]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CLEARED = ("layers_to_transform", "layers_pattern", "exclude_modules", "eva_config", "corda_config", "loftq_config")
@@ -70,6 +70,14 @@ class AdapterReport:
         )
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Largest rank and dtype of the factors; None for their own."""
+
+    rank: int | None
+    dtype: torch.dtype | None
+
+
 @dataclass
 class _Merged:
     """Contents of the adapter, as they are made."""
@@ -104,6 +112,7 @@ def merge_adapters(
     out: str | Path,
     *,
     rank: int | None = None,
+    out_dtype: torch.dtype | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     code: Sequence[Path] = (),
@@ -122,6 +131,7 @@ def merge_adapters(
             zero, an average or task arithmetic; or one of the last two.
         out: The folder to make.
         rank: Largest rank of a module's factors; by default none is cut, and ranks are at most the sum of the experts'.
+        out_dtype: Dtype of the adapter; by default that of the experts' factors, of replaced tensors the base's.
         seed: Of torch's generators while a tensor is solved, for energies that draw.
         settings: What the merge was configured with, for the record.
         code: Source files that decide what comes out; their digests are recorded.
@@ -136,12 +146,9 @@ def merge_adapters(
     began, progress = time.monotonic(), progress or Silent()
     if rank is not None and rank < 1:
         raise ValueError(f"`merge_adapters(rank={rank})`: give a rank of at least 1, or none to cut nothing.")
-    adapters = _adapters(task_vectors)
-    planned = plan(task_vectors, design)
+    planned = plan(task_vectors, design, out_dtype=out_dtype)
+    adapters = refuse_no_adapter(task_vectors, planned)
     checkpoints = inputs_of(task_vectors, planned.designs)
-    for tensor in planned.tensors:
-        if tensor.design is not None:
-            refuse_axes(tensor.name, tensor.design)
     staging = Staging(
         check_output(Path(out), [file for each in checkpoints.values() for file in files_of(each)], resume=resume),
         "merge",
@@ -152,6 +159,7 @@ def merge_adapters(
         "settings": dict(settings or {}),
         "seed": seed,
         "rank": rank,
+        "out_dtype": None if out_dtype is None else str(out_dtype).removeprefix("torch."),
         "designs": [each.describe() for each in planned.designs],
         "rules": task_vectors.rules.to_dicts(),
         "inputs": digest_inputs(checkpoints, code, progress),
@@ -159,7 +167,7 @@ def merge_adapters(
     }
     with staging.begin(state, partial(check_unchanged, checkpoints.values())):
         if not staging.published:
-            made = _merge(task_vectors, planned, adapters, rank, seed, progress)
+            made = _merge(task_vectors, planned, adapters, _Form(rank, out_dtype), seed, progress)
             staging.save(_WEIGHTS, made.saved(), {"format": "pt"})
             staging.write_json(_CONFIG, _config(adapters, made))
             staging.write_json(RECORD, {**state, "error": made.error, "whole": made.whole, "tensors": made.records})
@@ -167,7 +175,23 @@ def merge_adapters(
     return _report(staging.out, time.monotonic() - began)
 
 
-def _adapters(task_vectors: TaskVectors) -> list[LoraCheckpoint]:
+def refuse_no_adapter(task_vectors: TaskVectors, planned: Plan) -> list[LoraCheckpoint]:
+    """Refuse, from headers, a merge that is no adapter.
+
+    Args:
+        task_vectors: Base and experts.
+        planned: The plan of the merge.
+
+    Returns:
+        The experts, which all are adapters.
+
+    Raises:
+        CheckpointError: If an expert is none.
+        ValueError: If a design's merge of adapters is none.
+    """
+    for tensor in planned.tensors:
+        if tensor.design is not None:
+            refuse_axes(tensor.name, tensor.design)
     found = []
     for name, expert in task_vectors.experts.items():
         if not isinstance(expert, LoraCheckpoint):
@@ -183,7 +207,7 @@ def _merge(
     task_vectors: TaskVectors,
     planned: Plan,
     adapters: Sequence[LoraCheckpoint],
-    rank: int | None,
+    form: _Form,
     seed: int,
     progress: Progress,
 ) -> _Merged:
@@ -199,7 +223,7 @@ def _merge(
         if factors is None:
             _add_whole(made, task_vectors, tensor, planned, adapters, seed)
         else:
-            _add_factors(made, tensor, factors, merged[1] if merged else [], adapters, rank)
+            _add_factors(made, tensor, factors, merged[1] if merged else [], adapters, form)
         progress.advance(1, tensor.nbytes)
     return made
 
@@ -210,11 +234,11 @@ def _add_factors(
     factors: tuple[Tensor, Tensor],
     modules: list[dict[str, Any]],
     adapters: Sequence[LoraCheckpoint],
-    rank: int | None,
+    form: _Form,
 ) -> None:
     place = _place(tensor.name, adapters)
-    found = cut(factors[0].cpu(), factors[1].cpu(), rank)
-    made.tensors |= place.tensors(found.left, found.right)
+    found = cut(factors[0].cpu(), factors[1].cpu(), form.rank)
+    made.tensors |= place.tensors(found.left, found.right, form.dtype)
     made.ranks[tensor.name], made.modules[tensor.name] = found.left.shape[1], place.module
     made.squares[0] += found.squared_norm
     made.squares[1] += found.squared_error

@@ -216,18 +216,19 @@ class AdapterPlace:
     ones: int
     dtype: torch.dtype
 
-    def tensors(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    def tensors(self, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors of an adapter's file, by their keys, for ``left @ right`` added to the tensor as it is stored.
 
         Args:
             left: (rows, r).
             right: (r, columns).
+            dtype: Their dtype; by default the adapter's own.
         """
         b, a = (right.T, left.T) if self.transposed else (left, right)
         kind, end = ("lora_embedding_", "") if self.embedding else ("lora_", ".weight")
         shaped = {"A": a.reshape(-1, *self.inputs), "B": b.reshape(*b.shape, *[1] * self.ones)}
         return {
-            f"base_model.model.{self.module}.{kind}{side}{end}": value.to(self.dtype).contiguous()
+            f"base_model.model.{self.module}.{kind}{side}{end}": value.to(dtype or self.dtype).contiguous()
             for side, value in shaped.items()
         }
 
@@ -310,7 +311,7 @@ class LoraCheckpoint(Checkpoint):
         return self._factors(self._pairs[canonical])
 
     def place(self, name: str) -> AdapterPlace | None:
-        """Where the adapter has its factors of a tensor of the base; None if it has none."""
+        """Place of the factors of a tensor of the base in the adapter; None if it has none."""
         pair = self._pairs.get(self.aliases.get(name, name))
         if pair is None:
             return None
