@@ -73,6 +73,11 @@ def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode 
         from poe_merge.functional import memory
 
         show.lines(memory(settings, task_vectors))
+    if settings.adapter is not None:
+        from inference.models.adapters import refuse_no_adapter
+
+        refuse_no_adapter(task_vectors, planned)
+        show.line("Written as an adapter: memory and sizes above are those of a whole model.")
 
 
 @app.command(cls=ConfiguredCommand)
@@ -84,35 +89,14 @@ def merge(
     allow_code: AllowCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
-    """Merge, and write a Hugging Face folder."""
-    from inference.models.merge import merge_checkpoint
-    from poe_merge.build import custom_sources, designs_of
+    """Merge, and write a Hugging Face folder, or an adapter (--output)."""
+    from poe_merge.merge import merge as merge_models
 
     out = _required(out, "merge")
     settings, task_vectors = _opened(config, flags, allow_code, functional=True)
-    code = custom_sources(settings)
     with _bars(out) as bars:
-        if settings.functional.tasks is None:
-            designs: Any = designs_of(settings, task_vectors.base)
-        else:
-            from poe_merge.functional import fitted_designs
-
-            designs, source = fitted_designs(settings, task_vectors, out, resume, bars)
-            code = [*code, source]
-        report = merge_checkpoint(
-            task_vectors,
-            designs,
-            out,
-            out_dtype=settings.output_dtype,
-            batch_bytes=settings.batch_bytes,
-            seed=settings.seed,
-            settings={"preset": settings.preset, "config": settings.resolved()},
-            code=code,
-            resume=resume,
-            progress=bars,
-        )
-    out.with_name(f"{out.name}.fit").unlink(missing_ok=True)
-    show.report(report)
+        report = merge_models(settings, task_vectors, out, bars, resume=resume)
+    show.merged(report)
 
 
 @app.command(cls=ConfiguredCommand)

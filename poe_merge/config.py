@@ -175,6 +175,8 @@ class MergeConfig(Section):
     """Dtype of the output; the merge itself is computed in float64 if that is it, else in float32."""
     out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
     """Dtype of the output, if other than dtype; that of the base if neither is given."""
+    output: Annotated[str, Value(s.output, "model|adapter|adapter(rank=INTEGER)")] = "model"
+    """Form of the merge: a whole model, or of adapters an adapter, which may be cut to a rank."""
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
     """Device that computes: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
@@ -230,6 +232,14 @@ class MergeConfig(Section):
         name = self.out_dtype or self.dtype or "base"
         return None if name == "base" else getattr(torch, name)
 
+    @property
+    def adapter(self) -> tuple[int | None] | None:
+        """Largest rank of the adapter to write, None for its own; None if a model is written."""
+        if self.output == "model":
+            return None
+        rank = self.output.partition("=")[2].rstrip(")")
+        return (int(rank) if rank else None,)
+
     def shared(self) -> dict[str, Setting[Any]]:
         """Every shared parameter: what the configuration says, then its preset, then the defaults."""
         from inference.reweighting import TOLERANCE
@@ -272,6 +282,7 @@ class MergeConfig(Section):
             "rules": self._own_rules(),
             "dtype": str(self.compute_dtype).removeprefix("torch."),
             "out_dtype": "base" if self.output_dtype is None else str(self.output_dtype).removeprefix("torch."),
+            "output": self.output,
             "device": self.device,
             "seed": self.seed,
             "batch_bytes": self.batch_bytes,

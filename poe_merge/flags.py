@@ -29,6 +29,7 @@ COMMANDS = {
     "coordinates": ("plan", "merge", "stats"),
     "scaling": ("plan", "merge", "sample"),
     "out_dtype": ("plan", "merge", "sample"),
+    "output": ("plan", "merge"),
     "batch_bytes": ("plan", "merge"),
     "seed": ("plan", "merge", "sample"),
     **dict.fromkeys(("weight", "residual_map", "energy", "scale", "eta", "anchor", "starts"), _PRODUCT),

@@ -68,7 +68,7 @@ def fitted_designs(
     prefix = f"{given.submodule}." if given.submodule else ""
     model = SpanModel(user.network(config.base_model), vectors, design.poe, prefix=prefix, tied=given.tied)
     experts = [_expert(task, model, given.importance) for task in user.tasks]
-    posterior, state = model.posterior(*experts), out.with_name(f"{out.name}.fit")
+    posterior, state = model.posterior(*experts), state_of(out)
     if not resume:
         state.unlink(missing_ok=True)
     solution = fit(
@@ -82,6 +82,11 @@ def fitted_designs(
         state=state,
     )
     return merge_designs(model, posterior.coefficients(solution.value)), user.source
+
+
+def state_of(out: Path) -> Path:
+    """File beside a merge that an interrupted fit goes on from."""
+    return out.with_name(f"{out.name}.fit")
 
 
 def memory(config: MergeConfig, vectors: TaskVectors) -> str:

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "rules": (["{match: a, action: base}", "{match: b, action: average}"], None),
     "dtype": ("float64", "float64"),
     "out_dtype": ("base", "base"),
+    "output": ("adapter(4)", "adapter(rank=4)"),
     "device": ("cpu:0", "cpu:0"),
     "seed": ("3", 3),
     "batch_bytes": ("4096", 4096),

@@ -15,6 +15,7 @@ from typing_extensions import override
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.copies import refuse_copies, warn_of_copies, warn_of_one_model
 from poe_models.weights.expert_names import unique_names
+from poe_models.weights.factors import padded
 from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
@@ -179,6 +180,25 @@ class TaskVectors:
         parts = zip(block_names(name, len(shapes)), bases, updates, low_rank, strict=True)
         return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
 
+    def low_rank(self, tensor: str) -> list[tuple[Tensor, Tensor] | None]:
+        """Factors of the updates of one tensor, which are never multiplied.
+
+        Args:
+            tensor: Name of a tensor of the base.
+
+        Returns:
+            For each matrix of its view, or for the tensor as it is stored if it is not merged, (N, d_out, r) and
+            (N, r, d_in), smaller ranks filled up with zeros; None unless every expert is an adapter that has factors
+            here or changes nothing.
+
+        Raises:
+            ValueError: If there is no such tensor.
+        """
+        name = self._canonical(tensor)
+        shape = self.base.tensors[name].shape
+        view = self.treatments[name].view or (View().fitted(shape) if len(shape) > 1 else None)
+        return [None] if view is None else list(self._low_rank(name, view, len(view.block_shapes(shape))))
+
     def average(self, tensor: str, importance: Sequence[float] | None = None, scaling: float = 1.0) -> Tensor:
         """Read one tensor of every model and add the mean update to the base's.
 
@@ -336,7 +356,7 @@ class TaskVectors:
             if pair is None:
                 return [None] * blocks
             factors.append(view.split_factors(*(factor.to(self.device, self.dtype) for factor in pair)))
-        return [_padded([parts[i] if parts else None for parts in factors]) for i in range(blocks)]
+        return [padded([parts[i] if parts else None for parts in factors]) for i in range(blocks)]
 
 
 def block_names(tensor: str, count: int) -> list[str]:
@@ -376,16 +396,3 @@ def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None)
             f"tensor with the rule {suggested_rule(name)}."
         )
     return tensor
-
-
-def _padded(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
-    """Stack factors of different rank, filled up with zeros; None stands for an update of rank 0."""
-    left, right = next(pair for pair in factors if pair is not None)
-    rank = max(pair[0].shape[1] for pair in factors if pair is not None)
-    b = left.new_zeros(len(factors), left.shape[0], rank)
-    a = right.new_zeros(len(factors), rank, right.shape[1])
-    for i, pair in enumerate(factors):
-        if pair is not None:
-            b[i, :, : pair[0].shape[1]] = pair[0]
-            a[i, : pair[1].shape[0]] = pair[1]
-    return b, a
