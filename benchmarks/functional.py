@@ -90,7 +90,7 @@ def lines_of(suite: Suite, seed: int, examples: int, tell: Any) -> list[Line]:
         tell(found[-1])
         began = time.process_time()
         draws = functional_laplace(posterior, solution).sample(MEMBERS, torch.Generator().manual_seed(seed))
-        members = [model.weights(posterior.coefficients(draw)) for draw in draws]
+        members = [model.weights(posterior.coefficients(draw)) for draw in draws.values[0]]
         spent = time.process_time() - began
         found.append(line_of(f"{name} + predictions, Laplace at T = 1", suite, members, own, spent))
         tell(found[-1])

@@ -8,8 +8,10 @@ approximation is ``N(Z*, T Hessian^-1)`` (MacKay, 1992, Neural Computation 4(3))
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -174,11 +176,21 @@ class DenseLaplace:
             )
         self.precision = DiagonalPrecision(values.unsqueeze(-1), (len(values), 1))
 
-    def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Independent draws of all latents, ``(num_samples, M, *event)``."""
+    def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
+        """Independent draws of all latents in one chain, kept as they are."""
         shape = (num_samples, len(self.vectors), 1)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=self.vectors.device)
-        return self.mode + (self.vectors @ self.precision.sample(noise)).view(num_samples, *self.mode.shape)
+        values = self.mode + (self.vectors @ self.precision.sample(noise)).view(num_samples, *self.mode.shape)
+        return Draws(values.unsqueeze(0), sampler="laplace", temperature=self.posterior.fixed_temperature)
+
+    def tempered(self, temperature: float) -> DenseLaplace:
+        """The approximation at another temperature: the same mode, the covariance times the ratio of both."""
+        found = copy.copy(self)
+        found.posterior = replace(self.posterior, temperature=temperature)
+        ratio = self.posterior.fixed_temperature / found.posterior.fixed_temperature
+        values, shape = ratio * self.precision.values, self.precision.shape
+        found.precision = DiagonalPrecision(values, shape)
+        return found
 
     def log_density(self, x: Tensor) -> Tensor:
         """Normalised log density in nats, ``(*S, M, *event)`` to ``(*S)``."""

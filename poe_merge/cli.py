@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
-from typing_extensions import override
 
 from poe_merge import console as show
-from poe_merge.config import MergeConfig, parse_config
+from poe_merge.config import MergeConfig, parse_config, require_known
 from poe_merge.errors import explained
-from poe_merge.flags import ConfiguredCommand, overridden, with_flags
+from poe_merge.flags import ConfiguredCommand, SampleCommand, overridden, with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.settings import Document, read_yaml
 from poe_merge.specs import METHOD, RESIDUAL_MAP, parse_spec
@@ -66,10 +65,19 @@ def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode 
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
 
-    settings, task_vectors = _opened(config, flags, allow_code)
+    settings, task_vectors = _opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
+    if settings.functional.tasks is not None:
+        from poe_merge.functional import memory
+
+        show.lines(memory(settings, task_vectors))
+    if settings.adapter is not None:
+        from inference.models.adapters import refuse_no_adapter
+
+        refuse_no_adapter(task_vectors, planned)
+        show.line("Written as an adapter: memory and sizes above are those of a whole model.")
 
 
 @app.command(cls=ConfiguredCommand)
@@ -81,27 +89,14 @@ def merge(
     allow_code: AllowCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
-    """Merge, and write a Hugging Face folder."""
-    from inference.models.merge import merge_checkpoint
-    from poe_merge.build import custom_sources, designs_of
+    """Merge, and write a Hugging Face folder, or an adapter (--output)."""
+    from poe_merge.merge import merge as merge_models
 
     out = _required(out, "merge")
-    settings, task_vectors = _opened(config, flags, allow_code)
-    designs = designs_of(settings, task_vectors.base)
+    settings, task_vectors = _opened(config, flags, allow_code, functional=True)
     with _bars(out) as bars:
-        report = merge_checkpoint(
-            task_vectors,
-            designs,
-            out,
-            out_dtype=settings.output_dtype,
-            batch_bytes=settings.batch_bytes,
-            seed=settings.seed,
-            settings={"preset": settings.preset, "config": settings.resolved()},
-            code=custom_sources(settings),
-            resume=resume,
-            progress=bars,
-        )
-    show.report(report)
+        report = merge_models(settings, task_vectors, out, bars, resume=resume)
+    show.merged(report)
 
 
 @app.command(cls=ConfiguredCommand)
@@ -216,24 +211,6 @@ def stats(
         designs = prepare_designs(task_vectors, table, bars)
         report = make_statistics(settings, task_vectors, designs, out, bars)
     show.statistics(report)
-
-
-class SampleCommand(ConfiguredCommand):
-    """``sample``, whose help lists the samplers."""
-
-    @override
-    def helps(self) -> dict[str, str]:
-        """Help texts by the name of the parameter."""
-        from inference.samplers import SAMPLERS
-
-        about = "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
-        steps = {name: sampler.settings["warmup"] for name, sampler in SAMPLERS.items() if "warmup" in sampler.settings}
-        told = ", ".join(f"{name} {count}" for name, count in steps.items())
-        texts = {
-            "sampler": f"Algorithm that draws. {about}. [default: gibbs]",
-            "warmup": f"Steps per chain before the first kept draw. [default: {told}]",
-        }
-        return super().helps() | texts
 
 
 @app.command(cls=SampleCommand)
@@ -400,10 +377,13 @@ def methods() -> None:
     show.methods(METHOD.registry)
 
 
-def _opened(path: Path | None, flags: Mapping[str, Any], allow_code: bool) -> tuple[MergeConfig, TaskVectors]:
-    """Read the configuration and open what it names."""
+def _opened(
+    path: Path | None, flags: Mapping[str, Any], allow_code: bool, *, functional: bool = False
+) -> tuple[MergeConfig, TaskVectors]:
+    """Read the configuration and open what it names; only some commands know experts on predictions."""
     document, folders = _read(path, flags)
     settings = parse_config(document, folders, allow_code=allow_code)
+    require_known(settings, functional=functional)
     return settings, _vectors(settings)
 
 
@@ -422,6 +402,7 @@ def _taken_up(
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
     settings = config_of(merged, flags, allow_code=allow_code)
+    require_known(settings, functional=False)
     return settings, _vectors(settings)
 
 

@@ -28,6 +28,22 @@ def refuse_code(document: Document, keys: Set[str]) -> None:
             )
 
 
+def refuse_file(document: Document, place: tuple[str, str]) -> None:
+    """Refuse a file of code that a configuration names in a key of a section; one that was typed as a flag is fine.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    section: Any = document.data.get(place[0])
+    named = section.get(place[1]) if isinstance(section, Mapping) else None
+    origin = document.origins.get(document.known(place), "")
+    if named is not None and not origin.startswith("--"):
+        raise ConfigError(
+            f"{origin}{': ' if origin else ''}`{place[1]}: {named}` is code of one's own, which would be run. If you "
+            f"trust it, add --allow-code (in Python: `allow_code=True`), or type it as --{place[1]}."
+        )
+
+
 def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
     # Every text in nested data, with its place.
     if isinstance(value, str):

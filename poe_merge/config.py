@@ -27,7 +27,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
-from poe_merge.code_in_files import refuse_code
+from poe_merge.code_in_files import refuse_code, refuse_file
 from poe_merge.presets import PRESETS
 from poe_merge.sections import Section, validated
 from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
@@ -38,7 +38,17 @@ if TYPE_CHECKING:
 
     from poe_models.weights.rules import RuleTable
 
-__all__ = ["ConfigError", "MergeConfig", "ModelEntry", "ModelParameters", "Parameters", "load_config", "parse_config"]
+__all__ = [
+    "ConfigError",
+    "FunctionalParameters",
+    "MergeConfig",
+    "ModelEntry",
+    "ModelParameters",
+    "Parameters",
+    "load_config",
+    "parse_config",
+    "require_known",
+]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 Number = Setting[float] | None
@@ -124,6 +134,26 @@ def label_of(name: str | None, model: str) -> str:
     return name or path.name
 
 
+class FunctionalParameters(Section):
+    """Experts on predictions, beside those in weight space; none without ``tasks``."""
+
+    tasks: Annotated[str | None, Value(s.code, "FILE.py")] = None
+    """Python file with ``network(base)`` and ``tasks()``, one task for each model of its name: unlabelled inputs, on
+    which the merge is to predict as the model does. Its code is run."""
+    importance: Annotated[float, s.number(low=0.0, above=True)] = 1.0
+    """Importance of a prediction's divergence beside the experts in weight space."""
+    steps: Annotated[int, s.number(low=1, whole=True)] = 100
+    """Steps of the fit."""
+    batch_size: Annotated[int, s.number(low=1, whole=True)] = 32
+    """Examples of each task in a step."""
+    learning_rate: Annotated[float, s.number(low=0.0, above=True)] = 0.03
+    """Learning rate of the fit, in units of coefficients."""
+    tied: Annotated[str | None, Value(s.text, "REGEX")] = None
+    """Regular expression: modules share coefficients where its groups match the same; '' for all."""
+    submodule: Annotated[str | None, Value(s.text, "NAME")] = None
+    """Where in the network the checkpoints are."""
+
+
 class MergeConfig(Section):
     """Configuration of a merge: everything that decides what comes out."""
 
@@ -135,6 +165,8 @@ class MergeConfig(Section):
     """An expert; once for each."""
     parameters: Parameters = Parameters()
     """The design and the solver's settings."""
+    functional: FunctionalParameters = FunctionalParameters()
+    """Experts on predictions."""
     preset: Annotated[str | None, s.choice("preset", *PRESETS)] = None
     """Settings of a paper, which ``poe-merge presets`` lists."""
     rules: tuple[Annotated[dict[str, Any], Value(s.rule, "RULE")], ...] = ()
@@ -143,6 +175,8 @@ class MergeConfig(Section):
     """Dtype of the output; the merge itself is computed in float64 if that is it, else in float32."""
     out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
     """Dtype of the output, if other than dtype; that of the base if neither is given."""
+    output: Annotated[str, Value(s.output, "model|adapter|adapter(rank=INTEGER)")] = "model"
+    """Form of the merge: a whole model, or of adapters an adapter, which may be cut to a rank."""
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
     """Device that computes: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
@@ -167,7 +201,7 @@ class MergeConfig(Section):
             )
         return value
 
-    @field_validator("models", "parameters", "preset")
+    @field_validator("models", "parameters", "preset", "functional")
     @classmethod
     def _of_a_product_of_experts(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what a merging method has no use for."""
@@ -197,6 +231,14 @@ class MergeConfig(Section):
 
         name = self.out_dtype or self.dtype or "base"
         return None if name == "base" else getattr(torch, name)
+
+    @property
+    def adapter(self) -> tuple[int | None] | None:
+        """Largest rank of the adapter to write, None for its own; None if a model is written."""
+        if self.output == "model":
+            return None
+        rank = self.output.partition("=")[2].rstrip(")")
+        return (int(rank) if rank else None,)
 
     def shared(self) -> dict[str, Setting[Any]]:
         """Every shared parameter: what the configuration says, then its preset, then the defaults."""
@@ -236,9 +278,11 @@ class MergeConfig(Section):
             "base_model": self.base_model,
             "models": models,
             "parameters": _plain(shared),
+            **({"functional": self.functional.model_dump(exclude_none=True)} if self.functional.tasks else {}),
             "rules": self._own_rules(),
             "dtype": str(self.compute_dtype).removeprefix("torch."),
             "out_dtype": "base" if self.output_dtype is None else str(self.output_dtype).removeprefix("torch."),
+            "output": self.output,
             "device": self.device,
             "seed": self.seed,
             "batch_bytes": self.batch_bytes,
@@ -257,6 +301,8 @@ def _design_keys(value: Any) -> list[Place]:
     """Places, within a top-level key's value, of settings that only a product of experts has."""
     if isinstance(value, ModelParameters):
         return [(key,) for key in value.settings() if key != "scaling"]
+    if isinstance(value, FunctionalParameters):
+        return [] if value.tasks is None else [("tasks",)]
     if isinstance(value, tuple):
         entries = enumerate(entry.parameters for entry in value)
         return [(index, "parameters", *place) for index, own in entries for place in _design_keys(own)]
@@ -277,6 +323,7 @@ _MERGEKIT_ONLY = {
 _SECTIONS: dict[tuple[str, ...], type[Section]] = {
     (): MergeConfig,
     ("parameters",): Parameters,
+    ("functional",): FunctionalParameters,
     ("models",): ModelEntry,
     ("models", "parameters"): ModelParameters,
 }
@@ -315,4 +362,25 @@ def parse_config(document: Document, folders: Iterable[Path] = (), *, allow_code
     if not allow_code:
         values = [item for section in _SECTIONS.values() for item in section.values().items()]
         refuse_code(document, {key for key, value in values if value.kind})
+        refuse_file(document, ("functional", "tasks"))
     return validated(document, MergeConfig, _SECTIONS, folders, _MERGEKIT_ONLY)
+
+
+def require_known(config: MergeConfig, *, functional: bool) -> None:
+    """Refuse experts on predictions where a command does not know them, and settings of such experts without any.
+
+    Args:
+        config: The configuration.
+        functional: Whether the command knows them.
+
+    Raises:
+        ConfigError: If something would be left out.
+    """
+    tasks, given = config.functional.tasks, sorted(config.functional.model_fields_set)
+    if tasks is None and given:
+        raise ConfigError(f"functional.{given[0]}: it is about experts on predictions. Give their --tasks.")
+    if tasks is not None and not functional:
+        raise ConfigError(
+            "functional.tasks: this command knows only experts in weight space. Draw around a fit in Python: "
+            "`SpanModel`, `functional_laplace` and `SpanModel.draws` of `inference.functional`."
+        )

@@ -22,6 +22,7 @@ from typing_extensions import override
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.predictions.model_scores import ModelScores
     from diagnostics.verdicts import Verdict
+    from inference.models.adapters import AdapterReport
     from inference.models.merge import MergeReport, Plan
     from inference.retention import ExpertRetention
     from inference.search import SearchResult
@@ -143,7 +144,6 @@ def activations(done: ActivationsReport) -> None:
 def report(done: MergeReport) -> None:
     """Print what a merge did, and what did not converge."""
     from inference.retention import concerns
-    from inference.solution import Status
 
     console = _console()
     counts = ", ".join(
@@ -172,13 +172,47 @@ def report(done: MergeReport) -> None:
         warning("the merge is equal to the base: every tensor that was merged or averaged came out as it was.")
     elif done.equal_to_base:
         console.print(f"{done.equal_to_base} of {changed} merged or averaged tensors came out as the base's.")
-    for name, count in done.status.items():
-        status = Status[name.upper()]
-        if not status.converged:
-            warning(f"{count} of {done.modules} matrices {status}.")
+    _not_converged(done.status)
     if done.not_converged:
         more = ", ..." if len(done.not_converged) > _SHOWN else ""
         warning(f"not converged: {', '.join(done.not_converged[:_SHOWN])}{more}; poe_merge.json lists all.")
+
+
+def line(text: str) -> None:
+    """Print one line of text, broken by the terminal's width."""
+    _console().print(shown(text), soft_wrap=True)
+
+
+def merged(done: MergeReport | AdapterReport) -> None:
+    """Print what a merge did."""
+    from inference.models.adapters import AdapterReport
+
+    if isinstance(done, AdapterReport):
+        adapter(done)
+    else:
+        report(done)
+
+
+def adapter(done: AdapterReport) -> None:
+    """Print what a merge of adapters did."""
+    ranks = sorted(set(done.ranks.values()))
+    spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "none"
+    whole = f", {len(done.replaced)} tensors replaced whole" if done.replaced else ""
+    line(
+        f"{done.out}: an adapter with factors of {done.modules} modules, {spread}{whole}; {size(done.nbytes)} written "
+        f"in {done.seconds:.1f} s."
+    )
+    line(f"Relative Frobenius error of all merged updates from the rank: {done.error:.3g}.")
+    _not_converged(done.status)
+
+
+def _not_converged(statuses: Mapping[str, int]) -> None:
+    from inference.solution import Status
+
+    for name, count in statuses.items():
+        status = Status[name.upper()]
+        if not status.converged:
+            warning(f"{count} of {sum(statuses.values())} matrices {status}.")
 
 
 def _kept(expert: ExpertRetention) -> str:

@@ -274,6 +274,11 @@ def recorded_designs(
         return merge_of(record, base)
     except NotBuiltIn as error:
         config = (record.get("settings") or {}).get("config")
+        if isinstance(config, dict) and "functional" in config:
+            raise NotBuiltIn(
+                f"{run}: merged with experts on predictions, which a record does not hold, so that it cannot be done "
+                "again from there."
+            ) from None
         if not isinstance(config, dict):
             raise NotBuiltIn(f"{error} The merge was made in Python, so that nothing says where it is.") from None
         if not allow_code:

@@ -29,9 +29,13 @@ COMMANDS = {
     "coordinates": ("plan", "merge", "stats"),
     "scaling": ("plan", "merge", "sample"),
     "out_dtype": ("plan", "merge", "sample"),
+    "output": ("plan", "merge"),
     "batch_bytes": ("plan", "merge"),
     "seed": ("plan", "merge", "sample"),
     **dict.fromkeys(("weight", "residual_map", "energy", "scale", "eta", "anchor", "starts"), _PRODUCT),
+    **dict.fromkeys(
+        ("tasks", "importance", "steps", "batch_size", "learning_rate", "tied", "submodule"), ("plan", "merge")
+    ),
     **dict.fromkeys(("max_steps", "tolerance", "step_tolerance", "acceleration"), _PRODUCT),
 }
 """Commands that have the flag, where not all have it."""
@@ -128,6 +132,24 @@ class ConfiguredCommand(TyperCommand):
             if isinstance(option, TyperOption):
                 option.help = texts.get(str(option.name), option.help)
         return super().get_help(ctx)
+
+
+class SampleCommand(ConfiguredCommand):
+    """``sample``, whose help lists the samplers."""
+
+    @override
+    def helps(self) -> dict[str, str]:
+        """Help texts by the name of the parameter."""
+        from inference.samplers import SAMPLERS
+
+        about = "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
+        steps = {name: sampler.settings["warmup"] for name, sampler in SAMPLERS.items() if "warmup" in sampler.settings}
+        told = ", ".join(f"{name} {count}" for name, count in steps.items())
+        texts = {
+            "sampler": f"Algorithm that draws. {about}. [default: gibbs]",
+            "warmup": f"Steps per chain before the first kept draw. [default: {told}]",
+        }
+        return super().helps() | texts
 
 
 def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -150,6 +150,10 @@ def read_record(run: Path) -> dict[str, Any]:
         record = read_object(path)
     except ValueError as error:
         raise ValueError(f"{error} Merge again.") from error
+    if record.get("kind") == "adapter":
+        raise ValueError(
+            f"{path}: the merge is an adapter, and this is about whole models. Merge with `output: model`."
+        )
     if not set(record) >= KEYS or not isinstance(record["tensors"], list):
         raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
     require_shape(path, record)

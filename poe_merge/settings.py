@@ -212,6 +212,29 @@ def anchor(raw: Any, folders: Folders) -> str:
     )
 
 
+def text(raw: Any, folders: Folders) -> str:
+    """A text as it is."""
+    if not isinstance(raw, str):
+        raise ValueError(f"{raw!r} is no text")
+    return raw
+
+
+def code(raw: Any, folders: Folders) -> str:
+    """A Python file, or a module, perhaps with ``:NAME`` of a function; a file's path is made absolute."""
+    name = text(raw, folders)
+    where, colon, function = (name, "", "") if name.endswith(".py") else name.partition(":")
+    path = next((each / Path(where).expanduser() for each in folders if (each / where).is_file()), None)
+    return name if path is None else f"{path.absolute()}{colon}{function}"
+
+
+def output(raw: Any, folders: Folders) -> str:
+    """Parse the form of a merge: ``model``, ``adapter``, or ``adapter(rank=8)``."""
+    found = re.fullmatch(r"(model|adapter)(?:\((?:rank=)?([1-9]\d{0,8})\))?", str(raw).strip())
+    if found is None or (found[1] == "model" and found[2]):
+        raise ValueError(f"unknown output `{raw}`; write model, adapter, or adapter(rank=8) for one cut to that rank")
+    return found[1] if found[2] is None else f"adapter(rank={found[2]})"
+
+
 def located(raw: Any, folders: Folders) -> str:
     """Make a checkpoint's path absolute; a model id of the Hub that is no local path stays as it is."""
     if not isinstance(raw, str):

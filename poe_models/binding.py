@@ -109,7 +109,7 @@ def statistics_posterior(
     units = torch.eye(size, dtype=torch.float64, device=statistics.gram.device)
     experts, precision = bind_experts(
         poe,
-        operators=[Gram(_root(coordinates, statistics.forms[:, i]), "left", (size, 1)) for i in range(len(index))],
+        operators=[Gram(form_root(coordinates, statistics.forms[:, i]), "left", (size, 1)) for i in range(len(index))],
         updates=[coordinates.latents(units[j].expand(num_modules, size)) for j in index],
         norms=[statistics.gram[:, j, j] for j in index],
         mean_curvatures=list(statistics.mean_curvature.unbind(-1)),
@@ -249,7 +249,7 @@ def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
     return ranks
 
 
-def _root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
+def form_root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
     """A factor ``F`` with ``F F^T = T^T K_i T``, ``(M, K, K)``; rounding below zero is clipped."""
     projected = coordinates.transform.mT @ form @ coordinates.transform
     eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)

@@ -93,7 +93,7 @@ class Energy(ABC):
         """This energy with numbers for the settings that depend on the dimension; called where it is bound."""
         return self
 
-    def module(self, one: slice) -> Energy:
+    def module(self, one: slice | list[int]) -> Energy:
         """This energy for some modules of a batch; differs only where a setting is a tensor over modules."""
         return with_tensors(lambda value: value[one], self) if is_dataclass(self) else self
 

@@ -132,11 +132,14 @@ class Gram(Operator):
             QR decomposition, which changes neither ``P`` nor ``q``.
         side: Which side of the matrix it acts on.
         shape: ``(d_out, d_in)``.
+        whole: Shape of the matrices that these are in orthonormal bases of, if they are; ``tr(P) / d`` and the
+            dimension are those on the whole ones.
     """
 
     factor: Tensor
     side: Literal["left", "right"]
     shape: tuple[int, int]
+    whole: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.factor.shape[-2] != self._lengths[0]:
@@ -150,6 +153,11 @@ class Gram(Operator):
     def _lengths(self) -> tuple[int, int]:
         """Length of the side it acts on, and of the other one."""
         return self.shape if self.side == "left" else (self.shape[1], self.shape[0])
+
+    @property
+    def _whole_lengths(self) -> tuple[int, int]:
+        rows, columns = self.whole or self.shape
+        return (rows, columns) if self.side == "left" else (columns, rows)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -166,17 +174,17 @@ class Gram(Operator):
 
     @override
     def mean_curvature(self, directions: Tensor | float) -> Tensor:
-        return sum_of_squares(self.factor) / self.factor.shape[-2]
+        return sum_of_squares(self.factor) / self._whole_lengths[0]
 
     @override
     def dimension(self) -> Tensor:
-        return torch.linalg.matrix_rank(self.factor).double() * self._lengths[1]
+        return torch.linalg.matrix_rank(self.factor).double() * self._whole_lengths[1]
 
     @override
     def log_pseudo_determinant(self) -> Tensor:
         singular = torch.linalg.svdvals(self.factor.double())  # in descending order
         counted = torch.arange(singular.shape[-1]).to(singular) < torch.linalg.matrix_rank(self.factor).unsqueeze(-1)
-        return 2 * self._lengths[1] * torch.where(counted, singular, 1.0).log().sum(-1)
+        return 2 * self._whole_lengths[1] * torch.where(counted, singular, 1.0).log().sum(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,15 @@ import poe_models
 from inference.models.merge import merge_checkpoint
 from inference.reweighting import TOLERANCE
 from poe_merge.cli import app, run
-from poe_merge.config import MergeConfig, ModelEntry, ModelParameters, Parameters, load_config, parse_config
+from poe_merge.config import (
+    FunctionalParameters,
+    MergeConfig,
+    ModelEntry,
+    ModelParameters,
+    Parameters,
+    load_config,
+    parse_config,
+)
 from poe_merge.flags import COMMANDS, FLAGS, Flag, overridden
 from poe_merge.settings import Document
 
@@ -35,6 +43,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "rules": (["{match: a, action: base}", "{match: b, action: average}"], None),
     "dtype": ("float64", "float64"),
     "out_dtype": ("base", "base"),
+    "output": ("adapter(4)", "adapter(rank=4)"),
     "device": ("cpu:0", "cpu:0"),
     "seed": ("3", 3),
     "batch_bytes": ("4096", 4096),
@@ -51,6 +60,13 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "tolerance": ("1e-3", 1e-3),
     "step_tolerance": ("1e-3", 1e-3),
     "acceleration": (False, False),
+    "tasks": ("my_tasks:mine", "my_tasks:mine"),
+    "importance": ("0.5", 0.5),
+    "steps": ("7", 7),
+    "batch_size": ("8", 8),
+    "learning_rate": ("1e-2", 1e-2),
+    "tied": ("layers", "layers"),
+    "submodule": ("bert", "bert"),
 }
 EXAMPLES["rules"] = (EXAMPLES["rules"][0], [yaml.safe_load(text) for text in EXAMPLES["rules"][0]])
 PER_MODEL = [flag for flag in FLAGS if flag.per_model]
@@ -69,7 +85,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def from_yaml(here: Path) -> Callable[[Any], MergeConfig]:
     def read(data: Any) -> MergeConfig:
         (here / "config.yaml").write_text(yaml.safe_dump(data))
-        return load_config(here / "config.yaml")
+        return load_config(here / "config.yaml", allow_code=True)
 
     return read
 
@@ -106,13 +122,14 @@ def test_a_flag_for_one_model_is_its_key_there(flag: Flag, from_yaml: Any) -> No
 
 def test_every_key_is_a_flag() -> None:
     keys = [("parameters", key) for key in Parameters.valid_keys()]
-    keys += [(key,) for key in MergeConfig.valid_keys() if key != "parameters"]
+    keys += [("functional", key) for key in FunctionalParameters.valid_keys()]
+    keys += [(key,) for key in MergeConfig.valid_keys() if key not in ("parameters", "functional")]
     assert {flag.place for flag in FLAGS} == set(keys)
     assert [name_of(flag) for flag in PER_MODEL] == ModelParameters.valid_keys()
     assert set(EXAMPLES) == {name_of(flag) for flag in FLAGS}
 
 
-@pytest.mark.parametrize("section", [MergeConfig, Parameters, ModelParameters, ModelEntry])
+@pytest.mark.parametrize("section", [MergeConfig, Parameters, ModelParameters, ModelEntry, FunctionalParameters])
 def test_every_key_has_a_description(section: Any) -> None:
     for name, field in section.model_fields.items():
         assert field.description, name

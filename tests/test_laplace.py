@@ -108,7 +108,7 @@ def test_dense_draws_have_the_dense_covariance(temperature: float, generator: to
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Relative(0.8), [0.5, 2.0], anchor, temperature)
     posterior = (poe * coupling).bind(span_statistics(poe, updates))
     mode = minimize(posterior).value
-    draws = DenseLaplace(posterior, mode).sample(4000, generator) - mode
+    draws = DenseLaplace(posterior, mode).sample(4000, generator).values[0] - mode
     hessian = torch.func.hessian(lambda x: posterior.joint_energy(x.view(mode.shape)))(mode.flatten())
     covariance = temperature * torch.linalg.inv(hessian)
     assert_white(torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), draws.flatten(1).mT, upper=False))
@@ -135,7 +135,7 @@ def test_factor_experts_go_through_the_dense_hessian(generator: torch.Generator)
     assert solution.converged
     with pytest.raises(ValueError, match="DenseLaplace"):
         Laplace(posterior, solution.value)
-    draws = DenseLaplace(posterior, solution.value).sample(20_000, generator)
+    draws = DenseLaplace(posterior, solution.value).sample(20_000, generator).values[0]
     deviations = DenseLaplace(posterior, solution.value).standard_deviations()
     error = (draws.std(0) / deviations - 1).abs().max()
     assert float(error) < 5 / math.sqrt(2 * 20_000)

@@ -8,14 +8,19 @@ multiply in one posterior, in the span through the weight-space merge:
     posterior = model.posterior(*experts)
     solution = fit(posterior, model.start(), generator=generator)
     weights = model.weights(posterior.coefficients(solution.value))
-    draws = functional_laplace(posterior, solution).sample(10, generator)          # latents, (10, M, K, 1)
+    found = functional_laplace(posterior, solution).sample(10, generator)          # latents, (1, 10, M, K, 1)
+    draws = model.draws(found, solution.value)                                     # by name, as all other draws
+    ensemble = MergedEnsemble(task_vectors, weight_space_product, draws, through=model.merges)
 """
 
 from inference.functional.divergences import Divergence, KullbackLeibler, Residual, Targets
+from inference.functional.evidence import functional_evidence
 from inference.functional.expert import functional, joined_batches, prediction_expert, predictions
 from inference.functional.fit import fit
 from inference.functional.gauss_newton import functional_laplace
+from inference.functional.merged import merge_designs
 from inference.functional.span_model import SpanModel
+from inference.functional.teachers import load_predictions, save_predictions
 
 __all__ = [
     "Divergence",
@@ -25,8 +30,12 @@ __all__ = [
     "Targets",
     "fit",
     "functional",
+    "functional_evidence",
     "functional_laplace",
     "joined_batches",
+    "load_predictions",
+    "merge_designs",
     "prediction_expert",
     "predictions",
+    "save_predictions",
 ]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,6 @@ def functional(
     )
 
 
-@torch.no_grad()
 def predictions(
     name: str,
     model: SpanModel,
@@ -177,20 +176,30 @@ def predictions(
     Raises:
         ValueError: If the name is no task vector's, or an output is NaN.
     """
+    return Targets(torch.cat(list(prediction_batches(name, model, inputs, forward, counted, batch_size))), counted)
+
+
+def prediction_batches(
+    name: str, model: SpanModel, inputs: Any, forward: Forward, counted: Tensor | None, batch_size: int | None
+) -> Iterator[Tensor]:
+    """Outputs of one expert on inputs; arguments and errors as in :func:`predictions`.
+
+    Yields:
+        Outputs ``(b, ..., C)`` of one batch after another.
+    """
     if name not in model.names:
         raise ValueError(f"`functional({name!r})`: no such task vector. There are {', '.join(model.names)}.")
     count, own = count_of(inputs), model.expert(name)
-    parts = []
     for rows in torch.arange(count).split(batch_size or count):
-        outputs = model.call(own, forward, rows_of(inputs, rows, own.device), averages=name)
+        with torch.no_grad():
+            outputs = model.call(own, forward, rows_of(inputs, rows, own.device), averages=name)
         seen = outputs if counted is None else outputs[counted[rows.to(counted.device)]]
         if bool(seen.isnan().any()):
             raise ValueError(
                 f"`functional({name!r})`: the expert's outputs are NaN in the batch of rows {int(rows[0])} to "
                 f"{int(rows[-1])}. Look at these inputs, or at the checkpoint."
             )
-        parts.append(outputs)
-    return Targets(torch.cat(parts), counted)
+        yield outputs
 
 
 @torch.no_grad()

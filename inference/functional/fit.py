@@ -8,19 +8,22 @@ it early, and the best point by them is the solution.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference.functional.expert import OutputEnergy, rows_of
+from inference.functional.fit_state import FitState, key_of
 from inference.retention import retention
 from inference.solution import FitInfo, Solution, Status
 from poe_models.binding import bind_factor
 from poe_models.experts import FactorExpert
 from poe_models.posterior import BoundFactor, Posterior
-from poe_models.weights.batches import tensors_of
+from poe_models.weights.batches import fingerprint, tensors_of
 
 
 def fit(
@@ -36,6 +39,7 @@ def fit(
     patience: int = 5,
     tolerance: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
+    state: Path | None = None,
 ) -> Solution[FitInfo]:
     """The MAP of a posterior in Span coordinates whose factors are sums over examples.
 
@@ -52,11 +56,14 @@ def fit(
         tolerance: Norm of the whole energy's gradient at the end, relative to that at the start, that counts as
             converged; held-out inputs stop before the minimum, and such a stop is ``STOPPED``.
         progress: Called with the steps done and their number.
+        state: A file that an interrupted fit goes on from, with the same values as if it had not been interrupted;
+            written every ``every`` steps. It belongs to one fit.
 
     Returns:
         The solution; all modules share its status.
 
     Raises:
+        CheckpointError: If ``state`` is a file of another fit.
         ValueError: If no factor is a sum over examples, held-out inputs are among those of the fit, an energy is not
             finite, or the outputs do not depend on the merged weights.
     """
@@ -66,39 +73,50 @@ def fit(
     before = _gradient_norm(posterior, start.double())
     looks = [_bound(posterior, expert) for expert in held_out]
     unit = _units(posterior)
-    scaled = (start.detach().double() / unit).requires_grad_(True)
-    optimizer = torch.optim.Adam([scaled], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    trace, seen = [], []
-    best, best_step, worse = scaled.detach().clone(), 0, 0
-    for step in range(steps + 1):
-        if looks and step % every == 0 or looks and step == steps:
-            seen.append((float(step), _held_out(looks, scaled.detach() * unit)))
-            _require_finite(posterior, torch.tensor(seen[-1][1]), step)
-            better = seen[-1][1] <= min(value for _, value in seen)
-            worse = 0 if better else worse + 1
-            if better:
-                best, best_step = scaled.detach().clone(), step
-            if worse >= patience:
-                break
-        if step == steps:
+    settings = (steps, batch_size, learning_rate, every, patience, len(held_out))
+    now = FitState((start.detach().double() / unit).requires_grad_(True), generator, learning_rate, steps)
+    key = "" if state is None else _key(posterior, factors, start, generator, settings)
+    if state is not None:
+        now.load(state, key)
+    while True:
+        due = now.step % every == 0 or now.step == steps
+        if looks and due and (not now.seen or now.seen[-1][0] < now.step):
+            now.look(_held_out(looks, now.scaled.detach() * unit))
+            _require_finite(posterior, torch.tensor(now.seen[-1][1]), now.step)
+        if state is not None and due and now.step:
+            now.save(state, key)
+        if now.step == steps or now.worse >= patience:
             break
-        energy = _estimate(posterior, factors, scaled * unit, batch_size, generator)
-        _require_finite(posterior, energy, step)
-        optimizer.zero_grad()
-        energy.backward()
-        optimizer.step()
-        schedule.step()
-        trace.append(float(energy.detach()))
+        energy = _estimate(posterior, factors, now.scaled * unit, batch_size, generator)
+        _require_finite(posterior, energy, now.step)
+        now.descend(energy)
         if progress is not None:
-            progress(step + 1, steps)
+            progress(now.step, steps)
     if not looks:
-        best, best_step = scaled.detach(), len(trace)
-    found = _info(posterior, best * unit, trace, seen, best_step)
-    stopped = best_step < len(trace)
+        now.best, now.best_step = now.scaled.detach(), now.step
+    found = _info(posterior, now.best * unit, now.trace, now.seen, now.best_step)
+    stopped = now.best_step < now.step
     done = stopped or found.gradient_norm <= tolerance * before
     status = Status.STOPPED if stopped else Status.CONVERGED if done else Status.MAX_STEPS
-    return Solution((best * unit).to(posterior.dtype), (status,) * posterior.num_modules, found)
+    return Solution((now.best * unit).to(posterior.dtype), (status,) * posterior.num_modules, found)
+
+
+def _key(
+    posterior: Posterior,
+    factors: Sequence[BoundFactor],
+    start: Tensor,
+    generator: torch.Generator,
+    settings: tuple[float, ...],
+) -> str:
+    """Digest of what decides a fit."""
+    assert posterior.span is not None
+    parts: list[object] = [repr(posterior), settings, start.double(), generator.get_state()]
+    parts += [posterior.span.statistics.gram, posterior.span.statistics.forms, posterior.anchor_precision]
+    for factor in factors:
+        energy = factor.expert.function if factor.expert is not None else None
+        if isinstance(energy, OutputEnergy):
+            parts += [energy.divergence, energy.importance, fingerprint(energy.inputs)]
+    return key_of(*parts)
 
 
 def _gradient_norm(posterior: Posterior, value: Tensor) -> float:
@@ -230,7 +248,11 @@ def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:
 
 
 def _require_gradient(posterior: Posterior, factors: Sequence[BoundFactor], x: Tensor) -> None:
-    """Refuse factors whose outputs move with no coefficient: the forward pass ignores the weights."""
+    """Refuse factors whose outputs move with no coefficient: the forward pass ignores the weights.
+
+    A warning names the modules whose coefficients move the outputs of none.
+    """
+    used = torch.zeros(posterior.num_modules, dtype=torch.bool, device=x.device)
     for factor in factors:
         at = x.detach().clone().requires_grad_(True)
         seen = _probe(posterior, factor, at)
@@ -240,6 +262,15 @@ def _require_gradient(posterior: Posterior, factors: Sequence[BoundFactor], x: T
                 f"`fit(...)`: the outputs of {factor.name!r} do not depend on the merged weights: the gradient is zero "
                 "in every module. Call the network that `forward` is given, not another one."
             )
+        used |= (gradient != 0).flatten(1).any(1)
+    unused = [name for name, seen in zip(posterior.modules, used.tolist(), strict=True) if not seen]
+    if unused:
+        warnings.warn(
+            f"`fit(...)`: no forward pass uses {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}: "
+            f"{len(unused)} of {posterior.num_modules} modules move no output, and stay where the product in weight "
+            "space has them.",
+            stacklevel=3,
+        )
 
 
 def _probe(posterior: Posterior, factor: BoundFactor, x: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def _record(draws: ModelDraws) -> dict[str, Any]:
     record: dict[str, Any] = {"coordinates": draws.kind, "modules": list(draws.modules), "source": draws.source}
     if isinstance(draws, SpanDraws):
         each = None if draws.temperature is None else draws.temperature.tolist()
+        record |= {"followers": dict(draws.followers)} if draws.followers else {}
         return record | {
             "updates": list(draws.updates),
             "through": list(draws.designs),
@@ -148,6 +149,14 @@ def _require_texts(record: dict[str, Any]) -> None:
             raise ValueError(f"{key} is no text")
 
 
+def _followers(record: dict[str, Any]) -> dict[str, str]:
+    """Averaged tensors to the modules that they follow; none in a record that says nothing of them."""
+    found: object = record.get("followers", {})
+    if not isinstance(found, dict) or not all(isinstance(module, str) for module in found.values()):
+        raise ValueError("followers is no table of names")
+    return found
+
+
 def _read(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
     draws = _READERS[record["coordinates"]](tensors, record)
     modules, start = len(draws.modules), (draws.num_chains, draws.num_draws)
@@ -177,6 +186,7 @@ def _span(tensors: dict[str, Tensor], record: dict[str, Any]) -> ModelDraws:
         temperature=None if heat is None else torch.tensor(heat, dtype=torch.float64).expand(modules).clone(),
         updates=tuple(record["updates"]),
         coefficients=tensors["coefficients"],
+        followers=_followers(record),
     )
 
 

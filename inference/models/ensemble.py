@@ -9,7 +9,7 @@ r"""Merged models drawn from a posterior, made one at a time from the experts' w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,8 @@ class MergedEnsemble:
         ``scaling``. draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.
+        through: Name of each sampled module to the merged update, ``(d_out, d_in)``, that Span draws go through, as
+            :attr:`~inference.functional.SpanModel.merges` has it; by default the design's MAP, solved for.
 
     Raises:
         CheckpointError: If ``elsewhere`` lacks a tensor.
@@ -76,8 +78,9 @@ class MergedEnsemble:
         *,
         out_dtype: torch.dtype | None = None,
         elsewhere: Source | None = None,
+        through: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._tensors = MemberTensors(task_vectors, design, draws, out_dtype, elsewhere)
+        self._tensors = MemberTensors(task_vectors, design, draws, out_dtype, elsewhere, through)
         self._design = design
         self._base = task_vectors.base
 
@@ -114,7 +117,8 @@ class MergedEnsemble:
         tensors = self._tensors
         kept = tensors.elsewhere if elsewhere is None else elsewhere
         draws = self.draws.restrict(pattern)
-        return MergedEnsemble(tensors.task_vectors, self._design, draws, out_dtype=tensors.out_dtype, elsewhere=kept)
+        own, through = tensors.out_dtype, tensors.through
+        return MergedEnsemble(tensors.task_vectors, self._design, draws, out_dtype=own, elsewhere=kept, through=through)
 
     def members(self) -> Iterator[dict[str, Tensor]]:
         """State dicts of all members, one after another.
@@ -150,6 +154,7 @@ class MergedEnsemble:
         forward: Forward | None = None,
         submodule: str = "",
         cut: str | None = None,
+        around: Source | None = None,
     ) -> MemberPredictor:
         """A function from a draw to its member's log probabilities, for instance for ``temper``.
 
@@ -166,14 +171,18 @@ class MergedEnsemble:
             cut: A submodule of the model. What is before it is computed once and its inputs are kept in main memory;
                 they must not depend on sampled modules. By default the first sampled element of an ``nn.Sequential`` or
                 ``nn.ModuleList``, if there is one and it works; ``reused`` says which was used.
+            around: A merged checkpoint or state dict ``W_*`` to linearise the model at: a member's logits are
+                ``f(W_*) + J (W - W_*)``, one forward-mode product (Immer et al., 2021, arXiv 2008.08400), which keeps
+                wide posteriors usable. Nothing is reused then.
 
         Returns:
             The function.
 
         Raises:
+            CheckpointError: If ``around`` lacks a tensor.
             ValueError: If model, loader or cut do not fit.
         """
-        return self._predictor(model, loader, forward, submodule, cut, class_rows, None)
+        return self._predictor(model, loader, forward, submodule, cut, class_rows, None, around)
 
     def _predictor(
         self,
@@ -184,6 +193,7 @@ class MergedEnsemble:
         cut: str | None,
         read: Read,
         reduce: Reduce | None,
+        around: Source | None = None,
     ) -> MemberPredictor:
         prefix = f"{submodule}." if submodule else ""
         shared = {
@@ -194,9 +204,13 @@ class MergedEnsemble:
             for key in self._tensors.sampled
             for name in self._base.tied_names(key)
         }
-        return MemberPredictor(
-            self._tensors, Runner(model, loader, shared, sampled, forward, cut, read, reduce), prefix
-        )
+        center = None
+        if around is not None:
+            opened = self._tensors.opened(around, "around")
+            names = {key: self._base.tied_names(key) for key in self._tensors.sampled}
+            center = {prefix + name: opened.read(key) for key, tied in names.items() for name in tied}
+        runner = Runner(model, loader, shared, sampled, forward, cut, read, reduce, center)
+        return MemberPredictor(self._tensors, runner, prefix)
 
     def predict(
         self,
@@ -206,16 +220,18 @@ class MergedEnsemble:
         forward: Forward | None = None,
         submodule: str = "",
         cut: str | None = None,
+        around: Source | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Prediction:
         """Mean class probabilities of all members, and how much they disagree; members are added up one by one.
 
         Args:
-            model: See ``predictor``, as for the next four.
+            model: See ``predictor``, as for the next five.
             loader: Batches.
             forward: Maps the model and a batch to logits.
             submodule: Where in the model the checkpoint is.
             cut: Before which features are computed once.
+            around: A merged checkpoint to linearise the model at.
             progress: Called with the number of finished members and their total.
 
         Returns:
@@ -224,7 +240,7 @@ class MergedEnsemble:
         Raises:
             ValueError: If model, loader or cut do not fit.
         """
-        predictor = self.predictor(model, loader, forward=forward, submodule=submodule, cut=cut)
+        predictor = self.predictor(model, loader, forward=forward, submodule=submodule, cut=cut, around=around)
         return predicted_classes(predictor, self.draws, progress)
 
     def predict_values(

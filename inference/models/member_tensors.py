@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -81,6 +81,7 @@ class MemberTensors:
         draws: Draws of some of its modules; modules and weights are checked against them.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not.
+        through: Merged updates by module that the draws go through; the design's MAP by default.
 
     Attributes:
         base: The open base.
@@ -99,16 +100,19 @@ class MemberTensors:
         draws: ModelDraws,
         out_dtype: torch.dtype | None,
         elsewhere: Source | None,
+        through: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.task_vectors, self.draws, self.out_dtype = task_vectors, draws, out_dtype
+        self.task_vectors, self.draws, self.out_dtype, self.through = task_vectors, draws, out_dtype, through
         self.base = task_vectors.base
         self._design, self.design_of = design, as_any_function(design)
         self._methods = MethodMembers(task_vectors, self.design_of)
-        self.elsewhere = None if elsewhere is None else self._opened(elsewhere)
+        self.elsewhere = None if elsewhere is None else self.opened(elsewhere, "elsewhere")
         merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
         self._modules = {tensor: module_names(task_vectors, tensor) for tensor in merged}
         own = set(draws.modules)
-        self.sampled = tuple(tensor for tensor, names in self._modules.items() if own.intersection(names))
+        self._followers = draws.followers if isinstance(draws, SpanDraws) else {}
+        drawn = {tensor for tensor, names in self._modules.items() if own.intersection(names)} | set(self._followers)
+        self.sampled = tuple(name for name in task_vectors.treatments if name in drawn)
         self.shared = tuple(name for name in task_vectors.treatments if name not in self.sampled)
         self._check_draws()
         if draws.far_from_merge is not None:
@@ -150,6 +154,8 @@ class MemberTensors:
             if treatment.action == "average":
                 average = self._averages(tensor)
                 return self.task_vectors.average(tensor, average.importance, average.scaling).cpu()
+        if tensor in self._followers:
+            return self._following(tensor, draw)
         assert treatment.view is not None
         design = self.design_of(tensor)
         blocks = self._merged(tensor, draw) if isinstance(design, MethodDesign) else self._drawn(tensor, design, draw)
@@ -196,8 +202,17 @@ class MemberTensors:
                 self._check_weights(module)
                 blocks.append(module.base + design.scaling * self._update(module, draw))
             else:
-                blocks.append(self._shared_block(tensor, module, partial(_merged_weights, module, design)))
+                merged = partial(_merged_weights, self._through_given(module), design)
+                blocks.append(self._shared_block(tensor, module, merged))
         return blocks
+
+    def _following(self, tensor: str, draw: ModelDraws | None) -> Tensor:
+        """An averaged tensor with the coefficients of the module that it follows."""
+        assert isinstance(draw, SpanDraws)
+        average, names = self._averages(tensor), self.task_vectors.names
+        means = dict(zip(names, (each / sum(average.importance) for each in average.importance), strict=True))
+        found = dict(zip(draw.updates, draw.shares(tensor, 0, [means[name] for name in draw.updates]), strict=True))
+        return self.task_vectors.combination(tensor, [average.scaling * found.get(name, 0.0) for name in names]).cpu()
 
     def _merged(self, tensor: str, draw: ModelDraws | None) -> list[Tensor]:
         """The matrices of a tensor that a method merges."""
@@ -216,11 +231,24 @@ class MemberTensors:
         if not draw.uses_modes:
             return draw.update(module, 0)
         known = self._modes.get(module.name)
-        module = replace(module, known_mode=known)
+        module = self._through_given(module) if known is None else replace(module, known_mode=known)
         if known is None and isinstance(draw, SpanDraws):
             _check_merge(module, draw)
         self._modes[module.name] = module.mode
         return draw.update(module, 0)
+
+    def _through_given(self, module: Module) -> Module:
+        """The module with the merged update that ``through`` has for it; one that no draw is about may have none."""
+        if self.through is None or (module.name not in self.through and module.name not in self.draws.modules):
+            return module
+        found = self.through.get(module.name)
+        if found is None or found.shape != module.base.shape:
+            has = "has none" if found is None else f"has {tuple(found.shape)}"
+            raise ValueError(
+                f"`MergedEnsemble(through=...)`: {module.name!r} is {tuple(module.base.shape)}, and `through` {has}. "
+                "Give the merged update of every module that was drawn, as `SpanModel.merges` does."
+            )
+        return replace(module, known_mode=found.to(module.base))
 
     def _shared_block(self, tensor: str, module: Module | ModuleUpdates, make: Callable[[], Tensor]) -> Tensor:
         """The weights of a module that is not sampled."""
@@ -244,6 +272,13 @@ class MemberTensors:
                 f"`MergedEnsemble(...)`: the draws have {unknown[0]!r}, which these task vectors do not merge. Give "
                 "the base, experts and rules that the draws were made with, or `draws.restrict(pattern)`."
             )
+        treatments = self.task_vectors.treatments
+        for tensor, module in self._followers.items():
+            if tensor not in treatments or treatments[tensor].action != "average" or module not in draws.modules:
+                raise ValueError(
+                    f"`MergedEnsemble(...)`: in the draws {tensor!r} follows {module!r}, and these task vectors do not "
+                    "average it, or the module is not among the draws. Give the base, experts and rules of the draws."
+                )
         check_designs(draws, {name: self.design_of(known[name]) for name in draws.modules}, self.task_vectors)
 
     def _check_weights(self, module: Module | ModuleUpdates) -> None:
@@ -260,10 +295,15 @@ class MemberTensors:
             )
         self._checked.add(module.name)
 
-    def _opened(self, elsewhere: Source) -> Checkpoint:
-        checkpoint = open_checkpoint(elsewhere, base=self.base)
+    def opened(self, source: Source, what: str) -> Checkpoint:
+        """A merged checkpoint of the base's architecture, called by the argument that gave it.
+
+        Raises:
+            CheckpointError: If it lacks a tensor.
+        """
+        checkpoint = open_checkpoint(source, base=self.base)
         for name in self.base.tensors:
-            require_alike(checkpoint, "elsewhere", self.base, name)
+            require_alike(checkpoint, what, self.base, name)
         return checkpoint
 
 

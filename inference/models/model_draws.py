@@ -13,8 +13,8 @@ SpanDraws(gibbs draws in Span coordinates around the MAP of the span at temperat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from inference.models.named_draws import ModelDraws
 from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import Posterior
 from poe_models.records import with_tensors
+from poe_models.span import SpanStatistics
 from poe_models.span_labels import CENTER, basis_names
 
 __all__ = ["FullDraws", "ModelDraws", "PosteriorDraws", "SpanDraws"]
@@ -43,10 +44,13 @@ class SpanDraws(ModelDraws):
     Attributes:
         updates: Names of the task vectors, the order of the first ``N`` coefficients.
         coefficients: ``c``, ``(C, S, M, K)`` with ``K = N + 1``, or ``N + 2`` through a merge.
+        followers: Averaged tensors that have the coefficients of a module, such as its bias, to the module's name; the
+            merge's update of them is the mean. The others are the merge's in every draw.
     """
 
     updates: tuple[str, ...]
     coefficients: Tensor
+    followers: Mapping[str, str] = field(kw_only=True, default_factory=dict)
 
     kind = "span"
     own = ("coefficients",)
@@ -70,7 +74,27 @@ class SpanDraws(ModelDraws):
                 "`SpanDraws.of(...)`: the posterior is in Full coordinates. `sample_full` names its draws."
             )
         statistics = with_tensors(Tensor.cpu, posterior.span.statistics)
-        coefficients = posterior.coefficients(draws.values).cpu()
+        return cls.named(statistics, posterior.coefficients(draws.values).cpu(), draws)
+
+    @classmethod
+    def named(
+        cls,
+        statistics: SpanStatistics,
+        coefficients: Tensor,
+        draws: Draws,
+        merge: Tensor | None = None,
+        followers: Mapping[str, str] | None = None,
+    ) -> SpanDraws:
+        """Name coefficients that draws stand for.
+
+        Args:
+            statistics: Of the modules, on the CPU.
+            coefficients: ``(C, S, M, K)``, on the CPU.
+            draws: What their statistics, sampler and temperature are taken from.
+            merge: Coefficients of the merge that they are to surround, ``(M, K)``; by default the one that the span
+                goes through.
+            followers: As the attribute.
+        """
         heat = draws.temperature
         return cls(
             modules=statistics.modules,
@@ -80,9 +104,10 @@ class SpanDraws(ModelDraws):
             stats={name: values.cpu() for name, values in draws.stats.items()},
             sampler=draws.sampler,
             temperature=None if heat is None else torch.full((len(statistics.modules),), heat, dtype=torch.float64),
-            from_merge=span_distance(statistics, coefficients),
+            from_merge=span_distance(statistics, coefficients, merge),
             updates=statistics.updates,
             coefficients=coefficients,
+            followers=followers or {},
         )
 
     @property
@@ -109,7 +134,28 @@ class SpanDraws(ModelDraws):
     @property
     @override
     def labels(self) -> tuple[str, ...]:
-        return self.updates
+        return (*self.updates, *(f"{tensor} follows {module}" for tensor, module in self.followers.items()))
+
+    @override
+    def select(self, kept: Sequence[int]) -> SpanDraws:
+        some = super().select(kept)
+        own = {tensor: module for tensor, module in self.followers.items() if module in some.modules}
+        return replace(some, followers=own)
+
+    def shares(self, tensor: str, member: int, means: Sequence[float]) -> list[float]:
+        """Coefficients of the experts' updates of a tensor that follows a module, in one draw.
+
+        Args:
+            tensor: One of ``followers``.
+            member: Number of the draw, chain after chain.
+            means: Share of each expert in the merge's update, in the order of ``updates``; they sum to 1.
+
+        Returns:
+            ``c_i + c_* mean_i``, one for each of ``updates``.
+        """
+        own = self.coefficients[*self.place(member), self.index(self.followers[tensor])].tolist()
+        merged = own[-1] if self.through_merge else 0.0
+        return [each + merged * mean for each, mean in zip(own, means, strict=False)]
 
     def update(self, module: Module, member: int) -> Tensor:
         """The merged update of one module in one draw, ``sum_j c_j U_j + c_0 Z_0``, and ``c_* Z_*`` through a merge.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from inference.models.cut import Cut, CutError, structural_cut
@@ -35,6 +36,7 @@ class Runner:
         cut: A submodule whose inputs do not depend on the changing tensors.
         read: Makes rows of an output.
         reduce: Makes of each batch's rows what is kept; all of them by default.
+        around: Values of the changing tensors at which the model is linearised; it is run as it is by default.
 
     Raises:
         ValueError: If the model lacks a tensor or has it in another shape, or the loader can be used only once.
@@ -50,6 +52,7 @@ class Runner:
         cut: str | None,
         read: Read = class_rows,
         reduce: Reduce | None = None,
+        around: Mapping[str, Tensor] | None = None,
     ) -> None:
         if isinstance(loader, Iterator):
             raise ValueError(
@@ -70,7 +73,12 @@ class Runner:
         self._passes = 0
         self._named = cut is not None
         self._changing = tuple(changing)
-        self._cut = self._first_cut(cut, self._with_ties(changing))
+        if around is not None and cut is not None:
+            raise ValueError(
+                f"`predict(cut={cut!r}, around=...)`: nothing is reused of a linearised model. Give one of both."
+            )
+        self._around = None if around is None else {f"model.{n}": v for n, v in self._fitted(around).items()}
+        self._cut = None if around is not None else self._first_cut(cut, self._with_ties(changing))
         self._announce()
 
     @property
@@ -157,8 +165,22 @@ class Runner:
             return self._full(state, batch)
 
     def _full(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
+        if self._around is not None:
+            return self._linearised(self._around, state, batch)
         output: Tensor = functional_call(self._caller, dict(state), (batch,))
         return output
+
+    def _linearised(self, around: Mapping[str, Tensor], state: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """``f(W_*) + J (W - W_*)`` by one forward-mode product."""
+
+        def outputs(changing: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(self._caller, {**state, **changing}, (batch,))
+            return found
+
+        away = {name: state[name] - value for name, value in around.items()}
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+            value, moved = torch.func.jvp(outputs, (dict(around),), (away,))[:2]
+        return value + moved
 
     def _verified(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The first batch both ways: what a member gives must not depend on whether features are reused.

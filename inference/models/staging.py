@@ -258,10 +258,10 @@ class Staging:
         """Return whether a file of the output is finished."""
         return (self.content / name).is_file()
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write a safetensors file of the output."""
         self._expect(name, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
-        self._save(name, tensors)
+        self._save(name, tensors, metadata)
 
     def _save(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         self.write(name, lambda path: save_file(dict(tensors), path, metadata=metadata))

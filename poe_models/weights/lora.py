@@ -22,6 +22,7 @@ same: merge the adapter with PEFT and give the folder of the merged model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,6 +196,43 @@ class _Pair:
     transposed: bool  # the tensor is stored (in, out): embeddings and Conv1D
 
 
+@dataclass(frozen=True)
+class AdapterPlace:
+    """Place and form of the factors of one tensor in an adapter's file.
+
+    Args:
+        module: Name of the module in the model that was trained.
+        embedding: The factors are called ``lora_embedding_A`` and ``lora_embedding_B``.
+        transposed: The base's tensor is stored (in, out), the transpose of B A.
+        inputs: Shape of A after its first axis.
+        ones: Number of further axes of B, of length one.
+        dtype: Dtype of A.
+    """
+
+    module: str
+    embedding: bool
+    transposed: bool
+    inputs: tuple[int, ...]
+    ones: int
+    dtype: torch.dtype
+
+    def tensors(self, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors of an adapter's file, by their keys, for ``left @ right`` added to the tensor as it is stored.
+
+        Args:
+            left: (rows, r).
+            right: (r, columns).
+            dtype: Their dtype; by default the adapter's own.
+        """
+        b, a = (right.T, left.T) if self.transposed else (left, right)
+        kind, end = ("lora_embedding_", "") if self.embedding else ("lora_", ".weight")
+        shaped = {"A": a.reshape(-1, *self.inputs), "B": b.reshape(*b.shape, *[1] * self.ones)}
+        return {
+            f"base_model.model.{self.module}.{kind}{side}{end}": value.to(dtype or self.dtype).contiguous()
+            for side, value in shaped.items()
+        }
+
+
 class LoraCheckpoint(Checkpoint):
     """The model that an adapter makes of its base.
 
@@ -271,6 +309,22 @@ class LoraCheckpoint(Checkpoint):
         if canonical not in self._pairs or not self._on_base(canonical):
             return None
         return self._factors(self._pairs[canonical])
+
+    def place(self, name: str) -> AdapterPlace | None:
+        """Place of the factors of a tensor of the base in the adapter; None if it has none."""
+        pair = self._pairs.get(self.aliases.get(name, name))
+        if pair is None:
+            return None
+        embedding = ".lora_embedding_A" in pair.a.name
+        module = re.split(r"\.lora_(?:embedding_)?A", pair.a.name)[0].removeprefix("base_model.model.")
+        return AdapterPlace(module, embedding, pair.transposed, pair.a.shape[1:], len(pair.b.shape) - 2, pair.a.dtype)
+
+    def whole(self, name: str) -> str | None:
+        """Name, in the model that was trained, of a tensor that the adapter replaces; None if it does not."""
+        key = self._full.get(self.aliases.get(name, name))
+        if key is None:
+            return None
+        return key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
     def _factors(self, pair: _Pair) -> tuple[Tensor, Tensor]:
         a = self._file.read(pair.a.name).double().flatten(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from time import thread_time
+from typing import Any
 
 import regex
 
@@ -50,16 +51,26 @@ class Pattern:
         Raises:
             PatternError: If the pattern has used up its time.
         """
-        return self._tried(self._compiled.search, name)
+        return self._tried(self._compiled.search, name) is not None
+
+    def groups(self, name: str) -> tuple[str | None, ...] | None:
+        r"""Texts of the groups where a part of a name fits; None where none does. For the error see :meth:`search`.
+
+        >>> Pattern(r"layers\.(\d+)").groups("layers.11.mlp")
+        ('11',)
+        """
+        found = self._tried(self._compiled.search, name)
+        return None if found is None else found.groups()
 
     def match(self, name: str) -> bool:
         """Return whether the start of a name fits; for the error see :meth:`search`."""
-        return self._tried(self._compiled.match, name)
+        return self._tried(self._compiled.match, name) is not None
 
-    def _tried(self, how: Callable[..., object], name: str) -> bool:
+    def _tried(self, how: Callable[..., Any], name: str) -> Any:
+        """The match, or None, within the budget."""
         began = thread_time()
         try:
-            return how(name, timeout=self._left, concurrent=False) is not None
+            return how(name, timeout=self._left, concurrent=False)
         except (TimeoutError, MemoryError, RecursionError) as error:
             short = self._text if len(self._text) < 100 else f"{self._text[:100]}..."
             raise PatternError(

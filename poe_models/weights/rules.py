@@ -56,6 +56,7 @@ _DEFAULTS: tuple[Rule, ...] = (
     Rule(action="average", shape="vector", note="bias, norm, running statistic or scalar: fewer than two axes"),
     Rule(r"(^|[._])bias$", "average", note="bias"),
     Rule(_EMBEDDING, "average", note="embedding"),
+    Rule(r"(^|\.)\w+_tokens?$", "average", note="learned token"),
     Rule(r"(^|\.)relative_position_bias_table$", "average", note="position bias"),
     Rule(_STATE_SPACE, "average", note="state-space parameter, entry by entry"),
     Rule(r"(^|\.)rel(_attn|ative_attention)?\.r_\w_bias$|(^|\.)r_[wrs]_bias$", "average", note="bias"),

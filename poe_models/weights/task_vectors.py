@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.span_labels import CENTER, MERGE
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
+from poe_models.weights.expert_names import unique_names
+from poe_models.weights.factors import padded
 from poe_models.weights.fitting import (
     keys_of,
     refuse_copies,
@@ -113,7 +114,7 @@ class TaskVectors:
             raise ValueError(
                 "`TaskVectors(rules=...)`: expected a `RuleTable`; `DEFAULT_RULES.extended(rules)` makes one."
             )
-        named = _unique_names(experts)
+        named = unique_names(experts)
         self.dtype = dtype or torch.float32
         self.device = torch.device(device)
         self.rules = rules
@@ -185,6 +186,25 @@ class TaskVectors:
         parts = zip(block_names(name, len(shapes)), bases, updates, low_rank, strict=True)
         return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
 
+    def low_rank(self, tensor: str) -> list[tuple[Tensor, Tensor] | None]:
+        """Factors of the updates of one tensor, which are never multiplied.
+
+        Args:
+            tensor: Name of a tensor of the base.
+
+        Returns:
+            For each matrix of its view, or for the tensor as it is stored if it is not merged, (N, d_out, r) and
+            (N, r, d_in), smaller ranks filled up with zeros; None unless every expert is an adapter that has factors
+            here or changes nothing.
+
+        Raises:
+            ValueError: If there is no such tensor.
+        """
+        name = self._canonical(tensor)
+        shape = self.base.tensors[name].shape
+        view = self.treatments[name].view or (View().fitted(shape) if len(shape) > 1 else None)
+        return [None] if view is None else list(self._low_rank(name, view, len(view.block_shapes(shape))))
+
     def average(self, tensor: str, importance: Sequence[float] | None = None, scaling: float = 1.0) -> Tensor:
         """Read one tensor of every model and add the mean update to the base's.
 
@@ -200,6 +220,29 @@ class TaskVectors:
             CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
             ValueError: If the tensor stays the base's.
         """
+        weights = [1.0] * len(self.names) if importance is None else list(importance)
+        base, total = self._combined(tensor, weights)
+        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
+
+    def combination(self, tensor: str, coefficients: Sequence[float]) -> Tensor:
+        """Read one tensor of every model and add a combination of the updates to the base's.
+
+        Args:
+            tensor: Name of a tensor that is averaged or merged.
+            coefficients: ``c``, of each expert's update.
+
+        Returns:
+            The tensor W_0 + Σ c_i U_i, in the compute dtype.
+
+        Raises:
+            CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
+            ValueError: If the tensor stays the base's.
+        """
+        base, total = self._combined(tensor, coefficients)
+        return total.add_(base).to(self.device)
+
+    def _combined(self, tensor: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """A tensor of the base, and the sum of its updates times their weights."""
         name = self._canonical(tensor)
         if self.treatments[name].action == "base":
             raise ValueError(
@@ -207,13 +250,12 @@ class TaskVectors:
                 f"base: `base.read({tensor!r})`."
             )
         base = self._base(name)
-        weights = [1.0] * len(self.names) if importance is None else list(importance)
         total = torch.zeros_like(base)
         for expert, weight in zip(self.names, weights, strict=True):
             update = self._update(expert, name, base)  # also of weight 0, which must be finite as well
             total.add_(update, alpha=weight)
             del update  # before the next is formed beside it
-        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
+        return base, total
 
     def refuse_copies(self) -> None:
         """Refuse an expert whose tensors all have the base's values, and warn of one with those of another.
@@ -320,7 +362,7 @@ class TaskVectors:
             if pair is None:
                 return [None] * blocks
             factors.append(view.split_factors(*(factor.to(self.device, self.dtype) for factor in pair)))
-        return [_padded([parts[i] if parts else None for parts in factors]) for i in range(blocks)]
+        return [padded([parts[i] if parts else None for parts in factors]) for i in range(blocks)]
 
 
 def block_names(tensor: str, count: int) -> list[str]:
@@ -348,30 +390,6 @@ def _refuse_equal_names(base: Checkpoint, treatments: Mapping[str, Treatment]) -
                 )
 
 
-def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) -> dict[str, Source]:
-    pairs = list(experts.items()) if isinstance(experts, Mapping) else list(experts)
-    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            "`TaskVectors(experts=...)`: experts have names. Give a dict {'mnist': 'path/to/mnist', ...}, or (name, "
-            "expert) pairs."
-        )
-    names = [name for name, _ in pairs]
-    if not names:
-        raise ValueError("`TaskVectors(experts={})`: there are no experts. Give at least one fine-tuned model.")
-    taken = next((name for name in names if name in (CENTER, MERGE)), None)
-    if taken is not None:
-        raise ValueError(
-            f"`TaskVectors(experts=...)`: an expert called {taken!r}: draws call the anchor's centre {CENTER!r} and a "
-            f"merge in the span {MERGE!r}. Give it another name, such as '{taken}_model'."
-        )
-    bad = [name for name in names if not isinstance(name, str) or not name]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if bad or twice:
-        what = f"{twice[0]!r} is the name of several experts" if twice else f"{bad[0]!r} is no name"
-        raise ValueError(f"`TaskVectors(experts=...)`: {what}. Give every expert a name of its own.")
-    return dict(pairs)
-
-
 def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None) -> Tensor:
     """The same tensor, once it is clear that it is finite; ``stored`` is the one it was made of, in its own dtype."""
     if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # no temporary of its size
@@ -384,16 +402,3 @@ def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None)
             f"tensor with the rule {suggested_rule(name)}."
         )
     return tensor
-
-
-def _padded(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
-    """Stack factors of different rank, filled up with zeros; None stands for an update of rank 0."""
-    left, right = next(pair for pair in factors if pair is not None)
-    rank = max(pair[0].shape[1] for pair in factors if pair is not None)
-    b = left.new_zeros(len(factors), left.shape[0], rank)
-    a = right.new_zeros(len(factors), rank, right.shape[1])
-    for i, pair in enumerate(factors):
-        if pair is not None:
-            b[i, :, : pair[0].shape[1]] = pair[0]
-            a[i, : pair[1].shape[0]] = pair[1]
-    return b, a

@@ -1,0 +1,309 @@
+"""What ranks merges without labels: the functional score, the evidence, or validation accuracy on a few labels?
+
+`python -m benchmarks.ranking` merges the experts of each suite and training seed by designs of two residual maps and by
+the rules of the literature, each at several λ, and judges every merge by the mean divergence of its predictions from
+the own experts' on validation inputs (no labels), by the design's log evidence (no labels, no inputs), and by accuracy
+on 8, 32 and 128 validation labels a task. Test scores say who ranks best. Every merge is kept on its own under
+`out/ranking`, so that an interrupted run goes on; writes `benchmarks/results/ranking.md` and a CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.evidence import MAPS, SAMPLES, DesignMap, designs
+from benchmarks.folders import kept, key_of
+from benchmarks.harness.evaluate import mean_scores, score, task_logits
+from benchmarks.harness.methods import BASELINES, RULES, Loaded, Method, solve
+from benchmarks.harness.parallel import machine
+from benchmarks.harness.rule_report import markdown_table
+from benchmarks.harness.suite import Suite
+from benchmarks.registry import SUITES, load, recipe_of
+from diagnostics import functional_score
+from diagnostics.predictions.agreement import rank_agreement
+from inference.evidence.designs import compare_designs
+
+SCALES = (0.3, 0.6, 1.0, 2.0)
+LABELS = (8, 32, 128)
+SUBSETS = 20
+"""Random subsets of the validation labels, of each size."""
+INPUTS = 128
+"""Unlabelled validation inputs a task that the smaller functional score sees."""
+Run = tuple[str, int]
+"""Suite and training seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A merge, what the judges say of it, and how good it is.
+
+    Args:
+        name: Of the design or rule.
+        scale: λ.
+        evidence: Of the design in nats; nan where it has none, or λ is not 1.
+        residual_map: Of the design; evidences of one map compare.
+        divergence: From the own experts on all validation inputs, nats.
+        divergence_few: The same on `INPUTS` a task.
+        few_labels: Number of labels a task to the validation accuracy on each of the random subsets.
+        accuracy: On test, mean over tasks.
+        nll: On test, nats.
+    """
+
+    name: str
+    scale: float
+    evidence: float
+    residual_map: str
+    divergence: float
+    divergence_few: float
+    few_labels: dict[str, list[float]]
+    accuracy: float
+    nll: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How one judge ranks the merges of a run.
+
+    Args:
+        judge: Its name.
+        merges: How many it ranks.
+        with_accuracy: Spearman's correlation with test accuracy.
+        with_nll: With minus the test NLL.
+        regret: Best test accuracy less that of the merge that it puts first, in points.
+    """
+
+    judge: str
+    merges: int
+    with_accuracy: float
+    with_nll: float
+    regret: float
+
+
+def rows_of(
+    suite: Suite, seed: int, folder: Path, scales: Sequence[float], samples: int, tell: Callable[[str], None]
+) -> list[Row]:
+    """All merges of a suite, those that are not in the folder made.
+
+    Args:
+        suite: What to merge and to judge by.
+        seed: Of importance samples and of subsets.
+        folder: Where merges are kept, one file each.
+        scales: Each λ.
+        samples: Importance samples of the evidence.
+        tell: Called with each merge before it is judged.
+    """
+    loaded = Loaded(suite.vectors())
+    own = {task: task_logits(suite, place, "validation")[task] for task, place in suite.experts.items()}
+    found = []
+    for map_name, residual_map in MAPS.items():
+        poes = designs(loaded.vectors.names, residual_map)
+
+        def evidences(poes: Mapping[str, object] = poes, map_name: str = map_name) -> dict[str, float]:
+            tell(f"evidence of all designs with {map_name}")
+            generator = torch.Generator(suite.device).manual_seed(seed)
+            exact = suite.vectors(torch.float64)
+            rows = compare_designs(poes, exact, generator=generator, samples=samples).rows  # type: ignore[arg-type]
+            return {row.name: row.evidence.total for row in rows}
+
+        evidence = kept(folder / f"evidence-{map_name}.json", evidences)
+        for name, poe in poes.items():
+            method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
+            found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, evidence[name], map_name)
+    for method in (*BASELINES, *RULES):
+        found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, math.nan, "")
+    return found
+
+
+def _at_scales(
+    suite: Suite,
+    loaded: Loaded,
+    method: Method,
+    own: Mapping[str, Tensor],
+    seed: int,
+    folder: Path,
+    scales: Sequence[float],
+    tell: Callable[[str], None],
+    evidence: float,
+    residual_map: str,
+) -> list[Row]:
+    """One merge at every λ, solved once if any of them is missing."""
+    solved = []
+    found = []
+    for scale in scales:
+
+        def make(scale: float = scale) -> dict[str, object]:
+            tell(f"{method.name}, λ = {scale:g}")
+            if not solved:
+                solved.append(solve(method, loaded, 0.0))
+            state = solved[0].state(scale)
+            known = evidence if scale == 1.0 else math.nan
+            return asdict(_judged(suite, state, own, seed, method.name, scale, known, residual_map))
+
+        found.append(Row(**kept(folder / f"{key_of(method.name, scale)}.json", make)))
+    return found
+
+
+def _judged(
+    suite: Suite,
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    seed: int,
+    name: str,
+    scale: float,
+    evidence: float,
+    residual_map: str,
+) -> Row:
+    """What the judges see of one merge, and its test scores."""
+    validation, test = (task_logits(suite, state, split) for split in ("validation", "test"))
+    labels = {split: suite.labels(split) for split in ("validation", "test")}
+    few = {task: _subset(len(values), INPUTS, seed) for task, values in own.items()}
+    scores = mean_scores({task: score(values, labels["test"][task]) for task, values in test.items()})
+    right = {task: (v.argmax(-1) == labels["validation"][task]).double() for task, v in validation.items()}
+    return Row(
+        name,
+        scale,
+        evidence,
+        residual_map,
+        _divergence(validation, own),
+        _divergence({t: validation[t][few[t]] for t in own}, {t: own[t][few[t]] for t in own}),
+        {str(count): [_accuracy(right, count, seed + 1 + draw) for draw in range(SUBSETS)] for count in LABELS},
+        scores.accuracy,
+        scores.nll,
+    )
+
+
+def _divergence(merged: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> float:
+    found = functional_score({"merge": dict(merged)}, dict(own), seed=0, logits=True)
+    return found.mean("merge").value
+
+
+def _accuracy(right: Mapping[str, Tensor], count: int, seed: int) -> float:
+    """Mean accuracy on a random subset of the labels of each task."""
+    means = [float(values[_subset(len(values), count, seed)].mean()) for values in right.values()]
+    return sum(means) / len(means)
+
+
+def _subset(total: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def judged(rows: Sequence[Row]) -> list[Judged]:
+    """How every judge ranks the merges of one run."""
+    found = [
+        _ranking("functional score, all inputs", rows, [-row.divergence for row in rows]),
+        _ranking(f"functional score, {INPUTS} inputs", rows, [-row.divergence_few for row in rows]),
+    ]
+    for name in MAPS:
+        own = [row for row in rows if row.residual_map == name and not math.isnan(row.evidence)]
+        if not own:  # λ = 1 was not asked for
+            continue
+        found.append(_ranking(f"evidence, {name}", own, [row.evidence for row in own]))
+        found.append(_ranking(f"functional score, the same {name}", own, [-row.divergence for row in own]))
+    for count in LABELS:
+        name = f"accuracy on {count} labels"
+        each = [_ranking(name, rows, [row.few_labels[str(count)][draw] for row in rows]) for draw in range(SUBSETS)]
+        means = [sum(getattr(one, key) for one in each) / SUBSETS for key in ("with_accuracy", "with_nll", "regret")]
+        found.append(Judged(name, len(rows), *means))
+    return found
+
+
+def _ranking(judge: str, rows: Sequence[Row], values: Sequence[float]) -> Judged:
+    said = torch.tensor(values, dtype=torch.float64)
+    accuracy = torch.tensor([row.accuracy for row in rows], dtype=torch.float64)
+    nll = torch.tensor([row.nll for row in rows], dtype=torch.float64)
+    regret = 100 * float(accuracy.max() - accuracy[int(said.argmax())])
+    return Judged(judge, len(rows), rank_agreement(said, accuracy).value, rank_agreement(said, -nll).value, regret)
+
+
+def report(runs: Mapping[Run, Sequence[Row]], machines: Sequence[str], command: str) -> str:
+    """The page.
+
+    Args:
+        runs: Suite and training seed to the merges.
+        machines: Where they were measured, in words.
+        command: What made it.
+
+    Returns:
+        Markdown.
+    """
+    body = [
+        [suite, str(seed), one.judge, str(one.merges)]
+        + [f"{one.with_accuracy:.2f}", f"{one.with_nll:.2f}", f"{one.regret:.1f}"]
+        for (suite, seed), rows in runs.items()
+        for one in judged(rows)
+    ]
+    header = ["suite", "seed", "judge", "merges", "with accuracy", "with minus NLL", "regret"]
+    return "\n\n".join([
+        "Which judge ranks merges as their test scores do? Designs of two residual maps (those of "
+        "`benchmarks.evidence`) and rules of the literature, each at several λ. The functional score is the mean "
+        "divergence from the own experts' predictions on validation inputs, without labels; evidence is that of a "
+        "design, compared within one map at λ = 1, beside the functional score of the same merges; accuracies are on "
+        f"few validation labels a task, means over {SUBSETS} random subsets. Made by `{command}` on "
+        f"{' and '.join(dict.fromkeys(machines))}.",
+        "Spearman's rank correlations over the merges, and the regret: the best test accuracy less that of the merge "
+        "that the judge puts first, in points. The merges are a grid, not a sample.",
+        markdown_table(header, body, left=3),
+    ]) + "\n"  # fmt: skip
+
+
+def write_table(path: Path, runs: Mapping[Run, Sequence[Row]]) -> None:
+    """Every merge as a row of a CSV."""
+    keys = [key for key in Row.__dataclass_fields__ if key != "few_labels"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["suite", "seed", *keys, *(f"accuracy on {count} labels" for count in LABELS)])
+        for (suite, seed), rows in runs.items():
+            for row in rows:
+                few = [sum(row.few_labels[str(count)]) / SUBSETS for count in LABELS]
+                writer.writerow([suite, seed, *(getattr(row, key) for key in keys), *few])
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/ranking.md"), help="a CSV is put beside it"
+    )
+    parser.add_argument("--kept", type=Path, default=Path("out/ranking"), help="where what is done is kept")
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training, subsets and samples")
+    parser.add_argument("--full", action="store_true", help="more examples of every kind in training and tests")
+    parser.add_argument("--scales", type=float, nargs="+", default=list(SCALES), help="each λ")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples of the evidence")
+    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # see `parallel`
+    console, runs, machines = Console(), {}, []
+    for name in arguments.suites:
+        for seed in arguments.seeds:
+            suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
+            folder = arguments.kept / f"{name}-{seed}-{key_of(suite.key, arguments.samples, LABELS, SUBSETS, INPUTS)}"
+            runs[name, seed] = rows_of(
+                suite,
+                seed,
+                folder,
+                arguments.scales,
+                arguments.samples,
+                lambda text, name=name, seed=seed: console.print(f"{name}, seed {seed}: {text}", highlight=False),
+            )
+            machines.append(kept(folder / "machine.json", lambda suite=suite: machine(suite.device)))
+    command = f"python -m benchmarks.ranking{' --full' if arguments.full else ''}"
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    text = report(runs, machines, command)
+    arguments.out.write_text(text, encoding="utf-8")
+    write_table(arguments.out.with_suffix(".csv"), runs)
+    console.print(text, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""``poe-merge merge``: the model or the adapter that a configuration describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inference.models.adapters import AdapterReport, merge_adapters
+from inference.models.merge import MergeReport, merge_checkpoint
+from inference.models.method_design import AnyDesigns
+from poe_merge.build import custom_sources, designs_of
+from poe_merge.config import ConfigError, MergeConfig
+from poe_merge.functional import fitted_designs, state_of
+from poe_models.weights.task_vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from poe_merge.console import Bars
+
+
+def merge(
+    config: MergeConfig, task_vectors: TaskVectors, out: Path, progress: Bars, *, resume: bool
+) -> MergeReport | AdapterReport:
+    """Merge as a configuration says.
+
+    Args:
+        config: The configuration.
+        task_vectors: Its base and experts.
+        out: The folder to make.
+        progress: Told how far the merge is.
+        resume: Go on with an interrupted merge.
+
+    Raises:
+        ConfigError: If experts on predictions are to be written as an adapter.
+    """
+    code = custom_sources(config)
+    if config.functional.tasks is None:
+        designs: AnyDesigns = designs_of(config, task_vectors.base)
+    elif config.adapter is None:
+        designs, source = fitted_designs(config, task_vectors, out, resume, progress)
+        code = [*code, source]
+    else:
+        raise ConfigError(
+            "output: a merge with experts on predictions is written as a model. Leave `output` out, or `functional`."
+        )
+    shared: dict[str, Any] = {
+        "out_dtype": config.output_dtype,
+        "seed": config.seed,
+        "settings": {"preset": config.preset, "config": config.resolved()},
+        "code": code,
+        "resume": resume,
+        "progress": progress,
+    }
+    if config.adapter is None:
+        report = merge_checkpoint(task_vectors, designs, out, batch_bytes=config.batch_bytes, **shared)
+        state_of(out).unlink(missing_ok=True)
+        return report
+    return merge_adapters(task_vectors, designs, out, rank=config.adapter[0], **shared)

@@ -1,0 +1,100 @@
+"""Evidence of functional experts against quadrature: exact where all is Gaussian, near it for class probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inference.functional import (
+    KullbackLeibler,
+    Residual,
+    SpanModel,
+    Targets,
+    fit,
+    functional,
+    functional_evidence,
+)
+from inference.minimize import minimize
+from poe_models import Cauchy, Energy, Gaussian, Identity, ProductOfExperts, TaskVectors
+from poe_models.posterior import Posterior
+from tests.seeds import seeded
+
+
+def called(net: Any, x: Any) -> Tensor:
+    found: Tensor = net(x)
+    return found
+
+
+def model_of(experts: int, energy: Energy) -> SpanModel:
+    """A linear layer without bias whose span has as many dimensions as there are experts: the merge is their mean."""
+    generator = seeded(4)
+    base = {"weight": torch.randn(3, 4, generator=generator, dtype=torch.float64)}
+    tuned = {
+        f"e{i}": {"weight": base["weight"] + 0.5 * torch.randn(3, 4, generator=generator, dtype=torch.float64)}
+        for i in range(experts)
+    }
+    vectors = TaskVectors(base, tuned, dtype=torch.float64)
+    network = nn.Linear(4, 3, bias=False).double()
+    return SpanModel(network, vectors, ProductOfExperts.of(vectors.names, Identity(), energy))
+
+
+def posterior_of(model: SpanModel, divergence: Any, count: int = 30) -> Posterior:
+    inputs = [torch.randn(count, 4, generator=seeded(20 + i), dtype=torch.float64) for i in range(len(model.names))]
+    return model.posterior(
+        *(functional(n, model, x, called, divergence) for n, x in zip(model.names, inputs, strict=True))
+    )
+
+
+def by_quadrature(posterior: Posterior, mode: Tensor, width: float = 6.0, points: int = 61) -> float:
+    """Log of the mean of ``exp(-D)`` over the weight-space posterior, on a grid of the one or two known latents."""
+    assert posterior.span is not None
+    places = posterior.span.known.flatten().nonzero().flatten().tolist()
+    axes = [torch.linspace(-width, width, points, dtype=torch.float64) + float(mode.flatten()[p]) for p in places]
+    grid = torch.cartesian_prod(*axes).reshape(-1, len(places))
+    flat = mode.flatten().expand(len(grid), -1).clone()
+    flat[:, places] = grid
+    x = flat.view(-1, *mode.shape)
+    alone, whole = posterior.energy(x).sum(-1), posterior.joint_energy(x)
+    return float(torch.logsumexp(-whole, 0) - torch.logsumexp(-alone, 0))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_it_is_exact_where_everything_is_gaussian(experts: int) -> None:
+    model = model_of(experts, Gaussian())
+    posterior = posterior_of(model, Residual(scale=1.0), count=4)
+    mode = minimize(posterior, model.start()).value
+    exact = by_quadrature(posterior, mode, points=161 if experts == 1 else 49, width=6.0)
+    assert functional_evidence(posterior, mode) == pytest.approx(exact, abs=1e-3)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_it_is_near_the_integral_for_class_probabilities(experts: int) -> None:
+    model = model_of(experts, Cauchy())
+    posterior = posterior_of(model, KullbackLeibler())
+    mode = minimize(posterior, model.start()).value
+    exact = by_quadrature(posterior, mode, width=8.0, points=161 if experts == 1 else 49)
+    assert functional_evidence(posterior, mode) == pytest.approx(exact, abs=0.35)
+
+
+def test_predictions_that_the_design_makes_are_likelier() -> None:
+    model = model_of(2, Gaussian())
+    x = torch.randn(30, 4, generator=seeded(1), dtype=torch.float64)
+    merged = model.call(model.coefficients({"merge": 1.0}), called, x)
+    far = model.call(model.coefficients({"e0": -3.0}), called, x)
+    found = []
+    for outputs in (merged, far):
+        posterior = model.posterior(functional("e0", model, x, called, targets=Targets(outputs)))
+        solution = fit(posterior, model.start(), generator=seeded(0), steps=200, batch_size=30)
+        found.append(functional_evidence(posterior, minimize(posterior, solution.value).value))
+    assert found[0] > found[1] + 1
+    assert math.isfinite(found[1])
+
+
+def test_it_wants_sums_over_examples() -> None:
+    model = model_of(1, Gaussian())
+    with pytest.raises(ValueError, match="every factor expert must be a sum over examples"):
+        functional_evidence(model.posterior(), model.start())
