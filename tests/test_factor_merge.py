@@ -40,9 +40,10 @@ from poe_models.scales import Absolute, NormScaled, Relative
 from poe_models.weights.factors import FactorSpace
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.rules import DEFAULT_RULES
+from tests.adapters.test_merged import CASES, MIXED_TARGETS
+from tests.adapters.toys import MODELS, randomise, save_base
 from tests.helpers import assert_close
 from tests.seeds import seeded
-from tests.test_adapters import CASES, MIXED_TARGETS, MODELS, randomise, save_base
 
 TARGETS = {"target_modules": ["query", "value"], "r": 2, "lora_alpha": 5}
 
