@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyro
 import pytest
 import torch
 
 import diagnostics.arviz_adapter  # noqa: F401  (before any test imports ArviZ, whose notice of the day is kept out there)
+from poe_merge.cli import run
 from tests.seeds import SHIFT, seed_of, seeded
 
 ORDER = os.environ.get("TEST_ORDER")
@@ -39,6 +41,18 @@ def generator() -> torch.Generator:
 def device() -> torch.device:
     """Where the tests marked `gpu` compute."""
     return torch.device(DEVICE or "cuda")
+
+
+@pytest.fixture
+def cli(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in the test's own folder `here`: status, and what it printed on either stream."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = run([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
 
 
 def pytest_report_header() -> str:

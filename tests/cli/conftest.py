@@ -11,8 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from poe_merge.cli import run
-from tests.cli.toys import CONFIG, SHAPES, Cli, State
+from tests.cli.toys import CONFIG, SHAPES, State
 
 
 @pytest.fixture
@@ -29,13 +28,3 @@ def here(tmp_path: Path, state: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
         save_file(state(), tmp_path / name / "model.safetensors")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     return tmp_path
-
-
-@pytest.fixture
-def cli(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from inference.models.draw_files import load_draws
 from inference.models.model_draws import SpanDraws
-from tests.cli_sample.toys import QUICK, Cli, weights
+from tests.cli.toys import Cli
+from tests.cli_sample.toys import QUICK, weights
 from tests.helpers import assert_close
 
 

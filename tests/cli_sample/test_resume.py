@@ -17,7 +17,8 @@ from inference.models.draw_files import load_draws
 from inference.models.method_draws import MethodDraws
 from inference.samplers import SAMPLERS
 from poe_merge import sample as _sample
-from tests.cli_sample.toys import CONFIG, QUICK, Cli, listing, weights
+from tests.cli.toys import Cli, listing
+from tests.cli_sample.toys import CONFIG, QUICK, weights
 
 
 def test_resume_goes_on_with_the_draws_there_are(

@@ -25,7 +25,8 @@ from inference.samplers import SAMPLERS, Sampler
 from poe_merge import sample as _sample
 from poe_merge import sampling as _sampling
 from poe_models.posterior import Posterior
-from tests.cli_sample.toys import CONFIG, MERGED, QUICK, SHAPES, Cli, listing, updates, weights
+from tests.cli.toys import SHAPES, Cli, listing
+from tests.cli_sample.toys import CONFIG, MERGED, QUICK, updates, weights
 from tests.helpers import assert_close
 
 

@@ -21,7 +21,8 @@ from inference.models.statistics_files import load_statistics
 from inference.slice import slice_sample
 from poe_merge import stats as _stats
 from poe_models import Anchor, ProductOfExperts, RelativePrecision, StudentT
-from tests.cli_sample.toys import CONFIG, MERGED, QUICK, Cli, listing, updates, weights
+from tests.cli.toys import Cli, listing
+from tests.cli_sample.toys import CONFIG, MERGED, QUICK, updates, weights
 from tests.helpers import assert_close
 from tests.seeds import seeded
 

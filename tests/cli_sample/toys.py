@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-State = dict[str, Tensor]
-
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-SHAPES = {"0.mlp.weight": (8, 4), "1.mlp.weight": (8, 4), "1.attn.weight": (4, 4), "1.bias": (4,)}
-
+from tests.cli.toys import State
 
 MERGED = ("0.mlp.weight", "1.attn.weight", "1.mlp.weight")
 
@@ -29,10 +21,6 @@ CONFIG = {
 
 
 QUICK = ("--draws", "20", "--warmup", "5")
-
-
-def listing(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
 def weights(folder: Path) -> State:
