@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.evidence import MAPS, SAMPLES, DesignMap, designs
 from benchmarks.folders import kept, key_of
 from benchmarks.harness.evaluate import mean_scores, score, task_logits
-from benchmarks.harness.methods import BASELINES, RULES, Loaded, Method, solve
+from benchmarks.harness.methods import BASELINES, RULES, Loaded, Merge, Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
@@ -31,6 +31,7 @@ from benchmarks.registry import SUITES, load, recipe_of
 from diagnostics import functional_score
 from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs
+from poe_models import ProductOfExperts
 
 SCALES = (0.3, 0.6, 1.0, 2.0)
 LABELS = (8, 32, 128)
@@ -101,23 +102,22 @@ def rows_of(
         samples: Importance samples of the evidence.
         tell: Called with each merge before it is judged.
     """
-    loaded = Loaded(suite.vectors())
+    loaded, exact = Loaded(suite.vectors()), suite.vectors(torch.float64)
     own = {task: task_logits(suite, place, "validation")[task] for task, place in suite.experts.items()}
     found = []
     for map_name, residual_map in MAPS.items():
         poes = designs(loaded.vectors.names, residual_map)
-
-        def evidences(poes: Mapping[str, object] = poes, map_name: str = map_name) -> dict[str, float]:
-            tell(f"evidence of all designs with {map_name}")
-            generator = torch.Generator(suite.device).manual_seed(seed)
-            exact = suite.vectors(torch.float64)
-            rows = compare_designs(poes, exact, generator=generator, samples=samples).rows  # type: ignore[arg-type]
-            return {row.name: row.evidence.total for row in rows}
-
-        evidence = kept(folder / f"evidence-{map_name}.json", evidences)
         for name, poe in poes.items():
+
+            def evidence(name: str = name, poe: ProductOfExperts = poe, map_name: str = map_name) -> float:
+                tell(f"evidence of {map_name}, {name}")
+                generator = torch.Generator(suite.device).manual_seed(seed)
+                (row,) = compare_designs({name: poe}, exact, generator=generator, samples=samples).rows
+                return row.evidence.total
+
+            own_evidence = kept(folder / f"evidence-{key_of(map_name, name)}.json", evidence)
             method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
-            found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, evidence[name], map_name)
+            found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, own_evidence, map_name)
     for method in (*BASELINES, *RULES):
         found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, math.nan, "")
     return found
@@ -136,7 +136,7 @@ def _at_scales(
     residual_map: str,
 ) -> list[Row]:
     """One merge at every λ, solved once if any of them is missing."""
-    solved = []
+    solved: list[Merge] = []
     found = []
     for scale in scales:
 
@@ -288,15 +288,15 @@ def main() -> None:
         for seed in arguments.seeds:
             suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
             folder = arguments.kept / f"{name}-{seed}-{key_of(suite.key, arguments.samples, LABELS, SUBSETS, INPUTS)}"
-            runs[name, seed] = rows_of(
-                suite,
-                seed,
-                folder,
-                arguments.scales,
-                arguments.samples,
-                lambda text, name=name, seed=seed: console.print(f"{name}, seed {seed}: {text}", highlight=False),
-            )
-            machines.append(kept(folder / "machine.json", lambda suite=suite: machine(suite.device)))
+
+            def tell(text: str, name: str = name, seed: int = seed) -> None:
+                console.print(f"{name}, seed {seed}: {text}", highlight=False)
+
+            def measured(suite: Suite = suite) -> str:
+                return machine(suite.device)
+
+            runs[name, seed] = rows_of(suite, seed, folder, arguments.scales, arguments.samples, tell)
+            machines.append(kept(folder / "machine.json", measured))
     command = f"python -m benchmarks.ranking{' --full' if arguments.full else ''}"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     text = report(runs, machines, command)

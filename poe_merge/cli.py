@@ -338,6 +338,27 @@ def evaluate(
     show.scores(found, None if csv is None else evaluation.write_csv(found, csv))
 
 
+@app.command()
+def score(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file with base_model, models, tasks and experts.", show_default=False)
+    ],
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)] = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Rank models without labels: mean divergence of their predictions from those of each task's own expert."""
+    from poe_merge import evaluate as evaluation
+
+    settings = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
+    folders = [Path.cwd()] if tasks is not None else [config.absolute().parent, Path.cwd()]
+    with show.Bars() as bars:
+        found = evaluation.score(settings, folders, bars.steps("scoring"))
+    show.divergences(found, None if csv is None else evaluation.write_csv(found, csv))
+
+
 @app.command(cls=ConfiguredCommand)
 @with_flags
 def check(

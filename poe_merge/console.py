@@ -20,6 +20,7 @@ from rich.text import Text
 from typing_extensions import override
 
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
+    from diagnostics.predictions.functional_score import FunctionalScore
     from diagnostics.predictions.model_scores import ModelScores
     from diagnostics.verdicts import Verdict
     from inference.models.adapters import AdapterReport
@@ -303,6 +304,18 @@ def scores(found: ModelScores, csv: Path | None) -> None:
     console = _console()
     console.print(found)
     console.print(f"Intervals of {found.confidence:.0%}; ? marks those not to be trusted.")
+    if csv is not None:
+        console.print(shown(f"{csv}: the same as a file."), soft_wrap=True)
+
+
+def divergences(found: FunctionalScore, csv: Path | None) -> None:
+    """Print the functional scores of models, the nearest to the experts first, and where they were written."""
+    table = Table("model", "KL", *map(shown, found.tasks), box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for model in found.ranking:
+        table.add_row(shown(model), str(found.mean(model)), *(str(found.on_task(model, task)) for task in found.tasks))
+    console = _console()
+    console.print(table)
+    console.print(f"Nats an input, lower is nearer to the tasks' own experts; intervals of {found.confidence:.0%}.")
     if csv is not None:
         console.print(shown(f"{csv}: the same as a file."), soft_wrap=True)
 

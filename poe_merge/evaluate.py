@@ -18,7 +18,7 @@ Tasks may have metrics of their own. The module may be typed as a flag, ``--task
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,11 +30,13 @@ from poe_merge.sections import Section, validated
 from poe_merge.settings import ConfigError, Value, read_yaml
 
 if TYPE_CHECKING:
+    from diagnostics.predictions.functional_score import FunctionalScore
     from diagnostics.predictions.model_scores import ModelScores
+    from inference.models.tasks import Task
 
-__all__ = ["EvaluationConfig", "evaluate", "load_evaluation", "write_csv"]
+__all__ = ["EvaluationConfig", "evaluate", "load_evaluation", "score", "write_csv"]
 
-MEMBERS = "ensemble.json"
+MEMBERS, RECORD = "ensemble.json", "poe_merge.json"
 
 
 class EvaluatedModel(Section):
@@ -120,10 +122,7 @@ def evaluate(
     from diagnostics.predictions.model_scores import evaluate as evaluate_models
     from poe_merge.user_tasks import read_tasks
 
-    labels = [entry.label for entry in config.models]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"models: two are called `{twice}`; give each a `name` of its own.")
+    _require_distinct(config)
     user = read_tasks(config.tasks, folders)
     return evaluate_models(
         {entry.label: _members(entry.model) for entry in config.models},
@@ -141,6 +140,71 @@ def evaluate(
     )
 
 
+def score(
+    config: EvaluationConfig, folders: list[Path], progress: Callable[[int, int], None] | None = None
+) -> FunctionalScore:
+    """Divergence of the models of a configuration from the tasks' own experts, without labels.
+
+    Args:
+        config: The configuration; its ``experts`` are needed, its ``metrics`` and ``reference`` are not used.
+        folders: Where the user's module is looked for.
+        progress: Called with the number of pairs of model and task that are done, and of all.
+
+    Raises:
+        ConfigError: If two models have one name, a model was fitted on inputs of these tasks, or a key has no use.
+        ValueError: If the user's module, a model or a task does not fit.
+    """
+    from diagnostics.predictions.model_divergence import divergence_of_models
+    from poe_merge.user_tasks import read_tasks
+
+    idle = [key for key in ("metrics", "reference") if getattr(config, key)]
+    if idle:
+        raise ConfigError(f"{idle[0]}: `poe-merge score` has no use for it. Leave it out, or use `poe-merge evaluate`.")
+    _require_distinct(config)
+    user = read_tasks(config.tasks, folders)
+    for entry in config.models:
+        _refuse_seen(entry, user.tasks)
+    return divergence_of_models(
+        {entry.label: _members(entry.model) for entry in config.models},
+        user.tasks,
+        config.experts,
+        seed=config.seed,
+        network=user.network(config.base_model).to(config.device),
+        base=config.base_model,
+        submodule=config.submodule,
+        num_resamples=config.num_resamples,
+        confidence=config.confidence,
+        progress=progress,
+    )
+
+
+def _require_distinct(config: EvaluationConfig) -> None:
+    labels = [entry.label for entry in config.models]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"models: two are called `{twice}`; give each a `name` of its own.")
+
+
+def _refuse_seen(entry: EvaluatedModel, tasks: Sequence[Task]) -> None:
+    """Refuse to judge a merge on inputs that its fit has seen, on which its score is too low."""
+    from poe_merge.functional import SEEN, input_digests
+    from poe_models.weights.json_files import read_object
+
+    record = Path(entry.model) / RECORD
+    if not record.is_file():
+        return
+    settings: Any = read_object(record).get("settings")
+    seen: Any = settings.get(SEEN) if isinstance(settings, dict) else None
+    for task in tasks if isinstance(seen, dict) else ():
+        own = seen.get(task.name)
+        both = len(input_digests(task) & set(map(str, own))) if isinstance(own, list) else 0
+        if both:
+            raise ConfigError(
+                f"{entry.model}: fitted on {both} of the inputs of {task.name!r}, on which its score is too low. Give "
+                "tasks with inputs that the fit has not seen: `--tasks FILE.py:NAME`."
+            )
+
+
 def _members(source: str) -> str | list[Path]:
     """A checkpoint, or the folders of an ensemble's members."""
     record = Path(source) / MEMBERS
@@ -154,10 +218,11 @@ def _members(source: str) -> str | list[Path]:
     return sorted(folder for folder in record.parent.glob("member-*") if folder.is_dir())
 
 
-def write_csv(found: ModelScores, out: Path) -> Path:
-    """Write the table of ``ModelScores.to_dataframe``, whole or not at all; one that is there is replaced."""
+def write_csv(found: ModelScores | FunctionalScore, out: Path) -> Path:
+    """Write the table of scores, whole or not at all; one that is there is replaced."""
     from inference.models.disk import replace_file
 
     target = out.expanduser().resolve()
-    replace_file(target, lambda path: found.to_dataframe().to_csv(path, index=False), "run again")
+    table = found.to_dataframe()
+    replace_file(target, lambda path: table.to_csv(path, index=table.index.name is not None), "run again")
     return target

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from inference.functional import SpanModel, fit, functional, joined_batches, merge_designs
-from inference.functional.expert import rows_of
+from inference.functional.expert import example_digests, rows_of
 from inference.models.modules import module_names
 from inference.models.outputs import IGNORED
 from inference.models.staging import check_output
@@ -40,9 +40,13 @@ if TYPE_CHECKING:
     from poe_merge.console import Bars
 
 
+SEEN = "inputs_of_the_fit"
+"""Key of a record's settings: task to digests of the inputs that a fit has seen."""
+
+
 def fitted_designs(
     config: MergeConfig, vectors: TaskVectors, out: Path, resume: bool, bars: Bars
-) -> tuple[ModelDesigns[AnyDesign], Path]:
+) -> tuple[ModelDesigns[AnyDesign], Path, dict[str, list[str]]]:
     """Fit the merge of a configuration with experts on predictions.
 
     Args:
@@ -53,7 +57,7 @@ def fitted_designs(
         bars: Told how far it is.
 
     Returns:
-        Designs for ``merge_checkpoint``, and the user's file.
+        Designs for ``merge_checkpoint``, the user's file, and task to the digests of the inputs that the fit has seen.
 
     Raises:
         ConfigError: If designs differ between tensors, or tasks and models do not fit.
@@ -81,7 +85,19 @@ def fitted_designs(
         progress=bars.steps("fitting"),
         state=state,
     )
-    return merge_designs(model, posterior.coefficients(solution.value)), user.source
+    seen = {task.name: sorted(input_digests(task)) for task in user.tasks}
+    return merge_designs(model, posterior.coefficients(solution.value)), user.source, seen
+
+
+def input_digests(task: Task) -> set[str]:
+    """Digests of the inputs of a task, labels left out, an example each."""
+    found: set[str] = set()
+    for batch in task.loader:
+        inputs = _without_labels(batch)
+        if isinstance(inputs, Mapping):
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        found |= example_digests(inputs)
+    return found
 
 
 def state_of(out: Path) -> Path:

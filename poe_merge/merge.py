@@ -10,7 +10,7 @@ from inference.models.merge import MergeReport, merge_checkpoint
 from inference.models.method_design import AnyDesigns
 from poe_merge.build import custom_sources, designs_of
 from poe_merge.config import ConfigError, MergeConfig
-from poe_merge.functional import fitted_designs, state_of
+from poe_merge.functional import SEEN, fitted_designs, state_of
 from poe_models.weights.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ def merge(
     Raises:
         ConfigError: If experts on predictions are to be written as an adapter.
     """
-    code = custom_sources(config)
+    code, settings = custom_sources(config), {"preset": config.preset, "config": config.resolved()}
     if config.functional.tasks is None:
         designs: AnyDesigns = designs_of(config, task_vectors.base)
     elif config.adapter is None:
-        designs, source = fitted_designs(config, task_vectors, out, resume, progress)
-        code = [*code, source]
+        designs, source, seen = fitted_designs(config, task_vectors, out, resume, progress)
+        code, settings = [*code, source], {**settings, SEEN: seen}
     else:
         raise ConfigError(
             "output: a merge with experts on predictions is written as a model. Leave `output` out, or `functional`."
@@ -45,7 +45,7 @@ def merge(
     shared: dict[str, Any] = {
         "out_dtype": config.output_dtype,
         "seed": config.seed,
-        "settings": {"preset": config.preset, "config": config.resolved()},
+        "settings": settings,
         "code": code,
         "resume": resume,
         "progress": progress,

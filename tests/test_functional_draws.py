@@ -6,8 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
 from torch import Tensor, nn
 
 from diagnostics.arviz_adapter import to_inference_data
@@ -21,6 +25,7 @@ from inference.nuts import nuts
 from inference.tempering import temper
 from poe_models import Cauchy, InputGram, ProductOfExperts, TaskVectors
 from poe_models.posterior import Posterior
+from poe_models.program import program
 from tests.seeds import seeded
 
 NAMES = ("a", "b", "c")
@@ -176,3 +181,19 @@ def test_a_tempered_approximation_is_that_of_the_tempered_posterior(made: Any) -
     exact = functional_laplace(replace(posterior, temperature=0.25), mode)
     torch.testing.assert_close(found.standard_deviations(), exact.standard_deviations())
     torch.testing.assert_close(found.log_integral(), exact.log_integral())
+
+
+def test_draws_of_a_variational_guide_are_named_too(made: Any) -> None:
+    _, model, posterior, mode = made
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AutoNormal(program(posterior))
+    svi = SVI(program(posterior), guide, Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(2):
+        svi.step()
+    with torch.no_grad():
+        values = torch.stack([guide()["update"] for _ in range(3)]).unsqueeze(0)
+    draws = model.draws(Draws(values, sampler="AutoNormal", temperature=1.0), mode)
+    member = list(ensemble_of(made, draws).members())[2]
+    for name, value in model.weights(posterior.coefficients(values[0, 2])).items():
+        torch.testing.assert_close(member[name], value, rtol=1e-10, atol=1e-10)

@@ -19,6 +19,7 @@ from diagnostics.predictions.evaluation import OWN_EXPERTS, Evaluation, evaluate
 from diagnostics.predictions.files import Predictions, load_predictions, predictions_of, save_predictions
 from diagnostics.predictions.functional_score import FunctionalScore, functional_score
 from diagnostics.predictions.metrics import METRICS, Metric
+from diagnostics.predictions.model_divergence import divergence_of_models
 from diagnostics.predictions.model_scores import ModelScores, evaluate
 from diagnostics.predictions.reliability import Reliability, reliability
 from diagnostics.predictions.selective import RiskCoverage, risk_coverage
@@ -63,6 +64,7 @@ __all__ = [
     "compare_methods",
     "corrupt",
     "detect_shift",
+    "divergence_of_models",
     "evaluate",
     "evaluate_predictions",
     "functional_score",

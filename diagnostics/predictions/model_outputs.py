@@ -63,6 +63,16 @@ class OpenModel:
             count += int(own.max()) + 1 if len(own) else 0
         return Kept.of_classes(torch.cat(rows), torch.cat(examples))
 
+    def log_probabilities(self, task: Task) -> Tensor:
+        """Log probabilities ``(n, classes)`` of the rows that count, which need no labels; of an ensemble of the mean.
+
+        Raises:
+            ValueError: If the outputs cannot be read.
+        """
+        if self.ensemble is None and len(self.members) < 2:
+            return self._runner(task, task.loader, class_rows)({})
+        return torch.cat([found[0].log() for _, found in _chunks(task, self._mean_probabilities)])
+
     def values(self, task: Task) -> Kept:
         """Predicted and true values; of an ensemble the mean prediction.
 

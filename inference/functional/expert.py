@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,3 +255,19 @@ def joined_batches(batches: Sequence[Any]) -> Any:
     if len(shapes) > 1:
         raise ValueError(f"`joined_batches(...)`: batches of shapes {sorted(shapes)}. Pad all inputs to one length.")
     return torch.cat(list(batches))
+
+
+def example_digests(inputs: Any) -> set[str]:
+    """One digest for the inputs of each example, by their values: the same inputs have the same elsewhere.
+
+    >>> len(example_digests(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]])))
+    2
+    """
+
+    def digest(row: int) -> str:
+        found = hashlib.sha256()
+        for each in tensors_of(rows_of(inputs, torch.tensor([row]))):
+            found.update(each.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:32]
+
+    return {digest(row) for row in range(count_of(inputs))}

@@ -7,23 +7,21 @@ it early, and the best point by them is the solution.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from inference.functional.expert import OutputEnergy, rows_of
+from inference.functional.expert import OutputEnergy, example_digests
 from inference.functional.fit_state import FitState, key_of
 from inference.retention import retention
 from inference.solution import FitInfo, Solution, Status
 from poe_models.binding import bind_factor
 from poe_models.experts import FactorExpert
 from poe_models.posterior import BoundFactor, Posterior
-from poe_models.weights.batches import fingerprint, tensors_of
+from poe_models.weights.batches import fingerprint
 
 
 def fit(
@@ -222,20 +220,10 @@ def _require_examples(posterior: Posterior, factors: Sequence[BoundFactor], held
                 )
 
 
-def _digests(expert: FactorExpert) -> set[bytes]:
-    """One digest for the inputs of each example; none of a function that is not made by ``prediction_expert``."""
+def _digests(expert: FactorExpert) -> set[str]:
+    """Digests of the examples; none of a function that is not made by ``prediction_expert``."""
     energy = expert.function
-    if not isinstance(energy, OutputEnergy):
-        return set()
-    return {_digest(rows_of(energy.inputs, torch.tensor([row]))) for row in range(expert.examples)}
-
-
-def _digest(data: Any) -> bytes:
-    """Digest of the tensors of one example."""
-    found = hashlib.sha256()
-    for each in tensors_of(data):
-        found.update(each.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.digest()
+    return example_digests(energy.inputs) if isinstance(energy, OutputEnergy) else set()
 
 
 def _require_finite(posterior: Posterior, energy: Tensor, step: int) -> None:

@@ -63,7 +63,12 @@ class Merged:
     @property
     def forward(self) -> Callable[..., Any]:
         """The call, with the signature of the module's own."""
-        return wraps(self.network.forward)(self.__call__)
+
+        @wraps(self.network.forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return call
 
     @property
     def config(self) -> Any:
