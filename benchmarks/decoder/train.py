@@ -52,7 +52,7 @@ class Recipe(training.Recipe):
         """LoRA on the attention's projections."""
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         config = peft.LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=targets)
-        return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+        return peft.get_peft_model(model, config)
 
     @override
     def save(self, model: Any, folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
