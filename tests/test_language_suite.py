@@ -17,8 +17,7 @@ from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
 from benchmarks.archives import MissingSourceError, Source
-from benchmarks.harness import metrics
-from benchmarks.harness.evaluate import features, own_logits
+from benchmarks.harness.evaluate import features, own_logits, score
 from benchmarks.harness.splits import split_rows
 from benchmarks.harness.suite import SPLITS, Suite
 from benchmarks.harness.training import accuracy_table
@@ -299,8 +298,7 @@ class TestTraining:
             assert not any(tensor.endswith("dense.weight") for tensor in still if not tensor.startswith("pooler"))
             labels = suite.tasks[name].splits["train"].labels
             old, new = (
-                metrics.nll(own_logits(suite, suite.model(source), name, "train"), labels)
-                for source in (before, folder)
+                score(own_logits(suite, suite.model(source), name, "train"), labels).nll for source in (before, folder)
             )
             assert new < old
 

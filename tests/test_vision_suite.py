@@ -29,7 +29,6 @@ from benchmarks.archives import (
     members,
     read_members,
 )
-from benchmarks.harness import metrics
 from benchmarks.harness.evaluate import Scores, mean_scores, score
 from benchmarks.harness.splits import split_rows
 from benchmarks.harness.suite import SPLITS
@@ -310,10 +309,10 @@ class TestMetrics:
     def test_known_values(self) -> None:
         logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
         labels = torch.tensor([0, 1])
-        assert metrics.nll(logits, labels) == pytest.approx(np.log(2))
-        assert metrics.brier(logits, labels) == pytest.approx(0.5)
-        assert metrics.ece(logits, labels) == pytest.approx(0.0)
-        assert metrics.ece(torch.tensor([[50.0, 0.0]]), torch.tensor([1])) == pytest.approx(1.0)
+        assert score(logits, labels).nll == pytest.approx(np.log(2))
+        assert score(logits, labels).brier == pytest.approx(0.5)
+        assert score(logits, labels).ece == pytest.approx(0.0)
+        assert score(torch.tensor([[50.0, 0.0]]), torch.tensor([1])).ece == pytest.approx(1.0)
 
     def test_mean_over_tasks(self) -> None:
         got = mean_scores({"a": Scores(0.0, 1.0, 2.0, 3.0), "b": Scores(1.0, 2.0, 0.0, 5.0)})

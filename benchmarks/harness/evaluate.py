@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import metrics
 from benchmarks.harness.parallel import run_all
 from benchmarks.harness.suite import Network, Split, Suite
+from diagnostics.predictions.metrics import METRICS, Kept
 
 BATCH = {"cpu": 50, "cuda": 1000}
 """Examples at a time: what a core's cache holds; what fills a GPU."""
@@ -36,7 +36,8 @@ class Scores:
 
 def score(logits: Tensor, labels: Tensor) -> Scores:
     """All scores of logits (n, classes) for labels (n,)."""
-    return Scores(*(metric(logits, labels) for metric in (metrics.accuracy, metrics.nll, metrics.brier, metrics.ece)))
+    kept = Kept.of_logits(logits, labels.to(logits.device))
+    return Scores(**{name: METRICS[name].value(kept) for name in Scores.__dataclass_fields__})
 
 
 def features(network: Network, model: nn.Module, split: Split, batch_size: int | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.folders import key_of, move_into_place
@@ -50,6 +50,24 @@ class Recipe:
     head_c: float = 1.0
     seed: int = 0
 
+    def head(self, network: Network, state: Mapping[str, Tensor], task: Task) -> Head:
+        """The frozen head of a task, by the weights of the base: logistic regression."""
+        return fit_head(network, state, task, self.head_c)
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """What is tuned of an open backbone, as a module to call in its place: all of it."""
+        return model
+
+    def save(self, model: nn.Module, folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
+        """Save what `adapted` gave once it is tuned, as the folder `expert` in `folder`.
+
+        Returns:
+            State dict of the expert, on the CPU.
+        """
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_folder(folder / "expert", state, config)
+        return state
+
 
 def fit_head(network: Network, state: Mapping[str, Tensor], task: Task, c: float) -> Head:
     """Logistic regression on the base's features of the few-shot split.
@@ -74,8 +92,8 @@ def fit_head(network: Network, state: Mapping[str, Tensor], task: Task, c: float
 
 def fine_tune(
     suite: Suite, state: Mapping[str, Tensor], task: Task, recipe: Recipe, progress: Progress, stop: threading.Event
-) -> dict[str, Tensor]:
-    """Tune the whole backbone under a frozen head.
+) -> nn.Module:
+    """Tune what the recipe adapts of the backbone under a frozen head.
 
     Args:
         suite: The network, the task's head and the device.
@@ -86,15 +104,19 @@ def fine_tune(
         stop: Ends the training early once it is set.
 
     Returns:
-        State dict of the expert, on the CPU.
+        What the recipe adapted, tuned.
 
     Raises:
         KeyboardInterrupt: If `stop` was set.
     """
     examples, head = task.splits["train"], suite.heads[task.name]
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = suite.network.open(state).to(suite.device)  # dropout stays off: a suite is to be the same again
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = recipe.adapted(suite.network.open(state)).to(
+            suite.device
+        )  # no dropout: a suite is to be the same again
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
     orders = [torch.randperm(len(examples), generator=generator) for _ in range(recipe.epochs)]
     batches = [batch for order in orders for batch in order.split(recipe.batch_size)]
     for batch in progress.track(batches, description=f"fine-tuning on {task.name}"):
@@ -105,7 +127,7 @@ def fine_tune(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return model
 
 
 def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
@@ -200,19 +222,19 @@ def _make_expert(
 ) -> None:
     started = time.perf_counter()
     state = load_file(suite.base / "model.safetensors")
-    head = fit_head(suite.network, state, task, recipe.head_c)
+    head = recipe.head(suite.network, state, task)
     alone = replace(suite, heads={task.name: head})
-    expert = fine_tune(alone, state, task, recipe, progress, stop)
+    tuned = fine_tune(alone, state, task, recipe, progress, stop)
     record: dict[str, Any] = {"task": task.name, "recipe": asdict(recipe), "device": suite.device.type}
-    for model_name, weights in (("base", state), ("expert", expert)):
-        model = suite.model(weights)
-        for split in ("validation", "test"):
-            logits = own_logits(alone, model, task.name, split)
-            record[f"{model_name}_{split}"] = asdict(score(logits, task.splits[split].labels))
-    record["seconds"] = time.perf_counter() - started
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".expert-") as temporary:
         made = Path(temporary) / "made"
-        save_folder(made / "expert", expert, suite.network.config)
+        expert = recipe.save(tuned, made, suite.network.config)
+        for model_name, weights in (("base", state), ("expert", expert)):
+            model = suite.model(weights)
+            for split in ("validation", "test"):
+                logits = own_logits(alone, model, task.name, split)
+                record[f"{model_name}_{split}"] = asdict(score(logits, task.splits[split].labels))
+        record["seconds"] = time.perf_counter() - started
         save_file({"weight": head.weight, "bias": head.bias}, made / "heads.safetensors")
         (made / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         move_into_place(made, folder)

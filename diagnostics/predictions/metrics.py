@@ -53,6 +53,12 @@ class Kept:
     size: int
 
     @classmethod
+    def of_logits(cls, logits: Tensor, labels: Tensor) -> Kept:
+        """Numbers of one prediction for each example, of logits ``(n, classes)`` and ``(n,)``."""
+        rows = class_rows_kept(logits.double().log_softmax(1), labels).cpu()
+        return cls(rows, torch.arange(len(labels)), len(labels))
+
+    @classmethod
     def of_classes(cls, rows: Tensor, examples: Tensor) -> Kept:
         """Rows of ``class_rows_kept``; examples without a row that counts are left out."""
         used, places = examples.unique(return_inverse=True)
@@ -82,6 +88,10 @@ class Metric:
     higher: bool = False
     bounds: tuple[float, float] = (0.0, math.inf)
     interval: Interval = "percentile"
+
+    def value(self, kept: Kept) -> float:
+        """The score itself, every example counted once."""
+        return float(self.statistic(kept)(torch.ones(1, kept.size, dtype=torch.float64)))
 
 
 def _row_mean(column: str) -> Callable[[Kept], Statistic]:
