@@ -97,9 +97,7 @@ def test_proposals_are_normal_about_the_minimum(generator: torch.Generator) -> N
     assert posterior.center is not None
     found = components_of(posterior)
     assert len(found) == 3 + 3  # from the centre and two updates; and three wider ones
-    typical = typical_weights(
-        posterior, gaussian_integral(posterior), posterior.residuals(posterior.center)
-    )
+    typical = typical_weights(posterior, gaussian_integral(posterior), posterior.residuals(posterior.center))
     x = torch.randn(5, 2, 3, 3, generator=generator, dtype=torch.float64)
     for component, share in ((found[0], 1.0), (found[3], 0.5), (found[4], 0.25), (found[5], 0.0)):
         for m in range(2):
@@ -206,9 +204,7 @@ def test_samples_are_drawn_again_only_where_they_are_bad(generator: torch.Genera
         patch.setattr(module, "_sampled", noted)
         for good_at, wanted in ((1, [6]), (3, [6, 7, 8]), (99, [6, 7, 8, 9, 10, 11, 12, 13])):  # eight times at most
             rounds.clear()
-            patch.setattr(
-                module, "importance_mean", lambda _, at=good_at: SimpleNamespace(good=len(rounds) >= at)
-            )
+            patch.setattr(module, "importance_mean", lambda _, at=good_at: SimpleNamespace(good=len(rounds) >= at))
             direct_log_weights(posterior, 24, seeded(4))
             assert rounds == wanted
 

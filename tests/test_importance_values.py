@@ -28,7 +28,7 @@ def zhang_stephens(excess: np.ndarray) -> float:
     return (n * found + 10 * 0.5) / (n + 10)
 
 
-@pytest.mark.parametrize("count", [26, 27, 29, 40, 150, 400])
+@pytest.mark.parametrize("count", [26, 27, 40, 45, 150, 400])
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_the_fit_is_the_published_one(count: int, spread: float) -> None:
     weights = np.exp(spread * seeded_numpy(count).standard_normal((count, 2)))

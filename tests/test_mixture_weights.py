@@ -196,6 +196,14 @@ def test_a_climb_ends_where_a_step_promises_less_than_a_millionth_of_a_nat() -> 
             assert (float(climb(quadratic(3.0), start).abs()) < 1e-12) is moved
 
 
+def test_weights_of_one_module_promise_together_and_modules_apart() -> None:
+    one = math.sqrt(2 * 0.6e-6 / 3.0)
+    for start, moved in ((f64([[one], [one]]), False), (f64([[one, one]]), True)):
+        found = climb(quadratic(3.0), start)
+        assert bool((found.abs() < 1e-12).all()) is moved
+        assert torch.equal(found, start) is not moved
+
+
 def test_steps_are_cut_to_two() -> None:
     log: list[Tensor] = []
     found = climb(quadratic(0.5, log), f64([[3.0, 4.0]]))  # 5 from the maximum: at 3, 1 and there
@@ -219,13 +227,23 @@ def test_newton_steps_go_up_whatever_the_curvature() -> None:
     assert_close(_newton_step(f64(100.0, -100.0), hessian), f64(2**0.5, -(2**0.5)))
 
 
+def test_newton_steps_solve_with_the_hessian(generator: torch.Generator) -> None:
+    root = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    hessian = -(root @ root.mT) - 3 * torch.eye(3, dtype=torch.float64)
+    slope = 0.1 * torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    wanted = -torch.linalg.solve(hessian, slope.unsqueeze(-1)).squeeze(-1)
+    assert_close(_newton_step(slope, hessian), wanted)
+
+
 def test_the_first_shorter_step_that_does_not_lower_is_taken() -> None:
     """Two modules of one number at 1: ``-|u|`` is lower at -3 and as high at -1; the other needs no shortening."""
     target: Any = SimpleNamespace(log_density=lambda u: -u.abs().squeeze(-1))
     u, step = f64([[1.0], [1.0]]), f64([[-4.0], [-1.5]])
     assert_close(_searched(target, u, step, f64([-1.0, -1.0])), f64([[-1.0], [-0.5]]))
     peak: Any = SimpleNamespace(log_density=lambda u: -u.abs().sqrt().squeeze(-1))
-    assert torch.equal(_searched(peak, f64([[0.0], [1.0]]), f64([[4.0], [-0.5]]), f64([0.0, -1.0])), f64([[0.0], [0.5]]))
+    assert torch.equal(
+        _searched(peak, f64([[0.0], [1.0]]), f64([[4.0], [-0.5]]), f64([0.0, -1.0])), f64([[0.0], [0.5]])
+    )
 
 
 def test_rounding_of_a_large_value_is_no_descent() -> None:
@@ -260,6 +278,23 @@ def test_proposals_have_the_densities_of_scipys_multivariate_t() -> None:
         assert_close(found.log_density(u)[:, m], torch.from_numpy(wanted))
 
 
+def test_a_proposal_counts_weights_and_not_modules() -> None:
+    target: Any = SimpleNamespace(hessian=lambda points: -torch.eye(2).double().expand(*points.shape, 2))
+    assert Proposal.at(target, torch.zeros(1, 3, 2, dtype=torch.float64)).df == 7.0
+
+
+def test_gaussian_experts_alone_have_no_free_weights(generator: torch.Generator) -> None:
+    anchor = Anchor(None, AbsolutePrecision(ETA))
+    poe = ProductOfExperts.of(["a", "b"], Identity(), Gaussian(2.0), Absolute(SCALE), anchor=anchor, temperature=T)
+    posterior = poe.bind(random_updates(generator, 3, 2, 2, 3))
+    target = weight_target(posterior)
+    assert target.free == ()
+    assert target.shape.shape == target.unit.shape == (3, 0)
+    assert_close(target.fixed, torch.full((3, 2), 1 / T / SCALE**2, dtype=torch.float64))
+    exact = target.integral.value(target.fixed)
+    assert torch.equal(mixture_log_weights(posterior, 40, seeded(0)), exact.unsqueeze(0))
+
+
 def test_draws_come_from_the_components_in_turns() -> None:
     found = proposal()
     draws = found.sample(4001, seeded(1))
@@ -291,7 +326,9 @@ def test_samples_are_drawn_again_with_one_more_component_at_the_largest_weight(
         found.clear()
         drawn.clear()
         flags = iter(range(1, 100))
-        monkeypatch.setattr(MODULE, "importance_mean", lambda _, f=flags, at=good_at: SimpleNamespace(good=next(f) >= at))
+        monkeypatch.setattr(
+            MODULE, "importance_mean", lambda _, f=flags, at=good_at: SimpleNamespace(good=next(f) >= at)
+        )
         log_weights = mixture_log_weights(posterior, 40, seeded(2))
         assert len(found) == rounds
         target = weight_target(posterior)
