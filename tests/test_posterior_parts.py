@@ -92,9 +92,10 @@ def test_a_module_that_nobody_changed_is_undetermined_without_an_anchor(generato
     updates = random_updates(generator, 3, 2, 2, 3)
     updates[0] = 0.0
     updates[1, 0] = 0.0
-    for precision, told in ((RelativePrecision(0.1), [True, False, False]), (AbsolutePrecision(0.1), [False] * 3)):
+    kinds = ((RelativePrecision(0.1), True), (AbsolutePrecision(0.0), True), (AbsolutePrecision(0.1), False))
+    for precision, told in kinds:
         poe = ProductOfExperts.of(NAMES, InputGram(), Gaussian(), Relative(1.0), anchor=Anchor(precision=precision))
-        assert poe.bind(updates).undetermined.tolist() == told
+        assert poe.bind(updates).undetermined.tolist() == [told, False, False]
 
 
 def test_parts_keep_their_names_and_experts(generator: torch.Generator) -> None:
@@ -124,3 +125,10 @@ def test_energies_of_groups_are_of_modules_or_of_all(generator: torch.Generator)
     assert joint.span is not None
     coefficients = joint.span.coefficients(z).sum((-2, -1))
     assert_close(together[:, 0], alone.energy(z).sum(-1) + coefficients)
+
+
+def test_latents_are_like_the_first_experts_update(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 1, 2, 3).float()
+    posterior = ProductOfExperts.of(["a"], InputGram(), Cauchy()).bind(updates)
+    assert posterior.like is posterior.experts[0].update
+    assert posterior.dtype == torch.float32
