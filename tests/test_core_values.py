@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.evidence.gaussian_integrals import OneSided
 from inference.gibbs import GibbsKernel
 from inference.slice import DEGREES, Reference
 from inference.tempering import _dimension
@@ -156,3 +157,14 @@ def test_directions_that_the_experts_act_on(residual_map: ResidualMap, wanted: i
     assert _dimension(ProductOfExperts.of(NAMES, residual_map, Cauchy()).bind(updates)).tolist() == [wanted] * 2
     span = ProductOfExperts.of(NAMES, residual_map, Cauchy()).bind(updates, coordinates="span")
     assert _dimension(span).tolist() == [2.0, 2.0]
+
+
+def test_what_cannot_be_factored_has_no_integral() -> None:
+    """The first minor is negative with weight -2, the second with weights that leave the first positive."""
+    grams = f64([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+    targets = torch.ones(1, 2, 3, 2, dtype=torch.float64)
+    integral = OneSided(grams, targets, 3, f64(0.5))
+    weights = f64([[1.0, 1.0]], [[-2.0, 0.0]], [[0.0, -2.0]])
+    value, _ = integral.value_and_slope(weights)
+    assert value.isfinite().tolist() == [[True], [False], [False]]
+    assert integral.value(weights).isneginf().tolist() == [[False], [True], [True]]
