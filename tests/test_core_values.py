@@ -27,6 +27,7 @@ from poe_models import (
     ResidualMap,
     StudentT,
     Welsch,
+    span_statistics,
 )
 from poe_models.operators import span_rank
 from tests.helpers import assert_close, name_of, random_updates
@@ -77,8 +78,8 @@ def test_which_energies_are_mixtures() -> None:
 
 
 def test_modules_bring_their_own_factors_and_order(generator: torch.Generator) -> None:
-    left = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64)
-    right = torch.randn(2, 2, 5, generator=generator, dtype=torch.float64)
+    left = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+    right = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
     module = Module("fc", ("b", "a"), left @ right, (left, right))
     posterior = ProductOfExperts.of(NAMES, InputGram(), Cauchy()).bind(module)
     assert posterior.modules == ("fc",)
@@ -168,3 +169,39 @@ def test_what_cannot_be_factored_has_no_integral() -> None:
     value, _ = integral.value_and_slope(weights)
     assert value.isfinite().tolist() == [[True], [False], [False]]
     assert integral.value(weights).isneginf().tolist() == [[False], [True], [True]]
+
+
+def test_energies_say_their_own_settings() -> None:
+    assert repr(Cauchy()) == "Cauchy(exponent=1.0)"
+    assert repr(StudentT(3.0)) == "StudentT(df=3.0, exponent=None)"
+
+
+def test_a_span_names_its_members(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 2, 3, 4)
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
+    assert span_statistics(poe, updates).basis == ("a", "b", "center")
+    assert span_statistics(poe, updates, through=updates.mean(1)).basis == ("a", "b", "center", "merge")
+
+
+def test_modules_that_nobody_changed_are_left_out_of_a_model(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 3, 2, 3, 4)
+    updates[1] = 0.0
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy())
+    with pytest.warns(UserWarning, match="nothing changes y:"):
+        some = poe.bind(span_statistics(poe, updates, ["x", "y", "z"]))
+    assert some.modules == ("x", "z")
+    assert poe.bind(span_statistics(poe, updates[1:2], ["y"])).modules == ("y",)
+    assert poe.bind(span_statistics(poe, updates[::2], ["x", "z"])).modules == ("x", "z")
+
+
+def test_factor_experts_of_merged_updates_are_asked_module_by_module(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 2, 3, 4)
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy()) * FactorExpert("sum", lambda z: z.sum((-2, -1)))
+    posterior = poe.bind(updates, coordinates="span")
+    assert posterior.span is not None
+    c = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
+    found = posterior.factors[0].energy(posterior.span.latents(c))
+    assert_close(found, torch.einsum("smj,mjab->sm", c[..., :2], updates))
+    bad = poe.experts[0] * poe.experts[1] * FactorExpert("whole", lambda z: z.sum())
+    with pytest.raises(ValueError, match=r"'whole' returned shape \(\), but .* expected \(5,\)"):
+        bad.bind(updates, coordinates="span").factors[0].energy(posterior.span.latents(c))
