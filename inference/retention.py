@@ -30,6 +30,15 @@ MOST_GROWN = 2.0
 LEAST_KEPT = 0.1
 """Share kept, relative to the best kept expert's, below which the merge is said to have passed an expert by."""
 
+LEAST_SHARE = 1 / 3
+"""Share kept, relative to that of an expert that holds the merge, below which another is said to be held back."""
+
+MOST_HELD = 0.4
+"""Share of an expert's squared residual that is left, from which it may be said to be held back."""
+
+HELD = 20.0
+"""Times as much of the squared residual is left of an expert that is held back as of the one that holds the merge."""
+
 LEAST_LENGTH = 0.1
 """Length of the merged update, relative to the experts' median, below which it is little more than the base."""
 
@@ -210,11 +219,34 @@ def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
     passed_by = [each for each in known if each.residual_left >= MOST_LEFT or each.kept < LEAST_KEPT * best]
     if len(passed_by) == len(known) > 1:
         return ["no expert has its share: every one has most of its squared residual left. " + WAYS_OUT]
-    found = [_passed_by(each) for each in passed_by]
+    found = [*_held_back(known, passed_by), *(_passed_by(each) for each in passed_by)]
     if len(passed_by) == len(known) - 1 > 0:
         (kept,) = (each for each in known if each not in passed_by)
         found.insert(0, f"the merge is little more than the expert {kept.name!r}. " + WAYS_OUT)
     return found
+
+
+def _held_back(known: Sequence[ExpertRetention], passed_by: Sequence[ExpertRetention]) -> list[str]:
+    """One sentence where an expert has all its residual met and others, not passed by, have a small share; or none.
+
+    An expert that is merely shorter than a merge near the others has a residual left that is large beside its update.
+    """
+    measured = [each for each in known if not math.isnan(each.residual_left)]
+    if not measured:
+        return []
+    holder = min(measured, key=lambda each: each.residual_left)
+    held = [
+        each
+        for each in measured
+        if each not in passed_by
+        and each.residual_left >= max(MOST_HELD, HELD * holder.residual_left)
+        and each.kept < LEAST_SHARE * holder.kept
+    ]
+    if not held:
+        return []
+    shares = ", ".join(f"{each.name!r} {each.kept_percent}" for each in held).replace("%", " %")
+    own = holder.kept_percent.replace("%", " %")
+    return [f"the expert {holder.name!r} holds the merge: {own} of its update kept, of {shares}. " + WAYS_OUT]
 
 
 def _pale(known: Sequence[ExpertRetention], length: float) -> str:

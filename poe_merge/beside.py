@@ -111,7 +111,7 @@ def _measured(draws: SpanDraws, run: Path, record: Mapping[str, Any], task_vecto
 
 def _same(draws: PosteriorDraws, index: int, design: Mapping[str, Any], module: Mapping[str, Any]) -> bool:
     """Whether a module was drawn around the merge of this design, of the same updates around the same centre."""
-    if not _same_norms(draws.squared_norms[index], design, module):
+    if not _same_norms(draws.squared_norms[index], design, module) or not _around_as_long(draws, index, module):
         return False
     if isinstance(draws, FullDraws):
         drawn = json.loads(draws.designs[index])
@@ -131,6 +131,17 @@ def _same_norms(squared: Tensor, design: Mapping[str, Any], module: Mapping[str,
     found = squared.sqrt().tolist()
     pairs = zip(found, recorded, strict=False)  # behind them is the merge, or zeros
     return all(known is None or _as_long(here, float(known)) for here, known in pairs)
+
+
+def _around_as_long(draws: PosteriorDraws, index: int, module: Mapping[str, Any]) -> bool:
+    """Whether the merge that the draws were measured from is as long: it depends on the centre, which may have no name.
+
+    True where they were not measured.
+    """
+    known, name = draws.from_merge, draws.modules[index]
+    if known is None or name not in known.modules:
+        return True
+    return _as_long(float(known.length[known.modules.index(name)]), float(module["norm"]))
 
 
 def _same_center(drawn: str | None, merged: str | None) -> bool:

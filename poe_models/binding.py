@@ -20,7 +20,7 @@ from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
 from poe_models.span_labels import center_label, merge_label
-from poe_models.updates import Batch, center_of
+from poe_models.updates import Batch, above_rounding, center_of, same_map
 
 
 def full_posterior(batch: Batch) -> Posterior:
@@ -46,7 +46,7 @@ def full_posterior(batch: Batch) -> Posterior:
         operators=operators,
         updates=[updates[:, i] for i in index],
         norms=[sum_of_squares(updates[:, i]) for i in index],
-        mean_curvatures=mean_curvatures(operators),
+        mean_curvatures=above_rounding(poe.experts, mean_curvatures(operators), updates.dtype),
         dimensions=[operator.dimension for operator in operators],
     )
     experts = tuple(replace(e, low_rank=pair) for e, pair in zip(experts, low_rank, strict=True))
@@ -140,7 +140,7 @@ def bind_experts(
         operators: ``P_i``.
         updates: ``U_i`` in the same coordinates, ``(M, *event)``.
         norms: ``|U_i|^2``, ``(M,)``.
-        mean_curvatures: ``tr(P_i) / d_i``, ``(M,)``.
+        mean_curvatures: ``tr(P_i) / d_i``, ``(M,)``; zero where it is rounding, and the expert drops out.
         dimensions: Rank of ``P_i``, ``(M,)``; called only where an energy depends on it.
     """
     sizes = ExpertSizes(
@@ -148,7 +148,7 @@ def bind_experts(
         residual_at_zero=torch.stack([p.quadratic(u) for p, u in zip(operators, updates, strict=True)], -1),
         mean_curvature=torch.stack(list(mean_curvatures), -1),
         importance=torch.tensor([e.importance for e in poe.experts], dtype=torch.float64, device=updates[0].device),
-        active=_active(poe.experts, mean_curvatures, updates[0].dtype),
+        active=torch.stack(list(mean_curvatures), -1) > 0,
     )
     scales = _with_fallback(poe.experts, _scales_by_rule(poe.experts, sizes), sizes)
     experts = tuple(
@@ -177,20 +177,10 @@ def bind_experts(
 def _scales_by_rule(experts: Sequence[Expert], sizes: ExpertSizes) -> Tensor:
     """Every expert's rule, asked about the experts that share its map: ``(M, E)``, zero where a rule gives none."""
     columns = []
-    for i, (expert, group) in enumerate(zip(experts, _same_map(experts), strict=True)):
+    for i, (expert, group) in enumerate(zip(experts, same_map(experts), strict=True)):
         squared = expert.scale.squared(sizes.among(group, expert.residual_map.common_units))
         columns.append(squared[..., group.index(i)])
     return torch.stack(columns, -1)
-
-
-def _active(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Mask ``(M, E)`` of the experts whose ``P_i`` is neither zero nor rounding beside those of its map's others.
-
-    Norms are squares, so rounding of the updates is ``eps^2`` of the largest.
-    """
-    curvatures = torch.stack(list(mean_curvatures), -1)
-    largest = torch.stack([curvatures[..., group].amax(-1) for group in _same_map(experts)], -1)
-    return curvatures > torch.finfo(dtype).eps ** 2 * largest
 
 
 def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes) -> Tensor:
@@ -199,15 +189,10 @@ def _with_fallback(experts: Sequence[Expert], scales: Tensor, sizes: ExpertSizes
     The median is weighted by importance, so that an expert given twice is one of importance 2.
     """
     known = torch.where(scales > 0, sizes.importance.to(scales), 0.0)
-    groups = _same_map(experts)
+    groups = same_map(experts)
     medians = torch.stack([weighted_median(scales[..., group], known[..., group]) for group in groups], -1)
     fallback = torch.where(sizes.active & (medians > 0), medians, 1.0)
     return torch.where(scales > 0, scales, fallback)
-
-
-def _same_map(experts: Sequence[Expert]) -> list[list[int]]:
-    """For every expert the experts with the same residual map, whose residuals have the same units."""
-    return [[j for j, other in enumerate(experts) if other.residual_map == e.residual_map] for e in experts]
 
 
 def _require_same_design(poe: ProductOfExperts, statistics: SpanStatistics) -> None:

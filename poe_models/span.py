@@ -29,7 +29,7 @@ from poe_models.operators import RANK_TOLERANCE, inner_products, mean_curvatures
 from poe_models.printing import Brief
 from poe_models.records import joined, with_tensors
 from poe_models.span_labels import basis_names, center_label, merge_label
-from poe_models.updates import NamedUpdates, batch_of, center_of
+from poe_models.updates import NamedUpdates, above_rounding, batch_of, center_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -169,7 +169,8 @@ def statistics_of(
     operators = [
         e.residual_map.checked_operator(updates[:, poe.update_names.index(e.update_name)]) for e in poe.experts
     ]
-    members, curvature = basis.unbind(1), torch.stack(mean_curvatures(operators), 1)
+    members = basis.unbind(1)
+    curvature = torch.stack(above_rounding(poe.experts, mean_curvatures(operators), updates.dtype), 1)
     return SpanStatistics(
         modules=modules,
         updates=poe.update_names,

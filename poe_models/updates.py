@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from poe_models.experts import NamedCenter
+from poe_models.experts import Expert, NamedCenter
 from poe_models.module_names import module_label
 
 if TYPE_CHECKING:
@@ -130,6 +130,23 @@ def _check_factors(low_rank: tuple[Tensor, Tensor], updates: Tensor) -> tuple[Te
             f"updates' {tuple(updates.shape)}. Give (M, N, d_out, r) and (M, N, r, d_in)."
         )
     return left.to(updates), right.to(updates)
+
+
+def above_rounding(experts: Sequence[Expert], mean_curvatures: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Mean curvatures ``(M,)`` of the experts, zero where ``P_i`` is rounding beside those of its map's others.
+
+    Norms are squares, so rounding of updates of a dtype is ``eps^2`` of the largest. It is judged where the updates
+    are at hand, so that an expert drops out of Full and of Span coordinates, which are in float64, alike.
+    """
+    curvatures = torch.stack(list(mean_curvatures), -1)
+    largest = torch.stack([curvatures[..., group].amax(-1) for group in same_map(experts)], -1)
+    told = curvatures > torch.finfo(dtype).eps ** 2 * largest
+    return list(torch.where(told, curvatures, 0.0).unbind(-1))
+
+
+def same_map(experts: Sequence[Expert]) -> list[list[int]]:
+    """For every expert the experts with the same residual map, whose residuals have the same units."""
+    return [[j for j, other in enumerate(experts) if other.residual_map == e.residual_map] for e in experts]
 
 
 def center_of(anchor: Anchor, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor | None:

@@ -68,7 +68,7 @@ def test_two_minima_with_close_weights_are_told_apart() -> None:
     assert float(solution.info.start_energies.diff()) < -1e-8
 
 
-@pytest.mark.parametrize(("share", "accepted"), [(3e-4, True), (3e-5, False)])
+@pytest.mark.parametrize(("share", "accepted"), [(3e-4, True), (1.2e-4, True), (0.9e-4, False), (3e-5, False)])
 def test_the_line_search_wants_a_decrease_of_1e_4_of_the_slope(share: float, accepted: bool) -> None:
     # Beyond |x| = 1 Huber's energy is |x| - 1/2. A full step from 10 across the minimum to -10 (1 - 2 share) lowers it
     # by 20 share, while the slope promises 20 (1 - share). Half that step ends at 10 share, next to the minimum.
