@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from poe_merge.console import Bars
+from poe_merge.progress import Bars
 from poe_merge.specs import METHOD, canonical_method, nearest, parse_spec, same_name
 from poe_models.methods.checking import PROPERTIES, Report, check
 from poe_models.weights.task_vectors import TaskVectors

@@ -7,24 +7,30 @@ for.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
 from poe_merge import console as show
-from poe_merge.config import MergeConfig, parse_config, require_known
+from poe_merge import judging
+from poe_merge.arguments import (
+    AllowCode,
+    Config,
+    InterruptedByUser,
+    Out,
+    opened,
+    read,
+    required,
+    shown_bars,
+    taken_up,
+    vectors,
+)
 from poe_merge.errors import explained
-from poe_merge.flags import ConfiguredCommand, SampleCommand, overridden, with_flags
-from poe_merge.presets import PRESETS
-from poe_merge.settings import Document, read_yaml
-from poe_merge.specs import METHOD, RESIDUAL_MAP, parse_spec
-
-if TYPE_CHECKING:
-    from poe_models.weights.task_vectors import TaskVectors
+from poe_merge.flags import ConfiguredCommand, SampleCommand, with_flags
+from poe_merge.progress import Bars
 
 app = typer.Typer(
     name="poe-merge",
@@ -33,14 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)]
-AllowCode = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code", help="Import the modules that the configuration names: this runs their code, also in plan."
-    ),
-]
 INTERRUPTED = 130
 
 
@@ -65,7 +63,7 @@ def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode 
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
 
-    settings, task_vectors = _opened(config, flags, allow_code, functional=True)
+    settings, task_vectors = opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     show.plan(planned, task_vectors)
@@ -92,9 +90,9 @@ def merge(
     """Merge, and write a Hugging Face folder, or an adapter (--output)."""
     from poe_merge.merge import merge as merge_models
 
-    out = _required(out, "merge")
-    settings, task_vectors = _opened(config, flags, allow_code, functional=True)
-    with _bars(out) as bars:
+    out = required(out, "merge")
+    settings, task_vectors = opened(config, flags, allow_code, functional=True)
+    with shown_bars(out) as bars:
         report = merge_models(settings, task_vectors, out, bars, resume=resume)
     show.merged(report)
 
@@ -130,13 +128,13 @@ def search(
     from poe_merge import search as searching
     from poe_merge.build import custom_sources, designs_of
 
-    out = _required(out, "search")
-    space = searching.read_space(*_read(config, flags), allow_code=allow_code)
+    out = required(out, "search")
+    space = searching.read_space(*read(config, flags), allow_code=allow_code)
     settings = space.middle()
-    task_vectors = _vectors(settings)
+    task_vectors = vectors(settings)
     check_output(out, [], resume=False)
     by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
-    with _bars(out) as bars:
+    with shown_bars(out) as bars:
         found = searching.search(
             space,
             task_vectors,
@@ -183,10 +181,10 @@ def activations(
     from poe_merge.activations import make_activations
     from poe_merge.user_tasks import read_tasks
 
-    out = _required(out, "activations")
-    settings, task_vectors = _opened(config, flags, allow_code)
+    out = required(out, "activations")
+    settings, task_vectors = opened(config, flags, allow_code)
     user = read_tasks(tasks, [Path.cwd()])
-    with show.Bars() as bars:
+    with Bars() as bars:
         report = make_activations(settings, task_vectors, user, out, submodule=submodule, resume=resume, progress=bars)
     show.activations(report)
 
@@ -204,10 +202,10 @@ def stats(
     from poe_merge.build import DesignTable
     from poe_merge.stats import make_statistics
 
-    out = _required(out, "stats")
-    settings, task_vectors = _opened(config, flags, allow_code)
+    out = required(out, "stats")
+    settings, task_vectors = opened(config, flags, allow_code)
     table = DesignTable(settings, task_vectors.base)
-    with _bars(out) as bars:
+    with shown_bars(out) as bars:
         designs = prepare_designs(task_vectors, table, bars)
         report = make_statistics(settings, task_vectors, designs, out, bars)
     show.statistics(report)
@@ -254,14 +252,14 @@ def sample(
     from poe_merge.sample import sample as draw_members
     from poe_merge.sampling import Options, requested
 
-    out = _required(out, "sample")
+    out = required(out, "sample")
     settings, task_vectors = (
-        _opened(config, flags, allow_code) if merged is None else _taken_up(merged, config, flags, allow_code)
+        opened(config, flags, allow_code) if merged is None else taken_up(merged, config, flags, allow_code)
     )
     options = Options(members, pattern, format, sampler, coordinates, temperature, stats, chains, draws, warmup, thin)
     what = requested(settings, options)
     table = designs_of(settings, task_vectors.base)
-    with _bars(out) as bars:
+    with shown_bars(out) as bars:
         designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
         report = draw_members(
             settings, task_vectors, designs, out, what, bars, statistics=stats, merged=merged, resume=resume
@@ -269,198 +267,12 @@ def sample(
     show.sample(report)
 
 
-@app.command()
-def diagnose(
-    run: Annotated[Path, typer.Argument(help="A folder that `poe-merge merge` made.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
-    draws: Annotated[
-        Path | None, typer.Option("--draws", help="Draws of the same merge: `draws` of `poe-merge sample`.")
-    ] = None,
-    predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="Class probabilities and labels, .npz or .safetensors.")
-    ] = None,
-    tails: Annotated[bool, typer.Option("--tails/--no-tails", help="Read all weights for the residuals.")] = True,
-    residual_map: Annotated[
-        str | None,
-        typer.Option(
-            "--residual-map",
-            help="Measures residuals in the place of the merge's experts; InputGram where a method has merged.",
-            show_default=False,
-        ),
-    ] = None,
-    num_surrogates: Annotated[
-        int,
-        typer.Option(
-            "--surrogates",
-            min=0,
-            help="Merges of Gaussian updates that tails are compared with; each takes as long as the merge.",
-        ),
-    ] = 19,
-    seed: Annotated[int, typer.Option("--seed", help="Of resamples and surrogates.")] = 0,
-    allow_code: AllowCode = False,
-) -> None:
-    """Judge a merge: one page of verdicts, tables and figures."""
-    from poe_merge import diagnose as diagnosis
-
-    diagnosis.check_out(out)
-    measure = None if residual_map is None else parse_spec(residual_map, RESIDUAL_MAP)
-    with show.Bars() as bars:
-        page = diagnosis.diagnose(
-            run,
-            draws=draws,
-            predictions=predictions,
-            tails=tails,
-            residual_map=measure,
-            num_surrogates=num_surrogates,
-            seed=seed,
-            allow_code=allow_code,
-            progress=bars,
-        )
-    show.diagnosis(diagnosis.write_page(page.html, out), page.warnings)
-
-
-@app.command()
-def evaluate(
-    config: Annotated[Path, typer.Argument(help="YAML file with base_model, models and tasks.", show_default=False)],
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
-    ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)] = None,
-    allow_code: AllowCode = False,
-) -> None:
-    """Score models on tasks: accuracy, NLL, calibration, perplexity and others, with intervals and comparisons."""
-    from poe_merge import evaluate as evaluation
-
-    settings = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
-    folders = [Path.cwd()] if tasks is not None else [config.absolute().parent, Path.cwd()]
-    with show.Bars() as bars:
-        found = evaluation.evaluate(settings, folders, bars.steps("evaluating"))
-    show.scores(found, None if csv is None else evaluation.write_csv(found, csv))
-
-
-@app.command()
-def score(
-    config: Annotated[
-        Path, typer.Argument(help="YAML file with base_model, models, tasks and experts.", show_default=False)
-    ],
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
-    ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)] = None,
-    allow_code: AllowCode = False,
-) -> None:
-    """Rank models without labels: mean divergence of their predictions from those of each task's own expert."""
-    from poe_merge import evaluate as evaluation
-
-    settings = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
-    folders = [Path.cwd()] if tasks is not None else [config.absolute().parent, Path.cwd()]
-    with show.Bars() as bars:
-        found = evaluation.score(settings, folders, bars.steps("scoring"))
-    show.divergences(found, None if csv is None else evaluation.write_csv(found, csv))
-
-
-@app.command(cls=ConfiguredCommand)
-@with_flags
-def check(
-    flags: Mapping[str, Any],
-    method: Annotated[str, typer.Argument(help="'Ties(density=0.1)', my_module:MyMethod(...)", show_default=False)],
-    config: Config = None,
-    allow_code: AllowCode = False,
-    not_promised: Annotated[
-        list[str] | None,
-        typer.Option("--not-promised", help="A property it need not have; once for each.", show_default=False),
-    ] = None,
-    random_seed: Annotated[int, typer.Option("--random-seed", min=0, help="Of the random modules.")] = 0,
-) -> None:
-    """Test the properties of a merging method, on random modules and on those of a configuration.
-
-    Moments and data of random modules are random. The exit status is 1 if a property is broken.
-    """
-    from poe_merge.check import check_method, summary
-
-    real = config is not None or any(value is not None for value in flags.values())
-    task_vectors = _opened(config, flags, allow_code)[1] if real else None
-    report = check_method(method, task_vectors, not_promised or [], random_seed)
-    show.lines(summary(report))
-    if report.broken:
-        raise typer.Exit(1)
-
-
-@app.command()
-def presets() -> None:
-    """List the named settings of the paper."""
-    show.presets(PRESETS)
-
-
-@app.command()
-def methods() -> None:
-    """List the merging methods of the literature, with what they need and whom to cite."""
-    show.methods(METHOD.registry)
-
-
-def _opened(
-    path: Path | None, flags: Mapping[str, Any], allow_code: bool, *, functional: bool = False
-) -> tuple[MergeConfig, TaskVectors]:
-    """Read the configuration and open what it names; only some commands know experts on predictions."""
-    document, folders = _read(path, flags)
-    settings = parse_config(document, folders, allow_code=allow_code)
-    require_known(settings, functional=functional)
-    return settings, _vectors(settings)
-
-
-def _read(path: Path | None, flags: Mapping[str, Any]) -> tuple[Document, tuple[Path, ...]]:
-    """The configuration with the flags in it, and the folders that its paths refer to."""
-    document = overridden(Document() if path is None else read_yaml(path), flags)
-    return document, (Path.cwd() if path is None else path.absolute().parent, Path.cwd())
-
-
-def _taken_up(
-    merged: Path, config: Path | None, flags: Mapping[str, Any], allow_code: bool
-) -> tuple[MergeConfig, TaskVectors]:
-    """The configuration of a merge, and what it names."""
-    from poe_merge.record import config_of
-
-    if config is not None:
-        raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
-    settings = config_of(merged, flags, allow_code=allow_code)
-    require_known(settings, functional=False)
-    return settings, _vectors(settings)
-
-
-def _vectors(settings: MergeConfig) -> TaskVectors:
-    """Open the checkpoints of a configuration; rules and filters that fit nothing are warned about."""
-    from poe_merge.build import open_task_vectors
-    from poe_merge.unmatched import unmatched
-
-    task_vectors = open_task_vectors(settings)
-    for text in unmatched(settings, task_vectors):
-        show.warning(text)
-    return task_vectors
-
-
-class InterruptedByUser(Exception):
-    """Ctrl-C, with what to say of it."""
-
-
-def _required(out: Path | None, command: str) -> Path:
-    if out is None:
-        raise ValueError(f"`poe-merge {command}`: give the folder to make, --out DIR.")
-    try:
-        return out.expanduser()
-    except RuntimeError as error:  # ~somebody who has no home here
-        raise ValueError(f"--out {out}: {error}. Give another folder.") from error
-
-
-@contextmanager
-def _bars(out: Path) -> Iterator[show.Bars]:
-    # Ctrl-C says how to go on with what has been begun, if anything has.
-    try:
-        with show.Bars() as bars:
-            yield bars
-    except KeyboardInterrupt:
-        begun = out.with_name(out.name + ".partial")
-        left = f"Go on with the same command and --resume; what is done so far is in {begun}."
-        raise InterruptedByUser(f"interrupted. {left if begun.exists() else 'Nothing was written.'}") from None
+app.command()(judging.diagnose)
+app.command()(judging.evaluate)
+app.command()(judging.score)
+app.command(cls=ConfiguredCommand)(judging.check)
+app.command()(judging.presets)
+app.command()(judging.methods)
 
 
 def run(arguments: Sequence[str]) -> int:

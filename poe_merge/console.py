@@ -6,18 +6,15 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import override
 
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.predictions.functional_score import FunctionalScore
@@ -39,7 +36,8 @@ _PIPED_WIDTH = 200
 _SHOWN = 3
 
 
-def _console(stderr: bool = False) -> Console:
+def console_for(stderr: bool = False) -> Console:
+    """Return the console of standard output or of standard error, of a fixed width where nobody watches."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
@@ -82,7 +80,7 @@ def python_warnings() -> Iterator[None]:
 
 
 def _print(colour: str, word: str, message: str) -> None:
-    console = _console(stderr=True)
+    console = console_for(stderr=True)
     first, *more = map(visible, message.strip().split("\n"))
     lines = [first, *(line if line.startswith(" ") else f"  {line}" for line in more)]  # none passes for a new message
     text = Text.assemble((f"{word}:", colour), " ", "\n".join(lines))  # no markup, which eats the backslashes of a rule
@@ -97,7 +95,7 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
     for tensor in planned.tensors:
         tied = "".join(f" = {shown(alias)}" for alias in tensor.aliases)
         table.add_row(shown(tensor.name) + tied, "x".join(map(str, tensor.shape)), shown(str(tensor.treatment)))
-    console = _console()
+    console = console_for()
     console.print(table)
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     batches = [group.modules for group in planned.groups if group.modules]
@@ -122,7 +120,7 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
 
 def search(result: SearchResult, about: str, csv: Path | None) -> None:
     """Print the best settings of a search, and what went wrong in it."""
-    console = _console()
+    console = console_for()
     failed = [trial for trial in result.trials if trial.error]
     done = f"{len(result.trials)} trials" + (f", {len(failed)} of them failed" if failed else "")
     console.print(shown(f"{done}; best {about}: {result.score:.4g}."), soft_wrap=True)
@@ -138,15 +136,15 @@ def activations(done: ActivationsReport) -> None:
     """Print whose moments were collected, and how to use them."""
     kept = f"; from before: {', '.join(done.kept)}" if done.kept else ""
     text = f"{done.out}: activations of {', '.join(done.collected) or 'nobody'}{kept}."
-    _console().print(shown(text), soft_wrap=True)
-    _console().print(shown(f"""Use them as --residual-map "Activation('{done.out}')"."""), soft_wrap=True)
+    console_for().print(shown(text), soft_wrap=True)
+    console_for().print(shown(f"""Use them as --residual-map "Activation('{done.out}')"."""), soft_wrap=True)
 
 
 def report(done: MergeReport) -> None:
     """Print what a merge did, and what did not converge."""
     from inference.retention import concerns
 
-    console = _console()
+    console = console_for()
     counts = ", ".join(
         f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
     )
@@ -181,7 +179,7 @@ def report(done: MergeReport) -> None:
 
 def line(text: str) -> None:
     """Print one line of text, broken by the terminal's width."""
-    _console().print(shown(text), soft_wrap=True)
+    console_for().print(shown(text), soft_wrap=True)
 
 
 def merged(done: MergeReport | AdapterReport) -> None:
@@ -230,7 +228,7 @@ def statistics(done: StatisticsReport) -> None:
     from inference.models.statistics_files import statistics_digest
 
     about, maps = done.statistics, ", ".join(dict.fromkeys(done.statistics.residual_maps))
-    _console().print(
+    console_for().print(
         shown(
             f"{done.out}: {len(about.modules)} modules, {len(about.updates)} experts ({', '.join(about.updates)}), "
             f"{maps} around the centre {about.center}; {_folder_size(done.out)} in {done.seconds:.1f} s; digest "
@@ -245,7 +243,7 @@ def sample(done: SampleReport) -> None:
     from inference.models.model_draws import PosteriorDraws
     from poe_merge.sampling import Seeds
 
-    what, draws, console = done.what, done.drawn.draws, _console()
+    what, draws, console = done.what, done.drawn.draws, console_for()
     made = f"{done.out}: {what.members} members as {what.format}, {_folder_size(done.out)} in {done.seconds:.1f} s"
     modules = "1 module" if len(draws.modules) == 1 else f"{len(draws.modules)} modules"
     name = what.method if isinstance(what, Seeds) else what.sampler
@@ -296,12 +294,12 @@ def diagnosis(path: Path, verdicts: Sequence[Verdict]) -> None:
     """Print where the page is and its warnings, the worst first."""
     for found in verdicts:
         warning(f"{found.about}: {found.text}")
-    _console().print(f"{shown(str(path))}: {len(verdicts) or 'no'} warning{'' if len(verdicts) == 1 else 's'}.")
+    console_for().print(f"{shown(str(path))}: {len(verdicts) or 'no'} warning{'' if len(verdicts) == 1 else 's'}.")
 
 
 def scores(found: ModelScores, csv: Path | None) -> None:
     """Print the scores of models, and where they were written."""
-    console = _console()
+    console = console_for()
     console.print(found)
     console.print(f"Intervals of {found.confidence:.0%}; ? marks those not to be trusted.")
     if csv is not None:
@@ -313,7 +311,7 @@ def divergences(found: FunctionalScore, csv: Path | None) -> None:
     table = Table("model", "KL", *map(shown, found.tasks), box=None, padding=(0, 2, 0, 0), header_style="bold")
     for model in found.ranking:
         table.add_row(shown(model), str(found.mean(model)), *(str(found.on_task(model, task)) for task in found.tasks))
-    console = _console()
+    console = console_for()
     console.print(table)
     console.print(f"Nats an input, lower is nearer to the tasks' own experts; intervals of {found.confidence:.0%}.")
     if csv is not None:
@@ -328,7 +326,7 @@ def presets(known: Mapping[str, Preset]) -> None:
     for name, preset in known.items():
         values = preset.parameters
         table.add_row(name, str(values["scaling"]), values["scale"], shown(preset.about))
-    console = _console()
+    console = console_for()
     console.print("Bui et al. (2026), arXiv 2607.01689, Table 5:\n")
     console.print(table)
     first = next(iter(known.values())).parameters
@@ -344,7 +342,7 @@ def methods(known: Mapping[str, type[MergingMethod]]) -> None:
         about = method.about
         streams, random = (("yes" if flag else "no") for flag in (about.streaming, about.random))
         table.add_row(name, f"a {about.scope}", "nothing" if about.data == "none" else about.data, streams, random)
-    console = _console()
+    console = console_for()
     console.print(table)
     for name, method in known.items():
         console.print("\n" + shown(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
@@ -363,62 +361,3 @@ def size(nbytes: float) -> str:
     from poe_models.printing import size_text
 
     return size_text(nbytes)
-
-
-class _Modules(ProgressColumn):
-    """Column of a progress bar: the number of matrices that are solved."""
-
-    @override
-    def render(self, task: Task) -> Text:
-        total = task.fields["modules"]
-        return Text(f"{task.fields['solved']}/{total} matrices" if total else "")
-
-
-class _Amount(DownloadColumn):
-    """Bytes, or a sampler's steps."""
-
-    @override
-    def render(self, task: Task) -> Text:
-        counted = task.fields.get("steps")
-        return Text(f"{task.completed:.0f}/{task.total or 0:.0f} steps") if counted else super().render(task)
-
-
-class Bars:
-    """Progress bars on stderr; a context manager and an ``inference.models.merge.Progress``."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            _Modules(),
-            _Amount(),
-            TimeRemainingColumn(compact=True),
-            console=_console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._solved = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def begin(self, stage: str, modules: int, nbytes: int) -> None:
-        """Add the bar of a stage; the first one makes them appear."""
-        self._progress.start()
-        self._solved = 0
-        self._task = self._progress.add_task(shown(stage), total=nbytes, modules=modules, solved=0)
-
-    def steps(self, stage: str) -> Callable[[int, int], None]:
-        """Add the bar of a sampler; what is returned moves it on."""
-        self._progress.start()
-        task = self._progress.add_task(shown(stage), total=None, modules=0, solved=0, steps=True)
-        return lambda finished, total: self._progress.update(task, completed=finished, total=total)
-
-    def advance(self, modules: int, nbytes: int) -> None:
-        """Move the newest bar on."""
-        self._solved += modules
-        self._progress.update(self._task, advance=nbytes, solved=self._solved)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from inference.models.averages import ModelDesigns
     from inference.models.design import Design
     from inference.models.method_design import AnyDesign
-    from poe_merge.console import Bars
+    from poe_merge.progress import Bars
 
 
 SEEN = "inputs_of_the_fit"

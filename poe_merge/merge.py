@@ -14,7 +14,7 @@ from poe_merge.functional import SEEN, fitted_designs, state_of
 from poe_models.weights.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
-    from poe_merge.console import Bars
+    from poe_merge.progress import Bars
 
 
 def merge(
