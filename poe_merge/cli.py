@@ -28,6 +28,7 @@ from poe_merge.arguments import (
     taken_up,
     vectors,
 )
+from poe_merge.config import require_known
 from poe_merge.errors import explained
 from poe_merge.flags import ConfiguredCommand, SampleCommand, with_flags
 from poe_merge.progress import Bars
@@ -131,6 +132,7 @@ def search(
     out = required(out, "search")
     space = searching.read_space(*read(config, flags), allow_code=allow_code)
     settings = space.middle()
+    require_known(settings, functional=False)
     task_vectors = vectors(settings)
     check_output(out, [], resume=False)
     by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
