@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         temperature_range,
     )
     from poe_models import (
+        ALL_TENSORS,
         TSVM,
         Anchor,
         Balanced,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 _HOMES = ("poe_models", "inference")
 __all__ = [
+    "ALL_TENSORS",
     "TSVM",
     "Anchor",
     "Balanced",

@@ -101,6 +101,7 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> None:
         "experts": ", ".join(task_vectors.names),
         "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
         f"{planned.count('base')} kept from the base",
+        "merged": planned.reach,
         "parameters": f"{planned.share('merge'):.1%} merged, {planned.share('average'):.1%} averaged with the same "
         f"weights and λ, {planned.share('base'):.1%} kept from the base",
         "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",

@@ -139,7 +139,7 @@ def _view_from_dict(values: object) -> View:
         raise ValueError(f"rule: `view` is {values!r}. Write for instance `view: {{rows: [4096, 1024, 1024]}}`.")
     _known_keys("view", values, _VIEW_KEYS)
     plain = dict(values)
-    for key in ("transpose", "heads", "stacked", "square"):
+    for key in ("transpose", "heads", "stacked", "square", "vector"):
         if not isinstance(plain.get(key, False), bool):
             raise ValueError(f"view: `{key}` is {plain[key]!r}. Write true or false.")
     for key in ("blocks", "groups"):

@@ -19,7 +19,9 @@ from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import (
+    ALL_TENSORS,
     DEFAULT_RULES,
+    UNTOUCHED,
     Rule,
     RuleTable,
     Treatment,
@@ -68,7 +70,7 @@ class TaskVectors:
     Args:
         base: The base, as ``open_checkpoint`` takes it.
         experts: Name to expert, or (name, expert) pairs; adapters are opened on ``base``.
-        rules: Table of the tensors that are merged, averaged, or kept from the base.
+        rules: Table of the tensors that are merged, averaged, or kept from the base; ``ALL_TENSORS`` merges all.
         dtype: Precision in which updates are formed, float32 or float64; None for float32, with a warning about a
             float64 base. The difference of two bfloat16 weights is exact in float32 unless they differ by orders of
             magnitude; in bfloat16 it would lose what fine-tuning did.
@@ -229,7 +231,7 @@ class TaskVectors:
     def unused_rules(self) -> tuple[Rule, ...]:
         """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
         named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items()]
-        own = [rule for rule in self.rules.rules if rule not in DEFAULT_RULES.rules]
+        own = [rule for rule in self.rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
         return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
 
     def _treat_all(self) -> dict[str, Treatment]:
@@ -245,7 +247,7 @@ class TaskVectors:
                 continue
             untouched = all(adapter is not None and not adapter.changes(name) for adapter in adapters)
             if untouched and treatment.action != "base":
-                treatment = Treatment("base", None, "no adapter changes it")
+                treatment = Treatment("base", None, UNTOUCHED)
             treatments[name] = treatment
         if problems:
             raise CheckpointError(
