@@ -241,10 +241,7 @@ class Staging:
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        for alias, target in aliases.items():
-            path = next(path for path in paths if target in _names(path))
-            with safe_open(path, framework="pt") as file:  # a second map: safetensors saves no tensor twice
-                tensors[alias] = file.get_tensor(target)
+            tensors |= _tied(path, aliases)
         records = [record for path in paths for record in _records(path.with_suffix(".json"))]
         self._save(name, tensors, {"format": "pt"})
         digest = file_digest(self.folder / OUTPUT / name)
@@ -360,9 +357,18 @@ def _records(path: Path) -> list[Any]:
     return list(json.loads(path.read_text(encoding="utf-8"))["records"])
 
 
-def _names(path: Path) -> set[str]:
+def _tied(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Further names of the tensors of a part, each from a map of its own: safetensors saves no memory twice."""
+    found: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+        names = set(file.keys())
+    left = {alias: target for alias, target in aliases.items() if target in names}
+    while left:
+        first = {target: alias for alias, target in reversed(left.items())}
+        with safe_open(path, framework="pt") as file:
+            found |= {alias: file.get_tensor(target) for target, alias in first.items()}
+        left = {alias: target for alias, target in left.items() if alias not in found}
+    return found
 
 
 def _json(data: Any, indent: int | None) -> str:

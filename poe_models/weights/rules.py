@@ -235,8 +235,8 @@ class RuleTable:
         reason = rule.note or f"rule {{match: {rule.match!r}, action: {rule.action}}}"
         if rule.action != "merge":
             return Treatment(rule.action, None, reason)
-        applying = (r for r in self.rules if r.action == "merge" and r.applies((info.name, *aliases), info, model_type))
-        view = next((r.view for r in applying if r.view is not None), View())
+        later = (r for r in self.rules if r.view is not None and r.applies((info.name, *aliases), info, model_type))
+        view = rule.view or next((r.view for r in later), None) or View()
         try:
             return Treatment("merge", view.fitted(info.shape), reason)
         except ValueError as error:

@@ -15,7 +15,8 @@ from typing_extensions import override
 from poe_models.span_labels import CENTER, MERGE
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.copies import refuse_copies, warn_of_copies, warn_of_one_model
-from poe_models.weights.fitting import keys_of, refuse_misfits, suggested_rule
+from poe_models.weights.finite import all_finite, finite
+from poe_models.weights.fitting import keys_of, refuse_misfits
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import (
@@ -275,7 +276,7 @@ class TaskVectors:
 
     def _base(self, name: str) -> Tensor:
         stored = self.base.read(name)
-        return _finite(stored.to(self.dtype), f"the base ({self.base.source})", name, stored)
+        return finite(stored.to(self.dtype), f"the base ({self.base.source})", name, stored)
 
     def _update(self, expert: str, name: str, base: Tensor) -> Tensor:
         """Form U_i of one expert; the result may be shared and is not written to."""
@@ -285,10 +286,14 @@ class TaskVectors:
         factors = adapter.lora_factors(name) if adapter is not None else None
         if factors is not None:
             left, right = (factor.to(self.dtype) for factor in factors)
-            return _finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
+            return finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
         stored = self._weight(expert, name)
-        weight = _finite(stored.to(self.dtype), f"expert {expert!r}", name, stored)
-        return _finite(weight - base, f"the update of expert {expert!r}", name, weight)
+        weight = stored.to(self.dtype)
+        update = weight - base
+        if all_finite(update):  # and so is the weight
+            return update
+        weight = finite(weight, f"expert {expert!r}", name, stored)
+        return finite(update, f"the update of expert {expert!r}", name, weight)
 
     def _weight(self, expert: str, name: str) -> Tensor:
         checkpoint = self.experts[expert]
@@ -366,20 +371,6 @@ def _unique_names(experts: Mapping[str, Source] | Sequence[tuple[str, Source]]) 
         what = f"{twice[0]!r} is the name of several experts" if twice else f"{bad[0]!r} is no name"
         raise ValueError(f"`TaskVectors(experts=...)`: {what}. Give every expert a name of its own.")
     return dict(pairs)
-
-
-def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None) -> Tensor:
-    """The same tensor, once it is clear that it is finite; ``stored`` is the one it was made of, in its own dtype."""
-    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # no temporary of its size
-        bad = int((~torch.isfinite(tensor)).sum())
-        beyond = stored is not None and bool(torch.isfinite(stored).all())
-        what = f"too large for {tensor.dtype}" if beyond else f"NaN or infinite (as {tensor.dtype})"
-        way = "Compute in float64 (`dtype: float64`)" if beyond else "Save it from an earlier step"
-        raise CheckpointError(
-            f"`TaskVectors`: {owner}: tensor {name!r} has {bad:,} values that are {what}. {way}, or keep the base's "
-            f"tensor with the rule {suggested_rule(name)}."
-        )
-    return tensor
 
 
 def _padded(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
