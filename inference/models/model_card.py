@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from inference.models.folder import hub_id, rounding_of, short_source, statuses
+from inference.models.folder import rounding_of, statuses
+from inference.models.places import hub_id, short_source
 from inference.models.plan import ALL
 from poe_models.weights.loading import Checkpoint
 from poe_models.weights.visible import visible

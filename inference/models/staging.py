@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from inference.models.digest import difference, file_digest
 from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
+from inference.models.places import portable
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.weight_files import SafetensorsFile
 
@@ -267,6 +268,18 @@ class Staging:
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file of the output; numbers that JSON lacks (NaN, infinity) become null."""
         self._write_json(self.folder / OUTPUT / name, data)
+
+    def write_record(self, name: str, record: Mapping[str, Any], free: Collection[str] = ()) -> None:
+        """Write the record of a run to the output, with paths as seen from the folder that it is in.
+
+        Args:
+            name: Its path in the output.
+            record: Plain data.
+            free: Keys of what names no paths, and is written as it is.
+        """
+        told = {key: value for key, value in record.items() if key not in free}
+        data = portable(told, (self.out / name).parent)
+        self.write_json(name, {key: data.get(key, value) for key, value in record.items()})
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file of the output, whole or not at all.
