@@ -219,6 +219,10 @@ def test_the_command_line_and_yaml_merge_the_same(
     assert all(torch.equal(typed[k], written[k]) and torch.equal(typed[k], python[k]) for k in typed)
     assert command(folders, "merge", "--method", "tsvm", "--tensors", "all", "--out", str(tmp_path / "no")) == 2
     assert "TSVM" in capsys.readouterr().err
+    models = [word for name in NAMES for word in ("--model", f"{name}={folders[name]}")]
+    words = ["--base-model", str(folders["base"]), *models, "--dtype", "float64", "--tensors", "all"]
+    assert run(["check", "TSVM", *words]) == 2
+    assert "seen as one row, and TSVM" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "no").exists()
 
 
