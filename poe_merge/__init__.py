@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         temperature_range,
     )
     from poe_models import (
+        ALL_TENSORS,
         TSVM,
         Anchor,
         Balanced,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
 
 _HOMES = ("poe_models", "inference")
 __all__ = [
+    "ALL_TENSORS",
     "TSVM",
     "Anchor",
     "Balanced",

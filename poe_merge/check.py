@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from inference.models.method_design import MethodDesign
+from inference.models.one_row import require_matrices
 from poe_merge.progress import Bars
 from poe_merge.specs import METHOD, canonical_method, nearest, parse_spec, same_name
 from poe_models.methods.checking import PROPERTIES, Report, check
@@ -18,7 +20,8 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
     """Check a method given as text on random modules, made from ``seed``, and on real ones if there are any.
 
     Raises:
-        ValueError: If the method cannot be built, or no property is called like one of ``not_promised``.
+        ValueError: If the method cannot be built or needs matrices where there are none, or no property is called like
+            one of ``not_promised``.
     """
     exempt = [same_name(name, PROPERTIES) for name in not_promised]
     for name, known in zip(not_promised, exempt, strict=True):
@@ -27,6 +30,8 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
                 f"--not-promised {name!r}: no such property; {nearest(name, PROPERTIES)}Known: {', '.join(PROPERTIES)}."
             )
     built = parse_spec(canonical_method(method, [Path.cwd()]), METHOD)
+    for name, view in modules.views.items() if modules is not None else ():
+        require_matrices(name, view, MethodDesign(built))
     with Bars() as bars:
         return check(
             built,

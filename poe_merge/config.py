@@ -171,6 +171,8 @@ class MergeConfig(Section):
     """Settings of a paper, which ``poe-merge presets`` lists."""
     rules: tuple[Annotated[dict[str, Any], Value(s.rule, "RULE")], ...] = ()
     """A treatment, '{match: lm_head, action: base}'; a flag's goes before the file's."""
+    tensors: Annotated[str, s.choice("set of tensors", "matrices", "all")] = "matrices"
+    """Tensors that are merged: matrices, vectors being averaged, or all, as methods of entries were published."""
     dtype: Annotated[str | None, s.choice("dtype", *_DTYPES)] = None
     """Dtype of the output; the merge itself is computed in float64 if that is it, else in float32."""
     out_dtype: Annotated[str | None, s.choice("dtype", "base", *_DTYPES)] = None
@@ -254,10 +256,10 @@ class MergeConfig(Section):
         return {key: reduce(Setting.otherwise, layer) for key, layer in layers.items() if layer}
 
     def rule_table(self) -> RuleTable:
-        """Treatments: the configuration's rules, then its preset's, then the defaults."""
-        from poe_models.weights.rules import DEFAULT_RULES
+        """Treatments: the configuration's rules, then its preset's, then the defaults, of matrices or all tensors."""
+        from poe_models.weights.rules import ALL_TENSORS, DEFAULT_RULES
 
-        return DEFAULT_RULES.extended(self._own_rules())
+        return (ALL_TENSORS if self.tensors == "all" else DEFAULT_RULES).extended(self._own_rules())
 
     def _own_rules(self) -> list[dict[str, Any]]:
         return [*self.rules, *(map(dict, PRESETS[self.preset].rules) if self.preset else ())]
@@ -280,6 +282,7 @@ class MergeConfig(Section):
             "parameters": _plain(shared),
             **({"functional": self.functional.model_dump(exclude_none=True)} if self.functional.tasks else {}),
             "rules": self._own_rules(),
+            "tensors": self.tensors,
             "dtype": str(self.compute_dtype).removeprefix("torch."),
             "out_dtype": "base" if self.output_dtype is None else str(self.output_dtype).removeprefix("torch."),
             "output": self.output,

@@ -19,6 +19,7 @@ from inference.models.design import Design
 from inference.models.digest import Progress, Silent, digest_inputs
 from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign, MethodDesign
+from inference.models.places import resolved
 from inference.models.statistics_record import changed_input
 from inference.reweighting import SolverOptions
 from poe_merge.config import MergeConfig, parse_config
@@ -157,7 +158,8 @@ def read_record(run: Path) -> dict[str, Any]:
     if not set(record) >= KEYS or not isinstance(record["tensors"], list):
         raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
     require_shape(path, record)
-    return record
+    tensors = record.pop("tensors")
+    return {**resolved(record, run), "tensors": tensors}
 
 
 def config_of(run: Path, flags: Mapping[str, Any], *, allow_code: bool = False) -> MergeConfig:
@@ -211,7 +213,9 @@ def task_vectors_of(record: Mapping[str, Any]) -> TaskVectors:
     }
     for source in sources.values():
         if not Path(source).exists():
-            raise CheckpointError(f"{source} is not there any more; residuals need base and experts. Put it back.")
+            raise CheckpointError(
+                f"{source} is not there any more; residuals need base and experts. Put it, or a link to it, there."
+            )
     base = sources.pop("base")
     experts = {role.removeprefix(EXPERT): source for role, source in sources.items()}
     dtype = {"float32": torch.float32, "float64": torch.float64}[record["compute_dtype"]]

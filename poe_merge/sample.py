@@ -34,6 +34,7 @@ from inference.models.method_design import AnyDesign
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
+from inference.models.places import portable
 from inference.models.staging import Staging
 from inference.models.statistics_files import collect_statistics
 from inference.models.statistics_record import families
@@ -230,7 +231,7 @@ def _drawn_before(staging: Staging, asked: Mapping[str, Any]) -> Drawn:
             f"{changed}: not the file that was written with the draws. Remove {staging.folder} to start again."
         )
     record = json.loads((staging.content / RECORD).read_text(encoding="utf-8"))
-    if found := difference({key: record[key] for key in asked}, asked):
+    if found := difference({key: record[key] for key in asked}, portable(asked, staging.out)):
         place, before, now = found[0]
         raise OutputError(
             f"{staging.folder} was begun with {place} = {before}, now it is {now}. Restore what it was, or remove "
@@ -253,7 +254,7 @@ def _write(staging: Staging, drawn: Drawn, record: Mapping[str, Any]) -> None:
     chains = ["draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc" for number in range(len(drawn.data))]
     for name, data in zip(chains, drawn.data, strict=True):
         staging.write(name, partial(_to_netcdf, data))
-    staging.write_json(RECORD, record)
+    staging.write_record(RECORD, record)
     add_draws(staging, DRAWS, drawn.draws, [*chains, RECORD])
 
 

@@ -76,11 +76,12 @@ from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
-from poe_models.weights.rules import DEFAULT_RULES, Rule, RuleTable, Treatment
+from poe_models.weights.rules import ALL_TENSORS, DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.views import View
 
 __all__ = [
+    "ALL_TENSORS",
     "DEFAULT_RULES",
     "ENERGIES",
     "METHODS",

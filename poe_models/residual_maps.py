@@ -60,6 +60,8 @@ class ResidualMap(ABC):
 
     Not where they are made from the update and grow with its length. :class:`~poe_models.scales.Balanced` asks.
     """
+    matrices: ClassVar[bool] = False
+    """Whether operators act on a side of the matrix, so that a tensor seen as one row has none."""
 
     @override
     def __repr__(self) -> str:
@@ -137,6 +139,8 @@ class Directional(ResidualMap):
 class OutputGram(ResidualMap):
     """``q = |U^T (Z - U)|^2``: ``U U^T`` on the output side ([PoE]'s released code)."""
 
+    matrices: ClassVar[bool] = True
+
     @override
     def operator(self, update: Tensor) -> Operator:
         return Gram(update, "left", _shape(update))
@@ -149,6 +153,8 @@ class OutputGram(ResidualMap):
 @dataclass(frozen=True)
 class InputGram(ResidualMap):
     """``q = |(Z - U) U^T|^2``: ``U^T U`` on the input side ([BMM] Eq. 15, data-free; WUDI's objective)."""
+
+    matrices: ClassVar[bool] = True
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -282,6 +288,7 @@ class Activation(StatisticsMap):
     off_diagonal: float = 1.0
 
     kind: ClassVar[MomentKind] = "activations"
+    matrices: ClassVar[bool] = True
 
     @override
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:
@@ -305,6 +312,7 @@ class Mixed(StatisticsMap):
     unit_trace: bool = True
 
     kind: ClassVar[MomentKind] = "activations"
+    matrices: ClassVar[bool] = True
 
     @override
     def operator_from(self, given: Tensor, update: Tensor) -> Operator:

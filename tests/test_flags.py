@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "models": (["1=one", "org/model@v2"], [{"model": "one", "name": "1"}, {"model": "org/model@v2"}]),
     "preset": ("poe-vit-l14-lora", "poe-vit-l14-lora"),
     "rules": (["{match: a, action: base}", "{match: b, action: average}"], None),
+    "tensors": ("all", "all"),
     "dtype": ("float64", "float64"),
     "out_dtype": ("base", "base"),
     "output": ("adapter(4)", "adapter(rank=4)"),

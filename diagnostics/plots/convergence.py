@@ -17,6 +17,7 @@ from diagnostics.plots.style import (
     axes_of,
     finish,
     label_modules,
+    labelled,
     line_style,
     point_style,
     shortened,
@@ -57,7 +58,7 @@ def plot_contraction(result: FixedPointConvergence, ax: Axes | None = None) -> A
     ax = axes_of(ax, (7.2, 4.2))
     place = np.arange(len(result.modules))
     for index, (name, values) in enumerate((("bound L ([PoE] Eq. 41)", result.bound), ("exact rate", result.rate))):
-        ax.semilogy(place, np.maximum(values, ROUNDING), label=name, **line_style(index))
+        ax.semilogy(place, np.maximum(values, ROUNDING), label=labelled(name), **line_style(index))
     ax.axhline(1, color="black", linewidth=1, linestyle=":", label="1: no contraction above")
     ax.set(ylabel="contraction per plain step")
     label_modules(ax, result.modules)
@@ -73,7 +74,9 @@ def plot_forest(result: CoefficientIntervals, ax: Axes | None = None) -> Axes:
         middle = result.median[:, index]
         reach = np.stack([middle - result.low[:, index], result.high[:, index] - middle])
         style = point_style(index)
-        ax.errorbar(middle, place, xerr=reach, linestyle="none", markersize=4, linewidth=1.1, label=name, **style)
+        ax.errorbar(
+            middle, place, xerr=reach, linestyle="none", markersize=4, linewidth=1.1, label=labelled(name), **style
+        )
     ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
     label_modules(ax, result.modules, "y")
     ax.set_ylim(count - 0.5, -0.5)
@@ -117,7 +120,7 @@ def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:
     ):
         style = line_style(index)
         low, middle, high = np.nanmin(values, 1), np.nanmedian(values, 1), np.nanmax(values, 1)
-        ax.plot(result.gammas, middle, label=name, **style)
+        ax.plot(result.gammas, middle, label=labelled(name), **style)
         ax.fill_between(result.gammas, low, high, alpha=0.15, color=style["color"], linewidth=0)
     ax.set(xscale="log", xlabel="gamma", ylabel="relative distance of the merge")
     ax.set_ylim(bottom=0)
@@ -194,7 +197,7 @@ def _by_quantity(result: ChainConvergence, values: np.ndarray, ax: Axes) -> Axes
     for index, (name, column) in enumerate(zip(result.quantities, values.T, strict=True)):
         shift = 0.5 * (index - (count - 1) / 2) / count
         place = np.arange(len(result.modules)) + shift
-        ax.scatter(place, column, s=18, label=name, **point_style(index))
+        ax.scatter(place, column, s=18, label=labelled(name), **point_style(index))
     label_modules(ax, result.modules)
     return ax
 

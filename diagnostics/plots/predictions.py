@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from diagnostics.plots.style import COLORS, axes_of, finish, line_style, point_style
+from diagnostics.plots.style import COLORS, axes_of, finish, labelled, line_style, point_style
 from diagnostics.predictions.comparison import Comparison
 from diagnostics.predictions.reliability import Reliability
 from diagnostics.predictions.selective import RiskCoverage
@@ -43,7 +43,9 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], ax: Axes | None = Non
     ax = axes_of(ax)
     for index, (name, curve) in enumerate(curves.items()):
         style = line_style(index, marker=False)
-        ax.plot(curve.coverage, curve.risk, linewidth=1.5, label=f"{name} (AURC {curve.aurc.value:.3f})", **style)
+        ax.plot(
+            curve.coverage, curve.risk, linewidth=1.5, label=labelled(f"{name} (AURC {curve.aurc.value:.3f})"), **style
+        )
         ax.fill_between(curve.coverage, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
     ax.set(xlim=(0, 1), xlabel="coverage: share of examples that are answered", ylabel="risk among them")
     ax.set_ylim(bottom=0)
@@ -63,7 +65,7 @@ def plot_corruptions(
         means = np.array([np.mean(kinds) for kinds in values])
         reach = np.abs(np.array([[min(kinds), max(kinds)] for kinds in values]).T - means)
         places = np.arange(len(severities)) + 0.08 * (index - (len(results) - 1) / 2)
-        ax.errorbar(places, means, reach, elinewidth=0.7, label=name, **line_style(index))
+        ax.errorbar(places, means, reach, elinewidth=0.7, label=labelled(name), **line_style(index))
     ax.set_xticks(range(len(severities)), ["clean" if s == 0 else str(s) for s in severities])
     label = {"accuracy": "accuracy", "nll": "NLL, nats", "brier": "Brier score", "ece": "ECE"}[score]
     ax.set(xlabel="severity of the corruption", ylabel=label)
@@ -91,7 +93,7 @@ def plot_radar(result: Comparison, methods: Sequence[str] | None = None, ax: Axe
     table = result.values["accuracy"] / (1 if result.experts is None else result.experts)
     for index, name in enumerate(result.methods[: len(COLORS)] if methods is None else methods):
         values = table[result.methods.index(name)].numpy()
-        ax.plot(around, np.append(values, values[0]), linewidth=1.5, label=name, **line_style(index))
+        ax.plot(around, np.append(values, values[0]), linewidth=1.5, label=labelled(name), **line_style(index))
     ax.set_xticks(angles, list(result.tasks))
     ax.set(theta_offset=np.pi / 2, theta_direction=-1)
     ax.set_ylim(0, 1.02 * max(1.0, float(table.max())))
@@ -123,7 +125,9 @@ def plot_pareto(result: Comparison, series: Mapping[str, Sequence[str]] | None =
             for axis in zip(*estimates, strict=True)
         ]
         style = line_style(index) if len(methods) > 1 else point_style(index) | {"linestyle": "none"}
-        ax.errorbar(x, y, np.maximum(reach[1], 0), np.maximum(reach[0], 0), elinewidth=0.6, label=label, **style)
+        ax.errorbar(
+            x, y, np.maximum(reach[1], 0), np.maximum(reach[0], 0), elinewidth=0.6, label=labelled(label), **style
+        )
     front = sorted((result.mean(m).value, result.mean(m, "ece").value) for m in result.on_front())
     ax.step(*zip(*front, strict=True), where="pre", color="black", linewidth=0.8, zorder=0, label="Pareto front")
     ax.set(xlabel="mean accuracy (higher is better)", ylabel="mean ECE (lower is better)")

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from poe_models.printing import visible
+
 COLORS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, without yellow, which is lost on white."""
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
@@ -57,7 +59,17 @@ def shortened(name: str) -> str:
     >>> shortened("vision_model.encoder.layers.11.mlp.fc2")
     '…del.encoder.layers.11.mlp.fc2'
     """
+    name = visible(name)
     return name if len(name) <= LONGEST_LABEL + 2 else "…" + name[-LONGEST_LABEL - 1 :]
+
+
+def labelled(name: str) -> str:
+    """A name for a legend, from which Matplotlib leaves out those that begin with an underscore.
+
+    >>> labelled("_hidden"), labelled("mnist")
+    (' _hidden', 'mnist')
+    """
+    return f" {visible(name)}" if name.startswith("_") else visible(name)
 
 
 def distinct(names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from diagnostics.plots.style import axes_of, finish, label_modules, line_style
+from diagnostics.plots.style import axes_of, finish, label_modules, labelled, line_style
 from diagnostics.residuals import Residuals, Unit
 from diagnostics.tails import FAMILIES, Hill, LogDensity, Quantiles, TailComparison
 
@@ -127,7 +127,9 @@ def plot_mean_squared_residuals(residuals: Mapping[str, Residuals], unit: Unit =
     ax = axes_of(ax, (7.2, 4.2))
     for index, (name, found) in enumerate(residuals.items()):
         column = found.mean_squared(unit)
-        ax.plot(np.arange(len(modules)), np.where(column > 0, column, np.nan), label=name, **line_style(index))
+        ax.plot(
+            np.arange(len(modules)), np.where(column > 0, column, np.nan), label=labelled(name), **line_style(index)
+        )
     name = {"raw": "mean q", "scale": "mean q / s²", "own": "mean q / q(0)"}[unit]
     ax.set(yscale="log", ylabel=name)
     label_modules(ax, modules)

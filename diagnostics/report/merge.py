@@ -10,7 +10,8 @@ from typing import Any
 
 from diagnostics.report.page import Block, Details, Facts, Section, Table
 from diagnostics.verdicts import Level, Verdict
-from inference.models.folder import rounding_of, short_source
+from inference.models.folder import rounding_of
+from inference.models.places import short_source
 from inference.retention import ExpertRetention, concerns, totals_of
 
 __all__ = ["merge_section"]

@@ -112,7 +112,7 @@ class _Writer:
                 self._checkpoint(member, draw, first=index == 0)
             self.progress.advance(len(draws.modules), nbytes)
         names = {"sampled_tensors": list(self.sampled), "tied": dict(self.base.aliases)}
-        self.staging.write_json("ensemble.json", {**self.state, **names})
+        self.staging.write_record("ensemble.json", {**self.state, **names}, list(names))
 
     def needed(self) -> int:
         """Bytes on the disk, the parts of one folder included."""

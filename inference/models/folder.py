@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,6 @@ _HEADER_BYTES = 50 * 10**6  # safetensors reads no header of more than 100 MB
 _ENTRY_BYTES = 100  # of one tensor in a header, beside its name
 _RESERVED = "__metadata__"
 _LARGEST = 100 * 2**20
-_HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 
 
 def weight_files(base: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -163,7 +161,7 @@ def write_companions(
         places = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(places.items()))}
         staging.write_json(f"{prefix}model.safetensors.index.json", index)
-    staging.write_json(prefix + RECORD, {**record, "copied": [name for _, name in copied]})
+    staging.write_record(prefix + RECORD, {**record, "copied": [name for _, name in copied]}, ["tensors"])
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -192,20 +190,3 @@ def rounding_of(tensors: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """Number of entries that the merge changed in half-precision tensors, and of those that rounding took back."""
     rounded = [record["rounding"] for record in tensors if "rounding" in record]
     return sum(each["updated"] for each in rounded), sum(each["rounded_back"] for each in rounded)
-
-
-def hub_id(source: str) -> str | None:
-    """The Hub's id of a downloaded model.
-
-    >>> hub_id("/cache/models--org--name/snapshots/0123abc")
-    'org/name'
-    """
-    found = _HUB_FOLDER.search(source)
-    return f"{found[1]}/{found[2]}" if found else None
-
-
-def short_source(source: str) -> str:
-    """A checkpoint's name without the folders of the machine it was on."""
-    path = Path(source)
-    generic = path.stem in ("model", "pytorch_model", "adapter_model")
-    return hub_id(source) or (f"{path.parent.name}/{path.name}" if generic else path.name)

@@ -200,7 +200,7 @@ def _write_rest(
     record = {
         **state,
         "designs": [each.describe() for each in planned.designs],
-        "summary": {**summary_of(records), "experts": experts},
+        "summary": {**summary_of(records), "reach": planned.reach, "experts": experts},
         "tensors": records,
     }
     files = {shard.file: shard.names for shard in planned.shards}

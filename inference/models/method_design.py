@@ -45,6 +45,7 @@ class MethodDesign:
             "method": repr(self.method),
             "title": about.title,
             "citation": about.citation,
+            "matrices": about.matrices,
             "scaling": self.scaling,
         }
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from inference.models.folder import hub_id, rounding_of, short_source, statuses
+from inference.models.folder import rounding_of, statuses
+from inference.models.places import hub_id, short_source
+from inference.models.plan import ALL
 from poe_models.printing import visible
 from poe_models.weights.loading import Checkpoint
 
@@ -105,7 +107,7 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
         header=data.to_yaml(),
         names=" + ".join(map(markdown, roles)),
         count=len(roles),
-        approach=_approach(record["designs"]),
+        approach=_approach(record["designs"], record["summary"]["reach"]),
         base=code(short_source(base.source)),
         sources="\n".join(
             f"- **Expert {markdown(name)}:** {code(short_source(each['source']))}" for name, each in roles.items()
@@ -119,10 +121,11 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
     return ModelCard(text)
 
 
-def _approach(designs: Sequence[Mapping[str, Any]]) -> str:
-    """The approach in half a sentence."""
-    titles = dict.fromkeys(design["title"] for design in designs if "method" in design)
-    parts = [f"by {' and '.join(map(markdown, titles))}"] if titles else []
+def _approach(designs: Sequence[Mapping[str, Any]], reach: str) -> str:
+    """The approach in half a sentence; a published method is named for no more than what it did."""
+    titles = {design["title"]: design["matrices"] for design in designs if "method" in design}
+    published = ", as published" if reach == ALL else "" if all(titles.values()) else " (published for all parameters)"
+    parts = [f"by {' and '.join(map(markdown, titles))} on {reach}{published}"] if titles else []
     if any("experts" in design for design in designs):
         parts.append(
             "each model is an expert with an energy over the merged update of the weights, and the merge is the "

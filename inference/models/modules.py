@@ -14,6 +14,7 @@ from torch import Tensor
 from inference.gradient_check import judged
 from inference.map import fixed_point
 from inference.models.design import Design, require_alike
+from inference.models.one_row import require_matrices
 from inference.reweighting import SolverOptions
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
@@ -135,9 +136,11 @@ def checked_names(task_vectors: TaskVectors, tensor: str, design: Design) -> tup
     """Names of the task vectors that the design of a tensor is about.
 
     Raises:
-        ValueError: If there are none, or some are not there.
+        ValueError: If there are none, some are not there, or the design needs matrices and the tensor is one row.
     """
-    names = design.poe.update_names
+    view, names = task_vectors.treatments[tensor].view, design.poe.update_names
+    if view is not None:
+        require_matrices(tensor, view, design)
     missing = [name for name in names if name not in task_vectors.names]
     if missing or not names:
         what = f"{missing[0]!r}" if missing else "no task vector (factor experts only)"

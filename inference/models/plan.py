@@ -15,15 +15,18 @@ from inference.models.digest import nbytes_of
 from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
+from inference.models.one_row import require_matrices
 from poe_models.methods import MergingMethod
 from poe_models.weights.fitting import keys_of
 from poe_models.weights.loading import Checkpoint
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.rules import Treatment
+from poe_models.weights.rules import NO_WEIGHTS, Treatment
 from poe_models.weights.task_vectors import TaskVectors, block_names
 
 BATCH_BYTES = 256 * 2**20
 """Default byte budget of the updates that are solved as one batch."""
+ALL = "all tensors"
+"""What is merged where no floating tensor is averaged or left out."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,18 @@ class Plan:
         found = sum(sizes[id(tensor)] for tensor in self.tensors if tensor.treatment.action == action)
         return found / (sum(sizes.values()) or 1)
 
+    @property
+    def reach(self) -> str:
+        """The merged tensors in words, matrices or all of them, with what happens to the other floating ones."""
+        merged = [t for t in self.tensors if t.treatment.view is not None]
+        rows = any(t.treatment.view is not None and t.treatment.view.vector for t in merged)
+        weights = [t for t in self.tensors if t.dtype.is_floating_point and t.treatment.reason not in NO_WEIGHTS]
+        averaged, kept = (sum(t.treatment.action == action for t in weights) for action in ("average", "base"))
+        rest = [f"{n} {word}" for n, word in ((averaged, "averaged"), (kept, "kept from the base")) if n]
+        if rows and not rest:
+            return ALL
+        return "; ".join([f"{len(merged)} of {len(weights)} tensors" if rows else "matrices", *rest])
+
     def count(self, action: str) -> int:
         """Number of tensors that are merged, averaged, or kept from the base."""
         return sum(tensor.treatment.action == action for tensor in self.tensors)
@@ -194,7 +209,7 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: If a design is about other task vectors or cannot be solved.
+        ValueError: If a design is about other task vectors, cannot be solved, or needs matrices where there are none.
         CheckpointError: If an anchor's checkpoint lacks a tensor.
     """
     for_tensor, averages = as_any_function(design), averages_of(task_vectors, design)
@@ -260,6 +275,8 @@ def _tensor_plan(
     base, treatment = task_vectors.base, task_vectors.treatments[name]
     info = base.tensors[name]
     design = for_tensor(name) if treatment.action == "merge" else None
+    if design is not None and treatment.view is not None:
+        require_matrices(name, treatment.view, design)
     if isinstance(design, Design) and design.center is not None:
         require_alike(design.center, "anchor", base, name)
     return TensorPlan(

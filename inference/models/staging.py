@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from inference.models.digest import difference, file_digest
 from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
+from inference.models.places import portable
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.weight_files import SafetensorsFile
 
@@ -241,10 +242,7 @@ class Staging:
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        for alias, target in aliases.items():
-            path = next(path for path in paths if target in _names(path))
-            with safe_open(path, framework="pt") as file:  # a second map: safetensors saves no tensor twice
-                tensors[alias] = file.get_tensor(target)
+            tensors |= _tied(path, aliases)
         records = [record for path in paths for record in _records(path.with_suffix(".json"))]
         self._save(name, tensors, {"format": "pt"})
         digest = file_digest(self.folder / OUTPUT / name)
@@ -269,6 +267,18 @@ class Staging:
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file of the output; numbers that JSON lacks (NaN, infinity) become null."""
         self._write_json(self.folder / OUTPUT / name, data)
+
+    def write_record(self, name: str, record: Mapping[str, Any], free: Collection[str] = ()) -> None:
+        """Write the record of a run to the output, with paths as seen from the folder that it is in.
+
+        Args:
+            name: Its path in the output.
+            record: Plain data.
+            free: Keys of what names no paths, and is written as it is.
+        """
+        told = {key: value for key, value in record.items() if key not in free}
+        data = portable(told, (self.out / name).parent)
+        self.write_json(name, {key: data.get(key, value) for key, value in record.items()})
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file of the output, whole or not at all.
@@ -359,9 +369,18 @@ def _records(path: Path) -> list[Any]:
     return list(json.loads(path.read_text(encoding="utf-8"))["records"])
 
 
-def _names(path: Path) -> set[str]:
+def _tied(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Further names of the tensors of a part, each from a map of its own: safetensors saves no memory twice."""
+    found: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+        names = set(file.keys())
+    left = {alias: target for alias, target in aliases.items() if target in names}
+    while left:
+        first = {target: alias for alias, target in reversed(left.items())}
+        with safe_open(path, framework="pt") as file:
+            found |= {alias: file.get_tensor(target) for target, alias in first.items()}
+        left = {alias: target for alias, target in left.items() if alias not in found}
+    return found
 
 
 def _json(data: Any, indent: int | None) -> str:

@@ -121,6 +121,7 @@ class RegMean(StatisticsMethod):
         "RegMean",
         "Jin et al., 2023, Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849",
         data="activations",
+        matrices=True,
     )
     kind = "activations"
 

@@ -45,6 +45,7 @@ class DogeTA(MergingMethod):
         "DOGE-TA",
         "Wei et al., 2025, Adaptive projective gradient descent, arXiv 2501.01230",
         scope="model",
+        matrices=True,
         exceptions={
             "one expert": "updates are brought to one length and trimmed",
             "identical experts": "updates are brought to one length and trimmed",

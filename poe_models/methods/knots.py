@@ -42,6 +42,7 @@ class KnotsTies(SignElection):
         "KnOTS-TIES",
         "Stoica et al., 2025, Model merging with SVD to tie the knots, arXiv 2410.19735",
         scope="model",
+        matrices=True,
         exceptions={
             "one expert": "small coordinates are trimmed",
             "identical experts": "small coordinates are trimmed",
@@ -92,6 +93,7 @@ class KnotsDareTies(SignElection):
         "Stoica et al., 2025, Model merging with SVD to tie the knots, arXiv 2410.19735",
         scope="model",
         random=True,
+        matrices=True,
         exceptions={
             "one expert": "coordinates are dropped at random",
             "identical experts": "coordinates are dropped at random",

@@ -51,6 +51,7 @@ class About:
             ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
         streaming: True if memory stays at a few tensors of each model.
         random: True if it draws; it then has a field ``seed``.
+        matrices: True if it reads the two sides of a matrix (its singular vectors, its rows), which vectors lack.
         exceptions: Properties of :data:`poe_models.methods.checking.PROPERTIES` that it does not promise, with reasons.
     """
 
@@ -60,6 +61,7 @@ class About:
     data: Literal["none", "inputs", "labels", "fisher", "activations"] = "none"
     streaming: bool = True
     random: bool = False
+    matrices: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 

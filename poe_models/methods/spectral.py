@@ -61,6 +61,7 @@ class TSVM(SpectralMethod):
     about = About(
         "TSV-M",
         "Gargiulo et al., 2025, Task singular vectors, arXiv 2412.00081",
+        matrices=True,
         exceptions={
             "one expert": "times its coefficient",
             "identical experts": "an expert keeps a share of its directions",
@@ -99,6 +100,7 @@ class IsoC(SpectralMethod):
     about = About(
         "ISO-C",
         "Marczak et al., 2025, No task left behind, arXiv 2502.04959",
+        matrices=True,
         exceptions={
             "one expert": "all singular values become equal",
             "identical experts": "all singular values become equal",
@@ -136,6 +138,7 @@ class IsoCTS(SpectralMethod):
     about = About(
         "ISO-CTS",
         "Marczak et al., 2025, No task left behind, arXiv 2502.04959",
+        matrices=True,
         exceptions={
             "one expert": "all singular values become equal",
             "identical experts": "all singular values become equal",

@@ -34,7 +34,7 @@ class Wudi(MergingMethod):
             [0., 5.]])
     """
 
-    about = About("WUDI", _CITATION)
+    about = About("WUDI", _CITATION, matrices=True)
 
     rank_tolerance: float = RANK_TOLERANCE
 
@@ -75,6 +75,7 @@ class WudiAdam(MergingMethod):
     about = About(
         "WUDI, iterative",
         _CITATION,
+        matrices=True,
         exceptions={
             "one expert": "it stops before it has converged",
             "identical experts": "it stops on the way from the sum",

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -105,6 +105,7 @@ class Checkpoint(ABC):
     layout: Mapping[str, tuple[str, ...]]
     metadata: Mapping[str, str]
     stamps: Mapping[Path, Stamp] = MappingProxyType({})
+    _tied: tuple[Mapping[str, str], Mapping[str, Sequence[str]]] | None = None
 
     def check_unchanged(self) -> None:
         """Refuse to go on with files that are not what they were when they were opened.
@@ -142,7 +143,16 @@ class Checkpoint(ABC):
     def tied_names(self, name: str) -> tuple[str, ...]:
         """All names of the tensor called ``name``, the canonical one first; more than one if it is tied."""
         canonical = self.aliases.get(name, name)
-        return (canonical, *(alias for alias, target in self.aliases.items() if target == canonical))
+        return (canonical, *self._further_names().get(canonical, ()))
+
+    def _further_names(self) -> Mapping[str, Sequence[str]]:
+        """Canonical names of tied tensors to their others; counted anew where ``aliases`` is another mapping."""
+        if self._tied is None or self._tied[0] is not self.aliases:
+            names: dict[str, list[str]] = {}
+            for alias, target in self.aliases.items():
+                names.setdefault(target, []).append(alias)
+            self._tied = self.aliases, names
+        return self._tied[1]
 
     @override
     def __repr__(self) -> str:

@@ -91,7 +91,8 @@ class Rule:
     def applies(self, names: Iterable[str], info: TensorInfo, model_type: str | None) -> bool:
         """Return whether the rule is about a tensor, given all its names (several if it is tied)."""
         typed = not self.model_types or model_type in self.model_types or (model_type is None and not self.known)
-        return typed and SHAPES[self.shape](info.shape) and any(map(pattern(self.match).search, names))
+        fits = typed and SHAPES[self.shape](info.shape)
+        return fits and (not self.match or any(map(pattern(self.match).search, names)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rule:
@@ -139,7 +140,7 @@ def _view_from_dict(values: object) -> View:
         raise ValueError(f"rule: `view` is {values!r}. Write for instance `view: {{rows: [4096, 1024, 1024]}}`.")
     _known_keys("view", values, _VIEW_KEYS)
     plain = dict(values)
-    for key in ("transpose", "heads", "stacked", "square"):
+    for key in ("transpose", "heads", "stacked", "square", "vector"):
         if not isinstance(plain.get(key, False), bool):
             raise ValueError(f"view: `{key}` is {plain[key]!r}. Write true or false.")
     for key in ("blocks", "groups"):

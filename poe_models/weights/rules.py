@@ -6,19 +6,20 @@ decides, and a user's rules go before the defaults:
     DEFAULT_RULES.extended([{"match": "lm_head", "action": "base"},
                             {"match": r"qkv_proj\.weight", "action": "merge", "view": {"rows": [4096, 1024, 1024]}}])
 
-By default matrices and convolutions are merged; GPT-2's Conv1D is transposed; fused projections ``in_proj_weight``,
-``c_attn`` and ``qkv`` are split into [q; k; v] where d_out = 3*d_in; stacked 3-D experts are a batch of matrices;
-embeddings, biases, norms (LayerNorm and the others) and scalars are averaged. Only the shape can say that a convolution
-is grouped, and only of depthwise ones: shape[1] = 1 with several outputs, which a first layer on grey images has too.
-Those are averaged unless a rule merges them. Integer, bool and complex tensors, and those without
-entries, always stay the base's.
+By default (``DEFAULT_RULES``) matrices and convolutions are merged; GPT-2's Conv1D is transposed; fused projections
+``in_proj_weight``, ``c_attn`` and ``qkv`` are split into [q; k; v] where d_out = 3*d_in; stacked 3-D experts are a
+batch of matrices; embeddings, biases, norms (LayerNorm and the others) and scalars are averaged. Only the shape can say
+that a convolution is grouped, and only of depthwise ones: shape[1] = 1 with several outputs, which a first layer on
+grey images has too. Those are averaged unless a rule merges them. ``ALL_TENSORS`` merges what these average as well,
+each tensor as one row: methods that act entry by entry were published so. Integer, bool and complex tensors, and those
+without entries, always stay the base's.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from typing_extensions import override
@@ -49,10 +50,11 @@ _GATE_UP_TYPES = (
 )
 # Masks and position tables that a model computes; learned ones (mask_token, mask_emb) are parameters.
 _MASK = r"(^|\.)(\w*_mask|mask|masked_bias|IGNORE|causal|tril|triu)$"
+_MASK_NOTE = "mask: no weights"
 _STATE_SPACE = r"(^|\.)(A_logs?|dt_bias|time_(decay|first|faaaa|mix\w*|maa\w*)|conv_state|ssm_state)$"
 
 _DEFAULTS: tuple[Rule, ...] = (
-    Rule(_MASK, "base", note="mask: no weights"),
+    Rule(_MASK, "base", note=_MASK_NOTE),
     Rule(action="average", shape="vector", note="bias, norm, running statistic or scalar: fewer than two axes"),
     Rule(r"(^|[._])bias$", "average", note="bias"),
     Rule(_EMBEDDING, "average", note="embedding"),
@@ -164,8 +166,8 @@ _DEFAULTS: tuple[Rule, ...] = (
         View(),
         note="fused, but d_out is not 3*d_in: merged whole; give the heights, `view: {rows: [...]}`, to split it",
     ),
-    Rule(action="merge", shape="matrix", note="matrix"),
-    Rule(action="merge", shape="kernel", note="convolution"),
+    Rule(action="merge", view=View(), shape="matrix", note="matrix"),
+    Rule(action="merge", view=View(), shape="kernel", note="convolution"),
     Rule(action="average", note="none of the known shapes"),
 )
 
@@ -222,7 +224,7 @@ class RuleTable:
             ValueError: If no rule applies, or the deciding rule asks for a view that the shape does not allow.
         """
         if 0 in info.shape:
-            return Treatment("base", None, "no entries")
+            return Treatment("base", None, EMPTY)
         if not info.dtype.is_floating_point:
             kind = str(info.dtype).removeprefix("torch.")
             return Treatment("base", None, f"{kind} buffer: the base's, whatever the rules say")
@@ -234,8 +236,8 @@ class RuleTable:
         reason = rule.note or f"rule {{match: {rule.match!r}, action: {rule.action}}}"
         if rule.action != "merge":
             return Treatment(rule.action, None, reason)
-        applying = (r for r in self.rules if r.action == "merge" and r.applies((info.name, *aliases), info, model_type))
-        view = next((r.view for r in applying if r.view is not None), View())
+        later = (r for r in self.rules if r.view is not None and r.applies((info.name, *aliases), info, model_type))
+        view = rule.view or next((r.view for r in later), None) or View()
         try:
             return Treatment("merge", view.fitted(info.shape), reason)
         except ValueError as error:
@@ -285,6 +287,17 @@ class RuleTable:
 
 DEFAULT_RULES = RuleTable(_DEFAULTS)
 """The defaults, which cover every tensor."""
+
+UNTOUCHED = "no adapter changes it"
+EMPTY = "no entries"
+NO_WEIGHTS = (_MASK_NOTE, UNTOUCHED, EMPTY)
+"""Reasons for keeping the base's floating tensor that do not shorten what is merged."""
+
+_VECTOR = View(vector=True)
+ALL_TENSORS = RuleTable(
+    tuple(replace(rule, action="merge", view=_VECTOR) if rule.action == "average" else rule for rule in _DEFAULTS)
+)
+"""The defaults with embeddings, biases, norms and scalars merged, too, each seen as one row."""
 
 
 _DEPTHWISE = re.compile(r"depth_?wise|dw|conv1d|mixer|separable", re.IGNORECASE)

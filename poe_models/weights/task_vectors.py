@@ -15,18 +15,14 @@ from typing_extensions import override
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.expert_names import unique_names
 from poe_models.weights.factors import padded
-from poe_models.weights.fitting import (
-    keys_of,
-    refuse_copies,
-    refuse_misfits,
-    suggested_rule,
-    warn_of_copies,
-    warn_of_one_model,
-)
+from poe_models.weights.finite import all_finite, finite
+from poe_models.weights.fitting import keys_of, refuse_copies, refuse_misfits, warn_of_copies, warn_of_one_model
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import (
+    ALL_TENSORS,
     DEFAULT_RULES,
+    UNTOUCHED,
     Rule,
     RuleTable,
     Treatment,
@@ -75,7 +71,7 @@ class TaskVectors:
     Args:
         base: The base, as ``open_checkpoint`` takes it.
         experts: Name to expert, or (name, expert) pairs; adapters are opened on ``base``.
-        rules: Table of the tensors that are merged, averaged, or kept from the base.
+        rules: Table of the tensors that are merged, averaged, or kept from the base; ``ALL_TENSORS`` merges all.
         dtype: Precision in which updates are formed, float32 or float64; None for float32, with a warning about a
             float64 base. The difference of two bfloat16 weights is exact in float32 unless they differ by orders of
             magnitude; in bfloat16 it would lose what fine-tuning did.
@@ -277,7 +273,7 @@ class TaskVectors:
     def unused_rules(self) -> tuple[Rule, ...]:
         """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
         named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items()]
-        own = [rule for rule in self.rules.rules if rule not in DEFAULT_RULES.rules]
+        own = [rule for rule in self.rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
         return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
 
     def _treat_all(self) -> dict[str, Treatment]:
@@ -293,7 +289,7 @@ class TaskVectors:
                 continue
             untouched = all(adapter is not None and not adapter.changes(name) for adapter in adapters)
             if untouched and treatment.action != "base":
-                treatment = Treatment("base", None, "no adapter changes it")
+                treatment = Treatment("base", None, UNTOUCHED)
             treatments[name] = treatment
         if problems:
             raise CheckpointError(
@@ -321,7 +317,7 @@ class TaskVectors:
 
     def _base(self, name: str) -> Tensor:
         stored = self.base.read(name)
-        return _finite(stored.to(self.dtype), f"the base ({self.base.source})", name, stored)
+        return finite(stored.to(self.dtype), f"the base ({self.base.source})", name, stored)
 
     def _update(self, expert: str, name: str, base: Tensor) -> Tensor:
         """Form U_i of one expert; the result may be shared and is not written to."""
@@ -331,10 +327,14 @@ class TaskVectors:
         factors = adapter.lora_factors(name) if adapter is not None else None
         if factors is not None:
             left, right = (factor.to(self.dtype) for factor in factors)
-            return _finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
+            return finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
         stored = self._weight(expert, name)
-        weight = _finite(stored.to(self.dtype), f"expert {expert!r}", name, stored)
-        return _finite(weight - base, f"the update of expert {expert!r}", name, weight)
+        weight = stored.to(self.dtype)
+        update = weight - base
+        if all_finite(update):  # and so is the weight
+            return update
+        weight = finite(weight, f"expert {expert!r}", name, stored)
+        return finite(update, f"the update of expert {expert!r}", name, weight)
 
     def _weight(self, expert: str, name: str) -> Tensor:
         checkpoint = self.experts[expert]
@@ -388,17 +388,3 @@ def _refuse_equal_names(base: Checkpoint, treatments: Mapping[str, Treatment]) -
                     f"{base.source}: tensor {name!r} has the name of a matrix of {tensor!r}. Keep it at the base with "
                     f"the rule {{match: '^{re.escape(name)}$', action: base}}, or rename it in base and experts."
                 )
-
-
-def _finite(tensor: Tensor, owner: str, name: str, stored: Tensor | None = None) -> Tensor:
-    """The same tensor, once it is clear that it is finite; ``stored`` is the one it was made of, in its own dtype."""
-    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # no temporary of its size
-        bad = int((~torch.isfinite(tensor)).sum())
-        beyond = stored is not None and bool(torch.isfinite(stored).all())
-        what = f"too large for {tensor.dtype}" if beyond else f"NaN or infinite (as {tensor.dtype})"
-        way = "Compute in float64 (`dtype: float64`)" if beyond else "Save it from an earlier step"
-        raise CheckpointError(
-            f"`TaskVectors`: {owner}: tensor {name!r} has {bad:,} values that are {what}. {way}, or keep the base's "
-            f"tensor with the rule {suggested_rule(name)}."
-        )
-    return tensor

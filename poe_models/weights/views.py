@@ -17,7 +17,7 @@ class View:
     """A way to see a tensor as a list of matrices (d_out, d_in); ``join`` is the exact inverse of ``split``.
 
     First a stack is taken apart, then each part is transposed and flattened to a matrix, then the matrix is cut into
-    row blocks, in at most one of four ways.
+    row blocks, in at most one of four ways. Any tensor, also a vector or a scalar, can be seen as one row.
 
     Args:
         transpose: The tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
@@ -30,6 +30,7 @@ class View:
             floor(d_out/d_in)*d_in and cannot treat wide matrices; here the remaining rows are a last, lower block, and
             a wide matrix is one block.
         groups: Number of groups of a grouped convolution; each is one block (out/groups, in/groups*kh*kw).
+        vector: The whole tensor as one row vector (1, entries), for methods that act entry by entry.
 
     >>> view = View(blocks=3).fitted((6, 2))
     >>> [tuple(block.shape) for block in view.split(torch.zeros(6, 2))]
@@ -46,8 +47,12 @@ class View:
     rows: tuple[int, ...] = ()
     square: bool = False
     groups: int = 1
+    vector: bool = False
 
     def __post_init__(self) -> None:
+        others = [each.name for each in dataclasses.fields(self) if each.name != "vector"]
+        if self.vector and any(getattr(self, name) != getattr(View, name) for name in others):
+            raise ValueError("`View(vector=True)`: one row is neither turned nor cut. Leave the other arguments out.")
         if self.heads and (self.transpose or self.stacked):
             raise ValueError(
                 "`View(heads=True)`: says already that the first axis is the input. Leave `transpose` and `stacked` "
@@ -78,6 +83,8 @@ class View:
         Raises:
             ValueError: If the tensor is no matrix, or its rows cannot be cut as asked.
         """
+        if self.vector:
+            return self
         axes = len(shape) - self.stacked
         if axes < 2:
             wanted = "a stack of matrices" if self.stacked else "a matrix"
@@ -93,6 +100,8 @@ class View:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Matrices (d_out, d_in) of a tensor, top row block first, which may share its memory."""
+        if self.vector:
+            return [tensor.reshape(1, -1)]
         parts = tensor.unbind(0) if self.stacked else (tensor,)
         oriented = [part.transpose(0, 1) if self.transpose else part for part in parts]
         matrices = [part.reshape(part.shape[0], -1) for part in oriented]
@@ -118,6 +127,8 @@ class View:
                 f"`View.join`: got blocks {[tuple(b.shape) for b in blocks]}, a tensor {tuple(shape)} seen as '{self}' "
                 f"has {expected}. Give the blocks as `split` returned them."
             )
+        if self.vector:
+            return blocks[0].reshape(list(shape)).contiguous()
         part_shape = list(shape[1:] if self.stacked else shape)
         if self.transpose:
             part_shape[:2] = part_shape[1::-1]
@@ -129,8 +140,8 @@ class View:
 
     @property
     def has_factors(self) -> bool:
-        """Return whether blocks of a low-rank tensor have factors: not those of stacks and transposed convolutions."""
-        return not (self.stacked or (self.transpose and self.flatten))
+        """Return whether blocks of a low-rank tensor have factors: no row, stack or transposed convolution has."""
+        return not (self.vector or self.stacked or (self.transpose and self.flatten))
 
     def split_factors(self, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Factors of each matrix of a low-rank tensor, without multiplying it out.
@@ -143,7 +154,7 @@ class View:
             For each matrix of ``split`` its factors (d_out, r) and (r, d_in).
 
         Raises:
-            ValueError: If the tensor is a stack or a transposed convolution, which has no such factors.
+            ValueError: If the tensor is a row, a stack or a transposed convolution, which has no such factors.
         """
         if not self.has_factors:
             raise ValueError(
@@ -154,6 +165,8 @@ class View:
         return [(block, right) for block in left.split(self._heights(left.shape[0], right.shape[1]))]
 
     def _matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        if self.vector:
+            return 1, math.prod(shape)
         axes = list(shape[1:] if self.stacked else shape)
         if self.transpose:
             axes[:2] = axes[1::-1]
@@ -186,6 +199,7 @@ class View:
             "groups": self.groups > 1 and f"per group ({self.groups} groups)",
         }
         words = [
+            "one row" if self.vector else "",
             "stacked: a batch of matrices" if self.stacked else "",
             "transposed" if self.transpose else "",
             "heads flattened (head*dim, in)" if self.heads else "",

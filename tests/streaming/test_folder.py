@@ -92,9 +92,11 @@ def test_the_record(models: Any, out: Path) -> None:
         path = Path(checkpoint.source) / "model.safetensors"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert record["inputs"][role]["sha256"]["model.safetensors"] == digest
-        assert record["inputs"][role]["source"] == checkpoint.source
+        assert (out / record["inputs"][role]["source"]).resolve() == Path(checkpoint.source)
     experts = record["summary"].pop("experts")
-    assert record["summary"] == {"tensors": {"merge": 6, "average": 2, "base": 1}, "matrices": {"converged": 10}}
+    counts = {"merge": 6, "average": 2, "base": 1}
+    expected = {"tensors": counts, "matrices": {"converged": 10}, "reach": "matrices; 2 averaged"}
+    assert record["summary"] == expected
     assert [each["name"] for each in experts] == list(vectors.names)
     by_name = {each["tensor"]: each for each in record["tensors"]}
     assert by_name.keys() == {*SHAPES, "position_ids"}

@@ -1,0 +1,105 @@
+"""Paths in the records of folders that people publish: relative to the folder, not those of one machine.
+
+An input beside the merged folder is ``../base`` in ``poe_merge.json``, a snapshot in the Hub's cache is its id and
+revision, ``org/name@0123abc``. What shares no folder with the output but the root, or the folder of all homes, is
+``../NAME`` as well: there, as everywhere, putting it (or a link) beside the merged folder is how it is found again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HUB_CACHE
+
+_HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
+_SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]+)$")
+_REVISION = re.compile(r"([\w.-]+)/([\w.-]+)@([0-9a-f]+)")
+_QUOTED = re.compile(r"(?<=')(?:/|\.\./)[^']*(?=')|(?<=\")(?:/|\.\./)[^\"]*(?=\")")
+_ROLE = "anchor "
+
+
+def portable(data: Any, folder: Path) -> Any:
+    """Plain data with the absolute paths of things that are there written as seen from a folder.
+
+    Args:
+        data: Plain data; paths are whole strings or keys, follow ``anchor``, or stand in quotes.
+        folder: The folder that the record is in.
+
+    Returns:
+        A copy.
+
+    >>> portable({"source": str(Path.cwd() / "x")}, Path.cwd() / "merged")["source"] in ("../x", str(Path.cwd() / "x"))
+    True
+    """
+    return _changed(data, lambda text: _relative(text, folder.absolute()) if text.startswith("/") else None)
+
+
+def resolved(data: Any, folder: Path) -> Any:
+    """Plain data with the paths that :func:`portable` wrote made absolute again.
+
+    Args:
+        data: Plain data.
+        folder: The folder that the record is in, wherever that is now.
+
+    Returns:
+        A copy.
+    """
+
+    def absolute(text: str) -> str | None:
+        if text.startswith("../"):
+            return os.path.normpath(folder.absolute() / text)
+        found = _REVISION.fullmatch(text)
+        cached = Path(HF_HUB_CACHE, f"models--{found[1]}--{found[2]}", "snapshots", found[3]) if found else None
+        return str(cached) if cached is not None and cached.is_dir() else None
+
+    return _changed(data, absolute)
+
+
+def _relative(text: str, folder: Path) -> str | None:
+    path = Path(text)
+    if not path.exists():
+        return None
+    revision, model = _SNAPSHOT.search(text), hub_id(text)
+    if revision is not None and model is not None:
+        return f"{model}@{revision[1]}"
+    common = Path(os.path.commonpath([path, folder]))
+    if common in (Path(path.anchor), Path.home().parent):
+        return f"../{path.name}"
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _changed(data: Any, change: Callable[[str], str | None]) -> Any:
+    if isinstance(data, Mapping):
+        return {_changed(key, change): _changed(value, change) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_changed(value, change) for value in data]
+    return _text(data, change) if isinstance(data, str) else data
+
+
+def _text(text: str, change: Callable[[str], str | None]) -> str:
+    prefix = _ROLE if text.startswith(_ROLE) else ""
+    whole = change(text.removeprefix(prefix))
+    if whole is not None:
+        return prefix + whole
+    return _QUOTED.sub(lambda found: change(found[0]) or found[0], text)
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub's id of a downloaded model.
+
+    >>> hub_id("/cache/models--org--name/snapshots/0123abc")
+    'org/name'
+    """
+    found = _HUB_FOLDER.search(source)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def short_source(source: str) -> str:
+    """A checkpoint's name without the folders of the machine it was on."""
+    path = Path(source)
+    generic = path.stem in ("model", "pytorch_model", "adapter_model")
+    return hub_id(source) or (f"{path.parent.name}/{path.name}" if generic else path.name)
