@@ -13,7 +13,7 @@ from benchmarks.harness.suite import Suite
 from tests.toy_suites import toy_language, toy_suite
 
 
-@pytest.mark.filterwarnings("ignore:.*had not converged")
+@pytest.mark.filterwarnings("ignore:.*had not converged", "ignore:.*no forward pass uses")
 @pytest.mark.parametrize("make", [toy_suite, toy_language])
 def test_fits_come_nearer_to_the_experts(
     make: Callable[[Path], Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
