@@ -401,7 +401,7 @@ class TestTraining:
         def interrupt(_: object, __: object, task: Task, *___: object) -> dict[str, Tensor]:
             if task.name == "fashion":
                 raise KeyboardInterrupt
-            return random_state()
+            return build(random_state())
 
         monkeypatch.setattr(training, "fine_tune", interrupt)
         with pytest.raises(KeyboardInterrupt):
