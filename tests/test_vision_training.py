@@ -98,10 +98,10 @@ class TestTraining:
         assert set(one.experts.values()).isdisjoint(other.experts.values())
 
     def test_interrupting_leaves_no_half_expert(self, toy_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(_: object, __: object, task: Task, *___: object) -> dict[str, Tensor]:
+        def interrupt(_: object, __: object, task: Task, *___: object) -> SqueezeNet:
             if task.name == "fashion":
                 raise KeyboardInterrupt
-            return random_state()
+            return build(random_state())
 
         monkeypatch.setattr(training, "fine_tune", interrupt)
         with pytest.raises(KeyboardInterrupt):
