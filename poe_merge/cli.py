@@ -124,10 +124,8 @@ def search(
     allow_code: AllowCode = False,
 ) -> None:
     """Choose the settings that CONFIG gives as ranges by a score, and merge with the best ones."""
-    from inference.models.merge import merge_checkpoint
     from inference.models.staging import check_output
     from poe_merge import search as searching
-    from poe_merge.build import custom_sources, designs_of
 
     out = required(out, "search")
     space = searching.read_space(*read(config, flags), allow_code=allow_code)
@@ -136,35 +134,10 @@ def search(
     task_vectors = vectors(settings)
     check_output(out, [], resume=False)
     by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
+    budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
     with shown_bars(out) as bars:
-        found = searching.search(
-            space,
-            task_vectors,
-            by,
-            trials=trials,
-            sampler=sampler,
-            storage=storage,
-            study=study,
-            worker=worker,
-            seed=search_seed,
-            progress=bars,
-        )
-        report = merge_checkpoint(
-            task_vectors,
-            designs_of(found.config, task_vectors.base),
-            out,
-            out_dtype=settings.output_dtype,
-            batch_bytes=settings.batch_bytes,
-            seed=settings.seed,
-            settings={
-                "preset": settings.preset,
-                "config": found.config.resolved(),
-                "search": {"score": by.about, "sampler": sampler, "seed": search_seed, **found.result.record()},
-            },
-            code=custom_sources(found.config),
-            progress=bars,
-        )
-    show.search(found.result, by.about, None if csv is None else searching.write_trials(found.result, csv))
+        found, report = searching.search(space, task_vectors, by, out, budget, bars)
+    show.search(found, by.about, None if csv is None else searching.write_trials(found, csv))
     show.report(report)
 
 

@@ -30,11 +30,11 @@ from poe_merge.settings import ConfigError, Document, Place
 
 if TYPE_CHECKING:
     from inference.models.digest import Progress
+    from inference.models.merge import MergeReport
     from inference.search import Choice, DesignSpace, Range, SearchResult
     from inference.search.study import Score
     from poe_models.weights.task_vectors import TaskVectors
 
-__all__ = ["Found", "Scoring", "Space", "read_space", "scoring", "search", "write_trials"]
 
 _WORDS = ("low", "choices")
 """Keys by which a range is told from a value."""
@@ -257,51 +257,80 @@ def scoring(
     return Scoring(made, made.minimize, f"{text} of {names}, {fraction:g} of the batches")
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Result of a search, and the configuration with the best values."""
+@dataclass(frozen=True)
+class Budget:
+    """Number of trials, their proposals, and the study that they belong to.
 
-    result: SearchResult
-    config: MergeConfig
+    Attributes:
+        trials: Trials of the study in all.
+        sampler: What proposes: gp, random or grid.
+        storage: URL of the study's database; None for memory.
+        study: Name of the study there.
+        worker: Number of this worker.
+        seed: Of the proposals.
+    """
+
+    trials: int
+    sampler: str
+    storage: str | None
+    study: str
+    worker: int
+    seed: int
 
 
 def search(
-    space: Space,
-    task_vectors: TaskVectors,
-    by: Scoring,
-    *,
-    trials: int,
-    sampler: str,
-    storage: str | None,
-    study: str,
-    worker: int,
-    seed: int,
-    progress: Progress,
-) -> Found:
-    """Search the ranges of a configuration.
+    space: Space, task_vectors: TaskVectors, by: Scoring, out: Path, budget: Budget, progress: Progress
+) -> tuple[SearchResult, MergeReport]:
+    """Search the ranges of a configuration, and merge with the best values.
+
+    Args:
+        space: The configuration.
+        task_vectors: Base and experts.
+        by: The score.
+        out: The folder to make; its record has the best configuration and the whole study.
+        budget: Of the search.
+        progress: Told about every trial, then about the merge.
 
     Raises:
         ValueError: If the study cannot be searched; see ``inference.search.search``.
     """
+    from inference.models.merge import merge_checkpoint
     from inference.search import ModelMerges
     from inference.search import search as search_designs
+    from poe_merge.build import custom_sources, designs_of
 
     designs = space.designs(task_vectors)
-    result = search_designs(
+    found = search_designs(
         designs,
         by.score,
         ModelMerges(task_vectors),
-        trials=trials,
-        seed=seed,
-        sampler=sampler,  # type: ignore[arg-type]  # refused there if unknown
+        trials=budget.trials,
+        seed=budget.seed,
+        sampler=budget.sampler,  # type: ignore[arg-type]  # refused there if unknown
         minimize=by.minimize,
-        storage=storage,
-        name=study,
-        worker=worker,
+        storage=budget.storage,
+        name=budget.study,
+        worker=budget.worker,
         scored_by=by.about,
         progress=progress,
     )
-    return Found(result, space.best(designs, result.values, task_vectors))
+    config = space.best(designs, found.values, task_vectors)
+    report = merge_checkpoint(
+        task_vectors,
+        designs_of(config, task_vectors.base),
+        out,
+        out_dtype=config.output_dtype,
+        batch_bytes=config.batch_bytes,
+        seed=config.seed,
+        settings={
+            "preset": config.preset,
+            "config": config.resolved(),
+            "search": {"score": by.about, "sampler": budget.sampler, "seed": budget.seed, **found.record()},
+        },
+        code=custom_sources(config),
+        progress=progress,
+    )
+    return found, report
 
 
 def write_trials(result: SearchResult, out: Path) -> Path:
