@@ -84,8 +84,8 @@ def test_the_best_settings_are_merged_as_an_ordinary_configuration(
     assert -float(sum((v - 0.5).square().sum() for v in state.values())) == pytest.approx(found["score"], rel=1e-6)
     # And the record's configuration makes the same merge again.
     best = record["settings"]["config"]
-    (folder / "best.yaml").write_text(json.dumps(best))
-    assert run(["merge", "best.yaml", "--out", "again"]) == 0
+    (folder / "merged" / "best.yaml").write_text(json.dumps(best))  # paths are as seen from the record
+    assert run(["merge", "merged/best.yaml", "--out", "again"]) == 0
     again = load_file(folder / "again" / "model.safetensors")
     for name, value in state.items():
         assert torch.equal(value, again[name])
