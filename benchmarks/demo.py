@@ -25,7 +25,7 @@ from benchmarks.registry import SUITES, load, recipe_of
 
 _LEFT_OUT = ("DARE-TIES", "WUDI", "both sides", "Student-t")
 PLANS = {
-    "vision": Plan(budget=Budget(members=8, everywhere=(GIBBS, NOISE))),
+    "vision": Plan(budget=Budget(members=8, everywhere=(GIBBS, NOISE)), examples=128),
     "language": Plan(
         methods=tuple(method for method in METHODS if not any(name in method.name for name in _LEFT_OUT)),
         trials=4,

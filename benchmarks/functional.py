@@ -9,11 +9,9 @@ is done under `out/functional` and writes `benchmarks/results/functional.md`.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,129 +19,47 @@ from torch import Tensor
 
 from benchmarks.folders import kept, key_of, write_page
 from benchmarks.harness.calibration import Calibration
-from benchmarks.harness.evaluate import Scores, mean_scores, score, task_logits
-from benchmarks.harness.methods import Loaded, Method, solve
+from benchmarks.harness.evaluate import Scores
+from benchmarks.harness.functional import (
+    BATCH,
+    HEADER,
+    IMPORTANCE,
+    LEARNING_RATE,
+    MEMBERS,
+    STEPS,
+    Line,
+    Predictions,
+    cells,
+)
+from benchmarks.harness.methods import Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
-from benchmarks.harness.suite import Head, Suite
+from benchmarks.harness.suite import Suite
 from benchmarks.registry import SUITES, command_line, load, recipe_of
-from diagnostics import functional_score
-from inference.functional import SpanModel, fit, functional, functional_laplace
-from inference.logit_temperature import fit_ensemble_temperature, scaled_mean
-from poe_models import Cauchy, Expert, InputGram, ProductOfExperts
 from poe_models.methods import RegMean
 
-IMPORTANCE = 0.1
-"""Of the weight-space experts beside one nat for each nat of divergence."""
-STEPS, BATCH, LEARNING_RATE, MEMBERS = 150, 32, 0.05, 10
-Logits = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Line:
-    """One way to predict on one suite and seed.
+def lines_of(suite: Suite, seed: int, examples: int, tell: Callable[[Line], None]) -> list[Line]:
+    """All rows of one suite.
 
     Args:
-        name: Of the row.
-        plain: Mean test scores.
-        scaled: The same with logits divided by what minimises validation NLL.
-        divergence: Mean divergence from the own experts on validation inputs, which no fit has seen, nats.
-        cpu_seconds: Of the fit or the draws; nan where there is nothing to measure.
+        suite: Tasks, heads and experts.
+        seed: Of examples, mini-batches and draws.
+        examples: Unlabelled, of each task.
+        tell: Called with each row.
     """
-
-    name: str
-    plain: Scores
-    scaled: Scores
-    divergence: float
-    cpu_seconds: float
-
-
-def lines_of(suite: Suite, seed: int, examples: int, tell: Any) -> list[Line]:
-    """All rows of one suite."""
-    calibration, vectors = Calibration(suite, examples, seed), Loaded(suite.vectors())
-    own = {task: task_logits(suite, folder, "validation")[task] for task, folder in suite.experts.items()}
-    found = []
-    inputs = {task: joined(calibration.batches(task)) for task in suite.tasks}
+    calibration = Calibration(suite, examples, seed)
+    predictions = Predictions(suite, calibration, seed)
     centers: dict[str, Mapping[str, Tensor] | None] = {
         "InputGram, Cauchy": None,
-        "RegMean": solve(Method("RegMean", "", RegMean(calibration.activations)), vectors, 0.0).matrices,
+        "RegMean": solve(Method("RegMean", "", RegMean(calibration.activations)), predictions.vectors, 0.0).matrices,
     }
+    found = []
     for name, merged in centers.items():
-        experts = tuple(Expert(each, InputGram(), Cauchy(), importance=IMPORTANCE) for each in vectors.vectors.names)
-        model = SpanModel(suite.model(suite.base), vectors.vectors, ProductOfExperts(experts), merged)
-        states = [model.weights(model.coefficients({"merge": 1.0}))]
-        found.append(line_of(name, suite, states, own, float("nan")))
-        tell(found[-1])
-        factors = [functional(task, model, inputs[task], Through(suite.heads[task])) for task in suite.tasks]
-        posterior, began = model.posterior(*factors), time.process_time()
-        solution = fit(
-            posterior,
-            model.start(),
-            generator=torch.Generator().manual_seed(seed),
-            steps=STEPS,
-            batch_size=BATCH,
-            learning_rate=LEARNING_RATE,
-        )
-        spent = time.process_time() - began
-        at = model.weights(posterior.coefficients(solution.value))
-        found.append(line_of(f"{name} + predictions, MAP", suite, [at], own, spent))
-        tell(found[-1])
-        began = time.process_time()
-        draws = functional_laplace(posterior, solution).sample(MEMBERS, torch.Generator().manual_seed(seed))
-        members = [model.weights(posterior.coefficients(draw)) for draw in draws.values[0]]
-        spent = time.process_time() - began
-        found.append(line_of(f"{name} + predictions, Laplace at T = 1", suite, members, own, spent))
-        tell(found[-1])
+        for line in predictions.lines(name, merged):
+            found.append(line)
+            tell(line)
     return found
-
-
-@dataclass(frozen=True)
-class Through:
-    """Logits of a task: its head on the network's features.
-
-    Args:
-        head: The task's.
-    """
-
-    head: Head
-
-    def __call__(self, network: Any, inputs: Any) -> Tensor:
-        """Logits (n, classes)."""
-        return self.head(network(inputs))
-
-
-def joined(batches: list[Any]) -> Any:
-    """Batches as one set of inputs; named tuples of padded texts are padded to one length.
-
-    Args:
-        batches: Of `Calibration.batches`.
-    """
-    if isinstance(batches[0], Tensor):
-        return torch.cat(batches)
-    longest = max(part.shape[1] for batch in batches for part in batch)
-    columns = zip(*batches, strict=True)
-    padded = ([torch.nn.functional.pad(p, (0, longest - p.shape[1])) for p in column] for column in columns)
-    return type(batches[0])(*(torch.cat(parts) for parts in padded))
-
-
-def line_of(name: str, suite: Suite, states: list[dict[str, Tensor]], own: Logits, seconds: float) -> Line:
-    """Scores of one model, or of the mean of several."""
-    members = {split: tables_of(suite, states, split) for split in ("validation", "test")}
-    divisor = fit_ensemble_temperature(members["validation"], suite.labels("validation"))
-    labels = suite.labels("test")
-    plain, scaled = (
-        mean_scores({task: score(scaled_mean(each, by), labels[task]) for task, each in members["test"].items()})
-        for by in (1.0, divisor)
-    )
-    seen = {task: scaled_mean(each, 1.0) for task, each in members["validation"].items()}
-    divergence = functional_score({name: seen}, own, seed=0, logits=True).mean(name).value
-    return Line(name, plain, scaled, divergence, seconds)
-
-
-def tables_of(suite: Suite, states: list[dict[str, Tensor]], split: str) -> Logits:
-    """Logits of every member by task, (members, n, classes)."""
-    tables = [task_logits(suite, {k: v.detach() for k, v in state.items()}, split) for state in states]
-    return {task: torch.stack([table[task] for table in tables]) for task in suite.tasks}
 
 
 def report(found: Mapping[tuple[str, int], list[Line]], machines: list[str], command: str) -> str:
@@ -157,14 +73,8 @@ def report(found: Mapping[tuple[str, int], list[Line]], machines: list[str], com
     Returns:
         Markdown.
     """
-    body = []
-    for (suite, seed), lines in found.items():
-        for each in lines:
-            seconds = "" if each.cpu_seconds != each.cpu_seconds else f"{each.cpu_seconds:.0f}"
-            numbers = (each.plain.accuracy, each.plain.nll, each.scaled.nll, each.plain.ece, each.scaled.ece)
-            cells = [f"{number:.3f}" for number in (*numbers, each.divergence)]
-            body.append([suite, str(seed), each.name, *cells, seconds])
-    header = ["suite", "seed", "method", "accuracy", "NLL", "NLL scaled", "ECE", "ECE scaled", "KL", "CPU s"]
+    body = [[suite, str(seed), *cells(each)] for (suite, seed), lines in found.items() for each in lines]
+    header = ["suite", "seed", *HEADER]
     return "\n\n".join([
         "Functional experts: the weight-space product times one expert a task over predictions on unlabelled training "
         f"examples (KL from the task's own expert), in the span through a centre. {STEPS} steps of Adam on {BATCH} "

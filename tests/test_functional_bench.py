@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import functional
+from benchmarks.harness import functional as harness
 from benchmarks.harness.suite import Suite
 from tests.toy_suites import toy_language, toy_suite
 
@@ -18,8 +19,8 @@ from tests.toy_suites import toy_language, toy_suite
 def test_fits_come_nearer_to_the_experts(
     make: Callable[[Path], Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "STEPS", 3)
-    monkeypatch.setattr(functional, "MEMBERS", 2)
+    monkeypatch.setattr(harness, "STEPS", 3)
+    monkeypatch.setattr(harness, "MEMBERS", 2)
     suite = make(tmp_path)
     tasks = {n: dataclasses.replace(t, splits={**t.splits, "train": t.splits["test"]}) for n, t in suite.tasks.items()}
     lines = functional.lines_of(dataclasses.replace(suite, tasks=tasks), 0, 6, lambda _: None)

@@ -4,7 +4,8 @@ The scale of every method, and the anchor precision where the plan says so, is c
 Printed are, per task and on average, how good the merges are and what they cost. The output folder gets the numbers
 (`results.csv`, `results.md`), a plot (`results.png`) and the best product of experts as an ordinary checkpoint folder
 (`merged`), which is loaded again and evaluated. Then ensembles are drawn from the posterior around that merge
-(`ensembles.md`, `temperatures.csv`, `temperatures.png`), and everything ends in one page (`report.html`), made from
+(`ensembles.md`, `temperatures.csv`, `temperatures.png`), experts on predictions of a few unlabelled inputs are fitted
+around it where the plan says so (`functional.md`), and everything ends in one page (`report.html`), made from
 `draws` and `predictions.npz` as `poe-merge diagnose` makes it.
 """
 
@@ -21,11 +22,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
 
+from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.ensemble_report import ensemble_markdown, ensemble_note, ensemble_tables, path_plot, write_paths
 from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, own_logits, score, task_logits
+from benchmarks.harness.functional import HEADER, Line, Predictions, cells
+from benchmarks.harness.functional import note as functional_note
 from benchmarks.harness.methods import Loaded, Method, solve
 from benchmarks.harness.outcomes import Outcome
 from benchmarks.harness.page import report
@@ -45,8 +50,10 @@ from benchmarks.harness.report import (
     task_table,
     write_csv,
 )
+from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.search import Settings
 from benchmarks.harness.suite import Suite
+from inference.map import fixed_point
 from inference.models.design import Design
 from inference.models.merge import merge_checkpoint
 from poe_models import TaskVectors
@@ -211,6 +218,8 @@ def run(suite: Suite, out: Path, plan: Plan, seed: int, console: Console) -> tup
     (out / "results.md").write_text(markdown(rows, tails, note), encoding="utf-8")
     bar_plot(rows, tails, suite.network.name).savefig(out / "results.png", dpi=150)
     outcomes = compare_ensembles(Ensembles(suite, design, out / MERGED, seed, plan.budget), out, console)
+    if plan.examples:
+        fit_predictions(suite, design, plan.examples, seed, out, console)
     shown = [row for row in rows if row.name in (EXPERTS, "task arithmetic")]
     with console.status("report"):
         page, warnings = report(suite, design, out / MERGED, shown, outcomes, seed)
@@ -262,6 +271,39 @@ def compare_ensembles(ensembles: Ensembles, out: Path, console: Console) -> list
     write_paths(out / "temperatures.csv", outcomes)
     path_plot(ensembles, outcomes).savefig(out / "temperatures.png", dpi=150)
     return outcomes
+
+
+def fit_predictions(suite: Suite, design: Design, examples: int, seed: int, out: Path, console: Console) -> list[Line]:
+    """Fit experts on predictions around the best merge, print and save what came out.
+
+    Args:
+        suite: What was merged, with the examples of the demo.
+        design: The best merge.
+        examples: Unlabelled training examples of each task.
+        seed: Of examples and mini-batches.
+        out: Folder for the table.
+        console: Where to print.
+
+    Returns:
+        The rows that were printed.
+    """
+    predictions = Predictions(suite, Calibration(suite, examples, seed), seed)
+    product = design.poe
+    merged = {
+        module.name: design.scaling * fixed_point(product.bind(module.updates.unsqueeze(0))).value[0]
+        for module in predictions.vectors.modules
+    }
+    with console.status("experts on predictions"):
+        lines = list(predictions.lines("the best merge", merged, laplace=False))
+    table = Table(*HEADER, title="test, mean over tasks: experts on predictions of unlabelled inputs")
+    for line in lines:
+        table.add_row(*cells(line))
+    console.print(table)
+    text = functional_note(lines, examples)
+    console.print(text, highlight=False)
+    body = markdown_table(list(HEADER), [cells(line) for line in lines], left=1)
+    (out / "functional.md").write_text(f"{body}\n\n{text}\n", encoding="utf-8")
+    return lines
 
 
 def report_best(methods: Sequence[Method], merged: Sequence[Row], suite: Suite, out: Path, console: Console) -> Design:

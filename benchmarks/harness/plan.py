@@ -30,6 +30,7 @@ class Plan:
         validation: Most validation examples of a task; None for all.
         test: Most test examples of a task; None for all.
         budget: How much is drawn for ensembles.
+        examples: Unlabelled training examples of each task for experts on predictions; 0 for none.
     """
 
     methods: tuple[Method, ...] = METHODS
@@ -38,6 +39,7 @@ class Plan:
     validation: int | None = None
     test: int | None = None
     budget: Budget = Budget()
+    examples: int = 0
 
     def search(self, method: Method, validation: Callable[[Settings], Scores], seed: int) -> Trial:
         """The best of the settings that a method may try.
