@@ -64,7 +64,7 @@ mutants: $(STAMP)
 
 # The documentation site, site/index.html. Sources are read, not imported: its environment has no torch.
 docs: .venv-docs/.installed
-	.venv-docs/bin/mkdocs build --strict --site-dir site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --site-dir site
 
 .venv-docs/.installed: pyproject.toml
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
