@@ -1,14 +1,17 @@
-"""The pages of the documentation site: every snippet runs, every flag is one, every name that a table gives is there."""
+"""The pages of the documentation site: snippets run, flags and names are there, tables are those of the code."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import re
+import runpy
 import shlex
-import warnings
-from collections.abc import Callable, Iterator
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +38,26 @@ FOREIGN = {"--index-url"}
 """Options of other programs that pages name."""
 
 
-def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
+def blocks(page: Path) -> list[tuple[str, str, str]]:
     """Language, title and text of each fenced block."""
-    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        yield match[1], match[2] or "", match[3]
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [(match[1], match[2] or "", match[3]) for match in found]
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The command lines of a shell block, words by words; continued lines are one, comments are none."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            yield words
+def commands(text: str) -> list[list[str]]:
+    """The words of each command line of a shell block; continued lines are one, comments are none."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folders that the pages name: a base of two layers, fine-tunes, adapters, and the data of two tasks."""
-    for number, name in enumerate(("base", "ft/mnist", "ft/emoji")):
-        state = {k: torch.randn(s, generator=seeded(number)) / (1 if number == 0 else 4) for k, s in SHAPES.items()}
-        base = state if number == 0 else base  # noqa: F821
-        write(tmp_path / name / "model.safetensors", state if number == 0 else {k: base[k] + state[k] for k in state})
+    base = {name: torch.randn(shape, generator=seeded(0)) for name, shape in SHAPES.items()}
+    write(tmp_path / "base" / "model.safetensors", base)
+    for number, name in enumerate(NAMES, start=1):
+        tuned = {key: value + torch.randn(value.shape, generator=seeded(number)) / 4 for key, value in base.items()}
+        write(tmp_path / "ft" / name / "model.safetensors", tuned)
     for number, name in enumerate(NAMES):
         folder = tmp_path / "adapters" / name
         factors = {
@@ -114,11 +116,9 @@ def test_every_snippet_of_a_page_runs(page: Path, here: Path, capsys: pytest.Cap
                 assert status == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
 
 
-def test_the_runner_notices_what_is_wrong(
-    here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_runner_notices_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    for text in ('```python\nassert False\n```\n', "```sh\npoe-merge merge --no-such-flag\n```\n", "```yaml\n{\n```\n"):
+    for text in ("```python\nassert False\n```\n", "```sh\npoe-merge merge --no-such-flag\n```\n", "```yaml\n{\n```\n"):
         page.write_text(text)
         with pytest.raises((AssertionError, yaml.YAMLError)):
             test_every_snippet_of_a_page_runs(page, here, capsys)
@@ -127,9 +127,6 @@ def test_the_runner_notices_what_is_wrong(
 @pytest.fixture(scope="module")
 def options() -> dict[str, set[str]]:
     """Options of every command, from its help."""
-    import contextlib
-    import io
-
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
@@ -169,9 +166,12 @@ def test_the_page_of_the_first_package_lists_its_names() -> None:
         assert resolved(target) is getattr(poe_merge, name)
 
 
-@pytest.mark.parametrize("package", ["poe_models", "inference", "inference.search", "inference.functional", "diagnostics"])
+PACKAGES = ("poe_models", "inference", "inference.search", "inference.functional", "diagnostics")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_names_that_submodules_shadow_are_listed_one_by_one(package: str) -> None:
-    """`::: inference` shows the module `inference.gibbs` in the place of the function, and no constant without a text."""
+    """`::: inference` shows the module `inference.gibbs` in the place of the function."""
     text = (DOCS / f"api-{package.rpartition('.')[2].replace('_', '-')}.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: ([\w.]+)$", text, re.M)
     homes = (package, f"{package}.predictions") if package == "diagnostics" else (package,)
@@ -201,16 +201,24 @@ def resolved(name: str) -> object:
 def test_every_dotted_name_of_a_page_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     packages = r"(?:poe_models|inference|diagnostics|poe_merge|benchmarks)"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in re.findall(rf"`({packages}(?:\.(?!json\b)\w+)+)`", text) + re.findall(r"python -m ([\w.]+\w)", text):
-            if not (ROOT / name.replace(".", "/")).exists() and name != "venv":
-                resolved(name)
+    for name in re.findall(rf"`({packages}(?:\.(?!json\b)\w+)+)`", text):
+        resolved(name)
+    for module in re.findall(r"python -m (benchmarks[\w.]+\w)", text):
+        assert importlib.util.find_spec(module), module
     for path in re.findall(r"`((?:benchmarks|tests|docs|poe_models|inference|diagnostics|poe_merge)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 
 def test_all_pages_are_in_the_navigation() -> None:
-    loader: Callable[[str], Any] = yaml.safe_load
-    text = json.dumps(loader((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    text = json.dumps(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(re.findall(r'"([\w-]+\.md)"', text)) == [page.name for page in PAGES]
+
+
+def test_docstrings_become_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site's extension of griffe, which this environment need not have."""
+    stub = types.ModuleType("griffe")
+    stub.Extension = stub.Object = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "griffe", stub)
+    as_markdown = runpy.run_path(str(DOCS / "hooks" / "docstrings.py"))["as_markdown"]
+    text = "Draws of :class:`~inference.draws.Draws`::\n\n    code\n\n>>> 1 + 1\n2\n\nEnd."
+    assert as_markdown(text) == "Draws of `Draws`:\n\n    code\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."

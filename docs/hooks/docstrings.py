@@ -13,11 +13,7 @@ _DOCTEST = re.compile(r"^>>> .*(?:\n(?!\s*$).+)*", re.MULTILINE)
 
 
 def as_markdown(text: str) -> str:
-    """A docstring without roles and double colons, its doctests in fences.
-
-    >>> as_markdown("See :class:`Draws`::")
-    'See `Draws`:'
-    """
+    """A docstring without roles and double colons, its doctests in fences."""
     return _DOCTEST.sub(r"```pycon\n\g<0>\n```", _LITERAL.sub(":", _ROLE.sub(r"`\1`", text)))
 
 
