@@ -24,6 +24,8 @@ from torch import nn
 
 import poe_merge
 from poe_merge.cli import run
+from poe_merge.config import _MERGEKIT_ONLY
+from poe_merge.specs import METHOD, SpecError, parse_spec
 from poe_models import TaskVectors
 from poe_models.weights.rules import DEFAULT_RULES
 from tests.seeds import seeded
@@ -156,6 +158,21 @@ def test_the_table_of_tensors_is_that_of_the_rules() -> None:
     words = {"merge": "merged", "average": "averaged", "base": "the base's"}
     expected = list(dict.fromkeys((rule.note.replace("`", ""), words[rule.action]) for rule in DEFAULT_RULES.rules))
     assert [(note.replace("`", ""), action) for note, action in rows] == expected
+
+
+def test_what_the_page_on_mergekit_says_is_so() -> None:
+    """Keys that are refused are told, methods that are called missing are, and the others are there."""
+    page = (DOCS / "mergekit.md").read_text(encoding="utf-8")
+    assert [key for key in _MERGEKIT_ONLY if f"`{key}`" not in page] == []
+    rows = re.findall(r"^\| (`.+?) \| (not here|`merge_method: (.+?)`) \|", page, re.M)
+    assert len(rows) == 8
+    for theirs, ours, method in rows:
+        if ours == "not here":
+            for name in re.findall(r"`(\w+)`", theirs):
+                with pytest.raises(SpecError):
+                    parse_spec(name, METHOD)
+        else:
+            parse_spec(method, METHOD)
 
 
 def test_the_page_of_the_first_package_lists_its_names() -> None:
