@@ -12,10 +12,13 @@ import runpy
 import shlex
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pyro
 import pytest
 import torch
 import yaml
@@ -53,8 +56,12 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folders that the pages name: a base of two layers, fine-tunes, adapters, and the data of two tasks."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folders that the pages name: a base of two layers, fine-tunes, adapters, and the data of two tasks.
+
+    Yields:
+        The current folder; what snippets leave behind in the process is removed afterwards.
+    """
     base = {name: torch.randn(shape, generator=seeded(0)) for name, shape in SHAPES.items()}
     write(tmp_path / "base" / "model.safetensors", base)
     for number, name in enumerate(NAMES, start=1):
@@ -75,7 +82,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write(tmp_path / "data" / f"{name}.safetensors", {"inputs": inputs, "labels": labels})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+    plt.close("all")
+    pyro.clear_param_store()
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
