@@ -20,7 +20,7 @@ def as_markdown(text: str) -> str:
 class Markdown(Extension):
     """Rewrites every docstring as it is read."""
 
-    def on_object(self, *, obj: Object, **kwargs: Any) -> None:
+    def on_instance(self, *, obj: Object, **kwargs: Any) -> None:
         """Rewrite one object's docstring."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
