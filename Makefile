@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: venv lint test test-matrix demo demo-language bench gpu mutants clean
+.PHONY: venv lint test test-matrix demo demo-language bench gpu mutants docs clean
 
 venv: $(STAMP)
 
@@ -62,9 +62,19 @@ gpu: $(if $(filter file,$(origin BIN)),$(STAMP))
 mutants: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.mutants
 
+# The documentation site, site/index.html. Sources are read, not imported: its environment has no torch.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --site-dir site
+
+.venv-docs/.installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		| .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	touch $@
+
 # The benchmark of shift looks at the demo's merge.
 out/demo/temperatures.csv: | $(STAMP)
 	$(MAKE) demo
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-docs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -44,13 +44,14 @@ class MergedEnsemble:
 
     A merged module that the draws do not have is the design's MAP, solved once in the coordinates of the draws, or what
     its merging method gives at its own seed; other tensors are averaged or the base's, as their treatment says. In
-    memory is one member at a time, beside the tensors
-    that all members share; draws that are made from the MAP (Laplace's, noise) keep the sampled modules' MAP as well.
+    memory is one member at a time, beside the tensors that all members share; draws that are made from the MAP
+    (Laplace's, noise) keep the sampled modules' MAP as well.
 
     Args:
         task_vectors: Base and experts.
         design: One product, method or design for all tensors, or a function from the name of a merged tensor; λ is its
-        ``scaling``. draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
+            ``scaling``.
+        draws: Draws of modules of this model, from a posterior or at the seeds of a random method.
         out_dtype: Dtype of floating tensors; the base's own by default.
         elsewhere: A merged checkpoint that gives everything the draws do not, instead of solving for the MAP.
         through: Name of each sampled module to the merged update, ``(d_out, d_in)``, that Span draws go through, as
