@@ -46,7 +46,7 @@ def agree(posterior: Posterior, draws: Draws | Tensor, truth: Draws | Tensor | d
     assert_same_mean(posterior, draws, truth, max_rhat=1.04)
 
 
-def chain(posterior: Posterior, reference: Reference, generator: torch.Generator, num_samples: int = 500) -> Tensor:
+def chain(posterior: Posterior, reference: Reference, generator: torch.Generator, num_samples: int = 1000) -> Tensor:
     """Draws of 16 chains of single steps with a reference that stays as it is."""
     state = init(torch.randn(16, 1, 3, generator=generator, dtype=torch.float64), posterior)
     positions = []

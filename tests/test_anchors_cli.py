@@ -101,8 +101,11 @@ def test_merge_by_a_method(text: str, method: MergingMethod, cli: Cli, here: Pat
     config = json.loads((here / "file" / "poe_merge.json").read_text())["settings"]["config"]
     assert config["merge_method"] == repr(method)
     assert config["parameters"] == {"scaling": 0.5}
-    write(here, **{key: value for key, value in config.items() if key not in ("base_model", "models")})
-    assert load_config(here / "config.yaml").resolved() == config
+    (here / "file" / "again.yaml").write_text(json.dumps(config))  # its paths are as seen from the record
+    again = load_config(here / "file" / "again.yaml").resolved()
+    places = ("base_model", "models")
+    assert {k: v for k, v in again.items() if k not in places} == {k: v for k, v in config.items() if k not in places}
+    assert Path(again["base_model"]).resolve() == here / "base"
 
 
 @pytest.mark.parametrize("name", DATA_FREE)

@@ -19,7 +19,7 @@ from tests.toy_suites import toy_language, toy_suite
 def test_fits_come_nearer_to_the_experts(
     make: Callable[[Path], Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "STEPS", 3)
+    monkeypatch.setattr(harness, "STEPS", 20)
     monkeypatch.setattr(harness, "MEMBERS", 2)
     suite = make(tmp_path)
     tasks = {n: dataclasses.replace(t, splits={**t.splits, "train": t.splits["test"]}) for n, t in suite.tasks.items()}

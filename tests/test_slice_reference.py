@@ -36,11 +36,11 @@ from tests.slice_targets import SKEWED, TIE, agree, chain, span_of
 
 
 @pytest.fixture
-def skewed(generator: torch.Generator) -> Posterior:
-    """One module, in units in which its standard deviations are between 1 and 3."""
+def skewed() -> Posterior:
+    """One module, in units in which its standard deviations are between 1 and 3; the same one at every seed."""
     anchor = Anchor(precision=AbsolutePrecision(0.05))
     poe = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy(), Absolute(1.0), anchor=anchor)
-    return span_of(poe, 0.7 * random_updates(generator, 1, 2, 2, 3))
+    return span_of(poe, 0.7 * random_updates(torch.Generator().manual_seed(20261122), 1, 2, 2, 3))
 
 
 @pytest.fixture
