@@ -44,7 +44,7 @@ class Alignment(Brief):
             ``W M W^T``.
         cosines: ``(modules, experts, tasks)`` float64; nan where an update or a moment is zero.
         p_values: Share of shuffles of the tasks in which updates are at least as much like their tasks' moments,
-            ``(modules,)``.
+            ``(modules,)``; nan where no update or moment is.
         p_value: The same of the mean over modules.
     """
 
@@ -63,17 +63,16 @@ class Alignment(Brief):
     @property
     def others(self) -> Tensor:
         """Mean cosine with the other tasks, ``(modules, experts)``; nan for one expert."""
-        count = len(self.experts) - 1
-        return (self.cosines.sum(-1) - self.own) / (count or math.nan)
+        without = torch.where(torch.eye(len(self.experts), dtype=torch.bool), torch.nan, self.cosines)
+        return without.nanmean(-1)
 
     def verdict(self) -> Verdict:
         """Whether updates may stand for data, in words."""
         own, others = float(self.own.nanmean()), float(self.others.nanmean())
         numbers = f"mean cosine {own:.2f} with the own task's {self.side}s, {others:.2f} with other tasks'"
-        if len(self.experts) < 2:
-            return Verdict(
-                "alignment", Level.UNKNOWN, f"Mean cosine {own:.2f}: one expert has no other task to be compared with."
-            )
+        if math.isnan(self.p_value) or 1 / math.factorial(len(self.experts)) > LEVEL:
+            text = f"Too few tasks to tell by shuffling them: {numbers}. Four experts at least can be judged."
+            return Verdict("alignment", Level.UNKNOWN, text)
         if self.p_value <= LEVEL:
             return Verdict(
                 "alignment", Level.GOOD, f"Updates are aligned with their tasks: {numbers} (p = {self.p_value:.2g})."
@@ -158,6 +157,8 @@ def _shuffled(cosines: Tensor, seed: int) -> float:
     mean = cosines.nanmean(0)
     size = len(mean)
     own = float(mean.diagonal().nanmean())
+    if math.isnan(own):
+        return math.nan
     orders = _orders(size, seed)
     found = [float(mean[range(size), list(order)].nanmean()) for order in orders]
     return sum(value >= own - 1e-12 for value in found) / len(found)

@@ -16,6 +16,7 @@ from inference.models.digest import Progress
 from inference.models.tasks import Task
 from poe_merge.config import MergeConfig
 from poe_merge.user_tasks import UserTasks
+from poe_models.weights.batches import mapped
 from poe_models.weights.collecting import collect_activations
 from poe_models.weights.moments import ModuleStatistics
 from poe_models.weights.task_vectors import TaskVectors
@@ -102,8 +103,10 @@ def _moments(
 
     def forward(model: nn.Module, batch: Any) -> Any:
         advance()
+        batch = mapped(lambda x: x.to(device), batch)
         return functional_call(_Through(model, task), {f"model.{key}": value for key, value in state.items()}, (batch,))
 
+    device = next(iter(own.values())).device
     counted = _mask_of if loader and _mask_of(loader[0]) is not None else None
     return collect_activations(network, loader, forward, task_vectors.views, counted=counted, prefix=prefix)  # type: ignore[arg-type]
 

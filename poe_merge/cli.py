@@ -124,6 +124,7 @@ def search(
     allow_code: AllowCode = False,
 ) -> None:
     """Choose the settings that CONFIG gives as ranges by a score, and merge with the best ones."""
+    from inference.models.plan import inputs_of
     from inference.models.staging import check_output
     from poe_merge import search as searching
 
@@ -131,8 +132,10 @@ def search(
     space = searching.read_space(*read(config, flags), allow_code=allow_code)
     settings = space.middle()
     require_known(settings, functional=False)
+    if settings.adapter is not None:
+        raise ValueError("`output: adapter`: a search writes whole models. Merge its best configuration as an adapter.")
     task_vectors = vectors(settings)
-    check_output(out, [], resume=False)
+    check_output(out, [Path(each.source) for each in inputs_of(task_vectors, []).values() if each.files], resume=False)
     by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
     budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
     with shown_bars(out) as bars:

@@ -16,6 +16,7 @@ tensors share one value. ``as: Mixed(activations, share=$)`` writes a number int
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,14 +157,14 @@ class Space:
                 if value != most
                 for tensor in named
             ]
-            # A name may be part of a longer one, which goes first.
-            filters.sort(key=lambda case: -len(case["filter"]))
             longer = [
                 {"filter": tensor, "value": most}
                 for tensor in by_value[most]
                 if any(case["filter"] in tensor for case in filters)
             ]
-            cases[key] = [*longer, *filters, {"value": most}] if filters else most
+            # A name may be part of a longer one, which goes first.
+            ordered = sorted([*longer, *filters], key=lambda case: -len(case["filter"]))
+            cases[key] = [*ordered, {"value": most}] if filters else most
         return self.config(cases)
 
     def _origin(self, key: str) -> str:
@@ -239,8 +240,13 @@ def scoring(
     from poe_merge.user_tasks import read_function, read_tasks
 
     if names_code(text):
+        if tasks is not None or submodule or fraction != 1.0:
+            raise ValueError(
+                f"--score {text}: a function of a state dict has no use for --tasks, --submodule or --fraction. Leave "
+                "them out."
+            )
         function = read_function(f"score `{text}`", text, folders)
-        return Scoring(lambda state: float(function(state)), False, text)
+        return Scoring(lambda state: float(function.call(state)), False, f"{text} ({_digest(function.source)})")
     if tasks is None:
         raise ValueError(f"--score {text}: judged on what? Give --tasks FILE.py, a module with `network` and `tasks`.")
     user = read_tasks(tasks, folders)
@@ -254,7 +260,14 @@ def scoring(
         fraction=fraction,
     )
     names = ", ".join(task.name for task in user.tasks)
-    return Scoring(made, made.minimize, f"{text} of {names}, {fraction:g} of the batches")
+    where = f" in {submodule}" if submodule else ""
+    about = f"{text} of {names}{where}, {fraction:g} of the batches ({_digest(user.source)})"
+    return Scoring(made, made.minimize, about)
+
+
+def _digest(source: Path) -> str:
+    """Checksum of a user's file, so that a study is not gone on with after an edit."""
+    return hashlib.sha256(source.read_bytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,20 @@ def read_tasks(text: str, folders: Sequence[Path] = ()) -> UserTasks:
     return UserTasks(tuple(listed), file, lambda base: _network(what, file, network, base))
 
 
-def read_function(what: str, text: str, folders: Sequence[Path] = ()) -> Callable[..., Any]:
+@dataclass(frozen=True, eq=False)
+class UserFunction:
+    """A function of a user's module.
+
+    Attributes:
+        call: The function; whatever goes wrong in it is one ``SpecError`` with its cause.
+        source: The module's file.
+    """
+
+    call: Callable[..., Any]
+    source: Path
+
+
+def read_function(what: str, text: str, folders: Sequence[Path] = ()) -> UserFunction:
     """Import a function ``FILE.py:NAME`` or ``module:NAME``, which runs the module's code.
 
     Args:
@@ -71,8 +84,8 @@ def read_function(what: str, text: str, folders: Sequence[Path] = ()) -> Callabl
     """
     where, _, name = text.rpartition(":")
     module = module_of(what, where, folders or [Path.cwd()])
-    function = _function(what, module, name)
-    return lambda *arguments: _called(what, Path(str(module.__file__)), function, *arguments)
+    function, source = _function(what, module, name), Path(str(module.__file__))
+    return UserFunction(lambda *arguments: _called(what, source, function, *arguments), source)
 
 
 def _function(what: str, module: Any, name: str) -> Callable[..., Any]:

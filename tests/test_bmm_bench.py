@@ -17,7 +17,7 @@ from tests.toy_suites import toy_language, toy_suite
 def test_rows_of_every_way(make: Callable[[Path], Suite], tmp_path: Path) -> None:
     suite = make(tmp_path)
     tasks = {n: dataclasses.replace(t, splits={**t.splits, "train": t.splits["test"]}) for n, t in suite.tasks.items()}
-    bench = bmm.Bench(dataclasses.replace(suite, tasks=tasks), 6, 3, 0)
+    bench = bmm.Bench(dataclasses.replace(suite, tasks=tasks), 6, 4, 0)
     lines = bmm.lines_of(bench, ["zero", "TIES"], lambda _: None)
     ways = ["data-assisted", "data-free", "data-free, no labels"]
     assert [line.way for line in lines] == [*ways, "data-free, random", "data-free, shared grid", "alone", *ways]

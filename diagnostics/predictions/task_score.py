@@ -109,6 +109,7 @@ class TaskScore:
         return float((teacher.exp() * differences).sum(-1).mean())
 
     def _log_probabilities(self, task: Task, state: Mapping[str, Tensor]) -> Tensor:
+        open_model("the model", dict(state), self._network, None, self._submodule)  # which refuses what does not fit
         prefix = f"{self._submodule}." if self._submodule else ""
         own = self._network.state_dict()
         fixed = {prefix + name: value for name, value in state.items() if prefix + name in own}

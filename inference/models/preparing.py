@@ -43,26 +43,40 @@ class Modules:
             self._progress.advance(1, size)
 
 
+Prepared = tuple[MergingMethod, list[int], list[str], MergingMethod]
+"""A method, the positions of the experts and the tensors that it merges, and the method once it has seen these."""
+
+
 def prepare_designs(
-    task_vectors: TaskVectors, designs: Callable[[str], AnyDesignT], progress: Progress
+    task_vectors: TaskVectors,
+    designs: Callable[[str], AnyDesignT],
+    progress: Progress,
+    known: list[Prepared] | None = None,
 ) -> Callable[[str], AnyDesignT]:
     """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
 
     Designs that differ in something else than the method, such as λ, are one model to it. The result gives the ready
     design of each merged tensor by its name, the same object where it was the same; averages are as they were.
+
+    Args:
+        task_vectors: Base and experts.
+        designs: The design of each merged tensor.
+        progress: Told about every pass.
+        known: Methods that have seen this model before, which those that see it now are added to.
     """
     merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     given = {name: designs(name) for name in merged}
     ready: dict[int, AnyDesignT] = {id(design): design for design in given.values()}
-    known: list[tuple[MergingMethod, list[int], MergingMethod]] = []
+    known = [] if known is None else known
     for design in list(ready.values()):
         method, order = design.method, design.order(task_vectors.names)
         if method is None or method.ready:
             continue
-        found = next((after for before, about, after in known if (before, about) == (method, order)), None)
+        same = [n for n in merged if (given[n].method, given[n].order(task_vectors.names)) == (method, order)]
+        seen = (method, order, same)
+        found = next((after for *before, after in known if tuple(before) == seen), None)
         if found is None:
-            same = [n for n in merged if (given[n].method, given[n].order(task_vectors.names)) == (method, order)]
             found = method.prepare(Modules(task_vectors, same, order, progress))
-            known.append((method, order, found))
+            known.append((*seen, found))
         ready[id(design)] = cast(AnyDesignT, design.with_method(found))
     return with_averages(lambda tensor: ready[id(given[tensor])], designs)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from inference.models.averages import Average, KnowsAverages, ModelDesigns
 from inference.models.design import Design
+from inference.models.digest import Silent
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.modules import read_modules, selected
+from inference.models.preparing import Prepared, prepare_designs
 from inference.search.ridge import Ridge
 from poe_models.experts import ProductOfExperts
-from poe_models.methods import ModuleBatch
+from poe_models.methods import MergingMethod, ModuleBatch
 from poe_models.scales import AnchorPrecision, RelativePrecision
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
@@ -53,6 +55,7 @@ class ModelMerges:
         self.modules: dict[str, list[ModuleUpdates]] = {n: task_vectors.modules(n) for n in task_vectors.views}
         self._known: dict[str, _Known] = {}
         self._averages: dict[tuple[str, Average], Tensor] = {}
+        self._prepared: list[Prepared] = []
         treatments = task_vectors.treatments.items()
         self._kept = {name: task_vectors.base.read(name) for name, each in treatments if each.action == "base"}
 
@@ -66,7 +69,8 @@ class ModelMerges:
             ValueError: If a design cannot be solved.
         """
         found = dict(self._kept)
-        chosen = {tensor: designs(tensor) for tensor in self.modules}
+        ready = prepare_designs(self.task_vectors, designs, Silent(), self._prepared)
+        chosen = {tensor: ready(tensor) for tensor in self.modules}
         for tensor, design in chosen.items():
             view, shape = self.task_vectors.treatments[tensor].view, self.task_vectors.base.tensors[tensor].shape
             assert view is not None
@@ -135,14 +139,16 @@ def _with_precision(poe: ProductOfExperts, precision: AnchorPrecision) -> Produc
 def _alike(one: AnyDesign, other: AnyDesign) -> bool:
     """Whether two designs have the same merged updates before λ."""
     if isinstance(one, MethodDesign) or isinstance(other, MethodDesign):
-        return isinstance(one, MethodDesign) and isinstance(other, MethodDesign) and one.method == other.method
+        return isinstance(one, MethodDesign) and isinstance(other, MethodDesign) and _same(one.method, other.method)
     same = (one.coordinates, one.options, one.center) == (other.coordinates, other.options, other.center)
     return same and _same(one.poe, other.poe)
 
 
-def _same(one: ProductOfExperts, other: ProductOfExperts) -> bool:
-    """Whether two products are equal; those that hold tensors are if they hold the same ones."""
+def _same(one: object, other: object) -> bool:
+    """Whether two products or methods are equal; of those that hold arrays or were trained, whether they are one."""
+    if isinstance(one, MergingMethod) and one.needs_loaders:
+        return one is other
     try:
         return bool(one == other)
-    except RuntimeError:  # tensors have no truth value
+    except (RuntimeError, ValueError):  # tensors and arrays have no truth value
         return one is other

@@ -170,11 +170,11 @@ def search(
         StudyError: If the study is one of another space, score or model, the storage cannot be reached, all trials
             failed, or all had the same score.
     """
-    progress, began = progress or Silent(), time.process_time()
+    progress = progress or Silent()
     if sampler == "grid":
         trials = math.prod(map(len, _grid(space, trials).values()))
     identity = _identity(space, merges, minimize, scored_by)
-    spent = [0.0]
+    began, spent = time.process_time(), [0.0]
 
     def objective(trial: optuna.Trial) -> float:
         values = {key: _suggested(trial, key, each) for key, each in space.parameters.items()}
@@ -183,19 +183,22 @@ def search(
         solved = time.process_time()
         trial.set_user_attr("solve_seconds", solved - started)
         found = float(score(state))
-        scored = time.process_time()
-        trial.set_user_attr("score_seconds", scored - solved)
-        spent[0] += scored - started
+        trial.set_user_attr("score_seconds", time.process_time() - solved)
         if not math.isfinite(found):
             raise ValueError(f"the score is {found}")
         return found
 
     def noted(trial: optuna.Trial) -> float:
+        started = time.process_time()
         try:
             return objective(trial)
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            if isinstance(error, optuna.TrialPruned):  # a failed trial here, which counts
+                raise ValueError("pruned") from error
             raise
+        finally:
+            spent[0] += time.process_time() - started
 
     with _quiet():
         study = _opened(space, trials, seed, sampler, minimize, storage, name, worker, identity)
@@ -240,9 +243,10 @@ def _opened(
             direction="minimize" if minimize else "maximize",
             load_if_exists=True,
         )
-        known = study.user_attrs
+        known, begun = study.user_attrs, bool(study.get_trials(deepcopy=False))
         for key, value in identity.items():
-            if known.get(key, value) != value:
+            turned = key == "score" and _minimizes(study) != minimize
+            if turned or known.get(key, None if begun else value) != value:
                 raise StudyError(
                     f"the study {name!r} in {storage} is of another {key}. Give the search a name of its own (`name`, "
                     "`--study`) or another storage."
@@ -262,6 +266,10 @@ def _opened(
     return study
 
 
+def _minimizes(study: optuna.Study) -> bool:
+    return study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
 def _sampler(space: DesignSpace, sampler: Sampler, trials: int, seed: int) -> BaseSampler:
     if sampler == "random":
         return RandomSampler(seed=seed)
@@ -276,19 +284,30 @@ def _grid(space: DesignSpace, trials: int) -> dict[str, list[Value]]:
     """Values of every parameter, as many of each range as make no more than so many trials."""
     ranges = [values for values in space.parameters.values() if isinstance(values, Range)]
     choices = math.prod(len(v.options) for v in space.parameters.values() if isinstance(v, Choice))
-    steps = max(int((trials / choices) ** (1 / len(ranges)) + 1e-9), 1) if ranges else 1
+    steps = int((trials / choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
+    if choices > trials or (ranges and steps < 2):
+        raise StudyError(
+            f"`search(sampler='grid', trials={trials})`: {len(space.parameters)} parameters have more than so many "
+            "combinations of two values each. Give more trials, or one value for all modules: `space.shared()`, no "
+            "`groups`."
+        )
     return {key: values.grid(steps) for key, values in space.parameters.items()}
 
 
 def _identity(space: DesignSpace, merges: ModelMerges, minimize: bool, scored_by: str) -> dict[str, str]:
     """Checksums of the space, the checkpoints and the score, by which a study is known again."""
     vectors = merges.task_vectors
-    designs = [space.designs({key: v.grid(1)[0] for key, v in space.parameters.items()})(t) for t in merges.modules]
-    fixed = sorted({str(sorted(design.describe().items())) for design in designs})
-    inputs = digest_inputs(inputs_of(vectors, designs), (), Silent())
+    middle = {key: values.grid(1)[0] for key, values in space.parameters.items()}
+    settings = [middle]
+    for key, values in space.parameters.items():
+        settings += [{**middle, key: option} for option in values.options] if isinstance(values, Choice) else []
+    found = [(name, designs(name)) for designs in map(space.designs, settings) for name in merges.modules]
+    inputs = digest_inputs(inputs_of(vectors, [design for _, design in found]), (), Silent())
+    fixed = [(name, sorted(design.describe().items())) for name, design in found]
+    treated = [(name, str(each), str(each.view)) for name, each in vectors.treatments.items()]
     return {
-        "design space": _short(space.text() + "".join(fixed)),
         "set of checkpoints": _short(str({role: each["sha256"] for role, each in inputs.items()})),
+        "design space": _short(f"{space.text()}{fixed}{treated}{vectors.dtype}"),
         "score": _short(f"{'smallest' if minimize else 'largest'} {scored_by}"),
     }
 
