@@ -241,8 +241,9 @@ def report(found: Mapping[tuple[str, int], Sequence[Line]], machines: Sequence[s
     """
     parts = [
         "Bayesian model merging ([BMM]): ridge regressions around anchors, precisions tied over roles and scales over "
-        "blocks of layers, chosen by one search each with equal trials. Settings are searched on validation examples, "
-        f"test examples are seen once. Made by `{command}` on {' and '.join(dict.fromkeys(machines))}.",
+        "blocks of layers, chosen by one search each with equal trials (a grid has as many as its steps allow). "
+        "Settings are searched on validation examples, test examples are seen once. "
+        f"Made by `{command}` on {' and '.join(dict.fromkeys(machines))}.",
         "*alone*: the anchor by itself, its λ searched; *data-assisted*: experts on their own inputs (`Activation`); "
         "*data-free*: `InputGram`; *no labels*: the search minimises the mean divergence from the own experts' "
         "predictions on validation inputs. Accuracy: mean over tasks; over seeds the mean and, in brackets, the "

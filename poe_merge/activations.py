@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +14,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from inference.models.digest import Progress
+from inference.models.artifacts import read_record
+from inference.models.digest import Progress, digest_inputs
+from inference.models.disk import replace_file
 from inference.models.tasks import Task
 from poe_merge.config import MergeConfig
 from poe_merge.user_tasks import UserTasks
-from poe_models.weights.batches import mapped
+from poe_models.weights.batches import fingerprint, mapped
+from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.collecting import collect_activations
 from poe_models.weights.moments import ModuleStatistics
 from poe_models.weights.task_vectors import TaskVectors
 
 __all__ = ["ActivationsReport", "make_activations"]
+
+
+RECORD = "activations"
+"""Name of the record of what a folder's moments are of."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ def make_activations(
 
     Raises:
         FileExistsError: If the folder is there and is not gone on with.
-        ValueError: If an expert has no task or its task no batches, or a layer's inputs are not known.
+        ValueError: If what is there is of other weights, batches or of another submodule, an expert has no task or its
+            task no batches, or a layer's inputs are not known.
     """
     tasks = {task.name: task for task in user.tasks}
     lacking = next((name for name in task_vectors.names if name not in tasks), None)
@@ -77,14 +87,41 @@ def make_activations(
     if out.exists() and not resume:
         raise FileExistsError(f"{out} exists. Give another folder, or go on with it: --resume.")
     there = [name for name in task_vectors.names if (out / f"{quote(name, safe='')}.safetensors").exists()]
+    about = {
+        name: _about(task_vectors.experts[name], [*tasks[name].loader], submodule, progress)
+        for name in task_vectors.names
+    }
+    made = read_record(out, RECORD)["made"] if there else {}
+    changed = next((name for name in there if made.get(name) != about[name]), None)
+    if changed is not None:
+        raise ValueError(
+            f"{out}: the activations of {changed!r} there are of other weights, batches or of another submodule. Make "
+            "them in a new folder."
+        )
     network = user.network(settings.base_model).to(settings.device)
     missing = [name for name in task_vectors.names if name not in there]
     for name in missing:
         loader = list(tasks[name].loader)
         progress.begin(f"activations of {name}", len(loader), 0)
         found = _moments(network, task_vectors, name, tasks[name], loader, submodule, lambda: progress.advance(1, 0))
+        made = {**made, name: about[name]}  # before the file: a record of what is not there yet is of no harm
+        _record(out, made)
         ModuleStatistics("activations", {name: found}).save(out)
     return ActivationsReport(out, tuple(missing), tuple(there))
+
+
+def _record(out: Path, made: Mapping[str, str]) -> None:
+    """Write whose moments the folder has, whole or not at all."""
+    text = json.dumps({"kind": RECORD, "made": made}, indent=1)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / f"{RECORD}.json", lambda path: path.write_text(text, encoding="utf-8"), "run again")
+
+
+def _about(expert: Checkpoint, batches: Sequence[Any], submodule: str, progress: Progress) -> str:
+    """Checksum of everything that decides an expert's moments but the network's code."""
+    digests = digest_inputs({"expert": expert}, (), progress)["expert"]["sha256"]
+    seen = [fingerprint(batch) for batch in batches]
+    return hashlib.sha256(json.dumps([digests, seen, submodule], sort_keys=True).encode()).hexdigest()
 
 
 def _moments(

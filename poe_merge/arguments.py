@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to make.", show_default=False)]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
+]
+Csv = Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)]
 AllowCode = Annotated[
     bool,
     typer.Option(
@@ -87,8 +91,12 @@ def required(out: Path | None, command: str) -> Path:
 
 
 @contextmanager
-def shown_bars(out: Path) -> Iterator[Bars]:
+def shown_bars(out: Path, nothing: str = "Nothing was written.") -> Iterator[Bars]:
     """Progress bars; Ctrl-C says how to go on with what has been begun, if anything has.
+
+    Args:
+        out: The folder that is being made.
+        nothing: What to say if nothing of it was begun.
 
     Yields:
         The bars.
@@ -102,4 +110,4 @@ def shown_bars(out: Path) -> Iterator[Bars]:
     except KeyboardInterrupt:
         begun = out.with_name(out.name + ".partial")
         left = f"Go on with the same command and --resume; what is done so far is in {begun}."
-        raise InterruptedByUser(f"interrupted. {left if begun.exists() else 'Nothing was written.'}") from None
+        raise InterruptedByUser(f"interrupted. {left if begun.exists() else nothing}") from None

@@ -19,8 +19,10 @@ from poe_merge import judging
 from poe_merge.arguments import (
     AllowCode,
     Config,
+    Csv,
     InterruptedByUser,
     Out,
+    Tasks,
     opened,
     read,
     required,
@@ -107,9 +109,7 @@ def search(
     score: Annotated[
         str, typer.Option("--score", help="A metric, functional (no labels), or FILE.py:NAME of a state dict.")
     ] = "accuracy",
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
-    ] = None,
+    tasks: Tasks = None,
     trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier runs included.")] = 60,
     sampler: Annotated[str, typer.Option(help="gp (Gaussian process), random or grid.")] = "gp",
     storage: Annotated[
@@ -119,13 +119,14 @@ def search(
     worker: Annotated[int, typer.Option(min=0, help="Number of this worker, if several share the study.")] = 0,
     fraction: Annotated[float, typer.Option(help="Share of each task's batches that are used.")] = 1.0,
     submodule: Annotated[str, typer.Option(help="Where in the network the checkpoints are.")] = "",
-    csv: Annotated[Path | None, typer.Option("--csv", help="All trials as a file.", show_default=False)] = None,
+    csv: Csv = None,
     search_seed: Annotated[int, typer.Option("--search-seed", min=0, help="Of the proposals.")] = 0,
     allow_code: AllowCode = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge of the best.")] = False,
 ) -> None:
     """Choose the settings that CONFIG gives as ranges by a score, and merge with the best ones."""
     from inference.models.plan import inputs_of
-    from inference.models.staging import check_output
+    from inference.models.staging import Staging, check_output
     from poe_merge import search as searching
 
     out = required(out, "search")
@@ -135,11 +136,13 @@ def search(
     if settings.adapter is not None:
         raise ValueError("`output: adapter`: a search writes whole models. Merge its best configuration as an adapter.")
     task_vectors = vectors(settings)
-    check_output(out, [Path(each.source) for each in inputs_of(task_vectors, []).values() if each.files], resume=False)
+    inputs = [Path(each.source) for each in inputs_of(task_vectors, []).values() if each.files]
+    Staging(check_output(out, inputs, resume=resume), "merge").check(resume)
     by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
     budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
-    with shown_bars(out) as bars:
-        found, report = searching.search(space, task_vectors, by, out, budget, bars)
+    kept = "Nothing was written." if storage is None else f"The same command goes on with the study in {storage}."
+    with shown_bars(out, kept) as bars:
+        found, report = searching.search(space, task_vectors, by, out, budget, bars, resume=resume)
     show.search(found, by.about, None if csv is None else searching.write_trials(found, csv))
     show.report(report)
 

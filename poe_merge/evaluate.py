@@ -80,7 +80,9 @@ class EvaluationConfig(Section):
     """Level of the intervals."""
 
 
-def load_evaluation(path: Path, tasks: str | None = None, *, allow_code: bool = False) -> EvaluationConfig:
+def load_evaluation(
+    path: Path, tasks: str | None = None, *, allow_code: bool = False
+) -> tuple[EvaluationConfig, list[Path]]:
     """Read a configuration.
 
     Args:
@@ -101,7 +103,8 @@ def load_evaluation(path: Path, tasks: str | None = None, *, allow_code: bool = 
             "add --allow-code, or type it as --tasks."
         )
     sections: dict[tuple[str, ...], type[Section]] = {(): EvaluationConfig, ("models",): EvaluatedModel}
-    return validated(document, EvaluationConfig, sections, [path.absolute().parent, Path.cwd()])
+    beside = [path.absolute().parent, Path.cwd()]
+    return validated(document, EvaluationConfig, sections, beside), beside if tasks is None else [Path.cwd()]
 
 
 def evaluate(

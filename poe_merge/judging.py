@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from poe_merge import console as show
-from poe_merge.arguments import AllowCode, Config, opened
+from poe_merge.arguments import AllowCode, Config, Csv, Tasks, opened
 from poe_merge.flags import with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.progress import Bars
@@ -67,17 +67,14 @@ def diagnose(
 
 def evaluate(
     config: Annotated[Path, typer.Argument(help="YAML file with base_model, models and tasks.", show_default=False)],
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
-    ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)] = None,
+    tasks: Tasks = None,
+    csv: Csv = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Score models on tasks: accuracy, NLL, calibration, perplexity and others, with intervals and comparisons."""
     from poe_merge import evaluate as evaluation
 
-    settings = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
-    folders = [Path.cwd()] if tasks is not None else [config.absolute().parent, Path.cwd()]
+    settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
     with Bars() as bars:
         found = evaluation.evaluate(settings, folders, bars.steps("evaluating"))
     show.scores(found, None if csv is None else evaluation.write_csv(found, csv))
@@ -87,17 +84,14 @@ def score(
     config: Annotated[
         Path, typer.Argument(help="YAML file with base_model, models, tasks and experts.", show_default=False)
     ],
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
-    ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)] = None,
+    tasks: Tasks = None,
+    csv: Csv = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Rank models without labels: mean divergence of their predictions from those of each task's own expert."""
     from poe_merge import evaluate as evaluation
 
-    settings = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
-    folders = [Path.cwd()] if tasks is not None else [config.absolute().parent, Path.cwd()]
+    settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
     with Bars() as bars:
         found = evaluation.score(settings, folders, bars.steps("scoring"))
     show.divergences(found, None if csv is None else evaluation.write_csv(found, csv))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from poe_models.weights.task_vectors import TaskVectors
 
 
-_WORDS = ("low", "choices")
+_WORDS = ("low", "high", "choices")
 """Keys by which a range is told from a value."""
 
 
@@ -50,7 +50,7 @@ class RangeSection(Section):
     """Largest number."""
     log: bool = False
     """Whether its logarithm is searched."""
-    choices: tuple[float | str, ...] = ()
+    choices: tuple[bool | float | str, ...] = ()
     """The values, instead of a range."""
     groups: str | dict[str, str] = ""
     """Tensors that share a value: bmm, blocks, or names with regular expressions."""
@@ -292,7 +292,14 @@ class Budget:
 
 
 def search(
-    space: Space, task_vectors: TaskVectors, by: Scoring, out: Path, budget: Budget, progress: Progress
+    space: Space,
+    task_vectors: TaskVectors,
+    by: Scoring,
+    out: Path,
+    budget: Budget,
+    progress: Progress,
+    *,
+    resume: bool = False,
 ) -> tuple[SearchResult, MergeReport]:
     """Search the ranges of a configuration, and merge with the best values.
 
@@ -303,6 +310,7 @@ def search(
         out: The folder to make; its record has the best configuration and the whole study.
         budget: Of the search.
         progress: Told about every trial, then about the merge.
+        resume: Go on with an interrupted merge of the best values.
 
     Raises:
         ValueError: If the study cannot be searched; see ``inference.search.search``.
@@ -341,6 +349,7 @@ def search(
             "search": {"score": by.about, "sampler": budget.sampler, "seed": budget.seed, **found.record()},
         },
         code=custom_sources(config),
+        resume=resume,
         progress=progress,
     )
     return found, report

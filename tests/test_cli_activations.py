@@ -78,6 +78,11 @@ def test_what_is_there_is_kept_on_request_only(folder: Path, capsys: pytest.Capt
     assert run([*arguments, "--resume"]) == 0
     assert "activations of two; from before: one" in capsys.readouterr().out
     assert (folder / "moments" / "one.safetensors").stat().st_mtime_ns == before
+    (folder / "moments" / "two.safetensors").unlink()
+    state = load_file(folder / "one" / "model.safetensors")
+    save_file({name: 2 * value for name, value in state.items()}, folder / "one" / "model.safetensors")
+    assert run([*arguments, "--resume"]) == 2
+    assert "the activations of 'one' there are of other weights, batches" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

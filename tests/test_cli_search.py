@@ -108,6 +108,7 @@ BAD = {
     "low: 2, high: 1": "low < high",
     "low: 0, high: 1, log: true": "positive low",
     "low: 1": "give `low` and `high`, or `choices`",
+    "high: 1": "give `low` and `high`, or `choices`",
     "low: 0.1, high: 1, hgih: 2": "unknown key `hgih`",
     "low: 0.1, high: 1, groups: {all: atn}": "'atn' fits no tensor",
     "low: 0.1, high: 1, groups: {a: weight, b: '^0'}": "overlap",
@@ -159,6 +160,28 @@ def test_a_configuration_without_ranges_is_refused(folder: Path, capsys: pytest.
 def test_an_output_that_exists_is_refused_before_the_search(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = asked(capsys, "space.yaml", "--score", "mine.py:broken", "--out", "base", status=2)
     assert "exists" in told
+
+
+def test_what_would_be_ignored_or_lost_is_refused_before_the_search(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("space.yaml", "--score", "mine.py:closeness", "--trials", "3", "--sampler", "random")
+    told = asked(capsys, *arguments, "--tasks", "mine.py", "--out", "m", status=2)
+    assert "has no use for --tasks" in told
+    left = folder / "m.partial"
+    left.mkdir()
+    (left / "state.json").write_text("{}")
+    assert "--resume" in asked(capsys, *arguments, "--out", "m", "--storage", "sqlite:///study.db", status=2)
+    assert not (folder / "study.db").exists()
+
+
+def test_a_rule_that_sees_the_whole_model_is_the_anchor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = CONFIG.replace("parameters:", 'parameters:\n  anchor: "Ties(density=0.5)"')
+    (folder / "space.yaml").write_text(text)
+    asked(capsys, "space.yaml", "--score", "mine.py:closeness", "--trials", "3", "--sampler", "random", "--out", "m")
+    found = json.loads((folder / "m" / "poe_merge.json").read_text())["settings"]["search"]
+    state = load_file(folder / "m" / "model.safetensors")
+    assert -float(sum((v - 0.5).square().sum() for v in state.values())) == pytest.approx(found["score"], rel=1e-6)
 
 
 def test_numbers_are_written_into_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,8 @@ class Range:
         """
         shares = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
         if self.log:
-            return [round(self.low * (self.high / self.low) ** share, 15) for share in shares]
+            values = (self.low * (self.high / self.low) ** share for share in shares)
+            return [min(max(float(f"{value:.12g}"), self.low), self.high) for value in values]
         return [self.low + (self.high - self.low) * share for share in shares]
 
 
