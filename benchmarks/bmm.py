@@ -9,13 +9,11 @@ random proposals and one shared grid. Keeps what is done under `out/bmm` and wri
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,7 +25,7 @@ from benchmarks.harness.evaluate import evaluate, mean_scores, own_logits, task_
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, command_line, load, recipe_of
+from benchmarks.registry import command_line, load, recipe_of, suite_parser
 from inference.models.design import Design
 from inference.models.method_design import MethodDesign
 from inference.search import (
@@ -278,20 +276,11 @@ def _spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bmm.md"))
-    parser.add_argument("--kept", type=Path, default=Path("out/bmm"), help="where what is done is kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training, examples and searches")
-    parser.add_argument(
-        "--anchors", nargs="+", default=["zero", "task arithmetic", "TIES", "TSV-M", "ISO-C", "RegMean"]
-    )
+    parser = suite_parser(__doc__, "bmm", "examples and searches")
+    parser.add_argument("--anchors", nargs="+", default=list(ANCHORS))
     parser.add_argument("--trials", type=int, default=30, help="of every search")
     parser.add_argument("--examples", type=int, default=128, help="unlabelled, of each task")
     parser.add_argument("--validation", type=int, default=None, help="most validation examples of a task")
-    parser.add_argument("--full", action="store_true", help="more examples of every kind in training and tests")
-    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     console, machines, found = Console(), [], {}

@@ -29,7 +29,7 @@ from benchmarks.harness.methods import Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, command_line, load, recipe_of
+from benchmarks.registry import command_line, load, recipe_of, suite_parser
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs
@@ -231,17 +231,8 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
 
 def main() -> None:
     """Compare and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/evidence.md"), help="a CSV is put beside it"
-    )
-    parser.add_argument("--kept", type=Path, default=Path("out/evidence"), help="where what is done is kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the samples")
-    parser.add_argument("--full", action="store_true", help="more examples of every kind")
+    parser = suite_parser(__doc__, "evidence", "and of the samples")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples per module and design")
-    parser.add_argument("--device", default="cpu", help="where models run and evidence is computed")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
     arguments.machines = []
     torch.set_num_threads(1)  # see `parallel`

@@ -8,10 +8,8 @@ is done under `out/functional` and writes `benchmarks/results/functional.md`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -35,7 +33,7 @@ from benchmarks.harness.methods import Method, solve
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, command_line, load, recipe_of
+from benchmarks.registry import command_line, load, recipe_of, suite_parser
 from poe_models.methods import RegMean
 
 
@@ -89,15 +87,8 @@ def report(found: Mapping[tuple[str, int], list[Line]], machines: list[str], com
 
 def main() -> None:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/functional.md"))
-    parser.add_argument("--kept", type=Path, default=Path("out/functional"), help="where what is done is kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training, examples and draws")
-    parser.add_argument("--full", action="store_true", help="more examples of every kind in training and tests")
+    parser = suite_parser(__doc__, "functional", "examples and draws")
     parser.add_argument("--examples", type=int, default=128, help="unlabelled, of each task")
-    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     console, machines = Console(), []

@@ -9,7 +9,6 @@ on 8, 32 and 128 validation labels a task. Test scores say who ranks best. Every
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from benchmarks.harness.methods import BASELINES, RULES, Loaded, Merge, Method, 
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import command_line, load, recipe_of, suite_parser
 from diagnostics import functional_score
 from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs
@@ -269,18 +268,9 @@ def write_table(path: Path, runs: Mapping[Run, Sequence[Row]]) -> None:
 
 def main() -> None:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/ranking.md"), help="a CSV is put beside it"
-    )
-    parser.add_argument("--kept", type=Path, default=Path("out/ranking"), help="where what is done is kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training, subsets and samples")
-    parser.add_argument("--full", action="store_true", help="more examples of every kind in training and tests")
+    parser = suite_parser(__doc__, "ranking", "subsets and samples", (0,))
     parser.add_argument("--scales", type=float, nargs="+", default=list(SCALES), help="each λ")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples of the evidence")
-    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     console, runs, machines = Console(), {}, []
@@ -297,7 +287,7 @@ def main() -> None:
 
             runs[name, seed] = rows_of(suite, seed, folder, arguments.scales, arguments.samples, tell)
             machines.append(kept(folder / "machine.json", measured))
-    command = f"python -m benchmarks.ranking{' --full' if arguments.full else ''}"
+    command = command_line("benchmarks.ranking", parser, arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     text = report(runs, machines, command)
     arguments.out.write_text(text, encoding="utf-8")

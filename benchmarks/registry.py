@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,30 @@ def load(name: str, recipe: Recipe, cache: Path | None, console: Console, device
     return SUITES[name](recipe, cache and cache / name, console, device)
 
 
-PLACES = ("out", "kept", "entries", "cache", "device", "report", "machines")
+def suite_parser(
+    about: str | None, name: str, seeds: str, default_seeds: Sequence[int] = (0, 1, 2)
+) -> argparse.ArgumentParser:
+    """Parser of a benchmark on the suites, with the arguments that all of these have.
+
+    Args:
+        about: Docstring of the benchmark.
+        name: Its name: of its page in `benchmarks/results` and of the folder where it keeps what is done.
+        seeds: What the seeds are of, besides training.
+        default_seeds: The seeds that it has by itself.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else None)
+    page = Path("benchmarks/results") / f"{name}.md"
+    parser.add_argument("--out", type=Path, default=page, help="the page; tables are put beside it")
+    parser.add_argument("--kept", type=Path, default=Path("out") / name, help="where what is done is kept")
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(default_seeds), help=f"of training, {seeds}")
+    parser.add_argument("--full", action="store_true", help="more examples of every kind in training and tests")
+    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
+    return parser
+
+
+PLACES = ("out", "kept", "cache", "device", "report", "machines")
 """Arguments that say where something is, and do not decide what comes out."""
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,7 +18,7 @@ from benchmarks.folders import key_of
 from benchmarks.harness.contest import Contest, Results, run
 from benchmarks.harness.contest_report import write_report
 from benchmarks.harness.rule_bench import Bench
-from benchmarks.registry import SUITES, command_line, load, recipe_of
+from benchmarks.registry import command_line, load, recipe_of, suite_parser
 
 SCALES = (0.05, 5.0)
 """Least and largest λ: the best of the language suite is near 2."""
@@ -39,7 +38,7 @@ def measured(name: str, seed: int, arguments: argparse.Namespace, console: Conso
     """
     recipe = recipe_of(name, seed, arguments.full)
     key = key_of(asdict(recipe), arguments.trials, arguments.examples, SCALES)
-    folder = arguments.entries / f"{name}-{seed}-{key}"
+    folder = arguments.kept / f"{name}-{seed}-{key}"
     if not arguments.report:
         suite = load(name, recipe, arguments.cache, console, arguments.device)
         contest = Contest(Bench(suite, arguments.trials, seed, arguments.examples, SCALES))
@@ -53,17 +52,10 @@ def measured(name: str, seed: int, arguments: argparse.Namespace, console: Conso
 
 def main() -> None:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/suites.md"), help="a CSV is put beside it")
-    parser.add_argument("--entries", type=Path, default=Path("out/suites"), help="where predictions are kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of searches")
-    parser.add_argument("--full", action="store_true", help="more examples of every kind")
+    parser = suite_parser(__doc__, "suites", "and of searches")
     parser.add_argument("--trials", type=int, default=10, help="settings that each search may try on validation")
     parser.add_argument("--examples", type=int, default=128, help="of each task, for data-assisted methods")
     parser.add_argument("--methods", nargs="+", default=None, help="default: all")
-    parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the page from what is kept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
@@ -71,7 +63,7 @@ def main() -> None:
     every = {name: [measured(name, seed, arguments, console) for seed in arguments.seeds] for name in arguments.suites}
     found = {name: [each for each in runs if each is not None] for name, runs in every.items() if any(runs)}
     if not found:
-        parser.error(f"--report: nothing is kept under {arguments.entries}. Run without it first.")
+        parser.error(f"--report: nothing is kept under {arguments.kept}. Run without it first.")
     command = command_line("benchmarks.suites", parser, arguments)
     console.print(write_report(arguments.out, found, command), markup=False)
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.tails_suites` merges the fine-tunes of each suite and training seed with `InputGram` experts,
 Gaussian and Cauchy, at the default scale and anchor, compares the residuals with those of the same merge of Gaussian
-surrogates, in all and by kind of module, keeps what is done under `out/tails`, and writes
+surrogates, in all and by kind of module, keeps what is done under `out/tails_suites`, and writes
 `benchmarks/results/tails_suites.md`. Experts come from the cache, or are made there.
 """
 
@@ -13,7 +13,6 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from typing_extensions import override
 
 from benchmarks.folders import kept, key_of, write_page
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import SUITES, command_line, load, recipe_of
+from benchmarks.registry import command_line, load, recipe_of, suite_parser
 from diagnostics.residuals import Residuals, module_residuals
 from diagnostics.tails import NullControl, Sizes, null_control, surrogate_residuals
 from inference.map import fixed_point
@@ -201,15 +200,8 @@ def measured(name: str, seed: int, arguments: argparse.Namespace, console: Conso
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tails_suites.md"))
-    parser.add_argument("--kept", type=Path, default=Path("out/tails"), help="where what is done is kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and of the surrogates")
-    parser.add_argument("--full", action="store_true", help="experts trained on more examples")
+    parser = suite_parser(__doc__, "tails_suites", "and of the surrogates")
     parser.add_argument("--surrogates", type=int, default=19)
-    parser.add_argument("--device", default="cpu", help="where updates are merged")
-    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     console = Console()
