@@ -27,7 +27,7 @@ test: $(STAMP)
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT HUP INT TERM && \
 	XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# The tests with other kernels of torch, threads, seeds and orders: hours, and not in CI.
+# The tests with other kernels of torch, threads, seeds and orders: over an hour, and not in CI.
 test-matrix: $(STAMP)
 	.ci/matrix $(BIN)/python
 
