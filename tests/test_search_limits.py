@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,3 +116,18 @@ def test_three_tasks_are_too_few_to_shuffle_and_frozen_modules_say_nothing(gener
     frozen = gram_alignment(TaskVectors({"fc.weight": base}, updates), ModuleStatistics("activations", nothing))
     assert frozen.p_value != frozen.p_value
     assert frozen.verdict().level == Level.UNKNOWN
+
+
+def test_values_that_are_no_range_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"give a Range\(low, high\) or a Choice"):
+        Searched((0.1, 0.2))  # type: ignore[arg-type]
+
+
+def test_the_overhead_is_what_merges_and_scores_do_not_take(vectors: TaskVectors) -> None:
+    space = DesignSpace(around_ties, {"eta": Searched(Range(0.1, 1.0))})
+    scores = iter(range(14))
+    before = time.process_time()
+    found = search(space, lambda s: float(next(scores)), ModelMerges(vectors), trials=14)
+    total = time.process_time() - before
+    inside = sum(trial.solve_seconds + trial.score_seconds for trial in found.trials)
+    assert found.overhead_seconds + inside == pytest.approx(total, abs=0.05 * total)

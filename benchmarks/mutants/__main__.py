@@ -133,6 +133,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up as after Ctrl-C
     warm()
     every = [sampled(file, table, arguments.per_file, arguments.seed) for file in table["guards"]]
+    if unknown := [file for file in arguments.files if file not in table["guards"]]:
+        parser.error(f"{TABLE.name} names no tests that guard {', '.join(unknown)}")
     wanted = arguments.files or list(table["guards"])
     again = [with_stored(r, OUT, arguments.survivors and r.file in wanted) for r in every]
     try:

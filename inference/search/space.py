@@ -87,6 +87,7 @@ class Searched:
         groups: Name of a group to its tensors, which share a value; empty for one value for all tensors.
 
     Raises:
+        TypeError: If the values are no ``Range`` or ``Choice``.
         ValueError: If a group has no tensors, or a tensor is in two of them.
     """
 
@@ -94,6 +95,8 @@ class Searched:
     groups: Groups = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Range | Choice):
+            raise TypeError(f"`Searched({self.values!r})`: give a Range(low, high) or a Choice((value, value, ...)).")
         owners: dict[str, str] = {}
         for group, tensors in self.groups.items():
             if not tensors:

@@ -177,19 +177,21 @@ def search(
     began, spent = time.process_time(), [0.0]
 
     def objective(trial: optuna.Trial) -> float:
-        values = {key: _suggested(trial, key, each) for key, each in space.parameters.items()}
+        values = {key: _suggested(trial, key, each) for key, each in space.parameters.items()}  # the sampler's work
         started = time.process_time()
-        state = merges.state(space.designs(values))
-        solved = time.process_time()
-        trial.set_user_attr("solve_seconds", solved - started)
-        found = float(score(state))
-        trial.set_user_attr("score_seconds", time.process_time() - solved)
+        try:
+            state = merges.state(space.designs(values))
+            solved = time.process_time()
+            trial.set_user_attr("solve_seconds", solved - started)
+            found = float(score(state))
+            trial.set_user_attr("score_seconds", time.process_time() - solved)
+        finally:
+            spent[0] += time.process_time() - started
         if not math.isfinite(found):
             raise ValueError(f"the score is {found}")
         return found
 
     def noted(trial: optuna.Trial) -> float:
-        started = time.process_time()
         try:
             return objective(trial)
         except Exception as error:
@@ -197,8 +199,6 @@ def search(
             if isinstance(error, optuna.TrialPruned):  # a failed trial here, which counts
                 raise ValueError("pruned") from error
             raise
-        finally:
-            spent[0] += time.process_time() - started
 
     with _quiet():
         study = _opened(space, trials, seed, sampler, minimize, storage, name, worker, identity)
