@@ -25,8 +25,8 @@ class Plan:
     Args:
         methods: What to compare: task arithmetic and at least one product of experts among them.
         trials: Settings each method may try on validation.
-        scalings: The scalings to try, as many as `trials`, all at the first trial's anchor precision; if there are none, a
-            search proposes scalings and anchor precisions.
+        scalings: Each λ to try, as many as `trials`, all at the first trial's anchor precision; if there are none, a
+            search proposes λ and anchor precision.
         validation: Most validation examples of a task; None for all.
         test: Most test examples of a task; None for all.
         budget: How much is drawn for ensembles.
