@@ -211,7 +211,7 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
         zero = torch.zeros_like(point.energy)
         return Contraction(zero, zero, torch.ones_like(zero, dtype=torch.bool))
     weights = problem.posterior.weights(point.q)
-    precision = problem.quadratic.precision(weights, problem.shift)
+    precision = problem.quadratic.precision(weights, problem.ridge)
     forces = problem.quadratic.forces(point.x)
     solved = [precision.solve(force) for force in forces]
     inner = torch.stack(

@@ -102,18 +102,18 @@ class Problem:
         self.posterior = posterior
         self.quadratic = quadratic
         self.pulls = quadratic.pulls()
-        # A module that nobody changed and nothing anchors stays where it is whatever the shift.
-        self.shift = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
+        # A module that nobody changed and nothing anchors stays where it is whatever the ridge.
+        self.ridge = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
 
     def solve(self, weights: Tensor) -> Point:
         """Minimise the quadratic with these weights, ``(M, E)``."""
-        return self.at(self.quadratic.precision(weights, self.shift).solve(self._weighted(weights, self.pulls)))
+        return self.at(self.quadratic.precision(weights, self.ridge).solve(self._weighted(weights, self.pulls)))
 
     def at(self, x: Tensor) -> Point:
         """The point at ``x``, ``(M, a, b)``."""
         q = self.quadratic.residuals(x)
-        energy = self.posterior.energy_of(q) + self.shift * sum_of_squares(x)
+        energy = self.posterior.energy_of(q) + self.ridge * sum_of_squares(x)
         weights = self.posterior.weights(q)
         return Point(x, q, energy, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
 
@@ -126,7 +126,7 @@ class Problem:
         """
         point = run.point
         weights = point.log_weights.exp()
-        precision = self.quadratic.precision(weights, self.shift)
+        precision = self.quadratic.precision(weights, self.ridge)
         x, error = point.x.double(), torch.full_like(point.energy, torch.inf)
         for _ in range(REFINEMENTS):
             step = precision.solve(self._exact_half_gradient(weights, x).to(self.dtype)).double()
@@ -147,7 +147,7 @@ class Problem:
 
     def _exact_half_gradient(self, weights: Tensor, x: Tensor) -> Tensor:
         """``H x - b`` in float64, expert by expert, so that only one of them is held in float64 at a time."""
-        total = self.shift[:, None, None] * x
+        total = self.ridge[:, None, None] * x
         for i, (operator, target) in enumerate(zip(self.quadratic.operators, self.quadratic.targets, strict=True)):
             force = operator.to(torch.float64).apply(x - target)
             total.add_(force.mul_(weights[:, i, None, None]))
@@ -156,7 +156,7 @@ class Problem:
     def half_gradient(self, point: Point) -> Tensor:
         """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
         weights = point.log_weights.exp()
-        return self.quadratic.apply(weights, self.shift, point.x) - self._weighted(weights, self.pulls)
+        return self.quadratic.apply(weights, self.ridge, point.x) - self._weighted(weights, self.pulls)
 
     def same_basin(self, point: Point, known: Point) -> Tensor:
         """Whether the log-weights of the active experts are close to a known solution's, ``(M,)``."""
@@ -189,7 +189,7 @@ class Problem:
         """Slope of the energy along a direction and the step to the minimum of its quadratic model, ``(M,)`` each."""
         weights, curvatures = self.posterior.weights(point.q), self.posterior.curvatures(point.q)
         forces = self.quadratic.forces(point.x)
-        bend = self.shift * sum_of_squares(direction)
+        bend = self.ridge * sum_of_squares(direction)
         for i, (operator, force) in enumerate(zip(self.quadratic.operators, forces, strict=True)):
             along = (force.double() * direction.double()).sum((-2, -1))
             bend = bend + weights[:, i] * operator.quadratic(direction) + 2 * curvatures[:, i] * along.square()

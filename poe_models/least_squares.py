@@ -1,6 +1,6 @@
 """The experts' squared residuals of a batch of modules as one weighted least-squares problem.
 
-Given weights ``w_i`` the merged update minimises ``sum_i w_i q_i(Z) + shift |Z - Z_0|^2``, whatever the energies
+Given weights ``w_i`` the merged update minimises ``sum_i w_i q_i(Z) + ridge |Z - Z_0|^2``, whatever the energies
 are. The problem is written for the displacement ``x = Z - Z_0`` and, where the experts' operators span few
 directions, in an orthonormal basis of those: ``Z = Z_0 + Q_out x Q_in^T``. That reaches the same solution as
 Woodbury's identity on the stacked updates without its cancellation at a small anchor, and makes Directional
@@ -118,9 +118,9 @@ class Quadratic:
         """``P_i target_i`` per expert, ``(M, a, b)``: right-hand sides of the normal equations before weighting."""
         return [operator.apply(target) for operator, target in zip(self.operators, self.targets, strict=True)]
 
-    def precision(self, weights: Tensor, shift: Tensor) -> Precision:
-        """``H = sum_i w_i P_i + shift I``, factored, for weights ``(*S, M, E)`` and a shift ``(*S, M)``."""
-        left, right, diagonal = self._assemble(weights, shift)
+    def precision(self, weights: Tensor, ridge: Tensor) -> Precision:
+        """``H = sum_i w_i P_i + ridge I``, factored, for weights ``(*S, M, E)`` and a ridge ``(*S, M)``."""
+        left, right, diagonal = self._assemble(weights, ridge)
         with naming(self.modules):
             if left is not None and right is not None:
                 return KroneckerSum(left, right, diagonal)
@@ -130,19 +130,19 @@ class Quadratic:
                 return GramPrecision(_add_diagonal(right, diagonal), "right", self.event_shape)
             return DiagonalPrecision(diagonal, self.event_shape)
 
-    def apply(self, weights: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    def apply(self, weights: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
         """``H x`` for the same ``H``, ``(*S, M, a, b)``."""
-        left, right, diagonal = self._assemble(weights, shift)
+        left, right, diagonal = self._assemble(weights, ridge)
         result = diagonal * x
         if left is not None:
             result = result + left @ x
         return result if right is None else result + x @ right
 
-    def _assemble(self, weights: Tensor, shift: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def _assemble(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The weighted sums of what acts on the left, on the right and elementwise."""
         dtype = self.targets[0].dtype
         sides: dict[str, Tensor] = {}
-        diagonal = shift.to(dtype)[..., None, None]
+        diagonal = ridge.to(dtype)[..., None, None]
         for i, operator in enumerate(self.operators):
             weight = weights[..., i].to(dtype)[..., None, None]
             if isinstance(operator, Gram):
