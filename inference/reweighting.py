@@ -1,4 +1,4 @@
-"""The loop beneath the fixed point: reweighted solves with safeguarded extrapolation, for modules in a batch."""
+"""The loop of ``fixed_point``: its state, step and termination, for all modules of a batch at once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run from one start; see :class:`State`."""
+    """Result of the iteration from one start; see :class:`State` for its fields."""
 
     point: Point
     trace: Tensor
@@ -159,7 +159,7 @@ class Problem:
         return self.quadratic.apply(weights, self.ridge, point.x) - self._weighted(weights, self.pulls)
 
     def same_basin(self, point: Point, known: Point) -> Tensor:
-        """Whether the log-weights of the active experts are close to a known solution's, ``(M,)``."""
+        """Mask of the modules whose log-weights, of active experts, are within ``SAME_BASIN`` of a known solution's."""
         distance = (point.log_weights - known.log_weights).abs()
         return torch.where(self.posterior.active, distance, 0.0).amax(-1) < SAME_BASIN
 
@@ -173,7 +173,7 @@ class Problem:
         return torch.where(norm > 0, norm / scale, norm)
 
     def uphill(self, point: Point, candidate: Point) -> Tensor:
-        """Whether a step raises the energy, ``(M,)``.
+        """Mask of the modules in which a step raises the energy, ``(M,)``.
 
         Where the energy cannot tell two points apart any more, an energy that is not concave, whose plain steps may
         overshoot, is judged by the gradient.
@@ -213,7 +213,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A run on its way, ``M`` modules at once; float64 and boolean, ``(M,)`` unless said otherwise.
+    """State of the iteration for ``M`` modules; float64 and boolean, ``(M,)`` unless said otherwise.
 
     Attributes:
         point: Where it is.

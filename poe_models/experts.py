@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
+from typing_extensions import override
 
 from poe_models.energies import Cauchy, Energy
 from poe_models.residual_maps import InputGram, ResidualMap
@@ -177,7 +178,7 @@ DEFAULT_ANCHOR = Anchor()
 """The anchor of a product that was not given one: zero centre, relative precision 0.1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProductOfExperts:
     """A product of expert densities: the sum of their energies, over a temperature.
 
@@ -205,6 +206,16 @@ class ProductOfExperts:
             raise ValueError("`ProductOfExperts(())`: no experts. Give at least one `Expert`.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"`ProductOfExperts(temperature={self.temperature})`: must be positive and finite.")
+
+    @override
+    def __repr__(self) -> str:
+        alike: dict[str, list[str]] = {}
+        for each in self.experts:
+            kind = f"{each.residual_map}, {each.energy}, {each.scale}, importance {each.importance:g}"
+            alike.setdefault(kind, []).append(each.name)
+        lines = [f"  {', '.join(names)}: {kind}" for kind, names in alike.items()]
+        lines += [f"  {factor.name}: {type(factor).__name__}" for factor in self.factors]
+        return "\n".join([f"ProductOfExperts(T = {self.temperature:g}, {self.anchor}", *lines]) + ")"
 
     @classmethod
     def of(

@@ -19,10 +19,11 @@ from poe_models.module_names import naming
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, KroneckerSum, Precision
+from poe_models.printing import Brief
 
 
-@dataclass(frozen=True, eq=False)
-class Compression:
+@dataclass(frozen=True, eq=False, repr=False)
+class Compression(Brief):
     """Orthonormal coordinates of the directions that matter: ``x = Q_out^T X Q_in``, or ``Q^T vec(X)``.
 
     Attributes:
@@ -69,8 +70,8 @@ class Compression:
         return operator
 
 
-@dataclass(frozen=True, eq=False)
-class Quadratic:
+@dataclass(frozen=True, eq=False, repr=False)
+class Quadratic(Brief):
     """Weighted least squares over ``x = Z - Z_0`` in compressed coordinates ``(M, a, b)``.
 
     Points, weights and shifts may have leading dimensions ``(*S)`` before ``M`` (chains of a sampler).

@@ -100,7 +100,7 @@ def _component_at(posterior: Posterior, first: _Component, point: Tensor) -> _Co
 def _sampled(
     posterior: Posterior, components: list[_Component], samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Log weights of samples from the components in equal shares, ``(S, M)``, and where the largest are."""
+    """Log weights of samples from the components in equal shares, ``(S, M)``, and the points of largest weight."""
     quadratic, best = components[0].quadratic, components[0].mean.clone()
     highest = torch.full_like(posterior.anchor_precision, -math.inf)
     size = posterior.num_modules * math.prod(quadratic.event_shape) * (len(posterior.experts) + 3)

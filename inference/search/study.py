@@ -346,7 +346,7 @@ def _result(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna's log and its notes on experimental samplers stay away; failed trials are in the result."""
+    """Within the block Optuna logs nothing; failed trials are in the result."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
