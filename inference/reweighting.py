@@ -20,7 +20,7 @@ NamedStart = Literal["ones", "twin", "experts", "center"]
 NAMED_STARTS: tuple[NamedStart, ...] = get_args(NamedStart)
 
 Start = NamedStart | Tensor
-"""Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
+"""A start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
 turn, the anchor's centre, or a given point ``(M, *event)``."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -93,7 +93,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class FactorExpert:
-    """Any differentiable energy, for what does not fit ``rho(q)``.
+    """An expert by any differentiable energy, where ``rho(q)`` of a squared residual does not fit.
 
     Args:
         name: Name, unique in the product; the Pyro site is ``expert/<name>``.
@@ -336,7 +336,7 @@ class ProductOfExperts:
         return span_posterior(self, [batch_of(self, updates)], merges)
 
     def twin(self) -> ProductOfExperts:
-        """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""
+        """The product of the experts' Gaussian twins, for comparisons in which only the tails differ."""
         return replace(self, experts=tuple(expert.twin() for expert in self.experts))
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:

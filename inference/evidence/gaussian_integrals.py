@@ -199,7 +199,7 @@ def gaussian_integral(posterior: Posterior) -> GaussianIntegral:
 
 
 def _one_sided(quadratic: Quadratic, ridge: Tensor) -> OneSided:
-    """Identity alone is a 1 x 1 Gram that acts on every entry."""
+    """The integral of experts on one side; Identity alone is a 1 x 1 Gram that acts on every entry."""
     targets = torch.stack(quadratic.targets, 1)
     grams = [operator for operator in quadratic.operators if isinstance(operator, Gram)]
     if not grams:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from poe_models.printing import size_text
 
 RESUME = "go on with `--resume` (`resume=True`); nothing finished so far is lost"
-"""What to do once the disk is mended, where a run can be resumed."""
+"""Advice where a run can be resumed once the disk is mended."""
 
 _FULL = (
     "the disk of {folder} is full",
