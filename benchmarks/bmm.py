@@ -1,7 +1,7 @@
 """Bayesian model merging on both suites: anchors, outer searches, and scores with labels and without ([BMM]).
 
 `python -m benchmarks.bmm` merges the experts of each suite and training seed by ridge regressions around an anchor
-([BMM] Eq. 8 and 15), whose precision, tied over roles and blocks of layers, and scale, tied over blocks, are searched
+([BMM] Eq. 8 and 15), whose precision, tied over roles and blocks of layers, and λ, tied over blocks, are searched
 with the same number of trials: with inputs (`Activation`) and without (`InputGram`), by validation accuracy and by the
 divergence from the experts' predictions, which needs no labels; the anchors alone, with λ searched; and for one anchor
 random proposals and one shared grid. Keeps what is done under `out/bmm` and writes `benchmarks/results/bmm.md`.
@@ -147,7 +147,7 @@ class Bench:
         sampler: Sampler = "gp",
         tied: bool = True,
     ) -> Line:
-        """A ridge regression around an anchor, its precisions and scales searched.
+        """A ridge regression around an anchor, its precisions and λ searched.
 
         Args:
             name: Of the anchor.
@@ -238,7 +238,7 @@ def report(found: Mapping[tuple[str, int], Sequence[Line]], machines: Sequence[s
         Markdown.
     """
     parts = [
-        "Bayesian model merging ([BMM]): ridge regressions around anchors, precisions tied over roles and scales over "
+        "Bayesian model merging ([BMM]): ridge regressions around anchors, precisions tied over roles and λ over "
         "blocks of layers, chosen by one search each with equal trials (a grid has as many as its steps allow). "
         "Settings are searched on validation examples, test examples are seen once. "
         f"Made by `{command}` on {' and '.join(dict.fromkeys(machines))}.",

@@ -29,7 +29,7 @@ PLANS = {
     "language": Plan(
         methods=tuple(method for method in METHODS if not any(name in method.name for name in _LEFT_OUT)),
         trials=4,
-        scales=(0.3, 1.0, 2.0, 3.0),
+        scalings=(0.3, 1.0, 2.0, 3.0),
         validation=50,
         test=120,
         budget=Budget(members=6, refinements=0, everywhere=()),

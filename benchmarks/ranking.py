@@ -32,7 +32,7 @@ from diagnostics.predictions.agreement import rank_agreement
 from inference.evidence.designs import compare_designs
 from poe_models import ProductOfExperts
 
-SCALES = (0.3, 0.6, 1.0, 2.0)
+SCALINGS = (0.3, 0.6, 1.0, 2.0)
 LABELS = (8, 32, 128)
 SUBSETS = 20
 """Random subsets of the validation labels, of each size."""
@@ -48,7 +48,7 @@ class Row:
 
     Args:
         name: Of the design or rule.
-        scale: λ.
+        scaling: λ.
         evidence: Of the design in nats; nan where it has none, or λ is not 1.
         residual_map: Of the design; evidences of one map compare.
         divergence: From the own experts on all validation inputs, nats.
@@ -59,7 +59,7 @@ class Row:
     """
 
     name: str
-    scale: float
+    scaling: float
     evidence: float
     residual_map: str
     divergence: float
@@ -89,7 +89,7 @@ class Judged:
 
 
 def rows_of(
-    suite: Suite, seed: int, folder: Path, scales: Sequence[float], samples: int, tell: Callable[[str], None]
+    suite: Suite, seed: int, folder: Path, scalings: Sequence[float], samples: int, tell: Callable[[str], None]
 ) -> list[Row]:
     """All merges of a suite, those that are not in the folder made.
 
@@ -97,7 +97,7 @@ def rows_of(
         suite: What to merge and to judge by.
         seed: Of importance samples and of subsets.
         folder: Where merges are kept, one file each.
-        scales: Each λ.
+        scalings: Each λ.
         samples: Importance samples of the evidence.
         tell: Called with each merge before it is judged.
     """
@@ -116,20 +116,20 @@ def rows_of(
 
             own_evidence = kept(folder / f"evidence-{key_of(map_name, name)}.json", evidence)
             method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
-            found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, own_evidence, map_name)
+            found += _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell, own_evidence, map_name)
     for method in (*BASELINES, *RULES):
-        found += _at_scales(suite, loaded, method, own, seed, folder, scales, tell, math.nan, "")
+        found += _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell, math.nan, "")
     return found
 
 
-def _at_scales(
+def _at_scalings(
     suite: Suite,
     loaded: Loaded,
     method: Method,
     own: Mapping[str, Tensor],
     seed: int,
     folder: Path,
-    scales: Sequence[float],
+    scalings: Sequence[float],
     tell: Callable[[str], None],
     evidence: float,
     residual_map: str,
@@ -137,17 +137,17 @@ def _at_scales(
     """One merge at every λ, solved once if any of them is missing."""
     solved: list[Merge] = []
     found = []
-    for scale in scales:
+    for scaling in scalings:
 
-        def make(scale: float = scale) -> dict[str, object]:
-            tell(f"{method.name}, λ = {scale:g}")
+        def make(scaling: float = scaling) -> dict[str, object]:
+            tell(f"{method.name}, λ = {scaling:g}")
             if not solved:
                 solved.append(solve(method, loaded, 0.0))
-            state = solved[0].state(scale)
-            known = evidence if scale == 1.0 else math.nan
-            return asdict(_judged(suite, state, own, seed, method.name, scale, known, residual_map))
+            state = solved[0].state(scaling)
+            known = evidence if scaling == 1.0 else math.nan
+            return asdict(_judged(suite, state, own, seed, method.name, scaling, known, residual_map))
 
-        found.append(Row(**kept(folder / f"{key_of(method.name, scale)}.json", make)))
+        found.append(Row(**kept(folder / f"{key_of(method.name, scaling)}.json", make)))
     return found
 
 
@@ -157,7 +157,7 @@ def _judged(
     own: Mapping[str, Tensor],
     seed: int,
     name: str,
-    scale: float,
+    scaling: float,
     evidence: float,
     residual_map: str,
 ) -> Row:
@@ -169,7 +169,7 @@ def _judged(
     right = {task: (v.argmax(-1) == labels["validation"][task]).double() for task, v in validation.items()}
     return Row(
         name,
-        scale,
+        scaling,
         evidence,
         residual_map,
         _divergence(validation, own),
@@ -269,7 +269,7 @@ def write_table(path: Path, runs: Mapping[Run, Sequence[Row]]) -> None:
 def main() -> None:
     """Measure and write the page."""
     parser = suite_parser(__doc__, "ranking", "subsets and samples", (0,))
-    parser.add_argument("--scales", type=float, nargs="+", default=list(SCALES), help="each λ")
+    parser.add_argument("--scalings", type=float, nargs="+", default=list(SCALINGS), help="each λ")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples of the evidence")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
@@ -285,7 +285,7 @@ def main() -> None:
             def measured(suite: Suite = suite) -> str:
                 return machine(suite.device)
 
-            runs[name, seed] = rows_of(suite, seed, folder, arguments.scales, arguments.samples, tell)
+            runs[name, seed] = rows_of(suite, seed, folder, arguments.scalings, arguments.samples, tell)
             machines.append(kept(folder / "machine.json", measured))
     command = command_line("benchmarks.ranking", parser, arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

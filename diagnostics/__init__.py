@@ -43,7 +43,6 @@ from diagnostics.predictions import (
     risk_coverage,
     save_predictions,
     scale_logits,
-    soft_label_scores,
     under_corruption,
 )
 from diagnostics.report.report import report
@@ -111,7 +110,6 @@ __all__ = [
     "risk_coverage",
     "save_predictions",
     "scale_logits",
-    "soft_label_scores",
     "solution_records",
     "surrogate_residuals",
     "surround_verdict",

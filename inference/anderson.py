@@ -47,7 +47,7 @@ class Anderson:
         return torch.where(change.isfinite().all(-1, keepdim=True), output + change, output)
 
     def forget(self, where: Tensor) -> None:
-        """Drop the history of some iterations, ``(M,)`` boolean: theirs led uphill."""
+        """Drop the history of the iterations in a mask ``(M,)``, whose extrapolation raised the energy."""
         keep = (~where).unsqueeze(-1)
         self._outputs = [torch.where(keep, d, torch.zeros_like(d)) for d in self._outputs]
         self._residuals = [torch.where(keep, d, torch.zeros_like(d)) for d in self._residuals]

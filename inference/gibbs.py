@@ -132,14 +132,14 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
         self.regenerable = posterior.span is None
         self.quadratic = quadratic_of(posterior, for_draws=True)
         self.pulls = self.quadratic.pulls()
-        self.shift = posterior.anchor_precision / posterior.temperature
-        self.power = torch.ones_like(self.shift) / posterior.temperature
+        self.ridge = posterior.anchor_precision / posterior.temperature
+        self.power = torch.ones_like(self.ridge) / posterior.temperature
 
     @override
     def init(self, chains: int, generator: torch.Generator) -> GibbsState:
         """Mixture weights from their priors, then ``Z`` given them."""
         shape = (chains, self.posterior.num_modules, len(self.posterior.experts))
-        zeros = torch.zeros(shape, dtype=torch.float64, device=self.shift.device)
+        zeros = torch.zeros(shape, dtype=torch.float64, device=self.ridge.device)
         return self.step(GibbsState(zeros), generator)[0]
 
     @override
@@ -150,7 +150,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
         white = self.quadratic.compression.compress(noise)
         x = self._conditional(weights, white)
         residuals = self.quadratic.residuals(x)
-        # Outside the compressed coordinates Z is white noise of variance 1 / (2 shift), which costs T / 2 per unit.
+        # Outside the compressed coordinates Z is white noise of variance 1 / (2 ridge), which costs T / 2 per unit.
         outside = (sum_of_squares(noise) - sum_of_squares(white)) * self.posterior.temperature / 2
         energy = self.posterior.energy_of(residuals) + self.posterior.anchor_precision * sum_of_squares(x) + outside
         z = noise.new_empty(0) if self.regenerable else self._latent(x, noise, white)
@@ -182,10 +182,10 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
     def conditional_variance(self, weights: Tensor, direction: Tensor) -> Tensor:
         """Variance of ``<Z, direction>`` given mixture weights, ``(*C, M, E)`` and ``(M, *event)`` to ``(*C, M)``."""
         seen = self.quadratic.compression.compress(direction)
-        solved = self.quadratic.precision(weights, self.shift).solve(seen.expand(*weights.shape[:-1], *seen.shape[-2:]))
+        solved = self.quadratic.precision(weights, self.ridge).solve(seen.expand(*weights.shape[:-1], *seen.shape[-2:]))
         inside = (seen.double() * solved.double()).sum((-2, -1)) / 2
         outside = (sum_of_squares(direction) - sum_of_squares(seen)).clamp(min=0)
-        return inside + outside * anchor_spread(self.shift).square()
+        return inside + outside * anchor_spread(self.ridge).square()
 
     def _fresh_noise(self, chains: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Standard normal noise ``(C, M, *event)``, and its seeds ``(C, M)`` where a latent is to be made again."""
@@ -199,7 +199,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
 
     def _conditional(self, weights: Tensor, white: Tensor) -> Tensor:
         """``H^-1 b + L^-T white / sqrt 2``: weights ``(*C, M, E)`` and noise ``(*C, M, a, b)`` to ``(*C, M, a, b)``."""
-        precision = self.quadratic.precision(weights, self.shift)
+        precision = self.quadratic.precision(weights, self.ridge)
         b = torch.zeros_like(white)
         for i, pull in enumerate(self.pulls):
             b = b + weights[..., i].to(pull.dtype)[..., None, None] * pull
@@ -207,7 +207,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
 
     def _latent(self, x: Tensor, noise: Tensor, white: Tensor) -> Tensor:
         """The latent of compressed ``x``, with the anchor's own noise where no expert sees anything."""
-        z = self.quadratic.lift_draws(x, noise, white, anchor_spread(self.shift))
+        z = self.quadratic.lift_draws(x, noise, white, anchor_spread(self.ridge))
         return z if self.posterior.center is None else self.posterior.center + z
 
     def _noise(self, seeds: Tensor) -> Tensor:
@@ -236,12 +236,12 @@ def draw_weights(posterior: Posterior, residuals: Tensor, power: Tensor, generat
     return torch.stack(columns, -1)
 
 
-def anchor_spread(shift: Tensor) -> Tensor:
-    """Standard deviation ``(2 shift)^-1/2`` in directions that only the anchor holds; ``(M,)``.
+def anchor_spread(ridge: Tensor) -> Tensor:
+    """Standard deviation ``(2 ridge)^-1/2`` in directions that only the anchor holds; ``(M,)``.
 
     Zero without an anchor: a proper posterior has no such directions then, and what is left of the noise is rounding.
     """
-    return torch.where(shift > 0, (2 * shift).rsqrt(), torch.zeros_like(shift))
+    return torch.where(ridge > 0, (2 * ridge).rsqrt(), torch.zeros_like(ridge))
 
 
 def seeded_noise(seed: int, shape: tuple[int, int], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A check of the solver by other means: the energy's gradient by automatic differentiation, in float64."""
+"""Independent check of the solver: the energy's gradient by automatic differentiation, in float64."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def judged(posterior: Posterior, solution: Solution[FixedPointInfo]) -> Solution[FixedPointInfo]:
-    """The solution, with what the solver called converged called otherwise where the gradient says so."""
+    """The solution, its status corrected where the gradient contradicts that the solver converged."""
     size = relative_gradient(posterior, solution.value)
     status = tuple(
         Status.NO_MINIMUM if each.converged and not found <= LARGEST else each

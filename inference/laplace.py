@@ -167,14 +167,17 @@ class DenseLaplace:
         if hessian is None:
             density = log_density(posterior, joint=True)
             hessian = torch.func.hessian(lambda x: -density(x.view(mode.shape)))(mode.double().flatten())
-        flat = hessian
-        values, self.vectors = torch.linalg.eigh((flat + flat.mT) / 2)
+        values, self.vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         if not bool((values > 0).all()):
             raise ValueError(
                 f"`DenseLaplace(...)`: not at a minimum: the Hessian has the eigenvalue {float(values.min()):.3g}. "
                 "Converge `minimize` first, or start it elsewhere."
             )
         self.precision = DiagonalPrecision(values.unsqueeze(-1), (len(values), 1))
+
+    @override
+    def __repr__(self) -> str:
+        return f"DenseLaplace({self.posterior})"
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
         """Independent draws of all latents in one chain, kept as they are."""

@@ -16,7 +16,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 LOGIT_TEMPERATURES = (0.01, 100.0)
-"""Where a logit temperature is looked for."""
+"""Range in which a logit temperature is looked for."""
 _LOWEST = torch.finfo(torch.float64).min
 _GRID = 24
 """Steps of the grid of logit temperatures of an ensemble, a factor of 1.5 each."""

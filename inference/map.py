@@ -1,4 +1,4 @@
-r"""MAP by reweighted least squares: the solver that the product of experts was made for.
+r"""MAP by reweighted least squares: [PoE] Algorithm 1 as published, and with acceleration and safeguards.
 
 Every energy concave in ``q`` lies below its tangent, so with ``w_i = a_i rho'(q_i / s_i^2) / s_i^2`` at the current
 point the quadratic ``sum_i w_i q_i(Z) + eta |Z - Z_0|^2`` majorises the energy, and minimising it never increases
@@ -211,7 +211,7 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
         zero = torch.zeros_like(point.energy)
         return Contraction(zero, zero, torch.ones_like(zero, dtype=torch.bool))
     weights = problem.posterior.weights(point.q)
-    precision = problem.quadratic.precision(weights, problem.shift)
+    precision = problem.quadratic.precision(weights, problem.ridge)
     forces = problem.quadratic.forces(point.x)
     solved = [precision.solve(force) for force in forces]
     inner = torch.stack(

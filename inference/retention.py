@@ -184,7 +184,7 @@ def totals_of(record: Mapping[str, Any]) -> tuple[ExpertRetention, ...]:
 
 
 def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
-    """Sentences that a reader should know before using a merge, from its :func:`totals`, the most general first.
+    """Warnings about a merge from its :func:`totals`, the most general first.
 
     >>> mnist, emoji = (ExpertRetention(name, 0.9, 0.05, 1.0) for name in ("mnist", "emoji"))
     >>> concerns([mnist, emoji, ExpertRetention("sre", 0.03, 0.97, 1.0)])
@@ -196,7 +196,7 @@ def concerns(experts: Sequence[ExpertRetention]) -> list[str]:
 
 
 def without_update(names: Iterable[str]) -> list[str]:
-    """One sentence about experts that change no merged tensor, or none.
+    """Warning, or none, about experts that change no merged tensor.
 
     >>> without_update(["mnist", "emoji"])
     ["'mnist', 'emoji' have no update in any merged tensor. Leave them out, or look for copies of the base."]
@@ -211,7 +211,7 @@ def without_update(names: Iterable[str]) -> list[str]:
 
 
 def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
-    """Sentences about experts that change something."""
+    """Warnings about experts that change some merged tensor."""
     median = sorted(each.length for each in known)[len(known) // 2]
     if median < LEAST_LENGTH:
         return [_pale(known, median)]
@@ -227,7 +227,7 @@ def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
 
 
 def _held_back(known: Sequence[ExpertRetention], passed_by: Sequence[ExpertRetention]) -> list[str]:
-    """One sentence where an expert has all its residual met and others, not passed by, have a small share; or none.
+    """Warning, or none, that the merge follows one expert while others, not passed by, kept a small share.
 
     An expert that is merely shorter than a merge near the others has a residual left that is large beside its update.
     """

@@ -1,4 +1,4 @@
-"""The loop beneath the fixed point: reweighted solves with safeguarded extrapolation, for modules in a batch."""
+"""The loop of ``fixed_point``: its state, step and termination, for all modules of a batch at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NamedStart = Literal["ones", "twin", "experts", "center"]
 NAMED_STARTS: tuple[NamedStart, ...] = get_args(NamedStart)
 
 Start = NamedStart | Tensor
-"""Where to start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
+"""A start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
 turn, the anchor's centre, or a given point ``(M, *event)``."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -81,7 +81,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run from one start; see :class:`State`."""
+    """Result of the iteration from one start; see :class:`State` for its fields."""
 
     point: Point
     trace: Tensor
@@ -102,18 +102,18 @@ class Problem:
         self.posterior = posterior
         self.quadratic = quadratic
         self.pulls = quadratic.pulls()
-        # A module that nobody changed and nothing anchors stays where it is whatever the shift.
-        self.shift = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
+        # A module that nobody changed and nothing anchors stays where it is whatever the ridge.
+        self.ridge = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
 
     def solve(self, weights: Tensor) -> Point:
         """Minimise the quadratic with these weights, ``(M, E)``."""
-        return self.at(self.quadratic.precision(weights, self.shift).solve(self._weighted(weights, self.pulls)))
+        return self.at(self.quadratic.precision(weights, self.ridge).solve(self._weighted(weights, self.pulls)))
 
     def at(self, x: Tensor) -> Point:
         """The point at ``x``, ``(M, a, b)``."""
         q = self.quadratic.residuals(x)
-        energy = self.posterior.energy_of(q) + self.shift * sum_of_squares(x)
+        energy = self.posterior.energy_of(q) + self.ridge * sum_of_squares(x)
         weights = self.posterior.weights(q)
         return Point(x, q, energy, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
 
@@ -126,7 +126,7 @@ class Problem:
         """
         point = run.point
         weights = point.log_weights.exp()
-        precision = self.quadratic.precision(weights, self.shift)
+        precision = self.quadratic.precision(weights, self.ridge)
         x, error = point.x.double(), torch.full_like(point.energy, torch.inf)
         for _ in range(REFINEMENTS):
             step = precision.solve(self._exact_half_gradient(weights, x).to(self.dtype)).double()
@@ -147,7 +147,7 @@ class Problem:
 
     def _exact_half_gradient(self, weights: Tensor, x: Tensor) -> Tensor:
         """``H x - b`` in float64, expert by expert, so that only one of them is held in float64 at a time."""
-        total = self.shift[:, None, None] * x
+        total = self.ridge[:, None, None] * x
         for i, (operator, target) in enumerate(zip(self.quadratic.operators, self.quadratic.targets, strict=True)):
             force = operator.to(torch.float64).apply(x - target)
             total.add_(force.mul_(weights[:, i, None, None]))
@@ -156,10 +156,10 @@ class Problem:
     def half_gradient(self, point: Point) -> Tensor:
         """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
         weights = point.log_weights.exp()
-        return self.quadratic.apply(weights, self.shift, point.x) - self._weighted(weights, self.pulls)
+        return self.quadratic.apply(weights, self.ridge, point.x) - self._weighted(weights, self.pulls)
 
     def same_basin(self, point: Point, known: Point) -> Tensor:
-        """Whether the log-weights of the active experts are close to a known solution's, ``(M,)``."""
+        """Mask of the modules whose log-weights, of active experts, are within ``SAME_BASIN`` of a known solution's."""
         distance = (point.log_weights - known.log_weights).abs()
         return torch.where(self.posterior.active, distance, 0.0).amax(-1) < SAME_BASIN
 
@@ -173,7 +173,7 @@ class Problem:
         return torch.where(norm > 0, norm / scale, norm)
 
     def uphill(self, point: Point, candidate: Point) -> Tensor:
-        """Whether a step raises the energy, ``(M,)``.
+        """Mask of the modules in which a step raises the energy, ``(M,)``.
 
         Where the energy cannot tell two points apart any more, an energy that is not concave, whose plain steps may
         overshoot, is judged by the gradient.
@@ -189,7 +189,7 @@ class Problem:
         """Slope of the energy along a direction and the step to the minimum of its quadratic model, ``(M,)`` each."""
         weights, curvatures = self.posterior.weights(point.q), self.posterior.curvatures(point.q)
         forces = self.quadratic.forces(point.x)
-        bend = self.shift * sum_of_squares(direction)
+        bend = self.ridge * sum_of_squares(direction)
         for i, (operator, force) in enumerate(zip(self.quadratic.operators, forces, strict=True)):
             along = (force.double() * direction.double()).sum((-2, -1))
             bend = bend + weights[:, i] * operator.quadratic(direction) + 2 * curvatures[:, i] * along.square()
@@ -213,7 +213,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A run on its way, ``M`` modules at once; float64 and boolean, ``(M,)`` unless said otherwise.
+    """State of the iteration for ``M`` modules; float64 and boolean, ``(M,)`` unless said otherwise.
 
     Attributes:
         point: Where it is.

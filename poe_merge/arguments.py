@@ -73,7 +73,7 @@ def vectors(settings: MergeConfig) -> TaskVectors:
 
 
 class InterruptedByUser(Exception):
-    """Ctrl-C, with what to say of it."""
+    """Ctrl-C, with the message that says how to go on."""
 
 
 def required(out: Path | None, command: str) -> Path:

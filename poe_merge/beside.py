@@ -71,7 +71,7 @@ def _caution(draws: PosteriorDraws, text: str) -> Verdict:
 def _around_the_span(
     draws: SpanDraws, lengths: Mapping[str, float], what: str, measured: Callable[[], SpanDraws]
 ) -> Verdict:
-    """Draws around the MAP of the updates' span: they do not say of which design they are, so the weights have to.
+    """Judge draws around the MAP of the updates' span by the merged weights: such draws do not name their design.
 
     Args:
         draws: The draws.
@@ -134,7 +134,7 @@ def _same_norms(squared: Tensor, design: Mapping[str, Any], module: Mapping[str,
 
 
 def _around_as_long(draws: PosteriorDraws, index: int, module: Mapping[str, Any]) -> bool:
-    """Whether the merge that the draws were measured from is as long: it depends on the centre, which may have no name.
+    """Whether the merge that the draws were measured from has this one's length, which tells unnamed centres apart.
 
     True where they were not measured.
     """

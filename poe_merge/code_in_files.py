@@ -1,4 +1,4 @@
-"""Code that a file names: it is imported, which runs it, only where somebody has said so."""
+"""Consent to code: modules that a file names are imported, which runs them, only with ``--allow-code``."""
 
 from __future__ import annotations
 

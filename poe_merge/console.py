@@ -45,7 +45,7 @@ def console_for(stderr: bool = False) -> Console:
 
 
 def visible(text: str) -> str:
-    """As ``poe_models.printing``, whose package imports torch, which an error need not wait for."""
+    """Text with unprintable characters escaped; ``poe_models.printing`` is imported late, for it waits for torch."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -376,7 +376,7 @@ def _settings(method: type[MergingMethod]) -> list[str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people; the import takes seconds, which an error need not wait for."""
+    """Bytes as text; imported late, for ``poe_models`` takes seconds."""
     from poe_models.printing import size_text
 
     return size_text(nbytes)

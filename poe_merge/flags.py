@@ -185,7 +185,7 @@ def overridden(document: Document, flags: Mapping[str, Any]) -> Document:
 
 
 def _put(document: Document, flag: Flag, texts: list[Any]) -> None:
-    """Put what was typed in its place."""
+    """Set a typed value at its place in the configuration."""
     if flag.place == ("models",) and texts:
         document.put(flag.place, [_model(text) for text in texts], flag.option)
     elif flag.place == ("rules",) and texts:

@@ -29,7 +29,7 @@ def bound(product: ProductOfExperts, statistics: SpanStatistics) -> Posterior:
 
 
 def merge_in_span(posterior: Posterior, design: Design) -> Tensor:
-    """Latents of the merge: what the span goes through, or the MAP of the span where that is the merge.
+    """Latents of the merge in Span coordinates: the merge that the span goes through, else the MAP of the span.
 
     Args:
         posterior: In Span coordinates.

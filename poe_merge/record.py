@@ -98,7 +98,7 @@ def require_shape(path: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Turn what a record's deeper parts may do to code that reads them into an error about the record.
+    """Turn whatever goes wrong while a malformed record is read into one error that names the record.
 
     Yields:
         Nothing.
@@ -249,7 +249,7 @@ def merge_of(record: Mapping[str, Any], base: Checkpoint) -> dict[str, AnyDesign
 
 
 def unprepared(designs: Mapping[str, AnyDesign]) -> dict[str, AnyDesign]:
-    """Designs to merge another model with: what a method's ``prepare`` saw of the real one is taken back.
+    """Designs to merge another model with: their methods without what ``prepare`` saw of the real one.
 
     Args:
         designs: The design of each tensor.
@@ -266,7 +266,7 @@ def unprepared(designs: Mapping[str, AnyDesign]) -> dict[str, AnyDesign]:
 
 
 def _before_prepare(method: MergingMethod) -> MergingMethod:
-    """The method with the fields that are None by default empty, if ``prepare`` is what fills them in."""
+    """The method without what ``prepare`` has filled in: its fields that are None by default are None again."""
     if not is_dataclass(method):
         return method
     bare = replace(method, **{each.name: None for each in fields(method) if each.init and each.default is None})

@@ -259,7 +259,7 @@ def _write(staging: Staging, drawn: Drawn, record: Mapping[str, Any]) -> None:
 
 
 def _to_netcdf(data: Any, path: Path) -> None:
-    """Write an InferenceData without the hour of its making, so that the same draws are the same file."""
+    """Write an InferenceData without a creation time, so that the same draws give the same file."""
     for group in data.groups():
         data[group].attrs.pop("created_at", None)
     data.to_netcdf(str(path))

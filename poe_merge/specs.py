@@ -289,7 +289,7 @@ def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[
 
 
 def _usual(text: str, kind: Kind[Any]) -> str:
-    """A spec with the name of a member as it is spelled here, however it was."""
+    """The spec with its name in the registry's spelling, whatever its capitals and hyphens were."""
     name, bracket, rest = text.strip().partition("(")
     if ":" in name:
         return text.strip()
@@ -302,7 +302,7 @@ def _unclosed(text: str) -> str:
 
 
 def _way_out(text: str, kind: Kind[Any]) -> str:
-    """A way to write what is no spec: with the arguments of the class that it begins with, or by the nearest name."""
+    """Advice for a text that is no spec: the arguments of the class that it begins with, or the nearest name."""
     name = text.strip().partition("(")[0].strip()
     known = same_name(name, kind.registry)
     if known is not None:

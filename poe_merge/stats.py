@@ -1,4 +1,4 @@
-"""``poe-merge stats``: the one pass over the weights; and its folder opened again, if it is about the same merge."""
+"""``poe-merge stats``: Span statistics in one pass over the weights, and their check against a merge."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
+from typing_extensions import override
 
 from poe_models.energies import Cauchy, Energy
 from poe_models.residual_maps import InputGram, ResidualMap
@@ -92,7 +93,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class FactorExpert:
-    """Any differentiable energy, for what does not fit ``rho(q)``.
+    """An expert by any differentiable energy, where ``rho(q)`` of a squared residual does not fit.
 
     Args:
         name: Name, unique in the product; the Pyro site is ``expert/<name>``.
@@ -177,7 +178,7 @@ DEFAULT_ANCHOR = Anchor()
 """The anchor of a product that was not given one: zero centre, relative precision 0.1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProductOfExperts:
     """A product of expert densities: the sum of their energies, over a temperature.
 
@@ -205,6 +206,16 @@ class ProductOfExperts:
             raise ValueError("`ProductOfExperts(())`: no experts. Give at least one `Expert`.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"`ProductOfExperts(temperature={self.temperature})`: must be positive and finite.")
+
+    @override
+    def __repr__(self) -> str:
+        alike: dict[str, list[str]] = {}
+        for each in self.experts:
+            kind = f"{each.residual_map}, {each.energy}, {each.scale}, importance {each.importance:g}"
+            alike.setdefault(kind, []).append(each.name)
+        lines = [f"  {', '.join(names)}: {kind}" for kind, names in alike.items()]
+        lines += [f"  {factor.name}: {type(factor).__name__}" for factor in self.factors]
+        return "\n".join([f"ProductOfExperts(T = {self.temperature:g}, {self.anchor}", *lines]) + ")"
 
     @classmethod
     def of(
@@ -325,7 +336,7 @@ class ProductOfExperts:
         return span_posterior(self, [batch_of(self, updates)], merges)
 
     def twin(self) -> ProductOfExperts:
-        """The product of the experts' Gaussian twins: what is left when only the tails are taken away."""
+        """The product of the experts' Gaussian twins, for comparisons in which only the tails differ."""
         return replace(self, experts=tuple(expert.twin() for expert in self.experts))
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:

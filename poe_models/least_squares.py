@@ -1,6 +1,6 @@
 """The experts' squared residuals of a batch of modules as one weighted least-squares problem.
 
-Given weights ``w_i`` the merged update minimises ``sum_i w_i q_i(Z) + shift |Z - Z_0|^2``, whatever the energies
+Given weights ``w_i`` the merged update minimises ``sum_i w_i q_i(Z) + ridge |Z - Z_0|^2``, whatever the energies
 are. The problem is written for the displacement ``x = Z - Z_0`` and, where the experts' operators span few
 directions, in an orthonormal basis of those: ``Z = Z_0 + Q_out x Q_in^T``. That reaches the same solution as
 Woodbury's identity on the stacked updates without its cancellation at a small anchor, and makes Directional
@@ -19,10 +19,11 @@ from poe_models.module_names import naming
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, KroneckerSum, Precision
+from poe_models.printing import Brief
 
 
-@dataclass(frozen=True, eq=False)
-class Compression:
+@dataclass(frozen=True, eq=False, repr=False)
+class Compression(Brief):
     """Orthonormal coordinates of the directions that matter: ``x = Q_out^T X Q_in``, or ``Q^T vec(X)``.
 
     Attributes:
@@ -69,8 +70,8 @@ class Compression:
         return operator
 
 
-@dataclass(frozen=True, eq=False)
-class Quadratic:
+@dataclass(frozen=True, eq=False, repr=False)
+class Quadratic(Brief):
     """Weighted least squares over ``x = Z - Z_0`` in compressed coordinates ``(M, a, b)``.
 
     Points, weights and shifts may have leading dimensions ``(*S)`` before ``M`` (chains of a sampler).
@@ -118,9 +119,9 @@ class Quadratic:
         """``P_i target_i`` per expert, ``(M, a, b)``: right-hand sides of the normal equations before weighting."""
         return [operator.apply(target) for operator, target in zip(self.operators, self.targets, strict=True)]
 
-    def precision(self, weights: Tensor, shift: Tensor) -> Precision:
-        """``H = sum_i w_i P_i + shift I``, factored, for weights ``(*S, M, E)`` and a shift ``(*S, M)``."""
-        left, right, diagonal = self._assemble(weights, shift)
+    def precision(self, weights: Tensor, ridge: Tensor) -> Precision:
+        """``H = sum_i w_i P_i + ridge I``, factored, for weights ``(*S, M, E)`` and a ridge ``(*S, M)``."""
+        left, right, diagonal = self._assemble(weights, ridge)
         with naming(self.modules):
             if left is not None and right is not None:
                 return KroneckerSum(left, right, diagonal)
@@ -130,19 +131,19 @@ class Quadratic:
                 return GramPrecision(_add_diagonal(right, diagonal), "right", self.event_shape)
             return DiagonalPrecision(diagonal, self.event_shape)
 
-    def apply(self, weights: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    def apply(self, weights: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
         """``H x`` for the same ``H``, ``(*S, M, a, b)``."""
-        left, right, diagonal = self._assemble(weights, shift)
+        left, right, diagonal = self._assemble(weights, ridge)
         result = diagonal * x
         if left is not None:
             result = result + left @ x
         return result if right is None else result + x @ right
 
-    def _assemble(self, weights: Tensor, shift: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def _assemble(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The weighted sums of what acts on the left, on the right and elementwise."""
         dtype = self.targets[0].dtype
         sides: dict[str, Tensor] = {}
-        diagonal = shift.to(dtype)[..., None, None]
+        diagonal = ridge.to(dtype)[..., None, None]
         for i, operator in enumerate(self.operators):
             weight = weights[..., i].to(dtype)[..., None, None]
             if isinstance(operator, Gram):

@@ -22,7 +22,7 @@ def module_label(modules: Sequence[str], module: int) -> str:
 
 
 def with_names(error: ValueError, names: Sequence[str]) -> ValueError:
-    """An error of a batch with its module by name.
+    """An error about a module of a batch, its message with the module's name in the place of its position.
 
     Args:
         error: It may say "module 2 of the batch".

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.printing import Brief
 from poe_models.records import with_tensors
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of unit vectors' Gram matrix below this share of the largest are rounding, not directions."""
 
 
-class Operator(ABC):
+class Operator(Brief, ABC):
     """A positive semi-definite operator on matrices ``(d_out, d_in)``, batched over modules: a dataclass of tensors."""
 
     @abstractmethod
@@ -68,7 +69,7 @@ class Operator(ABC):
         return sum_of_squares(self.root(x))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScaledIdentity(Operator):
     """``P = I`` on matrices ``(d_out, d_in)``, batched and on the device like any tensor ``(..., d_out, d_in)``."""
 
@@ -96,7 +97,7 @@ class ScaledIdentity(Operator):
         return torch.zeros_like(self.mean_curvature(1))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagonal(Operator):
     """``P x = values * x`` elementwise, ``values >= 0`` of shape ``(..., d_out, d_in)``."""
 
@@ -123,7 +124,7 @@ class Diagonal(Operator):
         return torch.where(self.values > 0, self.values, 1).double().log().sum((-2, -1))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gram(Operator):
     """``P x = F F^T x`` (``side="left"``) or ``x F F^T`` (``side="right"``).
 
@@ -187,7 +188,7 @@ class Gram(Operator):
         return 2 * self._whole_lengths[1] * torch.where(counted, singular, 1.0).log().sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RankOne(Operator):
     """``P x = v <v, x>`` with ``v`` of shape ``(..., d_out, d_in)``; never a matrix on ``vec(x)``."""
 

@@ -26,6 +26,7 @@ from typing_extensions import override
 from poe_models.energies import Energy
 from poe_models.module_names import module_label
 from poe_models.operators import Operator, sum_of_squares
+from poe_models.printing import Brief
 from poe_models.records import with_tensors
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from poe_models.span import SpanCoordinates
 
 
-@dataclass(frozen=True, eq=False)
-class BoundExpert:
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundExpert(Brief):
     """One expert's energy with its operator, update and scale filled in.
 
     Attributes:
@@ -94,8 +95,8 @@ class BoundExpert:
         return torch.where(self.active, value, torch.zeros_like(value))
 
 
-@dataclass(frozen=True, eq=False)
-class BoundFactor:
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundFactor(Brief):
     """A :class:`~poe_models.experts.FactorExpert` as a function of the posterior's own coordinates.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Precision matrices ``H = sum_i w_i P_i + shift I``, factored once and then used.
+"""Precision matrices ``H = sum_i w_i P_i + ridge I``, factored once and then used.
 
 The three shapes that a product of experts can take: one side of the matrix, both sides, or elementwise. Leading
 dimensions ``(...)`` are modules and, in samplers, chains. Every class has a square root ``H = L L^T``, so that
@@ -155,21 +155,21 @@ class SpectralPrecision(Precision):
 
 
 class KroneckerSum(SpectralPrecision):
-    """``H x = A x + x B + shift x``, by an eigendecomposition of each side.
+    """``H x = A x + x B + ridge x``, by an eigendecomposition of each side.
 
     Args:
         left: ``A``, ``(..., a, a)``.
         right: ``B``, ``(..., b, b)``.
-        shift: ``(..., 1, 1)``.
+        ridge: ``(..., 1, 1)``.
 
     Raises:
         NotPositiveDefiniteError: If ``H`` is not positive definite.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, shift: Tensor) -> None:
+    def __init__(self, left: Tensor, right: Tensor, ridge: Tensor) -> None:
         left_values, self.left = torch.linalg.eigh(left)
         right_values, self.right = torch.linalg.eigh(right)
-        self.values = left_values.clamp(min=0).unsqueeze(-1) + right_values.clamp(min=0).unsqueeze(-2) + shift
+        self.values = left_values.clamp(min=0).unsqueeze(-1) + right_values.clamp(min=0).unsqueeze(-2) + ridge
         self.shape, self.dtype = (int(left.shape[-1]), int(right.shape[-1])), left.dtype
         self._require_positive("the experts leave some direction undetermined")
 

@@ -1,4 +1,4 @@
-"""Text for people: results in a few lines without arrays, sizes, and text of other people's files made visible."""
+"""Texts to print: results in a few lines without arrays, sizes in bytes, and untrusted text with escapes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _listed(items: Sequence[Any]) -> str:
 
 
 def size_text(nbytes: float) -> str:
-    """Bytes for people.
+    """A number of bytes as text.
 
     >>> size_text(0), size_text(1536), size_text(215_000), size_text(3 * 10**9)
     ('0 bytes', '1.5 kB', '215.0 kB', '3.0 GB')

@@ -77,7 +77,7 @@ class ResidualMap(ABC):
         return self.operator(left @ right)
 
     def checked_operator(self, update: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Operator:
-        """The operator of an update or of its factors, if it is one.
+        """The operator of an update or of its factors, refused if it is none.
 
         Raises:
             ValueError: If the map returns something else, such as a tensor.

@@ -133,7 +133,7 @@ def test_gibbs_weights_have_the_power_of_the_temperature(generator: torch.Genera
     poe = ProductOfExperts.of(NAMES, Identity(), Cauchy(3.0), importance=2.0, temperature=0.5)
     kernel = GibbsKernel(poe.bind(random_updates(generator, 3, 2, 2, 2)))
     assert kernel.power.tolist() == [2.0, 2.0, 2.0]
-    assert_close(kernel.shift, kernel.posterior.anchor_precision / 0.5)
+    assert_close(kernel.ridge, kernel.posterior.anchor_precision / 0.5)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -44,8 +44,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*standard deviations of the dra
 
 
 def bowl(settings: Settings) -> Scores:
-    """Best at scale 0.5 and eta 1."""
-    off = abs(settings.scale - 0.5) + (abs(settings.eta - 1.0) if settings.eta else 0.0)
+    """Best at scaling 0.5 and eta 1."""
+    off = abs(settings.scaling - 0.5) + (abs(settings.eta - 1.0) if settings.eta else 0.0)
     off += abs(settings.own - 0.2) if settings.own else 0.0
     return Scores(1 - off, off, 0.0, 0.0)
 
@@ -85,9 +85,9 @@ class TestReport:
         last = lines[-1]
         assert float(last["accuracy"]) == pytest.approx(0.55)
         assert float(last["nll"]) == pytest.approx(0.45)
-        assert (last["scale"], last["eta"]) == ("0.7", "0.1")
+        assert (last["scaling"], last["eta"]) == ("0.7", "0.1")
         assert (last["weight_spread_median"], last["weight_spread_max"]) == ("2.0", "3.0")
-        assert lines[0]["scale"] == lines[0]["merge_seconds"] == ""
+        assert lines[0]["scaling"] == lines[0]["merge_seconds"] == ""
 
     def test_tables(self) -> None:
         lines = report.markdown(self.rows, [(self.best, self.rows[0])], "a note").splitlines()
@@ -281,14 +281,14 @@ class TestPlan:
             asked.append(settings)
             return bowl(settings)
 
-        plan = Plan(trials=3, scales=(0.2, 0.5, 3.0))
+        plan = Plan(trials=3, scalings=(0.2, 0.5, 3.0))
         assert plan.search(BY_NAME["InputGram, Cauchy"], watched, 0).settings == Settings(0.5, ETA)
-        assert asked == [Settings(scale, ETA) for scale in plan.scales]
+        assert asked == [Settings(scaling, ETA) for scaling in plan.scalings]
         assert plan.search(ARITHMETIC, watched, 0).settings == Settings(0.5, 0.0)
         assert plan.search(AVERAGE, watched, 0).settings == Settings(1.0, 0.0)
 
     def test_the_note_says_the_budget(self, suite: Suite) -> None:
-        plan = Plan(trials=2, scales=(0.5, 1.0), validation=7)
+        plan = Plan(trials=2, scalings=(0.5, 1.0), validation=7)
         note = plan.note(suite.limited(plan.validation, plan.test))
         count = len(suite.labels("test")["one"])
         assert "2 settings for each method (λ among 0.5, 1, η = 0.1) on 7 validation examples" in note
@@ -344,11 +344,11 @@ class TestDemo:
 
         monkeypatch.setattr(plan_module, "solve", counting)
         methods = (ARITHMETIC, BY_NAME["Directional, Gaussian"], BY_NAME["Directional, Cauchy"])
-        scales = (0.3, 0.5, 1.0)
-        rows, tails = demo.compare(suite, Plan(methods, 3, scales), 0, lambda _: None)
+        scalings = (0.3, 0.5, 1.0)
+        rows, tails = demo.compare(suite, Plan(methods, 3, scalings), 0, lambda _: None)
         assert asked == [("task arithmetic", 0.0), ("Directional, Gaussian", ETA), ("Directional, Cauchy", ETA)]
         assert [row.name for row, _ in tails] == ["Directional, Cauchy"]
         twin = tails[0][1]
         assert twin.settings == rows[2].settings  # the Gaussian of the same family is the twin
-        state = solve(methods[1], suite.vectors(), ETA).state(twin.settings.scale if twin.settings else 0.0)
+        state = solve(methods[1], suite.vectors(), ETA).state(twin.settings.scaling if twin.settings else 0.0)
         assert twin.scores == evaluate(suite, state, "test")

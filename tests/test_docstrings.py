@@ -4,6 +4,8 @@ does."""
 from __future__ import annotations
 
 import ast
+import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +26,16 @@ SINGLE = re.compile(r"(?<![`:\w])`[^`\n]+`(?!`)")
 
 
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of every docstring of a file.
+    """Name and text of every docstring of a file, those beneath constants included.
 
     Yields:
         Each of them.
     """
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for constant, node in itertools.pairwise(tree.body):
+        if isinstance(constant, ast.Assign | ast.AnnAssign) and isinstance(node, ast.Expr):
+            yield ast.unparse(constant).partition(" = ")[0], inspect.cleandoc(ast.literal_eval(node.value))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
             if text:

@@ -120,15 +120,15 @@ class TestMethods:
 
 
 def bowl(settings: Settings) -> Scores:
-    """Best at scale 0.5 and eta 1."""
-    off = abs(settings.scale - 0.5) + (abs(settings.eta - 1.0) if settings.eta else 0.0)
+    """Best at scaling 0.5 and eta 1."""
+    off = abs(settings.scaling - 0.5) + (abs(settings.eta - 1.0) if settings.eta else 0.0)
     off += abs(settings.own - 0.2) if settings.own else 0.0
     return Scores(1 - off, off, 0.0, 0.0)
 
 
 class TestSearch:
     @pytest.mark.parametrize(
-        ("tuned", "first"), [(("scale",), Settings(0.3, 0.0)), (("scale", "eta"), Settings(1, 0.1))]
+        ("tuned", "first"), [(("scaling",), Settings(0.3, 0.0)), (("scaling", "eta"), Settings(1, 0.1))]
     )
     def test_budget_first_trial_and_best(self, tuned: tuple[str, ...], first: Settings) -> None:
         best, trials = search(bowl, tuned, 9, seed=0)
@@ -139,7 +139,7 @@ class TestSearch:
         assert {trial.settings.eta for trial in trials} <= grid
 
     def test_seed_decides(self) -> None:
-        one, same, other = (search(bowl, ("scale", "eta"), 6, seed)[1] for seed in (1, 1, 2))
+        one, same, other = (search(bowl, ("scaling", "eta"), 6, seed)[1] for seed in (1, 1, 2))
         assert one == same
         assert one != other
 
@@ -149,22 +149,22 @@ class TestSearch:
 
     def test_own_parameter(self) -> None:
         first, choices = Settings(1.0, 0.0, 0.8), (0.1, 0.2, 0.8)
-        best, trials = search(bowl, ("scale", "own"), 20, 0, choices, [first])
+        best, trials = search(bowl, ("scaling", "own"), 20, 0, choices, [first])
         assert trials[0].settings == first
         assert {trial.settings.own for trial in trials} == set(choices)
         assert best.settings.own == 0.2
-        kept, trials = search(bowl, ("scale",), 4, 0, first=[first])
+        kept, trials = search(bowl, ("scaling",), 4, 0, first=[first])
         assert {trial.settings.own for trial in (kept, *trials)} == {0.8}
 
     def test_several_first_trials_and_another_range(self) -> None:
         first = (Settings(1.0, 10**2.5), Settings(1.0, 1000.0))
-        _, trials = search(bowl, ("scale", "eta"), 12, 0, first=first, eta_half_decades=(5, 6))
+        _, trials = search(bowl, ("scaling", "eta"), 12, 0, first=first, eta_half_decades=(5, 6))
         assert tuple(trial.settings for trial in trials[:2]) == first
         assert {trial.settings.eta for trial in trials[2:]} == {10**2.5, 10**3.0}
 
     def test_ties_go_to_the_lower_nll(self) -> None:
         def tied(settings: Settings) -> Scores:
-            return Scores(0.5, settings.scale, 0.0, 0.0)
+            return Scores(0.5, settings.scaling, 0.0, 0.0)
 
-        best, trials = search(tied, ("scale",), 9, seed=0)
-        assert best.settings.scale == min(trial.settings.scale for trial in trials)
+        best, trials = search(tied, ("scaling",), 9, seed=0)
+        assert best.settings.scaling == min(trial.settings.scaling for trial in trials)

@@ -25,7 +25,6 @@ from benchmarks.language import model, tasks, texts, tokens, train
 from benchmarks.language.model import NOT_WEIGHTS, MiniLMNetwork, base_state
 from benchmarks.language.sources import MINILM, SENTIMENT, SPAM_ASSASSIN, WORDNET
 from benchmarks.language.tasks import TASKS, Split, SplitSizes, load_task, load_tasks
-from diagnostics.predictions import soft_label_scores
 from tests.seeds import seed_of, seeded
 from tests.test_language_texts import tar_of, zip_of
 
@@ -245,15 +244,6 @@ class TestTasks:
                 assert text.replace(" ", "").endswith(str(index))
                 assert split.groups[row] == index // 3
                 assert split.labels[row] == index % 2
-                assert split.votes is not None
-                assert split.votes[row].tolist() == ([0, 3] if index % 2 else [2, 1])
-
-    def test_votes_are_what_calibration_takes(self, toy_archives: Path) -> None:
-        votes = load_task("movies", SIZES, toy_archives).splits["test"].votes
-        assert votes is not None
-        scores = soft_label_scores(votes / votes.sum(1, keepdim=True), votes, seed=0)
-        assert (scores.divergence.value, scores.fewest_raters) == (pytest.approx(0.0, abs=1e-12), 3)
-        assert load_task("spam", SIZES, toy_archives).splits["test"].votes is None
 
     @pytest.mark.parametrize("name", TASKS)
     def test_real_splits_never_overlap(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +259,6 @@ class TestTasks:
             assert not seen & set(rows)
             seen.update(rows)
             assert torch.equal((split.tokens != 0).sum(1), split.lengths)
-            if split.votes is not None:
-                assert split.votes.sum(1).min() >= 1
         for one, other in itertools.combinations(task.splits.values(), 2):
             assert not set(one.groups.tolist()) & set(other.groups.tolist())
         assert set(task.splits["head"].labels.bincount().tolist()) == {SplitSizes().shots}

@@ -1,4 +1,4 @@
-"""The language suite's texts: votes, mails and glosses from tables as they are in the archives."""
+"""The language suite's texts: ratings, mails and glosses from tables as they are in the archives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def zip_of(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 class TestTables:
-    def test_votes_and_labels_follow_the_identifier(self) -> None:
+    def test_labels_follow_the_identifier(self) -> None:
         table = "\n".join(("7_1\t-0.5\tBad\tvery", "7_2\t0\tnothing", "8_1\t2.5\tgood ", "9_1\t1.5\tanother wording"))
         given = "\n".join(
             ("9_1\t2\t0\t[2, 2]", "8_1\t2.5\t0\t[2, 3]", "7_2\t0\t0\t[1, -1]", "7_1\t-0.5\t0\t[-3, 1, 1, -1]")
@@ -42,8 +42,6 @@ class TestTables:
         found = rated(table, given)
         assert found.texts == ("Bad\tvery", "good")
         assert found.labels.tolist() == [0, 1]
-        assert found.votes is not None
-        assert found.votes.tolist() == [[2, 2], [0, 2]]
         assert found.groups.tolist() == [0, 1]
 
     def test_an_archive_without_a_table_is_named(self, tmp_path: Path) -> None:
@@ -99,7 +97,6 @@ class TestTables:
         assert found.classes == ("animal", "time")
         assert found.texts == ("a beast", "another beast", "a day", "days")
         assert found.labels.tolist() == [0, 0, 1, 1]
-        assert found.votes is None
 
     def test_groups_are_numbered_as_they_come(self) -> None:
         assert numbered(["x", "y", "x", "z"]).tolist() == [0, 1, 0, 2]

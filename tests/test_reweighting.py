@@ -141,9 +141,9 @@ def test_a_module_that_nothing_holds_stays_at_the_centre(generator: torch.Genera
     )
     posterior = poe.bind(updates)
     problem = Problem(posterior, quadratic_of(posterior))
-    assert problem.shift.tolist() == [1.0, 0.0, 0.0]
+    assert problem.ridge.tolist() == [1.0, 0.0, 0.0]
     anchored = problem_of(updates, OutputGram())
-    assert anchored.shift.tolist() == [0.3, 0.3, 0.3]
+    assert anchored.ridge.tolist() == [0.3, 0.3, 0.3]
     assert_close(problem.solve(torch.ones(3, 2, dtype=torch.float64)).x[0], torch.zeros_like(updates[0, 0]))
 
 

@@ -1,17 +1,14 @@
-"""Selective prediction and soft labels against loops and closed forms."""
+"""Selective prediction against loops and closed forms."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from diagnostics.predictions.selective import risk_coverage
-from diagnostics.predictions.soft_labels import soft_label_scores
-from inference import scores
 from tests.levels import binomial_range
 from tests.seeds import seeded
 
@@ -90,53 +87,3 @@ def test_refused(score: Tensor, loss: Tensor, message: str) -> None:
 def test_levels_refused() -> None:
     with pytest.raises(ValueError, match=r"`risk_coverage\(confidence=95\)`: give a level between 0 and 1"):
         risk_coverage(torch.rand(30), torch.ones(30), seed=0, confidence=95)
-
-
-def raters(size: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Predictions, true shares and votes."""
-    generator = seeded(seed)
-    p, truth = torch.randn(2, size, 3, generator=generator, dtype=torch.float64).softmax(-1)
-    votes = torch.nn.functional.one_hot(torch.multinomial(truth, number, replacement=True, generator=generator), 3)
-    return p, truth, votes.sum(1)
-
-
-def test_one_rater_is_an_ordinary_label() -> None:
-    p, _, votes = raters(100, 1)
-    found = soft_label_scores(p, votes, seed=0, num_resamples=10)
-    labels = votes.argmax(1)
-    assert found.cross_entropy.value == pytest.approx(scores.nll(p.log(), labels))
-    assert found.divergence.value == pytest.approx(found.cross_entropy.value)
-    assert found.ece.value == pytest.approx(scores.ece(p, labels))
-    assert math.isnan(found.squared_distance.value)
-    assert not found.squared_distance.trusted
-    assert found.fewest_raters == 1
-
-
-def test_against_scipy_and_numpy() -> None:
-    p, _, votes = raters(80, 5)
-    v = (votes / 5).numpy()
-    found = soft_label_scores(p.float(), votes.numpy(), seed=0, num_resamples=10)
-    q = p.float().double().numpy()
-    safe = np.where(v > 0, v, 1)
-    assert found.divergence.value == pytest.approx((v * np.log(safe / q)).sum(1).mean(), abs=1e-6)
-    assert found.total_variation.value == pytest.approx(np.abs(v - q).sum(1).mean() / 2, abs=1e-6)
-    entropies = -(q * np.log(q)).sum(1) + (v * np.log(safe)).sum(1)
-    assert found.entropy_gap.value == pytest.approx(entropies.mean(), abs=1e-6)
-
-
-def test_squared_distance_is_unbiased_in_the_number_of_raters() -> None:
-    p, truth, votes = raters(20000, 2)
-    found = soft_label_scores(p, votes, seed=0, num_resamples=50).squared_distance
-    expected = float((p - truth).square().sum(1).mean())
-    assert abs(found.value - expected) < 4 * found.error
-    assert found.error < 0.01 < float((p - votes / 2).square().sum(1).mean()) - expected
-
-
-def test_votes_are_counts() -> None:
-    p, _, votes = raters(4, 3)
-    for wrong in (votes / 3, votes - 1, votes[:2], torch.zeros_like(votes), votes * math.nan):
-        with pytest.raises(ValueError, match="counts of raters"):
-            soft_label_scores(p, wrong, seed=0)
-    impossible = soft_label_scores(torch.eye(3)[:1], torch.tensor([[0, 2, 0]]), seed=0, num_resamples=10)
-    assert impossible.cross_entropy.value == math.inf
-    assert not impossible.cross_entropy.trusted

@@ -43,7 +43,7 @@ def test_an_entry_is_the_merge_that_was_chosen(name: str, suite: Suite) -> None:
     contest = Contest(Bench(suite, 1, 0, 4))
     entry = contest.methods[name]()
     assert entry.facts["data"] == ("activations" if name.startswith("Activation") else "none")
-    assert entry.facts["scale"] == 1.0
+    assert entry.facts["scaling"] == 1.0
     if name == "InputGram, Cauchy":
         (method,) = (each for each in MAPS if each.name == name)
         state = solve(method, suite.vectors(), 0.1).state(1.0)
@@ -99,7 +99,15 @@ def results(seed: int, right: dict[str, int]) -> Results:
         answer = torch.where(torch.arange(40) < count, labels, 1 - labels)
         return 0.1 + 0.8 * torch.nn.functional.one_hot(answer, 2).float()
 
-    facts = {"data": "none", "scale": 1.0, "eta": 0.1, "own": None, "validation": 0.5, "divisor": 2.0, "unconverged": 0}
+    facts = {
+        "data": "none",
+        "scaling": 1.0,
+        "eta": 0.1,
+        "own": None,
+        "validation": 0.5,
+        "divisor": 2.0,
+        "unconverged": 0,
+    }
     entries = {
         name: Entry(name, {"t": table(count)}, {**facts, "data": "labels" if name == OWN else "none"})
         for name, count in right.items()

@@ -13,7 +13,6 @@ from diagnostics.predictions.calibration import calibration
 from diagnostics.predictions.evaluation import evaluate_predictions
 from diagnostics.predictions.files import predictions_of
 from diagnostics.predictions.shift import compare_detection, point_prediction
-from diagnostics.predictions.soft_labels import soft_label_scores
 from diagnostics.report.page import page
 from diagnostics.tails import hill, pooled_tails, tail_posterior
 from diagnostics.tails.families import CAUCHY
@@ -98,8 +97,6 @@ def test_one_row_for_each_score() -> None:
         found.nll.value, found.nll.low, found.nll.high, found.nll.error,
     ]  # fmt: skip
     assert str(found).splitlines()[1] == f"nll: {found.nll}"
-    votes = torch.randint(1, 4, (60, 3), generator=generator)
-    assert len(soft_label_scores(p, votes, seed=0, num_resamples=20).to_dataframe()) == 6
 
 
 def test_gains_under_shift_are_beside_what_they_are_over() -> None:

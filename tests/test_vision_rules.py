@@ -126,7 +126,7 @@ class TestBench:
         assert len(asked) == len(set(asked)) <= len(rule.choices)
         assert chosen.settings is not None
         assert chosen.merge is not None
-        state = chosen.merge.state(chosen.settings.scale)
+        state = chosen.merge.state(chosen.settings.scaling)
         assert chosen.validation == mean_scores(bench.validation(state)).accuracy
         logits = task_logits(suite, state, "test")
         for task, table in chosen.probabilities.items():
@@ -138,7 +138,7 @@ class TestBench:
         line = bench.line("TaskArithmetic")
         alone = line.alone.settings
         assert alone is not None
-        assert alone.scale == 0.3
+        assert alone.scaling == 0.3
         assert list(line.posteriors) == ["InputGram", "OutputGram"]
         found, eta = line.posteriors["InputGram"].merge, 0.1
         assert found is not None
@@ -260,7 +260,7 @@ class TestReport:
             rows = list(csv.DictReader(file))
         assert len(rows) == (3 * 2 + 2) * 3
         (found,) = (r for r in rows if (r["rule"], r["stage"], r["task"]) == ("TIES", "InputGram", "t"))
-        assert (float(found["accuracy"]), found["scale"], found["eta"], found["own"]) == (0.8, "0.9", "1.0", "")
+        assert (float(found["accuracy"]), found["scaling"], found["eta"], found["own"]) == (0.8, "0.9", "1.0", "")
         assert rows[-1]["task"] == "mean"
         assert float(rows[-1]["accuracy"]) == pytest.approx(0.825)
 

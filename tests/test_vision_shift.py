@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*standard deviations of the dra
 def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapping[float, float]) -> None:
     """What the demo leaves behind: validation accuracy by method, NLL by temperature."""
     demo.save_merge(INPUT, Settings(0.8, 0.1), suite, folder / "merged")
-    lines = ["method,task,scale,eta,validation_accuracy"]
+    lines = ["method,task,scaling,eta,validation_accuracy"]
     lines += [f'"{name}",mean,0.8,0.1,{value}\n"{name}",one,0.8,0.1,' for name, value in rows.items()]
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
     lines = ["members,sampled,temperature,nll,num_members", "Gibbs,all layers,1e-9,0,5", "Laplace,last layer,1e-9,0,5"]

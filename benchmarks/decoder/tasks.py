@@ -103,7 +103,7 @@ def load_task(name: str, sizes: SplitSizes, base: Path, cache: Path) -> Task:
     (source, reader), prompt = READERS[name], PROMPTS[name]
     found, tokenizer = reader(fetch(source, cache)), Tokenizer.from_file(str(base / "tokenizer.json"))
     tokens, lengths = prompts(tokenizer, prompt, found.texts)
-    whole = Split(tokens, lengths, found.labels, torch.arange(len(found.labels)), found.groups, found.votes)
+    whole = Split(tokens, lengths, found.labels, torch.arange(len(found.labels)), found.groups)
     kept = whole.without_duplicates()
     splits = {split: kept.take(rows) for split, rows in split_rows(kept.labels, kept.groups, sizes).items()}
     key = key_of(VERSION, name, MOST_TOKENS, asdict(prompt), SMOLLM2.sha256, source.sha256, asdict(sizes))

@@ -130,7 +130,7 @@ class Contest:
         assert chosen.merge is not None
         assert chosen.settings is not None
         suite = self.bench.suite
-        state = chosen.merge.state(chosen.settings.scale)
+        state = chosen.merge.state(chosen.settings.scaling)
         divisor = fit_logit_temperature(task_logits(suite, state, "validation"), suite.labels("validation"))
         facts = {"data": data, **asdict(chosen.settings), "validation": chosen.validation, "divisor": divisor}
         return Entry(method, chosen.probabilities, {**facts, "unconverged": chosen.unconverged})

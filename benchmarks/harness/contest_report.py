@@ -157,7 +157,7 @@ def _setting(entry: Entry | None) -> str:
     own = "" if facts["own"] is None else f" own {facts['own']:g}"
     eta = f" η {facts['eta']:.3g}" if facts["eta"] else ""
     doubt = f" ({facts['unconverged']} modules not converged)" if facts["unconverged"] else ""
-    return f"λ {facts['scale']:.2f}{eta}{own}{doubt}"
+    return f"λ {facts['scaling']:.2f}{eta}{own}{doubt}"
 
 
 def _about(suite: str, runs: Sequence[Results]) -> str:

@@ -1,6 +1,6 @@
 """The main job on real input: merge a suite's fine-tunes with every method and compare them on test examples.
 
-The scale of every method, and the anchor precision where the plan says so, is chosen on validation with one budget.
+The scaling of every method, and the anchor precision where the plan says so, is chosen on validation with one budget.
 Printed are, per task and on average, how good the merges are and what they cost. The output folder gets the numbers
 (`results.csv`, `results.md`), a plot (`results.png`) and the best product of experts as an ordinary checkpoint folder
 (`merged`), which is loaded again and evaluated. Then ensembles are drawn from the posterior around that merge
@@ -91,7 +91,7 @@ def choose(method: Method, suite: Suite, merges: Merges, plan: Plan, seed: int) 
     """
 
     def validation(settings: Settings) -> Scores:
-        state = merges.of(method, settings.eta).merge.state(settings.scale)
+        state = merges.of(method, settings.eta).merge.state(settings.scaling)
         return mean_scores(evaluate(suite, state, "validation"))
 
     best = plan.search(method, validation, seed)
@@ -102,7 +102,7 @@ def merge_row(method: Method, suite: Suite, merges: Merges, settings: Settings) 
     """The merge with given settings on the test examples, and what it took."""
     solved = merges.of(method, settings.eta)
     return replace(
-        judge(method.name, suite, task_logits(suite, solved.merge.state(settings.scale), "test")),
+        judge(method.name, suite, task_logits(suite, solved.merge.state(settings.scaling), "test")),
         family=method.family,
         energy=method.energy_name,
         settings=settings,
@@ -161,7 +161,7 @@ def save_merge(method: Method, settings: Settings, suite: Suite, out: Path) -> D
     """
     if out.exists() and not (out / "poe_merge.json").is_file():
         raise FileExistsError(f"`save_merge(out={str(out)!r})`: it is not a merged model. Give another --out folder.")
-    design = Design(method.design(tuple(suite.experts), settings.eta), settings.scale)
+    design = Design(method.design(tuple(suite.experts), settings.eta), settings.scaling)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary:
         merge_checkpoint(suite.vectors(), design, Path(temporary) / MERGED)
         shutil.rmtree(out, ignore_errors=True)
@@ -178,7 +178,7 @@ def device_seconds(method: Method, settings: Settings, suite: Suite) -> dict[str
         for _ in range(2):
             started = time.perf_counter()
             vectors = TaskVectors(suite.base, suite.experts, device=device)
-            solve(method, vectors, settings.eta).state(settings.scale)  # the state dict is on the CPU
+            solve(method, vectors, settings.eta).state(settings.scaling)  # the state dict is on the CPU
             seconds[name] = time.perf_counter() - started
     return seconds
 

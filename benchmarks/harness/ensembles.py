@@ -248,7 +248,7 @@ class Ensembles:
         return states
 
     def _weights(self, module: Module, design: Design, draws: FullDraws) -> list[Tensor]:
-        """`W_0 + scale * Z` of one module in every draw; a mode is solved for once."""
+        """`W_0 + λ Z` of one module in every draw; a mode is solved for once."""
         if draws.uses_modes:
             module = replace(module, known_mode=self._modes.get(module.name))
             self._modes[module.name] = module.mode

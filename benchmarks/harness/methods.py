@@ -51,7 +51,7 @@ class Method:
     rule: MergingMethod | None = None
     residual_map: ResidualMap | tuple[ResidualMap, ...] | None = None
     energy: Energy | None = None
-    tuned: tuple[str, ...] = ("scale", "eta")
+    tuned: tuple[str, ...] = ("scaling", "eta")
 
     def design(self, names: Sequence[str], eta: float, center: Tensor | None = None) -> ProductOfExperts:
         """The product of experts with a relative anchor precision `eta`.
@@ -106,10 +106,10 @@ ENERGIES: dict[str, Energy] = {"Gaussian": Cauchy().twin(), "Cauchy": Cauchy(), 
 
 BASELINES = (
     Method("average", "average", average, tuned=()),
-    Method("task arithmetic", "task arithmetic", TaskArithmetic(1.0), tuned=("scale",)),
+    Method("task arithmetic", "task arithmetic", TaskArithmetic(1.0), tuned=("scaling",)),
 )
 RULES = tuple(
-    Method(name, name, rule, tuned=("scale",))
+    Method(name, name, rule, tuned=("scaling",))
     for name, rule in {
         "TIES": Ties(),
         "DARE-TIES": DareTies(),
@@ -132,7 +132,7 @@ METHODS = (*BASELINES, *RULES, *MAPS)
 
 @dataclass(frozen=True)
 class Merge:
-    """A solved merge, before its scale is chosen.
+    """A solved merge, before its scaling is chosen.
 
     Args:
         base: Base tensors of the updates, by name.
@@ -152,9 +152,9 @@ class Merge:
     unconverged: tuple[str, ...] = ()
     other_starts: tuple[str, ...] = ()
 
-    def state(self, scale: float) -> dict[str, Tensor]:
-        """State dict with `W_0 + scale * Z`, as `merge_checkpoint` has it; Z of averaged tensors is the mean update."""
-        merged = {name: self.base[name] + scale * update for name, update in self.updates.items()}
+    def state(self, scaling: float) -> dict[str, Tensor]:
+        """State dict with `W_0 + λ Z`, as `merge_checkpoint` has it; Z of averaged tensors is the mean update."""
+        merged = {name: self.base[name] + scaling * update for name, update in self.updates.items()}
         return {name: value.cpu() for name, value in (merged | self.others).items()}
 
 

@@ -1,4 +1,4 @@
-"""What a demo does and how much of it, and merges that are solved once for all of their scales."""
+"""What a demo does and how much of it, and merges that are solved once for all of their scalings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Plan:
     Args:
         methods: What to compare: task arithmetic and at least one product of experts among them.
         trials: Settings each method may try on validation.
-        scales: The scales to try, as many as `trials`, all at the first trial's anchor precision; if there are none, a
-            search proposes scales and anchor precisions.
+        scalings: Each λ to try, as many as `trials`, all at the first trial's anchor precision; if there are none, a
+            search proposes λ and anchor precision.
         validation: Most validation examples of a task; None for all.
         test: Most test examples of a task; None for all.
         budget: How much is drawn for ensembles.
@@ -35,7 +35,7 @@ class Plan:
 
     methods: tuple[Method, ...] = METHODS
     trials: int = 8
-    scales: tuple[float, ...] = ()
+    scalings: tuple[float, ...] = ()
     validation: int | None = None
     test: int | None = None
     budget: Budget = Budget()
@@ -49,12 +49,12 @@ class Plan:
             validation: Mean validation scores of a setting.
             seed: Of the proposals.
         """
-        if not self.scales or not method.tuned:
+        if not self.scalings or not method.tuned:
             return search(validation, method.tuned, self.trials, seed)[0]
         eta = ETA if "eta" in method.tuned else 0.0
-        first = [Settings(scale, eta) for scale in self.scales[: self.trials]]
-        bounds = (min(self.scales), max(self.scales))
-        return search(validation, ("scale",), len(first), seed, first=first, scales=bounds)[0]
+        first = [Settings(scaling, eta) for scaling in self.scalings[: self.trials]]
+        bounds = (min(self.scalings), max(self.scalings))
+        return search(validation, ("scaling",), len(first), seed, first=first, scalings=bounds)[0]
 
     def note(self, suite: Suite) -> str:
         """The budget, in words.
@@ -67,7 +67,9 @@ class Plan:
             for sizes in ([len(each) for each in suite.labels(split).values()] for split in ("validation", "test"))
         )
         chosen = (
-            f"λ among {', '.join(f'{scale:g}' for scale in self.scales)}, η = {ETA:g}" if self.scales else "λ and η"
+            f"λ among {', '.join(f'{scaling:g}' for scaling in self.scalings)}, η = {ETA:g}"
+            if self.scalings
+            else "λ and η"
         )
         drawn = self.budget
         walked = f"walks on {drawn.walk_temperatures} temperatures ({', '.join(drawn.everywhere)})"

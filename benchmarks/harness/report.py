@@ -29,7 +29,7 @@ class Row:
         energy: Name of the energy; empty without one.
         scores: Task -> scores.
         correct: Task -> (n,) bool, which test examples it got right.
-        settings: Chosen scale and anchor precision, if anything was merged.
+        settings: Chosen scaling and anchor precision, if anything was merged.
         validation: Mean validation accuracy at these settings.
         merge_seconds: One solve at these settings, the updates in memory.
         search_seconds: Choosing the settings.
@@ -84,11 +84,11 @@ COSTS = ("spread", "merge s", "search s", "peak MiB")
 def cells(row: Row, own: Row, task: str) -> list[str]:
     """The row's cells for a task; for `MEAN` with `COSTS`."""
     scores, settings = row.on(task), row.settings
-    scale, eta = (settings.scale, settings.eta or None) if settings else (None, None)
+    scaling, eta = (settings.scaling, settings.eta or None) if settings else (None, None)
     quality = (scores.accuracy, normalised(row, own, task), scores.nll, scores.brier, scores.ece)
     found = [
         row.name,
-        _number(scale, 2),
+        _number(scaling, 2),
         "" if eta is None else f"{eta:.3g}",
         *(_number(value, 3) for value in quality),
     ]
@@ -198,7 +198,7 @@ def device_table(method: str, seconds: Mapping[str, float]) -> Table:
 
 
 FIELDS = (
-    *("method", "family", "energy", "task", "scale", "eta"),
+    *("method", "family", "energy", "task", "scaling", "eta"),
     *("accuracy", "normalised_accuracy", "nll", "brier", "ece", "validation_accuracy"),
     *("merge_seconds", "search_seconds", "peak_mib", "weight_spread_median", "weight_spread_max"),
 )
@@ -216,7 +216,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow(FIELDS)
         for row in rows:
-            settings = (row.settings.scale, row.settings.eta) if row.settings else ("", "")
+            settings = (row.settings.scaling, row.settings.eta) if row.settings else ("", "")
             spread = (median(row.weight_spread), max(row.weight_spread)) if row.weight_spread else ("", "")
             costs = (row.merge_seconds, row.search_seconds, row.peak_mib)
             for task in (*row.scores, MEAN):

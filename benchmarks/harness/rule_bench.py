@@ -14,7 +14,7 @@ from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, evaluate, mean_scores, task_logits
 from benchmarks.harness.methods import MAPS, Loaded, Merge, Method, solve
 from benchmarks.harness.rulebook import RULES, Rule
-from benchmarks.harness.search import SCALES, Settings, search
+from benchmarks.harness.search import SCALINGS, Settings, search
 from benchmarks.harness.suite import Suite
 
 SEEDS = 5
@@ -37,7 +37,7 @@ class Chosen:
         settings: What was chosen; None where there was nothing to choose.
         validation: Mean validation accuracy.
         probabilities: On the test images.
-        merge: The merge itself, before its scale; None for the base.
+        merge: The merge itself, before its scaling; None for the base.
         unconverged: How many modules did not converge.
     """
 
@@ -79,13 +79,13 @@ class Bench:
         trials: Settings that each search may try.
         seed: Of searches and calibration images.
         examples: For data-assisted rules, of each task.
-        scales: Least and largest λ that is tried.
+        scalings: Least and largest λ that is tried.
     """
 
     def __init__(
-        self, suite: Suite, trials: int, seed: int, examples: int, scales: tuple[float, float] = SCALES
+        self, suite: Suite, trials: int, seed: int, examples: int, scalings: tuple[float, float] = SCALINGS
     ) -> None:
-        self.suite, self.trials, self.seed, self.scales = suite, trials, seed, scales
+        self.suite, self.trials, self.seed, self.scalings = suite, trials, seed, scalings
         self.vectors = suite.vectors()
         self.loaded = Loaded(self.vectors)
         self.calibration = Calibration(suite, examples, seed)
@@ -98,8 +98,8 @@ class Bench:
         alone = self.tune(lambda s: self.merged(rule.at(s)), rule.tuned, rule.choices, rule.first)
         assert alone.settings is not None
         assert alone.merge is not None
-        scale = alone.settings.scale
-        centers = {module: scale * update for module, update in alone.merge.matrices.items()}
+        scaling = alone.settings.scaling
+        centers = {module: scaling * update for module, update in alone.merge.matrices.items()}
         seeds = [alone.probabilities, *self.other_seeds(rule, alone.settings)] if hasattr(rule.method, "seed") else []
         line = Line(about.title, about.data, rule.parameter, alone, self.posteriors(centers), seeds)
         return replace(line, seconds=time.perf_counter() - started)
@@ -138,7 +138,7 @@ class Bench:
         for seed in range(1, SEEDS):
             method = rule.at(settings)
             again = replace(method, rule=replace(method.rule, seed=seed))  # type: ignore[type-var]
-            found.append(self.test(self.merged(again).state(settings.scale)))
+            found.append(self.test(self.merged(again).state(settings.scaling)))
         return found
 
     def tune(
@@ -162,14 +162,14 @@ class Bench:
         merges: dict[Settings, Merge] = {}
 
         def scores(settings: Settings) -> Scores:
-            key = replace(settings, scale=1.0)
+            key = replace(settings, scaling=1.0)
             if key not in merges:
                 merges[key] = merged(key)
-            return mean_scores(self.validation(merges[key].state(settings.scale)))
+            return mean_scores(self.validation(merges[key].state(settings.scaling)))
 
-        best, _ = search(scores, tuned, self.trials, self.seed, choices, first, ETA_HALF_DECADES, self.scales)
-        merge = merges[replace(best.settings, scale=1.0)]
-        probabilities = self.test(merge.state(best.settings.scale))
+        best, _ = search(scores, tuned, self.trials, self.seed, choices, first, ETA_HALF_DECADES, self.scalings)
+        merge = merges[replace(best.settings, scaling=1.0)]
+        probabilities = self.test(merge.state(best.settings.scaling))
         return Chosen(best.settings, best.scores.accuracy, probabilities, merge, len(merge.unconverged))
 
     def validation(self, source: Mapping[str, Tensor] | Path) -> dict[str, Scores]:

@@ -82,7 +82,7 @@ def write_report(
     rows += [(name, (name, "none", "bound", "", "", "", "")) for name in (OWN, AVERAGE)]
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("rule", "data", "stage", "scale", "eta", "own", "validation_accuracy", "task", *SCORES))
+        writer.writerow(("rule", "data", "stage", "scaling", "eta", "own", "validation_accuracy", "task", *SCORES))
         for method, given in rows:
             for task in found.tasks:
                 writer.writerow((*given, task, *(found.on_task(method, task, score).value for score in SCORES)))
@@ -142,7 +142,7 @@ def settings_text(chosen: Chosen, parameter: str) -> str:
     own = [] if chosen.settings.own is None else [f"{parameter} {chosen.settings.own:g}"]
     eta = [f"η {chosen.settings.eta:.4g}"] if chosen.settings.eta else []
     doubt = [f"{chosen.unconverged} modules not converged"] if chosen.unconverged else []
-    return ", ".join([f"λ {chosen.settings.scale:.2f}", *eta, *own, *doubt]) + f" ({chosen.validation:.3f})"
+    return ", ".join([f"λ {chosen.settings.scaling:.2f}", *eta, *own, *doubt]) + f" ({chosen.validation:.3f})"
 
 
 def seeds_table(lines: Sequence[Line], labels: Mapping[str, Tensor]) -> str:
@@ -226,4 +226,4 @@ def _numbers(chosen: Chosen) -> tuple[object, ...]:
     settings = chosen.settings
     if settings is None:
         return "", "", "", chosen.validation
-    return settings.scale, settings.eta or "", "" if settings.own is None else settings.own, chosen.validation
+    return settings.scaling, settings.eta or "", "" if settings.own is None else settings.own, chosen.validation

@@ -36,13 +36,13 @@ class Rule:
 
     Args:
         method: With the settings of its paper, and a coefficient of 1.
-        scale: λ of the first trial.
+        scaling: λ of the first trial.
         parameter: The field of its own that is tuned, if there is one.
         choices: What that may be; the method's own value is among them.
     """
 
     method: MergingMethod
-    scale: float = 1.0
+    scaling: float = 1.0
     parameter: str = ""
     choices: tuple[float, ...] = ()
 
@@ -50,19 +50,19 @@ class Rule:
         """The method as a row of a comparison."""
         own = {self.parameter: settings.own} if self.parameter else {}
         title = self.method.about.title
-        return Method(title, title, replace(self.method, **own), tuned=("scale",))  # type: ignore[type-var]
+        return Method(title, title, replace(self.method, **own), tuned=("scaling",))  # type: ignore[type-var]
 
     @property
     def first(self) -> tuple[Settings]:
         """The first trial: the paper's settings."""
-        return (Settings(self.scale, 0.0, getattr(self.method, self.parameter) if self.parameter else None),)
+        return (Settings(self.scaling, 0.0, getattr(self.method, self.parameter) if self.parameter else None),)
 
     @property
     def tuned(self) -> tuple[str, ...]:
         """What is searched for; averaging is what it is."""
         if isinstance(self.method, Average):
             return ()
-        return ("scale", "own") if self.parameter else ("scale",)
+        return ("scaling", "own") if self.parameter else ("scaling",)
 
 
 def _as_it_stands(name: str) -> Callable[[Calibration], Rule]:

@@ -1,4 +1,4 @@
-"""Choose a method's scale and anchor precision on validation, with the same small budget for every method."""
+"""Choose a method's scaling and anchor precision on validation, with the same small budget for every method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import optuna
 
 from benchmarks.harness.evaluate import Scores
 
-SCALES = (0.05, 2.0)
+SCALINGS = (0.05, 2.0)
 ETA_HALF_DECADES = (-6, 2)  # 1e-3 to 10: a grid, so that a trial can reuse a merge that is already solved
 
 
@@ -19,12 +19,12 @@ class Settings:
     """What is tuned.
 
     Args:
-        scale: Factor on the merged update.
+        scaling: λ, the factor on the merged update.
         eta: Relative anchor precision; 0 for methods without an anchor.
         own: A parameter that only this method has; None without one.
     """
 
-    scale: float
+    scaling: float
     eta: float
     own: float | None = None
 
@@ -55,19 +55,19 @@ def search(
     choices: Sequence[float] = (),
     first: Sequence[Settings] = (),
     eta_half_decades: tuple[int, int] = ETA_HALF_DECADES,
-    scales: tuple[float, float] = SCALES,
+    scalings: tuple[float, float] = SCALINGS,
 ) -> tuple[Trial, list[Trial]]:
     """Try `trials` settings, the first given, the others proposed by a tree-structured Parzen estimator.
 
     Args:
         evaluate: Mean validation scores of a setting.
-        tuned: Which of `"scale"`, `"eta"` and `"own"`; of the others the very first trial's values are kept.
+        tuned: Which of `"scaling"`, `"eta"` and `"own"`; of the others the very first trial's values are kept.
         trials: Budget; a method with nothing to tune takes one.
         seed: Of the proposals.
         choices: What a method's own parameter may be.
-        first: The first trials; by default scale 0.3, or with a tuned eta scale 1 and eta 0.1.
+        first: The first trials; by default scaling 0.3, or with a tuned eta scaling 1 and eta 0.1.
         eta_half_decades: Least and largest log10 of eta, times two.
-        scales: Least and largest scale.
+        scalings: Least and largest scaling.
 
     Returns:
         The best trial and all of them in order.
@@ -81,7 +81,7 @@ def search(
 
     def objective(trial: optuna.Trial) -> float:
         settings = Settings(
-            trial.suggest_float("scale", *scales, log=True) if "scale" in tuned else start[0].scale,
+            trial.suggest_float("scaling", *scalings, log=True) if "scaling" in tuned else start[0].scaling,
             10.0 ** (trial.suggest_int("eta_half_decade", *eta_half_decades) / 2) if "eta" in tuned else start[0].eta,
             trial.suggest_categorical("own", choices) if "own" in tuned else start[0].own,
         )
@@ -105,5 +105,5 @@ def search(
 def _proposal(settings: Settings, tuned: tuple[str, ...]) -> dict[str, float | None]:
     """Settings by the names that the search gives to what is tuned."""
     half_decade = {"eta_half_decade": round(2 * math.log10(settings.eta))} if "eta" in tuned else {}
-    plain = {"scale": settings.scale, "own": settings.own}
+    plain = {"scaling": settings.scaling, "own": settings.own}
     return {name: value for name, value in plain.items() if name in tuned} | half_decade

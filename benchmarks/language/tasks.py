@@ -56,8 +56,6 @@ class Split:
         labels: (n,) int64.
         index: (n,) int64, rows of what the archive holds.
         groups: (n,) int64, what may not straddle splits.
-        votes: (n, classes) int64, how many raters chose each class, as `soft_label_scores` of `diagnostics` takes them;
-            None if nobody was asked.
     """
 
     tokens: Tensor
@@ -65,16 +63,13 @@ class Split:
     labels: Tensor
     index: Tensor
     groups: Tensor
-    votes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
         """The texts in these rows."""
-        tokens, lengths, labels, index, groups = (getattr(self, field)[rows] for field in FIELDS)
-        votes = None if self.votes is None else self.votes[rows]
-        return Split(tokens, lengths, labels, index, groups, votes)
+        return Split(*(getattr(self, field)[rows] for field in FIELDS))
 
     def without_duplicates(self) -> Split:
         """The first of texts that are the same to the network, whatever their labels: no split can hold a copy."""
@@ -128,7 +123,6 @@ def load_task(name: str, sizes: SplitSizes | None = None, cache: Path | None = N
             found.labels,
             torch.arange(len(found.labels)),
             found.groups,
-            found.votes,
         )
         kept = whole.without_duplicates()
         splits = {split: kept.take(rows) for split, rows in split_rows(kept.labels, kept.groups, sizes).items()}
@@ -140,8 +134,6 @@ def _save(path: Path, task: Task) -> None:
     tensors: dict[str, Tensor] = {}
     for name, split in task.splits.items():
         tensors |= {f"{name}.{field}": getattr(split, field) for field in FIELDS}
-        if split.votes is not None:
-            tensors[f"{name}.votes"] = split.votes
     metadata = {"classes": json.dumps(task.classes), "duplicates": str(task.duplicates)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".split-") as temporary:
@@ -153,10 +145,7 @@ def _load(path: Path, name: str, key: str) -> Task:
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    splits = {}
-    for split in SPLITS:
-        tokens, lengths, labels, index, groups = (tensors[f"{split}.{field}"] for field in FIELDS)
-        splits[split] = Split(tokens, lengths, labels, index, groups, tensors.get(f"{split}.votes"))
+    splits = {split: Split(*(tensors[f"{split}.{field}"] for field in FIELDS)) for split in SPLITS}
     return Task(name, tuple(json.loads(metadata["classes"])), splits, int(metadata["duplicates"]), key)
 
 

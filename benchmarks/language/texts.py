@@ -45,14 +45,12 @@ class Texts:
         labels: (n,) int64.
         groups: (n,) int64; texts of one group stay in one split.
         classes: Names of the classes.
-        votes: (n, classes) int64, how many raters chose each class; None if nobody was asked.
     """
 
     texts: tuple[str, ...]
     labels: Tensor
     groups: Tensor
     classes: tuple[str, ...]
-    votes: Tensor | None = None
 
 
 def numbered(groups: Sequence[str]) -> Tensor:
@@ -73,7 +71,7 @@ def read_polarity(archive: Path, kind: str) -> Texts:
         kind: First part of the tables' names.
 
     Returns:
-        The texts, with the raters' votes.
+        The texts, labelled by their mean rating.
     """
     (inner,) = read_members(archive, "additional_resources/hutto_ICWSM_2014.tar.gz")
     names = (f"{kind}_GroundTruth.txt", f"{kind}_anonDataRatings.txt")
@@ -91,11 +89,10 @@ def read_polarity(archive: Path, kind: str) -> Texts:
 
 
 def rated(table: str, ratings: str) -> Texts:
-    r"""Labels and votes from the two tables of a task, of which the rows may be in another order.
+    r"""Labels from the two tables of a task, of which the rows may be in another order.
 
-    The label is the sign of the mean rating, the votes count the raters with a rating of either sign. Texts with a
-    mean of zero are left out, and those whose raters have another mean than the table of texts says: 199 tweets, whose
-    ratings belong to another wording.
+    The label is the sign of the mean rating. Texts with a mean of zero are left out, and those whose raters have
+    another mean than the table of texts says: 199 tweets, whose ratings belong to another wording.
 
     Args:
         table: Rows of identifier, mean rating and text, separated by tabs.
@@ -105,11 +102,11 @@ def rated(table: str, ratings: str) -> Texts:
         The texts; what precedes `_` in the identifier is the group.
 
     >>> found = rated("1_1\t-0.5\tno picture\n1_2\t0.0\tbought it\n", "1_2\t0\t0\t[0, 0]\n1_1\t-0.5\t2\t[-2, 1]\n")
-    >>> found.texts, found.labels, found.votes
-    (('no picture',), tensor([0]), tensor([[1, 1]]))
+    >>> found.texts, found.labels
+    (('no picture',), tensor([0]))
     """
     numbers = {key: json.loads(row) for key, *_, row in _rows(ratings, 3)}
-    groups, texts, labels, votes = [], [], [], []
+    groups, texts, labels = [], [], []
     for key, mean, text in _rows(table, 2):
         given = numbers[key]
         if float(mean) == 0 or abs(sum(given) / len(given) - float(mean)) > 1e-3:
@@ -117,8 +114,7 @@ def rated(table: str, ratings: str) -> Texts:
         groups.append(key.split("_")[0])
         texts.append(text.strip())
         labels.append(int(float(mean) > 0))
-        votes.append([sum(number < 0 for number in given), sum(number > 0 for number in given)])
-    return Texts(tuple(texts), torch.tensor(labels), numbered(groups), POLARITIES, torch.tensor(votes))
+    return Texts(tuple(texts), torch.tensor(labels), numbered(groups), POLARITIES)
 
 
 def _rows(table: str, tabs: int) -> list[list[str]]:

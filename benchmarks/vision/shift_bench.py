@@ -81,7 +81,7 @@ def read_demo(folder: Path, names: Sequence[str]) -> Best:
         tried = [row for row in csv.DictReader(file) if row["sampled"] == SCOPE]
     chosen = {kind: _coldest_best([row for row in tried if row["members"] == kind]) for kind in ENSEMBLES}
     temperatures = {kind: float(row["temperature"]) for kind, row in chosen.items()}
-    design = Design(methods[best["method"]].design(names, float(best["eta"])), float(best["scale"]))
+    design = Design(methods[best["method"]].design(names, float(best["eta"])), float(best["scaling"]))
     return Best(best["method"], design, temperatures, int(chosen[GIBBS]["num_members"]), folder / MERGED)
 
 

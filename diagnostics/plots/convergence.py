@@ -195,8 +195,8 @@ def plot_effective_sizes(result: ChainConvergence, ax: Axes | None = None) -> Ax
 def _by_quantity(result: ChainConvergence, values: np.ndarray, ax: Axes) -> Axes:
     count = len(result.quantities)
     for index, (name, column) in enumerate(zip(result.quantities, values.T, strict=True)):
-        shift = 0.5 * (index - (count - 1) / 2) / count
-        place = np.arange(len(result.modules)) + shift
+        offset = 0.5 * (index - (count - 1) / 2) / count
+        place = np.arange(len(result.modules)) + offset
         ax.scatter(place, column, s=18, label=labelled(name), **point_style(index))
     label_modules(ax, result.modules)
     return ax

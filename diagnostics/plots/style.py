@@ -1,4 +1,4 @@
-"""Style of all figures: series that differ in black and white too, axes of their own figure, module labels."""
+"""Style of all figures: lines and markers that differ in black and white too, axes, legends, labels of modules."""
 
 from __future__ import annotations
 

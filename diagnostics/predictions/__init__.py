@@ -34,7 +34,6 @@ from diagnostics.predictions.shift import (
     point_prediction,
     under_corruption,
 )
-from diagnostics.predictions.soft_labels import SoftLabelScores, soft_label_scores
 
 __all__ = [
     "CORRUPTIONS",
@@ -56,7 +55,6 @@ __all__ = [
     "RiskCoverage",
     "ShiftComparison",
     "ShiftDetection",
-    "SoftLabelScores",
     "auroc",
     "calibration",
     "calibration_difference",
@@ -77,6 +75,5 @@ __all__ = [
     "risk_coverage",
     "save_predictions",
     "scale_logits",
-    "soft_label_scores",
     "under_corruption",
 ]

@@ -30,7 +30,7 @@ from poe_models.printing import Brief
 LARGEST, MOST = 32 * 2**30, 100_000
 """Most bytes, unpacked, and entries of a file."""
 _ODD_ZIP = (RuntimeError, NotImplementedError, zlib.error, SyntaxError, KeyError, MemoryError, OverflowError, TypeError)
-"""What NumPy lets through of encrypted, damaged or oddly compressed entries."""
+"""Errors that NumPy lets through for encrypted, damaged or oddly compressed entries."""
 LABELS, PROBABILITIES = "labels", "probabilities"
 
 

@@ -28,7 +28,7 @@ __all__ = ["METRICS", "Kept", "Metric", "class_rows_kept", "metrics_named"]
 
 Kind = Literal["classes", "values"]
 COLUMNS = ("nll", "brier", "confidence", "right")
-"""What is kept of a row of class probabilities."""
+"""Numbers that are kept of a row of class probabilities."""
 
 
 def class_rows_kept(log_probabilities: Tensor, labels: Tensor) -> Tensor:

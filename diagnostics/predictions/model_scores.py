@@ -39,7 +39,7 @@ __all__ = ["ModelScores", "evaluate"]
 
 CLASS_METRICS = ("accuracy", "nll", "brier", "ece")
 MEAN = "mean"
-"""What tables call the mean over the tasks that have a metric."""
+"""Name in tables of the mean over the tasks that have a metric."""
 Cell = tuple[str, str]
 """A task and a metric."""
 

@@ -82,7 +82,7 @@ def _components(posterior: Posterior, integral: GaussianIntegral) -> list[_Compo
     pulls = torch.stack(quadratic.pulls(), 1)
     components = []
     for weights in (*found, *(share * found[0] for share in WIDER)):
-        precision = quadratic.precision(weights, integral.shift)
+        precision = quadratic.precision(weights, integral.ridge)
         pull = (weights[..., None, None] * pulls).sum(1)
         components.append(_Component(quadratic, precision, precision.solve(pull)))
     return components
@@ -92,15 +92,15 @@ def _component_at(posterior: Posterior, first: _Component, point: Tensor) -> _Co
     """A component at a point ``(M, a, b)``, with the weights of residuals there beside the first one's typical ones."""
     quadratic = first.quadratic
     residuals = quadratic.residuals(point) + quadratic.residuals(first.mean)
-    shift = posterior.anchor_precision / posterior.fixed_temperature
+    ridge = posterior.anchor_precision / posterior.fixed_temperature
     weights = posterior.weights(residuals) / posterior.fixed_temperature
-    return _Component(quadratic, quadratic.precision(weights, shift), point)
+    return _Component(quadratic, quadratic.precision(weights, ridge), point)
 
 
 def _sampled(
     posterior: Posterior, components: list[_Component], samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Log weights of samples from the components in equal shares, ``(S, M)``, and where the largest are."""
+    """Log weights of samples from the components in equal shares, ``(S, M)``, and the points of largest weight."""
     quadratic, best = components[0].quadratic, components[0].mean.clone()
     highest = torch.full_like(posterior.anchor_precision, -math.inf)
     size = posterior.num_modules * math.prod(quadratic.event_shape) * (len(posterior.experts) + 3)
@@ -119,6 +119,6 @@ def _sampled(
 
 def _log_target(posterior: Posterior, quadratic: Quadratic, x: Tensor) -> Tensor:
     """The anchor's log density less ``E / T``, ``(S, M, a, b)`` to ``(S, M)``."""
-    shift = posterior.anchor_precision / posterior.fixed_temperature
-    anchor = math.prod(x.shape[-2:]) / 2 * (shift / math.pi).log() - shift * sum_of_squares(x)
+    ridge = posterior.anchor_precision / posterior.fixed_temperature
+    anchor = math.prod(x.shape[-2:]) / 2 * (ridge / math.pi).log() - ridge * sum_of_squares(x)
     return anchor - posterior.energy_of(quadratic.residuals(x)) / posterior.fixed_temperature

@@ -44,6 +44,7 @@ from inference.evidence.direct_weights import direct_log_weights
 from inference.evidence.importance import FEWEST_EFFECTIVE, LARGEST_PARETO_K, importance_mean, trusted
 from inference.evidence.mixture_weights import mixture_log_weights
 from poe_models.posterior import BoundExpert, Posterior
+from poe_models.printing import Brief
 
 SAMPLES = 1000
 """Importance samples by default."""
@@ -51,8 +52,8 @@ MOST_TOGETHER = 2**17
 """Importance samples of all modules that are handled at once, at most."""
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evidence(Brief):
     """Log evidence of one design, per module.
 
     Attributes:
@@ -138,8 +139,8 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
     return evidence
 
 
-@dataclass(frozen=True, eq=False)
-class LeaveOneExpertOut:
+@dataclass(frozen=True, eq=False, repr=False)
+class LeaveOneExpertOut(Brief):
     """Log density of every expert's update given the other experts', from evidences with and without those on it."""
 
     updates: tuple[str, ...]

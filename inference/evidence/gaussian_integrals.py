@@ -34,11 +34,11 @@ class GaussianIntegral(ABC):
     """Log of the integral over the merged update as a function of the experts' weights.
 
     Attributes:
-        shift: ``sigma = eta / T``, ``(M,)``.
+        ridge: ``sigma = eta / T``, ``(M,)``.
         size: Numbers that one set of weights of one module needs in memory.
     """
 
-    shift: Tensor
+    ridge: Tensor
     size: int
 
     @abstractmethod
@@ -57,11 +57,11 @@ class OneSided(GaussianIntegral):
         grams: ``G_i``, ``(M, E, k, k)``.
         targets: ``U_i - Z_0`` with the acting side last, ``(M, E, r, k)``.
         copies: Length of the other side: how many rows ``A`` acts on.
-        shift: ``sigma``, ``(M,)``.
+        ridge: ``sigma``, ``(M,)``.
     """
 
-    def __init__(self, grams: Tensor, targets: Tensor, copies: int, shift: Tensor) -> None:
-        self.grams, self.copies, self.shift = grams, copies, shift
+    def __init__(self, grams: Tensor, targets: Tensor, copies: int, ridge: Tensor) -> None:
+        self.grams, self.copies, self.ridge = grams, copies, ridge
         pulls = targets @ grams
         self.at_zero = (pulls * targets).sum((-2, -1))
         self.pulls = _fewer_rows(pulls)
@@ -88,13 +88,13 @@ class OneSided(GaussianIntegral):
 
     def _factored(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         matrix = _mix(weights, self.grams)
-        matrix.diagonal(dim1=-2, dim2=-1).add_(self.shift.unsqueeze(-1))
+        matrix.diagonal(dim1=-2, dim2=-1).add_(self.ridge.unsqueeze(-1))
         factor, failed = torch.linalg.cholesky_ex(matrix)
         return factor, failed > 0, _mix(weights, self.pulls)
 
     def _half_log_determinant(self, factor: Tensor) -> Tensor:
         diagonal = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.copies * (diagonal - factor.shape[-1] / 2 * self.shift.log())
+        return self.copies * (diagonal - factor.shape[-1] / 2 * self.ridge.log())
 
 
 class Elementwise(GaussianIntegral):
@@ -103,11 +103,11 @@ class Elementwise(GaussianIntegral):
     Args:
         values: ``F_i``, ``(M, E, D)``.
         targets: ``U_i - Z_0``, ``(M, E, D)``.
-        shift: ``sigma``, ``(M,)``.
+        ridge: ``sigma``, ``(M,)``.
     """
 
-    def __init__(self, values: Tensor, targets: Tensor, shift: Tensor) -> None:
-        self.values, self.targets, self.shift = values, targets, shift
+    def __init__(self, values: Tensor, targets: Tensor, ridge: Tensor) -> None:
+        self.values, self.targets, self.ridge = values, targets, ridge
         self.pulls = values * targets
         self.size = 4 * values.shape[-1]
 
@@ -127,20 +127,20 @@ class Elementwise(GaussianIntegral):
 
     def _solved(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``H``, the minimum's displacement from the centre and the log integral."""
-        precision = torch.einsum("...me,med->...md", weights, self.values) + self.shift.unsqueeze(-1)
+        precision = torch.einsum("...me,med->...md", weights, self.values) + self.ridge.unsqueeze(-1)
         x = torch.einsum("...me,med->...md", weights, self.pulls) / precision
-        least = self.shift * x.square().sum(-1)
+        least = self.ridge * x.square().sum(-1)
         for i in range(self.values.shape[1]):
             least = least + weights[..., i] * (self.values[:, i] * (x - self.targets[:, i]).square()).sum(-1)
-        ratio = precision / self.shift.unsqueeze(-1)
+        ratio = precision / self.ridge.unsqueeze(-1)
         return precision, x, -0.5 * ratio.log().sum(-1) - least
 
 
 class TwoSided(GaussianIntegral):
     """Experts on both sides: a Kronecker sum, by an eigendecomposition of each side, in float64."""
 
-    def __init__(self, quadratic: Quadratic, shift: Tensor) -> None:
-        self.quadratic, self.shift = quadratic, shift
+    def __init__(self, quadratic: Quadratic, ridge: Tensor) -> None:
+        self.quadratic, self.ridge = quadratic, ridge
         a, b = quadratic.event_shape
         self.pulls = torch.stack(quadratic.pulls(), 1)
         self.size = 2 * (a * a + b * b) + 4 * a * b
@@ -157,13 +157,13 @@ class TwoSided(GaussianIntegral):
         return value, -residuals - traces / 2
 
     def _solved(self, weights: Tensor) -> tuple[KroneckerSum, Tensor, Tensor]:
-        precision = self.quadratic.precision(weights, self.shift.expand(weights.shape[:-1]))
+        precision = self.quadratic.precision(weights, self.ridge.expand(weights.shape[:-1]))
         assert isinstance(precision, KroneckerSum)
         x = precision.solve(_mix(weights, self.pulls))
         residuals = self.quadratic.residuals(x)
-        least = (weights * residuals).sum(-1) + self.shift * sum_of_squares(x)
+        least = (weights * residuals).sum(-1) + self.ridge * sum_of_squares(x)
         entries = math.prod(self.quadratic.event_shape)
-        return precision, residuals, -0.5 * (precision.logdet() - entries * self.shift.log()) - least
+        return precision, residuals, -0.5 * (precision.logdet() - entries * self.ridge.log()) - least
 
 
 def in_float64(posterior: Posterior) -> Posterior:
@@ -184,7 +184,7 @@ def gaussian_integral(posterior: Posterior) -> GaussianIntegral:
         ValueError: If the operators of one module do not share a factorisation.
     """
     posterior = in_float64(posterior)
-    shift = posterior.anchor_precision / posterior.fixed_temperature
+    ridge = posterior.anchor_precision / posterior.fixed_temperature
     kinds = {type(expert.operator) for expert in posterior.experts}
     if kinds == {RankOne, ScaledIdentity}:
         raise ValueError(
@@ -193,13 +193,13 @@ def gaussian_integral(posterior: Posterior) -> GaussianIntegral:
         )
     quadratic = quadratic_of(posterior, for_draws=True)
     if Diagonal in kinds:
-        return _elementwise(quadratic, shift)
+        return _elementwise(quadratic, ridge)
     sides = {operator.side for operator in quadratic.operators if isinstance(operator, Gram)}
-    return TwoSided(quadratic, shift) if len(sides) == 2 else _one_sided(quadratic, shift)
+    return TwoSided(quadratic, ridge) if len(sides) == 2 else _one_sided(quadratic, ridge)
 
 
-def _one_sided(quadratic: Quadratic, shift: Tensor) -> OneSided:
-    """Identity alone is a 1 x 1 Gram that acts on every entry."""
+def _one_sided(quadratic: Quadratic, ridge: Tensor) -> OneSided:
+    """The integral of experts on one side; Identity alone is a 1 x 1 Gram that acts on every entry."""
     targets = torch.stack(quadratic.targets, 1)
     grams = [operator for operator in quadratic.operators if isinstance(operator, Gram)]
     if not grams:
@@ -208,16 +208,16 @@ def _one_sided(quadratic: Quadratic, shift: Tensor) -> OneSided:
         targets = targets.mT
     eye = torch.eye(targets.shape[-1]).to(targets).expand(len(targets), -1, -1)
     forms = [operator.gram if isinstance(operator, Gram) else eye for operator in quadratic.operators]
-    return OneSided(torch.stack(forms, 1), targets, int(targets.shape[-2]), shift)
+    return OneSided(torch.stack(forms, 1), targets, int(targets.shape[-2]), ridge)
 
 
-def _elementwise(quadratic: Quadratic, shift: Tensor) -> Elementwise:
+def _elementwise(quadratic: Quadratic, ridge: Tensor) -> Elementwise:
     targets = torch.stack(quadratic.targets, 1).flatten(-2)
     values = [
         operator.values.flatten(-2) if isinstance(operator, Diagonal) else torch.ones_like(targets[:, i])
         for i, operator in enumerate(quadratic.operators)
     ]
-    return Elementwise(torch.stack(values, 1), targets, shift)
+    return Elementwise(torch.stack(values, 1), targets, ridge)
 
 
 def _fewer_rows(pulls: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ FEWEST_EFFECTIVE = 50.0
 LARGEST_PARETO_K = 0.7
 """Above it the error shrinks too slowly with the number of samples (Vehtari et al., 2024, JMLR 25(72))."""
 ROUNDS = 8
-"""How often samples are drawn at most, from ever better proposals."""
+"""Most rounds of samples, each from a better proposal."""
 GOOD_K, GOOD_SHARE = 0.5, 0.1
 """Pareto shape and share of effective samples with which a proposal is good enough."""
 

@@ -1,4 +1,4 @@
-r"""The experts' mixture weights with the merged update integrated out: the ``N`` numbers a module that are left.
+r"""The posterior of the experts' mixture weights, the merged update integrated out: ``N`` numbers a module.
 
 A heavy-tailed expert is a Gaussian of unknown weight, ``exp(-E_i / T) = E[exp(-tau_i q_i / unit_i)]`` over
 ``tau_i ~ Gamma(alpha_i, 1)``. In ``u = log tau``, with ``w_i = tau_i / unit_i`` (fixed for Gaussian experts),

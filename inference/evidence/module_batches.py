@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poe_models.experts import ProductOfExperts
 from poe_models.module_names import left_out
+from poe_models.printing import Brief
 from poe_models.weights.task_vectors import ModuleUpdates
 
 Updates = Tensor | ModuleUpdates | Iterable[ModuleUpdates]
@@ -22,8 +23,8 @@ MOST_NUMBERS = 2**24
 """Numbers of a batch, at most, unless it is one module."""
 
 
-@dataclass(frozen=True, eq=False)
-class UpdateBatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class UpdateBatch(Brief):
     """Updates of named modules of equal shape, as :meth:`~poe_models.experts.ProductOfExperts.bind` takes them."""
 
     names: tuple[str, ...]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from poe_models.energies import Energy, Gaussian
+from poe_models.printing import Brief
 
 Divergence = Callable[[Tensor, Any], Tensor]
 """Outputs of some examples and their targets to nats per example, ``(b,)``."""
 
 
-@dataclass(frozen=True)
-class Targets:
+@dataclass(frozen=True, repr=False)
+class Targets(Brief):
     """Predictions of an expert, and the mask of those that count.
 
     Attributes:

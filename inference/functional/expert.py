@@ -16,11 +16,12 @@ from torch import Tensor
 from inference.functional.divergences import Divergence, KullbackLeibler, Targets
 from inference.functional.span_model import Forward, SpanModel
 from poe_models.experts import FactorExpert
+from poe_models.printing import Brief
 from poe_models.weights.batches import mapped, tensors_of
 
 
-@dataclass(frozen=True, eq=False)
-class OutputEnergy:
+@dataclass(frozen=True, eq=False, repr=False)
+class OutputEnergy(Brief):
     """The function of a factor expert over examples: coefficients ``(..., M, K)`` and rows ``(b,)`` to ``(..., b)``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The state of a fit by mini-batches, which an interrupted one goes on from with the same values."""
+"""State of a fit by mini-batches: an interrupted fit resumes from it and gives the same values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FitState:
         return len(self.trace)
 
     def look(self, value: float) -> None:
-        """Note the held-out energy at the present point, and the point if it is the best so far."""
+        """Record the held-out energy at the present point, and keep the point if it is the best so far."""
         self.seen.append((float(self.step), value))
         better = value <= min(other for _, other in self.seen)
         self.worse = 0 if better else self.worse + 1

@@ -158,7 +158,7 @@ class SpanModel:
                 self._averaged[name] = (torch.stack(moved), self._followed(owner or []))
 
     def _followed(self, modules: list[str]) -> str | None:
-        """The module that averaged tensors beside it follow; None where they stay the mean."""
+        """Name of the merged module whose coefficients averaged tensors use; None where they stay the mean."""
         if len(modules) != 1:
             return None
         span, place = self._untied.span, list(self._bases).index(modules[0])

@@ -126,7 +126,7 @@ def load_predictions(path: str | Path, expert: str, model: SpanModel, inputs: An
 
 
 def _again(targets: Targets, expert: str, model: SpanModel, inputs: Any, forward: Forward) -> bool:
-    """Whether the first predictions come out as they are saved, up to rounding."""
+    """Whether computing the first predictions again gives the saved ones, up to rounding."""
     rows = torch.arange(min(_CHECKED, count_of(inputs)))
     counted = None if targets.counted is None else targets.counted[rows]
     (found,) = prediction_batches(expert, model, rows_of(inputs, rows), forward, counted, len(rows))

@@ -14,7 +14,7 @@ from poe_models.posterior import Posterior
 from poe_models.scales import Absolute, Balanced, NormScaled, Relative, Scale
 
 Shared = Literal["model", "expert", "module"]
-"""What has a ``gamma`` and ``nu`` of its own: the whole model, every expert (task), or every module (layer)."""
+"""Owners of a ``gamma`` and ``nu``: the whole model, every expert (task), or every module (layer)."""
 
 POWERS: dict[type[Scale], int] = {Absolute: 2, Balanced: 2, Relative: 2, NormScaled: 1}
 """``s^2`` is proportional to this power of ``gamma``."""

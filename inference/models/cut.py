@@ -112,7 +112,7 @@ class Cut:
     def _watch(
         self, name: str, called: dict[str, list[Any]], features: list[tuple[Any, Any]]
     ) -> tuple[RemovableHandle, RemovableHandle]:
-        """Record what one module gives until the cut is reached, and what the cut is given."""
+        """A hook that records the outputs of one submodule before the cut, and the inputs of the cut."""
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not features and name == self.name:
@@ -167,7 +167,7 @@ class Cut:
 def _stub(
     original: Callable[..., Any], outputs: list[Any], reached: list[bool], device: torch.device
 ) -> Callable[..., Any]:
-    """A forward pass that is not computed before the cut is reached, but gives NaN of the recorded shapes."""
+    """A forward method in the place of a submodule's before the cut: it gives NaN of the recorded shapes."""
     remaining = iter(outputs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def _kept(value: Tensor) -> Tensor:
 
 
 def _outlined(value: Tensor) -> Tensor | _Outline:
-    """Masks and indices stay: they are small, and NaN does not fit in them."""
+    """The outline of a floating tensor; other tensors, such as masks and indices, as they are."""
     return _Outline(value) if value.is_floating_point() else value
 
 

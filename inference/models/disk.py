@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and whatever a disk refuses as one error that says what to do."""
+"""Atomic writing of files, and errors of the disk as one ``OutputError`` that says what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from poe_models.printing import size_text
 
 RESUME = "go on with `--resume` (`resume=True`); nothing finished so far is lost"
-"""What to do once the disk is mended, where a run can be resumed."""
+"""Advice where a run can be resumed once the disk is mended."""
 
 _FULL = (
     "the disk of {folder} is full",
@@ -59,7 +59,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def disk_errors(file: Path, again: str = RESUME) -> Iterator[None]:
-    """Turn what the system refuses while a file or folder is written into one ``OutputError``.
+    """Within the block a failed write (disk full, no permission) raises one ``OutputError``.
 
     Args:
         file: What is written.

@@ -138,7 +138,7 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
 
 
 def _require_texts(record: dict[str, Any]) -> None:
-    """Refuse a record whose names are none."""
+    """Refuse a record whose lists of names hold something else than texts."""
     for key in ("modules", "designs", "through", "updates", "experts"):
         names = record.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -25,7 +25,7 @@ from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
-"""How far a draw made again with other threads or another torch may be off, relative to its largest entry."""
+"""Largest difference of a draw made again with other threads or another torch, relative to its largest entry."""
 
 
 class RegenerationWarning(UserWarning):

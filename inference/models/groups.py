@@ -78,7 +78,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass
 class _Batch:
-    """Modules of equal shape, filled one by one."""
+    """A batch of modules of equal shape that is filled module by module."""
 
     updates: Tensor
     bases: list[Tensor]

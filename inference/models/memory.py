@@ -38,7 +38,7 @@ class OutOfMemory(RuntimeError):
 
 @contextmanager
 def memory_errors(tensors: Sequence[str], needed: int, device: torch.device) -> Iterator[None]:
-    """Turn a lack of memory into one error that says what was needed, for what, and what helps.
+    """Within the block running out of memory raises ``OutOfMemory``, which says what was needed and what helps.
 
     Args:
         tensors: Names of the tensors that are worked on together.

@@ -19,13 +19,14 @@ from inference.reweighting import SolverOptions
 from poe_models.experts import ProductOfExperts
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
+from poe_models.printing import Brief
 from poe_models.updates import center_of
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
 
 
-@dataclass(frozen=True, eq=False)
-class Module:
+@dataclass(frozen=True, eq=False, repr=False)
+class Module(Brief):
     """A matrix of a checkpoint with its product of experts and the anchor's centre.
 
     Attributes:

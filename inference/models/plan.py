@@ -26,7 +26,7 @@ from poe_models.weights.task_vectors import TaskVectors, block_names
 BATCH_BYTES = 256 * 2**20
 """Default byte budget of the updates that are solved as one batch."""
 ALL = "all tensors"
-"""What is merged where no floating tensor is averaged or left out."""
+"""Words for the merged part where no floating tensor is averaged or left out."""
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ class Runner:
 
 
 def _shaken(state: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """A state with noise of their own size on some of its tensors, the same noise on tied ones."""
+    """A copy of a state dict with noise added to some tensors, of their own size and equal for tied ones."""
     made: dict[int, Tensor] = {}
     for name in names:
         value = state[name]

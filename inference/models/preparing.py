@@ -1,4 +1,4 @@
-"""The look at the whole model that some merging methods need before they merge its first tensor."""
+"""Passes over the whole model for merging methods that need them before they merge its first tensor."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _blocks(task_vectors: TaskVectors, tensor: str, folder: Checkpoint) -> list[
 
 
 def _written(module: Module, block: Tensor, design: Design, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """``Z_*`` of merged weights, and the squared error that rounding them has made: hardly ever more."""
+    """``Z_*`` of merged weights, and a bound on the squared error that rounding them to their dtype has made."""
     weights = block.to(module.base)
     squares = _spacing(weights, dtype).square()
     mean, deviation = squares.sum() / 12, (squares.square().sum() / 180).sqrt()  # of squares of uniform errors

@@ -1,7 +1,7 @@
 """Groups of modules that share a setting, by the role of a tensor in its layer and by blocks of consecutive layers.
 
 [BMM] section 4.2 ties the anchor's precision over attention-in, attention-out, mlp-in and mlp-out per block of layers,
-and a scale over whole blocks. Names are those of ViT, CLIP, BERT, T5, GPT and Llama models of transformers, timm and
+and λ over whole blocks. Names are those of ViT, CLIP, BERT, T5, GPT and Llama models of transformers, timm and
 open_clip.
 
 >>> names = [f"layers.{i}.{part}.weight" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")]
@@ -91,7 +91,7 @@ def bmm_groups(tensors: Iterable[str], blocks: int = 3) -> dict[str, tuple[str, 
 
 
 def layer_blocks(tensors: Iterable[str], blocks: int = 3) -> dict[str, tuple[str, ...]]:
-    """Blocks of consecutive layers, ``"block/0"`` and so on, over which [BMM] ties the scale.
+    """Blocks of consecutive layers, ``"block/0"`` and so on, over which [BMM] ties λ.
 
     Args:
         tensors: Names of tensors, such as ``task_vectors.treatments``.

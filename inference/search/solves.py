@@ -1,4 +1,4 @@
-"""Merges of a model under many designs, with what they share computed once.
+"""Merges of a model under many designs, which share spectra and solved updates.
 
 A trial of a search then costs what changed: nothing for another λ, a product or two for another anchor precision of
 Gaussian experts, a solve for anything else.

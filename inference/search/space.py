@@ -23,6 +23,7 @@ from typing import Any
 
 from inference.models.method_design import AnyDesign, AnyDesigns, as_any_function
 from inference.search.groups import OTHER, Groups
+from poe_models.printing import Brief
 
 Value = float | str
 
@@ -78,8 +79,8 @@ class Choice:
         return list(self.options)
 
 
-@dataclass(frozen=True)
-class Searched:
+@dataclass(frozen=True, repr=False)
+class Searched(Brief):
     """A setting that is searched.
 
     Attributes:
@@ -113,8 +114,8 @@ class Searched:
         return known or (OTHER if OTHER in self.groups else [*self.groups][-1])
 
 
-@dataclass(frozen=True, eq=False)
-class DesignSpace:
+@dataclass(frozen=True, eq=False, repr=False)
+class DesignSpace(Brief):
     """Designs of a model with settings to be chosen.
 
     Attributes:

@@ -91,16 +91,6 @@ class SearchResult(Brief):
     overhead_seconds: float
     designs: ModelDesigns[AnyDesign]
 
-    def best_so_far(self) -> list[float]:
-        """Best score after each trial; nan before the first that did not fail."""
-        best_of, best = min if self.minimize else max, math.nan
-        found = []
-        for trial in self.trials:
-            scores = [score for score in (best, trial.score) if not math.isnan(score)]
-            best = best_of(scores, default=math.nan)
-            found.append(best)
-        return found
-
     def to_dataframe(self) -> pd.DataFrame:
         """The trials as a table: number, a column for each parameter, score, seconds, error."""
         import pandas as pd
@@ -346,7 +336,7 @@ def _result(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna's log and its notes on experimental samplers stay away; failed trials are in the result."""
+    """Within the block Optuna logs nothing; failed trials are in the result."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:

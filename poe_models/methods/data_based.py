@@ -20,7 +20,7 @@ from poe_models.weights.task_vectors import ModuleUpdates
 
 @dataclass(frozen=True)
 class StatisticsMethod(MergingMethod):
-    """A rule on statistics of every expert.
+    """Base of the rules on statistics of every expert's data.
 
     Args:
         statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.

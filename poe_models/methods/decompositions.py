@@ -42,7 +42,7 @@ class Compressed:
 
 
 def compressed(batch: ModuleBatch) -> Compressed:
-    """Adapters as small cores, any other updates as they are.
+    """Updates of adapters in bases of their factors' span; any other updates as they are.
 
     Singular values and products of matrices are the same in the cores, and cost what the ranks cost.
     """
@@ -63,7 +63,7 @@ def _basis(stacked: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class SVD:
-    """Singular triplets in descending order; those that do not count are zero.
+    """Singular triplets in descending order; those below the tolerance are zero.
 
     Attributes:
         left: Left vectors ``(..., d_out, k)``.
@@ -77,7 +77,7 @@ class SVD:
 
     @property
     def counted(self) -> Tensor:
-        """Number of triplets that count, ``(...,)``."""
+        """Number of triplets that are not zero, ``(...,)``."""
         return (self.values > 0).sum(-1)
 
     def first(self, count: int) -> SVD:

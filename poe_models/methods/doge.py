@@ -1,4 +1,4 @@
-"""DOGE-TA: task arithmetic after a common shift of the experts that reduces their interference."""
+"""DOGE-TA: task arithmetic after a common offset of the experts that reduces their interference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from poe_models.weights.task_vectors import ModuleUpdates
 class DogeTA(MergingMethod):
     """``sum_i l_i m_i (U_i + D)`` with ``l_i = scale / |U_i|`` (Wei et al., 2025).
 
-    The shift ``D`` of a module starts at 0 and minimises, by Adam, how far the merge without trimming is from each
+    The offset ``D`` of a module starts at 0 and minimises, by Adam, how far the merge without trimming is from each
     expert along the expert's own rows::
 
         sum_i sum_rows <U_i, U_i - sum_k l_k (U_k + D)>_row^2
@@ -87,26 +87,26 @@ class DogeTA(MergingMethod):
     def merged(self, batch: ModuleBatch) -> Tensor:
         thresholds = for_each_expert(self, "thresholds", batch)
         weights = self.scale * inverse_norms(batch.updates, RANK_TOLERANCE)
-        shift = self._shift(batch.updates, weights)
-        merged = torch.zeros_like(shift)
+        offset = self._offset(batch.updates, weights)
+        merged = torch.zeros_like(offset)
         for update, weight, threshold in zip(batch.updates.unbind(1), weights.unbind(1), thresholds, strict=True):
-            merged += torch.where(update.abs() >= threshold, weight[:, None, None] * (update + shift), 0)
+            merged += torch.where(update.abs() >= threshold, weight[:, None, None] * (update + offset), 0)
         return merged
 
-    def _shift(self, updates: Tensor, weights: Tensor) -> Tensor:
+    def _offset(self, updates: Tensor, weights: Tensor) -> Tensor:
         """``D`` of each module, ``(M, d_out, d_in)``."""
         shared = self._shared(updates)
         total = weights.sum(1)[:, None, None]
         merged = torch.einsum("mn,mnij->mij", weights, updates)
         gaps = torch.einsum("mnij,mnij->mni", updates, updates - merged.unsqueeze(1))
-        shift = torch.zeros_like(merged)
-        optimizer = torch.optim.Adam([shift], lr=self.learning_rate)
+        offset = torch.zeros_like(merged)
+        optimizer = torch.optim.Adam([offset], lr=self.learning_rate)
         for _ in range(self.steps):
-            residual = gaps - total * torch.einsum("mnij,mij->mni", updates, shift)
+            residual = gaps - total * torch.einsum("mnij,mij->mni", updates, offset)
             gradient = -2 * total * torch.einsum("mni,mnij->mij", residual, updates)
-            shift.grad = gradient - shared @ (shared.mT @ gradient)
+            offset.grad = gradient - shared @ (shared.mT @ gradient)
             optimizer.step()
-        return shift
+        return offset
 
     def _shared(self, updates: Tensor) -> Tensor:
         """Orthonormal basis of the shared subspace, ``(M, d_out, k)``."""

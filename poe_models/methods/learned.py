@@ -187,7 +187,7 @@ class ConcreteTaskArithmetic(MergingMethod):
         return ((logits + uniform.log() - (-uniform).log1p()) / self.temperature).sigmoid()
 
     def _drawn(self, name: str, logits: Tensor) -> Tensor:
-        """A mask of zeros and ones, the same for a module whatever the others are."""
+        """A mask of zeros and ones, drawn by the seed and the module's name alone."""
         uniform = _uniform(logits, named_generator(self.seed, name))
         return self._scaled((uniform < logits.sigmoid()).to(logits))
 

@@ -41,8 +41,8 @@ def magnitude_thresholds(values: Passes, density: float) -> tuple[float, ...]:
     size = int(counts[0].sum())
     ranks = torch.full((len(counts), 1), size - int(size * density))
     prefixes, ranks = _narrowed(torch.zeros_like(ranks), ranks, counts)
-    for shift in range(_width(dtype) - 2 * _DIGIT, -1, -_DIGIT):
-        prefixes, ranks = _narrowed(prefixes, ranks, _following(values, prefixes, shift))
+    for position in range(_width(dtype) - 2 * _DIGIT, -1, -_DIGIT):
+        prefixes, ranks = _narrowed(prefixes, ranks, _following(values, prefixes, position))
     return tuple(prefixes.flatten().to(_integer(dtype)).view(dtype).tolist())
 
 
@@ -64,12 +64,12 @@ def _leading(values: Passes) -> tuple[Tensor, torch.dtype]:
     return total, dtype
 
 
-def _following(values: Passes, prefixes: Tensor, shift: int) -> Tensor:
+def _following(values: Passes, prefixes: Tensor, position: int) -> Tensor:
     """Number of values with each expert's prefix and each next digit, ``(N, 2^16)``."""
     total = torch.zeros(len(prefixes), 1 << _DIGIT, dtype=torch.int64)
     for value in values():
         for expert, bits in _bits(value):
-            digits = bits >> shift
+            digits = bits >> position
             shared = digits[digits >> _DIGIT == int(prefixes[expert])]
             total[expert] += _histogram(shared & ((1 << _DIGIT) - 1))
     return total

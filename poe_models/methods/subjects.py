@@ -126,7 +126,7 @@ class RandomModules(Subject):
         return replace(self.method, statistics=ModuleStatistics(kind, made))  # type: ignore[type-var]
 
     def _data(self, vectors: TaskVectors) -> TaskData:
-        """Inputs of a model that adds up what its modules make of them."""
+        """Loaders and forward function of a model whose logits are the sum of its modules' outputs."""
         widest = max(info.shape[1] for info in vectors.base.tensors.values())
         loaders = {
             name: [self._random("batch", name, shape=(_EXAMPLES, widest)).to(vectors.dtype)] for name in vectors.names

@@ -1,4 +1,4 @@
-"""Whether tensors are finite, and what to say of one that is not."""
+"""Checks that tensors are finite, and the error about one that is not."""
 
 from __future__ import annotations
 

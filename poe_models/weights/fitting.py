@@ -280,7 +280,7 @@ def _equal(base: Checkpoint, first: Checkpoint, second: Checkpoint, name: str) -
 
 
 def _same(base: Checkpoint, expert: Checkpoint, name: str) -> bool:
-    """Return whether a tensor has the base's values, or what rounding to the expert's narrower dtype makes of them."""
+    """Return whether a tensor has the base's values, perhaps rounded to the expert's narrower dtype."""
     ours = base.read(name)
     for key in keys_of(base, expert, name):
         theirs = expert.read(key)

@@ -1,4 +1,4 @@
-"""JSON files of other people: an object of bounded size and depth, or one error."""
+"""Reading of untrusted JSON files: an object of bounded size and depth, or one error."""
 
 from __future__ import annotations
 

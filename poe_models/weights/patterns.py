@@ -1,4 +1,4 @@
-"""Regular expressions from other people's files, matched in bounded time.
+"""Untrusted regular expressions, matched in bounded time.
 
 A pattern such as ``(a+)+b`` takes time exponential in the length of a name; the rules in a folder's record and an
 adapter's ``rank_pattern`` may be anything. Every pattern has a budget over all names that it is tried on.
