@@ -91,7 +91,7 @@ def merge(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
     """Merge, and write a Hugging Face folder, or an adapter (--output)."""
-    from poe_merge.merge import merge as merge_models
+    from poe_merge.merging import merge as merge_models
 
     out = required(out, "merge")
     settings, task_vectors = opened(config, flags, allow_code, functional=True)

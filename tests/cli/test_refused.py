@@ -172,7 +172,7 @@ def test_out_of_memory_says_what_helps(cli: Cli, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("poe_merge.merge.merge_checkpoint", full)
+    monkeypatch.setattr("poe_merge.merging.merge_checkpoint", full)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err.count("\n")) == (2, 1)
     assert "out of memory (CUDA out of memory). Free memory or take a larger machine; `poe-merge plan` says how" in err
@@ -187,7 +187,7 @@ def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli,
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("poe_merge.merge.merge_checkpoint", broken)
+    monkeypatch.setattr("poe_merge.merging.merge_checkpoint", broken)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err) == (1, "error: ZeroDivisionError: oh (--debug shows where)\n")
     with pytest.raises(ZeroDivisionError):
