@@ -59,7 +59,7 @@ def fails(cli: Cli, here: Path) -> Callable[..., str]:
         ),
         (["merge", "config.yaml", "--scale", "Relative(-1)", "--out", "out"], "--scale: scale `Relative(-1)`: "),
         (["merge", "config.yaml", "--scaling", "much", "--out", "out"], "--scaling: 'much' is not a finite number."),
-        (["merge", "config.yaml", "--weight", "mnist=-1", "--out", "out"], "--weight: -1' is not a finite number of"),
+        (["merge", "config.yaml", "--weight", "mnist=-1", "--out", "out"], "--weight: -1 is not a finite number of"),
         (
             ["merge", "config.yaml", "--weight", "mnits=1", "--out", "o"],
             "--weight mnits=...: no model is called `mnits`; did",
@@ -87,8 +87,6 @@ def fails(cli: Cli, here: Path) -> Callable[..., str]:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, fails: Any) -> None:
-    if message.startswith("--weight: -1'"):
-        message = "--weight: '-1' is not a finite number of at least 0."
     assert message in fails(*arguments)
 
 
