@@ -4,7 +4,7 @@
 coordinates: ``fixed_point(posterior)`` is its MAP, ``laplace(posterior)`` the Gaussian there, ``gibbs``,
 ``slice_sample`` and ``nuts`` draw from it (``gibbs(posterior, num_samples, generator=...)``), ``log_evidence``
 integrates it, and ``minimize(posterior)`` serves experts that are only a function.
-``merge_checkpoint(task_vectors, poe, out)`` merges a whole model.
+``merge_checkpoint(task_vectors, poe, out)`` merges a whole model, ``merge(task_vectors, poe)`` in memory.
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
@@ -33,6 +33,7 @@ from inference.models.design import Design
 from inference.models.draw_files import load_draws, save_draws
 from inference.models.ensemble import MemberPredictor, MergedEnsemble, Prediction, ValuePrediction
 from inference.models.full_draws import RegenerationWarning, noise_control, sample_full
+from inference.models.in_memory import merge
 from inference.models.merge import MergeReport, merge_checkpoint, plan
 from inference.models.method_design import MethodDesign
 from inference.models.method_draws import MethodDraws
@@ -90,6 +91,7 @@ __all__ = [
     "load_draws",
     "load_statistics",
     "log_evidence",
+    "merge",
     "merge_checkpoint",
     "minimize",
     "noise_control",

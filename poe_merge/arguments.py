@@ -24,6 +24,7 @@ Tasks = Annotated[
     str | None, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.", show_default=False)
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="The table as a file.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in the place of the table.")]
 AllowCode = Annotated[
     bool,
     typer.Option(

@@ -12,14 +12,16 @@ from inference.models.design import Design
 from inference.models.method_design import MethodDesign
 from inference.reweighting import SolverOptions
 from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
+from poe_merge.method_keys import allowed
 from poe_merge.settings import Setting
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_spec, parse_spec, source_file
 from poe_models.experts import Anchor, Expert, ProductOfExperts
+from poe_models.methods import MergingMethod, WeightedMethod
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 from poe_models.weights.task_vectors import TaskVectors
 
 _SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
-_PER_EXPERT = tuple(ModelParameters.valid_keys())
+_PER_EXPERT = tuple(key for key in ModelParameters.valid_keys() if allowed(key, POE))
 
 
 def open_task_vectors(config: MergeConfig) -> TaskVectors:
@@ -122,22 +124,40 @@ class DesignTable:
 
 
 class MethodTable:
-    """The design of each tensor where all are merged by one method; tensors with the same λ share one."""
+    """The design of each tensor where all are merged by one method; tensors with the same settings share one."""
 
     def __init__(self, config: MergeConfig) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
-        self._scaling = config.shared()["scaling"]
+        self._shared = config.shared()
+        self._experts = [entry.parameters.settings() for entry in config.models]
         self._names = [entry.label for entry in config.models]
-        self._designs: dict[Any, MethodDesign] = {}
+        self._designs: dict[tuple[MergingMethod, float], MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:
         """The design for one tensor, the same object for the same settings."""
-        scaling: Any = self._scaling.get(tensor)
-        return self._designs.setdefault(scaling, MethodDesign(self._method, scaling))
+        scaling: Any = self._shared["scaling"].get(tensor)
+        method = self._weighted(tensor) if isinstance(self._method, WeightedMethod) else self._method
+        return self._designs.setdefault((method, scaling), MethodDesign(method, scaling))
 
     def average(self, tensor: str) -> Average:
         """The average of a tensor that the method does not see, by the λ that it would be merged with."""
         return Average.of(self(tensor), self._names)
+
+    def _weighted(self, tensor: str) -> MergingMethod:
+        """The method with each model's own weight and density for a tensor."""
+        given = {
+            field: tuple(self._value(settings, key, tensor) for settings in self._experts)
+            for field, key in (("weights", "weight"), ("densities", "density"))
+        }
+        found = {field: values for field, values in given.items() if None not in values}
+        base_weight = self._value({}, "base_weight", tensor)
+        extra = {} if base_weight is None else {"base_weight": base_weight}
+        return dataclasses.replace(self._method, **found, **extra)  # type: ignore[type-var]
+
+    def _value(self, own: dict[str, Setting[Any]], key: str, tensor: str) -> Any:
+        found = own[key].get(tensor) if key in own else None
+        shared = self._shared[key].get(tensor) if found is None and key in self._shared else found
+        return getattr(self._method, key, None) if shared is None else shared
 
 
 def designs_of(config: MergeConfig, base: Checkpoint) -> DesignTable | MethodTable:

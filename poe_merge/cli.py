@@ -15,9 +15,10 @@ import typer
 from typer.main import get_command
 
 from poe_merge import console as show
-from poe_merge import judging
+from poe_merge import documents, judging
 from poe_merge.arguments import (
     AllowCode,
+    AsJson,
     Config,
     Csv,
     InterruptedByUser,
@@ -34,6 +35,7 @@ from poe_merge.config import require_known
 from poe_merge.errors import explained
 from poe_merge.flags import ConfiguredCommand, SampleCommand, with_flags
 from poe_merge.progress import Bars
+from poe_merge.quiet import quietly
 
 app = typer.Typer(
     name="poe-merge",
@@ -49,6 +51,9 @@ INTERRUPTED = 130
 def _root(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print errors and warnings only, and what --json asks for, of any command.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of any command.")] = False,
 ) -> None:
     if show_version:
@@ -61,7 +66,9 @@ def _root(
 
 @app.command(cls=ConfiguredCommand)
 @with_flags
-def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode = False) -> None:
+def plan(
+    flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode = False, as_json: AsJson = False
+) -> None:
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
@@ -69,15 +76,19 @@ def plan(flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode 
     settings, task_vectors = opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
+    if settings.adapter is not None:
+        from inference.models.adapters import refuse_no_adapter
+
+        refuse_no_adapter(task_vectors, planned)
+    if as_json:
+        documents.show(documents.plan(planned, task_vectors))
+        return
     show.plan(planned, task_vectors)
     if settings.functional.tasks is not None:
         from poe_merge.functional import memory
 
         show.lines(memory(settings, task_vectors))
     if settings.adapter is not None:
-        from inference.models.adapters import refuse_no_adapter
-
-        refuse_no_adapter(task_vectors, planned)
         show.line("Written as an adapter: memory and sizes above are those of a whole model.")
 
 
@@ -91,7 +102,7 @@ def merge(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
     """Merge, and write a Hugging Face folder, or an adapter (--output)."""
-    from poe_merge.merge import merge as merge_models
+    from poe_merge.merging import merge as merge_models
 
     out = required(out, "merge")
     settings, task_vectors = opened(config, flags, allow_code, functional=True)
@@ -265,10 +276,10 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.
     """
-    typed = [word for word in arguments if word != "--debug"]
+    typed = [word for word in arguments if word not in ("--debug", "--quiet")]
     command = get_command(app)
     try:
-        with show.python_warnings():
+        with show.python_warnings(), quietly("--quiet" in arguments, but_stdout="--json" in arguments):
             result = command.main(args=typed, prog_name="poe-merge", standalone_mode=False)
         if result == INTERRUPTED:  # typer's own answer to Ctrl-C
             show.warning("interrupted.")

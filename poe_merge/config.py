@@ -28,6 +28,8 @@ from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
 from poe_merge.code_in_files import refuse_code, refuse_file
+from poe_merge.mergekit import WITHOUT_USE, read_as_mergekit
+from poe_merge.method_keys import allowed, misplaced
 from poe_merge.presets import PRESETS
 from poe_merge.sections import Section, validated
 from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
@@ -60,8 +62,10 @@ Texts = Setting[tuple[str, ...]] | None
 class ModelParameters(Section):
     """Parameters that may differ per model; those that are missing come from the shared ``Parameters``."""
 
-    weight: Annotated[Number, s.number(1.0, 0.0)] = None
-    """Importance of the experts."""
+    weight: Annotated[Number, s.number(1.0)] = None
+    """Importance of the experts, or their weights in a weighted method."""
+    density: Annotated[Number, s.share()] = None
+    """Share of an update's entries that a weighted method keeps; the method's own if not given."""
     residual_map: Annotated[Texts, s.spec(RESIDUAL_MAP, "InputGram", many=True)] = None
     """Directions of the update that an expert cares about; two for both sides of the matrices."""
     energy: Annotated[Text, s.spec(ENERGY, "Cauchy")] = None
@@ -75,6 +79,8 @@ class Parameters(ModelParameters):
 
     scaling: Annotated[Number, s.number(1.0)] = None
     """Factor of the merged update in the merged weights."""
+    base_weight: Annotated[Number, s.number()] = None
+    """Weight of the base in a weighted method; 0 if not given."""
     eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = None
     """Precision of the anchor: a number is relative to the experts' curvature."""
     anchor: Annotated[Text, Value(s.anchor, "zero|METHOD|PATH", "zero", kind=METHOD, path=True)] = None
@@ -205,18 +211,16 @@ class MergeConfig(Section):
 
     @field_validator("models", "parameters", "preset", "functional")
     @classmethod
-    def _of_a_product_of_experts(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what a merging method has no use for."""
+    def _of_the_method(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what a merging method, or a product of experts, has no use for."""
         method = info.data.get("merge_method", POE)
-        foreign = [] if method == POE else _design_keys(value)
+        foreign = _foreign_keys(value, method)
         if foreign:
-            words = list(dict.fromkeys(f"`{place[-1] if place else 'preset'}`" for place in foreign))
-            message = (
-                f"{', '.join(words)} {'belongs' if len(words) == 1 else 'belong'} to a product of experts, and "
-                f"`merge_method` is {method.partition('(')[0]}. Leave it out, or write `merge_method: {POE}`. The "
-                f"method's own settings are {method}; `scaling` is of any merge"
-            )
+            message = misplaced(foreign, method)
             raise PydanticCustomError("misplaced", "{message}", {"message": message, "place": foreign[0]})
+        if method == POE and (negative := _negative_weights(value)):
+            message = f"{negative[0][1]:g} is not a finite number of at least 0"
+            raise PydanticCustomError("misplaced", "{message}", {"message": message, "place": negative[0][0]})
         return value
 
     @property
@@ -268,7 +272,7 @@ class MergeConfig(Section):
         """The whole configuration with presets and defaults filled in, as plain data that reproduces the run."""
         shared = self.shared()
         if self.merge_method != POE:
-            shared = {"scaling": shared["scaling"]}
+            shared = {key: setting for key, setting in shared.items() if allowed(key, self.merge_method)}
         elif "step_tolerance" in shared and shared["step_tolerance"].complete:
             del shared["tolerance"]
         models = [
@@ -300,29 +304,27 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Setting[Any]]:
     return Parameters.model_validate(values).settings()
 
 
-def _design_keys(value: Any) -> list[Place]:
-    """Places, within a top-level key's value, of settings that only a product of experts has."""
+def _foreign_keys(value: Any, method: str) -> list[Place]:
+    """Places, within a top-level key's value, of settings that a method has no use for."""
     if isinstance(value, ModelParameters):
-        return [(key,) for key in value.settings() if key != "scaling"]
-    if isinstance(value, FunctionalParameters):
-        return [] if value.tasks is None else [("tasks",)]
+        return [(key,) for key in value.settings() if not allowed(key, method)]
     if isinstance(value, tuple):
         entries = enumerate(entry.parameters for entry in value)
-        return [(index, "parameters", *place) for index, own in entries for place in _design_keys(own)]
-    return [] if value is None else [()]
+        return [(index, "parameters", *place) for index, own in entries for place in _foreign_keys(own, method)]
+    if isinstance(value, FunctionalParameters):
+        return [("tasks",)] if value.tasks is not None and method != POE else []
+    return [()] if value is not None and method != POE else []
 
 
-_MERGEKIT_ONLY = {
-    "slices": "experts share the base's layers",
-    "modules": "one merge handles one checkpoint",
-    "tokenizer": "the base's tokenizer is copied",
-    "tokenizer_source": "the base's tokenizer is copied",
-    "chat_template": "the base's chat template is copied",
-    "int8_mask": "masks are made as they are used",
-    "density": "methods have their settings with their name, `merge_method: Ties(density=0.2)`",
-    "lambda": "the factor of the merged update is `scaling`",
-    "normalize": "a product of experts weighs by precision",
-}
+def _negative_weights(value: Any) -> list[tuple[Place, float]]:
+    """Weights of less than 0, with their places within a top-level key's value."""
+    if isinstance(value, tuple):
+        entries = enumerate(entry.parameters for entry in value)
+        return [((index, "parameters", *p), n) for index, own in entries for p, n in _negative_weights(own)]
+    given = value.weight if isinstance(value, ModelParameters) else None
+    return [] if given is None else [(("weight",), number) for _, number in given.cases if number < 0]
+
+
 _SECTIONS: dict[tuple[str, ...], type[Section]] = {
     (): MergeConfig,
     ("parameters",): Parameters,
@@ -366,7 +368,7 @@ def parse_config(document: Document, folders: Iterable[Path] = (), *, allow_code
         values = [item for section in _SECTIONS.values() for item in section.values().items()]
         refuse_code(document, {key for key, value in values if value.kind})
         refuse_file(document, ("functional", "tasks"))
-    return validated(document, MergeConfig, _SECTIONS, folders, _MERGEKIT_ONLY)
+    return validated(read_as_mergekit(document), MergeConfig, _SECTIONS, folders, WITHOUT_USE)
 
 
 def require_known(config: MergeConfig, *, functional: bool) -> None:

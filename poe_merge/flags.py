@@ -27,6 +27,7 @@ _PRODUCT = ("plan", "merge", "stats", "sample")
 COMMANDS = {
     "merge_method": ("plan", "merge", "sample"),
     "coordinates": ("plan", "merge", "stats"),
+    **dict.fromkeys(("density", "base_weight"), ("plan", "merge", "sample")),
     "scaling": ("plan", "merge", "sample"),
     "out_dtype": ("plan", "merge", "sample"),
     "output": ("plan", "merge"),

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from poe_merge import console as show
-from poe_merge.arguments import AllowCode, Config, Csv, Tasks, opened
+from poe_merge import documents
+from poe_merge.arguments import AllowCode, AsJson, Config, Csv, Tasks, opened
 from poe_merge.flags import with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.progress import Bars
@@ -70,6 +71,7 @@ def evaluate(
     tasks: Tasks = None,
     csv: Csv = None,
     allow_code: AllowCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score models on tasks: accuracy, NLL, calibration, perplexity and others, with intervals and comparisons."""
     from poe_merge import evaluate as evaluation
@@ -77,7 +79,11 @@ def evaluate(
     settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
     with Bars() as bars:
         found = evaluation.evaluate(settings, folders, bars.steps("evaluating"))
-    show.scores(found, None if csv is None else evaluation.write_csv(found, csv))
+    written = None if csv is None else evaluation.write_csv(found, csv)
+    if as_json:
+        documents.show(documents.scores(found))
+    else:
+        show.scores(found, written)
 
 
 def score(
@@ -87,6 +93,7 @@ def score(
     tasks: Tasks = None,
     csv: Csv = None,
     allow_code: AllowCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rank models without labels: mean divergence of their predictions from those of each task's own expert."""
     from poe_merge import evaluate as evaluation
@@ -94,7 +101,11 @@ def score(
     settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
     with Bars() as bars:
         found = evaluation.score(settings, folders, bars.steps("scoring"))
-    show.divergences(found, None if csv is None else evaluation.write_csv(found, csv))
+    written = None if csv is None else evaluation.write_csv(found, csv)
+    if as_json:
+        documents.show(documents.divergences(found))
+    else:
+        show.divergences(found, written)
 
 
 @with_flags
@@ -108,6 +119,7 @@ def check(
         typer.Option("--not-promised", help="A property it need not have; once for each.", show_default=False),
     ] = None,
     random_seed: Annotated[int, typer.Option("--random-seed", min=0, help="Of the random modules.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Test the properties of a merging method, on random modules and on those of a configuration.
 
@@ -118,7 +130,10 @@ def check(
     real = config is not None or any(value is not None for value in flags.values())
     task_vectors = opened(config, flags, allow_code)[1] if real else None
     report = check_method(method, task_vectors, not_promised or [], random_seed)
-    show.lines(summary(report))
+    if as_json:
+        documents.show(documents.check(report))
+    else:
+        show.lines(summary(report))
     if report.broken:
         raise typer.Exit(1)
 
@@ -128,6 +143,9 @@ def presets() -> None:
     show.presets(PRESETS)
 
 
-def methods() -> None:
+def methods(as_json: AsJson = False) -> None:
     """List the merging methods of the literature, with what they need and whom to cite."""
-    show.methods(METHOD.registry)
+    if as_json:
+        documents.show(documents.methods(METHOD.registry))
+    else:
+        show.methods(METHOD.registry)

@@ -12,6 +12,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from poe_merge.console import console_for, shown
+from poe_merge.quiet import is_quiet
 
 
 class _Modules(ProgressColumn):
@@ -43,7 +44,7 @@ class Bars:
             _Amount(),
             TimeRemainingColumn(compact=True),
             console=console_for(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=is_quiet() or not sys.stderr.isatty(),
         )
         self._solved = 0
 

@@ -155,6 +155,19 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
     return Value(parse, "INTEGER" if whole else "NUMBER", default)
 
 
+def share() -> Value:
+    """A number of at least 0 and at most 1."""
+    any_number = number(None, 0.0)
+
+    def parse(raw: Any, folders: Folders) -> float:
+        value = any_number.parse(raw, folders)
+        if value > 1:
+            raise ValueError(f"{short(raw)} is more than 1. For {value:g} % write {value / 100:g}")
+        return value
+
+    return Value(parse, "NUMBER")
+
+
 def choice(noun: str, *options: Any, default: Any = None, many: bool = False) -> Value:
     """One of a few values of the same type."""
 
@@ -236,10 +249,12 @@ def output(raw: Any, folders: Folders) -> str:
 
 
 def located(raw: Any, folders: Folders) -> str:
-    """Make a checkpoint's path absolute; a model id of the Hub that is no local path stays as it is."""
+    """Make a checkpoint's path absolute, or the two of ``MODEL+ADAPTER``; a model id of the Hub stays as it is."""
     if not isinstance(raw, str):
         raise ValueError(f"{raw!r} is no checkpoint; write a path, or a model id of the Hub")
     path = folders[0] / Path(raw).expanduser()
+    if "+" in raw and not path.exists():
+        return "+".join(located(part, folders) for part in raw.split("+", 1))
     return raw if _HUB_ID.fullmatch(raw) and not path.exists() else str(path.absolute())
 
 

@@ -217,6 +217,19 @@ def names_method(text: str) -> bool:
     return same_name(text.partition("(")[0], METHOD.registry) is not None
 
 
+def is_weighted(text: str) -> bool:
+    """Whether a canonical merging method takes a weight and a density for each model.
+
+    >>> is_weighted("Weighted(density=0.2)"), is_weighted("Average()")
+    (True, False)
+    """
+    from poe_models.methods import WeightedMethod
+
+    name = text.partition("(")[0]
+    found = METHOD.registry.get(name) or type(parse_spec(text, METHOD))
+    return issubclass(found, WeightedMethod)
+
+
 def is_spec(text: str) -> bool:
     """Whether a text is a call with brackets or names a class of one's own, as no path does.
 

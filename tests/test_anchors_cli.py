@@ -176,7 +176,7 @@ def test_a_method_as_the_anchor(cli: Cli, here: Path) -> None:
         (("--method", "Ties(density=20)"), "For 20 % write 0.2."),
         (("--method", "Ties(open('x'))"), "not a name with literal arguments"),
         (("--method", "ties", "--energy", "Cauchy"), "`energy` belongs to a product of experts, and `merge_method` is"),
-        (("--method", "ties", "--weight", "mnist=2"), "`weight` belongs to a product of experts"),
+        (("--method", "Ties", "--weight", "mnist=2"), "`weight` belongs to a product of experts"),
         (("--method", "ties", "--preset", "poe-vit-b32-full"), "`preset` belongs to a product of experts"),
         (("--method", "AdaMerging"), "it needs data (inputs)"),
         (("--metod", "ties"), "no option `--metod`; did you mean `--method`?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -126,3 +127,13 @@ def test_another_function_and_deltas(folder: Path, capsys: pytest.CaptureFixture
     assert "\none " in asked(capsys, "--tasks", "mine.py:few")
     (folder / "ensemble" / "ensemble.json").write_text('{"format": "deltas"}')
     assert "--format checkpoints" in asked(capsys, "--tasks", "mine.py", status=2)
+
+
+def test_the_document_is_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked(capsys, "--tasks", "mine.py", "--csv", "scores.csv")
+    assert run(["evaluate", "scores.yaml", "--tasks", "mine.py", "--json"]) == 0
+    found, frame = json.loads(capsys.readouterr().out), pd.read_csv("scores.csv")
+    assert len(found["scores"]) == len(frame)
+    for row, (_, expected) in zip(found["scores"], frame.iterrows(), strict=True):
+        for key, value in row.items():
+            assert pd.isna(expected[key]) if value is None else expected[key] == pytest.approx(value)

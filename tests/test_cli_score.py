@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -85,7 +86,11 @@ def test_it_is_the_divergence_by_hand_on_inputs_that_no_fit_saw(
         "merged": ["merged"],
         "ensemble": ["ensemble/member-000", "ensemble/member-001"],
     }
+    assert run(["score", "scores.yaml", "--tasks", "mine.py:held_out", "--json"]) == 0
+    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)["divergences"]}
     for model, parts in members.items():
+        assert rows[model]["kl"] == pytest.approx(frame.loc[model, "kl"], rel=1e-12)
+        assert rows[model]["tasks"]["a"]["kl"] == pytest.approx(by_hand(folder, parts, 10, "a"), rel=1e-9)
         expected = (by_hand(folder, parts, 10, "a") + by_hand(folder, parts, 11, "b")) / 2
         assert frame.loc[model, "kl"] == pytest.approx(expected, rel=1e-9)
     assert out.index("merged") < out.index("base") or frame.loc["base", "kl"] < frame.loc["merged", "kl"]

@@ -27,7 +27,7 @@ from torch import nn
 
 import poe_merge
 from poe_merge.cli import run
-from poe_merge.config import _MERGEKIT_ONLY
+from poe_merge.config import WITHOUT_USE
 from poe_merge.specs import METHOD, SpecError, parse_spec
 from poe_models import TaskVectors
 from poe_models.weights.rules import DEFAULT_RULES
@@ -176,7 +176,7 @@ def test_the_table_of_tensors_is_that_of_the_rules() -> None:
 def test_what_the_page_on_mergekit_says_is_so() -> None:
     """Keys that are refused are told, methods that are called missing are, and the others are there."""
     page = (DOCS / "mergekit.md").read_text(encoding="utf-8")
-    assert [key for key in _MERGEKIT_ONLY if f"`{key}`" not in page] == []
+    assert [key for key in WITHOUT_USE if f"`{key}`" not in page] == []
     rows = re.findall(r"^\| (`.+?) \| (not here|`merge_method: (.+?)`) \|", page, re.M)
     assert len(rows) == 8
     for theirs, ours, method in rows:

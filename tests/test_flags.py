@@ -49,6 +49,8 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "seed": ("3", 3),
     "batch_bytes": ("4096", 4096),
     "weight": (["0.5"], 0.5),
+    "density": (["0.5"], 0.5),
+    "base_weight": ("0.5", 0.5),
     "residual_map": (["InputGram", "OutputGram"], ["InputGram", "OutputGram"]),
     "energy": (["StudentT(4)"], "StudentT(4)"),
     "scale": (["Absolute(2.0)"], "Absolute(2.0)"),
@@ -91,8 +93,13 @@ def from_yaml(here: Path) -> Callable[[Any], MergeConfig]:
     return read
 
 
+def base_of(flag: Flag) -> dict[str, Any]:
+    """A configuration that has a use for the flag."""
+    return deepcopy(BASE) | ({"merge_method": "Weighted"} if name_of(flag) in ("density", "base_weight") else {})
+
+
 def from_flags(flag: Flag, typed: Any) -> MergeConfig:
-    return parse_config(overridden(Document(deepcopy(BASE)), {flag.name: typed}))
+    return parse_config(overridden(Document(base_of(flag)), {flag.name: typed}))
 
 
 def name_of(flag: Flag) -> str:
@@ -102,23 +109,23 @@ def name_of(flag: Flag) -> str:
 @pytest.mark.parametrize("flag", FLAGS, ids=name_of)
 def test_a_flag_is_its_key_in_the_file(flag: Flag, from_yaml: Any) -> None:
     typed, written = EXAMPLES[name_of(flag)]
-    data = deepcopy(BASE)
+    data = base_of(flag)
     section = data if len(flag.place) == 1 else data.setdefault(str(flag.place[0]), {})
     section[name_of(flag)] = written
     found = from_flags(flag, typed)
     assert found == from_yaml(data)
-    assert found != from_yaml(BASE)
+    assert found != from_yaml(base_of(flag))
     assert found.resolved() == from_yaml(data).resolved()
 
 
 @pytest.mark.parametrize("flag", PER_MODEL, ids=name_of)
 def test_a_flag_for_one_model_is_its_key_there(flag: Flag, from_yaml: Any) -> None:
     typed, written = EXAMPLES[name_of(flag)]
-    data = deepcopy(BASE)
+    data = base_of(flag)
     data["models"][1]["parameters"] = {name_of(flag): written}
     found = from_flags(flag, [f"two={text}" for text in typed])
     assert found == from_yaml(data)
-    assert found.models[0] == from_yaml(BASE).models[0]
+    assert found.models[0] == from_yaml(base_of(flag)).models[0]
 
 
 def test_every_key_is_a_flag() -> None:

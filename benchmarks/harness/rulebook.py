@@ -25,6 +25,7 @@ from poe_models.methods import (
     RegMean,
     TaskArithmetic,
     Ties,
+    WeightedDare,
     Wudi,
     WudiAdam,
 )
@@ -76,6 +77,7 @@ RULES: dict[str, Callable[[Calibration], Rule]] = {name: _as_it_stands(name) for
     "Ties": lambda _: Rule(Ties(), 1.0, "density", DENSITIES),
     "Dare": lambda _: Rule(Dare(scale=1.0), 0.3, "drop", DROPS),
     "DareTies": lambda _: Rule(DareTies(), 1.0, "drop", DROPS),
+    "WeightedDare": lambda _: Rule(WeightedDare(normalize=False, density=0.4), 0.3, "density", DENSITIES),
     "KnotsTies": lambda _: Rule(KnotsTies(), 1.0, "density", DENSITIES),
     "KnotsDareTies": lambda _: Rule(KnotsDareTies(), 1.0, "drop", DROPS),
     "IsoCTS": lambda _: Rule(IsoCTS(), 1.0, "common", (0.2, 0.4, 0.6, 0.8, 1.0)),

@@ -29,8 +29,8 @@ class MethodDesign:
         return list(range(len(names)))
 
     def importance(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Importance of each task vector, by which tensors that the method does not see are averaged: the same."""
-        return (1.0,) * len(names)
+        """Importance of each task vector, by which tensors that the method does not see are averaged."""
+        return self.method.importance(len(names))
 
     def solve(self, batch: ModuleBatch) -> Solution[MethodInfo]:
         """Merge a batch of modules; ``value`` of the solution is ``(M, d_out, d_in)``."""

@@ -17,6 +17,7 @@ from poe_models.methods.learned import AdaMerging, ConcreteTaskArithmetic
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
 from poe_models.methods.spectral import TSVM, IsoC, IsoCTS
 from poe_models.methods.ties import Ties
+from poe_models.methods.weighted import Weighted, WeightedDare, WeightedMethod
 from poe_models.methods.wudi import Wudi, WudiAdam
 
 METHODS: dict[str, type[MergingMethod]] = {
@@ -28,6 +29,8 @@ METHODS: dict[str, type[MergingMethod]] = {
         Ties,
         Dare,
         DareTies,
+        Weighted,
+        WeightedDare,
         KnotsTies,
         KnotsDareTies,
         TSVM,
@@ -67,6 +70,9 @@ __all__ = [
     "TaskArithmetic",
     "TaskData",
     "Ties",
+    "Weighted",
+    "WeightedDare",
+    "WeightedMethod",
     "Wudi",
     "WudiAdam",
     "average",

@@ -17,6 +17,13 @@ def require_share(method: MergingMethod, name: str, *, one: bool = True) -> None
         raise ValueError(f"{_quoted(method, name)}: must be {wanted}.{percent}")
 
 
+def require_shares(method: MergingMethod, name: str) -> None:
+    """Refuse numbers outside [0, 1] among those of the experts, if there are any."""
+    values = getattr(method, name) or ()
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"{_quoted(method, name)}: every number must be at least 0 and at most 1.")
+
+
 def require_choice(method: MergingMethod, name: str, literal: Any) -> None:
     """Refuse a word that is not among those of a ``Literal``."""
     if getattr(method, name) not in get_args(literal):

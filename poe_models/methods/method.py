@@ -197,6 +197,10 @@ class MergingMethod(ABC):
         """
         return {}
 
+    def importance(self, experts: int) -> tuple[float, ...]:
+        """Weight of each expert in the mean of tensors that are averaged: the same for all by default."""
+        return (1.0,) * experts
+
     def working_floats(self, modules: int, experts: int, shape: tuple[int, int]) -> int:
         """Numbers that merging ``modules`` of one shape holds at its peak, beside the updates and the result.
 

@@ -9,6 +9,7 @@
   one nested under ``"state_dict"``, ``"model"`` and the like provided that every leaf of it is a tensor;
 - a PEFT LoRA folder (``adapter_config.json``) on top of its base, see :mod:`poe_models.weights.lora`;
 - a mapping of names to tensors;
+- ``MODEL+ADAPTER``, each of the above or below: the adapter on that model;
 - a model id of the Hugging Face hub, ``org/name`` or ``org/name@revision``, downloaded with ``huggingface_hub``.
 """
 
@@ -74,6 +75,9 @@ def open_checkpoint(
             "tensors such as `model.state_dict()`."
         )
     path = Path(source).expanduser()
+    if not path.exists() and "+" in str(source):  # mergekit's way to write an adapter on a model
+        under, _, adapter = str(source).partition("+")
+        return open_checkpoint(adapter, base=open_checkpoint(under, base))
     if not path.exists():
         path = _download(str(source))
     if path.is_file():

@@ -59,7 +59,7 @@ def fails(cli: Cli, here: Path) -> Callable[..., str]:
         ),
         (["merge", "config.yaml", "--scale", "Relative(-1)", "--out", "out"], "--scale: scale `Relative(-1)`: "),
         (["merge", "config.yaml", "--scaling", "much", "--out", "out"], "--scaling: 'much' is not a finite number."),
-        (["merge", "config.yaml", "--weight", "mnist=-1", "--out", "out"], "--weight: -1' is not a finite number of"),
+        (["merge", "config.yaml", "--weight", "mnist=-1", "--out", "out"], "--weight: -1 is not a finite number of"),
         (
             ["merge", "config.yaml", "--weight", "mnits=1", "--out", "o"],
             "--weight mnits=...: no model is called `mnits`; did",
@@ -87,8 +87,6 @@ def fails(cli: Cli, here: Path) -> Callable[..., str]:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, fails: Any) -> None:
-    if message.startswith("--weight: -1'"):
-        message = "--weight: '-1' is not a finite number of at least 0."
     assert message in fails(*arguments)
 
 
@@ -172,7 +170,7 @@ def test_out_of_memory_says_what_helps(cli: Cli, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("poe_merge.merge.merge_checkpoint", full)
+    monkeypatch.setattr("poe_merge.merging.merge_checkpoint", full)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err.count("\n")) == (2, 1)
     assert "out of memory (CUDA out of memory). Free memory or take a larger machine; `poe-merge plan` says how" in err
@@ -187,7 +185,7 @@ def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli,
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("poe_merge.merge.merge_checkpoint", broken)
+    monkeypatch.setattr("poe_merge.merging.merge_checkpoint", broken)
     status, _, err = cli("merge", "config.yaml", "--out", "out")
     assert (status, err) == (1, "error: ZeroDivisionError: oh (--debug shows where)\n")
     with pytest.raises(ZeroDivisionError):

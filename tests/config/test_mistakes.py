@@ -193,7 +193,7 @@ def test_a_section_that_is_given_twice_is_one_mistake(folder: Path) -> None:
 
 def test_what_a_method_has_no_use_for_is_told_once_for_each_section(folder: Path) -> None:
     text = (
-        "base_model: base\nmerge_method: ties\nmodels:\n- {model: one, parameters: {weight: 2}}\nparameters:\n"
+        "base_model: base\nmerge_method: Ties\nmodels:\n- {model: one, parameters: {weight: 2}}\nparameters:\n"
         "  scaling: 0.5\n  energy: Cauchy\n  eta: 0.2\npreset: poe-vit-b32-full\n"
     )
     with pytest.raises(ConfigError) as raised:
