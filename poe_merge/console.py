@@ -46,6 +46,8 @@ def console_for(stderr: bool = False) -> Console:
 
 def visible(text: str) -> str:
     """As ``poe_models.printing``, whose package imports torch, which an error need not wait for."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
