@@ -61,10 +61,18 @@ class DesignTable:
         self._names = [entry.label for entry in config.models]
         self._base = base
         self._designs: dict[tuple[Any, ...], Design] = {}
+        settings = [each for _, own in self._experts for each in own.values()] + list(self._shared.values())
+        self._by_name = any(word is not None for each in settings for word, _ in each.cases[:1])
+        self._only: Design | None = None
         self._centers: dict[str, Checkpoint] = {}
 
     def __call__(self, tensor: str) -> Design:
         """The design for one tensor, the same object for the same settings."""
+        if self._by_name or self._only is None:
+            self._only = self._for(tensor)
+        return self._only
+
+    def _for(self, tensor: str) -> Design:
         own = tuple(
             (name, *(self._value(settings, key, tensor) for key in _PER_EXPERT)) for name, settings in self._experts
         )

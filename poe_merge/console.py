@@ -46,6 +46,8 @@ def console_for(stderr: bool = False) -> Console:
 
 def visible(text: str) -> str:
     """Text with unprintable characters escaped; ``poe_models.printing`` is imported late, for it waits for torch."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

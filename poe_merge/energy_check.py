@@ -9,7 +9,7 @@ import torch
 
 
 def check_energy(energy: Any) -> None:
-    """Refuse an energy that is not 0 at 0, finite and non-decreasing, now rather than in the middle of a merge.
+    """Refuse an energy that is not 0 at 0, finite, non-decreasing and of each q alone, now rather than in a merge.
 
     Raises:
         ValueError: If it is not; says where.
@@ -21,6 +21,7 @@ def check_energy(energy: Any) -> None:
         fine = isinstance(rho, torch.Tensor) and rho.shape == q.shape and bool(rho.isfinite().all())
         slope = float(energy.weight(q)[0]) if fine else 0.0
         pull = _slopes(energy) if fine else q
+        alone = torch.cat([energy.rho(one) for one in q.split(1)]) if fine else q
     except Exception as error:  # whatever a user's function raises
         raise ValueError(f"`rho` fails on {q.tolist()}: {type(error).__name__}: {error}") from error
     if not fine or abs(float(rho[0])) > 1e-9 or bool((rho.diff() < 0).any()):
@@ -28,6 +29,11 @@ def check_energy(energy: Any) -> None:
         raise ValueError(
             f"`rho({q.tolist()})` is {shown}. It must give one finite number for each q, 0 at q = 0, and never "
             "decrease."
+        )
+    if not torch.allclose(alone, rho, rtol=1e-5, atol=1e-9):
+        raise ValueError(
+            f"`rho({q.tolist()})` is {rho.tolist()}, but {alone.tolist()} of one q at a time. It must give for each q "
+            "what depends on that q alone, and the same again: residuals of several modules come together."
         )
     if not bool((pull > 0).any()):
         raise ValueError(

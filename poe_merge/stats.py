@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inference.models.artifacts import read_record
 from inference.models.design import Design
-from inference.models.digest import Progress, digest_inputs, files_of
+from inference.models.digest import Progress, check_unchanged, digest_inputs, files_of
 from inference.models.method_design import AnyDesign
 from inference.models.plan import inputs_of
 from inference.models.staging import check_output
@@ -67,6 +67,7 @@ def make_statistics(
     inputs = digest_inputs(checkpoints, custom_sources(settings), progress)
     task_vectors.refuse_copies()
     statistics = collect_statistics(task_vectors, designs, progress=progress)
+    check_unchanged(checkpoints.values())
     folder = save_statistics(
         statistics, out, about=about, inputs=inputs, settings={"preset": settings.preset, "config": settings.resolved()}
     )

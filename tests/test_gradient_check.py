@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from inference import fixed_point, merge_checkpoint
 from inference.gradient_check import judged, relative_gradient
 from inference.models.design import Design
+from inference.models.plan import plan
 from inference.reweighting import SolverOptions
 from inference.solution import Status
 from poe_merge.cli import run
@@ -95,6 +96,23 @@ def test_an_energy_without_a_gradient_is_refused(rho: str, tmp_path: Path) -> No
     (tmp_path / "own.py").write_text(f"{imports}class Own(Energy):\n    def rho(self, q):\n        return {rho}\n")
     with pytest.raises(SpecError, match="rho"):
         parse_spec("own.py:Own", ENERGY, [tmp_path])
+
+
+@pytest.mark.parametrize("rho", ["q / (1 + q.mean())", "q * q.sum()", "q * torch.rand(())", "q.cumsum(0)"])
+def test_an_energy_of_several_residuals_together_is_refused(rho: str, tmp_path: Path) -> None:
+    imports = "import torch\nfrom poe_models import Energy\n"
+    (tmp_path / "own.py").write_text(f"{imports}class Own(Energy):\n    def rho(self, q):\n        return {rho}\n")
+    with pytest.raises(SpecError, match="alone"):
+        parse_spec("own.py:Own", ENERGY, [tmp_path])
+
+
+def test_a_design_that_random_updates_leave_undetermined_names_them(generator: torch.Generator) -> None:
+    base = {"fc.weight": torch.randn(6, 5, generator=generator)}
+    experts = {name: {"fc.weight": torch.randn(6, 5, generator=generator)} for name in NAMES}
+    dead = Custom(lambda q: (q - 1e3).clamp(min=0))
+    with pytest.raises(ValueError, match="a module of random updates") as found:
+        plan(TaskVectors(base, experts), ProductOfExperts.of(NAMES, energy=dead))
+    assert "of the batch" not in str(found.value)
 
 
 def test_a_merge_that_is_the_base_is_warned_about(

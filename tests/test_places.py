@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from inference import MergedEnsemble, load_draws, load_statistics
 from inference.models.places import portable, resolved
 from poe_merge.cli import run
+from poe_models import Activation, Anchor, Balanced, ProductOfExperts, RelativePrecision, TaskVectors
+from poe_models.span import SpanStatistics
+from poe_models.weights.loading import CheckpointError
+from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
 
 MODELS = ["--base-model", "models/base", "--model", "a=models/a", "--model", "b=models/b"]
 
@@ -106,3 +113,59 @@ def test_a_snapshot_of_the_hub_is_its_id_and_revision(tmp_path: Path, monkeypatc
     assert resolved(["org/name@0123abc"], tmp_path / "out") == ["org/name@0123abc"]
     monkeypatch.setattr("inference.models.places.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert resolved(["org/name@0123abc"], tmp_path / "out") == [str(snapshot)]
+
+
+def moments(folder: Path) -> None:
+    """Input moments of both experts, as ``Activation`` takes them."""
+    means = {name: {"fc.weight": torch.eye(4)} for name in "ab"}
+    ModuleStatistics("activations", means).save(folder)
+
+
+def test_statistics_and_draws_go_with_what_they_refer_to(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments(here / "moments")
+    design = [*MODELS, "--residual-map", "Activation('moments')"]
+    words = ["-n", "2", "--draws", "20", "--warmup", "5"]
+    assert run(["stats", *design, "--out", "out/stats"]) == 0
+    assert run(["sample", *design, "--coordinates", "full", *words, "--out", "out/full"]) == 0
+    assert run(["sample", *design, "--stats", "out/stats", *words, "--out", "out/drawn"]) == 0
+    for record in [here / "out/stats/statistics.json", *(here / "out").glob("*/draws/draws.json")]:
+        assert str(here.parent) not in record.read_text(), record
+    moved = here.parent / "elsewhere"
+    here.rename(moved)
+    monkeypatch.chdir(moved)
+    assert run(["sample", *design, "--stats", "out/stats", *words, "--out", "again"]) == 0
+    statistics = load_statistics("out/stats")
+    assert statistics.residual_maps == (f"Activation(statistics='{moved / 'moments'}', off_diagonal=1.0)",) * 2
+    assert load_draws("out/drawn/draws", statistics).kind == "span"
+    full = load_draws("out/full/draws")
+    vectors = TaskVectors("models/base", {"a": "models/a", "b": "models/b"})
+    poe = ProductOfExperts.of(vectors.names, Activation(StatisticsFolder(moved / "moments")), scale=Balanced(1.0))
+    poe = replace(poe, anchor=Anchor(precision=RelativePrecision(0.1)))
+    member = next(MergedEnsemble(vectors, poe, full).members())
+    known = load_file("out/full/member-000/model.safetensors")
+    assert full.designs[0].count(str(moved)) == 2
+    assert member["fc.weight"].shape == known["fc.weight"].shape
+
+
+def test_records_with_absolute_paths_are_still_read(here: Path) -> None:
+    moments(here / "moments")
+    assert run(["stats", *MODELS, "--residual-map", "Activation('moments')", "--out", "stats"]) == 0
+    file = here / "stats/statistics.json"
+    record = json.loads(file.read_text())
+    before = SpanStatistics(**{**vars(load_statistics("stats"))})
+    record = resolved(record, here / "stats")
+    names = (before.modules, before.updates, before.residual_maps, before.through)
+    digest = hashlib.sha256(repr(names).encode())  # as it was made when places counted
+    for name in ("gram", "forms", "mean_curvature", "dimension"):
+        values = getattr(before, name)
+        digest.update(f"{name}{tuple(values.shape)}".encode() + values.numpy().astype("<f8").tobytes())
+    assert digest.hexdigest() != record["digest"]
+    file.write_text(json.dumps({**record, "digest": digest.hexdigest()}))
+    assert load_statistics("stats").residual_maps == before.residual_maps
+    file.write_text(json.dumps({**record, "digest": "0" * 64}))
+    with pytest.raises(CheckpointError, match="not about these numbers"):
+        load_statistics("stats")
+
+
+def test_a_path_that_shares_no_folder_stays_absolute_where_it_must_be_found(tmp_path: Path) -> None:
+    assert portable(["/usr", "/usr/bin"], tmp_path / "out", foreign=False) == ["/usr", "/usr/bin"]

@@ -14,9 +14,13 @@ from safetensors.torch import load
 from torch import Tensor
 
 from inference.models.digest import file_digest
+from inference.models.places import resolved
 from inference.models.staging import Staging, check_output
 from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import CheckpointError
+
+_NO_PATHS = ("modules", "updates", "experts", "expert", "followers", "beside")
+"""Keys of records whose texts are names."""
 
 
 def versions() -> dict[str, str]:
@@ -55,16 +59,21 @@ def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], re
 def add_artifact(
     staging: Staging, prefix: str, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write both files below a prefix of a larger output, the JSON last: it says that the tensors are there."""
+    """Write both files below a prefix of a larger output, the JSON last: it says that the tensors are there.
+
+    Paths in the record are as seen from the folder, which can be moved together with what it refers to; those of what
+    shares no folder with it stay absolute.
+    """
     staging.save(
         f"{prefix}{kind}.safetensors", {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
     )
     digest = file_digest(staging.content / f"{prefix}{kind}.safetensors")
-    staging.write_json(f"{prefix}{kind}.json", {"kind": kind, "sha256": digest, "versions": versions(), **record})
+    told = {"kind": kind, "sha256": digest, "versions": versions(), **record}
+    staging.write_record(f"{prefix}{kind}.json", told, _NO_PATHS, foreign=False)
 
 
 def read_record(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read the JSON part of a folder that should hold one kind of result.
+    """Read the JSON part of a folder that should hold one kind of result; its paths are absolute again.
 
     Raises:
         CheckpointError: If it is missing, corrupt, or about something else.
@@ -78,7 +87,8 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{error} Make the {kind} again.") from error
     if record.get("kind") != kind:
         raise CheckpointError(f"{file}: not the {kind} of a merge. Give the folder that was saved.")
-    return record
+    names = {key: value for key, value in record.items() if key in _NO_PATHS}
+    return {**resolved(record, file.parent), **names}
 
 
 def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

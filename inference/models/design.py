@@ -18,6 +18,7 @@ from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
 from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod
+from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.span_labels import stored_center
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
@@ -220,7 +221,11 @@ class Design:
             )
         if self.method is not None:
             require_usable(self.method, len(names))
-        self._probe(1.0, self.center is not None)
+        try:
+            self._probe(1.0, self.center is not None)
+        except NotPositiveDefiniteError as error:
+            where = "a module of random updates, on which the design was tried,"
+            raise NotPositiveDefiniteError(str(error).replace("module 0 of the batch", where)) from error
 
 
 def _spread(updates: Tensor) -> Tensor:

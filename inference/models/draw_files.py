@@ -16,7 +16,7 @@ from inference.models.full_draws import check_environment, warn_of_changes
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.staging import Staging
-from inference.models.statistics_files import statistics_digest
+from inference.models.statistics_files import is_digest_of, statistics_digest
 from poe_models.span import SpanStatistics
 from poe_models.weights.loading import CheckpointError
 
@@ -126,15 +126,23 @@ def load_draws(path: str | Path, source: SpanStatistics | str | None = None) -> 
         raise CheckpointError(
             f"{path}: incomplete draws ({type(error).__name__}: {error}). Draw them again."
         ) from error
-    expected = statistics_digest(source) if isinstance(source, SpanStatistics) else source
-    if expected is not None and draws.source != expected:
+    _require_source(path, draws, source)
+    if isinstance(draws, FullDraws):
+        warn_of_changes(draws.environment)
+    return draws
+
+
+def _require_source(path: str | Path, draws: ModelDraws, source: SpanStatistics | str | None) -> None:
+    """Refuse draws of something else than the source, if there is one."""
+    if isinstance(source, SpanStatistics):
+        same, expected = is_digest_of(draws.source, source), statistics_digest(source)
+    else:
+        same, expected = source in (None, draws.source), str(source)
+    if not same:
         raise CheckpointError(
             f"{path}: these draws were made from other {'statistics' if draws.kind == 'span' else 'weights'} "
             f"(digest {draws.source[:12]}..., expected {expected[:12]}...). Draw again, or give what they are about."
         )
-    if isinstance(draws, FullDraws):
-        warn_of_changes(draws.environment)
-    return draws
 
 
 def _require_texts(record: dict[str, Any]) -> None:

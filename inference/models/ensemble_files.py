@@ -125,9 +125,8 @@ class _Writer:
 
     def _nbytes(self) -> int:
         """Bytes of the tensors of a member."""
-        dtype_of, tied = self.tensors.dtype_of, self.base.tied_names
-        tensors = self.base.tensors.items()
-        return sum(math.prod(info.shape) * dtype_of(name).itemsize * len(tied(name)) for name, info in tensors)
+        sizes = {n: math.prod(i.shape) * self.tensors.dtype_of(n).itemsize for n, i in self.base.tensors.items()}
+        return sum(sizes.values()) + sum(sizes[self.base.aliases[name]] for name in self.base.apart)
 
     def _design(self, tensor: str) -> str:
         design = self.tensors.design_of(tensor)
@@ -141,7 +140,7 @@ class _Writer:
         for file, names in self.layout.items():
             own = {alias: target for alias, target in self.base.aliases.items() if target in names}
             self._weight_file(f"{member}/{file}", names, own, partial(self._weights, draw, like))
-            files[file] = [*names, *own]
+            files[file] = [*names, *(alias for alias in own if alias in self.base.apart)]
         record = {**self.state, "kind": "member of an ensemble", "member": member}
         if rounded := [each for each in self.staging.records([f"{member}/{file}" for file in files]) if each]:
             record["rounding"] = {key: sum(each[key] for each in rounded) for key in rounded[0]}
@@ -163,6 +162,7 @@ class _Writer:
         return {
             name: (own[target], tensors[target].shape)
             for name, target in [*((name, name) for name in names), *aliases.items()]
+            if name == target or name in self.base.apart
         }
 
     def _weights(self, draw: ModelDraws, like: Checkpoint | None, tensor: str) -> tuple[Tensor, dict[str, Any]]:

@@ -146,7 +146,7 @@ def write_companions(
     Args:
         staging: The output.
         base: The base, whose small files are copied.
-        files: Weight files to the names of their tensors, tied ones included.
+        files: Weight files to the names of the tensors that they hold.
         nbytes: Bytes of all tensors.
         dtype: Dtype asked for; None if the base's was kept.
         record: What goes to ``poe_merge.json``.

@@ -203,7 +203,7 @@ def _write_rest(
         "summary": {**summary_of(records), "reach": planned.reach, "experts": experts},
         "tensors": records,
     }
-    files = {shard.file: shard.names for shard in planned.shards}
+    files = {shard.file: list(shard.headers) for shard in planned.shards}
     write_companions(staging, base, files, planned.write_bytes, dtype, record)
     staging.write("README.md", lambda path: path.write_text(str(model_card(base, record)), encoding="utf-8"))
 

@@ -22,12 +22,13 @@ _QUOTED = re.compile(r"(?<=')(?:/|\.\./)[^']*(?=')|(?<=\")(?:/|\.\./)[^\"]*(?=\"
 _ROLE = "anchor "
 
 
-def portable(data: Any, folder: Path) -> Any:
+def portable(data: Any, folder: Path, *, foreign: bool = True) -> Any:
     """Plain data with the absolute paths of things that are there written as seen from a folder.
 
     Args:
         data: Plain data; paths are whole strings or keys, follow ``anchor``, or stand in quotes.
         folder: The folder that the record is in.
+        foreign: Write ``../NAME`` for what shares no folder with it; left absolute otherwise, so that it is found.
 
     Returns:
         A copy.
@@ -35,7 +36,8 @@ def portable(data: Any, folder: Path) -> Any:
     >>> portable({"source": str(Path.cwd() / "x")}, Path.cwd() / "merged")["source"] in ("../x", str(Path.cwd() / "x"))
     True
     """
-    return _changed(data, lambda text: _relative(text, folder.absolute()) if text.startswith("/") else None)
+    whole = folder.absolute()
+    return _changed(data, lambda text: _relative(text, whole, foreign) if text.startswith("/") else None)
 
 
 def resolved(data: Any, folder: Path) -> Any:
@@ -59,7 +61,16 @@ def resolved(data: Any, folder: Path) -> Any:
     return _changed(data, absolute)
 
 
-def _relative(text: str, folder: Path) -> str | None:
+def without_places(text: str) -> str:
+    """A text whose quoted absolute paths are names alone: the same wherever the files are.
+
+    >>> without_places("Fisher('/data/stats')")
+    "Fisher('stats')"
+    """
+    return _QUOTED.sub(lambda found: Path(found[0]).name, text)
+
+
+def _relative(text: str, folder: Path, foreign: bool) -> str | None:
     path = Path(text)
     if not path.exists():
         return None
@@ -68,7 +79,7 @@ def _relative(text: str, folder: Path) -> str | None:
         return f"{model}@{revision[1]}"
     common = Path(os.path.commonpath([path, folder]))
     if common in (Path(path.anchor), Path.home().parent):
-        return f"../{path.name}"
+        return f"../{path.name}" if foreign else None
     return Path(os.path.relpath(path, folder)).as_posix()
 
 

@@ -35,7 +35,8 @@ class TensorPlan:
 
     Attributes:
         name: Its name in the base.
-        aliases: Further names it is tied to; written with equal values.
+        aliases: Further names it is tied to.
+        copies: Those of them that are written with equal values; the others are names in the file's metadata.
         treatment: Merged, averaged or kept, with the reason.
         shape: Its shape as stored.
         matrices: Shapes ``(d_out, d_in)`` of the matrices it is seen as; empty if it is not merged.
@@ -52,10 +53,11 @@ class TensorPlan:
     dtype: torch.dtype
     design: AnyDesign | None
     average: Average | None = None
+    copies: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes written for it, aliases not counted."""
+        """Bytes written for it, copies not counted."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -95,25 +97,24 @@ class Shard:
     groups: tuple[Group, ...]
 
     @property
-    def aliases(self) -> dict[str, str]:
-        """Further names of its tied tensors, to the names they are tied to."""
-        return {alias: t.name for group in self.groups for t in group.tensors for alias in t.aliases}
+    def tensors(self) -> list[TensorPlan]:
+        """Its tensors."""
+        return [tensor for group in self.groups for tensor in group.tensors]
 
     @property
-    def names(self) -> list[str]:
-        """Names of its tensors, tied ones included."""
-        return [name for group in self.groups for t in group.tensors for name in (t.name, *t.aliases)]
+    def aliases(self) -> dict[str, str]:
+        """Further names of its tied tensors, to the names they are tied to."""
+        return {alias: tensor.name for tensor in self.tensors for alias in tensor.aliases}
 
     @property
     def headers(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of each of its tensors, tied ones included."""
-        tensors = [t for group in self.groups for t in group.tensors]
-        return {name: (t.dtype, t.shape) for t in tensors for name in (t.name, *t.aliases)}
+        """Dtype and shape of each tensor that the file holds, copies of tied ones included."""
+        return {name: (t.dtype, t.shape) for t in self.tensors for name in (t.name, *t.copies)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors, aliases included."""
-        return sum(t.nbytes * (1 + len(t.aliases)) for group in self.groups for t in group.tensors)
+        """Bytes of the tensors that the file holds."""
+        return sum(t.nbytes * (1 + len(t.copies)) for t in self.tensors)
 
 
 @dataclass(frozen=True, repr=False)
@@ -273,7 +274,7 @@ def _tensor_plan(
     out_dtype: torch.dtype | None,
 ) -> TensorPlan:
     base, treatment = task_vectors.base, task_vectors.treatments[name]
-    info = base.tensors[name]
+    info, aliases = base.tensors[name], base.tied_names(name)[1:]
     design = for_tensor(name) if treatment.action == "merge" else None
     if design is not None and treatment.view is not None:
         require_matrices(name, treatment.view, design)
@@ -281,13 +282,14 @@ def _tensor_plan(
         require_alike(design.center, "anchor", base, name)
     return TensorPlan(
         name=name,
-        aliases=base.tied_names(name)[1:],
+        aliases=aliases,
         treatment=treatment,
         shape=info.shape,
         matrices=() if treatment.view is None else tuple(treatment.view.block_shapes(info.shape)),
         dtype=out_dtype if out_dtype is not None and info.dtype.is_floating_point else info.dtype,
         design=design,
         average=averages(name) if treatment.action == "average" else None,
+        copies=tuple(alias for alias in aliases if alias in base.apart),
     )
 
 

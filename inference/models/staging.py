@@ -29,7 +29,7 @@ from inference.models.digest import difference, file_digest
 from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
 from inference.models.places import portable
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.weight_files import SafetensorsFile
+from poe_models.weights.weight_files import SafetensorsFile, tie_metadata
 
 STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
 _PRETTY = 2**20
@@ -150,9 +150,7 @@ class Staging:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         with disk_errors(self.folder, self.again):
-            folder = os.open(
-                self.folder, os.O_RDONLY
-            )  # the folder itself: nothing to clean up, and it follows a rename
+            folder = os.open(self.folder, os.O_RDONLY)  # the folder itself: nothing to clean up, follows a rename
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -167,9 +165,7 @@ class Staging:
         try:
             return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{self.folder / STATE} is damaged ({error}). Remove that folder to start again."
-            ) from error
+            raise OutputError(f"{self.folder / STATE} is damaged ({error}). Remove it to start again.") from error
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differing = difference(before, json.loads(json.dumps(_finite(now))))
@@ -200,8 +196,9 @@ class Staging:
             name: Path of the file in the output.
             groups: Descriptions of its groups of tensors.
             make: Makes the tensors and records of a group.
-            aliases: Further names of tied tensors to the names they are saved under; written as equal tensors.
-            headers: What the file must hold in the end, further names included.
+            aliases: Further names of tied tensors to the names they are saved under; those that are not in ``headers``
+                go into the file's metadata.
+            headers: What the file must hold in the end.
             done: Called with every group once it is saved.
 
         Returns:
@@ -216,7 +213,7 @@ class Staging:
                 self.save_part(name, number, *make(group))
             done(group)
         if not whole:
-            self.finish_shard(name, len(groups), aliases)
+            self.finish_shard(name, len(groups), aliases, headers)
         shutil.rmtree(self.folder / PARTS / name, ignore_errors=True)
         return there
 
@@ -235,16 +232,17 @@ class Staging:
         """Return whether a weight file is finished and has the bytes that were written."""
         return _intact(self.folder / OUTPUT / name, self._record(name))
 
-    def finish_shard(self, name: str, groups: int, aliases: Mapping[str, str]) -> None:
+    def finish_shard(self, name: str, groups: int, aliases: Mapping[str, str], headers: Headers) -> None:
         """Assemble a weight file from its parts, which are memory-mapped and not read into memory."""
         paths = [self._part(name, group) for group in range(groups)]
         tensors: dict[str, Tensor] = {}
+        once = {alias: target for alias, target in aliases.items() if alias not in headers}
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            tensors |= _tied(path, aliases)
+            tensors |= _tied(path, {alias: target for alias, target in aliases.items() if alias not in once})
         records = [record for path in paths for record in _records(path.with_suffix(".json"))]
-        self._save(name, tensors, {"format": "pt"})
+        self._save(name, tensors, tie_metadata(once))
         digest = file_digest(self.folder / OUTPUT / name)
         self._write_json(self._record(name), {"sha256": digest, "records": records})
 
@@ -268,16 +266,19 @@ class Staging:
         """Write a JSON file of the output; numbers that JSON lacks (NaN, infinity) become null."""
         self._write_json(self.folder / OUTPUT / name, data)
 
-    def write_record(self, name: str, record: Mapping[str, Any], free: Collection[str] = ()) -> None:
+    def write_record(
+        self, name: str, record: Mapping[str, Any], free: Collection[str] = (), *, foreign: bool = True
+    ) -> None:
         """Write the record of a run to the output, with paths as seen from the folder that it is in.
 
         Args:
             name: Its path in the output.
             record: Plain data.
             free: Keys of what names no paths, and is written as it is.
+            foreign: Write ``../NAME`` for what shares no folder with it.
         """
         told = {key: value for key, value in record.items() if key not in free}
-        data = portable(told, (self.out / name).parent)
+        data = portable(told, (self.out / name).parent, foreign=foreign)
         self.write_json(name, {key: data.get(key, value) for key, value in record.items()})
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -90,6 +90,8 @@ class Checkpoint(ABC):
         tensors: Name to header, in the order of the files; a tied tensor appears once, under its canonical name.
         aliases: Further name of a tied tensor to its canonical name. Known from shared storage (PyTorch files, state
             dicts in memory) and from the metadata that safetensors' ``save_model`` writes.
+        apart: Those aliases that the files store by themselves, or that a config says are not tied, and all of a state
+            dict in memory: a merge writes them once more, and the others only as names in the file's metadata.
         config: The folder's parsed ``config.json``, or None.
         files: The weight files, in order.
         layout: File name to the names of the tensors it holds; ``"model.safetensors"`` for single files and memory.
@@ -100,6 +102,7 @@ class Checkpoint(ABC):
     source: str
     tensors: Mapping[str, TensorInfo]
     aliases: Mapping[str, str]
+    apart: Collection[str] = frozenset()
     config: dict[str, Any] | None
     files: tuple[Path, ...]
     layout: Mapping[str, tuple[str, ...]]
@@ -206,8 +209,10 @@ _MARKERS = (
     (r"(^|\.)weight_scale_inv$", "block-scaled fp8"),
     (r"(^|\.)W_q$", "HQQ"),
 )
+_MARKED = re.compile("|".join(f"(?:{marker})" for marker, _ in _MARKERS))
 _SUB_BYTE = re.compile(r"\.(u?int[1-7]$|qu?int|bits)")
 # Integer tensors with two or more axes are packed weights only under the names of weights; others are tables and masks.
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WEIGHT = re.compile(r"(^|_)(weight|kernel|proj|packed|blocks|data|w\d?)$", re.IGNORECASE)
 _FACTOR = re.compile(r"lora_|\.lora\.|modules_to_save|\.alpha$|_alpha$")
 
@@ -257,9 +262,10 @@ def quantisation_of(info: TensorInfo) -> str | None:
     >>> quantisation_of(TensorInfo("position_ids", (1, 512), torch.int64)) is None
     True
     """
-    for pattern, kind in _MARKERS:
-        if re.search(pattern, info.name):
-            return kind
+    if _MARKED.search(info.name):
+        return next(kind for pattern, kind in _MARKERS if re.search(pattern, info.name))
+    if info.dtype in _PLAIN:
+        return None
     dtype = str(info.dtype)
     if "float8" in dtype or "float4" in dtype:
         return "fp8 or fp4 weights"

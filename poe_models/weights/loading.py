@@ -35,7 +35,7 @@ from poe_models.weights.checkpoint import (
     refuse_quantised,
     stamp_of,
 )
-from poe_models.weights.tied import tied_copies
+from poe_models.weights.tied import tied_copies, untied_names
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -121,7 +121,9 @@ class FileCheckpoint(Checkpoint):
         self._last: WeightFile | None = None
         refuse_adapter(self.source, self.tensors, path.parent if path.is_file() else None)
         refuse_quantised(self.source, self.tensors.values(), config)
-        self._tie(tied_copies(self))
+        copies = tied_copies(self)
+        self._tie(copies)
+        self.apart = untied_names(self) | set(copies)
 
     def _tie(self, aliases: Mapping[str, str]) -> None:
         """Treat tensors that are stored apart as further names of others."""
@@ -162,6 +164,7 @@ class MemoryCheckpoint(Checkpoint):
         self.files = ()
         self.metadata = {}
         self.aliases = find_aliases(self._tensors)
+        self.apart = frozenset(self.aliases)  # as a state dict has them
         self.tensors = {
             name: TensorInfo(name, tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._tensors.items()

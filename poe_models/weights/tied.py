@@ -46,6 +46,13 @@ def tied_copies(checkpoint: Checkpoint) -> dict[str, str]:
     return aliases
 
 
+def untied_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """Aliases of embeddings and heads that the config does not tie: a reader expects each under its own name."""
+    if checkpoint.config is None or ties_embeddings(checkpoint.config):
+        return frozenset()
+    return frozenset(name for name in checkpoint.aliases if _TIED.search(name))
+
+
 def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
     first, second = checkpoint.tensors[one], checkpoint.tensors[other]
     alike = (first.shape, first.dtype) == (second.shape, second.dtype)

@@ -82,6 +82,7 @@ def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]
     return dict(tensors)
 
 
+_TIES, _EVERY = "poe-merge.ties", "every entry that names a tensor"
 RESIDENT_BYTES = 16 * 2**20
 """Bytes read from an open file before it is opened anew."""
 
@@ -220,11 +221,19 @@ class SafetensorsFile(WeightFile):
         return self._file.get_tensor(info.name)
 
 
+def tie_metadata(aliases: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a safetensors file that holds tied tensors once: further names to those that are there."""
+    return {"format": "pt"} | ({**aliases, _TIES: _EVERY} if aliases else {})
+
+
 def _names_a_tie(name: str, kept: str, file: WeightFile) -> bool:
     """Return whether an entry of the metadata is one of ``save_model``'s, and not text that happens to be a name.
 
-    Blocks of one tensor, ``qkv.weight[0]`` and ``qkv.weight[1]``, whose statistics are the same, are tied as well.
+    Blocks of one tensor, ``qkv.weight[0]`` and ``qkv.weight[1]``, whose statistics are the same, are tied as well. In
+    files that say so (:func:`tie_metadata`) every entry about a tensor is one.
     """
+    if file.metadata.get(_TIES) == _EVERY and name not in ("format", _TIES):
+        return kept in file.tensors
     ends = {_BLOCK.sub("", each).rpartition(".")[2] for each in (name, kept)}
     return kept in file.tensors and len(ends) == 1
 
