@@ -32,14 +32,14 @@ test: $(STAMP)
 test-all:
 	.ci/pythons 3.11 3.12 3.13
 
-# The tests with the lowest versions that pyproject.toml claims. `make test-lowest LATEST=torch` takes the newest torch that fits
-# the others: its oldest builds are some gigabytes.
+# The tests with the lowest versions that pyproject.toml claims. `make test-lowest PINNED=torch` takes torch from
+# constraints.txt: its oldest builds are some gigabytes.
 test-lowest: .venv-lowest/constraints.txt
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.venv-lowest/constraints.txt
 
 .venv-lowest/constraints.txt: pyproject.toml .ci/lowest
 	mkdir -p .venv-lowest
-	$(PYTHON) .ci/lowest $(LATEST) > $@
+	$(PYTHON) .ci/lowest $(PINNED) > $@
 
 # The tests with other kernels of torch, threads, seeds and orders: hours, and not in CI.
 test-matrix: $(STAMP)

@@ -14,6 +14,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ def test_log_likelihoods_are_normalised_densities_of_what_is_seen(
             data = to_inference_data(Draws(line.unsqueeze(0)), posterior)
         density = np.exp(data.log_likelihood["updates"].sel(expert=expert.name).values[0])
         for module in range(2):
-            mass = np.trapezoid(density[:, module], t.numpy() / float(squared[module].sqrt()))
+            mass = scipy.integrate.trapezoid(density[:, module], t.numpy() / float(squared[module].sqrt()))
             assert abs(mass - 1) < 2e-3
 
 
