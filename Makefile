@@ -3,17 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CONSTRAINTS := constraints.txt
 
-.PHONY: venv lint test test-matrix demo demo-language bench gpu mutants docs clean
+.PHONY: venv lint notebooks test test-all test-lowest test-matrix demo demo-language bench gpu mutants docs clean
 
 venv: $(STAMP)
 
 # torch first and pinned: any other version would pull a different build through the other packages.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[benchmarks,test,dev]'
 	touch $(STAMP)
 
 lint: $(STAMP)
@@ -26,6 +27,19 @@ lint: $(STAMP)
 test: $(STAMP)
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT HUP INT TERM && \
 	XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The tests with every Python from 3.11 to 3.13 that is on the path or in pyenv, each in an environment of its own.
+test-all:
+	.ci/pythons 3.11 3.12 3.13
+
+# The tests with the lowest versions that pyproject.toml claims. `make test-lowest PINNED=torch` takes torch from
+# constraints.txt: its oldest builds are some gigabytes.
+test-lowest: .venv-lowest/constraints.txt
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.venv-lowest/constraints.txt
+
+.venv-lowest/constraints.txt: pyproject.toml .ci/lowest
+	mkdir -p .venv-lowest
+	$(PYTHON) .ci/lowest $(PINNED) > $@
 
 # The tests with other kernels of torch, threads, seeds and orders: over an hour, and not in CI.
 test-matrix: $(STAMP)
@@ -64,6 +78,11 @@ gpu: $(if $(filter file,$(origin BIN)),$(STAMP))
 mutants: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.mutants
 
+# Runs the notebooks and keeps their outputs: experts of the suites are made first where they are missing.
+notebooks: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[notebooks]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace --NbClientApp.timeout=3600 --NotebookClient.record_timing=False notebooks/*.ipynb
+
 # The documentation site, site/index.html. Sources are read, not imported: its environment has no torch.
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --site-dir site
@@ -79,4 +98,4 @@ out/demo/temperatures.csv: | $(STAMP)
 	$(MAKE) demo
 
 clean:
-	rm -rf $(VENV) .venv-docs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-3.* .venv-lowest .venv-docs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

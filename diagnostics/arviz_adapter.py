@@ -1,14 +1,24 @@
-"""Draws as ArviZ's InferenceData: the one file that knows ArviZ (0.x; 1.x has another data structure)."""
+"""Draws for ArviZ, as its InferenceData (0.x) or as xarray's DataTree (1.x): the one file that knows ArviZ.
+
+Groups, names, coordinates and attributes are the same in both, and either ArviZ reads the other's files.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from diagnostics.draw_groups import hierarchical_groups, posterior_attributes, posterior_groups
+from diagnostics.draw_groups import (
+    hierarchical_attributes,
+    hierarchical_groups,
+    posterior_attributes,
+    posterior_groups,
+)
 from inference.draws import Draws
 from inference.hierarchical.sampler import HierarchicalDraws
 from poe_models.posterior import Posterior
@@ -21,6 +31,10 @@ with warnings.catch_warnings():
 
 
 FEWEST_CHAINS, FEWEST_DRAWS = 4, 100
+TREES = not az.__version__.startswith("0.")
+"""Whether this ArviZ is 1.x, which has DataTrees."""
+ArvizData: TypeAlias = Any
+"""An ``arviz.InferenceData`` (0.x) or an ``xarray.DataTree`` (1.x)."""
 
 
 class TooFewDraws(UserWarning):
@@ -45,8 +59,9 @@ def to_inference_data(
     posterior: Posterior | None = None,
     *,
     include_update: bool = False,
-) -> az.InferenceData:
-    r"""Convert draws to an InferenceData with named coordinates, for ``az.summary``, ``az.plot_trace``, ``to_netcdf``.
+    seed: int | None = None,
+) -> ArvizData:
+    r"""Convert draws to ArviZ's data with named coordinates, for ``az.summary``, ``az.plot_trace``, ``to_netcdf``.
 
     Groups:
         ``posterior``: ``coefficients`` (module, basis) in Span coordinates; in any ``residual`` ``q_i / s_i^2``
@@ -62,17 +77,19 @@ def to_inference_data(
         ``constant_data``: ``scale_squared``, ``dimension``, ``importance``, ``anchor_precision``, ``temperature``, and
         in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
 
-    Attributes of the whole are ``coordinates_of_draws``, ``sampler``, ``temperature``, and, where the span goes through
-    a merge, the distance of the draws' centre from it (``merge_distance``, in standard deviations of the draws).
+    Attributes of the whole are ``poe_merge_version``, ``design``, ``temperature``, ``coordinates_of_draws``,
+    ``sampler``, ``seed`` where it is given, and, where the span goes through a merge, the distance of the draws' centre
+    from it (``merge_distance``, in standard deviations of the draws).
 
     Args:
         draws: Draws by any sampler, or by :func:`inference.hierarchical`, which are taken alone: ``posterior`` then has
             ``gamma``, ``nu`` and ``weights``.
         posterior: The posterior they were drawn from.
         include_update: True to put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
+        seed: Seed of the generator that they were drawn with, to be kept beside them.
 
     Returns:
-        An ``arviz.InferenceData``.
+        An ``xarray.DataTree``; with ArviZ 0.x an ``arviz.InferenceData``.
 
     Raises:
         ValueError: If the posterior is missing, or given beside hierarchical draws.
@@ -85,31 +102,46 @@ def to_inference_data(
     >>> posterior = poe.bind(statistics)
     >>> draws = gibbs(posterior, 100, generator=torch.Generator().manual_seed(0))
     >>> data = to_inference_data(draws, posterior)
-    >>> data.groups()
+    >>> group_names(data)
     ['posterior', 'sample_stats', 'constant_data']
     >>> az.summary(data, var_names="coefficients").index.tolist()
     ['coefficients[fc.weight, a]', 'coefficients[fc.weight, b]']
     """
     if isinstance(draws, HierarchicalDraws):
-        return _hierarchical_data(draws, posterior, include_update)
+        if include_update or posterior is not None:
+            raise ValueError(
+                "`to_inference_data(draws, ...)`: hierarchical draws are of scales, tails and weights, and know their "
+                "modules. Give them alone; `draws.update(module, chain, draw)` makes a merged update."
+            )
+        return _made(hierarchical_groups(draws), hierarchical_attributes(draws), seed)
     if posterior is None:
         raise ValueError("`to_inference_data(draws)`: give the posterior that they are draws of.")
     if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
         warnings.warn(TooFewDraws(draws.num_chains, draws.num_draws), stacklevel=2)
-    data = az.from_dict(**posterior_groups(draws, posterior, include_update))
-    data.constant_data["temperature"] = posterior.temperature  # `from_dict` makes an array of a number
-    data.attrs |= posterior_attributes(draws, posterior)
+    groups = posterior_groups(draws, posterior, include_update)
+    data = _made(groups, posterior_attributes(draws, posterior), seed)
+    data.constant_data["temperature"] = posterior.fixed_temperature  # `from_dict` of 0.x makes an array of a number
     return data
 
 
-def _hierarchical_data(draws: HierarchicalDraws, posterior: Posterior | None, include_update: bool) -> az.InferenceData:
-    if include_update or posterior is not None:
-        raise ValueError(
-            "`to_inference_data(draws, ...)`: hierarchical draws are of scales, tails and weights, and know their "
-            "modules. Give them alone; `draws.update(module, chain, draw)` makes a merged update."
-        )
-    data = az.from_dict(**hierarchical_groups(draws))
-    data.attrs |= {"draws_of": "scales, tails and weights (Full)", "shared": draws.shared}
+def group_names(data: ArvizData) -> list[str]:
+    """Names of the groups of ArviZ's data, in their order."""
+    return list(data.children) if TREES else list(data.groups())
+
+
+def write_netcdf(data: ArvizData, path: str | PathLike[str]) -> None:
+    """Write ArviZ's data without the hour of its making, so that the same draws are the same file."""
+    for group in group_names(data):
+        data[group].attrs.pop("created_at", None)
+    data.to_netcdf(str(path))
+
+
+def _made(groups: Mapping[str, Any], attributes: Mapping[str, str | float], seed: int | None) -> ArvizData:
+    """ArviZ's data of groups of arrays, with ``coords`` and ``dims`` among them as ArviZ 0.x has it."""
+    known = {name: values for name, values in groups.items() if values is not None}
+    coords, dims = known.pop("coords"), known.pop("dims")
+    data = az.from_dict(known, coords=coords, dims=dims) if TREES else az.from_dict(**known, coords=coords, dims=dims)
+    data.attrs |= dict(attributes) | ({} if seed is None else {"seed": seed})
     return data
 
 
@@ -160,13 +192,13 @@ class LeaveOneOut(Brief):
         pointwise: Expected log predictive density of every value given the others, ``(n,)``.
         pareto_k: Shape of the tail of every value's importance weights, ``(n,)``.
         good_k: Largest shape at which a value's density is reliable with so many draws.
-        source: ArviZ's own result, for :func:`compare_leave_one_out`.
+        source: ArviZ's own result, an ``ELPDData``, for :func:`compare_leave_one_out`.
     """
 
     pointwise: np.ndarray
     pareto_k: np.ndarray
     good_k: float
-    source: az.ELPDData
+    source: Any
 
     @property
     def elpd(self) -> float:
@@ -187,16 +219,18 @@ def leave_one_out(log_likelihood: np.ndarray) -> LeaveOneOut:
     -3.0
     """
     nothing = np.zeros((1, len(log_likelihood)))
-    data = az.from_dict(posterior={"draw_of": nothing}, log_likelihood={"value": log_likelihood[None]})
+    groups = {"posterior": {"draw_of": nothing}, "log_likelihood": {"value": log_likelihood[None]}}
+    data = _made(groups | {"coords": {}, "dims": {}}, {}, None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto")  # `unreliable` says it
         result = az.loo(data, pointwise=True, reff=1.0)
-    pointwise, k = (np.asarray(result[name].values, dtype=np.float64) for name in ("loo_i", "pareto_k"))
+    found = result.elpd_i if TREES else result.loo_i
+    pointwise, k = (np.asarray(each.values, dtype=np.float64) for each in (found, result.pareto_k))
     return LeaveOneOut(pointwise, k, float(result.good_k), result)
 
 
 def compare_leave_one_out(results: Mapping[str, LeaveOneOut]) -> dict[str, dict[str, float]]:
-    """Compare models of the same values by ``az.compare``, the best first.
+    """Compare models of the same values, the best first; stacking weights are those of ``az.compare``.
 
     Args:
         results: Name to leave-one-out densities.
@@ -220,12 +254,29 @@ def compare_leave_one_out(results: Mapping[str, LeaveOneOut]) -> dict[str, dict[
             f"`compare_leave_one_out(...)`: {broken[0]!r} has {count} densities that are NaN or infinite, to which no "
             "comparison and no stacking weight can be given. Leave the model out, or mend its likelihood."
         )
-    if len(results) == 1:
-        ((name, only),) = results.items()
-        error = float(np.sqrt(len(only.pointwise) * only.pointwise.var()))
-        return {name: {"error": error, "difference": 0.0, "difference_error": 0.0, "weight": 1.0}}
+    weights = _stacking_weights({name: result.source for name, result in results.items()})
+    names = sorted(results, key=lambda name: -results[name].elpd)
+    best = results[names[0]].pointwise
+    return {
+        name: {
+            "error": _error_of_sum(results[name].pointwise),
+            "difference": float((best - results[name].pointwise).sum()),
+            "difference_error": _error_of_sum(best - results[name].pointwise),
+            "weight": weights[name],
+        }
+        for name in names
+    }
+
+
+def _error_of_sum(pointwise: np.ndarray) -> float:
+    return float(np.sqrt(len(pointwise) * pointwise.var()))
+
+
+def _stacking_weights(sources: dict[str, Any]) -> dict[str, float]:
+    if len(sources) == 1:  # `az.compare` wants two
+        return dict.fromkeys(sources, 1.0)
+    unrounded: dict[str, Any] = {"round_to": "none"} if TREES else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The inplace keyword")  # ArviZ 0.x on a newer pandas
-        table = az.compare({name: result.source for name, result in results.items()})
-    columns = {"error": "se", "difference": "elpd_diff", "difference_error": "dse", "weight": "weight"}
-    return {str(name): {new: float(row[old]) for new, old in columns.items()} for name, row in table.iterrows()}
+        table = az.compare(sources, **unrounded)
+    return {name: float(table.loc[name, "weight"]) for name in sources}

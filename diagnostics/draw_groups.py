@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -77,22 +78,33 @@ def posterior_groups(draws: Draws, posterior: Posterior, include_update: bool) -
 
 
 def posterior_attributes(draws: Draws, posterior: Posterior) -> dict[str, str | float]:
-    """Sampler, coordinates, temperature, energies and distance from the merge, as text and numbers for netCDF."""
+    """Version, design, sampler, coordinates, temperature and distance from the merge, for netCDF."""
     statistics = None if posterior.span is None else posterior.span.statistics
     attributes: dict[str, str | float] = {
+        "poe_merge_version": version("poe-merge"),
         "draws_of": "merged updates (Full)" if statistics is None else "coefficients (Span)",
         "coordinates_of_draws": "full" if statistics is None else "span",
         "sampler": draws.sampler or "unknown",
         "temperature": posterior.fixed_temperature,
-        "energies": "; ".join(f"{expert.name}: {_energy_text(expert)}" for expert in posterior.experts),
+        "design": _design_text(posterior),
     }
     if statistics is not None:
-        attributes["residual_maps"] = "; ".join(statistics.residual_maps)
         attributes["statistics_digest"] = statistics_digest(statistics)
         attributes["around"] = "the MAP of the span" if statistics.through is None else "the merge"
         named = SpanDraws.of(draws, posterior)
         attributes |= {} if named.from_merge is None else merge_attributes(named.from_merge)
     return attributes
+
+
+def hierarchical_attributes(draws: HierarchicalDraws) -> dict[str, str | float]:
+    """Version, what was drawn, and what shares a scale, for netCDF."""
+    return {
+        "poe_merge_version": version("poe-merge"),
+        "draws_of": "scales, tails and weights (Full)",
+        "coordinates_of_draws": "full",
+        "sampler": "nuts",
+        "shared": draws.shared,
+    }
 
 
 def merge_attributes(found: MergeDistance) -> dict[str, str | float]:
@@ -178,11 +190,20 @@ def _varying(statistics: SpanStatistics) -> list[int]:
     return [place for place in range(len(statistics.basis)) if place != center or centered]
 
 
+def _design_text(posterior: Posterior) -> str:
+    """Residual map (in Full coordinates the kind of its operator), energy and importance of each expert."""
+    experts = posterior.experts
+    maps = [type(each.operator).__name__ for each in experts]
+    maps = maps if posterior.span is None else list(posterior.span.statistics.residual_maps)
+    told = zip(experts, maps, strict=True)
+    return "; ".join(f"{e.name}: {kind}, {_energy_text(e)}, importance {e.importance:g}" for e, kind in told)
+
+
 def _energy_text(expert: BoundExpert) -> str:
     """An energy as text; settings that are tensors over modules by their shape."""
-    names: list[str] = [field.name for field in fields(expert.rho)] if is_dataclass(expert.rho) else []
+    names: list[str] = [each.name for each in fields(expert.rho) if each.init] if is_dataclass(expert.rho) else []
     shown = {name: getattr(expert.rho, name) for name in names}
-    texts = [f"{k}={f'tensor {tuple(v.shape)}' if isinstance(v, Tensor) else v!r}" for k, v in shown.items()]
+    texts = [f"{k}=tensor {tuple(v.shape)}" if isinstance(v, Tensor) else f"{k}={v!r}" for k, v in shown.items()]
     return f"{type(expert.rho).__name__}({', '.join(texts)})"
 
 

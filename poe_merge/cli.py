@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+import poe_merge
 from poe_merge import console as show
 from poe_merge import documents, judging
 from poe_merge.arguments import (
@@ -57,9 +58,7 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of any command.")] = False,
 ) -> None:
     if show_version:
-        from importlib.metadata import version  # takes a tenth of a second to import
-
-        print(f"poe-merge {version('poe-merge')}")
+        print(f"poe-merge {poe_merge.__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
 

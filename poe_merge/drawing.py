@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, TooFewDraws, to_inference_data
+from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, ArvizData, TooFewDraws, to_inference_data
 from inference.draws import Draws
 from inference.merge_distance import span_distance
 from inference.models.design import Design
@@ -47,14 +47,14 @@ class Drawn:
 
     Attributes:
         draws: Of all modules.
-        data: ArviZ's InferenceData, one for each distinct design; Span only.
+        data: For ArviZ, one for each distinct design; Span only.
         experts: What the merge that they surround kept of each expert; none for a method's seeds.
         warnings: What a reader should know.
         convergence: R-hat, effective sample size and verdicts as plain data; None for independent draws.
     """
 
     draws: SpanDraws | FullDraws | MethodDraws
-    data: tuple[Any, ...]
+    data: tuple[ArvizData, ...]
     experts: tuple[ExpertRetention, ...]
     warnings: tuple[str, ...]
     convergence: Mapping[str, Any] | None = None
@@ -206,8 +206,8 @@ def _draw_group(
     what: Sampling,
     generator: torch.Generator,
     stage: Callable[[], Callable[[int, int], None]],
-) -> tuple[SpanDraws, Any, list[str]]:
-    """Draws of the modules of one design, ArviZ's InferenceData of them, and what a reader should know."""
+) -> tuple[SpanDraws, ArvizData, list[str]]:
+    """Draws of the modules of one design, the same for ArviZ, and what a reader should know."""
     assert posterior.span is not None
     mode = merge_in_span(posterior, design)
     sampler = SAMPLERS[what.sampler]
@@ -226,7 +226,7 @@ def _draw_group(
             f"--temperature {what.temperature:g}: too low for the sampler {what.sampler}, whose steps become nothing "
             f"({str(error).splitlines()[0]}). Ask for {_COLDEST:g} or more, or for --sampler gibbs."
         ) from error
-    data, notes = _inference_data(chains, posterior)
+    data, notes = _arviz_data(chains, posterior, what.seed)
     notes = [] if what.independent else notes
     if bool(posterior.active.any()):
         notes += _too_hot(what.temperature, temperature_range(posterior)[1])
@@ -235,11 +235,11 @@ def _draw_group(
     return dataclasses.replace(named, from_merge=away), data, notes
 
 
-def _inference_data(draws: Draws, posterior: Posterior) -> tuple[Any, list[str]]:
-    """ArviZ's InferenceData, and what it says about the number of draws."""
+def _arviz_data(draws: Draws, posterior: Posterior, seed: int) -> tuple[ArvizData, list[str]]:
+    """Draws for ArviZ, and what it says about the number of draws."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        data = to_inference_data(draws, posterior)
+        data = to_inference_data(draws, posterior, seed=seed)
     return data, [str(each.message) for each in caught if each.category is TooFewDraws]
 
 

@@ -3,7 +3,7 @@
 OUT/member-000, ...    the members, OUT/shared their common part (deltas only), OUT/ensemble.json what everything is
 OUT/sample.json        settings, and whether the chains agree, if there are any
 OUT/draws              every draw, not only the members': ``inference.models.draw_files.load_draws``
-OUT/draws.nc           ArviZ's InferenceData (Span); draws-0.nc and so on where designs differ between tensors
+OUT/draws.nc           the same for ArviZ (Span); draws-0.nc and so on where designs differ between tensors
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diagnostics.arviz_adapter import write_netcdf
 from diagnostics.chains import chain_convergence
 from diagnostics.draw_groups import merge_attributes
 from diagnostics.verdicts import Level
@@ -253,16 +254,9 @@ def _write(staging: Staging, drawn: Drawn, record: Mapping[str, Any]) -> None:
         return
     chains = ["draws.nc" if len(drawn.data) == 1 else f"draws-{number}.nc" for number in range(len(drawn.data))]
     for name, data in zip(chains, drawn.data, strict=True):
-        staging.write(name, partial(_to_netcdf, data))
+        staging.write(name, partial(write_netcdf, data))
     staging.write_record(RECORD, record)
     add_draws(staging, DRAWS, drawn.draws, [*chains, RECORD])
-
-
-def _to_netcdf(data: Any, path: Path) -> None:
-    """Write an InferenceData without a creation time, so that the same draws give the same file."""
-    for group in data.groups():
-        data[group].attrs.pop("created_at", None)
-    data.to_netcdf(str(path))
 
 
 def _judged(drawn: Drawn) -> Drawn:

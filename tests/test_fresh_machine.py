@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from diagnostics.arviz_adapter import TREES
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("poe_models", "inference", "diagnostics", "poe_merge", "benchmarks")
 EVERY_MODULE = f"""
@@ -33,6 +37,7 @@ def run_fresh(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
 
 
+@pytest.mark.skipif(TREES, reason="ArviZ 1.x has no notice of the day")
 def test_arviz_has_a_daily_notice_there(tmp_path: Path) -> None:
     """Else the tests below could not fail."""
     done = run_fresh(tmp_path, "-W", "error", "-c", "import arviz")
