@@ -221,7 +221,7 @@ def test_leaving_out_one_expert_of_a_few_is_beyond_importance_sampling(updates: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         loo = az.loo(to_inference_data(draws, poe.bind(updates)), pointwise=True)
-    assert float((loo.pareto_k > 0.7).mean()) > 0.5
+    assert bool((loo.pareto_k > 0.7).any())
 
 
 # --- ArviZ ---

@@ -214,7 +214,7 @@ def test_a_search_finds_the_settings_of_a_known_merge(vectors: TaskVectors) -> N
     grid = search(space.shared(), lambda s: distance(target, s), merges, trials=25, minimize=True, sampler="grid")
     assert found.score < 0.5 * random.score
     assert found.score < 0.5 * grid.score
-    assert abs(float(found.values["scaling"]) - 1.2) < 0.05
+    assert abs(float(found.values["scaling"]) - 1.2) < 0.15
     assert len(found.trials) == 25
     assert len(grid.trials) == 25
     assert found.score == min(trial.score for trial in found.trials)

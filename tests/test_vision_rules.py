@@ -23,7 +23,6 @@ from benchmarks.harness.search import Settings
 from benchmarks.harness.suite import Suite
 from benchmarks.vision.model import preprocess
 from poe_models.methods import METHODS, AdaMerging, Average
-from tests.seeds import seeded
 from tests.toy_suites import toy_suite
 
 
@@ -61,7 +60,7 @@ class TestCalibration:
         data = Calibration(suite, 4).data()
         state = load_file(suite.experts["two"] / "model.safetensors")
         (batch,) = data.loaders["one"]
-        rows = torch.randperm(12, generator=seeded(0))[:4]
+        rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:4]
         train = suite.tasks["one"].splits["train"]
         some = {"some": dataclasses.replace(train, images=train.images[rows], labels=train.labels[rows])}
         tasks = {"one": dataclasses.replace(suite.tasks["one"], splits=some)}

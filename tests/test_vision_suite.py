@@ -143,8 +143,9 @@ class TestSplits:
         for left, right in itertools.combinations(SPLITS, 2):
             assert not set(rows[left].tolist()) & set(rows[right].tolist())
             assert not set(pool.groups[rows[left]].tolist()) & set(pool.groups[rows[right]].tolist())
-        assert 57 <= len(rows["test"]) <= 60
-        assert 37 <= len(rows["validation"]) <= 40
+        slack = int(pool.groups.bincount().max()) - 1  # a group that does not fit as a whole stays out
+        assert 60 - slack <= len(rows["test"]) <= 60
+        assert 40 - slack <= len(rows["validation"]) <= 40
         assert pool.labels[rows["head"]].bincount().tolist() == [3] * 5
         assert len(rows["train"]) == 120
         if official:

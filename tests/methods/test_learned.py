@@ -26,7 +26,7 @@ from poe_models.methods import (
 )
 from tests.helpers import assert_close
 from tests.methods.toys import Net, setting
-from tests.seeds import seeded
+from tests.seeds import seed_of, seeded
 
 
 def entropy(model: Net, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def test_adamerging_by_hand(clamp: bool) -> None:
 
 def test_concrete_by_hand() -> None:
     vectors, data, model, loaders = setting()
-    method = ConcreteTaskArithmetic(scale=0.5, steps=5, learning_rate=0.3, seed=3).prepare(vectors, data)
+    method = ConcreteTaskArithmetic(scale=0.5, steps=5, learning_rate=0.3, seed=seed_of(3)).prepare(vectors, data)
     totals = {m.name: m.updates[0] + m.updates[1] for m in vectors}
     learned = {name: torch.zeros_like(total).requires_grad_() for name, total in totals.items()}
     generator = seeded(3)
