@@ -81,7 +81,7 @@ mutants: $(STAMP)
 # Runs the notebooks and keeps their outputs: experts of the suites are made first where they are missing.
 notebooks: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[notebooks]'
-	PYTHONWARNINGS='ignore:IProgress' HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace --NbClientApp.timeout=3600 --NotebookClient.record_timing=False notebooks/*.ipynb
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.notebooks
 
 # The documentation site, site/index.html. Sources are read, not imported: its environment has no torch.
 docs: .venv-docs/.installed
