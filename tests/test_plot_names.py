@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diagnostics.plots.style import axes_of, distinct, finish, label_modules, labelled, shortened
+from diagnostics.report.page import Plot
 
 
 def test_names_on_axes_and_in_legends_are_visible() -> None:
@@ -28,3 +29,14 @@ def test_names_on_axes_and_in_legends_are_visible() -> None:
 @pytest.mark.parametrize("name", ["weight", "_weight"])
 def test_a_label_is_as_it_was_but_for_the_space(name: str) -> None:
     assert labelled(name).strip() == name
+
+
+def test_powers_on_a_log_axis_are_formulas_and_dollars_in_names_are_not() -> None:
+    ax = axes_of(None)
+    ax.semilogy([1e-8, 1.0])
+    ax.set_title("$name$")
+    assert Plot(ax, "caption").base64
+    powers = [label for label in ax.get_yticklabels() if label.get_text().startswith(r"$\mathdefault")]
+    assert powers
+    assert all(label.get_parse_math() for label in powers)
+    assert not ax.title.get_parse_math()

@@ -95,7 +95,7 @@ def plot_expert_weights(result: FixedPointConvergence, ax: Axes | None = None) -
     ax.set_facecolor("white")
     least, most = min(0.0, float(np.nanmin(weights, initial=0.0))), max(1.0, float(np.nanmax(weights, initial=1.0)))
     image = ax.imshow(np.ma.masked_invalid(weights), aspect="auto", cmap=DEPTH, vmin=least, vmax=most)
-    ax.figure.colorbar(image, ax=ax, label="weight / Gaussian's")
+    ax.figure.colorbar(image, ax=ax)
     for row, column in np.argwhere(np.isnan(weights)):
         ax.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, hatch="////", facecolor="white", lw=0)
     if weights.size <= MOST_NUMBERS:
@@ -105,7 +105,7 @@ def plot_expert_weights(result: FixedPointConvergence, ax: Axes | None = None) -
                 ax.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6, color=color)
     ax.set_yticks(np.arange(experts), [shortened(name) for name in result.experts], fontsize=8)
     label_modules(ax, result.modules)
-    return finish(ax, "expert weights by module")
+    return finish(ax, "expert weights over a Gaussian's, by module")
 
 
 def plot_gamma_moves(result: GammaSensitivity, ax: Axes | None = None) -> Axes:

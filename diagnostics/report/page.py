@@ -88,6 +88,7 @@ class Plot(_Block):
     def base64(self) -> str:
         """The SVG: the same for the same picture, without date or random names; text as paths, which need no font."""
         buffer = io.BytesIO()
+        self.figure.draw_without_rendering()  # only then have ticks their labels
         for text in self.figure.findobj(mpl.text.Text):  # a name with dollars is no formula, as a log axis' ticks are
             if not text.get_text().startswith(r"$\mathdefault"):
                 text.set(parse_math=False, text="\n".join(map(visible, text.get_text().split("\n"))))
