@@ -45,6 +45,8 @@ def is_mergekit(data: Any) -> bool:
     (True, False)
     """
     method = data.get("merge_method") if isinstance(data, dict) else None
+    if not isinstance(method, str):
+        return False
     given = [key for _, section in _placed(data) for key in section] if method in _METHODS else []
     return method in _OWN or any(key in _KEYS for key in given)
 

@@ -204,7 +204,7 @@ def canonical_method(text: Any, folders: Sequence[Path] = ()) -> str:
     'TaskArithmetic(scale=0.4)'
     """
     if not isinstance(text, str):
-        raise SpecError(f"{text!r} is no merging method; write its name, such as `Ties`")
+        raise SpecError(f"{text!r} is no merging method; write its name, such as `Ties`.")
     return canonical(text, METHOD, folders)
 
 
