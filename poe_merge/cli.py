@@ -71,6 +71,7 @@ def plan(
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
+    from poe_merge.plan_text import show_plan
 
     settings, task_vectors = opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
@@ -82,7 +83,7 @@ def plan(
     if as_json:
         documents.show(documents.plan(planned, task_vectors))
         return
-    show.plan(planned, task_vectors)
+    show_plan(planned, task_vectors)
     if settings.functional.tasks is not None:
         from poe_merge.functional import memory
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,7 +21,7 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.predictions.model_scores import ModelScores
     from diagnostics.verdicts import Verdict
     from inference.models.adapters import AdapterReport
-    from inference.models.merge import MergeReport, Plan
+    from inference.models.merge import MergeReport
     from inference.retention import ExpertRetention
     from inference.search import SearchResult
     from poe_merge.activations import ActivationsReport
@@ -32,7 +30,6 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from poe_merge.sampling import Sampling, Seeds
     from poe_merge.stats import StatisticsReport
     from poe_models.methods import MergingMethod
-    from poe_models.weights.task_vectors import TaskVectors
 
 _PIPED_WIDTH = 200
 _SHOWN = 3
@@ -89,54 +86,6 @@ def _print(colour: str, word: str, message: str) -> None:
     lines = [first, *(line if line.startswith(" ") else f"  {line}" for line in more)]  # none passes for a new message
     text = Text.assemble((f"{word}:", colour), " ", "\n".join(lines))  # no markup, which eats the backslashes of a rule
     console.print(text, soft_wrap=not console.is_terminal)
-
-
-def columns(rows: Sequence[tuple[str, str, str]], width: int) -> str:
-    """Rows of text below each other, the last column broken to a width; a long first entry has a line of its own.
-
-    A Rich table does the same in a hundred times the time, which 100,000 tensors do not have.
-    """
-    first = min(max(cell_len(row[0]) for row in rows), width // 2)
-    second = max(len(row[1]) for row in rows)
-    indent = " " * (first + second + 2)
-    room = max(width - len(indent), 20)
-    lines = []
-    for one, two, three in rows:
-        begins = one + " " * (first - cell_len(one)) if cell_len(one) <= first else f"{one}\n{' ' * first}"
-        rest = [three] if len(three) <= room else textwrap.wrap(three, room)
-        lines.append(f"{begins} {two:<{second}} {rest[0]}".rstrip())
-        lines += [indent + more for more in rest[1:]]
-    return "\n".join(lines)
-
-
-def plan(planned: Plan, task_vectors: TaskVectors) -> None:
-    """Print each tensor's treatment, and what the merge takes."""
-    console = console_for()
-    told = [("tensor", "shape", "treatment")]
-    for tensor in planned.tensors:
-        names = " = ".join(map(visible, (tensor.name, *tensor.aliases)))
-        told.append((names, "x".join(map(str, tensor.shape)), visible(str(tensor.treatment))))
-    print(columns(told, console.width))
-    facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    batches = [group.modules for group in planned.groups if group.modules]
-    rows = {
-        "base": task_vectors.base.source,
-        "experts": ", ".join(task_vectors.names),
-        "tensors": f"{planned.count('merge')} merged, {planned.count('average')} averaged, "
-        f"{planned.count('base')} kept from the base",
-        "merged": planned.reach,
-        "parameters": f"{planned.share('merge'):.1%} merged, {planned.share('average'):.1%} averaged with the same "
-        f"weights and λ, {planned.share('base'):.1%} kept from the base",
-        "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
-        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
-        "to read": f"{size(planned.read_bytes)} (checksums included)",
-        "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",
-        "free disk": f"{size(planned.disk_bytes)} needed while merging",
-    }
-    for key, value in rows.items():
-        facts.add_row(f"[bold]{key}[/bold]", shown(value))
-    console.print()
-    console.print(facts)
 
 
 def search(result: SearchResult, about: str, csv: Path | None) -> None:

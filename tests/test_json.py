@@ -36,9 +36,10 @@ def test_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [tensor["name"] for tensor in found["tensors"]] == ["0.attn.qkv.weight", "0.bias", "0.mlp.weight"]
     for tensor in found["tensors"]:
-        row = next(line for line in table.splitlines() if line.startswith(tensor["name"] + " "))
+        heading = f"{tensor['action']}{', ' + tensor['view'] if tensor['view'] else ''} ({tensor['reason']})\n"
+        beneath = table.split(heading)[1]
+        row = next(line for line in beneath.splitlines() if line.startswith(f"  {tensor['name']} "))
         assert "x".join(map(str, tensor["shape"])) in row
-        assert f"{tensor['action']}{', ' + tensor['view'] if tensor['view'] else ''} ({tensor['reason']})" in row
         assert (tensor["design"] is not None) == (tensor["action"] == "merge")
     count = found["count"]
     assert f"{count['merge']} merged, {count['average']} averaged, {count['base']} kept" in table

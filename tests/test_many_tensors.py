@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from inference.models import folder
 from poe_merge.cli import run
-from poe_merge.console import columns
 
 WORDS = ["--base-model", "base", "--model", "a=a", "--model", "b=b", "--method", "ties"]
 
@@ -86,22 +85,3 @@ def test_files_of_too_many_tensors_are_split(
     assert [len(load_file(part)) for part in parts] == [20, 20]
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
     assert run(["merge", "--base-model", "merged", "--model", "a=a", "--out", "again"]) == 0
-
-
-def test_columns_break_where_the_console_ends() -> None:
-    rows = [("tensor", "shape", "treatment"), ("fc", "4x4", "merge, as it is"), ("a.long.name.of.it", "4", "average")]
-    assert columns(rows, 80).split("\n") == [
-        "tensor            shape treatment",
-        "fc                4x4   merge, as it is",
-        "a.long.name.of.it 4     average",
-    ]
-    assert columns(rows, 30).split("\n") == [
-        "tensor          shape treatment",
-        "fc              4x4   merge, as it is",
-        "a.long.name.of.it",
-        "                4     average",
-    ]
-    assert columns([("fc", "4", "one two three four five six")], 10).split("\n") == [
-        "fc 4 one two three four",
-        "     five six",
-    ]
