@@ -88,9 +88,10 @@ class Plot(_Block):
     def base64(self) -> str:
         """The SVG: the same for the same picture, without date or random names; text as paths, which need no font."""
         buffer = io.BytesIO()
-        self.figure.draw_without_rendering()  # only then have ticks their labels
+        for axis in (axis for axes in self.figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            axis.get_ticklabels(which="both")  # only when asked for have ticks their labels
         for text in self.figure.findobj(mpl.text.Text):  # a name with dollars is no formula, as a log axis' ticks are
-            if not text.get_text().startswith(r"$\mathdefault"):
+            if text.get_text() and not text.get_text().startswith(r"$\mathdefault"):
                 text.set(parse_math=False, text="\n".join(map(visible, text.get_text().split("\n"))))
         with mpl.rc_context({"svg.hashsalt": "poe-merge", "svg.fonttype": "path"}):
             self.figure.savefig(buffer, format="svg", dpi=DOTS, metadata={"Date": None})
