@@ -70,7 +70,9 @@ def read_as_mergekit(document: Document) -> Document:
     _set_base_apart(made, theirs)
     made.data["merge_method"] = f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
     shared = _section(made.data, "parameters")
-    if "lambda" in shared:
+    if "lambda" in shared and "scaling" in shared:
+        _problem(made, ("parameters", "lambda"), "`lambda` is mergekit's name of `scaling`. Leave one of them out")
+    elif "lambda" in shared:
         shared["scaling"] = shared.pop("lambda")
         _moved(made, ("parameters", "lambda"), ("parameters", "scaling"))
     if made.data.get("tokenizer_source") == "base":
@@ -103,7 +105,12 @@ def _set_base_apart(document: Document, method: str) -> None:
     same = [index for index, model in enumerate(listed) if _same(model, base)]
     weight = _section(data, "parameters").get("weight")
     if same:
-        weight = _section(models[same[0]], "parameters").get("weight", weight)
+        given = _section(models[same[0]], "parameters")
+        weight = given.get("weight", weight)
+        for key in sorted(given.keys() - set(_KEYS)):
+            _problem(
+                document, ("models", same[0], "parameters", key), f"mergekit's {method} has no `{key}`. Leave it out"
+            )
         del models[same[0]]
         _close_gap(document, same[0])
     if method == "linear" and base is not None:

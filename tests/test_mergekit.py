@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from poe_merge.cli import run
 from poe_merge.config import ConfigError, load_config, parse_config
+from poe_merge.mergekit import read_as_mergekit
 from poe_merge.settings import Document
+from poe_models.methods import Weighted
 from poe_models.methods.method import named_generator
 
 SHAPES = {
@@ -246,3 +248,26 @@ def test_what_does_not_belong_is_refused(change: dict[str, Any], message: str, f
     )
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         load_config(folder / "mergekit.yaml")
+
+
+def test_nothing_at_the_base_or_beside_lambda_is_lost() -> None:
+    document = Document(
+        {
+            "merge_method": "ties",
+            "base_model": "b",
+            "models": [{"model": "b", "parameters": {"gamma": 3}}, {"model": "x", "parameters": {"weight": 1}}],
+            "parameters": {"lambda": 0.5, "scaling": 2},
+        },
+        {},
+    )
+    found = " ".join(read_as_mergekit(document).problems)
+    assert "no `gamma`" in found
+    assert "Leave one of them out" in found
+
+
+@pytest.mark.parametrize("weights", [(float("nan"), 1.0), (float("inf"), 1.0), 0.5, "ab"])
+def test_weights_are_finite_numbers(weights: Any) -> None:
+    with pytest.raises(ValueError, match="a finite number for each expert"):
+        Weighted(weights=weights)
+    with pytest.raises(ValueError, match="each expert|at least 0"):
+        Weighted(densities=weights)

@@ -169,3 +169,27 @@ def test_records_with_absolute_paths_are_still_read(here: Path) -> None:
 
 def test_a_path_that_shares_no_folder_stays_absolute_where_it_must_be_found(tmp_path: Path) -> None:
     assert portable(["/usr", "/usr/bin"], tmp_path / "out", foreign=False) == ["/usr", "/usr/bin"]
+
+
+def test_the_folder_its_parent_and_what_is_in_it_are_found_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "base").mkdir(parents=True)
+    record = {
+        "parent": str(tmp_path),
+        "itself": str(out),
+        "inside": f"Fisher('{out / 'base'}')",
+        "child": str(out / "base"),
+    }
+    kept = portable(record, out)
+    assert kept == {"parent": "../", "itself": "./", "inside": "Fisher('./base')", "child": "./base"}
+    assert resolved(kept, out) == record
+
+
+def test_two_places_of_one_name_stay_two(tmp_path: Path) -> None:
+    record = {"/usr/bin": 1, "/usr/local/bin": 2}
+    assert portable(record, tmp_path) == record
+
+
+def test_a_long_text_that_begins_like_a_path_is_left_alone(tmp_path: Path) -> None:
+    record = {"text": "/" + "x" * 300}
+    assert portable(record, tmp_path) == record

@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 _HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]+)$")
 _REVISION = re.compile(r"([\w.-]+)/([\w.-]+)@([0-9a-f]+)")
-_QUOTED = re.compile(r"(?<=')(?:/|\.\./)[^']*(?=')|(?<=\")(?:/|\.\./)[^\"]*(?=\")")
+_QUOTED = re.compile(r"(?<=')\.{0,2}/[^']*(?=')|(?<=\")\.{0,2}/[^\"]*(?=\")")
 _ROLE = "anchor "
 
 
@@ -52,7 +52,7 @@ def resolved(data: Any, folder: Path) -> Any:
     """
 
     def absolute(text: str) -> str | None:
-        if text.startswith("../"):
+        if text.startswith(("../", "./")):
             return os.path.normpath(folder.absolute() / text)
         found = _REVISION.fullmatch(text)
         cached = Path(HF_HUB_CACHE, f"models--{found[1]}--{found[2]}", "snapshots", found[3]) if found else None
@@ -72,7 +72,7 @@ def without_places(text: str) -> str:
 
 def _relative(text: str, folder: Path, foreign: bool) -> str | None:
     path = Path(text)
-    if not path.exists():
+    if not os.path.exists(text):
         return None
     revision, model = _SNAPSHOT.search(text), hub_id(text)
     if revision is not None and model is not None:
@@ -80,12 +80,15 @@ def _relative(text: str, folder: Path, foreign: bool) -> str | None:
     common = Path(os.path.commonpath([path, folder]))
     if common in (Path(path.anchor), Path.home().parent):
         return f"../{path.name}" if foreign else None
-    return Path(os.path.relpath(path, folder)).as_posix()
+    seen = Path(os.path.relpath(path, folder)).as_posix()
+    return f"{seen}/" if seen in (".", "..") else seen if seen.startswith("../") else f"./{seen}"
 
 
 def _changed(data: Any, change: Callable[[str], str | None]) -> Any:
     if isinstance(data, Mapping):
-        return {_changed(key, change): _changed(value, change) for key, value in data.items()}
+        keys = [_changed(key, change) for key in data]
+        names = keys if len(set(keys)) == len(keys) else data  # two places of one name: neither is changed
+        return {name: _changed(value, change) for name, value in zip(names, data.values(), strict=True)}
     if isinstance(data, list | tuple):
         return [_changed(value, change) for value in data]
     return _text(data, change) if isinstance(data, str) else data

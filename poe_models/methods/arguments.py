@@ -19,9 +19,18 @@ def require_share(method: MergingMethod, name: str, *, one: bool = True) -> None
 
 def require_shares(method: MergingMethod, name: str) -> None:
     """Refuse numbers outside [0, 1] among those of the experts, if there are any."""
-    values = getattr(method, name) or ()
-    if not all(0 <= value <= 1 for value in values):
+    require_numbers(method, name)
+    if not all(0 <= value <= 1 for value in getattr(method, name) or ()):
         raise ValueError(f"{_quoted(method, name)}: every number must be at least 0 and at most 1.")
+
+
+def require_numbers(method: MergingMethod, name: str) -> None:
+    """Refuse what is no sequence of finite numbers, one for each expert, if it is given."""
+    values = getattr(method, name)
+    if values is None:
+        return
+    if not isinstance(values, tuple | list) or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise ValueError(f"{_quoted(method, name)}: give a finite number for each expert, as a tuple.")
 
 
 def require_choice(method: MergingMethod, name: str, literal: Any) -> None:

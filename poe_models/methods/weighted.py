@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.arguments import for_each_expert, require_number, require_share, require_shares
+from poe_models.methods.arguments import (
+    for_each_expert,
+    require_number,
+    require_numbers,
+    require_share,
+    require_shares,
+)
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, named_generator
 
 _CITATION = "Goddard et al., 2024, Arcee's MergeKit, arXiv 2403.13257"
@@ -45,6 +51,7 @@ class WeightedMethod(MergingMethod):
     def __post_init__(self) -> None:
         require_number(self, "base_weight")
         require_share(self, "density")
+        require_numbers(self, "weights")
         require_shares(self, "densities")
 
     @abstractmethod
