@@ -98,12 +98,15 @@ def _set_base_apart(document: Document, method: str) -> None:
     data = document.data
     models = data["models"] if isinstance(data.get("models"), list) else []
     listed = [entry.get("model") if isinstance(entry, dict) else None for entry in models]
-    if method == "linear" and data.get("base_model") is None and listed and isinstance(listed[0], str):
+    inferred = method == "linear" and data.get("base_model") is None and bool(listed) and isinstance(listed[0], str)
+    if inferred:
         data["base_model"] = listed[0]
         document.origins[("base_model",)] = document.origins.get(("models", 0), "")
     base = data.get("base_model")
     same = [index for index, model in enumerate(listed) if _same(model, base)]
     weight = _section(data, "parameters").get("weight")
+    for index in same[1:]:
+        _problem(document, ("models", index), f"{base}, the base, is listed twice. Leave one of them out")
     if same:
         given = _section(models[same[0]], "parameters")
         weight = given.get("weight", weight)
@@ -114,15 +117,19 @@ def _set_base_apart(document: Document, method: str) -> None:
         del models[same[0]]
         _close_gap(document, same[0])
     if method == "linear" and base is not None:
-        if weight is None:
-            place = document.origins.get(("models", *same) if same else ("base_model",), "")
-            document.problems.append(
-                f"{place}: base_model: mergekit's linear counts the base among the models, and {base} has no weight. "
-                "List it in `models` with a `weight`, or leave `base_model` out."
-            )
-        else:
-            data.setdefault("parameters", {})
-            _section(data, "parameters").setdefault("base_weight", weight)
+        _weigh_base(document, base, weight, inferred)
+
+
+def _weigh_base(document: Document, base: Any, weight: Any, inferred: bool) -> None:
+    """Give the base its weight in the average; it needs one, whether it was named or is the first model."""
+    if weight is not None:
+        document.data.setdefault("parameters", {})
+        _section(document.data, "parameters").setdefault("base_weight", weight)
+        return
+    listed = "List it in `models` with a `weight`, or leave `base_model` out"
+    way_out = "Give the first model, which is the base, a `weight`" if inferred else listed
+    text = f"mergekit's linear counts the base among the models, and {base} has no weight. {way_out}"
+    _problem(document, ("base_model",), text)
 
 
 def _same(model: Any, base: Any) -> bool:

@@ -271,3 +271,17 @@ def test_weights_are_finite_numbers(weights: Any) -> None:
         Weighted(weights=weights)
     with pytest.raises(ValueError, match="each expert|at least 0"):
         Weighted(densities=weights)
+
+
+def test_the_base_is_listed_once_and_has_a_weight() -> None:
+    def problems(**data: Any) -> str:
+        return " ".join(read_as_mergekit(Document({"merge_method": "linear", **data}, {})).problems)
+
+    weighted = {"model": "b", "parameters": {"weight": 0.5}}
+    expert = {"model": "x", "parameters": {"weight": 1}}
+    assert "listed twice" in problems(base_model="b", models=[weighted, weighted, expert])
+    misspelt = problems(models=[{"model": "b", "parameters": {"weigth": 0.7}}, expert])
+    assert "no `weigth`" in misspelt
+    assert "Give the first model, which is the base, a `weight`" in misspelt
+    assert "List it in `models`" in problems(base_model="b", models=[expert])
+    assert not problems(models=[weighted, expert])
