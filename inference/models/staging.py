@@ -165,7 +165,7 @@ class Staging:
         try:
             return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise OutputError(f"{self.folder / STATE} is damaged ({error}). Remove it to start again.") from error
+            raise OutputError(f"{self.folder / STATE} is damaged ({error}). Remove that folder.") from error
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differing = difference(before, json.loads(json.dumps(_finite(now))))
