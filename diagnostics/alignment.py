@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diagnostics.verdicts import Level, Verdict
 from poe_models.printing import Brief
-from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
 from poe_models.weights.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Alignment(Brief):
 
 
 def gram_alignment(
-    task_vectors: TaskVectors, activations: ModuleStatistics, side: Side = "input", seed: int = 0
+    task_vectors: TaskVectors, activations: ModuleStatistics | StatisticsFolder, side: Side = "input", seed: int = 0
 ) -> Alignment:
     """Alignment of every update's Gram matrix with the second moments of every task, on one side of the matrices.
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diagnostics.alignment import Alignment, gram_alignment
 from diagnostics.chains import ChainConvergence, CoefficientIntervals, chain_convergence, coefficient_intervals
 from diagnostics.predictions.evaluation import Evaluation, evaluate_predictions
 from diagnostics.predictions.files import load_predictions
@@ -40,6 +41,7 @@ from poe_merge.record import (
 from poe_merge.settings import Document
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.moments import StatisticsFolder
 from poe_models.weights.task_vectors import TaskVectors
 
 NUM_SURROGATES = 19
@@ -59,6 +61,7 @@ class Findings:
     residuals: Residuals | None = None
     tails: PooledTails | None = None
     measured: str = ""
+    alignment: Alignment | None = None
     predictions: Evaluation | None = None
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -68,6 +71,7 @@ def diagnose(
     *,
     draws: Path | None = None,
     predictions: Path | None = None,
+    activations: Path | None = None,
     tails: bool = True,
     residual_map: ResidualMap | None = None,
     num_surrogates: int = NUM_SURROGATES,
@@ -81,6 +85,7 @@ def diagnose(
         run: Folder that ``poe-merge merge`` made.
         draws: A folder of draws, as ``poe-merge sample`` and ``save_draws`` make them.
         predictions: A file of predictions, see ``diagnostics.predictions.files``.
+        activations: Second moments of the experts' inputs, as ``poe-merge activations`` writes them.
         tails: Read base, experts and merge again for the residuals and their tails.
         residual_map: Measures residuals in the place of the merge's experts; ``InputGram`` by default where a method,
             which has no experts, has merged.
@@ -108,6 +113,8 @@ def diagnose(
             _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
         if tails and modules:
             _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
+        if activations is not None:
+            found.alignment = gram_alignment(task_vectors_of(record), StatisticsFolder(activations), seed=seed)
     if predictions is not None:
         found.predictions = evaluate_predictions(load_predictions(predictions), seed=seed)
     return report(
@@ -121,6 +128,7 @@ def diagnose(
         residuals=found.residuals,
         tails=found.tails,
         measured=found.measured,
+        alignment=found.alignment,
         predictions=found.predictions,
         verdicts=found.verdicts,
     )

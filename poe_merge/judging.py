@@ -26,6 +26,10 @@ def diagnose(
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="Class probabilities and labels, .npz or .safetensors.")
     ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option("--activations", help="Moments of the experts' inputs, a folder of `poe-merge activations`."),
+    ] = None,
     tails: Annotated[bool, typer.Option("--tails/--no-tails", help="Read all weights for the residuals.")] = True,
     residual_map: Annotated[
         str | None,
@@ -56,6 +60,7 @@ def diagnose(
             run,
             draws=draws,
             predictions=predictions,
+            activations=activations,
             tails=tails,
             residual_map=measure,
             num_surrogates=num_surrogates,

@@ -68,6 +68,7 @@ from poe_models.scales import (
     NormScaled,
     Relative,
     RelativePrecision,
+    RidgePrecision,
     Scale,
 )
 from poe_models.span import SpanCoordinates, SpanStatistics, span_statistics
@@ -141,6 +142,7 @@ __all__ = [
     "Relative",
     "RelativePrecision",
     "ResidualMap",
+    "RidgePrecision",
     "Rule",
     "RuleTable",
     "Scale",

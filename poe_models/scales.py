@@ -183,6 +183,25 @@ class AbsolutePrecision(EtaPrecision):
 
 
 @dataclass(frozen=True)
+class RidgePrecision(AnchorPrecision):
+    """``eta = ridge / 2``: the ridge of the regression behind Gaussian experts of scale ``Absolute(1.0)``.
+
+    The MAP is then ``(sum_i U_i P_i + ridge Z_0) (sum_i P_i + ridge I)^-1``: ``ridge`` is [BMM]'s ``λ̃`` (Eq. 8 and 15)
+    for ``InputGram``. For ``Activation`` it is ``λ̃ / n``, as [BMM] does not divide by the number of inputs ``n``.
+    """
+
+    ridge: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"`RidgePrecision(ridge={self.ridge})`: a ridge must be a finite number, zero or above.")
+
+    @override
+    def value(self, mean_curvature: Tensor) -> Tensor:
+        return torch.full_like(mean_curvature, self.ridge / 2)
+
+
+@dataclass(frozen=True)
 class RelativePrecision(EtaPrecision):
     """``eta`` times the summed mean curvature of the experts' Gaussian twins.
 
@@ -201,4 +220,6 @@ class RelativePrecision(EtaPrecision):
 
 
 SCALES: dict[str, type[Scale]] = {cls.__name__: cls for cls in (Balanced, Absolute, NormScaled, Relative)}
-PRECISIONS: dict[str, type[AnchorPrecision]] = {cls.__name__: cls for cls in (AbsolutePrecision, RelativePrecision)}
+PRECISIONS: dict[str, type[AnchorPrecision]] = {
+    cls.__name__: cls for cls in (RelativePrecision, AbsolutePrecision, RidgePrecision)
+}

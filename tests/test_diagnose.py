@@ -53,6 +53,7 @@ from tests.seeds import seeded
 NAMES = ("mnist", "emoji")
 MODULES = ("a.weight", "b.weight")
 TITLES = ["What was merged", "Convergence", "Residuals and their tails", "Calibration", "Comparison"]
+EXPERTS = [f"Expert {name}" for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_the_page_of_a_merge_with_draws_and_predictions(
     out = tmp_path / "new" / "report.html"
     given = ["--draws", str(tmp_path / "draws"), "--predictions", str(predictions(tmp_path / "p.npz"))]
     assert run(["diagnose", str(merged), "--out", str(out), *given]) == 0
-    assert headings(out)[1:] == TITLES
+    assert headings(out)[1:] == TITLES + EXPERTS
     text = out.read_text(encoding="utf-8")
     for words in ("StudentT(df=4", "R-hat", "How much of each task", "null control", "scaling 0.5"):
         assert words in text
@@ -241,7 +242,7 @@ def by_ties(folders: Path) -> Path:
 
 def test_a_merge_by_a_method(by_ties: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["diagnose", str(by_ties), "--out", str(tmp_path / "r.html")]) == 0
-    assert headings(tmp_path / "r.html")[1:] == [TITLES[0], TITLES[2]]
+    assert headings(tmp_path / "r.html")[1:] == [TITLES[0], TITLES[2], *EXPERTS]
     text = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
     for words in ("Design: TIES, scaling 0.8", "Ties(density=0.5", "Yadav et al.", "measured by InputGram() (`--resid"):
         assert words in text
@@ -286,7 +287,7 @@ def test_methods_and_products_in_one_merge(folders: Path, tmp_path: Path) -> Non
 def test_draws_at_seeds(folders: Path, by_ties: Path, tmp_path: Path) -> None:
     save_draws(MethodDraws.of(vectors(folders), Dare(), range(3)), tmp_path / "draws")
     page = diagnosis.diagnose(by_ties, draws=tmp_path / "draws", tails=False)
-    assert headings_of(page.html)[1:] == TITLES[:1]
+    assert headings_of(page.html)[1:] == TITLES[:1] + EXPERTS
 
 
 def test_without_tails_no_weights_are_read(merged: Path, tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_without_tails_no_weights_are_read(merged: Path, tmp_path: Path) -> None
     copy.mkdir()
     (copy / "poe_merge.json").write_bytes((merged / "poe_merge.json").read_bytes())
     assert run(["diagnose", str(copy), "--no-tails", "--out", str(tmp_path / "r.html")]) == 0
-    assert headings(tmp_path / "r.html")[1:] == TITLES[:2]
+    assert headings(tmp_path / "r.html")[1:] == TITLES[:2] + EXPERTS
 
 
 def test_a_merge_that_only_averages(folders: Path, tmp_path: Path) -> None:

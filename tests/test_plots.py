@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ from diagnostics.chains import rank_histogram
 from diagnostics.plots.style import COLORS, distinct, line_style, point_style, shortened
 from diagnostics.tails import hill, log_density, quantiles
 from tests.diagnosed import MODULES, Results, made
+from tests.test_expert_figures import alignment, searched, shares
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,9 @@ DRAWN: dict[str, Draw] = {
     "plot_corruptions": lambda r, ax: plots.plot_corruptions({"product": r.corrupted}, "accuracy", ax),
     "plot_pareto": lambda r, ax: plots.plot_pareto(r.comparison, ax=ax),
     "plot_radar": lambda r, ax: plots.plot_radar(r.comparison, ax=ax),
+    "plot_expert": lambda r, ax: plots.plot_expert(shares(), ax),
+    "plot_alignment": lambda r, ax: plots.plot_alignment(alignment(), ax),
+    "plot_search": lambda r, ax: plots.plot_search({"gp": [searched(0.1, 0.3), searched(0.2, nan)]}, ax),
 }
 
 

@@ -16,6 +16,8 @@ Series differ in colour, line and marker together: figures can be read by the co
 | ``plot_energy_traces`` | energy along the fixed point, of ``fixed_point_convergence`` | [PoE] Figure 3 |
 | ``plot_contraction`` | contraction rate and the bound L by module, of the same | [PoE] Figure 4 |
 | ``plot_gamma_scores``, ``plot_gamma_moves`` | the merge over gamma, of ``gamma_sensitivity`` | [PoE] Figure 7 |
+| ``plot_alignment`` | cosines of updates with tasks' moments, of ``gram_alignment`` | [BMM] Figure 2 |
+| ``plot_search`` | best score of searches along their trials, of ``search`` | [BMM] Figure 3 |
 | ``plot_pareto`` | accuracy against ECE with the front, of ``compare_methods`` | [BMM] Figure 4 |
 """
 
@@ -31,6 +33,7 @@ from diagnostics.plots.convergence import (
     plot_r_hat,
     plot_ranks,
 )
+from diagnostics.plots.experts import plot_alignment, plot_expert
 from diagnostics.plots.predictions import (
     plot_corruptions,
     plot_pareto,
@@ -38,6 +41,7 @@ from diagnostics.plots.predictions import (
     plot_reliability,
     plot_risk_coverage,
 )
+from diagnostics.plots.search import plot_search
 from diagnostics.plots.tails import (
     plot_families,
     plot_hill,
@@ -48,11 +52,13 @@ from diagnostics.plots.tails import (
 )
 
 __all__ = [
+    "plot_alignment",
     "plot_chain_traces",
     "plot_contraction",
     "plot_corruptions",
     "plot_effective_sizes",
     "plot_energy_traces",
+    "plot_expert",
     "plot_expert_weights",
     "plot_families",
     "plot_forest",
@@ -69,4 +75,5 @@ __all__ = [
     "plot_reliability",
     "plot_residual_histogram",
     "plot_risk_coverage",
+    "plot_search",
 ]

@@ -1,4 +1,4 @@
-r"""Designs ranked by two scores: their Pareto front, and the rank correlation of the scores."""
+r"""Designs ranked by two scores: their Pareto front and its hypervolume, and the rank correlation of the scores."""
 
 from __future__ import annotations
 
@@ -41,6 +41,35 @@ def pareto_front(higher_better: Tensor, lower_better: Tensor) -> Tensor:
     as_good = (others_high >= high) & (others_low <= low)
     better = (others_high > high) | (others_low < low)
     return ~(as_good & better).any(-1)
+
+
+def hypervolume(higher_better: Tensor, lower_better: Tensor, reference: tuple[float, float]) -> Tensor:
+    """Area that designs dominate, above the one and below the other score of a reference: one number for a front.
+
+    Args:
+        higher_better: ``(..., M)``, for instance accuracy.
+        lower_better: ``(..., M)``, for instance the calibration error.
+        reference: Worst score of either kind that counts; what is worse than either adds nothing.
+
+    Returns:
+        ``(...,)``, in the product of the scores' units; designs that are dominated do not change it.
+
+    Raises:
+        ValueError: If shapes differ or there is NaN.
+
+    >>> accuracy, ece = torch.tensor([0.9, 0.8]), torch.tensor([0.10, 0.05])
+    >>> round(float(hypervolume(accuracy, ece, (0.5, 0.2))), 6)  # 0.1 * 0.1 + 0.3 * 0.15
+    0.055
+    """
+    if higher_better.shape != lower_better.shape or bool((higher_better.isnan() | lower_better.isnan()).any()):
+        raise ValueError(
+            f"`hypervolume(...)`: scores {tuple(higher_better.shape)} and {tuple(lower_better.shape)}, or NaN among "
+            "them. Give both for the same designs and leave out undefined ones."
+        )
+    high, order = higher_better.double().clamp(min=reference[0]).sort(-1, descending=True)
+    least = lower_better.double().gather(-1, order).cummin(-1).values.clamp(max=reference[1])
+    steps = -high.diff(append=torch.full_like(high[..., :1], reference[0]))
+    return (steps * (reference[1] - least)).sum(-1)
 
 
 def rank_agreement(first: Array, second: Array, *, confidence: float = 0.95) -> Estimate:

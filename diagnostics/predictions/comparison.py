@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.estimates import Estimate, Interval, estimate_of, interval_columns, interval_ends, resamples
-from diagnostics.predictions.agreement import pareto_front
+from diagnostics.predictions.agreement import hypervolume, pareto_front
 from diagnostics.predictions.binning import Binning, check_bins
 from diagnostics.predictions.inputs import Array, Labelled, labelled
 from inference.scores import ECE_BINS, brier_each, equal_width_bins, nll_each, top_label
@@ -186,6 +186,21 @@ class Comparison(Brief):
         _place(score, SCORES, "score")
         best = pareto_front(self.values["accuracy"].mean(1), self.values[score].mean(1))
         return tuple(method for method, on in zip(self.methods, best.tolist(), strict=True) if on)
+
+    def hypervolume(self, series: Sequence[Sequence[str]], reference: tuple[float, float]) -> list[Estimate]:
+        """Area that each series of methods dominates in mean accuracy and mean ECE, and of each the first's less it.
+
+        Args:
+            series: Names of methods, such as draws at several temperatures, then noise of the same sizes.
+            reference: Accuracy and ECE that are the worst to count, such as those of the point they surround.
+
+        Returns:
+            The area of the first series, then the first's less each other's, paired over examples and seeds.
+        """
+        places = [[_place(name, self.methods, "method") for name in names] for names in series]
+        every = {s: torch.cat([self.values[s].unsqueeze(0), self.replicates[s]]).mean(2) for s in ("accuracy", "ece")}
+        first, *others = (hypervolume(every["accuracy"][:, p], every["ece"][:, p], reference) for p in places)
+        return [estimate_of(float(a[0]), a[1:], self.confidence) for a in (first, *(first - other for other in others))]
 
     def summary(self, method: str) -> dict[str, Estimate]:
         """Estimates of one method over all tasks; ``normalised`` is there if there are experts.

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diagnostics.alignment import Alignment
 from diagnostics.chains import ChainConvergence, CoefficientIntervals
 from diagnostics.predictions.evaluation import Evaluation
 from diagnostics.predictions.shift import Corrupted, ShiftComparison
 from diagnostics.report.convergence import convergence_section
+from diagnostics.report.experts import alignment_section, expert_sections
 from diagnostics.report.merge import merge_section
 from diagnostics.report.page import Page, page
 from diagnostics.report.predictions import calibration_section, comparison_section, shift_section
@@ -43,6 +45,7 @@ def report(
     residuals: Residuals | None = None,
     tails: PooledTails | None = None,
     measured: str = "",
+    alignment: Alignment | None = None,
     predictions: Evaluation | None = None,
     corrupted: Mapping[str, Sequence[Corrupted]] | None = None,
     detection: Mapping[str, ShiftComparison] | None = None,
@@ -62,6 +65,7 @@ def report(
         residuals: Residuals of the merge.
         tails: Their tails.
         measured: Sentence about the map that measured residuals, if not the experts of the merge.
+        alignment: Alignment of the updates with their tasks' inputs, of ``gram_alignment``.
         predictions: Evaluation of predictions.
         corrupted: Name of the method to the result of ``under_corruption``.
         detection: Name of the inputs ("mnist, shown emoji") to the result of ``compare_detection``.
@@ -81,10 +85,14 @@ def report(
         sections.append(convergence_section(fixed_point, chains, coefficients, around, sensitivity))
     if residuals is not None or tails is not None:
         sections.append(tails_section(residuals, tails, measured))
+    if alignment is not None:
+        sections.append(alignment_section(alignment))
     if predictions is not None:
         sections.append(calibration_section(predictions))
     if corrupted or detection:
         sections.append(shift_section(corrupted, detection))
     if predictions is not None:
         sections.append(comparison_section(predictions))
+    if record is not None:
+        sections += expert_sections(record)
     return page(title, subtitle, sections, verdicts)

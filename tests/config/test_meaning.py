@@ -24,6 +24,7 @@ from poe_models import (
     OutputGram,
     Relative,
     RelativePrecision,
+    RidgePrecision,
     StudentT,
     TaskArithmetic,
     average,
@@ -97,6 +98,7 @@ def test_both_sides(folder: Path) -> None:
         (0, RelativePrecision(0.0)),
         ("RelativePrecision(0.1)", RelativePrecision(0.1)),
         ("AbsolutePrecision(1e-3)", AbsolutePrecision(1e-3)),
+        ("RidgePrecision(0.5)", RidgePrecision(0.5)),
     ],
 )
 def test_eta(eta: object, expected: object, folder: Path) -> None:
