@@ -16,6 +16,7 @@ from poe_merge.progress import Bars
 from poe_merge.settings import Document, read_yaml
 
 if TYPE_CHECKING:
+    from inference.models.ranks import Ranks
     from poe_models.weights.task_vectors import TaskVectors
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file; flags go before it.", show_default=False)]
@@ -34,13 +35,29 @@ AllowCode = Annotated[
 
 
 def opened(
-    path: Path | None, flags: Mapping[str, Any], allow_code: bool, *, functional: bool = False
+    path: Path | None,
+    flags: Mapping[str, Any],
+    allow_code: bool,
+    *,
+    functional: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[MergeConfig, TaskVectors]:
-    """Read the configuration and open what it names; only some commands know experts on predictions."""
+    """Read the configuration and open what it names, on the device of this rank if there are several.
+
+    Args:
+        path: YAML file.
+        flags: Settings in its place.
+        allow_code: Import the modules that the file names.
+        functional: Whether the command knows experts on predictions.
+        ranks: The processes that share the work.
+    """
     document, folders = read(path, flags)
     settings = parse_config(document, folders, allow_code=allow_code)
     require_known(settings, functional=functional)
-    return settings, vectors(settings)
+    task_vectors = vectors(settings)
+    if ranks is not None:
+        task_vectors.device = ranks.device(task_vectors.device)
+    return settings, task_vectors
 
 
 def read(path: Path | None, flags: Mapping[str, Any]) -> tuple[Document, tuple[Path, ...]]:

@@ -37,6 +37,7 @@ from poe_merge.errors import explained
 from poe_merge.flags import ConfiguredCommand, SampleCommand, with_flags
 from poe_merge.progress import Bars
 from poe_merge.quiet import quietly
+from poe_merge.ranks import rank_number, require_shared
 
 app = typer.Typer(
     name="poe-merge",
@@ -102,12 +103,14 @@ def merge(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
 ) -> None:
     """Merge, and write a Hugging Face folder, or an adapter (--output)."""
+    from inference.models.ranks import launched_ranks
     from poe_merge.merging import merge as merge_models
 
     out = required(out, "merge")
-    settings, task_vectors = opened(config, flags, allow_code, functional=True)
+    ranks = launched_ranks()
+    settings, task_vectors = opened(config, flags, allow_code, functional=True, ranks=ranks)
     with shown_bars(out) as bars:
-        report = merge_models(settings, task_vectors, out, bars, resume=resume)
+        report = merge_models(settings, task_vectors, out, bars, resume=resume, ranks=ranks)
     show.merged(report)
 
 
@@ -191,15 +194,17 @@ def stats(
 ) -> None:
     """Read the weights once, and save the Span statistics that ``sample`` needs."""
     from inference.models.preparing import prepare_designs
+    from inference.models.ranks import launched_ranks
     from poe_merge.build import DesignTable
     from poe_merge.stats import make_statistics
 
     out = required(out, "stats")
-    settings, task_vectors = opened(config, flags, allow_code)
+    ranks = launched_ranks()
+    settings, task_vectors = opened(config, flags, allow_code, ranks=ranks)
     table = DesignTable(settings, task_vectors.base)
     with shown_bars(out) as bars:
         designs = prepare_designs(task_vectors, table, bars)
-        report = make_statistics(settings, task_vectors, designs, out, bars)
+        report = make_statistics(settings, task_vectors, designs, out, bars, ranks)
     show.statistics(report)
 
 
@@ -277,9 +282,10 @@ def run(arguments: Sequence[str]) -> int:
         The exit status: 0, 2 for anything wrong with the input, 130 if interrupted, 1 for an error of the program.
     """
     typed = [word for word in arguments if word not in ("--debug", "--quiet")]
-    command = get_command(app)
+    command, first = get_command(app), rank_number() == 0
     try:
-        with show.python_warnings(), quietly("--quiet" in arguments, but_stdout="--json" in arguments):
+        require_shared(typed)
+        with show.python_warnings(), quietly("--quiet" in arguments or not first, but_stdout="--json" in arguments):
             result = command.main(args=typed, prog_name="poe-merge", standalone_mode=False)
         if result == INTERRUPTED:  # typer's own answer to Ctrl-C
             show.warning("interrupted.")
@@ -291,7 +297,7 @@ def run(arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             raise
         message, status = explained(error, arguments, command)
-        show.error(message)
+        show.error(message if first else f"process {rank_number()}: {message}")
         return status
 
 

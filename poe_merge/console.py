@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from poe_merge.ranks import rank_number
+
 if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from diagnostics.predictions.functional_score import FunctionalScore
     from diagnostics.predictions.model_scores import ModelScores
@@ -64,8 +66,9 @@ def error(message: str) -> None:
 
 
 def warning(message: str) -> None:
-    """Print a warning to stderr."""
-    _print("yellow", "warning", message)
+    """Print a warning to stderr; of several processes that share their work, the first one warns."""
+    if rank_number() == 0:
+        _print("yellow", "warning", message)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from inference.models.adapters import AdapterReport, merge_adapters
 from inference.models.merge import MergeReport, merge_checkpoint
 from inference.models.method_design import AnyDesigns
+from inference.models.ranks import ALONE, Ranks
 from poe_merge.build import custom_sources, designs_of
 from poe_merge.config import ConfigError, MergeConfig
 from poe_merge.functional import SEEN, fitted_designs, state_of
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    config: MergeConfig, task_vectors: TaskVectors, out: Path, progress: Bars, *, resume: bool
+    config: MergeConfig, task_vectors: TaskVectors, out: Path, progress: Bars, *, resume: bool, ranks: Ranks = ALONE
 ) -> MergeReport | AdapterReport:
     """Merge as a configuration says.
 
@@ -28,10 +29,15 @@ def merge(
         out: The folder to make.
         progress: Told how far the merge is.
         resume: Go on with an interrupted merge.
+        ranks: The processes that share the work.
 
     Raises:
-        ConfigError: If experts on predictions are to be written as an adapter.
+        ConfigError: If experts on predictions are to be written as an adapter, or several processes are to share what
+            one does.
     """
+    if ranks.size > 1 and (config.adapter is not None or config.functional.tasks is not None):
+        what = "`output`: an adapter is" if config.adapter is not None else "`functional`: experts on predictions are"
+        raise ConfigError(f"{what} merged by one process. Run `poe-merge merge` without torchrun.")
     code, settings = custom_sources(config), {"preset": config.preset, "config": config.resolved()}
     if config.functional.tasks is None:
         designs: AnyDesigns = designs_of(config, task_vectors.base)
@@ -51,7 +57,7 @@ def merge(
         "progress": progress,
     }
     if config.adapter is None:
-        report = merge_checkpoint(task_vectors, designs, out, batch_bytes=config.batch_bytes, **shared)
+        report = merge_checkpoint(task_vectors, designs, out, batch_bytes=config.batch_bytes, ranks=ranks, **shared)
         state_of(out).unlink(missing_ok=True)
         return report
     return merge_adapters(task_vectors, designs, out, rank=config.adapter[0], **shared)

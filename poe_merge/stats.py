@@ -12,6 +12,7 @@ from inference.models.design import Design
 from inference.models.digest import Progress, check_unchanged, digest_inputs, files_of
 from inference.models.method_design import AnyDesign
 from inference.models.plan import inputs_of
+from inference.models.ranks import ALONE, Ranks, require_same_files
 from inference.models.staging import check_output
 from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics
 from inference.models.statistics_record import describe, require_same
@@ -41,7 +42,12 @@ class StatisticsReport:
 
 
 def make_statistics(
-    settings: MergeConfig, task_vectors: TaskVectors, designs: Table, out: Path, progress: Progress
+    settings: MergeConfig,
+    task_vectors: TaskVectors,
+    designs: Table,
+    out: Path,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> StatisticsReport:
     """Make the one pass over the weights and save the Span statistics as a new folder, whole or not at all.
 
@@ -51,6 +57,7 @@ def make_statistics(
         designs: The design of each tensor.
         out: The folder to make.
         progress: Told how far it is.
+        ranks: The processes that share the pass; the first writes the folder.
 
     Returns:
         The report.
@@ -62,15 +69,19 @@ def make_statistics(
     """
     began = time.monotonic()
     checkpoints = checkpoints_of(task_vectors, designs)
-    check_apart(out, checkpoints)
+    if ranks.first:
+        check_apart(out, checkpoints)
     about = describe(task_vectors, designs)
-    inputs = digest_inputs(checkpoints, custom_sources(settings), progress)
-    task_vectors.refuse_copies()
-    statistics = collect_statistics(task_vectors, designs, progress=progress)
+    inputs = digest_inputs(checkpoints, custom_sources(settings), progress) if ranks.first else {}
+    if ranks.first:
+        task_vectors.refuse_copies()
+    require_same_files(ranks, checkpoints.values())
+    statistics = collect_statistics(task_vectors, designs, progress=progress, ranks=ranks)
     check_unchanged(checkpoints.values())
-    folder = save_statistics(
-        statistics, out, about=about, inputs=inputs, settings={"preset": settings.preset, "config": settings.resolved()}
-    )
+    folder, told = out.resolve(), {"preset": settings.preset, "config": settings.resolved()}
+    if ranks.first:
+        folder = save_statistics(statistics, out, about=about, inputs=inputs, settings=told)
+    ranks.wait()
     return StatisticsReport(folder, statistics, time.monotonic() - began)
 
 

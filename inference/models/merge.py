@@ -29,6 +29,7 @@ from inference.models.method_design import AnyDesigns, MethodDesign, as_any_func
 from inference.models.model_card import model_card
 from inference.models.plan import BATCH_BYTES, Group, Plan, inputs_of, plan
 from inference.models.preparing import prepare_designs
+from inference.models.ranks import ALONE, Ranks, require_same_files
 from inference.models.staging import Finished, Staging, check_output
 from inference.retention import ExpertRetention, totals
 from inference.solution import Status
@@ -97,6 +98,7 @@ def merge_checkpoint(
     code: Sequence[Path] = (),
     resume: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> MergeReport:
     """Merge a checkpoint into a new folder.
 
@@ -116,6 +118,7 @@ def merge_checkpoint(
         code: Source files that decide what comes out, such as a user's energy; their digests are recorded.
         resume: Go on with an interrupted merge of the same inputs and settings.
         progress: Told how far the merge is.
+        ranks: The processes that share the work; each calls this with the same arguments. The output is that of one.
 
     Returns:
         What was done.
@@ -129,37 +132,60 @@ def merge_checkpoint(
     """
     began, progress = time.monotonic(), progress or Silent()
     planned = plan(task_vectors, design, out_dtype=out_dtype, batch_bytes=batch_bytes)
-    staging = _checked(task_vectors, planned, Path(out), resume)
+    staging = _checked(task_vectors, planned, Path(out), resume) if ranks.first else _joined(Path(out))
     checkpoints = inputs_of(task_vectors, planned.designs)
-    inputs = digest_inputs(checkpoints, code, progress)
-    task_vectors.refuse_copies()
+    inputs = _digests(task_vectors, checkpoints, code, progress) if ranks.first else {}
     state = {
         "settings": dict(settings or {}),
         "seed": seed,
-        "compute_dtype": str(task_vectors.dtype).removeprefix("torch."),
+        **_state(task_vectors, planned),
         "out_dtype": None if out_dtype is None else str(out_dtype).removeprefix("torch."),
-        "device": str(task_vectors.device),
         "batch_bytes": batch_bytes,
-        "designs": [each.describe() for each in planned.designs],
-        "averages": sorted({(each.scaling, *each.importance) for each in planned.averages}),
-        "rules": task_vectors.rules.to_dicts(),
         "inputs": inputs,
         "versions": versions(),
     }
     resumed = len(planned.groups)
-    with staging.begin(state, partial(check_unchanged, checkpoints.values())):
-        if not staging.published:
+    with staging.shared(ranks, state, partial(check_unchanged, checkpoints.values())):
+        require_same_files(ranks, checkpoints.values())
+        if not ranks.gather(staging.published)[0]:
             try:
                 if any(each.method is not None and not each.method.ready for each in planned.designs):
                     ready = prepare_designs(task_vectors, as_any_function(design), progress)
                     planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
-                resumed = _write_shards(task_vectors, planned, staging, seed, progress)
-                _write_rest(task_vectors.base, planned, staging, out_dtype, state)
+                resumed = _write_shards(task_vectors, planned, staging, seed, progress, ranks)
+                if ranks.first:
+                    _write_rest(task_vectors.base, planned, staging, out_dtype, state)
             except CheckpointError:
                 staging.abandon()
                 raise
-        staging.publish()
+        if ranks.first:
+            staging.publish()
     return _report(task_vectors.base, staging.out, planned, resumed, time.monotonic() - began)
+
+
+def _state(task_vectors: TaskVectors, planned: Plan) -> dict[str, Any]:
+    """What decides the output beside inputs, seed and versions, as plain data."""
+    return {
+        "compute_dtype": str(task_vectors.dtype).removeprefix("torch."),
+        "device": task_vectors.device.type,
+        "designs": [each.describe() for each in planned.designs],
+        "averages": sorted({(each.scaling, *each.importance) for each in planned.averages}),
+        "rules": task_vectors.rules.to_dicts(),
+    }
+
+
+def _digests(
+    task_vectors: TaskVectors, checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], progress: Progress
+) -> dict[str, Any]:
+    """Digests of all inputs, once it is clear that no expert is the base."""
+    inputs = digest_inputs(checkpoints, code, progress)
+    task_vectors.refuse_copies()
+    return inputs
+
+
+def _joined(out: Path) -> Staging:
+    """The staging folder as the other ranks see it, which the first one checks and begins."""
+    return Staging(out.expanduser().resolve(), "merge")
 
 
 def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) -> Staging:
@@ -175,9 +201,13 @@ def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) 
     return staging
 
 
-def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, seed: int, progress: Progress) -> int:
-    """Write every shard; returns how many groups were there already."""
-    progress.begin("merging", planned.modules, planned.write_bytes)
+def _write_shards(
+    task_vectors: TaskVectors, planned: Plan, staging: Staging, seed: int, progress: Progress, ranks: Ranks
+) -> int:
+    """Write this rank's share of every shard; returns how many groups of all ranks were there already."""
+    costs = {each.file: [group.cost for group in each.groups] for each in planned.shards}
+    mine = [each.groups[place] for each in planned.shards for place in ranks.share(costs[each.file])]
+    progress.begin("merging", sum(group.modules for group in mine), sum(group.nbytes for group in mine))
 
     def make(group: Group) -> Finished:
         with memory_errors([tensor.name for tensor in group.tensors], group.peak_bytes, task_vectors.device):
@@ -186,9 +216,11 @@ def _write_shards(task_vectors: TaskVectors, planned: Plan, staging: Staging, se
     def done(group: Group) -> None:
         progress.advance(group.modules, group.nbytes)
 
-    return sum(
-        staging.write_shard(each.file, each.groups, make, each.aliases, each.headers, done) for each in planned.shards
+    there = sum(
+        staging.write_shard(each.file, each.groups, make, each.aliases, each.headers, done, ranks, costs[each.file])
+        for each in planned.shards
     )
+    return sum(ranks.gather(there))  # waits for the last file, too
 
 
 def _write_rest(

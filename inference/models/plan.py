@@ -83,6 +83,12 @@ class Group:
         """Bytes written for its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def cost(self) -> float:
+        """Work on it in multiplications, roughly: a Gram matrix of every matrix, and every byte a few times."""
+        grams = sum(a * b * min(a, b) for tensor in self.tensors for a, b in tensor.matrices)
+        return float(grams + 10 * self.nbytes)
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -27,7 +27,10 @@ from torch import Tensor
 
 from inference.models.digest import difference, file_digest
 from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
+from inference.models.parts import intact, records_of, tied_tensors
 from inference.models.places import portable
+from inference.models.plain_json import finite, json_text
+from inference.models.ranks import ALONE, Ranks
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.weight_files import SafetensorsFile, tie_metadata
 
@@ -148,6 +151,30 @@ class Staging:
             yield
 
     @contextmanager
+    def shared(
+        self, ranks: Ranks, state: Mapping[str, Any], check_inputs: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Begin in the first rank, and go along with it in the others.
+
+        Args:
+            ranks: The processes that write the output.
+            state: As of ``begin``; that of the first rank counts.
+            check_inputs: As of ``begin``, in every rank.
+
+        Yields:
+            Nothing; the folder is the ranks' own until the block ends in the first of them.
+        """
+        if ranks.first:
+            with self.begin(state, check_inputs):
+                ranks.wait()
+                yield
+        else:
+            ranks.wait()
+            self._check_inputs = check_inputs
+            yield
+        ranks.wait()
+
+    @contextmanager
     def _lock(self) -> Iterator[None]:
         with disk_errors(self.folder, self.again):
             folder = os.open(self.folder, os.O_RDONLY)  # the folder itself: nothing to clean up, follows a rename
@@ -168,7 +195,7 @@ class Staging:
             raise OutputError(f"{self.folder / STATE} is damaged ({error}). Remove that folder.") from error
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        differing = difference(before, json.loads(json.dumps(_finite(now))))
+        differing = difference(before, json.loads(json.dumps(finite(now))))
         if differing:
             place, old, new = differing[0]
             more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
@@ -189,8 +216,12 @@ class Staging:
         aliases: Mapping[str, str],
         headers: Headers,
         done: Callable[[Group], None] = lambda group: None,
+        ranks: Ranks = ALONE,
+        costs: Sequence[float] = (),
     ) -> int:
         """Write a weight file group by group; groups that an earlier run finished are verified, and not made again.
+
+        Several ranks divide the groups, and wait for each other before one of them assembles the file.
 
         Args:
             name: Path of the file in the output.
@@ -199,27 +230,32 @@ class Staging:
             aliases: Further names of tied tensors to the names they are saved under; those that are not in ``headers``
                 go into the file's metadata.
             headers: What the file must hold in the end.
-            done: Called with every group once it is saved.
+            done: Called with every group of this rank's once it is saved.
+            ranks: The processes that write the output.
+            costs: Of each group, for their division; none if all cost the same.
 
         Returns:
-            How many groups were there already.
+            How many of this rank's groups were there already.
         """
+        assembler = len(self._expected) % ranks.size  # the next rank's turn, while the others go on
         self._expect(name, headers)
         whole, there = self.has_shard(name), 0
-        for number, group in enumerate(groups):
+        for number in sorted(ranks.share(costs or [1.0] * len(groups))):
             if whole or self.has_part(name, number):
                 there += 1
             else:
-                self.save_part(name, number, *make(group))
-            done(group)
-        if not whole:
-            self.finish_shard(name, len(groups), aliases, headers)
-        shutil.rmtree(self.folder / PARTS / name, ignore_errors=True)
+                self.save_part(name, number, *make(groups[number]))
+            done(groups[number])
+        ranks.wait()
+        if ranks.rank == assembler:
+            if not whole:
+                self.finish_shard(name, len(groups), aliases, headers)
+            shutil.rmtree(self.folder / PARTS / name, ignore_errors=True)
         return there
 
     def has_part(self, name: str, group: int) -> bool:
         """Return whether a group of a weight file is finished and has the bytes that were written."""
-        return _intact(self._part(name, group), self._part(name, group).with_suffix(".json"))
+        return intact(self._part(name, group), self._part(name, group).with_suffix(".json"))
 
     def save_part(self, name: str, group: int, tensors: Mapping[str, Tensor], records: Sequence[Any]) -> None:
         """Save the tensors of a finished group with their records."""
@@ -230,7 +266,7 @@ class Staging:
 
     def has_shard(self, name: str) -> bool:
         """Return whether a weight file is finished and has the bytes that were written."""
-        return _intact(self.folder / OUTPUT / name, self._record(name))
+        return intact(self.folder / OUTPUT / name, self._record(name))
 
     def finish_shard(self, name: str, groups: int, aliases: Mapping[str, str], headers: Headers) -> None:
         """Assemble a weight file from its parts, which are memory-mapped and not read into memory."""
@@ -240,15 +276,15 @@ class Staging:
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            tensors |= _tied(path, {alias: target for alias, target in aliases.items() if alias not in once})
-        records = [record for path in paths for record in _records(path.with_suffix(".json"))]
+            tensors |= tied_tensors(path, {alias: target for alias, target in aliases.items() if alias not in once})
+        records = [record for path in paths for record in records_of(path.with_suffix(".json"))]
         self._save(name, tensors, tie_metadata(once))
         digest = file_digest(self.folder / OUTPUT / name)
         self._write_json(self._record(name), {"sha256": digest, "records": records})
 
     def records(self, names: Sequence[str]) -> list[Any]:
         """Records of finished weight files, in order."""
-        return [record for name in names for record in _records(self._record(name))]
+        return [record for name in names for record in records_of(self._record(name))]
 
     def has(self, name: str) -> bool:
         """Return whether a file of the output is finished."""
@@ -349,51 +385,10 @@ class Staging:
         return self.folder / RECORDS / f"{name}.json"
 
     def _write_json(self, path: Path, data: Any) -> None:
-        text = _json(data, None)
+        text = json_text(data)
         if len(text) < _PRETTY:  # Python's own encoder, which indents, is slow
-            text = _json(data, 2)
+            text = json_text(data, 2)
         self._replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
         replace_file(path, write, self.again)
-
-
-def _intact(file: Path, record: Path) -> bool:
-    """True if a file has the digest that was recorded when it was written."""
-    try:
-        return bool(json.loads(record.read_text(encoding="utf-8"))["sha256"] == file_digest(file))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _records(path: Path) -> list[Any]:
-    return list(json.loads(path.read_text(encoding="utf-8"))["records"])
-
-
-def _tied(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Further names of the tensors of a part, each from a map of its own: safetensors saves no memory twice."""
-    found: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-    left = {alias: target for alias, target in aliases.items() if target in names}
-    while left:
-        first = {target: alias for alias, target in reversed(left.items())}
-        with safe_open(path, framework="pt") as file:
-            found |= {alias: file.get_tensor(target) for target, alias in first.items()}
-        left = {alias: target for alias, target in left.items() if alias not in found}
-    return found
-
-
-def _json(data: Any, indent: int | None) -> str:
-    try:
-        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError):  # mappings that are no dict, numbers that JSON lacks
-        return json.dumps(_finite(data), indent=indent, ensure_ascii=False)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not (abs(data) < float("inf")) else data

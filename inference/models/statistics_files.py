@@ -28,6 +28,7 @@ from inference.models.design import Designs
 from inference.models.digest import Progress, Silent
 from inference.models.modules import module_names, read_modules
 from inference.models.places import without_places
+from inference.models.ranks import ALONE, Ranks
 from inference.models.statistics_record import family_of
 from poe_models.span import SpanStatistics, concatenate, span_statistics
 from poe_models.weights.loading import CheckpointError
@@ -43,6 +44,7 @@ def collect_statistics(
     *,
     tensors: Collection[str] | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> SpanStatistics:
     """Make Span statistics in one pass over the weights, a tensor at a time.
 
@@ -57,6 +59,7 @@ def collect_statistics(
             maps, the anchor's centre and the coordinates of the merge must be the same for all tensors.
         tensors: Read only these merged tensors.
         progress: Told how far the pass is.
+        ranks: The processes that share the pass; each calls this with the same arguments and gets the same.
 
     Returns:
         Statistics of every module, on the CPU: all that Span coordinates need.
@@ -68,18 +71,21 @@ def collect_statistics(
     progress = progress or Silent()
     designs = family_of(task_vectors, design, tensors)
     nbytes = {name: task_vectors.base.tensors[name].nbytes for name in designs}
-    modules = sum(len(module_names(task_vectors, name)) for name in designs)
-    progress.begin("statistics", modules, sum(nbytes.values()))
-    parts = []
-    for name, each_design in designs.items():
+    mine = ranks.share(list(nbytes.values()))
+    own = {name: design for place, (name, design) in enumerate(designs.items()) if place in mine}
+    modules = sum(len(module_names(task_vectors, name)) for name in own)
+    progress.begin("statistics", modules, sum(nbytes[name] for name in own))
+    parts: dict[str, list[SpanStatistics]] = {}
+    for name, each_design in own.items():
         read = read_modules(task_vectors, name, each_design)
         through = each_design.coordinates == "full"
-        parts += [
+        parts[name] = [
             _on_cpu(span_statistics(each.poe, each.updates, [each.name], through=each.mode if through else None))
             for each in read
         ]
         progress.advance(len(read), nbytes[name])
-    return concatenate(parts)
+    made = {name: part for each in ranks.gather(parts) for name, part in each.items()}
+    return concatenate([part for name in designs for part in made[name]])
 
 
 def statistics_digest(statistics: SpanStatistics) -> str:
