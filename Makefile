@@ -65,6 +65,8 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_few
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_sampling
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 
 # On a machine with a GPU: the tests that need one, then the tables of it and both suites at full size. Where the packages are installed already, no

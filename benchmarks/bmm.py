@@ -131,11 +131,11 @@ class Bench:
             found.append(float((teacher.exp() * (teacher - student)).sum(1).mean()))
         return math.fsum(found) / len(found)
 
-    def alone(self, name: str, method: MergingMethod) -> Line:
-        """The anchor by itself, with λ searched."""
+    def alone(self, name: str, method: MergingMethod, way: str = "alone") -> Line:
+        """A merging rule by itself, with λ searched."""
         ready = method if method.ready else method.prepare(list(self.suite.vectors()))
         space = DesignSpace(lambda scaling: lambda tensor: MethodDesign(ready, scaling), {"scaling": Searched(ALONE)})
-        return self._line(name, "alone", space, self.accuracy, "gp")
+        return self.line(name, way, space, self.accuracy, "gp")
 
     def around(
         self,
@@ -167,11 +167,21 @@ class Bench:
         roles, blocks = groups_of(self.suite, list(self.merges.task_vectors.treatments))
         space = DesignSpace(make, {"eta": Searched(ETA, roles), "scaling": Searched(SCALE, blocks)})
         score = self.accuracy if labels else self.divergence
-        return self._line(name, way, space if tied else space.shared(), score, sampler, minimize=not labels)
+        return self.line(name, way, space if tied else space.shared(), score, sampler, minimize=not labels)
 
-    def _line(
+    def line(
         self, name: str, way: str, space: DesignSpace, score: Score, sampler: Sampler, minimize: bool = False
     ) -> Line:
+        """A search of a design space, and the test scores of its best settings.
+
+        Args:
+            name: Of the anchor, or of the group of rows.
+            way: What it is called.
+            space: Designs to choose from.
+            score: Of a merged state dict.
+            sampler: Of the search.
+            minimize: Whether a smaller score is better.
+        """
         found = search(
             space, score, self.merges, trials=self.trials, seed=self.seed, sampler=sampler, minimize=minimize
         )
@@ -263,13 +273,14 @@ def report(found: Mapping[tuple[str, int], Sequence[Line]], machines: Sequence[s
 def _cells(lines: Sequence[Line]) -> list[str]:
     shares = [line.overhead / line.scoring for line in lines]
     return [
-        _spread([line.accuracy for line in lines]),
-        _spread([line.nll for line in lines]),
+        spread([line.accuracy for line in lines]),
+        spread([line.nll for line in lines]),
         f"{statistics.fmean(shares):.2f}",
     ]
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """The mean, with the smallest and the largest in brackets if there are several."""
     mean = f"{statistics.fmean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} [{min(values):.3f}, {max(values):.3f}]"
 

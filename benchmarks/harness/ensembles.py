@@ -140,7 +140,7 @@ class Ensembles:
         Returns:
             The temperatures with their members and the whole paths, and the ensembles' predictions along them.
         """
-        low, high = self._temperatures(scope)
+        low, high = self.temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
         members = Members(self._runner(scope, kind, self.validation), lambda draws: self.states(draws, kind))
 
@@ -213,11 +213,29 @@ class Ensembles:
             self._drawn[key] = draws
         return self._drawn[key]
 
+    def predictions(self, scope: str, kind: str, temperature: float, members: int) -> dict[str, Tensor]:
+        """Mean probabilities of an ensemble on the test examples.
+
+        Args:
+            scope: Which layers are sampled, one of `SCOPES`.
+            kind: What the members are.
+            temperature: Of the posterior.
+            members: How many.
+
+        Returns:
+            Task to ``(n, classes)``.
+        """
+        runner = self._runner(scope, kind, self.test)
+        tables = torch.stack(
+            [runner(state) for state in self.states(self.draw(scope, kind, temperature, members), kind)]
+        )
+        return self._own(self.test.by_task(scaled_mean(tables, 1.0).exp()))
+
     def _runner(self, scope: str, kind: str, examples: Examples) -> Runner:
         """Log probabilities of all examples under the merge with some of its tensors replaced."""
         cut = f"backbone.{self.suite.network.cut}" if scope == LAST else None
         model = SuiteModel(self.suite, self.merged)
-        modules = set(self.draw(scope, kind, self._temperatures(scope)[1], 1).modules)
+        modules = set(self.draw(scope, kind, self.temperatures(scope)[1], 1).modules)
         base = self.suite.vectors().base.tensors
         changing = {f"{PREFIX}{name}": base[name].shape for name in self._tensors(modules)}
         return Runner(model, examples.batches, {}, changing, _forward, cut)
@@ -299,8 +317,12 @@ class Ensembles:
         """Without the classes that a task does not have."""
         return {task: table[:, : len(self.suite.heads[task].bias)] for task, table in probabilities.items()}
 
-    def _temperatures(self, scope: str) -> tuple[float, float]:
-        """From the lowest to the highest that any sampled module's energies imply."""
+    def temperatures(self, scope: str) -> tuple[float, float]:
+        """From the lowest to the highest temperature that any sampled module's energies imply.
+
+        Args:
+            scope: Which layers are sampled, one of `SCOPES`.
+        """
         poe = self.design.poe
         pattern = self.suite.network.last_layer if scope == LAST else ""
         ranges = [
