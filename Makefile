@@ -59,6 +59,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_null
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_suites
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.row_blocks
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional

@@ -18,6 +18,8 @@ VIEWS: list[tuple[View, tuple[int, ...], list[tuple[int, int]], str]] = [
     (View(blocks=3), (6, 2), [(2, 2)] * 3, "split into 3 equal row blocks"),
     (View(blocks=3, transpose=True), (2, 6), [(2, 2)] * 3, "transposed, split into 3 equal row blocks"),
     (View(rows=(4, 1, 1)), (6, 2), [(4, 2), (1, 2), (1, 2)], "split into row blocks of 4, 1, 1"),
+    (View(height=2), (5, 3), [(2, 3), (2, 3), (1, 3)], "row blocks of 2 rows"),
+    (View(height=8), (5, 3), [(5, 3)], "row blocks of 8 rows"),
     (View(square=True), (7, 3), [(3, 3), (3, 3), (1, 3)], "square row blocks of height d_in"),
     (View(square=True), (6, 3), [(3, 3), (3, 3)], "square row blocks of height d_in"),
     (View(square=True), (2, 5), [(2, 5)], "square row blocks of height d_in"),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from poe_models import TaskVectors
+from poe_models import DEFAULT_RULES, RuleTable, TaskVectors
 
 SPLITS = ("test", "validation", "head", "train")
 
@@ -157,9 +157,9 @@ class Suite:
     def _made(self) -> list[str]:
         return [folder.parent.name for folder in self.experts.values()]
 
-    def vectors(self, dtype: torch.dtype = torch.float32) -> TaskVectors:
+    def vectors(self, dtype: torch.dtype = torch.float32, rules: RuleTable = DEFAULT_RULES) -> TaskVectors:
         """The fine-tunes' updates, on the suite's device."""
-        return TaskVectors(self.base, self.experts, device=self.device, dtype=dtype)
+        return TaskVectors(self.base, self.experts, device=self.device, dtype=dtype, rules=rules)
 
     def model(self, source: Mapping[str, Tensor] | Path) -> nn.Module:
         """The backbone of a state dict or of a checkpoint folder, on the suite's device."""

@@ -143,7 +143,7 @@ def _view_from_dict(values: object) -> View:
     for key in ("transpose", "heads", "stacked", "square", "vector"):
         if not isinstance(plain.get(key, False), bool):
             raise ValueError(f"view: `{key}` is {plain[key]!r}. Write true or false.")
-    for key in ("blocks", "groups"):
+    for key in ("blocks", "height", "groups"):
         if type(plain.get(key, 1)) is not int:
             raise ValueError(f"view: `{key}` is {plain[key]!r}. Write a whole number.")
     if "rows" in plain:

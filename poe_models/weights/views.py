@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+_CUTS = ("blocks", "rows", "height", "square", "groups")
+"""Ways to cut rows, of which a view has one at most."""
+
 
 @dataclass(frozen=True)
 class View:
     """A way to see a tensor as a list of matrices (d_out, d_in); ``join`` is the exact inverse of ``split``.
 
     First a stack is taken apart, then each part is transposed and flattened to a matrix, then the matrix is cut into
-    row blocks, in at most one of four ways. Any tensor, also a vector or a scalar, can be seen as one row.
+    row blocks, in at most one of five ways. Any tensor, also a vector or a scalar, can be seen as one row.
 
     Args:
         transpose: The tensor is stored (in, out), as in GPT-2's Conv1D; of a transposed convolution, (in, out, kh, kw).
@@ -26,6 +29,8 @@ class View:
         flatten: A convolution (out, in, kh, kw), seen as (out, in*kh*kw); set by ``fitted`` where the shape needs it.
         blocks: Number of equal row blocks, 3 for a fused [q; k; v].
         rows: Heights of the row blocks of a fused projection, for instance (4096, 1024, 1024).
+        height: Row blocks of so many rows, such as a head's, each an expert's matrix of its own; what is left over is a
+            last, lower block.
         square: Row blocks of height d_in, as in the released vision code of [PoE]. That code drops the rows beyond
             floor(d_out/d_in)*d_in and cannot treat wide matrices; here the remaining rows are a last, lower block, and
             a wide matrix is one block.
@@ -45,6 +50,7 @@ class View:
     flatten: bool = False
     blocks: int = 1
     rows: tuple[int, ...] = ()
+    height: int = 0
     square: bool = False
     groups: int = 1
     vector: bool = False
@@ -58,7 +64,7 @@ class View:
                 "`View(heads=True)`: says already that the first axis is the input. Leave `transpose` and `stacked` "
                 "out."
             )
-        cuts = [name for name in ("blocks", "rows", "square", "groups") if getattr(self, name) != getattr(View, name)]
+        cuts = [name for name in _CUTS if getattr(self, name) != getattr(View, name)]
         if len(cuts) > 1:
             raise ValueError(f"`View(...)`: {' and '.join(cuts)} are two ways to cut the same rows. Give one of them.")
         for name in ("blocks", "groups"):
@@ -66,10 +72,9 @@ class View:
                 raise ValueError(
                     f"`View({name}={getattr(self, name)})`: got a number below 1. Give how many blocks there are."
                 )
-        if any(height < 1 for height in self.rows):
-            raise ValueError(
-                f"`View(rows={self.rows})`: got a height below 1. Give the heights of the blocks, top first."
-            )
+        if any(height < 1 for height in self.rows) or self.height < 0:
+            wrong = f"rows={self.rows}" if self.rows else f"height={self.height}"
+            raise ValueError(f"`View({wrong})`: got a height below 1. Give the heights of the blocks, top first.")
 
     def fitted(self, shape: Sequence[int]) -> View:
         """The view to use for a tensor of this shape, with ``flatten`` set as the shape needs it.
@@ -181,9 +186,9 @@ class View:
                     "add up"
                 )
             return list(self.rows)
-        if self.square:
-            remainder = [rows % cols] if rows % cols else []
-            return [cols] * (rows // cols) + remainder
+        if self.square or self.height:
+            height = cols if self.square else self.height
+            return [height] * (rows // height) + ([rows % height] if rows % height else [])
         count = max(self.blocks, self.groups)
         if rows % count:
             what = "groups" if self.groups > 1 else "equal row blocks"
@@ -195,6 +200,7 @@ class View:
         cuts = {
             "blocks": self.blocks > 1 and f"split into {self.blocks} equal row blocks",
             "rows": self.rows and f"split into row blocks of {', '.join(map(str, self.rows))}",
+            "height": self.height and f"row blocks of {self.height} rows",
             "square": self.square and "square row blocks of height d_in",
             "groups": self.groups > 1 and f"per group ({self.groups} groups)",
         }
