@@ -1,7 +1,8 @@
 """Does a heavy tail matter once every block of rows has an expert of its own?
 
 `python -m benchmarks.row_blocks` merges the experts of each suite and training seed by `InputGram`, Gaussian and
-Cauchy, at the default scale and anchor and λ = 1, matrices as a whole and cut into blocks of rows, as heads are: a block has its own experts, so that the tail can turn an expert down in some rows and not in others. Writes the test
+Cauchy, at the default scale and anchor and λ = 1, matrices as a whole and cut into blocks of rows, as heads are: a
+block has its own experts, so that the tail can turn an expert down in some rows and not in others. Writes the test
 accuracy of Cauchy experts less their Gaussian twins', paired over test examples, and how far apart the weights of the
 experts are, to `benchmarks/results/row_blocks.md`.
 """
@@ -128,8 +129,8 @@ def report(found: dict[tuple[str, int], Sequence[Line]], machines: Sequence[str]
         "Does a heavy tail matter once every block of rows has an expert of its own? `InputGram` at the default scale "
         f"and anchor, λ = 1. Made by `{command}` on {' and '.join(dict.fromkeys(machines))}.",
         "Mean test accuracy over tasks; differences of accuracy and NLL between Cauchy experts and their Gaussian "
-        "twins with 95 % intervals over test examples. *spread*: largest over smallest weight of the Cauchy experts relative "
-        "to their twins', median over matrices; 1 is a Gaussian.",
+        "twins with 95 % intervals over test examples. *spread*: largest over smallest weight of the Cauchy experts "
+        "relative to their twins', median over matrices; 1 is a Gaussian.",
         markdown_table(header, body, left=3),
     ]) + "\n"  # fmt: skip
 
