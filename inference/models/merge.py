@@ -164,7 +164,7 @@ def merge_checkpoint(
 
 
 def _state(task_vectors: TaskVectors, planned: Plan) -> dict[str, Any]:
-    """What decides the output beside inputs, seed and versions, as plain data."""
+    """Dtype, device, designs, averages and rules of a merge as plain data, for the record."""
     return {
         "compute_dtype": str(task_vectors.dtype).removeprefix("torch."),
         "device": task_vectors.device.type,
