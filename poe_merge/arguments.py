@@ -75,7 +75,7 @@ def taken_up(
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
     settings = config_of(merged, flags, allow_code=allow_code)
-    require_known(settings, functional=False)
+    require_known(settings, functional=True)
     return settings, vectors(settings)
 
 

@@ -251,7 +251,9 @@ def sample(
 
     out = required(out, "sample")
     settings, task_vectors = (
-        opened(config, flags, allow_code) if merged is None else taken_up(merged, config, flags, allow_code)
+        opened(config, flags, allow_code, functional=True)
+        if merged is None
+        else taken_up(merged, config, flags, allow_code)
     )
     options = Options(members, pattern, format, sampler, coordinates, temperature, stats, chains, draws, warmup, thin)
     what = requested(settings, options)

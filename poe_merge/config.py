@@ -386,6 +386,6 @@ def require_known(config: MergeConfig, *, functional: bool) -> None:
         raise ConfigError(f"functional.{given[0]}: it is about experts on predictions. Give their --tasks.")
     if tasks is not None and not functional:
         raise ConfigError(
-            "functional.tasks: this command knows only experts in weight space. Draw around a fit in Python: "
-            "`SpanModel`, `functional_laplace` and `SpanModel.draws` of `inference.functional`."
+            "functional.tasks: this command knows only experts in weight space. Leave `functional` out, or use `merge` "
+            "and `sample --merge`."
         )

@@ -13,24 +13,27 @@ The design of ``parameters`` is the product in weight space, and its merge the c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from inference.functional import SpanModel, fit, functional, joined_batches, merge_designs
+from inference.functional import SpanModel, fit, functional, functional_laplace, joined_batches, merge_designs
 from inference.functional.expert import example_digests, rows_of
+from inference.models.model_draws import SpanDraws
 from inference.models.modules import module_names
 from inference.models.outputs import IGNORED
 from inference.models.staging import check_output
 from inference.models.tasks import Task
 from poe_merge.build import DesignTable
 from poe_merge.config import ConfigError, MergeConfig
-from poe_merge.user_tasks import read_tasks
+from poe_merge.record import read_record
+from poe_merge.user_tasks import UserTasks, read_tasks
 from poe_models.experts import FactorExpert
+from poe_models.posterior import Posterior
 from poe_models.weights.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -40,13 +43,52 @@ if TYPE_CHECKING:
     from poe_merge.progress import Bars
 
 
-SEEN = "inputs_of_the_fit"
-"""Key of a record's settings: task to digests of the inputs that a fit has seen."""
+SEEN, FIT = "inputs_of_the_fit", "fit"
+"""Keys of a record's settings: task to digests of the inputs that a fit has seen, and the coefficients it found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A configuration's span and posterior with experts on predictions.
+
+    Attributes:
+        model: The network in the span.
+        posterior: Its posterior.
+        user: The module of tasks.
+        design: The design of all tensors in weight space.
+    """
+
+    model: SpanModel
+    posterior: Posterior
+    user: UserTasks
+    design: Design
+
+    @classmethod
+    def of(cls, config: MergeConfig, vectors: TaskVectors, temperature: float = 1.0) -> Span:
+        """Solve for the centre of the span, and run every expert on the inputs of its task.
+
+        Raises:
+            ConfigError: If designs differ between tensors, or tasks and models do not fit.
+        """
+        given = config.functional
+        assert given.tasks is not None
+        design = _only_design(config, vectors)
+        design = replace(design, poe=replace(design.poe, temperature=temperature))
+        user = read_tasks(given.tasks)
+        _require_models(user.tasks, vectors.names)
+        prefix = f"{given.submodule}." if given.submodule else ""
+        model = SpanModel(user.network(config.base_model), vectors, design.poe, prefix=prefix, tied=given.tied)
+        experts = [_expert(task, model, given.importance) for task in user.tasks]
+        return cls(model, model.posterior(*experts), user, design)
+
+    def unscaled(self, tensor: str) -> Design:
+        """The design of a tensor at λ = 1: the coefficients have the length of the merge."""
+        return replace(self.design, scaling=1.0)
 
 
 def fitted_designs(
     config: MergeConfig, vectors: TaskVectors, out: Path, resume: bool, bars: Bars
-) -> tuple[ModelDesigns[AnyDesign], Path, dict[str, list[str]]]:
+) -> tuple[ModelDesigns[AnyDesign], Path, dict[str, Any]]:
     """Fit the merge of a configuration with experts on predictions.
 
     Args:
@@ -57,27 +99,21 @@ def fitted_designs(
         bars: Told how far it is.
 
     Returns:
-        Designs for ``merge_checkpoint``, the user's file, and task to the digests of the inputs that the fit has seen.
+        Designs for ``merge_checkpoint``, the user's file, and for the record the inputs that the fit has seen and the
+        coefficients that it found.
 
     Raises:
         ConfigError: If designs differ between tensors, or tasks and models do not fit.
         OutputError: If the output exists, or an interrupted fit is there and ``resume`` is false.
     """
     given = config.functional
-    assert given.tasks is not None
     check_output(out, [], resume=resume)
-    design = _only_design(config, vectors)
-    user = read_tasks(given.tasks)
-    _require_models(user.tasks, vectors.names)
-    prefix = f"{given.submodule}." if given.submodule else ""
-    model = SpanModel(user.network(config.base_model), vectors, design.poe, prefix=prefix, tied=given.tied)
-    experts = [_expert(task, model, given.importance) for task in user.tasks]
-    posterior, state = model.posterior(*experts), state_of(out)
+    span, state = Span.of(config, vectors), state_of(out)
     if not resume:
         state.unlink(missing_ok=True)
     solution = fit(
-        posterior,
-        model.start(design.scaling),
+        span.posterior,
+        span.model.start(span.design.scaling),
         generator=torch.Generator().manual_seed(config.seed),
         steps=given.steps,
         batch_size=given.batch_size,
@@ -85,8 +121,38 @@ def fitted_designs(
         progress=bars.steps("fitting"),
         state=state,
     )
-    seen = {task.name: sorted(input_digests(task)) for task in user.tasks}
-    return merge_designs(model, posterior.coefficients(solution.value)), user.source, seen
+    coefficients = span.posterior.coefficients(solution.value)
+    told = {
+        SEEN: {task.name: sorted(input_digests(task)) for task in span.user.tasks},
+        FIT: {"basis": list(span.model.basis), "coefficients": coefficients.tolist()},
+    }
+    return merge_designs(span.model, coefficients), span.user.source, told
+
+
+def laplace_draws(span: Span, merged: Path, members: int, seed: int, progress: Callable[[int, int], None]) -> SpanDraws:
+    """Draws of Laplace's approximation around a merge with experts on predictions.
+
+    Args:
+        span: Its span, at the temperature of the draws.
+        merged: The merged folder, whose record has the coefficients of the fit.
+        members: How many draws.
+        seed: Of the draws.
+        progress: Called with the batches of examples that are done and their number.
+
+    Raises:
+        ConfigError: If the record has no fit of this span.
+    """
+    fitted = (read_record(merged).get("settings") or {}).get(FIT)
+    shape = (len(span.model.modules), len(span.model.basis))
+    found = torch.tensor(fitted["coefficients"] if fitted else (), dtype=torch.float64)
+    if fitted is None or tuple(fitted["basis"]) != span.model.basis or found.shape != shape:
+        raise ConfigError(
+            f"--merge {merged}: its record has no coefficients of a fit in the span of these models. Merge again, and "
+            "draw around that."
+        )
+    mode = span.model.latents(found.to(span.posterior.anchor_precision))
+    approximation = functional_laplace(span.posterior, mode, progress)
+    return span.model.draws(approximation.sample(members, torch.Generator().manual_seed(seed)), mode)
 
 
 def input_digests(task: Task) -> set[str]:

@@ -11,7 +11,7 @@ from inference.models.method_design import AnyDesigns
 from inference.models.ranks import ALONE, Ranks
 from poe_merge.build import custom_sources, designs_of
 from poe_merge.config import ConfigError, MergeConfig
-from poe_merge.functional import SEEN, fitted_designs, state_of
+from poe_merge.functional import fitted_designs, state_of
 from poe_models.weights.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def merge(
     if config.functional.tasks is None:
         designs: AnyDesigns = designs_of(config, task_vectors.base)
     elif config.adapter is None:
-        designs, source, seen = fitted_designs(config, task_vectors, out, resume, progress)
-        code, settings = [*code, source], {**settings, SEEN: seen}
+        designs, source, told = fitted_designs(config, task_vectors, out, resume, progress)
+        code, settings = [*code, source], {**settings, **told}
     else:
         raise ConfigError(
             "output: a merge with experts on predictions is written as a model. Leave `output` out, or `functional`."

@@ -43,6 +43,7 @@ from inference.models.surrounding import distance_from_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 from poe_merge.config import MergeConfig
 from poe_merge.drawing import Drawn, check_drawable, draw_full, draw_span
+from poe_merge.functional import Span, laplace_draws
 from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
 from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
@@ -125,12 +126,18 @@ def sample(
     staging.check(resume)
     folder_of_merge = None if merged is None else str(merged.absolute())
     asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
+    span = _span(settings, task_vectors, what, merged)
+    designs = designs if span is None else span.unscaled
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if resume and staging.has(_DRAWN):
             drawn = _drawn_before(staging, asked)
         else:
-            drawn = _draw(task_vectors, designs, what, statistics, bars)
+            drawn = (
+                _draw(task_vectors, designs, what, statistics, bars)
+                if span is None
+                else _near(span, merged, what, bars)
+            )
             drawn = _judged(_around(merged, drawn, task_vectors, designs, bars))
         ensemble = MergedEnsemble(
             task_vectors,
@@ -138,11 +145,24 @@ def sample(
             drawn.draws.thinned(what.members),
             out_dtype=settings.output_dtype,
             elsewhere=merged,
+            through=None if span is None else span.model.merges,
         )
         record = {"kind": "sample", **asked, **_record(drawn), "versions": versions()}
         ensemble.save(
             out, format=what.format, resume=resume, progress=bars, extras=lambda place: _write(place, drawn, record)
         )
+    return _report(out, what, drawn, ensemble, task_vectors, [str(each.message) for each in caught], began)
+
+
+def _report(
+    out: Path,
+    what: Sampling | Seeds,
+    drawn: Drawn,
+    ensemble: MergedEnsemble,
+    task_vectors: TaskVectors,
+    warned: list[str],
+    began: float,
+) -> SampleReport:
     tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     modules = [name for tensor in tensors for name in module_names(task_vectors, tensor)]
     sampled = set(ensemble.sampled)  # modules, of which a fused tensor has several
@@ -152,7 +172,7 @@ def sample(
         drawn=drawn,
         shared=sum(1 for name in tensors if not sampled.intersection(module_names(task_vectors, name))),
         found=(sum(1 for name in modules if pattern(what.pattern).search(name)), len(modules)),
-        warnings=tuple(dict.fromkeys([*drawn.warnings, *(str(each.message) for each in caught)])),
+        warnings=tuple(dict.fromkeys([*drawn.warnings, *warned])),
         seconds=time.monotonic() - began,
     )
 
@@ -177,6 +197,27 @@ def _draw(
     else:
         found = [checked_statistics(statistics, task_vectors, products, bars)]
     return draw_span(found, task_vectors, products, what, bars.steps)
+
+
+def _near(span: Span, merged: Path | None, what: Sampling | Seeds, bars: Bars) -> Drawn:
+    """Draws around a fit with experts on predictions, of the modules that are asked for."""
+    assert merged is not None
+    assert isinstance(what, Sampling)
+    draws = laplace_draws(span, merged, what.members, what.seed, bars.steps("Gauss-Newton matrix"))
+    return Drawn(draws.restrict(what.pattern) if what.pattern else draws, (), (), ())
+
+
+def _span(settings: MergeConfig, task_vectors: TaskVectors, what: Sampling | Seeds, merged: Path | None) -> Span | None:
+    """The span of a merge with experts on predictions, if it has some."""
+    if settings.functional.tasks is None:
+        return None
+    if merged is None:
+        raise ValueError(
+            "functional.tasks: draws with experts on predictions surround a fit. Run `poe-merge merge`, then "
+            "`poe-merge sample --merge FOLDER --allow-code`."
+        )
+    assert isinstance(what, Sampling)
+    return Span.of(settings, task_vectors, what.temperature)
 
 
 def _around(

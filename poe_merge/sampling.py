@@ -107,7 +107,22 @@ def requested(settings: MergeConfig, options: Options) -> Sampling | Seeds:
         pattern(options.pattern)
     except PatternError as error:
         raise ValueError(f"--pattern {error} Write it like 'mlp.*fc2'.") from None
-    return _sampling(settings, options) if settings.merge_method == POE else _seeds(settings, options)
+    if settings.merge_method != POE:
+        return _seeds(settings, options)
+    return _sampling(settings, options if settings.functional.tasks is None else _of_predictions(options))
+
+
+def _of_predictions(options: Options) -> Options:
+    """Options of draws with experts on predictions: Laplace's approximation in the span, independent draws."""
+    allowed = {"sampler": "laplace", "coordinates": "span"}
+    for name in ("sampler", "coordinates", "stats", "chains", "draws", "warmup", "thin"):
+        value = getattr(options, name)
+        if value is not None and value != allowed.get(name):
+            raise ValueError(
+                f"--{name} {value}: a merge with experts on predictions is drawn by Laplace's approximation in the "
+                "span, one independent draw for each member. Leave it out."
+            )
+    return replace(options, sampler="laplace", coordinates="span")
 
 
 def _seeds(settings: MergeConfig, options: Options) -> Seeds:

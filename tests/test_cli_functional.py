@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inference.functional import SpanModel, fit, functional
+from inference.models.draw_files import load_draws
+from inference.models.model_draws import SpanDraws
 from poe_merge.cli import run
 from poe_models import Cauchy, InputGram, ProductOfExperts, TaskVectors
 from tests.seeds import seeded
@@ -98,9 +100,56 @@ def test_the_merge_is_that_of_the_fit(folder: Path, capsys: pytest.CaptureFixtur
     assert [Path(path).name for path in record["inputs"]["code"]["sha256"]] == ["mine.py"]
     assert record["designs"][0]["title"] == "functional experts"
     assert not (folder / "merged.fit").exists()
-    assert run(["sample", "--merge", "merged", "-n", "2", "--out", "drawn", "--allow-code"]) == 2
-    assert "this command knows only experts in weight space" in capsys.readouterr().err
     assert run(["diagnose", "merged", "--no-tails", "--out", "page.html"]) == 0
+
+
+def test_members_surround_the_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "config.yaml", "--out", "merged", "--allow-code", "--scaling", "0.9"]) == 0
+    command = ["sample", "--merge", "merged", "--allow-code", "-n", "40", "--format", "deltas"]
+    assert run([*command, "--temperature", "1e-4", "--out", "drawn"]) == 0, capsys.readouterr().err
+    record = json.loads((folder / "drawn" / "sample.json").read_text())
+    assert record["around"]["sampler"] == "laplace"
+    assert record["sampling"]["coordinates"] == "span"
+    base, merged = (load_file(folder / name / "model.safetensors") for name in ("base", "merged"))
+    members = [load_file(path / "delta.safetensors") for path in sorted((folder / "drawn").glob("member-*"))]
+    for name in ("0.weight", "2.weight", "0.bias"):  # a bias follows its module
+        drawn = torch.stack([base[name] + member[name] for member in members])
+        away, spread = drawn.mean(0) - merged[name], drawn.std(0) / len(members) ** 0.5
+        assert bool((away.abs() < 6 * spread + 1e-6).all())
+        assert float(drawn.std(0).max()) > 0
+    wide = load_draws(folder / "drawn" / "draws")
+    assert run([*command, "--temperature", "4e-4", "--out", "wider"]) == 0
+    double = load_draws(folder / "wider" / "draws")
+    assert isinstance(wide, SpanDraws)
+    assert isinstance(double, SpanDraws)
+    ratio = double.coefficients.std(1) / wide.coefficients.std(1)  # the same numbers: twice as wide at T times 4
+    torch.testing.assert_close(
+        ratio[ratio.isfinite()], torch.full_like(ratio[ratio.isfinite()], 2.0), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sampler", "gibbs"], "drawn by Laplace's approximation in the span"),
+        (["--coordinates", "full"], "drawn by Laplace's approximation in the span"),
+        (["--warmup", "3"], "one independent draw for each member"),
+    ],
+)
+def test_other_draws_of_a_fit_are_refused(
+    options: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["merge", "config.yaml", "--out", "merged", "--allow-code"]) == 0
+    assert run(["sample", "--merge", "merged", "--allow-code", "--out", "drawn", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert run(["sample", "config.yaml", "--allow-code", "--out", "drawn"]) == 2
+    assert "Run `poe-merge merge`, then" in capsys.readouterr().err
+    path = folder / "merged" / "poe_merge.json"
+    record = json.loads(path.read_text())
+    del record["settings"]["fit"]
+    path.write_text(json.dumps(record))
+    assert run(["sample", "--merge", "merged", "--allow-code", "--out", "drawn"]) == 2
+    assert "no coefficients of a fit" in capsys.readouterr().err
 
 
 def test_an_interrupted_fit_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
