@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -318,8 +319,25 @@ def methods(known: Mapping[str, type[MergingMethod]]) -> None:
     console = console_for()
     console.print(table)
     for name, method in known.items():
-        console.print("\n" + shown(f"{name}({', '.join(_settings(method))})"), soft_wrap=True)
-        console.print(shown(f"  {method.about.title}. {method.about.citation}"), soft_wrap=True)
+        console.print()
+        _paragraph(console, f"{name}({', '.join(_settings(method))})")
+        _paragraph(console, f"{method.about.title}. {method.about.citation}", "  ")
+
+
+def _paragraph(console: Console, text: str, indent: str = "") -> None:
+    """Print text between words at the terminal's width, further lines indented; on one line where nobody watches."""
+    if console.is_terminal:
+        text = textwrap.fill(
+            text,
+            console.width,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    else:
+        text = indent + text
+    console.print("\n".join(map(shown, text.split("\n"))), soft_wrap=True)
 
 
 def _settings(method: type[MergingMethod]) -> list[str]:

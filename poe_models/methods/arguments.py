@@ -58,11 +58,18 @@ def _quoted(method: MergingMethod, name: str) -> str:
     return f"`{type(method).__name__}({name}={getattr(method, name)!r})`"
 
 
+def require_seed(method: MergingMethod) -> None:
+    """Refuse a seed that is not a whole number."""
+    value = getattr(method, "seed")  # noqa: B009  # not every method has one
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{_quoted(method, 'seed')}: must be a whole number.")
+
+
 def for_each_expert(method: MergingMethod, name: str, batch: ModuleBatch) -> tuple[float, ...]:
-    """Numbers that ``prepare`` found for the experts.
+    """Numbers of the experts, given by the user or found by ``prepare``.
 
     Args:
-        method: A prepared method.
+        method: A method that is ready.
         name: Name of the field that has them.
         batch: The modules to be merged.
 
@@ -76,7 +83,7 @@ def for_each_expert(method: MergingMethod, name: str, batch: ModuleBatch) -> tup
     count = batch.updates.shape[1]
     if len(values) != count:
         raise ValueError(
-            f"`{method!r}`: {name} are for {len(values)} experts, but the updates are of {count}. Prepare the method "
-            "on the experts it merges, in the same order."
+            f"`{method!r}`: {name} are for {len(values)} experts, but the updates are of {count}. Give one for each "
+            "expert that is merged, in their order, or prepare the method on these experts."
         )
     return values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.arguments import require_choice, require_number, require_share
+from poe_models.methods.arguments import require_choice, require_number, require_seed, require_share
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, named_generator
 from poe_models.methods.ties import Combine, SignElection
 
@@ -47,6 +47,7 @@ class Dare(MergingMethod):
     def __post_init__(self) -> None:
         require_share(self, "drop", one=False)
         require_number(self, "scale")
+        require_seed(self)
 
     @override
     def merged(self, batch: ModuleBatch) -> Tensor:
@@ -98,6 +99,7 @@ class DareTies(SignElection):
         require_share(self, "density")
         require_number(self, "scale")
         require_choice(self, "combine", Combine)
+        require_seed(self)
 
     @override
     def represented(self, batch: ModuleBatch) -> Iterator[tuple[Tensor | None, Tensor]]:

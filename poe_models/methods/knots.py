@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.arguments import require_number, require_share
+from poe_models.methods.arguments import require_number, require_seed, require_share
 from poe_models.methods.dare import all_dropped
 from poe_models.methods.decompositions import RANK_TOLERANCE, compressed, frobenius
 from poe_models.methods.method import About, ModuleBatch
@@ -113,6 +113,7 @@ class KnotsDareTies(SignElection):
         require_share(self, "density")
         require_number(self, "scale")
         require_share(self, "rank_tolerance", one=False)
+        require_seed(self)
 
     @override
     def represented(self, batch: ModuleBatch) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.methods.arguments import require_count, require_number
+from poe_models.methods.arguments import require_count, require_number, require_seed
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData, named_generator
 from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.loading import open_checkpoint
@@ -150,6 +150,7 @@ class ConcreteTaskArithmetic(MergingMethod):
         require_count(self, "steps", 0)
         require_number(self, "learning_rate", 0.0)
         require_number(self, "temperature", torch.finfo(torch.float32).eps)
+        require_seed(self)
 
     @property
     @override

@@ -14,6 +14,7 @@ from poe_models.methods.arguments import (
     for_each_expert,
     require_number,
     require_numbers,
+    require_seed,
     require_share,
     require_shares,
 )
@@ -153,6 +154,11 @@ class WeightedDare(WeightedMethod):
     rescale: bool = True
     density: float = 0.5
     seed: int = 0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_seed(self)
 
     @override
     def mask(self, update: Tensor, density: float, module: str, expert: str) -> Tensor:
