@@ -198,7 +198,7 @@ def test_what_is_global_must_be_prepared(method: MergingMethod, generator: torch
     with pytest.raises(ValueError, match=r"prepare\(generator\)`: it may look at the modules several times"):
         method.prepare(module for module in as_modules(batch))
     fewer = method.prepare(as_modules(batch_of(batch.updates[:, :2])))
-    with pytest.raises(ValueError, match="are for 2 experts, but the updates are of 3. Prepare the method on"):
+    with pytest.raises(ValueError, match="are for 2 experts, but the updates are of 3. Give one for each"):
         fewer.merge(batch)
     with pytest.raises(
         ValueError, match=r"`\w+.prepare\(modules\)`: there are no modules. Give those of the whole model"
