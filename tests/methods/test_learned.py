@@ -179,7 +179,7 @@ def test_what_learning_needs_is_said() -> None:
     with pytest.raises(ValueError, match="none for module '0', only for first.weight, second.weight"):
         ready(torch.ones(2, 6, 4))
     fewer = ModuleBatch.of(torch.ones(1, 1, 6, 4), ["first.weight"], ["a"])
-    with pytest.raises(ValueError, match="or prepare the method on these experts"):
+    with pytest.raises(ValueError, match="Prepare the method on the experts it merges"):
         ready.merge(fewer)
     with pytest.raises(ValueError, match="the whole model before a module can be merged"):
         ConcreteTaskArithmetic().merge(fewer)
