@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.merging import Anonymous
+from benchmarks.harness.memory import Anonymous
 
 RANK = 16
 NOISE = 0.3

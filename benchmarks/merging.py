@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +19,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from typing_extensions import override
 
+from benchmarks.harness.memory import Anonymous
 from inference.models.merge import merge_checkpoint, plan
 from poe_merge.specs import METHOD, parse_spec
 from poe_models import TaskVectors
@@ -61,28 +59,6 @@ def write_models(folder: Path) -> None:
         noise = 1e-3 if index else 0.0
         state = {name: w + noise * torch.randn(w.shape, generator=generator) for name, w in base.items()}
         save_file(state, path / "model.safetensors")
-
-
-class Anonymous(threading.Thread):
-    """Watches the anonymous memory of this process; what is mapped from files does not count."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-        self.done = threading.Event()
-
-    @staticmethod
-    def now() -> int:
-        """Bytes."""
-        found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-        assert found is not None
-        return 1024 * int(found[1])
-
-    @override
-    def run(self) -> None:
-        """Look every few milliseconds."""
-        while not self.done.wait(0.003):
-            self.peak = max(self.peak, self.now())
 
 
 def measure(folder: Path, method: str) -> dict[str, float]:

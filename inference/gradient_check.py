@@ -1,4 +1,9 @@
-"""Independent check of the solver: the energy's gradient by automatic differentiation, in float64."""
+"""Independent check of the solver: the energy's gradient by automatic differentiation, in float64.
+
+Where the energies' derivatives in their residuals, by automatic differentiation, are the weights that the solver used,
+the gradient that it measured is the energy's, and is small enough or not. Only where that does not settle it are the
+energies differentiated in the merged update itself, expert by expert.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,9 @@ LARGEST = 1e-3
 FLOOR = 1e-3
 """Share of the parts at the start, 0, below which they count as vanished: every expert is satisfied there."""
 
+
+SAME = 1e-6
+"""Largest difference of a weight from the energy's own derivative, relative to it, that is rounding."""
 
 CHUNK = 2**16
 """Entries up to which modules are checked together."""
@@ -73,8 +81,25 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+def settled(posterior: Posterior, info: FixedPointInfo) -> Tensor:
+    """Mask of the modules whose gradient is small for all that the solver knows of it, ``(M,)``.
+
+    The experts' parts sum up to the anchor's at a minimum, so that all parts together are twice that at least.
+    """
+    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
+    q = (info.residuals * scales).detach().requires_grad_()
+    energy = posterior.energy_of(q)
+    if not energy.requires_grad:
+        return torch.zeros_like(info.energy, dtype=torch.bool)
+    (slopes,) = torch.autograd.grad(energy.sum(), q)
+    right = ((slopes - info.weights).abs() <= SAME * info.weights).all(-1)
+    return right & (info.gradient_norm <= LARGEST * info.anchor_share)
+
+
 def judged(posterior: Posterior, solution: Solution[FixedPointInfo]) -> Solution[FixedPointInfo]:
     """The solution, its status corrected where the gradient contradicts that the solver converged."""
+    if bool(settled(posterior, solution.info).all()):
+        return solution
     size = relative_gradient(posterior, solution.value)
     status = tuple(
         Status.NO_MINIMUM if each.converged and not found <= LARGEST else each

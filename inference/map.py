@@ -15,17 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 
+from inference.problem import Point, Problem, Run
 from inference.retention import retention
-from inference.reweighting import FLAT, Point, Problem, Run, SolverOptions, Start, run_from, select
+from inference.reweighting import SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.least_squares import quadratic_of
-from poe_models.operators import sum_of_squares
+from poe_models.operators import inner, sum_of_squares
 from poe_models.posterior import Posterior
+
+FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
+"""Least curvature of the energy in any direction, relative to its majoriser's, at a point that counts as a strict
+minimum; less is a saddle or cannot be told from one, per dtype."""
+
+SWIFT = 0.1
+"""Rate of plain steps, a decimal each, below which it is only bounded."""
 
 
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
@@ -60,8 +67,9 @@ def fixed_point(
 
     Args:
         posterior: In Full or Span coordinates, without factor experts.
-        starts: Where to start; the lowest energy wins. Where every energy is convex in the residual the MAP is
-            unique and only the first is used.
+        starts: Where to start; the lowest energy wins. Only the first is used where every energy is convex in the
+            residual, so that the MAP is unique, or where it led so low that every expert must be within the range in
+            which its energy is (:attr:`~poe_models.Energy.convex_below`): no other start can lead lower.
         max_steps: Reweighted solves per start.
         tolerance: On ``|H Z - b| / |b|`` and on the change of the log-weights; by default 1e-5 in float32 and 1e-10 in
             float64.
@@ -97,15 +105,15 @@ class _Best:
 
 def _best_run(problem: Problem, options: SolverOptions) -> _Best:
     """Run from every start that can matter, and keep the lowest energy of each module."""
-    unique = all(expert.rho.convex for expert in problem.posterior.experts)
-    starts = list(islice(_initial_weights(problem, options.starts), 1 if unique else None))
-    for name, weights in starts:
-        _require_finite(problem.posterior, name, weights)
-    best = run_from(problem, starts[0][1], options)
+    starts = _initial_weights(problem, options.starts)
+    name, weights = next(starts)
+    best = run_from(problem, weights, options)
     contraction = _contraction(problem, best.point)
-    energies = [best.point.energy]
+    names, energies = [name], [best.point.energy]
     winner = torch.zeros_like(best.steps, dtype=torch.long)
-    for i, (_, weights) in enumerate(starts[1:], 1):
+    others = () if bool(_lowest_of_all(problem.posterior, best.point).all()) else starts
+    for i, (name, weights) in enumerate(others, 1):
+        names.append(name)
         run = run_from(problem, weights, options, known=replace(best, converged=best.converged & contraction.strict))
         energies.append(run.point.energy)
         lower = run.point.energy < best.point.energy - problem.slack(best.point.energy)
@@ -114,12 +122,26 @@ def _best_run(problem: Problem, options: SolverOptions) -> _Best:
             contraction = _contraction(problem, best.point)
     if options.step_tolerance is None:  # which asks for [PoE]'s iterate as it is
         best = problem.refine(best)
-    return _Best(best, contraction, tuple(starts[i][0] for i in winner.tolist()), torch.stack(energies, -1))
+    return _Best(best, contraction, tuple(names[i] for i in winner.tolist()), torch.stack(energies, -1))
+
+
+def _lowest_of_all(posterior: Posterior, point: Point) -> Tensor:
+    """Mask of the modules in which no minimum can be lower than one at this point, ``(M,)``.
+
+    Where the energy is below ``a_i rho(u_i)`` of every expert, with ``rho(r^2)`` convex up to ``r^2 = u_i``, all points
+    that are as low or lower lie in a convex set in which the energy is convex: a minimum among them is the only one.
+    """
+    levels = []
+    for expert in posterior.experts:
+        level = expert.energy_of(expert.rho.convex_below * expert.scale_squared)
+        levels.append(torch.where(expert.active, level, torch.inf))
+    level = torch.stack(levels, -1).amin(-1)
+    return (point.energy < level) | (level == torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
 class Contraction:
-    """Spectral radius of the log-weight map, [PoE] Eq. 41's bound, and whether it is a strict minimum; ``(M,)``."""
+    """Spectral radius of the log-weight map, a bound on it, and whether it is a strict minimum; ``(M,)``."""
 
     rate: Tensor
     bound: Tensor
@@ -127,6 +149,20 @@ class Contraction:
 
 
 def _initial_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tuple[str, Tensor]]:
+    """Make the weights of each start when it is asked for.
+
+    Yields:
+        Its name, and the weights ``(M, E)``.
+
+    Raises:
+        ValueError: If they are not finite.
+    """
+    for name, weights in _start_weights(problem, starts):
+        _require_finite(problem.posterior, name, weights)
+        yield name, weights
+
+
+def _start_weights(problem: Problem, starts: Sequence[Start]) -> Iterator[tuple[str, Tensor]]:
     posterior, quadratic = problem.posterior, problem.quadratic
     at_zero = torch.zeros_like(posterior.anchor_precision).unsqueeze(-1).expand(-1, len(posterior.experts))
     for start in starts:
@@ -186,6 +222,7 @@ def _solution(problem: Problem, best: _Best) -> Solution[FixedPointInfo]:
         steps=run.steps.long(),
         rejected=run.rejected.long(),
         gradient_norm=run.gradient_norm,
+        anchor_share=run.anchor_share,
         weight_change=run.weight_change,
         forward_error=run.forward_error,
         strict_minimum=best.contraction.strict,
@@ -204,21 +241,23 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
     With ``f_i = P_i (Z - U_i)`` the Jacobian of the log-weight map is
     ``d log w_i / d log w_j = -2 (rho''_i / rho'_i s_i^2) w_j <f_i, H^-1 f_j>``: a diagonal matrix times the Gram matrix
     ``<f_i, H^-1 f_j>``, whose spectrum is real. Relative to ``2 H`` the energy's Hessian is ``1`` less this spectrum:
-    positive definite iff the largest eigenvalue is below 1.
+    positive definite iff the largest eigenvalue is below 1. As ``sum_i w_i P_i <= H`` it is
+    ``max_i 2 |rho''_i| q_i / rho'_i s_i^2`` at most, and where that is small enough nothing is solved for.
     """
-    curvature = problem.posterior.curvatures(point.q)
-    if not bool(curvature.any()):  # constant weights: one solve is the solution
-        zero = torch.zeros_like(point.energy)
-        return Contraction(zero, zero, torch.ones_like(zero, dtype=torch.bool))
-    weights = problem.posterior.weights(point.q)
-    precision = problem.quadratic.precision(weights, problem.ridge)
+    curvature, weights = problem.posterior.curvatures(point.q), problem.posterior.weights(point.q)
+    parts = torch.where(problem.posterior.active & (curvature != 0), 2 * curvature.abs() * point.q / weights, 0.0)
+    most = parts.amax(-1)
+    if bool((most <= SWIFT).all()):
+        return Contraction(most, most, torch.ones_like(most, dtype=torch.bool))
+    precision = problem.precision_near(weights)
     forces = problem.quadratic.forces(point.x)
-    solved = [precision.solve(force) for force in forces]
-    inner = torch.stack(
-        [torch.stack([(f.double() * s.double()).sum((-2, -1)) for s in solved], -1) for f in forces], -2
-    )
-    lengths = [sum_of_squares(f).sqrt() * sum_of_squares(s).sqrt() for f, s in zip(forces, solved, strict=True)]
-    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    products, lengths = [], []
+    for force in forces:
+        solved = precision.solve(force)
+        products.append(torch.stack([inner(each, solved) for each in forces], -1))
+        lengths.append(sum_of_squares(force).sqrt() * sum_of_squares(solved).sqrt())
+    gram = torch.stack(products, -1)
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     spectrum = torch.linalg.eigvalsh(root.mT @ (-2 * curvature.unsqueeze(-1) * root))
     # The bound is [PoE] Eq. 41 in our terms. At a fixed point a step Z -> Z' changes by dZ' = -H^-1 sum_i dw_i f_i with

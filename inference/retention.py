@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poe_models.operators import inner, sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.printing import Brief
-
-BLOCK = 2**17
-"""Entries that are multiplied at once in float64."""
 
 MOST_LEFT = 0.9
 """Share of an expert's squared residual from which the merge is said to have passed it by."""
@@ -128,24 +126,24 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
     """Retention of a posterior's experts by merged updates ``(M, *event)`` with squared residuals ``(M, E)``."""
     experts = posterior.experts
     norm_squared = torch.stack([expert.norm_squared for expert in experts], -1)
-    inner = torch.stack([_inner(z, expert.update) for expert in experts], -1)
+    along = torch.stack([inner(z, expert.update) for expert in experts], -1)
     scales = torch.stack([expert.scale_squared for expert in experts], -1)
     return Retention(
         experts=tuple(expert.name for expert in experts),
-        kept=inner / norm_squared,
-        norm=_inner(z, z).sqrt(),
+        kept=along / norm_squared,
+        norm=sum_of_squares(z).sqrt(),
         update_norms=norm_squared.sqrt(),
         residuals=q / scales,
         residuals_at_zero=torch.stack([expert.residual_at_zero for expert in experts], -1) / scales,
-        sizes=torch.stack([expert.operator.quadratic(z) for expert in experts], -1) / scales,
+        sizes=torch.stack([expert.size(z, q[..., i]) for i, expert in enumerate(experts)], -1) / scales,
     )
 
 
 def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Retention:
     """Retention of updates ``(M, N, d_out, d_in)`` by merged ones ``(M, d_out, d_in)`` that have no posterior."""
-    norm_squared = torch.stack([_inner(each, each) for each in updates.unbind(1)], -1)
-    inner = torch.stack([_inner(z, each) for each in updates.unbind(1)], -1)
-    return Retention(tuple(names), inner / norm_squared, _inner(z, z).sqrt(), norm_squared.sqrt())
+    norm_squared = sum_of_squares(updates)
+    along = torch.stack([inner(z, each) for each in updates.unbind(1)], -1)
+    return Retention(tuple(names), along / norm_squared, sum_of_squares(z).sqrt(), norm_squared.sqrt())
 
 
 def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
@@ -265,13 +263,6 @@ def _passed_by(expert: ExpertRetention) -> str:
     elif not math.isnan(expert.residual_left):
         left = f"{expert.residual_left:.0%} of its squared residual left, "
     return f"expert {expert.name!r}: {left}{expert.kept_percent} of its update kept.".replace("%", " %")
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products over the last two dimensions in float64, ``(M,)``, in the memory of a few rows."""
-    rows = max(1, BLOCK // max(left[..., 0, :].numel(), 1))
-    pairs = zip(left.split(rows, -2), right.split(rows, -2), strict=True)
-    return torch.stack([(a.double() * b.double()).sum((-2, -1)) for a, b in pairs]).sum(0)
 
 
 def _ratio(part: float, whole: float) -> float:

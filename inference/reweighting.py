@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from inference.anderson import Anderson
-from poe_models.least_squares import Quadratic
+from inference.problem import TOLERANCE, Gradient, Point, Problem, Run
 from poe_models.operators import sum_of_squares
-from poe_models.posterior import Posterior
-from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.records import choose
 
 NamedStart = Literal["ones", "twin", "experts", "center"]
@@ -23,24 +21,8 @@ Start = NamedStart | Tensor
 """A start: all weights 1 ([PoE]'s released code), the Gaussian twin's weights (``q = 0``), each task vector in
 turn, the anchor's centre, or a given point ``(M, *event)``."""
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Default relative tolerance per dtype; in float32 the gradient's rounding floor is about 5e-7."""
-
-FORWARD_ERROR = {torch.float32: 1e-4, torch.float64: 1e-7}
-"""Relative error of ``Z`` by rounding above which a solution does not count as converged, per dtype."""
-
-FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
-"""Least curvature of the energy in any direction, relative to its majoriser's, at a point that counts as a strict
-minimum; less is a saddle or cannot be told from one, per dtype."""
-
-REFINEMENTS = 5
-"""Steps of iterative refinement, at most."""
-
 MOST_STALLED = 10
 """Steps in a row without progress after which rounding is taken to have stopped a module."""
-
-SAME_BASIN = 0.02
-"""Largest difference of a log-weight at which a run counts as on its way to a known strict local minimum."""
 
 
 @dataclass(frozen=True)
@@ -70,148 +52,6 @@ class SolverOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
-    """Point of the iteration: ``x`` ``(M, a, b)``, ``q`` ``(M, E)``, energy ``(M,)``, log-weights there ``(M, E)``."""
-
-    x: Tensor
-    q: Tensor
-    energy: Tensor
-    log_weights: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """Result of the iteration from one start; see :class:`State` for its fields."""
-
-    point: Point
-    trace: Tensor
-    steps: Tensor
-    rejected: Tensor
-    gradient_norm: Tensor
-    weight_change: Tensor
-    converged: Tensor
-    rounding: Tensor
-    searched: Tensor
-    forward_error: Tensor
-
-
-class Problem:
-    """A posterior with its least-squares problem: everything that one step needs."""
-
-    def __init__(self, posterior: Posterior, quadratic: Quadratic) -> None:
-        self.posterior = posterior
-        self.quadratic = quadratic
-        self.pulls = quadratic.pulls()
-        # A module that nobody changed and nothing anchors stays where it is whatever the ridge.
-        self.ridge = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
-        self.dtype = quadratic.targets[0].dtype
-
-    def solve(self, weights: Tensor) -> Point:
-        """Minimise the quadratic with these weights, ``(M, E)``."""
-        return self.at(self.quadratic.precision(weights, self.ridge).solve(self._weighted(weights, self.pulls)))
-
-    def at(self, x: Tensor) -> Point:
-        """The point at ``x``, ``(M, a, b)``."""
-        q = self.quadratic.residuals(x)
-        energy = self.posterior.energy_of(q) + self.ridge * sum_of_squares(x)
-        weights = self.posterior.weights(q)
-        return Point(x, q, energy, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
-
-    def refine(self, run: Run) -> Run:
-        """Iterative refinement of the converged modules: residuals in float64, corrections from the factored ``H``.
-
-        The normal equations are formed in the compute dtype, and where the anchor is small beside the experts their
-        rounding moves ``Z`` in directions that no residual sees. The last correction, relative to ``Z``, is the error
-        that is left; modules in which it does not become small are marked as stopped by rounding.
-        """
-        point = run.point
-        weights = point.log_weights.exp()
-        precision = self.quadratic.precision(weights, self.ridge)
-        x, error = point.x.double(), torch.full_like(point.energy, torch.inf)
-        for _ in range(REFINEMENTS):
-            step = precision.solve(self._exact_half_gradient(weights, x).to(self.dtype)).double()
-            x = x - step
-            size = sum_of_squares(step).sqrt() / sum_of_squares(x).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-            error = torch.where(sum_of_squares(step) > 0, size, torch.zeros_like(size))
-            if bool((error <= 0.01 * FORWARD_ERROR[self.dtype]).all()):
-                break
-        refined = choose(run.converged & error.isfinite(), self.at(x.to(self.dtype)), point)
-        failed = run.converged & ~(error <= FORWARD_ERROR[self.dtype])
-        return replace(
-            run,
-            point=refined,
-            converged=run.converged & ~failed,
-            rounding=run.rounding | failed,
-            forward_error=torch.where(run.converged, error, torch.nan),
-        )
-
-    def _exact_half_gradient(self, weights: Tensor, x: Tensor) -> Tensor:
-        """``H x - b`` in float64, expert by expert, so that only one of them is held in float64 at a time."""
-        total = self.ridge[:, None, None] * x
-        for i, (operator, target) in enumerate(zip(self.quadratic.operators, self.quadratic.targets, strict=True)):
-            force = operator.to(torch.float64).apply(x - target)
-            total.add_(force.mul_(weights[:, i, None, None]))
-        return total
-
-    def half_gradient(self, point: Point) -> Tensor:
-        """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
-        weights = point.log_weights.exp()
-        return self.quadratic.apply(weights, self.ridge, point.x) - self._weighted(weights, self.pulls)
-
-    def same_basin(self, point: Point, known: Point) -> Tensor:
-        """Mask of the modules whose log-weights, of active experts, are within ``SAME_BASIN`` of a known solution's."""
-        distance = (point.log_weights - known.log_weights).abs()
-        return torch.where(self.posterior.active, distance, 0.0).amax(-1) < SAME_BASIN
-
-    def gradient_norm(self, point: Point) -> Tensor:
-        """``|H x - b| / |b|``; 0 where both vanish. Where pulls cancel to rounding, relative to their sum instead."""
-        weights = point.log_weights.exp()
-        b = sum_of_squares(self._weighted(weights, self.pulls)).sqrt()
-        parts = [weights[:, i] * sum_of_squares(pull).sqrt() for i, pull in enumerate(self.pulls)]
-        scale = torch.maximum(b, torch.finfo(self.dtype).eps * sum(parts, torch.zeros_like(b)))
-        norm = sum_of_squares(self.half_gradient(point)).sqrt()
-        return torch.where(norm > 0, norm / scale, norm)
-
-    def uphill(self, point: Point, candidate: Point) -> Tensor:
-        """Mask of the modules in which a step raises the energy, ``(M,)``.
-
-        Where the energy cannot tell two points apart any more, an energy that is not concave, whose plain steps may
-        overshoot, is judged by the gradient.
-        """
-        slack = self.slack(point.energy)
-        rises = ~(candidate.energy <= point.energy + slack)
-        if all(expert.rho.concave for expert in self.posterior.experts):
-            return rises
-        level = (candidate.energy - point.energy).abs() <= slack
-        return rises | (level & (self.gradient_norm(candidate) > self.gradient_norm(point)))
-
-    def line_minimum(self, point: Point, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope of the energy along a direction and the step to the minimum of its quadratic model, ``(M,)`` each."""
-        weights, curvatures = self.posterior.weights(point.q), self.posterior.curvatures(point.q)
-        forces = self.quadratic.forces(point.x)
-        bend = self.ridge * sum_of_squares(direction)
-        for i, (operator, force) in enumerate(zip(self.quadratic.operators, forces, strict=True)):
-            along = (force.double() * direction.double()).sum((-2, -1))
-            bend = bend + weights[:, i] * operator.quadratic(direction) + 2 * curvatures[:, i] * along.square()
-        slope = 2 * (self.half_gradient(point).double() * direction.double()).sum((-2, -1))
-        return slope, torch.where(bend > 0, (-slope / (2 * bend)).clamp(max=1.0), 0.5)
-
-    def slack(self, energy: Tensor) -> Tensor:
-        """Differences of energies that are only rounding."""
-        return 8 * torch.finfo(self.dtype).eps * energy.abs()
-
-    def _weighted(self, weights: Tensor, terms: list[Tensor]) -> Tensor:
-        return sum((w.to(t)[:, None, None] * t for w, t in zip(weights.unbind(-1), terms, strict=True)), 0 * terms[0])
-
-    def extrapolated(self, proposed: Tensor, plain: Tensor) -> tuple[Tensor, Point]:
-        """The point of extrapolated log-weights; of the plain ones where these have no solution."""
-        try:
-            return proposed, self.solve(proposed.exp())
-        except NotPositiveDefiniteError:
-            return plain, self.solve(plain.exp())
-
-
-@dataclass(frozen=True, eq=False)
 class State:
     """State of the iteration for ``M`` modules; float64 and boolean, ``(M,)`` unless said otherwise.
 
@@ -227,6 +67,7 @@ class State:
         rounding: Modules that rounding has stopped.
         searched: Modules in which a step was line-searched.
         arrived: Modules on their way to a known minimum.
+        gradient: At the point, where it was asked for; None else.
     """
 
     point: Point
@@ -240,6 +81,7 @@ class State:
     rounding: Tensor
     searched: Tensor
     arrived: Tensor
+    gradient: Gradient | None = None
 
     @property
     def change(self) -> Tensor:
@@ -266,9 +108,10 @@ def terminate(problem: Problem, state: State, options: SolverOptions, known: Run
     tolerance = TOLERANCE[problem.dtype] if options.tolerance is None else options.tolerance
     # The gradient costs as much as a solve, and only matters once the weights have settled.
     settled = bool((state.change <= tolerance).any()) or last
-    gradient = problem.gradient_norm(state.point) if settled else torch.full_like(state.change, torch.inf)
+    gradient = problem.gradient(state.point) if settled else None
     if options.step_tolerance is None:
-        small = (gradient <= tolerance) & (state.change <= tolerance)
+        norm = torch.full_like(state.change, torch.inf) if gradient is None else gradient.norm
+        small = (norm <= tolerance) & (state.change <= tolerance)
     else:
         small = state.moved <= options.step_tolerance
     converged = state.converged | (small & ~state.rounding)
@@ -276,7 +119,7 @@ def terminate(problem: Problem, state: State, options: SolverOptions, known: Run
     arrived = state.arrived
     if known is not None:
         arrived = arrived | (known.converged & problem.same_basin(state.point, known.point) & ~converged)
-    return replace(state, converged=converged, rounding=rounding, arrived=arrived)
+    return replace(state, converged=converged, rounding=rounding, arrived=arrived, gradient=gradient)
 
 
 def step(problem: Problem, state: State, anderson: Anderson | None) -> State:
@@ -332,12 +175,14 @@ def run_from(problem: Problem, weights: Tensor, options: SolverOptions, known: R
             break
         state = step(problem, state, anderson)
         trace.append(state.point.energy)
+    gradient = problem.gradient(state.point) if state.gradient is None else state.gradient
     run = Run(
         point=state.point,
         trace=torch.stack(trace, -1),
         steps=state.steps,
         rejected=state.rejected,
-        gradient_norm=problem.gradient_norm(state.point),
+        gradient_norm=gradient.norm,
+        anchor_share=gradient.anchor,
         weight_change=state.change,
         converged=state.converged,
         rounding=state.rounding,

@@ -66,12 +66,17 @@ class FixedPointInfo(Brief):
         steps: Reweighted solves until convergence, ``(M,)``; steps that were taken back are not among them.
         rejected: Accelerated or full steps that were taken back, ``(M,)``.
         gradient_norm: ``|H Z - b| / |b|`` for the system of the displacement from the centre, ``(M,)``.
+        anchor_share: ``eta |Z - Z_0| / |b|``, ``(M,)``: how much of what pulls at the solution the anchor holds.
         weight_change: Largest change of a log-weight in the last step, ``(M,)``.
-        forward_error: Last correction of the refinement relative to ``Z``, ``(M,)``; nan where there was none.
+        forward_error: Error of ``Z`` by rounding, relative to it, ``(M,)``: measured on a few rows, or the last
+            correction of the refinement; nan where it was not asked for.
         strict_minimum: Whether the energy's Hessian there is positive definite by more than rounding, ``(M,)``.
         contraction_rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
+            Where it cannot be above 0.1 it is not computed, and this is ``max_i 2 |rho''_i| q_i / rho'_i s_i^2``, which
+            it is at most.
         contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
-            solution) and for any map and energy, ``(M,)``: no smaller than the rate.
+            solution) and for any map and energy, ``(M,)``: no smaller than the rate. Not computed where the rate is
+            not, and the same number then: steps contract by it in the norm of ``H``.
         anchor_precision: ``eta``, ``(M,)``.
     """
 
@@ -89,6 +94,7 @@ class FixedPointInfo(Brief):
     steps: Tensor
     rejected: Tensor
     gradient_norm: Tensor
+    anchor_share: Tensor
     weight_change: Tensor
     forward_error: Tensor
     strict_minimum: Tensor

@@ -189,7 +189,7 @@ class MergeConfig(Section):
     """Device that computes: cpu, cuda, cuda:1."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
     """Seed of the draws of ``sample``, and of torch's generators for energies that draw."""
-    batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 256 * 2**20
+    batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 64 * 2**20
     """Most bytes of updates that are solved as one batch."""
 
     @field_validator("models")
@@ -248,7 +248,7 @@ class MergeConfig(Section):
 
     def shared(self) -> dict[str, Setting[Any]]:
         """Every shared parameter: what the configuration says, then its preset, then the defaults."""
-        from inference.reweighting import TOLERANCE
+        from inference.problem import TOLERANCE
 
         given = self.parameters.settings()
         preset = _settings(PRESETS[self.preset].parameters if self.preset else {})

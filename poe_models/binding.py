@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poe_models.experts import Expert, FactorExpert, ProductOfExperts
 from poe_models.module_names import not_drawn
-from poe_models.operators import Gram, Operator, mean_curvatures, sum_of_squares
+from poe_models.operators import Gram, Operator, inner, mean_curvatures, sum_of_squares
 from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
@@ -41,13 +41,20 @@ def full_posterior(batch: Batch) -> Posterior:
         e.residual_map.checked_operator(updates[:, i], pair)
         for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
     ]
+    # What a Gram pulls with is needed for the solution as well; of adapters that is made of their factors.
+    own = [updates[:, i] for i in index]
+    pulls = [
+        p.apply(u) if isinstance(p, Gram) and pair is None else None
+        for p, u, pair in zip(operators, own, low_rank, strict=True)
+    ]
     experts, precision = bind_experts(
         poe,
         operators=operators,
-        updates=[updates[:, i] for i in index],
-        norms=[sum_of_squares(updates[:, i]) for i in index],
+        updates=own,
+        norms=[sum_of_squares(update) for update in own],
         mean_curvatures=above_rounding(poe.experts, mean_curvatures(operators), updates.dtype),
         dimensions=[operator.dimension for operator in operators],
+        pulls=pulls,
     )
     experts = tuple(replace(e, low_rank=pair) for e, pair in zip(experts, low_rank, strict=True))
     center, shape = center_of(poe.anchor, updates, factors), (int(updates.shape[2]), int(updates.shape[3]))
@@ -132,6 +139,7 @@ def bind_experts(
     norms: Sequence[Tensor],
     mean_curvatures: Sequence[Tensor],
     dimensions: Sequence[Callable[[], Tensor]],
+    pulls: Sequence[Tensor | None] | None = None,
 ) -> tuple[tuple[BoundExpert, ...], Tensor]:
     """Bound experts and the anchor's ``eta``, ``(M,)``, in Full or Span coordinates.
 
@@ -142,10 +150,18 @@ def bind_experts(
         norms: ``|U_i|^2``, ``(M,)``.
         mean_curvatures: ``tr(P_i) / d_i``, ``(M,)``; zero where it is rounding, and the expert drops out.
         dimensions: Rank of ``P_i``, ``(M,)``; called only where an energy depends on it.
+        pulls: ``P_i U_i`` where they are known.
     """
+    pulls = [None] * len(operators) if pulls is None else pulls
     sizes = ExpertSizes(
         norm_squared=torch.stack(list(norms), -1),
-        residual_at_zero=torch.stack([p.quadratic(u) for p, u in zip(operators, updates, strict=True)], -1),
+        residual_at_zero=torch.stack(
+            [
+                p.quadratic(u) if pull is None else inner(u, pull)
+                for p, u, pull in zip(operators, updates, pulls, strict=True)
+            ],
+            -1,
+        ),
         mean_curvature=torch.stack(list(mean_curvatures), -1),
         importance=torch.tensor([e.importance for e in poe.experts], dtype=torch.float64, device=updates[0].device),
         active=torch.stack(list(mean_curvatures), -1) > 0,
@@ -163,6 +179,7 @@ def bind_experts(
             residual_at_zero=sizes.residual_at_zero[..., i],
             importance=expert.importance,
             active=sizes.active[..., i],
+            pull=pulls[i],
         )
         for i, expert in enumerate(poe.experts)
     )

@@ -91,6 +91,11 @@ class StudentT(Energy):
             )
         return (self.df + 1) / 2 if self.exponent is None else self.exponent
 
+    @property
+    @override
+    def convex_below(self) -> Parameter:
+        return self.df
+
     @override
     def rho(self, q: Tensor) -> Tensor:
         return self.k * torch.log1p(q / self.df)
@@ -137,6 +142,11 @@ class Welsch(Energy):
     """``rho(q) = (1 - exp(-q)) / 2``: bounded, so it redescends to no influence at all; no normaliser."""
 
     concave: ClassVar[bool] = True
+
+    @property
+    @override
+    def convex_below(self) -> Parameter:
+        return 0.5
 
     @override
     def rho(self, q: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ class Energy(ABC):
     concave: ClassVar[bool] = False
     convex: ClassVar[bool] = False
 
+    @property
+    def convex_below(self) -> Parameter:
+        """Squared residual up to which ``r -> rho(r**2)`` is convex, or a lower one; 0 where none is known.
+
+        A minimum at which no expert can have left that range is the lowest of all.
+        """
+        return math.inf if self.convex else 0.0
+
     @abstractmethod
     def rho(self, q: Tensor) -> Tensor:
         """Energy in nats of squared residuals ``q`` of shape ``(...,)`` in units of the squared scale."""

@@ -9,7 +9,7 @@ experts (vectors in ``d_out d_in`` dimensions) an ordinary Gram problem of ``N``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -82,6 +82,7 @@ class Quadratic(Brief):
         compression: The change of coordinates.
         shape: ``(d_out, d_in)`` of the merged update.
         modules: Names of the modules, for errors.
+        known_pulls: ``P_i target_i`` where they were made before.
     """
 
     operators: tuple[Operator, ...]
@@ -89,6 +90,7 @@ class Quadratic(Brief):
     compression: Compression
     shape: tuple[int, int]
     modules: tuple[str, ...] = ()
+    known_pulls: tuple[Tensor | None, ...] = ()
 
     @property
     def event_shape(self) -> tuple[int, int]:
@@ -117,7 +119,11 @@ class Quadratic(Brief):
 
     def pulls(self) -> list[Tensor]:
         """``P_i target_i`` per expert, ``(M, a, b)``: right-hand sides of the normal equations before weighting."""
-        return [operator.apply(target) for operator, target in zip(self.operators, self.targets, strict=True)]
+        known = self.known_pulls or (None,) * len(self.operators)
+        return [
+            operator.apply(target) if pull is None else pull
+            for operator, target, pull in zip(self.operators, self.targets, known, strict=True)
+        ]
 
     def precision(self, weights: Tensor, ridge: Tensor) -> Precision:
         """``H = sum_i w_i P_i + ridge I``, factored, for weights ``(*S, M, E)`` and a ridge ``(*S, M)``."""
@@ -136,8 +142,40 @@ class Quadratic(Brief):
         left, right, diagonal = self._assemble(weights, ridge)
         result = diagonal * x
         if left is not None:
-            result = result + left @ x
-        return result if right is None else result + x @ right
+            result += left @ x
+        if right is not None:
+            result += x @ right
+        return result
+
+    def exact_half_gradient(self, weights: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
+        """``H x - b`` in float64, expert by expert, so that only one of them is held in float64 at a time.
+
+        All are ``(M, ...)``; ``x`` is float64.
+        """
+        total = ridge[:, None, None] * x
+        for i, (operator, target) in enumerate(zip(self.operators, self.targets, strict=True)):
+            force = operator.to(torch.float64).apply(x - target)
+            total.add_(force.mul_(weights[:, i, None, None]))  # rounded each: opposite forces cancel exactly
+        return total
+
+    def picked(self, count: int, x: Tensor) -> tuple[Quadratic, Tensor] | None:
+        """The problem of a few rows of ``x`` alone, or columns, evenly spaced, and these ``(M, count, b)``.
+
+        Given the weights, rows do not meet where every Gram acts on the right. None where both sides are acted on, or
+        none is.
+        """
+        sides = {each.side for each in self.operators if isinstance(each, Gram)}
+        if len(sides) != 1:
+            return None
+        axis = -1 if sides == {"left"} else -2
+        places = torch.arange(0, x.shape[axis], -(-x.shape[axis] // count), device=x.device)
+        targets = tuple(target.index_select(axis, places) for target in self.targets)
+        shape = int(targets[0].shape[-2]), int(targets[0].shape[-1])
+        operators = tuple(
+            replace(each, shape=shape) if isinstance(each, Gram) else ScaledIdentity(shape, targets[0])
+            for each in self.operators
+        )
+        return replace(self, operators=operators, targets=targets, known_pulls=()), x.index_select(axis, places)
 
     def _assemble(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The weighted sums of what acts on the left, on the right and elementwise."""
@@ -147,8 +185,10 @@ class Quadratic(Brief):
         for i, operator in enumerate(self.operators):
             weight = weights[..., i].to(dtype)[..., None, None]
             if isinstance(operator, Gram):
-                term = weight * operator.gram
-                sides[operator.side] = sides[operator.side].add_(term) if operator.side in sides else term
+                if operator.side in sides:
+                    sides[operator.side].addcmul_(weight, operator.gram)
+                else:
+                    sides[operator.side] = weight * operator.gram
             elif isinstance(operator, Diagonal):
                 diagonal = diagonal + weight * operator.values
             elif isinstance(operator, ScaledIdentity):
@@ -191,7 +231,9 @@ def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
         )
     reduced = tuple(compression.compress(target) for target in targets)
     operators = tuple(compression.operator(expert.operator, reduced[0]) for expert in posterior.experts)
-    return Quadratic(operators, reduced, compression, posterior.event_shape, posterior.modules)
+    same = compression.trivial and center is None
+    pulls = tuple(expert.pull for expert in posterior.experts) if same else ()
+    return Quadratic(operators, reduced, compression, posterior.event_shape, posterior.modules, pulls)
 
 
 def _flat_basis(experts: tuple[BoundExpert, ...], targets: list[Tensor], for_draws: bool) -> Tensor:

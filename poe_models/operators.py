@@ -19,6 +19,9 @@ from typing_extensions import override
 from poe_models.printing import Brief
 from poe_models.records import with_tensors
 
+BLOCK = 2**17
+"""Entries that are multiplied at once in float64."""
+
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of unit vectors' Gram matrix below this share of the largest are rounding, not directions."""
 
@@ -171,7 +174,15 @@ class Gram(Operator):
 
     @override
     def apply(self, x: Tensor) -> Tensor:
+        if self._gram_is_cheaper(x.shape[-1] if self.side == "left" else x.shape[-2]):
+            return self.gram @ x if self.side == "left" else x @ self.gram
         return self.factor @ self.root(x) if self.side == "left" else self.root(x) @ self.factor.mT
+
+    def _gram_is_cheaper(self, vectors: int) -> bool:
+        """Whether ``F F^T`` times so many vectors takes fewer products than ``F`` and ``F^T``, counting its making."""
+        side, columns = self.factor.shape[-2:]
+        making = 0 if "gram" in self.__dict__ else side * side * columns
+        return making + side * side * vectors < 2 * side * columns * vectors
 
     @override
     def mean_curvature(self, directions: Tensor | float) -> Tensor:
@@ -179,12 +190,12 @@ class Gram(Operator):
 
     @override
     def dimension(self) -> Tensor:
-        return torch.linalg.matrix_rank(self.factor).double() * self._whole_lengths[1]
+        return matrix_rank(self.factor) * self._whole_lengths[1]
 
     @override
     def log_pseudo_determinant(self) -> Tensor:
         singular = torch.linalg.svdvals(self.factor.double())  # in descending order
-        counted = torch.arange(singular.shape[-1]).to(singular) < torch.linalg.matrix_rank(self.factor).unsqueeze(-1)
+        counted = torch.arange(singular.shape[-1]).to(singular) < matrix_rank(self.factor).unsqueeze(-1)
         return 2 * self._whole_lengths[1] * torch.where(counted, singular, 1.0).log().sum(-1)
 
 
@@ -196,7 +207,7 @@ class RankOne(Operator):
 
     @override
     def root(self, x: Tensor) -> Tensor:
-        return (self.vector.double() * x.double()).sum((-2, -1))[..., None, None]
+        return inner(self.vector, x)[..., None, None]
 
     @override
     def apply(self, x: Tensor) -> Tensor:
@@ -216,9 +227,39 @@ class RankOne(Operator):
         return torch.where(length_squared > 0, length_squared, 1.0).log()
 
 
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products over the last two dimensions, summed in float64, shape ``(...,)``.
+
+    A few rows at a time, so that what is made in float64 stays in the processor's cache.
+    """
+    per_row = max(left[..., :1, :].numel(), right[..., :1, :].numel(), 1)
+    parts, height = [], max(1, BLOCK // per_row)
+    for first in range(0, max(left.shape[-2], 1), height):
+        rows = slice(first, first + height)
+        wide = left[..., rows, :].double().flatten(-2)
+        other = wide if left is right else right[..., rows, :].double().flatten(-2)
+        parts.append((wide.unsqueeze(-2) @ other.unsqueeze(-1)).squeeze((-2, -1)))
+    return torch.stack(parts).sum(0)
+
+
 def sum_of_squares(x: Tensor) -> Tensor:
     """Squared Frobenius norm over the last two dimensions, summed in float64, shape ``(...,)``."""
-    return x.double().square().sum((-2, -1))
+    return inner(x, x)
+
+
+def matrix_rank(factor: Tensor) -> Tensor:
+    """Rank of matrices ``(..., d, r)`` to the rounding of their dtype, ``(...,)`` float64.
+
+    Singular values of float32 matrices are the roots of eigenvalues in float64 well beyond their own rounding.
+    """
+    if factor.dtype == torch.float64:
+        return torch.linalg.matrix_rank(factor).double()
+    longest, shortest = max(factor.shape[-2:]), min(factor.shape[-2:])
+    wide = factor.double()
+    gram = wide.mT @ wide if factor.shape[-1] == shortest else wide @ wide.mT
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    rounding = (longest * torch.finfo(factor.dtype).eps) ** 2 * eigenvalues[..., -1:]
+    return (eigenvalues > rounding).double().sum(-1)
 
 
 def inner_products(vectors: Sequence[Tensor]) -> Tensor:
@@ -226,7 +267,7 @@ def inner_products(vectors: Sequence[Tensor]) -> Tensor:
     result = vectors[0].new_zeros((len(vectors[0]), len(vectors), len(vectors)), dtype=torch.float64)
     for j, left in enumerate(vectors):
         for k in range(j + 1):
-            result[:, j, k] = result[:, k, j] = (left.double() * vectors[k].double()).sum((-2, -1))
+            result[:, j, k] = result[:, k, j] = inner(left, vectors[k])
     return result
 
 

@@ -80,7 +80,11 @@ class GramPrecision(Precision):
 
     @override
     def solve(self, b: Tensor) -> Tensor:
-        return self._turn(torch.cholesky_solve(self._turn(b), self.factor))
+        # Two solves from the right in place of `cholesky_solve`: its right-hand sides would be copied to columns first.
+        triangle, rows = self.factor, b if self.side == "right" else b.mT
+        half = torch.linalg.solve_triangular(triangle.mT, rows, upper=True, left=False)
+        solved = torch.linalg.solve_triangular(triangle, half, upper=False, left=False)
+        return (solved if self.side == "right" else solved.mT).contiguous()
 
     @override
     def whiten(self, x: Tensor) -> Tensor:

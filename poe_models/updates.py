@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -109,8 +110,8 @@ def check_updates(updates: Tensor, names: Sequence[str], modules: Sequence[str] 
         raise ValueError(f"`updates` are {updates.dtype}. Give floating-point updates, W_i - W_0.")
     if updates.dtype not in (torch.float32, torch.float64):
         updates = updates.float()
-    finite = torch.isfinite(updates).flatten(2).all(-1)
-    if not bool(finite.all()):
+    if updates.numel() and not all(map(math.isfinite, updates.aminmax())):
+        finite = torch.isfinite(updates).flatten(2).all(-1)
         module, expert = (~finite).nonzero()[0].tolist()
         where = module_label(modules or [], module)
         raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference.reweighting import Problem, Run, SolverOptions, run_from
+from inference.problem import Problem, Run
+from inference.reweighting import SolverOptions, run_from
 from poe_models import (
     AbsolutePrecision,
     Anchor,

@@ -19,7 +19,7 @@ from typer.main import get_command
 import inference
 import poe_models
 from inference.models.merge import merge_checkpoint
-from inference.reweighting import TOLERANCE
+from inference.problem import TOLERANCE
 from poe_merge.cli import app, run
 from poe_merge.config import (
     FunctionalParameters,

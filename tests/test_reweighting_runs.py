@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from inference.reweighting import TOLERANCE, Problem, SolverOptions, run_from
+from inference.problem import TOLERANCE, Problem
+from inference.reweighting import SolverOptions, run_from
 from poe_models import AbsolutePrecision, Anchor, Custom, Gaussian, GeneralizedGaussian, ProductOfExperts, Relative
 from poe_models.least_squares import quadratic_of
 from tests.helpers import assert_close, name_of, random_updates

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from inference import fixed_point
-from inference.reweighting import Anderson, Problem, SolverOptions, _line_search, run_from
+from inference.problem import Problem
+from inference.reweighting import Anderson, SolverOptions, _line_search, run_from
 from poe_models import (
     Absolute,
     AbsolutePrecision,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import threading
+from pathlib import Path
 from types import TracebackType
 
 import psutil
+from typing_extensions import override
 
 
 class PeakMemory:
@@ -41,6 +44,28 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(0.002):
             self._peak = max(self._peak, self._process.memory_info().rss)
+
+
+class Anonymous(threading.Thread):
+    """Watches the anonymous memory of this process; what is mapped from files does not count."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.done = threading.Event()
+
+    @staticmethod
+    def now() -> int:
+        """Bytes."""
+        found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+        assert found is not None
+        return 1024 * int(found[1])
+
+    @override
+    def run(self) -> None:
+        """Look every few milliseconds."""
+        while not self.done.wait(0.003):
+            self.peak = max(self.peak, self.now())
 
 
 def _return_freed_memory() -> None:

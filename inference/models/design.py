@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -76,12 +77,13 @@ class Design:
             The MAP, ``value`` of shape ``(M, d_out, d_in)`` in the dtype of the updates. Updates of extreme size are
             solved for in units of their own, and in float64 where experts differ by orders of magnitude.
         """
-        spread = _spread(updates)
+        sizes = torch.linalg.vector_norm(updates, math.inf, (-2, -1)).double()  # largest entries, (M, N)
+        spread = _spread(sizes)
         if updates.dtype == torch.float32 and bool((spread > _COMFORTABLE).any()):
             wide = None if low_rank is None else (low_rank[0].double(), low_rank[1].double())
             found = self.solve(updates.double(), wide, None if center is None else center.double())
             return replace(found, value=found.value.to(updates.dtype))
-        units = self._units(updates)
+        units = self._units(sizes.amax(-1))
         if units is not None:
             return self._solve_in_units(units, updates, low_rank, center)
         return self._solve(updates, low_rank, center)
@@ -94,12 +96,11 @@ class Design:
         solution = judged(posterior, fixed_point(posterior, **vars(self.options)))
         return replace(solution, value=posterior.update(solution.value).to(updates.dtype))
 
-    def _units(self, updates: Tensor) -> Tensor | None:
+    def _units(self, sizes: Tensor) -> Tensor | None:
         """Powers of two that bring the updates of each module to a size of about one, ``(M,)``; None if all are near.
 
         Fourth powers of updates leave the range of float32 below 1e-9 and above 1e9, where the merge itself does not.
         """
-        sizes = updates.abs().amax((-3, -2, -1)).double()
         odd = (sizes > 0) & ((sizes < 1 / _COMFORTABLE) | (sizes > _COMFORTABLE))
         given = any(isinstance(start, Tensor) for start in self.options.starts)
         measured = any(each.residual_map.stand_in() is not each.residual_map for each in self.poe.experts)
@@ -228,13 +229,12 @@ class Design:
             raise NotPositiveDefiniteError(str(error).replace("module 0 of the batch", where)) from error
 
 
-def _spread(updates: Tensor) -> Tensor:
-    """Largest over smallest size of the updates of each module, ``(M,)``; those that are zero do not count.
+def _spread(sizes: Tensor) -> Tensor:
+    """Largest over smallest size of the updates of each module, ``(M, N)`` to ``(M,)``; those of zero do not count.
 
     Raises:
         ValueError: If fourth powers of such updates do not fit into float64 together.
     """
-    sizes = updates.abs().amax((-2, -1)).double()
     spread = sizes.amax(-1) / torch.where(sizes > 0, sizes, torch.inf).amin(-1)
     if bool((spread > _LARGEST_SPREAD).any()):
         raise ValueError(

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 
-from inference.gradient_check import CHUNK
 from inference.models.design import Design
 from inference.models.method_design import AnyDesign, MethodDesign
 from poe_models.printing import size_text
@@ -28,7 +27,6 @@ from poe_models.residual_maps import (
     ResidualMap,
 )
 
-_CHECKED_BYTES = 56  # an entry of one module at a time, of which the gradient check has seven copies in float64
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
 
 
@@ -118,8 +116,7 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
     solving = max(shapes.count(one) * solve_floats(design, experts, one) for one in set(shapes))
-    checking = _CHECKED_BYTES * max(max(d_out * d_in for d_out, d_in in shapes), min(total, CHUNK))
-    return max(itemsize * (held + max(reading, solving)), itemsize * held + checking)
+    return itemsize * (held + max(reading, solving))
 
 
 def averaged_bytes(shape_entries: int, itemsize: int) -> int:

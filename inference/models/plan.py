@@ -23,7 +23,7 @@ from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import NO_WEIGHTS, Treatment
 from poe_models.weights.task_vectors import TaskVectors, block_names
 
-BATCH_BYTES = 256 * 2**20
+BATCH_BYTES = 64 * 2**20
 """Default byte budget of the updates that are solved as one batch."""
 ALL = "all tensors"
 """Words for the merged part where no floating tensor is averaged or left out."""

@@ -386,7 +386,7 @@ class Staging:
 
     def _write_json(self, path: Path, data: Any) -> None:
         text = json_text(data)
-        if len(text) < _PRETTY:  # Python's own encoder, which indents, is slow
+        if len(text) < _PRETTY and path.is_relative_to(self.folder / OUTPUT):  # the encoder that indents is slow
             text = json_text(data, 2)
         self._replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 

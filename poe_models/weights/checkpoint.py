@@ -145,6 +145,8 @@ class Checkpoint(ABC):
 
     def tied_names(self, name: str) -> tuple[str, ...]:
         """All names of the tensor called ``name``, the canonical one first; more than one if it is tied."""
+        if not self.aliases:
+            return (name,)
         canonical = self.aliases.get(name, name)
         return (canonical, *self._further_names().get(canonical, ()))
 

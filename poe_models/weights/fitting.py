@@ -145,6 +145,8 @@ def keys_of(base: Checkpoint, expert: Checkpoint, name: str) -> list[str]:
 
     None if it lacks the tensor, several if it stores tied names apart.
     """
+    if not base.aliases and name in expert.tensors:
+        return [name]
     keys = (expert.aliases.get(tied, tied) for tied in base.tied_names(name))
     return list(dict.fromkeys(key for key in keys if key in expert.tensors))
 

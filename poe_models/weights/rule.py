@@ -90,9 +90,12 @@ class Rule:
 
     def applies(self, names: Iterable[str], info: TensorInfo, model_type: str | None) -> bool:
         """Return whether the rule is about a tensor, given all its names (several if it is tied)."""
+        return self.fits(info, model_type) and (not self.match or any(map(pattern(self.match).search, names)))
+
+    def fits(self, info: TensorInfo, model_type: str | None) -> bool:
+        """Return whether the rule is about tensors of this shape in models of this type, whatever their names."""
         typed = not self.model_types or model_type in self.model_types or (model_type is None and not self.known)
-        fits = typed and SHAPES[self.shape](info.shape)
-        return fits and (not self.match or any(map(pattern(self.match).search, names)))
+        return typed and SHAPES[self.shape](info.shape)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rule:

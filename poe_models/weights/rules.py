@@ -18,13 +18,15 @@ without entries, always stay the base's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from typing_extensions import override
 
 from poe_models.weights.checkpoint import Checkpoint, TensorInfo
+from poe_models.weights.patterns import pattern
 from poe_models.weights.rule import SHAPES, Action, Rule
 from poe_models.weights.views import View
 
@@ -248,8 +250,27 @@ class RuleTable:
     ) -> Rule | None:
         """The first rule that applies to a tensor, or None; for the arguments see :meth:`treat`."""
         names = (info.name, *aliases)
-        fitting = (rule for rule in self.rules if not (first and rule.shape == "depthwise"))
-        return next((rule for rule in fitting if rule.applies(names, info, model_type)), None)
+        kind = info.shape, model_type
+        if kind not in self._fitting:
+            self._fitting[kind] = [each for each in self._searches if each[0].fits(info, model_type)]
+        for rule, search in self._fitting[kind]:
+            if any(map(search, names)) and not (first and rule.shape == "depthwise"):
+                return rule
+        return None
+
+    @cached_property
+    def _fitting(self) -> dict[tuple[tuple[int, ...], str | None], list[tuple[Rule, Callable[[str], object]]]]:
+        """The rules for each shape and model type that was asked about: a model has many tensors of few shapes."""
+        return {}
+
+    @cached_property
+    def _searches(self) -> tuple[tuple[Rule, Callable[[str], object]], ...]:
+        """The rules with what searches a name for their text; a text that is not one of ours has a budget of time."""
+        ours = {rule.match for rule in _DEFAULTS}
+        return tuple(
+            (rule, re.compile(rule.match).search if rule.match in ours else pattern(rule.match).search)
+            for rule in self.rules
+        )
 
     def extended(self, rules: Iterable[Rule | Mapping[str, Any]]) -> RuleTable:
         """Put rules before those of this table.

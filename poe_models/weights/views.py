@@ -94,7 +94,7 @@ class View:
         if axes < 2:
             wanted = "a stack of matrices" if self.stacked else "a matrix"
             raise ValueError(f"shape {tuple(shape)} is not {wanted}; use `action: average` or `action: base`")
-        fitted = dataclasses.replace(self, flatten=axes > 2)
+        fitted = self if self.flatten == (axes > 2) else dataclasses.replace(self, flatten=axes > 2)
         fitted._heights(*fitted._matrix_shape(shape))
         return fitted
 

@@ -1,0 +1,172 @@
+"""What the solver spends, counted, and what it finds at awkward points, beside dense float64 algebra."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference import fixed_point
+from inference.gradient_check import judged, relative_gradient, settled
+from inference.map import plain_iterates
+from inference.problem import FORWARD_ERROR, Problem
+from poe_models import Cauchy, Energy, Gaussian, InputGram, OutputGram, ProductOfExperts, Relative, ResidualMap, Welsch
+from poe_models.least_squares import Quadratic, quadratic_of
+from poe_models.operators import Gram, inner, matrix_rank
+from tests.helpers import assert_close, name_of, random_updates
+
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts of factorisations, products with factors, and float64 gradients."""
+    counts: Counter[str] = Counter()
+    for owner, name in ((Quadratic, "precision"), (Gram, "root"), (Quadratic, "exact_half_gradient")):
+        original = getattr(owner, name)
+
+        def counted(*given: object, _name: str = name, _original: object = original) -> object:
+            counts[_name] += 1
+            return _original(*given)  # type: ignore[operator]
+
+        monkeypatch.setattr(owner, name, counted)
+    return counts
+
+
+def test_a_gaussian_merge_factors_once_and_measures_each_residual_once(
+    work: Counter[str], generator: torch.Generator
+) -> None:
+    updates = torch.randn(1, 4, 80, 60, generator=generator)
+    posterior = ProductOfExperts.of(NAMES, InputGram(), Gaussian()).bind(updates)
+    solution = judged(posterior, fixed_point(posterior))
+    assert solution.converged
+    assert work["precision"] == 1
+    assert work["exact_half_gradient"] == 1  # of a few rows
+    assert work["root"] == 2 * 4  # the residuals, and those rows
+
+
+def test_a_heavy_tail_factors_once_a_step_and_starts_once(work: Counter[str], generator: torch.Generator) -> None:
+    updates = torch.randn(1, 4, 80, 60, generator=generator)
+    posterior = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Relative(3.0)).bind(updates)
+    solution = judged(posterior, fixed_point(posterior))
+    assert solution.converged
+    assert solution.info.start_energies.shape == (1, 1)
+    assert work["precision"] == int(solution.info.steps) + int(solution.info.rejected)
+
+
+def test_no_start_leads_lower_than_a_minimum_in_the_convex_range(generator: torch.Generator) -> None:
+    for energy in (Cauchy(), Welsch()):
+        posterior = ProductOfExperts.of(NAMES, OutputGram(), energy, Relative(3.0)).bind(
+            torch.randn(3, 4, 6, 5, generator=generator, dtype=torch.float64)
+        )
+        found = fixed_point(posterior)
+        assert found.info.start_energies.shape == (3, 1)
+        for start in posterior.experts:
+            weights = posterior.weights(posterior.residuals(start.update))
+            for _, z in zip(range(300), plain_iterates(posterior, weights), strict=False):
+                last = z
+            assert_close(last, found.value, 1e-6)
+
+
+def test_a_minimum_outside_the_convex_range_has_all_starts(generator: torch.Generator) -> None:
+    posterior = ProductOfExperts.of(NAMES, OutputGram(), Cauchy(), Relative(0.05)).bind(
+        random_updates(generator, 1, 4, 6, 5)
+    )
+    assert fixed_point(posterior).info.start_energies.shape == (1, 5)
+
+
+def awkward(generator: torch.Generator, case: str) -> Tensor:
+    """Updates ``(1, N, d_out, d_in)`` in float64 that float32 holds exactly."""
+    updates = random_updates(generator, 1, 4, 12, 30)
+    if case == "one expert":
+        updates = updates[:, :1]
+    elif case == "identical":
+        updates = updates[:, :1].expand(-1, 4, -1, -1)
+    elif case == "rank one":
+        updates = updates[..., :1] @ updates[..., :1, :]
+    elif case == "tall":
+        updates = updates.mT
+    elif case == "more experts than rows":
+        updates = random_updates(generator, 1, 4, 3, 30)
+    elif case == "bfloat16":
+        updates = updates.bfloat16()
+    return updates.float().double().contiguous()
+
+
+@pytest.mark.parametrize("residual_map", [InputGram(), OutputGram()], ids=name_of)
+@pytest.mark.parametrize(
+    "case", ["one expert", "identical", "rank one", "wide", "tall", "more experts than rows", "bfloat16"]
+)
+def test_a_float32_map_is_the_dense_float64_one(
+    case: str, residual_map: ResidualMap, generator: torch.Generator
+) -> None:
+    updates = awkward(generator, case)
+    poe = ProductOfExperts.of(NAMES[: updates.shape[1]], residual_map, Cauchy(), temperature=0.3)
+    found = fixed_point(poe.bind(updates.float()))
+    posterior = poe.bind(updates)
+    units = torch.eye(updates[0, 0].numel(), dtype=torch.float64).unflatten(1, updates.shape[2:]).unsqueeze(1)
+    dense = [expert.operator.apply(units).flatten(1) for expert in posterior.experts]
+    targets = [expert.update.flatten() for expert in posterior.experts]
+    weights = posterior.weights(torch.zeros(1, updates.shape[1], dtype=torch.float64))
+    for _ in range(200):
+        matrix = sum(w * p for w, p in zip(weights[0], dense, strict=True))
+        matrix = matrix + posterior.anchor_precision * torch.eye(len(units))
+        b = sum(w * (p @ t) for w, p, t in zip(weights[0], dense, targets, strict=True))
+        z = torch.linalg.solve(matrix, b)
+        q = torch.stack([(z - t) @ p @ (z - t) for p, t in zip(dense, targets, strict=True)])
+        weights = posterior.weights(q.unsqueeze(0))
+    assert found.converged
+    assert_close(found.value.double(), z.view(1, *updates.shape[2:]), 2 * FORWARD_ERROR[torch.float32])
+
+
+@pytest.mark.parametrize("energy", [Gaussian(), Cauchy(), Welsch()], ids=name_of)
+def test_what_is_settled_has_a_small_gradient(energy: Energy, generator: torch.Generator) -> None:
+    posterior = ProductOfExperts.of(NAMES, InputGram(), energy).bind(random_updates(generator, 3, 4, 6, 5))
+    solution = fixed_point(posterior)
+    assert bool(settled(posterior, solution.info).all())
+    assert bool((relative_gradient(posterior, solution.value) < 1e-8).all())
+    loose = fixed_point(posterior, tolerance=0.5, max_steps=1, starts=["ones"])
+    large = relative_gradient(posterior, loose.value) > 1e-3
+    assert not bool((settled(posterior, loose.info) & large).any())
+
+
+def test_the_measured_error_is_that_of_all_rows(generator: torch.Generator) -> None:
+    """Evenly spaced rows of a solution that was moved by a known amount tell that amount."""
+    posterior = ProductOfExperts.of(NAMES, InputGram(), Gaussian()).bind(random_updates(generator, 1, 4, 60, 20))
+    problem = Problem(posterior, quadratic_of(posterior))
+    weights = posterior.weights(torch.zeros(1, 4, dtype=torch.float64))
+    x = problem.solve(weights).x
+    precision = problem.precision_near(weights)
+    assert float(problem._measured_error(weights, precision, x)) < 1e-12
+    assert float(problem._measured_error(weights, precision, 1.01 * x)) == pytest.approx(0.01 / 1.01, rel=1e-6)
+    x[:, ::2] = 0.0  # of 60 rows every other one is looked at: they cannot tell
+    assert float(problem._measured_error(weights, precision, x)) == float("inf")
+
+
+def test_a_product_takes_the_cheaper_of_two_ways(generator: torch.Generator) -> None:
+    for rows, columns in ((40, 9), (9, 40), (20, 20)):
+        factor = torch.randn(1, 20, columns, generator=generator, dtype=torch.float64)
+        operator = Gram(factor, "right", (rows, 20))
+        x = torch.randn(1, rows, 20, generator=generator, dtype=torch.float64)
+        assert_close(operator.apply(x), x @ factor @ factor.mT, 1e-12)
+        assert ("gram" in vars(operator)) == operator._gram_is_cheaper(rows)
+    assert Gram(torch.ones(1, 20, 20), "right", (100, 20))._gram_is_cheaper(100)
+    assert not Gram(torch.ones(1, 20, 2), "right", (100, 20))._gram_is_cheaper(100)
+
+
+def test_sums_over_blocks_are_sums(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = (torch.randn(3, 50, 7, generator=generator) for _ in range(2))
+    expected = (left.double() * right.double()).sum((-2, -1))
+    for block in (1, 100, 2**17):
+        monkeypatch.setattr("poe_models.operators.BLOCK", block)
+        assert_close(inner(left, right), expected, 1e-13)
+        assert_close(inner(left.expand(2, 3, 50, 7), right), expected.expand(2, 3), 1e-13)
+
+
+def test_ranks_in_float32_are_those_of_singular_values(generator: torch.Generator) -> None:
+    for rank in (0, 1, 5, 9):
+        low = torch.randn(2, 30, rank, generator=generator) @ torch.randn(2, rank, 9, generator=generator)
+        assert matrix_rank(low).tolist() == torch.linalg.matrix_rank(low).tolist() == [rank, rank]
+        assert matrix_rank(low.mT).tolist() == [rank, rank]
