@@ -59,23 +59,28 @@ def refuse_misfits(
 
 
 def _refuse_foreign_names(base: Checkpoint, expert: str, checkpoint: Checkpoint) -> None:
-    """Refuse an expert none of whose names is the base's: rules would only leave the base."""
-    known = {*base.tensors, *base.aliases}
-    if not known.isdisjoint({*checkpoint.tensors, *checkpoint.aliases}):
+    """Refuse an expert whose names differ from the base's by a prefix, or are all others: rules would leave the base.
+
+    Some names may be shared, as a head that was never below the prefix.
+    """
+    known, theirs = {*base.tensors, *base.aliases}, {*checkpoint.tensors, *checkpoint.aliases}
+    prefix = _prefix(known - theirs, theirs - known)
+    shared = not known.isdisjoint(theirs)
+    if shared and (prefix is None or len(known - theirs) < len(known & theirs)):
         return
-    prefix = _prefix(known, checkpoint.tensors)
     if prefix is not None:
-        ours, theirs = ("lack", "have") if prefix[1] else ("have", "lack")
+        which, has = ("lack", "have") if prefix[1] else ("have", "lack")
         way = (
-            f"its names {theirs} {prefix[0]!r} in front, which the base's {ours}: one of them was saved from a wrapped "
-            f"or a bare model. Save it again with the base's names: {{{_renaming(*prefix)}: tensor for name, tensor in "
-            "state_dict.items()}"
+            f"its names {has} {prefix[0]!r} in front, which the base's {which}: one of them was saved from a wrapped "
+            f"or a bare model. Save it again with the base's names: {{{_renaming(*prefix, shared)}: tensor for name, "
+            f"tensor in state_dict.items()}}{' with the state dict of the base as `base`' if shared else ''}"
         )
     else:
         way = "give a model that was fine-tuned from this base"
+    first, ours = min(theirs - known), min(known - theirs)
     raise CheckpointError(
-        f"`TaskVectors(base, experts)`: expert {expert!r}: none of its tensors ({next(iter(checkpoint.tensors))!r}, "
-        f"...) has a name of {base.source} ({next(iter(base.tensors))!r}, ...); {way}."
+        f"`TaskVectors(base, experts)`: expert {expert!r}: {'most' if shared else 'none'} of its tensors ({first!r}, "
+        f"...) {'have no name' if shared else 'has a name'} of {base.source} ({ours!r}, ...); {way}."
     )
 
 
@@ -92,8 +97,9 @@ def _prefix(base: Collection[str], expert: Collection[str]) -> tuple[str, bool] 
     return None
 
 
-def _renaming(prefix: str, of_expert: bool) -> str:
-    return f"name.removeprefix({prefix!r})" if of_expert else f"{prefix!r} + name"
+def _renaming(prefix: str, of_expert: bool, shared: bool) -> str:
+    renamed = f"name.removeprefix({prefix!r})" if of_expert else f"{prefix!r} + name"
+    return f"name if name in base else {renamed}" if shared else renamed
 
 
 def suggested_rule(*names: str) -> str:
