@@ -130,6 +130,7 @@ def sample(
         if resume and staging.has(_DRAWN):
             drawn = _drawn_before(staging, asked)
         else:
+            task_vectors.refuse_copies()
             drawn = _draw(task_vectors, designs, what, statistics, bars)
             drawn = _judged(_around(merged, drawn, task_vectors, designs, bars))
         ensemble = MergedEnsemble(

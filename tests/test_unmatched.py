@@ -60,19 +60,21 @@ def test_an_adapters_pattern_that_fits_nothing_is_warned_about(table: str, base:
 WRAPPED: list[Callable[[State], State]] = [
     lambda state: {f"module.{name}": value for name, value in state.items()},
     lambda state: {name if "head" in name else f"transformer.{name}": value for name, value in state.items()},
+    lambda state: {name.replace("body.", "body._checkpoint_wrapped_module."): value for name, value in state.items()},
+    lambda state: {name.replace("attn", "_orig_mod.attn"): value for name, value in state.items()},
 ]
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
 @pytest.mark.parametrize("which", ["expert", "base"])
-def test_names_below_a_prefix_are_renamed_as_the_error_says(
+def test_names_of_wrapped_models_are_renamed_as_the_error_says(
     which: str, wrapped: Callable[[State], State], base: State
 ) -> None:
     ours, theirs = (base, wrapped(moved(base))) if which == "expert" else (wrapped(base), moved(base))
-    with pytest.raises(CheckpointError, match="in front, which the base's") as told:
+    with pytest.raises(CheckpointError, match="in them, which the base's") as told:
         TaskVectors(ours, {"x": theirs})
     text = str(told.value)
-    remedy = text[text.index("names: {") + len("names: ") : text.rindex("}") + 1]
+    remedy = text[text.index("state dict: {") + len("state dict: ") : text.rindex("}") + 1]
     renamed = eval(remedy, {"state_dict": theirs, "base": ours})
     assert renamed.keys() == ours.keys()
     assert [treatment.action for treatment in TaskVectors(ours, {"x": renamed}).treatments.values()] == ["merge"] * 5
