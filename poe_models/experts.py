@@ -148,17 +148,21 @@ class FactorExpert:
                 f"`FactorExpert({self.name!r}, coordinates={self.coordinates!r}, scope={self.scope!r})`: coordinates "
                 "are 'update' or 'span', scope is 'module', 'model' or 'examples'."
             )
-        if (self.scope == "examples") != (self.examples > 0):
+        if not isinstance(self.name, str) or not callable(self.function):
+            raise ValueError(
+                f"`FactorExpert({self.name!r}, {self.function!r})`: give a name, and a function that returns energies."
+            )
+        if type(self.examples) is not int or (self.scope == "examples") != (self.examples > 0):
             raise ValueError(
                 f"`FactorExpert({self.name!r}, scope={self.scope!r}, examples={self.examples})`: scope 'examples' "
                 "needs their number, one or more, and the others have none."
             )
         for field_name in ("subsample_size", "batch_size"):
             size = getattr(self, field_name)
-            if size is not None and not 0 < size <= self.examples:
+            if size is not None and (type(size) is not int or not 0 < size <= self.examples):
                 raise ValueError(
-                    f"`FactorExpert({self.name!r}, {field_name}={size})`: it must be between 1 and the number of "
-                    f"examples, {self.examples}."
+                    f"`FactorExpert({self.name!r}, {field_name}={size})`: it must be a whole number between 1 and "
+                    f"that of the examples, {self.examples}."
                 )
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
