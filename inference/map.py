@@ -162,7 +162,7 @@ def _require_in_range(posterior: Posterior) -> None:
         limits = torch.finfo(expert.update.dtype)
         size, residual = expert.update.flatten(-2).abs().amax(-1), expert.residual_at_zero
         odd = (size > 0) & ((size < limits.tiny**0.25) | (size > limits.max**0.25))
-        lost = odd & ((residual == 0) | ~residual.isfinite())
+        lost = odd & ~((residual >= limits.tiny) & (residual <= limits.max))
         if bool(lost.any()):
             module = int(lost.nonzero()[0])
             raise ValueError(
