@@ -8,10 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import h5netcdf
 import numpy as np
+from xarray.backends import H5NetCDFStore
 
 from diagnostics.draw_groups import (
     hierarchical_attributes,
@@ -130,10 +134,25 @@ def group_names(data: ArvizData) -> list[str]:
 
 
 def write_netcdf(data: ArvizData, path: str | PathLike[str]) -> None:
-    """Write ArviZ's data without the hour of its making, so that the same draws are the same file."""
-    for group in group_names(data):
-        data[group].attrs.pop("created_at", None)
-    data.to_netcdf(str(path))
+    """Write ArviZ's data without the hour of its making, so that the same draws are the same file.
+
+    The file is made in memory and written in one go: HDF5 has open objects left where a disk fills up under it, and
+    ends the process when it cannot write them later either.
+    """
+    content = BytesIO()
+    with h5netcdf.File(content, "w") as file:
+        for name, value in data.attrs.items():
+            file.attrs[name] = value
+        for group in group_names(data):
+            dataset = data[group].to_dataset() if TREES else data[group].copy()
+            dataset.attrs.pop("created_at", None)
+            dataset.dump_to_store(H5NetCDFStore(file, group=group, mode="a"), encoding=_compressed(dataset))
+    Path(path).write_bytes(content.getvalue())
+
+
+def _compressed(dataset: Any) -> dict[str, dict[str, bool]]:
+    """Encoding that compresses each numerical variable of a group."""
+    return {name: {"zlib": True} for name, values in dataset.variables.items() if values.dtype.kind in "biufc"}
 
 
 def _made(groups: Mapping[str, Any], attributes: Mapping[str, str | float], seed: int | None) -> ArvizData:

@@ -89,6 +89,7 @@ def fixed_point(
             f"`fixed_point(...)`: {posterior.factors[0].name!r} is a FactorExpert; reweighting needs an energy of a "
             "squared residual. Use `minimize`."
         )
+    _require_in_range(posterior)
     problem = Problem(posterior, quadratic_of(posterior))
     return _solution(problem, _best_run(problem, options))
 
@@ -189,6 +190,23 @@ def _require_finite(posterior: Posterior, start: str, weights: Tensor) -> None:
             f"start {start!r} in {posterior.label(module)}. Its energy needs a finite slope at q = 0, and the "
             "updates a size that their dtype can hold: rescale them, or compute in float64."
         )
+
+
+def _require_in_range(posterior: Posterior) -> None:
+    """Refuse updates so small or large that their residual at zero, a fourth power of them, is lost in the dtype."""
+    for expert in posterior.experts:
+        limits = torch.finfo(expert.update.dtype)
+        size, residual = expert.update.flatten(-2).abs().amax(-1), expert.residual_at_zero
+        odd = (size > 0) & ((size < limits.tiny**0.25) | (size > limits.max**0.25))
+        lost = odd & ~((residual >= limits.tiny) & (residual <= limits.max))
+        if bool(lost.any()):
+            module = int(lost.nonzero()[0])
+            raise ValueError(
+                f"`fixed_point(...)`: the update of expert {expert.name!r} in {posterior.label(module)} has entries of "
+                f"up to {float(size[module]):.1e}, whose fourth power {expert.update.dtype} cannot hold. Divide all "
+                "updates by one such number, and multiply the merge by it; `merge` and `merge_checkpoint` do this by "
+                "themselves where the scale is `Balanced` or `Relative` and the anchor's precision relative."
+            )
 
 
 def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> Status:

@@ -32,11 +32,15 @@ def minimize(
         max_steps: Evaluations of the energy.
         tolerance: On each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
             factors, which balance each other at a minimum.
+
+    Raises:
+        ValueError: If a factor expert's energy is not finite at the start, or carries no gradient.
     """
     if start is None:
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
     density, temperature = log_density(posterior, joint=True), posterior.fixed_temperature
     x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
+    _require_gradients(posterior, x)
     optimizer = torch.optim.LBFGS(
         [x],
         lr=1.0,
@@ -66,6 +70,21 @@ def minimize(
         steps=int(optimizer.state[x]["func_evals"]),
     )
     return Solution(value, status, info)
+
+
+def _require_gradients(posterior: Posterior, x: Tensor) -> None:
+    for factor in posterior.factors:
+        energy = factor.energy(x)
+        if not bool(energy.isfinite().all()):
+            raise ValueError(
+                f"`minimize(...)`: the energy of factor expert {factor.name!r} is not finite at the start. Mend its "
+                "function, or give a `start` where it is."
+            )
+        if not energy.requires_grad:
+            raise ValueError(
+                f"`minimize(...)`: the energy of factor expert {factor.name!r} carries no gradient. Compute it from "
+                "its argument with torch, without `.detach()`, `.item()` or NumPy."
+            )
 
 
 def _scales(posterior: Posterior, x: Tensor) -> Tensor:

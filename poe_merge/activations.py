@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from inference.models.artifacts import read_record
 from inference.models.digest import Progress, digest_inputs
-from inference.models.disk import replace_file
+from inference.models.disk import disk_errors, replace_file
 from inference.models.tasks import Task
 from poe_merge.config import MergeConfig
 from poe_merge.user_tasks import UserTasks
@@ -105,16 +105,16 @@ def make_activations(
         progress.begin(f"activations of {name}", len(loader), 0)
         found = _moments(network, task_vectors, name, tasks[name], loader, submodule, lambda: progress.advance(1, 0))
         made = {**made, name: about[name]}  # before the file: a record of what is not there yet is of no harm
-        _record(out, made)
-        ModuleStatistics("activations", {name: found}).save(out)
+        with disk_errors(out / f"{quote(name, safe='')}.safetensors"):
+            _record(out, made)
+            ModuleStatistics("activations", {name: found}).save(out)
     return ActivationsReport(out, tuple(missing), tuple(there))
 
 
 def _record(out: Path, made: Mapping[str, str]) -> None:
     """Write whose moments the folder has, whole or not at all."""
     text = json.dumps({"kind": RECORD, "made": made}, indent=1)
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / f"{RECORD}.json", lambda path: path.write_text(text, encoding="utf-8"), "run again")
+    replace_file(out / f"{RECORD}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _about(expert: Checkpoint, batches: Sequence[Any], submodule: str, progress: Progress) -> str:

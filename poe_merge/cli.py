@@ -33,6 +33,7 @@ from poe_merge.arguments import (
     vectors,
 )
 from poe_merge.config import require_known
+from poe_merge.csv_tables import write_csv
 from poe_merge.errors import explained
 from poe_merge.flags import ConfiguredCommand, SampleCommand, with_flags
 from poe_merge.progress import Bars
@@ -157,7 +158,7 @@ def search(
     kept = "Nothing was written." if storage is None else f"The same command goes on with the study in {storage}."
     with shown_bars(out, kept) as bars:
         found, report = searching.search(space, task_vectors, by, out, budget, bars, resume=resume)
-    show.search(found, by.about, None if csv is None else searching.write_trials(found, csv))
+    show.search(found, by.about, None if csv is None else write_csv(found.to_dataframe(), csv))
     show.report(report)
 
 

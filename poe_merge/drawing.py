@@ -28,13 +28,13 @@ from inference.tempering import temperature_range
 from poe_merge.kept import bound, kept_in_statistics, kept_when_solved, merge_in_span
 from poe_merge.sampling import Sampling, one_of
 from poe_merge.stats import Table
-from poe_merge.unmatched import nearest_part
 from poe_models.energies import Energy
 from poe_models.module_names import not_drawn, with_names
 from poe_models.posterior import Posterior
 from poe_models.span import SpanStatistics
 from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
+from poe_models.weights.unmatched import nearest_part
 
 Steps = Callable[[str], Callable[[int, int], None]]
 _COLDEST = 1e-12  # temperature below which errors within a sampler are put down to it

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diagnostics.predictions.model_scores import ModelScores
     from inference.models.tasks import Task
 
-__all__ = ["EvaluationConfig", "evaluate", "load_evaluation", "score", "write_csv"]
+__all__ = ["EvaluationConfig", "evaluate", "load_evaluation", "score"]
 
 MEMBERS, RECORD = "ensemble.json", "poe_merge.json"
 
@@ -219,13 +219,3 @@ def _members(source: str) -> str | list[Path]:
             f"{source}: an ensemble of deltas, which are no models of their own. Write it with `--format checkpoints`."
         )
     return sorted(folder for folder in record.parent.glob("member-*") if folder.is_dir())
-
-
-def write_csv(found: ModelScores | FunctionalScore, out: Path) -> Path:
-    """Write the table of scores, whole or not at all; one that is there is replaced."""
-    from inference.models.disk import replace_file
-
-    target = out.expanduser().resolve()
-    table = found.to_dataframe()
-    replace_file(target, lambda path: table.to_csv(path, index=table.index.name is not None), "run again")
-    return target

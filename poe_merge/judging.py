@@ -11,6 +11,7 @@ import typer
 from poe_merge import console as show
 from poe_merge import documents
 from poe_merge.arguments import AllowCode, AsJson, Config, Csv, Tasks, opened
+from poe_merge.csv_tables import write_csv
 from poe_merge.flags import with_flags
 from poe_merge.presets import PRESETS
 from poe_merge.progress import Bars
@@ -84,7 +85,7 @@ def evaluate(
     settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
     with Bars() as bars:
         found = evaluation.evaluate(settings, folders, bars.steps("evaluating"))
-    written = None if csv is None else evaluation.write_csv(found, csv)
+    written = None if csv is None else write_csv(found.to_dataframe(), csv)
     if as_json:
         documents.show(documents.scores(found))
     else:
@@ -106,7 +107,7 @@ def score(
     settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
     with Bars() as bars:
         found = evaluation.score(settings, folders, bars.steps("scoring"))
-    written = None if csv is None else evaluation.write_csv(found, csv)
+    written = None if csv is None else write_csv(found.to_dataframe(), csv)
     if as_json:
         documents.show(documents.divergences(found))
     else:

@@ -133,6 +133,7 @@ def sample(
         if resume and staging.has(_DRAWN):
             drawn = _drawn_before(staging, asked)
         else:
+            task_vectors.refuse_copies()
             drawn = (
                 _draw(task_vectors, designs, what, statistics, bars)
                 if span is None

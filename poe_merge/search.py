@@ -355,15 +355,6 @@ def search(
     return found, report
 
 
-def write_trials(result: SearchResult, out: Path) -> Path:
-    """Write all trials as CSV, whole or not at all; a file that is there is replaced."""
-    from inference.models.disk import replace_file
-
-    target = out.expanduser().resolve()
-    replace_file(target, lambda path: result.to_dataframe().to_csv(path, index=False), "run again")
-    return target
-
-
 def _values(each: RangeSection) -> Range | Choice:
     from inference.search import Choice, Range
 

@@ -293,6 +293,11 @@ def bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:
 
 def _checked(factor: FactorExpert, *arguments: Tensor | dict[str, Tensor], shape: Sequence[int]) -> Tensor:
     energy = factor.function(*arguments)
+    if not isinstance(energy, Tensor):
+        raise ValueError(
+            f"factor expert {factor.name!r} returned {type(energy).__name__}, expected a tensor of energies in nats, "
+            f"{tuple(shape)}. Return it from its function, computed with torch."
+        )
     if energy.shape != torch.Size(shape):
         raise ValueError(
             f"factor expert {factor.name!r} returned shape {tuple(energy.shape)}, but leading dimensions are "

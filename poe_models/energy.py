@@ -130,6 +130,40 @@ class Energy(ABC):
         return Gaussian(precision=2.0 * at_zero)
 
 
+def require_slope(energy: Energy) -> None:
+    """Refuse an energy whose derivative by automatic differentiation is not that of its values.
+
+    One that is 0 everywhere pulls nothing, and one that is wrong at some residuals leads to no minimum. Judged at 25
+    residuals by differences of values, so that a kink or a jump at a single one does no harm.
+
+    Args:
+        energy: Any energy; one whose weights are written out is judged by its values alone.
+
+    Raises:
+        ValueError: If it carries no gradient, or the wrong one.
+    """
+    energy = energy.for_dimension(torch.tensor(2.0, dtype=torch.float64))
+    q = torch.logspace(-3, 3, 25, dtype=torch.float64)
+    slope, step = derivative(energy.rho, q).double(), 0.01 * q
+    if not bool((slope != 0).any()):
+        raise ValueError(
+            f"the derivative of `rho` is 0 at every q, so that nothing would pull. {_WITH_TORCH}; a step function has "
+            "no slope."
+        )
+    with torch.no_grad():
+        risen = (energy.rho(q + step).double() - energy.rho(q - step).double()) / (2 * step)
+    wrong = (risen - slope).abs() > 0.05 * torch.maximum(risen.abs(), slope.abs()) + 1e-8
+    if int(wrong.sum()) > 2:
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"the derivative of `rho` at q = {float(q[at]):.3g} is {float(slope[at]):.3g}, but its values rise by "
+            f"{float(risen[at]):.3g} per unit there. {_WITH_TORCH}."
+        )
+
+
+_WITH_TORCH = "Compute it from `q` with torch, without `.detach()`, `.item()` or NumPy"
+
+
 @dataclass(frozen=True)
 class Gaussian(Energy):
     """``rho(q) = precision * q / 2``; a precision of 1 is the standard Gaussian, twins have others."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.energies import Cauchy, Energy
+from poe_models.energy import require_slope
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
 
@@ -72,6 +73,7 @@ class Expert:
     def __post_init__(self) -> None:
         for name, kind in (("residual_map", ResidualMap), ("energy", Energy), ("scale", Scale)):
             _require_kind("Expert", name, getattr(self, name), kind)
+        _require_slope(self.name, self.energy)
         if not 0 < self.importance < math.inf:
             raise ValueError(
                 f"`Expert({self.name!r}, importance={self.importance})`: importance must be positive and finite; "
@@ -89,6 +91,15 @@ class Expert:
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:
         return ProductOfExperts((self,)) * other
+
+
+def _require_slope(name: str, energy: Energy) -> None:
+    if type(energy).weight is not Energy.weight:  # written out; else by automatic differentiation
+        return
+    try:
+        require_slope(energy)
+    except ValueError as error:
+        raise ValueError(f"`Expert({name!r}, energy={energy!r})`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -137,17 +148,21 @@ class FactorExpert:
                 f"`FactorExpert({self.name!r}, coordinates={self.coordinates!r}, scope={self.scope!r})`: coordinates "
                 "are 'update' or 'span', scope is 'module', 'model' or 'examples'."
             )
-        if (self.scope == "examples") != (self.examples > 0):
+        if not isinstance(self.name, str) or not callable(self.function):
+            raise ValueError(
+                f"`FactorExpert({self.name!r}, {self.function!r})`: give a name, and a function that returns energies."
+            )
+        if type(self.examples) is not int or (self.scope == "examples") != (self.examples > 0):
             raise ValueError(
                 f"`FactorExpert({self.name!r}, scope={self.scope!r}, examples={self.examples})`: scope 'examples' "
                 "needs their number, one or more, and the others have none."
             )
         for field_name in ("subsample_size", "batch_size"):
             size = getattr(self, field_name)
-            if size is not None and not 0 < size <= self.examples:
+            if size is not None and (type(size) is not int or not 0 < size <= self.examples):
                 raise ValueError(
-                    f"`FactorExpert({self.name!r}, {field_name}={size})`: it must be between 1 and the number of "
-                    f"examples, {self.examples}."
+                    f"`FactorExpert({self.name!r}, {field_name}={size})`: it must be a whole number between 1 and "
+                    f"that of the examples, {self.examples}."
                 )
 
     def __mul__(self, other: Expert | FactorExpert | Anchor | ProductOfExperts) -> ProductOfExperts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,16 @@ def test_what_is_there_is_kept_on_request_only(folder: Path, capsys: pytest.Capt
 def test_bad_tasks_are_one_error(tasks: str, error: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["activations", *MODELS, "--tasks", tasks, "--submodule", "body", "--out", "moments"]) == 2
     assert error in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_limit_of_files_is_one_error_and_the_run_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["activations", *MODELS, "--tasks", "mine.py", "--submodule", "body", "--out", "moments"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        assert run(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "one.safetensors would be larger than files may be here" in capsys.readouterr().err
+    assert [path.name for path in Path("moments").iterdir()] == ["activations.json"]
+    assert run([*command, "--resume"]) == 0

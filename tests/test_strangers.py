@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -18,6 +19,7 @@ from diagnostics.predictions.evaluation import evaluate_predictions
 from diagnostics.predictions.files import predictions_of
 from diagnostics.report.report import report
 from poe_merge.cli import run
+from poe_merge.csv_tables import write_csv
 from poe_merge.yaml_text import YamlError, read
 from poe_models.printing import visible
 from poe_models.weights.json_files import read_object
@@ -198,3 +200,13 @@ def test_names_do_not_reach_the_terminal_raw(cli: Cli, generator: torch.Generato
         assert harmless(err), command
     assert "not converged" in said["merge"][2]
     assert r"\x1b[2J" in said["merge"][2]
+
+
+def test_names_do_not_reach_a_table_raw(tmp_path: Path) -> None:
+    table = pd.DataFrame({HOSTILE: [1.5, None], "task": [HOSTILE, "ä"]}, index=pd.Index([HOSTILE, "b"], name="model"))
+    written = pd.read_csv(write_csv(table, tmp_path / "table.csv"), index_col="model")
+    shown = visible(HOSTILE)
+    assert written.columns.tolist() == [shown, "task"]
+    assert written.index.tolist() == [shown, "b"]
+    assert written["task"].tolist() == [shown, "ä"]
+    assert harmless((tmp_path / "table.csv").read_text())

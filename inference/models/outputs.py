@@ -56,13 +56,27 @@ def called(model: nn.Module, batch: Any) -> Tensor:
         _check_arguments(model, inputs)
         output = model(**inputs)
     else:
-        output = model(inputs)
+        output = _called_with(model, inputs)
     if isinstance(output, Tensor) and output.ndim > 2:
         raise ValueError(
             f"`predict(...)`: the model gives a tensor {tuple(output.shape)}, which may be logits of tokens or a "
             f"hidden state. Give {_FORWARD} that returns logits (b, classes) or (b, tokens, classes)."
         )
     return tensor_of(output)
+
+
+def _called_with(model: nn.Module, inputs: Any) -> Any:
+    """The output for a tensor; anything else that the model does not take is one error."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    try:
+        return model(inputs)
+    except (TypeError, AttributeError) as error:
+        given, taker = type(inputs).__name__, type(model).__name__
+        raise ValueError(
+            f"`predict(...)`: a batch is of type {given}, with which `{taker}` cannot be called: {error}. "
+            f"Give {_FORWARD} that calls the model with the batch's tensors."
+        ) from error
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -248,7 +248,7 @@ def _opened(
     except Exception as error:  # of any database driver
         raise StudyError(
             f"the storage {storage} cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}. Give a "
-            "URL such as sqlite:///study.db of a place that exists."
+            "URL such as sqlite:///study.db of a place that exists, may be written and has space."
         ) from error
     study.sampler = _sampler(space, sampler, trials, seed + 1000 * worker + len(study.trials))
     if sampler != "grid" and not study.trials and worker == 0:

@@ -18,7 +18,7 @@ from poe_models.weights.loading import same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import RuleTable, Treatment
 
-_SHOWN, _IN_A_RULE = 5, 100
+_SHOWN, _IN_A_RULE, _DEEPEST = 5, 100, 12
 
 
 def refuse_misfits(
@@ -35,7 +35,7 @@ def refuse_misfits(
     """
     problems: list[tuple[str, str]] = []
     for expert, checkpoint in experts.items():
-        _refuse_foreign_names(base, expert, checkpoint)
+        _refuse_foreign_names(base, expert, checkpoint, treatments)
         refuse_other_architecture(base, expert, checkpoint)
         if same_weights(checkpoint, base):
             raise CheckpointError(
@@ -58,42 +58,55 @@ def refuse_misfits(
         )
 
 
-def _refuse_foreign_names(base: Checkpoint, expert: str, checkpoint: Checkpoint) -> None:
-    """Refuse an expert none of whose names is the base's: rules would only leave the base."""
-    known = {*base.tensors, *base.aliases}
-    if not known.isdisjoint({*checkpoint.tensors, *checkpoint.aliases}):
+def _refuse_foreign_names(
+    base: Checkpoint, expert: str, checkpoint: Checkpoint, treatments: Mapping[str, Treatment]
+) -> None:
+    """Refuse an expert whose names differ from the base's by a part, or are all others: rules would leave the base.
+
+    Some names may be shared, as a head that was never below the wrapper.
+    """
+    known, theirs = {*base.tensors, *base.aliases}, {*checkpoint.tensors, *checkpoint.aliases}
+    missing, extra, shared = known - theirs, theirs - known, not known.isdisjoint(theirs)
+    if shared:
+        missing -= {name for name, treatment in treatments.items() if treatment.action == "base"}
+    part = _part(missing, extra)
+    if not missing or not extra or (part is None and shared):
         return
-    prefix = _prefix(known, checkpoint.tensors)
-    if prefix is not None:
-        ours, theirs = ("lack", "have") if prefix[1] else ("have", "lack")
+    if part is not None:
+        text, of_expert = part
+        has, lacks = ("have", "lack") if of_expert else ("lack", "have")
         way = (
-            f"its names {theirs} {prefix[0]!r} in front, which the base's {ours}: one of them was saved from a wrapped "
-            f"or a bare model. Save it again with the base's names: {{{_renaming(*prefix)}: tensor for name, tensor in "
-            "state_dict.items()}"
+            f"its names {has} {text!r} in them, which the base's {lacks}: one of them was saved from a wrapped or a "
+            f"bare model. Save it again with the base's names, `base` being the base's state dict: "
+            f"{_renaming(text, of_expert)}"
         )
     else:
         way = "give a model that was fine-tuned from this base"
     raise CheckpointError(
-        f"`TaskVectors(base, experts)`: expert {expert!r}: none of its tensors ({next(iter(checkpoint.tensors))!r}, "
-        f"...) has a name of {base.source} ({next(iter(base.tensors))!r}, ...); {way}."
+        f"`TaskVectors(base, experts)`: expert {expert!r}: {len(extra)} of its {len(theirs)} tensors ({min(extra)!r}, "
+        f"...) have no name of {base.source} ({min(missing)!r}, ...); {way}."
     )
 
 
-def _prefix(base: Collection[str], expert: Collection[str]) -> tuple[str, bool] | None:
-    """The prefix by which most names differ (one may have a head more), and whether it is the expert's."""
+def _part(base: Collection[str], expert: Collection[str]) -> tuple[str, bool] | None:
+    """The part of names, in front or in between, by which most of them differ, and whether the expert has it."""
     for short, long, of_expert in ((base, expert, True), (expert, base, False)):
-        known = set(short)
-        ends = ((name, dot.end()) for name in long for dot in re.finditer(r"\.", name))
-        found = Counter(name[:end] for name, end in ends if name[end:] in known)
+        known, found = set(short), Counter[str]()
+        for name in long:
+            cuts = [0, *(dot.end() for dot in re.finditer(r"\.", name))][:_DEEPEST]
+            found.update({name[i:j] for i, j in combinations(cuts, 2) if name[:i] + name[j:] in known})
         if found:
-            prefix, count = found.most_common(1)[0]
+            part, count = found.most_common(1)[0]
             if 2 * count > min(len(short), len(long)):
-                return prefix, of_expert
+                return part, of_expert
     return None
 
 
-def _renaming(prefix: str, of_expert: bool) -> str:
-    return f"name.removeprefix({prefix!r})" if of_expert else f"{prefix!r} + name"
+def _renaming(part: str, of_expert: bool) -> str:
+    """Python that gives an expert's state dict the base's names."""
+    if of_expert:
+        return f"{{name if name in base else name.replace({part!r}, '', 1): state_dict[name] for name in state_dict}}"
+    return f"{{name: state_dict[name if name in state_dict else name.replace({part!r}, '', 1)] for name in base}}"
 
 
 def suggested_rule(*names: str) -> str:

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ from poe_models.weights.checkpoint import (
 from poe_models.weights.lora_names import Renaming, find_renaming, refuse_untied, sort_keys
 from poe_models.weights.patterns import PatternError, pattern
 from poe_models.weights.rules import CONV1D_TYPES, DEFAULT_RULES, model_type_of
+from poe_models.weights.unmatched import nearest_part
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile
 
 T = TypeVar("T")
@@ -143,6 +145,17 @@ class LoraSettings:
         """Rank that the factors of a module, named as in the model that was trained, must have."""
         return _from_pattern(self.rank_pattern, module, self.rank)
 
+    def warn_of_unmatched(self, path: Path, modules: Collection[str]) -> None:
+        """Warn of patterns for ranks and alphas that fit none of the adapter's modules."""
+        for table in ("rank_pattern", "alpha_pattern"):
+            unused = [key for key in getattr(self, table) if not any(_fits(key, module) for module in modules)]
+            for key in unused:
+                warnings.warn(
+                    f"{path}: {key!r} of `{table}` fits none of the adapter's {len(modules)} modules, so that it "
+                    f"changes nothing. {nearest_part(key, modules)}Correct the config, or remove the entry.",
+                    stacklevel=5,
+                )
+
     def scaling_of(self, module: str) -> float:
         """Factor on B @ A of a module: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
         rank = self.rank_of(module)
@@ -150,12 +163,17 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def _from_pattern(table: Mapping[str, T], module: str, default: T) -> T:
-    """Look a module up as PEFT does: the first key that matches the end of its name, as a regular expression."""
+def _fits(key: str, module: str) -> bool:
+    """Whether PEFT takes a key of a pattern for a module: the end of its name is one, as a regular expression."""
     try:
-        return next((value for key, value in table.items() if pattern(rf"(.*\.)?({key})$").match(module)), default)
+        return pattern(rf"(.*\.)?({key})$").match(module)
     except PatternError as error:
         raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def _from_pattern(table: Mapping[str, T], module: str, default: T) -> T:
+    """Look a module up as PEFT does: the first key that fits it."""
+    return next((value for key, value in table.items() if _fits(key, module)), default)
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -275,6 +293,7 @@ class LoraCheckpoint(Checkpoint):
         pairs = [self._pair(module, sides, renaming, settings) for module, sides in factors.items()]
         self._pairs = {pair.tensor: pair for pair in pairs}
         self._full = {renaming.tensor(name, base): key for name, key in full.items()}
+        settings.warn_of_unmatched(config, factors)
         refuse_untied(path, {pair.tensor: pair.a.name for pair in pairs}, self._full, base)
         replaced = {name: replace(self._file.info(key), name=name) for name, key in self._full.items()}
         self.tensors = {**base.tensors, **replaced}

@@ -12,8 +12,6 @@ torch.Size([1, 2, 3])
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,14 +164,13 @@ class ModuleStatistics:
                     f"`save({str(folder)!r})`: {file} is there already. Remove it, or choose another."
                 )
             tensors = {module: checkpoint.read(module).cpu().contiguous() for module in checkpoint.tensors}
-            handle, partial = tempfile.mkstemp(dir=target, suffix=".partial")
-            os.close(handle)
+            partial = file.with_name(f"{file.name}.partial")  # what a killed run has left of it is written over
             try:
                 save_file(tensors, partial, metadata={**checkpoint.aliases, _KEY: self.kind})
-                Path(partial).chmod(0o644)
-                Path(partial).rename(file)
+                partial.chmod(0o644)
+                partial.rename(file)
             finally:
-                Path(partial).unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
         return target
 
     def digest(self) -> str:

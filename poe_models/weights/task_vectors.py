@@ -29,6 +29,7 @@ from poe_models.weights.rules import (
     first_convolution,
     model_type_of,
 )
+from poe_models.weights.unmatched import warn_of_rules
 from poe_models.weights.views import View
 
 Source = str | Path | Mapping[str, Tensor] | Checkpoint
@@ -122,6 +123,7 @@ class TaskVectors:
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
         _refuse_equal_names(self.base, self.treatments)
         warn_of_one_model(self.experts)
+        warn_of_rules(self.base, self.unused_rules, self.treatments)
         if dtype is None:
             self._warn_of_float64()
 

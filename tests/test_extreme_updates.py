@@ -1,0 +1,34 @@
+"""Updates whose fourth power leaves their dtype's range: merged in units of their own, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference import fixed_point
+from poe_merge import merge
+from poe_models import Balanced, ProductOfExperts, TaskVectors
+
+CASES = [(torch.float32, 1e-15), (torch.float32, 1e15), (torch.float64, 1e-150), (torch.float64, 1e150)]
+
+
+def scaled(size: float, dtype: torch.dtype, generator: torch.Generator) -> tuple[TaskVectors, Tensor]:
+    updates = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    experts = {name: {"fc.weight": update * size} for name, update in zip("ab", updates, strict=True)}
+    return TaskVectors({"fc.weight": torch.zeros(4, 4, dtype=dtype)}, experts, dtype=dtype), updates
+
+
+@pytest.mark.parametrize(("dtype", "size"), CASES)
+def test_a_bound_posterior_refuses_them_and_a_merge_does_them(
+    dtype: torch.dtype, size: float, generator: torch.Generator
+) -> None:
+    vectors, updates = scaled(size, dtype, generator)
+    poe = ProductOfExperts.of(vectors.names, scale=Balanced(1.0))
+    with pytest.raises(
+        ValueError, match=r"expert 'a' in 'fc.weight'.* fourth power .* cannot hold. Divide all updates"
+    ):
+        fixed_point(poe.bind(next(iter(vectors))))
+    wanted = fixed_point(poe.bind(updates.unsqueeze(0))).value[0]  # the remedy: divided, and multiplied afterwards
+    got = merge(vectors, poe)["fc.weight"] / size
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

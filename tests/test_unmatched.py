@@ -1,0 +1,80 @@
+"""Patterns that fit nothing, and names that differ by a prefix, are said in Python as in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poe_models import DEFAULT_RULES, CheckpointError, TaskVectors
+from poe_models.weights.loading import open_checkpoint
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def base(generator: torch.Generator) -> State:
+    names = ("body.0.attn.weight", "body.0.mlp.weight", "body.1.attn.weight", "body.1.mlp.weight", "head.weight")
+    return {name: torch.randn(3, 3, generator=generator) for name in names}
+
+
+def moved(state: State) -> State:
+    return {name: value + 1.0 for name, value in state.items()}
+
+
+def test_a_rule_that_fits_nothing_is_warned_about(base: State) -> None:
+    rules = DEFAULT_RULES.extended([{"match": r"^body\.\d\.atn", "action": "base"}])
+    with pytest.warns(
+        UserWarning, match=r"the rule .*atn, action: base} fits no tensor of the base. Did you mean `attn`"
+    ):
+        TaskVectors(base, {"x": moved(base)}, rules)
+
+
+def test_rules_that_keep_everything_are_warned_about(base: State) -> None:
+    rules = DEFAULT_RULES.extended([{"match": "weight", "action": "base"}])
+    with pytest.warns(UserWarning, match=r"the rules keep all 5 tensors of the base, .*so that the merge is the base"):
+        TaskVectors(base, {"x": moved(base)}, rules)
+
+
+def adapter(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    factors = {f"base_model.model.body.0.attn.lora_{side}.weight": torch.ones(3, 3) for side in "AB"}
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
+def test_an_adapters_pattern_that_fits_nothing_is_warned_about(table: str, base: State, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=rf"'atn' of `{table}` fits none of the adapter's 1 modules.*mean `attn`"):
+        found = open_checkpoint(adapter(tmp_path / "lora", **{table: {"atn": 6}}), open_checkpoint(base))
+    torch.testing.assert_close(found.read("body.0.attn.weight"), base["body.0.attn.weight"] + 3.0)
+
+
+WRAPPED: list[Callable[[State], State]] = [
+    lambda state: {f"module.{name}": value for name, value in state.items()},
+    lambda state: {name if "head" in name else f"transformer.{name}": value for name, value in state.items()},
+    lambda state: {name.replace("body.", "body._checkpoint_wrapped_module."): value for name, value in state.items()},
+    lambda state: {name.replace("attn", "_orig_mod.attn"): value for name, value in state.items()},
+]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("which", ["expert", "base"])
+def test_names_of_wrapped_models_are_renamed_as_the_error_says(
+    which: str, wrapped: Callable[[State], State], base: State
+) -> None:
+    ours, theirs = (base, wrapped(moved(base))) if which == "expert" else (wrapped(base), moved(base))
+    with pytest.raises(CheckpointError, match="in them, which the base's") as told:
+        TaskVectors(ours, {"x": theirs})
+    text = str(told.value)
+    remedy = text[text.index("state dict: {") + len("state dict: ") : text.rindex("}") + 1]
+    renamed = eval(remedy, {"state_dict": theirs, "base": ours})
+    assert renamed.keys() == ours.keys()
+    assert [treatment.action for treatment in TaskVectors(ours, {"x": renamed}).treatments.values()] == ["merge"] * 5
