@@ -20,27 +20,15 @@ from benchmarks.decoder.bench import Bench, run, scores, tuned
 from benchmarks.decoder.ensemble import NAME, ensemble
 from benchmarks.decoder.merges import ETA, Merger
 from benchmarks.decoder.report import page, write_csv
-from benchmarks.decoder.train import Recipe, make_suite
+from benchmarks.decoder.train import Recipe
 from benchmarks.folders import key_of
 from benchmarks.harness.outcomes import Budget
 from benchmarks.harness.training import accuracy_table
-from benchmarks.language.tasks import SplitSizes
-from benchmarks.registry import command_line
+from benchmarks.registry import command_line, load, recipe_of
 
 SCALINGS = (0.5, 1.0, 1.5, 2.5)
 MOST_TESTS = 100
 """Test prompts of a task that the short form judges by: a CPU reads them once for each of thirty rows."""
-FULL = SplitSizes(test=1000, validation=300, shots=1, train=6000)
-
-
-def recipe_of(seed: int, full: bool) -> Recipe:
-    """How the experts are made.
-
-    Args:
-        seed: Of the order of the training prompts, and of LoRA's first factors.
-        full: All blocks and more prompts.
-    """
-    return Recipe(seed=seed, blocks=None, sizes=FULL) if full else Recipe(seed=seed)
 
 
 def main() -> None:
@@ -52,13 +40,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64, help="training prompts of each task that RegMean sees")
     parser.add_argument("--full", action="store_true", help="all blocks tuned, on more prompts")
     parser.add_argument("--device", default="cpu", help="where models run and updates are merged")
-    parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the suites' caches (default: the user's)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     warnings.filterwarnings("ignore", message=".*standard deviations of the draws from the merge", category=UserWarning)
     console, started = Console(), time.perf_counter()
-    recipe = recipe_of(arguments.seed, arguments.full)
-    suite = make_suite(recipe, arguments.cache, console, arguments.device)
+    recipe = recipe_of("decoder", arguments.seed, arguments.full)
+    assert isinstance(recipe, Recipe)
+    suite = load("decoder", recipe, arguments.cache, console, arguments.device)
     console.print(accuracy_table(suite))
     suite = suite.limited(None, None if arguments.full else MOST_TESTS)
 

@@ -137,8 +137,8 @@ def forms_note(entries: Sequence[Entry]) -> str:
         "A merge in the space of the factors is an adapter of rank N r at most, which peft loads. *Adapter against "
         "dense* is the relative Frobenius distance of all its updates from the merge of whole matrices, "
         f"{farthest:.1e} at most: what the adapter's float32 leaves. *Error of cutting* is the same between the "
-        "adapter and its best approximation of the experts' rank, which the rows above judge, too. Seconds are of the merge in float64, of "
-        "an adapter with reading its inputs and writing its files."
+        "adapter and its best approximation of the experts' rank, which the rows above judge, too. Seconds are of the "
+        "merge in float64, of an adapter with reading its inputs and writing its files."
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from benchmarks.language.tasks import SplitSizes
 
 AT_ONCE = 16
 """Prompts at a time on their way through the blocks that no adapter changes."""
+FULL = SplitSizes(test=1000, validation=300, shots=1, train=6000)
+"""More prompts of every kind, for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ class Recipe(training.Recipe):
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             layers_to_transform=None if self.blocks is None else list(range(total - self.blocks, total)),
         )
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
+            return peft.get_peft_model(model, config)
 
     @override
     def loss(self, model: Any, head: Head, task: Any, features: Tensor, labels: Tensor) -> Tensor:
