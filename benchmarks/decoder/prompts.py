@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -21,7 +22,7 @@ class Split(tasks.Split):
     hidden: Tensor | None = None
 
     @override
-    def take(self, rows: Tensor) -> Split:
+    def take(self, rows: Tensor) -> Self:
         """The prompts in these rows."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Split(*(None if value is None else value[rows] for value in values))  # type: ignore[arg-type]
+        values: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        return type(self)(*(None if value is None else value[rows] for value in values))

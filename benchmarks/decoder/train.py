@@ -85,7 +85,9 @@ class Recipe(training.Recipe):
 
     @override
     def save(self, model: Any, folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
-        """Save the adapter as `adapter`, and the model that it makes as `expert`."""
+        """Save the adapter of a causal LM as `adapter`, and the model that it makes as `expert`."""
+        for each in model.peft_config.values():
+            each.task_type, each.base_model_name_or_path = peft.TaskType.CAUSAL_LM, None
         model.save_pretrained(folder / "adapter")
         merged = model.cpu().merge_and_unload()
         state = {name: value.detach().contiguous() for name, value in merged.state_dict().items() if name != TIED}
