@@ -24,5 +24,6 @@ class Split(tasks.Split):
     @override
     def take(self, rows: Tensor) -> Self:
         """The prompts in these rows."""
-        values: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        return type(self)(*(None if value is None else value[rows] for value in values))
+        values = (getattr(self, field.name) for field in fields(self))
+        taken: list[Any] = [None if value is None else value[rows] for value in values]
+        return type(self)(*taken)
