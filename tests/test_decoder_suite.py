@@ -26,7 +26,7 @@ from inference.models.adapters import merge_adapters
 from poe_models import ProductOfExperts, TaskVectors
 from poe_models.weights.loading import open_checkpoint
 from tests.helpers import assert_close
-from tests.toy_decoder import decoder_suite
+from tests.toy_decoder import RECIPE, decoder_suite
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,14 @@ def test_both_forms_of_a_merge_predict_the_same(suite: Suite, tmp_path: Path) ->
     one, other = task_logits(suite, tmp_path / "dense", "test"), task_logits(suite, state, "test")
     for name in suite.tasks:
         assert_close(one[name], other[name], 1e-4)
+
+
+def test_all_blocks_can_be_tuned(tmp_path: Path) -> None:
+    suite = decoder_suite(tmp_path, replace(RECIPE, blocks=None, epochs=1))
+    base, expert = (load_file(f / "model.safetensors") for f in (suite.base, suite.experts["one"]))
+    changed = {name for name, value in base.items() if not torch.equal(value, expert[name])}
+    assert changed == {f"model.layers.{n}.self_attn.{each}_proj.weight" for n in range(2) for each in "qkvo"}
+    assert not list(tmp_path.glob("states-*"))
 
 
 def test_prompts_keep_the_question() -> None:

@@ -35,10 +35,10 @@ def decoder_task(name: str, seed: int) -> Task:
     return Task(name, ("even", "odd"), parts, 0, f"toy {seed}", (3 + seed, 9))
 
 
-def decoder_suite(folder: Path) -> Suite:
+def decoder_suite(folder: Path, recipe: Recipe = RECIPE) -> Suite:
     """Base, two tasks, and their experts."""
     torch.manual_seed(seed_of(0))
     state = {name: value for name, value in LlamaForCausalLM(CONFIG).state_dict().items() if name != TIED}
     save_folder(folder / "base", state, {**CONFIG.to_dict(), "architectures": ["LlamaForCausalLM"]})
     tasks = {name: decoder_task(name, seed) for seed, name in enumerate(("one", "two"))}
-    return suite_of(folder / "base", tasks, {}, RECIPE, folder, Console(quiet=True), torch.device("cpu"))
+    return suite_of(folder / "base", tasks, {}, recipe, folder, Console(quiet=True), torch.device("cpu"))

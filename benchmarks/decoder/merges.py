@@ -85,7 +85,7 @@ class Merger:
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
-        """Tensors of the base that adapters change, on the suite's device."""
+        """Tensors of the base that adapters change, on the CPU."""
         opened, found = open_checkpoint(self.suite.base), dict[str, Tensor]()
         for folder in adapters(self.suite).values():
             adapter = open_checkpoint(folder, base=opened)
