@@ -22,7 +22,7 @@ from benchmarks.decoder.merges import ETA, Merger
 from benchmarks.decoder.report import page, write_csv
 from benchmarks.decoder.train import Recipe
 from benchmarks.folders import key_of
-from benchmarks.harness.outcomes import Budget
+from benchmarks.harness.outcomes import KINDS, LAPLACE, Budget
 from benchmarks.harness.training import accuracy_table
 from benchmarks.registry import command_line, load, recipe_of
 
@@ -59,7 +59,8 @@ def main() -> None:
     entries = list(run(Bench(merger, SCALINGS, recipe.rank), kept, tell))
     found = scores(suite, entries, reference=tuned("task arithmetic"), seed=arguments.seed)
     scaling = next(entry.facts["scaling"] for entry in entries if entry.name == NAME)
-    budget = Budget(members=10 if arguments.full else 5, refinements=0, everywhere=())
+    kinds = KINDS if arguments.full else (LAPLACE,)
+    budget = Budget(members=10 if arguments.full else 5, refinements=0, everywhere=(), last=kinds)
     drawn = ensemble(merger, scaling, budget, lambda done, total: tell(f"ensembles {done} of {total}"))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     text = page(suite, entries, found, drawn, command_line("benchmarks.decoder", parser, arguments))

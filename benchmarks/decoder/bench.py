@@ -191,9 +191,10 @@ def run(bench: Bench, folder: Path, tell: Callable[[str], None]) -> Iterator[Ent
         The entries.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    judge = Judge(bench.suite)
+    judge = None
     for name, make in bench.entries.items():
         if not entry_file(folder, name).exists():
+            judge = judge or Judge(bench.suite)
             make(judge).save(folder)
         tell(name)
         yield Entry.read(entry_file(folder, name))
