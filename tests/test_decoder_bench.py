@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from benchmarks.decoder.ensemble import ensemble
 from benchmarks.decoder.merges import FACTORED, REGMEAN, Merger
 from benchmarks.decoder.model import DecoderNetwork
 from benchmarks.decoder.report import page, pairs, write_csv
-from benchmarks.harness.outcomes import Budget
+from benchmarks.harness.outcomes import LAPLACE, Budget
 from benchmarks.harness.suite import Suite
 from poe_models.weights.loading import open_checkpoint
-from tests.toy_decoder import decoder_suite
+from tests.toy_decoder import RECIPE, decoder_suite
 
 SCALINGS = (0.5, 1.0, 2.0)
 
@@ -121,9 +122,17 @@ def test_what_is_kept_is_not_made_again(
         list(run(Bench(merger, SCALINGS, 2), tmp_path, lambda _: None))
 
 
+def test_draws_run_the_blocks_before_the_last_once(tmp_path: Path) -> None:
+    whole = Merger(decoder_suite(tmp_path, replace(RECIPE, blocks=None, epochs=1)), 16, 0)
+    budget = Budget(members=2, temperatures=2, refinements=0, everywhere=(), last=(LAPLACE,))
+    text = ensemble(whole, 1.0, budget, lambda *_: None)
+    assert "| Laplace | last layer |" in text
+
+
 def test_the_page_has_every_row_and_pair(suite: Suite, merger: Merger, entries: list[Entry], tmp_path: Path) -> None:
     found = scores(suite, entries, reference=tuned("task arithmetic"), seed=0)
-    drawn = ensemble(merger, 1.0, Budget(members=2, temperatures=2, refinements=0, everywhere=()), lambda *_: None)
+    budget = Budget(members=2, temperatures=2, refinements=0, everywhere=(), last=(LAPLACE,))
+    drawn = ensemble(merger, 1.0, budget, lambda *_: None)
     text = page(suite, entries, found, drawn, "python -m benchmarks.decoder")
     for name in found.models:
         assert f"| {name} | {found.score(name, 'accuracy').value:.3f} [" in text
@@ -131,6 +140,7 @@ def test_the_page_has_every_row_and_pair(suite: Suite, merger: Merger, entries: 
         assert f"| {one} minus {two} |" in text
     for kind in ("MAP", "MAP, scaled logits", "Laplace", "Laplace, scaled logits"):
         assert f"| {kind} |" in text
+    assert "| Gibbs |" not in text
     write_csv(tmp_path / "decoder.csv", found)
     lines = (tmp_path / "decoder.csv").read_text().splitlines()
     assert len(lines) == 1 + len(found.models) * 2 * 5

@@ -103,12 +103,12 @@ class DecoderNetwork:
     @property
     def last_layer(self) -> str:
         """The last matrix of the last block that adapters change: that of its attention's output."""
-        return rf"{re.escape(self.cut)}\.o_proj"
+        return rf"{re.escape(self.cut)}\.self_attn\.o_proj"
 
     @property
     def cut(self) -> str:
-        """The module that this matrix is in."""
-        return f"model.layers.{int(str(self.config['num_hidden_layers'])) - 1}.self_attn"
+        """The block that this matrix is in: what comes before it also goes around the attention."""
+        return f"model.layers.{int(str(self.config['num_hidden_layers'])) - 1}"
 
     @cached_property
     def embedding(self) -> Tensor:
