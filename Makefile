@@ -69,13 +69,16 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_few
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_sampling
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoder
 
-# On a machine with a GPU: the tests that need one, then the tables of it and both suites at full size. Where the packages are installed already, no
-# network is needed: `make gpu BIN=/usr/bin` takes that folder's python, and nothing is installed.
+# On a machine with a GPU: the tests that need one, then the tables of it, and both suites and the decoder at full size. Where the
+# packages are installed already, no network is needed: `make gpu BIN=/usr/bin` takes that folder's python, and nothing
+# is installed.
 gpu: $(if $(filter file,$(origin BIN)),$(STAMP))
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m gpu -n 4 --dist worksteal
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites --full --device cuda
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoder --full --device cuda
 
 # Single edits of the core and whether the tests notice them; half an hour, so not part of CI.
 mutants: $(STAMP)

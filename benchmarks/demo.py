@@ -21,7 +21,7 @@ from benchmarks.harness.outcomes import GIBBS, NOISE, Budget
 from benchmarks.harness.parallel import cores
 from benchmarks.harness.plan import Plan
 from benchmarks.harness.training import accuracy_table
-from benchmarks.registry import SUITES, load, recipe_of
+from benchmarks.registry import load, recipe_of
 
 _LEFT_OUT = ("DARE-TIES", "WUDI", "both sides", "Student-t")
 PLANS = {
@@ -42,7 +42,7 @@ control do it; MiniLM's eleven million merged weights leave time for fewer metho
 def main() -> None:
     """Merge and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--suite", choices=list(SUITES), default="vision", help="what to merge")
+    parser.add_argument("--suite", choices=list(PLANS), default="vision", help="what to merge")
     parser.add_argument("--out", type=Path, default=None, help="folder for numbers, plots and merged model")
     parser.add_argument("--seed", type=int, default=0, help="of searches, draws and resamples")
     parser.add_argument("--training-seed", type=int, default=0, help="of the experts' training; another trains anew")

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.decoder import train as decoder
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.training import Recipe
 from benchmarks.language import tasks as language_tasks
@@ -17,7 +18,13 @@ from benchmarks.language import train as language
 from benchmarks.vision import tasks as vision_tasks
 from benchmarks.vision import train as vision
 
-SUITES: dict[str, Callable[..., Suite]] = {"vision": vision.make_suite, "language": language.make_suite}
+SUITES: dict[str, Callable[..., Suite]] = {
+    "vision": vision.make_suite,
+    "language": language.make_suite,
+    "decoder": decoder.make_suite,
+}
+USUAL = ("vision", "language")
+"""Suites of a benchmark by itself: the decoder has a page of its own, and takes hours in the others."""
 RECIPES: dict[tuple[str, bool], Callable[[int], Any]] = {
     ("vision", False): lambda seed: vision.Recipe(seed=seed),
     ("vision", True): lambda seed: vision.Recipe(
@@ -27,6 +34,8 @@ RECIPES: dict[tuple[str, bool], Callable[[int], Any]] = {
     ("language", True): lambda seed: language.Recipe(
         seed=seed, sizes=language_tasks.SplitSizes(test=2000, validation=500, train=8000)
     ),
+    ("decoder", False): lambda seed: decoder.Recipe(seed=seed),
+    ("decoder", True): lambda seed: decoder.Recipe(seed=seed, blocks=None, sizes=decoder.FULL),
 }
 """Suite, and whether at full size, to the recipe of a training seed. At full size all splits have more examples."""
 
@@ -71,7 +80,7 @@ def suite_parser(
     page = Path("benchmarks/results") / f"{name}.md"
     parser.add_argument("--out", type=Path, default=page, help="the page; tables are put beside it")
     parser.add_argument("--kept", type=Path, default=Path("out") / name, help="where what is done is kept")
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(USUAL))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(default_seeds), help=f"of training, {seeds}")
     parser.add_argument("--full", action="store_true", help="more examples of every kind in training and tests")
     parser.add_argument("--device", default="cpu", help="where models run and updates are merged")

@@ -4,7 +4,8 @@
 coordinates: ``fixed_point(posterior)`` is its MAP, ``laplace(posterior)`` the Gaussian there, ``gibbs``,
 ``slice_sample`` and ``nuts`` draw from it (``gibbs(posterior, num_samples, generator=...)``), ``log_evidence``
 integrates it, and ``minimize(posterior)`` serves experts that are only a function.
-``merge_checkpoint(task_vectors, poe, out)`` merges a whole model, ``merge(task_vectors, poe)`` in memory.
+``merge_checkpoint(task_vectors, poe, out)`` merges a whole model, ``merge(task_vectors, poe)`` in memory,
+and ``merge_adapters(task_vectors, poe, out)`` adapters into one adapter.
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
@@ -29,6 +30,7 @@ from inference.logit_temperature import fit_ensemble_temperature, fit_logit_temp
 from inference.map import fixed_point, plain_iterates
 from inference.merge_distance import MergeDistance
 from inference.minimize import minimize
+from inference.models.adapters import AdapterReport, merge_adapters
 from inference.models.design import Design
 from inference.models.draw_files import load_draws, save_draws
 from inference.models.ensemble import MemberPredictor, MergedEnsemble, Prediction, ValuePrediction
@@ -49,6 +51,7 @@ from inference.solution import Solution, Status
 from inference.tempering import TemperaturePoint, Tempering, temper, temperature_range
 
 __all__ = [
+    "AdapterReport",
     "DenseLaplace",
     "Design",
     "DesignEvidence",
@@ -92,6 +95,7 @@ __all__ = [
     "load_statistics",
     "log_evidence",
     "merge",
+    "merge_adapters",
     "merge_checkpoint",
     "minimize",
     "noise_control",

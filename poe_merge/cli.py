@@ -79,9 +79,9 @@ def plan(
     designs = designs_of(settings, task_vectors.base)
     planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
     if settings.adapter is not None:
-        from inference.models.adapters import refuse_no_adapter
+        from inference.models.adapters import adapter_bytes, refuse_no_adapter
 
-        refuse_no_adapter(task_vectors, planned)
+        adapters = refuse_no_adapter(task_vectors, planned)
     if as_json:
         documents.show(documents.plan(planned, task_vectors))
         return
@@ -91,7 +91,8 @@ def plan(
 
         show.lines(memory(settings, task_vectors))
     if settings.adapter is not None:
-        show.line("Written as an adapter: memory and sizes above are those of a whole model.")
+        most = show.size(adapter_bytes(planned, adapters, settings.adapter[0], settings.output_dtype))
+        show.line(f"Written as an adapter: {most} at most; memory and sizes above are those of a whole model.")
 
 
 @app.command(cls=ConfiguredCommand)

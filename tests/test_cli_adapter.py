@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from inference.models.adapters import merge_adapters
 from poe_merge.cli import run
+from poe_merge.console import size
 from poe_models import ProductOfExperts, TaskVectors
 from tests.helpers import assert_close
 from tests.test_factor_merge import TARGETS, built
@@ -75,6 +76,20 @@ def test_refusals(
     asked(capsys, "merge", "--out", "whole")
     assert message in asked(capsys, command, *arguments, status=2)
     assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "more"), [("adapter", ()), ("adapter(2)", ()), ("adapter", ("--out-dtype", "bfloat16"))]
+)
+def test_plan_says_what_will_be_written(
+    output: str, more: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = output.replace("(2)", "(rank=2)")
+    said = asked(capsys, "plan", "--output", output, *more)
+    asked(capsys, "merge", "--output", output, *more, "--out", "merged")
+    weights = load_file(folder / "merged" / "adapter_model.safetensors").values()
+    nbytes = sum(tensor.numel() * tensor.itemsize for tensor in weights)
+    assert f"Written as an adapter: {size(nbytes)} at most" in said
 
 
 def test_plan_and_diagnose_know_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

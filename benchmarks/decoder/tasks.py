@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,17 +11,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.archives import fetch
+from benchmarks.decoder.prompts import Split
 from benchmarks.decoder.sources import SMOLLM2
 from benchmarks.folders import key_of
 from benchmarks.harness.splits import load_all, split_rows
 from benchmarks.language import sources
-from benchmarks.language.tasks import Split, SplitSizes
+from benchmarks.language.tasks import SplitSizes
 from benchmarks.language.tasks import Task as TextTask
 from benchmarks.language.texts import READERS
 
-MOST_TOKENS = 40
+MOST_TOKENS = 24
 """Tokens of a text that the network reads at most."""
-VERSION = 1  # raise it when the meaning of a prompt changes
+VERSION = 2  # raise it when the meaning of a prompt changes
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,26 @@ class Prompt:
     Args:
         before: What comes before it.
         after: What comes behind it; the answer follows.
-        choices: The answers of the classes, one token each.
+        choices: The answers of the classes, one token each; by default their names.
     """
 
     before: str
     after: str
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] | None = None
+
+    def answers(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """The answers, with the space before them.
+
+        Args:
+            classes: Names of the classes.
+        """
+        return tuple(f" {word}" for word in self.choices or classes)
 
 
-POLARITY = (" negative", " positive")
 PROMPTS = {
-    "movies": Prompt("Review:", "\nThe sentiment is", POLARITY),
-    "tweets": Prompt("Tweet:", "\nThe sentiment is", POLARITY),
-    "spam": Prompt("Email:", "\nIs this spam? Answer:", (" no", " yes")),
+    "movies": Prompt("Review:", "\nThe sentiment is"),
+    "spam": Prompt("Email:", "\nIs this spam? Answer:", ("no", "yes")),
+    "supersense": Prompt("Definition:", "\nThis is a kind of"),
 }
 
 
@@ -52,9 +60,11 @@ class Task(TextTask):
     """A task with its choices; further arguments are those of `benchmarks.language.tasks.Task`.
 
     Args:
-        choices: (classes,) int64, tokens of the answers.
+        splits: One `Split` for each of `SPLITS`.
+        choices: Tokens of the answers, one a class.
     """
 
+    splits: Mapping[str, Split]
     choices: tuple[int, ...] = ()
 
 
@@ -75,14 +85,14 @@ def prompts(tokenizer: Tokenizer, prompt: Prompt, texts: Sequence[str]) -> tuple
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
-def choice_tokens(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """Tokens of the answers.
+def choice_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> tuple[int, ...]:
+    """Tokens of answers.
 
     Raises:
         ValueError: If one is of several tokens.
     """
-    found = [tokenizer.encode(choice).ids for choice in prompt.choices]
-    long = next((choice for choice, ids in zip(prompt.choices, found, strict=True) if len(ids) != 1), None)
+    found = [tokenizer.encode(choice).ids for choice in answers]
+    long = next((choice for choice, ids in zip(answers, found, strict=True) if len(ids) != 1), None)
     if long is not None:
         raise ValueError(f"`choice_tokens`: {long!r} is of several tokens. Choose answers of one.")
     return tuple(ids[0] for ids in found)
@@ -106,8 +116,9 @@ def load_task(name: str, sizes: SplitSizes, base: Path, cache: Path) -> Task:
     whole = Split(tokens, lengths, found.labels, torch.arange(len(found.labels)), found.groups)
     kept = whole.without_duplicates()
     splits = {split: kept.take(rows) for split, rows in split_rows(kept.labels, kept.groups, sizes).items()}
+    answers = prompt.answers(found.classes)
     key = key_of(VERSION, name, MOST_TOKENS, asdict(prompt), SMOLLM2.sha256, source.sha256, asdict(sizes))
-    return Task(name, found.classes, splits, len(whole) - len(kept), key, choice_tokens(tokenizer, prompt))
+    return Task(name, found.classes, splits, len(whole) - len(kept), key, choice_tokens(tokenizer, answers))
 
 
 def load_tasks(sizes: SplitSizes, base: Path, cache: Path | None = None) -> tuple[dict[str, Task], dict[str, str]]:

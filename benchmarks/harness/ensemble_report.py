@@ -105,7 +105,7 @@ def ensemble_markdown(outcomes: Sequence[Outcome], run: str) -> str:
         f"{run} Ensembles of {members} around the best merge; each kind has the temperature, and the very members, "
         "that validation NLL chooses for it; with scaled logits, T together with the number τ that divides the logits "
         "of every member. *Centre* is how far the members' mean is from the MAP in the farthest "
-        "module, in standard deviations of the draws: beyond 3 an ensemble does not surround the merge. Test images, "
+        "module, in standard deviations of the draws: beyond 3 an ensemble does not surround the merge. Test examples, "
         "means over tasks; differences with 95 % intervals, paired over test examples, that hold for all rows of a "
         "column together."
     )

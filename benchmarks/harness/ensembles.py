@@ -94,6 +94,7 @@ class Ensembles:
         self.suite, self.design, self.merged, self.seed, self.budget = suite, design, merged, seed, budget
         self.validation, self.test = Examples.of(suite, "validation"), Examples.of(suite, "test")
         self._modes: dict[str, Tensor] = {}
+        self._ranges: dict[str, tuple[float, float]] = {}
         self._drawn: dict[tuple[str, str, float, int], FullDraws] = {}
 
     def compare(self, progress: Callable[[int, int], None]) -> list[Outcome]:
@@ -318,19 +319,21 @@ class Ensembles:
         return {task: table[:, : len(self.suite.heads[task].bias)] for task, table in probabilities.items()}
 
     def temperatures(self, scope: str) -> tuple[float, float]:
-        """From the lowest to the highest temperature that any sampled module's energies imply.
+        """From the lowest to the highest temperature that any sampled module's energies imply; updates are read once.
 
         Args:
             scope: Which layers are sampled, one of `SCOPES`.
         """
-        poe = self.design.poe
-        pattern = self.suite.network.last_layer if scope == LAST else ""
-        ranges = [
-            temperature_range(poe.bind(module.updates.unsqueeze(0)))
-            for module in self.suite.vectors()
-            if re.search(pattern, module.name)
-        ]
-        return min(low for low, _ in ranges), max(high for _, high in ranges)
+        if scope not in self._ranges:
+            poe = self.design.poe
+            pattern = self.suite.network.last_layer if scope == LAST else ""
+            ranges = [
+                temperature_range(poe.bind(module.updates.unsqueeze(0)))
+                for module in self.suite.vectors()
+                if re.search(pattern, module.name)
+            ]
+            self._ranges[scope] = min(low for low, _ in ranges), max(high for _, high in ranges)
+        return self._ranges[scope]
 
 
 def _with_differences(outcomes: Sequence[Outcome], compared: Comparison) -> list[Outcome]:

@@ -29,6 +29,7 @@ class Budget:
         refinements: How often that grid is refined around its best point.
         walk_temperatures: Size of all layers' grid, on which the searches walk.
         everywhere: Kinds that are drawn in all layers; where the first is best, the others' searches start.
+        last: Kinds that are drawn in the last layer.
         warmup: Gibbs steps before the first member.
         thin: Gibbs steps between members.
     """
@@ -38,12 +39,13 @@ class Budget:
     refinements: int = 1
     walk_temperatures: int = 10
     everywhere: tuple[str, ...] = KINDS
+    last: tuple[str, ...] = KINDS
     warmup: int = 5
     thin: int = 1
 
     def kinds(self, scope: str) -> tuple[str, ...]:
         """What is drawn in these layers."""
-        return KINDS if scope == LAST else self.everywhere
+        return self.last if scope == LAST else self.everywhere
 
 
 @dataclass(frozen=True, eq=False)

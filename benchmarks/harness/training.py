@@ -58,6 +58,21 @@ class Recipe:
         """What is tuned of an open backbone, as a module to call in its place: all of it."""
         return model
 
+    def loss(self, model: nn.Module, head: Head, task: Any, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch: the cross entropy of the frozen head's logits.
+
+        Args:
+            model: What `adapted` gave.
+            head: The task's.
+            task: The task.
+            features: (b, features).
+            labels: (b,) int64.
+
+        Returns:
+            Scalar, nats.
+        """
+        return F.cross_entropy(head(features), labels)
+
     def save(self, model: nn.Module, folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
         """Save what `adapted` gave once it is tuned, as the folder `expert` in `folder`.
 
@@ -122,8 +137,8 @@ def fine_tune(
     for batch in progress.track(batches, description=f"fine-tuning on {task.name}"):
         if stop.is_set():
             raise KeyboardInterrupt
-        logits = head(model(suite.network.inputs(examples, batch, suite.device)))
-        loss = F.cross_entropy(logits, examples.labels[batch].to(suite.device))
+        found = model(suite.network.inputs(examples, batch, suite.device))
+        loss = recipe.loss(model, head, task, found, examples.labels[batch].to(suite.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

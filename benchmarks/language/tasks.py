@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -67,11 +68,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Tensor) -> Split:
+    def take(self, rows: Tensor) -> Self:
         """The texts in these rows."""
-        return Split(*(getattr(self, field)[rows] for field in FIELDS))
+        return type(self)(*(getattr(self, field)[rows] for field in FIELDS))
 
-    def without_duplicates(self) -> Split:
+    def without_duplicates(self) -> Self:
         """The first of texts that are the same to the network, whatever their labels: no split can hold a copy."""
         first: dict[bytes, int] = {}
         for row, tokens in enumerate(self.tokens.numpy()):

@@ -30,7 +30,7 @@ from poe_models.weights.factors import cut
 from poe_models.weights.lora import AdapterPlace, LoraCheckpoint
 from poe_models.weights.task_vectors import TaskVectors
 
-__all__ = ["AdapterReport", "merge_adapters", "refuse_no_adapter"]
+__all__ = ["AdapterReport", "adapter_bytes", "merge_adapters", "refuse_no_adapter"]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CLEARED = ("layers_to_transform", "layers_pattern", "exclude_modules", "eva_config", "corda_config", "loftq_config")
@@ -201,6 +201,30 @@ def refuse_no_adapter(task_vectors: TaskVectors, planned: Plan) -> list[LoraChec
             )
         found.append(expert)
     return found
+
+
+def adapter_bytes(
+    planned: Plan, adapters: Sequence[LoraCheckpoint], rank: int | None, dtype: torch.dtype | None
+) -> int:
+    """Bytes of weights that a merge of adapters writes at most, from headers.
+
+    Args:
+        planned: The plan of the merge.
+        adapters: The experts.
+        rank: Largest rank of a module's factors; None cuts nothing.
+        dtype: Dtype of the adapter; None for the experts'.
+    """
+    total = 0
+    for tensor in planned.tensors:
+        places = [place for place in (each.place(tensor.name) for each in adapters) if place is not None]
+        size = math.prod(tensor.shape)
+        if places:
+            rows = tensor.shape[0]
+            most = min(sum(place.rank for place in places), rows, size // rows, rank or size)
+            total += most * (rows + size // rows) * (dtype or places[0].dtype).itemsize
+        elif any(each.whole(tensor.name) is not None for each in adapters):
+            total += size * tensor.dtype.itemsize
+    return total
 
 
 def _merge(

@@ -225,6 +225,7 @@ class AdapterPlace:
         inputs: Shape of A after its first axis.
         ones: Number of further axes of B, of length one.
         dtype: Dtype of A.
+        rank: Rank of the factors.
     """
 
     module: str
@@ -233,6 +234,7 @@ class AdapterPlace:
     inputs: tuple[int, ...]
     ones: int
     dtype: torch.dtype
+    rank: int
 
     def tensors(self, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors of an adapter's file, by their keys, for ``left @ right`` added to the tensor as it is stored.
@@ -336,7 +338,8 @@ class LoraCheckpoint(Checkpoint):
             return None
         embedding = ".lora_embedding_A" in pair.a.name
         module = re.split(r"\.lora_(?:embedding_)?A", pair.a.name)[0].removeprefix("base_model.model.")
-        return AdapterPlace(module, embedding, pair.transposed, pair.a.shape[1:], len(pair.b.shape) - 2, pair.a.dtype)
+        a, ones = pair.a, len(pair.b.shape) - 2
+        return AdapterPlace(module, embedding, pair.transposed, a.shape[1:], ones, a.dtype, a.shape[0])
 
     def whole(self, name: str) -> str | None:
         """Name, in the model that was trained, of a tensor that the adapter replaces; None if it does not."""
