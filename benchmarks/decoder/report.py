@@ -63,7 +63,7 @@ def about(suite: Suite) -> str:
     return (
         f"Base: {suite.network.name}-Instruct, whose published weights of 4 bits are dequantised to float32. Experts: "
         f"LoRA by peft, rank {recipe['rank']}, alpha {2 * recipe['rank']}, on the attention projections of {blocks}, "
-        f"{recipe['epochs']} epochs of batches of {recipe['batch_size']}, Adam with learning rate "
+        f"{recipe['epochs']} epoch(s) of batches of {recipe['batch_size']}, Adam with learning rate "
         f"{recipe['learning_rate']:g}, by the cross entropy of the answer among all tokens; training seed "
         f"{', '.join(map(str, suite.seeds))}. Tasks: {tasks}."
     )
