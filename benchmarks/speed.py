@@ -98,10 +98,17 @@ def growth(curves: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def page(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """The whole page of the numbers of each set, by its rows, and of the growth curves."""
+def page(found: Mapping[str, Any], before: Mapping[str, Any], note: str = "") -> str:
+    """The whole page of the numbers of each set, by its rows, and of the growth curves, with a note on the machine."""
     sets = [table(each, found[each], before.get(each, {})) for each in SETS if each in found]
-    return "\n".join([INTRODUCTION, *sets, *([growth(found["growth"])] if found["growth"] else [])])
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *([note, ""] if note else []),
+            *sets,
+            *([growth(found["growth"])] if found.get("growth") else []),
+        ]
+    )
 
 
 INTRODUCTION = """\
@@ -113,6 +120,13 @@ factorisation and one solve for each matrix. Rows at about that ratio are bound 
 checksums, memory and disk. MAP and draws are of Cauchy experts of every merged matrix, written nowhere; ten Gibbs draws
 come after 20 sweeps. Memory is anonymous memory with the interpreter and its libraries (about 190 MiB); bytes read are
 those that calls of the system gave, from the disk or its cache.
+
+Where the time of the solver goes, for each matrix and N experts: N Gram matrices (and N triangular factors
+where a side is longer than the Grams'), N pulls, and for every step N residuals, one factorisation and one
+solve; one product for the gradient, and a few rows in float64 for the error by rounding. A test counts them.
+Before, every merge refined in float64 (4 N products or more), differentiated every expert's energy in float64
+(2 N), measured every residual three times, ran from every task vector, and solved N times for the contraction
+of plain steps.
 """
 
 
@@ -145,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mergekit", type=Path, help="a folder with mergekit's programs")
     parser.add_argument("--save", type=Path, help="a JSON file for the numbers")
     parser.add_argument("--before", type=Path, help="such a file, of an earlier revision")
+    parser.add_argument("--note", default="", help="a sentence about the machine, for the page")
     parser.add_argument("--shapes", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -157,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.save is not None:
         given.save.write_text(json.dumps(found, indent=1), encoding="utf-8")
     before = {} if given.before is None else json.loads(given.before.read_text(encoding="utf-8"))
-    write_page(given.out, page(found, before))
+    write_page(given.out, page(found, before, given.note))
 
 
 if __name__ == "__main__":
