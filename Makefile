@@ -56,6 +56,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.solver
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.sampling
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.merging
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_null
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_suites

@@ -145,7 +145,7 @@ def _moments(
 
     device = next(iter(own.values())).device
     counted = _mask_of if loader and _mask_of(loader[0]) is not None else None
-    return collect_activations(network, loader, forward, task_vectors.views, counted=counted, prefix=prefix)  # type: ignore[arg-type]
+    return collect_activations(network, loader, forward, task_vectors.views, counted=counted, prefix=prefix)
 
 
 class _Through(nn.Module):

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from benchmarks.decoder.model import Batch
 from benchmarks.decoder.train import adapters
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.methods import BASELINES, MAPS, RULES
@@ -64,11 +63,6 @@ class Merged:
         return float((gap.sum() / size.sum()).sqrt())
 
 
-def counted(batch: Batch) -> Tensor:
-    """Which places of a batch are tokens, (n, longest) bool."""
-    return torch.arange(batch.hidden.shape[1]) < batch.lengths.unsqueeze(1)
-
-
 @dataclass(frozen=True, eq=False)
 class Merger:
     """The experts of a suite, merged in float64; only tensors that adapters change are held.
@@ -118,7 +112,9 @@ class Merger:
 
         def of_task(task: str) -> dict[str, Tensor]:
             model = self.suite.model(self.suite.experts[task])
-            return collect_activations(model, batches.batches(task), lambda m, x: m(x), views, counted=counted)
+            return collect_activations(
+                model, batches.batches(task), lambda m, x: m(x), views, counted=self.suite.network.counted
+            )
 
         found = run_all(of_task, self.suite.experts)
         return RegMean(ModuleStatistics("activations", dict(zip(self.suite.experts, found, strict=True))))

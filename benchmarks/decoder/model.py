@@ -131,6 +131,10 @@ class DecoderNetwork:
             return Batch(split.hidden[rows, :longest].to(device), lengths, self.start)
         return Batch(self.embedding[split.tokens[rows, :longest].long()].to(device), lengths, 0)
 
+    def counted(self, inputs: Batch) -> Tensor:
+        """Tokens, (n, longest) bool."""
+        return torch.arange(inputs.hidden.shape[1]) < inputs.lengths.unsqueeze(1)
+
     def order(self, split: Split) -> Tensor:
         """Short prompts first: prompts of like length share a batch."""
         return torch.argsort(split.lengths, stable=True)

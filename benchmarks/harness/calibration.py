@@ -54,11 +54,12 @@ class Calibration:
 
     @cached_property
     def activations(self) -> ModuleStatistics:
-        """Second moments of the inputs of every expert's layers, collected on first use."""
+        """Second moments of the inputs of every expert's layers, collected on first use; padding does not count."""
 
         def of_task(task: str) -> dict[str, Tensor]:
             model = self.suite.model(self.suite.experts[task])
-            return collect_activations(model, self.batches(task), lambda m, x: m(x), self._views)
+            counted = self.suite.network.counted
+            return collect_activations(model, self.batches(task), lambda m, x: m(x), self._views, counted=counted)
 
         found = run_all(of_task, self.suite.experts)
         return ModuleStatistics("activations", dict(zip(self.suite.experts, found, strict=True)))

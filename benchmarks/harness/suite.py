@@ -77,6 +77,9 @@ class Network(Protocol):
     def inputs(self, split: Any, rows: Tensor, device: torch.device) -> Any:
         """The module's one argument for the examples ``rows`` of a split."""
 
+    def counted(self, inputs: Any) -> Tensor | None:
+        """Mask (n, places) of the places of some inputs that are no padding; None where there is none."""
+
     def order(self, split: Any) -> Tensor:
         """Rows of a split, those that are cheap to read together side by side."""
 

@@ -134,6 +134,10 @@ class MiniLMNetwork:
         mask = torch.arange(longest) < lengths.unsqueeze(1)
         return Batch(split.tokens[rows, :longest].to(device).long(), mask.to(device).long())
 
+    def counted(self, inputs: Batch) -> Tensor:
+        """Tokens, (n, longest) bool."""
+        return inputs.attention_mask.bool()
+
     def order(self, split: Split) -> Tensor:
         """Short texts first: texts of like length share a batch."""
         return torch.argsort(split.lengths, stable=True)

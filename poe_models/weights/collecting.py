@@ -95,7 +95,7 @@ def collect_activations(
     forward: Callable[[nn.Module, Any], Any],
     views: Mapping[str, View],
     *,
-    counted: Callable[[Any], Tensor] | None = None,
+    counted: Callable[[Any], Tensor | None] | None = None,
     prefix: str = "",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
@@ -110,7 +110,8 @@ def collect_activations(
         loader: Batches.
         forward: Runs the model on a batch; its result is not used.
         views: Tensors to collect for, by their name in the checkpoint: ``TaskVectors.views``.
-        counted: Positions ``(b, T)`` of a batch that count, such as its attention mask, so that padding does not.
+        counted: Positions ``(b, T)`` of a batch that count, such as its attention mask, so that padding does not; all
+            where it gives None.
             Layers whose inputs do not have these leading axes (convolutions, pooled features) count all.
         prefix: Prefix of the model's names before those of the checkpoint, such as ``"bert."``.
         dtype: Dtype of the sums; float64 where inputs differ by orders of magnitude.
@@ -137,9 +138,9 @@ def collect_activations(
     try:
         with evaluating(model), torch.no_grad():
             for batch in _reported(loader, progress):
-                mask = None if counted is None else counted(batch).bool()
+                mask = None if counted is None else counted(batch)
                 for recorder in recorders.values():
-                    recorder.counted = mask
+                    recorder.counted = None if mask is None else mask.bool()
                 forward(model, batch)
     finally:
         for handle in handles:
