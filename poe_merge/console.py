@@ -74,12 +74,13 @@ def warning(message: str) -> None:
 
 @contextmanager
 def python_warnings() -> Iterator[None]:
-    """Print what libraries warn of as this program's own warnings.
+    """Print what libraries warn of as this program's own warnings, whatever Python was told to do with them.
 
     Yields:
         Nothing.
     """
     with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *where, **more: warning(str(message))
         yield
 

@@ -179,10 +179,12 @@ class Gram(Operator):
         return self.factor @ self.root(x) if self.side == "left" else self.root(x) @ self.factor.mT
 
     def _gram_is_cheaper(self, vectors: int) -> bool:
-        """Whether ``F F^T`` times so many vectors takes fewer products than ``F`` and ``F^T``, counting its making."""
+        """Whether ``F F^T`` times so many vectors takes fewer products than ``F`` and ``F^T``, counting its making.
+
+        By shapes alone, whether it is made already or not: rounding must not depend on what was computed before.
+        """
         side, columns = self.factor.shape[-2:]
-        making = 0 if "gram" in self.__dict__ else side * side * columns
-        return making + side * side * vectors < 2 * side * columns * vectors
+        return side * side * (columns + vectors) < 2 * side * columns * vectors
 
     @override
     def mean_curvature(self, directions: Tensor | float) -> Tensor:

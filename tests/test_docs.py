@@ -39,7 +39,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 SHAPES = {"0.weight": (16, 8), "0.bias": (16,), "2.weight": (3, 16), "2.bias": (3,)}
 NAMES = ("mnist", "emoji")
-FOREIGN = {"--index-url"}
+FOREIGN = {"--index-url", "--nproc-per-node"}
 """Options of other programs that pages name."""
 
 

@@ -266,7 +266,7 @@ def test_bad_input() -> None:
         fitted(functional("a", model, x, called, targets=Targets(torch.full((6, 4), torch.nan))))
     with pytest.raises(ValueError, match="importance"):
         functional("a", model, x, called, importance=0.0)
-    with pytest.raises(ValueError, match="between 1 and the number"):
+    with pytest.raises(ValueError, match="between 1 and that of the examples"):
         functional("a", model, x, called, subsample_size=7)
     with pytest.raises(ValueError, match="other classes|classes"):
         functional("a", model, x, called, targets=Targets(torch.zeros(6, 3)))

@@ -19,10 +19,12 @@ from poe_merge.cli import run
 from poe_merge.specs import ENERGY, SpecError, parse_spec
 from poe_models import (
     Anchor,
+    Balanced,
     Cauchy,
     Custom,
     Directional,
     GeneralizedGaussian,
+    InputGram,
     ProductOfExperts,
     RelativePrecision,
     TaskVectors,
@@ -82,7 +84,9 @@ def test_a_merge_says_so(generator: torch.Generator, tmp_path: Path) -> None:
     experts = {name: {"fc.weight": torch.randn(6, 5, generator=generator)} for name in NAMES}
     options = SolverOptions(tolerance=0.9)
     report = merge_checkpoint(
-        TaskVectors(base, experts), Design(ProductOfExperts.of(NAMES), options=options), tmp_path / "out"
+        TaskVectors(base, experts),
+        Design(ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Balanced(0.1)), options=options),
+        tmp_path / "out",
     )
     assert report.status == {"no_minimum": 1}
     assert report.not_converged == ("fc.weight",)

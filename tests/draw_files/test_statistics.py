@@ -122,7 +122,8 @@ def test_designs_that_do_not_go_together_name_two_tensors(vectors: TaskVectors) 
 def test_nothing_to_merge_is_said(generator: torch.Generator) -> None:
     base, experts = states(generator)
     rules = DEFAULT_RULES.extended([Rule(".", "base")])
-    vectors = TaskVectors(base, experts, rules=rules)
+    with pytest.warns(UserWarning, match="the rules keep all"):
+        vectors = TaskVectors(base, experts, rules=rules)
     with pytest.raises(ValueError, match="no tensor of the base is merged"):
         collect_statistics(vectors, poe_of(vectors))
 
