@@ -109,10 +109,10 @@ def merge(
     from poe_merge.merging import merge as merge_models
 
     out = required(out, "merge")
-    ranks = launched_ranks()
-    settings, task_vectors = opened(config, flags, allow_code, functional=True, ranks=ranks)
-    with shown_bars(out) as bars:
-        report = merge_models(settings, task_vectors, out, bars, resume=resume, ranks=ranks)
+    with launched_ranks() as ranks:
+        settings, task_vectors = opened(config, flags, allow_code, functional=True, ranks=ranks)
+        with shown_bars(out) as bars:
+            report = merge_models(settings, task_vectors, out, bars, resume=resume, ranks=ranks)
     show.merged(report)
 
 
@@ -201,12 +201,12 @@ def stats(
     from poe_merge.stats import make_statistics
 
     out = required(out, "stats")
-    ranks = launched_ranks()
-    settings, task_vectors = opened(config, flags, allow_code, ranks=ranks)
-    table = DesignTable(settings, task_vectors.base)
-    with shown_bars(out) as bars:
-        designs = prepare_designs(task_vectors, table, bars)
-        report = make_statistics(settings, task_vectors, designs, out, bars, ranks)
+    with launched_ranks() as ranks:
+        settings, task_vectors = opened(config, flags, allow_code, ranks=ranks)
+        table = DesignTable(settings, task_vectors.base)
+        with shown_bars(out) as bars:
+            designs = prepare_designs(task_vectors, table, bars)
+            report = make_statistics(settings, task_vectors, designs, out, bars, ranks)
     show.statistics(report)
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -26,7 +27,8 @@ _NO_PATHS = ("modules", "updates", "experts", "expert", "followers", "beside")
 def versions() -> dict[str, str]:
     """Versions of the libraries that numbers come from."""
     libraries = ("poe-merge", "torch", "safetensors", "numpy")
-    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
+    found = {name: version(name) for name in libraries} | {"python": platform.python_version()}
+    return found | {"torch": str(torch.__version__)}  # with its build, which the package's metadata may lack
 
 
 def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:

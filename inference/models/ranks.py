@@ -11,7 +11,8 @@ frozenset({1, 2, 3})
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -100,13 +101,21 @@ class Ranks:
 ALONE = Ranks()
 
 
-def launched_ranks() -> Ranks:
-    """The rank of this process if ``torchrun`` has started it, and its process group; alone otherwise."""
+@contextmanager
+def launched_ranks() -> Iterator[Ranks]:
+    """The process group that ``torchrun`` has started this process in; alone otherwise.
+
+    Yields:
+        The rank of this process; the group is left when the block ends.
+    """
     if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+        yield ALONE
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def require_same_files(ranks: Ranks, checkpoints: Iterable[Checkpoint]) -> None:
