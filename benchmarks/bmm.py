@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.folders import kept, key_of
+from benchmarks.folders import write_page
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import evaluate, mean_scores, own_logits, task_logits
-from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import command_line, load, recipe_of, suite_parser
+from benchmarks.registry import command_line, suite_parser
+from benchmarks.runs import kept_runs
 from inference.models.design import Design
 from inference.models.method_design import MethodDesign
 from inference.search import (
@@ -294,26 +293,16 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=None, help="most validation examples of a task")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
-    console, machines, found = Console(), [], {}
+    console = Console()
     settings = (arguments.trials, arguments.examples, arguments.validation, arguments.anchors)
-    for name in arguments.suites:
-        for seed in arguments.seeds:
-            suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
 
-            def make(suite: Suite = suite, seed: int = seed) -> dict[str, object]:
-                began = time.perf_counter()
-                small = suite.limited(arguments.validation, None)
-                bench = Bench(small, arguments.examples, arguments.trials, seed)
-                lines = lines_of(bench, arguments.anchors, lambda line: console.print(line, highlight=False))
-                console.print(f"{suite.name}, seed {seed}: {time.perf_counter() - began:.0f} s")
-                return {"machine": machine(suite.device), "lines": [asdict(each) for each in lines]}
+    def measured(suite: Suite, seed: int, tell: Callable[[Line], None]) -> list[Line]:
+        small = suite.limited(arguments.validation, None)
+        return lines_of(Bench(small, arguments.examples, arguments.trials, seed), arguments.anchors, tell)
 
-            saved = kept(arguments.kept / f"{name}-{seed}-{key_of(suite.key, settings)}.json", make)
-            machines.append(saved["machine"])
-            found[name, seed] = [Line(**each) for each in saved["lines"]]
+    found, machines = kept_runs(arguments, settings, measured, lambda each: Line(**each), console)
     text = report(found, machines, command_line("benchmarks.bmm", parser, arguments))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_page(arguments.out, text)
     console.print(text, markup=False)
 
 

@@ -10,18 +10,17 @@ marginal likelihood of the regression prefers. Keeps what is done under `out/bmm
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 from rich.console import Console
 
 from benchmarks.bmm import ETA, SCALE, Bench, Line, groups_of, spread
-from benchmarks.folders import kept, key_of, write_page
+from benchmarks.folders import write_page
 from benchmarks.harness.evaluate import evaluate, mean_scores
-from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import command_line, load, recipe_of, suite_parser
+from benchmarks.registry import command_line, suite_parser
+from benchmarks.runs import kept_runs
 from inference.models.design import Design
 from inference.search import DesignSpace, Range, Ridge, Searched, empirical_bayes
 from poe_models import (
@@ -143,18 +142,14 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30, help="of every search")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
-    console, machines, found = Console(), [], {}
-    for name in arguments.suites:
-        for seed in arguments.seeds:
-            suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
-
-            def make(suite: Suite = suite, seed: int = seed) -> dict[str, object]:
-                lines = lines_of(suite, seed, arguments.trials, lambda line: console.print(line, highlight=False))
-                return {"machine": machine(suite.device), "lines": [asdict(each) for each in lines]}
-
-            saved = kept(arguments.kept / f"{name}-{seed}-{key_of(suite.key, arguments.trials)}.json", make)
-            machines.append(saved["machine"])
-            found[name, seed] = [Line(**each) for each in saved["lines"]]
+    console = Console()
+    found, machines = kept_runs(
+        arguments,
+        arguments.trials,
+        lambda suite, seed, tell: lines_of(suite, seed, arguments.trials, tell),
+        lambda each: Line(**each),
+        console,
+    )
     text = report(found, machines, command_line("benchmarks.bmm_few", parser, arguments))
     write_page(arguments.out, text)
     console.print(text, markup=False)

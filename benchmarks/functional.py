@@ -9,13 +9,12 @@ is done under `out/functional` and writes `benchmarks/results/functional.md`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.folders import kept, key_of, write_page
+from benchmarks.folders import write_page
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores
 from benchmarks.harness.functional import (
@@ -30,10 +29,10 @@ from benchmarks.harness.functional import (
     cells,
 )
 from benchmarks.harness.methods import Method, solve
-from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import command_line, load, recipe_of, suite_parser
+from benchmarks.registry import command_line, suite_parser
+from benchmarks.runs import kept_runs
 from poe_models.methods import RegMean
 
 
@@ -91,22 +90,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=128, help="unlabelled, of each task")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
-    console, machines = Console(), []
-    found = {}
-    for name in arguments.suites:
-        for seed in arguments.seeds:
-            suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
-
-            def make(suite: Suite = suite, seed: int = seed) -> dict[str, object]:
-                lines = lines_of(suite, seed, arguments.examples, lambda line: console.print(line, highlight=False))
-                return {"machine": machine(suite.device), "lines": [asdict(each) for each in lines]}
-
-            settings = (IMPORTANCE, STEPS, BATCH, LEARNING_RATE, MEMBERS, arguments.examples)
-            saved = kept(arguments.kept / f"{name}-{seed}-{key_of(suite.key, settings)}.json", make)
-            machines.append(saved["machine"])
-            scores = ("plain", "scaled")
-            rows = [Line(**{**each, **{s: Scores(**each[s]) for s in scores}}) for each in saved["lines"]]
-            found[name, seed] = rows
+    console = Console()
+    settings = (IMPORTANCE, STEPS, BATCH, LEARNING_RATE, MEMBERS, arguments.examples)
+    found, machines = kept_runs(
+        arguments,
+        settings,
+        lambda suite, seed, tell: lines_of(suite, seed, arguments.examples, tell),
+        lambda each: Line(**{**each, **{key: Scores(**each[key]) for key in ("plain", "scaled")}}),
+        console,
+    )
     command = command_line("benchmarks.functional", parser, arguments)
     text = report(found, machines, command)
     write_page(arguments.out, text)

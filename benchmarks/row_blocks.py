@@ -10,19 +10,18 @@ experts are, to `benchmarks/results/row_blocks.md`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
-from benchmarks.folders import kept, key_of, write_page
+from benchmarks.folders import write_page
 from benchmarks.harness.evaluate import task_logits
-from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import markdown_table
 from benchmarks.harness.suite import Suite
-from benchmarks.registry import command_line, load, recipe_of, suite_parser
+from benchmarks.registry import command_line, suite_parser
+from benchmarks.runs import kept_runs
 from diagnostics import compare_methods
 from inference import fixed_point
 from poe_models import DEFAULT_RULES, Cauchy, Energy, Gaussian, InputGram, ProductOfExperts, TaskVectors
@@ -105,7 +104,7 @@ def line_of(suite: Suite, height: int, seed: int) -> Line:
     return Line(height, count, gaussian, cauchy, accuracy, nll, spread)
 
 
-def report(found: dict[tuple[str, int], Sequence[Line]], machines: Sequence[str], command: str) -> str:
+def report(found: Mapping[tuple[str, int], Sequence[Line]], machines: Sequence[str], command: str) -> str:
     """The page.
 
     Args:
@@ -154,19 +153,14 @@ def main() -> None:
     parser.add_argument("--heights", type=int, nargs="+", default=[WHOLE, 64, 32], help="rows of a block; 0: whole")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
-    console, machines = Console(), []
-    found: dict[tuple[str, int], Sequence[Line]] = {}
-    for name in arguments.suites:
-        for seed in arguments.seeds:
-            suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
-
-            def make(suite: Suite = suite, seed: int = seed) -> dict[str, Any]:
-                lines = lines_of(suite, arguments.heights, seed, lambda line: console.print(line, highlight=False))
-                return {"machine": machine(suite.device), "lines": [asdict(each) for each in lines]}
-
-            saved = kept(arguments.kept / f"{name}-{seed}-{key_of(suite.key, arguments.heights)}.json", make)
-            machines.append(saved["machine"])
-            found[name, seed] = [Line(**each) for each in saved["lines"]]
+    console = Console()
+    found, machines = kept_runs(
+        arguments,
+        arguments.heights,
+        lambda suite, seed, tell: lines_of(suite, arguments.heights, seed, tell),
+        lambda each: Line(**each),
+        console,
+    )
     text = report(found, machines, command_line("benchmarks.row_blocks", parser, arguments))
     write_page(arguments.out, text)
     console.print(text, markup=False)
