@@ -34,7 +34,7 @@ from poe_models.densities import (
     require_positive,
     student_log_normalizer,
 )
-from poe_models.energy import Energy, Gaussian, TwinOf
+from poe_models.energy import Energy, Gaussian
 
 __all__ = [
     "ENERGIES",
@@ -45,7 +45,6 @@ __all__ = [
     "GeneralizedGaussian",
     "Huber",
     "StudentT",
-    "TwinOf",
     "Welsch",
 ]
 

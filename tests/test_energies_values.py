@@ -10,7 +10,8 @@ from torch import Tensor
 
 from poe_models import Cauchy, Custom, Energy, Gaussian, GeneralizedGaussian, Huber, StudentT, Welsch
 from poe_models.densities import log_sphere, radial_log_integral, student_log_normalizer
-from poe_models.energies import ENERGIES, TwinOf
+from poe_models.energies import ENERGIES
+from poe_models.energy import TwinOf
 from tests.helpers import assert_close
 
 
