@@ -94,7 +94,7 @@ def _require_start(posterior: Posterior, start: Tensor, chains: int) -> None:
             f"`nuts(start=...)` has shape {tuple(start.shape)}, but {chains} chains of this posterior have {shape}. "
             "Give one point per chain, for instance `point.expand(chains, *point.shape)`."
         )
-    finite = posterior.group_energy(start.to(posterior.dtype)).isfinite().all(-1)
+    finite = posterior.component_energy(start.to(posterior.dtype)).isfinite().all(-1)
     if not bool(finite.all()):
         raise ValueError(
             f"`nuts(...)`: the energy is not finite where chain {int(finite.long().argmin())} starts. Give another "
@@ -152,7 +152,7 @@ def _collect(posterior: Posterior, values: Tensor, records: list[_Record], max_t
         "reached_max_treedepth": n_steps >= 2**max_tree_depth - 1,
     }
     shape = values.shape[:3]
-    statistics = {"lp": (-posterior.group_energy(values) / posterior.temperature).expand(shape)}
+    statistics = {"lp": (-posterior.component_energy(values) / posterior.temperature).expand(shape)}
     for name, value in of_all.items():
         statistics[name] = value.unsqueeze(-1).expand(shape).to(values.device)
     return Draws(values.to(torch.float64), statistics, "nuts", posterior.fixed_temperature)

@@ -79,7 +79,7 @@ def slice_sample(
 
 @dataclass(frozen=True, eq=False)
 class SliceState:
-    """State of ``C`` chains of ``G`` groups: a group is one module, or all of them where a factor expert couples them.
+    """State of ``C`` chains of ``G`` components: each is one module, or all of them where a factor expert couples them.
 
     Attributes:
         position: ``(C, G, D)`` float64.
@@ -100,7 +100,7 @@ class SliceInfo:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The multivariate t of each group, ``DEGREES`` degrees of freedom.
+    """The multivariate t of each component, ``DEGREES`` degrees of freedom.
 
     Attributes:
         center: ``m``, ``(G, D)``.
@@ -121,8 +121,8 @@ class Reference:
         size = center.shape[-1]
         if size > MOST_COORDINATES:
             raise ValueError(
-                f"`slice_sample(...)`: {size} coordinates in one group (a module, or all of them where a factor expert "
-                f"couples them), and it keeps their dense covariance, at most {MOST_COORDINATES} wide. Use Span "
+                f"`slice_sample(...)`: {size} coordinates in one component (a module, or all of them where a factor "
+                f"expert couples them), and it keeps their dense covariance, at most {MOST_COORDINATES} wide. Use Span "
                 "coordinates, or `gibbs` or `laplace` in Full ones."
             )
         # R with R R^T the covariance has the draws of the unit vectors as its columns; L L^T = R R^T by QR.
@@ -173,10 +173,10 @@ def init(position: Tensor, posterior: Posterior) -> SliceState:
     state = _at(position, posterior)
     finite = state.log_density.isfinite()
     if not bool(finite.all()):
-        chain, group = (~finite).nonzero()[0].tolist()
+        chain, component = (~finite).nonzero()[0].tolist()
         raise ValueError(
-            f"the energy of group {group} (a module, unless a factor expert couples them) is not finite where chain "
-            f"{chain} starts. Look at the experts' energies around the MAP and the task vectors."
+            f"the energy of component {component} (a module, unless a factor expert couples them) is not finite where "
+            f"chain {chain} starts. Look at the experts' energies around the MAP and the task vectors."
         )
     return state
 
@@ -184,7 +184,7 @@ def init(position: Tensor, posterior: Posterior) -> SliceState:
 def step(
     state: SliceState, posterior: Posterior, reference: Reference, generator: torch.Generator
 ) -> tuple[SliceState, SliceInfo]:
-    """One elliptical slice step of all chains and groups; exact whatever t the ellipses come from."""
+    """One elliptical slice step of all chains and components; exact whatever t the ellipses come from."""
     start = reference.standardize(state.position)
     noise = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device)
     across = noise * reference.scale(start, generator).sqrt().unsqueeze(-1)
@@ -263,7 +263,7 @@ class SliceKernel(Kernel[SliceState, SliceInfo]):
 
 def _at(position: Tensor, posterior: Posterior) -> SliceState:
     z = latents(posterior, position).to(posterior.dtype)
-    return SliceState(position, -posterior.group_energy(z) / posterior.temperature)
+    return SliceState(position, -posterior.component_energy(z) / posterior.temperature)
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -123,8 +123,8 @@ def report(done: MergeReport) -> None:
     counts = ", ".join(
         f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
     )
-    groups = "group" if done.resumed_groups == 1 else "groups"
-    resumed = f", {done.resumed_groups} {groups} from before" if done.resumed_groups else ""
+    batches = "batch" if done.resumed_batches == 1 else "batches"
+    resumed = f", {done.resumed_batches} {batches} from before" if done.resumed_batches else ""
     console.print(
         f"{shown(str(done.out))}: tensors: {counts}; {done.modules} matrices solved; {size(done.nbytes)} written in "
         f"{done.seconds:.1f} s{resumed}."

@@ -104,7 +104,7 @@ def show_plan(planned: Plan, task_vectors: TaskVectors) -> None:
     console = console_for()
     print(treatments(planned, console.width))
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    batches = [group.modules for group in planned.groups if group.modules]
+    batches = [batch.modules for batch in planned.batches if batch.modules]
     rows = {
         "base": task_vectors.base.source,
         "experts": ", ".join(task_vectors.names),

@@ -270,8 +270,8 @@ class Posterior:
         """Whether a factor expert couples the modules."""
         return any(factor.joint for factor in self.factors)
 
-    def group_energy(self, z: Tensor) -> Tensor:
-        """Energy in nats of independent groups, ``(*S, M, *event)`` to ``(*S, G)``: the modules, or all if joint."""
+    def component_energy(self, z: Tensor) -> Tensor:
+        """Energy in nats of independent components, ``(*S, M, *event)`` to ``(*S, G)``: modules, or all if joint."""
         return self.joint_energy(z).unsqueeze(-1) if self.joint else self.energy(z)
 
     def module(self, index: int) -> Posterior:

@@ -210,7 +210,7 @@ def test_passes_and_resume(folders: dict[str, Path], tmp_path: Path) -> None:
     passes = [f"preparing, pass {i}" for i in range(1, len(progress.stages) - 1)]
     assert progress.stages == ["checksums", *passes, "merging"]
     report = merge_checkpoint(vectors, DareTies(), tmp_path / "out", batch_bytes=1, resume=True)
-    assert report.resumed_groups == 3
+    assert report.resumed_batches == 3
     expected = merged(vectors, DareTies(), tmp_path / "whole")
     for name, value in weights(tmp_path / "out").items():
         assert_close(value.double(), expected[name].double(), 1e-7)

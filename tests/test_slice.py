@@ -237,7 +237,7 @@ def test_bad_settings_are_one_clear_error(generator: torch.Generator) -> None:
         with pytest.raises(ValueError, match=f"slice_sample.*{name}={value}.*one chain"):
             slice_sample(posterior, 10, generator=generator, **settings)
     nowhere = FactorExpert("nowhere", lambda c: c.sum(-1) / 0.0, coordinates="span")
-    with pytest.raises(ValueError, match="group 0 .* not finite where chain 0 starts"):
+    with pytest.raises(ValueError, match="component 0 .* not finite where chain 0 starts"):
         init(torch.ones(1, 2, 3, dtype=torch.float64), span_of(SKEWED * nowhere, updates))
     improper = ProductOfExperts.of(["a", "b"], energy=Welsch(), anchor=Anchor(precision=AbsolutePrecision(0.0)))
     with pytest.raises(ValueError, match="improper"):

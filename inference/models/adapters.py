@@ -21,10 +21,10 @@ from inference.models.artifacts import versions
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
 from inference.models.factor_merge import averaged_factors, merged_factors, refuse_axes
 from inference.models.folder import RECORD
-from inference.models.groups import merge_group
 from inference.models.method_design import AnyDesigns
-from inference.models.plan import Group, Plan, TensorPlan, inputs_of, plan
+from inference.models.plan import Plan, TensorBatch, TensorPlan, inputs_of, plan
 from inference.models.staging import Staging, check_output
+from inference.models.tensor_batches import merge_batch
 from poe_models.weights.checkpoint import CheckpointError, read_json
 from poe_models.weights.factors import cut
 from poe_models.weights.lora import AdapterPlace, LoraCheckpoint
@@ -304,7 +304,7 @@ def _add_whole(
             f"tensor {tensor.name!r} has factors in one adapter and is replaced whole by another. Write a whole model "
             "(`output: model`)."
         )
-    tensors, records = merge_group(task_vectors, Group((tensor,), 0), planned.designs, seed)
+    tensors, records = merge_batch(task_vectors, TensorBatch((tensor,), 0), planned.designs, seed)
     made.whole[tensor.name], made.replaced[name] = name, tensors[tensor.name]
     made.records += records
 

@@ -16,11 +16,11 @@ from inference.models.design import design_text
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
 from inference.models.disk import check_space
 from inference.models.folder import weight_files, write_companions
-from inference.models.groups import rounding_of_tensor
 from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import MethodDesign
 from inference.models.model_draws import ModelDraws
 from inference.models.staging import Finished, Headers, Staging, check_output
+from inference.models.tensor_batches import rounding_of_tensor
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 
 _DELTA = "delta.safetensors"
@@ -149,11 +149,11 @@ class _Writer:
         )
 
     def _weight_file(self, name: str, names: Sequence[str], aliases: Mapping[str, str], make: _Make) -> None:
-        def group(names: list[str]) -> Finished:
+        def batch(names: list[str]) -> Finished:
             made = {tensor: make(tensor) for tensor in names}
             return {tensor: value for tensor, (value, _) in made.items()}, [record for _, record in made.values()]
 
-        self.staging.write_shard(name, self._groups(names), group, aliases, self._headers(names, aliases))
+        self.staging.write_shard(name, self._batches(names), batch, aliases, self._headers(names, aliases))
 
     def _headers(self, names: Sequence[str], aliases: Mapping[str, str]) -> Headers:
         """Dtype and shape of the tensors of a weight file."""
@@ -178,15 +178,15 @@ class _Writer:
         value = self.tensors.value(tensor, draw).to(self.tensors.task_vectors.dtype)
         return (value - self.base.read(tensor).to(value.dtype)).float().contiguous(), {}
 
-    def _groups(self, names: Sequence[str]) -> list[list[str]]:
+    def _batches(self, names: Sequence[str]) -> list[list[str]]:
         """Tensors that are made and saved together: one, or several small ones."""
-        groups: list[list[str]] = []
+        batches: list[list[str]] = []
         room = 0
         for name in names:
             size = self.base.tensors[name].nbytes
-            if not groups or size > room:
-                groups.append([])
+            if not batches or size > room:
+                batches.append([])
                 room = _PART_BYTES
-            groups[-1].append(name)
+            batches[-1].append(name)
             room -= size
-        return groups
+        return batches

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from inference.models.digest import Silent
-from inference.models.groups import merge_group
 from inference.models.method_design import AnyDesigns, as_any_function
 from inference.models.plan import BATCH_BYTES, plan
 from inference.models.preparing import prepare_designs
+from inference.models.tensor_batches import merge_batch
 from poe_models.weights.task_vectors import TaskVectors
 
 
@@ -28,7 +28,7 @@ def merge(
         design: One product, method or design for all tensors, or a function from the name of a merged tensor.
         out_dtype: Dtype of floating tensors in the result; the base's own by default.
         batch_bytes: Byte budget of the updates that are solved as one batch.
-        seed: Of torch's generators while a group is solved, for energies and centres that draw.
+        seed: Of torch's generators while a batch is solved, for energies and centres that draw.
 
     Returns:
         The merged tensors by name on the CPU, in the order of the base, for ``load_state_dict``; the names of a tied
@@ -50,9 +50,9 @@ def merge(
         ready = prepare_designs(task_vectors, as_any_function(design), Silent())
         planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
     made: dict[str, Tensor] = {}
-    for group in planned.groups:
-        kept = group.tensors[0].treatment.action == "base"  # these may be the caller's own memory
-        tensors, _ = merge_group(task_vectors, group, planned.designs, seed)
+    for batch in planned.batches:
+        kept = batch.tensors[0].treatment.action == "base"  # these may be the caller's own memory
+        tensors, _ = merge_batch(task_vectors, batch, planned.designs, seed)
         made |= {name: tensor.clone() if kept else tensor for name, tensor in tensors.items()}
     names = [(name, tensor) for tensor in task_vectors.base.tensors for name in task_vectors.base.tied_names(tensor)]
     return {name: made[tensor] for name, tensor in names}

@@ -14,13 +14,13 @@ from inference.models.averages import Average, averages_of
 from inference.models.design import Design, require_alike
 from inference.models.digest import Silent
 from inference.models.draw_checks import check_designs
-from inference.models.groups import refuse_overflow
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, ModelDraws, SpanDraws
 from inference.models.modules import Module, merged_update, module_names, read_modules
 from inference.models.plan import inputs_of
 from inference.models.preparing import prepare_designs
+from inference.models.tensor_batches import refuse_overflow
 from poe_models.methods import ModuleBatch
 from poe_models.operators import sum_of_squares
 from poe_models.weights.loading import Checkpoint, open_checkpoint

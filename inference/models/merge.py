@@ -1,6 +1,6 @@
 """Merge a whole checkpoint, shard by shard, into a Hugging Face folder.
 
-Tensors are worked on in groups; a finished group is saved at once, so that memory stays at a few tensors and an
+Tensors are worked on in batches; a finished batch is saved at once, so that memory stays at a few tensors and an
 interrupted merge goes on where it was. Nothing is in the output folder's place before everything is done.
 """
 
@@ -23,14 +23,14 @@ from inference.models.design import Design
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
 from inference.models.disk import OutputError, check_space
 from inference.models.folder import RECORD, companion_files, left_out, rounding_of, summary_of, write_companions
-from inference.models.groups import merge_group
 from inference.models.memory import memory_errors
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
 from inference.models.model_card import model_card
-from inference.models.plan import BATCH_BYTES, Group, Plan, inputs_of, plan
+from inference.models.plan import BATCH_BYTES, Plan, TensorBatch, inputs_of, plan
 from inference.models.preparing import prepare_designs
 from inference.models.ranks import ALONE, Ranks, require_same_files
 from inference.models.staging import Finished, Staging, check_output
+from inference.models.tensor_batches import merge_batch
 from inference.retention import ExpertRetention, totals
 from inference.solution import Status
 from poe_models.weights.loading import Checkpoint, CheckpointError
@@ -56,7 +56,7 @@ class MergeReport:
         nbytes: Bytes of weights written.
         copied: Names of the files of the base's folder that came along.
         left_out: Names of those that were left there: links out of it, and files of unknown kinds.
-        resumed_groups: Groups that an interrupted run had finished before.
+        resumed_batches: Batches that an interrupted run had finished before.
         seconds: Wall time of this run.
     """
 
@@ -72,7 +72,7 @@ class MergeReport:
     nbytes: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
-    resumed_groups: int
+    resumed_batches: int
     seconds: float
 
     @override
@@ -113,7 +113,7 @@ def merge_checkpoint(
         out: The folder to make.
         out_dtype: Dtype of floating tensors in the output; the base's own by default.
         batch_bytes: Byte budget of the updates that are solved as one batch.
-        seed: Of torch's generators while a group is solved, for energies and centres that draw; methods have their own.
+        seed: Of torch's generators while a batch is solved, for energies and centres that draw; methods have their own.
         settings: What the merge was configured with, for the record.
         code: Source files that decide what comes out, such as a user's energy; their digests are recorded.
         resume: Go on with an interrupted merge of the same inputs and settings.
@@ -126,7 +126,7 @@ def merge_checkpoint(
     Raises:
         OutputError: If the folder exists or would overwrite an input, the disk is full, or the interrupted merge was
             another one.
-        CheckpointError: If an input cannot be read, has values that are not finite, or is a copy of the base; groups
+        CheckpointError: If an input cannot be read, has values that are not finite, or is a copy of the base; batches
             that are finished stay in ``OUT.partial``.
         ValueError: If the design cannot be solved.
     """
@@ -144,7 +144,7 @@ def merge_checkpoint(
         "inputs": inputs,
         "versions": versions(),
     }
-    resumed = len(planned.groups)
+    resumed = len(planned.batches)
     with staging.shared(ranks, state, partial(check_unchanged, checkpoints.values())):
         require_same_files(ranks, checkpoints.values())
         if not ranks.gather(staging.published)[0]:
@@ -204,20 +204,20 @@ def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) 
 def _write_shards(
     task_vectors: TaskVectors, planned: Plan, staging: Staging, seed: int, progress: Progress, ranks: Ranks
 ) -> int:
-    """Write this rank's share of every shard; returns how many groups of all ranks were there already."""
-    costs = {each.file: [group.cost for group in each.groups] for each in planned.shards}
-    mine = [each.groups[place] for each in planned.shards for place in ranks.share(costs[each.file])]
-    progress.begin("merging", sum(group.modules for group in mine), sum(group.nbytes for group in mine))
+    """Write this rank's share of every shard; returns how many batches of all ranks were there already."""
+    costs = {each.file: [batch.cost for batch in each.batches] for each in planned.shards}
+    mine = [each.batches[place] for each in planned.shards for place in ranks.share(costs[each.file])]
+    progress.begin("merging", sum(batch.modules for batch in mine), sum(batch.nbytes for batch in mine))
 
-    def make(group: Group) -> Finished:
-        with memory_errors([tensor.name for tensor in group.tensors], group.peak_bytes, task_vectors.device):
-            return merge_group(task_vectors, group, planned.designs, seed)
+    def make(batch: TensorBatch) -> Finished:
+        with memory_errors([tensor.name for tensor in batch.tensors], batch.peak_bytes, task_vectors.device):
+            return merge_batch(task_vectors, batch, planned.designs, seed)
 
-    def done(group: Group) -> None:
-        progress.advance(group.modules, group.nbytes)
+    def done(batch: TensorBatch) -> None:
+        progress.advance(batch.modules, batch.nbytes)
 
     there = sum(
-        staging.write_shard(each.file, each.groups, make, each.aliases, each.headers, done, ranks, costs[each.file])
+        staging.write_shard(each.file, each.batches, make, each.aliases, each.headers, done, ranks, costs[each.file])
         for each in planned.shards
     )
     return sum(ranks.gather(there))  # waits for the last file, too
@@ -263,6 +263,6 @@ def _report(base: Checkpoint, out: Path, planned: Plan, resumed: int, seconds: f
         nbytes=planned.write_bytes,
         copied=tuple(record["copied"]),
         left_out=tuple(left_out(base)),
-        resumed_groups=resumed,
+        resumed_batches=resumed,
         seconds=seconds,
     )

@@ -62,7 +62,7 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorBatch:
     """Tensors that are finished together: merged ones of the same shapes and design, solved as one batch.
 
     Attributes:
@@ -96,16 +96,16 @@ class Shard:
 
     Attributes:
         file: Its name.
-        groups: Its tensors.
+        batches: Its tensors, in batches.
     """
 
     file: str
-    groups: tuple[Group, ...]
+    batches: tuple[TensorBatch, ...]
 
     @property
     def tensors(self) -> list[TensorPlan]:
         """Its tensors."""
-        return [tensor for group in self.groups for tensor in group.tensors]
+        return [tensor for batch in self.batches for tensor in batch.tensors]
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -128,7 +128,7 @@ class Plan:
     """Plan of a merge.
 
     Attributes:
-        shards: Output files with their groups of tensors.
+        shards: Output files with their batches of tensors.
         designs: The distinct designs.
         peak_bytes: Predicted peak memory of tensors, on top of the interpreter with its libraries and of mapped file
             pages, which the system takes back as it needs them.
@@ -146,14 +146,14 @@ class Plan:
     disk_bytes: int
 
     @property
-    def groups(self) -> list[Group]:
-        """All groups, in order."""
-        return [group for shard in self.shards for group in shard.groups]
+    def batches(self) -> list[TensorBatch]:
+        """All batches, in order."""
+        return [batch for shard in self.shards for batch in shard.batches]
 
     @property
     def tensors(self) -> list[TensorPlan]:
         """All tensors, in the order they are worked on."""
-        return [tensor for group in self.groups for tensor in group.tensors]
+        return [tensor for batch in self.batches for tensor in batch.tensors]
 
     @property
     def averages(self) -> set[Average]:
@@ -163,7 +163,7 @@ class Plan:
     @property
     def modules(self) -> int:
         """Number of matrices that are solved."""
-        return sum(group.modules for group in self.groups)
+        return sum(batch.modules for batch in self.batches)
 
     def share(self, action: str) -> float:
         """Share of the parameters that are merged, averaged, or kept from the base."""
@@ -191,7 +191,7 @@ class Plan:
     def __repr__(self) -> str:
         kinds = ", ".join(f"{self.count(action)} {action}" for action in ("merge", "average", "base"))
         return (
-            f"Plan({len(self.tensors)} tensors ({kinds}), {self.modules} matrices in {len(self.groups)} groups, "
+            f"Plan({len(self.tensors)} tensors ({kinds}), {self.modules} matrices in {len(self.batches)} batches, "
             f"{len(self.shards)} files, {len(self.designs)} designs; memory {self.peak_bytes / 1e6:.3g} MB, "
             f"disk {self.disk_bytes / 1e6:.3g} MB)"
         )
@@ -228,14 +228,14 @@ def plan(
         each.check(task_vectors.names)
     _given(task_vectors, designs, _modules_by_design(list(tensors.values())))
     shards = tuple(
-        Shard(file, tuple(_groups(task_vectors, [tensors[name] for name in names], batch_bytes)))
+        Shard(file, tuple(_batches(task_vectors, [tensors[name] for name in names], batch_bytes)))
         for file, names in weight_files(task_vectors.base).items()
     )
     written = sum(shard.nbytes for shard in shards)
     return Plan(
         shards=shards,
         designs=designs,
-        peak_bytes=max((group.peak_bytes for shard in shards for group in shard.groups), default=0),
+        peak_bytes=max((batch.peak_bytes for shard in shards for batch in shard.batches), default=0),
         read_bytes=_read_bytes(task_vectors, designs, list(tensors.values())),
         write_bytes=written,
         disk_bytes=written + max(shard.nbytes for shard in shards),
@@ -309,7 +309,7 @@ def _modules_by_design(tensors: Sequence[TensorPlan]) -> dict[int, dict[str, tup
     return modules
 
 
-def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: int) -> list[Group]:
+def _batches(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: int) -> list[TensorBatch]:
     """Tensors that fit together, at most ``budget`` bytes of updates each, in the order of their first tensor."""
     alike: dict[tuple[object, ...], list[TensorPlan]] = {}
     for tensor in tensors:
@@ -325,7 +325,7 @@ def _groups(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], budget: in
                 filled = 0
             batches[-1].append(tensor)
             filled += size
-    return [Group(tuple(batch), _peak_bytes(task_vectors, batch)) for batch in batches]
+    return [TensorBatch(tuple(batch), _peak_bytes(task_vectors, batch)) for batch in batches]
 
 
 def _read_bytes(task_vectors: TaskVectors, designs: Sequence[AnyDesign], tensors: Sequence[TensorPlan]) -> int:
@@ -345,7 +345,7 @@ def _read_bytes(task_vectors: TaskVectors, designs: Sequence[AnyDesign], tensors
 
 
 def _peak_bytes(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> int:
-    """Predicted peak while a group is made; its finished tensors are held until all of them are saved."""
+    """Predicted peak while a batch is made; its finished tensors are held until all of them are saved."""
     design, itemsize = tensors[0].design, task_vectors.dtype.itemsize
     finished = sum(tensor.nbytes for tensor in tensors)
     if design is not None:

@@ -1,8 +1,8 @@
 """Several processes at one job: whose work is whose, and where they wait for each other.
 
 ``torchrun --nproc-per-node=4 -m poe_merge merge config.yaml --out merged`` starts four ranks of one merge. Every rank
-reads the same plan and works on its share of the groups of tensors, so that the output does not depend on their number;
-rank 0 alone begins, ends and publishes it. If a rank dies, torchrun ends the others, and what is finished stays.
+reads the same plan and works on its share of the batches of tensors; the output does not depend on the number of ranks.
+Rank 0 alone begins, ends and publishes it. If a rank dies, torchrun ends the others, and what is finished stays.
 
 >>> Ranks(1, 2).share([5, 1, 1, 2])
 frozenset({1, 2, 3})

@@ -1,7 +1,7 @@
 """An output folder while it is written: ``OUT.partial``, finished files in it, resuming, and one rename at the end.
 
     OUT.partial/state.json                   what is written; a resumed run must be about the same
-    OUT.partial/parts/SHARD/00003.*          tensors of group 3 of a weight file, and JSON with their digest and records
+    OUT.partial/parts/SHARD/00003.*          tensors of batch 3 of a weight file, and JSON with their digest and records
     OUT.partial/records/SHARD.json           digest and records of a finished weight file, whose parts are gone
     OUT.partial/output/                      finished files: what becomes OUT
 
@@ -37,10 +37,10 @@ from poe_models.weights.weight_files import SafetensorsFile, tie_metadata
 STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
 _PRETTY = 2**20
 Finished = tuple[Mapping[str, Tensor], Sequence[Any]]
-"""CPU tensors of a group by name, and their records: plain data."""
+"""CPU tensors of a batch by name, and their records: plain data."""
 Headers = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor of a file by its name."""
-Group = TypeVar("Group")
+Batch = TypeVar("Batch")
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> Path:
@@ -125,7 +125,7 @@ class Staging:
 
         Args:
             state: What is written: settings, digests of the inputs, versions; plain data.
-            check_inputs: Raises if an input is not what its digest says any more. Called once a group of tensors is
+            check_inputs: Raises if an input is not what its digest says any more. Called once a batch of tensors is
                 written and before it counts as finished, and before the output is moved into place.
 
         Yields:
@@ -211,66 +211,66 @@ class Staging:
     def write_shard(
         self,
         name: str,
-        groups: Sequence[Group],
-        make: Callable[[Group], Finished],
+        batches: Sequence[Batch],
+        make: Callable[[Batch], Finished],
         aliases: Mapping[str, str],
         headers: Headers,
-        done: Callable[[Group], None] = lambda group: None,
+        done: Callable[[Batch], None] = lambda batch: None,
         ranks: Ranks = ALONE,
         costs: Sequence[float] = (),
     ) -> int:
-        """Write a weight file group by group; groups that an earlier run finished are verified, and not made again.
+        """Write a weight file batch by batch; batches that an earlier run finished are verified, and not made again.
 
-        Several ranks divide the groups, and wait for each other before one of them assembles the file.
+        Several ranks divide the batches, and wait for each other before one of them assembles the file.
 
         Args:
             name: Path of the file in the output.
-            groups: Descriptions of its groups of tensors.
-            make: Makes the tensors and records of a group.
+            batches: Descriptions of its batches of tensors.
+            make: Makes the tensors and records of a batch.
             aliases: Further names of tied tensors to the names they are saved under; those that are not in ``headers``
                 go into the file's metadata.
             headers: What the file must hold in the end.
-            done: Called with every group of this rank's once it is saved.
+            done: Called with every batch of this rank's once it is saved.
             ranks: The processes that write the output.
-            costs: Of each group, for their division; none if all cost the same.
+            costs: Of each batch, for their division; none if all cost the same.
 
         Returns:
-            How many of this rank's groups were there already.
+            How many of this rank's batches were there already.
         """
         assembler = len(self._expected) % ranks.size  # the next rank's turn, while the others go on
         self._expect(name, headers)
         whole, there = self.has_shard(name), 0
-        for number in sorted(ranks.share(costs or [1.0] * len(groups))):
+        for number in sorted(ranks.share(costs or [1.0] * len(batches))):
             if whole or self.has_part(name, number):
                 there += 1
             else:
-                self.save_part(name, number, *make(groups[number]))
-            done(groups[number])
+                self.save_part(name, number, *make(batches[number]))
+            done(batches[number])
         ranks.wait()
         if ranks.rank == assembler:
             if not whole:
-                self.finish_shard(name, len(groups), aliases, headers)
+                self.finish_shard(name, len(batches), aliases, headers)
             shutil.rmtree(self.folder / PARTS / name, ignore_errors=True)
         return there
 
-    def has_part(self, name: str, group: int) -> bool:
-        """Return whether a group of a weight file is finished and has the bytes that were written."""
-        return intact(self._part(name, group), self._part(name, group).with_suffix(".json"))
+    def has_part(self, name: str, batch: int) -> bool:
+        """Return whether a batch of a weight file is finished and has the bytes that were written."""
+        return intact(self._part(name, batch), self._part(name, batch).with_suffix(".json"))
 
-    def save_part(self, name: str, group: int, tensors: Mapping[str, Tensor], records: Sequence[Any]) -> None:
-        """Save the tensors of a finished group with their records."""
-        path = self._part(name, group)
+    def save_part(self, name: str, batch: int, tensors: Mapping[str, Tensor], records: Sequence[Any]) -> None:
+        """Save the tensors of a finished batch with their records."""
+        path = self._part(name, batch)
         self._replace(path, lambda temporary: save_file(dict(tensors), temporary))
-        self._check_inputs()  # after the last look at them, and before the group counts as finished
+        self._check_inputs()  # after the last look at them, and before the batch counts as finished
         self._write_json(path.with_suffix(".json"), {"sha256": file_digest(path), "records": records})
 
     def has_shard(self, name: str) -> bool:
         """Return whether a weight file is finished and has the bytes that were written."""
         return intact(self.folder / OUTPUT / name, self._record(name))
 
-    def finish_shard(self, name: str, groups: int, aliases: Mapping[str, str], headers: Headers) -> None:
+    def finish_shard(self, name: str, batches: int, aliases: Mapping[str, str], headers: Headers) -> None:
         """Assemble a weight file from its parts, which are memory-mapped and not read into memory."""
-        paths = [self._part(name, group) for group in range(groups)]
+        paths = [self._part(name, batch) for batch in range(batches)]
         tensors: dict[str, Tensor] = {}
         once = {alias: target for alias, target in aliases.items() if alias not in headers}
         for path in paths:
@@ -378,8 +378,8 @@ class Staging:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _part(self, name: str, group: int) -> Path:
-        return self.folder / PARTS / name / f"{group:05d}.safetensors"
+    def _part(self, name: str, batch: int) -> Path:
+        return self.folder / PARTS / name / f"{batch:05d}.safetensors"
 
     def _record(self, name: str) -> Path:
         return self.folder / RECORDS / f"{name}.json"

@@ -163,7 +163,7 @@ def test_out_of_memory_says_what_was_needed(said: str, here: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise RuntimeError(said)
 
-    monkeypatch.setattr("inference.models.merge.merge_group", full)
+    monkeypatch.setattr("inference.models.merge.merge_batch", full)
     vectors = TaskVectors("base", {"x": "x", "y": "y"})
     with pytest.raises(OutOfMemory, match=r"out of memory on cpu at 'a.weight', which take 1.4 kB .*Free memory"):
         merge_checkpoint(vectors, ProductOfExperts.of(vectors.names), "out")

@@ -103,6 +103,6 @@ def test_a_disk_that_really_fills_up(small_disk: Path, tmp_path: Path, monkeypat
     assert [path.name for path in small_disk.iterdir()] == ["out.partial"]
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     report = merge_checkpoint(vectors, poe(vectors), small_disk / "out", batch_bytes=1, resume=True)
-    assert report.resumed_groups > 0
+    assert report.resumed_batches > 0
     merge_checkpoint(vectors, poe(vectors), tmp_path / "whole", batch_bytes=1)
     assert contents(small_disk / "out") == contents(tmp_path / "whole")

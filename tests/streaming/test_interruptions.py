@@ -38,7 +38,7 @@ def test_an_interrupted_merge_leaves_no_output_and_goes_on(point: int, uninterru
     with suppress(KeyboardInterrupt):
         ticks = Ticks(point, interrupt)
         merge_checkpoint(vectors, product, out, batch_bytes=2000, progress=ticks)
-        pytest.fail(f"there were only {ticks.calls} groups")
+        pytest.fail(f"there were only {ticks.calls} batches")
     assert not out.exists()
     assert partial.is_dir()
     with pytest.raises(
@@ -46,14 +46,14 @@ def test_an_interrupted_merge_leaves_no_output_and_goes_on(point: int, uninterru
     ):
         merge_checkpoint(vectors, product, out, batch_bytes=2000)
     report = merge_checkpoint(vectors, product, out, batch_bytes=2000, resume=True)
-    assert report.resumed_groups == point + 1
+    assert report.resumed_batches == point + 1
     assert contents(out) == whole
     assert not partial.exists()
 
 
 def test_there_are_no_other_points_of_interruption(uninterrupted: Any) -> None:
     vectors, _ = uninterrupted
-    assert len(plan(vectors, poe(vectors), batch_bytes=2000).groups) == len(POINTS)
+    assert len(plan(vectors, poe(vectors), batch_bytes=2000).batches) == len(POINTS)
 
 
 KILL = """
@@ -109,7 +109,7 @@ def test_a_damaged_part_is_made_again(shorter: bool, uninterrupted: Any, out: Pa
     content[-3] ^= 1
     part.write_bytes(content[:-1] if shorter else content)
     report = merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
-    assert report.resumed_groups == 2
+    assert report.resumed_batches == 2
     assert contents(out) == whole
 
 
@@ -211,8 +211,8 @@ def test_a_moment_without_an_input_loses_nothing(uninterrupted: Any, out: Path, 
         def unreadable(*_: Any) -> Any:
             raise CheckpointError("expert 'emoji': the network disk is away")
 
-        patch.setattr("inference.models.merge.merge_group", unreadable)
+        patch.setattr("inference.models.merge.merge_batch", unreadable)
         with pytest.raises(CheckpointError, match="network disk"):
             merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
-    assert merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True).resumed_groups == 3
+    assert merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True).resumed_batches == 3
     assert contents(out) == whole

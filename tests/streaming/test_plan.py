@@ -38,7 +38,7 @@ def test_the_plan_is_what_happens(models: Any, out: Path) -> None:
     assert shards.keys() == {path.name for path in out.glob("*.safetensors")}
     for file, shard in shards.items():
         written = load_file(out / file)
-        assert {tensor.name for group in shard.groups for tensor in group.tensors} == set(written)
+        assert {tensor.name for batch in shard.batches for tensor in batch.tensors} == set(written)
         assert shard.nbytes == sum(t.nbytes for t in written.values())
     assert (planned.count("merge"), planned.count("average"), planned.count("base")) == (6, 2, 1)
     fused = next(t for t in planned.tensors if t.name == "layers.0.attn.in_proj_weight")

@@ -55,10 +55,10 @@ def test_batches_change_nothing(batch_bytes: int, models: Any, out: Path) -> Non
     vectors = models(torch.float64, dtype=torch.float64)
     product = poe(vectors)
     planned = plan(vectors, product, batch_bytes=batch_bytes)
-    for group in planned.groups:
-        size = sum(math.prod(t.shape) * 8 * (3 if t.design is not None else 1) for t in group.tensors)
-        assert size <= batch_bytes or len(group.tensors) == 1
-    assert len(planned.groups) == {1: 9, 2000: 7, 2**30: 6}[batch_bytes]
+    for batch in planned.batches:
+        size = sum(math.prod(t.shape) * 8 * (3 if t.design is not None else 1) for t in batch.tensors)
+        assert size <= batch_bytes or len(batch.tensors) == 1
+    assert len(planned.batches) == {1: 9, 2000: 7, 2**30: 6}[batch_bytes]
     merge_checkpoint(vectors, product, out, batch_bytes=batch_bytes)
     merged = load_file(out / "model.safetensors")
     for name in MERGED:

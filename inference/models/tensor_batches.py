@@ -1,4 +1,4 @@
-"""Work on one group of tensors: read, solve as one batch, add to the base, round to the output's dtype."""
+"""Work on one batch of tensors: read, solve at once, add to the base, round to the output's dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.modules import anchor_blocks, selected
-from inference.models.plan import Group, TensorPlan
+from inference.models.plan import TensorBatch, TensorPlan
 from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
 from poe_models.module_names import with_names
@@ -24,16 +24,16 @@ HALF = (torch.bfloat16, torch.float16)
 _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
 
 
-def merge_group(
-    task_vectors: TaskVectors, group: Group, designs: Sequence[AnyDesign], seed: int
+def merge_batch(
+    task_vectors: TaskVectors, batch: TensorBatch, designs: Sequence[AnyDesign], seed: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Make the tensors of one group in their output dtype on the CPU, and a record for each.
+    """Make the tensors of one batch in their output dtype on the CPU, and a record for each.
 
     Args:
         task_vectors: Base and experts.
-        group: Tensors with the same treatment; merged ones share a design and shapes.
+        batch: Tensors with the same treatment; merged ones share a design and shapes.
         designs: The designs of the whole merge; records name theirs by its position.
-        seed: Of torch's generators while the group is solved, for energies and centres that draw.
+        seed: Of torch's generators while the batch is solved, for energies and centres that draw.
 
     Returns:
         Tensors by name, and their records.
@@ -41,15 +41,15 @@ def merge_group(
     Raises:
         CheckpointError: If a value is not finite, in an input or once rounded to the output's dtype.
     """
-    first = group.tensors[0]
+    first = batch.tensors[0]
     made: Iterable[_Made]
     if first.design is not None:
         with _seeded(seed, task_vectors.device):
-            made = _solved(task_vectors, group.tensors, first.design)
+            made = _solved(task_vectors, batch.tensors, first.design)
     elif first.average is not None:
-        made = ((tensor, _averaged(task_vectors, tensor), []) for tensor in group.tensors)
+        made = ((tensor, _averaged(task_vectors, tensor), []) for tensor in batch.tensors)
     else:
-        made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in group.tensors)
+        made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in batch.tensors)
     tensors, records = {}, []
     for tensor, value, modules in made:
         rounded, rounding = _rounded(task_vectors, tensor, value)
@@ -82,7 +82,7 @@ class _Batch:
 
     updates: Tensor
     bases: list[Tensor]
-    places: list[tuple[int, int]]  # position of the tensor in the group, of the module in the tensor
+    places: list[tuple[int, int]]  # position of the tensor in the batch, of the module in the tensor
     labels: list[str]
     factors: list[tuple[Tensor, Tensor] | None]
     centers: list[Tensor]
