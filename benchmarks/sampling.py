@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.folders import write_page
 from benchmarks.vision.train import make_suite
-from diagnostics.arviz_adapter import chain_statistics
+from diagnostics.arviz_adapter import chain_summary
 from inference.draws import Draws
 from inference.gibbs import gibbs
 from inference.nuts import nuts
@@ -100,7 +100,7 @@ def measure(sampler: Sampler, posterior: Posterior, seed: int) -> Figure:
     seconds = time.process_time() - started
     # The last coefficient is the zero centre's, which moves nothing.
     coefficients = posterior.coefficients(draws.values)[..., :-1].flatten(2)
-    found = chain_statistics(coefficients.numpy())
+    found = chain_summary(coefficients.numpy())
     diverging = draws.stats.get("diverging", torch.zeros(1))
     return Figure(
         seconds,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diagnostics.verdicts import Level, Verdict
 from poe_models.printing import Brief
-from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
+from poe_models.weights.moments import ModuleMoments, MomentsFolder
 from poe_models.weights.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Alignment(Brief):
 
 
 def gram_alignment(
-    task_vectors: TaskVectors, activations: ModuleStatistics | StatisticsFolder, side: Side = "input", seed: int = 0
+    task_vectors: TaskVectors, activations: ModuleMoments | MomentsFolder, side: Side = "input", seed: int = 0
 ) -> Alignment:
     """Alignment of every update's Gram matrix with the second moments of every task, on one side of the matrices.
 
@@ -117,8 +117,8 @@ def gram_alignment(
         Cosines, and how shuffled tasks do.
 
     Raises:
-        ValueError: If the statistics are of another kind, or there is no module.
-        CheckpointError: If the statistics lack an expert or module.
+        ValueError: If the moments are of another kind, or there is no module.
+        CheckpointError: If the moments lack an expert or module.
 
     [BMM] Theorem 1, Figure 2.
     """

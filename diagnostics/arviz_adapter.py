@@ -165,8 +165,8 @@ def _made(groups: Mapping[str, Any], attributes: Mapping[str, str | float], seed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ChainStatistics(Brief):
-    """Statistics of the chains of each quantity; float64 arrays of the quantities' shape.
+class ChainSummary(Brief):
+    """R-hat, effective sample sizes and moments of each quantity; float64 arrays of the quantities' shape.
 
     Attributes:
         r_hat: Rank-normalised split R-hat (Vehtari et al., 2021); nan with one chain or for a constant.
@@ -185,11 +185,11 @@ class ChainStatistics(Brief):
     mcse_mean: np.ndarray
 
 
-def chain_statistics(values: np.ndarray) -> ChainStatistics:
+def chain_summary(values: np.ndarray) -> ChainSummary:
     """R-hat, effective sample sizes and Monte Carlo errors of quantities ``(chain, draw, *shape)``.
 
     >>> draws = np.random.default_rng(0).normal(size=(4, 500, 2))
-    >>> bool((chain_statistics(draws).r_hat < 1.01).all())
+    >>> bool((chain_summary(draws).r_hat < 1.01).all())
     True
     """
     data = az.convert_to_dataset({"x": values})
@@ -200,7 +200,7 @@ def chain_statistics(values: np.ndarray) -> ChainStatistics:
         error = az.mcse(data, method="mean")["x"].values
         constant, mean, sd = np.ptp(values, axis=(0, 1)) == 0, values.mean((0, 1)), values.std((0, 1), ddof=1)
     bulk, tail = (np.where(constant, np.nan, size) for size in (bulk, tail))
-    return ChainStatistics(r_hat, bulk, tail, mean, sd, error)
+    return ChainSummary(r_hat, bulk, tail, mean, sd, error)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

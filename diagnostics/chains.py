@@ -24,7 +24,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from diagnostics.arviz_adapter import ChainStatistics, chain_statistics
+from diagnostics.arviz_adapter import ChainSummary, chain_summary
 from diagnostics.verdicts import Level, Verdict
 from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
 from poe_models.printing import Brief
@@ -50,7 +50,7 @@ class ChainConvergence(Brief):
         quantities: Names of the quantities, the same in each module.
         values: The draws themselves, ``(C, S, M, K)`` float64.
         silent: Mask of the quantities that a module does not have, whose values are NaN, ``(M, K)``.
-        statistics: Statistics of every quantity, ``(M, K)`` arrays.
+        summary: R-hat, effective sample sizes and Monte Carlo errors of every quantity, ``(M, K)`` arrays.
         divergences: Divergent transitions, ``(M,)`` int64; None if the sampler reports none.
     """
 
@@ -58,7 +58,7 @@ class ChainConvergence(Brief):
     quantities: tuple[str, ...]
     values: np.ndarray
     silent: np.ndarray
-    statistics: ChainStatistics
+    summary: ChainSummary
     divergences: np.ndarray | None
 
     @property
@@ -83,14 +83,14 @@ class ChainConvergence(Brief):
         return tuple(found)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per module and quantity that it has, with the columns of :class:`ChainStatistics`."""
+        """One row per module and quantity that it has, with the columns of :class:`ChainSummary`."""
         import pandas as pd
 
         places = [
             (m, q) for m in range(len(self.modules)) for q in range(len(self.quantities)) if not self.silent[m, q]
         ]
         named = [{"module": self.modules[m], "quantity": self.quantities[q]} for m, q in places]
-        numbers = {name: [values[place] for place in places] for name, values in vars(self.statistics).items()}
+        numbers = {name: [values[place] for place in places] for name, values in vars(self.summary).items()}
         return pd.DataFrame(named).assign(**numbers)
 
     def _broken(self) -> list[Verdict]:
@@ -105,11 +105,11 @@ class ChainConvergence(Brief):
         return [Verdict("draws", Level.BAD, text)]
 
     def _r_hat(self) -> Verdict:
-        known = self.statistics.r_hat[~np.isnan(self.statistics.r_hat)]  # infinite: every chain is stuck by itself
+        known = self.summary.r_hat[~np.isnan(self.summary.r_hat)]  # infinite: every chain is stuck by itself
         if not known.size:
             why = "there is one chain" if self.num_chains == 1 else "no quantity varies, or draws are not finite"
             return Verdict("R-hat", Level.UNKNOWN, f"cannot be judged: {why}. Run four chains or more.")
-        top, where = float(known.max()), self._name(np.nanargmax(self.statistics.r_hat))
+        top, where = float(known.max()), self._name(np.nanargmax(self.summary.r_hat))
         text = f"largest R-hat {top:.3f} ({where}) over {self.num_chains} chains of {self.num_draws} draws"
         if top <= R_HAT[0]:
             return Verdict("R-hat", Level.GOOD, f"{text}: the chains agree.")
@@ -120,13 +120,13 @@ class ChainConvergence(Brief):
         return Verdict("R-hat", Level.BAD, f"{text}: the chains disagree; run them longer, or look at their modes.")
 
     def _sample_size(self) -> Verdict:
-        stuck = np.isinf(self.statistics.r_hat)  # no draw of these says anything about the others
-        sizes = np.where(stuck, 1.0, np.fmin(self.statistics.ess_bulk, self.statistics.ess_tail))
+        stuck = np.isinf(self.summary.r_hat)  # no draw of these says anything about the others
+        sizes = np.where(stuck, 1.0, np.fmin(self.summary.ess_bulk, self.summary.ess_tail))
         if not np.isfinite(sizes).any():
             return Verdict("effective sample size", Level.UNKNOWN, "cannot be judged: too few draws.")
         least, where = float(np.nanmin(sizes)), self._name(np.nanargmin(sizes))
         varying = np.isfinite(sizes)
-        error = np.where(stuck[varying], 1.0, self.statistics.mcse_mean[varying] / self.statistics.sd[varying])
+        error = np.where(stuck[varying], 1.0, self.summary.mcse_mean[varying] / self.summary.sd[varying])
         text = (
             f"smallest effective sample size {least:.0f} ({where}) of {self.num_chains * self.num_draws} draws; Monte "
             f"Carlo errors of the means are up to {error.max():.1%} of a standard deviation"
@@ -146,7 +146,7 @@ class ChainConvergence(Brief):
         return Verdict("divergences", level, text)
 
     def _name(self, flat: np.intp) -> str:
-        module, quantity = np.unravel_index(int(flat), self.statistics.r_hat.shape)
+        module, quantity = np.unravel_index(int(flat), self.summary.r_hat.shape)
         return f"{self.quantities[quantity]} in {self.modules[module]}"
 
 
@@ -167,7 +167,7 @@ def chain_convergence(draws: ModelDraws) -> ChainConvergence:
         quantities=names,
         values=array,
         silent=silent.cpu().numpy(),
-        statistics=chain_statistics(array),
+        summary=chain_summary(array),
         divergences=None if divergent is None else divergent.long().sum((0, 1)).cpu().numpy(),
     )
 

@@ -23,7 +23,7 @@ from poe_merge.user_tasks import UserTasks
 from poe_models.weights.batches import fingerprint, mapped
 from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.collecting import collect_activations
-from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.moments import ModuleMoments
 from poe_models.weights.task_vectors import TaskVectors
 
 __all__ = ["ActivationsReport", "make_activations"]
@@ -107,7 +107,7 @@ def make_activations(
         made = {**made, name: about[name]}  # before the file: a record of what is not there yet is of no harm
         with disk_errors(out / f"{quote(name, safe='')}.safetensors"):
             _record(out, made)
-            ModuleStatistics("activations", {name: found}).save(out)
+            ModuleMoments("activations", {name: found}).save(out)
     return ActivationsReport(out, tuple(missing), tuple(there))
 
 

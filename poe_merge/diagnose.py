@@ -41,7 +41,7 @@ from poe_merge.record import (
 from poe_merge.settings import Document
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.weights.loading import Checkpoint, CheckpointError
-from poe_models.weights.moments import StatisticsFolder
+from poe_models.weights.moments import MomentsFolder
 from poe_models.weights.task_vectors import TaskVectors
 
 NUM_SURROGATES = 19
@@ -114,7 +114,7 @@ def diagnose(
         if tails and modules:
             _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
         if activations is not None:
-            found.alignment = gram_alignment(task_vectors_of(record), StatisticsFolder(activations), seed=seed)
+            found.alignment = gram_alignment(task_vectors_of(record), MomentsFolder(activations), seed=seed)
     if predictions is not None:
         found.predictions = evaluate_predictions(load_predictions(predictions), seed=seed)
     return report(

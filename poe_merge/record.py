@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from inference.models.artifacts import renamed
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent, digest_inputs
 from inference.models.folder import RECORD
@@ -159,7 +160,7 @@ def read_record(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
     require_shape(path, record)
     tensors = record.pop("tensors")
-    return {**resolved(record, run), "tensors": tensors}
+    return {**resolved(renamed(record), run), "tensors": tensors}
 
 
 def config_of(run: Path, flags: Mapping[str, Any], *, allow_code: bool = False) -> MergeConfig:

@@ -306,9 +306,9 @@ def _judged(drawn: Drawn) -> Drawn:
     if drawn.draws.independent:
         return drawn
     found = chain_convergence(drawn.draws)
-    sizes = np.fmin(found.statistics.ess_bulk, found.statistics.ess_tail)
+    sizes = np.fmin(found.summary.ess_bulk, found.summary.ess_tail)
     convergence = {
-        "r_hat": _extreme(found.statistics.r_hat, np.max),
+        "r_hat": _extreme(found.summary.r_hat, np.max),
         "ess": _extreme(sizes, np.min),
         "warnings": [f"{each.about}: {each.text}" for each in found.verdicts if each.level != Level.GOOD],
     }

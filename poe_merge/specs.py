@@ -128,11 +128,8 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
             f"own as `my_module:{name}` or `file.py:{name}`."
         )
     found: type[T] = kind.registry[name] if where is None else _own_class(what, where, name, kind.base, folders)
-    if _takes_moments(found) and not args and "statistics" not in kwargs:
-        example = f"{name}('statistics/{found.kind}')"  # type: ignore[attr-defined]
-        raise SpecError(f"{what}: it needs moments of data. Give their folder: `{example}`.")
     if _takes_moments(found):
-        args, kwargs = _with_folder(args, kwargs, folders)
+        args, kwargs = _with_folder(what, found, args, kwargs, folders)
     for number in (*args, *kwargs.values()):
         if isinstance(number, int | float) and not abs(number) <= _LARGEST:
             raise SpecError(f"{what}: an argument is out of range. Give a finite number of at most {_LARGEST:g}.")
@@ -263,20 +260,26 @@ def _prefix(found: type, kind: Kind[Any]) -> str:
 
 
 def _takes_moments(found: type) -> bool:
-    from poe_models.methods.data_based import StatisticsMethod
-    from poe_models.residual_maps import StatisticsMap
+    from poe_models.methods.data_based import MomentsMethod
+    from poe_models.residual_maps import MomentsMap
 
-    return issubclass(found, StatisticsMap | StatisticsMethod)
+    return issubclass(found, MomentsMap | MomentsMethod)
 
 
-def _with_folder(args: list[Any], kwargs: dict[str, Any], folders: Sequence[Path]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of a map or method on statistics, with the absolute path of their folder opened."""
-    from poe_models.weights.moments import StatisticsFolder
+def _with_folder(
+    what: str, found: Any, args: list[Any], kwargs: dict[str, Any], folders: Sequence[Path]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of a map or method on moments, with the absolute path of their folder opened."""
+    from poe_models.weights.moments import MomentsFolder
 
-    written = args[0] if args else kwargs["statistics"]
+    named = {{"statistics": "moments"}.get(key, key): value for key, value in kwargs.items()}  # its older name
+    if not args and "moments" not in named:
+        example = f"{found.__name__}('moments/{found.kind}')"
+        raise SpecError(f"{what}: it needs moments of data. Give their folder: `{example}`.")
+    written = args[0] if args else named.pop("moments")
     paths = [folder.absolute() / Path(str(written)).expanduser() for folder in folders]
-    opened = StatisticsFolder(str(next((path for path in paths if path.exists()), paths[0])))
-    return ([opened, *args[1:]], kwargs) if args else ([], {**kwargs, "statistics": opened})
+    opened = MomentsFolder(str(next((path for path in paths if path.exists()), paths[0])))
+    return ([opened, *args[1:]], named) if args else ([], {"moments": opened, **named})
 
 
 def _read(text: str, kind: Kind[Any]) -> tuple[str | None, str, list[Any], dict[str, Any]]:

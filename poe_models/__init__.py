@@ -76,7 +76,7 @@ from poe_models.span_labels import stored_center
 from poe_models.weights.collecting import collect_activations, collect_fisher
 from poe_models.weights.loading import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
+from poe_models.weights.moments import ModuleMoments, MomentsFolder
 from poe_models.weights.rules import ALL_TENSORS, DEFAULT_RULES, Rule, RuleTable, Treatment
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.views import View
@@ -130,8 +130,9 @@ __all__ = [
     "MetaGPT",
     "Mixed",
     "ModuleBatch",
-    "ModuleStatistics",
+    "ModuleMoments",
     "ModuleUpdates",
+    "MomentsFolder",
     "NormScaled",
     "Operator",
     "OutputGram",
@@ -149,7 +150,6 @@ __all__ = [
     "ScaledIdentity",
     "SpanCoordinates",
     "SpanStatistics",
-    "StatisticsFolder",
     "StudentT",
     "TaskArithmetic",
     "TaskData",

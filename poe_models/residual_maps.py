@@ -32,10 +32,10 @@ MomentKind = Literal["fisher", "activations"]
 
 
 class Moments(Protocol):
-    """Statistics of the experts' data, by the names of experts and modules."""
+    """Moments of the experts' data, by the names of experts and modules."""
 
     def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
-        """Statistics of ``M`` modules of equal shape: ``(M, d_out, d_in)`` or ``(M, d_in, d_in)``, by their kind."""
+        """Moments of ``M`` modules of equal shape: ``(M, d_out, d_in)`` or ``(M, d_in, d_in)``, by their kind."""
         ...
 
     def inputs(self, expert: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
@@ -45,10 +45,10 @@ class Moments(Protocol):
 
 @runtime_checkable
 class MomentsSource(Protocol):
-    """Statistics in memory or a folder of some; :mod:`poe_models.weights.moments` has both."""
+    """Moments in memory or a folder of some; :mod:`poe_models.weights.moments` has both."""
 
     def opened(self, kind: MomentKind, experts: Sequence[str]) -> Moments:
-        """The statistics of these experts at least; a ``TypeError`` or ``ValueError`` if they are of another kind."""
+        """The moments of these experts at least; a ``TypeError`` or ``ValueError`` if they are of another kind."""
         ...
 
 
@@ -95,14 +95,14 @@ class ResidualMap(ABC):
     def for_modules(self, update: str, modules: Sequence[str]) -> ResidualMap:
         """The map of one expert, named by its task vector, for a batch of named modules; equal to this one.
 
-        Only a map on given statistics differs from module to module.
+        Only a map on given moments differs from module to module.
         """
         return self
 
     def inputs(self, update: str, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
         """Checkpoints, by their role, that an expert's map reads besides the updates of modules ``(d_out, d_in)``.
 
-        None, but for maps on given statistics, which check them by their headers.
+        None, but for maps on given moments, which check them by their headers.
         """
         return {}
 
@@ -166,13 +166,13 @@ class InputGram(ResidualMap):
 
 
 @dataclass(frozen=True)
-class StatisticsMap(ResidualMap):
-    """A residual map on ``ModuleStatistics`` or a ``StatisticsFolder``, looked up by names of expert and modules."""
+class MomentsMap(ResidualMap):
+    """A residual map on ``ModuleMoments`` or a ``MomentsFolder``, looked up by names of expert and modules."""
 
     common_units: ClassVar[bool] = True
     kind: ClassVar[MomentKind]
-    """Kind of the statistics."""
-    statistics: MomentsSource
+    """Kind of the moments."""
+    moments: MomentsSource
 
     def __post_init__(self) -> None:
         require_source(self)
@@ -187,13 +187,13 @@ class StatisticsMap(ResidualMap):
         """The operator for given Fisher information ``(M, d_out, d_in)`` or second moments ``(M, d_in, d_in)``."""
 
     def source(self, update: str) -> Moments:
-        """The statistics, of this expert at least; of a folder its header is read anew."""
-        return self.statistics.opened(self.kind, [update])
+        """The moments, of this expert at least; of a folder its header is read anew."""
+        return self.moments.opened(self.kind, [update])
 
     @override
     def operator(self, update: Tensor) -> Operator:
         raise ValueError(
-            f"`{type(self).__name__}(...)`: got updates without the names of their modules, and statistics go by name. "
+            f"`{type(self).__name__}(...)`: got updates without the names of their modules, and moments go by name. "
             "Give a `ModuleUpdates`, or name the modules of the batch: `poe.for_modules([...])`."
         )
 
@@ -212,10 +212,10 @@ class StatisticsMap(ResidualMap):
 
 @dataclass(frozen=True, repr=False)
 class _OfModules(ResidualMap):
-    """A map on given statistics in named modules; equal to, and written as, the map without the names."""
+    """A map on given moments in named modules; equal to, and written as, the map without the names."""
 
     common_units: ClassVar[bool] = True
-    map: StatisticsMap
+    map: MomentsMap
     update: str = field(compare=False)
     modules: tuple[str, ...] = field(compare=False)
     source: Moments = field(compare=False)
@@ -247,14 +247,14 @@ class _OfModules(ResidualMap):
 
 
 @dataclass(frozen=True)
-class Fisher(StatisticsMap):
+class Fisher(MomentsMap):
     """``q = sum F_i (Z - U_i)^2`` entry by entry: the diagonal Fisher information ([PoE] Eq. 14).
 
     With Gaussian experts at an absolute scale and a vanishing anchor the MAP is Fisher-weighted averaging (Matena &
     Raffel, 2022, arXiv 2111.09832).
 
     Args:
-        statistics: Fisher information of every expert.
+        moments: Fisher information of every expert.
         floor: Added to every entry, so that entries that no example depends on are averaged.
     """
 
@@ -274,14 +274,14 @@ class Fisher(StatisticsMap):
 
 
 @dataclass(frozen=True)
-class Activation(StatisticsMap):
+class Activation(MomentsMap):
     """``q = |(Z - U) X|^2 / n``: the change on an expert's own inputs (RegMean; [PoE] Eq. 15-16, [BMM] Eq. 8).
 
     With Gaussian experts at an absolute scale and a vanishing anchor the MAP is RegMean's (Jin et al., 2023,
     arXiv 2212.09849).
 
     Args:
-        statistics: Second moments ``X X^T / n`` of every expert.
+        moments: Second moments ``X X^T / n`` of every expert.
         off_diagonal: Factor on their off-diagonal entries, between 0 and 1; RegMean recommends 0.9.
     """
 
@@ -297,11 +297,11 @@ class Activation(StatisticsMap):
 
 
 @dataclass(frozen=True)
-class Mixed(StatisticsMap):
+class Mixed(MomentsMap):
     """``share * Activation + (1 - share) * InputGram``: data where there are some, updates elsewhere ([BMM] Eq. 35).
 
     Args:
-        statistics: Second moments ``X X^T / n`` of every expert.
+        moments: Second moments ``X X^T / n`` of every expert.
         share: Share of the activations, between 0 and 1.
         off_diagonal: Factor on the off-diagonal entries of the activations.
         unit_trace: Scale both to unit mean trace first; a zero Gram stays zero. [BMM] mixes them as they are.
@@ -326,7 +326,7 @@ class Mixed(StatisticsMap):
 
 @dataclass(frozen=True)
 class _Squares(ResidualMap):
-    """A diagonal map that needs no statistics, to try a design with."""
+    """A diagonal map that needs no moments, to try a design with."""
 
     @override
     def operator(self, update: Tensor) -> Operator:
@@ -344,15 +344,15 @@ RESIDUAL_MAPS: dict[str, type[ResidualMap]] = {
 
 
 def require_source(owner: Any) -> None:
-    """Refuse a map or method whose ``statistics`` are none, such as a path.
+    """Refuse a map or method whose ``moments`` are none, such as a path.
 
     Raises:
         TypeError: If they are none.
     """
-    if not isinstance(owner.statistics, MomentsSource):
+    if not isinstance(owner.moments, MomentsSource):
         raise TypeError(
-            f"`{type(owner).__name__}(statistics={owner.statistics!r})`: expected the statistics themselves, "
-            f"`ModuleStatistics({owner.kind!r}, ...)`, or a folder of some, `StatisticsFolder(path)`."
+            f"`{type(owner).__name__}(moments={owner.moments!r})`: expected the moments themselves, "
+            f"`ModuleMoments({owner.kind!r}, ...)`, or a folder of some, `MomentsFolder(path)`."
         )
 
 

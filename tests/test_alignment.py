@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from diagnostics import Level, gram_alignment
-from poe_models import ModuleStatistics, TaskVectors
+from poe_models import ModuleMoments, TaskVectors
 
 NAMES = ("a", "b", "c", "d")
 
 
 def trained(
     generator: torch.Generator, own_inputs: bool, tasks: int = 4, size: int = 12
-) -> tuple[TaskVectors, ModuleStatistics]:
+) -> tuple[TaskVectors, ModuleMoments]:
     """One layer after a step of gradient descent on each task's inputs, or on inputs that all tasks share."""
     base = torch.randn(8, size, generator=generator) / 3
     experts, moments = {}, {}
@@ -26,7 +26,7 @@ def trained(
         errors = torch.randn(8, 40, generator=generator)
         experts[name] = {"fc.weight": base + 1e-3 * errors @ seen.mT}
         moments[name] = {"fc.weight": x @ x.mT / 40}
-    return TaskVectors({"fc.weight": base}, experts), ModuleStatistics("activations", moments)
+    return TaskVectors({"fc.weight": base}, experts), ModuleMoments("activations", moments)
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
@@ -76,7 +76,7 @@ def test_many_tasks_are_shuffled_by_a_seed(generator: torch.Generator) -> None:
     base = torch.zeros(3, 3)
     updates = {n: {"fc.weight": torch.randn(3, 3, generator=generator)} for n in names}
     moments = {n: {"fc.weight": u["fc.weight"].mT @ u["fc.weight"]} for n, u in updates.items()}
-    vectors, activations = TaskVectors({"fc.weight": base}, updates), ModuleStatistics("activations", moments)
+    vectors, activations = TaskVectors({"fc.weight": base}, updates), ModuleMoments("activations", moments)
     found = gram_alignment(vectors, activations, seed=3)
     assert found.p_value == gram_alignment(vectors, activations, seed=3).p_value == pytest.approx(1 / 5040)
     torch.testing.assert_close(found.own, torch.ones(1, 9, dtype=torch.float64))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.arviz_adapter import chain_statistics
+from diagnostics.arviz_adapter import chain_summary
 from diagnostics.chains import ChainConvergence, chain_convergence, rank_histogram
 from diagnostics.verdicts import Level
 from inference.models.model_draws import SpanDraws
@@ -39,11 +39,11 @@ def chains(values: np.ndarray, **stats: Any) -> ChainConvergence:
 def test_independent_draws_are_good() -> None:
     found = chains(independent((4, 500, 1, 2)), diverging=np.zeros((4, 500, 1), bool))
     assert [verdict.level for verdict in found.verdicts] == [Level.GOOD] * 3
-    size = found.statistics.ess_bulk
+    size = found.summary.ess_bulk
     # 2000 independent draws. Over 1500 repetitions the estimated size was 1960 with a standard deviation of 120, and
     # the error 1.01 of the true one with one of 0.036: bounds six of these away.
     assert ((size > 1960 - 6 * 120) & (size < 1960 + 6 * 120)).all()
-    assert_close(torch.from_numpy(found.statistics.mcse_mean), torch.tensor(2000**-0.5).double(), 0.23)
+    assert_close(torch.from_numpy(found.summary.mcse_mean), torch.tensor(2000**-0.5).double(), 0.23)
 
 
 def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
@@ -93,7 +93,7 @@ def test_a_constant_does_not_hide_the_others() -> None:
     values = independent((4, 500, 1, 2))
     values[..., 0] = 1.0
     found = chains(values)
-    assert np.isnan(found.statistics.r_hat[0, 0])
+    assert np.isnan(found.summary.r_hat[0, 0])
     assert [verdict.level for verdict in found.verdicts] == [Level.GOOD, Level.GOOD]
 
 
@@ -125,6 +125,6 @@ def test_draws_that_cannot_be_ranked(values: np.ndarray) -> None:
 def test_statistics_of_draws_that_are_not_finite() -> None:
     values = independent((4, 100, 2))
     values[0, 0, 0] = np.nan
-    found = chain_statistics(values)
+    found = chain_summary(values)
     assert np.isnan(found.r_hat[0])
     assert np.isfinite(found.r_hat[1])

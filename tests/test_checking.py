@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models import ModuleStatistics, StatisticsFolder, TaskVectors
+from poe_models import ModuleMoments, MomentsFolder, TaskVectors
 from poe_models.methods import METHODS, About, FisherMerging, MergingMethod, ModuleBatch, TaskArithmetic, Ties, Wudi
 from poe_models.methods.checking import PROPERTIES, Report, check
 from tests.helpers import random_updates
@@ -24,7 +24,7 @@ def made(name: str) -> MergingMethod:
     cls = METHODS[name]
     settings: dict[str, object] = {"steps": QUICK[name]} if name in QUICK else {}
     if cls.about.data in ("fisher", "activations"):
-        settings["statistics"] = StatisticsFolder("random statistics take its place")
+        settings["moments"] = MomentsFolder("random moments take its place")
     return cls(**settings)
 
 
@@ -148,8 +148,8 @@ def test_real_modules_with_statistics(tmp_path: Path) -> None:
     vectors = real()
     generator = seeded(1)
     fisher = {name: {m.name: torch.rand(m.base.shape, generator=generator) for m in vectors} for name in vectors.names}
-    ModuleStatistics("fisher", fisher).save(tmp_path)
-    report = check(FisherMerging(StatisticsFolder(str(tmp_path))), vectors)
+    ModuleMoments("fisher", fisher).save(tmp_path)
+    report = check(FisherMerging(MomentsFolder(str(tmp_path))), vectors)
     assert report.broken == (), report
     assert any(each.modules == "real" and each.status == "holds" for each in report.outcomes)
 

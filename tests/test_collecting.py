@@ -16,7 +16,7 @@ from poe_models import (
     DEFAULT_RULES,
     Activation,
     Fisher,
-    ModuleStatistics,
+    ModuleMoments,
     ProductOfExperts,
     TaskVectors,
     View,
@@ -154,7 +154,7 @@ def test_activation_residual_is_the_mean_squared_output_of_a_layer_with_the_diff
     found = collect_activations(layer, [x[:1], x[1:]] if x.ndim > 3 else [x], call, {"weight": view}, dtype=x.dtype)
     difference = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)  # type: ignore[arg-type]
     blocks = view.fitted(difference.shape).split(difference)
-    statistics = ModuleStatistics("activations", {"a": found})
+    statistics = ModuleMoments("activations", {"a": found})
     q = torch.stack(
         [
             Activation(statistics).for_modules("a", [name]).operator(torch.zeros_like(d)[None]).quadratic(d[None])
@@ -220,8 +220,8 @@ def test_collected_statistics_fit_the_task_vectors_they_are_for(generator: torch
     fisher = {name: collect_fisher(models[name], loader, call, vectors.views) for name in vectors.names}
     moments = {name: collect_activations(models[name], loader, call, vectors.views) for name in vectors.names}
     for residual_map in (
-        Fisher(ModuleStatistics("fisher", fisher)),
-        Activation(ModuleStatistics("activations", moments)),
+        Fisher(ModuleMoments("fisher", fisher)),
+        Activation(ModuleMoments("activations", moments)),
     ):
         poe = ProductOfExperts.of(vectors.names, residual_map)
         for module in vectors:
@@ -293,7 +293,7 @@ def test_gpt2_with_its_transposed_and_fused_layers(generator: torch.Generator) -
     assert [name for name in moments if "c_attn" in name] == [
         f"transformer.h.0.attn.c_attn.weight[{i}]" for i in range(3)
     ]
-    method = RegMean(ModuleStatistics("activations", {"tuned": moments}), off_diagonal=0.9)
+    method = RegMean(ModuleMoments("activations", {"tuned": moments}), off_diagonal=0.9)
     for module in vectors:
         assert fisher[module.name].shape == module.base.shape
         assert_close(method.merge(ModuleBatch.of_module(module)), module.updates, 1e-4)

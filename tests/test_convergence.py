@@ -244,7 +244,7 @@ def test_draws_of_the_slice_sampler(updates: Tensor) -> None:
     draws = SpanDraws.of(slice_sample(posterior, 100, generator=seeded(0), warmup=100), posterior)
     found = chain_convergence(draws)
     assert found.quantities == (*NAMES, "center")
-    assert found.statistics.r_hat.shape == (2, 4)
+    assert found.summary.r_hat.shape == (2, 4)
     assert found.divergences is None
     assert_close(torch.from_numpy(found.values), draws.coefficients)
 
@@ -256,7 +256,7 @@ def test_full_draws_are_judged_by_their_weights(updates: Tensor) -> None:
     generator = seeded(0)
     found = chain_convergence(sample_full(vectors, poe, 100, generator=generator))
     assert found.quantities == ("log density", *(f"log weight of {name}" for name in NAMES))
-    assert found.statistics.r_hat.shape == (2, 4)
+    assert found.summary.r_hat.shape == (2, 4)
     assert not found.silent.any()
     for state in states.values():
         state["a.weight"] = states[NAMES[1]]["a.weight"]

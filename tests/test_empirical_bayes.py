@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from inference.search import Ridge, empirical_bayes, regression_evidence
-from poe_models import Absolute, Activation, Anchor, Gaussian, InputGram, ModuleStatistics, ProductOfExperts
+from poe_models import Absolute, Activation, Anchor, Gaussian, InputGram, ModuleMoments, ProductOfExperts
 
 NAMES = ["a", "b"]
 
@@ -31,7 +31,7 @@ def regression(
     moments = {
         name: {str(m): x[m] @ x[m].mT / d_in for m in range(modules)} for name, x in zip(NAMES, inputs, strict=True)
     }
-    activation = Activation(ModuleStatistics("activations", moments))
+    activation = Activation(ModuleMoments("activations", moments))
     poe = ProductOfExperts.of(NAMES, activation, Gaussian(), Absolute(math.sqrt(1 / (2 * d_in))), anchor=Anchor())
     return poe.for_modules([str(m) for m in range(modules)]), updates, inputs, outputs
 

@@ -19,7 +19,7 @@ from diagnostics.report.page import Details, Facts, Table
 from inference.models.averages import ModelDesigns
 from inference.search import SearchResult, SearchTrial
 from poe_merge.cli import run
-from poe_models import ModuleStatistics
+from poe_models import ModuleMoments
 
 MODULES = ("layers.0.fc.weight", "layers.1.fc.weight")
 
@@ -125,7 +125,7 @@ def test_diagnose_takes_the_moments_of_inputs(tmp_path: Path, generator: torch.G
         x = torch.randn(5, 20, generator=generator)
         moments[name] = {"fc.weight": x @ x.mT / 20}
     del moments["base"]
-    ModuleStatistics("activations", moments).save(tmp_path / "moments")
+    ModuleMoments("activations", moments).save(tmp_path / "moments")
     models = [f"--model={name}={folders[name]}" for name in ("mnist", "emoji")]
     merged, page = tmp_path / "merged", tmp_path / "report.html"
     assert run(["merge", "--base-model", str(folders["base"]), *models, "--out", str(merged)]) == 0

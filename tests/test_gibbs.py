@@ -21,7 +21,7 @@ from poe_models import (
     Huber,
     Identity,
     InputGram,
-    ModuleStatistics,
+    ModuleMoments,
     OutputGram,
     ProductOfExperts,
     Relative,
@@ -161,7 +161,7 @@ def test_simulation_based_calibration(moments: list[list[float]] | None, generat
         matrix = torch.tensor(moments, dtype=torch.float64)
         noise = noise @ torch.linalg.inv(torch.linalg.cholesky(matrix))  # rows of covariance matrix^-1
         given = {name: dict.fromkeys(modules, matrix) for name in NAMES}
-        residual_map = Activation(ModuleStatistics("activations", given))
+        residual_map = Activation(ModuleMoments("activations", given))
     updates = truth.unsqueeze(1) + scale * noise * (df / mixing).sqrt()
     poe = ProductOfExperts.of(
         NAMES,

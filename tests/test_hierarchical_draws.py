@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diagnostics.arviz_adapter import chain_statistics, to_inference_data
+from diagnostics.arviz_adapter import chain_summary, to_inference_data
 from inference.evidence.estimate import log_evidence, log_normalizers
 from inference.hierarchical.sampler import HierarchicalDraws, HierarchicalModel, gather, hierarchical
 from poe_models import (
@@ -101,7 +101,7 @@ def test_nuts_agrees_with_evidence_on_a_grid(generator: torch.Generator) -> None
     for values, grid, mass in ((draws.gamma, log_gamma, density.sum(1)), (draws.nu, log_nu, density.sum(0))):
         mean = float((mass * grid).sum())
         deviation = float((mass * (grid - mean).square()).sum().sqrt())
-        found = chain_statistics(values.log().numpy())
+        found = chain_summary(values.log().numpy())
         assert float(found.ess_bulk) > 60
         error = deviation / math.sqrt(float(found.ess_bulk))
         assert abs(float(found.mean) - mean) < 4.9 * error
@@ -248,7 +248,7 @@ def test_arviz_has_r_hat_for_gamma_and_nu(generator: torch.Generator) -> None:
     assert draws.nu is not None
     table = az.summary(to_inference_data(draws), var_names=["gamma", "nu"], round_to="none")
     assert list(table.index) == ["gamma", "nu"]
-    assert table.loc["nu", "r_hat"] == pytest.approx(float(chain_statistics(draws.nu.numpy()).r_hat))
+    assert table.loc["nu", "r_hat"] == pytest.approx(float(chain_summary(draws.nu.numpy()).r_hat))
     with pytest.raises(ValueError, match="Give them alone"):
         to_inference_data(draws, poe.bind(updates))
 

@@ -20,7 +20,7 @@ from poe_models import (
     Identity,
     InputGram,
     Mixed,
-    ModuleStatistics,
+    ModuleMoments,
     NormScaled,
     OutputGram,
     ProductOfExperts,
@@ -54,10 +54,10 @@ def solved(
     return fixed_point(poe.for_modules(MODULES).bind(updates)).value
 
 
-def moments(inputs: Tensor) -> ModuleStatistics:
+def moments(inputs: Tensor) -> ModuleMoments:
     """Of inputs ``(M, N, rows, d_in)``."""
     means = inputs.mT @ inputs / inputs.shape[-2]
-    return ModuleStatistics(
+    return ModuleMoments(
         "activations", {n: {m: means[j, i] for j, m in enumerate(MODULES)} for i, n in enumerate(NAMES)}
     )
 
@@ -95,7 +95,7 @@ def test_fisher_is_fisher_weighted_averaging_of_the_weights(
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)[:, None, None]
     precision = weights * (fisher + floor)
     expected = (precision * (base.unsqueeze(1) + updates)).sum(1) / precision.sum(1)
-    found = solved(Fisher(ModuleStatistics("fisher", given), floor), updates, 0.0, importance=(0.2, 0.5, 0.3))
+    found = solved(Fisher(ModuleMoments("fisher", given), floor), updates, 0.0, importance=(0.2, 0.5, 0.3))
     assert_close(base + found, expected)
 
 

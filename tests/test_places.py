@@ -19,7 +19,7 @@ from poe_merge.cli import run
 from poe_models import Activation, Anchor, Balanced, ProductOfExperts, RelativePrecision, TaskVectors
 from poe_models.span import SpanStatistics
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.moments import ModuleStatistics, StatisticsFolder
+from poe_models.weights.moments import ModuleMoments, MomentsFolder
 
 MODELS = ["--base-model", "models/base", "--model", "a=models/a", "--model", "b=models/b"]
 
@@ -90,7 +90,7 @@ def test_paths_and_nothing_else_are_changed(tmp_path: Path, monkeypatch: pytest.
     told = {
         "source": str(names["base"]),
         f"anchor {names['stats']}": {"file": [str(names["it's here"]), "/not/there", "merge/slash", 3, None]},
-        "map": f"Fisher(StatisticsFolder('{names['stats']}'), other='/not/there')",
+        "map": f"Fisher(MomentsFolder('{names['stats']}'), other='/not/there')",
         "alias": "a 'quoted' word, and \"another\"",
         "foreign": str(foreign),
     }
@@ -98,7 +98,7 @@ def test_paths_and_nothing_else_are_changed(tmp_path: Path, monkeypatch: pytest.
     assert made == {
         "source": "../../base",
         "anchor ../../stats": {"file": ["../../it's here", "/not/there", "merge/slash", 3, None]},
-        "map": "Fisher(StatisticsFolder('../../stats'), other='/not/there')",
+        "map": "Fisher(MomentsFolder('../../stats'), other='/not/there')",
         "alias": told["alias"],
         "foreign": "../expert",
     }
@@ -118,7 +118,7 @@ def test_a_snapshot_of_the_hub_is_its_id_and_revision(tmp_path: Path, monkeypatc
 def moments(folder: Path) -> None:
     """Input moments of both experts, as ``Activation`` takes them."""
     means = {name: {"fc.weight": torch.eye(4)} for name in "ab"}
-    ModuleStatistics("activations", means).save(folder)
+    ModuleMoments("activations", means).save(folder)
 
 
 def test_statistics_and_draws_go_with_what_they_refer_to(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def test_statistics_and_draws_go_with_what_they_refer_to(here: Path, monkeypatch
     monkeypatch.chdir(moved)
     assert run(["sample", *design, "--stats", "out/stats", *words, "--out", "again"]) == 0
     statistics = load_statistics("out/stats")
-    assert statistics.residual_maps == (f"Activation(statistics='{moved / 'moments'}', off_diagonal=1.0)",) * 2
+    assert statistics.residual_maps == (f"Activation(moments='{moved / 'moments'}', off_diagonal=1.0)",) * 2
     assert load_draws("out/drawn/draws", statistics).kind == "span"
     full = load_draws("out/full/draws")
     vectors = TaskVectors("models/base", {"a": "models/a", "b": "models/b"})
-    poe = ProductOfExperts.of(vectors.names, Activation(StatisticsFolder(moved / "moments")), scale=Balanced(1.0))
+    poe = ProductOfExperts.of(vectors.names, Activation(MomentsFolder(moved / "moments")), scale=Balanced(1.0))
     poe = replace(poe, anchor=Anchor(precision=RelativePrecision(0.1)))
     member = next(MergedEnsemble(vectors, poe, full).members())
     known = load_file("out/full/member-000/model.safetensors")

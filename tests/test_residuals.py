@@ -27,7 +27,7 @@ from poe_models import (
     Identity,
     InputGram,
     Mixed,
-    ModuleStatistics,
+    ModuleMoments,
     ModuleUpdates,
     NormScaled,
     OutputGram,
@@ -52,13 +52,13 @@ def module(generator: torch.Generator, d_out: int = 4, d_in: int = 6) -> ModuleU
     return ModuleUpdates("fc.weight", "fc.weight", NAMES, torch.zeros(d_out, d_in, dtype=torch.float64), updates)
 
 
-def statistics(generator: torch.Generator, d_out: int, d_in: int) -> tuple[ModuleStatistics, ModuleStatistics]:
+def statistics(generator: torch.Generator, d_out: int, d_in: int) -> tuple[ModuleMoments, ModuleMoments]:
     fisher, activations = {}, {}
     for name in NAMES:
         inputs = torch.randn(d_in, 3, generator=generator, dtype=torch.float64)
         activations[name] = {"fc.weight": inputs @ inputs.T / 3}
         fisher[name] = {"fc.weight": torch.rand(d_out, d_in, generator=generator, dtype=torch.float64)}
-    return ModuleStatistics("fisher", fisher), ModuleStatistics("activations", activations)
+    return ModuleMoments("fisher", fisher), ModuleMoments("activations", activations)
 
 
 def state_dicts(generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:

@@ -22,7 +22,7 @@ from poe_models import (
     Huber,
     Identity,
     InputGram,
-    ModuleStatistics,
+    ModuleMoments,
     NormScaled,
     OutputGram,
     ProductOfExperts,
@@ -125,7 +125,7 @@ def test_balanced_experts_have_one_mean_precision(residual_map: ResidualMap, gen
 def test_a_smaller_operator_in_common_units_is_information(generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 2, 3, 4)
     importance = torch.rand(3, 4, generator=generator, dtype=torch.float64) + 0.5
-    statistics = ModuleStatistics("fisher", {"a": {"m": importance}, "b": {"m": importance / 100}})
+    statistics = ModuleMoments("fisher", {"a": {"m": importance}, "b": {"m": importance / 100}})
     poe = product(Fisher(statistics), Gaussian(), names=["a", "b"]).for_modules(["m"])
     first, second = poe.bind(updates).experts
     assert_close(first.scale_squared, second.scale_squared, 1e-12)

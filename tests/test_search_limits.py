@@ -18,7 +18,7 @@ from inference.models.method_design import MethodDesign
 from inference.search import Choice, DesignSpace, ModelMerges, Range, Searched, StudyError, search
 from poe_merge.search import RangeSection, Space
 from poe_merge.settings import Document
-from poe_models import Anchor, Gaussian, InputGram, ModuleStatistics, ProductOfExperts, RelativePrecision, TaskVectors
+from poe_models import Anchor, Gaussian, InputGram, ModuleMoments, ProductOfExperts, RelativePrecision, TaskVectors
 from poe_models.methods import Ties
 from poe_models.weights.loading import open_checkpoint
 
@@ -110,10 +110,10 @@ def test_three_tasks_are_too_few_to_shuffle_and_frozen_modules_say_nothing(gener
     base = torch.zeros(3, 3)
     updates = {name: {"fc.weight": torch.randn(3, 3, generator=generator)} for name in NAMES}
     moments = {name: {"fc.weight": u["fc.weight"].mT @ u["fc.weight"]} for name, u in updates.items()}
-    found = gram_alignment(TaskVectors({"fc.weight": base}, updates), ModuleStatistics("activations", moments))
+    found = gram_alignment(TaskVectors({"fc.weight": base}, updates), ModuleMoments("activations", moments))
     assert found.verdict().level == Level.UNKNOWN
     nothing = {name: {"fc.weight": torch.zeros(3, 3)} for name in NAMES}
-    frozen = gram_alignment(TaskVectors({"fc.weight": base}, updates), ModuleStatistics("activations", nothing))
+    frozen = gram_alignment(TaskVectors({"fc.weight": base}, updates), ModuleMoments("activations", nothing))
     assert frozen.p_value != frozen.p_value
     assert frozen.verdict().level == Level.UNKNOWN
 

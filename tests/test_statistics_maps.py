@@ -16,7 +16,7 @@ from poe_models import (
     Gaussian,
     InputGram,
     Mixed,
-    ModuleStatistics,
+    ModuleMoments,
     OutputGram,
     ProductOfExperts,
     ResidualMap,
@@ -31,8 +31,8 @@ from tests.made_statistics import MODULES, NAMES, SHAPE, anchor, statistics
 
 
 def maps(generator: torch.Generator) -> list[ResidualMap]:
-    fisher = ModuleStatistics("fisher", statistics(generator, "fisher"))
-    activations = ModuleStatistics("activations", statistics(generator, "activations"))
+    fisher = ModuleMoments("fisher", statistics(generator, "fisher"))
+    activations = ModuleMoments("activations", statistics(generator, "activations"))
     return [Fisher(fisher), Fisher(fisher, floor=0.1), Activation(activations, 0.9), Mixed(activations, 0.3)]
 
 
@@ -69,7 +69,7 @@ def test_operators_are_the_formulas(index: int, generator: torch.Generator) -> N
 @pytest.mark.parametrize("off_diagonal", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("unit_trace", [True, False])
 def test_mixed_is_linear_in_its_parts(off_diagonal: float, unit_trace: bool, generator: torch.Generator) -> None:
-    given = ModuleStatistics("activations", statistics(generator, "activations"))
+    given = ModuleMoments("activations", statistics(generator, "activations"))
     updates = random_updates(generator, 2, 3, *SHAPE)
     x = random_updates(generator, 2, 1, *SHAPE)[:, 0]
     residual_map = Mixed(given, 0.25, off_diagonal, unit_trace)
@@ -78,7 +78,7 @@ def test_mixed_is_linear_in_its_parts(off_diagonal: float, unit_trace: bool, gen
 
 
 def test_mixed_of_a_zero_update_is_the_data_alone(generator: torch.Generator) -> None:
-    given = ModuleStatistics("activations", statistics(generator, "activations"))
+    given = ModuleMoments("activations", statistics(generator, "activations"))
     x = random_updates(generator, 2, 1, *SHAPE)[:, 0]
     zero = torch.zeros_like(x)
     q = Mixed(given, 0.25, unit_trace=False).for_modules("a", MODULES).operator(zero).quadratic(x)
@@ -189,14 +189,14 @@ def test_mixed_takes_single_precision_statistics_of_few_rows(
     single = {name: {module: value.float() for module, value in each.items()} for name, each in given.items()}
     left, right = random_updates(generator, 2, 1, 4, 1)[:, 0], random_updates(generator, 2, 1, 1, 12)[:, 0]
     update, x = left @ right, random_updates(generator, 2, 1, 4, 12)[:, 0]
-    residual_map = Mixed(ModuleStatistics("activations", single), share, unit_trace=unit_trace)
+    residual_map = Mixed(ModuleMoments("activations", single), share, unit_trace=unit_trace)
     found = residual_map.for_modules("a", MODULES).operator(update).quadratic(x)
     expected = formula(residual_map, torch.stack([given["a"][module] for module in MODULES]), update, x)
     assert_close(found, expected, 1e-5)
 
 
 def test_activation_with_fewer_rows_than_inputs_has_their_rank(generator: torch.Generator) -> None:
-    given = ModuleStatistics("activations", statistics(generator, "activations", (4, 6), rows=2))
+    given = ModuleMoments("activations", statistics(generator, "activations", (4, 6), rows=2))
     update = random_updates(generator, 2, 1, 4, 6)[:, 0]
     assert Activation(given).for_modules("a", MODULES).operator(update).dimension().tolist() == [8.0, 8.0]
 
@@ -205,7 +205,7 @@ def test_an_entry_without_fisher_information_needs_an_anchor_or_a_floor() -> Non
     updates = torch.ones(1, 2, *SHAPE, dtype=torch.float64)
     values = torch.ones(SHAPE)
     values[1, 2] = 0
-    given = ModuleStatistics("fisher", {n: {"one": values} for n in "ab"})
+    given = ModuleMoments("fisher", {n: {"one": values} for n in "ab"})
     poe = ProductOfExperts.of(["a", "b"], Fisher(given), Gaussian(), Absolute(1.0), anchor=anchor(0.0))
     with pytest.raises(ValueError, match="some entry has neither an expert nor an anchor"):
         fixed_point(poe.for_modules(["one"]).bind(updates))
@@ -214,7 +214,7 @@ def test_an_entry_without_fisher_information_needs_an_anchor_or_a_floor() -> Non
 
 
 def test_activations_on_one_side_and_updates_on_the_other(generator: torch.Generator) -> None:
-    given = ModuleStatistics("activations", statistics(generator, "activations"))
+    given = ModuleMoments("activations", statistics(generator, "activations"))
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, (Activation(given), OutputGram()), Cauchy()).for_modules(MODULES)
     solution = fixed_point(poe.bind(updates))
@@ -226,7 +226,7 @@ def test_activations_on_one_side_and_updates_on_the_other(generator: torch.Gener
 
 
 def test_fisher_and_gram_in_one_module_run_in_span_only(generator: torch.Generator) -> None:
-    given = ModuleStatistics("fisher", statistics(generator, "fisher"))
+    given = ModuleMoments("fisher", statistics(generator, "fisher"))
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, (Fisher(given), InputGram())).for_modules(MODULES)
     with pytest.raises(ValueError, match="Diagonal and Gram"):
@@ -239,7 +239,7 @@ def test_callers_statistics_and_updates_are_not_changed(generator: torch.Generat
     before = {n: {m: v.clone() for m, v in each.items()} for n, each in made.items()}
     updates = random_updates(generator, 2, 3, *SHAPE)
     kept = updates.clone()
-    poe = ProductOfExperts.of(NAMES, Mixed(ModuleStatistics("activations", made), 0.5, 0.5))
+    poe = ProductOfExperts.of(NAMES, Mixed(ModuleMoments("activations", made), 0.5, 0.5))
     fixed_point(poe.for_modules(MODULES).bind(updates))
     assert torch.equal(updates, kept)
     assert all(torch.equal(made[n][m], before[n][m]) for n in NAMES for m in MODULES)
@@ -249,10 +249,10 @@ def test_callers_statistics_and_updates_are_not_changed(generator: torch.Generat
 def test_half_precision_statistics_and_updates(dtype: torch.dtype, generator: torch.Generator) -> None:
     made = {n: {m: v.to(dtype) for m, v in each.items()} for n, each in statistics(generator, "fisher").items()}
     updates = random_updates(generator, 2, 3, *SHAPE, dtype=dtype)
-    poe = ProductOfExperts.of(NAMES, Fisher(ModuleStatistics("fisher", made)), Gaussian(), anchor=anchor(1e-3))
+    poe = ProductOfExperts.of(NAMES, Fisher(ModuleMoments("fisher", made)), Gaussian(), anchor=anchor(1e-3))
     reference = ProductOfExperts.of(
         NAMES,
-        Fisher(ModuleStatistics("fisher", {n: {m: v.double() for m, v in e.items()} for n, e in made.items()})),
+        Fisher(ModuleMoments("fisher", {n: {m: v.double() for m, v in e.items()} for n, e in made.items()})),
         Gaussian(),
         anchor=anchor(1e-3),
     )

@@ -15,7 +15,7 @@ from inference import Design, fixed_point, gibbs, merge_checkpoint, plan
 from inference.models.ensemble import MergedEnsemble
 from inference.models.full_draws import sample_full
 from inference.models.model_draws import ModelDraws, SpanDraws
-from inference.models.statistics_files import collect_statistics
+from inference.models.statistics_files import collect_statistics, load_statistics, save_statistics
 from poe_merge.cli import run
 from poe_merge.specs import RESIDUAL_MAP, SpecError, canonical, parse_spec
 from poe_models import (
@@ -26,10 +26,10 @@ from poe_models import (
     Fisher,
     Gaussian,
     Mixed,
-    ModuleStatistics,
+    ModuleMoments,
+    MomentsFolder,
     ProductOfExperts,
     RelativePrecision,
-    StatisticsFolder,
     TaskVectors,
 )
 from poe_models.residual_maps import MomentKind
@@ -50,7 +50,7 @@ from tests.made_statistics import MODULES, NAMES, SHAPE, anchor, statistics
     ],
 )
 def test_bad_statistics_are_refused_by_name(kind: MomentKind, value: Tensor, message: str) -> None:
-    given = ModuleStatistics(kind, {"a": {"one": value}})
+    given = ModuleMoments(kind, {"a": {"one": value}})
     residual_map = Fisher(given) if kind == "fisher" else Activation(given)
     poe = ProductOfExperts.of(["a"], residual_map).for_modules(["one"])
     with pytest.raises(ValueError, match=message):
@@ -58,7 +58,7 @@ def test_bad_statistics_are_refused_by_name(kind: MomentKind, value: Tensor, mes
 
 
 def test_what_is_missing_is_named(generator: torch.Generator) -> None:
-    given = ModuleStatistics("fisher", statistics(generator, "fisher"))
+    given = ModuleMoments("fisher", statistics(generator, "fisher"))
     updates = random_updates(generator, 2, 3, *SHAPE)
     poe = ProductOfExperts.of(NAMES, Fisher(given))
     with pytest.raises(ValueError, match=r"name the modules of the batch: `poe.for_modules"):
@@ -69,10 +69,10 @@ def test_what_is_missing_is_named(generator: torch.Generator) -> None:
         poe.for_modules(["one"]).bind(updates)
     with pytest.raises(CheckpointError, match="none of expert 'd', only of a, b, c"):
         ProductOfExperts.of(["d"], Fisher(given)).for_modules(MODULES).bind(updates[:, :1])
-    with pytest.raises(TypeError, match="activations statistics are wanted"):
+    with pytest.raises(TypeError, match="activations moments are wanted"):
         ProductOfExperts.of(NAMES, Activation(given)).for_modules(MODULES).bind(updates)
     with pytest.raises(ValueError, match="the kinds are 'fisher', 'activations'"):
-        ModuleStatistics("hessian", {"a": {}})  # type: ignore[arg-type]
+        ModuleMoments("hessian", {"a": {}})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="between 0 and 1"):
         Mixed(given, 1.5)
     with pytest.raises(ValueError, match="floor must be"):
@@ -83,24 +83,24 @@ def test_files_round_trip_and_are_refused_when_they_are_something_else(
     tmp_path: Path, generator: torch.Generator
 ) -> None:
     shared = torch.eye(3)
-    given = ModuleStatistics("activations", {"a/b": {"x[0]": shared, "x[1]": shared}, "c": {"x[0]": 2 * shared}})
+    given = ModuleMoments("activations", {"a/b": {"x[0]": shared, "x[1]": shared}, "c": {"x[0]": 2 * shared}})
     given.save(tmp_path / "s")
-    again = StatisticsFolder(tmp_path / "s").opened("activations")
+    again = MomentsFolder(tmp_path / "s").opened("activations")
     assert set(again.experts) == {"a/b", "c"}
     assert_close(again.read("a/b", ["x[0]", "x[1]"], SHAPE), torch.stack([shared, shared]))
     assert again.experts["a/b"].aliases == {"x[1]": "x[0]"}
     with pytest.raises(FileExistsError, match="is there already"):
         given.save(tmp_path / "s")
-    with pytest.raises(CheckpointError, match="holds activations statistics, expected fisher"):
-        StatisticsFolder(tmp_path / "s").opened("fisher")
+    with pytest.raises(CheckpointError, match="holds activations moments, expected fisher"):
+        MomentsFolder(tmp_path / "s").opened("fisher")
     with pytest.raises(CheckpointError, match="there is no such folder"):
-        StatisticsFolder(tmp_path / "t").opened("fisher")
-    with pytest.raises(CheckpointError, match="no activations statistics of expert 'd', only of a/b, c"):
-        StatisticsFolder(tmp_path / "s").opened("activations", ["d"])
+        MomentsFolder(tmp_path / "t").opened("fisher")
+    with pytest.raises(CheckpointError, match="no activations moments of expert 'd', only of a/b, c"):
+        MomentsFolder(tmp_path / "s").opened("activations", ["d"])
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["a%2Fb.safetensors", "c.safetensors"]
-    other = ModuleStatistics("activations", {"c": {"x[0]": 3 * shared}})
+    other = ModuleMoments("activations", {"c": {"x[0]": 3 * shared}})
     assert repr(given) != repr(other)
-    assert repr(given) == repr(ModuleStatistics("activations", dict(given.experts)))
+    assert repr(given) == repr(ModuleMoments("activations", dict(given.experts)))
 
 
 @pytest.mark.parametrize("coordinates", ["full", "span"])
@@ -112,8 +112,8 @@ def test_a_whole_checkpoint_with_blocks_streams(tmp_path: Path, coordinates: str
     vectors = TaskVectors(base, experts)
     modules = ["a.qkv.weight[0]", "a.qkv.weight[1]", "a.qkv.weight[2]", "b.weight"]
     fisher = {n: {m: torch.rand(2, 2, generator=generator) + 0.1 for m in modules} for n in experts}
-    ModuleStatistics("fisher", fisher).save(tmp_path / "fisher")
-    residual_map = Fisher(StatisticsFolder(str(tmp_path / "fisher")))
+    ModuleMoments("fisher", fisher).save(tmp_path / "fisher")
+    residual_map = Fisher(MomentsFolder(str(tmp_path / "fisher")))
     poe = ProductOfExperts.of(vectors.names, residual_map, Gaussian(), Absolute(1.0), anchor=anchor(1e-12))
     design = Design(poe, coordinates=coordinates)  # type: ignore[arg-type]
     merge_checkpoint(vectors, design, tmp_path / "out")
@@ -133,19 +133,19 @@ def test_a_whole_checkpoint_with_blocks_streams(tmp_path: Path, coordinates: str
 def test_a_plan_finds_missing_statistics_from_headers(tmp_path: Path) -> None:
     base = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(2, 3)}
     vectors = TaskVectors(base, {"x": {name: torch.ones(2, 3) for name in base}})
-    ModuleStatistics("activations", {"x": {"a.weight": torch.eye(3)}}).save(tmp_path)
+    ModuleMoments("activations", {"x": {"a.weight": torch.eye(3)}}).save(tmp_path)
     poe = ProductOfExperts.of(
-        ["x"], Activation(StatisticsFolder(str(tmp_path))), anchor=Anchor(precision=RelativePrecision(0.1))
+        ["x"], Activation(MomentsFolder(str(tmp_path))), anchor=Anchor(precision=RelativePrecision(0.1))
     )
     with pytest.raises(CheckpointError, match=r"expert 'x' .*no module 'b.weight'; the nearest is 'a.weight'"):
         plan(vectors, poe)
 
 
 def test_specs_find_statistics_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ModuleStatistics("fisher", {"x": {"a.weight": torch.ones(2, 3)}}).save(tmp_path / "here" / "f")
+    ModuleMoments("fisher", {"x": {"a.weight": torch.ones(2, 3)}}).save(tmp_path / "here" / "f")
     monkeypatch.chdir(tmp_path)
     found = parse_spec("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
-    assert found == Fisher(StatisticsFolder(str(tmp_path / "here" / "f")), 1e-3)
+    assert found == Fisher(MomentsFolder(str(tmp_path / "here" / "f")), 1e-3)
     text = canonical("Fisher('f', floor=1e-3)", RESIDUAL_MAP, [tmp_path / "here", tmp_path])
     assert parse_spec(text, RESIDUAL_MAP, [tmp_path / "elsewhere"]) == found
     assert text == canonical(text, RESIDUAL_MAP)
@@ -158,7 +158,7 @@ def test_command_line_merges_with_statistics(tmp_path: Path, monkeypatch: pytest
     experts = {"x": {"a.weight": torch.ones(2, 3)}, "y": {"a.weight": -torch.ones(2, 3)}}
     for name, state in {"base": base, **experts}.items():
         save_file(state, tmp_path / f"{name}.safetensors")
-    ModuleStatistics("activations", {n: {"a.weight": torch.eye(3) * (1 + 2 * (n == "x"))} for n in "xy"}).save(
+    ModuleMoments("activations", {n: {"a.weight": torch.eye(3) * (1 + 2 * (n == "x"))} for n in "xy"}).save(
         tmp_path / "inputs"
     )
     monkeypatch.chdir(tmp_path)
@@ -174,8 +174,8 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
     updates = random_updates(generator, 2, 3, *SHAPE)
     experts = {n: dict(zip(MODULES, updates[:, i], strict=True)) for i, n in enumerate(NAMES)}
     vectors = TaskVectors(base, experts, dtype=torch.float64)
-    ModuleStatistics("activations", statistics(generator, "activations")).save(tmp_path)
-    poe = ProductOfExperts.of(NAMES, Activation(StatisticsFolder(str(tmp_path)), 0.9), Gaussian(), anchor=anchor(0.1))
+    ModuleMoments("activations", statistics(generator, "activations")).save(tmp_path)
+    poe = ProductOfExperts.of(NAMES, Activation(MomentsFolder(str(tmp_path)), 0.9), Gaussian(), anchor=anchor(0.1))
     poe = dataclasses.replace(poe, temperature=1e-12)  # draws are the MAP
     if coordinates == "full":
         draws: ModelDraws = sample_full(vectors, poe, 3, generator=generator, chains=1, warmup=0)
@@ -188,3 +188,21 @@ def test_ensembles_of_whole_models(tmp_path: Path, coordinates: str, generator: 
         for m, module in enumerate(vectors):
             expected = fixed_point(poe.bind(module)).value[0]
             assert_close(member[MODULES[m]], expected, 1e-4)
+
+
+def test_records_of_earlier_versions_still_open(tmp_path: Path, generator: torch.Generator) -> None:
+    """Maps on moments were ``Activation(statistics=...)`` until 0.2, in specs and in records."""
+    made = statistics(generator, "activations")
+    ModuleMoments("activations", made).save(tmp_path / "moments")
+    old = f"Activation(statistics='{tmp_path / 'moments'}', off_diagonal=0.5)"
+    assert repr(parse_spec(old, RESIDUAL_MAP)) == old.replace("statistics=", "moments=")
+    with pytest.raises(SpecError, match="multiple values"):
+        parse_spec(f"Activation('{tmp_path}', statistics='{tmp_path}')", RESIDUAL_MAP)
+    updates = random_updates(generator, 2, 3, *SHAPE)
+    experts = {n: dict(zip(MODULES, updates[:, i], strict=True)) for i, n in enumerate(NAMES)}
+    vectors = TaskVectors({name: torch.zeros(SHAPE, dtype=torch.float64) for name in MODULES}, experts)
+    poe = ProductOfExperts.of(NAMES, Activation(MomentsFolder(tmp_path / "moments")), anchor=anchor(0.1))
+    record = save_statistics(collect_statistics(vectors, poe), tmp_path / "kept") / "statistics.json"
+    assert "(moments=" in record.read_text()
+    record.write_text(record.read_text().replace("(moments=", "(statistics="))
+    poe.bind(load_statistics(tmp_path / "kept"))

@@ -39,8 +39,8 @@ def test_one_row_for_each_quantity_of_chains(results: Results) -> None:
     table = results.chains.to_dataframe()
     assert len(table) == 2 * 3
     row = table[(table["module"] == MODULES[1]) & (table["quantity"] == "animals")]
-    assert row["r_hat"].item() == results.chains.statistics.r_hat[1, 2]
-    assert row["mcse_mean"].item() == results.chains.statistics.mcse_mean[1, 2]
+    assert row["r_hat"].item() == results.chains.summary.r_hat[1, 2]
+    assert row["mcse_mean"].item() == results.chains.summary.mcse_mean[1, 2]
     silent = np.array([[False, True, False], [False] * 3])
     assert len(replace(results.chains, silent=silent).to_dataframe()) == 5
 

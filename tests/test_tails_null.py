@@ -36,7 +36,7 @@ from poe_models import (
     Gaussian,
     InputGram,
     IsoC,
-    ModuleStatistics,
+    ModuleMoments,
     ModuleUpdates,
     OutputGram,
     ProductOfExperts,
@@ -260,7 +260,7 @@ def test_experts_in_another_order_and_a_checkpoint_as_the_centre() -> None:
 
 def test_given_statistics_stay_what_they_are() -> None:
     moments = {name: {"a.weight": torch.eye(7).double(), "b.weight": torch.eye(12).double()} for name in NAMES}
-    residual_map = Activation(ModuleStatistics("activations", moments))
+    residual_map = Activation(ModuleMoments("activations", moments))
     found = surrogate_residuals(vectors(), lambda module: 0 * module.updates[0], residual_map, num_surrogates=1)
     for entry, module in zip(found.residuals[0].entries[::3], vectors(), strict=True):
         lengths = module.updates[0].norm(dim=1)

@@ -25,7 +25,7 @@ from poe_models.methods import MergingMethod, RegMean
 from poe_models.weights.collecting import collect_activations
 from poe_models.weights.loading import open_checkpoint
 from poe_models.weights.lora import LoraCheckpoint
-from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.moments import ModuleMoments
 
 ETA = 0.1
 """Relative precision of the anchor at the base."""
@@ -117,7 +117,7 @@ class Merger:
             )
 
         found = run_all(of_task, self.suite.experts)
-        return RegMean(ModuleStatistics("activations", dict(zip(self.suite.experts, found, strict=True))))
+        return RegMean(ModuleMoments("activations", dict(zip(self.suite.experts, found, strict=True))))
 
     def design(self, name: str) -> AnyDesigns:
         """What is merged under a name."""

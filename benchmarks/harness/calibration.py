@@ -15,7 +15,7 @@ from benchmarks.harness.parallel import run_all
 from benchmarks.harness.suite import Suite
 from poe_models.methods import TaskData
 from poe_models.weights.collecting import collect_activations, collect_fisher
-from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.moments import ModuleMoments
 
 BATCH = 16
 
@@ -42,7 +42,7 @@ class Calibration:
         return [self.suite.network.inputs(train, part, self.suite.device) for part in rows.split(BATCH)]
 
     @cached_property
-    def fisher(self) -> ModuleStatistics:
+    def fisher(self) -> ModuleMoments:
         """Exact diagonal Fisher information of every expert, collected on first use."""
 
         def of_task(task: str) -> dict[str, Tensor]:
@@ -50,10 +50,10 @@ class Calibration:
             return collect_fisher(model, self.batches(task), lambda m, x: head(m(x)), self._views)
 
         found = run_all(of_task, self.suite.experts)
-        return ModuleStatistics("fisher", dict(zip(self.suite.experts, found, strict=True)))
+        return ModuleMoments("fisher", dict(zip(self.suite.experts, found, strict=True)))
 
     @cached_property
-    def activations(self) -> ModuleStatistics:
+    def activations(self) -> ModuleMoments:
         """Second moments of the inputs of every expert's layers, collected on first use; padding does not count."""
 
         def of_task(task: str) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class Calibration:
             return collect_activations(model, self.batches(task), lambda m, x: m(x), self._views, counted=counted)
 
         found = run_all(of_task, self.suite.experts)
-        return ModuleStatistics("activations", dict(zip(self.suite.experts, found, strict=True)))
+        return ModuleMoments("activations", dict(zip(self.suite.experts, found, strict=True)))
 
     def data(self) -> TaskData:
         """Unlabelled batches of every task and the logits of a merged model on them, each task by its own head."""

@@ -177,7 +177,7 @@ def plot_ranks(ranks: Ranks, ax: Axes | None = None) -> Axes:
 
 def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
     """R-hat of every quantity in every module, with the limits of the verdict."""
-    ax = _by_quantity(result, result.statistics.r_hat, axes_of(ax, (7.2, 4.2)))
+    ax = _by_quantity(result, result.summary.r_hat, axes_of(ax, (7.2, 4.2)))
     _limits(ax, R_HAT)
     ax.set(ylabel="R-hat")
     return finish(ax, "agreement of the chains (1 is perfect)")
@@ -185,7 +185,7 @@ def plot_r_hat(result: ChainConvergence, ax: Axes | None = None) -> Axes:
 
 def plot_effective_sizes(result: ChainConvergence, ax: Axes | None = None) -> Axes:
     """The smaller of bulk and tail effective sample size of every quantity in every module."""
-    sizes = np.fmin(result.statistics.ess_bulk, result.statistics.ess_tail)
+    sizes = np.fmin(result.summary.ess_bulk, result.summary.ess_tail)
     ax = _by_quantity(result, sizes, axes_of(ax, (7.2, 4.2)))
     _limits(ax, ESS)
     ax.set(yscale="log", ylabel="effective sample size")

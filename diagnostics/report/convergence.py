@@ -90,10 +90,10 @@ def _solver_table(result: FixedPointConvergence) -> Table:
 
 def _chain_blocks(result: ChainConvergence) -> list[Block]:
     sizes = Plot(plot_effective_sizes(result), "How many independent draws the chains are worth, quantity by quantity.")
-    if not np.isfinite(result.statistics.r_hat).any():
+    if not np.isfinite(result.summary.r_hat).any():
         return [sizes]
-    flat = int(np.nanargmax(result.statistics.r_hat))
-    module, quantity = np.unravel_index(flat, result.statistics.r_hat.shape)
+    flat = int(np.nanargmax(result.summary.r_hat))
+    module, quantity = np.unravel_index(flat, result.summary.r_hat.shape)
     worst = result.values[..., module, quantity]
     names = result.modules[module], result.quantities[quantity]
     return [

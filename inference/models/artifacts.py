@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from inference.models.staging import Staging, check_output
 from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import CheckpointError
 
+_RENAMED = {"(statistics=": "(moments=", "ModuleStatistics(": "ModuleMoments("}
+"""Texts in records of earlier versions, of residual maps on moments, and what they are now."""
 _NO_PATHS = ("modules", "updates", "experts", "expert", "followers", "beside")
 """Keys of records whose texts are names."""
 
@@ -90,7 +94,16 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
     if record.get("kind") != kind:
         raise CheckpointError(f"{file}: not the {kind} of a merge. Give the folder that was saved.")
     names = {key: value for key, value in record.items() if key in _NO_PATHS}
-    return {**resolved(record, file.parent), **names}
+    return {**resolved(renamed(record), file.parent), **names}
+
+
+def renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the names that maps on moments had in earlier versions brought up to date.
+
+    >>> renamed({"residual_map": "Fisher(statistics='moments', floor=0.0)"})
+    {'residual_map': "Fisher(moments='moments', floor=0.0)"}
+    """
+    return json.loads(reduce(lambda text, old: text.replace(old, _RENAMED[old]), _RENAMED, json.dumps(record)))
 
 
 def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -90,7 +90,7 @@ def check(
 ) -> Report:
     """Try the properties of :data:`PROPERTIES` on a rule.
 
-    Random modules come with random statistics and data for the methods that need them. Properties that a method does
+    Random modules come with random moments and data for the methods that need them. Properties that a method does
     not promise are in its ``about.exceptions``; one that holds all the same is reported as holding.
 
     Args:

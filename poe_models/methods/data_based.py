@@ -1,4 +1,4 @@
-"""Rules on statistics of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching."""
+"""Rules on moments of the experts' data: Fisher merging, RegMean, uncertainty-based gradient matching."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from poe_models.weights.task_vectors import ModuleUpdates
 
 
 @dataclass(frozen=True)
-class StatisticsMethod(MergingMethod):
-    """Base of the rules on statistics of every expert's data.
+class MomentsMethod(MergingMethod):
+    """Base of the rules on moments of every expert's data.
 
     Args:
-        statistics: Statistics of every expert: ``ModuleStatistics``, or a ``StatisticsFolder``.
+        moments: Moments of every expert: ``ModuleMoments``, or a ``MomentsFolder``.
     """
 
-    statistics: MomentsSource
+    moments: MomentsSource
 
     kind: ClassVar[MomentKind]
-    """Kind of the statistics."""
+    """Kind of the moments."""
 
     def __post_init__(self) -> None:
         require_source(self)
 
     def read(self, batch: ModuleBatch) -> Tensor:
-        """Statistics of all experts, ``(M, N, ...)`` in their own dtype."""
+        """Moments of all experts, ``(M, N, ...)`` in their own dtype."""
         shape = batch.updates.shape[-2:]
-        given = self.statistics.opened(self.kind, batch.experts)
+        given = self.moments.opened(self.kind, batch.experts)
         return torch.stack([given.read(name, batch.names, shape) for name in batch.experts], 1).to(batch.updates.device)
 
     @override
     def inputs(self, experts: Sequence[str], modules: Mapping[str, tuple[int, int]]) -> Mapping[str, Checkpoint]:
-        given = self.statistics.opened(self.kind, experts)
+        given = self.moments.opened(self.kind, experts)
         return {role: found for expert in experts for role, found in given.inputs(expert, modules).items()}
 
 
 @dataclass(frozen=True)
-class FisherMerging(StatisticsMethod):
+class FisherMerging(MomentsMethod):
     """``sum_i w_i (F_i + floor) U_i / sum_i w_i (F_i + floor)`` entry by entry (Matena & Raffel, 2022).
 
     Args:
-        statistics: Exact diagonal Fisher information.
+        moments: Exact diagonal Fisher information.
         floor: Number above 0, added to every entry, so that entries that no example depends on are averaged.
         normalize: Weigh each expert by one over the norm of its Fisher information over the whole model.
         weights: Weights ``w_i``, in the order of the experts; filled in by ``prepare`` if ``normalize``.
 
-    >>> from poe_models import ModuleStatistics
-    >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
+    >>> from poe_models import ModuleMoments
+    >>> given = ModuleMoments("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
     >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1), ["fc"], ["a", "b"])
     >>> FisherMerging(given, floor=1e-9, normalize=False).merge(batch)
     tensor([[[2.]]])
@@ -101,17 +101,17 @@ class FisherMerging(StatisticsMethod):
 
 
 @dataclass(frozen=True)
-class RegMean(StatisticsMethod):
+class RegMean(MomentsMethod):
     """``(sum_i U_i G_i) (sum_i G_i)^+``, ``G_i`` the second moments of an expert's inputs (Jin et al., 2023).
 
     Input directions that no example has stay at the base's: the published inverse does not exist there.
 
     Args:
-        statistics: Second moments ``X X^T / n`` of the inputs.
+        moments: Second moments ``X X^T / n`` of the inputs.
         off_diagonal: Factor on their off-diagonal entries.
 
-    >>> from poe_models import ModuleStatistics
-    >>> given = ModuleStatistics("activations", {n: {"fc": f * torch.eye(2)} for n, f in (("a", 3.0), ("b", 1.0))})
+    >>> from poe_models import ModuleMoments
+    >>> given = ModuleMoments("activations", {n: {"fc": f * torch.eye(2)} for n, f in (("a", 3.0), ("b", 1.0))})
     >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2), ["fc"], ["a", "b"])
     >>> RegMean(given).merge(batch)
     tensor([[[2., 2.]]])
@@ -143,20 +143,20 @@ class RegMean(StatisticsMethod):
 
 
 @dataclass(frozen=True)
-class GradientMatching(StatisticsMethod):
+class GradientMatching(MomentsMethod):
     """``scale * sum_i (H_0 + F_i) U_i / (H_0 + scale * sum_i F_i)`` entry by entry (Daheim et al., 2024).
 
     ``H_0`` is the base's own curvature. Without Fisher information this is task arithmetic, without ``H_0``
     Fisher-weighted averaging.
 
     Args:
-        statistics: Exact diagonal Fisher information.
+        moments: Exact diagonal Fisher information.
         scale: The task-arithmetic coefficient, one for all experts.
         floor: Number above 0, added to the base's curvature: entries that no example depends on are task arithmetic's.
-        base: Name under which the statistics have the base's Fisher information; without, ``H_0`` is the floor.
+        base: Name under which the moments have the base's Fisher information; without, ``H_0`` is the floor.
 
-    >>> from poe_models import ModuleStatistics
-    >>> given = ModuleStatistics("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
+    >>> from poe_models import ModuleMoments
+    >>> given = ModuleMoments("fisher", {n: {"fc": torch.full((1, 1), f)} for n, f in (("a", 3.0), ("b", 1.0))})
     >>> batch = ModuleBatch.of(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1), ["fc"], ["a", "b"])
     >>> GradientMatching(given, floor=1e-9).merge(batch), GradientMatching(given, floor=1e9).merge(batch)
     (tensor([[[2.]]]), tensor([[[6.]]]))
@@ -192,7 +192,7 @@ class GradientMatching(StatisticsMethod):
         fisher = self.read(batch).to(batch.updates.dtype)
         own = torch.full_like(fisher[:, 0], self.floor)
         if self.base is not None:
-            given = self.statistics.opened(self.kind, [self.base])
+            given = self.moments.opened(self.kind, [self.base])
             own += given.read(self.base, batch.names, batch.updates.shape[-2:]).to(own)
         pull = ((own.unsqueeze(1) + fisher) * batch.updates).sum(1)
         return self.scale * pull / (own + self.scale * fisher.sum(1))

@@ -48,7 +48,7 @@ class About:
         citation: Authors, year and place.
         scope: Part that has to be known before a module can be merged: the module alone, or the whole model.
         data: Needs besides the updates: ``"inputs"`` or ``"labels"`` of the tasks are given to ``prepare``;
-            ``"fisher"`` or ``"activations"`` are a field ``statistics``, collected before.
+            ``"fisher"`` or ``"activations"`` are a field ``moments``, collected before.
         streaming: True if memory stays at a few tensors of each model.
         random: True if it draws; it then has a field ``seed``.
         matrices: True if it reads the two sides of a matrix (its singular vectors, its rows), which vectors lack.
@@ -193,7 +193,7 @@ class MergingMethod(ABC):
             modules: Names and shapes ``(d_out, d_in)`` of all modules it will merge.
 
         Returns:
-            Checkpoints by their role; none, but for given statistics and learned masks.
+            Checkpoints by their role; none, but for given moments and learned masks.
         """
         return {}
 
@@ -226,7 +226,7 @@ class MergingMethod(ABC):
         wants = self.about.data
         if (data is not None) != self.needs_loaders:
             missing = f"it needs data ({wants})" if data is None else "it needs no data"
-            elsewhere = "Its statistics are a field" if wants in get_args(MomentKind) else "Leave `data` out"
+            elsewhere = "Its moments are a field" if wants in get_args(MomentKind) else "Leave `data` out"
             way_out = "Give `data=TaskData(loaders, forward)`" if data is None else elsewhere
             raise ValueError(f"`{name}.prepare(modules, data)`: {missing}. {way_out}.")
         if isinstance(modules, Iterator):

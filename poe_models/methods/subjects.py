@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.methods.method import MergingMethod, ModuleBatch, TaskData, named_generator
-from poe_models.weights.moments import ModuleStatistics
+from poe_models.weights.moments import ModuleMoments
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 
 Updates = dict[str, Tensor]
@@ -66,7 +66,7 @@ class RandomModules(Subject):
     """Three modules of different shapes with four experts that share some directions and differ in size.
 
     Args:
-        method: The method; given statistics are replaced by random ones.
+        method: The method; given moments are replaced by random ones.
         seed: Seed of everything.
     """
 
@@ -88,7 +88,7 @@ class RandomModules(Subject):
         tuned = {expert: {n: u[i].clone() for n, u in updates.items()} for i, expert in enumerate(experts)}
         dtype = next(iter(updates.values())).dtype
         vectors = TaskVectors(base, tuned, dtype=dtype)
-        method = self._with_statistics(updates, experts)
+        method = self._with_moments(updates, experts)
         return method.prepare(vectors, self._data(vectors) if method.needs_loaders else None)
 
     def vectors(self) -> TaskVectors:
@@ -111,19 +111,19 @@ class RandomModules(Subject):
     def _shared_and_own(self, name: str, shape: tuple[int, int]) -> Tensor:
         return self._random(name, shape=shape) + self._random("update", name, shape=(4, *shape))
 
-    def _with_statistics(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
+    def _with_moments(self, updates: Updates, experts: Sequence[str]) -> MergingMethod:
         kind = self.method.about.data
         if kind not in ("fisher", "activations"):
             return self.method
 
-        def statistics(expert: str, name: str, d_out: int, d_in: int) -> Tensor:
+        def moments(expert: str, name: str, d_out: int, d_in: int) -> Tensor:
             if kind == "fisher":
                 return self._random("fisher", expert, name, shape=(d_out, d_in)).square()
             rows = self._random("inputs", expert, name, shape=(3 * d_in, d_in))
             return rows.mT @ rows / len(rows)
 
-        made = {each: {name: statistics(each, name, *u.shape[1:]) for name, u in updates.items()} for each in experts}
-        return replace(self.method, statistics=ModuleStatistics(kind, made))  # type: ignore[type-var]
+        made = {each: {name: moments(each, name, *u.shape[1:]) for name, u in updates.items()} for each in experts}
+        return replace(self.method, moments=ModuleMoments(kind, made))  # type: ignore[type-var]
 
     def _data(self, vectors: TaskVectors) -> TaskData:
         """Loaders and forward function of a model whose logits are the sum of its modules' outputs."""

@@ -1,4 +1,4 @@
-"""Statistics of a model's modules on data: exact diagonal Fisher information, second moments of inputs.
+"""Moments of a model's modules on data: exact diagonal Fisher information, second moments of inputs.
 
 Both are collected for the tensors that a merge sees as matrices and in the orientation it sees them, so that blocks of
 fused projections, GPT-2's transposed ``Conv1D`` and flattened convolutions come out as
@@ -6,7 +6,7 @@ fused projections, GPT-2's transposed ``Conv1D`` and flattened convolutions come
 
     for name, model in tuned_models.items():
         fisher[name] = collect_fisher(model, loaders[name], forward, vectors.views)
-    poe = ProductOfExperts.of(vectors.names, Fisher(ModuleStatistics("fisher", fisher)))
+    poe = ProductOfExperts.of(vectors.names, Fisher(ModuleMoments("fisher", fisher)))
 """
 
 from __future__ import annotations

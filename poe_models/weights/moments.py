@@ -1,10 +1,10 @@
-"""Statistics of the experts' data for each module: diagonal Fisher information, or second moments of its inputs.
+"""Moments of the experts' data for each module: diagonal Fisher information, or second moments of its inputs.
 
 They go by the names of experts and modules, as :class:`~poe_models.weights.task_vectors.ModuleUpdates` has them, and
 are in the orientation of its matrices. :mod:`poe_models.weights.collecting` makes them, and a folder keeps them as one
 safetensors file per expert. Residual maps and merging methods read them a batch of modules at a time.
 
->>> given = ModuleStatistics("fisher", {"mnist": {"fc.weight": torch.ones(2, 3)}})
+>>> given = ModuleMoments("fisher", {"mnist": {"fc.weight": torch.ones(2, 3)}})
 >>> given.read("mnist", ["fc.weight"], (2, 3)).shape
 torch.Size([1, 2, 3])
 """
@@ -31,12 +31,12 @@ _KEY = "poe_merge_statistics"
 _SUFFIX = ".safetensors"
 
 
-class ModuleStatistics:
-    """Statistics of several experts, read when they are asked for.
+class ModuleMoments:
+    """Moments of several experts, read when they are asked for.
 
     Args:
         kind: Their kind, ``"fisher"`` or ``"activations"``.
-        experts: Name of the expert to its statistics by name of the module, in memory or as a file.
+        experts: Name of the expert to its moments by name of the module, in memory or as a file.
 
     Raises:
         ValueError: If the kind is unknown, or there are no experts.
@@ -44,35 +44,32 @@ class ModuleStatistics:
 
     def __init__(self, kind: MomentKind, experts: Mapping[str, Mapping[str, Tensor] | Checkpoint]) -> None:
         if kind not in get_args(MomentKind):
-            raise ValueError(
-                f"`ModuleStatistics({kind!r})`: the kinds are {', '.join(map(repr, get_args(MomentKind)))}."
-            )
+            raise ValueError(f"`ModuleMoments({kind!r})`: the kinds are {', '.join(map(repr, get_args(MomentKind)))}.")
         if not experts:
-            raise ValueError("`ModuleStatistics(experts={})`: there are none. Give the statistics of each expert.")
+            raise ValueError("`ModuleMoments(experts={})`: there are none. Give the moments of each expert.")
         self.kind: MomentKind = kind
         self.experts = {name: open_checkpoint(source) for name, source in experts.items()}
         self._digest: str | None = None
 
-    def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleStatistics:
-        """These statistics, after a check of their kind.
+    def opened(self, kind: MomentKind, experts: Sequence[str]) -> ModuleMoments:
+        """These moments, after a check of their kind.
 
         Raises:
             TypeError: If they are of another kind.
         """
         if kind != self.kind:
             raise TypeError(
-                f"`statistics={self!r}`: {kind} statistics are wanted: `ModuleStatistics({kind!r}, ...)`, or the "
-                "folder of some."
+                f"`moments={self!r}`: {kind} moments are wanted: `ModuleMoments({kind!r}, ...)`, or the folder of some."
             )
         return self
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Shape of the statistics of a module of shape ``(d_out, d_in)``."""
+        """Shape of the moments of a module of shape ``(d_out, d_in)``."""
         d_out, d_in = shape
         return (d_out, d_in) if self.kind == "fisher" else (d_in, d_in)
 
     def check(self, expert: str, module: str, shape: Sequence[int]) -> None:
-        """Refuse a module without statistics, from headers.
+        """Refuse a module without moments, from headers.
 
         Args:
             expert: Name of the expert.
@@ -84,20 +81,20 @@ class ModuleStatistics:
         """
         if expert not in self.experts:
             raise CheckpointError(
-                f"{self.kind} statistics: there are none of expert {expert!r}, only of {', '.join(self.experts)}. "
+                f"{self.kind} moments: there are none of expert {expert!r}, only of {', '.join(self.experts)}. "
                 "Collect them, or give the expert the name they have."
             )
         checkpoint = self.experts[expert]
         found = checkpoint.tensors.get(checkpoint.aliases.get(module, module))
         if found is None:
             raise CheckpointError(
-                f"{self.kind} statistics of expert {expert!r} ({checkpoint.source}): there is no module {module!r}"
+                f"{self.kind} moments of expert {expert!r} ({checkpoint.source}): there is no module {module!r}"
                 f"{nearest(module, checkpoint.tensors)}. Collect them with the rules of this merge, or "
                 "keep the module with a rule."
             )
         if tuple(found.shape) != self.shape(shape):
             raise CheckpointError(
-                f"{self.kind} statistics of expert {expert!r} ({checkpoint.source}): module {module!r} has "
+                f"{self.kind} moments of expert {expert!r} ({checkpoint.source}): module {module!r} has "
                 f"{tuple(found.shape)}, expected {self.shape(shape)} for a matrix {tuple(shape)}. Collect them with "
                 "the rules of this merge."
             )
@@ -109,7 +106,7 @@ class ModuleStatistics:
         return {f"{self.kind} statistics {expert}": self.experts[expert]}
 
     def read(self, expert: str, modules: Sequence[str], shape: Sequence[int]) -> Tensor:
-        """Statistics of modules of equal shape.
+        """Moments of modules of equal shape.
 
         Args:
             expert: Name of the expert.
@@ -120,7 +117,7 @@ class ModuleStatistics:
             Fisher information ``(M, d_out, d_in)`` or moments ``(M, d_in, d_in)``, in float32 or float64.
 
         Raises:
-            CheckpointError: If statistics are missing or have another shape, are not finite, negative, or (of
+            CheckpointError: If moments are missing or have another shape, are not finite, negative, or (of
                 activations) not symmetric.
         """
         return torch.stack([self._read(expert, module, shape) for module in modules])
@@ -138,7 +135,7 @@ class ModuleStatistics:
             problem = "a matrix that is not symmetric"
         if problem is not None:
             raise CheckpointError(
-                f"{self.kind} statistics of expert {expert!r} ({self.experts[expert].source}): module {module!r} has "
+                f"{self.kind} moments of expert {expert!r} ({self.experts[expert].source}): module {module!r} has "
                 f"{problem}. Collect them again, in float64 if they overflowed."
             )
         return values
@@ -174,7 +171,7 @@ class ModuleStatistics:
         return target
 
     def digest(self) -> str:
-        """Sha256 of all names and numbers, computed once: statistics are not changed after they were given."""
+        """Sha256 of all names and numbers, computed once: moments are not changed after they were given."""
         if self._digest is None:
             digest = hashlib.sha256(self.kind.encode())
             for name, checkpoint in self.experts.items():
@@ -186,13 +183,13 @@ class ModuleStatistics:
 
     @override
     def __repr__(self) -> str:
-        """With a digest of the numbers, so that a record of a merge tells two sets of statistics apart."""
-        return f"ModuleStatistics({self.kind!r}, {', '.join(self.experts)}, {self.digest()[:16]})"
+        """With a digest of the numbers, so that a record of a merge tells two sets of moments apart."""
+        return f"ModuleMoments({self.kind!r}, {', '.join(self.experts)}, {self.digest()[:16]})"
 
 
 @dataclass(frozen=True, repr=False)
-class StatisticsFolder:
-    """A folder that :meth:`ModuleStatistics.save` filled; its headers are read anew whenever it is opened.
+class MomentsFolder:
+    """A folder that :meth:`ModuleMoments.save` filled; its headers are read anew whenever it is opened.
 
     Args:
         path: The folder.
@@ -200,15 +197,15 @@ class StatisticsFolder:
 
     path: str | Path
 
-    def opened(self, kind: MomentKind, experts: Sequence[str] = ()) -> ModuleStatistics:
-        """The statistics of some experts, or of all.
+    def opened(self, kind: MomentKind, experts: Sequence[str] = ()) -> ModuleMoments:
+        """The moments of some experts, or of all.
 
         Args:
-            kind: Kind of the statistics.
+            kind: Kind of the moments.
             experts: Names of the experts to open; all if none is named.
 
         Returns:
-            Their statistics.
+            Their moments.
 
         Raises:
             CheckpointError: If the folder is missing or empty, lacks an expert, or holds another kind.
@@ -216,15 +213,15 @@ class StatisticsFolder:
         folder = Path(self.path).expanduser()
         files = {unquote(file.name.removesuffix(_SUFFIX)): file for file in sorted(folder.glob(f"*{_SUFFIX}"))}
         if not files:
-            what = "there are no statistics" if folder.is_dir() else "there is no such folder"
+            what = "there are no moments" if folder.is_dir() else "there is no such folder"
             raise CheckpointError(
-                f"`StatisticsFolder({self})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
-                "`ModuleStatistics.save` writes them."
+                f"`MomentsFolder({self})`: {what}; expected one EXPERT{_SUFFIX} per expert, as "
+                "`ModuleMoments.save` writes them."
             )
         missing = [name for name in experts if name not in files]
         if missing:
             raise CheckpointError(
-                f"{folder}: there are no {kind} statistics of expert {missing[0]!r}, only of {', '.join(files)}. "
+                f"{folder}: there are no {kind} moments of expert {missing[0]!r}, only of {', '.join(files)}. "
                 "Collect them, or give the expert the name they have."
             )
         checkpoints = {name: open_checkpoint(files[name]) for name in experts or files}
@@ -232,12 +229,12 @@ class StatisticsFolder:
             found = checkpoint.metadata.get(_KEY)
             if found != kind:
                 raise CheckpointError(
-                    f"{checkpoint.source}: holds {found or 'no'} statistics, expected {kind}. Give the folder of the "
-                    f"{kind} statistics."
+                    f"{checkpoint.source}: holds {found or 'no'} moments, expected {kind}. Give the folder of the "
+                    f"{kind} moments."
                 )
             shared = {k: v for k, v in checkpoint.metadata.items() if k != _KEY and v in checkpoint.tensors}
             checkpoint.aliases = {**shared, **checkpoint.aliases}  # as `save` noted them, whatever they are called
-        return ModuleStatistics(kind, checkpoints)
+        return ModuleMoments(kind, checkpoints)
 
     @override
     def __repr__(self) -> str:

@@ -268,7 +268,7 @@ class TaskVectors:
 
     @property
     def views(self) -> dict[str, View]:
-        """View of each merged tensor, for which statistics of its modules are collected."""
+        """View of each merged tensor, for which moments of its modules are collected."""
         return {name: treatment.view for name, treatment in self.treatments.items() if treatment.view is not None}
 
     @property

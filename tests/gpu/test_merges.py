@@ -22,10 +22,10 @@ from poe_models import (
     IsoC,
     MergingMethod,
     Mixed,
-    ModuleStatistics,
+    ModuleMoments,
+    MomentsFolder,
     OutputGram,
     ResidualMap,
-    StatisticsFolder,
     TaskArithmetic,
     TaskData,
     TaskVectors,
@@ -59,7 +59,7 @@ def prepared(method: type[MergingMethod], device: torch.device, updates: dict[st
             drawn = {n: random_updates(seeded(i), 1, 30, 1, u.shape[2])[0, :, 0] for n, u in updates.items()}
             gram = {n: rows.mT @ rows for n, rows in drawn.items()}
             given[expert] = gram if kind == "activations" else {n: u[i].square() for n, u in updates.items()}
-        return made(statistics=ModuleStatistics(kind, given)).prepare(vectors_of(base, updates, device))
+        return made(moments=ModuleMoments(kind, given)).prepare(vectors_of(base, updates, device))
     vectors = vectors_of(base, updates, device)
     if not method().needs_loaders:  # type: ignore[call-arg]
         return made().prepare(vectors)
@@ -128,8 +128,8 @@ def test_fisher_information_and_second_moments_are_collected_alike(
             for module, value in there[kind][name].items():
                 assert value.device.type == device.type
                 assert_close(value.cpu(), here[kind][name][module], 1e-9)
-        ModuleStatistics(kind, there[kind]).save(tmp_path / kind)  # type: ignore[arg-type]
-        again = StatisticsFolder(str(tmp_path / kind)).opened(kind)  # type: ignore[arg-type]
+        ModuleMoments(kind, there[kind]).save(tmp_path / kind)  # type: ignore[arg-type]
+        again = MomentsFolder(str(tmp_path / kind)).opened(kind)  # type: ignore[arg-type]
         shape = (4, 12) if kind == "fisher" else (12, 12)
         value = again.read("x", ["qkv.weight[1]"], (4, 12))[0]
         assert tuple(value.shape) == shape
@@ -149,7 +149,7 @@ def test_maps_on_statistics_merge_alike(kind: Any, where: str, device: torch.dev
     on_device = {n: {m: v.to(device) for m, v in each.items()} for n, each in statistics.items()}
 
     def of(given: dict[str, dict[str, Tensor]]) -> ResidualMap:
-        made = ModuleStatistics("fisher" if kind is Fisher else "activations", given)
+        made = ModuleMoments("fisher" if kind is Fisher else "activations", given)
         result: ResidualMap = kind(made, 0.5)
         return result
 

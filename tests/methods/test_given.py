@@ -22,9 +22,9 @@ from poe_models import (
     CheckpointError,
     Fisher,
     Gaussian,
-    ModuleStatistics,
+    ModuleMoments,
+    MomentsFolder,
     ProductOfExperts,
-    StatisticsFolder,
     TaskVectors,
     collect_activations,
     collect_fisher,
@@ -52,17 +52,15 @@ def batch_of(updates: Tensor) -> ModuleBatch:
     return ModuleBatch.of(updates, MODULES[: len(updates)], EXPERTS[: updates.shape[1]])
 
 
-def fisher_of(values: Tensor) -> ModuleStatistics:
+def fisher_of(values: Tensor) -> ModuleMoments:
     """From ``(M, N, d_out, d_in)``."""
-    return ModuleStatistics(
-        "fisher", {e: {m: values[j, i] for j, m in enumerate(MODULES)} for i, e in enumerate(EXPERTS)}
-    )
+    return ModuleMoments("fisher", {e: {m: values[j, i] for j, m in enumerate(MODULES)} for i, e in enumerate(EXPERTS)})
 
 
-def moments_of(inputs: Tensor) -> ModuleStatistics:
+def moments_of(inputs: Tensor) -> ModuleMoments:
     """From inputs ``(M, N, rows, d_in)``."""
     means = inputs.mT @ inputs / inputs.shape[-2]
-    return ModuleStatistics(
+    return ModuleMoments(
         "activations", {e: {m: means[j, i] for j, m in enumerate(MODULES)} for i, e in enumerate(EXPERTS)}
     )
 
@@ -151,12 +149,12 @@ def test_regmean_leaves_directions_without_inputs_at_the_base(updates: Tensor, g
     small = {
         e: {m: v[kept][:, kept] for m in MODULES for v in [moments_of(inputs).experts[e].read(m)]} for e in EXPERTS
     }
-    expected = RegMean(ModuleStatistics("activations", small)).merge(batch_of(updates[..., kept]))
+    expected = RegMean(ModuleMoments("activations", small)).merge(batch_of(updates[..., kept]))
     assert_close(found[..., kept], expected, 1e-9)
     tiny = {
         e: {m: moments_of(inputs).experts[e].read(m) + 1e-17 * torch.eye(SHAPE[1]) for m in MODULES} for e in EXPERTS
     }
-    found = RegMean(ModuleStatistics("activations", tiny)).merge(batch_of(updates))
+    found = RegMean(ModuleMoments("activations", tiny)).merge(batch_of(updates))
     assert_close(found[..., kept], expected, 1e-9)
     assert_close(found[..., 1], updates[..., 1].mean(1), 1e-9)  # an input is one, however small beside the others
 
@@ -170,9 +168,7 @@ def test_regmean_sees_small_inputs_beside_large_ones(
     inputs = torch.randn(2, 3, rows, SHAPE[1], generator=generator, dtype=torch.float64)
     inputs = inputs[:, :1].expand(2, 3, rows, SHAPE[1]) * torch.tensor([1.0, 1e4, 1e-4, 3.0])
     exact = moments_of(inputs)
-    single = ModuleStatistics(
-        "activations", {e: {m: exact.experts[e].read(m).float() for m in MODULES} for e in EXPERTS}
-    )
+    single = ModuleMoments("activations", {e: {m: exact.experts[e].read(m).float() for m in MODULES} for e in EXPERTS})
     found = RegMean(single, off_diagonal).merge(batch_of(updates.float())).double()
     for j in range(2):
         x = inputs[j, 0] / rows**0.5  # the same for all experts: the mean update, where there are inputs
@@ -185,7 +181,7 @@ def test_regmean_sees_small_inputs_beside_large_ones(
 def test_gradient_matching_entry_by_entry_and_at_its_limits(updates: Tensor, fisher: Tensor) -> None:
     base = 0.5 * fisher.mean(1)
     statistics = fisher_of(fisher)
-    with_base = ModuleStatistics("fisher", {**statistics.experts, "base": {m: base[j] for j, m in enumerate(MODULES)}})
+    with_base = ModuleMoments("fisher", {**statistics.experts, "base": {m: base[j] for j, m in enumerate(MODULES)}})
     found = GradientMatching(with_base, scale=0.7, floor=1e-3, base="base").merge(batch_of(updates))
     # The paper's form: a preconditioned sum, with dense diagonal matrices on vec(Z).
     for j in range(2):
@@ -243,19 +239,19 @@ def test_methods_on_statistics_at_the_awkward_points(
 
 def test_statistics_that_do_not_fit_are_named(tmp_path: Path, updates: Tensor, fisher: Tensor) -> None:
     fisher_of(fisher).save(tmp_path / "f")
-    folder = StatisticsFolder(tmp_path / "f")
+    folder = MomentsFolder(tmp_path / "f")
     assert_close(
         GradientMatching(folder).merge(batch_of(updates)), GradientMatching(fisher_of(fisher)).merge(batch_of(updates))
     )
     with pytest.raises(CheckpointError, match="expected activations"):
         RegMean(folder).merge(batch_of(updates))
-    with pytest.raises(CheckpointError, match="no fisher statistics of expert '0'"):
+    with pytest.raises(CheckpointError, match="no fisher moments of expert '0'"):
         GradientMatching(folder)(updates)
-    with pytest.raises(ValueError, match="it needs no data. Its statistics are a field"):
+    with pytest.raises(ValueError, match="it needs no data. Its moments are a field"):
         GradientMatching(folder).prepare([], TaskData({}, lambda weights, batch: batch))
     with pytest.raises(ValueError, match="floor=0.0"):
         FisherMerging(folder, floor=0.0)
-    with pytest.raises(TypeError, match=r"a folder of some, `StatisticsFolder\(path\)`"):
+    with pytest.raises(TypeError, match=r"a folder of some, `MomentsFolder\(path\)`"):
         FisherMerging(str(tmp_path / "f"))  # type: ignore[arg-type]
 
 
@@ -269,9 +265,9 @@ def test_collected_statistics_reach_the_methods() -> None:
         fisher[name] = collect_fisher(model, loaders[name], call, vectors.views, dtype=torch.float64)
         moments[name] = collect_activations(model, loaders[name], call, vectors.views, dtype=torch.float64)
     methods: list[MergingMethod] = [
-        FisherMerging(ModuleStatistics("fisher", fisher)),
-        RegMean(ModuleStatistics("activations", moments)),
-        GradientMatching(ModuleStatistics("fisher", fisher), 0.4),
+        FisherMerging(ModuleMoments("fisher", fisher)),
+        RegMean(ModuleMoments("activations", moments)),
+        GradientMatching(ModuleMoments("fisher", fisher), 0.4),
     ]
     for method in methods:
         ready = method.prepare(vectors)
@@ -296,8 +292,8 @@ def test_whole_checkpoints_by_methods_on_statistics(tmp_path: Path) -> None:
     for name in vectors.names:
         model.load_state_dict({k: vectors.experts[name].read(k) for k in vectors.base.tensors})
         fisher[name] = collect_fisher(model, loaders[name], lambda m, b: m(b), vectors.views, dtype=torch.float64)
-    ModuleStatistics("fisher", fisher).save(tmp_path / "f")
-    method = FisherMerging(StatisticsFolder(str(tmp_path / "f")))
+    ModuleMoments("fisher", fisher).save(tmp_path / "f")
+    method = FisherMerging(MomentsFolder(str(tmp_path / "f")))
     merge_checkpoint(vectors, method, tmp_path / "alone")
     ready = method.prepare(vectors)
     found = TaskVectors(vectors.base, {"m": tmp_path / "alone"}, dtype=torch.float64)
@@ -310,7 +306,7 @@ def test_whole_checkpoints_by_methods_on_statistics(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "centre" / "poe_merge.json").read_text())
     assert "fisher statistics b" in record["inputs"]
     (tmp_path / "f" / "b.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no fisher statistics of expert 'b'"):
+    with pytest.raises(CheckpointError, match="no fisher moments of expert 'b'"):
         merge_checkpoint(vectors, method, tmp_path / "missing")
     assert not (tmp_path / "missing").exists()
 
@@ -323,7 +319,7 @@ def test_command_line_finds_the_statistics_of_a_method(
     for name, weight in states.items():
         save_file({"a.weight": weight}, tmp_path / f"{name}.safetensors")
     given = {n: {"a.weight": torch.eye(3) * (1 + 2 * (n == "x"))} for n in "xy"}
-    ModuleStatistics("activations", given).save(tmp_path / "inputs")
+    ModuleMoments("activations", given).save(tmp_path / "inputs")
     monkeypatch.chdir(tmp_path)
     arguments = ["--base-model", "base.safetensors", "--model", "x=x.safetensors", "--model", "y=y.safetensors"]
     arguments += [f"--{how}", "RegMean('inputs')"] + (["--eta", "AbsolutePrecision(1e9)"] if how == "anchor" else [])
