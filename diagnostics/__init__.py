@@ -17,34 +17,19 @@ from diagnostics.alignment import gram_alignment
 from diagnostics.arviz_adapter import TooFewDraws, to_inference_data
 from diagnostics.chains import chain_convergence, coefficient_intervals, rank_histogram, surround_verdict
 from diagnostics.estimates import Estimate, bootstrap
-from diagnostics.predictions import (
-    CORRUPTIONS,
-    METRICS,
-    OWN_EXPERTS,
-    SEVERITIES,
-    Metric,
-    auroc,
-    calibration,
-    calibration_difference,
-    compare_detection,
-    compare_methods,
-    corrupt,
-    detect_shift,
-    divergence_of_models,
-    evaluate,
-    evaluate_predictions,
-    functional_score,
-    load_predictions,
-    pareto_front,
-    point_prediction,
-    predictions_of,
-    rank_agreement,
-    reliability,
-    risk_coverage,
-    save_predictions,
-    scale_logits,
-    under_corruption,
-)
+from diagnostics.predictions.agreement import pareto_front, rank_agreement
+from diagnostics.predictions.calibration import calibration, calibration_difference, scale_logits
+from diagnostics.predictions.comparison import compare_methods
+from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from diagnostics.predictions.evaluation import OWN_EXPERTS, evaluate_predictions
+from diagnostics.predictions.files import load_predictions, predictions_of, save_predictions
+from diagnostics.predictions.functional_score import functional_score
+from diagnostics.predictions.metrics import METRICS, Metric
+from diagnostics.predictions.model_divergence import divergence_of_models
+from diagnostics.predictions.model_scores import evaluate
+from diagnostics.predictions.reliability import reliability
+from diagnostics.predictions.selective import risk_coverage
+from diagnostics.predictions.shift import auroc, compare_detection, detect_shift, point_prediction, under_corruption
 from diagnostics.report.report import report
 from diagnostics.residuals import module_residuals, residuals
 from diagnostics.sensitivity import gamma_sensitivity, with_gamma
@@ -59,7 +44,6 @@ from diagnostics.tails import (
     quantiles,
     surrogate_residuals,
     tail_posterior,
-    tails_by,
 )
 from diagnostics.verdicts import Level, Verdict
 
@@ -114,7 +98,6 @@ __all__ = [
     "surrogate_residuals",
     "surround_verdict",
     "tail_posterior",
-    "tails_by",
     "to_inference_data",
     "under_corruption",
     "with_gamma",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diagnostics.residuals import ExpertResiduals, Residuals
-from diagnostics.tails import pooled_tails, tails_by
+from diagnostics.tails import pooled_tails
 from diagnostics.tails.null import standardised
 from tests.seeds import seeded_numpy
 
@@ -61,14 +61,14 @@ def test_an_offset_common_to_a_module_is_told_once_and_taken_out() -> None:
 
 def test_tails_per_task_see_that_task_alone() -> None:
     found = synthetic(heavy=True)
-    tasks = tails_by(found, "expert", ["Gaussian", "Cauchy"])
+    tasks = {name: pooled_tails(part, ["Gaussian", "Cauchy"]) for name, part in found.split("expert").items()}
     assert list(tasks) == list(NAMES[:2])
     assert set(tasks["mnist"].pooled.values) == set(found.where(expert="mnist").values())
     assert len(found.split("module")) == 10
     with pytest.raises(
         ValueError, match=r"`split\('experts'\)`: residuals are split by 'module', 'tensor' or 'expert'"
     ):
-        tails_by(found, "experts")  # type: ignore[arg-type]
+        found.split("experts")  # type: ignore[arg-type]
 
 
 def test_thinning_leaves_every_group_some() -> None:

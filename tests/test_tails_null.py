@@ -22,7 +22,6 @@ from diagnostics.tails import (
     null_control,
     pooled_tails,
     surrogate_residuals,
-    tails_by,
 )
 from diagnostics.tails.null import student_gain
 from inference.map import fixed_point
@@ -304,12 +303,12 @@ def test_a_part_is_compared_with_the_same_part() -> None:
     real, made = control(vectors())
     part = real.where(expert="emoji")
     assert made.of(part).residuals[0].values().tolist() == made.residuals[0].where(expert="emoji").values().tolist()
-    by_expert = tails_by(real, "expert", ["Gaussian", "Student-t"], surrogates=made, level=0.25)
-    null = by_expert["emoji"].null
+    tails = pooled_tails(real.split("expert")["emoji"], ["Gaussian", "Student-t"], surrogates=made, level=0.25)
+    null = tails.null
     assert null is not None
     assert null.gain == null_control(part, made, level=0.25).gain
-    assert by_expert["emoji"].surrogate is not None
-    assert "one merge of Gaussian updates" in by_expert["emoji"].verdict
+    assert tails.surrogate is not None
+    assert "one merge of Gaussian updates" in tails.verdict
 
 
 def test_surrogates_of_something_else_are_refused() -> None:

@@ -12,7 +12,7 @@ from diagnostics.tails.curves import Hill, LogDensity, Quantiles, hill, log_dens
 from diagnostics.tails.families import FAMILIES, Family
 from diagnostics.tails.fits import Fit, maximum_likelihood
 from diagnostics.tails.null import NullControl, null_control
-from diagnostics.tails.pooled import PooledTails, pooled_tails, tails_by
+from diagnostics.tails.pooled import PooledTails, pooled_tails
 from diagnostics.tails.posteriors import TailPosterior, tail_posterior
 from diagnostics.tails.sizes import FittedSizes, Sizes, fit_sizes
 from diagnostics.tails.surrogates import Merge, MergeModule, Surrogates, surrogate_residuals
@@ -44,5 +44,4 @@ __all__ = [
     "quantiles",
     "surrogate_residuals",
     "tail_posterior",
-    "tails_by",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -94,7 +93,8 @@ def pooled_tails(
     """Fit tails to the residuals of a merge, with the control that a fit needs.
 
     Args:
-        residuals: Residuals of a merge, or groups of signed residuals that share a location and a scale.
+        residuals: Residuals of a merge, or of one layer or task of it (``Residuals.split``), or groups of signed
+            residuals that share a location and a scale.
         families: Names of families; all six by default.
         surrogates: Residuals of the same merge of Gaussian updates, made by ``surrogate_residuals``.
         unit: Unit of a merge's residuals.
@@ -129,27 +129,6 @@ def pooled_tails(
     spread = float(residuals.weight_spread().max()) if isinstance(residuals, Residuals) else None
     offset = float(np.median([location / scale for location, scale in map(location_and_scale, kept)]))
     return PooledTails(pooled, own, surrogate, null, offset, min(map(len, kept)), spread)
-
-
-def tails_by(
-    residuals: Residuals,
-    by: Literal["module", "tensor", "expert"],
-    families: Sequence[str] | None = None,
-    *,
-    surrogates: Surrogates | None = None,
-    unit: Unit = "scale",
-    limit: int = 2000,
-    level: float = 0.05,
-    seed: int = 0,
-) -> dict[str, PooledTails]:
-    """Tails of each layer or task by name, as :func:`pooled_tails` gives them: ``tails_by(found, "expert")["mnist"]``.
-
-    Of many tests some are below their level by chance.
-    """
-    return {
-        name: pooled_tails(part, families, surrogates=surrogates, unit=unit, limit=limit, level=level, seed=seed)
-        for name, part in residuals.split(by).items()
-    }
 
 
 def _kept(groups: Groups, limit: int, seed: int) -> list[Array]:
