@@ -35,7 +35,7 @@ def _shortened(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):  # a tensor or an array
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, str):
-        return repr(value if len(value) <= LONGEST_TEXT else f"{value[: LONGEST_TEXT - 1]}…")
+        return _quoted(value)
     if isinstance(value, Mapping):
         return f"{{{_listed([*value])}}}"
     if isinstance(value, Sequence):
@@ -43,11 +43,17 @@ def _shortened(value: Any) -> str:
     return f"{type(value).__name__}(...)" if is_dataclass(value) and isinstance(value, Brief) else str(value)
 
 
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…")
+
+
 def _listed(items: Sequence[Any]) -> str:
-    """The first of several names, or the number of other things."""
+    """The first of several names, one text that all have, or the number of other things."""
     if not all(isinstance(item, str) for item in items):
         return f"{len(items)} x {type(items[0]).__name__}"
-    shown = ", ".join(map(repr, items[:MOST_NAMES]))
+    if len(items) > 1 and len(set(items)) == 1:
+        return f"{len(items)} x {_quoted(items[0])}"
+    shown = ", ".join(map(_quoted, items[:MOST_NAMES]))
     return f"{shown}, ... {len(items)} in all" if len(items) > MOST_NAMES else shown
 
 

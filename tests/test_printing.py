@@ -11,6 +11,7 @@ from inference.models.design import Design
 from inference.search.space import DesignSpace, Range, Searched
 from poe_models import Cauchy, ProductOfExperts
 from poe_models.least_squares import quadratic_of
+from poe_models.span import span_statistics
 from tests.seeds import seeded
 
 
@@ -51,3 +52,12 @@ def test_an_approximation_prints_what_it_approximates() -> None:
     updates = torch.randn(1, 2, 3, 2, generator=seeded(0), dtype=torch.float64)
     posterior = ProductOfExperts.of(("a", "b")).bind(updates, coordinates="span")
     assert str(DenseLaplace(posterior, fixed_point(posterior).value)) == f"DenseLaplace({posterior})"
+
+
+def test_statistics_of_a_whole_model_say_once_what_all_modules_have() -> None:
+    updates = torch.randn(40, 3, 4, 5, generator=seeded(0), dtype=torch.float64)
+    poe = ProductOfExperts.of(("a", "b", "c"))
+    text = str(span_statistics(poe, updates, through=fixed_point(poe.bind(updates)).value))
+    assert "through=(40 x 'a Cauchy(exponent=1.0)" in text
+    assert "residual_maps=(3 x 'InputGram()')" in text
+    assert len(text.splitlines()) <= 6
