@@ -131,7 +131,7 @@ def span_statistics(
     through: Tensor | None = None,
     ranks: bool = True,
 ) -> SpanStatistics:
-    """One pass over a batch of modules of equal shape.
+    """Span statistics of a batch of modules of equal shape, in one pass over their updates.
 
     Args:
         poe: The design; only its residual maps and its centre matter here, unless the span is to go through its merge.

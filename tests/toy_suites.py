@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.suite import Head, Suite
+from benchmarks.harness.task_files import Task as TextTask
 from benchmarks.harness.training import save_folder
 from benchmarks.language.model import CONFIG as BERT
 from benchmarks.language.model import MiniLMNetwork, untrained
 from benchmarks.language.tasks import Split as Texts
-from benchmarks.language.tasks import Task as TextTask
 from benchmarks.vision.model import CONFIG, SqueezeNet, SqueezeNetwork
 from benchmarks.vision.tasks import Split, Task
 from tests.seeds import seeded

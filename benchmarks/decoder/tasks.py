@@ -15,9 +15,9 @@ from benchmarks.decoder.prompts import Split
 from benchmarks.decoder.sources import SMOLLM2
 from benchmarks.folders import key_of
 from benchmarks.harness.splits import load_all, split_rows
+from benchmarks.harness.task_files import Task as TextTask
 from benchmarks.language import sources
 from benchmarks.language.tasks import SplitSizes
-from benchmarks.language.tasks import Task as TextTask
 from benchmarks.language.texts import READERS
 
 MOST_TOKENS = 24
@@ -56,8 +56,8 @@ PROMPTS = {
 
 
 @dataclass(frozen=True)
-class Task(TextTask):
-    """A task with its choices; further arguments are those of `benchmarks.language.tasks.Task`.
+class Task(TextTask[Split]):
+    """A task with its choices; further arguments are those of `benchmarks.harness.task_files.Task`.
 
     Args:
         splits: One `Split` for each of `SPLITS`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, fields
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,28 +14,41 @@ from benchmarks.archives import MissingSourceError
 Made = TypeVar("Made")
 
 
-class Sizes(Protocol):
-    """How many examples each split may have."""
+@dataclass(frozen=True)
+class Sizes:
+    """How many examples each split may have.
 
-    @property
-    def test(self) -> int:
-        """At most this many, and at most a fifth of the pool."""
+    Args:
+        test: At most this many, and at most a fifth of the pool.
+        validation: At most this many, and at most a seventh of the pool.
+        shots: Examples per class for the few-shot head, exactly.
+        train: At most this many.
+        seed: Seed of the permutation that everything is drawn from.
+    """
 
-    @property
-    def validation(self) -> int:
-        """At most this many, and at most a seventh of the pool."""
+    test: int
+    validation: int
+    shots: int
+    train: int
+    seed: int = 0
 
-    @property
-    def shots(self) -> int:
-        """Examples per class for the few-shot head, exactly."""
 
-    @property
-    def train(self) -> int:
-        """At most this many."""
+class Examples:
+    """Base of the examples of one split, or of a whole task: a dataclass of tensors with a row for each."""
 
-    @property
-    def seed(self) -> int:
-        """Of the permutation that everything is drawn from."""
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def fields(cls) -> list[str]:
+        """Names of the tensors."""
+        return [each.name for each in fields(cls)]  # type: ignore[arg-type]
+
+    def take(self, rows: Tensor) -> Self:
+        """The examples in these rows."""
+        return type(self)(*(getattr(self, field)[rows] for field in self.fields()))
 
 
 def split_rows(labels: Tensor, groups: Tensor, sizes: Sizes, official_test: Tensor | None = None) -> dict[str, Tensor]:

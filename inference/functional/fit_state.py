@@ -18,7 +18,7 @@ from poe_models.weights.loading import CheckpointError
 
 @dataclass(eq=False)
 class FitState:
-    """Everything that the next steps of a fit depend on.
+    """State of a fit between steps: point, optimiser, generators, and the best point so far.
 
     Args:
         scaled: Latents in units of coefficients, which require a gradient.

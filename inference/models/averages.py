@@ -1,4 +1,4 @@
-"""Averaged tensors of a merge: by which weights of the experts, and by how much, from the designs of merged ones."""
+"""Averaged tensors of a merge: weights of the experts and scaling, from the designs of merged tensors."""
 
 from __future__ import annotations
 

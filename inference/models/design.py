@@ -204,7 +204,7 @@ class Design:
         }
 
     def check(self, names: Sequence[str]) -> None:
-        """Find out before anything is read whether this design can be solved at all.
+        """Refuse a design that cannot be solved, before anything is read.
 
         Raises:
             ValueError: If it is about other task vectors, or cannot be solved in these coordinates.

@@ -50,7 +50,7 @@ class MethodDesign:
         }
 
     def check(self, names: Sequence[str]) -> None:
-        """Find out before anything is read whether the method can merge anything at all.
+        """Refuse a method that lacks data or fails on random updates, before anything is read.
 
         Raises:
             ValueError: If it needs data, or fails on random updates.

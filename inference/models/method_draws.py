@@ -1,4 +1,4 @@
-"""Merges by a random method at several seeds, as draws: how much of a result was the luck of one seed.
+"""Merges by a random method at several seeds, as draws: the spread of a result over seeds.
 
 >>> from inference import MergedEnsemble, MethodDraws
 >>> from poe_models.methods import Dare

@@ -65,7 +65,7 @@ class Module(Brief):
 
     @property
     def squared_norms(self) -> Tensor:
-        """``|B_j|^2`` of the updates and the centre, ``(N + 1,)`` float64 on the CPU: what this module is about."""
+        """``|B_j|^2`` of the updates and the centre, ``(N + 1,)`` float64 on the CPU; draws are checked by it."""
         center = self.center
         last = self.updates.new_zeros((), dtype=torch.float64) if center is None else sum_of_squares(center)
         return torch.cat([sum_of_squares(self.updates), last.reshape(1)]).cpu()

@@ -1,4 +1,4 @@
-"""Tensors that are seen as one row: whether what merges them needs the two sides of a matrix."""
+"""Tensors that a view makes one row, which maps and methods on both sides of a matrix cannot merge."""
 
 from __future__ import annotations
 

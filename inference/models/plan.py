@@ -204,7 +204,7 @@ def plan(
     out_dtype: torch.dtype | None = None,
     batch_bytes: int = BATCH_BYTES,
 ) -> Plan:
-    """Say what ``merge_checkpoint`` with the same arguments will do; nothing but headers is read.
+    """The plan of ``merge_checkpoint`` with the same arguments, from headers alone.
 
     Args:
         task_vectors: Base and experts.

@@ -117,7 +117,7 @@ def predicted_values(predictor: MemberPredictor, draws: ModelDraws, progress: Pr
 
 
 def scored(predictor: MemberPredictor, draws: ModelDraws, progress: Progress) -> Tensor:
-    """Whatever the predictor keeps of every member, ``(members, n, ...)``."""
+    """Numbers that the predictor keeps of every example and member, ``(members, n, ...)``."""
     return torch.stack(list(_rows(predictor, draws, progress)))
 
 

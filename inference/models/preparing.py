@@ -53,7 +53,7 @@ def prepare_designs(
     progress: Progress,
     known: list[Prepared] | None = None,
 ) -> Callable[[str], AnyDesignT]:
-    """Show the model to every method that has to see it; a pass or a few over the tensors that it merges.
+    """Prepare every method that looks at the whole model, by a pass or a few over the tensors that it merges.
 
     Designs that differ in something else than the method, such as λ, are one model to it. The result gives the ready
     design of each merged tensor by its name, the same object where it was the same; averages are as they were.

@@ -75,7 +75,7 @@ class Choice:
             raise ValueError(f"`{self!r}`: give at least two values, each once.")
 
     def grid(self, count: int) -> list[Value]:
-        """All values, whatever the count."""
+        """All options; a count of values has no meaning for them."""
         return list(self.options)
 
 

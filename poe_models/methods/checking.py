@@ -161,7 +161,7 @@ _RANKS = (1, 2)
 
 @dataclass(frozen=True)
 class Property:
-    """One property.
+    """A property that merging rules promise, and its test.
 
     Attributes:
         says: The property in one line.
