@@ -209,9 +209,10 @@ def _require_in_range(posterior: Posterior) -> None:
             module = int(lost.nonzero()[0])
             raise ValueError(
                 f"`fixed_point(...)`: the update of expert {expert.name!r} in {posterior.label(module)} has entries of "
-                f"up to {float(size[module]):.1e}, whose fourth power {expert.update.dtype} cannot hold, or not its square. Divide "
-                "all updates by one such number, and multiply the merge by it; `merge` and `merge_checkpoint` do this by "
-                "themselves where the scale is `Balanced` or `Relative` and the anchor's precision relative."
+                f"up to {float(size[module]):.1e}, whose fourth power {expert.update.dtype} cannot hold, or not its "
+                "square. Divide all updates by one such number, and multiply the merge by it; `merge` and "
+                "`merge_checkpoint` do this by themselves where the scale is `Balanced` or `Relative` and the anchor's "
+                "precision relative."
             )
 
 
