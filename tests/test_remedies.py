@@ -117,7 +117,7 @@ def test_rules_parse() -> None:
 
 def test_keys_are_those_of_the_configuration_or_of_rules() -> None:
     models = (MergeConfig, ModelEntry, ModelParameters, Parameters, FunctionalParameters)
-    known = {name for model in models for name in model.model_fields} | {field for field in Rule.__dataclass_fields__}
+    known = {name for model in models for name in model.model_fields} | set(Rule.__dataclass_fields__)
     unknown = [
         (where, key)
         for where, key in matches(r"`([a-z_]+:)(?= )")
