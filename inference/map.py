@@ -193,20 +193,26 @@ def _require_finite(posterior: Posterior, start: str, weights: Tensor) -> None:
 
 
 def _require_in_range(posterior: Posterior) -> None:
-    """Refuse updates so small or large that their residual at zero, a fourth power of them, is lost in the dtype."""
+    """Refuse updates so small or large that their residual at zero is lost: a fourth power, squared by curvatures.
+
+    Curvatures are divided by the square of a squared scale, which is of the residual's size and always float64.
+    """
+    widest = torch.finfo(torch.float64)
     alone = ~posterior.active.any(-1)  # beside others of ordinary size, one that is rounding drops out
     for expert in posterior.experts:
         limits = torch.finfo(expert.update.dtype)
-        size, residual = expert.update.flatten(-2).abs().amax(-1), expert.residual_at_zero
-        odd = (size > 0) & ((size < limits.tiny**0.25) | (size > limits.max**0.25))
-        lost = odd & (expert.active | alone) & ~((residual >= limits.tiny) & (residual <= limits.max))
+        size, residual = expert.update.flatten(-2).abs().amax(-1), expert.residual_at_zero.double()
+        low, high = max(limits.tiny**0.25, widest.tiny**0.125), min(limits.max**0.25, widest.max**0.125)
+        held = (residual >= max(limits.tiny, widest.tiny**0.5)) & (residual <= min(limits.max, widest.max**0.5))
+        lost = (size > 0) & ((size < low) | (size > high)) & (expert.active | alone) & ~held
         if bool(lost.any()):
             module = int(lost.nonzero()[0])
             raise ValueError(
                 f"`fixed_point(...)`: the update of expert {expert.name!r} in {posterior.label(module)} has entries of "
-                f"up to {float(size[module]):.1e}, whose fourth power {expert.update.dtype} cannot hold. Divide all "
-                "updates by one such number, and multiply the merge by it; `merge` and `merge_checkpoint` do this by "
-                "themselves where the scale is `Balanced` or `Relative` and the anchor's precision relative."
+                f"up to {float(size[module]):.1e}, whose fourth power {expert.update.dtype} cannot hold, or not its "
+                "square. Divide all updates by one such number, and multiply the merge by it; `merge` and "
+                "`merge_checkpoint` do this by themselves where the scale is `Balanced` or `Relative` and the anchor's "
+                "precision relative."
             )
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from inference import MergedEnsemble, merge_checkpoint, sample_full
-from poe_models import ProductOfExperts, TaskVectors
+from poe_models import Average, ProductOfExperts, TaskVectors
 from poe_models.weights.loading import open_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -82,18 +82,41 @@ def test_a_head_that_the_config_does_not_tie_is_written(tmp_path: Path) -> None:
     assert torch.equal(written[HEAD], written[EMBEDDING])
 
 
-def test_many_names_of_one_tensor_whatever_they_are_called(tmp_path: Path, generator: torch.Generator) -> None:
-    weight, change = torch.randn(16, 16, generator=generator), torch.randn(16, 16, generator=generator)
-    names = [f"w{number}" for number in range(50)]
-    torch.save(dict.fromkeys(names, weight), tmp_path / "base.pt")
-    torch.save(dict.fromkeys(names, weight + change), tmp_path / "tuned.pt")
-    vectors = TaskVectors(tmp_path / "base.pt", {"tuned": tmp_path / "tuned.pt"})
-    report = merge_checkpoint(vectors, ProductOfExperts.of(vectors.names), tmp_path / "merged")
+@pytest.mark.parametrize("form", ["file", "memory"])
+def test_many_names_of_one_tensor_whatever_they_are_called(
+    form: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    weight, change = torch.randn(64, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    names = [f"w{number}" for number in range(315)]
+    base, tuned = dict.fromkeys(names, weight), dict.fromkeys(names, weight + change)
+    vectors = TaskVectors(base, {"tuned": tuned})
+    if form == "file":
+        torch.save(base, tmp_path / "base.pt")
+        torch.save(tuned, tmp_path / "tuned.pt")
+        vectors = TaskVectors(tmp_path / "base.pt", {"tuned": tmp_path / "tuned.pt"})
+    report = merge_checkpoint(vectors, Average(), tmp_path / "merged")
     assert report.nbytes == weight.nbytes
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size < weight.nbytes + 100 * len(names)
     again = open_checkpoint(tmp_path / "merged")
     assert set(again.tied_names("w0")) == set(names)
-    assert torch.equal(again.read("w0"), again.read("w49"))
+    assert torch.equal(again.read("w0"), again.read("w314"))
+    torch.testing.assert_close(again.read("w314"), weight + change)
+
+
+def test_a_model_in_memory_whose_modules_share_their_weights(tmp_path: Path, generator: torch.Generator) -> None:
+    shared = nn.Linear(16, 16, bias=False)
+    model = nn.Sequential(*[nn.Sequential(shared, nn.ReLU()) for _ in range(5)])
+    base = {name: each.clone() for name, each in model.state_dict().items()}
+    base = dict.fromkeys(base, next(iter(base.values())))
+    with torch.no_grad():
+        shared.weight += torch.randn(16, 16, generator=generator)
+    vectors = TaskVectors(base, {"tuned": model.state_dict()})
+    report = merge_checkpoint(vectors, Average(), tmp_path / "merged")
+    assert report.nbytes == shared.weight.nbytes
+    other = nn.Linear(16, 16, bias=False)
+    loaded = nn.Sequential(*[nn.Sequential(other, nn.ReLU()) for _ in range(5)])
+    assert load_model(loaded, str(tmp_path / "merged" / "model.safetensors")) == (set(), [])
+    torch.testing.assert_close(other.weight, shared.weight)  # of one expert
 
 
 def test_members_are_written_as_merges_are(tmp_path: Path, generator: torch.Generator) -> None:

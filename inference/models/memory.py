@@ -55,11 +55,12 @@ def memory_errors(tensors: Sequence[str], needed: int, device: torch.device) -> 
         if not is_out_of_memory(error):
             raise
         more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+        text = str(error).rpartition("DefaultCPUAllocator: ")[2]  # which follows a place in torch's sources
         smaller = "Lower --batch-bytes (`batch_bytes`)" if more else "Free memory, or take a larger machine"
         elsewhere = "" if device.type == "cpu" else ", or --device cpu"
         raise OutOfMemory(
             f"out of memory on {device} at {tensors[0]!r}{more}, which take {size_text(needed)} "
-            f"({str(error).partition('.')[0] or type(error).__name__}). {smaller}{elsewhere}; what is finished is kept."
+            f"({text.partition('. ')[0] or type(error).__name__}). {smaller}{elsewhere}; what is finished is kept."
         ) from error
 
 

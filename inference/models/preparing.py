@@ -11,6 +11,7 @@ from inference.models.method_design import AnyDesignT
 from inference.models.modules import selected
 from poe_models.methods import MergingMethod
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.weights.together import modules_of
 
 
 class Modules:
@@ -36,8 +37,7 @@ class Modules:
         self._passes += 1
         sizes = {name: self._task_vectors.base.tensors[name].nbytes for name in self._tensors}
         self._progress.begin(f"preparing, pass {self._passes}", len(self._tensors), sum(sizes.values()))
-        for name, size in sizes.items():
-            modules = self._task_vectors.modules(name)
+        for size, modules in zip(sizes.values(), modules_of(self._task_vectors, self._tensors), strict=True):
             while modules:  # each is let go of when it is done
                 yield selected(modules.pop(0), self._order)
             self._progress.advance(1, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from poe_models.module_names import with_names
 from poe_models.updates import center_of
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
+from poe_models.weights.together import averages_of, modules_of
 
 HALF = (torch.bfloat16, torch.float16)
 _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
@@ -47,16 +49,21 @@ def merge_batch(
         with _seeded(seed, task_vectors.device):
             made = _solved(task_vectors, batch.tensors, first.design)
     elif first.average is not None:
-        made = ((tensor, _averaged(task_vectors, tensor), []) for tensor in batch.tensors)
+        made = _averaged(task_vectors, batch.tensors)
     else:
         made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in batch.tensors)
     tensors, records = {}, []
     for tensor, value, modules in made:
         rounded, rounding = _rounded(task_vectors, tensor, value)
-        tensors[tensor.name] = rounded
         records.append(_record(tensor, rounding))
-        if tensor.treatment.action != "base" and torch.equal(rounded, task_vectors.base.read(tensor.name).to(rounded)):
+        before = task_vectors.base.read(tensor.name) if tensor.treatment.action != "base" else None
+        if before is not None and torch.equal(
+            value, before.to(value)
+        ):  # no update: the base's very bits, and sign of 0
+            rounded = before.to(rounded).clone(memory_format=torch.contiguous_format)
+        if before is not None and torch.equal(rounded, before.to(rounded)):
             records[-1]["equals_base"] = True
+        tensors[tensor.name] = rounded
         if tensor.average is not None:
             records[-1] |= {"importance": list(tensor.average.importance), "scaling": tensor.average.scaling}
         if tensor.design is not None:
@@ -64,9 +71,13 @@ def merge_batch(
     return tensors, records
 
 
-def _averaged(task_vectors: TaskVectors, tensor: TensorPlan) -> Tensor:
-    assert tensor.average is not None
-    return task_vectors.average(tensor.name, tensor.average.importance, tensor.average.scaling).cpu()
+def _averaged(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> Iterator[_Made]:
+    for average, alike in groupby(tensors, lambda tensor: tensor.average):
+        assert average is not None
+        planned = list(alike)
+        names = [tensor.name for tensor in planned]
+        values = averages_of(task_vectors, names, average.importance, average.scaling)
+        yield from ((tensor, value.cpu(), []) for tensor, value in zip(planned, values, strict=True))
 
 
 @contextmanager
@@ -91,8 +102,9 @@ class _Batch:
 def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: AnyDesign) -> list[_Made]:
     order = design.order(task_vectors.names)
     batches = _empty_batches(task_vectors, tensors[0].matrices, len(tensors), order)
-    for position, tensor in enumerate(tensors):
-        _fill(batches, position, task_vectors.modules(tensor.name), order, _centers(task_vectors, tensor.name, design))
+    read = modules_of(task_vectors, [tensor.name for tensor in tensors])
+    for position, (tensor, modules) in enumerate(zip(tensors, read, strict=True)):
+        _fill(batches, position, modules, order, _centers(task_vectors, tensor.name, design))
     values: dict[tuple[int, int], Tensor] = {}
     records: dict[tuple[int, int], dict[str, Any]] = {}
     while batches:

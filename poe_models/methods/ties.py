@@ -17,11 +17,13 @@ from typing_extensions import override
 
 from poe_models.methods.arguments import for_each_expert, require_choice, require_number, require_share
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
-from poe_models.methods.selection import magnitude_thresholds
+from poe_models.methods.selection import joined, magnitude_thresholds
 from poe_models.weights.task_vectors import ModuleUpdates
 
 Combine = Literal["mean", "sum", "max"]
 Scope = Literal["model", "module"]
+_TOGETHER = 2**14
+"""Entries of an update that are merged at once: of many small modules, or of one."""
 
 
 class SignElection(MergingMethod):
@@ -130,6 +132,15 @@ class Ties(SignElection):
         return ((None, updates) for updates in batch.updates)
 
     @override
+    def merged(self, batch: ModuleBatch) -> Tensor:
+        if self.scope == "module":
+            return super().merged(batch)
+        thresholds, majority = self.trimming_of(batch.updates, batch)
+        parts = batch.updates.split(max(1, _TOGETHER // batch.updates[0, 0].numel()))
+        pairs = [list(zip(part.unbind(1), thresholds, strict=True)) for part in parts]
+        return torch.cat([merged_by_sign(each, self.combine, majority) for each in pairs]).mul_(self.scale)
+
+    @override
     def trimming_of(self, experts: Tensor, batch: ModuleBatch) -> tuple[tuple[float, ...], int]:
         if self.scope == "module":
             return trimming(lambda: [experts.flatten(1)], self.density)
@@ -194,5 +205,6 @@ def trimming(vectors: Callable[[], Iterable[Tensor]], density: float) -> tuple[t
         One threshold for each expert; 1, 0 or -1.
     """
     thresholds = magnitude_thresholds(vectors, density)
-    surplus = sum(int(elected_sum(zip(values, thresholds, strict=True)).sign().sum().item()) for values in vectors())
+    passed = joined(vectors())
+    surplus = sum(int(elected_sum(zip(values, thresholds, strict=True)).sign().sum().item()) for values in passed)
     return thresholds, (surplus > 0) - (surplus < 0)

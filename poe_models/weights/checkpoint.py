@@ -90,8 +90,9 @@ class Checkpoint(ABC):
         tensors: Name to header, in the order of the files; a tied tensor appears once, under its canonical name.
         aliases: Further name of a tied tensor to its canonical name. Known from shared storage (PyTorch files, state
             dicts in memory) and from the metadata that safetensors' ``save_model`` writes.
-        apart: Those aliases that the files store by themselves, or that a config says are not tied, and all of a state
-            dict in memory: a merge writes them once more, and the others only as names in the file's metadata.
+        apart: Those aliases that the files store by themselves, or that a config says are not tied: a merge writes them
+            once more, since a reader of the base finds them there. The others share memory; they are names in the
+            file's metadata only, as safetensors' ``save_model`` writes them.
         config: The folder's parsed ``config.json``, or None.
         files: The weight files, in order.
         layout: File name to the names of the tensors it holds; ``"model.safetensors"`` for single files and memory.

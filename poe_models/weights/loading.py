@@ -164,12 +164,12 @@ class MemoryCheckpoint(Checkpoint):
         self.files = ()
         self.metadata = {}
         self.aliases = find_aliases(self._tensors)
-        self.apart = frozenset(self.aliases)  # as a state dict has them
         self.tensors = {
             name: TensorInfo(name, tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._tensors.items()
             if name not in self.aliases
         }
+        self.apart = untied_names(self)
         self.layout = {"model.safetensors": tuple(self.tensors)}
         refuse_adapter(self.source, self.tensors)
         refuse_quantised(self.source, self.tensors.values(), config)

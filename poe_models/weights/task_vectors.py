@@ -17,6 +17,7 @@ from poe_models.weights.expert_names import unique_names
 from poe_models.weights.factors import padded
 from poe_models.weights.finite import all_finite, finite
 from poe_models.weights.fitting import keys_of, refuse_copies, refuse_misfits, warn_of_copies, warn_of_one_model
+from poe_models.weights.layouts import stored_in_out, turned, viewed_by_user, warn_of_unclear
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import (
@@ -282,10 +283,11 @@ class TaskVectors:
         adapters = [self._adapter(name) for name in self.names]
         treatments = {}
         problems = []
-        first = first_convolution(self.base)
+        first, sides = first_convolution(self.base), stored_in_out(self.base)
         for name, info in self.base.tensors.items():
             try:
                 treatment = self.rules.treat(info, self.model_type, self.base.tied_names(name)[1:], first=name == first)
+                treatment = turned(self.rules, info, self.model_type, treatment) if sides.get(name) else treatment
             except ValueError as error:
                 problems.append(str(error))
                 continue
@@ -293,6 +295,7 @@ class TaskVectors:
             if untouched and treatment.action != "base":
                 treatment = Treatment("base", None, UNTOUCHED)
             treatments[name] = treatment
+        warn_of_unclear(n for n, known in sides.items() if not known and self._is_unclear(n, treatments))
         if problems:
             raise CheckpointError(
                 f"`TaskVectors(rules=...)`: {len(problems)} of the tensors cannot be treated as the rules say:\n"
@@ -300,6 +303,11 @@ class TaskVectors:
                 + "Make the rule more specific, or put another one before it."
             )
         return treatments
+
+    def _is_unclear(self, name: str, treatments: Mapping[str, Treatment]) -> bool:
+        view = treatments[name].view if name in treatments else None
+        plain = view is not None and not (view.transpose or view.vector)
+        return plain and not viewed_by_user(self.rules, self.base.tensors[name], self.model_type)
 
     def _canonical(self, tensor: str) -> str:
         name = self.base.aliases.get(tensor, tensor)

@@ -105,13 +105,24 @@ class View:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Matrices (d_out, d_in) of a tensor, top row block first, which may share its memory."""
+        return [block[0] for block in self.split_each(tensor.unsqueeze(0))]
+
+    def split_each(self, tensors: Tensor) -> list[Tensor]:
+        """The matrices that ``split`` gives of each of several tensors of one shape.
+
+        Args:
+            tensors: The tensors, (T, *shape).
+
+        Returns:
+            For each matrix those of all tensors, (T, d_out, d_in), which may share their memory.
+        """
         if self.vector:
-            return [tensor.reshape(1, -1)]
-        parts = tensor.unbind(0) if self.stacked else (tensor,)
-        oriented = [part.transpose(0, 1) if self.transpose else part for part in parts]
-        matrices = [part.reshape(part.shape[0], -1) for part in oriented]
-        matrices = [matrix.T for matrix in matrices] if self.heads else matrices
-        return [block for matrix in matrices for block in matrix.split(self._heights(*matrix.shape))]
+            return [tensors.reshape(len(tensors), 1, -1)]
+        parts = tensors.unbind(1) if self.stacked else (tensors,)
+        oriented = [part.transpose(1, 2) if self.transpose else part for part in parts]
+        matrices = [part.reshape(*part.shape[:2], -1) for part in oriented]
+        matrices = [matrix.mT for matrix in matrices] if self.heads else matrices
+        return [block for matrix in matrices for block in matrix.split(self._heights(*matrix.shape[1:]), dim=1)]
 
     def join(self, blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """A new tensor of the matrices; the inverse of :meth:`split`.

@@ -3,7 +3,7 @@
 Every tensor is copied out of the file at once: who truncates a file that is mapped ends the process that touches its
 pages. Safetensors files are not mapped at all. PyTorch files are, and pages that were read stay resident for as long as
 the map lives; it is therefore dropped and made anew after ``RESIDENT_BYTES``. A file that is not what it was when its
-header was read is refused, before and after each tensor.
+header was read is refused after each tensor, and before each that is mapped.
 """
 
 from __future__ import annotations
@@ -155,12 +155,12 @@ class WeightFile(ABC):
         """
         info = self.info(name)
         name = info.name
-        check_stamp(self.path, self.stamp, name)
         if self._resident > RESIDENT_BYTES:
             self.release()
         try:
             tensor = self._get(info)
         except (SafetensorError, KeyError, OSError) as error:
+            check_stamp(self.path, self.stamp, name)
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} cannot be read: {error}. Copy the file anew."
             ) from error
@@ -275,6 +275,7 @@ class TorchFile(WeightFile):
 
     @override
     def _get(self, info: TensorInfo) -> Tensor:
+        check_stamp(self.path, self.stamp, info.name)  # a page that a shorter file lacks would end the process
         # In memory from numpy: torch's is aligned, and glibc never gives an aligned block the place of one as large.
         room = torch.from_numpy(np.empty(info.nbytes, np.uint8))
         return room.view(info.dtype).view(info.shape).copy_(self._file[info.name].detach())
