@@ -71,6 +71,7 @@ def plan(
     flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode = False, as_json: AsJson = False
 ) -> None:
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
+    from inference.models.duration import measured_rates, predicted_seconds
     from inference.models.merge import plan as plan_merge
     from poe_merge.build import designs_of
     from poe_merge.plan_text import show_plan
@@ -82,17 +83,18 @@ def plan(
         from inference.models.adapters import adapter_bytes, refuse_no_adapter
 
         adapters = refuse_no_adapter(task_vectors, planned)
+    seconds = predicted_seconds(task_vectors, planned, measured_rates(task_vectors.device))
     if as_json:
-        documents.show(documents.plan(planned, task_vectors))
+        documents.show(documents.plan(planned, task_vectors, seconds))
         return
-    show_plan(planned, task_vectors)
+    show_plan(planned, task_vectors, seconds)
     if settings.functional.tasks is not None:
         from poe_merge.functional import memory
 
         show.lines(memory(settings, task_vectors))
     if settings.adapter is not None:
         most = show.size(adapter_bytes(planned, adapters, settings.adapter[0], settings.output_dtype))
-        show.line(f"Written as an adapter: {most} at most; memory and sizes above are those of a whole model.")
+        show.line(f"Written as an adapter: {most} at most; time, memory and sizes above are those of a whole model.")
 
 
 @app.command(cls=ConfiguredCommand)
