@@ -50,7 +50,7 @@ class Setting(Generic[T]):
         """Whether tensors may have different values."""
         return any(word is not None or isinstance(value, Gradient) for word, value in self.cases[:1])
 
-    def numbers(self) -> list[T]:
+    def numbers(self) -> list[Any]:
         """All values, those of lists over the layers one by one."""
         return [each for _, case in self.cases for each in (case if isinstance(case, Gradient) else (case,))]
 
