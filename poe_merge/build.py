@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from inference.models.averages import Average
+from inference.models.budget import batch_bytes_within
 from inference.models.design import Design
-from inference.models.method_design import MethodDesign
+from inference.models.method_design import AnyDesigns, MethodDesign
 from inference.reweighting import SolverOptions
 from poe_merge.by_tensor import Gradient, Layers, Setting
 from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
@@ -189,6 +190,27 @@ def _layers(settings: Iterable[Setting[Any]], base: Checkpoint) -> Layers:
             "`[{filter: first, value: 1.0}, {value: 0.5}]`."
         )
     return layers
+
+
+def batch_bytes_of(config: MergeConfig, task_vectors: TaskVectors, designs: AnyDesigns) -> int:
+    """Most bytes of updates in a batch: as configured, or fewer to keep the budget of memory.
+
+    Raises:
+        ConfigError: If there is a budget for what is not merged in batches.
+        BudgetError: If the budget is too small.
+    """
+    if config.memory_budget is None:
+        return config.batch_bytes
+    if config.adapter is not None or config.functional.tasks is not None:
+        what = "`output: adapter`" if config.adapter is not None else "`functional`"
+        raise ConfigError(f"memory_budget: not with {what}, whose memory does not depend on batches. Leave it out.")
+    return batch_bytes_within(
+        config.memory_budget,
+        task_vectors,
+        designs,
+        out_dtype=config.output_dtype,
+        batch_bytes=config.batch_bytes,
+    )
 
 
 def custom_sources(config: MergeConfig) -> list[Path]:

@@ -73,12 +73,13 @@ def plan(
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
     from inference.models.duration import measured_rates, predicted_seconds
     from inference.models.merge import plan as plan_merge
-    from poe_merge.build import designs_of
+    from poe_merge.build import batch_bytes_of, designs_of
     from poe_merge.plan_text import show_plan
 
     settings, task_vectors = opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
-    planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
+    batch_bytes = batch_bytes_of(settings, task_vectors, designs)
+    planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=batch_bytes)
     if settings.adapter is not None:
         from inference.models.adapters import adapter_bytes, refuse_no_adapter
 

@@ -192,6 +192,8 @@ class MergeConfig(Section):
     """Seed of the draws of ``sample``, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 64 * 2**20
     """Most bytes of updates that are solved as one batch."""
+    memory_budget: Annotated[int | None, Value(s.memory, "SIZE")] = None
+    """Most memory that merging may take, such as 2GB: batches are made smaller, and too little is refused."""
 
     @field_validator("models")
     @classmethod
@@ -294,6 +296,7 @@ class MergeConfig(Section):
             "device": self.device,
             "seed": self.seed,
             "batch_bytes": self.batch_bytes,
+            **({} if self.memory_budget is None else {"memory_budget": self.memory_budget}),
         }
 
 

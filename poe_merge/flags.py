@@ -31,7 +31,7 @@ COMMANDS = {
     "scaling": ("plan", "merge", "sample"),
     "out_dtype": ("plan", "merge", "sample"),
     "output": ("plan", "merge"),
-    "batch_bytes": ("plan", "merge"),
+    **dict.fromkeys(("batch_bytes", "memory_budget"), ("plan", "merge")),
     "seed": ("plan", "merge", "sample"),
     **dict.fromkeys(("weight", "residual_map", "energy", "scale", "eta", "anchor", "starts"), _PRODUCT),
     **dict.fromkeys(

@@ -125,7 +125,9 @@ def time_text(seconds: float | None, task_vectors: TaskVectors) -> str:
 
 def show_plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -> None:
     """Print the treatment of every tensor, the designs, and what the merge takes, its time in seconds included."""
-    console = console_for()
+    from inference.models.budget import memory_of
+
+    console, device = console_for(), task_vectors.device
     print(treatments(planned, console.width))
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     batches = [group.modules for group in planned.groups if group.modules]
@@ -139,7 +141,8 @@ def show_plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -
         f"weights and λ, {planned.share('base'):.1%} kept from the base",
         "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
         "time": time_text(seconds, task_vectors),
-        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
+        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, {size(memory_of(planned, device))} at most "
+        + ("with Python and its libraries" if device.type == "cpu" else f"on {device.type}"),
         "to read": f"{size(planned.read_bytes)} (checksums included)",
         "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",
         "free disk": f"{size(planned.disk_bytes)} needed while merging",

@@ -224,6 +224,17 @@ def output(raw: Any, folders: Folders) -> str:
     return found[1] if found[2] is None else f"adapter(rank={found[2]})"
 
 
+def memory(raw: Any, folders: Folders) -> int:
+    """Bytes: a whole number, or with a unit, 500MB or 1.5GiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(raw), re.IGNORECASE)
+    unit = (found[2] or "").lower() if found else ""
+    power = 1 + "kmgt".index(unit[0]) if unit else 0
+    value = float(found[1]) * (1024 if unit.endswith("i") else 1000) ** power if found else 0.0
+    if not 1 <= value <= 2**53:
+        raise ValueError(f"{short(raw)} is no amount of memory; write bytes, or 500MB, 2GB or 1.5GiB")
+    return int(value)
+
+
 def located(raw: Any, folders: Folders) -> str:
     """Make a checkpoint's path absolute, or the two of ``MODEL+ADAPTER``; a model id of the Hub stays as it is."""
     if not isinstance(raw, str):
