@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
+from typing_extensions import override
 
 import poe_merge
 from poe_merge import console as show
@@ -40,8 +42,22 @@ from poe_merge.progress import Bars
 from poe_merge.quiet import quietly
 from poe_merge.ranks import rank_number, require_shared
 
+
+class WholeSentences(TyperGroup):
+    """Commands whose first sentences are listed whole, where click would cut them to a line."""
+
+    @override
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, with the first paragraph of its help as its line in the list."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            command.short_help = command.help.partition("\n\n")[0]
+        return command
+
+
 app = typer.Typer(
     name="poe-merge",
+    cls=WholeSentences,
     help="Merge fine-tuned models as a product of experts.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -197,7 +213,7 @@ def stats(
     out: Out = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Read the weights once, and save the Span statistics that ``sample`` needs."""
+    """Read the weights once, and save the Span statistics that poe-merge sample needs."""
     from inference.models.preparing import prepare_designs
     from inference.models.ranks import launched_ranks
     from poe_merge.build import DesignTable

@@ -99,6 +99,15 @@ def _names(tensor: TensorPlan) -> str:
     return " = ".join(map(visible, (tensor.name, *tensor.aliases)))
 
 
+def counted(count: int, one: str, several: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "file", "files"), counted(2, "file", "files")
+    ('1 file', '2 files')
+    """
+    return f"{count} {one if count == 1 else several}"
+
+
 def duration(seconds: float) -> str:
     """A predicted time in words, to one digit or two.
 
@@ -120,7 +129,7 @@ def time_text(seconds: float | None, task_vectors: TaskVectors) -> str:
         return "not predicted: the method needs data, or modules of given shapes"
     count, device = get_num_threads(), task_vectors.device.type
     where = f"{count} thread{'s' * (count > 1)}" if device == "cpu" else device
-    return f"{duration(seconds)} on this machine ({where}), if nothing else runs on it"
+    return f"{duration(seconds)} on this machine ({where})"
 
 
 def show_plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -> None:
@@ -131,6 +140,7 @@ def show_plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -
     print(treatments(planned, console.width))
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     batches = [group.modules for group in planned.groups if group.modules]
+    several = counted(len(batches), "batch", "batches")
     rows = {
         "base": task_vectors.base.source,
         "experts": ", ".join(task_vectors.names),
@@ -139,12 +149,12 @@ def show_plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -
         "merged": planned.reach,
         "parameters": f"{planned.share('merge'):.1%} merged, {planned.share('average'):.1%} averaged with the same "
         f"weights and λ, {planned.share('base'):.1%} kept from the base",
-        "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
+        "matrices": f"{planned.modules} in {several} of at most {max(batches, default=0)}",
         "time": time_text(seconds, task_vectors),
-        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, {size(memory_of(planned, device))} at most "
+        "peak memory": f"{size(planned.peak_bytes)} of tensors, at most {size(memory_of(planned, device))} "
         + ("with Python and its libraries" if device.type == "cpu" else f"on {device.type}"),
         "to read": f"{size(planned.read_bytes)} (checksums included)",
-        "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",
+        "to write": f"{size(planned.write_bytes)} in {counted(len(planned.shards), 'file', 'files')}",
         "free disk": f"{size(planned.disk_bytes)} needed while merging",
     }
     for number, design in enumerate(planned.designs, 1):

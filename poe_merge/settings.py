@@ -26,6 +26,7 @@ from poe_merge.specs import (
     canonical,
     canonical_method,
     is_spec,
+    meant,
     names_method,
     nearest,
     same_name,
@@ -150,8 +151,8 @@ def choice(noun: str, *options: Any, default: Any = None, many: bool = False) ->
     def parse(raw: Any, folders: Folders) -> Any:
         known = same_name(raw, map(str, options)) if isinstance(raw, str) else raw
         if type(known) is not type(options[0]) or known not in options:
-            hint = nearest(str(raw), map(str, options))
-            raise ValueError(f"unknown {noun} `{raw}`; {hint}Choose from {', '.join(map(repr, options))}")
+            hint = meant(str(raw), map(str, options))
+            raise ValueError(f"unknown {noun} `{raw}`{hint}Choose from {', '.join(map(repr, options))}")
         return known
 
     listed = "|".join(map(str, options))
