@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from inference.models.averages import Average
+from inference.models.budget import batch_bytes_within
 from inference.models.design import Design
-from inference.models.method_design import MethodDesign
+from inference.models.method_design import AnyDesigns, MethodDesign
 from inference.reweighting import SolverOptions
+from poe_merge.by_tensor import Gradient, Layers, Setting
 from poe_merge.config import POE, ConfigError, MergeConfig, ModelParameters, Parameters
 from poe_merge.method_keys import allowed
-from poe_merge.settings import Setting
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE, is_spec, parse_spec, source_file
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.methods import MergingMethod, WeightedMethod
@@ -62,7 +63,8 @@ class DesignTable:
         self._base = base
         self._designs: dict[tuple[Any, ...], Design] = {}
         settings = [each for _, own in self._experts for each in own.values()] + list(self._shared.values())
-        self._by_name = any(word is not None for each in settings for word, _ in each.cases[:1])
+        self._by_name = any(each.varies for each in settings)
+        self._layers = _layers(settings, base)
         self._only: Design | None = None
         self._centers: dict[str, Checkpoint] = {}
 
@@ -76,7 +78,8 @@ class DesignTable:
         own = tuple(
             (name, *(self._value(settings, key, tensor) for key in _PER_EXPERT)) for name, settings in self._experts
         )
-        shared = {key: setting.get(tensor) for key, setting in self._shared.items() if key not in _PER_EXPERT}
+        depth = self._layers.depth(tensor)
+        shared = {key: setting.get(tensor, depth) for key, setting in self._shared.items() if key not in _PER_EXPERT}
         key = (own, tuple(sorted(shared.items())))
         if key not in self._designs:
             self._designs[key] = self._build(tensor, own, shared)
@@ -87,8 +90,9 @@ class DesignTable:
         return Average.of(self(tensor), self._names)
 
     def _value(self, settings: dict[str, Setting[Any]], key: str, tensor: str) -> Any:
-        own = settings[key].get(tensor) if key in settings else None
-        return self._shared[key].get(tensor) if own is None else own
+        depth = self._layers.depth(tensor)
+        own = settings[key].get(tensor, depth) if key in settings else None
+        return self._shared[key].get(tensor, depth) if own is None else own
 
     def _build(self, tensor: str, own: Iterable[tuple[Any, ...]], shared: dict[str, Any]) -> Design:
         experts = [
@@ -134,16 +138,17 @@ class DesignTable:
 class MethodTable:
     """The design of each tensor where all are merged by one method; tensors with the same settings share one."""
 
-    def __init__(self, config: MergeConfig) -> None:
+    def __init__(self, config: MergeConfig, base: Checkpoint) -> None:
         self._method = parse_spec(config.merge_method, METHOD)
         self._shared = config.shared()
         self._experts = [entry.parameters.settings() for entry in config.models]
         self._names = [entry.label for entry in config.models]
+        self._layers = _layers([each for own in (self._shared, *self._experts) for each in own.values()], base)
         self._designs: dict[tuple[MergingMethod, float], MethodDesign] = {}
 
     def __call__(self, tensor: str) -> MethodDesign:
         """The design for one tensor, the same object for the same settings."""
-        scaling: Any = self._shared["scaling"].get(tensor)
+        scaling: Any = self._shared["scaling"].get(tensor, self._layers.depth(tensor))
         method = self._weighted(tensor) if isinstance(self._method, WeightedMethod) else self._method
         return self._designs.setdefault((method, scaling), MethodDesign(method, scaling))
 
@@ -163,14 +168,49 @@ class MethodTable:
         return dataclasses.replace(self._method, **found, **extra)  # type: ignore[type-var]
 
     def _value(self, own: dict[str, Setting[Any]], key: str, tensor: str) -> Any:
-        found = own[key].get(tensor) if key in own else None
-        shared = self._shared[key].get(tensor) if found is None and key in self._shared else found
+        depth = self._layers.depth(tensor)
+        found = own[key].get(tensor, depth) if key in own else None
+        shared = self._shared[key].get(tensor, depth) if found is None and key in self._shared else found
         return getattr(self._method, key, None) if shared is None else shared
 
 
 def designs_of(config: MergeConfig, base: Checkpoint) -> DesignTable | MethodTable:
     """The design of each tensor by its name, of products of experts or of a merging method."""
-    return DesignTable(config, base) if config.merge_method == POE else MethodTable(config)
+    return DesignTable(config, base) if config.merge_method == POE else MethodTable(config, base)
+
+
+def _layers(settings: Iterable[Setting[Any]], base: Checkpoint) -> Layers:
+    """The base's layers; a list over layers where there are none is an error."""
+    layers = Layers(base.tensors)
+    lists = [value for each in settings for _, value in each.cases if isinstance(value, Gradient)]
+    if lists and not layers:
+        raise ConfigError(
+            f"{list(lists[0])}: a list of numbers over the layers, but {base.source} has no tensor of a numbered "
+            "layer, such as layers.0., layer.0., h.0. or blocks.0. Write a conditional list, "
+            "`[{filter: first, value: 1.0}, {value: 0.5}]`."
+        )
+    return layers
+
+
+def batch_bytes_of(config: MergeConfig, task_vectors: TaskVectors, designs: AnyDesigns) -> int:
+    """Most bytes of updates in a batch: as configured, or fewer to keep the budget of memory.
+
+    Raises:
+        ConfigError: If there is a budget for what is not merged in batches.
+        BudgetError: If the budget is too small.
+    """
+    if config.memory_budget is None:
+        return config.batch_bytes
+    if config.adapter is not None or config.functional.tasks is not None:
+        what = "`output: adapter`" if config.adapter is not None else "`functional`"
+        raise ConfigError(f"memory_budget: not with {what}, whose memory does not depend on batches. Leave it out.")
+    return batch_bytes_within(
+        config.memory_budget,
+        task_vectors,
+        designs,
+        out_dtype=config.output_dtype,
+        batch_bytes=config.batch_bytes,
+    )
 
 
 def custom_sources(config: MergeConfig) -> list[Path]:

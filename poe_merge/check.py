@@ -9,7 +9,7 @@ from pathlib import Path
 from inference.models.method_design import MethodDesign
 from inference.models.one_row import require_matrices
 from poe_merge.progress import Bars
-from poe_merge.specs import METHOD, canonical_method, nearest, parse_spec, same_name
+from poe_merge.specs import METHOD, canonical_method, meant, parse_spec, same_name
 from poe_models.methods.checking import PROPERTIES, Report, check
 from poe_models.weights.task_vectors import TaskVectors
 
@@ -27,7 +27,7 @@ def check_method(method: str, modules: TaskVectors | None, not_promised: Sequenc
     for name, known in zip(not_promised, exempt, strict=True):
         if known is None:
             raise ValueError(
-                f"--not-promised {name!r}: no such property; {nearest(name, PROPERTIES)}Known: {', '.join(PROPERTIES)}."
+                f"--not-promised {name!r}: no such property{meant(name, PROPERTIES)}Known: {', '.join(PROPERTIES)}."
             )
     built = parse_spec(canonical_method(method, [Path.cwd()]), METHOD)
     for name, view in modules.views.items() if modules is not None else ():

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
+from typing_extensions import override
 
 import poe_merge
 from poe_merge import console as show
@@ -40,8 +42,22 @@ from poe_merge.progress import Bars
 from poe_merge.quiet import quietly
 from poe_merge.ranks import rank_number, require_shared
 
+
+class WholeSentences(TyperGroup):
+    """Commands whose first sentences are listed whole, where click would cut them to a line."""
+
+    @override
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, with the first paragraph of its help as its line in the list."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            command.short_help = command.help.partition("\n\n")[0]
+        return command
+
+
 app = typer.Typer(
     name="poe-merge",
+    cls=WholeSentences,
     help="Merge fine-tuned models as a product of experts.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,28 +87,31 @@ def plan(
     flags: Mapping[str, Any], config: Config = None, allow_code: AllowCode = False, as_json: AsJson = False
 ) -> None:
     """Print the treatment of every tensor and the costs of a merge, from headers alone."""
+    from inference.models.duration import measured_rates, predicted_seconds
     from inference.models.merge import plan as plan_merge
-    from poe_merge.build import designs_of
+    from poe_merge.build import batch_bytes_of, designs_of
     from poe_merge.plan_text import show_plan
 
     settings, task_vectors = opened(config, flags, allow_code, functional=True)
     designs = designs_of(settings, task_vectors.base)
-    planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=settings.batch_bytes)
+    batch_bytes = batch_bytes_of(settings, task_vectors, designs)
+    planned = plan_merge(task_vectors, designs, out_dtype=settings.output_dtype, batch_bytes=batch_bytes)
     if settings.adapter is not None:
         from inference.models.adapters import adapter_bytes, refuse_no_adapter
 
         adapters = refuse_no_adapter(task_vectors, planned)
+    seconds = predicted_seconds(task_vectors, planned, measured_rates(task_vectors.device))
     if as_json:
-        documents.show(documents.plan(planned, task_vectors))
+        documents.show(documents.plan(planned, task_vectors, seconds))
         return
-    show_plan(planned, task_vectors)
+    show_plan(planned, task_vectors, seconds)
     if settings.functional.tasks is not None:
         from poe_merge.functional import memory
 
         show.lines(memory(settings, task_vectors))
     if settings.adapter is not None:
         most = show.size(adapter_bytes(planned, adapters, settings.adapter[0], settings.output_dtype))
-        show.line(f"Written as an adapter: {most} at most; memory and sizes above are those of a whole model.")
+        show.line(f"Written as an adapter: {most} at most; time, memory and sizes above are those of a whole model.")
 
 
 @app.command(cls=ConfiguredCommand)
@@ -194,7 +213,7 @@ def stats(
     out: Out = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Read the weights once, and save the Span statistics that ``sample`` needs."""
+    """Read the weights once, and save the Span statistics that poe-merge sample needs."""
     from inference.models.preparing import prepare_designs
     from inference.models.ranks import launched_ranks
     from poe_merge.build import DesignTable

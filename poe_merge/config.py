@@ -27,12 +27,13 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
+from poe_merge.by_tensor import Setting
 from poe_merge.code_in_files import refuse_code, refuse_file
 from poe_merge.mergekit import WITHOUT_USE, read_as_mergekit
 from poe_merge.method_keys import allowed, misplaced
 from poe_merge.presets import PRESETS
 from poe_merge.sections import Section, validated
-from poe_merge.settings import POE, ConfigError, Document, Place, Setting, Value, read_yaml
+from poe_merge.settings import POE, ConfigError, Document, Place, Value, read_yaml
 from poe_merge.specs import ENERGY, METHOD, PRECISION, RESIDUAL_MAP, SCALE
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ Texts = Setting[tuple[str, ...]] | None
 class ModelParameters(Section):
     """Parameters that may differ per model; those that are missing come from the shared ``Parameters``."""
 
-    weight: Annotated[Number, s.number(1.0)] = None
+    weight: Annotated[Number, s.number(1.0, gradient=True)] = None
     """Importance of the experts, or their weights in a weighted method."""
     density: Annotated[Number, s.share()] = None
     """Share of an update's entries that a weighted method keeps; the method's own if not given."""
@@ -77,9 +78,9 @@ class ModelParameters(Section):
 class Parameters(ModelParameters):
     """The design shared by all models, and the solver's settings."""
 
-    scaling: Annotated[Number, s.number(1.0)] = None
+    scaling: Annotated[Number, s.number(1.0, gradient=True)] = None
     """Factor of the merged update in the merged weights."""
-    base_weight: Annotated[Number, s.number()] = None
+    base_weight: Annotated[Number, s.number(gradient=True)] = None
     """Weight of the base in a weighted method; 0 if not given."""
     eta: Annotated[Text, Value(s.eta, "NUMBER|PRECISION", 0.1, kind=PRECISION)] = None
     """Precision of the anchor: a number is relative to the experts' curvature."""
@@ -191,6 +192,8 @@ class MergeConfig(Section):
     """Seed of the draws of ``sample``, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 64 * 2**20
     """Most bytes of updates that are solved as one batch."""
+    memory_budget: Annotated[int | None, Value(s.memory, "SIZE")] = None
+    """Most memory that merging may take, such as 2GB: batches are made smaller, and too little is refused."""
 
     @field_validator("models")
     @classmethod
@@ -293,6 +296,7 @@ class MergeConfig(Section):
             "device": self.device,
             "seed": self.seed,
             "batch_bytes": self.batch_bytes,
+            **({} if self.memory_budget is None else {"memory_budget": self.memory_budget}),
         }
 
 
@@ -322,7 +326,7 @@ def _negative_weights(value: Any) -> list[tuple[Place, float]]:
         entries = enumerate(entry.parameters for entry in value)
         return [((index, "parameters", *p), n) for index, own in entries for p, n in _negative_weights(own)]
     given = value.weight if isinstance(value, ModelParameters) else None
-    return [] if given is None else [(("weight",), number) for _, number in given.cases if number < 0]
+    return [] if given is None else [(("weight",), number) for number in given.numbers() if number < 0]
 
 
 _SECTIONS: dict[tuple[str, ...], type[Section]] = {

@@ -29,8 +29,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plan(planned: Plan, task_vectors: TaskVectors) -> dict[str, Any]:
-    """The treatment of every tensor, and the costs of a merge."""
+def plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -> dict[str, Any]:
+    """The treatment of every tensor, and the costs of a merge, its time in seconds included."""
     tensors = [
         {
             "name": tensor.name,
@@ -54,6 +54,7 @@ def plan(planned: Plan, task_vectors: TaskVectors) -> dict[str, Any]:
         "count": {action: planned.count(action) for action in ("merge", "average", "base")},
         "share": {action: planned.share(action) for action in ("merge", "average", "base")},
         "modules": planned.modules,
+        "seconds": seconds,
         "peak_bytes": planned.peak_bytes,
         "read_bytes": planned.read_bytes,
         "write_bytes": planned.write_bytes,

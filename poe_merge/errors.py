@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from poe_merge.specs import nearest
+from poe_merge.specs import meant, nearest
 
 LESS_MEMORY = "Free memory or take a larger machine; `poe-merge plan` says how much a merge takes."
 
@@ -50,7 +50,7 @@ def _usage(error: Any, arguments: Sequence[str], command: Any) -> str:
     message: str = error.format_message()
     commands = getattr(command, "commands", {})
     if unknown := re.match(r"No such command '(.*?)'", message):
-        return f"no command `{unknown[1]}`; {nearest(unknown[1], commands)}Commands: {', '.join(commands)}."
+        return f"no command `{unknown[1]}`{meant(unknown[1], commands)}Commands: {', '.join(commands)}."
     if option := getattr(error, "option_name", None):
         used = next((commands[word] for word in arguments if word in commands), command)
         valid = [name for parameter in used.params for name in [*parameter.opts, *parameter.secondary_opts]]

@@ -19,7 +19,7 @@ from poe_merge import yaml_text
 from poe_merge.config import MergeConfig, ModelParameters, label_of
 from poe_merge.sections import Section
 from poe_merge.settings import ConfigError, Document, Place, Value, located
-from poe_merge.specs import nearest
+from poe_merge.specs import meant
 
 _OPTIONS = {"merge_method": "--method", "models": "--model", "rules": "--rule"}
 """Flags that are not called as their key."""
@@ -31,7 +31,7 @@ COMMANDS = {
     "scaling": ("plan", "merge", "sample"),
     "out_dtype": ("plan", "merge", "sample"),
     "output": ("plan", "merge"),
-    "batch_bytes": ("plan", "merge"),
+    **dict.fromkeys(("batch_bytes", "memory_budget"), ("plan", "merge")),
     "seed": ("plan", "merge", "sample"),
     **dict.fromkeys(("weight", "residual_map", "energy", "scale", "eta", "anchor", "starts"), _PRODUCT),
     **dict.fromkeys(
@@ -215,7 +215,7 @@ def _index(document: Document, model: str) -> int:
     labels = [label_of(entry.get("name"), str(entry.get("model"))) for entry in entries]
     if model not in labels:
         raise ConfigError(
-            f"{model}=...: no model is called `{model}`; {nearest(model, labels)}Models: "
+            f"{model}=...: no model is called `{model}`{meant(model, labels)}Models: "
             f"{', '.join(labels) or 'none yet, give --model NAME=PATH'}."
         )
     return labels.index(model)

@@ -181,7 +181,8 @@ def memory(config: MergeConfig, vectors: TaskVectors) -> str:
     basis += size * len(vectors.names) * sum(entries[name] for name in averaged)
     model = size * sum(entries.values())
     return (
-        f"fit with experts on predictions: {basis / 1e6:.3g} MB of updates and merges, {3 * model / 1e6:.3g} MB of "
+        f"fit with experts on predictions (its time is not predicted): {basis / 1e6:.3g} MB of updates and merges, "
+        f"{3 * model / 1e6:.3g} MB of "
         "network, base and merged weights, and the activations of one batch of "
         f"{config.functional.batch_size} examples with their gradients"
     )

@@ -9,7 +9,7 @@ from inference.models.adapters import AdapterReport, merge_adapters
 from inference.models.merge import MergeReport, merge_checkpoint
 from inference.models.method_design import AnyDesigns
 from inference.models.ranks import ALONE, Ranks
-from poe_merge.build import custom_sources, designs_of
+from poe_merge.build import batch_bytes_of, custom_sources, designs_of
 from poe_merge.config import ConfigError, MergeConfig
 from poe_merge.functional import fitted_designs, state_of
 from poe_models.weights.task_vectors import TaskVectors
@@ -56,8 +56,9 @@ def merge(
         "resume": resume,
         "progress": progress,
     }
+    batch_bytes = batch_bytes_of(config, task_vectors, designs)
     if config.adapter is None:
-        report = merge_checkpoint(task_vectors, designs, out, batch_bytes=config.batch_bytes, ranks=ranks, **shared)
+        report = merge_checkpoint(task_vectors, designs, out, batch_bytes=batch_bytes, ranks=ranks, **shared)
         state_of(out).unlink(missing_ok=True)
         return report
     return merge_adapters(task_vectors, designs, out, rank=config.adapter[0], **shared)

@@ -99,12 +99,48 @@ def _names(tensor: TensorPlan) -> str:
     return " = ".join(map(visible, (tensor.name, *tensor.aliases)))
 
 
-def show_plan(planned: Plan, task_vectors: TaskVectors) -> None:
-    """Print the treatment of every tensor, the designs, and what the merge takes."""
-    console = console_for()
+def counted(count: int, one: str, several: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "file", "files"), counted(2, "file", "files")
+    ('1 file', '2 files')
+    """
+    return f"{count} {one if count == 1 else several}"
+
+
+def duration(seconds: float) -> str:
+    """A predicted time in words, to one digit or two.
+
+    >>> duration(0.3), duration(4.4), duration(38), duration(200), duration(100_000)
+    ('about a second', 'about 4 s', 'about 40 s', 'about 3 min', 'about 28 h')
+    """
+    if seconds < 1.5:
+        return "about a second"
+    if seconds < 90:
+        return f"about {round(seconds, 0 if seconds < 10 else -1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.0f} h"
+
+
+def time_text(seconds: float | None, task_vectors: TaskVectors) -> str:
+    """The predicted time of a merge with what it is predicted for."""
+    from torch import get_num_threads
+
+    if seconds is None:
+        return "not predicted: the method needs data, or modules of given shapes"
+    count, device = get_num_threads(), task_vectors.device.type
+    where = f"{count} thread{'s' * (count > 1)}" if device == "cpu" else device
+    return f"{duration(seconds)} on this machine ({where})"
+
+
+def show_plan(planned: Plan, task_vectors: TaskVectors, seconds: float | None) -> None:
+    """Print the treatment of every tensor, the designs, and what the merge takes, its time in seconds included."""
+    from inference.models.budget import memory_of
+
+    console, device = console_for(), task_vectors.device
     print(treatments(planned, console.width))
     facts = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     batches = [batch.modules for batch in planned.batches if batch.modules]
+    several = counted(len(batches), "batch", "batches")
     rows = {
         "base": task_vectors.base.source,
         "experts": ", ".join(task_vectors.names),
@@ -113,10 +149,12 @@ def show_plan(planned: Plan, task_vectors: TaskVectors) -> None:
         "merged": planned.reach,
         "parameters": f"{planned.share('merge'):.1%} merged, {planned.share('average'):.1%} averaged with the same "
         f"weights and λ, {planned.share('base'):.1%} kept from the base",
-        "matrices": f"{planned.modules} in {len(batches)} batches of at most {max(batches, default=0)}",
-        "peak memory": f"{size(planned.peak_bytes)} predicted for tensors, beside Python and its libraries",
+        "matrices": f"{planned.modules} in {several} of at most {max(batches, default=0)}",
+        "time": time_text(seconds, task_vectors),
+        "peak memory": f"{size(planned.peak_bytes)} of tensors, at most {size(memory_of(planned, device))} "
+        + ("with Python and its libraries" if device.type == "cpu" else f"on {device.type}"),
         "to read": f"{size(planned.read_bytes)} (checksums included)",
-        "to write": f"{size(planned.write_bytes)} in {len(planned.shards)} files",
+        "to write": f"{size(planned.write_bytes)} in {counted(len(planned.shards), 'file', 'files')}",
         "free disk": f"{size(planned.disk_bytes)} needed while merging",
     }
     for number, design in enumerate(planned.designs, 1):

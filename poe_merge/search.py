@@ -318,7 +318,7 @@ def search(
     from inference.models.merge import merge_checkpoint
     from inference.search import ModelMerges
     from inference.search import search as search_designs
-    from poe_merge.build import custom_sources, designs_of
+    from poe_merge.build import batch_bytes_of, custom_sources, designs_of
 
     designs = space.designs(task_vectors)
     found = search_designs(
@@ -336,12 +336,13 @@ def search(
         progress=progress,
     )
     config = space.best(designs, found.values, task_vectors)
+    best = designs_of(config, task_vectors.base)
     report = merge_checkpoint(
         task_vectors,
-        designs_of(config, task_vectors.base),
+        best,
         out,
         out_dtype=config.output_dtype,
-        batch_bytes=config.batch_bytes,
+        batch_bytes=batch_bytes_of(config, task_vectors, best),
         seed=config.seed,
         settings={
             "preset": config.preset,

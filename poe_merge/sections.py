@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from poe_merge.settings import ConfigError, Document, Place, Setting, Value
+from poe_merge.by_tensor import Setting
+from poe_merge.settings import ConfigError, Document, Place, Value
 from poe_merge.specs import nearest
 
 __all__ = ["Section", "validated"]

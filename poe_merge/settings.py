@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from poe_merge import yaml_text
+from poe_merge.by_tensor import Gradient, Setting
 from poe_merge.specs import (
     METHOD,
     PRECISION,
@@ -25,53 +26,18 @@ from poe_merge.specs import (
     canonical,
     canonical_method,
     is_spec,
+    meant,
     names_method,
     nearest,
     same_name,
 )
 
-T = TypeVar("T")
 Place = tuple[str | int, ...]
 Folders = Sequence[Path]
 POE = "poe"
 """The merge method of this package: a product of experts."""
 _MOST_PROBLEMS = 20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
-
-
-@dataclass(frozen=True)
-class Setting(Generic[T]):
-    """Values by filter; the first case whose filter is part of the tensor's name decides, as in mergekit.
-
-    Args:
-        cases: Pairs of filter (None: every tensor) and value.
-
-    >>> setting = Setting((("mlp", 1.0), (None, 0.5)))
-    >>> setting.get("layers.0.mlp.weight"), setting.get("layers.0.attention.weight")
-    (1.0, 0.5)
-    """
-
-    cases: tuple[tuple[str | None, T], ...]
-
-    def get(self, tensor: str) -> T | None:
-        """The value for one tensor, or None if no filter matches."""
-        return next((value for word, value in self.cases if word is None or word in tensor), None)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every tensor has a value."""
-        return any(word is None for word, _ in self.cases)
-
-    def otherwise(self, fallback: Setting[T]) -> Setting[T]:
-        """These cases first, then those of ``fallback``."""
-        return self if self.complete else Setting(self.cases + fallback.cases)
-
-    def plain(self) -> Any:
-        """The setting as it is written in YAML."""
-        cases = [(word, list(value) if isinstance(value, tuple) else value) for word, value in self.cases]
-        if len(cases) == 1 and self.complete:
-            return cases[0][1]
-        return [{**({} if word is None else {"filter": word}), "value": value} for word, value in cases]
 
 
 @dataclass(frozen=True)
@@ -86,6 +52,7 @@ class Value:
         many: Whether it is a tuple, of one value or several.
         kind: Kind of object that it names.
         path: Whether it may be a path; a flag's is relative to the current folder.
+        gradient: Whether it may be a list of numbers over the layers.
     """
 
     parse: Callable[[Any, Folders], Any]
@@ -94,6 +61,7 @@ class Value:
     many: bool = False
     kind: Kind[Any] | None = None
     path: bool = False
+    gradient: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Schema by which pydantic validates it."""
@@ -121,6 +89,8 @@ class Value:
 
     def _read(self, raw: Any, info: ValidationInfo) -> Any:
         folders = (info.context or {}).get("folders") or (Path.cwd(),)
+        if self.gradient and isinstance(raw, list | tuple) and raw:
+            return Gradient(self.parse(item, folders) for item in raw)
         if not self.many:
             return self.parse(raw, folders)
         items = tuple(self.parse(item, folders) for item in (raw if isinstance(raw, list | tuple) else [raw]))
@@ -130,10 +100,17 @@ class Value:
         return items
 
 
-def number(default: float | None = None, low: float = -math.inf, *, above: bool = False, whole: bool = False) -> Value:
+def number(
+    default: float | None = None,
+    low: float = -math.inf,
+    *,
+    above: bool = False,
+    whole: bool = False,
+    gradient: bool = False,
+) -> Value:
     """A number of at least ``low``, or above it, and no larger than float32 (or a 64-bit integer) has room for.
 
-    YAML's reading of ``1e-3`` as text is understood.
+    YAML's reading of ``1e-3`` as text is understood. With ``gradient`` a list of such numbers over the layers, too.
     """
     most = 2.0**53 if whole else 1e30
     least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
@@ -142,8 +119,8 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
     def parse(raw: Any, folders: Folders) -> float | int:
         if isinstance(raw, list | tuple):
             raise ValueError(
-                f"{list(raw)!r}: mergekit's gradients over layers are not supported; write a conditional list, "
-                "`[{filter: layers.0., value: 1.0}, {value: 0.5}]`"
+                f"{list(raw)!r} is not {wanted}; only weights, densities and scaling may be lists over the layers, "
+                "of at least one number. Write a conditional list, `[{filter: layers.0., value: 1.0}, {value: 0.5}]`"
             )
         value = _float(raw)
         if not abs(value) <= most or value < low or (above and value == low) or (whole and value != int(value)):
@@ -152,11 +129,11 @@ def number(default: float | None = None, low: float = -math.inf, *, above: bool 
             raise ValueError(f"{short(raw)} is not {wanted}{f', at most {limit}' if large else ''}")
         return int(value) if whole else value
 
-    return Value(parse, "INTEGER" if whole else "NUMBER", default)
+    return Value(parse, "INTEGER" if whole else "NUMBER", default, gradient=gradient)
 
 
 def share() -> Value:
-    """A number of at least 0 and at most 1."""
+    """A number of at least 0 and at most 1, or a list of them over the layers."""
     any_number = number(None, 0.0)
 
     def parse(raw: Any, folders: Folders) -> float:
@@ -165,7 +142,7 @@ def share() -> Value:
             raise ValueError(f"{short(raw)} is more than 1. For {value:g} % write {value / 100:g}")
         return value
 
-    return Value(parse, "NUMBER")
+    return Value(parse, "NUMBER", gradient=True)
 
 
 def choice(noun: str, *options: Any, default: Any = None, many: bool = False) -> Value:
@@ -174,8 +151,8 @@ def choice(noun: str, *options: Any, default: Any = None, many: bool = False) ->
     def parse(raw: Any, folders: Folders) -> Any:
         known = same_name(raw, map(str, options)) if isinstance(raw, str) else raw
         if type(known) is not type(options[0]) or known not in options:
-            hint = nearest(str(raw), map(str, options))
-            raise ValueError(f"unknown {noun} `{raw}`; {hint}Choose from {', '.join(map(repr, options))}")
+            hint = meant(str(raw), map(str, options))
+            raise ValueError(f"unknown {noun} `{raw}`{hint}Choose from {', '.join(map(repr, options))}")
         return known
 
     listed = "|".join(map(str, options))
@@ -246,6 +223,17 @@ def output(raw: Any, folders: Folders) -> str:
     if found is None or (found[1] == "model" and found[2]):
         raise ValueError(f"unknown output `{raw}`; write model, adapter, or adapter(rank=8) for one cut to that rank")
     return found[1] if found[2] is None else f"adapter(rank={found[2]})"
+
+
+def memory(raw: Any, folders: Folders) -> int:
+    """Bytes: a whole number, or with a unit, 500MB or 1.5GiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(raw), re.IGNORECASE)
+    unit = (found[2] or "").lower() if found else ""
+    power = 1 + "kmgt".index(unit[0]) if unit else 0
+    value = float(found[1]) * (1024 if unit.endswith("i") else 1000) ** power if found else 0.0
+    if not 1 <= value <= 2**53:
+        raise ValueError(f"{short(raw)} is no amount of memory; write bytes, or 500MB, 2GB or 1.5GiB")
+    return int(value)
 
 
 def located(raw: Any, folders: Folders) -> str:

@@ -86,6 +86,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean `{lowered[close[0]]}`? " if close else ""
 
 
+def meant(name: str, valid: Iterable[str]) -> str:
+    """The same hint as the end of a sentence, whether there is one or not.
+
+    >>> meant("Couchy", ["Cauchy"]), meant("x", ["Cauchy"])
+    ('; did you mean `Cauchy`? ', '. ')
+    """
+    hint = nearest(name, valid)
+    return f"; {hint}" if hint else ". "
+
+
 def same_name(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that a name is but for capitals, hyphens and underscores; None if there is none, or several.
 
@@ -124,7 +134,7 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     what, folders = f"{kind.noun} `{text}`", folders or [Path.cwd()]
     if where is None and name not in kind.registry:
         raise SpecError(
-            f"{what}: unknown name `{name}`; {nearest(name, kind.registry)}Known: {', '.join(kind.registry)}, or your "
+            f"{what}: unknown name `{name}`{meant(name, kind.registry)}Known: {', '.join(kind.registry)}, or your "
             f"own as `my_module:{name}` or `file.py:{name}`."
         )
     found: type[T] = kind.registry[name] if where is None else _own_class(what, where, name, kind.base, folders)
@@ -338,7 +348,7 @@ def _own_class(what: str, where: str, name: str, base: type, folders: Sequence[P
     at = getattr(module, "__file__", None) or where
     if found is None:
         known = ", ".join(key for key in classes if key != base.__name__) or f"no class derived from {base.__name__}"
-        raise SpecError(f"{what}: {at} has no `{name}`; {nearest(name, classes)}It has {known}.")
+        raise SpecError(f"{what}: {at} has no `{name}`{meant(name, classes)}It has {known}.")
     if not (isinstance(found, type) and issubclass(found, base)):
         raise SpecError(f"{what}: `{name}` in {at} is no {base.__name__}. Write `class {name}({base.__name__}): ...`.")
     if inspect.isabstract(found):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from inference.models.tasks import Task
-from poe_merge.specs import SpecError, module_of, nearest
+from poe_merge.specs import SpecError, meant, module_of
 
 __all__ = ["UserTasks", "read_function", "read_tasks"]
 
@@ -93,7 +93,7 @@ def _function(what: str, module: Any, name: str) -> Callable[..., Any]:
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise SpecError(
-            f"{what}: {module.__file__} has no function `{name}`; {nearest(name, functions)}Define "
+            f"{what}: {module.__file__} has no function `{name}`{meant(name, functions)}Define "
             f"`def {name}({'base' if name == 'network' else ''}): ...`."
         )
     return found

@@ -48,6 +48,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "device": ("cpu:0", "cpu:0"),
     "seed": ("3", 3),
     "batch_bytes": ("4096", 4096),
+    "memory_budget": ("1.5GiB", 3 * 2**29),
     "weight": (["0.5"], 0.5),
     "density": (["0.5"], 0.5),
     "base_weight": ("0.5", 0.5),

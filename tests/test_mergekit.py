@@ -198,7 +198,7 @@ models:
   - model: a
     parameters: {weight: 1.0, density: 0.5}
   - model: b
-    parameters: {weight: [0.1, 0.5], normalize: true}
+    parameters: {weight: [], normalize: true}
 parameters: {normalize: false, lambda: 0.5, t: 1}
 tokenizer_source: union
 slices: []
@@ -214,8 +214,8 @@ def test_all_mistakes_at_once_with_their_places(folder: Path) -> None:
     assert first == "8 mistakes in the configuration:"
     expected = {
         "4:31": "models[0].parameters.density: mergekit's linear has no `density`",
-        "6:18": "[0.1, 0.5]: mergekit's gradients over layers",
-        "6:38": "`normalize` is of all models",
+        "6:18": "[] is not a finite number; only weights",
+        "6:30": "`normalize` is of all models",
         "7:14": "would weigh the base",
         "7:32": "mergekit's linear has no `lambda`",
         "7:45": "unknown key `t`",

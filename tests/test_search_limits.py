@@ -54,8 +54,11 @@ def test_methods_that_see_the_whole_model(design: Design, vectors: TaskVectors, 
 
 def test_a_study_of_somebody_else_is_not_taken_over(vectors: TaskVectors, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
-    other = optuna.create_study(storage=storage, study_name="poe-merge", direction="minimize")
+    database = optuna.storages.RDBStorage(storage)
+    other = optuna.create_study(storage=database, study_name="poe-merge", direction="minimize")
     other.optimize(lambda trial: trial.suggest_float("z", 0, 1), n_trials=1)
+    database.remove_session()
+    database.engine.dispose()
     space = DesignSpace(around_ties, {"eta": Searched(Range(0.1, 1.0))})
     with pytest.raises(StudyError, match="is of another"):
         search(space, lambda s: float(s["0.weight"].sum()), ModelMerges(vectors), trials=2, storage=storage)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
@@ -190,8 +191,8 @@ def search(
                 raise ValueError("pruned") from error
             raise
 
-    with _quiet():
-        study = _opened(space, trials, seed, sampler, minimize, storage, name, worker, identity)
+    with _quiet(), _database(storage, trials) as database:
+        study = _opened(space, trials, seed, sampler, minimize, storage, database, name, worker, identity)
         done = len(_finished(study))
         progress.begin("searching", max(trials - done, 0), 0)
         while len(_finished(study)) < trials:
@@ -212,6 +213,44 @@ def _suggested(trial: optuna.Trial, key: str, values: Range | Choice) -> Value:
     return chosen
 
 
+@contextmanager
+def _database(url: str | None, trials: int) -> Iterator[RDBStorage | None]:
+    """A database for a study, closed in the end; None keeps the study in memory.
+
+    Args:
+        url: Where it is.
+        trials: Trials of the study, of which nothing is opened if there are none.
+
+    Yields:
+        The database.
+
+    Raises:
+        StudyError: If there are no trials, or it cannot be opened.
+    """
+    if trials < 1:
+        raise StudyError(f"`search(trials={trials})`: give at least one.")
+    if url is None:
+        yield None
+        return
+    try:
+        database = RDBStorage(url)
+    except Exception as error:  # of any database driver
+        raise _unusable(url, error) from error
+    try:
+        yield database
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+
+
+def _unusable(url: str | None, error: Exception) -> StudyError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return StudyError(
+        f"the storage {url} cannot be used: {reason}. Give a URL such as sqlite:///study.db of a place that exists, "
+        "may be written and has space."
+    )
+
+
 def _opened(
     space: DesignSpace,
     trials: int,
@@ -219,16 +258,15 @@ def _opened(
     sampler: Sampler,
     minimize: bool,
     storage: str | None,
+    database: RDBStorage | None,
     name: str,
     worker: int,
     identity: Mapping[str, str],
 ) -> optuna.Study:
     """The study, made or found again; one of something else is refused."""
-    if trials < 1:
-        raise StudyError(f"`search(trials={trials})`: give at least one.")
     try:
         study = optuna.create_study(
-            storage=storage,
+            storage=database,
             study_name=name,
             direction="minimize" if minimize else "maximize",
             load_if_exists=True,
@@ -246,10 +284,7 @@ def _opened(
     except StudyError:
         raise
     except Exception as error:  # of any database driver
-        raise StudyError(
-            f"the storage {storage} cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}. Give a "
-            "URL such as sqlite:///study.db of a place that exists, may be written and has space."
-        ) from error
+        raise _unusable(storage, error) from error
     study.sampler = _sampler(space, sampler, trials, seed + 1000 * worker + len(study.trials))
     if sampler != "grid" and not study.trials and worker == 0:
         study.enqueue_trial({key: values.grid(1)[0] for key, values in space.parameters.items()})

@@ -95,7 +95,10 @@ def test_mistakes_in_the_file_are_one_error_with_its_place(text: str, message: s
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("scaling", [0.1, 0.5], "mergekit's gradients over layers are not supported"),
+        ("max_steps", [1, 5], "[1, 5] is not a whole number of at least 1; only weights, densities and scaling"),
+        ("scaling", [], "[] is not a finite number; only weights, densities and scaling may be lists"),
+        ("scaling", [0.1, "x"], "'x' is not a finite number."),
+        ("density", [0.1, 20], "20 is more than 1."),
         ("scaling", "x", "'x' is not a finite number."),
         ("scaling", float("inf"), "inf is not a finite number."),
         ("scaling", True, "True is not a finite number."),
