@@ -68,9 +68,10 @@ def quadratic_integral(posterior: Posterior) -> tuple[Tensor, float]:
     return mode.view(shape), float(volume - energy(mode) / TEMPERATURE)
 
 
-def test_evidence_of_gaussians_is_the_difference_of_two_integrals() -> None:
+@pytest.mark.parametrize("scale", [1.3, 0.6])
+def test_evidence_of_gaussians_is_the_difference_of_two_integrals(scale: float) -> None:
     model = model_of()
-    posterior = model.posterior(*experts_of(model, Residual(scale=1.3), batch_size=3))
+    posterior = model.posterior(*experts_of(model, Residual(scale=scale), batch_size=3))
     mode, both = quadratic_integral(posterior)
     alone = quadratic_integral(model.posterior())[1]
     assert functional_evidence(posterior, mode) == pytest.approx(both - alone, rel=1e-8)
