@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -46,6 +46,16 @@ def test_rows_that_are_a_hundred_times_too_small_tell_nothing(
         assert bool(found.isinf().all())
 
 
+@dataclass(frozen=True, eq=False)
+class Stuck:
+    """A precision matrix whose every solve gives the same correction."""
+
+    correction: Tensor
+
+    def solve(self, _: Tensor) -> Tensor:
+        return self.correction
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
 def test_an_error_above_the_limit_is_rounding(
     dtype: torch.dtype, limit: float, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -55,12 +65,8 @@ def test_an_error_above_the_limit_is_rounding(
     run = a_run(problem, tolerance=1e-2)
     assert bool(run.converged)
     for share, good in ((0.9, True), (1.1, False), (1.4, False)):
-
-        class Stuck:
-            def solve(self, _: Tensor, share: float = share) -> Tensor:
-                return share * limit * run.point.x
-
-        monkeypatch.setattr(Problem, "precision_near", lambda self, weights, stuck=Stuck(): stuck)
+        stuck = Stuck(share * limit * run.point.x)
+        monkeypatch.setattr(Problem, "precision_near", lambda self, weights, stuck=stuck: stuck)
         found = problem.refine(run)
         assert (found.converged.tolist(), found.rounding.tolist()) == ([good], [not good])
         assert float(found.forward_error) == pytest.approx(share * limit, rel=1e-2)
