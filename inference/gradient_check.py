@@ -42,14 +42,14 @@ def relative_gradient(posterior: Posterior, value: Tensor) -> Tensor:
     Returns:
         ``(M,)`` float64, between 0 and 1; 0 where nothing pulls.
     """
-    step = modules_at_once(value[:1].numel())
+    step = modules_at_once(value[0].numel())
     chunks = [slice(first, first + step) for first in range(0, len(value), step)]
     return torch.cat([_of_modules(posterior.part(some), value[some].double()) for some in chunks])
 
 
 def modules_at_once(entries: int) -> int:
     """Number of modules of so many entries that are checked together: one, unless they are small."""
-    return max(1, CHUNK // max(entries, 1))
+    return max(1, CHUNK // entries)
 
 
 def _of_modules(posterior: Posterior, value: Tensor) -> Tensor:

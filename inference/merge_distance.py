@@ -40,7 +40,8 @@ class MergeDistance:
     Attributes:
         modules: Names.
         displacement: ``|E Z - Z_*|`` less what is Monte Carlo error or rounding, ``(M,)``.
-        spread: Standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell.
+        spread: Standard deviation of the draws along the displacement, ``(M,)``; nan if there are too few to tell, or
+            no displacement.
         length: ``|Z_*|``, ``(M,)``.
 
     >>> far = MergeDistance(("a", "b"), *torch.tensor([[0.1, 4.0], [1.0, 1.0], [2.0, 4.0]], dtype=torch.float64))
@@ -151,11 +152,12 @@ def span_distance(
         return None
     gram = statistics.gram
     if merge is None:
-        merge = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)[-1].expand(len(gram), -1)
+        merge = gram.new_zeros(gram.shape[:2])
+        merge[:, -1] = 1.0
     mean = coefficients.mean((0, 1))
     away = mean - merge
     squared = torch.einsum("mj,mjk,mk->m", away, gram, away)
-    along = torch.einsum("mjk,mk->mj", gram, away) / squared.clamp(min=torch.finfo(torch.float64).tiny).sqrt()[:, None]
+    along = torch.einsum("mjk,mk->mj", gram, away) / squared.sqrt()[:, None]
     length = torch.einsum("mj,mjk,mk->m", merge, gram, merge).clamp(min=0).sqrt()
     return MergeDistance(
         statistics.modules,
@@ -180,7 +182,7 @@ def squared_error(coefficients: Tensor, gram: Tensor) -> Tensor:
     if count < 2:
         return torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
     away = groups - groups.mean(0)
-    return torch.einsum("nmj,mjk,nmk->m", away, gram, away).clamp(min=0) / (count * (count - 1))
+    return torch.einsum("nmj,mjk,nmk->m", away, gram, away) / (count * (count - 1))
 
 
 def spread_along(coefficients: Tensor, along: Tensor) -> Tensor:

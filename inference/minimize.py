@@ -47,7 +47,7 @@ def minimize(
         max_iter=max_steps,
         max_eval=max_steps,
         history_size=20,
-        tolerance_grad=0.1 * tolerance * float(_scales(posterior, x).min()) / max(x.numel(), 1) ** 0.5,
+        tolerance_grad=0.1 * tolerance * float(_scales(posterior, x).min()) / x.numel() ** 0.5,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )

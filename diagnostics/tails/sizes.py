@@ -159,7 +159,7 @@ def _white(standardised: Tensor, root: Tensor) -> Tensor:
 
 def _inverse(sizes: Tensor) -> Tensor:
     """``1 / x``, and zero for zero."""
-    return torch.where(sizes > 0, 1 / torch.where(sizes > 0, sizes, 1.0), 0.0)
+    return torch.where(sizes > 0, 1 / sizes, 0.0)
 
 
 def _gram(standardised: Tensor) -> Tensor:
@@ -175,5 +175,5 @@ def _root(gram: Tensor) -> Tensor:
     if not len(gram):
         return gram
     values, vectors = torch.linalg.eigh(gram)
-    keep = values > RANK[gram.dtype] * values[-1].clamp(min=torch.finfo(gram.dtype).tiny)
+    keep = values > RANK[gram.dtype] * values[-1]
     return vectors[:, keep] * values[keep].sqrt()

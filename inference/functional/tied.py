@@ -101,7 +101,7 @@ def _of_slot(
     update = span.latents(_unit(own, own.updates.index(expert.update_name), len(places)))
     return replace(
         some,
-        operator=Gram(form_root(span, own.forms[places, index]), "left", (own.gram.shape[-1], 1)),
+        operator=Gram(form_root(span, own.forms[places, index]), "left", (len(own.basis), 1)),
         update=update,
         norm_squared=update.square().sum((-2, -1)),
         rho=expert.rho.module(places),
@@ -127,5 +127,5 @@ def _statistics(own: SpanStatistics, eta: Tensor, groups: Groups) -> SpanStatist
 
 def _unit(own: SpanStatistics, place: int, count: int) -> Tensor:
     """Coefficients ``(G, K)`` of one member of the basis."""
-    units = torch.eye(own.gram.shape[-1], dtype=torch.float64, device=own.gram.device)
+    units = torch.eye(len(own.basis), dtype=torch.float64, device=own.gram.device)
     return units[place].expand(count, -1)

@@ -92,7 +92,7 @@ def check_scales(poe: ProductOfExperts, shared: Shared) -> tuple[int, list[float
     if shared not in get_args(Shared):
         raise ValueError(f"`hierarchical(shared={shared!r})`: is one of {', '.join(map(repr, get_args(Shared)))}.")
     kinds = {type(expert.scale) for expert in poe.experts}
-    if len(kinds) > 1 or not kinds <= set(POWERS):
+    if len(kinds) > 1 or kinds.isdisjoint(POWERS):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         known = ", ".join(kind.__name__ for kind in POWERS)
         raise ValueError(f"`hierarchical(...)`: the experts have scales {names}. Give all the same one of {known}.")

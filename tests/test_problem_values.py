@@ -1,0 +1,116 @@
+"""Thresholds of the solver's problem and its line search, each from the side where it matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference.problem import Problem
+from inference.reweighting import _line_search
+from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Anchor,
+    Cauchy,
+    Expert,
+    Gaussian,
+    GeneralizedGaussian,
+    Identity,
+    ProductOfExperts,
+)
+from poe_models.least_squares import quadratic_of
+from tests.helpers import assert_close, random_updates
+from tests.reweighted import a_run, problem_of
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e3])
+@pytest.mark.parametrize(("square", "telling"), [(10.0, True), (198.0, True), (200.0, False), (220.0, False)])
+def test_rows_that_are_a_hundred_times_too_small_tell_nothing(
+    square: float, telling: bool, unit: float, generator: torch.Generator
+) -> None:
+    """Every second of 64 rows is measured; the mean square of all is `(1 + square) / 2` times theirs."""
+    problem = problem_of(random_updates(generator, 2, 3, 64, 32))
+    weights = torch.tensor([[1.0, 2.0, 0.5], [0.3, 1.0, 1.0]], dtype=torch.float64)
+    solved = problem.solve(weights).x
+    x = torch.full((2, 64, 32), unit, dtype=torch.float64)
+    x[:, 1::2] *= square**0.5
+    found = problem._measured_error(weights, problem.precision_near(weights), x)
+    rows = (x - solved)[:, ::2]  # a correction leads to the solution
+    expected = rows.square().sum((1, 2)).sqrt() / x[:, ::2].square().sum((1, 2)).sqrt()
+    if telling:
+        assert_close(found, expected, 1e-9)
+    else:
+        assert bool(found.isinf().all())
+
+
+@dataclass(frozen=True, eq=False)
+class Stuck:
+    """A precision matrix whose every solve gives the same correction."""
+
+    correction: Tensor
+
+    def solve(self, _: Tensor) -> Tensor:
+        return self.correction
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
+def test_an_error_above_the_limit_is_rounding(
+    dtype: torch.dtype, limit: float, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Corrections of a share of the solution each, which never end."""
+    problem = problem_of(random_updates(generator, 1, 3, 4, 5, dtype=dtype), Identity())
+    run = a_run(problem, tolerance=1e-2)
+    assert bool(run.converged)
+    for share, good in ((0.9, True), (1.1, False), (1.4, False)):
+        stuck = Stuck(share * limit * run.point.x)
+        monkeypatch.setattr(Problem, "precision_near", lambda self, weights, stuck=stuck: stuck)
+        found = problem.refine(run)
+        assert (found.converged.tolist(), found.rounding.tolist()) == ([good], [not good])
+        assert float(found.forward_error) == pytest.approx(share * limit, rel=1e-2)
+
+
+def test_a_factored_matrix_is_used_again_for_the_same_weights_only(generator: torch.Generator) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
+    weights = torch.tensor([[1e3, 2.0, 0.5], [0.3, 1e-3, 1.0]], dtype=torch.float64)
+    problem.solve(weights)
+    kept = problem.precision_near(weights)
+    for error, same in ((0.0, True), (0.9e-10, True), (1.2e-10, False), (-0.9e-10, True), (-1.2e-10, False)):
+        near = weights.clone()
+        near[1, 1] *= 1 + error
+        assert (problem.precision_near(near) is kept) is same
+    assert Problem(problem.posterior, problem.quadratic).precision_near(weights) is not kept
+
+
+def mixed_problem() -> Problem:
+    """One concave expert beside one that is not."""
+    poe = Expert("a", Identity(), Cauchy(), Absolute(1.0)) * Expert("b", Identity(), GeneralizedGaussian(4.0))
+    updates = torch.tensor([[[[3.0]], [[1.0]]]], dtype=torch.float64)
+    posterior = (poe * Anchor(precision=AbsolutePrecision(0.3))).bind(updates)
+    return Problem(posterior, quadratic_of(posterior))
+
+
+def test_one_expert_that_is_not_concave_is_enough_to_ask_the_gradient() -> None:
+    problem = mixed_problem()
+    low, high = (problem.at(torch.full((1, 1, 1), at, dtype=torch.float64)) for at in (1.0, 3.0))
+    assert float(problem.gradient(high).norm) > float(problem.gradient(low).norm)
+    level = replace(high, energy=low.energy)
+    assert bool(problem.uphill(low, level))
+    assert not bool(problem.uphill(level, low))
+
+
+def test_a_step_that_lowers_the_energy_by_less_than_rounding_is_taken() -> None:
+    """E = (x - 3)^2 / 2 + x^2 / 2 has its minimum 9/4 at 3/2; from 1e-9 beside it, a step of 2e-9 is halved."""
+    poe = ProductOfExperts.of(
+        ["a"], Identity(), Gaussian(), Absolute(1.0), anchor=Anchor(precision=AbsolutePrecision(0.5))
+    )
+    posterior = poe.bind(torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64))
+    problem = Problem(posterior, quadratic_of(posterior))
+    start, end = (problem.at(torch.full((1, 1, 1), 1.5 + off, dtype=torch.float64)) for off in (1e-9, -1e-9))
+    assert float(start.energy) == pytest.approx(2.25, abs=1e-12)
+    found = _line_search(problem, start, end, torch.tensor([True]))
+    assert abs(float(found.x) - 1.5) < 1e-11
+    stays = _line_search(problem, start, end, torch.tensor([False]))
+    assert torch.equal(stays.x, start.x)
