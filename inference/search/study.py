@@ -23,6 +23,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError
 from torch import Tensor
 
 from inference.models.averages import ModelDesigns
@@ -227,12 +228,7 @@ def _opened(
     if trials < 1:
         raise StudyError(f"`search(trials={trials})`: give at least one.")
     try:
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            direction="minimize" if minimize else "maximize",
-            load_if_exists=True,
-        )
+        study = _created(storage, name, "minimize" if minimize else "maximize")
         known, begun = study.user_attrs, bool(study.get_trials(deepcopy=False))
         for key, value in identity.items():
             turned = key == "score" and _minimizes(study) != minimize
@@ -254,6 +250,16 @@ def _opened(
     if sampler != "grid" and not study.trials and worker == 0:
         study.enqueue_trial({key: values.grid(1)[0] for key, values in space.parameters.items()})
     return study
+
+
+def _created(storage: str | None, name: str, direction: str) -> optuna.Study:
+    """The study, which another worker may be making at the same moment: then its tables are there a little later."""
+    for pause in (0.1, 0.3, 1.0):
+        try:
+            return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+        except (IntegrityError, OperationalError):
+            time.sleep(pause)
+    return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
 
 
 def _minimizes(study: optuna.Study) -> bool:
