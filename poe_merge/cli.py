@@ -133,6 +133,10 @@ def merge(
         with shown_bars(out) as bars:
             report = merge_models(settings, task_vectors, out, bars, resume=resume, ranks=ranks)
     show.merged(report)
+    if settings.functional.tasks is not None:
+        from poe_merge.functional import how_it_ended
+
+        show.fitted(*how_it_ended(out))
 
 
 @app.command(cls=ConfiguredCommand)

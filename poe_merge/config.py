@@ -153,6 +153,10 @@ class FunctionalParameters(Section):
     """Steps of the fit."""
     batch_size: Annotated[int, s.number(low=1, whole=True)] = 32
     """Examples of each task in a step."""
+    held_out: Annotated[float, s.share()] = 0.0
+    """Share of each task's inputs that stops the fit early and chooses its point, instead of being fitted."""
+    patience: Annotated[int, s.number(low=1, whole=True)] = 5
+    """Looks at held-out inputs, ten steps apart, without improvement that end the fit."""
     learning_rate: Annotated[float, s.number(low=0.0, above=True)] = 0.03
     """Learning rate of the fit, in units of coefficients."""
     tied: Annotated[str | None, Value(s.text, "REGEX")] = None

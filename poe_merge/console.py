@@ -157,6 +157,13 @@ def line(text: str) -> None:
     console_for().print(shown(text), soft_wrap=True)
 
 
+def fitted(told: str, concern: str) -> None:
+    """Print how a fit with experts on predictions ended, and a concern if there is one."""
+    line(told)
+    if concern:
+        warning(concern)
+
+
 def merged(done: MergeReport | AdapterReport) -> None:
     """Print what a merge did."""
     from inference.models.adapters import AdapterReport

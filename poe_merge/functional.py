@@ -5,6 +5,7 @@ r"""Experts on predictions in a configuration: a user's module of tasks beside t
     functional:
       tasks: my_tasks.py                # network(base) and tasks(), as for poe-merge evaluate; labels are not used
       importance: 1.0
+      held_out: 0.25                    # share of each task's inputs that stops the fit early
       tied: layers\.(\d+)             # one coefficient for each expert and layer; each module's own without
 
 The design of ``parameters`` is the product in weight space, and its merge the centre of the span.
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor
 
 from inference.functional import SpanModel, fit, functional, functional_laplace, joined_batches, merge_designs
-from inference.functional.expert import example_digests, rows_of
+from inference.functional.expert import count_of, example_digests, rows_of
 from inference.models.model_draws import SpanDraws
 from inference.models.modules import module_names
 from inference.models.outputs import IGNORED
 from inference.models.staging import check_output
 from inference.models.tasks import Task
+from inference.solution import FitInfo, Solution, Status
 from poe_merge.build import DesignTable
 from poe_merge.config import ConfigError, MergeConfig
 from poe_merge.record import read_record
@@ -54,12 +56,14 @@ class Span:
     Attributes:
         model: The network in the span.
         posterior: Its posterior.
-        user: The module of tasks.
+        held_out: Experts on the inputs that stop the fit.
+        user: Module of tasks.
         design: The design of all tensors in weight space.
     """
 
     model: SpanModel
     posterior: Posterior
+    held_out: tuple[FactorExpert, ...]
     user: UserTasks
     design: Design
 
@@ -78,8 +82,9 @@ class Span:
         _require_models(user.tasks, vectors.names)
         prefix = f"{given.submodule}." if given.submodule else ""
         model = SpanModel(user.network(config.base_model), vectors, design.poe, prefix=prefix, tied=given.tied)
-        experts = [_expert(task, model, given.importance) for task in user.tasks]
-        return cls(model, model.posterior(*experts), user, design)
+        pairs = [_experts(task, model, given.importance, given.held_out) for task in user.tasks]
+        held_out = tuple(held for _, held in pairs if held is not None)
+        return cls(model, model.posterior(*(fitted for fitted, _ in pairs)), held_out, user, design)
 
     def unscaled(self, tensor: str) -> Design:
         """The design of a tensor at λ = 1: the coefficients have the length of the merge."""
@@ -118,15 +123,40 @@ def fitted_designs(
         steps=given.steps,
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
+        held_out=span.held_out,
+        patience=given.patience,
         progress=bars.steps("fitting"),
         state=state,
     )
     coefficients = span.posterior.coefficients(solution.value)
     told = {
         SEEN: {task.name: sorted(input_digests(task)) for task in span.user.tasks},
-        FIT: {"basis": list(span.model.basis), "coefficients": coefficients.tolist()},
+        FIT: {"basis": list(span.model.basis), "coefficients": coefficients.tolist(), **_record(solution)},
     }
     return merge_designs(span.model, coefficients), span.user.source, told
+
+
+def _record(solution: Solution[FitInfo]) -> dict[str, Any]:
+    """End of a fit, ready for JSON."""
+    found = solution.info
+    return {
+        "status": solution.status[0].name.lower(),
+        "steps": found.steps,
+        "best_step": found.best_step,
+        "gradient_norm": found.gradient_norm,
+        "held_out": found.held_out_trace.tolist(),
+    }
+
+
+def how_it_ended(merged: Path) -> tuple[str, str]:
+    """The end of the fit that a merge is of, from its record: a sentence, and what to do if it was too early."""
+    fit = read_record(merged)["settings"][FIT]
+    held, best, steps = dict(fit["held_out"]), fit["best_step"], fit["steps"]
+    at = f"; held-out inputs chose step {best}, {held[best]:.3g} nats an input there" if held else ""
+    told = f"Fit with experts on predictions: {steps} steps, gradient of {fit['gradient_norm']:.3g} nats{at}."
+    if fit["status"] != Status.MAX_STEPS.name.lower():
+        return told, ""
+    return told, f"the fit had not converged after {steps} steps. Raise --steps, or hold inputs out (--held-out 0.25)."
 
 
 def laplace_draws(span: Span, merged: Path, members: int, seed: int, progress: Callable[[int, int], None]) -> SpanDraws:
@@ -198,14 +228,29 @@ class _Outputs:
         return self.task.logits(network, batch)
 
 
-def _expert(task: Task, model: SpanModel, importance: float) -> FactorExpert:
-    """The functional expert of a task on its own inputs."""
+def _experts(task: Task, model: SpanModel, importance: float, share: float) -> tuple[FactorExpert, FactorExpert | None]:
+    """The functional expert of a task on the inputs that are fitted, and that on a share that is held out, if any.
+
+    Which inputs are held out depends on their number alone, so that later draws surround the same fit.
+    """
     batches = [_without_labels(batch) for batch in task.loader]
     if not batches:
         raise ConfigError(f"functional.tasks: the loader of {task.name!r} has no batches. Give it some inputs.")
     inputs = joined_batches(batches)
-    counted = _counted(inputs, task, model)
-    return functional(task.name, model, inputs, _Outputs(task), counted=counted, importance=importance)
+    counted, count = _counted(inputs, task, model), count_of(inputs)
+    held = round(share * count)
+    if share and not 0 < held < count:
+        raise ConfigError(
+            f"functional.held_out: {share:g} of the {count} inputs of {task.name!r} is {held}. Give more inputs, or "
+            "another share; some are to be fitted, and some held out."
+        )
+
+    def expert(rows: Tensor) -> FactorExpert:
+        some = None if counted is None else counted[rows]
+        return functional(task.name, model, rows_of(inputs, rows), _Outputs(task), counted=some, importance=importance)
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)) if held else torch.arange(count)
+    return expert(order[held:]), expert(order[:held].sort().values) if held else None
 
 
 def _without_labels(batch: Any) -> Any:

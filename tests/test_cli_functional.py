@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inference.functional import SpanModel, fit, functional
 from inference.models.draw_files import load_draws
 from inference.models.model_draws import SpanDraws
+from inference.solution import FitInfo, Solution
 from poe_merge.cli import run
 from poe_models import Cauchy, InputGram, ProductOfExperts, TaskVectors
 from tests.seeds import seeded
@@ -65,8 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def in_python() -> dict[str, Tensor]:
-    """The same fit without the command line."""
+def parts() -> tuple[SpanModel, list[Tensor], tuple[Any, Any]]:
+    """The span, inputs and forward functions of the configuration."""
     vectors = TaskVectors("base", {"a": "a", "b": "b"}, dtype=torch.float64)
     network = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     model = SpanModel(network, vectors, ProductOfExperts.of(vectors.names, InputGram(), Cauchy()))
@@ -80,9 +81,15 @@ def in_python() -> dict[str, Tensor]:
         return found
 
     inputs = [torch.randn(20, 5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1)]
+    return model, inputs, (head, whole)
+
+
+def in_python() -> dict[str, Tensor]:
+    """The same fit without the command line."""
+    model, inputs, forwards = parts()
     experts = [
         functional(name, model, x, forward, importance=2.0)
-        for name, x, forward in zip(("a", "b"), inputs, (head, whole), strict=True)
+        for name, x, forward in zip(("a", "b"), inputs, forwards, strict=True)
     ]
     posterior = model.posterior(*experts)
     generator = torch.Generator().manual_seed(0)
@@ -101,6 +108,48 @@ def test_the_merge_is_that_of_the_fit(folder: Path, capsys: pytest.CaptureFixtur
     assert record["designs"][0]["title"] == "functional experts"
     assert not (folder / "merged.fit").exists()
     assert run(["diagnose", "merged", "--no-tails", "--out", "page.html"]) == 0
+
+
+def test_held_out_inputs_stop_the_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["merge", "config.yaml", "--out", "merged", "--allow-code", "--steps", "60", "--learning-rate", "0.3"]
+    assert run([*command, "--held-out", "0.25", "--patience", "2", "--importance", "50"]) == 0
+    out = capsys.readouterr().out
+    fit_record = json.loads((folder / "merged" / "poe_merge.json").read_text())["settings"]["fit"]
+    looks = dict(fit_record["held_out"])
+    assert fit_record["best_step"] == min(looks, key=lambda step: looks[step])
+    assert f"held-out inputs chose step {fit_record['best_step']}, {looks[fit_record['best_step']]:.3g} nats" in out
+    seen = json.loads((folder / "merged" / "poe_merge.json").read_text())["settings"]["inputs_of_the_fit"]
+    assert len(seen["a"]) == 20  # held-out inputs have chosen the point, too: no later score may use them
+    in_python = held_out_in_python(importance=50.0, steps=60, learning_rate=0.3, patience=2)
+    assert fit_record["best_step"] == in_python.info.best_step
+    merged = load_file(folder / "merged" / "model.safetensors")
+    assert (
+        run(["sample", "--merge", "merged", "--allow-code", "-n", "10", "--temperature", "1e-8", "--out", "drawn"]) == 0
+    )
+    drawn = load_file(next((folder / "drawn").glob("member-*/model.safetensors")))
+    torch.testing.assert_close(drawn["0.weight"], merged["0.weight"], rtol=0, atol=1e-2)
+
+
+def held_out_in_python(importance: float, **how: Any) -> Solution[FitInfo]:
+    """A fit on fifteen inputs of each task that five others stop."""
+    model, inputs, forwards = parts()
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    fitted, held = (
+        [
+            functional(name, model, x[rows], forward, importance=importance)
+            for name, x, forward in zip(("a", "b"), inputs, forwards, strict=True)
+        ]
+        for rows in (order[5:], order[:5])
+    )
+    generator = torch.Generator().manual_seed(0)
+    return fit(model.posterior(*fitted), model.start(), generator=generator, batch_size=8, held_out=held, **how)
+
+
+def test_an_early_end_of_the_fit_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "config.yaml", "--out", "merged", "--allow-code", "--steps", "1"]) == 0
+    told = capsys.readouterr()
+    assert "Fit with experts on predictions: 1 steps" in told.out
+    assert "had not converged after 1 steps. Raise --steps, or hold inputs out" in told.err
 
 
 def test_members_surround_the_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +242,9 @@ def test_plan_says_what_memory_it_takes_and_runs_nothing(folder: Path, capsys: p
         (["--tasks", "mine.py", "--energy", "[{filter: '2', value: Gaussian}, {value: Cauchy}]"], "one design of all"),
         (["--tasks", "mine.py", "--method", "ties"], "`tasks` belongs to a product of experts"),
         (["--tasks", "mine.py", "--steps", "0"], "steps"),
+        (["--tasks", "mine.py", "--held-out", "0.01"], "0.01 of the 20 inputs of 'a' is 0"),
+        (["--tasks", "mine.py", "--held-out", "1"], "1 of the 20 inputs of 'a' is 20"),
+        (["--tasks", "mine.py", "--held-out", "25"], "For 25 % write 0.25"),
     ],
 )
 def test_one_message_for_a_mistake(

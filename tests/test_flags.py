@@ -68,6 +68,8 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "importance": ("0.5", 0.5),
     "steps": ("7", 7),
     "batch_size": ("8", 8),
+    "held_out": ("0.25", 0.25),
+    "patience": ("3", 3),
     "learning_rate": ("1e-2", 1e-2),
     "tied": ("layers", "layers"),
     "submodule": ("bert", "bert"),

@@ -29,13 +29,13 @@ CUT = """
 import os, sys
 from inference.models import merge as module
 from poe_merge.cli import run
-whole, count = module.merge_group, []
+whole, count = module.merge_batch, []
 def held(*arguments):
     count.append(1)
     if len(count) == 3:
         os.truncate(sys.argv[1], 100)
     return whole(*arguments)
-module.merge_group = held
+module.merge_batch = held
 sys.exit(run(["merge", *sys.argv[2:]]))
 """
 

@@ -66,7 +66,7 @@ def batch_bytes_within(
 
 
 def _refusal(budget: int, least: Plan, device: torch.device) -> str:
-    largest = max(least.groups, key=lambda group: group.peak_bytes)
+    largest = max(least.batches, key=lambda batch: batch.peak_bytes)
     needed = memory_of(least, device)
     beside = f", {size_text(INTERPRETER)} of it for Python and its libraries" if device.type == "cpu" else ""
     return (

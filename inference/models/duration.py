@@ -100,9 +100,9 @@ def predicted_seconds(task_vectors: TaskVectors, planned: Plan, rates: Rates) ->
     inputs = sum(nbytes_of(each) for each in inputs_of(task_vectors, planned.designs).values())
     total = inputs / rates.hashed + PER_TENSOR * len(planned.tensors)
     trials, reads = _Trials(task_vectors), 1.0
-    for group in planned.groups:
-        for shape, count in Counter(shape for tensor in group.tensors for shape in tensor.matrices).items():
-            found = trials.of(group.tensors[0].design, shape)
+    for batch in planned.batches:
+        for shape, count in Counter(shape for tensor in batch.tensors for shape in tensor.matrices).items():
+            found = trials.of(batch.tensors[0].design, shape)
             if found is None:
                 return None
             work = found.on(shape)

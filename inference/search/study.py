@@ -24,6 +24,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError
 from torch import Tensor
 
 from inference.models.averages import ModelDesigns
@@ -233,7 +234,7 @@ def _database(url: str | None, trials: int) -> Iterator[RDBStorage | None]:
         yield None
         return
     try:
-        database = RDBStorage(url)
+        database = _connected(url)
     except Exception as error:  # of any database driver
         raise _unusable(url, error) from error
     try:
@@ -241,6 +242,16 @@ def _database(url: str | None, trials: int) -> Iterator[RDBStorage | None]:
     finally:
         database.remove_session()
         database.engine.dispose()
+
+
+def _connected(url: str) -> RDBStorage:
+    """The database, in which another worker may be making tables at the same moment: they are there a little later."""
+    for pause in (0.1, 0.3, 1.0):
+        try:
+            return RDBStorage(url)
+        except (IntegrityError, OperationalError):
+            time.sleep(pause)
+    return RDBStorage(url)
 
 
 def _unusable(url: str | None, error: Exception) -> StudyError:
