@@ -17,14 +17,17 @@ from benchmarks.language import tasks as language_tasks
 from benchmarks.language import train as language
 from benchmarks.vision import tasks as vision_tasks
 from benchmarks.vision import train as vision
+from benchmarks.vision import train_efficientnet as efficientnet
 
 SUITES: dict[str, Callable[..., Suite]] = {
     "vision": vision.make_suite,
     "language": language.make_suite,
     "decoder": decoder.make_suite,
+    "efficientnet": efficientnet.make_suite,
 }
 USUAL = ("vision", "language")
-"""Suites of a benchmark by itself: the decoder has a page of its own, and takes hours in the others."""
+"""Suites of a benchmark by itself: the decoder has a page of its own and takes hours in the others, and efficientnet is
+there for its BatchNorm."""
 RECIPES: dict[tuple[str, bool], Callable[[int], Any]] = {
     ("vision", False): lambda seed: vision.Recipe(seed=seed),
     ("vision", True): lambda seed: vision.Recipe(
@@ -33,6 +36,10 @@ RECIPES: dict[tuple[str, bool], Callable[[int], Any]] = {
     ("language", False): lambda seed: language.Recipe(seed=seed),
     ("language", True): lambda seed: language.Recipe(
         seed=seed, sizes=language_tasks.SplitSizes(test=2000, validation=500, train=8000)
+    ),
+    ("efficientnet", False): lambda seed: efficientnet.Recipe(seed=seed),
+    ("efficientnet", True): lambda seed: efficientnet.Recipe(
+        seed=seed, sizes=vision_tasks.SplitSizes(test=4000, validation=1000, train=8000)
     ),
     ("decoder", False): lambda seed: decoder.Recipe(seed=seed),
     ("decoder", True): lambda seed: decoder.Recipe(seed=seed, blocks=None, sizes=decoder.FULL),

@@ -5,7 +5,8 @@ coordinates: ``fixed_point(posterior)`` is its MAP, ``laplace(posterior)`` the G
 ``slice_sample`` and ``nuts`` draw from it (``gibbs(posterior, num_samples, generator=...)``), ``log_evidence``
 integrates it, and ``minimize(posterior)`` serves experts that are only a function.
 ``merge_checkpoint(task_vectors, poe, out)`` merges a whole model, ``merge(task_vectors, poe)`` in memory,
-and ``merge_adapters(task_vectors, poe, out)`` adapters into one adapter.
+and ``merge_adapters(task_vectors, poe, out)`` adapters into one adapter. ``reestimate_batch_norm(network, batches)``
+gives a merged network running statistics of its own.
 
 For whole models: ``collect_statistics`` makes the one pass that Span coordinates need, ``sample_full`` draws merged
 updates themselves, ``MethodDraws`` are seeds of a random merging method, and a ``MergedEnsemble`` turns any of these
@@ -31,6 +32,7 @@ from inference.map import fixed_point, plain_iterates
 from inference.merge_distance import MergeDistance
 from inference.minimize import minimize
 from inference.models.adapters import AdapterReport, merge_adapters
+from inference.models.batch_norm import reestimate_batch_norm
 from inference.models.design import Design
 from inference.models.draw_files import load_draws, save_draws
 from inference.models.ensemble import MemberPredictor, MergedEnsemble, Prediction, ValuePrediction
@@ -102,6 +104,7 @@ __all__ = [
     "nuts",
     "plain_iterates",
     "plan",
+    "reestimate_batch_norm",
     "require_proper",
     "sample_full",
     "save_draws",

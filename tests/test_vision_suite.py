@@ -32,7 +32,7 @@ from benchmarks.archives import (
 from benchmarks.harness.evaluate import Scores, mean_scores, score
 from benchmarks.harness.splits import split_rows
 from benchmarks.harness.suite import SPLITS
-from benchmarks.vision.model import _pad_same, build, convert, preprocess, published_weights
+from benchmarks.vision.model import build, convert, pad_same, preprocess, published_weights
 from benchmarks.vision.pools import Pool, _on_white, emoji_family, without_duplicates
 from benchmarks.vision.sources import EMOJI, cache_folder
 from benchmarks.vision.tasks import TASKS, SplitSizes, Task, load_task, load_tasks
@@ -256,7 +256,7 @@ class TestModel:
     def test_same_padding(self, side: int) -> None:
         """'Same' at stride 2 sees ceil(side / 2) windows; the odd zero row comes last."""
         x = torch.arange(float(side * side)).reshape(1, 1, side, side)
-        windows = F.unfold(_pad_same(x), 3, stride=2)
+        windows = F.unfold(pad_same(x, 3, 2), 3, stride=2)
         count = (side + 1) // 2
         before = ((count - 1) * 2 + 3 - side) // 2
         assert windows.shape == (1, 9, count * count)

@@ -61,7 +61,7 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Output of fire8 (B, 512, h, w) for images (B, 3, H, W)."""
         net = self._backbone[0]
-        x = F.max_pool2d(F.relu(net.conv1(_pad_same(x)), inplace=True), 3, 2)
+        x = F.max_pool2d(F.relu(net.conv1(pad_same(x, 3, 2)), inplace=True), 3, 2)
         x = F.max_pool2d(net.fire3(net.fire2(x)), 3, 2)
         x = F.max_pool2d(net.fire5(net.fire4(x)), 3, 2)
         activations: Tensor = net.fire8(net.fire7(net.fire6(x)))
@@ -105,14 +105,36 @@ class SqueezeNet(nn.Module):
         return self.activations(x).mean(dim=(2, 3))
 
 
-def _pad_same(x: Tensor) -> Tensor:
-    """'Same' padding of a 3x3 kernel at stride 2: an even side gets its one row of zeros at the far end."""
-    height, width = x.shape[-2] % 2, x.shape[-1] % 2
-    return F.pad(x, (width, 1, height, 1))
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """'Same' padding of images (B, C, H, W) with zeros; an odd row or column more goes to the far end.
+
+    Args:
+        x: The images.
+        kernel: Side of the kernel.
+        stride: Its step.
+    """
+    height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def resized(images: Tensor, size: int = 64) -> Tensor:
+    """Stored images as floats of one size.
+
+    Args:
+        images: (B, 1, h, w) grey or (B, 3, h, w) RGB, uint8.
+        size: Side to resize to, bilinear.
+
+    Returns:
+        (B, 3, size, size) float32, RGB in 0-255.
+    """
+    x = images.to(torch.float32)
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
 
 
 def preprocess(images: Tensor, size: int = 64) -> Tensor:
-    """Turn stored images into the network's input.
+    """Turn stored images into SqueezeNet's input.
 
     Args:
         images: (B, 1, h, w) grey or (B, 3, h, w) RGB, uint8.
@@ -121,10 +143,7 @@ def preprocess(images: Tensor, size: int = 64) -> Tensor:
     Returns:
         (B, 3, size, size) float32, BGR minus `MEAN_BGR`.
     """
-    x = images.to(torch.float32)
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-    x = x.flip(1) if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+    x = resized(images, size).flip(1)
     return x - torch.tensor(MEAN_BGR, device=x.device).view(3, 1, 1)
 
 

