@@ -13,7 +13,7 @@ _KEY = "base_model_name_or_path"
 
 
 def with_base_of_adapters(document: Document, folders: Iterable[Path]) -> Document:
-    """Fill in a `base_model` that is left out, where every model is an adapter and all name the same one.
+    """Fill in a ``base_model`` that is left out, where every model is an adapter and all name the same one.
 
     Args:
         document: The data of a configuration, which is changed.
@@ -35,7 +35,7 @@ def with_base_of_adapters(document: Document, folders: Iterable[Path]) -> Docume
 
 
 def _base_of(entry: Any, places: Iterable[Path]) -> str | None:
-    """The base that the adapter of an entry of `models` names, or None."""
+    """The base that the adapter of an entry of ``models`` names, or None."""
     model = entry.get("model") if isinstance(entry, dict) else None
     if not isinstance(model, str):
         return None
