@@ -27,6 +27,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from poe_merge import settings as s
+from poe_merge.adapter_base import with_base_of_adapters
 from poe_merge.by_tensor import Setting
 from poe_merge.code_in_files import refuse_code, refuse_file
 from poe_merge.mergekit import WITHOUT_USE, read_as_mergekit
@@ -376,7 +377,9 @@ def parse_config(document: Document, folders: Iterable[Path] = (), *, allow_code
         values = [item for section in _SECTIONS.values() for item in section.values().items()]
         refuse_code(document, {key for key, value in values if value.kind})
         refuse_file(document, ("functional", "tasks"))
-    return validated(read_as_mergekit(document), MergeConfig, _SECTIONS, folders, WITHOUT_USE)
+    places = list(folders)
+    known = with_base_of_adapters(read_as_mergekit(document), places)
+    return validated(known, MergeConfig, _SECTIONS, places, WITHOUT_USE)
 
 
 def require_known(config: MergeConfig, *, functional: bool) -> None:
