@@ -87,7 +87,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def meant(name: str, valid: Iterable[str]) -> str:
-    """The same hint after the words that it is about: "; did you mean `Cauchy`? ", or the end of the sentence."""
+    """The same hint to follow the words that it is about, or the end of the sentence."""
     return f"; {hint}" if (hint := nearest(name, valid)) else ". "
 
 
