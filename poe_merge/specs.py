@@ -87,13 +87,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def meant(name: str, valid: Iterable[str]) -> str:
-    """The same hint as the end of a sentence, whether there is one or not.
-
-    >>> meant("Couchy", ["Cauchy"]), meant("x", ["Cauchy"])
-    ('; did you mean `Cauchy`? ', '. ')
-    """
-    hint = nearest(name, valid)
-    return f"; {hint}" if hint else ". "
+    """The same hint to follow the words that it is about, or the end of the sentence."""
+    return f"; {hint}" if (hint := nearest(name, valid)) else ". "
 
 
 def same_name(name: str, valid: Iterable[str]) -> str | None:
@@ -170,8 +165,7 @@ def _check_arguments(what: str, found: type, args: Sequence[Any], kwargs: Mappin
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     unknown = next((name for name in kwargs if name not in signature.parameters), None)
     if unknown is not None and inspect.Parameter.VAR_KEYWORD not in kinds:
-        hint = nearest(unknown, signature.parameters)
-        hint = f"; {hint}" if hint else ". "
+        hint = meant(unknown, signature.parameters)
         raise SpecError(f"{what}: there is no argument `{unknown}`{hint}Write it as `{_template(found)}`.")
     try:
         signature.bind(*args, **kwargs)
