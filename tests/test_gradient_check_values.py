@@ -59,8 +59,11 @@ def test_parts_that_vanish_together_are_measured_by_those_at_the_start() -> None
     away = torch.tensor([5e-3, 1e-4, 1e-5, 0.0], dtype=torch.float64)
     u = torch.zeros(4, 2, 3, dtype=torch.float64)
     u[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    found = relative_gradient(posterior_of(torch.stack([u, u], 1), 0.0), u * (1 + away[:, None, None]))
+    z = u * (1 + away[:, None, None])
+    found = relative_gradient(posterior_of(torch.stack([u, u], 1), 0.0), z)
     assert_close(found, torch.tensor([1.0, 0.1, 0.01, 0.0], dtype=torch.float64), 1e-9)
+    alone = [relative_gradient(posterior_of(torch.stack([u, u], 1), 0.0).module(m), z[m : m + 1]) for m in range(4)]
+    assert_close(torch.cat(alone), found, 1e-12)
 
 
 def test_where_nothing_pulls_there_is_no_gradient() -> None:

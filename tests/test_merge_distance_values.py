@@ -84,7 +84,7 @@ def test_a_merge_that_is_given_goes_before_the_one_of_the_span() -> None:
     assert span_distance(statistics_of(bases, through=False), coefficients) is None
 
 
-@pytest.mark.parametrize(("count", "known"), [(2, False), (9, False), (10, True), (11, True)])
+@pytest.mark.parametrize(("count", "known"), [(1, False), (2, False), (9, False), (10, True), (11, True)])
 def test_the_spread_is_known_from_ten_draws_on(count: int, known: bool) -> None:
     """Of all chains together: 0, 1, ..., n - 1 have the variance n (n + 1) / 12."""
     line = torch.arange(count, dtype=torch.float64)

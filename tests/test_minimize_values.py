@@ -116,6 +116,20 @@ def test_the_minimum_of_gaussian_experts_is_their_weighted_mean(generator: torch
     assert found.info.steps < 1000
 
 
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4, 1e-6])
+def test_the_search_goes_on_until_the_tolerance_is_met(tolerance: float, generator: torch.Generator) -> None:
+    """That of all entries together, not of the largest; and it does not write to its start."""
+    updates = random_updates(generator, 2, 3, 10, 12)
+    start = torch.randn(2, 10, 12, generator=generator, dtype=torch.float64)
+    before = start.clone()
+    found = minimize(product_of().bind(updates), start, tolerance=tolerance)
+    assert found.converged
+    assert bool((found.info.gradient_norm <= tolerance).all())
+    assert torch.equal(start, before)
+    assert not start.requires_grad
+    assert not torch.equal(found.value, start)
+
+
 def test_evaluations_are_counted_and_bounded(generator: torch.Generator) -> None:
     posterior = ProductOfExperts.of(["a", "b", "c"]).bind(random_updates(generator, 2, 3, 4, 5))
     short = minimize(posterior, max_steps=2, tolerance=0.0)

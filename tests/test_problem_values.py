@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.problem import Problem
-from inference.reweighting import _line_search
+from inference.problem import Point, Problem
+from inference.reweighting import _line_search, init, step
 from poe_models import (
     Absolute,
     AbsolutePrecision,
@@ -22,6 +22,7 @@ from poe_models import (
     ProductOfExperts,
 )
 from poe_models.least_squares import quadratic_of
+from poe_models.precisions import NotPositiveDefiniteError
 from tests.helpers import assert_close, random_updates
 from tests.reweighted import a_run, problem_of
 
@@ -82,6 +83,72 @@ def test_a_factored_matrix_is_used_again_for_the_same_weights_only(generator: to
         near[1, 1] *= 1 + error
         assert (problem.precision_near(near) is kept) is same
     assert Problem(problem.posterior, problem.quadratic).precision_near(weights) is not kept
+
+
+def test_the_anchors_part_of_the_gradient_is_its_pull(generator: torch.Generator) -> None:
+    """``eta |x|`` over the length of the experts' weighted pulls."""
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
+    point = problem.at(torch.randn(2, 4, 5, generator=generator, dtype=torch.float64))
+    weights = point.log_weights.exp()
+    b = sum(weights[:, i, None, None] * pull for i, pull in enumerate(problem.pulls))
+    expected = 0.3 * point.x.square().sum((1, 2)).sqrt() / b.square().sum((1, 2)).sqrt()  # type: ignore[union-attr]
+    assert_close(problem.gradient(point).anchor, expected, 1e-10)
+
+
+def test_weights_without_a_solution_give_way_to_the_plain_ones(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
+    plain, proposed = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    one, other = problem.solve(plain.exp()), problem.solve(proposed.exp())
+    used, point = problem.extrapolated(proposed, plain)
+    assert used is proposed
+    assert torch.equal(point.x, other.x)
+    solve = Problem.solve
+
+    def unless_proposed(self: Problem, weights: Tensor) -> Point:
+        if torch.equal(weights, proposed.exp()):
+            raise NotPositiveDefiniteError([0])
+        return solve(self, weights)
+
+    monkeypatch.setattr(Problem, "solve", unless_proposed)
+    used, point = problem.extrapolated(proposed, plain)
+    assert used is plain
+    assert torch.equal(point.x, one.x)
+
+
+class Proposing:
+    """An extrapolation that proposes what it is told to, and remembers what it was to forget."""
+
+    def __init__(self, proposed: Tensor) -> None:
+        self.proposed = proposed
+        self.forgotten: list[list[bool]] = []
+
+    def propose(self, used: Tensor, plain: Tensor) -> Tensor:
+        return self.proposed
+
+    def forget(self, where: Tensor) -> None:
+        self.forgotten.append(where.tolist())
+
+
+def test_an_extrapolation_is_taken_back_where_it_is_worse(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of three modules; the third is done and stays whatever is found for it."""
+    problem = problem_of(random_updates(generator, 3, 3, 4, 5))
+    state = init(problem, torch.ones(3, 3, dtype=torch.float64))
+    state = replace(state, converged=torch.tensor([False, False, True]))
+    plain, proposed = state.point.log_weights, torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    answers = [torch.tensor([False, True, True]), torch.tensor([False, False, False])]
+    monkeypatch.setattr(Problem, "uphill", lambda *_: answers.pop(0))
+    anderson = Proposing(proposed)
+    found = step(problem, state, anderson)  # type: ignore[arg-type]
+    assert anderson.forgotten == [[False, True, False]]
+    assert torch.equal(found.used, torch.stack([proposed[0], plain[1], state.used[2]]))
+    each = [problem.solve(proposed.exp()).x[0], problem.solve(plain.exp()).x[1], state.point.x[2]]
+    assert_close(found.point.x, torch.stack(each), 1e-12)
+    assert (found.rejected.tolist(), found.searched.tolist()) == ([0, 1, 0], [False] * 3)
+    assert found.steps.tolist() == [2, 2, 1]
 
 
 def mixed_problem() -> Problem:

@@ -46,6 +46,7 @@ def test_every_number_is_its_formula(generator: torch.Generator) -> None:
         assert_close(each.kept, (copies * updates).sum((-2, -1)) / updates.square().sum((-2, -1)), 1e-12)
         assert_close(each.norm, z.flatten(1).norm(dim=1), 1e-12)
         assert_close(each.update_norms, updates.flatten(2).norm(dim=2), 1e-12)
+    assert_close(found.residual_left, measured(copies - updates) / measured(updates), 1e-10)
     half = found.scaled(-0.5)
     assert_close(half.residuals, measured(-0.5 * copies - updates), 1e-9)  # type: ignore[arg-type]
     assert_close(half.sizes, measured(0.5 * copies), 1e-10)  # type: ignore[arg-type]

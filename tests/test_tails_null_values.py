@@ -142,9 +142,10 @@ def updates_of(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(2, 6, 4), (3, 1, 5), (3, 5, 1), (1, 2, 2), (2, 1, 1)])
 @pytest.mark.parametrize("dead", [False, True])
-def test_standardised_rows_and_columns_have_mean_square_one(shape: tuple[int, ...], dead: bool) -> None:
+@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e4])
+def test_standardised_rows_and_columns_have_mean_square_one(shape: tuple[int, ...], dead: bool, unit: float) -> None:
     """Over the entries of rows and columns that are not zero, and so has the diagonal of the correlation."""
-    updates = updates_of(*shape)
+    updates = unit * updates_of(*shape)
     if dead:
         padded = torch.zeros(shape[0], shape[1] + 2, shape[2] + 1, dtype=torch.float64)
         padded[:, 2:, :-1] = updates
@@ -162,6 +163,14 @@ def test_standardised_rows_and_columns_have_mean_square_one(shape: tuple[int, ..
     expected = flat @ flat.mT / live[0].sum()
     assert_close(found.root @ found.root.mT, expected, 1e-8)
     assert_close(expected.diagonal(), torch.ones(shape[0], dtype=torch.float64), 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1), (1, 1, 5), (1, 1, 1)])
+def test_one_row_or_column_alone_takes_the_entries_sizes_in_single_precision(shape: tuple[int, ...]) -> None:
+    updates = updates_of(*shape).float()
+    found = fit_sizes(updates)
+    sizes = (found.rows * found.columns)[0]
+    assert_close(sizes, updates[0].abs(), 1e-5)
 
 
 def test_spreads_of_rows_by_hand() -> None:
