@@ -1,7 +1,7 @@
 """What to do with BatchNorm's running statistics in a merge: keep the base's, average, or estimate them again.
 
 `python -m benchmarks.batch_norm` merges the experts of a suite with BatchNorm by task arithmetic, RegMean and
-`InputGram`, Cauchy, each with the four treatments in `TREATMENTS`, and compares the accuracy of each with averaging,
+`InputGram`, Cauchy, each with the treatments in `TREATMENTS`, and compares the accuracy of each with averaging,
 paired over test examples. λ is chosen on validation among `SCALINGS` for every row. Writes
 `benchmarks/results/batch_norm.md`.
 """
@@ -33,8 +33,9 @@ from poe_models.methods import RegMean
 
 SCALINGS = (0.3, 0.6, 1.0)
 ETA = 0.1
-KEPT, AVERAGED, MIXED, ALONE = "the base's", "averaged", "re-estimated", "re-estimated for each task"
-TREATMENTS = (KEPT, AVERAGED, MIXED, ALONE)
+KEPT, AVERAGED = "the base's", "averaged"
+MIXED, IN_TURN, ALONE = "re-estimated, mixed batches", "re-estimated, task after task", "re-estimated for each task"
+TREATMENTS = (AVERAGED, KEPT, MIXED, IN_TURN, ALONE)
 Logits = dict[str, Tensor]
 
 
@@ -98,8 +99,9 @@ class Norms:
             return found
         base = {name: value for name, value in self.base.items() if ".running_" in name} if statistics == KEPT else {}
         model = self.suite.model({**state, **base})
-        if statistics == MIXED:
-            model.load_state_dict(reestimate_batch_norm(model, self.mixed), strict=False)
+        if statistics in (MIXED, IN_TURN):
+            batches = self.mixed if statistics == MIXED else list(map(joined, self.unlabelled.values()))
+            model.load_state_dict(reestimate_batch_norm(model, batches), strict=False)
         return dict.fromkeys(self.suite.tasks, model)
 
     @cached_property
@@ -153,7 +155,7 @@ class Norms:
             Each row when it is done.
         """
         averaged: Logits = {}
-        for statistics in (AVERAGED, KEPT, MIXED, ALONE):
+        for statistics in TREATMENTS:
             states = {scaling: merge.state(scaling) for scaling in SCALINGS}
             best = max(SCALINGS, key=lambda scaling: self.rank(self.models(states[scaling], statistics)))
             line, test = self.line(method, statistics, best, self.models(states[best], statistics), averaged)
@@ -211,7 +213,8 @@ def report(
     return "\n\n".join([
         "What to do with BatchNorm's running statistics in a merge? Kept at the base's, averaged as other vectors are "
         f"(base plus λ times the mean update), or estimated again from {examples} unlabelled training images a task: "
-        "of the mixture of all tasks, or for each task alone, which needs to know the task of an input. Made by "
+        "in batches with images of all tasks, in batches of one task after the other's (as `poe-merge batch-norm`), or "
+        "for each task alone, which needs to know the task of an input. Made by "
         f"`{command}` on {' and '.join(dict.fromkeys(machines))}.",
         f"Mean test scores over tasks; λ is chosen by validation accuracy among {scalings} for every row, the anchor's "
         f"relative precision is {ETA:g}. *NLL scaled*: logits divided by what minimises validation NLL. The last "

@@ -209,6 +209,27 @@ def activations(
     show.activations(report)
 
 
+@app.command("batch-norm")
+def batch_norm(
+    run: Annotated[Path, typer.Argument(help="A folder that `poe-merge merge` made.", show_default=False)],
+    tasks: Annotated[str, typer.Option("--tasks", help="Python file with `network(base)` and `tasks()`.")],
+    out: Out = None,
+    submodule: Annotated[str, typer.Option(help="Where in the network the checkpoints are.")] = "",
+    device: Annotated[str, typer.Option(help="Where the network runs: cpu, cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Write again what an interrupted run left.")] = False,
+) -> None:
+    """Copy a merge, with running statistics of BatchNorm re-estimated on tasks' inputs; labels are not used."""
+    from poe_merge.batch_norm import reestimate
+    from poe_merge.user_tasks import read_tasks
+
+    out = required(out, "batch-norm")
+    user = read_tasks(tasks, [Path.cwd()])
+    with shown_bars(out) as bars:
+        steps = bars.steps("running statistics")
+        report = reestimate(run, out, user, submodule=submodule, device=device, resume=resume, progress=steps)
+    show.batch_norm(report)
+
+
 @app.command(cls=ConfiguredCommand)
 @with_flags
 def stats(

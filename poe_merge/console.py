@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # an error needs none of these, which take seconds to import
     from inference.retention import ExpertRetention
     from inference.search import SearchResult
     from poe_merge.activations import ActivationsReport
+    from poe_merge.batch_norm import BatchNormReport
     from poe_merge.presets import Preset
     from poe_merge.sample import SampleReport
     from poe_merge.sampling import Sampling, Seeds
@@ -113,6 +114,12 @@ def activations(done: ActivationsReport) -> None:
     text = f"{done.out}: activations of {', '.join(done.collected) or 'nobody'}{kept}."
     console_for().print(shown(text), soft_wrap=True)
     console_for().print(shown(f"""Use them as --residual-map "Activation('{done.out}')"."""), soft_wrap=True)
+
+
+def batch_norm(done: BatchNormReport) -> None:
+    """Print how many statistics were re-estimated, and on what."""
+    seen = ", ".join(f"{count} batches of {task}" for task, count in done.batches.items())
+    console_for().print(shown(f"{done.out}: {len(done.tensors)} tensors re-estimated on {seen}."), soft_wrap=True)
 
 
 def report(done: MergeReport) -> None:

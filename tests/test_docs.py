@@ -145,7 +145,7 @@ def options() -> dict[str, set[str]]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
-        for command in ("", *re.findall(r"poe-merge ([a-z]+)", " ".join(p.read_text() for p in PAGES))):
+        for command in ("", *re.findall(r"poe-merge ([a-z][a-z-]*)", " ".join(p.read_text() for p in PAGES))):
             if command not in found:
                 with contextlib.redirect_stdout(io.StringIO()) as told:
                     assert run([*command.split(), "--help"]) == 0, command

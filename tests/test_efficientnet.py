@@ -148,7 +148,7 @@ def test_the_cut_has_all_that_is_before_the_last_layer(suite: Suite) -> None:
 def test_what_each_treatment_does_to_the_statistics(suite: Suite) -> None:
     norms = batch_norm.Norms(suite, Calibration(suite, 8), 0)
     state = {name: value + 0.25 if value.is_floating_point() else value for name, value in norms.base.items()}
-    kept, averaged, mixed, alone = (norms.models(state, each) for each in batch_norm.TREATMENTS)
+    averaged, kept, mixed, in_turn, alone = (norms.models(state, each) for each in batch_norm.TREATMENTS)
     name = "stem.norm.running_mean"
     assert torch.equal(kept["one"].state_dict()[name], norms.base[name])
     assert torch.equal(averaged["one"].state_dict()[name], state[name])
@@ -157,13 +157,18 @@ def test_what_each_treatment_does_to_the_statistics(suite: Suite) -> None:
     conv = mixed["one"].get_submodule("stem.conv")
     for model, seen in (
         (mixed["one"], torch.cat(list(inputs.values()))),
+        (in_turn["one"], torch.cat(list(inputs.values()))),
         (alone["one"], inputs["one"]),
         (alone["two"], inputs["two"]),
     ):
         with torch.no_grad():
             expected = conv(pad_same(seen, 3, 2)).double().mean((0, 2, 3))
         assert_close(model.state_dict()[name].double(), expected, 1e-5)
-    weights = [model.state_dict()["stem.conv.weight"] for each in (kept, mixed, alone) for model in each.values()]
+    later = [model["one"].state_dict()["head.norm.running_mean"] for model in (mixed, in_turn)]
+    assert not torch.equal(*later)
+    weights = [
+        model.state_dict()["stem.conv.weight"] for each in (kept, mixed, in_turn, alone) for model in each.values()
+    ]
     assert all(torch.equal(weight, state["stem.conv.weight"]) for weight in weights)
 
 
@@ -173,8 +178,8 @@ def test_a_row_for_every_treatment_and_a_page(suite: Suite, monkeypatch: pytest.
     lines = batch_norm.lines_of(suite.limited(12, 16), 0, 8, lambda _: None)
     methods = ["own experts", "base", *("task arithmetic", "RegMean", "InputGram, Cauchy")]
     assert list(dict.fromkeys(line.method for line in lines)) == methods
-    assert [line.statistics for line in lines[2:6]] == ["averaged", "the base's", *batch_norm.TREATMENTS[2:]]
-    assert [line.difference is None for line in lines] == [True, True, *[True, False, False, False] * 3]
+    assert [line.statistics for line in lines[2:]] == [*batch_norm.TREATMENTS] * 3
+    assert [line.difference is None for line in lines] == [True, True, *[True, *[False] * 4] * 3]
     for line in lines:
         assert line.scaling in ((None,) if line.method in methods[:2] else (0.5, 1.0))
         reference = next(each for each in lines if each.method == line.method)
