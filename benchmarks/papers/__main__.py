@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of the table")
     made.add_argument("--limit", type=int, help="most examples of each task, chosen by the seed; default: all")
     made.add_argument("--calibration", type=int, default=0, help="training images of each task, for RegMean (CLIP)")
+    made.add_argument("--workers", type=int, default=0, help="processes that read images (CLIP)")
     made.add_argument("--device", default="cpu")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--local", type=Path, metavar="FOLDER", help="models and data under their hub names")
@@ -74,6 +75,7 @@ def main() -> None:
             arguments.limit,
             arguments.device,
             arguments.seed,
+            arguments.workers,
             arguments.calibration,
             tell=lambda text: console.print(text, markup=False, highlight=False),
         )

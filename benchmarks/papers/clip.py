@@ -194,16 +194,18 @@ class Clip:
         sources: Where these come from.
         limit: Most examples of each task.
         seed: Of the choice of these.
-        batch: Images in a batch.
         device: Where the network is.
+        batch: Images in a batch.
+        workers: Processes that read images.
     """
 
     setup: Setup
     sources: Sources
     limit: int | None = None
     seed: int = 0
-    batch: int = 128
     device: str = "cpu"
+    batch: int = 128
+    workers: int = 0
     submodule = TOWER
 
     def opened(self) -> tuple[nn.Module, Checkpoint, dict[str, Checkpoint]]:
@@ -251,7 +253,7 @@ class Clip:
         task, processor = zero_shot_tasks()[name], CLIPImageProcessor.from_pretrained(self._folder)
         rows = self.sources.rows(task.split(split))
         numbers = picked(len(rows), self.limit if limit is None else limit, self.seed)
-        return DataLoader(Images(rows, numbers, task, processor), batch_size=self.batch)
+        return DataLoader(Images(rows, numbers, task, processor), batch_size=self.batch, num_workers=self.workers)
 
     @property
     def _folder(self) -> Path:

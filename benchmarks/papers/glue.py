@@ -24,8 +24,8 @@ from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.loading import open_checkpoint
 
 DATA = "nyu-mll/glue"
-CHOICES = "{}, likelihood"
-"""A task that is judged by the likelihoods of its answers."""
+CHOICES = ", likelihood"
+"""End of the name of a task that is judged by the likelihoods of its answers."""
 NEW_TOKENS = 9
 LENGTH = 512
 """Most tokens of a prompt, the length that Flan-T5 was trained with."""
@@ -95,16 +95,16 @@ class Glue:
         sources: Where these come from.
         limit: Most examples of each task.
         seed: Of the choice of these.
-        batch: Prompts in a batch.
         device: Where the network is.
+        batch: Prompts in a batch.
     """
 
     setup: Setup
     sources: Sources
     limit: int | None = None
     seed: int = 0
-    batch: int = 32
     device: str = "cpu"
+    batch: int = 32
     submodule = ""
 
     def opened(self) -> tuple[nn.Module, Checkpoint, dict[str, Checkpoint]]:
@@ -141,9 +141,7 @@ class Glue:
         answers, places = targets(tokenizer, prompt.answers), torch.tensor(labels)
         return [
             Task(name, labelled(answers[places]), token_logits, metrics=("exact_match",)),
-            Task(
-                CHOICES.format(name), labelled(places), answer_likelihoods(answers), metrics=("accuracy", "nll", "ece")
-            ),
+            Task(name + CHOICES, labelled(places), answer_likelihoods(answers), metrics=("accuracy", "nll", "ece")),
         ]
 
     def _examples(self, name: str, prompt: Prompt) -> tuple[list[str], list[Any]]:

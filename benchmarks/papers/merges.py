@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.papers.setups import Setup
+from inference.models.disk import replace_file
 from inference.models.in_memory import merge
 from poe_merge.build import designs_of
 from poe_merge.config import MergeConfig, parse_config
@@ -70,8 +71,8 @@ def merged_file(config: MergeConfig, base: Checkpoint, experts: Mapping[str, Che
         path: Of the file, which is replaced.
     """
     vectors = task_vectors(config, base, experts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(_once(merge(vectors, designs_of(config, vectors.base))), path)
+    state = _once(merge(vectors, designs_of(config, vectors.base)))
+    replace_file(path, lambda part: save_file(state, part))
     return path
 
 

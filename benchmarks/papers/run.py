@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from benchmarks.folders import write_page
 from benchmarks.papers.clip import Clip
-from benchmarks.papers.glue import Glue
+from benchmarks.papers.glue import CHOICES, Glue
 from benchmarks.papers.llama import Llama, folder_name
 from benchmarks.papers.merges import REGMEAN, config_of, configurations, merged_file, task_vectors
 from benchmarks.papers.published import BASE
@@ -19,6 +18,7 @@ from benchmarks.papers.setups import Setup
 from benchmarks.papers.sources import Sources
 from diagnostics.predictions.model_scores import ModelScores, evaluate
 from inference.models.digest import Silent
+from inference.models.disk import replace_file
 from poe_merge.activations import make_activations
 from poe_merge.user_tasks import UserTasks
 
@@ -33,6 +33,7 @@ class Options:
         limit: Most examples of each task; None for all.
         device: Where models are merged and run.
         seed: Of the choice of examples, and of the intervals' resamples.
+        workers: Processes that read images.
         calibration: Training examples of each task for RegMean; none leaves it out.
         resamples: Of the intervals.
         tell: Called with what happens.
@@ -43,6 +44,7 @@ class Options:
     limit: int | None = None
     device: str = "cpu"
     seed: int = 0
+    workers: int = 0
     calibration: int = 0
     resamples: int = 1000
     tell: Callable[[str], None] = print
@@ -85,8 +87,8 @@ def run(setup: Setup, sources: Sources, options: Options) -> Path:
         raise ValueError(f"--calibration: RegMean is offered for CLIP, not for {setup.name}. Leave it out.")
     if setup.kind == "chat":
         return _write_script(Llama(setup, sources, options.device), options)
-    kind: type[Clip] | type[Glue] = Clip if setup.kind == "images" else Glue
-    return _score(kind(setup, sources, options.limit, options.seed, device=options.device), options)
+    shared: tuple[Any, ...] = (setup, sources, options.limit, options.seed, options.device)
+    return _score(Clip(*shared, workers=options.workers) if setup.kind == "images" else Glue(*shared), options)
 
 
 def _write_script(llama: Llama, options: Options) -> Path:
@@ -112,7 +114,7 @@ def _score(table: Clip | Glue, options: Options) -> Path:
         config = config_of(setup, configuration, options.device)
         models[name] = merged_file(config, base, experts, options.out / "merges" / f"{folder_name(name)}.safetensors")
         options.tell(f"{name}: merged")
-    own = {task.name: experts[task.name.partition(",")[0]] for task in tasks}
+    own = {task.name: experts[task.name.removesuffix(CHOICES)] for task in tasks}
     scores = evaluate(
         models,
         tasks,
@@ -149,7 +151,5 @@ def _about(scores: ModelScores, options: Options) -> list[str]:
 
 def _write(measured: Measured, out: Path) -> Path:
     write_page(out / "table.md", page(measured))
-    part = out / "scores.csv.part"
-    measured.scores.to_dataframe().to_csv(part, index=False)
-    os.replace(part, out / "scores.csv")
+    replace_file(out / "scores.csv", lambda path: measured.scores.to_dataframe().to_csv(path, index=False))
     return out / "table.md"

@@ -52,7 +52,6 @@ def test_a_table_of_images(hub: Path, tmp_path: Path) -> None:
     assert loss.nunique() == len(here) - 1
 
 
-@pytest.mark.slow
 def test_a_table_of_adapters_on_the_tower(hub: Path, tmp_path: Path) -> None:
     """The average of two adapters' models, as PEFT merges them, is what was scored."""
     import peft
@@ -70,7 +69,6 @@ def test_a_table_of_adapters_on_the_tower(hub: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
 
 
-@pytest.mark.slow
 def test_a_table_of_texts(hub: Path, tmp_path: Path) -> None:
     setup = setup_named("flan-t5-base-glue").of(TEXTS)
     found = rows_of(run(setup, made_up(hub), quiet(tmp_path, methods=[TABLE_5, "average"])))
@@ -84,7 +82,6 @@ def test_a_table_of_texts(hub: Path, tmp_path: Path) -> None:
     assert f"{float(loss.iloc[0]):.3f}" == found["average", "here"][4]
 
 
-@pytest.mark.slow
 def test_families_of_llama_are_merged_and_their_scoring_is_written_down(hub: Path, tmp_path: Path) -> None:
     setup = setup_named("llama-3b").of(("math", "safety"))
     script = run(setup, made_up(hub), quiet(tmp_path, methods=["average", "InputGram, Cauchy"])).read_text()
