@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from poe_merge.settings import Document
-from poe_models.weights.json_files import read_object
 
 _KEY = "base_model_name_or_path"
 
@@ -39,6 +38,8 @@ def _base_of(entry: Any, places: Iterable[Path]) -> str | None:
     model = entry.get("model") if isinstance(entry, dict) else None
     if not isinstance(model, str):
         return None
+    from poe_models.weights.json_files import read_object  # torch comes with it, and help needs none
+
     configs = (place / Path(model).expanduser() / "adapter_config.json" for place in places)
     try:
         found = next((read_object(config) for config in configs if config.is_file()), {})

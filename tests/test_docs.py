@@ -207,9 +207,8 @@ def test_names_that_submodules_shadow_are_listed_one_by_one(package: str) -> Non
     """`::: inference` shows the module `inference.gibbs` in the place of the function."""
     text = (DOCS / f"api-{package.rpartition('.')[2].replace('_', '-')}.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: ([\w.]+)$", text, re.M)
-    homes = (package, f"{package}.predictions") if package == "diagnostics" else (package,)
-    names = [(home, name) for home in homes for name in importlib.import_module(home).__all__]
-    shadowed = {name for home, name in names if importlib.util.find_spec(f"{home}.{name}")}
+    names = importlib.import_module(package).__all__
+    shadowed = {name for name in names if importlib.util.find_spec(f"{package}.{name}")}
     assert listed[0] == package
     assert shadowed <= {name.rpartition(".")[2] for name in listed[1:]}
     for name in listed[1:]:

@@ -22,7 +22,6 @@ from inference.models.merge import merge_checkpoint
 from inference.problem import TOLERANCE
 from poe_merge.cli import app, run
 from poe_merge.config import (
-    FunctionalParameters,
     MergeConfig,
     ModelEntry,
     ModelParameters,
@@ -31,6 +30,7 @@ from poe_merge.config import (
     parse_config,
 )
 from poe_merge.flags import COMMANDS, FLAGS, Flag, overridden
+from poe_merge.functional_section import FunctionalParameters
 from poe_merge.settings import Document
 
 BASE: dict[str, Any] = {"base_model": "base", "models": [{"model": "one"}, {"model": "two"}]}
@@ -196,7 +196,7 @@ def test_mistakes_of_file_and_flags_are_told_together(here: Path, capsys: pytest
     assert (printed.out, first) == ("", "error: 6 mistakes in the configuration:")
     for part in (
         "  config.yaml:5:5: models[0].parameters.weight: -1 is not a finite number of at least 0.",
-        "  config.yaml:8:3: parameters.eta: precision `much`: unknown name `much`;",
+        "  config.yaml:8:3: parameters.eta: precision `much`: unknown name `much`.",
         "  config.yaml:11:3: rules[2]: `Rule(action='bsae')`: unknown action",
         "  --energy: energy `Couchy`: unknown name `Couchy`; did you mean `Cauchy`?",
         "  --scale twoo=...: no model is called `twoo`; did you mean `two`?",

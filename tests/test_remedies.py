@@ -18,7 +18,8 @@ import inference
 import poe_merge
 import poe_models
 from poe_merge.cli import app
-from poe_merge.config import FunctionalParameters, MergeConfig, ModelEntry, ModelParameters, Parameters
+from poe_merge.config import MergeConfig, ModelEntry, ModelParameters, Parameters
+from poe_merge.functional_section import FunctionalParameters
 from poe_models.weights.rule import Rule
 
 ROOT = Path(__file__).parent.parent
