@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speed_models import Shapes, opened, shapes_of, write
-from inference.models.budget import BudgetError, batch_bytes_within, memory_of
+from inference.models.budget import INTERPRETER, BudgetError, batch_bytes_within, memory_of
 from inference.models.merge import plan
 from poe_merge.cli import run
 from poe_models import InputGram, ProductOfExperts
@@ -47,7 +47,7 @@ def flags(folder: Path) -> list[str]:
 @pytest.mark.parametrize("method", ["poe", "Ties", "Average"])
 def test_a_budget_is_kept(method: str, shapes: tuple[Path, Shapes], tmp_path: Path) -> None:
     folder, _ = shapes
-    budget = 480 if method == "poe" else 400
+    budget = INTERPRETER // 10**6 + (145 if method == "poe" else 65)
     words = [
         "merge",
         *flags(folder),

@@ -9,8 +9,10 @@ from inference.models.plan import BATCH_BYTES, Plan, plan
 from poe_models.printing import size_text
 from poe_models.weights.task_vectors import TaskVectors
 
-INTERPRETER = 320 * 2**20
-"""Bytes beside tensors: Python with its libraries, 190 MiB, and freed memory that the C library holds on to."""
+INTERPRETER = (480 if torch.version.cuda else 320) * 2**20
+"""Bytes beside tensors: Python with its libraries, 190 MiB, or 320 where torch is built for CUDA, and freed memory that
+the C library holds on to. A number for each build rather than a measured one, so that a resumed merge has the same
+batches."""
 SLACK = 1.1
 """Peak of tensors beside the predicted one."""
 
