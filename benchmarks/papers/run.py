@@ -87,8 +87,10 @@ def run(setup: Setup, sources: Sources, options: Options) -> Path:
         raise ValueError(f"--calibration: RegMean is offered for CLIP, not for {setup.name}. Leave it out.")
     if setup.kind == "chat":
         return _write_script(Llama(setup, sources, options.device), options)
-    shared: tuple[Any, ...] = (setup, sources, options.limit, options.seed, options.device)
-    return _score(Clip(*shared, workers=options.workers) if setup.kind == "images" else Glue(*shared), options)
+    if setup.kind == "texts":
+        return _score(Glue(setup, sources, options.limit, options.seed, options.device), options)
+    clip = Clip(setup, sources, options.limit, options.seed, options.device, workers=options.workers)
+    return _score(clip, options)
 
 
 def _write_script(llama: Llama, options: Options) -> Path:
@@ -105,6 +107,7 @@ def _write_script(llama: Llama, options: Options) -> Path:
 def _score(table: Clip | Glue, options: Options) -> Path:
     setup, moments = table.setup, options.out / "moments" if options.calibration else None
     merges = chosen(setup, options, moments)
+    table.sources.require_data()
     network, base, experts = table.opened()
     tasks = table.tasks()
     if isinstance(table, Clip) and moments is not None and REGMEAN in merges:

@@ -18,6 +18,7 @@ from benchmarks.papers.merges import CONFIGURATIONS, REGMEAN, TABLE_5, config_of
 from benchmarks.papers.published import BASE, BMM, OWN, PUBLISHED, published
 from benchmarks.papers.run import Options, run
 from benchmarks.papers.setups import EIGHT, FAMILIES, FOURTEEN, SETUPS, TWENTY, setup_named
+from benchmarks.papers.sources import SourceError, Sources
 from poe_merge.presets import PRESETS
 from poe_models.weights.loading import open_checkpoint
 from tests.papers.toys import IMAGES, TEXTS, made_up
@@ -138,6 +139,14 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         command.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_fetched_before_it_is_known_that_data_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SourceError, match="`datasets` is not installed"):
+        run(setup_named("clip-l14-8"), Sources(tmp_path / "empty"), quiet(tmp_path))
 
 
 def test_the_list_has_every_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

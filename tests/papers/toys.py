@@ -47,6 +47,10 @@ class MadeUp(Sources):
     data: Mapping[tuple[str, str | None, str], Rows] = field(default_factory=dict)
 
     @override
+    def require_data(self) -> None:
+        """Nothing is needed."""
+
+    @override
     def rows(self, data: Data) -> Rows:
         return self.data[data.name, data.config, data.split]
 
