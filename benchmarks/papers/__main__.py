@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.papers.harness import collect
 from benchmarks.papers.merges import configurations
 from benchmarks.papers.run import Options, run
 from benchmarks.papers.setups import SETUPS, Setup, setup_named
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--local", type=Path, metavar="FOLDER", help="models and data under their hub names")
     made.add_argument("--base", metavar="ID", help="another base, ORG/NAME or ORG/NAME@REVISION")
     made.add_argument("--expert", action="append", default=[], metavar="TASK=ID", help="another expert; repeatable")
+    made.add_argument("--collect", action="store_true", help="only write the table of what score.sh left (Llama)")
     made.add_argument("--out", type=Path, help="default: out/papers/SETUP")
     return made
 
@@ -79,7 +81,7 @@ def main() -> None:
             arguments.calibration,
             tell=lambda text: console.print(text, markup=False, highlight=False),
         )
-        path = run(setup, Sources(arguments.local), options)
+        path = collect(setup, options.out) if arguments.collect else run(setup, Sources(arguments.local), options)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(path.read_text(encoding="utf-8"))

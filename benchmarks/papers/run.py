@@ -100,7 +100,7 @@ def _write_script(llama: Llama, options: Options) -> Path:
         models[name] = llama.merge(name, configuration, options.out / "merges")
         options.tell(f"{name}: {models[name]}")
     path = options.out / "score.sh"
-    write_page(path, llama.script(models, options.out / "scores"))
+    write_page(path, llama.script(models, options.out))
     return path
 
 

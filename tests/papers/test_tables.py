@@ -93,9 +93,9 @@ def test_families_of_llama_are_merged_and_their_scoring_is_written_down(hub: Pat
         torch.testing.assert_close(model.state_dict()[name], wanted)
     lines = script.splitlines()
     assert lines[:2] == ["#!/bin/sh", "set -e"]
-    assert len(lines) == 2 + 5  # base, two experts, two merges
-    assert all("--tasks gsm8k_cot,truthfulqa,toxigen,winogender " in line for line in lines[2:])
-    assert str(tmp_path / "merges" / "InputGram-Cauchy") in lines[-1]
+    assert len(lines) == 2 + 5 + 1  # base, two experts, two merges; the table
+    assert all("--tasks gsm8k_cot,truthfulqa,toxigen,winogender " in line for line in lines[2:-1])
+    assert str(tmp_path / "merges" / "InputGram-Cauchy") in lines[-2]
 
 
 def test_the_whole_command_on_data_as_the_hub_has_them(
