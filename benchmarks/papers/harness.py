@@ -50,14 +50,13 @@ def collect(setup: Setup, out: Path) -> Path:
         ValueError: If no model was scored, or the table is scored without the harness.
     """
     if setup.kind != "chat":
-        raise ValueError(
-            f"--collect: {setup.name} is scored without lm_eval and writes its table itself. Leave it out."
-        )
+        raise ValueError(f"--collect: {setup.name} is scored without lm_eval, and its table is there. Leave it out.")
     places = sorted(path for path in (out / "scores").glob("*") if path.is_dir())
     if not places:
         raise ValueError(f"{out / 'scores'}: no scores. Run {out / 'score.sh'} first.")
     first = (BASE, *setup.tasks)
-    names = sorted((path.name for path in places), key=lambda name: first.index(name) if name in first else len(first))
+    rank = {name: number for number, name in enumerate(first)}
+    names = sorted((path.name for path in places), key=lambda name: rank.get(name, len(first)))
     found = {name: scores_in(out / "scores" / name) for name in names}
     keys = dict.fromkeys(key for scores in found.values() for key in scores)
     rows = [(*key, *(f"{found[name][key]:.4f}" if key in found[name] else "" for name in names)) for key in keys]

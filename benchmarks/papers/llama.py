@@ -67,15 +67,14 @@ class Llama:
             out: Folder of the run.
         """
         tasks = ",".join(task for family in self.setup.tasks for task in FAMILY_TASKS[family])
-        lines = [
-            f"lm_eval --model hf --model_args {shlex.quote(f'pretrained={model},dtype=bfloat16')} --tasks {tasks} "
-            f"--batch_size 8 --confirm_run_unsafe_code --output_path {shlex.quote(str(out / 'scores' / folder_name(name)))}"
-            for name, model in models.items()
-        ]
-        collect = shlex.join(
-            [sys.executable, "-m", "benchmarks.papers", self.setup.name, "--collect", "--out", str(out)]
-        )
-        return "\n".join(["#!/bin/sh", "set -e", *lines, collect, ""])
+        harness = ("lm_eval", "--model", "hf", "--tasks", tasks, "--batch_size", "8", "--confirm_run_unsafe_code")
+        lines = []
+        for name, model in models.items():
+            place = str(out / "scores" / folder_name(name))
+            words = ("--model_args", f"pretrained={model},dtype=bfloat16", "--output_path", place)
+            lines.append(shlex.join([*harness, *words]))
+        end = (sys.executable, "-m", "benchmarks.papers", self.setup.name, "--collect", "--out", str(out))
+        return "\n".join(["#!/bin/sh", "set -e", *lines, shlex.join(end), ""])
 
 
 def folder_name(name: str) -> str:
