@@ -62,6 +62,21 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     return setup if arguments.tasks is None else setup.of(arguments.tasks)
 
 
+def refuse_idle(arguments: argparse.Namespace) -> None:
+    """Refuse options that `--collect` has no use for.
+
+    Args:
+        arguments: Of the command.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    given = [key for key, value in vars(arguments).items() if value != parser().get_default(key)]
+    idle = [f"--{key}" for key in given if key not in ("setup", "collect", "out", "tasks")]
+    if arguments.collect and idle:
+        raise ValueError(f"{', '.join(idle)}: --collect only reads what is there. Leave it out.")
+
+
 def main() -> None:
     """Merge, score and write one table."""
     reader, console = parser(), Console(stderr=True)
@@ -70,6 +85,7 @@ def main() -> None:
         print(listing())
         return
     try:
+        refuse_idle(arguments)
         setup = setup_of(arguments)
         options = Options(
             arguments.out or Path("out/papers") / setup.name,

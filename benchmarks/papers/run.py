@@ -83,14 +83,27 @@ def run(setup: Setup, sources: Sources, options: Options) -> Path:
     Raises:
         ValueError: If the options do not fit the table, or something cannot be had.
     """
-    if options.calibration and setup.kind != "images":
-        raise ValueError(f"--calibration: RegMean is offered for CLIP, not for {setup.name}. Leave it out.")
+    _refuse_idle(setup, options)
     if setup.kind == "chat":
         return _write_script(Llama(setup, sources, options.device), options)
     if setup.kind == "texts":
         return _score(Glue(setup, sources, options.limit, options.seed, options.device), options)
     clip = Clip(setup, sources, options.limit, options.seed, options.device, workers=options.workers)
     return _score(clip, options)
+
+
+def _refuse_idle(setup: Setup, options: Options) -> None:
+    """Refuse options that a table has no use for."""
+    without = options.methods is not None and REGMEAN not in options.methods
+    idle = {
+        "--calibration": options.calibration and (without or setup.kind != "images"),
+        "--workers": options.workers and setup.kind != "images",
+        "--limit": options.limit is not None and setup.kind == "chat",
+        "--seed": options.seed and setup.kind == "chat",
+    }
+    named = ", ".join(option for option, given in idle.items() if given)
+    if named:
+        raise ValueError(f"{named}: {setup.name} has no use for it with these merges. Leave it out.")
 
 
 def _write_script(llama: Llama, options: Options) -> Path:

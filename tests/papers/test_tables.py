@@ -129,7 +129,10 @@ def test_the_whole_command_on_data_as_the_hub_has_them(
             "'RegMean': .* no such merge. RegMean needs --calibration",
         ),
         (["clip-b32-8-lora", "--methods", TABLE_5], "has no such merge"),
-        (["flan-t5-base-glue", "--calibration", "4"], "--calibration: RegMean is offered for CLIP"),
+        (["flan-t5-base-glue", "--calibration", "4"], "--calibration: flan-t5-base-glue has no use for it"),
+        (["clip-b32-8", "--calibration", "4", "--methods", "TIES"], "--calibration: clip-b32-8 has no use for it"),
+        (["llama-3b", "--limit", "4", "--seed", "1", "--workers", "2"], "--workers, --limit, --seed: llama-3b has no"),
+        (["llama-3b", "--collect", "--methods", "TIES"], "--methods, --local: --collect only reads"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
