@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import peft
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from typing_extensions import override
@@ -72,11 +73,8 @@ def make_clip(hub: Path, tasks: Sequence[str]) -> None:
     """CLIP with two layers, a full fine-tune and an adapter of its tower for each task."""
     folder = hub / SETUPS["clip-b32-8"].base.partition("@")[0]
     folder.mkdir(parents=True)
-    size, letters = (
-        {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        _letters(),
-    )
-    last = len(letters) - 1
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    letters, last = _letters(), len(_letters()) - 1
     text = {"vocab_size": len(letters), "max_position_embeddings": 77, "bos_token_id": last - 1, "eos_token_id": last}
     vision = {"image_size": 32, "patch_size": 16}
     config = transformers.CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=8)
@@ -100,18 +98,16 @@ def _letters() -> dict[str, int]:
 
 
 def _make_tower(clip: Any, hub: Path, task: str) -> None:
-    """The older files' names start with `vision_model.`, which today's transformers leaves out."""
+    """A fine-tune of the tower; the names in older files, here of mnist, start with `vision_model.`."""
     folder = hub / SETUPS["clip-b32-14"].experts[task]
-    tower = transformers.CLIPVisionModel(clip.config.vision_config)
-    tower.load_state_dict({name: value.clone() for name, value in clip.vision_model.state_dict().items()})
+    tower = copy.deepcopy(clip.vision_model)
     drift(tower, task)
-    tower.save_pretrained(folder)
-    state = load_file(folder / "model.safetensors")
+    clip.config.vision_config.save_pretrained(folder)
+    state = dict(tower.state_dict())
     if task == "mnist":
         positions = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
-        save_file(
-            {f"vision_model.{name}": value for name, value in state.items()} | positions, folder / "model.safetensors"
-        )
+        state = {f"vision_model.{name}": value for name, value in state.items()} | positions
+    save_file(state, folder / "model.safetensors")
     if task in SETUPS["clip-b32-8-lora"].experts:
         save_adapter(tower, hub / SETUPS["clip-b32-8-lora"].experts[task], ["q_proj", "v_proj"], task)
 
