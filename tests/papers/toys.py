@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from benchmarks.papers.setups import SETUPS
 from benchmarks.papers.sources import Data, Rows, Sources
 from tests.seeds import seed_of, seeded
 
-IMAGES, TEXTS = ("svhn", "mnist", "pcam"), ("cola", "mnli")
+IMAGES, TEXTS = ("svhn", "mnist", "pcam"), ("cola", "mnli", "stsb")
 WORDS = (
     "acceptable",
     "unacceptable",
@@ -176,13 +177,10 @@ def images_of(task: str, count: int = 40) -> list[dict[str, Any]]:
 def sentences_of(task: str, count: int = 12) -> list[dict[str, Any]]:
     """Sentences of one or two words, every label in turn."""
     kind = PROMPTS[task]
-    columns = [
-        column
-        for column in ("sentence", "premise", "hypothesis", "sentence1", "sentence2")
-        if f"{{{column}}}" in kind.text
-    ]
+    label_of = (lambda i: i % len(kind.answers)) if kind.answers else (lambda i: i / 2)
+    columns = re.findall(r"\{(\w+)\}", kind.text)
     return [
-        {**dict.fromkeys(columns, " ".join(WORDS[i % 5 :][: 1 + i % 2])), "label": i % len(kind.answers), "idx": i}
+        {**dict.fromkeys(columns, " ".join(WORDS[i % 5 :][: 1 + i % 2])), "label": label_of(i), "idx": i}
         for i in range(count)
     ]
 
