@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.papers.harness import collect
 from benchmarks.papers.merges import configurations
 from benchmarks.papers.run import Options, run
 from benchmarks.papers.setups import SETUPS, Setup, setup_named
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--local", type=Path, metavar="FOLDER", help="models and data under their hub names")
     made.add_argument("--base", metavar="ID", help="another base, ORG/NAME or ORG/NAME@REVISION")
     made.add_argument("--expert", action="append", default=[], metavar="TASK=ID", help="another expert; repeatable")
+    made.add_argument("--collect", action="store_true", help="only write the table of what score.sh left (Llama)")
     made.add_argument("--out", type=Path, help="default: out/papers/SETUP")
     return made
 
@@ -60,6 +62,21 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     return setup if arguments.tasks is None else setup.of(arguments.tasks)
 
 
+def refuse_idle(arguments: argparse.Namespace) -> None:
+    """Refuse options that `--collect` has no use for.
+
+    Args:
+        arguments: Of the command.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    given = [key for key, value in vars(arguments).items() if value != parser().get_default(key)]
+    idle = [f"--{key}" for key in given if key not in ("setup", "collect", "out", "tasks")]
+    if arguments.collect and idle:
+        raise ValueError(f"{', '.join(idle)}: --collect only reads what is there. Leave it out.")
+
+
 def main() -> None:
     """Merge, score and write one table."""
     reader, console = parser(), Console(stderr=True)
@@ -68,6 +85,7 @@ def main() -> None:
         print(listing())
         return
     try:
+        refuse_idle(arguments)
         setup = setup_of(arguments)
         options = Options(
             arguments.out or Path("out/papers") / setup.name,
@@ -79,7 +97,7 @@ def main() -> None:
             arguments.calibration,
             tell=lambda text: console.print(text, markup=False, highlight=False),
         )
-        path = run(setup, Sources(arguments.local), options)
+        path = collect(setup, options.out) if arguments.collect else run(setup, Sources(arguments.local), options)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(path.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ instructions; it is not part of this project. FusionBench (Tang et al., 2024) na
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,19 +60,21 @@ class Llama:
         return folder
 
     def script(self, models: Mapping[str, str | Path], out: Path) -> str:
-        """Shell commands that score models on every family.
+        """Shell commands that score models on every family, and then write the table.
 
         Args:
             models: Name to folder or hub id.
-            out: Folder of the harness's results.
+            out: Folder of the run.
         """
         tasks = ",".join(task for family in self.setup.tasks for task in FAMILY_TASKS[family])
-        lines = [
-            f"lm_eval --model hf --model_args {shlex.quote(f'pretrained={model},dtype=bfloat16')} --tasks {tasks} "
-            f"--batch_size 8 --confirm_run_unsafe_code --output_path {shlex.quote(str(out / folder_name(name)))}"
-            for name, model in models.items()
-        ]
-        return "\n".join(["#!/bin/sh", "set -e", *lines, ""])
+        harness = ("lm_eval", "--model", "hf", "--tasks", tasks, "--batch_size", "8", "--confirm_run_unsafe_code")
+        lines = []
+        for name, model in models.items():
+            place = str(out / "scores" / folder_name(name))
+            words = ("--model_args", f"pretrained={model},dtype=bfloat16", "--output_path", place)
+            lines.append(shlex.join([*harness, *words]))
+        end = (sys.executable, "-m", "benchmarks.papers", self.setup.name, "--collect", "--out", str(out))
+        return "\n".join(["#!/bin/sh", "set -e", *lines, shlex.join(end), ""])
 
 
 def folder_name(name: str) -> str:

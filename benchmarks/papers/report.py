@@ -53,7 +53,7 @@ def page(measured: Measured) -> str:
     """The table as Markdown, in percent; a published cell is empty where its number was not at hand."""
     setup, tasks = measured.setup, measured.setup.tasks
     lines = [f"# {setup.name}: {setup.about}", "", *measured.about, ""]
-    lines += _table(("method", "source", *tasks, "mean", "normalised", "NLL", "ECE"), _rows(measured))
+    lines += table(("method", "source", *tasks, "mean", "normalised", "NLL", "ECE"), _rows(measured))
     lines += ["", "Settings, as `poe-merge merge` takes them:", ""]
     lines += [f"- {name}: `{json.dumps(each)}`" for name, each in measured.configurations.items()]
     return "\n".join(lines) + "\n"
@@ -92,6 +92,15 @@ def _mean_of(scores: ModelScores, model: str, metric: str) -> str:
     return f"{scores.score(model, metric).value:.3f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, of which the first two columns are names.
+
+    Args:
+        heads: Of the columns.
+        rows: Cells.
+
+    >>> table(("task", "metric", "base"), [("gsm8k", "acc", ".5")])[1]
+    '| --- | --- | ---: |'
+    """
     bar = ["---", "---", *["---:"] * (len(heads) - 2)]
     return [f"| {' | '.join(cells)} |" for cells in (heads, bar, *rows)]

@@ -83,12 +83,27 @@ def run(setup: Setup, sources: Sources, options: Options) -> Path:
     Raises:
         ValueError: If the options do not fit the table, or something cannot be had.
     """
-    if options.calibration and setup.kind != "images":
-        raise ValueError(f"--calibration: RegMean is offered for CLIP, not for {setup.name}. Leave it out.")
+    _refuse_idle(setup, options)
     if setup.kind == "chat":
         return _write_script(Llama(setup, sources, options.device), options)
-    shared: tuple[Any, ...] = (setup, sources, options.limit, options.seed, options.device)
-    return _score(Clip(*shared, workers=options.workers) if setup.kind == "images" else Glue(*shared), options)
+    if setup.kind == "texts":
+        return _score(Glue(setup, sources, options.limit, options.seed, options.device), options)
+    clip = Clip(setup, sources, options.limit, options.seed, options.device, workers=options.workers)
+    return _score(clip, options)
+
+
+def _refuse_idle(setup: Setup, options: Options) -> None:
+    """Refuse options that a table has no use for."""
+    without = options.methods is not None and REGMEAN not in options.methods
+    idle = {
+        "--calibration": options.calibration and (without or setup.kind != "images"),
+        "--workers": options.workers and setup.kind != "images",
+        "--limit": options.limit is not None and setup.kind == "chat",
+        "--seed": options.seed and setup.kind == "chat",
+    }
+    named = ", ".join(option for option, given in idle.items() if given)
+    if named:
+        raise ValueError(f"{named}: {setup.name} has no use for it with these merges. Leave it out.")
 
 
 def _write_script(llama: Llama, options: Options) -> Path:
@@ -98,13 +113,14 @@ def _write_script(llama: Llama, options: Options) -> Path:
         models[name] = llama.merge(name, configuration, options.out / "merges")
         options.tell(f"{name}: {models[name]}")
     path = options.out / "score.sh"
-    write_page(path, llama.script(models, options.out / "scores"))
+    write_page(path, llama.script(models, options.out))
     return path
 
 
 def _score(table: Clip | Glue, options: Options) -> Path:
     setup, moments = table.setup, options.out / "moments" if options.calibration else None
     merges = chosen(setup, options, moments)
+    table.sources.require_data()
     network, base, experts = table.opened()
     tasks = table.tasks()
     if isinstance(table, Clip) and moments is not None and REGMEAN in merges:

@@ -90,16 +90,25 @@ class Sources:
                 "models by --local."
             ) from error
 
+    def require_data(self) -> Any:
+        """The package `datasets`, before anything is fetched.
+
+        Raises:
+            SourceError: If it is not installed.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise SourceError(f"data: the package `datasets` is not installed. {INSTALL}") from error
+        return datasets
+
     def rows(self, data: Data) -> Rows:
         """Rows of a split.
 
         Raises:
             SourceError: If `datasets` is not installed, or the split cannot be had.
         """
-        try:
-            import datasets
-        except ImportError as error:
-            raise SourceError(f"data {data.name}: the package `datasets` is not installed. {INSTALL}") from error
+        datasets = self.require_data()
         where = data.name if self.local is None else str(self.local / data.name)
         if self.local is not None and not Path(where).is_dir():
             raise SourceError(f"data {data.name}: {where} is not there. Put it there, or leave out --local.")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.papers.toys import IMAGES, TEXTS, make_clip, make_flan, make_llama
 
@@ -22,7 +23,7 @@ def _quiet_libraries() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         make_clip(folder, IMAGES)
         make_flan(folder, TEXTS)

@@ -126,6 +126,20 @@ def test_a_column_that_is_not_there_is_named(hub: Path) -> None:
         Glue(SETUP.of(("cola",)), sources).tasks()
 
 
+def test_answers_are_in_the_order_of_glues_labels() -> None:
+    """GLUE's names of the labels, of which "yes" is the one that says that the prompt's question holds."""
+    names = {
+        "mrpc": ("not_equivalent", "equivalent"),
+        "qnli": ("entailment", "not_entailment"),
+        "qqp": ("not_duplicate", "duplicate"),
+        "rte": ("entailment", "not_entailment"),
+    }
+    for task, labels in names.items():
+        assert PROMPTS[task].answers == tuple("no" if label.startswith("not_") else "yes" for label in labels)
+    same = {"cola": ("unacceptable", "acceptable"), "mnli": ("entailment", "neutral", "contradiction")}
+    assert {task: PROMPTS[task].answers for task in (*same, "sst2")} == {**same, "sst2": ("negative", "positive")}
+
+
 def test_every_task_has_a_prompt_with_its_columns() -> None:
     assert tuple(PROMPTS) == GLUE == SETUP.tasks
     counts = {task: len(prompt.answers) for task, prompt in PROMPTS.items()}

@@ -27,4 +27,4 @@ def test_every_command_of_the_page_is_one() -> None:
 def test_every_table_is_on_the_page() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "`python -m benchmarks.papers " in line]
     named = [name.rpartition(" ")[2] for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    assert [name for name in named if name != "score.sh"] == list(SETUPS)
+    assert [name for name in named if not name.endswith("score.sh")] == list(SETUPS)

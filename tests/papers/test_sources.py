@@ -61,7 +61,7 @@ def test_what_the_hub_says_is_one_line_with_the_id(monkeypatch: pytest.MonkeyPat
 
 def test_without_datasets_the_way_to_install_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SourceError, match=r'data org/data: .*not installed.*pip install "poe-merge\[papers\]"'):
+    with pytest.raises(SourceError, match=r'data: .*`datasets` is not installed.*pip install "poe-merge\[papers\]"'):
         Sources().rows(Data("org/data", "test"))
 
 

@@ -18,6 +18,7 @@ from benchmarks.papers.merges import CONFIGURATIONS, REGMEAN, TABLE_5, config_of
 from benchmarks.papers.published import BASE, BMM, OWN, PUBLISHED, published
 from benchmarks.papers.run import Options, run
 from benchmarks.papers.setups import EIGHT, FAMILIES, FOURTEEN, SETUPS, TWENTY, setup_named
+from benchmarks.papers.sources import SourceError, Sources
 from poe_merge.presets import PRESETS
 from poe_models.weights.loading import open_checkpoint
 from tests.papers.toys import IMAGES, TEXTS, made_up
@@ -73,13 +74,13 @@ def test_a_table_of_texts(hub: Path, tmp_path: Path) -> None:
     setup = setup_named("flan-t5-base-glue").of(TEXTS)
     found = rows_of(run(setup, made_up(hub), quiet(tmp_path, methods=[TABLE_5, "average"])))
     assert found["method", "source"] == [*TEXTS, "mean", "normalised", "NLL", "ECE"]
-    assert found["average", "FusionBench"] == ["69.7", "59.7", "", "", "", ""]
-    assert found[TABLE_5, "published"] == [""] * 6
+    assert found["average", "FusionBench"] == ["69.7", "59.7", "72.0", "", "", "", ""]
+    assert found[TABLE_5, "published"] == [""] * 7
     scores = pd.read_csv(tmp_path / "scores.csv")
     tasks = {task for task in scores["task"] if task != "mean"}
-    assert tasks == {*TEXTS, *(f"{task}, likelihood" for task in TEXTS)}
+    assert tasks == {*TEXTS, "cola, likelihood", "mnli, likelihood"}
     loss = scores[(scores.metric == "nll") & (scores.model == "average") & (scores.task == "mean")].value
-    assert f"{float(loss.iloc[0]):.3f}" == found["average", "here"][4]
+    assert f"{float(loss.iloc[0]):.3f}" == found["average", "here"][5]
 
 
 def test_families_of_llama_are_merged_and_their_scoring_is_written_down(hub: Path, tmp_path: Path) -> None:
@@ -92,9 +93,9 @@ def test_families_of_llama_are_merged_and_their_scoring_is_written_down(hub: Pat
         torch.testing.assert_close(model.state_dict()[name], wanted)
     lines = script.splitlines()
     assert lines[:2] == ["#!/bin/sh", "set -e"]
-    assert len(lines) == 2 + 5  # base, two experts, two merges
-    assert all("--tasks gsm8k_cot,truthfulqa,toxigen,winogender " in line for line in lines[2:])
-    assert str(tmp_path / "merges" / "InputGram-Cauchy") in lines[-1]
+    assert len(lines) == 2 + 5 + 1  # base, two experts, two merges; the table
+    assert all("--tasks gsm8k_cot,truthfulqa,toxigen,winogender " in line for line in lines[2:-1])
+    assert str(tmp_path / "merges" / "InputGram-Cauchy") in lines[-2]
 
 
 def test_the_whole_command_on_data_as_the_hub_has_them(
@@ -128,7 +129,10 @@ def test_the_whole_command_on_data_as_the_hub_has_them(
             "'RegMean': .* no such merge. RegMean needs --calibration",
         ),
         (["clip-b32-8-lora", "--methods", TABLE_5], "has no such merge"),
-        (["flan-t5-base-glue", "--calibration", "4"], "--calibration: RegMean is offered for CLIP"),
+        (["flan-t5-base-glue", "--calibration", "4"], "--calibration: flan-t5-base-glue has no use for it"),
+        (["clip-b32-8", "--calibration", "4", "--methods", "TIES"], "--calibration: clip-b32-8 has no use for it"),
+        (["llama-3b", "--limit", "4", "--seed", "1", "--workers", "2"], "--workers, --limit, --seed: llama-3b has no"),
+        (["llama-3b", "--collect", "--methods", "TIES"], "--methods, --local: --collect only reads"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -138,6 +142,14 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         command.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_fetched_before_it_is_known_that_data_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SourceError, match="`datasets` is not installed"):
+        run(setup_named("clip-l14-8"), Sources(tmp_path / "empty"), quiet(tmp_path))
 
 
 def test_the_list_has_every_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import peft
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from typing_extensions import override
@@ -24,7 +26,7 @@ from benchmarks.papers.setups import SETUPS
 from benchmarks.papers.sources import Data, Rows, Sources
 from tests.seeds import seed_of, seeded
 
-IMAGES, TEXTS = ("svhn", "mnist", "pcam"), ("cola", "mnli")
+IMAGES, TEXTS = ("svhn", "mnist", "pcam"), ("cola", "mnli", "stsb")
 WORDS = (
     "acceptable",
     "unacceptable",
@@ -45,6 +47,10 @@ class MadeUp(Sources):
     """A local folder whose data are in memory, so that `datasets` need not be there."""
 
     data: Mapping[tuple[str, str | None, str], Rows] = field(default_factory=dict)
+
+    @override
+    def require_data(self) -> None:
+        """Nothing is needed."""
 
     @override
     def rows(self, data: Data) -> Rows:
@@ -68,11 +74,8 @@ def make_clip(hub: Path, tasks: Sequence[str]) -> None:
     """CLIP with two layers, a full fine-tune and an adapter of its tower for each task."""
     folder = hub / SETUPS["clip-b32-8"].base.partition("@")[0]
     folder.mkdir(parents=True)
-    size, letters = (
-        {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        _letters(),
-    )
-    last = len(letters) - 1
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    letters, last = _letters(), len(_letters()) - 1
     text = {"vocab_size": len(letters), "max_position_embeddings": 77, "bos_token_id": last - 1, "eos_token_id": last}
     vision = {"image_size": 32, "patch_size": 16}
     config = transformers.CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=8)
@@ -96,18 +99,16 @@ def _letters() -> dict[str, int]:
 
 
 def _make_tower(clip: Any, hub: Path, task: str) -> None:
-    """The older files' names start with `vision_model.`, which today's transformers leaves out."""
+    """A fine-tune of the tower; the names in older files, here of mnist, start with `vision_model.`."""
     folder = hub / SETUPS["clip-b32-14"].experts[task]
-    tower = transformers.CLIPVisionModel(clip.config.vision_config)
-    tower.load_state_dict({name: value.clone() for name, value in clip.vision_model.state_dict().items()})
+    tower = copy.deepcopy(clip.vision_model)
     drift(tower, task)
-    tower.save_pretrained(folder)
-    state = load_file(folder / "model.safetensors")
+    clip.config.vision_config.save_pretrained(folder)
+    state = dict(tower.state_dict())
     if task == "mnist":
         positions = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
-        save_file(
-            {f"vision_model.{name}": value for name, value in state.items()} | positions, folder / "model.safetensors"
-        )
+        state = {f"vision_model.{name}": value for name, value in state.items()} | positions
+    save_file(state, folder / "model.safetensors")
     if task in SETUPS["clip-b32-8-lora"].experts:
         save_adapter(tower, hub / SETUPS["clip-b32-8-lora"].experts[task], ["q_proj", "v_proj"], task)
 
@@ -176,13 +177,10 @@ def images_of(task: str, count: int = 40) -> list[dict[str, Any]]:
 def sentences_of(task: str, count: int = 12) -> list[dict[str, Any]]:
     """Sentences of one or two words, every label in turn."""
     kind = PROMPTS[task]
-    columns = [
-        column
-        for column in ("sentence", "premise", "hypothesis", "sentence1", "sentence2")
-        if f"{{{column}}}" in kind.text
-    ]
+    label_of = (lambda i: i % len(kind.answers)) if kind.answers else (lambda i: i / 2)
+    columns = re.findall(r"\{(\w+)\}", kind.text)
     return [
-        {**dict.fromkeys(columns, " ".join(WORDS[i % 5 :][: 1 + i % 2])), "label": i % len(kind.answers), "idx": i}
+        {**dict.fromkeys(columns, " ".join(WORDS[i % 5 :][: 1 + i % 2])), "label": label_of(i), "idx": i}
         for i in range(count)
     ]
 
