@@ -75,7 +75,7 @@ def test_misspellings_are_answered(folder: Path, capsys: pytest.CaptureFixture[s
     assert run(["check", "Ties", "--not-promised", "permutatio"]) == 2
     assert "did you mean `permutation`?" in capsys.readouterr().err
     assert run(["check", "reg_mean"]) == 2
-    assert "it needs moments of data. Give their folder: `RegMean('statistics/activations')`" in capsys.readouterr().err
+    assert "it needs moments of data. Give their folder: `RegMean('moments/activations')`" in capsys.readouterr().err
     assert run(["check", "RegMean('any folder')"]) == 0
     assert run(["check", "Ties", "--model", "a.safetensors"]) == 2
     assert "base" in capsys.readouterr().err
