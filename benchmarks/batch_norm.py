@@ -1,7 +1,7 @@
 """What to do with BatchNorm's running statistics in a merge: keep the base's, average, or estimate them again.
 
 `python -m benchmarks.batch_norm` merges the experts of a suite with BatchNorm by task arithmetic, RegMean and
-`InputGram`, Cauchy, each with the treatments in `TREATMENTS`, and compares the accuracy of each with averaging,
+`InputGram`, Cauchy, each with the treatments in `TREATMENTS`, and compares the accuracy of each with averaging's,
 paired over test examples. λ is chosen on validation among `SCALINGS` for every row. Writes
 `benchmarks/results/batch_norm.md`.
 """
@@ -234,6 +234,9 @@ def report(
         f"Mean test scores over tasks; λ is chosen by validation accuracy among {scalings} for every row, the anchor's "
         f"relative precision is {ETA:g}. *NLL scaled*: logits divided by what minimises validation NLL. The last "
         "column is the accuracy less that of the method's first row, with 95 % intervals over test examples.",
+        "The frozen heads were fitted on features of the base with its own statistics, and the experts were tuned with "
+        "those of their batches: rows of the base say what other statistics do to the heads alone, rows of own experts "
+        "what an estimate from few images costs.",
         markdown_table([*header, "less the first"], body, left=4),
     ]) + "\n"  # fmt: skip
 

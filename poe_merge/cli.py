@@ -218,7 +218,10 @@ def batch_norm(
     device: Annotated[str, typer.Option(help="Where the network runs: cpu, cuda.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Write again what an interrupted run left.")] = False,
 ) -> None:
-    """Copy a merge, with running statistics of BatchNorm re-estimated on tasks' inputs; labels are not used."""
+    """Copy a merge, with running statistics of BatchNorm re-estimated on tasks' inputs; labels are not used.
+
+    Give one task whose batches have examples of all tasks: those of several tasks are run one task after the other.
+    """
     from poe_merge.batch_norm import reestimate
     from poe_merge.user_tasks import read_tasks
 

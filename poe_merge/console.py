@@ -120,6 +120,11 @@ def batch_norm(done: BatchNormReport) -> None:
     """Print how many statistics were re-estimated, and on what."""
     seen = ", ".join(f"{count} batches of {task}" for task, count in done.batches.items())
     console_for().print(shown(f"{done.out}: {len(done.tensors)} tensors re-estimated on {seen}."), soft_wrap=True)
+    if len(done.batches) > 1:
+        warning(
+            "every batch has examples of one task, which normalise it alone. For statistics of the mixture give one "
+            "task whose batches have examples of all: --tasks FILE.py:NAME."
+        )
 
 
 def report(done: MergeReport) -> None:

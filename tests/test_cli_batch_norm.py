@@ -34,6 +34,10 @@ def network(base):
 def tasks():
     return [Task(name, batches(seed)) for seed, name in enumerate(("one", "two"))]
 
+def mixed():
+    pairs = zip(batches(0), batches(1))
+    return [Task("mixture", [tuple(torch.cat(parts) for parts in zip(*pair)) for pair in pairs])]
+
 def empty():
     return [Task("one", [])]
 
@@ -80,7 +84,9 @@ def test_only_running_statistics_change_and_the_record_says_so(
 ) -> None:
     capsys.readouterr()
     assert run(list(AGAIN)) == 0
-    assert "3 tensors re-estimated on 3 batches of one, 3 batches of two" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "3 tensors re-estimated on 3 batches of one, 3 batches of two" in told.out
+    assert "give one task whose batches have examples of all" in " ".join(told.err.split())
     before, after = (load_file(folder / name / "model.safetensors") for name in ("merged", "again"))
     network = body()
     network.load_state_dict(before)
@@ -98,6 +104,18 @@ def test_only_running_statistics_change_and_the_record_says_so(
     card = (folder / "again" / "README.md").read_text()
     assert card.endswith("Running statistics of BatchNorm: re-estimated on inputs of one, two.\n")
     assert card.startswith((folder / "merged" / "README.md").read_text().rstrip())
+
+
+def test_one_task_of_mixed_batches_has_no_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run([*AGAIN[:3], "mine.py:mixed", *AGAIN[4:]]) == 0
+    assert capsys.readouterr().err == ""
+    network, found = body(), load_file(folder / "again" / "model.safetensors")
+    network.load_state_dict(load_file(folder / "merged" / "model.safetensors"))
+    mixed = [torch.cat(parts) for parts in zip(inputs(0), inputs(1), strict=True)]
+    expected = reestimate_batch_norm(network, mixed)
+    assert len(expected) == 3
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_commands_go_on_accepting_the_folder(folder: Path) -> None:
