@@ -130,7 +130,7 @@ def fitted(found: Mapping[str, Tensor], merged: Checkpoint, prefix: str) -> dict
     if not made:
         raise ValueError(
             f"{merged.source}: has none of the network's running statistics ({next(iter(found))} and others). They are "
-            "the base's then: save the base with its buffers, `state_dict()`, and merge again."
+            "the base's then: save the base with its buffers, and merge again."
         )
     odd = next((name for name, value in made.items() if not bool(value.isfinite().all())), None)
     if odd is not None:

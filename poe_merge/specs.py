@@ -258,9 +258,8 @@ def source_file(found: type) -> Path | None:
 
 def _prefix(found: type, kind: Kind[Any]) -> str:
     """Place from which a class can be imported again: ``module:``, ``/absolute/file.py:``, or nothing if built in."""
-    if found in kind.registry.values():
-        return ""
-    return f"{source_file(found) if found.__module__.startswith(_FILE_MODULE) else found.__module__}:"
+    own = f"{source_file(found) if found.__module__.startswith(_FILE_MODULE) else found.__module__}:"
+    return "" if found in kind.registry.values() else own
 
 
 def _takes_moments(found: type) -> bool:
@@ -317,8 +316,7 @@ def _usual(text: str, kind: Kind[Any]) -> str:
 
 
 def _unclosed(text: str) -> str:
-    missing = text.count("(") - text.count(")")
-    return ": a bracket is not closed" if missing > 0 else ""
+    return ": a bracket is not closed" if text.count("(") > text.count(")") else ""
 
 
 def _way_out(text: str, kind: Kind[Any]) -> str:

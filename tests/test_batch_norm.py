@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from inference import reestimate_batch_norm
+from inference.models.design import Design
+from inference.models.merge import merge_checkpoint
+from poe_models import (
+    DEFAULT_RULES,
+    CheckpointError,
+    Gaussian,
+    InputGram,
+    ProductOfExperts,
+    Rule,
+    TaskVectors,
+)
 from tests.helpers import assert_close
 from tests.seeds import seeded
 
@@ -219,3 +232,15 @@ def test_a_module_that_no_batch_reaches_is_named() -> None:
     network = nn.ModuleDict({"used": nn.BatchNorm1d(2), "idle": nn.BatchNorm1d(2)})
     with pytest.raises(ValueError, match=r"BatchNorm 'idle' was not reached by any batch\. Give a `forward`"):
         reestimate_batch_norm(network, [torch.rand(3, 2)], lambda model, batch: model["used"](batch))
+
+
+def test_a_merge_that_makes_a_variance_negative_is_refused(tmp_path: Path) -> None:
+    base = {"bn.running_var": torch.tensor([1.0, 1.0]), "fc.weight": torch.randn(4, 4, generator=seeded(3))}
+    tuned = {"bn.running_var": torch.tensor([0.1, 1.2]), "fc.weight": base["fc.weight"] + 0.1}
+    vectors = TaskVectors(base, {"a": tuned})
+    poe = ProductOfExperts.of(vectors.names, InputGram(), Gaussian())
+    with pytest.raises(CheckpointError, match=r"'bn.running_var': 1 of its variances are negative.*action: base"):
+        merge_checkpoint(vectors, Design(poe, scaling=2.0), tmp_path / "out")
+    kept = TaskVectors(base, {"a": tuned}, rules=DEFAULT_RULES.extended([Rule("running_", "base")]))
+    merge_checkpoint(kept, Design(poe, scaling=2.0), tmp_path / "kept")
+    assert torch.equal(load_file(tmp_path / "kept" / "model.safetensors")["bn.running_var"], base["bn.running_var"])

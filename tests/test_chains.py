@@ -52,7 +52,7 @@ def test_autoregressive_chains_have_the_sample_size_of_the_formula() -> None:
         noise[:, t] = rho * noise[:, t - 1] + (1 - rho**2) ** 0.5 * noise[:, t]
     expected = 8 * 4000 * (1 - rho) / (1 + rho)
     # Over 60 repetitions the estimate was 0.99 of it with a standard deviation of 0.05: six of these.
-    assert float(chains(noise).statistics.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.3)
+    assert float(chains(noise).summary.ess_bulk[0, 0]) == pytest.approx(expected, rel=0.3)
 
 
 def test_chains_apart_are_bad() -> None:

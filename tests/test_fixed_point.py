@@ -191,7 +191,8 @@ def test_the_released_algorithm_step_by_step_and_at_convergence(
     ours = plain_iterates(poe.bind(updates), torch.ones(1, 4, dtype=torch.float64))
     for mine, theirs in zip(itertools.islice(ours, 25), reference, strict=False):
         assert_close(mine[0], theirs, 1e-8)
-    converged = fixed_point(poe.bind(updates[0]), starts=["ones"])
+    # at 0.01 there are several minima, and accelerated steps may lead to another one than plain ones
+    converged = fixed_point(poe.bind(updates[0]), starts=["ones"], acceleration=gamma > 0.1, max_steps=3000)
     assert converged.converged
     assert float((reference[-1] - reference[-2]).norm()) < 1e-9
     assert_close(converged.value, reference[-1], 1e-8)

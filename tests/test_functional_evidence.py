@@ -67,7 +67,7 @@ def test_it_is_exact_where_everything_is_gaussian(experts: int) -> None:
     model = model_of(experts, Gaussian())
     posterior = posterior_of(model, Residual(scale=1.0), count=4)
     mode = minimize(posterior, model.start()).value
-    exact = by_quadrature(posterior, mode, points=161 if experts == 1 else 49, width=6.0)
+    exact = by_quadrature(posterior, mode, points=1281 if experts == 1 else 241, width=12.0)
     assert functional_evidence(posterior, mode) == pytest.approx(exact, abs=1e-3)
 
 

@@ -80,16 +80,18 @@ def test_the_check_is_independent_of_the_weights(generator: torch.Generator) -> 
 
 
 def test_a_merge_says_so(generator: torch.Generator, tmp_path: Path) -> None:
-    base = {"fc.weight": torch.randn(6, 5, generator=generator)}
-    experts = {name: {"fc.weight": torch.randn(6, 5, generator=generator)} for name in NAMES}
+    weights = [f"layers.{i}.weight" for i in range(6)]  # one of 30 stops so near that it is a minimum all the same
+    base = {each: torch.randn(6, 5, generator=generator) for each in weights}
+    experts = {name: {each: torch.randn(6, 5, generator=generator) for each in weights} for name in NAMES}
     options = SolverOptions(tolerance=0.9)
     report = merge_checkpoint(
         TaskVectors(base, experts),
         Design(ProductOfExperts.of(NAMES, InputGram(), Cauchy(), Balanced(0.1)), options=options),
         tmp_path / "out",
     )
-    assert report.status == {"no_minimum": 1}
-    assert report.not_converged == ("fc.weight",)
+    assert report.status["no_minimum"] >= 3
+    assert len(report.not_converged) == report.status["no_minimum"]
+    assert set(report.not_converged) <= set(weights)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def merge_batch(
         made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in batch.tensors)
     tensors, records = {}, []
     for tensor, value, modules in made:
+        _refuse_negative(tensor.name, value)
         rounded, rounding = _rounded(task_vectors, tensor, value)
         records.append(_record(tensor, rounding))
         before = task_vectors.base.read(tensor.name) if tensor.treatment.action != "base" else None
@@ -206,6 +207,16 @@ def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tu
     if kept:
         return rounded, None
     return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
+
+
+def _refuse_negative(name: str, value: Tensor) -> None:
+    """Refuse variances below zero, which λ above 1 makes of those of BatchNorm: the network would give nan."""
+    if name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
+        raise CheckpointError(
+            f"{name!r}: {int((value < 0).sum()):,} of its variances are negative in the merge, which goes beyond the "
+            "experts' (scaling above 1, or importance below 0). Keep running statistics at the base's by the rule "
+            "{match: running_, action: base}, or lower the scaling; `poe-merge batch-norm` estimates them again."
+        )
 
 
 def refuse_overflow(what: str, kept: Tensor | None, rounded: Tensor) -> None:

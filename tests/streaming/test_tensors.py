@@ -155,19 +155,21 @@ def test_half_precision_stays_and_its_rounding_is_counted(dtype: torch.dtype, mo
     merged = load_file(out / "model.safetensors")
     base = load_file(Path(vectors.base.source) / "model.safetensors")
     assert {t.dtype for t in merged.values()} == {dtype, torch.int64}
-    changed = [name for name in SHAPES if name not in ("embed.weight", "layers.0.mlp.bias")]
-    back = sum(int((merged[name] == base[name]).sum()) for name in changed)
-    updated = sum(math.prod(SHAPES[name]) for name in SHAPES)
-    averaged = sum(int((merged[n] == base[n]).sum()) for n in SHAPES if n not in changed)
-    assert (report.updated, report.rounded_back) == (updated, back + averaged)
+    # in half precision the updates of an entry are zero at times, or cancel in the mean: no merge changes it
+    updates = {n: torch.stack([e.read(n).float() - base[n].float() for e in vectors.experts.values()]) for n in SHAPES}
+    averaged = ("embed.weight", "layers.0.mlp.bias")
+    changed = {n: (u.sum(0) if n in averaged else u.abs().sum(0)) != 0 for n, u in updates.items()}
+    updated = sum(int(each.sum()) for each in changed.values())
+    back = sum(int(((merged[name] == base[name]) & changed[name]).sum()) for name in SHAPES)
+    assert updated > 0.9 * sum(map(math.prod, SHAPES.values()))
+    assert (report.updated, report.rounded_back) == (updated, back)
     assert 0 < back < updated
-    share = f"{(back + averaged) / updated:.1%}"
-    assert f"Rounding left {share} of the {updated:,} changed weights" in (out / "README.md").read_text()
-    assert record_of(out)["summary"]["rounding"] == {"updated": updated, "rounded_back": back + averaged}
+    assert f"Rounding left {back / updated:.1%} of the {updated:,} changed weights" in (out / "README.md").read_text()
+    assert record_of(out)["summary"]["rounding"] == {"updated": updated, "rounded_back": back}
     (record,) = (r for r in record_of(out)["tensors"] if r["tensor"] == "head.weight")
     assert record["rounding"] == {
-        "updated": 40,
-        "rounded_back": int((merged["head.weight"] == base["head.weight"]).sum()),
+        "updated": int(changed["head.weight"].sum()),
+        "rounded_back": int(((merged["head.weight"] == base["head.weight"]) & changed["head.weight"]).sum()),
     }
 
 
