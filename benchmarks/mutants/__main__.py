@@ -147,7 +147,8 @@ def main() -> None:
     finally:
         known = [with_stored(result, OUT, False) for result in every]
         options = f"--per-file {arguments.per_file} --seed {arguments.seed} --seconds {arguments.seconds:g}"
-        arguments.out.write_text(markdown([r for r in known if len(r.open) < len(r.tried)], options), encoding="utf-8")
+        judged = [r for r in known if r.count("killed", "timed out", "survived", "not reached")]
+        arguments.out.write_text(markdown(judged, options), encoding="utf-8")
 
 
 if __name__ == "__main__":
