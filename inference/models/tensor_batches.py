@@ -58,9 +58,8 @@ def merge_batch(
         rounded, rounding = _rounded(task_vectors, tensor, value)
         records.append(_record(tensor, rounding))
         before = task_vectors.base.read(tensor.name) if tensor.treatment.action != "base" else None
-        if before is not None and torch.equal(
-            value, before.to(value)
-        ):  # no update: the base's very bits, and sign of 0
+        if before is not None and torch.equal(value, before.to(value)):
+            # no update: the base's very bits, the sign of zero among them
             rounded = before.to(rounded).clone(memory_format=torch.contiguous_format)
         if before is not None and torch.equal(rounded, before.to(rounded)):
             records[-1]["equals_base"] = True
