@@ -101,7 +101,7 @@ def test_flags_exist() -> None:
 
 
 def test_flags_of_a_command_that_is_named_are_its_own() -> None:
-    calls = matches(r"poe-merge ([a-z]+)([^`.;]*)`")
+    calls = matches(r"poe-merge ([a-z-]+)([^`.;]*)`")
     assert calls
     for where, (command, rest) in calls:  # type: ignore[misc]
         assert command in flags(), where
