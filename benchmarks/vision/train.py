@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,16 +67,21 @@ def make_suite(
     )
 
 
-def main() -> None:
-    """Make the suite and print the accuracies."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def main(make: Callable[..., Suite] = make_suite, kind: type[Recipe] = Recipe) -> None:
+    """Make a suite of the images and print the accuracies.
+
+    Args:
+        make: Makes it.
+        kind: Its recipe.
+    """
+    parser = argparse.ArgumentParser(description="Make the suite and print the accuracies.")
     parser.add_argument("--seed", type=int, default=0, help="order of the training images")
     parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
     parser.add_argument("--device", default="cpu", help="where to train")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # see `parallel`
     console = Console()
-    suite = make_suite(Recipe(seed=arguments.seed), arguments.cache, console, arguments.device)
+    suite = make(kind(seed=arguments.seed), arguments.cache, console, arguments.device)
     training.show_suite(suite, console)
 
 

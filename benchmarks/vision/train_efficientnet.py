@@ -6,7 +6,6 @@ normalises by its batch while experts are tuned, so that every expert has runnin
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,18 +78,5 @@ def make_suite(
     )
 
 
-def main() -> None:
-    """Make the suite and print the accuracies."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="order of the training images")
-    parser.add_argument("--cache", type=Path, default=None, help="cache folder (default: the user's)")
-    parser.add_argument("--device", default="cpu", help="where to train")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # see `parallel`
-    console = Console()
-    suite = make_suite(Recipe(seed=arguments.seed), arguments.cache, console, arguments.device)
-    training.show_suite(suite, console)
-
-
 if __name__ == "__main__":
-    main()
+    train.main(make_suite, Recipe)
