@@ -371,6 +371,9 @@ def require_known(config: MergeConfig, *, functional: bool) -> None:
     tasks, given = config.functional.tasks, sorted(config.functional.model_fields_set)
     if tasks is None and given:
         raise ConfigError(f"functional.{given[0]}: it is about experts on predictions. Give their --tasks.")
+    usual = FunctionalParameters().patience  # which a record's configuration spells out
+    if config.functional.patience != usual and not config.functional.held_out:
+        raise ConfigError("functional.patience: it is about inputs that are held out. Give --held-out, such as 0.25.")
     if tasks is not None and not functional:
         raise ConfigError(
             "functional.tasks: this command knows only experts in weight space. Leave `functional` out, or use `merge` "

@@ -248,6 +248,7 @@ def test_plan_says_what_memory_it_takes_and_runs_nothing(folder: Path, capsys: p
         (["--tasks", "mine.py", "--held-out", "0.01"], "0.01 of the 20 inputs of 'a' is 0"),
         (["--tasks", "mine.py", "--held-out", "1"], "1 of the 20 inputs of 'a' is 20"),
         (["--tasks", "mine.py", "--held-out", "25"], "For 25 % write 0.25"),
+        (["--tasks", "mine.py", "--patience", "3"], "functional.patience: it is about inputs that are held out"),
     ],
 )
 def test_one_message_for_a_mistake(
