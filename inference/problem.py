@@ -216,5 +216,4 @@ class Problem:
 
 def _relative(step: Tensor, x: Tensor) -> Tensor:
     """Length of a step relative to ``x``, ``(M,)``; 0 of none."""
-    size = sum_of_squares(step).sqrt()
-    return torch.where(size > 0, size / sum_of_squares(x).sqrt().clamp(min=torch.finfo(torch.float64).tiny), size)
+    return sum_of_squares(step).sqrt() / sum_of_squares(x).sqrt().clamp(min=torch.finfo(torch.float64).tiny)

@@ -46,14 +46,15 @@ def lengths(values: Tensor) -> Tensor:
     return values.square().sum((-2, -1)).sqrt()
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-4])
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("center", [None, average])
 def test_the_gradient_is_relative_to_the_sum_of_its_parts(
-    temperature: float, center: Any, generator: torch.Generator
+    temperature: float, center: Any, unit: float, generator: torch.Generator
 ) -> None:
-    updates = random_updates(generator, 2, 3, 4, 5)
+    updates = unit * random_updates(generator, 2, 3, 4, 5)
     posterior = product_of(temperature, center).bind(updates)
-    start = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    start = unit * torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
     found = minimize(posterior, start, tolerance=1e9)  # content with any point
     assert torch.equal(found.value, start)
     parts = parts_at(start, updates, 0.0 if center is None else average(updates))

@@ -85,14 +85,20 @@ def test_a_factored_matrix_is_used_again_for_the_same_weights_only(generator: to
     assert Problem(problem.posterior, problem.quadratic).precision_near(weights) is not kept
 
 
-def test_the_anchors_part_of_the_gradient_is_its_pull(generator: torch.Generator) -> None:
-    """``eta |x|`` over the length of the experts' weighted pulls."""
-    problem = problem_of(random_updates(generator, 2, 3, 4, 5))
-    point = problem.at(torch.randn(2, 4, 5, generator=generator, dtype=torch.float64))
+@pytest.mark.parametrize("unit", [1.0, 1e3])
+def test_both_parts_of_the_gradient_are_relative_to_the_pulls(unit: float, generator: torch.Generator) -> None:
+    """``|H x - b|`` and ``eta |x|`` over ``|b|``, the length of the experts' weighted pulls, whatever it is."""
+    problem = problem_of(random_updates(generator, 2, 3, 4, 5) * unit, eta=0.3 / unit**2)
+    point = problem.at(torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) * unit)
     weights = point.log_weights.exp()
     b = sum(weights[:, i, None, None] * pull for i, pull in enumerate(problem.pulls))
-    expected = 0.3 * point.x.square().sum((1, 2)).sqrt() / b.square().sum((1, 2)).sqrt()  # type: ignore[union-attr]
-    assert_close(problem.gradient(point).anchor, expected, 1e-10)
+    hx = 0.3 / unit**2 * point.x
+    for i, operator in enumerate(problem.quadratic.operators):
+        hx = hx + weights[:, i, None, None] * operator.apply(point.x)
+    length = b.square().sum((1, 2)).sqrt()  # type: ignore[union-attr]
+    found = problem.gradient(point)
+    assert_close(found.norm, (hx - b).square().sum((1, 2)).sqrt() / length, 1e-10)
+    assert_close(found.anchor, 0.3 / unit**2 * point.x.square().sum((1, 2)).sqrt() / length, 1e-10)
 
 
 def test_weights_without_a_solution_give_way_to_the_plain_ones(

@@ -136,6 +136,7 @@ def test_draws_have_the_coefficients_of_their_modules(tied: str | None) -> None:
     found = model.draws(draws, model.start())
     places = [0, 0, 0] if tied == "" else [0, 1, 2]
     assert found.modules == ("0.weight", "2.weight", "4.weight")
+    assert found.followers == {"0.bias": "0.weight", "2.bias": "2.weight", "4.bias": "4.weight"}  # none for the norm's
     assert_close(found.coefficients, posterior.coefficients(values)[:, :, places], 1e-12)
     member = model.weights(posterior.coefficients(values[1, 2]))
     for place, name in enumerate(found.modules):
@@ -153,6 +154,24 @@ def test_digests_are_of_one_experts_weights() -> None:
     assert all(frozen.fingerprint(name) != digests[name] for name in NAMES)
     with pytest.raises(ValueError, match="no such task vector"):
         model.fingerprint("merge")
+
+
+def test_digests_are_of_the_weights_around_the_checkpoint_too() -> None:
+    """A head that no checkpoint has gives outputs as well; what the checkpoint has comes from it."""
+    base, experts = states_of()
+    poe = ProductOfExperts.of(NAMES, InputGram(), Cauchy(), NormScaled(0.7))
+
+    def digest(part: str, moved: float) -> str:
+        torch.manual_seed(3)
+        network = nn.ModuleDict({"backbone": network_of(), "head": nn.Linear(4, 2)})
+        with torch.no_grad():
+            network.get_parameter(part).add_(moved)
+        return SpanModel(network, TaskVectors(base, experts), poe, prefix="backbone.").fingerprint("a")
+
+    known = digest("head.weight", 0.0)
+    assert digest("head.weight", 0.0) == known
+    assert digest("head.weight", 0.1) != known
+    assert digest("backbone.2.weight", 0.1) == known
 
 
 def test_a_model_is_named_by_its_parts() -> None:

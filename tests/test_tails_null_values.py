@@ -196,9 +196,13 @@ def test_units_leave_zeros_out() -> None:
     assert not columns.any()
 
 
-def test_experts_that_depend_on_each_other_have_a_root_of_lower_rank() -> None:
-    factors = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e4])
+def test_experts_that_depend_on_each_other_have_a_root_of_lower_rank(unit: float) -> None:
+    factors = unit * torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
     root = _root(factors @ factors.mT)
     assert root.shape == (3, 2)
     assert_close(root @ root.mT, factors @ factors.mT, 1e-12)
+
+
+def test_experts_of_no_length_have_no_root() -> None:
     assert _root(torch.zeros(2, 2, dtype=torch.float64)).shape == (2, 0)
