@@ -3,8 +3,9 @@
 `python -m benchmarks.ranking` merges the experts of each suite and training seed by designs of two residual maps and by
 the rules of the literature, each at several λ, and judges every merge by the mean divergence of its predictions from
 the own experts' on validation inputs (no labels), by the design's log evidence (no labels, no inputs), and by accuracy
-on 8, 32 and 128 validation labels a task. Test scores say who ranks best. Every merge is kept on its own under
-`out/ranking`, so that an interrupted run goes on; writes `benchmarks/results/ranking.md` and a CSV.
+on 8, 32 and 128 validation labels a task. Test scores say who ranks best. Every merge and every evidence is kept on its
+own under `out/ranking`, so that an interrupted run goes on, and one with `--samples 0`, which leaves the evidence out,
+gives its merges to one with it; writes `benchmarks/results/ranking.md` and a CSV.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,8 +50,8 @@ class Row:
     Args:
         name: Of the design or rule.
         scaling: λ.
-        evidence: Of the design in nats; nan where it has none, or λ is not 1.
-        residual_map: Of the design; evidences of one map compare.
+        evidence: Of the design in nats; nan where it has none or none was asked for, or λ is not 1.
+        residual_map: Of the design; evidences of one map compare. None of a rule.
         divergence: From the own experts on all validation inputs, nats.
         divergence_few: The same on `INPUTS` a task.
         few_labels: Number of labels a task to the validation accuracy on each of the random subsets.
@@ -98,7 +99,7 @@ def rows_of(
         seed: Of importance samples and of subsets.
         folder: Where merges are kept, one file each.
         scalings: Each λ.
-        samples: Importance samples of the evidence.
+        samples: Importance samples of the evidence; 0 leaves it out.
         tell: Called with each merge before it is judged.
     """
     loaded, exact = Loaded(suite.vectors()), suite.vectors(torch.float64)
@@ -114,11 +115,13 @@ def rows_of(
                 (row,) = compare_designs({name: poe}, exact, generator=generator, samples=samples).rows
                 return row.evidence.total
 
-            own_evidence = kept(folder / f"evidence-{key_of(map_name, name)}.json", evidence)
+            place = folder / f"evidence-{key_of(map_name, name, samples)}.json"
+            known = kept(place, evidence) if samples else math.nan
             method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
-            found += _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell, own_evidence, map_name)
+            for row in _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell):
+                found.append(replace(row, residual_map=map_name, evidence=known if row.scaling == 1.0 else math.nan))
     for method in (*BASELINES, *RULES):
-        found += _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell, math.nan, "")
+        found += _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell)
     return found
 
 
@@ -131,10 +134,8 @@ def _at_scalings(
     folder: Path,
     scalings: Sequence[float],
     tell: Callable[[str], None],
-    evidence: float,
-    residual_map: str,
 ) -> list[Row]:
-    """One merge at every λ, solved once if any of them is missing."""
+    """One merge at every λ, solved once if any of them is missing; without its evidence."""
     solved: list[Merge] = []
     found = []
     for scaling in scalings:
@@ -144,22 +145,14 @@ def _at_scalings(
             if not solved:
                 solved.append(solve(method, loaded, 0.0))
             state = solved[0].state(scaling)
-            known = evidence if scaling == 1.0 else math.nan
-            return asdict(_judged(suite, state, own, seed, method.name, scaling, known, residual_map))
+            return asdict(_judged(suite, state, own, seed, method.name, scaling))
 
         found.append(Row(**kept(folder / f"{key_of(method.name, scaling)}.json", make)))
     return found
 
 
 def _judged(
-    suite: Suite,
-    state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    seed: int,
-    name: str,
-    scaling: float,
-    evidence: float,
-    residual_map: str,
+    suite: Suite, state: Mapping[str, Tensor], own: Mapping[str, Tensor], seed: int, name: str, scaling: float
 ) -> Row:
     """What the judges see of one merge, and its test scores."""
     validation, test = (task_logits(suite, state, split) for split in ("validation", "test"))
@@ -170,8 +163,8 @@ def _judged(
     return Row(
         name,
         scaling,
-        evidence,
-        residual_map,
+        math.nan,
+        "",
         _divergence(validation, own),
         _divergence({t: validation[t][few[t]] for t in own}, {t: own[t][few[t]] for t in own}),
         {str(count): [_accuracy(right, count, seed + 1 + draw) for draw in range(SUBSETS)] for count in LABELS},
@@ -203,7 +196,7 @@ def judged(rows: Sequence[Row]) -> list[Judged]:
     ]
     for name in MAPS:
         own = [row for row in rows if row.residual_map == name and not math.isnan(row.evidence)]
-        if not own:  # λ = 1 was not asked for
+        if not own:  # λ = 1 or the evidence was not asked for
             continue
         found.append(_ranking(f"evidence, {name}", own, [row.evidence for row in own]))
         found.append(_ranking(f"functional score, the same {name}", own, [-row.divergence for row in own]))
@@ -270,14 +263,19 @@ def main() -> None:
     """Measure and write the page."""
     parser = suite_parser(__doc__, "ranking", "subsets and samples", (0,))
     parser.add_argument("--scalings", type=float, nargs="+", default=list(SCALINGS), help="each λ")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples of the evidence")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples of the evidence; 0 for none")
+    parser.add_argument("--validation", type=int, default=None, help="most validation examples of a task")
+    parser.add_argument("--test", type=int, default=None, help="most test examples of a task")
     arguments = parser.parse_args()
+    limits = arguments.validation, arguments.test
     torch.set_num_threads(1)  # see `parallel`
     console, runs, machines = Console(), {}, []
     for name in arguments.suites:
         for seed in arguments.seeds:
             suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
-            folder = arguments.kept / f"{name}-{seed}-{key_of(suite.key, arguments.samples, LABELS, SUBSETS, INPUTS)}"
+            suite = suite.limited(*limits)
+            settings = key_of(suite.key, limits, LABELS, SUBSETS, INPUTS)
+            folder = arguments.kept / f"{name}-{seed}-{settings}"
 
             def tell(text: str, name: str = name, seed: int = seed) -> None:
                 console.print(f"{name}, seed {seed}: {text}", highlight=False)

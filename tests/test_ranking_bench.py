@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_merges_are_judged_once_and_kept(
     again: list[str] = []
     same = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), 200, again.append)
     assert again == []
+    bare = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), 0, again.append)
+    assert again == []
+    assert [replace(each, evidence=0.0) for each in bare] == [replace(each, evidence=0.0) for each in rows]
+    assert all(math.isnan(each.evidence) for each in bare)
+    assert [each.judge for each in judged(bare)] == [each.judge for each in judged(rows) if "Gram" not in each.judge]
     assert [each.divergence for each in same] == [each.divergence for each in rows]
     text = report({("toy", 0): rows}, ["an abacus"], "the command")
     assert "| toy | 0 | functional score, all inputs | 10 |" in text
