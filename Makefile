@@ -66,6 +66,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional_evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_few
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_sampling

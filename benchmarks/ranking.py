@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -191,24 +192,43 @@ def _subset(total: int, count: int, seed: int) -> Tensor:
 def judged(rows: Sequence[Row]) -> list[Judged]:
     """How every judge ranks the merges of one run."""
     found = [
-        _ranking("functional score, all inputs", rows, [-row.divergence for row in rows]),
-        _ranking(f"functional score, {INPUTS} inputs", rows, [-row.divergence_few for row in rows]),
+        ranking_of("functional score, all inputs", rows, [-row.divergence for row in rows]),
+        ranking_of(f"functional score, {INPUTS} inputs", rows, [-row.divergence_few for row in rows]),
     ]
     for name in MAPS:
         own = [row for row in rows if row.residual_map == name and not math.isnan(row.evidence)]
         if not own:  # λ = 1 or the evidence was not asked for
             continue
-        found.append(_ranking(f"evidence, {name}", own, [row.evidence for row in own]))
-        found.append(_ranking(f"functional score, the same {name}", own, [-row.divergence for row in own]))
+        found.append(ranking_of(f"evidence, {name}", own, [row.evidence for row in own]))
+        found.append(ranking_of(f"functional score, the same {name}", own, [-row.divergence for row in own]))
     for count in LABELS:
         name = f"accuracy on {count} labels"
-        each = [_ranking(name, rows, [row.few_labels[str(count)][draw] for row in rows]) for draw in range(SUBSETS)]
+        each = [ranking_of(name, rows, [row.few_labels[str(count)][draw] for row in rows]) for draw in range(SUBSETS)]
         means = [sum(getattr(one, key) for one in each) / SUBSETS for key in ("with_accuracy", "with_nll", "regret")]
         found.append(Judged(name, len(rows), *means))
     return found
 
 
-def _ranking(judge: str, rows: Sequence[Row], values: Sequence[float]) -> Judged:
+class Scored(Protocol):
+    """A merge whose test scores are known."""
+
+    @property
+    def accuracy(self) -> float:
+        """On test, mean over tasks."""
+
+    @property
+    def nll(self) -> float:
+        """On test, nats."""
+
+
+def ranking_of(judge: str, rows: Sequence[Scored], values: Sequence[float]) -> Judged:
+    """How one judge ranks merges.
+
+    Args:
+        judge: Its name.
+        rows: The merges.
+        values: What it says of each, the higher the better.
+    """
     said = torch.tensor(values, dtype=torch.float64)
     accuracy = torch.tensor([row.accuracy for row in rows], dtype=torch.float64)
     nll = torch.tensor([row.nll for row in rows], dtype=torch.float64)

@@ -205,6 +205,15 @@ class DenseLaplace:
         """Approximate log of the integral of ``exp(-E / T)`` over all latents in nats, a scalar."""
         return self._log_volume() - self.posterior.joint_energy(self.mode) / self.posterior.temperature
 
+    def decrement(self, gradient: Tensor) -> float:
+        """Newton's decrement ``g^T H^-1 g / 2`` in nats: how far the quadratic model falls from ``x*`` to its minimum.
+
+        Args:
+            gradient: Of ``E`` at ``x*``, ``(M, *event)``.
+        """
+        slope = gradient.double().reshape(-1, 1) / self.posterior.fixed_temperature
+        return float(sum_of_squares(self.precision.whiten(self.vectors.mT @ slope))) / 2
+
     def standard_deviations(self) -> Tensor:
         """Marginal standard deviations, ``(M, *event)``."""
         variance = self.vectors.square() @ self.precision.inverse_diagonal()

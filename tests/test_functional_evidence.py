@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from inference.functional import (
     functional,
     functional_evidence,
 )
+from inference.functional.evidence import _warn
 from inference.minimize import minimize
 from poe_models import Cauchy, Energy, Gaussian, Identity, ProductOfExperts, TaskVectors
 from poe_models.posterior import Posterior
@@ -69,6 +71,30 @@ def test_it_is_exact_where_everything_is_gaussian(experts: int) -> None:
     mode = minimize(posterior, model.start()).value
     exact = by_quadrature(posterior, mode, points=1281 if experts == 1 else 241, width=12.0)
     assert functional_evidence(posterior, mode) == pytest.approx(exact, abs=1e-3)
+
+
+@pytest.mark.parametrize(("moved", "far"), [(0.0, False), (0.01, False), (2.0, True)])
+def test_a_point_beside_the_mode_has_the_evidence_of_its_quadratic_model(moved: float, far: bool) -> None:
+    """Which is the mode's, exactly, where everything is Gaussian; Newton's decrement is what the energy falls."""
+    model = model_of(2, Gaussian())
+    posterior = posterior_of(model, Residual(scale=1.0), count=4)
+    mode = minimize(posterior, model.start()).value.double()
+    point = mode + moved * torch.randn(mode.shape, generator=seeded(3), dtype=torch.float64)
+    at_mode = functional_evidence(posterior, mode)
+    falls = float(posterior.joint_energy(point) - posterior.joint_energy(mode))
+    assert (falls > 3) == far
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert functional_evidence(posterior, point) == pytest.approx(at_mode, abs=1e-6)
+    assert [f"the point is {falls:.3g} nats above" in str(each.message) for each in said] == [True] * far
+
+
+def test_an_evidence_above_zero_is_said_to_be_none() -> None:
+    with pytest.warns(UserWarning, match="2.5 nats, and no evidence of divergences is above 0"):
+        _warn(2.5, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn(-2.5, 2.9)
 
 
 @pytest.mark.parametrize("experts", [1, 2])

@@ -18,7 +18,9 @@ from benchmarks.harness.suite import Head, Suite
 from diagnostics import functional_score
 from inference.functional import SpanModel, fit, functional, functional_laplace
 from inference.logit_temperature import fit_ensemble_temperature, scaled_mean
+from inference.solution import FitInfo, Solution
 from poe_models import Cauchy, Expert, InputGram, ProductOfExperts
+from poe_models.posterior import Posterior
 
 IMPORTANCE = 0.1
 """Of the weight-space experts beside one nat for each nat of divergence."""
@@ -100,22 +102,10 @@ class Predictions:
         Yields:
             Each row when it is done.
         """
-        names = self.vectors.vectors.names
-        experts = tuple(Expert(each, InputGram(), Cauchy(), importance=IMPORTANCE) for each in names)
-        model = SpanModel(self.suite.model(self.suite.base), self.vectors.vectors, ProductOfExperts(experts), merged)
+        model, posterior = self.posterior(merged)
         yield self._line(name, [model.weights(model.coefficients({"merge": 1.0}))], float("nan"))
-        factors = [
-            functional(task, model, self.inputs[task], Through(self.suite.heads[task])) for task in self.suite.tasks
-        ]
-        posterior, began = model.posterior(*factors), time.process_time()
-        solution = fit(
-            posterior,
-            model.start(),
-            generator=torch.Generator().manual_seed(self.seed),
-            steps=STEPS,
-            batch_size=BATCH,
-            learning_rate=LEARNING_RATE,
-        )
+        began = time.process_time()
+        solution = self.fitted(model, posterior)
         spent = time.process_time() - began
         at = model.weights(posterior.coefficients(solution.value))
         yield self._line(f"{name} + predictions, MAP", [at], spent)
@@ -125,6 +115,33 @@ class Predictions:
             members = [model.weights(posterior.coefficients(draw)) for draw in draws.values[0]]
             spent = time.process_time() - began
             yield self._line(f"{name} + predictions, Laplace at T = 1", members, spent)
+
+    def posterior(
+        self, merged: Mapping[str, Tensor] | None, importance: float = IMPORTANCE
+    ) -> tuple[SpanModel, Posterior]:
+        """The network in the span through a centre, and the posterior of all experts there.
+
+        Args:
+            merged: The centre's merged updates by module; None for the MAP of the weight-space product.
+            importance: Of the experts in weight space.
+        """
+        names = self.vectors.vectors.names
+        experts = tuple(Expert(each, InputGram(), Cauchy(), importance=importance) for each in names)
+        model = SpanModel(self.suite.model(self.suite.base), self.vectors.vectors, ProductOfExperts(experts), merged)
+        heads = {task: Through(self.suite.heads[task]) for task in self.suite.tasks}
+        return model, model.posterior(*(functional(t, model, self.inputs[t], head) for t, head in heads.items()))
+
+    def fitted(self, model: SpanModel, posterior: Posterior) -> Solution[FitInfo]:
+        """The MAP, from the centre."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return fit(
+            posterior,
+            model.start(),
+            generator=generator,
+            steps=STEPS,
+            batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+        )
 
     def _line(self, name: str, states: list[dict[str, Tensor]], seconds: float) -> Line:
         """Scores of one model, or of the mean of several."""

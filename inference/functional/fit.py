@@ -117,14 +117,19 @@ def _key(
     return key_of(*parts)
 
 
-def _gradient_norm(posterior: Posterior, value: Tensor) -> float:
-    """Norm of the gradient of the whole joint energy, in nats per unit of coefficient."""
+def joint_gradient(posterior: Posterior, value: Tensor) -> Tensor:
+    """Gradient of the whole joint energy at latents ``(M, K, 1)``, in nats, a batch of examples at a time."""
     x = value.detach().clone().requires_grad_(True)
     gradient = torch.zeros_like(x)
     for term in _terms(posterior, x):
         (part,) = torch.autograd.grad(term, x)
         gradient += part
-    return float((gradient * _units(posterior)).norm())
+    return gradient
+
+
+def _gradient_norm(posterior: Posterior, value: Tensor) -> float:
+    """Norm of the gradient of the whole joint energy, in nats per unit of coefficient."""
+    return float((joint_gradient(posterior, value) * _units(posterior)).norm())
 
 
 def _info(
