@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 LOGIT_TEMPERATURES = (0.01, 100.0)
@@ -62,6 +61,8 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
         return coldest
     if slope(1 / hottest) >= 0:
         return hottest
+    from scipy.optimize import brentq  # which takes half a second to import, for every command
+
     return 1 / float(brentq(slope, 1 / hottest, 1 / coldest, xtol=1e-12, rtol=1e-12))
 
 
@@ -101,6 +102,8 @@ def fit_ensemble_temperature(members: PerTask, labels: PerTask) -> float:
         return found / len(stacked)
 
     low, high = (math.log(bound) for bound in LOGIT_TEMPERATURES)
+    from scipy.optimize import minimize_scalar  # see above
+
     grid = [low + (high - low) * i / _GRID for i in range(_GRID + 1)]
     best = min(range(len(grid)), key=lambda i: nll(grid[i]))
     around = (grid[max(best - 1, 0)], grid[min(best + 1, _GRID)])
