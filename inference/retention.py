@@ -130,7 +130,7 @@ class ExpertRetention:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> ExpertRetention:
-        """What :meth:`record` was given by."""
+        """The retention of an expert from the numbers that :meth:`record` gives."""
         kept, left, length = (math.nan if (v := record[k]) is None else v for k in ("kept", "residual_left", "length"))
         return cls(record["name"], kept, left, length)
 

@@ -149,7 +149,7 @@ class Checkpoint(ABC):
             What ``read`` gives of each, in their order.
 
         Raises:
-            CheckpointError: As ``read``.
+            CheckpointError: If one is not there, or its data cannot be read.
         """
         return self._read_each([self._canonical(name) for name in names])
 
