@@ -22,6 +22,7 @@ from typing_extensions import override
 from inference.chains import Kernel, Progress, stored_draws
 from inference.draws import Draws
 from inference.propriety import require_proper
+from inference.units import own_units
 from poe_models.least_squares import quadratic_of
 from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
@@ -127,8 +128,9 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
             )
         for expert in posterior.experts:
             expert.rho.scale_mixture()  # or an error that names the energy
+        self.own = own_units(posterior, "gibbs")
+        posterior = self.posterior = self.own.posterior
         require_proper(posterior)
-        self.posterior = posterior
         self.regenerable = posterior.span is None
         self.quadratic = quadratic_of(posterior, for_draws=True)
         self.pulls = self.quadratic.pulls()
@@ -185,7 +187,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
         solved = self.quadratic.precision(weights, self.ridge).solve(seen.expand(*weights.shape[:-1], *seen.shape[-2:]))
         inside = (seen.double() * solved.double()).sum((-2, -1)) / 2
         outside = (sum_of_squares(direction) - sum_of_squares(seen)).clamp(min=0)
-        return inside + outside * anchor_spread(self.ridge).square()
+        return (inside + outside * anchor_spread(self.ridge).square()) * self.own.units.square()
 
     def _fresh_noise(self, chains: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Standard normal noise ``(C, M, *event)``, and its seeds ``(C, M)`` where a latent is to be made again."""
@@ -208,7 +210,7 @@ class GibbsKernel(Kernel[GibbsState, GibbsInfo]):
     def _latent(self, x: Tensor, noise: Tensor, white: Tensor) -> Tensor:
         """The latent of compressed ``x``, with the anchor's own noise where no expert sees anything."""
         z = self.quadratic.lift_draws(x, noise, white, anchor_spread(self.ridge))
-        return z if self.posterior.center is None else self.posterior.center + z
+        return self.own.back(z if self.posterior.center is None else self.posterior.center + z)
 
     def _noise(self, seeds: Tensor) -> Tensor:
         """Standard normal noise of one chain from a seed per module, ``(M,)`` to ``(M, *event)``."""

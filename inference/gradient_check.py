@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.solution import FixedPointInfo, Solution, Status
+from inference.units import own_units
 from poe_models.posterior import Posterior
 from poe_models.weights.batches import mapped
 
@@ -42,9 +43,10 @@ def relative_gradient(posterior: Posterior, value: Tensor) -> Tensor:
     Returns:
         ``(M,)`` float64, between 0 and 1; 0 where nothing pulls.
     """
-    step = modules_at_once(value[0].numel())
+    own = own_units(posterior, "relative_gradient")
+    value, step = own.latents(value), modules_at_once(value[0].numel())
     chunks = [slice(first, first + step) for first in range(0, len(value), step)]
-    return torch.cat([_of_modules(posterior.part(some), value[some].double()) for some in chunks])
+    return torch.cat([_of_modules(own.posterior.part(some), value[some].double()) for some in chunks])
 
 
 def modules_at_once(entries: int) -> int:

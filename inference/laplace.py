@@ -22,6 +22,7 @@ from inference.gibbs import anchor_spread, seeded_noise
 from inference.map import fixed_point
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, MinimizeInfo, Solution
+from inference.units import own_units
 from poe_models.least_squares import quadratic_of
 from poe_models.module_names import naming
 from poe_models.operators import sum_of_squares
@@ -68,9 +69,10 @@ class Laplace:
                 f"`Laplace(...)`: {posterior.factors[0].name!r} is a FactorExpert; its Hessian has no structure: "
                 "use `DenseLaplace`, which differentiates the Pyro program."
             )
+        self.own = own_units(posterior, "Laplace")
+        posterior = self.posterior = self.own.posterior
         require_proper(posterior)
-        self.posterior = posterior
-        self.mode = mode
+        mode = self.mode = self.own.latents(mode)
         self.quadratic = quadratic_of(posterior, for_draws=True)
         x = self.quadratic.compression.compress(mode if posterior.center is None else mode - posterior.center)
         q = self.quadratic.residuals(x)
@@ -88,13 +90,14 @@ class Laplace:
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
         singles = [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
-        return Draws(
+        drawn = Draws(
             torch.zeros(*size, 0),
             sampler="laplace",
             temperature=self.posterior.fixed_temperature,
             seeds=seeds,
             regenerate=lambda m, _, seed: singles[m].draw(seed),
         )
+        return self.own.draws(drawn)
 
     def draw(self, seed: int) -> Tensor:
         """One draw of a posterior of one module from a seed, ``(*event)``."""
@@ -102,11 +105,11 @@ class Laplace:
         white = self.quadratic.compression.compress(noise)
         spread = anchor_spread(self.posterior.anchor_precision)
         z = self.quadratic.lift_draws(self.hessian.sample(white), noise, white, spread)
-        return (self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
+        return self.own.back(self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Normalised log density of the approximation in nats, ``(*S, M, *event)`` to ``(*S, M)``."""
-        displacement = z - self.mode
+        displacement = self.own.latents(z) - self.mode
         x = self.quadratic.compression.compress(displacement)
         distance = sum_of_squares(self.hessian.standardize(x))
         if not self.quadratic.compression.trivial:
@@ -121,7 +124,7 @@ class Laplace:
     def standard_deviations(self) -> Tensor:
         """Marginal standard deviations of the latents, ``(M, *event)`` float64."""
         variance = self._base_variance().double() + self.hessian.inverse_diagonal_change(self.quadratic.lift)
-        return (self.posterior.temperature * variance).sqrt()
+        return self.own.back((self.posterior.temperature * variance).sqrt())
 
     def _log_volume(self) -> Tensor:
         """Log of the Gaussian's integral, ``log sqrt(det(2 pi T Hessian^-1))``, ``(M,)``."""
@@ -129,7 +132,8 @@ class Laplace:
         log_determinant = self.hessian.logdet()
         if entries > inside:
             log_determinant = log_determinant + (entries - inside) * torch.log(2 * self.posterior.anchor_precision)
-        return entries / 2 * math.log(2 * math.pi * self.posterior.temperature) - log_determinant / 2
+        unit = entries * self.own.units.log()
+        return entries / 2 * math.log(2 * math.pi * self.posterior.temperature) - log_determinant / 2 + unit
 
     def _base_variance(self) -> Tensor:
         """Marginal variances without the rank-one terms, in the posterior's own coordinates."""

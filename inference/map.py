@@ -23,6 +23,7 @@ from inference.problem import Point, Problem, Run
 from inference.retention import retention
 from inference.reweighting import SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
+from inference.units import own_units
 from poe_models.least_squares import quadratic_of
 from poe_models.operators import inner, sum_of_squares
 from poe_models.posterior import Posterior
@@ -80,8 +81,8 @@ def fixed_point(
         The solution in the posterior's coordinates, of which ``posterior.update`` makes merged updates.
 
     Raises:
-        ValueError: If the posterior has factor experts, its modules' operators do not share a factorisation, or a
-            setting or start cannot be used.
+        ValueError: If the posterior has factor experts, its modules' operators do not share a factorisation, updates
+            of extreme size have a design of absolute ones, or a setting or start cannot be used.
     """
     options = SolverOptions(starts, max_steps, tolerance, step_tolerance, acceleration)
     if posterior.factors:
@@ -89,9 +90,10 @@ def fixed_point(
             f"`fixed_point(...)`: {posterior.factors[0].name!r} is a FactorExpert; reweighting needs an energy of a "
             "squared residual. Use `minimize`."
         )
-    _require_in_range(posterior)
-    problem = Problem(posterior, quadratic_of(posterior))
-    return _solution(problem, _best_run(problem, options))
+    own = own_units(posterior, "fixed_point", equivariant=step_tolerance is None)
+    given = [own.latents(start) if isinstance(start, Tensor) else start for start in options.starts]
+    problem = Problem(own.posterior, quadratic_of(own.posterior))
+    return own.solution(_solution(problem, _best_run(problem, replace(options, starts=given))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,30 +192,6 @@ def _require_finite(posterior: Posterior, start: str, weights: Tensor) -> None:
             f"start {start!r} in {posterior.label(module)}. Its energy needs a finite slope at q = 0, and the "
             "updates a size that their dtype can hold: rescale them, or compute in float64."
         )
-
-
-def _require_in_range(posterior: Posterior) -> None:
-    """Refuse updates so small or large that their residual at zero is lost: a fourth power, squared by curvatures.
-
-    Curvatures are divided by the square of a squared scale, which is of the residual's size and always float64.
-    """
-    widest = torch.finfo(torch.float64)
-    alone = ~posterior.active.any(-1)  # beside others of ordinary size, one that is rounding drops out
-    for expert in posterior.experts:
-        limits = torch.finfo(expert.update.dtype)
-        size, residual = expert.update.flatten(-2).abs().amax(-1), expert.residual_at_zero.double()
-        low, high = max(limits.tiny**0.25, widest.tiny**0.125), min(limits.max**0.25, widest.max**0.125)
-        held = (residual >= max(limits.tiny, widest.tiny**0.5)) & (residual <= min(limits.max, widest.max**0.5))
-        lost = (size > 0) & ((size < low) | (size > high)) & (expert.active | alone) & ~held
-        if bool(lost.any()):
-            module = int(lost.nonzero()[0])
-            raise ValueError(
-                f"`fixed_point(...)`: the update of expert {expert.name!r} in {posterior.label(module)} has entries of "
-                f"up to {float(size[module]):.1e}, whose fourth power {expert.update.dtype} cannot hold, or not its "
-                "square. Divide all updates by one such number, and multiply the merge by it; `merge` and "
-                "`merge_checkpoint` do this by themselves where the scale is `Balanced` or `Relative` and the anchor's "
-                "precision relative."
-            )
 
 
 def _status(converged: bool, rounding: bool, searched: bool, strict: bool) -> Status:

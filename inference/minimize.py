@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inference.retention import retention
 from inference.solution import MinimizeInfo, Solution, Status
+from inference.units import own_units
 from poe_models.posterior import Posterior
 from poe_models.program import log_density
 
@@ -34,10 +35,15 @@ def minimize(
             factors, which balance each other at a minimum.
 
     Raises:
-        ValueError: If a factor expert's energy is not finite at the start, or carries no gradient.
+        ValueError: If a factor expert's energy is not finite at the start, or carries no gradient, or updates of
+            extreme size have a design of absolute ones.
     """
+    own = own_units(posterior, "minimize", near=True)  # first steps are as long as the gradient
+    posterior = own.posterior
     if start is None:
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
+    else:
+        start = own.latents(start)
     density, temperature = log_density(posterior, joint=True), posterior.fixed_temperature
     x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
     _require_gradients(posterior, x)
@@ -69,7 +75,7 @@ def minimize(
         retention=retention(posterior, value, posterior.residuals(value)),
         steps=int(optimizer.state[x]["func_evals"]),
     )
-    return Solution(value, status, info)
+    return own.solution(Solution(value, status, info))
 
 
 def _require_gradients(posterior: Posterior, x: Tensor) -> None:

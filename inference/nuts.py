@@ -18,6 +18,7 @@ from torch import Tensor
 from inference.chains import Progress, mode_of, overdispersed_starts
 from inference.draws import Draws
 from inference.propriety import require_proper
+from inference.units import own_units
 from poe_models.posterior import Posterior
 from poe_models.program import program
 
@@ -62,9 +63,13 @@ def nuts(
         raise ValueError(
             f"`nuts(num_samples={num_samples}, chains={chains}, warmup={warmup})`: at least one of each is needed."
         )
+    own = own_units(posterior, "nuts")
+    posterior = own.posterior
     require_proper(posterior)
     if start is None:
         start = overdispersed_starts(posterior, mode_of(posterior), chains, generator)
+    else:
+        start = own.latents(start)
     _require_start(posterior, start, chains)
     seeds = torch.randint(2**62, (chains,), generator=generator, device=generator.device).tolist()
     total = chains * (warmup + num_samples)
@@ -83,7 +88,7 @@ def nuts(
             mcmc.run()
         values.append(mcmc.get_samples()["update"])
         records.append(record)
-    return _collect(posterior, torch.stack(values), records, max_tree_depth)
+    return own.draws(_collect(posterior, torch.stack(values), records, max_tree_depth))
 
 
 def _require_start(posterior: Posterior, start: Tensor, chains: int) -> None:

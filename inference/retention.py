@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,12 +84,18 @@ class Retention(Brief):
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
-        numbers: dict[str, Any] = {"norm": float(self.norm[module])}
+        found: dict[str, Any] = {"norm": self.numbers["norm"][module]}
         for name in ("update_norms", "kept", "residuals", "residuals_at_zero"):
-            if (values := getattr(self, name)) is not None:
-                pairs = zip(self.experts, values[module].tolist(), strict=True)
-                numbers[name] = {expert: value for expert, value in pairs if math.isfinite(value)}
-        return numbers
+            if name in self.numbers:
+                pairs = zip(self.experts, self.numbers[name][module], strict=True)
+                found[name] = {expert: value for expert, value in pairs if math.isfinite(value)}
+        return found
+
+    @cached_property
+    def numbers(self) -> dict[str, list[Any]]:
+        """The tensors of all modules as lists, by their names: a record for each of many is then little work."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value.tolist() for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,12 @@ class ExpertRetention:
     def record(self) -> dict[str, str | float | None]:
         """The numbers, ready for JSON."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ExpertRetention:
+        """The retention of an expert from the numbers that :meth:`record` gives."""
+        kept, left, length = (math.nan if (v := record[k]) is None else v for k in ("kept", "residual_left", "length"))
+        return cls(record["name"], kept, left, length)
 
 
 def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:

@@ -29,6 +29,7 @@ from typing_extensions import override
 from inference.chains import Kernel, Progress, majoriser_draws, mode_of, overdispersed_starts, stored_draws
 from inference.draws import Draws
 from inference.propriety import require_proper
+from inference.units import own_units
 from poe_models.posterior import Posterior
 from poe_models.records import choose
 
@@ -230,10 +231,11 @@ class SliceKernel(Kernel[SliceState, SliceInfo]):
     function = "slice_sample"
 
     def __init__(self, posterior: Posterior) -> None:
-        require_proper(posterior)
-        self.posterior = posterior
-        self.mode = mode_of(posterior)
-        self.reference = Reference.majoriser(posterior, self.mode)
+        self.own = own_units(posterior, "slice_sample")
+        self.posterior = self.own.posterior
+        require_proper(self.posterior)
+        self.mode = mode_of(self.posterior)
+        self.reference = Reference.majoriser(self.posterior, self.mode)
         self.recent: list[Tensor] = []
 
     @override
@@ -254,7 +256,7 @@ class SliceKernel(Kernel[SliceState, SliceInfo]):
 
     @override
     def latents(self, state: SliceState, info: SliceInfo) -> Tensor:
-        return latents(self.posterior, state.position)
+        return self.own.back(latents(self.posterior, state.position))
 
     @override
     def stats(self, state: SliceState, info: SliceInfo) -> dict[str, Tensor]:

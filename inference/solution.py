@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -104,16 +105,20 @@ class FixedPointInfo(Brief):
 
     def record(self, module: int) -> dict[str, Any]:
         """One module's numbers, ready for JSON."""
-        tensors = {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), Tensor)}
-        found: dict[str, Any] = {name: value[module].tolist() for name, value in tensors.items()}
+        found = {name: values[module] for name, values in self._numbers.items()}
         for name in ("weights", "relative_weights", "residuals", "inactive"):
             found[name] = dict(zip(self.experts, found[name], strict=True))
         silent = [name for name, says_nothing in found["inactive"].items() if says_nothing]
         found["relative_weights"] = {name: w for name, w in found["relative_weights"].items() if name not in silent}
         found["energy_trace"] = found["energy_trace"][: found["steps"]]
         found["forward_error"] = None if math.isnan(found["forward_error"]) else found["forward_error"]
-        norm = float(self.retention.norm[module])
-        return found | {"start": self.start[module], "norm": norm, "inactive": silent}
+        return found | {"start": self.start[module], "norm": self.retention.numbers["norm"][module], "inactive": silent}
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[Any]]:
+        """The tensors of all modules as lists: a record for each of many modules is then little work."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value.tolist() for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

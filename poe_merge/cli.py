@@ -6,6 +6,7 @@ for.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -354,4 +355,5 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    gc.set_threshold(50_000, 20, 20)  # plans and records are many objects and no garbage
     sys.exit(run(sys.argv[1:]))

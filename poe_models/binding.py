@@ -20,7 +20,7 @@ from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
 from poe_models.span_labels import center_label, merge_label
-from poe_models.updates import Batch, above_rounding, center_of, same_map
+from poe_models.updates import Batch, above_rounding, center_of, divided, over_units, same_map
 
 
 def full_posterior(batch: Batch) -> Posterior:
@@ -58,7 +58,20 @@ def full_posterior(batch: Batch) -> Posterior:
     )
     experts = tuple(replace(e, low_rank=pair) for e, pair in zip(experts, low_rank, strict=True))
     center, shape = center_of(poe.anchor, updates, factors), (int(updates.shape[2]), int(updates.shape[3]))
-    return Posterior(experts, center, precision, poe.temperature, shape, modules=modules)
+    return Posterior(
+        experts,
+        center,
+        precision,
+        poe.temperature,
+        shape,
+        modules=modules,
+        in_units=partial(_full_in_units, batch),
+    )
+
+
+def _full_in_units(batch: Batch, units: Tensor) -> Posterior:
+    """The posterior of ``full_posterior`` of the same updates and centre over units, ``(M,)``."""
+    return full_posterior(divided(batch, units))
 
 
 def span_posterior(
@@ -79,7 +92,19 @@ def span_posterior(
         basis = span_basis(bound, updates, None if merges is None else merges[i])
         parts.append(statistics_of(bound, updates, basis, modules, ranks, merges is not None))
         bases += basis.unbind(0)
-    return statistics_posterior(poe, concatenate(parts), tuple(bases))
+    return replace(
+        statistics_posterior(poe, concatenate(parts), tuple(bases)),
+        in_units=None if poe.factors else partial(_span_in_units, poe, batches, merges),
+    )
+
+
+def _span_in_units(
+    poe: ProductOfExperts, batches: Sequence[Batch], merges: Sequence[Tensor] | Tensor | None, units: Tensor
+) -> Posterior:
+    """The posterior of ``span_posterior`` of the same updates, centre and merges over units, ``(M,)``."""
+    each = units.split([len(batch.updates) for batch in batches])
+    through = None if merges is None else [over_units(*pair) for pair in zip(merges, each, strict=True)]
+    return span_posterior(poe, [divided(*pair) for pair in zip(batches, each, strict=True)], through)
 
 
 def model_posterior(poe: ProductOfExperts, statistics: SpanStatistics) -> Posterior:
@@ -252,10 +277,14 @@ def _known_rank(statistics: SpanStatistics, expert: int) -> Tensor:
 
 
 def form_root(coordinates: SpanCoordinates, form: Tensor) -> Tensor:
-    """A factor ``F`` with ``F F^T = T^T K_i T``, ``(M, K, K)``; rounding below zero is clipped."""
+    """A factor ``F`` with ``F F^T = T^T K_i T``, ``(M, K, K)``; rounding below zero is clipped.
+
+    It is nan where the form is beyond float64, as of updates that only own units (``Posterior.in_units``) can hold.
+    """
     projected = coordinates.transform.mT @ form @ coordinates.transform
-    eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-    return vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
+    held = projected.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    eigenvalues, vectors = torch.linalg.eigh(torch.where(held, (projected + projected.mT) / 2, 0.0))
+    return torch.where(held, vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2), torch.nan)
 
 
 def bind_factor(factor: FactorExpert, span: SpanCoordinates) -> BoundFactor:

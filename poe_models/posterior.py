@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -136,6 +137,8 @@ class Posterior:
         factors: Bound factor experts.
         span: The change of variables to coefficients on the updates; None in Full coordinates.
         modules: Names of the modules.
+        in_units: Binds the same design to the same updates over units ``c``, ``(M,)``, before anything is computed of
+            them: the posterior of ``Z / c``. None where updates are not at hand, or factor experts see them.
     """
 
     experts: tuple[BoundExpert, ...]
@@ -146,6 +149,7 @@ class Posterior:
     factors: tuple[BoundFactor, ...] = ()
     span: SpanCoordinates | None = None
     modules: tuple[str, ...] = ()
+    in_units: Callable[[Tensor], Posterior] | None = None
 
     def __post_init__(self) -> None:
         if self.modules and len(self.modules) != self.num_modules:
@@ -291,6 +295,7 @@ class Posterior:
             experts=tuple(expert.module(some) for expert in self.experts),
             span=None if self.span is None else self.span.module(some),
             modules=self.modules[some],
+            in_units=None if self.in_units is None else partial(_part_in_units, self, some),
         )
 
     @property
@@ -302,3 +307,11 @@ class Posterior:
     def undetermined(self) -> Tensor:
         """Mask of the modules without any active expert or anchor precision, ``(M,)``: any update is as good there."""
         return (self.anchor_precision == 0) & ~self.active.any(-1)
+
+
+def _part_in_units(whole: Posterior, some: slice, units: Tensor) -> Posterior:
+    """Some modules of a posterior in units of theirs, ``(m,)``: the batch is bound again, for maps know its modules."""
+    assert whole.in_units is not None
+    every = torch.ones_like(whole.anchor_precision)
+    every[some] = units
+    return whole.in_units(every).part(some)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,24 @@ class Batch(NamedTuple):
     updates: Tensor
     low_rank: Factors | None
     modules: tuple[str, ...]
+
+
+def divided(batch: Batch, units: Tensor) -> Batch:
+    """The batch in units of each module's own, ``(M,)``: updates, one factor of each pair and a given centre."""
+    poe, factors = batch.poe, batch.low_rank
+    if isinstance(poe.anchor.center, Tensor):
+        center = over_units(poe.anchor.center.expand(len(units), *poe.anchor.center.shape[-2:]), units)
+        poe = replace(poe, anchor=replace(poe.anchor, center=center))
+    return batch._replace(
+        poe=poe,
+        updates=over_units(batch.updates, units),
+        low_rank=None if factors is None else (over_units(factors[0], units), factors[1]),
+    )
+
+
+def over_units(tensor: Tensor, units: Tensor) -> Tensor:
+    """A tensor ``(M, ...)`` over units, ``(M,)`` float64; in its own dtype, exact for powers of two."""
+    return (tensor.double() / units.reshape(-1, *[1] * (tensor.ndim - 1)).to(tensor.device)).to(tensor.dtype)
 
 
 def batch_of(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inference import fixed_point
 from poe_merge import merge
-from poe_models import Balanced, ProductOfExperts, TaskVectors
+from poe_models import Absolute, Anchor, Balanced, ProductOfExperts, RelativePrecision, TaskVectors
 
 CASES = [(torch.float32, 1e-15), (torch.float32, 1e15), (torch.float64, 1e-150), (torch.float64, 1e150)]
 
@@ -20,15 +20,27 @@ def scaled(size: float, dtype: torch.dtype, generator: torch.Generator) -> tuple
 
 
 @pytest.mark.parametrize(("dtype", "size"), CASES)
-def test_a_bound_posterior_refuses_them_and_a_merge_does_them(
+def test_a_merge_and_a_bound_posterior_do_them(dtype: torch.dtype, size: float, generator: torch.Generator) -> None:
+    vectors, updates = scaled(size, dtype, generator)
+    poe = ProductOfExperts.of(vectors.names, scale=Balanced(1.0))
+    wanted = fixed_point(poe.bind(updates.unsqueeze(0))).value[0]
+    for found in (merge(vectors, poe)["fc.weight"], fixed_point(poe.bind(next(iter(vectors)))).value[0]):
+        torch.testing.assert_close(found / size, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "size"), CASES)
+def test_a_design_of_absolute_sizes_refuses_them_and_the_remedies_help(
     dtype: torch.dtype, size: float, generator: torch.Generator
 ) -> None:
     vectors, updates = scaled(size, dtype, generator)
-    poe = ProductOfExperts.of(vectors.names, scale=Balanced(1.0))
+    module = next(iter(vectors))
     with pytest.raises(
-        ValueError, match=r"expert 'a' in 'fc.weight'.* fourth power .* cannot hold.* Divide all updates"
+        ValueError,
+        match=r"expert 'a' in 'fc.weight'.* fourth power .* cannot hold.* `Balanced\(\)`.* divide all updates",
     ):
-        fixed_point(poe.bind(next(iter(vectors))))
-    wanted = fixed_point(poe.bind(updates.unsqueeze(0))).value[0]  # the remedy: divided, and multiplied afterwards
-    got = merge(vectors, poe)["fc.weight"] / size
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        fixed_point(ProductOfExperts.of(vectors.names, scale=Absolute(1.0)).bind(module))
+    relative = ProductOfExperts.of(vectors.names, scale=Balanced(), anchor=Anchor(precision=RelativePrecision()))
+    assert fixed_point(relative.bind(module)).converged  # the one remedy
+    divided = ProductOfExperts.of(vectors.names, scale=Absolute(1.0)).bind(module.updates / size)
+    wanted = fixed_point(ProductOfExperts.of(vectors.names, scale=Absolute(1.0)).bind(updates)).value
+    torch.testing.assert_close(fixed_point(divided).value, wanted, rtol=1e-4, atol=1e-5)  # and the other

@@ -60,7 +60,7 @@ def test_the_work_for_a_tensor_does_not_grow_with_their_number(
         return real(path, *args, **options)
 
     real = safetensors.safe_open
-    for module in ("poe_models.weights.weight_files", "inference.models.staging"):
+    for module in ("poe_models.weights.weight_files", "inference.models.parts"):
         monkeypatch.setattr(f"{module}.safe_open", counted)
     found, files = {}, {}
     for count in (20, 100, 400, 1600):  # the first imports what the command needs

@@ -1,4 +1,4 @@
-"""Remedies that messages print: flags, rules, keys and calls in them exist. Read from the source, nothing is run."""
+"""Remedies that messages print: flags, rules, keys and calls in them exist, and a test does what they say."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from poe_merge.cli import app
 from poe_merge.config import MergeConfig, ModelEntry, ModelParameters, Parameters
 from poe_merge.functional_section import FunctionalParameters
 from poe_models.weights.rule import Rule
+from tests.test_remedies_executed import CALLS, COMMANDS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("poe_models", "inference", "diagnostics", "poe_merge")
@@ -167,18 +168,120 @@ def test_what_does_not_exist_is_seen(wrong: str) -> None:
 # ------------------------------------------------------------------------------------------------ remedies executed
 
 ODD, LAYOUTS, UNITS = "tests/test_odd_checkpoints.py", "tests/test_layouts.py", "tests/test_extreme_updates.py"
-EXECUTED = {
-    "{match: '^NAME$', action: base}": (ODD, "test_the_suggested_rule_matches_its_tensor_and_no_other"),
-    "name.replace(PART, '', 1)": (ODD, "test_a_prefix_of_all_names_is_seen_and_the_remedy_helps"),
-    "the same rule for a buffer that is infinite": (ODD, "test_a_buffer_that_is_infinite_by_design_can_be_kept"),
-    "view: {transpose: true}": (LAYOUTS, "test_what_nothing_tells_is_named_and_the_remedy_helps"),
-    "divide all updates": (UNITS, "test_a_bound_posterior_refuses_them_and_a_merge_does_them"),
-    "--resume": ("tests/streaming/test_interruptions.py", "test_killed_at_any_file_operation_it_goes_on"),
+KILLED, ACTIVATIONS = "tests/streaming/test_interruptions.py", "tests/test_cli_activations.py"
+SEARCH, FITS, AROUND = "tests/test_cli_search.py", "tests/test_cli_functional.py", "tests/cli_sample/test_around.py"
+EXECUTED: dict[str, str | tuple[str, str]] = {
+    "keep the base's tensor, or leave out an expert's": (
+        ODD,
+        "test_the_suggested_rule_matches_its_tensor_and_no_other",
+    ),
+    "one of them was saved from a wrapped": (ODD, "test_a_prefix_of_all_names_is_seen_and_the_remedy_helps"),
+    "values that are": (ODD, "test_a_buffer_that_is_infinite_by_design_can_be_kept"),
+    "neither a bias nor a neighbour tells": (LAYOUTS, "test_what_nothing_tells_is_named_and_the_remedy_helps"),
+    "is left from an interrupted": (KILLED, "test_killed_at_any_file_operation_it_goes_on"),
+    "another process has ended before the work was done": (KILLED, "test_killed_at_any_file_operation_it_goes_on"),
+    "exists. Give another folder, or go on with it: --resume": (
+        ACTIVATIONS,
+        "test_what_is_there_is_kept_on_request_only",
+    ),
+    "judged on what? Give --tasks": (SEARCH, "test_scores_of_a_users_tasks"),
+    "Run `poe-merge merge`, then `poe-merge sample --merge FOLDER": (FITS, "test_members_surround_the_fit"),
+    "give the folder to make, --out DIR": "no output",
+    "--out \0: \0. Give another folder": "taken output",
+    "is code of one's own, which would be run. If you trust it, add --allow-code (in": "code",
+    "or type it as a flag": "code, typed",
+    "acts on the rows or columns of a matrix": "one row",
+    "Write a dtype of wider range": "narrow dtype",
+    "of its variances are negative in the merge": "negative variances",
+    "every model has weight 0": "no weights",
+    "Use --sampler \0.": "energy of gibbs",
+    "Add --coordinates span, or use --sampler": "coordinates of a sampler",
+    "small ones draw near the MAP": "temperature",
+    "Ask for fewer members or more --draws": "few draws",
+    "`poe-merge plan` lists the tensors": "no such modules",
+    "Write it like 'mlp.*fc2'": "no pattern",
+    "is a merging method. To draw it at several seeds": "a method as sampler",
+    "Draw with --coordinates span, or merge with `coordinates: full`": "a merge in the span",
+    "no parameter is a range": "a search without a range",
+    "Give a name that ends in .html": "a page",
+    "has its own configuration. Give one of the two": "two configurations",
+    "is no adapter, and the merge of one with others is none": "no adapters",
+    "For float64 ask for": "tensors that are rounded",
+    "has the name of a matrix of": "one name for two",
+    "expected a mapping such as {match: lm_head": "a rule that is no mapping",
+    "is missing. Write for instance {match: lm_head": "a rule without an action",
+    "Write for instance `view: {rows": "a view that is no mapping",
+    "only merged tensors are seen as matrices": "a view of a kept tensor",
+    "use `action: average` or `action: base`": "a vector that is to be a matrix",
+    "fits no tensor of the base": "a rule that fits nothing",
 }
-"""Remedies that are taken from the message, or done as it says, and helped: by the test that does so."""
+"""Words of messages: the test that does what they say, or the case of `test_remedies_executed.py` that does."""
+
+NOT_EXECUTED = {
+    "the file changed while it was in use": "the file as it was is the user's own to bring back",
+    "not there any more": "the file is the user's own to bring back",
+    "embedding and head are tied by the config": "a base that stores the two apart is another model",
+    "which were trained on models that name it differently": "a whole model, which `no adapters` writes",
+    "is replaced whole by another": "a whole model, which `no adapters` writes",
+    "the merge of adapters is not of their rank": "a whole model, which `no adapters` writes",
+    "One set of statistics has one kind of expert": "advice for a configuration, not a command",
+    "is of another §": "another database, or another name in it, is the user's own",
+    "is too large for": "a merge again, of files that no test can hold: 1e38",
+    "no such property": "names the properties, of which one is to be picked",
+    "a search writes whole models": "two commands in a row, each with tests of its own",
+    "it is about experts on predictions": "tasks are the user's own code",
+    "it is about inputs that are held out": "tasks are the user's own code",
+    "this command knows only experts in weight space": "names other commands",
+    "Use them as --residual-map": "printed of a success, and run so in `test_cli_activations.py`",
+    "--pattern \0 fits \0 of": "tells a number, and what to do nothing",
+    "are about other experts than those of others": "advice for a configuration, not a command",
+    "whose steps become nothing": "the temperature is computed, and tried in `test_refused.py`",
+    "an ensemble of deltas": "another ensemble, drawn anew",
+    "is code of one's own, which would be run. If you trust it, add --allow-code, or type": "as `code`",
+    "on which its score is too low": "inputs that a fit has not seen are the user's own",
+    "its record has no coefficients of a fit": "a merge again",
+    "Take filters, `coordinates: span`": "advice for a configuration, not a command",
+    "the merge is an adapter, and this is about whole models": "a merge again",
+    "merged in Python, without a configuration": "another program, in Python",
+    "has no posterior. Draw around a product": "another merge",
+    "it was merged from other checkpoints": "a merge again",
+    "Full draws are made from the weights themselves": "leaves a flag out",
+    "`coordinates` differ between tensors": "advice for a configuration, not a command",
+    "has no $ for the number": "a pattern is the user's own",
+    "write bmm, blocks, or a mapping of names": "names values, all tried in `test_search.py`",
+    "has no use for --tasks": "leaves flags out",
+    "is no rule; write": "as `a rule that is no mapping`",
+    "a configuration is a mapping": "a configuration anew",
+    "A product of experts is `merge_method": "as `a method as sampler`",
+    "and `network(base)` has": "code of the user's own",
+    "`poe-merge batch-norm`": "as `negative variances`",
+}
+"""Words of messages whose advice no test can do as it is printed, and why."""
+
+
+def printed() -> list[tuple[str, str]]:
+    """Places and texts of the messages that print a flag, a rule or a key to set."""
+    shown: dict[str, str] = {}
+    for where, part in messages():
+        shown[where] = shown.get(where, "") + part
+    remedy = re.compile(FLAG + r"|\{match: |`[a-z_]+: ")
+    return [(where, each) for where, each in shown.items() if remedy.search(each)]
+
+
+def test_every_printed_remedy_is_executed_or_has_its_reason() -> None:
+    known = (*EXECUTED, *NOT_EXECUTED)
+    assert [each for each in printed() if not any(part.replace("§", HOLE) in each[1] for part in known)] == []
+
+
+def test_no_reason_is_left_over() -> None:
+    texts = [each for _, each in messages()] + [text for _, text in printed()]
+    assert [part for part in NOT_EXECUTED if not any(part.replace("§", HOLE) in each for each in texts)] == []
 
 
 @pytest.mark.parametrize("remedy", EXECUTED)
 def test_executed_remedies_have_their_test(remedy: str) -> None:
-    path, name = EXECUTED[remedy]
-    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+    by = EXECUTED[remedy]
+    if isinstance(by, str):
+        assert by in COMMANDS or by in CALLS
+    else:
+        assert f"def {by[1]}(" in (ROOT / by[0]).read_text(encoding="utf-8")

@@ -43,6 +43,7 @@ from torch import Tensor
 from inference.evidence.direct_weights import direct_log_weights
 from inference.evidence.importance import FEWEST_EFFECTIVE, LARGEST_PARETO_K, importance_mean, trusted
 from inference.evidence.mixture_weights import mixture_log_weights
+from inference.units import own_units
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.printing import Brief
 
@@ -119,9 +120,11 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
             f"`log_evidence(samples={samples})`: fewer than {FEWEST_EFFECTIVE:g} effective samples are never trusted. "
             f"Give at least {2 * FEWEST_EFFECTIVE:g}."
         )
-    normalizers = log_normalizers(posterior)
+    own = own_units(posterior, "log_evidence")
+    posterior = own.posterior
+    normalizers, seen = log_normalizers(posterior), dimensions(posterior)
     _require_anchor(posterior)
-    value = -normalizers.sum(-1)
+    value = -normalizers.sum(-1) - seen.sum(-1) * own.units.log()
     error = torch.zeros_like(value)
     effective, tail = error + math.inf, error - math.inf
     for modules, part in _homogeneous(posterior, samples):
@@ -134,7 +137,7 @@ def log_evidence(posterior: Posterior, *, generator: torch.Generator, samples: i
         mean = importance_mean(log_weights)
         value[modules] += mean.value
         error[modules], effective[modules], tail[modules] = mean.standard_error, mean.effective_samples, mean.pareto_k
-    evidence = Evidence(value, error, dimensions(posterior), effective, tail)
+    evidence = Evidence(value, error, seen, effective, tail)
     _require_trusted(evidence, posterior, samples)
     return evidence
 

@@ -17,14 +17,14 @@ from inference.gradient_check import judged
 from inference.map import fixed_point
 from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
+from inference.units import COMFORTABLE, in_given_units, powers_of_two
 from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod
 from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.span_labels import stored_center
+from poe_models.updates import over_units
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
-_COMFORTABLE = 2.0**20
-"""Updates whose largest entry is within this factor of one are solved for as they are."""
 _LARGEST_SPREAD = 1e60
 
 
@@ -79,7 +79,7 @@ class Design:
         """
         sizes = torch.linalg.vector_norm(updates, math.inf, (-2, -1)).double()  # largest entries, (M, N)
         spread = _spread(sizes)
-        if updates.dtype == torch.float32 and bool((spread > _COMFORTABLE).any()):
+        if updates.dtype == torch.float32 and bool((spread > COMFORTABLE).any()):
             wide = None if low_rank is None else (low_rank[0].double(), low_rank[1].double())
             found = self.solve(updates.double(), wide, None if center is None else center.double())
             return replace(found, value=found.value.to(updates.dtype))
@@ -101,12 +101,12 @@ class Design:
 
         Fourth powers of updates leave the range of float32 below 1e-9 and above 1e9, where the merge itself does not.
         """
-        odd = (sizes > 0) & ((sizes < 1 / _COMFORTABLE) | (sizes > _COMFORTABLE))
+        odd = (sizes > 0) & ((sizes < 1 / COMFORTABLE) | (sizes > COMFORTABLE))
         given = any(isinstance(start, Tensor) for start in self.options.starts)
         measured = any(each.residual_map.stand_in() is not each.residual_map for each in self.poe.experts)
         if not bool(odd.any()) or given or measured:
             return None
-        return torch.where(odd, sizes.log2().round().exp2(), 1.0)
+        return powers_of_two(sizes, odd)
 
     def _solve_in_units(
         self, units: Tensor, updates: Tensor, low_rank: tuple[Tensor, Tensor] | None, center: Tensor | None
@@ -116,22 +116,13 @@ class Design:
         if degrees is None:
             return self._solve(updates, low_rank, center)
 
-        def shrunk(tensor: Tensor) -> Tensor:
-            return (tensor.double() / units.reshape(-1, *[1] * (tensor.ndim - 1))).to(tensor.dtype)
-
-        factors = None if low_rank is None else (shrunk(low_rank[0]), low_rank[1])
-        found = self._solve(shrunk(updates), factors, None if center is None else shrunk(center))
-        info, kept = found.info, found.info.retention
+        factors = None if low_rank is None else (over_units(low_rank[0], units), low_rank[1])
+        found = self._solve(over_units(updates, units), factors, None if center is None else over_units(center, units))
         column = units.unsqueeze(-1)
-        kept = replace(kept, norm=kept.norm * units.cpu(), update_norms=kept.update_norms * column.cpu())
-        info = replace(
-            info,
-            retention=kept,
-            weights=info.weights * column.to(info.weights).pow(degrees[:-1].to(info.weights)),
-            anchor_precision=info.anchor_precision * units.to(info.anchor_precision).pow(float(degrees[-1])),
-        )
+        weights = column.to(found.info.weights).pow(degrees[:-1].to(found.info.weights))
+        precision = units.to(found.info.anchor_precision).pow(float(degrees[-1]))
         value = (found.value.double() * units.reshape(-1, 1, 1)).to(updates.dtype)
-        return replace(found, value=value, info=info)
+        return in_given_units(replace(found, value=value), units, weights, precision)
 
     def _degrees(self, centered: bool) -> Tensor | None:
         """Degree in the updates of each expert's weight and of the anchor's precision, ``(E + 1,)``.

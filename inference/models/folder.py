@@ -140,7 +140,7 @@ def write_companions(
     dtype: torch.dtype | None,
     record: Mapping[str, Any],
     prefix: str = "",
-) -> None:
+) -> list[str]:
     """Write everything that belongs beside the weights.
 
     Args:
@@ -151,6 +151,9 @@ def write_companions(
         dtype: Dtype asked for; None if the base's was kept.
         record: What goes to ``poe_merge.json``.
         prefix: Path of the folder in the output, with a slash at its end.
+
+    Returns:
+        Names of the files that were copied, which the record has as well.
     """
     copied = companion_files(base)
     for path, name in copied:
@@ -161,7 +164,9 @@ def write_companions(
         places = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(places.items()))}
         staging.write_json(f"{prefix}model.safetensors.index.json", index)
-    staging.write_record(prefix + RECORD, {**record, "copied": [name for _, name in copied]}, ["tensors"])
+    names = [name for _, name in copied]
+    staging.write_record(prefix + RECORD, {**record, "copied": names}, ["tensors"])
+    return names
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

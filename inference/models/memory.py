@@ -109,8 +109,8 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
 def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
     """Peak memory of solving some tensors as one batch, given the shapes of the modules of each tensor."""
     shapes = [shape for tensor in matrices for shape in tensor]
-    total = sum(d_out * d_in for d_out, d_in in shapes)
-    reading = (experts + 4) * max(sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices)
+    entries = [sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices]
+    total, reading = sum(entries), (experts + 4) * max(entries)
     if isinstance(design, MethodDesign):
         held = (experts + 2) * total
         solving = max(design.method.working_floats(shapes.count(one), experts, one) for one in set(shapes))

@@ -144,7 +144,7 @@ def merge_checkpoint(
         "inputs": inputs,
         "versions": versions(),
     }
-    resumed = len(planned.batches)
+    resumed, written = len(planned.batches), None
     with staging.shared(ranks, state, partial(check_unchanged, checkpoints.values())):
         require_same_files(ranks, checkpoints.values())
         if not ranks.gather(staging.published)[0]:
@@ -154,13 +154,14 @@ def merge_checkpoint(
                     planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
                 resumed = _write_shards(task_vectors, planned, staging, seed, progress, ranks)
                 if ranks.first:
-                    _write_rest(task_vectors.base, planned, staging, out_dtype, state)
+                    written = _write_rest(task_vectors.base, planned, staging, out_dtype, state)
             except CheckpointError:
                 staging.abandon()
                 raise
         if ranks.first:
             staging.publish()
-    return _report(task_vectors.base, staging.out, planned, resumed, time.monotonic() - began)
+    written = written or json.loads((staging.out / RECORD).read_text(encoding="utf-8"))
+    return _report(task_vectors.base, staging.out, planned, written, resumed, time.monotonic() - began)
 
 
 def _state(task_vectors: TaskVectors, planned: Plan) -> dict[str, Any]:
@@ -225,8 +226,8 @@ def _write_shards(
 
 def _write_rest(
     base: Checkpoint, planned: Plan, staging: Staging, dtype: torch.dtype | None, state: Mapping[str, Any]
-) -> None:
-    """Write everything but the weights."""
+) -> dict[str, Any]:
+    """Write everything but the weights; returns the record."""
     records = staging.records([shard.file for shard in planned.shards])
     experts = [each.record() for each in _retention(records)]
     record = {
@@ -236,8 +237,9 @@ def _write_rest(
         "tensors": records,
     }
     files = {shard.file: list(shard.headers) for shard in planned.shards}
-    write_companions(staging, base, files, planned.write_bytes, dtype, record)
+    record["copied"] = write_companions(staging, base, files, planned.write_bytes, dtype, record)
     staging.write("README.md", lambda path: path.write_text(str(model_card(base, record)), encoding="utf-8"))
+    return record
 
 
 def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
@@ -245,8 +247,9 @@ def _retention(records: Sequence[Mapping[str, Any]]) -> tuple[ExpertRetention, .
     return totals(module["retention"] for record in records for module in record.get("modules", ()))
 
 
-def _report(base: Checkpoint, out: Path, planned: Plan, resumed: int, seconds: float) -> MergeReport:
-    record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+def _report(
+    base: Checkpoint, out: Path, planned: Plan, record: Mapping[str, Any], resumed: int, seconds: float
+) -> MergeReport:
     records = record["tensors"]
     modules = [module for record in records for module in record.get("modules", ())]
     updated, rounded_back = rounding_of(records)
@@ -256,7 +259,7 @@ def _report(base: Checkpoint, out: Path, planned: Plan, resumed: int, seconds: f
         modules=len(modules),
         status=dict(Counter(module["status"] for module in modules)),
         not_converged=tuple(m["module"] for m in modules if not Status[m["status"].upper()].converged),
-        experts=_retention(records),
+        experts=tuple(map(ExpertRetention.of_record, record["summary"]["experts"])),
         updated=updated,
         rounded_back=rounded_back,
         equal_to_base=sum("equals_base" in record for record in records),

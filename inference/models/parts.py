@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,68 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inference.models.digest import file_digest
+from inference.models.plain_json import json_text, plain
 
 
-def intact(file: Path, record: Path) -> bool:
+class Records:
+    """Records of parts and weight files, each in a file of lines beside its own: a digest, then a record in each line.
+
+    The lines of a part become those of its weight file as they are, and what this process has written it need not
+    parse again: with very many tensors that is much of the time.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, list[Any]] = {}
+
+    def text(self, place: Path, file: Path, records: Sequence[Any]) -> str:
+        """Content of the records' file of a finished part, which will be at ``place``."""
+        told = [plain(record) for record in records]
+        self._known[place] = [data for _, data in told]
+        return _lines(file, [line for line, _ in told])
+
+    def joined(self, place: Path, file: Path, parts: Sequence[Path]) -> str:
+        """The same of a weight file, from the records' files of its parts."""
+        if all(part in self._known for part in parts):
+            self._known[place] = [record for part in parts for record in self._known.pop(part)]
+        return _lines(file, [line for part in parts for line in _read(part)[1:]])
+
+    def of(self, place: Path) -> list[Any]:
+        """The records of a part or weight file."""
+        if place not in self._known:
+            self._known[place] = [json.loads(line) for line in _read(place)[1:]]
+        return list(self._known[place])
+
+
+def _lines(file: Path, records: Iterable[str]) -> str:
+    return "\n".join([json_text({"sha256": file_digest(file)}), *records])
+
+
+def _read(place: Path) -> list[str]:
+    return place.read_text(encoding="utf-8").rstrip("\n").split("\n")
+
+
+def intact(file: Path, place: Path) -> bool:
     """True if a file has the digest that was recorded when it was written."""
     try:
-        return bool(json.loads(record.read_text(encoding="utf-8"))["sha256"] == file_digest(file))
+        with place.open(encoding="utf-8") as lines:
+            return bool(json.loads(lines.readline())["sha256"] == file_digest(file))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def records_of(path: Path) -> list[Any]:
-    """The records of a part or weight file from the JSON beside it."""
-    return list(json.loads(path.read_text(encoding="utf-8"))["records"])
+def once(aliases: Mapping[str, str], held: Container[str]) -> dict[str, str]:
+    """The further names that a file notes in its metadata, and does not hold tensors for."""
+    return {alias: target for alias, target in aliases.items() if alias not in held}
+
+
+def whole(parts: Sequence[Path], copies: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of all parts, memory-mapped, and those of further names that are written with equal values."""
+    tensors: dict[str, Tensor] = {}
+    for path in parts:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors |= tied_tensors(path, copies)
+    return tensors
 
 
 def tied_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:

@@ -13,10 +13,16 @@ def json_text(data: Any, indent: int | None = None) -> str:
     >>> json_text({"a": float("nan")})
     '{"a": null}'
     """
+    return plain(data, indent)[0]
+
+
+def plain(data: Any, indent: int | None = None) -> tuple[str, Any]:
+    """JSON of plain data, and the data as they are read back but for tuples, which stay."""
     try:
-        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False), data
     except (TypeError, ValueError):  # mappings that are no dict, numbers that JSON lacks
-        return json.dumps(finite(data), indent=indent, ensure_ascii=False)
+        data = finite(data)
+        return json.dumps(data, indent=indent, ensure_ascii=False), data
 
 
 def finite(data: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from typing_extensions import override
@@ -55,7 +56,7 @@ class TensorPlan:
     average: Average | None = None
     copies: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes written for it, copies not counted."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -102,7 +103,7 @@ class Shard:
     file: str
     batches: tuple[TensorBatch, ...]
 
-    @property
+    @cached_property
     def tensors(self) -> list[TensorPlan]:
         """Its tensors."""
         return [tensor for batch in self.batches for tensor in batch.tensors]
@@ -112,7 +113,7 @@ class Shard:
         """Further names of its tied tensors, to the names they are tied to."""
         return {alias: tensor.name for tensor in self.tensors for alias in tensor.aliases}
 
-    @property
+    @cached_property
     def headers(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor that the file holds, copies of tied ones included."""
         return {name: (t.dtype, t.shape) for t in self.tensors for name in (t.name, *t.copies)}
@@ -150,7 +151,7 @@ class Plan:
         """All batches, in order."""
         return [batch for shard in self.shards for batch in shard.batches]
 
-    @property
+    @cached_property
     def tensors(self) -> list[TensorPlan]:
         """All tensors, in the order they are worked on."""
         return [tensor for batch in self.batches for tensor in batch.tensors]
@@ -167,9 +168,8 @@ class Plan:
 
     def share(self, action: str) -> float:
         """Share of the parameters that are merged, averaged, or kept from the base."""
-        sizes = {id(tensor): math.prod(tensor.shape) for tensor in self.tensors}
-        found = sum(sizes[id(tensor)] for tensor in self.tensors if tensor.treatment.action == action)
-        return found / (sum(sizes.values()) or 1)
+        sizes = [(tensor.treatment.action, math.prod(tensor.shape)) for tensor in self.tensors]
+        return sum(size for own, size in sizes if own == action) / (sum(size for _, size in sizes) or 1)
 
     @property
     def reach(self) -> str:
@@ -350,8 +350,8 @@ def _peak_bytes(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> int
     finished = sum(tensor.nbytes for tensor in tensors)
     if design is not None:
         work = merged_bytes(design, len(task_vectors.names), [tensor.matrices for tensor in tensors], itemsize)
-        entries = max(math.prod(tensor.shape) for tensor in tensors)
-        return max(work, sum(math.prod(t.shape) for t in tensors) * itemsize + finished + 2 * entries)
+        entries = [math.prod(tensor.shape) for tensor in tensors]
+        return max(work, sum(entries) * itemsize + finished + 2 * max(entries))
     if tensors[0].treatment.action == "average":
         return finished + averaged_bytes(max(math.prod(tensor.shape) for tensor in tensors), itemsize)
     return finished

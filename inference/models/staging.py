@@ -1,7 +1,7 @@
 """An output folder while it is written: ``OUT.partial``, finished files in it, resuming, and one rename at the end.
 
     OUT.partial/state.json                   what is written; a resumed run must be about the same
-    OUT.partial/parts/SHARD/00003.*          tensors of batch 3 of a weight file, and JSON with their digest and records
+    OUT.partial/parts/SHARD/00003.*          tensors of batch 3 of a weight file, and lines of their digest and records
     OUT.partial/records/SHARD.json           digest and records of a finished weight file, whose parts are gone
     OUT.partial/output/                      finished files: what becomes OUT
 
@@ -17,17 +17,17 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inference.models.digest import difference, file_digest
+from inference.models.digest import difference
 from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
-from inference.models.parts import intact, records_of, tied_tensors
+from inference.models.parts import Records, intact, once, whole
 from inference.models.places import portable
 from inference.models.plain_json import finite, json_text
 from inference.models.ranks import ALONE, Ranks
@@ -88,6 +88,7 @@ class Staging:
         self._fresh = False
         self._check_inputs: Callable[[], None] = lambda: None
         self._expected: dict[str, Headers] = {}
+        self._records = Records()
 
     @property
     def published(self) -> bool:
@@ -244,7 +245,7 @@ class Staging:
             if whole or self.has_part(name, number):
                 there += 1
             else:
-                self.save_part(name, number, *make(batches[number]))
+                self.save_part(name, number, make(batches[number]), once(aliases, headers))
             done(batches[number])
         ranks.wait()
         if ranks.rank == assembler:
@@ -257,12 +258,13 @@ class Staging:
         """Return whether a batch of a weight file is finished and has the bytes that were written."""
         return intact(self._part(name, batch), self._part(name, batch).with_suffix(".json"))
 
-    def save_part(self, name: str, batch: int, tensors: Mapping[str, Tensor], records: Sequence[Any]) -> None:
-        """Save the tensors of a finished batch with their records."""
-        path = self._part(name, batch)
-        self._replace(path, lambda temporary: save_file(dict(tensors), temporary))
+    def save_part(self, name: str, batch: int, made: Finished, ties: Mapping[str, str]) -> None:
+        """Save the tensors of a finished batch with their records, and the ties that the whole file notes."""
+        path, (tensors, records) = self._part(name, batch), made
+        self._replace(path, lambda temporary: save_file(dict(tensors), temporary, metadata=tie_metadata(ties)))
         self._check_inputs()  # after the last look at them, and before the batch counts as finished
-        self._write_json(path.with_suffix(".json"), {"sha256": file_digest(path), "records": records})
+        place = path.with_suffix(".json")
+        self._write_text(place, self._records.text(place, path, records))
 
     def has_shard(self, name: str) -> bool:
         """Return whether a weight file is finished and has the bytes that were written."""
@@ -271,20 +273,18 @@ class Staging:
     def finish_shard(self, name: str, batches: int, aliases: Mapping[str, str], headers: Headers) -> None:
         """Assemble a weight file from its parts, which are memory-mapped and not read into memory."""
         paths = [self._part(name, batch) for batch in range(batches)]
-        tensors: dict[str, Tensor] = {}
-        once = {alias: target for alias, target in aliases.items() if alias not in headers}
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            tensors |= tied_tensors(path, {alias: target for alias, target in aliases.items() if alias not in once})
-        records = [record for path in paths for record in records_of(path.with_suffix(".json"))]
-        self._save(name, tensors, tie_metadata(once))
-        digest = file_digest(self.folder / OUTPUT / name)
-        self._write_json(self._record(name), {"sha256": digest, "records": records})
+        ties = once(aliases, headers)
+        copies = {alias: target for alias, target in aliases.items() if alias not in ties}
+        if copies or len(paths) > 1:
+            self._save(name, whole(paths, copies), tie_metadata(ties))
+        else:  # the part is the file
+            self.write(name, partial(shutil.copyfile, paths[0]))
+        parts, place = [path.with_suffix(".json") for path in paths], self._record(name)
+        self._write_text(place, self._records.joined(place, self.folder / OUTPUT / name, parts))
 
     def records(self, names: Sequence[str]) -> list[Any]:
         """Records of finished weight files, in order."""
-        return [record for name in names for record in records_of(self._record(name))]
+        return [record for name in names for record in self._records.of(self._record(name))]
 
     def has(self, name: str) -> bool:
         """Return whether a file of the output is finished."""
@@ -388,6 +388,9 @@ class Staging:
         text = json_text(data)
         if len(text) < _PRETTY and path.is_relative_to(self.folder / OUTPUT):  # the encoder that indents is slow
             text = json_text(data, 2)
+        self._write_text(path, text)
+
+    def _write_text(self, path: Path, text: str) -> None:
         self._replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
     def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from inference.solution import FixedPointInfo, MethodInfo, Solution
 from poe_models.methods import ModuleBatch
 from poe_models.module_names import with_names
 from poe_models.updates import center_of
+from poe_models.weights.finite import all_finite
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
-from poe_models.weights.together import averages_of, modules_of
+from poe_models.weights.together import averages_of, modules_of, runs
 
 HALF = (torch.bfloat16, torch.float16)
 _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
@@ -51,24 +53,38 @@ def merge_batch(
     elif first.average is not None:
         made = _averaged(task_vectors, batch.tensors)
     else:
-        made = ((tensor, task_vectors.base.read(tensor.name), []) for tensor in batch.tensors)
-    tensors, records = {}, []
-    for tensor, value, modules in made:
-        _refuse_negative(tensor.name, value)
-        rounded, rounding = _rounded(task_vectors, tensor, value)
-        records.append(_record(tensor, rounding))
-        before = task_vectors.base.read(tensor.name) if tensor.treatment.action != "base" else None
-        if before is not None and torch.equal(value, before.to(value)):
-            # no update: the base's very bits, the sign of zero among them
-            rounded = before.to(rounded).clone(memory_format=torch.contiguous_format)
-        if before is not None and torch.equal(rounded, before.to(rounded)):
-            records[-1]["equals_base"] = True
-        tensors[tensor.name] = rounded
-        if tensor.average is not None:
-            records[-1] |= {"importance": list(tensor.average.importance), "scaling": tensor.average.scaling}
-        if tensor.design is not None:
-            records[-1] |= {"design": designs.index(tensor.design), "modules": modules}
+        made = _kept(task_vectors, batch.tensors)
+    tensors: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
+    results = iter(made)
+    for run in _runs(task_vectors, batch.tensors):
+        values, modules = zip(*((value, own) for _, value, own in islice(results, len(run))), strict=True)
+        rounded, found = _rounded(task_vectors, run, _stacked_values(values))
+        tensors |= zip((tensor.name for tensor in run), rounded, strict=True)
+        records += [_record(*each, designs) for each in zip(run, found, modules, strict=True)]
     return tensors, records
+
+
+def _runs(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+    """Divide tensors into runs of one shape and dtype.
+
+    Yields:
+        Small neighbours, or a single one.
+    """
+    infos, of = task_vectors.base.tensors, {tensor.name: tensor for tensor in tensors}
+    for run in runs(of, lambda name: (of[name].shape, infos[name].dtype), lambda name: of[name].nbytes):
+        yield [of[name] for name in run]
+
+
+def _stacked_values(values: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, ``(T, *shape)``; one alone is not copied."""
+    return torch.stack(list(values)) if len(values) > 1 else values[0].unsqueeze(0)
+
+
+def _kept(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> Iterator[_Made]:
+    for run in _runs(task_vectors, tensors):
+        values = task_vectors.base.read_each([tensor.name for tensor in run])
+        yield from ((tensor, value, []) for tensor, value in zip(run, values, strict=True))
 
 
 def _averaged(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> Iterator[_Made]:
@@ -197,15 +213,58 @@ def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
     return torch.stack(left), torch.stack(right)
 
 
-def _rounded(task_vectors: TaskVectors, tensor: TensorPlan, value: Tensor) -> tuple[Tensor, dict[str, int] | None]:
-    """The tensor in its output dtype, and how many of its updated entries rounding took back to the base."""
-    rounded = value.to(tensor.dtype).contiguous()
-    kept = tensor.treatment.action == "base"
-    where = "the base" if kept else "the merge"
-    refuse_overflow(f"tensor {tensor.name!r} of {where}", value if kept else None, rounded)
-    if kept:
-        return rounded, None
-    return rounded, rounding_of_tensor(task_vectors.base, tensor.name, value, rounded)
+def _rounded(
+    task_vectors: TaskVectors, run: Sequence[TensorPlan], values: Tensor
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Tensors of one shape and dtype in their output dtype, and what their records say about rounding.
+
+    Args:
+        task_vectors: Base and experts.
+        run: The tensors.
+        values: What they are before rounding, ``(T, *shape)``.
+    """
+    rounded = values.to(run[0].dtype).contiguous()
+    for tensor, value, each in _suspicious(run, values, rounded):
+        kept = tensor.treatment.action == "base"
+        where = "the base" if kept else "the merge"
+        _refuse_negative(tensor.name, value)
+        refuse_overflow(f"tensor {tensor.name!r} of {where}", value if kept else None, each)
+    if run[0].treatment.action == "base":
+        return _apart(rounded), [{} for _ in run]
+    before = _stacked_values(task_vectors.base.read_each([tensor.name for tensor in run]))
+    found = _roundings(before, values, rounded)
+    same = _alike(values, before)
+    if bool(same.any()):  # no update: the base's very bits, the sign of zero among them
+        rounded[same] = before[same].to(rounded)
+    for record, equal in zip(found, _alike(rounded, before).tolist(), strict=True):
+        record |= {"equals_base": True} if equal else {}
+    return _apart(rounded), found
+
+
+def _alike(values: Tensor, before: Tensor) -> Tensor:
+    """Mask of the tensors ``(T, *shape)`` that are others rounded to their dtype, ``(T,)``."""
+    return (values == before.to(values)).reshape(len(values), -1).all(1)
+
+
+def _suspicious(
+    run: Sequence[TensorPlan], values: Tensor, rounded: Tensor
+) -> Iterator[tuple[TensorPlan, Tensor, Tensor]]:
+    """Pick the tensors that may have to be refused.
+
+    Yields:
+        Those that have variances or values that are not finite, before and after rounding.
+    """
+    whole = not rounded.dtype.is_floating_point or all_finite(rounded)
+    for tensor, value, each in zip(run, values, rounded, strict=True) if not whole else ():
+        yield tensor, value, each
+    for place, tensor in enumerate(run):
+        if whole and tensor.name.endswith("running_var"):
+            yield tensor, values[place], rounded[place]
+
+
+def _apart(tensors: Tensor) -> list[Tensor]:
+    """The tensors of a stack, ``(T, *shape)``, each in memory of its own."""
+    return [each.clone() for each in tensors] if len(tensors) > 1 else [tensors[0]]
 
 
 def _refuse_negative(name: str, value: Tensor) -> None:
@@ -247,13 +306,23 @@ def rounding_of_tensor(base: Checkpoint, name: str, value: Tensor, rounded: Tens
     """Count entries that the merge changed, and those that rounding to half precision took back to the base's value."""
     if rounded.dtype not in HALF:
         return None
-    before = base.read(name)
-    updated = value != before.to(value.dtype)
+    (found,) = _roundings(base.read(name).unsqueeze(0), value.unsqueeze(0), rounded.unsqueeze(0))
+    return found["rounding"]
+
+
+def _roundings(before: Tensor, values: Tensor, rounded: Tensor) -> list[dict[str, Any]]:
+    """Counts of :func:`rounding_of_tensor` for the record of each tensor, ``(T, *shape)``; nothing in other dtypes."""
+    if rounded.dtype not in HALF:
+        return [{} for _ in values]
+    updated = values != before.to(values.dtype)
     unchanged = updated & (rounded == before.to(rounded.dtype))
-    return {"updated": int(updated.sum()), "rounded_back": int(unchanged.sum())}
+    counts = zip(*(each.reshape(len(values), -1).sum(1).tolist() for each in (updated, unchanged)), strict=True)
+    return [{"rounding": {"updated": changed, "rounded_back": back}} for changed, back in counts]
 
 
-def _record(tensor: TensorPlan, rounding: dict[str, int] | None) -> dict[str, Any]:
+def _record(
+    tensor: TensorPlan, rounding: Mapping[str, Any], modules: Sequence[dict[str, Any]], designs: Sequence[AnyDesign]
+) -> dict[str, Any]:
     record: dict[str, Any] = {
         "tensor": tensor.name,
         "aliases": list(tensor.aliases),
@@ -263,8 +332,11 @@ def _record(tensor: TensorPlan, rounding: dict[str, int] | None) -> dict[str, An
         "shape": list(tensor.shape),
         "matrices": [list(shape) for shape in tensor.matrices],
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "numel": int(torch.Size(tensor.shape).numel()),
+        "numel": math.prod(tensor.shape),
+        **rounding,
     }
-    if rounding is not None:
-        record["rounding"] = rounding
+    if tensor.average is not None:
+        record |= {"importance": list(tensor.average.importance), "scaling": tensor.average.scaling}
+    if tensor.design is not None:
+        record |= {"design": designs.index(tensor.design), "modules": modules}
     return record

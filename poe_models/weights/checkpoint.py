@@ -137,12 +137,33 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: If there is no such tensor, or its data cannot be read.
         """
+        return self._read(self._canonical(name))
+
+    def read_each(self, names: Sequence[str]) -> list[Tensor]:
+        """Read several tensors; what is looked up once for all of them makes small ones cheap.
+
+        Args:
+            names: Canonical names or aliases.
+
+        Returns:
+            What ``read`` gives of each, in their order.
+
+        Raises:
+            CheckpointError: If one is not there, or its data cannot be read.
+        """
+        return self._read_each([self._canonical(name) for name in names])
+
+    def _read_each(self, names: Sequence[str]) -> list[Tensor]:
+        """Read the tensors of canonical names."""
+        return [self._read(name) for name in names]
+
+    def _canonical(self, name: str) -> str:
         canonical = self.aliases.get(name, name)
         if canonical not in self.tensors:
             near = difflib.get_close_matches(name, [*self.tensors, *self.aliases], n=1)
             hint = f"the nearest name is {near[0]!r}" if near else "`tensors` lists the names"
             raise CheckpointError(f"`read({name!r})`: {self.source} has no such tensor; {hint}.")
-        return self._read(canonical)
+        return canonical
 
     def tied_names(self, name: str) -> tuple[str, ...]:
         """All names of the tensor called ``name``, the canonical one first; more than one if it is tied."""
@@ -203,16 +224,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error} Copy the file anew.") from error
 
 
-# Names that only a quantiser writes, and the format they belong to.
-_MARKERS = (
-    (r"(^|\.)(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
-    (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.[\w.]+)$", "bitsandbytes 4-bit"),
-    (r"(^|\.)(SCB|weight_format)$", "bitsandbytes int8"),
-    (r"(^|\.)weight_packed$", "compressed-tensors"),
-    (r"(^|\.)weight_scale_inv$", "block-scaled fp8"),
-    (r"(^|\.)W_q$", "HQQ"),
-)
-_MARKED = re.compile("|".join(f"(?:{marker})" for marker, _ in _MARKERS))
+# Ends of names that only a quantiser writes, and the format they belong to.
+_MARKERS = {
+    **{f"{dot}{end}": "GPTQ or AWQ" for end in ("qweight", "qzeros", "g_idx") for dot in ("", ".")},
+    **{f".{end}": "bitsandbytes 4-bit" for end in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
+    **{f"{dot}{end}": "bitsandbytes int8" for end in ("SCB", "weight_format") for dot in ("", ".")},
+    **dict.fromkeys(("weight_packed", ".weight_packed"), "compressed-tensors"),
+    ".weight_scale_inv": "block-scaled fp8",
+    **dict.fromkeys(("W_q", ".W_q"), "HQQ"),
+}
+_QUANT_STATE = ".quant_state."  # and whatever follows, of bitsandbytes 4-bit
 _SUB_BYTE = re.compile(r"\.(u?int[1-7]$|qu?int|bits)")
 # Integer tensors with two or more axes are packed weights only under the names of weights; others are tables and masks.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -265,8 +286,9 @@ def quantisation_of(info: TensorInfo) -> str | None:
     >>> quantisation_of(TensorInfo("position_ids", (1, 512), torch.int64)) is None
     True
     """
-    if _MARKED.search(info.name):
-        return next(kind for pattern, kind in _MARKERS if re.search(pattern, info.name))
+    _, dot, end = info.name.rpartition(".")
+    if f"{dot}{end}" in _MARKERS or _QUANT_STATE in info.name:
+        return _MARKERS.get(f"{dot}{end}", "bitsandbytes 4-bit")
     if info.dtype in _PLAIN:
         return None
     dtype = str(info.dtype)

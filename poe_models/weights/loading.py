@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,17 @@ class FileCheckpoint(Checkpoint):
 
     @override
     def _read(self, name: str) -> Tensor:
-        part = self._parts[name]
-        if self._last is not None and self._last is not part:
-            self._last.release()  # one open map at a time
-        self._last = part
-        return part.read(name)
+        return self._read_each([name])[0]
+
+    @override
+    def _read_each(self, names: Sequence[str]) -> list[Tensor]:
+        tensors = []
+        for part, run in groupby(names, self._parts.__getitem__):
+            if self._last is not None and self._last is not part:
+                self._last.release()  # one open map at a time
+            self._last = part
+            tensors += part.read_each(list(run))
+        return tensors
 
 
 class MemoryCheckpoint(Checkpoint):
@@ -274,9 +281,11 @@ def _open_shards(index: Path) -> list[WeightFile]:
             f"{index}: lists {len(absent)} tensors that their shard does not hold: {', '.join(absent[:5])}"
             f"{', ...' if len(absent) > 5 else ''}. Index and shards are from different saves: copy the folder anew."
         )
+    listed: dict[str, set[str]] = {shard: set() for shard in parts}
+    for name, shard in weight_map.items():
+        listed[shard].add(parts[shard].aliases.get(name, name))
     for shard, part in parts.items():
-        listed = {part.aliases.get(name, name) for name, place in weight_map.items() if place == shard}
-        part.keep(listed)  # what the index does not list there is left over from another save
+        part.keep(listed[shard])  # what the index does not list there is left over from another save
     return list(parts.values())
 
 

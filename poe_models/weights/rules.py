@@ -237,24 +237,35 @@ class RuleTable:
             )
         reason = rule.note or f"rule {{match: {rule.match!r}, action: {rule.action}}}"
         if rule.action != "merge":
-            return Treatment(rule.action, None, reason)
+            return self._shared(rule.action, None, info.shape, reason)
         later = (r for r in self.rules if r.view is not None and r.applies((info.name, *aliases), info, model_type))
         view = rule.view or next((r.view for r in later), None) or View()
         try:
-            return Treatment("merge", view.fitted(info.shape), reason)
+            return self._shared("merge", view, info.shape, reason)
         except ValueError as error:
             raise ValueError(f"tensor {info.name!r}: {reason} merges it, but {error}.") from error
+
+    def _shared(self, action: Action, view: View | None, shape: tuple[int, ...], reason: str) -> Treatment:
+        """The treatment of all tensors of a shape that are treated alike: one object for many."""
+        key = (action, view, shape, reason)
+        if key not in self._treatments:
+            self._treatments[key] = Treatment(action, None if view is None else view.fitted(shape), reason)
+        return self._treatments[key]
+
+    @cached_property
+    def _treatments(self) -> dict[tuple[object, ...], Treatment]:
+        return {}
 
     def deciding(
         self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = (), *, first: bool = False
     ) -> Rule | None:
         """The first rule that applies to a tensor, or None; for the arguments see :meth:`treat`."""
-        names = (info.name, *aliases)
+        name = info.name
         kind = info.shape, model_type
         if kind not in self._fitting:
             self._fitting[kind] = [each for each in self._searches if each[0].fits(info, model_type)]
         for rule, search in self._fitting[kind]:
-            if any(map(search, names)) and not (first and rule.shape == "depthwise"):
+            if (search(name) or any(map(search, aliases))) and not (first and rule.shape == "depthwise"):
                 return rule
         return None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -70,26 +71,43 @@ def averages_of(
             yield total.mul_(scaling / (sum(importance) or 1.0)).add_(base[place])
 
 
-def _runs(task_vectors: TaskVectors, tensors: Iterable[str]) -> Iterator[list[str]]:
-    """Divide names into runs of neighbours that can be read together.
+def runs(names: Iterable[str], kind: Callable[[str], Hashable], nbytes: Callable[[str], int]) -> Iterator[list[str]]:
+    """Divide names into runs of neighbours that are worked on together.
+
+    Args:
+        names: Names of tensors.
+        kind: What those of a run have in common.
+        nbytes: Bytes that each takes.
 
     Yields:
-        Names of one shape and view whose updates fit into the budget, or of a single tensor.
+        Names of one kind that fit into a small budget, or a single one.
     """
-    run: list[str] = []
-    kind, room = None, 0
-    for name in tensors:
-        shape, treatment = task_vectors.base.tensors[name].shape, task_vectors.treatments[name]
-        size = math.prod(shape) * len(task_vectors.names) * task_vectors.dtype.itemsize
-        if run and (kind != (shape, treatment.view) or size > room):
-            yield run
-            run = []
-        if not run:
-            kind, room = (shape, treatment.view), _BYTES
-        run.append(name)
-        room -= size
-    if run:
+    for _, alike in groupby(names, kind):
+        run: list[str] = []
+        room = 0
+        for name in alike:
+            size = nbytes(name)
+            if run and size > room:
+                yield run
+                run = []
+            room = (room if run else _BYTES) - size
+            run.append(name)
         yield run
+
+
+def _runs(task_vectors: TaskVectors, tensors: Iterable[str]) -> Iterator[list[str]]:
+    """Divide names into runs of one shape, view and dtype.
+
+    Yields:
+        Names of tensors whose updates fit into the budget, or of a single one.
+    """
+    infos, treatments = task_vectors.base.tensors, task_vectors.treatments
+    each = len(task_vectors.names) * task_vectors.dtype.itemsize
+    yield from runs(
+        tensors,
+        lambda name: (infos[name].shape, infos[name].dtype, treatments[name].view),
+        lambda name: math.prod(infos[name].shape) * each,
+    )
 
 
 def _read(task_vectors: TaskVectors, run: Sequence[str]) -> tuple[Tensor, list[Tensor]] | None:
@@ -107,4 +125,4 @@ def _read(task_vectors: TaskVectors, run: Sequence[str]) -> tuple[Tensor, list[T
 
 
 def _stacked(task_vectors: TaskVectors, checkpoint: Checkpoint, names: Sequence[str]) -> Tensor:
-    return torch.stack([checkpoint.read(name).to(task_vectors.dtype) for name in names]).to(task_vectors.device)
+    return torch.stack(checkpoint.read_each(names)).to(task_vectors.device, task_vectors.dtype)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -100,8 +101,12 @@ class View:
 
     def block_shapes(self, shape: Sequence[int]) -> list[tuple[int, int]]:
         """Shapes (d_out, d_in) of the matrices that :meth:`split` gives of a tensor of this shape."""
-        rows, cols = self._matrix_shape(shape)
-        return [(height, cols) for height in self._heights(rows, cols)] * (shape[0] if self.stacked else 1)
+        known = self._known_shapes
+        key = tuple(shape)
+        if key not in known:
+            rows, cols = self._matrix_shape(shape)
+            known[key] = [(height, cols) for height in self._heights(rows, cols)] * (shape[0] if self.stacked else 1)
+        return list(known[key])
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Matrices (d_out, d_in) of a tensor, top row block first, which may share its memory."""
@@ -153,6 +158,11 @@ class View:
         parts = [(matrix.T if self.heads else matrix).reshape(part_shape) for matrix in matrices]
         parts = [part.transpose(0, 1) if self.transpose else part for part in parts]
         return torch.stack(parts) if self.stacked else parts[0].contiguous()
+
+    @cached_property
+    def _known_shapes(self) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+        """The shapes of each shape that was asked about: a model has many tensors of few shapes."""
+        return {}
 
     @property
     def has_factors(self) -> bool:
@@ -208,6 +218,10 @@ class View:
 
     @override
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         cuts = {
             "blocks": self.blocks > 1 and f"split into {self.blocks} equal row blocks",
             "rows": self.rows and f"split into row blocks of {', '.join(map(str, self.rows))}",

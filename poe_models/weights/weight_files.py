@@ -3,7 +3,7 @@
 Every tensor is copied out of the file at once: who truncates a file that is mapped ends the process that touches its
 pages. Safetensors files are not mapped at all. PyTorch files are, and pages that were read stay resident for as long as
 the map lives; it is therefore dropped and made anew after ``RESIDENT_BYTES``. A file that is not what it was when its
-header was read is refused after each tensor, and before each that is mapped.
+header was read is refused after each tensor, or each run of them, and before each that is mapped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,25 +153,33 @@ class WeightFile(ABC):
         Raises:
             CheckpointError: If the file is not what it was when its header was read, or cannot be read.
         """
-        info = self.info(name)
-        name = info.name
+        return self.read_each([name])[0]
+
+    def read_each(self, names: Sequence[str]) -> list[Tensor]:
+        """Read several tensors as ``read`` does one; the file is looked at once they are all there."""
+        infos = [self.info(name) for name in names]
+        tensors = [self._read(info) for info in infos]
+        check_stamp(self.path, self.stamp, infos[-1].name)
+        return tensors
+
+    def _read(self, info: TensorInfo) -> Tensor:
         if self._resident > RESIDENT_BYTES:
             self.release()
         try:
             tensor = self._get(info)
         except (SafetensorError, KeyError, OSError) as error:
-            check_stamp(self.path, self.stamp, name)
+            check_stamp(self.path, self.stamp, info.name)
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} cannot be read: {error}. Copy the file anew."
+                f"{self.path}: tensor {info.name!r} cannot be read: {error}. Copy the file anew."
             ) from error
-        check_stamp(self.path, self.stamp, name)
         self._resident += info.nbytes
         return tensor
 
     def keep(self, names: Collection[str]) -> None:
         """Leave out every tensor but these, by their canonical names."""
-        self.tensors = {name: info for name, info in self.tensors.items() if name in names}
-        self.aliases = {name: target for name, target in self.aliases.items() if target in names}
+        if self.tensors.keys() != names:
+            self.tensors = {name: info for name, info in self.tensors.items() if name in names}
+            self.aliases = {name: target for name, target in self.aliases.items() if target in names}
 
     def release(self) -> None:
         """Close the file; the next read opens it again."""

@@ -1,0 +1,196 @@
+"""Updates of extreme size: a posterior in units of its modules' own, and answers back in those of the updates.
+
+Under the Gram maps residuals are fourth powers of updates and curvatures their squares, which leave the range of
+floating point long before the merge does. Where a design is scale-equivariant, ``E(c Z; c U) = E(Z; U)``, as relative
+scales and precisions make it, solvers and samplers work on ``U / c`` for one power of two ``c`` a module, and multiply
+what they find by it. Elsewhere such updates are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.draws import Draws
+from inference.solution import FixedPointInfo, InfoT, Solution
+from poe_models.posterior import BoundExpert, Posterior
+from poe_models.updates import over_units
+
+COMFORTABLE = 2.0**20
+"""Updates whose largest entry is within this factor of one are near it."""
+_FACTOR = 8.0
+"""Two sizes of the same updates, at which a design is compared with itself, are this factor apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnUnits:
+    """A posterior whose numbers are in the range of its dtype, and the way back from its coordinates.
+
+    Attributes:
+        posterior: Of ``Z / c``.
+        changed: Whether these are other units than the updates'.
+        units: ``c``, ``(M,)`` float64; 1 in modules of ordinary size.
+        weights: Factors of the experts' weights, ``(M, E)``: how they depend on ``c``.
+        precision: That of the anchor's precision, ``(M,)``.
+    """
+
+    posterior: Posterior
+    changed: bool
+    units: Tensor
+    weights: Tensor
+    precision: Tensor
+
+    def latents(self, z: Tensor) -> Tensor:
+        """Latents ``(*S, M, *event)`` in own units."""
+        return over_units(z.movedim(-3, 0), self.units).movedim(0, -3) if self.changed else z
+
+    def back(self, z: Tensor) -> Tensor:
+        """Latents ``(*S, M, *event)`` in own units in those of the updates."""
+        return (z.double() * self.units[:, None, None].to(z.device)).to(z.dtype) if self.changed else z
+
+    def solution(self, found: Solution[InfoT]) -> Solution[InfoT]:
+        """A solution in the units of the updates."""
+        if not self.changed:
+            return found
+        return in_given_units(replace(found, value=self.back(found.value)), self.units, self.weights, self.precision)
+
+    def draws(self, found: Draws) -> Draws:
+        """Draws in the units of the updates."""
+        make, units = found.regenerate, self.units.tolist()
+        if not self.changed:
+            return found
+        if make is None:
+            return replace(found, numbers=self.back(found.numbers))
+        return replace(found, regenerate=lambda module, weights, seed: units[module] * make(module, weights, seed))
+
+
+def in_given_units(found: Solution[InfoT], units: Tensor, weights: Tensor, precision: Tensor) -> Solution[InfoT]:
+    """The record of a solution in own units in those of the updates; its ``value`` is left as it is.
+
+    Args:
+        found: The solution.
+        units: ``c``, ``(M,)``.
+        weights: Factors of the experts' weights, ``(M, E)``.
+        precision: That of the anchor's precision, ``(M,)``.
+    """
+    info, kept = found.info, found.info.retention
+    norms = kept.update_norms * units.unsqueeze(-1).to(kept.update_norms)
+    changed: dict[str, Any] = {"retention": replace(kept, norm=kept.norm * units.to(kept.norm), update_norms=norms)}
+    if isinstance(info, FixedPointInfo):
+        changed |= {"weights": info.weights * weights, "anchor_precision": info.anchor_precision * precision}
+    return replace(found, info=replace(info, **changed))
+
+
+def powers_of_two(sizes: Tensor, odd: Tensor) -> Tensor:
+    """Units that bring sizes ``(M,)`` to about one where they are odd, and 1 elsewhere; ``(M,)`` float64."""
+    return torch.where(odd, torch.where(odd, sizes.double(), 1.0).log2().round().exp2(), 1.0)
+
+
+def own_units(posterior: Posterior, function: str, *, equivariant: bool = True, near: bool = False) -> OwnUnits:
+    """A posterior as it is where its numbers are in range, and in units of its modules' own elsewhere.
+
+    Args:
+        posterior: Any posterior.
+        function: Name of the algorithm, for the message.
+        equivariant: Whether the algorithm's own settings allow for other units.
+        near: Whether it is at its best near size one, and wants other units long before numbers are out of range.
+
+    Raises:
+        ValueError: If updates are out of range, and their design or the settings are about absolute sizes.
+    """
+    odd, lost = _odd(posterior, near)
+    if bool(odd.any()):
+        sizes = torch.stack([_size(expert) for expert in posterior.experts], -1)
+        found = _rebound(posterior, powers_of_two(sizes.amax(-1), odd.any(-1))) if equivariant else None
+        if found is not None and not bool(_odd(found.posterior, False)[1].any()):
+            return found
+        if bool(lost.any()):
+            module, expert = lost.nonzero()[0].tolist()
+            raise ValueError(_refusal(posterior, function, module, expert, float(sizes[module, expert])))
+    ones = torch.ones_like(posterior.anchor_precision)
+    return OwnUnits(posterior, False, ones, torch.ones_like(odd, dtype=torch.float64), ones)
+
+
+def _size(expert: BoundExpert) -> Tensor:
+    """Largest entry of the update, ``(M,)``."""
+    return torch.linalg.vector_norm(expert.update, math.inf, (-2, -1))
+
+
+def _odd(posterior: Posterior, near: bool) -> tuple[Tensor, Tensor]:
+    """Masks of updates of extreme size, and of those whose numbers are out of range, ``(M, E)``."""
+    columns = [_odd_and_lost(expert, near) for expert in posterior.experts]
+    if not columns:
+        none = posterior.anchor_precision.new_zeros(posterior.num_modules, 0, dtype=torch.bool)
+        return none, none
+    # beside others of ordinary size, one that is rounding drops out
+    speaks = posterior.active | ~posterior.active.any(-1, keepdim=True)
+    odd, lost = (torch.stack(each, -1) & speaks for each in zip(*columns, strict=True))
+    return odd, lost
+
+
+def _odd_and_lost(expert: BoundExpert, near: bool) -> tuple[Tensor, Tensor]:
+    """Whether fourth powers of the update, squared by curvatures, leave the range, and so its residual; ``(M,)``.
+
+    Curvatures are divided by the square of a squared scale, which is of the residual's size and always float64.
+    """
+    limits, widest = torch.finfo(expert.update.dtype), torch.finfo(torch.float64)
+    size, residual = _size(expert), expert.residual_at_zero.double()
+    low, high = max(limits.tiny**0.25, widest.tiny**0.125), min(limits.max**0.25, widest.max**0.125)
+    held = (residual >= max(limits.tiny, widest.tiny**0.5)) & (residual <= min(limits.max, widest.max**0.5))
+    odd = (size > 0) & ((size < low) | (size > high))
+    far = (size > 0) & ((size < 1 / COMFORTABLE) | (size > COMFORTABLE))
+    return far if near else odd, odd & ~held
+
+
+def _refusal(posterior: Posterior, function: str, module: int, expert: int, size: float) -> str:
+    name, dtype = posterior.experts[expert].name, posterior.experts[expert].update.dtype
+    seen = "statistics or factor experts see" if posterior.in_units is None else "its design or a setting is about"
+    return (
+        f"`{function}(...)`: the update of expert {name!r} in {posterior.label(module)} has entries of up to "
+        f"{size:.1e}, whose fourth power {dtype} cannot hold, or not its square, and {seen} absolute sizes. Bind the "
+        "updates themselves, with the scale `Balanced()` or `Relative()` and the anchor's precision "
+        "`RelativePrecision()`, which are about none. Or divide all updates by one such number, and multiply what is "
+        "found by it."
+    )
+
+
+def _rebound(posterior: Posterior, units: Tensor) -> OwnUnits | None:
+    """The posterior in these units; None if it cannot be had, or its energy depends on them."""
+    one, other = _in_units(posterior, units), _in_units(posterior, units / _FACTOR)
+    if one is None or other is None:
+        return None
+    point = torch.stack([(0.3 + 0.1 * i) * expert.update for i, expert in enumerate(one.experts)]).sum(0)
+    if not torch.allclose(_terms(one, point), _terms(other, _FACTOR * point), rtol=1e-6, atol=0.0):
+        return None
+    scales = [torch.stack([expert.scale_squared for expert in each.experts], -1) for each in (one, other)]
+    column = units.unsqueeze(-1)
+    return OwnUnits(
+        one,
+        True,
+        units,
+        torch.where(column == 1, 1.0, column.pow(-_degree(*scales))),
+        torch.where(units == 1, 1.0, units.pow(_degree(one.anchor_precision, other.anchor_precision))),
+    )
+
+
+def _in_units(posterior: Posterior, units: Tensor) -> Posterior | None:
+    """The experts that a posterior has, at its temperature, in other units."""
+    if posterior.in_units is None:
+        return None
+    bound, names = posterior.in_units(units), {expert.name for expert in posterior.experts}
+    experts = tuple(expert for expert in bound.experts if expert.name in names)
+    return replace(bound, experts=experts, temperature=posterior.temperature, modules=posterior.modules, in_units=None)
+
+
+def _terms(posterior: Posterior, z: Tensor) -> Tensor:
+    """Energies of experts and anchor at a point ``(M, *event)``, ``(M, E + 1)``."""
+    return torch.stack([*(expert.energy(z) for expert in posterior.experts), posterior.anchor_energy(z)], -1)
+
+
+def _degree(one: Tensor, other: Tensor) -> Tensor:
+    """Power of the size with which a number grows, from its values at two sizes; 0 of one that is zero."""
+    return ((other / one).log2() / torch.tensor(_FACTOR).log2()).nan_to_num(0.0, 0.0, 0.0).round()
