@@ -24,15 +24,15 @@ from inference.retention import retention
 from inference.reweighting import SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.least_squares import quadratic_of
-from poe_models.operators import inner, sum_of_squares
+from poe_models.operators import inner, largest_entry, sum_of_squares
 from poe_models.posterior import Posterior
 
 FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
 """Least curvature of the energy in any direction, relative to its majoriser's, at a point that counts as a strict
 minimum; less is a saddle or cannot be told from one, per dtype."""
 
-SWIFT = 0.1
-"""Rate of plain steps, a decimal each, below which it is only bounded."""
+SWIFT = 0.5
+"""Rate of plain steps, a bit each, below which it is only bounded."""
 
 
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:
@@ -200,9 +200,12 @@ def _require_in_range(posterior: Posterior) -> None:
     widest = torch.finfo(torch.float64)
     alone = ~posterior.active.any(-1)  # beside others of ordinary size, one that is rounding drops out
     for expert in posterior.experts:
-        limits = torch.finfo(expert.update.dtype)
-        size, residual = expert.update.flatten(-2).abs().amax(-1), expert.residual_at_zero.double()
+        limits, residual = torch.finfo(expert.update.dtype), expert.residual_at_zero.double()
         low, high = max(limits.tiny**0.25, widest.tiny**0.125), min(limits.max**0.25, widest.max**0.125)
+        norm, entries = expert.norm_squared.sqrt(), expert.update[0].numel()
+        if bool(((norm >= low * entries**0.5) & (norm <= high)).all()):  # and so is the largest entry
+            continue
+        size = largest_entry(expert.update)
         held = (residual >= max(limits.tiny, widest.tiny**0.5)) & (residual <= min(limits.max, widest.max**0.5))
         lost = (size > 0) & ((size < low) | (size > high)) & (expert.active | alone) & ~held
         if bool(lost.any()):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poe_models.experts import Expert, FactorExpert, ProductOfExperts
 from poe_models.module_names import not_drawn
-from poe_models.operators import Gram, Operator, inner, mean_curvatures, sum_of_squares
+from poe_models.operators import Gram, Operator, inner_each, mean_curvatures, sum_of_squares
 from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
@@ -37,12 +37,12 @@ def full_posterior(batch: Batch) -> Posterior:
         )
     index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
     low_rank = [None if factors is None else (factors[0][:, i], factors[1][:, i]) for i in index]
+    own = [updates[:, i] for i in index]
     operators = [
-        e.residual_map.checked_operator(updates[:, i], pair)
-        for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
+        e.residual_map.checked_operator(update, pair)
+        for e, update, pair in zip(poe.experts, own, low_rank, strict=True)
     ]
     # What a Gram pulls with is needed for the solution as well; of adapters that is made of their factors.
-    own = [updates[:, i] for i in index]
     pulls = [
         p.apply(u) if isinstance(p, Gram) and pair is None else None
         for p, u, pair in zip(operators, own, low_rank, strict=True)
@@ -51,7 +51,7 @@ def full_posterior(batch: Batch) -> Posterior:
         poe,
         operators=operators,
         updates=own,
-        norms=[sum_of_squares(update) for update in own],
+        norms=[_squared_norm(p, update) for p, update in zip(operators, own, strict=True)],
         mean_curvatures=above_rounding(poe.experts, mean_curvatures(operators), updates.dtype),
         dimensions=[operator.dimension for operator in operators],
         pulls=pulls,
@@ -59,6 +59,14 @@ def full_posterior(batch: Batch) -> Posterior:
     experts = tuple(replace(e, low_rank=pair) for e, pair in zip(experts, low_rank, strict=True))
     center, shape = center_of(poe.anchor, updates, factors), (int(updates.shape[2]), int(updates.shape[3]))
     return Posterior(experts, center, precision, poe.temperature, shape, modules=modules)
+
+
+def _squared_norm(operator: Operator, update: Tensor) -> Tensor:
+    """``|U_i|^2``, which an operator that is made of the update itself has for its trace."""
+    where = (update.data_ptr(), update.numel())
+    if isinstance(operator, Gram) and (operator.factor.data_ptr(), operator.factor.numel()) == where:
+        return operator.squared_size
+    return sum_of_squares(update)
 
 
 def span_posterior(
@@ -153,12 +161,13 @@ def bind_experts(
         pulls: ``P_i U_i`` where they are known.
     """
     pulls = [None] * len(operators) if pulls is None else pulls
+    pulled = [None if pull is None else inner_each(pull, [u, pull]) for u, pull in zip(updates, pulls, strict=True)]
     sizes = ExpertSizes(
         norm_squared=torch.stack(list(norms), -1),
         residual_at_zero=torch.stack(
             [
-                p.quadratic(u) if pull is None else inner(u, pull)
-                for p, u, pull in zip(operators, updates, pulls, strict=True)
+                p.quadratic(u) if each is None else each[..., 0]
+                for p, u, each in zip(operators, updates, pulled, strict=True)
             ],
             -1,
         ),
@@ -180,8 +189,9 @@ def bind_experts(
             importance=expert.importance,
             active=sizes.active[..., i],
             pull=pulls[i],
+            pull_squared=None if each is None else each[..., 1],
         )
-        for i, expert in enumerate(poe.experts)
+        for i, (expert, each) in enumerate(zip(poe.experts, pulled, strict=True))
     )
     terms = [
         2 * e.importance * e.rho.weight_at_rest(t) * t / e.scale_squared

@@ -182,8 +182,8 @@ def _same_directions(one: Operator, other: Operator) -> bool:
     if _kind(one) != _kind(other):
         return False
     if isinstance(one, Gram) and isinstance(other, Gram) and not torch.equal(one.factor, other.factor):
-        both = torch.cat([_unit(one.factor), _unit(other.factor)], -1)
-        return torch.equal(torch.linalg.matrix_rank(both), torch.linalg.matrix_rank(one.factor))
+        both = torch.cat([_unit(one.narrow), _unit(other.narrow)], -1)
+        return torch.equal(torch.linalg.matrix_rank(both), torch.linalg.matrix_rank(one.narrow))
     if isinstance(one, Diagonal) and isinstance(other, Diagonal):
         return torch.equal(one.values > 0, other.values > 0)
     if isinstance(one, RankOne) and isinstance(other, RankOne):
