@@ -23,6 +23,8 @@ from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.together import averages_of, modules_of
 
 HALF = (torch.bfloat16, torch.float16)
+TOGETHER = 2 * 2**20
+"""Bytes of updates that a processor solves for together; more would leave its cache between two steps."""
 _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
 
 
@@ -109,10 +111,11 @@ def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: An
     records: dict[tuple[int, int], dict[str, Any]] = {}
     while batches:
         _, batch = batches.popitem()
-        merged, found = _solve(batch, design, task_vectors.names)
-        values |= dict(zip(batch.places, merged, strict=True))
-        records |= dict(zip(batch.places, found, strict=True))
-        del batch
+        for part in _parts(batch, design):
+            merged, found = _solve(part, design, task_vectors.names)
+            values |= dict(zip(part.places, merged, strict=True))
+            records |= dict(zip(part.places, found, strict=True))
+        del batch, part
     made = []
     for position, tensor in enumerate(tensors):
         assert tensor.treatment.view is not None
@@ -154,6 +157,28 @@ def _fill(
         batch.labels.append(module.name)
         if centers:
             batch.centers.append(centers[index] - module.base)
+
+
+def _parts(batch: _Batch, design: AnyDesign) -> Iterator[_Batch]:
+    """Cut a batch into what is solved together: on a processor no more than its cache holds, for a product of experts.
+
+    Yields:
+        Batches of one module at least; methods and other devices have the whole.
+    """
+    count = len(batch.places)
+    each = batch.updates[0].numel() * batch.updates.itemsize
+    whole = isinstance(design, MethodDesign) or batch.updates.device.type != "cpu"
+    step = count if whole else max(1, TOGETHER // max(each, 1))
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        yield _Batch(
+            batch.updates[some],
+            batch.bases[some],
+            batch.places[some],
+            batch.labels[some],
+            batch.factors[some],
+            batch.centers[some],
+        )
 
 
 def _centers(task_vectors: TaskVectors, tensor: str, design: AnyDesign) -> list[Tensor]:
