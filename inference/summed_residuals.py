@@ -37,7 +37,7 @@ class SummedResiduals:
         self.quadratic = quadratic
         self.pulls = pulls
         self.sides = [side for side in ("left", "right") if self._pays(side)]
-        own = bool(quadratic.known_pulls)  # in the posterior's own coordinates
+        own = bool(quadratic.known_pulls) or not self.sides  # in the posterior's own coordinates, or not asked for
         at_zero = [
             expert.residual_at_zero if own else inner(target, pull)
             for expert, target, pull in zip(posterior.experts, quadratic.targets, pulls, strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.models.memory import together
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.modules import anchor_blocks, selected
 from inference.models.plan import TensorBatch, TensorPlan
@@ -23,8 +24,6 @@ from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.together import averages_of, modules_of
 
 HALF = (torch.bfloat16, torch.float16)
-TOGETHER = 2 * 2**20
-"""Bytes of updates that a processor solves for together; more would leave its cache between two steps."""
 _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
 
 
@@ -165,14 +164,13 @@ def _parts(batch: _Batch, design: AnyDesign) -> Iterator[_Batch]:
     Yields:
         Batches of one module at least; methods and other devices have the whole.
     """
-    count = len(batch.places)
-    each = batch.updates[0].numel() * batch.updates.itemsize
-    whole = isinstance(design, MethodDesign) or batch.updates.device.type != "cpu"
-    step = count if whole else max(1, TOGETHER // max(each, 1))
+    count, updates = len(batch.places), batch.updates
+    whole = isinstance(design, MethodDesign) or updates.device.type != "cpu"
+    step = count if whole else together(updates.shape[1], (updates.shape[2], updates.shape[3]), updates.itemsize)
     for first in range(0, count, step):
         some = slice(first, first + step)
         yield _Batch(
-            batch.updates[some],
+            updates[some],
             batch.bases[some],
             batch.places[some],
             batch.labels[some],
