@@ -25,10 +25,10 @@ from inference.solution import FixedPointInfo, MinimizeInfo, Solution
 from inference.summed_residuals import SummedResiduals
 from poe_models.least_squares import quadratic_of
 from poe_models.module_names import naming
-from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, LowRankUpdate
 from poe_models.program import log_density
+from poe_models.sums import sum_of_squares
 
 
 def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[MinimizeInfo] | None = None) -> Laplace:

@@ -24,8 +24,8 @@ from inference.retention import retention
 from inference.reweighting import SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.least_squares import quadratic_of
-from poe_models.operators import inner, largest_entry, sum_of_squares
 from poe_models.posterior import Posterior
+from poe_models.sums import inner, largest_entry, sum_of_squares
 
 FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
 """Least curvature of the energy in any direction, relative to its majoriser's, at a point that counts as a strict

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from inference.summed_residuals import SummedResiduals
 from poe_models.least_squares import NormalMatrix, Quadratic
-from poe_models.operators import row_blocks, sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import NotPositiveDefiniteError, Precision
 from poe_models.records import choose
+from poe_models.sums import row_blocks, sum_of_squares
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Default relative tolerance per dtype; in float32 the gradient's rounding floor is about 5e-7."""

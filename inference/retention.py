@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poe_models.operators import inner, inner_each, sum_of_squares
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.printing import Brief
+from poe_models.sums import inner, inner_each, sum_of_squares
 
 MOST_LEFT = 0.9
 """Share of an expert's squared residual from which the merge is said to have passed it by."""

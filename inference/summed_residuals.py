@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from poe_models.least_squares import Quadratic
-from poe_models.operators import Gram, gram_matrix, inner, inner_each
+from poe_models.operators import Gram
 from poe_models.posterior import Posterior
+from poe_models.sums import gram_matrix, inner, inner_each
 
 CANCELLED = 1e-3
 """Share of a sum's terms below which too much of it has cancelled, and its rounding might come near the solver's

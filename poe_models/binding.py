@@ -15,11 +15,12 @@ from torch import Tensor
 
 from poe_models.experts import Expert, FactorExpert, ProductOfExperts
 from poe_models.module_names import not_drawn
-from poe_models.operators import Gram, Operator, inner_each, mean_curvatures, sum_of_squares
+from poe_models.operators import Gram, Operator, mean_curvatures
 from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
 from poe_models.span_labels import center_label, merge_label
+from poe_models.sums import inner_each, sum_of_squares
 from poe_models.updates import Batch, above_rounding, center_of, same_map
 
 

@@ -8,19 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poe_models.operators import (
-    RANK_TOLERANCE,
-    Gram,
-    Operator,
-    RankOne,
-    ScaledIdentity,
-    inner_each,
-    inner_products,
-    row_blocks,
-    vector_lengths,
-    wide_rows,
-)
+from poe_models.operators import RANK_TOLERANCE, Gram, Operator, RankOne, ScaledIdentity, vector_lengths
 from poe_models.printing import Brief
+from poe_models.sums import inner_each, inner_products, row_blocks, wide_rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)

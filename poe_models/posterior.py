@@ -25,9 +25,10 @@ from typing_extensions import override
 
 from poe_models.energies import Energy
 from poe_models.module_names import module_label
-from poe_models.operators import Operator, sum_of_squares
+from poe_models.operators import Operator
 from poe_models.printing import Brief
 from poe_models.records import with_tensors
+from poe_models.sums import sum_of_squares
 
 if TYPE_CHECKING:
     from poe_models.experts import FactorExpert

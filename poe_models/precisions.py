@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.operators import RANK_TOLERANCE, inner_each, inner_products, vector_lengths
+from poe_models.operators import RANK_TOLERANCE, vector_lengths
+from poe_models.sums import inner_each, inner_products
 
 
 class NotPositiveDefiniteError(ValueError):

@@ -15,7 +15,8 @@ from inference.problem import FORWARD_ERROR, Problem
 from inference.summed_residuals import SummedResiduals
 from poe_models import Cauchy, Energy, Gaussian, InputGram, OutputGram, ProductOfExperts, Relative, ResidualMap, Welsch
 from poe_models.least_squares import NormalMatrix, Quadratic, quadratic_of
-from poe_models.operators import Gram, gram_matrix, inner, inner_each, inner_products, largest_entry, matrix_rank
+from poe_models.operators import Gram, matrix_rank
+from poe_models.sums import gram_matrix, inner, inner_each, inner_products, largest_entry
 from tests.helpers import assert_close, name_of, random_updates
 
 NAMES = ("a", "b", "c", "d")
@@ -205,7 +206,7 @@ def test_sums_over_blocks_are_sums(generator: torch.Generator, monkeypatch: pyte
     expected = (left.double() * right.double()).sum((-2, -1))
     squares = left.double().square().sum((-2, -1))
     for block in (1, 100, 2**17):
-        monkeypatch.setattr("poe_models.operators.BLOCK", block)
+        monkeypatch.setattr("poe_models.sums.BLOCK", block)
         assert_close(inner(left, right), expected, 1e-13)
         assert_close(inner(left.expand(2, 3, 50, 7), right), expected.expand(2, 3), 1e-13)
         assert_close(inner_each(left, [right, left]), torch.stack([expected, squares], -1), 1e-13)

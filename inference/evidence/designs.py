@@ -34,9 +34,10 @@ from inference.evidence.estimate import SAMPLES, Evidence, UntrustedEvidence, di
 from inference.evidence.module_batches import Updates, module_batches
 from poe_models.experts import ProductOfExperts
 from poe_models.module_names import with_names
-from poe_models.operators import Diagonal, Gram, Operator, RankOne, sum_of_squares
+from poe_models.operators import Diagonal, Gram, Operator, RankOne
 from poe_models.posterior import Posterior
 from poe_models.records import joined
+from poe_models.sums import sum_of_squares
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ from inference.reweighting import SolverOptions
 from inference.solution import FixedPointInfo, Solution
 from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod
-from poe_models.operators import largest_entry
 from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.span_labels import stored_center
+from poe_models.sums import largest_entry
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
 _COMFORTABLE = 2.0**20
