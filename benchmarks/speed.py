@@ -121,12 +121,12 @@ checksums, memory and disk. MAP and draws are of Cauchy experts of every merged 
 come after 20 sweeps. Memory is anonymous memory with the interpreter and its libraries (about 190 MiB); bytes read are
 those that calls of the system gave, from the disk or its cache.
 
-Where the time of the solver goes, for each matrix and N experts: N Gram matrices (and N triangular factors
-where a side is longer than the Grams'), N pulls, and for every step N residuals, one factorisation and one
-solve; one product for the gradient, and a few rows in float64 for the error by rounding. A test counts them.
-Before, every merge refined in float64 (4 N products or more), differentiated every expert's energy in float64
-(2 N), measured every residual three times, ran from every task vector, and solved N times for the contraction
-of plain steps.
+Where the time of the solver goes, for each matrix and N experts: N Gram matrices, of which a little more than half is
+computed, N pulls, and for every step one factorisation, one solve and half a Gram matrix of the point, which serves all
+residuals; one product for the gradient, a few rows in float64 for the error by rounding, and passes over the updates
+that sum up in float64. A test counts them. Before, every step made N products for its residuals, tall matrices were
+decomposed for them, the matrix of the gradient was summed up anew, and modules of a batch went through all of it
+side by side, out of the processor's cache.
 """
 
 

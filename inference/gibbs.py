@@ -24,8 +24,8 @@ from inference.draws import Draws
 from inference.propriety import require_proper
 from inference.units import own_units
 from poe_models.least_squares import quadratic_of
-from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
+from poe_models.sums import sum_of_squares
 
 
 def gibbs(

@@ -22,13 +22,14 @@ from inference.gibbs import anchor_spread, seeded_noise
 from inference.map import fixed_point
 from inference.propriety import require_proper
 from inference.solution import FixedPointInfo, MinimizeInfo, Solution
+from inference.summed_residuals import SummedResiduals
 from inference.units import own_units
 from poe_models.least_squares import quadratic_of
 from poe_models.module_names import naming
-from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import DiagonalPrecision, GramPrecision, LowRankUpdate
 from poe_models.program import log_density
+from poe_models.sums import sum_of_squares
 
 
 def laplace(posterior: Posterior, at: Solution[FixedPointInfo] | Solution[MinimizeInfo] | None = None) -> Laplace:
@@ -75,7 +76,7 @@ class Laplace:
         mode = self.mode = self.own.latents(mode)
         self.quadratic = quadratic_of(posterior, for_draws=True)
         x = self.quadratic.compression.compress(mode if posterior.center is None else mode - posterior.center)
-        q = self.quadratic.residuals(x)
+        q = SummedResiduals(posterior, self.quadratic, self.quadratic.pulls()).at(x)
         base = self.quadratic.precision(2 * posterior.weights(q), 2 * posterior.anchor_precision)
         with naming(posterior.modules):
             self.hessian = LowRankUpdate(base, [2 * each for each in self.quadratic.forces(x)], posterior.curvatures(q))
@@ -89,7 +90,8 @@ class Laplace:
         modules = self.posterior.num_modules
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
-        singles = [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
+        alone = [self] if modules == 1 and not self.own.changed else None
+        singles = alone or [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
         drawn = Draws(
             torch.zeros(*size, 0),
             sampler="laplace",
@@ -138,7 +140,8 @@ class Laplace:
     def _base_variance(self) -> Tensor:
         """Marginal variances without the rank-one terms, in the posterior's own coordinates."""
         compression, base = self.quadratic.compression, self.hessian.base
-        bases = [b for b in (compression.left, compression.right, compression.flat) if b is not None]
+        flat = None if compression.flat is None else compression.flat.dense()
+        bases = [b for b in (compression.left, compression.right, flat) if b is not None]
         if not bases:
             return base.inverse_diagonal()
         # Draws compress at most one side, and then every expert acts on it: one small covariance, the anchor elsewhere.
@@ -148,7 +151,7 @@ class Laplace:
         alone = anchor_spread(self.posterior.anchor_precision).square().to(basis.dtype)
         outside = (1 - basis.square().sum(-1)) * alone[:, None]
         variance = inside + outside
-        if compression.flat is not None:
+        if flat is not None:
             return variance.unflatten(-1, self.posterior.event_shape)
         column = variance.unsqueeze(-1) if compression.left is not None else variance.unsqueeze(-2)
         return column.expand(-1, *self.posterior.event_shape)

@@ -25,15 +25,15 @@ from inference.reweighting import SolverOptions, Start, run_from, select
 from inference.solution import FixedPointInfo, Solution, Status
 from inference.units import own_units
 from poe_models.least_squares import quadratic_of
-from poe_models.operators import inner, sum_of_squares
 from poe_models.posterior import Posterior
+from poe_models.sums import inner, sum_of_squares
 
 FLAT = {torch.float32: 1e-4, torch.float64: 1e-7}
 """Least curvature of the energy in any direction, relative to its majoriser's, at a point that counts as a strict
 minimum; less is a saddle or cannot be told from one, per dtype."""
 
-SWIFT = 0.1
-"""Rate of plain steps, a decimal each, below which it is only bounded."""
+SWIFT = 0.5
+"""Rate of plain steps, a bit each, below which it is only bounded."""
 
 
 def plain_iterates(posterior: Posterior, weights: Tensor) -> Iterator[Tensor]:

@@ -86,7 +86,7 @@ def nuts(
         mcmc = MCMC(kernel, num_samples, warmup_steps=warmup, hook_fn=record.after_step, disable_progbar=True)
         with _global_seed(seed):
             mcmc.run()
-        values.append(mcmc.get_samples()["update"])
+        values.append(mcmc.get_samples()["update"].to(posterior.dtype))
         records.append(record)
     return own.draws(_collect(posterior, torch.stack(values), records, max_tree_depth))
 

@@ -8,11 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from poe_models.least_squares import Quadratic
-from poe_models.operators import sum_of_squares
+from inference.summed_residuals import SummedResiduals
+from poe_models.least_squares import NormalMatrix, Quadratic
 from poe_models.posterior import Posterior
 from poe_models.precisions import NotPositiveDefiniteError, Precision
 from poe_models.records import choose
+from poe_models.sums import row_blocks, sum_of_squares
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Default relative tolerance per dtype; in float32 the gradient's rounding floor is about 5e-7."""
@@ -80,14 +81,26 @@ class Problem:
         # A module that nobody changed and nothing anchors stays where it is whatever the ridge.
         self.ridge = torch.where(posterior.undetermined, 1.0, posterior.anchor_precision)
         self.dtype = quadratic.targets[0].dtype
+        self.residuals = SummedResiduals(posterior, quadratic, self.pulls)
         self._factored: tuple[Tensor, Precision] | None = None
+        self._summed: tuple[Tensor, NormalMatrix] | None = None
 
     def solve(self, weights: Tensor) -> Point:
         """Minimise the quadratic with these weights, ``(M, E)``."""
         self._factored = None  # before the next is made beside it
-        precision = self.quadratic.precision(weights, self.ridge)
+        precision = self._normal(weights).factored()
         self._factored = weights, precision
         return self.at(precision.solve(self._weighted(weights)))
+
+    def _normal(self, weights: Tensor) -> NormalMatrix:
+        """``H`` with these weights, ``(M, E)``: the last, where they differ by rounding."""
+        if self._summed is not None:
+            rounding = 2 * torch.finfo(self.dtype).eps
+            if bool(((weights - self._summed[0]).abs() <= rounding * weights).all()):
+                return self._summed[1]
+        self._summed = None  # before the next is made beside it
+        self._summed = weights, self.quadratic.normal(weights, self.ridge)
+        return self._summed[1]
 
     def precision_near(self, weights: Tensor) -> Precision:
         """``H`` with these weights, or the last that was factored if its log-weights are within the tolerance."""
@@ -99,7 +112,7 @@ class Problem:
 
     def at(self, x: Tensor) -> Point:
         """The point at ``x``, ``(M, a, b)``."""
-        q = self.quadratic.residuals(x)
+        q = self.residuals.at(x)
         energy = self.posterior.energy_of(q) + self.ridge * sum_of_squares(x)
         weights = self.posterior.weights(q)
         return Point(x, q, energy, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
@@ -148,7 +161,7 @@ class Problem:
     def half_gradient(self, point: Point) -> Tensor:
         """``H x - b`` with the weights of ``x`` itself: half the gradient of the energy."""
         weights = point.log_weights.exp()
-        return self.quadratic.apply(weights, self.ridge, point.x) - self._weighted(weights)
+        return self._normal(weights).apply(point.x) - self._weighted(weights)
 
     def same_basin(self, point: Point, known: Point) -> Tensor:
         """Mask of the modules whose log-weights, of active experts, are within ``SAME_BASIN`` of a known solution's."""
@@ -158,7 +171,9 @@ class Problem:
     @cached_property
     def _pull_lengths(self) -> Tensor:
         """``|P_i target_i|``, ``(M, E)``."""
-        return torch.stack([sum_of_squares(pull).sqrt() for pull in self.pulls], -1)
+        known = [expert.pull_squared if self.quadratic.known_pulls else None for expert in self.posterior.experts]
+        pairs = zip(self.pulls, known, strict=True)
+        return torch.stack([sum_of_squares(p) if each is None else each for p, each in pairs], -1).sqrt()
 
     def gradient(self, point: Point) -> Gradient:
         """Size of the gradient at a point, with the weights of the point itself."""
@@ -166,7 +181,7 @@ class Problem:
         b = self._weighted(weights)
         parts = (weights * self._pull_lengths).sum(-1)
         scale = torch.maximum(sum_of_squares(b).sqrt(), torch.finfo(self.dtype).eps * parts)
-        norm = sum_of_squares(self.quadratic.apply(weights, self.ridge, point.x).sub_(b)).sqrt()
+        norm = sum_of_squares(self._normal(weights).apply(point.x).sub_(b)).sqrt()
         anchor = self.ridge * sum_of_squares(point.x).sqrt()
         return Gradient(torch.where(norm > 0, norm / scale, norm), torch.where(anchor > 0, anchor / scale, anchor))
 
@@ -195,15 +210,21 @@ class Problem:
         return slope, torch.where(bend > 0, (-slope / (2 * bend)).clamp(max=1.0), 0.5)
 
     def slack(self, energy: Tensor) -> Tensor:
-        """Differences of energies that are only rounding."""
-        return 8 * torch.finfo(self.dtype).eps * energy.abs()
+        """Differences of energies that are only rounding, of sums of residuals as well."""
+        return 8 * torch.finfo(self.dtype).eps * (energy.abs() + self._summed_energy)
+
+    @cached_property
+    def _summed_energy(self) -> Tensor:
+        """Energy of merging nothing of the experts whose residuals are summed up, ``(M,)``."""
+        return self.posterior.energy_of(torch.where(self.residuals.summed, self.residuals.at_zero, 0.0))
 
     def _weighted(self, weights: Tensor) -> Tensor:
         """``b``, the weighted sum of the pulls, ``(M, a, b)``."""
-        total = torch.zeros_like(self.pulls[0])
-        term = torch.empty_like(total)
-        for weight, pull in zip(weights.to(total.dtype).unbind(-1), self.pulls, strict=True):
-            total += torch.mul(pull, weight[:, None, None], out=term)  # rounded each: opposite pulls cancel exactly
+        total, factors = torch.empty_like(self.pulls[0]), weights.to(self.dtype)[..., None, None].unbind(-3)
+        for rows in row_blocks(total):  # few at a time, which stay in the processor's cache
+            part = torch.mul(self.pulls[0][..., rows, :], factors[0], out=total[..., rows, :])
+            for pull, factor in zip(self.pulls[1:], factors[1:], strict=True):
+                part += pull[..., rows, :] * factor  # rounded each: opposite pulls cancel exactly
         return total
 
     def extrapolated(self, proposed: Tensor, plain: Tensor) -> tuple[Tensor, Point]:

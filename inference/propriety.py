@@ -83,8 +83,8 @@ def _null_dimension(operators: list[Operator], module: int, shape: tuple[int, in
     if any(isinstance(operator, ScaledIdentity) for operator in operators):
         return 0
     grams = [operator for operator in operators if isinstance(operator, Gram)]
-    left = _nullity([g.factor[module] for g in grams if g.side == "left"], shape[0])
-    right = _nullity([g.factor[module] for g in grams if g.side == "right"], shape[1])
+    left = _nullity([g.narrow[module] for g in grams if g.side == "left"], shape[0])
+    right = _nullity([g.narrow[module] for g in grams if g.side == "right"], shape[1])
     vectors = [each.vector[module].flatten().unsqueeze(-1) for each in operators if isinstance(each, RankOne)]
     if vectors and not grams:
         return _nullity(vectors, shape[0] * shape[1])

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poe_models.operators import inner, sum_of_squares
-from poe_models.posterior import Posterior
+from poe_models.posterior import BoundExpert, Posterior
 from poe_models.printing import Brief
+from poe_models.sums import inner, inner_each, sum_of_squares
 
 MOST_LEFT = 0.9
 """Share of an expert's squared residual from which the merge is said to have passed it by."""
@@ -139,7 +139,7 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
     """Retention of a posterior's experts by merged updates ``(M, *event)`` with squared residuals ``(M, E)``."""
     experts = posterior.experts
     norm_squared = torch.stack([expert.norm_squared for expert in experts], -1)
-    along = torch.stack([inner(z, expert.update) for expert in experts], -1)
+    along, sizes = _along(experts, z, q)
     scales = torch.stack([expert.scale_squared for expert in experts], -1)
     return Retention(
         experts=tuple(expert.name for expert in experts),
@@ -148,8 +148,24 @@ def retention(posterior: Posterior, z: Tensor, q: Tensor) -> Retention:
         update_norms=norm_squared.sqrt(),
         residuals=q / scales,
         residuals_at_zero=torch.stack([expert.residual_at_zero for expert in experts], -1) / scales,
-        sizes=torch.stack([expert.size(z, q[..., i]) for i, expert in enumerate(experts)], -1) / scales,
+        sizes=sizes / scales,
     )
+
+
+def _along(experts: Sequence[BoundExpert], z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """``<Z, U_i>`` and ``<Z, P_i Z>`` of points with squared residuals ``q``, ``(M, E)`` float64 each.
+
+    The latter is made of what is known, ``q_i(Z) - q_i(0) + 2 <Z, P_i U_i>``, where the pulls are at hand.
+    """
+    pulls = [expert.pull for expert in experts if expert.pull is not None]
+    found = inner_each(z, [*(expert.update for expert in experts), *pulls])
+    sizes, pulled = [], iter(found[..., len(experts) :].unbind(-1))
+    for i, expert in enumerate(experts):
+        if expert.pull is None:
+            sizes.append(expert.operator.quadratic(z))
+        else:
+            sizes.append((q[..., i] - expert.residual_at_zero + 2 * next(pulled)).clamp(min=0))
+    return found[..., : len(experts)], torch.stack(sizes, -1)
 
 
 def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Retention:

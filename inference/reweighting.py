@@ -11,8 +11,8 @@ from torch import Tensor
 
 from inference.anderson import Anderson
 from inference.problem import TOLERANCE, Gradient, Point, Problem, Run
-from poe_models.operators import sum_of_squares
 from poe_models.records import choose
+from poe_models.sums import sum_of_squares
 
 NamedStart = Literal["ones", "twin", "experts", "center"]
 NAMED_STARTS: tuple[NamedStart, ...] = get_args(NamedStart)

@@ -73,7 +73,7 @@ class FixedPointInfo(Brief):
             correction of the refinement; nan where it was not asked for.
         strict_minimum: Whether the energy's Hessian there is positive definite by more than rounding, ``(M,)``.
         contraction_rate: Spectral radius of the log-weight map at the solution, ``(M,)``: the rate of plain steps.
-            Where it cannot be above 0.1 it is not computed, and this is ``max_i 2 |rho''_i| q_i / rho'_i s_i^2``, which
+            Where it cannot be above 0.5 it is not computed, and this is ``max_i 2 |rho''_i| q_i / rho'_i s_i^2``, which
             it is at most.
         contraction_bound: ``L`` of [PoE] Eq. 41 (appendix), tightened (each expert's term has its own size, at the
             solution) and for any map and energy, ``(M,)``: no smaller than the rate. Not computed where the rate is

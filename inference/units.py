@@ -8,7 +8,6 @@ what they find by it. Elsewhere such updates are refused.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from inference.draws import Draws
 from inference.solution import FixedPointInfo, InfoT, Solution
 from poe_models.posterior import BoundExpert, Posterior
+from poe_models.sums import largest_entry
 from poe_models.updates import over_units
 
 COMFORTABLE = 2.0**20
@@ -104,7 +104,7 @@ def own_units(posterior: Posterior, function: str, *, equivariant: bool = True, 
     """
     odd, lost = _odd(posterior, near)
     if bool(odd.any()):
-        sizes = torch.stack([_size(expert) for expert in posterior.experts], -1)
+        sizes = torch.stack([largest_entry(expert.update) for expert in posterior.experts], -1)
         found = _rebound(posterior, powers_of_two(sizes.amax(-1), odd.any(-1))) if equivariant else None
         if found is not None and not bool(_odd(found.posterior, False)[1].any()):
             return found
@@ -113,11 +113,6 @@ def own_units(posterior: Posterior, function: str, *, equivariant: bool = True, 
             raise ValueError(_refusal(posterior, function, module, expert, float(sizes[module, expert])))
     ones = torch.ones_like(posterior.anchor_precision)
     return OwnUnits(posterior, False, ones, torch.ones_like(odd, dtype=torch.float64), ones)
-
-
-def _size(expert: BoundExpert) -> Tensor:
-    """Largest entry of the update, ``(M,)``."""
-    return torch.linalg.vector_norm(expert.update, math.inf, (-2, -1))
 
 
 def _odd(posterior: Posterior, near: bool) -> tuple[Tensor, Tensor]:
@@ -138,11 +133,16 @@ def _odd_and_lost(expert: BoundExpert, near: bool) -> tuple[Tensor, Tensor]:
     Curvatures are divided by the square of a squared scale, which is of the residual's size and always float64.
     """
     limits, widest = torch.finfo(expert.update.dtype), torch.finfo(torch.float64)
-    size, residual = _size(expert), expert.residual_at_zero.double()
     low, high = max(limits.tiny**0.25, widest.tiny**0.125), min(limits.max**0.25, widest.max**0.125)
+    smallest, largest = (max(low, 1 / COMFORTABLE), min(high, COMFORTABLE)) if near else (low, high)
+    norm = expert.norm_squared.sqrt()
+    if bool(((norm >= smallest * expert.update[0].numel() ** 0.5) & (norm <= largest)).all()):
+        none = torch.zeros_like(norm, dtype=torch.bool)  # so is the largest entry in range, and need not be looked for
+        return none, none
+    size, residual = largest_entry(expert.update), expert.residual_at_zero.double()
     held = (residual >= max(limits.tiny, widest.tiny**0.5)) & (residual <= min(limits.max, widest.max**0.5))
     odd = (size > 0) & ((size < low) | (size > high))
-    far = (size > 0) & ((size < 1 / COMFORTABLE) | (size > COMFORTABLE))
+    far = (size > 0) & ((size < smallest) | (size > largest))
     return far if near else odd, odd & ~held
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from poe_models.experts import Expert, FactorExpert, ProductOfExperts
 from poe_models.module_names import not_drawn
-from poe_models.operators import Gram, Operator, inner, mean_curvatures, sum_of_squares
+from poe_models.operators import Gram, Operator, mean_curvatures
 from poe_models.posterior import BoundExpert, BoundFactor, Posterior
 from poe_models.scales import ExpertSizes, weighted_median
 from poe_models.span import SpanCoordinates, SpanStatistics, concatenate, span_basis, span_coordinates, statistics_of
 from poe_models.span_labels import center_label, merge_label
+from poe_models.sums import inner_each, sum_of_squares
 from poe_models.updates import Batch, above_rounding, center_of, divided, over_units, same_map
 
 
@@ -37,12 +38,12 @@ def full_posterior(batch: Batch) -> Posterior:
         )
     index = [poe.update_names.index(expert.update_name) for expert in poe.experts]
     low_rank = [None if factors is None else (factors[0][:, i], factors[1][:, i]) for i in index]
+    own = [updates[:, i] for i in index]
     operators = [
-        e.residual_map.checked_operator(updates[:, i], pair)
-        for e, i, pair in zip(poe.experts, index, low_rank, strict=True)
+        e.residual_map.checked_operator(update, pair)
+        for e, update, pair in zip(poe.experts, own, low_rank, strict=True)
     ]
     # What a Gram pulls with is needed for the solution as well; of adapters that is made of their factors.
-    own = [updates[:, i] for i in index]
     pulls = [
         p.apply(u) if isinstance(p, Gram) and pair is None else None
         for p, u, pair in zip(operators, own, low_rank, strict=True)
@@ -51,7 +52,7 @@ def full_posterior(batch: Batch) -> Posterior:
         poe,
         operators=operators,
         updates=own,
-        norms=[sum_of_squares(update) for update in own],
+        norms=[_squared_norm(p, update) for p, update in zip(operators, own, strict=True)],
         mean_curvatures=above_rounding(poe.experts, mean_curvatures(operators), updates.dtype),
         dimensions=[operator.dimension for operator in operators],
         pulls=pulls,
@@ -72,6 +73,14 @@ def full_posterior(batch: Batch) -> Posterior:
 def _full_in_units(batch: Batch, units: Tensor) -> Posterior:
     """The posterior of ``full_posterior`` of the same updates and centre over units, ``(M,)``."""
     return full_posterior(divided(batch, units))
+
+
+def _squared_norm(operator: Operator, update: Tensor) -> Tensor:
+    """``|U_i|^2``, which an operator that is made of the update itself has for its trace."""
+    where = (update.data_ptr(), update.numel())
+    if isinstance(operator, Gram) and (operator.factor.data_ptr(), operator.factor.numel()) == where:
+        return operator.squared_size
+    return sum_of_squares(update)
 
 
 def span_posterior(
@@ -178,12 +187,13 @@ def bind_experts(
         pulls: ``P_i U_i`` where they are known.
     """
     pulls = [None] * len(operators) if pulls is None else pulls
+    pulled = [None if pull is None else inner_each(pull, [u, pull]) for u, pull in zip(updates, pulls, strict=True)]
     sizes = ExpertSizes(
         norm_squared=torch.stack(list(norms), -1),
         residual_at_zero=torch.stack(
             [
-                p.quadratic(u) if pull is None else inner(u, pull)
-                for p, u, pull in zip(operators, updates, pulls, strict=True)
+                p.quadratic(u) if each is None else each[..., 0]
+                for p, u, each in zip(operators, updates, pulled, strict=True)
             ],
             -1,
         ),
@@ -205,8 +215,9 @@ def bind_experts(
             importance=expert.importance,
             active=sizes.active[..., i],
             pull=pulls[i],
+            pull_squared=None if each is None else each[..., 1],
         )
-        for i, expert in enumerate(poe.experts)
+        for i, (expert, each) in enumerate(zip(poe.experts, pulled, strict=True))
     )
     terms = [
         2 * e.importance * e.rho.weight_at_rest(t) * t / e.scale_squared

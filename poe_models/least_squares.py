@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from poe_models.compression import Compression, FlatBasis, orthonormal
 from poe_models.module_names import naming
 from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import BoundExpert, Posterior
@@ -23,51 +24,42 @@ from poe_models.printing import Brief
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Compression(Brief):
-    """Orthonormal coordinates of the directions that matter: ``x = Q_out^T X Q_in``, or ``Q^T vec(X)``.
+class NormalMatrix(Brief):
+    """``H = sum_i w_i P_i + ridge I``, summed up and not factored; batched as weights and ridge were.
 
     Attributes:
-        left: ``Q_out``, ``(M, d_out, a)``; None for all directions.
-        right: ``Q_in``, ``(M, d_in, b)``; None for all directions.
-        flat: ``Q``, ``(M, d_out d_in, a)``, for matrices taken as vectors; excludes the other two.
+        left: What acts on the left, ``(*S, M, a, a)``; None if nothing does.
+        right: What acts on the right, ``(*S, M, b, b)``; None if nothing does.
+        diagonal: What acts elementwise, the ridge included, broadcastable to ``(*S, M, a, b)``.
+        event_shape: ``(a, b)``.
+        modules: Names of the modules, for errors.
     """
 
-    left: Tensor | None = None
-    right: Tensor | None = None
-    flat: Tensor | None = None
+    left: Tensor | None
+    right: Tensor | None
+    diagonal: Tensor
+    event_shape: tuple[int, int]
+    modules: tuple[str, ...] = ()
 
-    @property
-    def trivial(self) -> bool:
-        """Whether nothing is compressed."""
-        return self.left is None and self.right is None and self.flat is None
+    def factored(self) -> Precision:
+        """``H`` factored; a ``NotPositiveDefiniteError`` if it cannot be."""
+        with naming(self.modules):
+            if self.left is not None and self.right is not None:
+                return KroneckerSum(self.left, self.right, self.diagonal)
+            if self.left is not None:
+                return GramPrecision(_add_diagonal(self.left, self.diagonal), "left", self.event_shape)
+            if self.right is not None:
+                return GramPrecision(_add_diagonal(self.right, self.diagonal), "right", self.event_shape)
+            return DiagonalPrecision(self.diagonal, self.event_shape)
 
-    def compress(self, x: Tensor) -> Tensor:
-        """``(..., M, d_out, d_in)`` to ``(..., M, a, b)``."""
-        if self.flat is not None:
-            return self.flat.mT @ x.flatten(-2).unsqueeze(-1)
-        x = x if self.left is None else self.left.mT @ x
-        return x if self.right is None else x @ self.right
-
-    def lift(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
-        """``(..., M, a, b)`` back to ``(..., M, d_out, d_in)``, orthogonal to everything that was left out."""
-        if self.flat is not None:
-            return (self.flat @ x).squeeze(-1).unflatten(-1, shape)
-        x = x if self.left is None else self.left @ x
-        return x if self.right is None else x @ self.right.mT
-
-    def operator(self, operator: Operator, like: Tensor) -> Operator:
-        """An operator in these coordinates; ``like`` is any compressed tensor ``(M, a, b)``."""
-        shape = (int(like.shape[-2]), int(like.shape[-1]))
-        if isinstance(operator, RankOne) and self.flat is not None:
-            return Gram(self.compress(operator.vector), "left", shape)
-        if isinstance(operator, ScaledIdentity):
-            return ScaledIdentity(shape, like)
-        if isinstance(operator, Gram):
-            basis = self.left if operator.side == "left" else self.right
-            if self.trivial:
-                return operator
-            return Gram(operator.factor if basis is None else basis.mT @ operator.factor, operator.side, shape)
-        return operator
+    def apply(self, x: Tensor) -> Tensor:
+        """``H x``, ``(*S, M, a, b)``."""
+        result = self.diagonal * x
+        if self.left is not None:
+            result += self.left @ x
+        if self.right is not None:
+            result += x @ self.right
+        return result
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,25 +119,12 @@ class Quadratic(Brief):
 
     def precision(self, weights: Tensor, ridge: Tensor) -> Precision:
         """``H = sum_i w_i P_i + ridge I``, factored, for weights ``(*S, M, E)`` and a ridge ``(*S, M)``."""
-        left, right, diagonal = self._assemble(weights, ridge)
-        with naming(self.modules):
-            if left is not None and right is not None:
-                return KroneckerSum(left, right, diagonal)
-            if left is not None:
-                return GramPrecision(_add_diagonal(left, diagonal), "left", self.event_shape)
-            if right is not None:
-                return GramPrecision(_add_diagonal(right, diagonal), "right", self.event_shape)
-            return DiagonalPrecision(diagonal, self.event_shape)
+        return self.normal(weights, ridge).factored()
 
-    def apply(self, weights: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
-        """``H x`` for the same ``H``, ``(*S, M, a, b)``."""
+    def normal(self, weights: Tensor, ridge: Tensor) -> NormalMatrix:
+        """The same ``H``, summed up only."""
         left, right, diagonal = self._assemble(weights, ridge)
-        result = diagonal * x
-        if left is not None:
-            result += left @ x
-        if right is not None:
-            result += x @ right
-        return result
+        return NormalMatrix(left, right, diagonal, self.event_shape, self.modules)
 
     def exact_half_gradient(self, weights: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
         """``H x - b`` in float64, expert by expert, so that only one of them is held in float64 at a time.
@@ -154,7 +133,7 @@ class Quadratic(Brief):
         """
         total = ridge[:, None, None] * x
         for i, (operator, target) in enumerate(zip(self.operators, self.targets, strict=True)):
-            force = operator.to(torch.float64).apply(x - target)
+            force = operator.apply_exactly(x - target)
             total.add_(force.mul_(weights[:, i, None, None]))  # rounded each: opposite forces cancel exactly
         return total
 
@@ -236,18 +215,15 @@ def quadratic_of(posterior: Posterior, for_draws: bool = False) -> Quadratic:
     return Quadratic(operators, reduced, compression, posterior.event_shape, posterior.modules, pulls)
 
 
-def _flat_basis(experts: tuple[BoundExpert, ...], targets: list[Tensor], for_draws: bool) -> Tensor:
+def _flat_basis(experts: tuple[BoundExpert, ...], targets: list[Tensor], for_draws: bool) -> FlatBasis:
     """Basis of ``vec(Z - Z_0)`` for Directional and Identity experts, whose span holds that of every MAP."""
-    columns = [
-        e.operator.vector if isinstance(e.operator, RankOne) else t for e, t in zip(experts, targets, strict=True)
-    ]
-    stacked = torch.stack([column.flatten(1) for column in columns], -1)
     if for_draws and any(isinstance(e.operator, ScaledIdentity) for e in experts):
         raise ValueError(
             "draws in Full coordinates cannot mix Directional with Identity experts: every entry of the merged update "
             "would need a dense covariance. Use coordinates='span'."
         )
-    return orthonormal(stacked)
+    pairs = zip(experts, targets, strict=True)
+    return FlatBasis.of([e.operator.vector if isinstance(e.operator, RankOne) else t for e, t in pairs])
 
 
 def _side_basis(
@@ -280,10 +256,6 @@ def _side_basis(
 
 
 def _add_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:
-    matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(-1))
-    return matrix
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal basis whose range holds the columns, ``(M, d, k)`` to ``(M, d, k)``, by QR."""
-    return torch.linalg.qr(columns).Q
+    total = matrix.clone()
+    total.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(-1))
+    return total

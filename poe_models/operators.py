@@ -18,9 +18,7 @@ from typing_extensions import override
 
 from poe_models.printing import Brief
 from poe_models.records import with_tensors
-
-BLOCK = 2**17
-"""Entries that are multiplied at once in float64."""
+from poe_models.sums import gram_matrix, inner, inner_products, row_blocks, sum_of_squares
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of unit vectors' Gram matrix below this share of the largest are rounding, not directions."""
@@ -66,6 +64,10 @@ class Operator(Brief, ABC):
     def to(self, dtype: torch.dtype) -> Self:
         """The operator in another dtype."""
         return with_tensors(lambda value: value.to(dtype), self)  # type: ignore[type-var]
+
+    def apply_exactly(self, x: Tensor) -> Tensor:
+        """``P x`` in float64, of ``x`` in float64, ``(..., d_out, d_in)``."""
+        return self.to(torch.float64).apply(x)
 
     def quadratic(self, x: Tensor) -> Tensor:
         """``<x, P x>``, summed in float64, shape ``(...,)``."""
@@ -132,8 +134,7 @@ class Gram(Operator):
     """``P x = F F^T x`` (``side="left"``) or ``x F F^T`` (``side="right"``).
 
     Args:
-        factor: ``F`` of shape ``(..., d, r)`` with ``d`` the side it acts on; kept at ``r <= d`` columns by a
-            QR decomposition, which changes neither ``P`` nor ``q``.
+        factor: ``F`` of shape ``(..., d, r)`` with ``d`` the side it acts on.
         side: Which side of the matrix it acts on.
         shape: ``(d_out, d_in)``.
         whole: Shape of the matrices that these are in orthonormal bases of, if they are; ``tr(P) / d`` and the
@@ -151,7 +152,6 @@ class Gram(Operator):
                 f"`Gram(factor={tuple(self.factor.shape)}, side={self.side!r})`: the factor needs {self._lengths[0]} "
                 f"rows to act on matrices of shape {self.shape} from the {self.side}."
             )
-        object.__setattr__(self, "factor", thin(self.factor))
 
     @property
     def _lengths(self) -> tuple[int, int]:
@@ -166,38 +166,61 @@ class Gram(Operator):
     @cached_property
     def gram(self) -> Tensor:
         """``F F^T``, ``(..., d, d)``; made once, on first use."""
-        return self.factor @ self.factor.mT
+        return gram_matrix(self.factor)
+
+    @cached_property
+    def squared_size(self) -> Tensor:
+        """``|F|^2``, ``(...,)`` float64; made once, on first use."""
+        return sum_of_squares(self.factor)
+
+    @cached_property
+    def narrow(self) -> Tensor:
+        """A factor of the same ``P`` with at most as many columns as rows; made once, on first use."""
+        return thin(self.factor)
 
     @override
     def root(self, x: Tensor) -> Tensor:
-        return self.factor.mT @ x if self.side == "left" else x @ self.factor
+        return self.narrow.mT @ x if self.side == "left" else x @ self.narrow
 
     @override
     def apply(self, x: Tensor) -> Tensor:
         if self._gram_is_cheaper(x.shape[-1] if self.side == "left" else x.shape[-2]):
             return self.gram @ x if self.side == "left" else x @ self.gram
-        return self.factor @ self.root(x) if self.side == "left" else self.root(x) @ self.factor.mT
+        if self.side == "left":
+            return self.factor @ (self.factor.mT @ x)
+        return (x @ self.factor) @ self.factor.mT
+
+    @override
+    def apply_exactly(self, x: Tensor) -> Tensor:
+        if self._gram_is_cheaper(x.shape[-1] if self.side == "left" else x.shape[-2]):
+            return super().apply_exactly(x)
+        turned, total = x.mT if self.side == "left" else x, torch.zeros_like(x)
+        for columns in row_blocks(self.factor.mT):  # few of them in float64 at a time
+            wide = self.factor[..., columns].double()
+            part = (turned @ wide) @ wide.mT
+            total += part.mT if self.side == "left" else part
+        return total
 
     def _gram_is_cheaper(self, vectors: int) -> bool:
-        """Whether ``F F^T`` times so many vectors takes fewer products than ``F`` and ``F^T``, counting its making.
+        """Whether ``F F^T``, which takes half a product to make, times so many vectors is less than ``F`` and ``F^T``.
 
         By shapes alone, whether it is made already or not: rounding must not depend on what was computed before.
         """
         side, columns = self.factor.shape[-2:]
-        return side * side * (columns + vectors) < 2 * side * columns * vectors
+        return side * (columns + 2 * vectors) < 4 * columns * vectors
 
     @override
     def mean_curvature(self, directions: Tensor | float) -> Tensor:
-        return sum_of_squares(self.factor) / self._whole_lengths[0]
+        return self.squared_size / self._whole_lengths[0]
 
     @override
     def dimension(self) -> Tensor:
-        return matrix_rank(self.factor) * self._whole_lengths[1]
+        return matrix_rank(self.narrow) * self._whole_lengths[1]
 
     @override
     def log_pseudo_determinant(self) -> Tensor:
-        singular = torch.linalg.svdvals(self.factor.double())  # in descending order
-        counted = torch.arange(singular.shape[-1]).to(singular) < matrix_rank(self.factor).unsqueeze(-1)
+        singular = torch.linalg.svdvals(self.narrow.double())  # in descending order
+        counted = torch.arange(singular.shape[-1]).to(singular) < matrix_rank(self.narrow).unsqueeze(-1)
         return 2 * self._whole_lengths[1] * torch.where(counted, singular, 1.0).log().sum(-1)
 
 
@@ -229,26 +252,6 @@ class RankOne(Operator):
         return torch.where(length_squared > 0, length_squared, 1.0).log()
 
 
-def inner(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products over the last two dimensions, summed in float64, shape ``(...,)``.
-
-    A few rows at a time, so that what is made in float64 stays in the processor's cache.
-    """
-    per_row = max(left[..., :1, :].numel(), right[..., :1, :].numel(), 1)
-    parts, height = [], max(1, BLOCK // per_row)
-    for first in range(0, max(left.shape[-2], 1), height):
-        rows = slice(first, first + height)
-        wide = left[..., rows, :].double().flatten(-2)
-        other = wide if left is right else right[..., rows, :].double().flatten(-2)
-        parts.append((wide.unsqueeze(-2) @ other.unsqueeze(-1)).squeeze((-2, -1)))
-    return torch.stack(parts).sum(0)
-
-
-def sum_of_squares(x: Tensor) -> Tensor:
-    """Squared Frobenius norm over the last two dimensions, summed in float64, shape ``(...,)``."""
-    return inner(x, x)
-
-
 def matrix_rank(factor: Tensor) -> Tensor:
     """Rank of matrices ``(..., d, r)`` to the rounding of their dtype, ``(...,)`` float64.
 
@@ -262,15 +265,6 @@ def matrix_rank(factor: Tensor) -> Tensor:
     eigenvalues = torch.linalg.eigvalsh(gram)
     rounding = (longest * torch.finfo(factor.dtype).eps) ** 2 * eigenvalues[..., -1:]
     return (eigenvalues > rounding).double().sum(-1)
-
-
-def inner_products(vectors: Sequence[Tensor]) -> Tensor:
-    """Gram matrix of ``N`` tensors ``(M, a, b)`` over their last two dimensions, summed in float64: ``(M, N, N)``."""
-    result = vectors[0].new_zeros((len(vectors[0]), len(vectors), len(vectors)), dtype=torch.float64)
-    for j, left in enumerate(vectors):
-        for k in range(j + 1):
-            result[:, j, k] = result[:, k, j] = inner(left, vectors[k])
-    return result
 
 
 def mean_curvatures(operators: Sequence[Operator]) -> list[Tensor]:

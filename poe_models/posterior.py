@@ -26,9 +26,10 @@ from typing_extensions import override
 
 from poe_models.energies import Energy
 from poe_models.module_names import module_label
-from poe_models.operators import Operator, inner, sum_of_squares
+from poe_models.operators import Operator
 from poe_models.printing import Brief
 from poe_models.records import with_tensors
+from poe_models.sums import sum_of_squares
 
 if TYPE_CHECKING:
     from poe_models.experts import FactorExpert
@@ -53,6 +54,7 @@ class BoundExpert(Brief):
             rounding beside the others): the expert drops out.
         low_rank: Factors of the update, ``(M, d_out, r)`` and ``(M, r, d_in)``, where it is an adapter's.
         pull: ``P_i U_i``, ``(M, d_out, d_in)``, where it was made for ``residual_at_zero`` and may be used again.
+        pull_squared: ``|P_i U_i|^2``, ``(M,)`` float64, where that is known.
     """
 
     name: str
@@ -67,12 +69,7 @@ class BoundExpert(Brief):
     active: Tensor
     low_rank: tuple[Tensor, Tensor] | None = None
     pull: Tensor | None = None
-
-    def size(self, z: Tensor, q: Tensor) -> Tensor:
-        """``<Z, P_i Z>`` of points ``(M, d_out, d_in)`` with squared residuals ``q``, ``(M,)`` float64."""
-        if self.pull is None:
-            return self.operator.quadratic(z)
-        return (q - self.residual_at_zero + 2 * inner(z, self.pull)).clamp(min=0)
+    pull_squared: Tensor | None = None
 
     def residual(self, z: Tensor) -> Tensor:
         """Squared residual ``q_i(Z)``, ``(*S, M, d_out, d_in)`` to ``(*S, M)`` in float64."""

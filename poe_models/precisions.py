@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.operators import RANK_TOLERANCE, vector_lengths
+from poe_models.sums import inner_each, inner_products
+
 
 class NotPositiveDefiniteError(ValueError):
     """A precision matrix that is not positive definite in its dtype."""
@@ -88,15 +91,19 @@ class GramPrecision(Precision):
 
     @override
     def whiten(self, x: Tensor) -> Tensor:
-        return self._turn(torch.linalg.solve_triangular(self.factor, self._turn(x), upper=False))
+        if self.side == "left":
+            return torch.linalg.solve_triangular(self.factor, x, upper=False)
+        return torch.linalg.solve_triangular(self.factor.mT, x, upper=True, left=False)
 
     @override
     def sample(self, noise: Tensor) -> Tensor:
-        return self._turn(torch.linalg.solve_triangular(self.factor.mT, self._turn(noise), upper=True))
+        if self.side == "left":
+            return torch.linalg.solve_triangular(self.factor.mT, noise, upper=True)
+        return torch.linalg.solve_triangular(self.factor, noise, upper=False, left=False)
 
     @override
     def standardize(self, x: Tensor) -> Tensor:
-        return self._turn(self.factor.mT @ self._turn(x))
+        return self.factor.mT @ x if self.side == "left" else x @ self.factor
 
     @override
     def logdet(self) -> Tensor:
@@ -112,9 +119,6 @@ class GramPrecision(Precision):
     def side_covariance(self) -> Tensor:
         """``A^-1``, ``(..., d, d)``."""
         return torch.cholesky_inverse(self.factor)
-
-    def _turn(self, x: Tensor) -> Tensor:
-        return x if self.side == "left" else x.mT
 
 
 class SpectralPrecision(Precision):
@@ -217,7 +221,8 @@ class DiagonalPrecision(SpectralPrecision):
 class LowRankUpdate(Precision):
     """``H = H_0 + sum_k c_k v_k v_k^T``: another precision with a few rank-one terms of either sign.
 
-    With ``H_0 = L L^T`` and ``L^-1 [v_1 ... v_E] = Q R``, ``H = L (I + Q R C R^T Q^T) L^T``: an ``E x E`` eigenproblem.
+    With ``H_0 = L L^T`` and ``W = L^-1 [v_1 ... v_E]``, ``H = L (I + W C W^T) L^T``. The Gram matrix of ``W`` tells its
+    orthonormal directions ``W K``, and ``I + W C W^T`` in them is an ``E x E`` eigenproblem.
 
     Args:
         base: ``H_0``.
@@ -231,11 +236,15 @@ class LowRankUpdate(Precision):
     def __init__(self, base: Precision, vectors: list[Tensor], coefficients: Tensor) -> None:
         self.base = base
         self.shape, self.dtype = base.shape, base.dtype
-        white = torch.stack([base.whiten(v).flatten(-2) for v in vectors], -1).double()  # (..., a b, E)
-        directions, triangle = torch.linalg.qr(white)
-        small = triangle @ (coefficients.unsqueeze(-1) * triangle.mT)
+        self.white = [base.whiten(v) for v in vectors]
+        gram = inner_products(self.white)
+        lengths = vector_lengths(gram)
+        sizes, turn = torch.linalg.eigh(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
+        root = torch.where(sizes > RANK_TOLERANCE * sizes[..., -1:], sizes, 0.0).sqrt()
+        small = root.unsqueeze(-1) * (turn.mT @ ((coefficients * lengths**2).unsqueeze(-1) * turn)) * root.unsqueeze(-2)
         self.values, rotation = torch.linalg.eigh(small + torch.eye(small.shape[-1]).to(small))
-        self.directions = directions @ rotation
+        inverse = torch.where(root > 0, 1 / root, 0.0).unsqueeze(-2)
+        self.mixing = (turn * inverse) @ rotation / lengths.unsqueeze(-1)
         if not bool((self.values > 0).all()):
             worst = self.values.amin(-1).flatten()
             raise NotPositiveDefiniteError(
@@ -270,14 +279,16 @@ class LowRankUpdate(Precision):
 
     def inverse_diagonal_change(self, lift: Callable[[Tensor], Tensor]) -> Tensor:
         """Change of the marginal variances by the rank-one terms, in coordinates that ``lift`` leads to."""
-        terms = []
-        for direction, value in zip(self.directions.unbind(-1), self.values.unbind(-1), strict=True):
-            moved = lift(self.base.sample(direction.unflatten(-1, self.shape).to(self.dtype)))
-            terms.append((1 / value - 1)[..., None, None] * moved.double().square())
-        return torch.stack(terms).sum(0)
+        moved = torch.stack([lift(self.base.sample(v)) for v in self.white], -1).double()
+        along = moved @ self.mixing.unsqueeze(-3)
+        return (along.square() * (1 / self.values - 1)[..., None, None, :]).sum(-1)
 
     def _scale(self, x: Tensor, power: float) -> Tensor:
-        """``(I + Q (values^power - 1) Q^T) x``: the symmetric power of the middle factor."""
-        along = self.directions.mT @ x.flatten(-2).unsqueeze(-1).double()
-        change = self.directions @ ((self.values**power - 1).unsqueeze(-1) * along)
-        return x + change.squeeze(-1).to(x.dtype).unflatten(-1, x.shape[-2:])
+        """``(I + W K (values^power - 1) (W K)^T) x``: the symmetric power of the middle factor."""
+        middle = (self.mixing * (self.values**power - 1).unsqueeze(-2)) @ self.mixing.mT
+        along = inner_each(x, [v.expand(x.shape) for v in self.white])
+        factors = (middle @ along.unsqueeze(-1)).squeeze(-1).to(x.dtype)
+        result = x.clone()
+        for v, factor in zip(self.white, factors.unbind(-1), strict=True):
+            result.addcmul_(v, factor[..., None, None])
+        return result

@@ -60,7 +60,7 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
         if supported is not None:
             pyro.factor("temperature/support", torch.where(supported, 0.0, -math.inf))
         with pyro.plate("module", posterior.num_modules):
-            z = pyro.sample("update", prior)
+            z = pyro.sample("update", prior).to(posterior.dtype)  # the anchor's spread is float64 beside any updates
             score(posterior.experts, z)
             score((factor for factor in posterior.factors if not factor.joint), z)
         score((factor for factor in posterior.factors if factor.joint and factor.per_example is None), z)

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from poe_models.experts import ProductOfExperts
-from poe_models.operators import RANK_TOLERANCE, inner_products, mean_curvatures, vector_lengths
+from poe_models.operators import RANK_TOLERANCE, mean_curvatures, vector_lengths
 from poe_models.printing import Brief
 from poe_models.records import joined, with_tensors
 from poe_models.span_labels import basis_names, center_label, merge_label
+from poe_models.sums import inner_products
 from poe_models.updates import NamedUpdates, above_rounding, batch_of, center_of
 
 

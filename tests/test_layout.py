@@ -16,6 +16,8 @@ GROUND = {
     "energy",
     "energies",
     "operators",
+    "sums",
+    "compression",
     "residual_maps",
     "scales",
     "experts",

@@ -55,6 +55,13 @@ def test_nuts_gibbs_slice_sampling_and_a_grid_agree_on_a_skewed_posterior(genera
         assert_same_mean(posterior, by_slices, colder)
 
 
+def test_nuts_draws_merged_updates_of_float32_themselves(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 1, 2, 2, 2).float()
+    draws = nuts(GAUSSIAN.bind(updates), 250, chains=2, warmup=100, generator=generator)
+    exact = GAUSSIAN.bind(updates.double())
+    assert_same_mean(exact, draws, gaussian_means(exact), min_ess=80, max_rhat=1.05)
+
+
 def test_nuts_on_modules_that_a_factor_expert_couples(generator: torch.Generator) -> None:
     tie = FactorExpert(
         "tie", lambda c: 3.0 * (c[..., 0, 0] - c[..., 1, 1] - 1.0).square(), coordinates="span", scope="model"

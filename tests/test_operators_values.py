@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from poe_models import Diagonal, Gram, RankOne, ScaledIdentity
-from poe_models.operators import (
-    inner_products,
-    mean_curvatures,
-    moment_rounding,
-    root_of,
-    span_rank,
-    thin,
-    unit_diagonal,
-)
+from poe_models.operators import mean_curvatures, moment_rounding, root_of, span_rank, thin, unit_diagonal
+from poe_models.sums import inner_products
 from tests.helpers import assert_close
 
 

@@ -84,7 +84,7 @@ def test_the_minimiser_is_that_of_the_whole_problem(
     z = problem.lift(x) if posterior.center is None else posterior.center + problem.lift(x)
     assert_close(z, solved(posterior, weights, shift), 1e-9)
     assert_close(problem.residuals(x), posterior.residuals(z), 1e-9)
-    assert_close(problem.apply(weights, shift, x), b, 1e-9)  # type: ignore[arg-type]
+    assert_close(problem.normal(weights, shift).apply(x), b, 1e-9)  # type: ignore[arg-type]
     # Forces are half the gradients of the residuals.
     leaf = x.clone().requires_grad_(True)
     for i, force in enumerate(problem.forces(x)):
@@ -165,7 +165,7 @@ def test_diagonal_operators_add_up_elementwise(generator: torch.Generator) -> No
     problem = Quadratic(operators, (target, -target), Compression(), (3, 4))
     weights, shift = torch.tensor([[2.0, 0.5]], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
     matrix = 2 * values[0] + 0.5 * values[1] + 0.25
-    assert_close(problem.apply(weights, shift, x), matrix * x)
+    assert_close(problem.normal(weights, shift).apply(x), matrix * x)
     assert_close(problem.precision(weights, shift).solve(x), x / matrix)
     residuals = [(v * (x - t).square()).sum((-2, -1)) for v, t in zip(values, (target, -target), strict=True)]
     assert_close(problem.residuals(x), torch.stack(residuals, -1))
@@ -180,7 +180,7 @@ def test_weights_may_have_chains(generator: torch.Generator) -> None:
         shift = 0.1 + torch.rand(5, 2, generator=generator, dtype=torch.float64)
         x = torch.randn(5, 2, *problem.event_shape, generator=generator, dtype=torch.float64)
         for s in range(5):
-            assert_close(problem.apply(weights, shift, x)[s], problem.apply(weights[s], shift[s], x[s]))
+            assert_close(problem.normal(weights, shift).apply(x)[s], problem.normal(weights[s], shift[s]).apply(x[s]))
             alone = problem.precision(weights[s], shift[s]).solve(x[s])
             assert_close(problem.precision(weights, shift).solve(x)[s], alone)
 

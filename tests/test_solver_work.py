@@ -12,9 +12,11 @@ from inference import fixed_point
 from inference.gradient_check import judged, relative_gradient, settled
 from inference.map import plain_iterates
 from inference.problem import FORWARD_ERROR, Problem
+from inference.summed_residuals import SummedResiduals
 from poe_models import Cauchy, Energy, Gaussian, InputGram, OutputGram, ProductOfExperts, Relative, ResidualMap, Welsch
-from poe_models.least_squares import Quadratic, quadratic_of
-from poe_models.operators import Gram, inner, matrix_rank
+from poe_models.least_squares import NormalMatrix, Quadratic, quadratic_of
+from poe_models.operators import Gram, matrix_rank
+from poe_models.sums import gram_matrix, inner, inner_each, inner_products, largest_entry
 from tests.helpers import assert_close, name_of, random_updates
 
 NAMES = ("a", "b", "c", "d")
@@ -22,9 +24,10 @@ NAMES = ("a", "b", "c", "d")
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts of factorisations, products with factors, and float64 gradients."""
+    """Counts of factorisations, sums of Gram matrices, products with factors, and float64 gradients."""
     counts: Counter[str] = Counter()
-    for owner, name in ((Quadratic, "precision"), (Gram, "root"), (Quadratic, "exact_half_gradient")):
+    methods = ((NormalMatrix, "factored"), (Quadratic, "normal"), (Gram, "root"), (Quadratic, "exact_half_gradient"))
+    for owner, name in methods:
         original = getattr(owner, name)
 
         def counted(*given: object, _name: str = name, _original: object = original) -> object:
@@ -35,16 +38,16 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def test_a_gaussian_merge_factors_once_and_measures_each_residual_once(
+def test_a_gaussian_merge_factors_once_and_makes_no_product_for_a_residual(
     work: Counter[str], generator: torch.Generator
 ) -> None:
     updates = torch.randn(1, 4, 80, 60, generator=generator)
     posterior = ProductOfExperts.of(NAMES, InputGram(), Gaussian()).bind(updates)
     solution = judged(posterior, fixed_point(posterior))
     assert solution.converged
-    assert work["precision"] == 1
+    assert work["factored"] == work["normal"] == 1  # the gradient's matrix is the one that was factored
     assert work["exact_half_gradient"] == 1  # of a few rows
-    assert work["root"] == 2 * 4  # the residuals, and those rows
+    assert work["root"] == 0
 
 
 def test_a_heavy_tail_factors_once_a_step_and_starts_once(work: Counter[str], generator: torch.Generator) -> None:
@@ -53,7 +56,49 @@ def test_a_heavy_tail_factors_once_a_step_and_starts_once(work: Counter[str], ge
     solution = judged(posterior, fixed_point(posterior))
     assert solution.converged
     assert solution.info.start_energies.shape == (1, 1)
-    assert work["precision"] == int(solution.info.steps) + int(solution.info.rejected)
+    assert work["factored"] == int(solution.info.steps) + int(solution.info.rejected)
+    assert work["root"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("residual_map", [InputGram(), OutputGram()], ids=name_of)
+def test_summed_residuals_are_those_of_products(
+    residual_map: ResidualMap, dtype: torch.dtype, work: Counter[str], generator: torch.Generator
+) -> None:
+    """At ordinary points from one Gram matrix; near a target, where its terms cancel, by a product."""
+    updates = random_updates(generator, 2, 3, 30, 40).to(dtype)
+    posterior = ProductOfExperts.of(NAMES[:3], residual_map, Gaussian()).bind(updates)
+    quadratic = quadratic_of(posterior)
+    residuals = SummedResiduals(posterior, quadratic, quadratic.pulls())
+    middle, near = updates.mean(1), updates[:, 0] + 1e-4 * updates[:, 1]
+    for x, products in ((middle, 0), (near, 1)):
+        work.clear()
+        found = residuals.at(x)
+        assert work["root"] == products
+        exact = [
+            (u.double() @ (x - u).double().mT if residual_map == InputGram() else u.double().mT @ (x - u).double())
+            for u in updates.unbind(1)
+        ]
+        assert_close(
+            found,
+            torch.stack([each.square().sum((-2, -1)) for each in exact], -1),
+            1e-5 if dtype == torch.float32 else 1e-11,
+        )
+
+
+def test_one_module_whose_terms_cancel_leaves_the_others_as_they_are(generator: torch.Generator) -> None:
+    updates = random_updates(generator, 2, 3, 30, 40)
+    x = torch.stack([updates[0].mean(0), updates[1, 0]])
+    poe = ProductOfExperts.of(NAMES[:3], InputGram(), Gaussian())
+
+    def summed(some: slice) -> Tensor:
+        posterior = poe.bind(updates[some])
+        quadratic = quadratic_of(posterior)
+        return SummedResiduals(posterior, quadratic, quadratic.pulls()).at(x[some])
+
+    both = summed(slice(0, 2))
+    assert float(both[1, 0]) == 0.0
+    assert_close(both[:1], summed(slice(0, 1)), 1e-13)
 
 
 def test_no_start_leads_lower_than_a_minimum_in_the_convex_range(generator: torch.Generator) -> None:
@@ -159,10 +204,26 @@ def test_a_product_takes_the_cheaper_of_two_ways(generator: torch.Generator) -> 
 def test_sums_over_blocks_are_sums(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = (torch.randn(3, 50, 7, generator=generator) for _ in range(2))
     expected = (left.double() * right.double()).sum((-2, -1))
+    squares = left.double().square().sum((-2, -1))
     for block in (1, 100, 2**17):
-        monkeypatch.setattr("poe_models.operators.BLOCK", block)
+        monkeypatch.setattr("poe_models.sums.BLOCK", block)
         assert_close(inner(left, right), expected, 1e-13)
         assert_close(inner(left.expand(2, 3, 50, 7), right), expected.expand(2, 3), 1e-13)
+        assert_close(inner_each(left, [right, left]), torch.stack([expected, squares], -1), 1e-13)
+        assert_close(inner_each(left.mT, [right.mT])[..., 0], expected, 1e-13)
+        assert_close(inner_products([left, right])[:, 0], torch.stack([squares, expected], -1), 1e-13)
+
+
+@pytest.mark.parametrize("side", [1, 7, 8, 50, 67])
+def test_half_a_gram_matrix_is_the_whole(side: int, generator: torch.Generator) -> None:
+    factor = torch.randn(2, side, 9, generator=generator, dtype=torch.float64)
+    found = gram_matrix(factor)
+    assert torch.equal(found, found.mT)
+    assert_close(found, factor @ factor.mT, 1e-13)
+
+
+def test_the_largest_entry_counts_whatever_its_sign() -> None:
+    assert largest_entry(torch.tensor([[[1.0, -3.0]], [[2.0, 0.5]]])).tolist() == [3.0, 2.0]
 
 
 def test_ranks_in_float32_are_those_of_singular_values(generator: torch.Generator) -> None:

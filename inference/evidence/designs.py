@@ -34,9 +34,10 @@ from inference.evidence.estimate import SAMPLES, Evidence, UntrustedEvidence, di
 from inference.evidence.module_batches import Updates, module_batches
 from poe_models.experts import ProductOfExperts
 from poe_models.module_names import with_names
-from poe_models.operators import Diagonal, Gram, Operator, RankOne, sum_of_squares
+from poe_models.operators import Diagonal, Gram, Operator, RankOne
 from poe_models.posterior import Posterior
 from poe_models.records import joined
+from poe_models.sums import sum_of_squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +183,8 @@ def _same_directions(one: Operator, other: Operator) -> bool:
     if _kind(one) != _kind(other):
         return False
     if isinstance(one, Gram) and isinstance(other, Gram) and not torch.equal(one.factor, other.factor):
-        both = torch.cat([_unit(one.factor), _unit(other.factor)], -1)
-        return torch.equal(torch.linalg.matrix_rank(both), torch.linalg.matrix_rank(one.factor))
+        both = torch.cat([_unit(one.narrow), _unit(other.narrow)], -1)
+        return torch.equal(torch.linalg.matrix_rank(both), torch.linalg.matrix_rank(one.narrow))
     if isinstance(one, Diagonal) and isinstance(other, Diagonal):
         return torch.equal(one.values > 0, other.values > 0)
     if isinstance(one, RankOne) and isinstance(other, RankOne):

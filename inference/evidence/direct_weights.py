@@ -19,9 +19,9 @@ from torch import Tensor
 from inference.evidence.gaussian_integrals import GaussianIntegral, gaussian_integral, in_float64
 from inference.evidence.importance import ROUNDS, importance_mean
 from poe_models.least_squares import Quadratic, quadratic_of
-from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.precisions import Precision
+from poe_models.sums import sum_of_squares
 
 STEPS = 100
 """Damped steps of the fixed point of the weights."""

@@ -25,9 +25,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.least_squares import Quadratic, quadratic_of
-from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity, sum_of_squares
+from poe_models.operators import Diagonal, Gram, Operator, RankOne, ScaledIdentity
 from poe_models.posterior import Posterior
 from poe_models.precisions import KroneckerSum
+from poe_models.sums import sum_of_squares
 
 
 class GaussianIntegral(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -22,6 +21,7 @@ from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod
 from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.span_labels import stored_center
+from poe_models.sums import largest_entry
 from poe_models.updates import over_units
 from poe_models.weights.loading import Checkpoint, CheckpointError
 
@@ -77,7 +77,7 @@ class Design:
             The MAP, ``value`` of shape ``(M, d_out, d_in)`` in the dtype of the updates. Updates of extreme size are
             solved for in units of their own, and in float64 where experts differ by orders of magnitude.
         """
-        sizes = torch.linalg.vector_norm(updates, math.inf, (-2, -1)).double()  # largest entries, (M, N)
+        sizes = largest_entry(updates)  # largest entries, (M, N)
         spread = _spread(sizes)
         if updates.dtype == torch.float32 and bool((spread > COMFORTABLE).any()):
             wide = None if low_rank is None else (low_rank[0].double(), low_rank[1].double())

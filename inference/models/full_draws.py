@@ -20,7 +20,7 @@ from inference.models.model_draws import FullDraws
 from inference.models.modules import Module, feed, merged_update, module_names, read_modules
 from inference.models.surrounding import distance_of_module, gibbs_distance
 from poe_models.module_names import not_drawn, with_names
-from poe_models.operators import sum_of_squares
+from poe_models.sums import sum_of_squares
 from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 

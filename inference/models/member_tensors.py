@@ -22,7 +22,7 @@ from inference.models.plan import inputs_of
 from inference.models.preparing import prepare_designs
 from inference.models.tensor_batches import refuse_overflow
 from poe_models.methods import ModuleBatch
-from poe_models.operators import sum_of_squares
+from poe_models.sums import sum_of_squares
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 from poe_models.weights.task_vectors import ModuleUpdates, Source, TaskVectors
 

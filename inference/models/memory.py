@@ -28,6 +28,8 @@ from poe_models.residual_maps import (
 )
 
 _TEMPORARIES = 8  # of the iteration: candidate, gradient, and sums of squares in float64, which count double
+TOGETHER = 2 * 2**20
+"""Bytes of updates that a processor solves for together; more would leave its cache between two steps."""
 
 
 class OutOfMemory(RuntimeError):
@@ -81,8 +83,10 @@ def solve_floats(design: Design, experts: int, shape: tuple[int, int]) -> int:
     if any(isinstance(each, Fisher) for each in maps):
         return (4 * len(maps) + 7) * entries
     if all(isinstance(each, Identity | Directional) for each in maps):
-        directional = any(isinstance(each, Directional) for each in maps)
-        return max(4 + len(maps), 2 * len(maps)) * entries if directional else (2 * len(maps) + 7) * entries
+        if not any(isinstance(each, Directional) for each in maps):
+            return (2 * len(maps) + 7) * entries
+        centered = design.center is not None or design.poe.anchor.center is not None
+        return (3 + centered * len(maps)) * entries
     return _gram_floats(maps, d_out, d_in)
 
 
@@ -106,6 +110,15 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
     return max(iteration, 4 * d_out * d_in + 2 * bases, decomposing) + d_out * d_in
 
 
+def together(experts: int, shape: tuple[int, int], itemsize: int) -> int:
+    """Modules of a shape that a processor solves for together, one at least.
+
+    >>> together(4, (768, 768), 4), together(4, (64, 64), 4)
+    (1, 32)
+    """
+    return max(1, TOGETHER // (experts * shape[0] * shape[1] * itemsize))
+
+
 def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
     """Peak memory of solving some tensors as one batch, given the shapes of the modules of each tensor."""
     shapes = [shape for tensor in matrices for shape in tensor]
@@ -116,8 +129,12 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         solving = max(design.method.working_floats(shapes.count(one), experts, one) for one in set(shapes))
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
-    solving = max(shapes.count(one) * solve_floats(design, experts, one) for one in set(shapes))
-    return itemsize * (held + max(reading, solving))
+    solving = max(
+        min(shapes.count(one), together(experts, one, itemsize)) * solve_floats(design, experts, one)
+        for one in set(shapes)
+    )
+    beside = 0 if len(shapes) == 1 else held  # the only module of a batch is not copied into it
+    return itemsize * max(beside + reading, held + solving)
 
 
 def averaged_bytes(shape_entries: int, itemsize: int) -> int:

@@ -26,7 +26,7 @@ from inference.models.digest import Progress, Silent, digest_inputs
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
 from inference.models.modules import feed, module_names
 from inference.models.named_draws import ModelDraws
-from poe_models.operators import sum_of_squares
+from poe_models.sums import sum_of_squares
 from poe_models.weights.patterns import pattern as regular
 from poe_models.weights.task_vectors import TaskVectors
 

@@ -17,9 +17,9 @@ from inference.models.design import Design, require_alike
 from inference.models.one_row import require_matrices
 from inference.reweighting import SolverOptions
 from poe_models.experts import ProductOfExperts
-from poe_models.operators import sum_of_squares
 from poe_models.posterior import Posterior
 from poe_models.printing import Brief
+from poe_models.sums import sum_of_squares
 from poe_models.updates import center_of
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names

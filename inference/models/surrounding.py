@@ -10,7 +10,7 @@ from inference.merge_distance import MergeDistance, displacement_of, spread_alon
 from inference.models.design import Design, Designs, as_function
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import Module, merged_update, module_names, read_modules
-from poe_models.operators import sum_of_squares
+from poe_models.sums import sum_of_squares
 from poe_models.weights.loading import Checkpoint, open_checkpoint
 from poe_models.weights.task_vectors import Source, TaskVectors
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.models.memory import together
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.modules import anchor_blocks, selected
 from inference.models.plan import TensorBatch, TensorPlan
@@ -125,10 +126,11 @@ def _solved(task_vectors: TaskVectors, tensors: Sequence[TensorPlan], design: An
     records: dict[tuple[int, int], dict[str, Any]] = {}
     while batches:
         _, batch = batches.popitem()
-        merged, found = _solve(batch, design, task_vectors.names)
-        values |= dict(zip(batch.places, merged, strict=True))
-        records |= dict(zip(batch.places, found, strict=True))
-        del batch
+        for part in _parts(batch, design):
+            merged, found = _solve(part, design, task_vectors.names)
+            values |= dict(zip(part.places, merged, strict=True))
+            records |= dict(zip(part.places, found, strict=True))
+        del batch, part
     made = []
     for position, tensor in enumerate(tensors):
         assert tensor.treatment.view is not None
@@ -170,6 +172,27 @@ def _fill(
         batch.labels.append(module.name)
         if centers:
             batch.centers.append(centers[index] - module.base)
+
+
+def _parts(batch: _Batch, design: AnyDesign) -> Iterator[_Batch]:
+    """Cut a batch into what is solved together: on a processor no more than its cache holds, for a product of experts.
+
+    Yields:
+        Batches of one module at least; methods and other devices have the whole.
+    """
+    count, updates = len(batch.places), batch.updates
+    whole = isinstance(design, MethodDesign) or updates.device.type != "cpu"
+    step = count if whole else together(updates.shape[1], (updates.shape[2], updates.shape[3]), updates.itemsize)
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        yield _Batch(
+            updates[some],
+            batch.bases[some],
+            batch.places[some],
+            batch.labels[some],
+            batch.factors[some],
+            batch.centers[some],
+        )
 
 
 def _centers(task_vectors: TaskVectors, tensor: str, design: AnyDesign) -> list[Tensor]:

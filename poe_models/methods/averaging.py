@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from poe_models.methods.arguments import for_each_expert, require_number
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
-from poe_models.operators import sum_of_squares
+from poe_models.sums import sum_of_squares
 from poe_models.weights.task_vectors import ModuleUpdates
 
 

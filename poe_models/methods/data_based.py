@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from poe_models.methods.arguments import for_each_expert, require_number, require_share
 from poe_models.methods.method import About, MergingMethod, ModuleBatch, TaskData
-from poe_models.operators import moment_rounding, sum_of_squares, unit_diagonal
+from poe_models.operators import moment_rounding, unit_diagonal
 from poe_models.residual_maps import MomentKind, MomentsSource, require_source, scaled_off_diagonal
+from poe_models.sums import sum_of_squares
 from poe_models.weights.checkpoint import Checkpoint
 from poe_models.weights.task_vectors import ModuleUpdates
 

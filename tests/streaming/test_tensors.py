@@ -66,6 +66,30 @@ def test_batches_change_nothing(batch_bytes: int, models: Any, out: Path) -> Non
         assert_close(merged[name], vectors.treatments[name].view.join(blocks, SHAPES[name]), 1e-9)
 
 
+@pytest.mark.parametrize("bytes_together", [1, 2**40])
+def test_what_a_processor_solves_together_changes_nothing(
+    bytes_together: int, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = models(torch.float64, dtype=torch.float64)
+    merge_checkpoint(vectors, poe(vectors), tmp_path / "plain")
+    monkeypatch.setattr("inference.models.memory.TOGETHER", bytes_together)
+    sizes: list[int] = []
+
+    def counted(design: Design, updates: Tensor, *given: Any) -> Any:
+        sizes.append(len(updates))
+        return solve(design, updates, *given)
+
+    solve = Design.solve
+    monkeypatch.setattr(Design, "solve", counted)
+    merge_checkpoint(vectors, poe(vectors), tmp_path / "parts")
+    assert (max(sizes) == 1) is (bytes_together == 1)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "parts"))
+    for name, value in one.items():
+        assert_close(other[name], value, 1e-9)
+    labels = [[t["tensor"] for t in record_of(tmp_path / name)["tensors"]] for name in ("plain", "parts")]
+    assert labels[0] == labels[1]
+
+
 def test_the_bases_shards(models: Any, out: Path) -> None:
     vectors = models(shards=3)
     merge_checkpoint(vectors, poe(vectors), out)

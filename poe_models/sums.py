@@ -1,0 +1,107 @@
+"""Sums over the entries of matrices in float64, a few rows at a time, and Gram matrices by half."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**16
+"""Entries that are multiplied at once in float64."""
+
+BANDS = 8
+"""Bands of rows in which a Gram matrix is made, each up to its diagonal."""
+
+
+def row_blocks(*tensors: Tensor) -> Iterator[slice]:
+    """Cut rows so that ``BLOCK`` entries of a tensor are worked on at once.
+
+    Yields:
+        The rows of each block; one at least.
+    """
+    height = max(1, BLOCK // max(1, *(each[..., :1, :].numel() for each in tensors)))
+    for first in range(0, max(tensors[0].shape[-2], 1), height):
+        yield slice(first, first + height)
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products over the last two dimensions, summed in float64, shape ``(...,)``.
+
+    A few rows at a time, so that what is made in float64 stays in the processor's cache.
+    """
+    parts = []
+    for rows in row_blocks(left, right):
+        wide = left[..., rows, :].double().flatten(-2)
+        other = wide if left is right else right[..., rows, :].double().flatten(-2)
+        parts.append((wide.unsqueeze(-2) @ other.unsqueeze(-1)).squeeze((-2, -1)))
+    return torch.stack(parts).sum(0)
+
+
+def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Inner products of a tensor with ``N`` of its shape over the last two dimensions, ``(..., N)`` float64.
+
+    As :func:`inner` of each, faster, and not to be differentiated: rows are widened in one place again and again.
+    """
+    parts, (own, room) = [], (_room(x) for _ in range(2))
+    for rows in row_blocks(x):
+        wide, row = _widened(x, rows, own), []
+        for other in others:
+            row.append((wide if other is x else _widened(other, rows, room)).unsqueeze(-2) @ wide.unsqueeze(-1))
+        parts.append(torch.cat(row, -1).squeeze(-2))
+    return torch.stack(parts).sum(0)
+
+
+def _room(x: Tensor) -> Tensor:
+    """Memory for the largest block of a tensor's rows in float64."""
+    first = next(row_blocks(x))
+    return torch.empty_like(x[..., first, :], dtype=torch.float64, memory_format=torch.contiguous_format)
+
+
+def _widened(x: Tensor, rows: slice, room: Tensor) -> Tensor:
+    """A block of rows in float64, ``(..., r b)``, made in the room for it."""
+    block = x[..., rows, :]
+    return room[..., : block.shape[-2], :].copy_(block).flatten(-2)
+
+
+def gram_matrix(factor: Tensor) -> Tensor:
+    """``F F^T``, exactly symmetric, ``(..., d, r)`` to ``(..., d, d)``: blocks above the diagonal are copied.
+
+    >>> gram_matrix(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+    tensor([[5., 6.],
+            [6., 9.]])
+    """
+    side = factor.shape[-2]
+    result = factor.new_empty(*factor.shape[:-1], side)
+    step = max(1, -(-side // BANDS))
+    for first in range(0, side, step):
+        last = min(first + step, side)
+        band = factor[..., first:last, :] @ factor[..., :last, :].mT
+        result[..., first:last, :last] = band
+        result[..., :first, first:last] = band[..., :first].mT
+    return result
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Squared Frobenius norm over the last two dimensions, summed in float64, shape ``(...,)``."""
+    return inner(x, x)
+
+
+def inner_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Gram matrix of ``N`` tensors ``(..., a, b)`` over their last two, summed in float64: ``(..., N, N)``."""
+    parts = []
+    for rows in row_blocks(*vectors):
+        wide = wide_rows(vectors, rows)
+        parts.append(wide @ wide.mT)
+    total = torch.stack(parts).sum(0)
+    return (total + total.mT) / 2
+
+
+def wide_rows(tensors: Sequence[Tensor], rows: slice) -> Tensor:
+    """Some rows of ``N`` tensors ``(..., a, b)`` in float64, ``(..., N, r b)``."""
+    return torch.stack([each[..., rows, :].flatten(-2) for each in tensors], -2).double()
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """Largest magnitude of an entry over the last two dimensions, ``(...,)`` float64; faster than as a norm."""
+    return torch.maximum(x.amax((-2, -1)), -x.amin((-2, -1))).double()
