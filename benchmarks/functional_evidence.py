@@ -60,6 +60,11 @@ class Line:
     nll: float
     cpu_seconds: float
 
+    @property
+    def name(self) -> str:
+        """Center and importance."""
+        return f"{self.center}, {self.importance:g}"
+
 
 def centers(predictions: Predictions) -> dict[str, Mapping[str, Tensor] | None]:
     """Merged updates by module of every centre; None for the MAP of the weight-space product itself."""

@@ -81,6 +81,7 @@ class Judged:
         with_accuracy: Spearman's correlation with test accuracy.
         with_nll: With minus the test NLL.
         regret: Best test accuracy less that of the merge that it puts first, in points.
+        scaling_regret: The same where it chooses λ alone, mean over designs and rules; nan where all have one λ.
     """
 
     judge: str
@@ -88,6 +89,7 @@ class Judged:
     with_accuracy: float
     with_nll: float
     regret: float
+    scaling_regret: float = math.nan
 
 
 def rows_of(
@@ -204,13 +206,17 @@ def judged(rows: Sequence[Row]) -> list[Judged]:
     for count in LABELS:
         name = f"accuracy on {count} labels"
         each = [ranking_of(name, rows, [row.few_labels[str(count)][draw] for row in rows]) for draw in range(SUBSETS)]
-        means = [sum(getattr(one, key) for one in each) / SUBSETS for key in ("with_accuracy", "with_nll", "regret")]
-        found.append(Judged(name, len(rows), *means))
+        keys = ("with_accuracy", "with_nll", "regret", "scaling_regret")
+        found.append(Judged(name, len(rows), *(sum(getattr(one, key) for one in each) / SUBSETS for key in keys)))
     return found
 
 
 class Scored(Protocol):
     """A merge whose test scores are known."""
+
+    @property
+    def name(self) -> str:
+        """Of the design or rule."""
 
     @property
     def accuracy(self) -> float:
@@ -232,8 +238,21 @@ def ranking_of(judge: str, rows: Sequence[Scored], values: Sequence[float]) -> J
     said = torch.tensor(values, dtype=torch.float64)
     accuracy = torch.tensor([row.accuracy for row in rows], dtype=torch.float64)
     nll = torch.tensor([row.nll for row in rows], dtype=torch.float64)
-    regret = 100 * float(accuracy.max() - accuracy[int(said.argmax())])
-    return Judged(judge, len(rows), rank_agreement(said, accuracy).value, rank_agreement(said, -nll).value, regret)
+    agreement = rank_agreement(said, accuracy).value, rank_agreement(said, -nll).value
+    return Judged(judge, len(rows), *agreement, _regret(said, accuracy), _scaling_regret(rows, said, accuracy))
+
+
+def _regret(said: Tensor, accuracy: Tensor) -> float:
+    return 100 * float(accuracy.max() - accuracy[int(said.argmax())])
+
+
+def _scaling_regret(rows: Sequence[Scored], said: Tensor, accuracy: Tensor) -> float:
+    """Mean regret over designs and rules that are there at several λ, of which the judge chooses one."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.name, []).append(place)
+    each = [_regret(said[some], accuracy[some]) for some in places.values() if len(some) > 1]
+    return sum(each) / len(each) if each else math.nan
 
 
 def report(runs: Mapping[Run, Sequence[Row]], machines: Sequence[str], command: str) -> str:
@@ -249,11 +268,11 @@ def report(runs: Mapping[Run, Sequence[Row]], machines: Sequence[str], command: 
     """
     body = [
         [suite, str(seed), one.judge, str(one.merges)]
-        + [f"{one.with_accuracy:.2f}", f"{one.with_nll:.2f}", f"{one.regret:.1f}"]
+        + [f"{one.with_accuracy:.2f}", f"{one.with_nll:.2f}", f"{one.regret:.1f}", _or_blank(one.scaling_regret)]
         for (suite, seed), rows in runs.items()
         for one in judged(rows)
     ]
-    header = ["suite", "seed", "judge", "merges", "with accuracy", "with minus NLL", "regret"]
+    header = ["suite", "seed", "judge", "merges", "with accuracy", "with minus NLL", "regret", "regret of λ"]
     return "\n\n".join([
         "Which judge ranks merges as their test scores do? Designs of two residual maps (those of "
         "`benchmarks.evidence`) and rules of the literature, each at several λ. The functional score is the mean "
@@ -262,9 +281,14 @@ def report(runs: Mapping[Run, Sequence[Row]], machines: Sequence[str], command: 
         f"few validation labels a task, means over {SUBSETS} random subsets. Made by `{command}` on "
         f"{' and '.join(dict.fromkeys(machines))}.",
         "Spearman's rank correlations over the merges, and the regret: the best test accuracy less that of the merge "
-        "that the judge puts first, in points. The merges are a grid, not a sample.",
+        "that the judge puts first, in points; *of λ*: where only λ is chosen, for each design and rule, in the mean. "
+        "The merges are a grid, not a sample.",
         markdown_table(header, body, left=3),
     ]) + "\n"  # fmt: skip
+
+
+def _or_blank(number: float) -> str:
+    return "" if math.isnan(number) else f"{number:.1f}"
 
 
 def write_table(path: Path, runs: Mapping[Run, Sequence[Row]]) -> None:

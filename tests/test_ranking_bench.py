@@ -29,11 +29,21 @@ def test_judges_are_ranked_by_hand() -> None:
     assert score.with_accuracy == pytest.approx(0.5)  # ranks 1, 3, 2 against 1, 2, 3
     assert score.with_nll == pytest.approx(0.5)
     assert score.regret == pytest.approx(10.0)
-    assert found["evidence, InputGram"] == ranking.Judged(
-        "evidence, InputGram", 3, *(score.with_accuracy,) * 2, score.regret
-    )
+    evidence = found["evidence, InputGram"]
+    assert (evidence.with_accuracy, evidence.with_nll) == (score.with_accuracy, score.with_accuracy)
+    assert evidence.regret == score.regret
+    assert math.isnan(score.scaling_regret)
     assert found["accuracy on 8 labels"].with_accuracy == pytest.approx(1.0)
     assert found["accuracy on 8 labels"].regret == pytest.approx(0.0)
+
+
+def test_a_judge_of_one_setting_is_right_or_wrong_in_each_method() -> None:
+    """Two methods at two settings: it loses nothing in the first and 0.2 in the second."""
+    rows = [row("one", 1.0, 0.7), row("one", 2.0, 0.8), row("two", 3.0, 0.5), row("two", 4.0, 0.3)]
+    found = {each.judge: each for each in judged(rows)}
+    assert found["functional score, all inputs"].scaling_regret == pytest.approx(10.0)
+    assert found["functional score, all inputs"].regret == pytest.approx(50.0)
+    assert found["accuracy on 8 labels"].scaling_regret == pytest.approx(0.0)
 
 
 @pytest.mark.filterwarnings("ignore:.*had not converged", "ignore::UserWarning")
