@@ -236,7 +236,8 @@ def _side_basis(
     """Orthonormal directions of one side that matter; None where they are all of them.
 
     These are the range of the operators that act on this side and, for the others, the targets themselves. Draws also
-    move in the latter's complement, so for draws every expert must act on this side.
+    move in the latter's complement, so for draws every expert must act on this side. A side on which none acts is not
+    factored and costs little as it is: there only factors of low rank are worth a basis.
     """
     columns = []
     for expert, target in zip(experts, targets, strict=True):
@@ -249,8 +250,10 @@ def _side_basis(
         else:
             columns.append(target if side == "left" else target.mT)
     columns = list({(c.data_ptr(), c.shape, c.stride()): c for c in columns}.values())  # both sides share an update
-    length = columns[0].shape[-2]
-    if sum(column.shape[-1] for column in columns) >= length:
+    length, other = targets[0].shape[-2:] if side == "left" else targets[0].shape[:-3:-1]
+    count = sum(column.shape[-1] for column in columns)
+    acts = any(isinstance(expert.operator, Gram) and expert.operator.side == side for expert in experts)
+    if count >= length or (not acts and count > other / 2):
         return None
     return orthonormal(torch.cat(columns, -1))
 

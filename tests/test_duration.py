@@ -117,10 +117,10 @@ def test_more_work_takes_longer(tmp_path: Path) -> None:
         assert found is not None
         return found
 
-    small, large = (predicted(f"2 {side} {side} 2", "InputGram, Gaussian") for side in (96, 192))
-    assert small < large < predicted("4 192 192 2", "InputGram, Gaussian")
-    assert large < predicted("2 192 192 4", "InputGram, Gaussian")
-    assert large < predicted("2 192 192 2", "InputGram, Cauchy")
+    small, large = (predicted(f"2 {side} {side} 2", "InputGram, Gaussian") for side in (64, 256))
+    assert small < large < predicted("4 256 256 2", "InputGram, Gaussian")
+    assert large < predicted("2 256 256 4", "InputGram, Gaussian")
+    assert large < predicted("2 256 256 2", "InputGram, Cauchy")
 
 
 @pytest.mark.parametrize("shapes", ["3 256 640 3", "3 640 256 3", "12 192 192 4"])

@@ -197,7 +197,7 @@ def test_what_cannot_be_factored_is_refused(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("design", "expected"), [(Directional(), (1, 1)), (OutputGram(), (2, 2)), (InputGram(), (2, 2))]
+    ("design", "expected"), [(Directional(), (1, 1)), (OutputGram(), (2, 2)), (InputGram(), (5, 2))]
 )
 def test_one_expert_alone(design: ResidualMap, expected: tuple[int, int], generator: torch.Generator) -> None:
     updates = random_updates(generator, 1, 1, 5, 2)

@@ -231,3 +231,18 @@ def test_ranks_in_float32_are_those_of_singular_values(generator: torch.Generato
         low = torch.randn(2, 30, rank, generator=generator) @ torch.randn(2, rank, 9, generator=generator)
         assert matrix_rank(low).tolist() == torch.linalg.matrix_rank(low).tolist() == [rank, rank]
         assert matrix_rank(low.mT).tolist() == [rank, rank]
+
+
+def test_a_side_on_which_nothing_acts_has_a_basis_for_low_rank_only(generator: torch.Generator) -> None:
+    """Rows of a tall matrix are solved for one by one: a basis of them would take more products than it saves."""
+    shapes = (1, 2, 50, 2), (1, 2, 2, 8)
+    factors = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    updates = factors[0] @ factors[1]
+    poe = ProductOfExperts.of(["a", "b"], InputGram(), Gaussian())
+    dense, low = poe.bind(updates), poe.bind(updates, low_rank=factors)
+    assert quadratic_of(dense).compression.left is None
+    found = quadratic_of(low).compression.left
+    assert found is not None
+    assert found.shape == (1, 50, 4)
+    values = [fixed_point(each).value for each in (dense, low)]
+    assert_close(values[0], values[1], 1e-9)

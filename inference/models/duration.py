@@ -33,7 +33,7 @@ compared with the base's. From the rows of averages in ``benchmarks/results/spee
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 AGAIN = 0.5
 """Share of them for each look of a method at the whole model before it merges: nothing is compared or written."""
-PER_TENSOR = 8e-4
+PER_TENSOR = 4e-4
 """Seconds for each tensor of the output: its record, and calls of the system."""
 
 

@@ -96,10 +96,7 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
     left = sum(not isinstance(each, InputGram | Identity | Activation | Mixed) for each in maps)
     right = sum(not isinstance(each, OutputGram | Identity) for each in maps)
     columns = len(maps) * min(d_out, d_in)
-    rows, cols = (
-        min(d_out, len(maps) * d_in if not left else columns),
-        d_in if given else min(d_in, len(maps) * d_out if not right else columns),
-    )
+    rows, cols = (min(d_out, columns) if left else d_out, min(d_in, columns) if right and not given else d_in)
     grams = left * rows**2 + right * cols**2
     bases = (rows < d_out) * d_out * rows + (cols < d_in) * d_in * cols
     compressed = rows * cols
