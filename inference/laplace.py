@@ -70,10 +70,11 @@ class Laplace:
                 f"`Laplace(...)`: {posterior.factors[0].name!r} is a FactorExpert; its Hessian has no structure: "
                 "use `DenseLaplace`, which differentiates the Pyro program."
             )
-        self.own = own_units(posterior, "Laplace")
-        posterior = self.posterior = self.own.posterior
+        self.posterior, self.mode = posterior, mode
+        self._own = own_units(posterior, "Laplace")
+        posterior = self._posterior = self._own.posterior
         require_proper(posterior)
-        mode = self.mode = self.own.latents(mode)
+        mode = self._mode = self._own.latents(mode)
         self.quadratic = quadratic_of(posterior, for_draws=True)
         x = self.quadratic.compression.compress(mode if posterior.center is None else mode - posterior.center)
         q = SummedResiduals(posterior, self.quadratic, self.quadratic.pulls()).at(x)
@@ -87,60 +88,60 @@ class Laplace:
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Draws:
         """Independent draws in one chain, kept as seeds."""
-        modules = self.posterior.num_modules
+        modules = self._posterior.num_modules
         size = (1, num_samples, modules)
         seeds = torch.randint(2**62, size, generator=generator, device=generator.device).cpu()
-        alone = [self] if modules == 1 and not self.own.changed else None
-        singles = alone or [Laplace(self.posterior.module(m), self.mode[m : m + 1]) for m in range(modules)]
+        alone = [self] if modules == 1 and not self._own.changed else None
+        singles = alone or [Laplace(self._posterior.module(m), self._mode[m : m + 1]) for m in range(modules)]
         drawn = Draws(
             torch.zeros(*size, 0),
             sampler="laplace",
-            temperature=self.posterior.fixed_temperature,
+            temperature=self._posterior.fixed_temperature,
             seeds=seeds,
             regenerate=lambda m, _, seed: singles[m].draw(seed),
         )
-        return self.own.draws(drawn)
+        return self._own.draws(drawn)
 
     def draw(self, seed: int) -> Tensor:
         """One draw of a posterior of one module from a seed, ``(*event)``."""
-        noise = seeded_noise(seed, self.posterior.event_shape, self.mode).unsqueeze(0)
+        noise = seeded_noise(seed, self._posterior.event_shape, self._mode).unsqueeze(0)
         white = self.quadratic.compression.compress(noise)
-        spread = anchor_spread(self.posterior.anchor_precision)
+        spread = anchor_spread(self._posterior.anchor_precision)
         z = self.quadratic.lift_draws(self.hessian.sample(white), noise, white, spread)
-        return self.own.back(self.mode + self.posterior.temperature**0.5 * z).squeeze(0)
+        return self._own.back(self._mode + self._posterior.temperature**0.5 * z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Normalised log density of the approximation in nats, ``(*S, M, *event)`` to ``(*S, M)``."""
-        displacement = self.own.latents(z) - self.mode
+        displacement = self._own.latents(z) - self._mode
         x = self.quadratic.compression.compress(displacement)
         distance = sum_of_squares(self.hessian.standardize(x))
         if not self.quadratic.compression.trivial:
             outside = sum_of_squares(displacement) - sum_of_squares(x)
-            distance = distance + 2 * self.posterior.anchor_precision * outside
-        return -distance / (2 * self.posterior.temperature) - self._log_volume()
+            distance = distance + 2 * self._posterior.anchor_precision * outside
+        return -distance / (2 * self._posterior.temperature) - self._log_volume()
 
     def log_integral(self) -> Tensor:
         """Approximate log of the integral of ``exp(-E(Z) / T)`` in nats, ``(M,)``; exact for Gaussian energies."""
-        return self._log_volume() - self.posterior.energy(self.mode) / self.posterior.temperature
+        return self._log_volume() - self._posterior.energy(self._mode) / self._posterior.temperature
 
     def standard_deviations(self) -> Tensor:
         """Marginal standard deviations of the latents, ``(M, *event)`` float64."""
         variance = self._base_variance().double() + self.hessian.inverse_diagonal_change(self.quadratic.lift)
-        return self.own.back((self.posterior.temperature * variance).sqrt())
+        return self._own.back((self._posterior.temperature * variance).sqrt())
 
     def _log_volume(self) -> Tensor:
         """Log of the Gaussian's integral, ``log sqrt(det(2 pi T Hessian^-1))``, ``(M,)``."""
-        entries, inside = math.prod(self.posterior.event_shape), math.prod(self.quadratic.event_shape)
+        entries, inside = math.prod(self._posterior.event_shape), math.prod(self.quadratic.event_shape)
         log_determinant = self.hessian.logdet()
         if entries > inside:
-            log_determinant = log_determinant + (entries - inside) * torch.log(2 * self.posterior.anchor_precision)
-        unit = entries * self.own.units.log()
-        return entries / 2 * math.log(2 * math.pi * self.posterior.temperature) - log_determinant / 2 + unit
+            log_determinant = log_determinant + (entries - inside) * torch.log(2 * self._posterior.anchor_precision)
+        unit = entries * self._own.units.log()
+        return entries / 2 * math.log(2 * math.pi * self._posterior.temperature) - log_determinant / 2 + unit
 
     def _base_variance(self) -> Tensor:
         """Marginal variances without the rank-one terms, in the posterior's own coordinates."""
         compression, base = self.quadratic.compression, self.hessian.base
-        flat = None if compression.flat is None else compression.flat.dense()
+        flat = None if compression.flat is None else compression.flat.dense().to(self._mode.dtype)
         bases = [b for b in (compression.left, compression.right, flat) if b is not None]
         if not bases:
             return base.inverse_diagonal()
@@ -148,13 +149,13 @@ class Laplace:
         (basis,) = bases
         assert isinstance(base, GramPrecision)
         inside = ((basis @ base.side_covariance()) * basis).sum(-1)
-        alone = anchor_spread(self.posterior.anchor_precision).square().to(basis.dtype)
+        alone = anchor_spread(self._posterior.anchor_precision).square().to(basis.dtype)
         outside = (1 - basis.square().sum(-1)) * alone[:, None]
         variance = inside + outside
         if flat is not None:
-            return variance.unflatten(-1, self.posterior.event_shape)
+            return variance.unflatten(-1, self._posterior.event_shape)
         column = variance.unsqueeze(-1) if compression.left is not None else variance.unsqueeze(-2)
-        return column.expand(-1, *self.posterior.event_shape)
+        return column.expand(-1, *self._posterior.event_shape)
 
 
 class DenseLaplace:

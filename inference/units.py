@@ -105,7 +105,8 @@ def own_units(posterior: Posterior, function: str, *, equivariant: bool = True, 
     odd, lost = _odd(posterior, near)
     if bool(odd.any()):
         sizes = torch.stack([largest_entry(expert.update) for expert in posterior.experts], -1)
-        found = _rebound(posterior, powers_of_two(sizes.amax(-1), odd.any(-1))) if equivariant else None
+        largest = torch.where(_speak(posterior), sizes, 0.0).amax(-1)
+        found = _rebound(posterior, powers_of_two(largest, odd.any(-1))) if equivariant else None
         if found is not None and not bool(_odd(found.posterior, False)[1].any()):
             return found
         if bool(lost.any()):
@@ -121,10 +122,13 @@ def _odd(posterior: Posterior, near: bool) -> tuple[Tensor, Tensor]:
     if not columns:
         none = posterior.anchor_precision.new_zeros(posterior.num_modules, 0, dtype=torch.bool)
         return none, none
-    # beside others of ordinary size, one that is rounding drops out
-    speaks = posterior.active | ~posterior.active.any(-1, keepdim=True)
-    odd, lost = (torch.stack(each, -1) & speaks for each in zip(*columns, strict=True))
+    odd, lost = (torch.stack(each, -1) & _speak(posterior) for each in zip(*columns, strict=True))
     return odd, lost
+
+
+def _speak(posterior: Posterior) -> Tensor:
+    """Mask of the experts that count, ``(M, E)``: one that is rounding beside the others drops out."""
+    return posterior.active | ~posterior.active.any(-1, keepdim=True)
 
 
 def _odd_and_lost(expert: BoundExpert, near: bool) -> tuple[Tensor, Tensor]:

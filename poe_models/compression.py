@@ -12,6 +12,9 @@ from poe_models.operators import RANK_TOLERANCE, Gram, Operator, RankOne, Scaled
 from poe_models.printing import Brief
 from poe_models.sums import inner_each, inner_products, row_blocks, wide_rows
 
+PARALLEL = 1e-7
+"""Eigenvalues of unit vectors' Gram matrix below this share of the largest have lost half of their digits."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FlatBasis(Brief):
@@ -29,10 +32,17 @@ class FlatBasis(Brief):
 
     @classmethod
     def of(cls, vectors: Sequence[Tensor]) -> FlatBasis:
-        """The basis of the span of vectors of any lengths."""
+        """The basis of the span of vectors of any lengths.
+
+        Products lose half of the digits in which nearly parallel vectors differ: these are made orthogonal first.
+        """
         gram = inner_products(vectors)
         lengths = vector_lengths(gram)
         sizes, turn = torch.linalg.eigh(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
+        lacking = (gram.diagonal(dim1=-2, dim2=-1) == 0).sum(-1)
+        if bool(((sizes < PARALLEL * sizes[..., -1:]).sum(-1) > lacking).any()):
+            columns = orthonormal(torch.stack([vector.double().flatten(-2) for vector in vectors], -1))
+            return cls.of([column.unflatten(-1, vectors[0].shape[-2:]) for column in columns.unbind(-1)])
         inverse = torch.where(sizes > RANK_TOLERANCE * sizes[..., -1:], sizes.rsqrt(), 0.0)
         return cls(tuple(vectors), gram, turn * inverse.unsqueeze(-2) / lengths.unsqueeze(-1))
 
@@ -52,9 +62,8 @@ class FlatBasis(Brief):
         return result
 
     def dense(self) -> Tensor:
-        """``Q``, ``(M, d_out d_in, N)``, in the dtype of the vectors."""
-        stacked = torch.stack([vector.flatten(-2) for vector in self.vectors], -1)
-        return (stacked.double() @ self.mixing).to(stacked.dtype)
+        """``Q``, ``(M, d_out d_in, N)`` float64."""
+        return torch.stack([vector.flatten(-2) for vector in self.vectors], -1).double() @ self.mixing
 
 
 @dataclass(frozen=True, eq=False, repr=False)

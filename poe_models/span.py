@@ -218,9 +218,10 @@ def span_coordinates(statistics: SpanStatistics, bases: tuple[Tensor, ...] | Non
     kept = eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)
     root = torch.where(kept, eigenvalues, 0.0).sqrt()
     inverse_root = torch.where(kept, eigenvalues, torch.inf).rsqrt()
+    norms = statistics.gram.diagonal(dim1=-2, dim2=-1).sqrt()  # latents of a zero member are zero
     return SpanCoordinates(
         vectors * inverse_root.unsqueeze(-2) / lengths.unsqueeze(-1),
-        (vectors * root.unsqueeze(-2) * lengths.unsqueeze(-1)).mT,
+        (vectors * root.unsqueeze(-2) * norms.unsqueeze(-1)).mT,
         statistics,
         bases,
     )

@@ -41,8 +41,10 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Inner products of a tensor with ``N`` of its shape over the last two dimensions, ``(..., N)`` float64.
 
-    As :func:`inner` of each, faster, and not to be differentiated: rows are widened in one place again and again.
+    As :func:`inner` of each, and faster: rows are widened in one place again and again, unless a gradient is asked for.
     """
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *others)):
+        return torch.stack([inner(x, each) for each in others], -1)
     parts, (own, room) = [], (_room(x) for _ in range(2))
     for rows in row_blocks(x):
         wide, row = _widened(x, rows, own), []

@@ -201,3 +201,23 @@ def test_points_that_are_given_are_in_the_units_of_the_updates(generator: torch.
         torch.stack([e.update for e in centred.experts], 1) * sizes[..., None]
     )
     close(over(fixed_point(big).value, 2.0**500), fixed_point(centred).value, torch.float64)
+
+
+@pytest.mark.parametrize("size", [2.0**-400, 2.0**-50, 1.0])
+def test_a_zero_update_beside_a_centre_has_no_size(size: float, generator: torch.Generator) -> None:
+    """Its latents in the span are zero, so that the others' size is the module's."""
+    updates = random_updates(generator, 2, 2, 3, 4) * size
+    updates[0, 1] = 0.0
+    posterior = product(InputGram(), anchor=Anchor(0.3 * updates[:, 0])).bind(updates, "span")
+    assert float(posterior.experts[1].update[0].abs().max()) == 0.0
+    over_one = product(InputGram(), anchor=Anchor(0.3 * updates[:, 0] / size)).bind(updates / size, "span")
+    found, wanted = (each.update(fixed_point(each).value) for each in (posterior, over_one))
+    close(found / size, wanted, torch.float64)
+
+
+def test_laplace_tells_the_mode_that_it_was_given(generator: torch.Generator) -> None:
+    _, posterior = both(product(InputGram()), torch.float64, 2.0**-300, generator)
+    mode = fixed_point(posterior).value
+    found = laplace(posterior)
+    assert found.posterior is posterior
+    torch.testing.assert_close(found.mode, mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,15 +74,18 @@ def test_it_is_exact_where_everything_is_gaussian(experts: int) -> None:
     assert functional_evidence(posterior, mode) == pytest.approx(exact, abs=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(("moved", "far"), [(0.0, False), (0.01, False), (2.0, True)])
-def test_a_point_beside_the_mode_has_the_evidence_of_its_quadratic_model(moved: float, far: bool) -> None:
+def test_a_point_beside_the_mode_has_the_evidence_of_its_quadratic_model(
+    moved: float, far: bool, temperature: float
+) -> None:
     """Which is the mode's, exactly, where everything is Gaussian; Newton's decrement is what the energy falls."""
     model = model_of(2, Gaussian())
-    posterior = posterior_of(model, Residual(scale=1.0), count=4)
+    posterior = replace(posterior_of(model, Residual(scale=1.0), count=4), temperature=temperature)
     mode = minimize(posterior, model.start()).value.double()
     point = mode + moved * torch.randn(mode.shape, generator=seeded(3), dtype=torch.float64)
     at_mode = functional_evidence(posterior, mode)
-    falls = float(posterior.joint_energy(point) - posterior.joint_energy(mode))
+    falls = float(posterior.joint_energy(point) - posterior.joint_energy(mode)) / temperature
     assert (falls > 3) == far
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

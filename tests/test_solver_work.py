@@ -8,12 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import fixed_point
+from inference import fixed_point, laplace
 from inference.gradient_check import judged, relative_gradient, settled
 from inference.map import plain_iterates
 from inference.problem import FORWARD_ERROR, Problem
 from inference.summed_residuals import SummedResiduals
-from poe_models import Cauchy, Energy, Gaussian, InputGram, OutputGram, ProductOfExperts, Relative, ResidualMap, Welsch
+from poe_models import (
+    Anchor,
+    Cauchy,
+    Directional,
+    Energy,
+    Gaussian,
+    Identity,
+    InputGram,
+    OutputGram,
+    ProductOfExperts,
+    Relative,
+    RelativePrecision,
+    ResidualMap,
+    Welsch,
+)
 from poe_models.least_squares import NormalMatrix, Quadratic, quadratic_of
 from poe_models.operators import Gram, matrix_rank
 from poe_models.sums import gram_matrix, inner, inner_each, inner_products, largest_entry
@@ -246,3 +260,33 @@ def test_a_side_on_which_nothing_acts_has_a_basis_for_low_rank_only(generator: t
     assert found.shape == (1, 50, 4)
     values = [fixed_point(each).value for each in (dense, low)]
     assert_close(values[0], values[1], 1e-9)
+
+
+@pytest.mark.parametrize("apart", [1e-4, 1e-5, 1e-7])
+@pytest.mark.parametrize("residual_map", [Directional(), (Directional(), Identity())], ids=str)
+def test_nearly_parallel_updates_keep_their_difference(
+    residual_map: ResidualMap | tuple[ResidualMap, ...], apart: float, generator: torch.Generator
+) -> None:
+    """The MAP is where the gradient vanishes in all coordinates, not in those of the solver alone."""
+    first = random_updates(generator, 1, 1, 7, 5)
+    updates = torch.cat([first, 1.3 * (first + apart * random_updates(generator, 1, 1, 7, 5))], 1)
+    anchor = Anchor(precision=RelativePrecision(1e-8))
+    posterior = ProductOfExperts.of(["a", "b"], residual_map, Cauchy(), anchor=anchor).bind(updates)
+    found = fixed_point(posterior)
+    assert found.converged
+    assert float(relative_gradient(posterior, found.value)) < 1e-9
+
+
+def test_sums_that_share_a_buffer_are_differentiated_all_the_same(generator: torch.Generator) -> None:
+    x = random_updates(generator, 1, 1, 400, 400)[0].requires_grad_(True)  # more than one block of rows
+    others = [torch.randn(1, 400, 400, generator=generator, dtype=torch.float64) for _ in range(2)]
+    (gradient,) = torch.autograd.grad(inner_each(x, [*others, x]).sum(), x)
+    assert_close(gradient, others[0] + others[1] + 2 * x.detach(), 1e-12)
+    updates = random_updates(generator, 1, 2, 4, 5)
+    posterior = ProductOfExperts.of(["a", "b"], InputGram(), Cauchy()).bind(updates)
+    found = laplace(posterior)
+    z = updates[:, 0].clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(found.log_density(z).sum(), z)
+    step = torch.randn(1, 4, 5, generator=generator, dtype=torch.float64)
+    near = [found.log_density(z.detach() + sign * 1e-5 * step) for sign in (1, -1)]
+    assert_close((slope * step).sum(), (near[0] - near[1])[0] / 2e-5, 1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_a_damaged_part_is_made_again(shorter: bool, uninterrupted: Any, out: Pa
     part.write_bytes(content[:-1] if shorter else content)
     report = merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True)
     assert report.resumed_batches == 2
+    assert contents(out) == whole
+
+
+def test_a_part_of_version_0_1_is_made_again(uninterrupted: Any, out: Path) -> None:
+    """Its records are beside the digest: it is whole, and would be without records."""
+    vectors, whole = uninterrupted
+    with suppress(KeyboardInterrupt):
+        merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, progress=Ticks(2, interrupt))
+    partial = out.with_name("out.partial")
+    for place in (path for kind in ("parts", "records") for path in (partial / kind).rglob("*.json")):
+        digest, *records = (json.loads(line) for line in place.read_text().splitlines())
+        place.write_text(json.dumps(digest | {"records": records}))
+    assert merge_checkpoint(vectors, poe(vectors), out, batch_bytes=2000, resume=True).resumed_batches == 0
     assert contents(out) == whole
 
 
