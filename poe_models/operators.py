@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from typing_extensions import override
 
 from poe_models.printing import Brief
@@ -22,6 +23,15 @@ from poe_models.sums import gram_matrix, inner, inner_products, row_blocks, sum_
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of unit vectors' Gram matrix below this share of the largest are rounding, not directions."""
+
+
+class kept(cached_property[Tensor]):
+    """A tensor that is made once, on first use; anew under `torch.func`, whose tensors must not outlive a transform."""
+
+    @override
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        made = instance is None or self.attrname in instance.__dict__ or peek_interpreter_stack() is None
+        return super().__get__(instance, owner) if made else self.func(instance)
 
 
 class Operator(Brief, ABC):
@@ -163,17 +173,17 @@ class Gram(Operator):
         rows, columns = self.whole or self.shape
         return (rows, columns) if self.side == "left" else (columns, rows)
 
-    @cached_property
+    @kept
     def gram(self) -> Tensor:
         """``F F^T``, ``(..., d, d)``; made once, on first use."""
         return gram_matrix(self.factor)
 
-    @cached_property
+    @kept
     def squared_size(self) -> Tensor:
         """``|F|^2``, ``(...,)`` float64; made once, on first use."""
         return sum_of_squares(self.factor)
 
-    @cached_property
+    @kept
     def narrow(self) -> Tensor:
         """A factor of the same ``P`` with at most as many columns as rows; made once, on first use."""
         return thin(self.factor)

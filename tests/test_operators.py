@@ -118,3 +118,15 @@ def test_derivatives_at_a_zero_residual_are_finite(generator: torch.Generator) -
         (second,) = torch.autograd.grad(gradient.sum(), z)
         assert_close(gradient.detach(), torch.zeros_like(update))
         assert bool(second.isfinite().all())
+
+
+def test_what_is_kept_outlives_no_transform(generator: torch.Generator) -> None:
+    """A Hessian by `torch.func` first: what it made of the operator must not be used after it."""
+    operator = Gram(torch.randn(1, 3, 5, generator=generator, dtype=torch.float64), "right", (4, 3))
+    x = torch.randn(1, 4, 3, generator=generator, dtype=torch.float64)
+    hessian = torch.func.hessian(lambda z: operator.quadratic(z).sum() + (operator.gram * z[:, :3]).sum())(x)
+    assert hessian.shape == (1, 4, 3, 1, 4, 3)
+    expected = (x @ operator.factor).square().sum((-2, -1))
+    assert_close(operator.quadratic(x), expected, 1e-12)
+    assert operator.narrow is operator.narrow
+    assert operator.gram is operator.gram
