@@ -26,7 +26,7 @@ RANK_TOLERANCE = 1e-10
 
 
 class kept(cached_property[Tensor]):
-    """A tensor that is made once, on first use; anew under `torch.func`, whose tensors must not outlive a transform."""
+    """A tensor that is made once, on first use; anew under ``torch.func``: its tensors must not outlive a transform."""
 
     @override
     def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
