@@ -21,7 +21,8 @@ from poe_merge.cli import app
 from poe_merge.config import MergeConfig, ModelEntry, ModelParameters, Parameters
 from poe_merge.functional_section import FunctionalParameters
 from poe_models.weights.rule import Rule
-from tests.test_remedies_executed import CALLS, COMMANDS
+from tests.test_remedies_calls import CALLS
+from tests.test_remedies_commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("poe_models", "inference", "diagnostics", "poe_merge")
@@ -215,7 +216,7 @@ EXECUTED: dict[str, str | tuple[str, str]] = {
     "use `action: average` or `action: base`": "a vector that is to be a matrix",
     "fits no tensor of the base": "a rule that fits nothing",
 }
-"""Words of messages: the test that does what they say, or the case of `test_remedies_executed.py` that does."""
+"""Words of messages: the test that does what they say, or the case of a command or a call that does."""
 
 NOT_EXECUTED = {
     "the file changed while it was in use": "the file as it was is the user's own to bring back",
