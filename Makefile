@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONSTRAINTS := constraints.txt
 
-.PHONY: venv lint notebooks test test-all test-lowest test-matrix demo demo-language bench gpu mutants docs clean
+.PHONY: venv lint notebooks test test-all test-lowest test-matrix demo demo-language bench gpu gpu-suites mutants docs clean
 
 venv: $(STAMP)
 
@@ -73,12 +73,15 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoder
 
-# On a machine with a GPU: the tests that need one, then the tables of it, and both suites and the decoder at full size. Where the
+# On a machine with a GPU: the tests that need one, then benchmarks/results/gpu.md, in less than eight minutes. Where the
 # packages are installed already, no network is needed: `make gpu BIN=/usr/bin` takes that folder's python, and nothing
 # is installed.
 gpu: $(if $(filter file,$(origin BIN)),$(STAMP))
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m gpu -n 4 --dist worksteal
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
+
+# Both suites and the decoder at full size and over training seeds on a GPU.
+gpu-suites: $(if $(filter file,$(origin BIN)),$(STAMP))
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites --full --device cuda
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoder --full --device cuda
 

@@ -13,15 +13,38 @@ import platform
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from typing_extensions import override
 
-from benchmarks.gpu_measures import Shape, Sizes, Spent, largest_difference, measured, random_updates, write_models
+from benchmarks.gpu_measures import (
+    Shape,
+    Sizes,
+    Spent,
+    largest_difference,
+    measured,
+    random_updates,
+    write_models,
+    write_shards,
+)
+from benchmarks.harness.calibration import Calibration
+from benchmarks.harness.evaluate import evaluate, mean_scores
+from benchmarks.harness.functional import Predictions
+from benchmarks.harness.methods import MAPS as DESIGNS
+from benchmarks.harness.methods import Method, solve
+from benchmarks.harness.suite import Suite, Task
+from benchmarks.registry import load, recipe_of
+from benchmarks.speed_models import llama, shapes_of, write
+from benchmarks.speed_rows import ROWS
 from inference import Design, fixed_point, gibbs, laplace, merge_checkpoint, plain_iterates, plan
+from inference.models.digest import Silent
 from inference.models.memory import merged_bytes
 from poe_models import (
     Balanced,
@@ -38,6 +61,7 @@ from poe_models import (
     ProductOfExperts,
     ResidualMap,
     StudentT,
+    TaskArithmetic,
     TaskVectors,
     Welsch,
 )
@@ -49,6 +73,7 @@ AGREEING = 8
 """Experts of the comparison of devices."""
 STEPS = 2
 """Reweighted solves of the comparison of maps; a MAP takes more, and no other operations."""
+_INPUT_GRAM = next(each for each in DESIGNS if each.name == "InputGram, Cauchy")
 Maps = ResidualMap | tuple[ResidualMap, ...]
 MAPS: tuple[Maps, ...] = (
     Identity(),
@@ -117,10 +142,10 @@ def agreement(device: torch.device, sizes: Sizes) -> Iterator[str]:
         (each, Cauchy(), shape, stepped, f"{STEPS} solves") for shape in sizes.layers for each in MAPS
     ]
     cases += [(InputGram(), each, sizes.layers[0], solved, "MAP") for each in ENERGIES]
-    for residual_map, energy, shape, solve, what in cases:
+    for residual_map, energy, shape, found, what in cases:
         updates = random_updates((1, AGREEING, *shape), SEED, CPU)
         poe = product(residual_map, energy, AGREEING)
-        exact, here, there = (solve(poe.bind(each)).cpu() for each in (updates.double(), updates, updates.to(device)))
+        exact, here, there = (found(poe.bind(each)).cpu() for each in (updates.double(), updates, updates.to(device)))
         differences = (largest_difference(*pair) for pair in ((there, here), (there, exact), (here, exact)))
         numbers = " | ".join(f"{each:.1e}" for each in differences)
         energy_name = repr(energy).replace("()", "")
@@ -227,6 +252,150 @@ def _merged(vectors: TaskVectors, poe: ProductOfExperts, home: Path) -> None:
         merge_checkpoint(vectors, poe, Path(out) / "merged")
 
 
+def speeds(device: torch.device, sizes: Sizes) -> Iterator[str]:
+    """The rows of the benchmark of speed on the device, after one of them that loads its libraries.
+
+    Yields:
+        Lines of the table.
+    """
+    yield "| row | s | peak GPU MiB | peak main memory MiB | not converged |\n|---|---:|---:|---:|---:|"
+    shapes = shapes_of(sizes.speed)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), shapes)
+        ROWS["InputGram, Cauchy"](Path(folder), shapes, device)
+        for name in ROWS:
+            missed: list[int] = []
+            spent = measured(lambda: missed.append(ROWS[name](Path(folder), shapes, device)), device, 0)  # noqa: B023
+            yield f"| {name} | {spent.seconds:.2f} | {spent.mebibytes} | {spent.main / 2**20:.0f} | {missed[0]} |"
+
+
+class Stages(Silent):
+    """Notes when the stages of a merge began."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, float] = {}
+
+    @override
+    def begin(self, stage: str, modules: int, nbytes: int) -> None:
+        self.began[stage] = time.perf_counter()
+
+
+def seven_billion(device: torch.device, sizes: Sizes) -> Iterator[str]:
+    """The merge of a large sharded bfloat16 model.
+
+    Yields:
+        Lines of the table.
+    """
+    yield (
+        "| experts | billion parameters | GB read | GB written | checksums s | merging s | all s | peak GPU GiB | "
+        "predicted by `plan`, GiB | peak main memory GiB | not converged |\n"
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    *model, in_shard, experts = sizes.large
+    shapes = replace(llama(*model), experts=experts)
+    with tempfile.TemporaryDirectory() as folder:
+        base, *tuned = write_shards(Path(folder), shapes, in_shard, SEED, device, torch.bfloat16)
+        vectors = TaskVectors(base, {each.name: each for each in tuned}, device=device)
+        poe = ProductOfExperts.of(vectors.names, InputGram(), Cauchy())
+        predicted, stages, missed = plan(vectors, poe).peak_bytes / 2**30, Stages(), []
+
+        def work() -> None:
+            done = merge_checkpoint(vectors, poe, Path(folder) / "merged", progress=stages)
+            missed.append(len(done.not_converged))
+
+        started = time.perf_counter()
+        spent = measured(work, device, 0)
+        merging = started + spent.seconds - stages.began["merging"]
+        sums = stages.began["merging"] - stages.began["checksums"]
+        read = (experts + 1) * shapes.numel * 2 / 1e9
+        peak = "" if spent.peak is None else f"{spent.peak / 2**30:.2f}"
+        yield (
+            f"| {experts} | {shapes.numel / 1e9:.2f} | {read:.1f} | {shapes.numel * 2 / 1e9:.1f} | {sums:.1f} | "
+            f"{merging:.1f} | {spent.seconds:.1f} | {peak} | {predicted:.2f} | {spent.main / 2**30:.1f} | {missed[0]} |"
+        )
+
+
+def precisions(device: torch.device, sizes: Sizes) -> Iterator[str]:
+    """What less precise products of float32 matrices cost and give.
+
+    Yields:
+        Lines of the table.
+    """
+    yield "| precision | energy | s | from float64 on the device | converged |\n|---|---|---:|---:|---|"
+    updates = random_updates((1, EXPERTS, *sizes.precise), SEED, device)
+    for energy in (Gaussian(), Cauchy()):
+        poe = product(InputGram(), energy, EXPERTS)
+        exact = solved(poe.bind(updates.double()))
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found = fixed_point(poe.bind(updates), starts=("twin",))
+            spent = measured(lambda: solved(poe.bind(updates)), device, sizes.repeats)  # noqa: B023
+            torch.set_float32_matmul_precision("highest")
+            off = largest_difference(found.value, exact)
+            yield f"| {precision} | {type(energy).__name__} | {spent.seconds:.3f} | {off:.1e} | {found.converged} |"
+
+
+def suites(device: torch.device, sizes: Sizes) -> Iterator[str]:
+    """Merges of the suites, made and judged in both places, and a fit of experts on predictions on the device.
+
+    Yields:
+        Lines of the table.
+    """
+    yield (
+        "| suite | merge | accuracy, CPU | accuracy, GPU | NLL, CPU | NLL, GPU | CPU s | GPU s |\n"
+        "|---|---|---:|---:|---:|---:|---:|---:|"
+    )
+    names, most = sizes.suites
+    for name in names:
+        recipe = recipe_of(name, SEED, full=True)
+        made = {place: load(name, recipe, None, Console(stderr=True), str(place)) for place in (device, CPU)}
+        yield from suite_rows(made[CPU], made[device], most)
+
+
+def suite_rows(here: Suite, there: Suite, most: int) -> Iterator[str]:
+    """Rows of one suite.
+
+    Args:
+        here: On the CPU.
+        there: On the device.
+        most: Test examples of a task.
+
+    Yields:
+        Lines of the table.
+    """
+    here, there = (replace(each, tasks=shortened(each.tasks, most)) for each in (here, there))
+    for method, scaling in ((Method("task arithmetic", "", TaskArithmetic()), 0.3), (_INPUT_GRAM, 1.0)):
+        cells = []
+        for suite in (here, there):
+            began = time.perf_counter()
+            merge = solve(method, suite.vectors(), 0.0 if method.rule else 0.1)
+            scores = mean_scores(evaluate(suite, merge.state(scaling), "test"))
+            cells.append((scores, time.perf_counter() - began))
+        (one, spent), (other, took) = cells
+        yield (
+            f"| {here.name} | {method.name} | {one.accuracy:.4f} | {other.accuracy:.4f} | {one.nll:.4f} | "
+            f"{other.nll:.4f} | {spent:.1f} | {took:.1f} |"
+        )
+    began = time.perf_counter()
+    *_, fitted = Predictions(there, Calibration(there, 128, SEED), SEED).lines("", None, laplace=False)
+    took = time.perf_counter() - began
+    plain = fitted.plain
+    yield (
+        f"| {here.name} | InputGram, Cauchy + predictions | not measured | {plain.accuracy:.4f} | not measured | "
+        f"{plain.nll:.4f} | not measured | {took:.1f} |"
+    )
+
+
+def shortened(tasks: Mapping[str, Task], most: int) -> dict[str, Any]:
+    """Tasks with no more test examples than this."""
+    found: dict[str, Any] = {}
+    for name, task in tasks.items():
+        test = task.splits["test"]
+        few = test.take(torch.arange(min(most, len(test))))
+        found[name] = replace(task, splits={**task.splits, "test": few})  # type: ignore[type-var]
+    return found
+
+
 # --- the page ---
 
 SECTIONS = {
@@ -252,6 +421,30 @@ SECTIONS = {
         "one of Llama's; CPU: one run. Peak memory is "
         "that of torch's allocator during the solve, the updates included.",
     ),
+    "Rows of the benchmark of speed": (
+        speeds,
+        "What `python -m benchmarks.speed` measures on a CPU, on the GPU, on the same random models (109.5 million "
+        "float32 parameters, 4 experts): wall seconds of one run each, files in the page cache, all in one process.",
+    ),
+    "Seven billion weights": (
+        seven_billion,
+        "`merge_checkpoint` of random bfloat16 experts of Llama-2-7B's shapes, in shards that were written just "
+        "before and are in the page cache as far as there is room; InputGram, Cauchy, the default batches of 64 MiB. "
+        "All input is read twice: for the checksums, and to merge.",
+    ),
+    "Less precise products": (
+        precisions,
+        "`torch.set_float32_matmul_precision` (`--matmul-precision`): the MAP of one matrix of 4096 x 4096, 4 experts, "
+        "InputGram, float32. *high* is TF32 on a GPU, and so is *medium* there. Differences are of entries, relative "
+        "to the largest.",
+    ),
+    "Both suites": (
+        suites,
+        "Merges made and judged on the device and on the CPU: mean over tasks of at most 300 test examples each, "
+        "experts of training seed 0 at full size, trained on the GPU if the cache lacks them. Task arithmetic with "
+        "λ = 0.3, InputGram, Cauchy with the default η and λ = 1, and the fit of one expert a task on predictions of "
+        "128 unlabelled examples. TF32 off in convolutions, too. The times include reading the experts.",
+    ),
 }
 
 
@@ -274,12 +467,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small matrices, to try it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.md"))
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="TITLE")
     given = parser.parse_args(arguments)
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(
             f"--device {given.device}: there is no GPU here, or torch cannot use it. Try --device cpu --small."
         )
     device, sizes = torch.device(given.device), Sizes.small() if given.small else Sizes.full()
+    torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     flags = ["--device", given.device, *(["--small"] if given.small else [])]
     lines = [
@@ -288,7 +483,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     console = Console()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for title, (table, about) in SECTIONS.items():
+    for title in given.sections:
+        table, about = SECTIONS[title]
         lines += [f"## {title}\n", f"{about}\n"]
         for line in table(device, sizes):
             lines.append(line)

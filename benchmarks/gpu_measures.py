@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.harness.memory import Anonymous
+from benchmarks.speed_models import Shapes
 
 RANK = 16
 NOISE = 0.3
@@ -31,6 +35,10 @@ class Sizes:
         draws: Gibbs steps and chains, Laplace draws.
         models: Layers of whole models, and the devices that merge them.
         width: Width of these models.
+        speed: Shapes of the models of `benchmarks.speed_rows`, by their name there.
+        large: Layers, hidden and intermediate width, vocabulary, layers in a shard, and experts of a sharded model.
+        precise: The matrix whose MAP is found with less precise products.
+        suites: Suites whose merges are made and judged in both places, with most test examples of a task.
         repeats: Runs of a solve on the GPU after the warm-up.
     """
 
@@ -40,6 +48,10 @@ class Sizes:
     draws: tuple[int, int, int]
     models: tuple[tuple[int, tuple[str, ...]], ...]
     width: int
+    speed: str
+    large: tuple[int, int, int, int, int, int]
+    precise: Shape
+    suites: tuple[tuple[str, ...], int]
     repeats: int
     rank: int = RANK
 
@@ -62,6 +74,10 @@ class Sizes:
             draws=(5, 4, 10),
             models=((2, ("CPU", "GPU")), (24, ("GPU",))),
             width=1024,
+            speed="llama",
+            large=(32, large, 11008, 32_000, 4, 3),
+            precise=(large, large),
+            suites=(("vision", "language"), 300),
             repeats=3,
         )
 
@@ -75,6 +91,10 @@ class Sizes:
             draws=(3, 2, 4),
             models=((1, ("CPU", "GPU")), (2, ("GPU",))),
             width=16,
+            speed="2 24 16 3",
+            large=(3, 16, 24, 30, 2, 2),
+            precise=(24, 24),
+            suites=((), 8),
             repeats=2,
         )
 
@@ -153,6 +173,52 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
     0.2
     """
     return float((one.double() - other.double()).abs().max() / other.double().abs().max())
+
+
+def write_shards(
+    home: Path, shapes: Shapes, layers_in_shard: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> list[Path]:
+    """Write a base and experts as shards with an index, drawn on a device; the base's noise is 20 times an update's.
+
+    Args:
+        home: Folder of `base` and `expert1` and so on.
+        shapes: Names and shapes, and the number of experts.
+        layers_in_shard: Layers of a shard; what is of no layer is in the first or the last.
+        seed: Of all values.
+        device: Where they are drawn.
+        dtype: In which they are stored.
+
+    Returns:
+        The folders.
+    """
+    folders = [home / ("base" if index == 0 else f"expert{index}") for index in range(shapes.experts + 1)]
+    shards: list[list[str]] = []
+    for name in shapes.tensors:
+        found = re.search(r"layers\.(\d+)\.", name)
+        place = int(found[1]) // layers_in_shard if found else max(len(shards) - 1, 0)
+        shards += [[] for _ in range(place + 1 - len(shards))]
+        shards[place].append(name)
+    files = {
+        name: f"model-{at:05}-of-{len(shards):05}.safetensors" for at, names in enumerate(shards, 1) for name in names
+    }
+    generator = torch.Generator(device).manual_seed(seed)
+    with ThreadPoolExecutor(4) as pool:
+        for names in shards:
+            base = {n: torch.randn(shapes.tensors[n], generator=generator, device=device).mul_(0.02) for n in names}
+            saved = []
+            for index, folder in enumerate(folders):
+                folder.mkdir(parents=True, exist_ok=True)
+                state = {}
+                for name, value in base.items():
+                    noise = torch.randn(value.shape, generator=generator, device=device).mul_(1e-3 if index else 0.0)
+                    state[name] = noise.add_(value).to(dtype).cpu()
+                saved.append(pool.submit(save_file, state, folder / files[names[0]], {"format": "pt"}))
+            for each in saved:
+                each.result()
+    for folder in folders:
+        listed = json.dumps({"metadata": {}, "weight_map": files})
+        (folder / "model.safetensors.index.json").write_text(listed, encoding="utf-8")
+    return folders
 
 
 def write_models(home: Path, layers: int, width: int, experts: int, seed: int, device: torch.device) -> int:

@@ -165,7 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.measure:
-        print(json.dumps(measured(partial(ROWS[given.measure], given.folder, shapes_of(given.shapes)))))
+        print(
+            json.dumps(
+                measured(partial(ROWS[given.measure], given.folder, shapes_of(given.shapes), torch.device("cpu")))
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as temporary:
         found = measure_all(given, given.folder or Path(temporary))

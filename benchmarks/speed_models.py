@@ -117,6 +117,7 @@ def _save(folder: Path, state: dict[str, Tensor]) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def opened(folder: Path, shapes: Shapes) -> TaskVectors:
+def opened(folder: Path, shapes: Shapes, device: torch.device | str = "cpu") -> TaskVectors:
     """The task vectors of a folder that :func:`write` has filled."""
-    return TaskVectors(folder / "base", {f"expert{i}": folder / f"expert{i}" for i in range(1, shapes.experts + 1)})
+    experts = {f"expert{i}": folder / f"expert{i}" for i in range(1, shapes.experts + 1)}
+    return TaskVectors(folder / "base", experts, device=device)

@@ -36,8 +36,9 @@ from poe_models import (
 )
 
 DRAWS, SWEEPS = 10, 20
-Work = Callable[[Path, Shapes], int]
-"""From the folder of a base and its experts to the number of matrices that did not converge."""
+Work = Callable[[Path, Shapes, torch.device], int]
+"""From the folder of a base and its experts, and the device that computes, to the number of matrices that did not
+converge."""
 
 
 def product(vectors: TaskVectors, residual_map: ResidualMap, energy: Energy) -> ProductOfExperts:
@@ -45,7 +46,7 @@ def product(vectors: TaskVectors, residual_map: ResidualMap, energy: Energy) -> 
     return ProductOfExperts.of(vectors.names, residual_map, energy)
 
 
-def copying(folder: Path, shapes: Shapes) -> int:
+def copying(folder: Path, shapes: Shapes, device: torch.device) -> int:
     """A plain copy of all checkpoints."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         for index, path in enumerate(sorted(folder.glob("*/model.safetensors"))):
@@ -56,8 +57,8 @@ def copying(folder: Path, shapes: Shapes) -> int:
 def merging(design: Callable[[TaskVectors], AnyDesign | ProductOfExperts]) -> Work:
     """A whole merge: checksums, reading, solving, writing."""
 
-    def work(folder: Path, shapes: Shapes) -> int:
-        vectors = opened(folder, shapes)
+    def work(folder: Path, shapes: Shapes, device: torch.device) -> int:
+        vectors = opened(folder, shapes, device)
         with tempfile.TemporaryDirectory(dir=folder) as out:
             return len(merge_checkpoint(vectors, design(vectors), Path(out) / "merged").not_converged)
 
@@ -69,25 +70,25 @@ def merging_by(residual_map: ResidualMap, energy: Energy) -> Work:
     return merging(lambda vectors: product(vectors, residual_map, energy))
 
 
-def planning(folder: Path, shapes: Shapes) -> int:
+def planning(folder: Path, shapes: Shapes, device: torch.device) -> int:
     """A plan, from headers."""
-    vectors = opened(folder, shapes)
+    vectors = opened(folder, shapes, device)
     plan(vectors, product(vectors, InputGram(), Gaussian()))
     return 0
 
 
-def statistics(folder: Path, shapes: Shapes) -> int:
+def statistics(folder: Path, shapes: Shapes, device: torch.device) -> int:
     """One pass over the weights, after which everything in the span of the updates is small."""
-    vectors = opened(folder, shapes)
+    vectors = opened(folder, shapes, device)
     collect_statistics(vectors, Design(product(vectors, InputGram(), Cauchy()), coordinates="span"))
     return 0
 
 
-def bare(folder: Path, shapes: Shapes) -> int:
+def bare(folder: Path, shapes: Shapes, device: torch.device) -> int:
     """The algebra of a merge by input Grams and nothing else: Grams, right-hand sides, one Cholesky, one solve."""
-    for module in opened(folder, shapes):
+    for module in opened(folder, shapes, device):
         size = module.updates.shape[-1]
-        matrix, right = torch.zeros(size, size), torch.zeros_like(module.base)
+        matrix, right = module.base.new_zeros(size, size), torch.zeros_like(module.base)
         for update in module.updates:
             gram = update.mT @ update
             right += update @ gram
@@ -100,8 +101,8 @@ def bare(folder: Path, shapes: Shapes) -> int:
 def solving(draws: Callable[[ProductOfExperts, Tensor], bool]) -> Work:
     """The MAP of every matrix, read as a merge reads it, and what is drawn around it."""
 
-    def work(folder: Path, shapes: Shapes) -> int:
-        vectors = opened(folder, shapes)
+    def work(folder: Path, shapes: Shapes, device: torch.device) -> int:
+        vectors = opened(folder, shapes, device)
         poe = product(vectors, InputGram(), Cauchy())
         return sum(not draws(poe, module.updates.unsqueeze(0)) for module in vectors)
 
@@ -117,7 +118,7 @@ def laplace_draws(poe: ProductOfExperts, updates: Tensor) -> bool:
     """The MAP, and draws of Laplace's approximation there."""
     posterior = poe.bind(updates)
     solution = fixed_point(posterior)
-    draws = laplace(posterior, solution).sample(DRAWS, torch.Generator().manual_seed(0))
+    draws = laplace(posterior, solution).sample(DRAWS, torch.Generator(updates.device).manual_seed(0))
     for index in range(DRAWS):
         draws.latents(0, index)
     return solution.converged
@@ -126,7 +127,7 @@ def laplace_draws(poe: ProductOfExperts, updates: Tensor) -> bool:
 def gibbs_draws(poe: ProductOfExperts, updates: Tensor) -> bool:
     """Exact draws after a short warm-up."""
     posterior = poe.bind(updates)
-    draws = gibbs(posterior, DRAWS, generator=torch.Generator().manual_seed(0), chains=1, warmup=SWEEPS)
+    draws = gibbs(posterior, DRAWS, generator=torch.Generator(updates.device).manual_seed(0), chains=1, warmup=SWEEPS)
     for index in range(DRAWS):
         draws.latents(0, index)
     return True

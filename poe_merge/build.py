@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inference.models.averages import Average
 from inference.models.budget import batch_bytes_within
 from inference.models.design import Design
@@ -28,9 +30,12 @@ _PER_EXPERT = tuple(key for key in ModelParameters.valid_keys() if allowed(key, 
 def open_task_vectors(config: MergeConfig) -> TaskVectors:
     """Open base and experts by their headers, in the compute dtype and with the configuration's rules.
 
+    The precision of this process's float32 products becomes the configuration's.
+
     Raises:
         CheckpointError: If a checkpoint cannot be opened, or an expert does not fit the base.
     """
+    torch.set_float32_matmul_precision(config.matmul_precision)
     return TaskVectors(
         config.base_model,
         [(entry.label, entry.model) for entry in config.models],

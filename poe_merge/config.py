@@ -169,6 +169,8 @@ class MergeConfig(Section):
     """Form of the merge: a whole model, or of adapters an adapter, which may be cut to a rank."""
     device: Annotated[str, Value(s.device, "DEVICE")] = "cpu"
     """Device that computes: cpu, cuda, cuda:1."""
+    matmul_precision: Annotated[str, s.choice("precision", "highest", "high", "medium")] = "highest"
+    """Precision of float32 matrix products, in torch's words: high is TF32 on a GPU."""
     seed: Annotated[int, s.number(low=0, whole=True)] = 0
     """Seed of the draws of ``sample``, and of torch's generators for energies that draw."""
     batch_bytes: Annotated[int, s.number(low=1, whole=True)] = 64 * 2**20
@@ -275,6 +277,7 @@ class MergeConfig(Section):
             "out_dtype": "base" if self.output_dtype is None else str(self.output_dtype).removeprefix("torch."),
             "output": self.output,
             "device": self.device,
+            "matmul_precision": self.matmul_precision,
             "seed": self.seed,
             "batch_bytes": self.batch_bytes,
             **({} if self.memory_budget is None else {"memory_budget": self.memory_budget}),

@@ -25,7 +25,7 @@ class Named(NamedTuple):
     places: Tensor
 
 
-def linear_model(energy: Any = None, d_in: int = 5, d_out: int = 4) -> SpanModel:
+def linear_model(energy: Any = None, d_in: int = 5, d_out: int = 4, device: torch.device | str = "cpu") -> SpanModel:
     """A linear layer with bias: outputs are linear in the coefficients."""
     generator = seeded(3)
     network = nn.Linear(d_in, d_out)
@@ -36,7 +36,7 @@ def linear_model(energy: Any = None, d_in: int = 5, d_out: int = 4) -> SpanModel
 
     base = draw(1.0)
     experts = {name: {key: base[key] + value for key, value in draw(0.3).items()} for name in NAMES}
-    vectors = TaskVectors(base, experts, dtype=torch.float64)
+    vectors = TaskVectors(base, experts, dtype=torch.float64, device=device)
     return SpanModel(network.double(), vectors, ProductOfExperts.of(NAMES, InputGram(), energy or Gaussian()))
 
 

@@ -135,3 +135,12 @@ def test_commands_that_do_not_share_their_work_say_so(
     assert run(command(models, "sample", "--out", str(tmp_path / "out"))) == 2
     assert "merge and stats share their work" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+def test_processes_share_a_device(models: Path, tmp_path: Path, device: torch.device) -> None:
+    alone, shared, there = tmp_path / "alone", tmp_path / "together", ("--device", device.type)
+    assert run(command(models, "merge", "--out", str(alone), *there)) == 0
+    done = together(2, command(models, "merge", "--out", str(shared), *there))
+    assert done.returncode == 0, done.stderr
+    assert contents(shared) == contents(alone)

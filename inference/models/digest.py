@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
+from typing_extensions import override
 
 from poe_models.weights.loading import Checkpoint
 
@@ -51,19 +54,10 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
         CheckpointError: If a file is not what it was when it was opened.
     """
     progress.begin("checksums", 0, sum(nbytes_of(checkpoint) for checkpoint in checkpoints.values()))
-    known: dict[Path, str] = {}
-
-    def of_file(path: Path) -> str:
-        real = path.resolve()
-        if real not in known:
-            known[real] = file_digest(path, progress)
-        else:
-            progress.advance(0, path.stat().st_size)
-        return known[real]
-
+    known = _file_digests([path for checkpoint in checkpoints.values() for path in files_of(checkpoint)], progress)
     inputs: dict[str, Any] = {}
     for role, checkpoint in checkpoints.items():
-        files = {path.name: of_file(path) for path in files_of(checkpoint)}
+        files = {path.name: known[path.resolve()] for path in files_of(checkpoint)}
         inputs[role] = {
             "source": checkpoint.source,
             "sha256": files or {"memory": _memory_digest(checkpoint, progress)},
@@ -72,6 +66,35 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
     if code:
         inputs["code"] = {"sha256": {str(path): file_digest(path) for path in code}}
     return inputs
+
+
+def _file_digests(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
+    """Digests by real paths, several files at a time: as many as torch has threads."""
+    files, told = {path.resolve(): path for path in paths}, _Shared(progress)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = {real: pool.submit(file_digest, path, told) for real, path in files.items()}
+        try:
+            digests = {real: each.result() for real, each in found.items()}
+        finally:
+            told.stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+    again = sum(path.stat().st_size for path in paths) - sum(path.stat().st_size for path in files.values())
+    progress.advance(0, again)
+    return digests
+
+
+class _Shared(Silent):
+    """A progress that several threads tell, each of which ends once it is stopped."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._lock, self.stopped = progress, Lock(), False
+
+    @override
+    def advance(self, modules: int, nbytes: int) -> None:
+        if self.stopped:
+            raise CancelledError
+        with self._lock:
+            self._progress.advance(modules, nbytes)
 
 
 def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:

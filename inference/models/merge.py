@@ -35,6 +35,7 @@ from inference.retention import ExpertRetention, totals
 from inference.solution import Status
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
+from poe_models.weights.transfer import ReadAhead
 
 __all__ = ["Design", "MergeReport", "MethodDesign", "OutputError", "Plan", "Progress", "merge_checkpoint", "plan"]
 
@@ -107,6 +108,9 @@ def merge_checkpoint(
     ``W_0 + λ Σ ω_i U_i / Σ ω_i`` with the experts' importances ω. The work is done in ``OUT.partial`` beside it, which
     an interrupted merge leaves behind.
 
+    On a GPU stored tensors of the next batch are read into pinned memory while one is solved. Products of float32
+    matrices are full float32 unless ``torch.set_float32_matmul_precision`` was told otherwise, which is recorded too.
+
     Args:
         task_vectors: Base and experts.
         design: One product, method or design for all tensors, or a function from the name of a merged tensor.
@@ -168,6 +172,7 @@ def _state(task_vectors: TaskVectors, planned: Plan) -> dict[str, Any]:
     """Dtype, device, designs, averages and rules of a merge as plain data, for the record."""
     return {
         "compute_dtype": str(task_vectors.dtype).removeprefix("torch."),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "device": task_vectors.device.type,
         "designs": [each.describe() for each in planned.designs],
         "averages": sorted({(each.scaling, *each.importance) for each in planned.averages}),
@@ -207,20 +212,25 @@ def _write_shards(
 ) -> int:
     """Write this rank's share of every shard; returns how many batches of all ranks were there already."""
     costs = {each.file: [batch.cost for batch in each.batches] for each in planned.shards}
-    mine = [each.batches[place] for each in planned.shards for place in ranks.share(costs[each.file])]
+    mine = [each.batches[place] for each in planned.shards for place in sorted(ranks.share(costs[each.file]))]
+    places = {id(batch): place for place, batch in enumerate(mine)}
     progress.begin("merging", sum(batch.modules for batch in mine), sum(batch.nbytes for batch in mine))
 
     def make(batch: TensorBatch) -> Finished:
+        ahead.begin(places[id(batch)])
         with memory_errors([tensor.name for tensor in batch.tensors], batch.peak_bytes, task_vectors.device):
             return merge_batch(task_vectors, batch, planned.designs, seed)
 
     def done(batch: TensorBatch) -> None:
         progress.advance(batch.modules, batch.nbytes)
 
-    there = sum(
-        staging.write_shard(each.file, each.batches, make, each.aliases, each.headers, done, ranks, costs[each.file])
-        for each in planned.shards
-    )
+    with ReadAhead(task_vectors, [[tensor.name for tensor in batch.tensors] for batch in mine]) as ahead:
+        there = sum(
+            staging.write_shard(
+                each.file, each.batches, make, each.aliases, each.headers, done, ranks, costs[each.file]
+            )
+            for each in planned.shards
+        )
     return sum(ranks.gather(there))  # waits for the last file, too
 
 

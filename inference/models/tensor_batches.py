@@ -24,6 +24,7 @@ from poe_models.weights.finite import all_finite
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors
 from poe_models.weights.together import averages_of, modules_of, runs
+from poe_models.weights.transfer import sent
 
 HALF = (torch.bfloat16, torch.float16)
 _Made = tuple[TensorPlan, Tensor, list[dict[str, Any]]]
@@ -61,7 +62,7 @@ def merge_batch(
     for run in _runs(task_vectors, batch.tensors):
         values, modules = zip(*((value, own) for _, value, own in islice(results, len(run))), strict=True)
         rounded, found = _rounded(task_vectors, run, _stacked_values(values))
-        tensors |= zip((tensor.name for tensor in run), rounded, strict=True)
+        tensors |= zip((tensor.name for tensor in run), (each.cpu() for each in rounded), strict=True)
         records += [_record(*each, designs) for each in zip(run, found, modules, strict=True)]
     return tensors, records
 
@@ -94,7 +95,7 @@ def _averaged(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> Itera
         planned = list(alike)
         names = [tensor.name for tensor in planned]
         values = averages_of(task_vectors, names, average.importance, average.scaling)
-        yield from ((tensor, value.cpu(), []) for tensor, value in zip(planned, values, strict=True))
+        yield from ((tensor, value, []) for tensor, value in zip(planned, values, strict=True))
 
 
 @contextmanager
@@ -213,7 +214,7 @@ def _solve(batch: _Batch, design: AnyDesign, names: Sequence[str]) -> tuple[list
             raise
         except ValueError as error:
             raise with_names(error, batch.labels) from error
-    merged = [base.add_(z, alpha=design.scaling).cpu() for base, z in zip(batch.bases, solution.value, strict=True)]
+    merged = [base.add_(z, alpha=design.scaling) for base, z in zip(batch.bases, solution.value, strict=True)]
     kept = solution.info.retention.scaled(design.scaling)  # of what is written
     records = [
         {"module": label, "status": status.name.lower(), **solution.info.record(index), "retention": kept.record(index)}
@@ -254,7 +255,8 @@ def _rounded(
         refuse_overflow(f"tensor {tensor.name!r} of {where}", value if kept else None, each)
     if run[0].treatment.action == "base":
         return _apart(rounded), [{} for _ in run]
-    before = _stacked_values(task_vectors.base.read_each([tensor.name for tensor in run]))
+    stored = _stacked_values(task_vectors.base.read_each([tensor.name for tensor in run]))
+    before = sent(stored, values.device, stored.dtype)
     found = _roundings(before, values, rounded)
     same = _alike(values, before)
     if bool(same.any()):  # no update: the base's very bits, the sign of zero among them

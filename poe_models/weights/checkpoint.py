@@ -8,6 +8,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -156,6 +157,22 @@ class Checkpoint(ABC):
     def _read_each(self, names: Sequence[str]) -> list[Tensor]:
         """Read the tensors of canonical names."""
         return [self._read(name) for name in names]
+
+    def read_ahead(self, names: Sequence[str], pool: Executor) -> None:  # noqa: B027 (nothing, by itself)
+        """Begin to read tensors into pinned memory, for :meth:`read` to give until they are forgotten.
+
+        Args:
+            names: Canonical names. Tensors that are in no file, or in one that cannot be read in parallel, are read
+                when they are asked for.
+            pool: What reads.
+        """
+
+    def forget(self, names: Sequence[str]) -> None:  # noqa: B027 (nothing, by itself)
+        """Let go of tensors that were read ahead.
+
+        Args:
+            names: Canonical names.
+        """
 
     def _canonical(self, name: str) -> str:
         canonical = self.aliases.get(name, name)

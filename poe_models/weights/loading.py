@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,16 @@ class FileCheckpoint(Checkpoint):
             self._last = part
             tensors += part.read_each(list(run))
         return tensors
+
+    @override
+    def read_ahead(self, names: Sequence[str], pool: Executor) -> None:
+        for name in names:
+            self._parts[name].read_ahead(name, pool)
+
+    @override
+    def forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._parts[name].forget(name)
 
 
 class MemoryCheckpoint(Checkpoint):

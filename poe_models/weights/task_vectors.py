@@ -30,6 +30,7 @@ from poe_models.weights.rules import (
     first_convolution,
     model_type_of,
 )
+from poe_models.weights.transfer import sent
 from poe_models.weights.unmatched import warn_of_rules
 from poe_models.weights.views import View
 
@@ -180,7 +181,7 @@ class TaskVectors:
         for index, expert in enumerate(self.names):
             for block, part in zip(updates, view.split(self._update(expert, name, base)), strict=True):
                 block[index].copy_(part)
-        bases = [block.to(self.device).clone(memory_format=torch.contiguous_format) for block in view.split(base)]
+        bases = [block.clone(memory_format=torch.contiguous_format) for block in view.split(base)]
         low_rank = self._low_rank(name, view, len(shapes))
         parts = zip(block_names(name, len(shapes)), bases, updates, low_rank, strict=True)
         return [ModuleUpdates(label, name, self.names, b, u, factors) for label, b, u, factors in parts]
@@ -221,7 +222,7 @@ class TaskVectors:
         """
         weights = [1.0] * len(self.names) if importance is None else list(importance)
         base, total = self._combined(tensor, weights)
-        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base).to(self.device)
+        return total.mul_(scaling / (sum(weights) or 1.0)).add_(base)
 
     def combination(self, tensor: str, coefficients: Sequence[float]) -> Tensor:
         """Read one tensor of every model and add a combination of the updates to the base's.
@@ -238,7 +239,7 @@ class TaskVectors:
             ValueError: If the tensor stays the base's.
         """
         base, total = self._combined(tensor, coefficients)
-        return total.add_(base).to(self.device)
+        return total.add_(base)
 
     def _combined(self, tensor: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """A tensor of the base, and the sum of its updates times their weights."""
@@ -327,7 +328,7 @@ class TaskVectors:
 
     def _base(self, name: str) -> Tensor:
         stored = self.base.read(name)
-        return finite(stored.to(self.dtype), f"the base ({self.base.source})", name, stored)
+        return finite(sent(stored, self.device, self.dtype), f"the base ({self.base.source})", name, stored)
 
     def _update(self, expert: str, name: str, base: Tensor) -> Tensor:
         """Form U_i of one expert; the result may be shared and is not written to."""
@@ -336,10 +337,10 @@ class TaskVectors:
             return torch.zeros_like(base)
         factors = adapter.lora_factors(name) if adapter is not None else None
         if factors is not None:
-            left, right = (factor.to(self.dtype) for factor in factors)
+            left, right = (factor.to(self.device, self.dtype) for factor in factors)
             return finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
         stored = self._weight(expert, name)
-        weight = stored.to(self.dtype)
+        weight = sent(stored, self.device, self.dtype)
         update = weight - base
         if all_finite(update):  # and so is the weight
             return update

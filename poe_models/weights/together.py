@@ -14,6 +14,7 @@ from poe_models.weights.finite import all_finite
 from poe_models.weights.fitting import keys_of
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.task_vectors import ModuleUpdates, TaskVectors, block_names
+from poe_models.weights.transfer import sent
 
 _BYTES = 2**20
 """Of the updates that are held at once."""
@@ -125,4 +126,4 @@ def _read(task_vectors: TaskVectors, run: Sequence[str]) -> tuple[Tensor, list[T
 
 
 def _stacked(task_vectors: TaskVectors, checkpoint: Checkpoint, names: Sequence[str]) -> Tensor:
-    return torch.stack(checkpoint.read_each(names)).to(task_vectors.device, task_vectors.dtype)
+    return sent(torch.stack(checkpoint.read_each(names)), task_vectors.device, task_vectors.dtype)

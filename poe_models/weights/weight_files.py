@@ -8,6 +8,7 @@ header was read is refused after each tensor, or each run of them, and before ea
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 import re
@@ -15,6 +16,8 @@ import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,7 @@ class WeightFile(ABC):
         self.path, self.stamp = path, stamp_of(path)
         self._opened: Any = None
         self._resident = 0
+        self._ahead: dict[str, Future[Tensor]] = {}
 
     @abstractmethod
     def _open(self) -> Any:
@@ -165,7 +169,10 @@ class WeightFile(ABC):
     def _read(self, info: TensorInfo) -> Tensor:
         if self._resident > RESIDENT_BYTES:
             self.release()
+        ahead = self._ahead.get(info.name)
         try:
+            if ahead is not None:
+                return ahead.result()
             tensor = self._get(info)
         except (SafetensorError, KeyError, OSError) as error:
             check_stamp(self.path, self.stamp, info.name)
@@ -174,6 +181,13 @@ class WeightFile(ABC):
             ) from error
         self._resident += info.nbytes
         return tensor
+
+    def read_ahead(self, name: str, pool: Executor) -> None:  # noqa: B027 (nothing, by itself)
+        """Begin to read a tensor, by its canonical name, for ``read`` to give until it is forgotten."""
+
+    def forget(self, name: str) -> None:
+        """Let go of a tensor that was read ahead."""
+        self._ahead.pop(name, None)
 
     def keep(self, names: Collection[str]) -> None:
         """Leave out every tensor but these, by their canonical names."""
@@ -227,6 +241,32 @@ class SafetensorsFile(WeightFile):
     @override
     def _get(self, info: TensorInfo) -> Tensor:
         return self._file.get_tensor(info.name)
+
+    @override
+    def read_ahead(self, name: str, pool: Executor) -> None:
+        if name not in self._ahead:
+            self._ahead[name] = pool.submit(self._pinned, self.tensors[name])
+
+    def _pinned(self, info: TensorInfo) -> Tensor:
+        """Read one tensor, without Python's lock, into memory that a GPU copies from by itself."""
+        room = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._starts[info.name])
+            rest = memoryview(room.numpy())  # type: ignore[arg-type]
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise OSError("the file ends before it does")
+                rest = rest[count:]
+        return room.view(info.dtype).view(info.shape)
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        """Where the bytes of each tensor begin, by the header that was found to be sound when the file was opened."""
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.tensors}
 
 
 def tie_metadata(aliases: Mapping[str, str]) -> dict[str, str]:

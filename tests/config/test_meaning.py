@@ -239,3 +239,12 @@ def test_the_resolved_configuration_reproduces_the_run(preset: str | None, folde
         assert DesignTable(again, base)(tensor).describe() == DesignTable(made, base)(tensor).describe()
     assert again.rule_table() == made.rule_table()
     assert (again.compute_dtype, again.output_dtype) == (made.compute_dtype, made.output_dtype)
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_products_have_the_precision_of_the_configuration(precision: str, folder: Path) -> None:
+    made = config(folder, matmul_precision=precision)
+    assert made.resolved()["matmul_precision"] == precision
+    open_task_vectors(made)
+    assert torch.get_float32_matmul_precision() == precision
+    torch.set_float32_matmul_precision("highest")

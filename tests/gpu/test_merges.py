@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import Design, merge_checkpoint
+from benchmarks.speed_models import shapes_of, write
+from inference import Design, merge_checkpoint, plan
+from inference.models.budget import batch_bytes_within, memory_of
+from inference.models.plan import BATCH_BYTES
 from poe_models import (
     METHODS,
     TSVM,
@@ -25,6 +29,7 @@ from poe_models import (
     ModuleMoments,
     MomentsFolder,
     OutputGram,
+    ProductOfExperts,
     ResidualMap,
     TaskArithmetic,
     TaskData,
@@ -214,3 +219,34 @@ def test_a_checkpoint_as_centre_and_methods_merge_alike(opened: Open, device: to
         here, there = (weights(tmp_path / f"{name} {where}") for where in ("here", "there"))
         for key, value in here.items():
             assert_close(there[key], value, 1e-3)
+
+
+def test_a_budget_of_the_devices_memory_is_kept(device: torch.device, tmp_path: Path) -> None:
+    if device.type != "cuda":
+        pytest.skip("only a card says what was held at most")
+    shapes = shapes_of("8 512 1024 4")
+    write(tmp_path, shapes)
+    vectors = TaskVectors(tmp_path / "base", {f"e{i}": tmp_path / f"expert{i}" for i in range(1, 5)}, device=device)
+    design = ProductOfExperts.of(vectors.names, InputGram())
+    budget = 2 * memory_of(plan(vectors, design, batch_bytes=1), device)
+    size = batch_bytes_within(budget, vectors, design)
+    assert 1 < size < BATCH_BYTES
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    merge_checkpoint(vectors, design, tmp_path / "merged", batch_bytes=size)
+    assert torch.cuda.max_memory_allocated(device) <= budget
+
+
+def test_less_precise_products_are_close_and_recorded(opened: Open, device: torch.device, tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            merge_checkpoint(opened(device), product(), tmp_path / precision)
+            record = json.loads((tmp_path / precision / "poe_merge.json").read_text(encoding="utf-8"))
+            assert record["matmul_precision"] == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact, rough = (weights(tmp_path / precision) for precision in ("highest", "high"))
+    for name, value in exact.items():
+        assert_close(rough[name], value, 1e-2)

@@ -141,6 +141,11 @@ def test_resuming_another_merge_is_refused(uninterrupted: Any, out: Path, genera
             merge_checkpoint(vectors, design, out, resume=True, settings=settings or {"eta": 0.1}, **options)
         assert contents(out.with_name("out.partial")) == before
 
+    torch.set_float32_matmul_precision("high")
+    try:
+        differs("matmul_precision")
+    finally:
+        torch.set_float32_matmul_precision("highest")
     differs("settings.eta", settings={"eta": 0.2})
     differs("seed", seed=1)
     differs("batch_bytes", batch_bytes=2000)
