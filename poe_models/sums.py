@@ -7,20 +7,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 2**16
-"""Entries that are multiplied at once in float64."""
+BLOCK = {"cpu": 2**16, "cuda": 2**22}
+"""Entries that are multiplied at once in float64: what stays in a processor's cache; what fills a GPU."""
 
 BANDS = 8
 """Bands of rows in which a Gram matrix is made, each up to its diagonal."""
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[slice]:
-    """Cut rows so that ``BLOCK`` entries of a tensor are worked on at once.
+    """Cut rows so that ``BLOCK`` entries of a tensor are worked on at once on its device.
 
     Yields:
         The rows of each block; one at least.
     """
-    height = max(1, BLOCK // max(1, *(each[..., :1, :].numel() for each in tensors)))
+    block = BLOCK.get(tensors[0].device.type, BLOCK["cpu"])
+    height = max(1, block // max(1, *(each[..., :1, :].numel() for each in tensors)))
     for first in range(0, max(tensors[0].shape[-2], 1), height):
         yield slice(first, first + height)
 
@@ -28,7 +29,7 @@ def row_blocks(*tensors: Tensor) -> Iterator[slice]:
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products over the last two dimensions, summed in float64, shape ``(...,)``.
 
-    A few rows at a time, so that what is made in float64 stays in the processor's cache.
+    Some rows at a time, so that what is made in float64 stays in a processor's cache.
     """
     parts = []
     for rows in row_blocks(left, right):

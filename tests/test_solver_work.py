@@ -27,6 +27,7 @@ from poe_models import (
     RelativePrecision,
     ResidualMap,
     Welsch,
+    sums,
 )
 from poe_models.least_squares import NormalMatrix, Quadratic, quadratic_of
 from poe_models.operators import Gram, matrix_rank
@@ -220,7 +221,7 @@ def test_sums_over_blocks_are_sums(generator: torch.Generator, monkeypatch: pyte
     expected = (left.double() * right.double()).sum((-2, -1))
     squares = left.double().square().sum((-2, -1))
     for block in (1, 100, 2**17):
-        monkeypatch.setattr("poe_models.sums.BLOCK", block)
+        monkeypatch.setitem(sums.BLOCK, "cpu", block)
         assert_close(inner(left, right), expected, 1e-13)
         assert_close(inner(left.expand(2, 3, 50, 7), right), expected.expand(2, 3), 1e-13)
         assert_close(inner_each(left, [right, left]), torch.stack([expected, squares], -1), 1e-13)
