@@ -169,7 +169,7 @@ def times(device: torch.device, sizes: Sizes) -> Iterator[str]:
             there = _map_on(device, poe, count, shape, sizes.repeats if on_cpu else 1)
             here = _map_on(CPU, poe, count, shape, 1).seconds if on_cpu else None
             total_here, total_there = total_here + (here or 0.0), total_there + there.seconds
-            predicted = merged_bytes(Design(poe), EXPERTS, [[shape]] * count, 4)
+            predicted = merged_bytes(Design(poe), EXPERTS, [[shape]] * count, 4, device)
             held = 4 * count * EXPERTS * shape[0] * shape[1]
             numbers = (
                 f"{_ratio(here, there.seconds)} | {there.mebibytes} | {held / 2**20:.0f} | {predicted / 2**20:.0f}"

@@ -52,7 +52,7 @@ def program(posterior: Posterior) -> Callable[[], Tensor]:
         if factor.expert is None or factor.per_example is None:
             return
         size, some = factor.expert.examples, factor.expert.subsample_size or factor.expert.examples
-        with pyro.plate(f"examples/{factor.name}", size, some) as rows:
+        with pyro.plate(f"examples/{factor.name}", size, some, device=str(z.device)) as rows:
             assert rows is not None
             pyro.factor(f"expert/{factor.name}", -factor.per_example(z, rows) / temperature)
 

@@ -111,7 +111,7 @@ class Predictions:
         yield self._line(f"{name} + predictions, MAP", [at], spent)
         if laplace:
             began = time.process_time()
-            draws = functional_laplace(posterior, solution).sample(MEMBERS, torch.Generator().manual_seed(self.seed))
+            draws = functional_laplace(posterior, solution).sample(MEMBERS, self._generator())
             members = [model.weights(posterior.coefficients(draw)) for draw in draws.values[0]]
             spent = time.process_time() - began
             yield self._line(f"{name} + predictions, Laplace at T = 1", members, spent)
@@ -142,6 +142,9 @@ class Predictions:
             batch_size=BATCH,
             learning_rate=LEARNING_RATE,
         )
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.suite.device).manual_seed(self.seed)
 
     def _line(self, name: str, states: list[dict[str, Tensor]], seconds: float) -> Line:
         """Scores of one model, or of the mean of several."""

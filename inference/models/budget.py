@@ -13,6 +13,8 @@ INTERPRETER = (480 if torch.version.cuda else 320) * 2**20
 """Bytes beside tensors: Python with its libraries, 190 MiB, or 320 where torch is built for CUDA, and freed memory that
 the C library holds on to. A number for each build rather than a measured one, so that a resumed merge has the same
 batches."""
+WORKSPACE = 40 * 2**20
+"""Bytes of a GPU's memory that cuBLAS keeps for itself, 32 MiB on Hopper, and what torch rounds up."""
 SLACK = 1.1
 """Peak of tensors beside the predicted one."""
 
@@ -23,7 +25,7 @@ class BudgetError(ValueError):
 
 def memory_of(planned: Plan, device: torch.device) -> int:
     """Most memory that a merge takes: of the process on the CPU, of the device elsewhere."""
-    return int(SLACK * planned.peak_bytes) + (INTERPRETER if device.type == "cpu" else 0)
+    return int(SLACK * planned.peak_bytes) + (INTERPRETER if device.type == "cpu" else WORKSPACE)
 
 
 def batch_bytes_within(
@@ -70,7 +72,11 @@ def batch_bytes_within(
 def _refusal(budget: int, least: Plan, device: torch.device) -> str:
     largest = max(least.batches, key=lambda batch: batch.peak_bytes)
     needed = memory_of(least, device)
-    beside = f", {size_text(INTERPRETER)} of it for Python and its libraries" if device.type == "cpu" else ""
+    beside = (
+        f", {size_text(INTERPRETER)} of it for Python and its libraries"
+        if device.type == "cpu"
+        else f", {size_text(WORKSPACE)} of it for cuBLAS"
+    )
     return (
         f"`memory_budget`: {size_text(budget)}, but merging one tensor at a time takes {size_text(needed)} for "
         f"{largest.tensors[0].name!r}{beside}. Give --memory-budget {-(-needed // 10**6)}MB, average that tensor by a "

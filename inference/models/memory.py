@@ -107,17 +107,28 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
     return max(iteration, 4 * d_out * d_in + 2 * bases, decomposing) + d_out * d_in
 
 
-def together(experts: int, shape: tuple[int, int], itemsize: int) -> int:
-    """Modules of a shape that a processor solves for together, one at least.
+def together(count: int, experts: int, shape: tuple[int, int], itemsize: int, device: torch.device) -> int:
+    """How many of a batch's modules are solved together: as many as a processor's cache holds, or all on a GPU.
 
-    >>> together(4, (768, 768), 4), together(4, (64, 64), 4)
-    (1, 32)
+    Args:
+        count: Modules of the batch that have this shape.
+        experts: Number of updates of each.
+        shape: ``(d_out, d_in)``.
+        itemsize: Bytes of a number.
+        device: What solves.
+
+    >>> [together(50, 4, (side, side), 4, torch.device(name)) for name in ("cpu", "cuda") for side in (768, 64)]
+    [1, 32, 50, 50]
     """
-    return max(1, TOGETHER // (experts * shape[0] * shape[1] * itemsize))
+    if device.type != "cpu":
+        return count
+    return min(count, max(1, TOGETHER // (experts * shape[0] * shape[1] * itemsize)))
 
 
-def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
-    """Peak memory of solving some tensors as one batch, given the shapes of the modules of each tensor."""
+def merged_bytes(
+    design: AnyDesign, experts: int, matrices: Sequence[Sequence[tuple[int, int]]], itemsize: int, device: torch.device
+) -> int:
+    """Peak memory of solving some tensors as one batch on a device, given the shapes of the modules of each tensor."""
     shapes = [shape for tensor in matrices for shape in tensor]
     entries = [sum(d_out * d_in for d_out, d_in in tensor) for tensor in matrices]
     total, reading = sum(entries), (experts + 4) * max(entries)
@@ -127,7 +138,7 @@ def merged_bytes(design: AnyDesign, experts: int, matrices: Sequence[Sequence[tu
         return itemsize * (held + max(reading, solving))
     held = (len(design.poe.update_names) + 1 + (design.center is not None)) * total
     solving = max(
-        min(shapes.count(one), together(experts, one, itemsize)) * solve_floats(design, experts, one)
+        together(shapes.count(one), experts, one, itemsize, device) * solve_floats(design, experts, one)
         for one in set(shapes)
     )
     beside = 0 if len(shapes) == 1 else held  # the only module of a batch is not copied into it

@@ -349,7 +349,8 @@ def _peak_bytes(task_vectors: TaskVectors, tensors: Sequence[TensorPlan]) -> int
     design, itemsize = tensors[0].design, task_vectors.dtype.itemsize
     finished = sum(tensor.nbytes for tensor in tensors)
     if design is not None:
-        work = merged_bytes(design, len(task_vectors.names), [tensor.matrices for tensor in tensors], itemsize)
+        shapes, device = [tensor.matrices for tensor in tensors], task_vectors.device
+        work = merged_bytes(design, len(task_vectors.names), shapes, itemsize, device)
         entries = [math.prod(tensor.shape) for tensor in tensors]
         return max(work, sum(entries) * itemsize + finished + 2 * max(entries))
     if tensors[0].treatment.action == "average":

@@ -181,13 +181,13 @@ def _parts(batch: _Batch, design: AnyDesign) -> Iterator[_Batch]:
     Yields:
         Batches of one module at least; methods and other devices have the whole.
     """
-    count, updates = len(batch.places), batch.updates
-    whole = isinstance(design, MethodDesign) or updates.device.type != "cpu"
-    step = count if whole else together(updates.shape[1], (updates.shape[2], updates.shape[3]), updates.itemsize)
+    count, (_, experts, d_out, d_in) = len(batch.places), batch.updates.shape
+    whole = isinstance(design, MethodDesign)
+    step = count if whole else together(count, experts, (d_out, d_in), batch.updates.itemsize, batch.updates.device)
     for first in range(0, count, step):
         some = slice(first, first + step)
         yield _Batch(
-            updates[some],
+            batch.updates[some],
             batch.bases[some],
             batch.places[some],
             batch.labels[some],

@@ -14,7 +14,6 @@ from torch import Tensor
 from benchmarks.speed_models import shapes_of, write
 from inference import Design, merge_checkpoint, plan
 from inference.models.budget import batch_bytes_within, memory_of
-from inference.models.plan import BATCH_BYTES
 from poe_models import (
     METHODS,
     TSVM,
@@ -228,9 +227,10 @@ def test_a_budget_of_the_devices_memory_is_kept(device: torch.device, tmp_path: 
     write(tmp_path, shapes)
     vectors = TaskVectors(tmp_path / "base", {f"e{i}": tmp_path / f"expert{i}" for i in range(1, 5)}, device=device)
     design = ProductOfExperts.of(vectors.names, InputGram())
-    budget = 2 * memory_of(plan(vectors, design, batch_bytes=1), device)
+    one, two = (memory_of(plan(vectors, design, batch_bytes=size), device) for size in (1, 16 * 2**20))
+    budget = (one + two) // 2
     size = batch_bytes_within(budget, vectors, design)
-    assert 1 < size < BATCH_BYTES
+    assert size < 16 * 2**20
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     merge_checkpoint(vectors, design, tmp_path / "merged", batch_bytes=size)
