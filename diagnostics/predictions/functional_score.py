@@ -137,10 +137,10 @@ def _divergences(merge: str, given: Mapping[str, Array], task: str, target: Tens
 
 
 def _log_probabilities(table: Array, called: str, logits: bool) -> Tensor:
-    """Log probabilities ``(n, classes)`` float64 of logits or of probabilities."""
+    """Log probabilities ``(n, classes)`` float64, on the CPU, of logits or of probabilities."""
     if not logits:
-        return checked_probabilities(table, called).log()
-    values = torch.as_tensor(table).detach().double()
+        return checked_probabilities(table, called).cpu().log()
+    values = torch.as_tensor(table).detach().cpu().double()
     if values.ndim != 2 or not bool((values < torch.inf).all()):
         raise ValueError(f"`{called}`: expected logits (n, classes) without NaN or +inf, got {tuple(values.shape)}.")
     return values.log_softmax(1)

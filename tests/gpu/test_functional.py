@@ -46,11 +46,12 @@ def test_a_seed_gives_the_same_draws_on_the_device(device: torch.device) -> None
     assert torch.equal(first, second)
 
 
-def test_the_score_without_labels_agrees(device: torch.device) -> None:
-    own, merge = (torch.randn(400, 4, generator=seeded(11), dtype=torch.float64).softmax(1) for _ in range(2))
+@pytest.mark.parametrize("logits", [False, True])
+def test_the_score_without_labels_agrees(logits: bool, device: torch.device) -> None:
+    drawn = torch.randn(2, 400, 4, generator=seeded(11), dtype=torch.float64)
+    own, merge = drawn if logits else drawn.softmax(2)
     here, there = (
-        functional_score({"one": {"t": merge.to(place)}}, {"t": own.to(place)}, seed=0).on_task("one", "t")
+        functional_score({"one": {"t": merge.to(place)}}, {"t": own.to(place)}, seed=0, logits=logits)
         for place in ("cpu", device)
     )
-    assert there.value == pytest.approx(here.value)
-    assert there.high == pytest.approx(here.high)
+    assert there.on_task("one", "t") == here.on_task("one", "t")
