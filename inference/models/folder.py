@@ -14,6 +14,7 @@ import torch
 
 from inference.models.staging import Staging
 from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.weight_files import SAFETENSORS_DTYPES
 
 RECORD = "poe_merge.json"
@@ -89,13 +90,14 @@ def companion_files(base: Checkpoint) -> list[tuple[Path, str]]:
 
     They are regular files of known kinds that lie in the folder itself, or in the blobs that a snapshot of the Hub's
     cache links to: the output is published, and must not take along what a link leads to elsewhere. A subfolder comes
-    along if it holds such files only (a pooling config, say).
+    along if it holds such files only (a pooling config, say). Those of a base that is an adapter on a model are the
+    model's.
 
     Returns:
         Real paths, links resolved, and names in the output.
     """
-    folder = Path(base.source)
-    if not base.files or not folder.is_dir():
+    folder = _folder_of(base)
+    if folder is None:
         return []
     entries = sorted(folder.iterdir())
     found = [(path.resolve(), path.name) for path in entries if _belongs(path, folder)]
@@ -113,11 +115,19 @@ def left_out(base: Checkpoint) -> list[str]:
     These are links that lead out of the folder, and small files of unknown kinds; weights and hidden files are not
     counted.
     """
-    folder, copied = Path(base.source), {name.partition("/")[0] for _, name in companion_files(base)}
-    if not base.files or not folder.is_dir():
+    folder, copied = _folder_of(base), {name.partition("/")[0] for _, name in companion_files(base)}
+    if folder is None:
         return []
     rest = [path for path in sorted(folder.iterdir()) if path.name not in copied and not path.name.startswith(".")]
     return [path.name for path in rest if path.name not in _OURS and not path.name.endswith(_WEIGHTS)]
+
+
+def _folder_of(base: Checkpoint) -> Path | None:
+    """The folder of a base, that of the model if it is an adapter on one; None for a file, or tensors in memory."""
+    while isinstance(base, LoraCheckpoint):
+        base = base.base
+    folder = Path(base.source)
+    return folder if base.files and folder.is_dir() else None
 
 
 def _belongs(path: Path, folder: Path) -> bool:
