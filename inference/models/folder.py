@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from inference.models.disk import real_path
 from inference.models.staging import Staging
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.lora import LoraCheckpoint
@@ -100,12 +101,12 @@ def companion_files(base: Checkpoint) -> list[tuple[Path, str]]:
     if folder is None:
         return []
     entries = sorted(folder.iterdir())
-    found = [(path.resolve(), path.name) for path in entries if _belongs(path, folder)]
+    found = [(real_path(path), path.name) for path in entries if _belongs(path, folder)]
     for inner in entries:
         if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
             files = sorted(inner.iterdir())
             if all(_belongs(path, folder) for path in files):
-                found += [(path.resolve(), f"{inner.name}/{path.name}") for path in files]
+                found += [(real_path(path), f"{inner.name}/{path.name}") for path in files]
     return found
 
 
@@ -136,7 +137,7 @@ def _belongs(path: Path, folder: Path) -> bool:
         return False
     if path.suffix.lower() not in _KINDS and path.name not in _NAMES:
         return False
-    real, home = path.resolve(), folder.resolve()
+    real, home = real_path(path), real_path(folder)
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     inside = home in real.parents or (blobs is not None and real.parent == blobs)
     return inside and real.is_file() and real.stat().st_size <= _LARGEST
