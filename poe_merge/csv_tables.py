@@ -24,9 +24,9 @@ def write_csv(table: pd.DataFrame, out: Path) -> Path:
     Raises:
         OutputError: If it cannot be written.
     """
-    from inference.models.disk import replace_file
+    from inference.models.disk import real_path, replace_file
 
-    target, named = out.expanduser().resolve(), table.index.name is not None
+    target, named = real_path(out.expanduser()), table.index.name is not None
     shown = table.rename(columns=_shown, index=_shown).apply(lambda column: column.map(_shown))
     replace_file(target, lambda path: shown.to_csv(path, index=named), "run again")
     return target

@@ -20,7 +20,7 @@ from diagnostics.tails.surrogates import Surrogates, surrogate_residuals
 from diagnostics.verdicts import Level, Verdict
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent, file_digest
-from inference.models.disk import replace_file
+from inference.models.disk import real_path, replace_file
 from inference.models.draw_files import load_draws
 from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign
@@ -143,7 +143,7 @@ def check_out(out: Path) -> None:
 def write_page(text: str, out: Path) -> Path:
     """Write the page, whole or not at all; one that is there is replaced. Returns its absolute path."""
     check_out(out)
-    target = out.expanduser().resolve()
+    target = real_path(out.expanduser())
     replace_file(target, lambda path: path.write_text(text, encoding="utf-8"), "run again")
     return target
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inference.models.artifacts import renamed
 from inference.models.design import Design
-from inference.models.digest import Progress, Silent, digest_inputs
+from inference.models.digest import UNDER, Progress, Silent, digest_inputs
 from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.places import resolved
@@ -209,21 +209,25 @@ def check_inputs(run: Path, task_vectors: TaskVectors, designs: Table, progress:
 def task_vectors_of(record: Mapping[str, Any]) -> TaskVectors:
     """Base and experts as they were merged; an error names one that is not what it was."""
     inputs = record["inputs"]
-    sources = {
-        role: str(entry["source"]) for role, entry in inputs.items() if role == "base" or role.startswith(EXPERT)
-    }
-    for source in sources.values():
-        if not Path(source).exists():
-            raise CheckpointError(
-                f"{source} is not there any more; residuals need base and experts. Put it, or a link to it, there."
-            )
-    base = sources.pop("base")
-    experts = {role.removeprefix(EXPERT): source for role, source in sources.items()}
+    base = _opened("base", inputs)
+    experts = {role.removeprefix(EXPERT): _opened(role, inputs, base) for role in inputs if role.startswith(EXPERT)}
     dtype = {"float32": torch.float32, "float64": torch.float64}[record["compute_dtype"]]
-    vectors = TaskVectors(base, experts, RuleTable.from_dicts(record["rules"]), dtype)
-    for role, each in {"base": vectors.base, **{f"{EXPERT}{n}": each for n, each in vectors.experts.items()}}.items():
-        _require_same(role, each, inputs)
-    return vectors
+    return TaskVectors(base, experts, RuleTable.from_dicts(record["rules"]), dtype)
+
+
+def _opened(role: str, inputs: Mapping[str, Any], base: Checkpoint | None = None) -> Checkpoint:
+    """A recorded checkpoint, an adapter on its own model if that is not the base; refused if it is not what it was."""
+    source = str(inputs[role]["source"])
+    if not Path(source).exists():
+        raise CheckpointError(
+            f"{source} is not there any more; residuals need base and experts. Put it, or a link to it, there."
+        )
+    under = UNDER + role
+    checkpoint = open_checkpoint(source, base=_opened(under, inputs, base) if under in inputs else base)
+    found = digest_inputs({role: checkpoint}, [], Silent())[role]
+    if found["sha256"] != inputs[role]["sha256"]:
+        raise CheckpointError(f"{role} ({found['source']}) has changed since the merge. Merge again.")
+    return checkpoint
 
 
 def design_of(record: Mapping[str, Any], tensor: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -322,15 +326,7 @@ def _center(
         raise NotBuiltIn(f"the anchor's centre {text} is not built in, and a record does not hold its code.")
     if role not in inputs or not Path(text).exists():
         raise ValueError(f"the anchor's centre, {text}, is not in the record, or not there any more.")
-    checkpoint = open_checkpoint(text, base=base)
-    _require_same(role, checkpoint, inputs)
-    return None, checkpoint
-
-
-def _require_same(role: str, checkpoint: Checkpoint, inputs: Mapping[str, Any]) -> None:
-    found = digest_inputs({role: checkpoint}, [], Silent())[role]
-    if found["sha256"] != inputs[role]["sha256"]:
-        raise CheckpointError(f"{role} ({found['source']}) has changed since the merge. Merge again.")
+    return None, _opened(role, inputs, base)
 
 
 def _known(text: Any, kind: Kind[Any]) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from inference.models.artifacts import read_record
 from inference.models.design import Design
 from inference.models.digest import Progress, check_unchanged, digest_inputs, files_of
+from inference.models.disk import real_path
 from inference.models.method_design import AnyDesign
 from inference.models.plan import inputs_of
 from inference.models.ranks import ALONE, Ranks, require_same_files
@@ -78,7 +79,7 @@ def make_statistics(
     require_same_files(ranks, checkpoints.values())
     statistics = collect_statistics(task_vectors, designs, progress=progress, ranks=ranks)
     check_unchanged(checkpoints.values())
-    folder, told = out.resolve(), {"preset": settings.preset, "config": settings.resolved()}
+    folder, told = real_path(out), {"preset": settings.preset, "config": settings.resolved()}
     if ranks.first:
         folder = save_statistics(statistics, out, about=about, inputs=inputs, settings=told)
     ranks.wait()

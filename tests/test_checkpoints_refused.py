@@ -129,6 +129,16 @@ def test_folders_without_weights_say_what_is_there(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("target", ["../blobs/gone", "itself"])
+def test_a_link_that_leads_nowhere_is_no_missing_file(name: str, target: str, tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.ones(2, 3)}, tmp_path / "pytorch_model.bin")
+    assert open_checkpoint(tmp_path).config is None
+    (tmp_path / name).symlink_to(name if target == "itself" else target)
+    with pytest.raises(CheckpointError, match=rf"{name}: a link to .*, which is not there\. Download .* or remove"):
+        open_checkpoint(tmp_path)
+
+
 def test_paths_and_kinds_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such file or folder.*hub id 'org/name'"):
         open_checkpoint(tmp_path / "nowhere")

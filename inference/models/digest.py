@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import torch
 from typing_extensions import override
 
-from poe_models.weights.loading import Checkpoint
+from poe_models.weights.loading import Checkpoint, same_weights
+from poe_models.weights.lora import LoraCheckpoint
 
 _BLOCK = 8 * 2**20
 _CONFIGS = ("config.json", "adapter_config.json")
+UNDER = "model under "
+"""Before the role of an adapter, the role of the model that it was trained on."""
 
 
 class Progress(Protocol):
@@ -95,6 +98,22 @@ class _Shared(Silent):
             raise CancelledError
         with self._lock:
             self._progress.advance(modules, nbytes)
+
+
+def with_models(checkpoints: Mapping[str, Checkpoint], base: Checkpoint) -> dict[str, Checkpoint]:
+    """The same checkpoints, and the models under adapters, which are read as well, as inputs of their own.
+
+    Args:
+        checkpoints: By their role.
+        base: The base; an adapter that is on it needs no other.
+    """
+    found = dict(checkpoints)
+    for first, checkpoint in checkpoints.items():
+        role, model = first, checkpoint
+        while isinstance(model, LoraCheckpoint) and not same_weights(model.base, base):
+            role, model = UNDER + role, model.base
+            found[role] = model
+    return found
 
 
 def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:

@@ -42,6 +42,11 @@ class OutputError(RuntimeError):
     """The output cannot be written there, resumed, or finished; the message says what to do."""
 
 
+def real_path(path: Path) -> Path:
+    """A path with its links resolved, as far as they lead anywhere: a link to itself stays what it is."""
+    return Path(os.path.realpath(path))
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Refuse to start what needs more bytes than the disk of a folder has; the folder need not exist yet.
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from inference.models.disk import real_path
 from inference.models.staging import Staging
 from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.weight_files import SAFETENSORS_DTYPES
 
 RECORD = "poe_merge.json"
@@ -89,21 +91,22 @@ def companion_files(base: Checkpoint) -> list[tuple[Path, str]]:
 
     They are regular files of known kinds that lie in the folder itself, or in the blobs that a snapshot of the Hub's
     cache links to: the output is published, and must not take along what a link leads to elsewhere. A subfolder comes
-    along if it holds such files only (a pooling config, say).
+    along if it holds such files only (a pooling config, say). Those of a base that is an adapter on a model are the
+    model's.
 
     Returns:
         Real paths, links resolved, and names in the output.
     """
-    folder = Path(base.source)
-    if not base.files or not folder.is_dir():
+    folder = _folder_of(base)
+    if folder is None:
         return []
     entries = sorted(folder.iterdir())
-    found = [(path.resolve(), path.name) for path in entries if _belongs(path, folder)]
+    found = [(real_path(path), path.name) for path in entries if _belongs(path, folder)]
     for inner in entries:
         if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
             files = sorted(inner.iterdir())
             if all(_belongs(path, folder) for path in files):
-                found += [(path.resolve(), f"{inner.name}/{path.name}") for path in files]
+                found += [(real_path(path), f"{inner.name}/{path.name}") for path in files]
     return found
 
 
@@ -113,11 +116,19 @@ def left_out(base: Checkpoint) -> list[str]:
     These are links that lead out of the folder, and small files of unknown kinds; weights and hidden files are not
     counted.
     """
-    folder, copied = Path(base.source), {name.partition("/")[0] for _, name in companion_files(base)}
-    if not base.files or not folder.is_dir():
+    folder, copied = _folder_of(base), {name.partition("/")[0] for _, name in companion_files(base)}
+    if folder is None:
         return []
     rest = [path for path in sorted(folder.iterdir()) if path.name not in copied and not path.name.startswith(".")]
     return [path.name for path in rest if path.name not in _OURS and not path.name.endswith(_WEIGHTS)]
+
+
+def _folder_of(base: Checkpoint) -> Path | None:
+    """The folder of a base, that of the model if it is an adapter on one; None for a file, or tensors in memory."""
+    while isinstance(base, LoraCheckpoint):
+        base = base.base
+    folder = Path(base.source)
+    return folder if base.files and folder.is_dir() else None
 
 
 def _belongs(path: Path, folder: Path) -> bool:
@@ -126,7 +137,7 @@ def _belongs(path: Path, folder: Path) -> bool:
         return False
     if path.suffix.lower() not in _KINDS and path.name not in _NAMES:
         return False
-    real, home = path.resolve(), folder.resolve()
+    real, home = real_path(path), real_path(folder)
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     inside = home in real.parents or (blobs is not None and real.parent == blobs)
     return inside and real.is_file() and real.stat().st_size <= _LARGEST

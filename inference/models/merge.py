@@ -21,7 +21,7 @@ from typing_extensions import override
 from inference.models.artifacts import versions
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
-from inference.models.disk import OutputError, check_space
+from inference.models.disk import OutputError, check_space, real_path
 from inference.models.folder import RECORD, companion_files, left_out, rounding_of, summary_of, write_companions
 from inference.models.memory import memory_errors
 from inference.models.method_design import AnyDesigns, MethodDesign, as_any_function
@@ -191,7 +191,7 @@ def _digests(
 
 def _joined(out: Path) -> Staging:
     """The staging folder as the other ranks see it, which the first one checks and begins."""
-    return Staging(out.expanduser().resolve(), "merge")
+    return Staging(real_path(out.expanduser()), "merge")
 
 
 def _checked(task_vectors: TaskVectors, planned: Plan, out: Path, resume: bool) -> Staging:

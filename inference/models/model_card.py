@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from inference.models.digest import UNDER
 from inference.models.folder import rounding_of, statuses
 from inference.models.places import hub_id, short_source
 from inference.models.plan import ALL
@@ -100,17 +101,15 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
         library_name="transformers" if base.config is not None else None,
         tags=["merge", "model-merging", "poe-merge"],
     )
-    roles = {
-        role.partition("expert ")[2]: entry for role, entry in record["inputs"].items() if role.startswith("expert ")
-    }
+    names = [role.removeprefix("expert ") for role in record["inputs"] if role.startswith("expert ")]
     text = _CARD.format(
         header=data.to_yaml(),
-        names=" + ".join(map(markdown, roles)),
-        count=len(roles),
+        names=" + ".join(map(markdown, names)),
+        count=len(names),
         approach=_approach(record["designs"], record["summary"]["reach"]),
-        base=code(short_source(base.source)),
+        base=code(_source("base", record["inputs"])),
         sources="\n".join(
-            f"- **Expert {markdown(name)}:** {code(short_source(each['source']))}" for name, each in roles.items()
+            f"- **Expert {markdown(name)}:** {code(_source(f'expert {name}', record['inputs']))}" for name in names
         ),
         designs="\n".join(line for index, each in enumerate(record["designs"]) for line in _design_lines(index, each)),
         treatments="\n".join(_treatment_rows(record["tensors"])),
@@ -119,6 +118,13 @@ def model_card(base: Checkpoint, record: Mapping[str, Any]) -> ModelCard:
         citations=_CITATIONS,
     )
     return ModelCard(text)
+
+
+def _source(role: str, inputs: Mapping[str, Any]) -> str:
+    """Short name of an input, and of the models under it if it is an adapter on another than the base."""
+    under = UNDER + role
+    name = short_source(str(inputs[role]["source"]))
+    return f"{name} on {_source(under, inputs)}" if under in inputs else name
 
 
 def _approach(designs: Sequence[Mapping[str, Any]], reach: str) -> str:

@@ -19,14 +19,16 @@ _HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]+)$")
 _REVISION = re.compile(r"([\w.-]+)/([\w.-]+)@([0-9a-f]+)")
 _QUOTED = re.compile(r"(?<=')\.{0,2}/[^']*(?=')|(?<=\")\.{0,2}/[^\"]*(?=\")")
-_ROLE = "anchor "
+_ON = re.compile(r"\+(?=\.{0,2}/|[\w.-]+/[\w.-]+@[0-9a-f]+$)")  # of MODEL+ADAPTER
+_ROLE = re.compile(r"(?:model under )*anchor ")
 
 
 def portable(data: Any, folder: Path, *, foreign: bool = True) -> Any:
     """Plain data with the absolute paths of things that are there written as seen from a folder.
 
     Args:
-        data: Plain data; paths are whole strings or keys, follow ``anchor``, or stand in quotes.
+        data: Plain data; paths are whole strings or keys, several in ``MODEL+ADAPTER``, follow ``anchor``, or stand in
+            quotes.
         folder: The folder that the record is in.
         foreign: Write ``../NAME`` for what shares no folder with it; left absolute otherwise, so that it is found.
 
@@ -95,10 +97,13 @@ def _changed(data: Any, change: Callable[[str], str | None]) -> Any:
 
 
 def _text(text: str, change: Callable[[str], str | None]) -> str:
-    prefix = _ROLE if text.startswith(_ROLE) else ""
-    whole = change(text.removeprefix(prefix))
-    if whole is not None:
-        return prefix + whole
+    role = _ROLE.match(text)
+    prefix = role[0] if role else ""
+    rest = text.removeprefix(prefix)
+    parts = [rest] if os.path.exists(rest) else _ON.split(rest)
+    found = [change(part) for part in parts]
+    if any(each is not None for each in found):
+        return prefix + "+".join(each or part for each, part in zip(found, parts, strict=True))
     return _QUOTED.sub(lambda found: change(found[0]) or found[0], text)
 
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from inference.models.averages import Average, averages_of
 from inference.models.design import Design, require_alike
-from inference.models.digest import nbytes_of
+from inference.models.digest import nbytes_of, with_models
 from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
@@ -243,10 +243,11 @@ def plan(
 
 
 def inputs_of(task_vectors: TaskVectors, designs: Sequence[AnyDesign]) -> dict[str, Checkpoint]:
-    """Every checkpoint that is read, by its role."""
+    """Every checkpoint that is read, by its role; the models under adapters too, where they are not the base."""
     centers = {f"anchor {d.center.source}": d.center for d in _products(designs) if d.center is not None}
     experts = {f"expert {name}": checkpoint for name, checkpoint in task_vectors.experts.items()}
-    return {"base": task_vectors.base, **experts, **centers, **_given(task_vectors, designs, {})}
+    found = {"base": task_vectors.base, **experts, **centers, **_given(task_vectors, designs, {})}
+    return with_models(found, task_vectors.base)
 
 
 def _products(designs: Sequence[AnyDesign]) -> list[Design]:

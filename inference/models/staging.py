@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.models.digest import difference
-from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
+from inference.models.disk import RESUME, OutputError, disk_errors, real_path, replace_file
 from inference.models.parts import Records, intact, once, whole
 from inference.models.places import portable
 from inference.models.plain_json import finite, json_text
@@ -57,8 +57,8 @@ def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> 
     Raises:
         OutputError: If it exists, contains an input, or lies inside an input folder.
     """
-    resolved = out.expanduser().resolve()
-    for source in (path.resolve() for path in inputs):
+    resolved = real_path(out.expanduser())
+    for source in map(real_path, inputs):
         if resolved == source or resolved in source.parents:
             raise OutputError(f"the output folder {out} contains the input {source}. Choose another folder.")
         if source.is_dir() and source in resolved.parents:

@@ -206,7 +206,10 @@ def refuse_other_architecture(base: Checkpoint, expert: str, checkpoint: Checkpo
 
 
 def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
-    """Token to number, of the tokenizer beside the weights; empty if there is none, or its format is not known."""
+    """Token to number, of the tokenizer beside the weights; empty if there is none, or its format is not known.
+
+    That of an adapter without one is its model's.
+    """
     folder = Path(checkpoint.source)
     for name, read in (("tokenizer.json", _of_tokenizer), ("vocab.json", _plain), ("vocab.txt", _lines)):
         path = folder / name
@@ -215,7 +218,7 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
                 return read(path)
             except (OSError, ValueError, RecursionError):  # another tool's file: it says nothing
                 return {}
-    return {}
+    return vocabulary(checkpoint.base) if isinstance(checkpoint, LoraCheckpoint) else {}
 
 
 def _of_tokenizer(path: Path) -> dict[str, int]:

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -43,6 +44,7 @@ from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFi
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_KNOWN = (*_WEIGHTS, "config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -213,6 +215,7 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
+    _refuse_broken_links(folder)
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if (folder / "adapter_config.json").is_file():
         from poe_models.weights.lora import LoraCheckpoint  # adapters are checkpoints themselves
@@ -243,6 +246,16 @@ def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
         return FileCheckpoint(folder, _open_shards(weights), config)
     _refuse_two_saves(folder, weights)
     return FileCheckpoint(folder, [_weight_file(weights)], config)
+
+
+def _refuse_broken_links(folder: Path) -> None:
+    """Refuse a folder where a link of a known name leads nowhere: without that file it would be another model."""
+    for path in (folder / name for name in _KNOWN):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path}: a link to {os.readlink(path)}, which is not there. Download the file again, or remove the "
+                "link if the folder is complete without it."
+            )
 
 
 def _refuse_two_saves(folder: Path, weights: Path) -> None:

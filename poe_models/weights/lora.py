@@ -288,7 +288,7 @@ class LoraCheckpoint(Checkpoint):
         refuse_quantised(self.source, self._file.tensors.values(), None)
         self.files, self.stamps = (path,), {path: self._file.stamp, config: stamp}
         self.metadata = self._file.metadata
-        self.config, self.aliases, self.layout = base.config, base.aliases, base.layout
+        self.config, self.aliases, self.layout, self.apart = base.config, base.aliases, base.layout, base.apart
         factors, full = sort_keys(path, [*self._file.tensors, *self._file.aliases])
         self._refuse_odd_tensors(path)
         renaming = find_renaming(path, factors, base)
