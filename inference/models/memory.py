@@ -108,7 +108,7 @@ def _gram_floats(maps: Sequence[ResidualMap], d_out: int, d_in: int) -> int:
 
 
 def together(count: int, experts: int, shape: tuple[int, int], itemsize: int, device: torch.device) -> int:
-    """How many of a batch's modules are solved together: as many as a processor's cache holds, or all on a GPU.
+    """Number of a batch's modules that are solved together: those that a processor's cache holds, or all on a GPU.
 
     Args:
         count: Modules of the batch that have this shape.

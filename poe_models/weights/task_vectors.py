@@ -238,8 +238,7 @@ class TaskVectors:
             CheckpointError: If a value is NaN or infinite, or an expert has untied tied tensors.
             ValueError: If the tensor stays the base's.
         """
-        base, total = self._combined(tensor, coefficients)
-        return total.add_(base)
+        return torch.add(*self._combined(tensor, coefficients))
 
     def _combined(self, tensor: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """A tensor of the base, and the sum of its updates times their weights."""
@@ -337,7 +336,7 @@ class TaskVectors:
             return torch.zeros_like(base)
         factors = adapter.lora_factors(name) if adapter is not None else None
         if factors is not None:
-            left, right = (factor.to(self.device, self.dtype) for factor in factors)
+            left, right = (factor.to(base) for factor in factors)
             return finite((left @ right).reshape(base.shape), f"expert {expert!r}", name)
         stored = self._weight(expert, name)
         weight = sent(stored, self.device, self.dtype)

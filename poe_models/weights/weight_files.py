@@ -262,7 +262,7 @@ class SafetensorsFile(WeightFile):
 
     @cached_property
     def _starts(self) -> dict[str, int]:
-        """Where the bytes of each tensor begin, by the header that was found to be sound when the file was opened."""
+        """Offsets of tensors in the file, by the header that was found to be sound when it was opened."""
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
