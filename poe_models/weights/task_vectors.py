@@ -276,8 +276,8 @@ class TaskVectors:
     @property
     def unused_rules(self) -> tuple[Rule, ...]:
         """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
-        named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items()]
         own = [rule for rule in self.rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
+        named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items() if own]
         return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
 
     def _treat_all(self) -> dict[str, Treatment]:
