@@ -71,19 +71,4 @@ def whole(parts: Sequence[Path], copies: Mapping[str, str]) -> dict[str, Tensor]
     for path in parts:
         with safe_open(path, framework="pt") as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        tensors |= tied_tensors(path, copies)
-    return tensors
-
-
-def tied_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Further names of the tensors of a part, each from a map of its own: safetensors saves no memory twice."""
-    found: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-    left = {alias: target for alias, target in aliases.items() if target in names}
-    while left:
-        first = {target: alias for alias, target in reversed(left.items())}
-        with safe_open(path, framework="pt") as file:
-            found |= {alias: file.get_tensor(target) for target, alias in first.items()}
-        left = {alias: target for alias, target in left.items() if alias not in found}
-    return found
+    return tensors | {alias: tensors[target] for alias, target in copies.items()}
