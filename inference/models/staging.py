@@ -28,7 +28,7 @@ from inference.models.digest import difference
 from inference.models.disk import RESUME, OutputError, disk_errors, replace_file
 from inference.models.parts import Records, intact, once, whole
 from inference.models.places import portable
-from inference.models.plain_json import finite, json_text
+from inference.models.plain_json import Encoded, finite, json_text
 from inference.models.ranks import ALONE, Ranks
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.weight_files import SafetensorsFile, save_file, tie_metadata
@@ -281,9 +281,9 @@ class Staging:
         parts, place = [path.with_suffix(".json") for path in paths], self._record(name)
         self._write_text(place, self._records.joined(place, self.folder / OUTPUT / name, parts))
 
-    def records(self, names: Sequence[str]) -> list[Any]:
+    def records(self, names: Sequence[str]) -> Encoded:
         """Records of finished weight files, in order."""
-        return [record for name in names for record in self._records.of(self._record(name))]
+        return Encoded.joined(self._records.of(self._record(name)) for name in names)
 
     def has(self, name: str) -> bool:
         """Return whether a file of the output is finished."""
