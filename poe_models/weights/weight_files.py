@@ -12,6 +12,7 @@ import json
 import pickle
 import pickletools
 import re
+import sys
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -214,7 +215,8 @@ class SafetensorsFile(WeightFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         handle = self._open()
-        self.tensors = {name: self._info(handle, name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        names = map(sys.intern, handle.keys())  # found in the mappings of other models at once
+        self.tensors = {name: self._info(handle, name) for name in names}
         self.metadata = dict(handle.metadata() or {})
         # safetensors' `save_model` notes each name it left out, with the name it kept.
         self.aliases = {k: v for k, v in self.metadata.items() if k not in self.tensors and _names_a_tie(k, v, self)}
