@@ -292,8 +292,7 @@ class TaskVectors:
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            untouched = all(adapter is not None and not adapter.changes(name) for adapter in adapters)
-            if untouched and treatment.action != "base":
+            if treatment.action != "base" and all(each is not None and not each.changes(name) for each in adapters):
                 treatment = Treatment("base", None, UNTOUCHED)
             treatments[name] = treatment
         warn_of_unclear(n for n, known in sides.items() if not known and self._is_unclear(n, treatments))
