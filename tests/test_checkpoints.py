@@ -278,3 +278,19 @@ def test_a_missing_path_is_told_as_one(prefix: str, tmp_path: Path, monkeypatch:
 def test_tensor_info_and_repr() -> None:
     assert TensorInfo("s", (), torch.int64).nbytes == 8
     assert repr(MemoryCheckpoint({"w": torch.zeros(1)})) == "MemoryCheckpoint('<memory>', 1 tensors)"
+
+
+def test_a_file_has_the_bytes_that_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {
+        "b.weight": torch.randn(3, 2, generator=seeded(5)).bfloat16(),
+        "a.weight": torch.randn(3, 2, generator=seeded(6), dtype=torch.float64),
+        "turned": torch.arange(6).reshape(2, 3).T,
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(3.0),
+        "mask": torch.tensor([True, False]),
+    }
+    tensors |= {"tied": tensors["a.weight"], "row": tensors["a.weight"][1]}
+    _weight_files.save_file(tensors, tmp_path / "ours.safetensors", {"format": "pt", "tied": "a.weight"})
+    apart = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(apart, tmp_path / "theirs.safetensors", {"format": "pt", "tied": "a.weight"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()

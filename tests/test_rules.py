@@ -176,3 +176,34 @@ def test_rules_that_do_not_fit_a_tensor_name_it() -> None:
         table.treat(TensorInfo("fc.bias", (4,), torch.float32))
     with pytest.raises(ValueError, match=r"'w': no rule applies"):
         RuleTable(()).treat(TensorInfo("w", (4,), torch.float32))
+
+
+NAMES = (
+    *("h.{}.attn.c_attn.weight", "model.layers.{}.mlp.c_fc.weight", "{}.weight", "blocks.{}.w13.weight", "layers.{}"),
+    *(
+        "layers.{}.mlp.experts.{}.gate_up_proj",
+        "layers.{}.norm{}.weight",
+        "encoder.{}.rel_attn.r",
+        "tok_embed{}.weight",
+    ),
+    *(
+        "stages.{}.blocks.{}.attn.qkv.weight",
+        "layers.{}.mask",
+        "cls_token",
+        "layer_{}.dense_h_to_4h.weight",
+        "a.{}.bias",
+    ),
+)
+
+
+@pytest.mark.parametrize("place", [0, 3, 17, len(DEFAULT_RULES.rules)])
+@pytest.mark.parametrize("shape", [(4, 4), (12, 4), (3, 4, 4), (4, 1, 3, 3), (4,)])
+def test_the_first_rule_that_applies_decides_for_every_layer(shape: tuple[int, ...], place: int) -> None:
+    own = (Rule(r"(layers|h)\.1\d?\.", "base"), Rule(r"[._]2\b", "average"), Rule(r"^13\.", "base"))
+    table = RuleTable((*DEFAULT_RULES.rules[:place], *own, *DEFAULT_RULES.rules[place:]))
+    for number in (0, 1, 2, 13, 13, 4, 31, 123, 0):
+        for name in NAMES:
+            for names in ([name.format(number, 7)], [name.format(3, number), name.format(number, number)]):
+                info = TensorInfo(names[0], shape, torch.float32)
+                expected = next((rule for rule in table.rules if rule.applies(names, info, "gpt2")), None)
+                assert table.deciding(info, "gpt2", names[1:]) is expected, names

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.models.disk import replace_file
 from poe_models.weights.loading import CheckpointError
+from poe_models.weights.weight_files import save_file
 
 
 @dataclass(eq=False)

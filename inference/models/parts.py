@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inference.models.digest import file_digest
-from inference.models.plain_json import json_text, plain
+from inference.models.plain_json import Encoded, json_text, plain
 
 
 class Records:
@@ -22,25 +22,27 @@ class Records:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Path, list[Any]] = {}
+        self._known: dict[Path, Encoded] = {}
 
     def text(self, place: Path, file: Path, records: Sequence[Any]) -> str:
         """Content of the records' file of a finished part, which will be at ``place``."""
         told = [plain(record) for record in records]
-        self._known[place] = [data for _, data in told]
-        return _lines(file, [line for line, _ in told])
+        self._known[place] = Encoded([data for _, data in told], [line for line, _ in told])
+        return _lines(file, self._known[place].lines)
 
     def joined(self, place: Path, file: Path, parts: Sequence[Path]) -> str:
         """The same of a weight file, from the records' files of its parts."""
         if all(part in self._known for part in parts):
-            self._known[place] = [record for part in parts for record in self._known.pop(part)]
+            self._known[place] = Encoded.joined(self._known.pop(part) for part in parts)
+            return _lines(file, self._known[place].lines)
         return _lines(file, [line for part in parts for line in _read(part)[1:]])
 
-    def of(self, place: Path) -> list[Any]:
+    def of(self, place: Path) -> Encoded:
         """The records of a part or weight file."""
         if place not in self._known:
-            self._known[place] = [json.loads(line) for line in _read(place)[1:]]
-        return list(self._known[place])
+            lines = _read(place)[1:]
+            self._known[place] = Encoded(map(json.loads, lines), lines)
+        return self._known[place]
 
 
 def _lines(file: Path, records: Iterable[str]) -> str:
@@ -71,19 +73,4 @@ def whole(parts: Sequence[Path], copies: Mapping[str, str]) -> dict[str, Tensor]
     for path in parts:
         with safe_open(path, framework="pt") as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        tensors |= tied_tensors(path, copies)
-    return tensors
-
-
-def tied_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Further names of the tensors of a part, each from a map of its own: safetensors saves no memory twice."""
-    found: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-    left = {alias: target for alias, target in aliases.items() if target in names}
-    while left:
-        first = {target: alias for alias, target in reversed(left.items())}
-        with safe_open(path, framework="pt") as file:
-            found |= {alias: file.get_tensor(target) for target, alias in first.items()}
-        left = {alias: target for alias, target in left.items() if alias not in found}
-    return found
+    return tensors | {alias: tensors[target] for alias, target in copies.items()}

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+class Encoded(list[Any]):
+    """Plain data in a list, with the JSON of each, which is not made again: of very many it takes long.
+
+    Args:
+        data: The data, which are not changed any more.
+        lines: The JSON of each, in one line.
+
+    >>> json_text({"a": 1, "b": Encoded([2.0, 3.0], ["2.0", "3.0"])})
+    '{"a": 1, "b": [2.0, 3.0]}'
+    """
+
+    def __init__(self, data: Iterable[Any], lines: Iterable[str]) -> None:
+        super().__init__(data)
+        self.lines = list(lines)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Encoded]) -> Encoded:
+        """The data of all parts, in order."""
+        known = list(parts)
+        return cls([data for part in known for data in part], [line for part in known for line in part.lines])
 
 
 def json_text(data: Any, indent: int | None = None) -> str:
@@ -13,6 +35,10 @@ def json_text(data: Any, indent: int | None = None) -> str:
     >>> json_text({"a": float("nan")})
     '{"a": null}'
     """
+    if indent is None and isinstance(data, Encoded):
+        return f"[{', '.join(data.lines)}]"
+    if indent is None and isinstance(data, Mapping) and any(isinstance(value, Encoded) for value in data.values()):
+        return f"{{{', '.join(f'{json_text(key)}: {json_text(value)}' for key, value in data.items())}}}"
     return plain(data, indent)[0]
 
 

@@ -56,7 +56,7 @@ class TensorPlan:
     average: Average | None = None
     copies: tuple[str, ...] = ()
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes written for it, copies not counted."""
         return math.prod(self.shape) * self.dtype.itemsize

@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.models.digest import difference
 from inference.models.disk import RESUME, OutputError, disk_errors, real_path, replace_file
 from inference.models.parts import Records, intact, once, whole
 from inference.models.places import portable
-from inference.models.plain_json import finite, json_text
+from inference.models.plain_json import Encoded, finite, json_text
 from inference.models.ranks import ALONE, Ranks
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.weight_files import SafetensorsFile, tie_metadata
+from poe_models.weights.weight_files import SafetensorsFile, save_file, tie_metadata
 
 STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
 _PRETTY = 2**20
@@ -261,7 +260,7 @@ class Staging:
     def save_part(self, name: str, batch: int, made: Finished, ties: Mapping[str, str]) -> None:
         """Save the tensors of a finished batch with their records, and the ties that the whole file notes."""
         path, (tensors, records) = self._part(name, batch), made
-        self._replace(path, lambda temporary: save_file(dict(tensors), temporary, metadata=tie_metadata(ties)))
+        self._replace(path, lambda temporary: save_file(tensors, temporary, metadata=tie_metadata(ties)))
         self._check_inputs()  # after the last look at them, and before the batch counts as finished
         place = path.with_suffix(".json")
         self._write_text(place, self._records.text(place, path, records))
@@ -282,9 +281,9 @@ class Staging:
         parts, place = [path.with_suffix(".json") for path in paths], self._record(name)
         self._write_text(place, self._records.joined(place, self.folder / OUTPUT / name, parts))
 
-    def records(self, names: Sequence[str]) -> list[Any]:
+    def records(self, names: Sequence[str]) -> Encoded:
         """Records of finished weight files, in order."""
-        return [record for name in names for record in self._records.of(self._record(name))]
+        return Encoded.joined(self._records.of(self._record(name)) for name in names)
 
     def has(self, name: str) -> bool:
         """Return whether a file of the output is finished."""
@@ -296,7 +295,7 @@ class Staging:
         self._save(name, tensors, metadata)
 
     def _save(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        self.write(name, lambda path: save_file(dict(tensors), path, metadata=metadata))
+        self.write(name, lambda path: save_file(tensors, path, metadata=metadata))
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file of the output; numbers that JSON lacks (NaN, infinity) become null."""

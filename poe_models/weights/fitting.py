@@ -147,8 +147,8 @@ def _rows(info: TensorInfo, other: TensorInfo) -> str:
 
 
 def _extra(base: Checkpoint, expert: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
-    for name, info in expert.tensors.items():
-        names = expert.tied_names(name)
+    for name in [each for each in expert.tensors if each not in base.tensors]:
+        info, names = expert.tensors[name], expert.tied_names(name)
         if info.dtype.is_floating_point and not any(n in base.tensors or n in base.aliases for n in names):
             yield name, info
 

@@ -126,7 +126,8 @@ class FileCheckpoint(Checkpoint):
         refuse_adapter(self.source, self.tensors, path.parent if path.is_file() else None)
         refuse_quantised(self.source, self.tensors.values(), config)
         copies = tied_copies(self)
-        self._tie(copies)
+        if copies:
+            self._tie(copies)
         self.apart = untied_names(self) | set(copies)
 
     def _tie(self, aliases: Mapping[str, str]) -> None:

@@ -19,13 +19,13 @@ from typing import get_args
 from urllib.parse import quote, unquote
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
 from poe_models.residual_maps import MomentKind
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.loading import open_checkpoint
+from poe_models.weights.weight_files import save_file
 
 _KEY = "poe_merge_statistics"
 _SUFFIX = ".safetensors"

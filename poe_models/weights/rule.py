@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -38,6 +39,7 @@ SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
     "even_rows": lambda shape: len(shape) == 2 and shape[0] % 2 == 0,
     "even_stack": lambda shape: len(shape) == 3 and shape[1] % 2 == 0,
 }
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # of a layer, or of whatever else a list of modules holds
 _VIEW_KEYS = tuple(field.name for field in dataclasses.fields(View) if field.name != "flatten")
 
 
@@ -136,6 +138,42 @@ class Rule:
         if self.model_types:
             values["model_types"] = list(self.model_types)
         return {**values, "match": self.match, "action": self.action}
+
+
+class Precedence:
+    r"""Rules for tensors of one shape and model type, in order: the first whose text a name has decides.
+
+    Args:
+        rules: The rules.
+        plain: Texts that need no budget of time and take all numbers of layers alike: they are tried on one name of
+            those that differ in such numbers only.
+
+    >>> lowest = Rule(r"layers\.0\.", "base")
+    >>> order = Precedence([lowest, Rule("mlp", "average"), Rule()], {"mlp", ""})
+    >>> [order.deciding([f"layers.{layer}.mlp.weight"]).action for layer in range(3)]
+    ['base', 'average', 'average']
+    """
+
+    def __init__(self, rules: Sequence[Rule], plain: Collection[str]) -> None:
+        self._rules = tuple(rules)
+        places = range(len(rules))
+        self._plain = [(p, re.compile(rules[p].match).search) for p in places if rules[p].match in plain]
+        self._others = [(p, pattern(rules[p].match).search) for p in places if rules[p].match not in plain]
+        self._first_plain: dict[tuple[str, ...], int] = {}
+
+    def deciding(self, names: Sequence[str]) -> Rule | None:
+        """The first rule that is about a tensor with these names (several if it is tied), or None."""
+        alike = tuple([_NUMBER.sub("0", name) for name in names])
+        if alike not in self._first_plain:
+            found = (place for place, search in self._plain if any(map(search, alike)))
+            self._first_plain[alike] = next(found, len(self._rules))
+        last = self._first_plain[alike]
+        for place, search in self._others:
+            if place > last:
+                break
+            if any(map(search, names)):
+                return self._rules[place]
+        return self._rules[last] if last < len(self._rules) else None
 
 
 def _view_from_dict(values: object) -> View:

@@ -18,7 +18,7 @@ without entries, always stay the base's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,8 +26,7 @@ from typing import Any
 from typing_extensions import override
 
 from poe_models.weights.checkpoint import Checkpoint, TensorInfo
-from poe_models.weights.patterns import pattern
-from poe_models.weights.rule import SHAPES, Action, Rule
+from poe_models.weights.rule import SHAPES, Action, Precedence, Rule
 from poe_models.weights.views import View
 
 _TOKENS = r"(^|\.)(wte|shared|embed_in|embed_tokens|tok\w*_embed\w*|tokens_embed|word_embed\w*|embeddings)\.weight$"
@@ -174,6 +173,9 @@ _DEFAULTS: tuple[Rule, ...] = (
 )
 
 
+_OURS = frozenset(rule.match for rule in _DEFAULTS)  # none of them asks which layer it is
+
+
 @dataclass(frozen=True)
 class Treatment:
     """The decision of a table about one tensor.
@@ -260,28 +262,17 @@ class RuleTable:
         self, info: TensorInfo, model_type: str | None = None, aliases: Sequence[str] = (), *, first: bool = False
     ) -> Rule | None:
         """The first rule that applies to a tensor, or None; for the arguments see :meth:`treat`."""
-        name = info.name
-        kind = info.shape, model_type
+        kind, names = (info.shape, model_type, first), (info.name, *aliases)
         if kind not in self._fitting:
-            self._fitting[kind] = [each for each in self._searches if each[0].fits(info, model_type)]
-        for rule, search in self._fitting[kind]:
-            if (search(name) or any(map(search, aliases))) and not (first and rule.shape == "depthwise"):
-                return rule
-        return None
+            fitting = [rule for rule in self.rules if rule.fits(info, model_type)]
+            rules = [rule for rule in fitting if not (first and rule.shape == "depthwise")]
+            self._fitting[kind] = Precedence(rules, _OURS)
+        return self._fitting[kind].deciding(names)
 
     @cached_property
-    def _fitting(self) -> dict[tuple[tuple[int, ...], str | None], list[tuple[Rule, Callable[[str], object]]]]:
+    def _fitting(self) -> dict[tuple[tuple[int, ...], str | None, bool], Precedence]:
         """The rules for each shape and model type that was asked about: a model has many tensors of few shapes."""
         return {}
-
-    @cached_property
-    def _searches(self) -> tuple[tuple[Rule, Callable[[str], object]], ...]:
-        """The rules with what searches a name for their text; a text that is not one of ours has a budget of time."""
-        ours = {rule.match for rule in _DEFAULTS}
-        return tuple(
-            (rule, re.compile(rule.match).search if rule.match in ours else pattern(rule.match).search)
-            for rule in self.rules
-        )
 
     def extended(self, rules: Iterable[Rule | Mapping[str, Any]]) -> RuleTable:
         """Put rules before those of this table.
@@ -346,12 +337,12 @@ def first_convolution(checkpoint: Checkpoint) -> str | None:
         for name, info in checkpoint.tensors.items()
         if info.dtype.is_floating_point and 3 <= len(info.shape) <= 5 and not SHAPES["vector"](info.shape)
     }
-    if any(1 < shape[1] <= 4 for shape in kernels.values()):
+    grey = [name for name, shape in kernels.items() if shape[1] == 1 and not _DEPTHWISE.search(name)]
+    if not grey or any(1 < shape[1] <= 4 for shape in kernels.values()):
         return None
     if any(re.search(_TOKENS, name) for name in checkpoint.tensors):
         return None
-    grey = [name for name, shape in kernels.items() if shape[1] == 1 and not _DEPTHWISE.search(name)]
-    return min(grey, key=_natural, default=None)
+    return min(grey, key=_natural)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -275,8 +275,8 @@ class TaskVectors:
     @property
     def unused_rules(self) -> tuple[Rule, ...]:
         """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
-        named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items()]
         own = [rule for rule in self.rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
+        named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items() if own]
         return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
 
     def _treat_all(self) -> dict[str, Treatment]:
@@ -291,8 +291,7 @@ class TaskVectors:
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            untouched = all(adapter is not None and not adapter.changes(name) for adapter in adapters)
-            if untouched and treatment.action != "base":
+            if treatment.action != "base" and all(each is not None and not each.changes(name) for each in adapters):
                 treatment = Treatment("base", None, UNTOUCHED)
             treatments[name] = treatment
         warn_of_unclear(n for n, known in sides.items() if not known and self._is_unclear(n, treatments))
