@@ -31,7 +31,7 @@ from poe_merge.stats import Table, checkpoints_of
 from poe_models.experts import Anchor, Expert, ProductOfExperts
 from poe_models.methods import METHODS, MergingMethod
 from poe_models.weights.json_files import read_object
-from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
+from poe_models.weights.loading import Checkpoint, CheckpointError, model_and_adapter, open_checkpoint
 from poe_models.weights.rules import RuleTable
 from poe_models.weights.task_vectors import TaskVectors
 
@@ -209,10 +209,24 @@ def check_inputs(run: Path, task_vectors: TaskVectors, designs: Table, progress:
 def task_vectors_of(record: Mapping[str, Any]) -> TaskVectors:
     """Base and experts as they were merged; an error names one that is not what it was."""
     inputs = record["inputs"]
+    _require_models_under(record)
     base = _opened("base", inputs)
     experts = {role.removeprefix(EXPERT): _opened(role, inputs, base) for role in inputs if role.startswith(EXPERT)}
     dtype = {"float32": torch.float32, "float64": torch.float64}[record["compute_dtype"]]
     return TaskVectors(base, experts, RuleTable.from_dicts(record["rules"]), dtype)
+
+
+def _require_models_under(record: Mapping[str, Any]) -> None:
+    """Refuse a record of before the models under adapters were inputs, if it needs one: nothing says which it was."""
+    config = record.get("settings", {}).get("config", {})
+    for entry in config.get("models", ()):
+        parts = model_and_adapter(str(entry["model"]))
+        role = EXPERT + str(entry["name"])
+        if parts is not None and parts[0] != config["base_model"] and UNDER + role not in record["inputs"]:
+            raise CheckpointError(
+                f"{role} is an adapter on a model of its own ({parts[0]}), of which this record of an earlier version "
+                "has no digest. Merge again."
+            )
 
 
 def _opened(role: str, inputs: Mapping[str, Any], base: Checkpoint | None = None) -> Checkpoint:

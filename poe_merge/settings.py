@@ -240,9 +240,11 @@ def located(raw: Any, folders: Folders) -> str:
     """Make a checkpoint's path absolute, or the two of ``MODEL+ADAPTER``; a model id of the Hub stays as it is."""
     if not isinstance(raw, str):
         raise ValueError(f"{raw!r} is no checkpoint; write a path, or a model id of the Hub")
-    path = folders[0] / Path(raw).expanduser()
-    if "+" in raw and not path.exists():
-        return "+".join(located(part, folders) for part in raw.split("+", 1))
+    from poe_models.weights.loading import model_and_adapter
+
+    path, parts = folders[0] / Path(raw).expanduser(), model_and_adapter(raw, folders[0])
+    if parts is not None:
+        return "+".join(located(part, folders) for part in parts)
     return raw if _HUB_ID.fullmatch(raw) and not path.exists() else str(path.absolute())
 
 

@@ -13,9 +13,11 @@ import huggingface_hub
 import pytest
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import nn
 
+from poe_models.weights import saving
 from poe_models.weights import weight_files as _weight_files
 from poe_models.weights.loading import CheckpointError, MemoryCheckpoint, TensorInfo, open_checkpoint, same_weights
 from tests.seeds import seeded
@@ -173,6 +175,7 @@ def test_maps_are_renewed_and_values_stay(kind: str, tmp_path: Path, monkeypatch
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
+from safetensors import safe_open
 from safetensors.torch import load_file
 from poe_models.weights.loading import open_checkpoint
 path, how = sys.argv[1:]
@@ -290,7 +293,23 @@ def test_a_file_has_the_bytes_that_safetensors_writes(tmp_path: Path) -> None:
         "mask": torch.tensor([True, False]),
     }
     tensors |= {"tied": tensors["a.weight"], "row": tensors["a.weight"][1]}
-    _weight_files.save_file(tensors, tmp_path / "ours.safetensors", {"format": "pt", "tied": "a.weight"})
+    saving.save_file(tensors, tmp_path / "ours.safetensors", {"format": "pt"})
     apart = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(apart, tmp_path / "theirs.safetensors", {"format": "pt", "tied": "a.weight"})
+    save_file(apart, tmp_path / "theirs.safetensors", {"format": "pt"})
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_a_file_is_the_same_bytes_every_time(tmp_path: Path) -> None:
+    """Whatever its metadata, which are in a random order as safetensors writes them."""
+    tensors, path = {"w\u00e9ight": torch.arange(3.0)}, tmp_path / "model.safetensors"
+    metadata = {"format": "pt", **{f'further "{i}" \n\x01\u00e9': f"w\u00e9ight {i}" for i in range(8)}}
+    written = set()
+    for _ in range(5):
+        saving.save_file(tensors, path, metadata)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("w\u00e9ight"), tensors["w\u00e9ight"])
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata)
+    assert path.stat().st_size == (tmp_path / "theirs.safetensors").stat().st_size

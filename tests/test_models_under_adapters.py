@@ -97,3 +97,27 @@ def test_names_that_a_base_under_an_adapter_stores_apart_stay(here: Path) -> Non
     assert open_checkpoint("base+a").apart == open_checkpoint("base").apart == {"lm_head.weight"}
     assert run(["merge", "--base-model", "base+a", "--model", "x=b", "--out", "merged"]) == 0
     assert set(load_file("merged/model.safetensors")) == set(tied)
+
+
+def test_a_path_may_hold_a_plus_sign(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "c++").mkdir()
+    for name in ("base", "other", "tuned", "a"):
+        (here / name).rename(here / "c++" / name)
+    monkeypatch.chdir(here / "c++")
+    assert run(["merge", "--base-model", "base", "--model", "x=other+a", "--model", "y=tuned", "--out", "merged"]) == 0
+    wanted = TaskVectors("base", {"x": "other+a", "y": "tuned"})
+    assert_close(updates(task_vectors_of(read_record(Path("merged")))), updates(wanted))
+    assert str(here) not in Path("merged/poe_merge.json").read_text()
+    whole = f"{here}/c++/other+{here}/c++/a"
+    assert torch.equal(open_checkpoint(whole).read(NAME), open_checkpoint("other+a").read(NAME))
+
+
+def test_a_record_without_the_model_is_refused(here: Path) -> None:
+    """As earlier versions wrote it, which opened the adapter on the base of the merge."""
+    given = ["--model", "x=other+a", "--model", "y=base+b"]
+    assert run(["merge", "--base-model", "base", *given, "--out", "merged"]) == 0
+    record = read_record(here / "merged")
+    assert [name for name in record["inputs"] if name.startswith("model under")] == ["model under expert x"]
+    del record["inputs"]["model under expert x"]
+    with pytest.raises(CheckpointError, match=r"expert x is an adapter on a model of its own .*other\).*Merge again"):
+        task_vectors_of(record)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from poe_models import TaskVectors
+from poe_models import DEFAULT_RULES, TaskVectors
 from poe_models.weights.checkpoint import CheckpointError
 from poe_models.weights.transfer import ReadAhead, sent
 from poe_models.weights.weight_files import SAFETENSORS_DTYPES, SafetensorsFile
@@ -50,6 +50,16 @@ def test_a_file_that_ends_early_is_refused(stored: Path) -> None:
             file.read_each(list(file.tensors))
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"[]", b"\x05" + b"\0" * 7 + b"hello"])
+def test_a_file_that_is_another_now_is_refused(content: bytes, stored: Path) -> None:
+    file = SafetensorsFile(stored)
+    stored.write_bytes(content)
+    with ThreadPoolExecutor(1) as pool:
+        file.read_ahead("scalar", pool)
+        with pytest.raises(CheckpointError, match="changed while it was in use"):
+            file.read("scalar")
+
+
 def test_a_batch_and_the_next_are_read_ahead_for_a_gpu_only(tmp_path: Path, generator: torch.Generator) -> None:
     for model in ("base", "expert"):
         states = {name: torch.randn(4, 3, generator=generator) for name in NAMES}
@@ -70,6 +80,19 @@ def test_a_batch_and_the_next_are_read_ahead_for_a_gpu_only(tmp_path: Path, gene
             ahead.begin(place)
             assert held() == sorted(NAMES[place : place + 2])
     assert held() == []
+
+
+def test_an_expert_is_not_read_where_the_base_is_kept(tmp_path: Path, generator: torch.Generator) -> None:
+    for model in ("base", "expert"):
+        states = {name: torch.randn(4, 3, generator=generator) for name in NAMES}
+        save_file(states, tmp_path / f"{model}.safetensors")
+    kept = DEFAULT_RULES.extended([{"match": "two", "action": "base"}])
+    vectors = TaskVectors(tmp_path / "base.safetensors", {"expert": tmp_path / "expert.safetensors"}, kept)
+    vectors.device = torch.device("cuda")
+    with ReadAhead(vectors, [NAMES]) as ahead:
+        ahead.begin(0)
+        for checkpoint, names in ((vectors.base, NAMES), (vectors.experts["expert"], (NAMES[0], NAMES[2]))):
+            assert sorted(checkpoint._parts[NAMES[0]]._ahead) == sorted(names)  # type: ignore[attr-defined]
 
 
 def test_a_tensor_is_sent_as_it_is(generator: torch.Generator) -> None:

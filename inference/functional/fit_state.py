@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.models.disk import replace_file
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.weight_files import save_file
+from poe_models.weights.saving import save_file
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from inference.models.artifacts import versions
+from inference.models.artifacts import matmul_precision, versions
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
 from inference.models.factor_merge import averaged_factors, merged_factors, refuse_axes
 from inference.models.folder import RECORD
@@ -159,6 +159,7 @@ def merge_adapters(
         "settings": dict(settings or {}),
         "seed": seed,
         "rank": rank,
+        "matmul_precision": matmul_precision(),
         "out_dtype": None if out_dtype is None else str(out_dtype).removeprefix("torch."),
         "designs": [each.describe() for each in planned.designs],
         "rules": task_vectors.rules.to_dicts(),

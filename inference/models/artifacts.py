@@ -35,6 +35,14 @@ def versions() -> dict[str, str]:
     return found | {"torch": str(torch.__version__)}  # with its build, which the package's metadata may lack
 
 
+def matmul_precision() -> str:
+    """Precision of float32 matrix products in this process, in the words of the setting that was used, old or new."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # one of torch.backends' own was set, and may differ from the others
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
 def write_artifact(out: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
     """Write a folder ``OUT/KIND.safetensors`` and ``OUT/KIND.json``.
 

@@ -11,12 +11,11 @@ from threading import Lock
 from typing import Any, Protocol
 
 import torch
-from typing_extensions import override
 
 from poe_models.weights.loading import Checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 
-_BLOCK = 8 * 2**20
+_BLOCK = 2**20
 _CONFIGS = ("config.json", "adapter_config.json")
 UNDER = "model under "
 """Before the role of an adapter, the role of the model that it was trained on."""
@@ -72,9 +71,9 @@ def digest_inputs(checkpoints: Mapping[str, Checkpoint], code: Sequence[Path], p
 
 
 def _file_digests(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
-    """Digests by real paths, several files at a time: as many as torch has threads."""
+    """Digests by real paths, several files at a time: as many as torch has threads, and eight at most."""
     files, told = {path.resolve(): path for path in paths}, _Shared(progress)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
         found = {real: pool.submit(file_digest, path, told) for real, path in files.items()}
         try:
             digests = {real: each.result() for real, each in found.items()}
@@ -86,14 +85,18 @@ def _file_digests(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
     return digests
 
 
-class _Shared(Silent):
+class _Shared:
     """A progress that several threads tell, each of which ends once it is stopped."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._lock, self.stopped = progress, Lock(), False
 
-    @override
+    def begin(self, stage: str, modules: int, nbytes: int) -> None:
+        """Pass it on."""
+        self._progress.begin(stage, modules, nbytes)
+
     def advance(self, modules: int, nbytes: int) -> None:
+        """Pass it on, or end the thread."""
         if self.stopped:
             raise CancelledError
         with self._lock:

@@ -14,6 +14,7 @@ from inference.draws import Draws
 from inference.gibbs import GibbsKernel, gibbs
 from inference.laplace import Laplace
 from inference.merge_distance import MergeDistance
+from inference.models.artifacts import matmul_precision
 from inference.models.design import Design, Designs, as_function, design_text
 from inference.models.digest import Progress, Silent
 from inference.models.model_draws import FullDraws
@@ -168,11 +169,12 @@ def noise_control(
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Record where draws are made: device type, torch version, threads and compute dtype decide their digits."""
+    """Record where draws are made: all of this decides their digits."""
     return {
         "device": device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "matmul_precision": matmul_precision(),
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -200,13 +202,14 @@ def warn_of_changes(recorded: Mapping[str, Any], device: torch.device | None = N
     if device is None:
         available = recorded["device"] == "cpu" or (recorded["device"] == "cuda" and torch.cuda.is_available())
         device = torch.device(recorded["device"] if available else "cpu")
-    here = environment(device, dtype)
-    changed = [
-        f"{key} {recorded[key]} -> {here[key]}" for key in ("device", "torch", "threads") if recorded[key] != here[key]
-    ]
+    before, here = {"matmul_precision": "highest", **recorded}, environment(device, dtype)
+    keys = ("device", "torch", "threads", "matmul_precision")
+    changed = [f"{key} {before[key]} -> {here[key]}" for key in keys if before[key] != here[key]]
     if not changed:
         return
-    if recorded["device"] == here["device"]:
+    if before["matmul_precision"] != here["matmul_precision"]:
+        what = "the draws are made again to the less precise of both products"
+    elif recorded["device"] == here["device"]:
         what = f"the draws are made again within {TOLERANCE[dtype]:g} of their largest entry, not bit for bit"
     else:
         what = "the seeds give other noise here: these will be other draws of the same posterior, equally good"

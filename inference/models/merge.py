@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from inference.models.artifacts import versions
+from inference.models.artifacts import matmul_precision, versions
 from inference.models.design import Design
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
 from inference.models.disk import OutputError, check_space, real_path
@@ -172,7 +172,7 @@ def _state(task_vectors: TaskVectors, planned: Plan) -> dict[str, Any]:
     """Dtype, device, designs, averages and rules of a merge as plain data, for the record."""
     return {
         "compute_dtype": str(task_vectors.dtype).removeprefix("torch."),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": matmul_precision(),
         "device": task_vectors.device.type,
         "designs": [each.describe() for each in planned.designs],
         "averages": sorted({(each.scaling, *each.importance) for each in planned.averages}),

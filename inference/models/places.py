@@ -15,6 +15,8 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from poe_models.weights.loading import model_and_adapter
+
 _HUB_FOLDER = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]+)$")
 _REVISION = re.compile(r"([\w.-]+)/([\w.-]+)@([0-9a-f]+)")
@@ -100,11 +102,19 @@ def _text(text: str, change: Callable[[str], str | None]) -> str:
     role = _ROLE.match(text)
     prefix = role[0] if role else ""
     rest = text.removeprefix(prefix)
-    parts = [rest] if os.path.exists(rest) else _ON.split(rest)
+    parts = _parts(rest)
     found = [change(part) for part in parts]
     if any(each is not None for each in found):
         return prefix + "+".join(each or part for each, part in zip(found, parts, strict=True))
     return _QUOTED.sub(lambda found: change(found[0]) or found[0], text)
+
+
+def _parts(text: str) -> list[str]:
+    """The text, or the model and the adapters that it names."""
+    if not os.path.isabs(text):
+        return [text] if os.path.exists(text) else _ON.split(text)
+    found = model_and_adapter(text)
+    return [text] if found is None else [found[0], *_parts(found[1])]
 
 
 def hub_id(source: str) -> str | None:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from inference.models.averages import Average, averages_of
 from inference.models.design import Design, require_alike
-from inference.models.digest import nbytes_of, with_models
+from inference.models.digest import UNDER, nbytes_of, with_models
 from inference.models.folder import weight_files
 from inference.models.memory import averaged_bytes, merged_bytes
 from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, as_any_function
@@ -339,7 +339,7 @@ def _read_bytes(task_vectors: TaskVectors, designs: Sequence[AnyDesign], tensors
     for role, checkpoint in checkpoints.items():
         if isinstance(checkpoint, LoraCheckpoint):
             total += nbytes_of(checkpoint)
-        elif role.startswith(("expert ", "anchor ")):
+        elif role.startswith(("expert ", "anchor ", UNDER)):
             keys = [key for name in used for key in keys_of(base, checkpoint, name)]
             total += sum(checkpoint.tensors[key].nbytes for key in keys)
     return total

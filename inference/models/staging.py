@@ -31,7 +31,8 @@ from inference.models.places import portable
 from inference.models.plain_json import Encoded, finite, json_text
 from inference.models.ranks import ALONE, Ranks
 from poe_models.weights.loading import CheckpointError
-from poe_models.weights.weight_files import SafetensorsFile, save_file, tie_metadata
+from poe_models.weights.saving import save_file
+from poe_models.weights.weight_files import SafetensorsFile, tie_metadata
 
 STATE, PARTS, RECORDS, OUTPUT = "state.json", "parts", "records", "output"
 _PRETTY = 2**20

@@ -79,14 +79,36 @@ def open_checkpoint(
             "tensors such as `model.state_dict()`."
         )
     path = Path(source).expanduser()
-    if not path.exists() and "+" in str(source):  # mergekit's way to write an adapter on a model
-        under, _, adapter = str(source).partition("+")
-        return open_checkpoint(adapter, base=open_checkpoint(under, base))
+    parts = model_and_adapter(str(source))
+    if parts is not None:
+        return open_checkpoint(parts[1], base=open_checkpoint(parts[0], base))
     if not path.exists():
         path = _download(str(source))
     if path.is_file():
         return FileCheckpoint(path, [_weight_file(path)])
     return _open_folder(path, base)
+
+
+def model_and_adapter(source: str, folder: Path = Path()) -> tuple[str, str] | None:
+    """The two parts of ``MODEL+ADAPTER``, mergekit's way to write an adapter on a model; None for what is no such text.
+
+    Args:
+        source: A path, a model id, or two of them. It is cut at the first plus sign with something that exists before
+            it, else at the first.
+        folder: What relative paths are relative to.
+
+    >>> model_and_adapter("org/model+org/adapter"), model_and_adapter("org/model")
+    (('org/model', 'org/adapter'), None)
+    """
+
+    def there(text: str) -> bool:
+        return (folder / Path(text).expanduser()).exists()
+
+    cuts = [place for place, letter in enumerate(source) if letter == "+"]
+    if not cuts or there(source):
+        return None
+    cut = next((place for place in cuts if there(source[:place] or "+")), cuts[0])
+    return source[:cut], source[cut + 1 :]
 
 
 class FileCheckpoint(Checkpoint):

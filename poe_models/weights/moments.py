@@ -25,7 +25,7 @@ from typing_extensions import override
 from poe_models.residual_maps import MomentKind
 from poe_models.weights.checkpoint import Checkpoint, CheckpointError, nearest
 from poe_models.weights.loading import open_checkpoint
-from poe_models.weights.weight_files import save_file
+from poe_models.weights.saving import save_file
 
 _KEY = "poe_merge_statistics"
 _SUFFIX = ".safetensors"

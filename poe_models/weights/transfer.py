@@ -39,8 +39,9 @@ def sent(stored: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 class ReadAhead:
     """Reads the tensors of the next batch from the files of all models while a GPU works on the present one.
 
-    What is read stays in pinned memory until its batch is done: twice the bytes of a batch, of all models. Nothing is
-    done for other devices, whose cores the reading would take from the work, nor for adapters, which are small.
+    What is read stays in pinned memory until its batch is done: twice the stored bytes of a batch, of all models. Only
+    safetensors files are read ahead, not adapters and the models under them; and nothing for other devices, whose cores
+    the reading would take from the work.
 
     Args:
         task_vectors: Base and experts.
@@ -77,7 +78,8 @@ class ReadAhead:
     def _sources(self, place: int) -> list[tuple[Checkpoint, list[str]]]:
         base, names = self._vectors.base, self._batches[place]
         experts = self._vectors.experts.values()
-        keys = [(each, [key for name in names for key in keys_of(base, each, name)]) for each in experts]
+        used = [name for name in names if self._vectors.treatments[name].action != "base"]
+        keys = [(each, [key for name in used for key in keys_of(base, each, name)]) for each in experts]
         return [(base, list(names)), *keys]
 
     def _forget(self, place: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,24 @@ def test_the_card_names_models_of_the_hub(tmp_path: Path, out: Path, generator: 
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == ["org/tiny"]
     assert "**Base:** `org/tiny`" in card.text
+
+
+_NEW_SETTING = """
+import sys, torch
+from inference import merge_checkpoint
+from poe_models import ProductOfExperts, TaskVectors
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+vectors = TaskVectors({"fc.weight": torch.zeros(3, 2)}, {"a": {"fc.weight": torch.ones(3, 2)}})
+merge_checkpoint(vectors, ProductOfExperts.of(vectors.names), sys.argv[1])
+"""
+
+
+def test_the_newer_setting_of_precision_is_recorded(out: Path) -> None:
+    """Torch refuses to tell the older one then."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("a torch without it")
+    subprocess.run([sys.executable, "-c", _NEW_SETTING, str(out)], check=True, cwd=Path(__file__).parents[2])
+    assert record_of(out)["matmul_precision"] == "tf32"
 
 
 def test_the_record(models: Any, out: Path) -> None:
