@@ -47,6 +47,7 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "output": ("adapter(4)", "adapter(rank=4)"),
     "device": ("cpu:0", "cpu:0"),
     "seed": ("3", 3),
+    "matmul_precision": ("high", "high"),
     "batch_bytes": ("4096", 4096),
     "memory_budget": ("1.5GiB", 3 * 2**29),
     "weight": (["0.5"], 0.5),
