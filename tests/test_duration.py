@@ -141,5 +141,5 @@ def test_the_time_is_predicted(shapes: str, tmp_path: Path) -> None:
 
 def _cpu_seconds(row: str, folder: Path, shapes: Shapes) -> float:
     began = process_time()
-    ROWS[row](folder, shapes)
+    ROWS[row](folder, shapes, torch.device("cpu"))
     return process_time() - began
