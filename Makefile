@@ -73,7 +73,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoder
 
-# On a machine with a GPU: the tests that need one, then benchmarks/results/gpu.md, in less than eight minutes. Where the
+# On a machine with a GPU: the tests that need one, then benchmarks/results/gpu.md. Where the
 # packages are installed already, no network is needed: `make gpu BIN=/usr/bin` takes that folder's python, and nothing
 # is installed.
 gpu: $(if $(filter file,$(origin BIN)),$(STAMP))

@@ -18,6 +18,9 @@ from torch import Tensor
 from benchmarks.harness.memory import Anonymous
 from benchmarks.speed_models import Shapes
 
+CPU = torch.device("cpu")
+SEED = 0
+EXPERTS = 4
 RANK = 16
 NOISE = 0.3
 """Size of the noise beside the low-rank part, per entry."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,11 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_measures import Sizes, measured
+from benchmarks.gpu_models import shortened, suite_rows
+from benchmarks.harness import functional
+from benchmarks.harness.suite import Suite
+from benchmarks.speed_rows import ROWS
+from tests.toy_suites import toy_language, toy_suite
 
 
 def rows(page: str, title: str) -> list[list[str]]:
@@ -63,6 +70,30 @@ def test_draws_and_checkpoints_are_measured(page: str) -> None:
     found = rows(page, "Whole checkpoints")
     assert [(row[0], int(row[1])) for row in found] == models
     assert all(float(row[3]) > 0 and float(row[6]) > 0 for row in found)
+
+
+def test_whole_models_are_measured(page: str) -> None:
+    assert [row[0] for row in rows(page, "Rows of the benchmark of speed")] == list(ROWS)
+    ((experts, *_, missed),) = rows(page, "Seven billion weights")
+    assert (int(experts), int(missed)) == (Sizes.small().large[-1], 0)
+    kinds = [row[:2] for row in rows(page, "Less precise products")]
+    assert kinds == [[precision, e] for e in ("Gaussian", "Cauchy") for precision in ("highest", "high", "medium")]
+
+
+@pytest.mark.filterwarnings("ignore:.*had not converged", "ignore:.*no forward pass uses pooler")
+@pytest.mark.parametrize("make", [toy_suite, toy_language])
+def test_merges_of_a_suite_are_judged_alike_in_one_place(
+    make: Callable[[Path], Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "STEPS", 3)
+    suite = make(tmp_path)
+    tasks = {n: replace(t, splits={**t.splits, "train": t.splits["test"]}) for n, t in suite.tasks.items()}
+    suite = replace(suite, tasks=tasks)
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in suite_rows(suite, suite, 6)]
+    assert [row[1] for row in found] == ["task arithmetic", "InputGram, Cauchy", "InputGram, Cauchy + predictions"]
+    assert all(row[2] == row[3] and row[4] == row[5] for row in found[:2])
+    assert {row[2] for row in found[2:]} == {"not measured"}
+    assert {len(task.splits["test"]) for task in shortened(suite.tasks, 6).values()} == {6}
 
 
 def test_the_median_of_the_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:

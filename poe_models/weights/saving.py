@@ -13,8 +13,8 @@ from torch import Tensor
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, the same bytes every time.
 
-    It is what the function of this name in safetensors writes, in an eighth of its time for each tensor, but for the
-    order of the metadata, which is random there.
+    It is what the function of this name in safetensors writes, without an array made of each tensor on the way, but for
+    the order of the metadata, which is random there.
 
     Args:
         tensors: Names to tensors; those that share memory are each written.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from poe_models.weights.task_vectors import TaskVectors
 
 READERS = 4
-"""Threads that read ahead; one of them copies from the page cache at a fraction of what a GPU's bus takes."""
+"""Threads that read ahead."""
 
 
 def sent(stored: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
