@@ -76,6 +76,14 @@ def test_a_model_under_an_anchor_is_an_input(here: Path) -> None:
     assert list(portable({role: 1}, here / "merged")) == ["model under anchor ../a"]
 
 
+def test_one_adapter_on_two_models_as_centres_is_refused(here: Path) -> None:
+    vectors, poe = TaskVectors("base", {"x": "tuned"}), ProductOfExperts.of(["x"], energy=Cauchy())
+    one, other, again = (Design(poe, center=open_checkpoint(each)) for each in ("other+a", "tuned+a", "other+a"))
+    assert list(inputs_of(vectors, [one, again])) == ["base", "expert x", "anchor a", "model under anchor a"]
+    with pytest.raises(ValueError, match="a is the centre of two anchors, on other and on tuned.*the copy"):
+        inputs_of(vectors, [one, other])
+
+
 def test_a_base_under_an_adapter_gives_its_small_files(here: Path) -> None:
     assert run(["merge", "--base-model", "base+a", "--model", "x=tuned", "--model", "y=other", "--out", "merged"]) == 0
     assert json.loads((here / "merged/config.json").read_text()) == {"model_type": "llama"}

@@ -19,7 +19,7 @@ from inference.models.method_design import AnyDesign, AnyDesigns, MethodDesign, 
 from inference.models.one_row import require_matrices
 from poe_models.methods import MergingMethod
 from poe_models.weights.fitting import keys_of
-from poe_models.weights.loading import Checkpoint
+from poe_models.weights.loading import Checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import NO_WEIGHTS, Treatment
 from poe_models.weights.task_vectors import TaskVectors, block_names
@@ -244,10 +244,21 @@ def plan(
 
 def inputs_of(task_vectors: TaskVectors, designs: Sequence[AnyDesign]) -> dict[str, Checkpoint]:
     """Every checkpoint that is read, by its role; the models under adapters too, where they are not the base."""
-    centers = {f"anchor {d.center.source}": d.center for d in _products(designs) if d.center is not None}
+    centers: dict[str, Checkpoint] = {}
+    for center in (design.center for design in _products(designs) if design.center is not None):
+        _refuse_two_models(centers.setdefault(f"anchor {center.source}", center), center)
     experts = {f"expert {name}": checkpoint for name, checkpoint in task_vectors.experts.items()}
     found = {"base": task_vectors.base, **experts, **centers, **_given(task_vectors, designs, {})}
     return with_models(found, task_vectors.base)
+
+
+def _refuse_two_models(one: Checkpoint, other: Checkpoint) -> None:
+    """Refuse an adapter that is the centre of two anchors on different models: inputs are told apart by its name."""
+    if isinstance(one, LoraCheckpoint) and isinstance(other, LoraCheckpoint) and not same_weights(one.base, other.base):
+        raise ValueError(
+            f"{one.source} is the centre of two anchors, on {one.base.source} and on {other.base.source}. Copy the "
+            "adapter, and give one of them the copy."
+        )
 
 
 def _products(designs: Sequence[AnyDesign]) -> list[Design]:
