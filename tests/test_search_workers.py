@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from inference.models.design import Design
+from inference.search import DesignSpace, ModelMerges, Range, Searched, search
+from poe_models import Anchor, Gaussian, InputGram, ProductOfExperts, RelativePrecision, TaskVectors
 from tests.seeds import seeded
 
 ROOT = Path(__file__).parent.parent
@@ -101,3 +105,37 @@ def test_a_worker_that_dies_leaves_the_study_to_the_other(folder: Path) -> None:
     found = json.loads(out)
     assert TRIALS <= len(found["etas"]) <= TRIALS + 1
     assert found["own"] >= TRIALS - 2
+
+
+@pytest.mark.parametrize("moment", ["user_attrs", "get_trials"])
+def test_a_study_that_another_worker_begins_meanwhile_is_the_same(
+    moment: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = TaskVectors(f"{folder}/base.safetensors", {name: f"{folder}/{name}.safetensors" for name in "ab"})
+
+    def make(eta: float) -> Design:
+        return Design(
+            ProductOfExperts.of("ab", InputGram(), Gaussian(), anchor=Anchor(precision=RelativePrecision(eta)))
+        )
+
+    def found(trials: int, worker: int) -> int:
+        space = DesignSpace(make, {"eta": Searched(Range(1e-3, 1e2, log=True))})
+        storage = f"sqlite:///{folder}/study.db"
+        return len(search(space, size, ModelMerges(vectors), trials=trials, storage=storage, worker=worker).trials)
+
+    def size(state: dict[str, torch.Tensor]) -> float:
+        return float(state["layers.0.weight"].square().sum())
+
+    read = getattr(optuna.Study, moment)
+    read = read.fget if isinstance(read, property) else read
+
+    def and_another_begins(study: optuna.Study, *arguments: object, **named: object) -> object:
+        """The first answer is of a moment at which the other worker had not begun; it has when the second is given."""
+        answer = read(study, *arguments, **named)
+        monkeypatch.setattr(optuna.Study, moment, property(read) if moment == "user_attrs" else read)
+        assert found(2, worker=0) == 2
+        return answer
+
+    replaced = property(and_another_begins) if moment == "user_attrs" else and_another_begins
+    monkeypatch.setattr(optuna.Study, moment, replaced)
+    assert found(4, worker=1) == 4

@@ -282,7 +282,9 @@ def _opened(
             direction="minimize" if minimize else "maximize",
             load_if_exists=True,
         )
-        known, begun = study.user_attrs, bool(study.get_trials(deepcopy=False))
+        # Trials are looked for first: another worker writes who the study is before it begins one.
+        begun = bool(study.get_trials(deepcopy=False))
+        known = study.user_attrs
         for key, value in identity.items():
             turned = key == "score" and _minimizes(study) != minimize
             if turned or known.get(key, None if begun else value) != value:
