@@ -36,6 +36,27 @@ def test_a_rule_that_fits_nothing_is_warned_about(base: State) -> None:
         TaskVectors(base, {"x": moved(base)}, rules)
 
 
+@pytest.mark.parametrize("action", ["merge", "average"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.ones(2, 2, dtype=torch.complex64), "complex64 buffer"),
+        (torch.ones(4, dtype=torch.int64), "int64 buffer"),
+        (torch.ones(0, 3), "no entries"),
+    ],
+)
+def test_a_rule_about_tensors_that_cannot_change_is_warned_about(
+    action: str, value: torch.Tensor, kind: str, base: State
+) -> None:
+    base["rotary.table"] = value
+    expert = {name: each + 1.0 if name != "rotary.table" else each for name, each in base.items()}
+    rules = DEFAULT_RULES.extended([{"match": "rotary", "action": action}])
+    with pytest.warns(UserWarning, match=rf"action: {action}}} changes nothing: it fits 'rotary.table', {kind}"):
+        TaskVectors(base, {"x": expert}, rules)
+    TaskVectors(base, {"x": expert}, DEFAULT_RULES.extended([{"match": "rotary", "action": "base"}]))  # true: silent
+    TaskVectors(base, {"x": expert}, DEFAULT_RULES.extended([{"match": "rotary|mlp", "action": action}]))
+
+
 def test_rules_that_keep_everything_are_warned_about(base: State) -> None:
     rules = DEFAULT_RULES.extended([{"match": "weight", "action": "base"}])
     with pytest.warns(UserWarning, match=r"the rules keep all 5 tensors of the base, .*so that the merge is the base"):

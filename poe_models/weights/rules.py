@@ -227,11 +227,10 @@ class RuleTable:
         Raises:
             ValueError: If no rule applies, or the deciding rule asks for a view that the shape does not allow.
         """
-        if 0 in info.shape:
-            return Treatment("base", None, EMPTY)
-        if not info.dtype.is_floating_point:
+        if unchangeable(info):
             kind = str(info.dtype).removeprefix("torch.")
-            return Treatment("base", None, f"{kind} buffer: the base's, whatever the rules say")
+            reason = EMPTY if 0 in info.shape else f"{kind} buffer: the base's, whatever the rules say"
+            return Treatment("base", None, reason)
         rule = self.deciding(info, model_type, aliases, first=first)
         if rule is None:
             raise ValueError(
@@ -306,6 +305,11 @@ class RuleTable:
     @override
     def __repr__(self) -> str:
         return f"RuleTable({len(self.rules)} rules)"
+
+
+def unchangeable(info: TensorInfo) -> bool:
+    """Whether a tensor stays the base's whatever the rules say: without entries, or not of floating-point numbers."""
+    return 0 in info.shape or not info.dtype.is_floating_point
 
 
 DEFAULT_RULES = RuleTable(_DEFAULTS)

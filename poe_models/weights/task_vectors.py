@@ -21,7 +21,6 @@ from poe_models.weights.layouts import stored_in_out, turned, viewed_by_user, wa
 from poe_models.weights.loading import open_checkpoint, same_weights
 from poe_models.weights.lora import LoraCheckpoint
 from poe_models.weights.rules import (
-    ALL_TENSORS,
     DEFAULT_RULES,
     UNTOUCHED,
     Rule,
@@ -31,7 +30,7 @@ from poe_models.weights.rules import (
     model_type_of,
 )
 from poe_models.weights.transfer import sent
-from poe_models.weights.unmatched import warn_of_rules
+from poe_models.weights.unmatched import fitted_by, warn_of_rules
 from poe_models.weights.views import View
 
 Source = str | Path | Mapping[str, Tensor] | Checkpoint
@@ -125,7 +124,7 @@ class TaskVectors:
         refuse_misfits(self.base, self.experts, self.treatments, rules, self.model_type)
         _refuse_equal_names(self.base, self.treatments)
         warn_of_one_model(self.experts)
-        warn_of_rules(self.base, self.unused_rules, self.treatments)
+        warn_of_rules(self.base, fitted_by(rules, self.base, self.model_type), self.treatments)
         if dtype is None:
             self._warn_of_float64()
 
@@ -275,9 +274,8 @@ class TaskVectors:
     @property
     def unused_rules(self) -> tuple[Rule, ...]:
         """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
-        own = [rule for rule in self.rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
-        named = [(self.base.tied_names(name), info) for name, info in self.base.tensors.items() if own]
-        return tuple(r for r in own if not any(r.applies(names, info, self.model_type) for names, info in named))
+        fitted = fitted_by(self.rules, self.base, self.model_type)
+        return tuple(rule for rule, tensors in fitted.items() if not tensors)
 
     def _treat_all(self) -> dict[str, Treatment]:
         adapters = [self._adapter(name) for name in self.names]

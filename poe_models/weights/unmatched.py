@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from poe_models.weights.checkpoint import Checkpoint
+from poe_models.weights.checkpoint import Checkpoint, TensorInfo
 from poe_models.weights.rule import Rule
-from poe_models.weights.rules import NO_WEIGHTS, Treatment
+from poe_models.weights.rules import ALL_TENSORS, DEFAULT_RULES, NO_WEIGHTS, RuleTable, Treatment, unchangeable
 
 
 def nearest_part(word: str, names: Iterable[str]) -> str:
@@ -26,15 +26,38 @@ def nearest_part(word: str, names: Iterable[str]) -> str:
     return ""
 
 
-def warn_of_rules(base: Checkpoint, unused: Iterable[Rule], treatments: Mapping[str, Treatment]) -> None:
-    """Warn of rules that fit no tensor of the base, and of rules that keep all of them."""
+def fitted_by(rules: RuleTable, base: Checkpoint, model_type: str | None) -> dict[Rule, list[TensorInfo]]:
+    """The user's rules of a table, each to the tensors of the base that it fits."""
+    own = [rule for rule in rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
+    named = [(base.tied_names(name), info) for name, info in base.tensors.items() if own]
+    return {rule: [info for names, info in named if rule.applies(names, info, model_type)] for rule in own}
+
+
+def warn_of_rules(
+    base: Checkpoint, fitted: Mapping[Rule, Sequence[TensorInfo]], treatments: Mapping[str, Treatment]
+) -> None:
+    """Warn of rules that change nothing, and of ones that keep all tensors.
+
+    Args:
+        base: The base.
+        fitted: The user's rules to the tensors that they fit.
+        treatments: The treatment of each tensor.
+    """
     every = [name for tensor in base.tensors for name in base.tied_names(tensor)]
-    for rule in unused:
-        warnings.warn(
-            f"the rule {{match: {rule.match}, action: {rule.action}}} fits no tensor of the base. "
-            f"{nearest_part(rule.match, every)}`poe-merge plan` and `treatments` list them.",
-            stacklevel=4,
-        )
+    for rule, tensors in fitted.items():
+        text = f"the rule {{match: {rule.match}, action: {rule.action}}}"
+        if not tensors:
+            warnings.warn(
+                f"{text} fits no tensor of the base. "
+                f"{nearest_part(rule.match, every)}`poe-merge plan` and `treatments` list them.",
+                stacklevel=4,
+            )
+        elif rule.action != "base" and all(map(unchangeable, tensors)):
+            warnings.warn(
+                f"{text} changes nothing: it fits {tensors[0].name!r}, {treatments[tensors[0].name].reason}, and no "
+                "tensor that can be merged or averaged. Take it out, or match weights.",
+                stacklevel=4,
+            )
     weights = [name for name, info in base.tensors.items() if info.dtype.is_floating_point]
     kept = [treatments[name] for name in weights if treatments[name].reason not in NO_WEIGHTS]
     if kept and all(treatment.action == "base" for treatment in kept):
