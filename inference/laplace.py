@@ -80,7 +80,8 @@ class Laplace:
         q = SummedResiduals(posterior, self.quadratic, self.quadratic.pulls()).at(x)
         base = self.quadratic.precision(2 * posterior.weights(q), 2 * posterior.anchor_precision)
         with naming(posterior.modules):
-            self.hessian = LowRankUpdate(base, [2 * each for each in self.quadratic.forces(x)], posterior.curvatures(q))
+            slopes = (each.mul_(2) for each in self.quadratic.forces(x))  # one in memory at a time
+            self.hessian = LowRankUpdate(base, slopes, posterior.curvatures(q))
 
     @override
     def __repr__(self) -> str:
@@ -108,7 +109,7 @@ class Laplace:
         white = self.quadratic.compression.compress(noise)
         spread = anchor_spread(self._posterior.anchor_precision)
         z = self.quadratic.lift_draws(self.hessian.sample(white), noise, white, spread)
-        return self._own.back(self._mode + self._posterior.temperature**0.5 * z).squeeze(0)
+        return self._own.back(torch.add(self._mode, z, alpha=self._posterior.fixed_temperature**0.5)).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Normalised log density of the approximation in nats, ``(*S, M, *event)`` to ``(*S, M)``."""

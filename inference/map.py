@@ -253,7 +253,7 @@ def _contraction(problem: Problem, point: Point) -> Contraction:
     if bool((most <= SWIFT).all()):
         return Contraction(most, most, torch.ones_like(most, dtype=torch.bool))
     precision = problem.precision_near(weights)
-    forces = problem.quadratic.forces(point.x)
+    forces = list(problem.quadratic.forces(point.x))
     products, lengths = [], []
     for force in forces:
         solved = precision.solve(force)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.printing import Brief
-from poe_models.sums import inner, inner_each, sum_of_squares
+from poe_models.sums import inner_each, sum_of_squares
 
 MOST_LEFT = 0.9
 """Share of an expert's squared residual from which the merge is said to have passed it by."""
@@ -170,8 +170,7 @@ def _along(experts: Sequence[BoundExpert], z: Tensor, q: Tensor) -> tuple[Tensor
 
 def retention_of_updates(names: Sequence[str], updates: Tensor, z: Tensor) -> Retention:
     """Retention of updates ``(M, N, d_out, d_in)`` by merged ones ``(M, d_out, d_in)`` that have no posterior."""
-    norm_squared = sum_of_squares(updates)
-    along = torch.stack([inner(z, each) for each in updates.unbind(1)], -1)
+    norm_squared, along = torch.stack([inner_each(each, [each, z]) for each in updates.unbind(1)], 1).unbind(-1)
     return Retention(tuple(names), along / norm_squared, sum_of_squares(z).sqrt(), norm_squared.sqrt())
 
 

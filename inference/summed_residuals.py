@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,16 +56,24 @@ class SummedResiduals:
         """``q_i``, ``(M, a, b)`` to ``(M, E)`` float64."""
         if not self.sides:
             return self.quadratic.residuals(x)
-        squares = {side: gram_matrix(x if side == "left" else x.mT) for side in self.sides}
-        along = inner_each(x, self.pulls).unbind(-1)
-        return torch.stack([self._of(i, x, squares, each) for i, each in enumerate(along)], -1)
+        along, own = inner_each(x, self.pulls).unbind(-1), self._own(x)
+        return torch.stack([self._of(i, x, own.get(i), each) for i, each in enumerate(along)], -1)
 
-    def _of(self, i: int, x: Tensor, squares: Mapping[str, Tensor], along: Tensor) -> Tensor:
-        """The residual of one expert, ``(M,)``, given ``<x, P_i t_i>``."""
+    def _own(self, x: Tensor) -> dict[int, Tensor]:
+        """``<x, P_i x>`` of the experts that are summed up, ``(M,)`` each, by their places."""
+        found: dict[int, Tensor] = {}
+        for side in self.sides:
+            operators = enumerate(self.quadratic.operators)
+            grams = {i: each.gram for i, each in operators if isinstance(each, Gram) and each.side == side}
+            square = gram_matrix(x if side == "left" else x.mT)
+            found |= zip(grams, inner_each(square, list(grams.values())).unbind(-1), strict=True)
+        return found
+
+    def _of(self, i: int, x: Tensor, own: Tensor | None, along: Tensor) -> Tensor:
+        """The residual of one expert, ``(M,)``, given ``<x, P_i x>`` if it is summed up, and ``<x, P_i t_i>``."""
         operator, target, at_zero = self.quadratic.operators[i], self.quadratic.targets[i], self.at_zero[..., i]
-        if not isinstance(operator, Gram) or operator.side not in squares:
+        if own is None:
             return operator.quadratic(x - target)
-        own = inner(operator.gram, squares[operator.side])
         q = own - 2 * along + at_zero
         lost = ~(q >= CANCELLED * (own + 2 * along.abs() + at_zero))
         return torch.where(lost, operator.quadratic(x - target), q) if bool(lost.any()) else q

@@ -9,6 +9,7 @@ experts (vectors in ``d_out d_in`` dimensions) an ordinary Gram problem of ``N``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -105,9 +106,14 @@ class Quadratic(Brief):
         pairs = zip(self.operators, self.targets, strict=True)
         return torch.stack([operator.quadratic(x - target) for operator, target in pairs], -1)
 
-    def forces(self, x: Tensor) -> list[Tensor]:
-        """``P_i (x - target_i)`` per expert, ``(*S, M, a, b)`` each: half the gradients of ``q_i``."""
-        return [operator.apply(x - target) for operator, target in zip(self.operators, self.targets, strict=True)]
+    def forces(self, x: Tensor) -> Iterator[Tensor]:
+        """Half the gradients of the residuals ``q_i`` at ``x``, made one at a time.
+
+        Yields:
+            ``P_i (x - target_i)``, ``(*S, M, a, b)``, of one expert after another.
+        """
+        for operator, target in zip(self.operators, self.targets, strict=True):
+            yield operator.apply(x - target)
 
     def pulls(self) -> list[Tensor]:
         """``P_i target_i`` per expert, ``(M, a, b)``: right-hand sides of the normal equations before weighting."""

@@ -8,7 +8,7 @@ dimensions ``(...)`` are modules and, in samplers, chains. Every class has a squ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.operators import RANK_TOLERANCE, vector_lengths
-from poe_models.sums import inner_each, inner_products
+from poe_models.sums import inner_by_blocks, inner_products
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -226,18 +226,18 @@ class LowRankUpdate(Precision):
 
     Args:
         base: ``H_0``.
-        vectors: ``v_k``, ``(..., a, b)`` each.
+        vectors: ``v_k``, ``(..., a, b)`` each, taken one after another.
         coefficients: ``c_k``, ``(..., E)`` float64.
 
     Raises:
         NotPositiveDefiniteError: If ``H`` is not positive definite.
     """
 
-    def __init__(self, base: Precision, vectors: list[Tensor], coefficients: Tensor) -> None:
+    def __init__(self, base: Precision, vectors: Iterable[Tensor], coefficients: Tensor) -> None:
         self.base = base
         self.shape, self.dtype = base.shape, base.dtype
-        self.white = [base.whiten(v) for v in vectors]
-        gram = inner_products(self.white)
+        self.white = _stacked(map(base.whiten, vectors), coefficients.shape[-1])
+        gram = inner_products(self.white.unbind(-3))
         lengths = vector_lengths(gram)
         sizes, turn = torch.linalg.eigh(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
         root = torch.where(sizes > RANK_TOLERANCE * sizes[..., -1:], sizes, 0.0).sqrt()
@@ -279,16 +279,26 @@ class LowRankUpdate(Precision):
 
     def inverse_diagonal_change(self, lift: Callable[[Tensor], Tensor]) -> Tensor:
         """Change of the marginal variances by the rank-one terms, in coordinates that ``lift`` leads to."""
-        moved = torch.stack([lift(self.base.sample(v)) for v in self.white], -1).double()
+        moved = torch.stack([lift(self.base.sample(v)) for v in self.white.unbind(-3)], -1).double()
         along = moved @ self.mixing.unsqueeze(-3)
         return (along.square() * (1 / self.values - 1)[..., None, None, :]).sum(-1)
 
     def _scale(self, x: Tensor, power: float) -> Tensor:
         """``(I + W K (values^power - 1) (W K)^T) x``: the symmetric power of the middle factor."""
         middle = (self.mixing * (self.values**power - 1).unsqueeze(-2)) @ self.mixing.mT
-        along = inner_each(x, [v.expand(x.shape) for v in self.white])
-        factors = (middle @ along.unsqueeze(-1)).squeeze(-1).to(x.dtype)
+        factors = (middle @ inner_by_blocks(self.white, x).unsqueeze(-1)).squeeze(-1).to(x.dtype)
         result = x.clone()
-        for v, factor in zip(self.white, factors.unbind(-1), strict=True):
+        for v, factor in zip(self.white.unbind(-3), factors.unbind(-1), strict=True):
             result.addcmul_(v, factor[..., None, None])
         return result
+
+
+def _stacked(vectors: Iterable[Tensor], count: int) -> Tensor:
+    """So many tensors ``(..., a, b)`` as one, ``(..., E, a, b)``, filled as they come."""
+    stacked = None
+    for place, each in enumerate(vectors):
+        if stacked is None:
+            stacked = each.new_empty(*each.shape[:-2], count, *each.shape[-2:])
+        stacked[..., place, :, :] = each
+    assert stacked is not None
+    return stacked

@@ -55,6 +55,18 @@ def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
+def inner_by_blocks(vectors: Tensor, x: Tensor) -> Tensor:
+    """Inner products of stacked tensors ``(..., E, a, b)`` with ``x``, ``(..., a, b)``: ``(..., E)`` float64.
+
+    Faster than :func:`inner_each`: within a block the precision is the tensors', blocks are summed up in float64.
+    """
+    parts = []
+    for rows in row_blocks(x):
+        column = x[..., rows, :].flatten(-2).unsqueeze(-1)
+        parts.append((vectors[..., rows, :].flatten(-2) @ column).squeeze(-1).double())
+    return torch.stack(parts).sum(0)
+
+
 def _room(x: Tensor) -> Tensor:
     """Memory for the largest block of a tensor's rows in float64."""
     first = next(row_blocks(x))
