@@ -226,7 +226,7 @@ def _draw_group(
             f"--temperature {what.temperature:g}: too low for the sampler {what.sampler}, whose steps become nothing "
             f"({str(error).splitlines()[0]}). Ask for {_COLDEST:g} or more, or for --sampler gibbs."
         ) from error
-    data, notes = _arviz_data(chains, posterior, what.seed)
+    data, notes = arviz_data(chains, posterior, what.seed)
     notes = [] if what.independent else notes
     if bool(posterior.active.any()):
         notes += _too_hot(what.temperature, temperature_range(posterior)[1])
@@ -235,7 +235,7 @@ def _draw_group(
     return dataclasses.replace(named, from_merge=away), data, notes
 
 
-def _arviz_data(draws: Draws, posterior: Posterior, seed: int) -> tuple[ArvizData, list[str]]:
+def arviz_data(draws: Draws, posterior: Posterior, seed: int) -> tuple[ArvizData, list[str]]:
     """Draws for ArviZ, and what it says about the number of draws."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

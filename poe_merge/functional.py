@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from inference.draws import Draws
 from inference.functional import SpanModel, fit, functional, functional_laplace, joined_batches, merge_designs
 from inference.functional.expert import count_of, example_digests, rows_of
-from inference.models.model_draws import SpanDraws
 from inference.models.modules import module_names
 from inference.models.outputs import IGNORED
 from inference.models.staging import check_output
@@ -159,8 +159,10 @@ def how_it_ended(merged: Path) -> tuple[str, str]:
     return told, f"the fit had not converged after {steps} steps. Raise --steps, or hold inputs out (--held-out 0.25)."
 
 
-def laplace_draws(span: Span, merged: Path, members: int, seed: int, progress: Callable[[int, int], None]) -> SpanDraws:
-    """Draws of Laplace's approximation around a merge with experts on predictions.
+def laplace_draws(
+    span: Span, merged: Path, members: int, seed: int, progress: Callable[[int, int], None]
+) -> tuple[Draws, Tensor]:
+    """Draws of Laplace's approximation around a merge with experts on predictions, and the latents of that merge.
 
     Args:
         span: Its span, at the temperature of the draws.
@@ -182,7 +184,7 @@ def laplace_draws(span: Span, merged: Path, members: int, seed: int, progress: C
         )
     mode = span.model.latents(found.to(span.posterior.anchor_precision))
     approximation = functional_laplace(span.posterior, mode, progress)
-    return span.model.draws(approximation.sample(members, torch.Generator().manual_seed(seed)), mode)
+    return approximation.sample(members, torch.Generator().manual_seed(seed)), mode
 
 
 def input_digests(task: Task) -> set[str]:

@@ -42,7 +42,7 @@ from inference.models.statistics_record import families
 from inference.models.surrounding import distance_from_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 from poe_merge.config import MergeConfig
-from poe_merge.drawing import Drawn, check_drawable, draw_full, draw_span
+from poe_merge.drawing import Drawn, arviz_data, check_drawable, draw_full, draw_span
 from poe_merge.functional import Span, laplace_draws
 from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
@@ -201,11 +201,19 @@ def _draw(
 
 
 def _near(span: Span, merged: Path | None, what: Sampling | Seeds, bars: Bars) -> Drawn:
-    """Draws around a fit with experts on predictions, of the modules that are asked for."""
+    """Draws around a fit with experts on predictions, of the modules that are asked for.
+
+    Where modules share coefficients, what ArviZ gets is of their groups.
+    """
     assert merged is not None
     assert isinstance(what, Sampling)
-    draws = laplace_draws(span, merged, what.members, what.seed, bars.steps("Gauss-Newton matrix"))
-    return Drawn(draws.restrict(what.pattern) if what.pattern else draws, (), (), ())
+    found, mode = laplace_draws(span, merged, what.members, what.seed, bars.steps("Gauss-Newton matrix"))
+    draws, (data, _) = span.model.draws(found, mode), arviz_data(found, span.posterior, what.seed)
+    if what.pattern:
+        whole, draws = draws, draws.restrict(what.pattern)
+        left = set(whole.modules).difference(draws.modules)
+        data = data.sel(module=[name for name in span.posterior.modules if name not in left])
+    return Drawn(draws, (data,), (), ())
 
 
 def _span(settings: MergeConfig, task_vectors: TaskVectors, what: Sampling | Seeds, merged: Path | None) -> Span | None:
@@ -234,8 +242,9 @@ def _around(
         draws = replace(draws, from_merge=distance_from_merge(draws, task_vectors, products, merged))
     for data in drawn.data:
         if draws.from_merge is not None:
-            places = [draws.index(str(name)) for name in data.posterior["module"].values]
-            data.attrs |= merge_attributes(draws.from_merge.select(places))
+            names = [str(name) for name in data.posterior["module"].values if name in draws.modules]
+            of_these = draws.from_merge.select([draws.index(name) for name in names]) if names else draws.from_merge
+            data.attrs |= merge_attributes(of_these)
     experts = drawn.experts if merged is None else totals_of(read_record(merged))
     far = () if draws.far_from_merge is None else (draws.far_from_merge,)
     return replace(drawn, draws=draws, experts=experts, warnings=(*drawn.warnings, *far, *concerns(experts)))

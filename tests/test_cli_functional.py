@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diagnostics.arviz_adapter import az
 from inference.functional import SpanModel, fit, functional
 from inference.models.draw_files import load_draws
 from inference.models.model_draws import SpanDraws
@@ -175,6 +176,25 @@ def test_members_surround_the_fit(folder: Path, capsys: pytest.CaptureFixture[st
     torch.testing.assert_close(
         ratio[ratio.isfinite()], torch.full_like(ratio[ratio.isfinite()], 2.0), rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.parametrize("tied", [[], ["--tied", ""]])
+def test_arviz_gets_the_draws_of_a_fit(tied: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "config.yaml", "--out", "merged", "--allow-code", *tied]) == 0, capsys.readouterr().err
+    command = ["sample", "--merge", "merged", "--allow-code", "-n", "6", "--format", "deltas", "--seed", "3"]
+    for pattern, out in (([], "all"), (["--pattern", "^2"], "some")):
+        assert run([*command, *pattern, "--out", out]) == 0, capsys.readouterr().err
+        data, draws = az.from_netcdf(str(folder / out / "draws.nc")), load_draws(folder / out / "draws")
+        assert isinstance(draws, SpanDraws)
+        assert draws.modules == (("0.weight", "2.weight") if not pattern else ("2.weight",))
+        groups = ["all modules"] if tied else list(draws.modules)
+        assert data.posterior["module"].values.tolist() == groups
+        found = torch.tensor(data.posterior["coefficients"].values).expand(-1, -1, len(draws.modules), -1)
+        known = [str(name) for name in data.posterior["basis"].values]
+        torch.testing.assert_close(found, draws.coefficients[..., [draws.basis.index(name) for name in known]])
+        told = json.loads((folder / out / "sample.json").read_text())["around"]
+        assert data.attrs["seed"] == 3
+        assert data.attrs["merge_distance"] == pytest.approx(told["merge_distance"])
 
 
 @pytest.mark.parametrize(

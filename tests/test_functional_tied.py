@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from torch import Tensor
 
+from diagnostics.arviz_adapter import to_inference_data
+from inference.draws import Draws
 from inference.functional import Residual, SpanModel, fit, functional, functional_laplace
 from inference.functional.tied import Groups
 from inference.minimize import minimize
@@ -83,3 +86,27 @@ def test_fit_laplace_and_draws_are_those_of_groups() -> None:
     weights = model.weights(posterior.coefficients(latents.values[0, 0]))
     for name, value in weights.items():
         torch.testing.assert_close(member[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::diagnostics.arviz_adapter.TooFewDraws")
+@pytest.mark.parametrize(("tied", "groups"), [("", [[0, 1]]), (r"^(\d)", [[0], [1]])])
+def test_arviz_gets_the_experts_of_every_module_of_a_group(tied: str, groups: list[list[int]]) -> None:
+    model, free = models_of(tied, StudentT(4.0, exponent="multivariate"))
+    one, other = (m.posterior(*(functional(n, m, inputs_of(9), called) for n in NAMES)) for m in (model, free))
+    coefficients = torch.randn(1, 3, len(groups), len(model.basis), generator=seeded(1), dtype=torch.float64)
+    every = coefficients[:, :, [0, 0] if tied == "" else [0, 1]]
+    data, apart = (
+        to_inference_data(Draws(m.span.latents(c)), p) for m, c, p in ((model, coefficients, one), (free, every, other))
+    )
+    assert data.posterior["module"].values.tolist() == list(model.modules)
+    for group, members in enumerate(groups):
+        for slot, member in enumerate(members):
+            for name in NAMES:
+                here = {"module": model.modules[group], "expert": f"{name}/{slot}" if slot else name}
+                there = {"module": free.modules[member], "expert": name}
+                for part, key in (
+                    *(("posterior", "residual"), ("constant_data", "forms"), ("constant_data", "dimension")),
+                    *(("constant_data", "mean_curvature"), ("constant_data", "scale_squared")),
+                ):
+                    found, known = data[part][key].sel(here), apart[part][key].sel(there)
+                    assert_allclose(found.values, known.values, rtol=1e-8, err_msg=f"{part}/{key}")

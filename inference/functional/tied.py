@@ -110,18 +110,30 @@ def _of_slot(
 
 
 def _statistics(own: SpanStatistics, eta: Tensor, groups: Groups) -> SpanStatistics:
-    """Statistics of the groups: the Gram matrix of their anchor, and the sums of the rest."""
+    """Statistics of groups: the Gram matrix of their anchor, and forms of the experts of each of their modules."""
+    members = groups.members()
+    slots = max(map(len, members))
 
     def summed(values: Tensor) -> Tensor:
-        return torch.stack([values[places].sum(0) for places in groups.members()])
+        return torch.stack([values[places].sum(0) for places in members])
+
+    def apart(values: Tensor) -> Tensor:
+        """Values ``(M, E, ...)`` to ``(G, slots E, ...)``, zero where a group has fewer modules."""
+        found = values.new_zeros(len(members), slots, *values.shape[1:])
+        for group, places in enumerate(members):
+            found[group, : len(places)] = values[places]
+        return found.flatten(1, 2)
 
     weights = eta / summed(eta)[list(groups.places)]
-    through = None if own.through is None else tuple(own.through[places[0]] for places in groups.members())
     return replace(
-        with_tensors(summed, own),
-        gram=summed(weights[:, None, None] * own.gram),
+        own,
         modules=groups.names,
-        through=through,
+        residual_maps=own.residual_maps * slots,
+        gram=summed(weights[:, None, None] * own.gram),
+        forms=apart(own.forms),
+        mean_curvature=apart(own.mean_curvature),
+        dimension=apart(own.dimension),
+        through=None if own.through is None else tuple(own.through[places[0]] for places in members),
     )
 
 
