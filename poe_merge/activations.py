@@ -17,6 +17,7 @@ from typing_extensions import override
 from inference.models.artifacts import read_record
 from inference.models.digest import Progress, digest_inputs
 from inference.models.disk import disk_errors, replace_file
+from inference.models.ranks import ALONE, Ranks
 from inference.models.tasks import Task
 from poe_merge.config import MergeConfig
 from poe_merge.user_tasks import UserTasks
@@ -57,6 +58,7 @@ def make_activations(
     submodule: str = "",
     resume: bool = False,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> ActivationsReport:
     """Run every expert on the batches of its task, and save the moments of each as a file.
 
@@ -68,9 +70,10 @@ def make_activations(
         submodule: Where in the network the checkpoints are.
         resume: Keep the experts that are there, and collect the others.
         progress: Told about every batch.
+        ranks: The processes that divide the experts between them.
 
     Returns:
-        The report.
+        The report, of all processes.
 
     Raises:
         FileExistsError: If the folder is there and is not gone on with.
@@ -87,10 +90,13 @@ def make_activations(
     if out.exists() and not resume:
         raise FileExistsError(f"{out} exists. Give another folder, or go on with it: --resume.")
     there = [name for name in task_vectors.names if (out / f"{quote(name, safe='')}.safetensors").exists()]
-    about = {
+    own = ranks.share([1.0] * len(task_vectors.names))
+    digests = {
         name: _about(task_vectors.experts[name], [*tasks[name].loader], submodule, progress)
-        for name in task_vectors.names
+        for place, name in enumerate(task_vectors.names)
+        if place in own
     }
+    about = {name: digest for each in ranks.gather(digests) for name, digest in each.items()}
     made = read_record(out, RECORD)["made"] if there else {}
     changed = next((name for name in there if made.get(name) != about[name]), None)
     if changed is not None:
@@ -98,16 +104,20 @@ def make_activations(
             f"{out}: the activations of {changed!r} there are of other weights, batches or of another submodule. Make "
             "them in a new folder."
         )
-    network = user.network(settings.base_model).to(settings.device)
+    network = user.network(settings.base_model).to(task_vectors.device)
     missing = [name for name in task_vectors.names if name not in there]
-    for name in missing:
+    if ranks.first and missing:  # before the files: a record of what is not there yet is of no harm
+        with disk_errors(out / f"{RECORD}.json"):
+            _record(out, {**made, **{name: about[name] for name in missing}})
+    ranks.wait()
+    own = ranks.share([1.0] * len(missing))
+    for name in (missing[place] for place in sorted(own)):
         loader = list(tasks[name].loader)
         progress.begin(f"activations of {name}", len(loader), 0)
         found = _moments(network, task_vectors, name, tasks[name], loader, submodule, lambda: progress.advance(1, 0))
-        made = {**made, name: about[name]}  # before the file: a record of what is not there yet is of no harm
         with disk_errors(out / f"{quote(name, safe='')}.safetensors"):
-            _record(out, made)
             ModuleMoments("activations", {name: found}).save(out)
+    ranks.wait()
     return ActivationsReport(out, tuple(missing), tuple(there))
 
 

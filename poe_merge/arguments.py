@@ -67,16 +67,18 @@ def read(path: Path | None, flags: Mapping[str, Any]) -> tuple[Document, tuple[P
 
 
 def taken_up(
-    merged: Path, config: Path | None, flags: Mapping[str, Any], allow_code: bool
+    merged: Path, config: Path | None, flags: Mapping[str, Any], allow_code: bool, ranks: Ranks
 ) -> tuple[MergeConfig, TaskVectors]:
-    """The configuration of a merge, and what it names."""
+    """The configuration of a merge, and what it names, on the device of this rank if there are several."""
     from poe_merge.record import config_of
 
     if config is not None:
         raise ValueError(f"{config}: --merge {merged} has its own configuration. Give one of the two.")
     settings = config_of(merged, flags, allow_code=allow_code)
     require_known(settings, functional=True)
-    return settings, vectors(settings)
+    task_vectors = vectors(settings)
+    task_vectors.device = ranks.device(task_vectors.device)
+    return settings, task_vectors
 
 
 def vectors(settings: MergeConfig) -> TaskVectors:

@@ -166,6 +166,7 @@ def search(
 ) -> None:
     """Choose the settings that CONFIG gives as ranges by a score, and merge with the best ones."""
     from inference.models.plan import inputs_of
+    from inference.models.ranks import launched_ranks
     from inference.models.staging import Staging, check_output
     from poe_merge import search as searching
 
@@ -177,14 +178,17 @@ def search(
         raise ValueError("`output: adapter`: a search writes whole models. Merge its best configuration as an adapter.")
     task_vectors = vectors(settings)
     inputs = [Path(each.source) for each in inputs_of(task_vectors, []).values() if each.files]
-    Staging(check_output(out, inputs, resume=resume), "merge").check(resume)
-    by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
-    budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
-    kept = "Nothing was written." if storage is None else f"The same command goes on with the study in {storage}."
-    with shown_bars(out, kept) as bars:
-        found, report = searching.search(space, task_vectors, by, out, budget, bars, resume=resume)
-    show.search(found, by.about, None if csv is None else write_csv(found.to_dataframe(), csv))
-    show.report(report)
+    with launched_ranks() as ranks:
+        if ranks.first:
+            Staging(check_output(out, inputs, resume=resume), "merge").check(resume)
+        by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
+        budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
+        kept = "Nothing was written." if storage is None else f"The same command goes on with the study in {storage}."
+        with shown_bars(out, kept) as bars:
+            found, report = searching.search(space, task_vectors, by, out, budget, bars, resume=resume, ranks=ranks)
+    if ranks.first:
+        show.search(found, by.about, None if csv is None else write_csv(found.to_dataframe(), csv))
+        show.report(report)
 
 
 @app.command(cls=ConfiguredCommand)
@@ -199,14 +203,17 @@ def activations(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the experts that are done.")] = False,
 ) -> None:
     """Collect second moments of layers' inputs, each expert on its task, for Activation and Mixed experts."""
+    from inference.models.ranks import launched_ranks
     from poe_merge.activations import make_activations
     from poe_merge.user_tasks import read_tasks
 
     out = required(out, "activations")
-    settings, task_vectors = opened(config, flags, allow_code)
-    user = read_tasks(tasks, [Path.cwd()])
-    with Bars() as bars:
-        report = make_activations(settings, task_vectors, user, out, submodule=submodule, resume=resume, progress=bars)
+    with launched_ranks() as ranks:
+        settings, task_vectors = opened(config, flags, allow_code, ranks=ranks)
+        user = read_tasks(tasks, [Path.cwd()])
+        how: dict[str, Any] = {"submodule": submodule, "resume": resume, "ranks": ranks}
+        with Bars() as bars:
+            report = make_activations(settings, task_vectors, user, out, progress=bars, **how)
     show.activations(report)
 
 
@@ -295,24 +302,25 @@ def sample(
     merging method (--method) is a random one, such as dare, the members are merges at as many seeds instead.
     """
     from inference.models.preparing import prepare_designs
+    from inference.models.ranks import launched_ranks
     from poe_merge.build import MethodTable, designs_of
     from poe_merge.sample import sample as draw_members
     from poe_merge.sampling import Options, requested
 
     out = required(out, "sample")
-    settings, task_vectors = (
-        opened(config, flags, allow_code, functional=True)
-        if merged is None
-        else taken_up(merged, config, flags, allow_code)
-    )
     options = Options(members, pattern, format, sampler, coordinates, temperature, stats, chains, draws, warmup, thin)
-    what = requested(settings, options)
-    table = designs_of(settings, task_vectors.base)
-    with shown_bars(out) as bars:
-        designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
-        report = draw_members(
-            settings, task_vectors, designs, out, what, bars, statistics=stats, merged=merged, resume=resume
+    with launched_ranks() as ranks:
+        settings, task_vectors = (
+            opened(config, flags, allow_code, functional=True, ranks=ranks)
+            if merged is None
+            else taken_up(merged, config, flags, allow_code, ranks)
         )
+        what = requested(settings, options)
+        table = designs_of(settings, task_vectors.base)
+        how: dict[str, Any] = {"statistics": stats, "merged": merged, "resume": resume, "ranks": ranks}
+        with shown_bars(out) as bars:
+            designs = table if isinstance(table, MethodTable) else prepare_designs(task_vectors, table, bars)
+            report = draw_members(settings, task_vectors, designs, out, what, bars, **how)
     show.sample(report)
 
 

@@ -21,6 +21,7 @@ from inference.models.full_draws import sample_full
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.modules import module_names
+from inference.models.ranks import ALONE, Ranks
 from inference.models.statistics_files import statistics_digest
 from inference.retention import ExpertRetention, without_update
 from inference.samplers import SAMPLERS
@@ -119,7 +120,9 @@ def draw_span(
     return Drawn(draws, tuple(data), kept_in_statistics(whole), tuple(dict.fromkeys(notes)))
 
 
-def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progress: Progress) -> Drawn:
+def draw_full(
+    task_vectors: TaskVectors, designs: Table, what: Sampling, progress: Progress, ranks: Ranks = ALONE
+) -> Drawn:
     """Draw merged updates themselves, one module in memory at a time.
 
     Args:
@@ -127,6 +130,7 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         designs: The design of each tensor.
         what: Settings.
         progress: Told how far it is.
+        ranks: The processes that share the work.
 
     Returns:
         The draws.
@@ -151,12 +155,13 @@ def draw_full(task_vectors: TaskVectors, designs: Table, what: Sampling, progres
         thin=what.thin,
         pattern=what.pattern,
         progress=progress,
+        ranks=ranks,
     )
     left = [modules[place] for _, places in groups for place in places if modules[place] not in draws.modules]
     notes = [not_drawn(left)] if left else []
     if not what.independent and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
         notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
-    experts, highest = kept_when_solved(task_vectors, designs, draws.modules)
+    experts, highest = kept_when_solved(task_vectors, designs, draws.modules, ranks)
     return Drawn(draws, (), experts, tuple(notes + _too_hot(what.temperature, highest)))
 
 

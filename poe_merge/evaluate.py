@@ -22,8 +22,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import Field
 
+from inference.models.ranks import ALONE, Ranks
 from poe_merge import settings as s
 from poe_merge.config import Checkpoint, label_of
 from poe_merge.sections import Section, validated
@@ -108,7 +110,10 @@ def load_evaluation(
 
 
 def evaluate(
-    config: EvaluationConfig, folders: list[Path], progress: Callable[[int, int], None] | None = None
+    config: EvaluationConfig,
+    folders: list[Path],
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> ModelScores:
     """Evaluate the models of a configuration.
 
@@ -116,6 +121,7 @@ def evaluate(
         config: The configuration.
         folders: Where the user's module is looked for.
         progress: Called with the number of pairs of model and task that are done, and of all.
+        ranks: The processes that divide these pairs between them.
 
     Raises:
         ConfigError: If two models have one name.
@@ -132,7 +138,7 @@ def evaluate(
         user.tasks,
         seed=config.seed,
         metrics=config.metrics or CLASS_METRICS,
-        network=user.network(config.base_model).to(config.device),
+        network=user.network(config.base_model).to(ranks.device(torch.device(config.device))),
         experts=config.experts,
         base=config.base_model,
         reference=config.reference,
@@ -140,11 +146,15 @@ def evaluate(
         num_resamples=config.num_resamples,
         confidence=config.confidence,
         progress=progress,
+        ranks=ranks,
     )
 
 
 def score(
-    config: EvaluationConfig, folders: list[Path], progress: Callable[[int, int], None] | None = None
+    config: EvaluationConfig,
+    folders: list[Path],
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> FunctionalScore:
     """Divergence of the models of a configuration from the tasks' own experts, without labels.
 
@@ -152,6 +162,7 @@ def score(
         config: The configuration; its ``experts`` are needed, its ``metrics`` and ``reference`` are not used.
         folders: Where the user's module is looked for.
         progress: Called with the number of pairs of model and task that are done, and of all.
+        ranks: The processes that divide these pairs between them.
 
     Raises:
         ConfigError: If two models have one name, a model was fitted on inputs of these tasks, or a key has no use.
@@ -172,12 +183,13 @@ def score(
         user.tasks,
         config.experts,
         seed=config.seed,
-        network=user.network(config.base_model).to(config.device),
+        network=user.network(config.base_model).to(ranks.device(torch.device(config.device))),
         base=config.base_model,
         submodule=config.submodule,
         num_resamples=config.num_resamples,
         confidence=config.confidence,
         progress=progress,
+        ranks=ranks,
     )
 
 

@@ -80,11 +80,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score models on tasks: accuracy, NLL, calibration, perplexity and others, with intervals and comparisons."""
+    from inference.models.ranks import launched_ranks
     from poe_merge import evaluate as evaluation
 
     settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
-    with Bars() as bars:
-        found = evaluation.evaluate(settings, folders, bars.steps("evaluating"))
+    with launched_ranks() as ranks, Bars() as bars:
+        found = evaluation.evaluate(settings, folders, bars.steps("evaluating"), ranks)
+    if not ranks.first:
+        return
     written = None if csv is None else write_csv(found.to_dataframe(), csv)
     if as_json:
         documents.show(documents.scores(found))
@@ -102,11 +105,14 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Rank models without labels: mean divergence of their predictions from those of each task's own expert."""
+    from inference.models.ranks import launched_ranks
     from poe_merge import evaluate as evaluation
 
     settings, folders = evaluation.load_evaluation(config, tasks, allow_code=allow_code)
-    with Bars() as bars:
-        found = evaluation.score(settings, folders, bars.steps("scoring"))
+    with launched_ranks() as ranks, Bars() as bars:
+        found = evaluation.score(settings, folders, bars.steps("scoring"), ranks)
+    if not ranks.first:
+        return
     written = None if csv is None else write_csv(found.to_dataframe(), csv)
     if as_json:
         documents.show(documents.divergences(found))

@@ -12,6 +12,7 @@ from torch import Tensor
 from inference.map import fixed_point
 from inference.models.design import Design
 from inference.models.modules import merged_update, module_names, read_modules
+from inference.models.ranks import ALONE, Ranks
 from inference.retention import ExpertRetention, retention, totals
 from inference.tempering import temperature_range
 from poe_merge.stats import Table
@@ -63,21 +64,24 @@ def kept_in_statistics(groups: Sequence[tuple[Design, SpanStatistics]]) -> tuple
 
 
 def kept_when_solved(
-    task_vectors: TaskVectors, designs: Table, drawn: Collection[str]
+    task_vectors: TaskVectors, designs: Table, drawn: Collection[str], ranks: Ranks = ALONE
 ) -> tuple[tuple[ExpertRetention, ...], float]:
     """Retention of each expert by solving some modules, and the highest temperature at which experts hold one."""
-    records: list[Mapping[str, Any]] = []
+    records: dict[str, Mapping[str, Any]] = {}
     highest = 0.0
-    for tensor in task_vectors.treatments:
-        if set(drawn).isdisjoint(module_names(task_vectors, tensor)):
-            continue
+    tensors = [t for t in task_vectors.treatments if not set(drawn).isdisjoint(module_names(task_vectors, t))]
+    own = ranks.share([task_vectors.base.tensors[tensor].nbytes for tensor in tensors])
+    for tensor in (tensors[place] for place in sorted(own)):
         design = designs(tensor)
         for module in read_modules(task_vectors, tensor, design):
             if module.name not in drawn:
                 continue
             posterior, merge = module.posterior, merged_update(module, design).unsqueeze(0)
             found = retention(posterior, merge, posterior.residuals(merge))
-            records.append(found.scaled(design.scaling).record(0))
+            records[module.name] = found.scaled(design.scaling).record(0)
             if bool(posterior.active.any()):
                 highest = max(highest, temperature_range(posterior)[1])
-    return totals(records), highest
+    everyones = ranks.gather((records, highest))
+    known = {name: record for each, _ in everyones for name, record in each.items()}
+    names = [name for tensor in tensors for name in module_names(task_vectors, tensor) if name in known]
+    return totals([known[name] for name in names]), max(most for _, most in everyones)

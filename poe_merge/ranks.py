@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-SHARED = ("merge", "stats")
+SHARED = ("merge", "stats", "sample", "activations", "search", "evaluate", "score")
 """Commands whose work several processes share."""
 
 
@@ -28,6 +28,6 @@ def require_shared(arguments: Sequence[str]) -> None:
     if alone or command in SHARED:
         return
     raise ValueError(
-        f"`torchrun ... -m poe_merge {command}`: {' and '.join(SHARED)} share their work between processes, other "
-        "commands do not. Run it as `poe-merge`."
+        f"`torchrun ... -m poe_merge {command}`: {', '.join(SHARED[:-1])} and {SHARED[-1]} share their work between "
+        "processes, other commands do not. Run it as `poe-merge`."
     )

@@ -36,6 +36,7 @@ from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
 from inference.models.places import portable
+from inference.models.ranks import ALONE, Ranks
 from inference.models.staging import Staging
 from inference.models.statistics_files import collect_statistics
 from inference.models.statistics_record import families
@@ -97,6 +98,7 @@ def sample(
     statistics: Path | None,
     merged: Path | None,
     resume: bool,
+    ranks: Ranks = ALONE,
 ) -> SampleReport:
     """Draw merged models around the merge and write them.
 
@@ -110,6 +112,7 @@ def sample(
         statistics: Folder of Span statistics, instead of a pass over the weights.
         merged: Folder of the merge, whose tensors are taken for all that is not drawn; by default it is solved here.
         resume: Go on with an interrupted run of the same settings.
+        ranks: The processes that share the work.
 
     Returns:
         What was done.
@@ -123,7 +126,9 @@ def sample(
     weight_files(task_vectors.base)  # refuses, before anything is drawn, what cannot be written
     out = check_apart(out, checkpoints_of(task_vectors, designs), resume=resume)
     staging = Staging(out)
-    staging.check(resume)
+    if ranks.first:
+        staging.check(resume)
+    ranks.wait()
     folder_of_merge = None if merged is None else str(merged.absolute())
     asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
     span = _span(settings, task_vectors, what, merged)
@@ -135,7 +140,7 @@ def sample(
         else:
             task_vectors.refuse_copies()
             drawn = (
-                _draw(task_vectors, designs, what, statistics, bars)
+                _draw(task_vectors, designs, what, statistics, bars, ranks)
                 if span is None
                 else _near(span, merged, what, bars)
             )
@@ -150,7 +155,12 @@ def sample(
         )
         record = {"kind": "sample", **asked, **_record(drawn), "versions": versions()}
         ensemble.save(
-            out, format=what.format, resume=resume, progress=bars, extras=lambda place: _write(place, drawn, record)
+            out,
+            format=what.format,
+            resume=resume,
+            progress=bars,
+            extras=lambda place: _write(place, drawn, record),
+            ranks=ranks,
         )
     return _report(out, what, drawn, ensemble, task_vectors, [str(each.message) for each in caught], began)
 
@@ -179,7 +189,12 @@ def _report(
 
 
 def _draw(
-    task_vectors: TaskVectors, designs: AnyTable, what: Sampling | Seeds, statistics: Path | None, bars: Bars
+    task_vectors: TaskVectors,
+    designs: AnyTable,
+    what: Sampling | Seeds,
+    statistics: Path | None,
+    bars: Bars,
+    ranks: Ranks,
 ) -> Drawn:
     if isinstance(what, Seeds):
         draws = MethodDraws.of(task_vectors, designs, what.seeds, pattern=what.pattern, progress=bars)
@@ -191,10 +206,10 @@ def _draw(
             "--stats: Full draws are made from the weights themselves. Leave it out, or --coordinates span."
         )
     if what.coordinates == "full":
-        return draw_full(task_vectors, products, what, bars)
+        return draw_full(task_vectors, products, what, bars, ranks)
     if statistics is None:
         sets = families(task_vectors, products)
-        found = [collect_statistics(task_vectors, products, tensors=each, progress=bars) for each in sets]
+        found = [collect_statistics(task_vectors, products, tensors=each, progress=bars, ranks=ranks) for each in sets]
     else:
         found = [checked_statistics(statistics, task_vectors, products, bars)]
     return draw_span(found, task_vectors, products, what, bars.steps)

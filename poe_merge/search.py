@@ -18,13 +18,15 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from inference.models.ranks import ALONE, Ranks
 from poe_merge.config import MergeConfig, Parameters, parse_config
 from poe_merge.sections import Section, validated
 from poe_merge.settings import ConfigError, Document, Place
@@ -300,8 +302,11 @@ def search(
     progress: Progress,
     *,
     resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[SearchResult, MergeReport]:
     """Search the ranges of a configuration, and merge with the best values.
+
+    Several processes are as many workers on the study, and share the merge.
 
     Args:
         space: The configuration.
@@ -311,17 +316,25 @@ def search(
         budget: Of the search.
         progress: Told about every trial, then about the merge.
         resume: Go on with an interrupted merge of the best values.
+        ranks: The processes that share the work.
 
     Raises:
-        ValueError: If the study cannot be searched; see ``inference.search.search``.
+        ValueError: If the study cannot be searched; see ``inference.search.search``. Or several processes have none to
+            share, which takes a database.
     """
     from inference.models.merge import merge_checkpoint
     from inference.search import ModelMerges
     from inference.search import search as search_designs
     from poe_merge.build import batch_bytes_of, custom_sources, designs_of
 
+    if ranks.size > 1 and budget.storage is None:
+        raise ValueError(
+            f"{ranks.size} processes share a study by a database. Name one: --storage sqlite:///study.db, or run the "
+            "search as `poe-merge`, in one process."
+        )
     designs = space.designs(task_vectors)
-    found = search_designs(
+    searched = partial(
+        search_designs,
         designs,
         by.score,
         ModelMerges(task_vectors),
@@ -331,10 +344,13 @@ def search(
         minimize=by.minimize,
         storage=budget.storage,
         name=budget.study,
-        worker=budget.worker,
+        worker=budget.worker * ranks.size + ranks.rank,
         scored_by=by.about,
-        progress=progress,
     )
+    found = searched(progress=progress)
+    if ranks.size > 1:  # the same trials for all, those that ended behind this process's last one included
+        ranks.wait()
+        found = replace(searched(), overhead_seconds=found.overhead_seconds)
     config = space.best(designs, found.values, task_vectors)
     best = designs_of(config, task_vectors.base)
     report = merge_checkpoint(
@@ -352,6 +368,7 @@ def search(
         code=custom_sources(config),
         resume=resume,
         progress=progress,
+        ranks=ranks,
     )
     return found, report
 

@@ -132,8 +132,8 @@ def test_commands_that_do_not_share_their_work_say_so(
 ) -> None:
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
-    assert run(command(models, "sample", "--out", str(tmp_path / "out"))) == 2
-    assert "merge and stats share their work" in capsys.readouterr().err
+    assert run(["diagnose", str(models / "a"), "--out", str(tmp_path / "out")]) == 2
+    assert "search, evaluate and score share their work" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from diagnostics.predictions.functional_score import FunctionalScore, functional_score
 from diagnostics.predictions.model_outputs import Model, open_model
+from inference.models.ranks import ALONE, Ranks
 from inference.models.tasks import Task
 from poe_models.weights.loading import open_checkpoint
 from poe_models.weights.task_vectors import Source
@@ -27,6 +29,7 @@ def divergence_of_models(
     num_resamples: int = 1000,
     confidence: float = 0.95,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> FunctionalScore:
     """Mean divergence of models from the tasks' own experts, as :func:`functional_score` has it, without labels.
 
@@ -44,6 +47,7 @@ def divergence_of_models(
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
         progress: Called with the number of pairs of model and task that are done, and of all.
+        ranks: The processes that divide these pairs between them; all get the same score.
 
     Raises:
         ValueError: If there is no model or task, a task has no expert, or outputs are no logits.
@@ -57,18 +61,12 @@ def divergence_of_models(
         )
     origin = None if base is None else open_checkpoint(base)
     opened = {name: open_model(name, model, network, origin, submodule) for name, model in models.items()}
+    teachers = {t.name: open_model(f"expert of {t.name}", experts[t.name], network, origin, submodule) for t in tasks}
+    pairs = [(task, name) for task in tasks for name in (None, *opened)]
+    calls = [partial((teachers[t.name] if n is None else opened[n]).log_probabilities, t) for t, n in pairs]
+    found = ranks.results(calls, progress)
     own: dict[str, Tensor] = {}
     tables: dict[str, dict[str, Tensor]] = {name: {} for name in models}
-    total, done = len(tasks) * (len(models) + 1), 0
-    for task in tasks:
-        teacher = open_model(f"expert of {task.name}", experts[task.name], network, origin, submodule)
-        for name, model in [("", teacher), *opened.items()]:
-            found = model.log_probabilities(task)
-            if name:
-                tables[name][task.name] = found
-            else:
-                own[task.name] = found
-            done += 1
-            if progress is not None:
-                progress(done, total)
+    for (task, name), logs in zip(pairs, found, strict=True):
+        (own if name is None else tables[name])[task.name] = logs
     return functional_score(tables, own, seed=seed, logits=True, num_resamples=num_resamples, confidence=confidence)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from diagnostics.estimates import Estimate, Statistic, estimate_of, interval_ends, resamples
 from diagnostics.predictions.metrics import METRICS, Kept, Metric, metrics_named
 from diagnostics.predictions.model_outputs import Model, OpenModel, open_model
+from inference.models.ranks import ALONE, Ranks
 from inference.models.tasks import Task
 from poe_models.printing import Brief, visible
 from poe_models.weights.loading import open_checkpoint
@@ -222,6 +224,7 @@ def evaluate(
     num_resamples: int = 1000,
     confidence: float = 0.95,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> ModelScores:
     """Evaluate models on tasks, on the same examples and the same resamples of them.
 
@@ -242,6 +245,7 @@ def evaluate(
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
         progress: Called with the number of pairs of model and task that are done, and of all.
+        ranks: The processes that divide these pairs between them; all get the same scores.
 
     Raises:
         ValueError: If a metric is unknown, a task has no batches or unfit labels, outputs are NaN, or names do not fit.
@@ -252,23 +256,21 @@ def evaluate(
     origin = None if base is None else open_checkpoint(base)
     opened = [open_model(name, model, network, origin, submodule) for name, model in models.items()]
     own = {t: open_model(f"expert of {t}", m, network, origin, submodule) for t, m in (experts or {}).items()}
-    total, done = len(tasks) * len(opened) + len(own), 0
+    pairs = [(task, m) for task in tasks for m in [*opened, *([own[task.name]] if task.name in own else [])]]
+    calls = [partial(_kept, model, task, wanted[task.name][0].kind) for task, model in pairs]
+    found = ranks.results(calls, progress)
     values, replicates, divisors, sizes = {}, {}, {}, {}
     for number, task in enumerate(tasks):
-        kept: list[Kept] = []
-        for model in [*opened, *([own[task.name]] if task.name in own else [])]:
-            kept.append(_kept(model, task, wanted[task.name][0].kind, kept))
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        kept = [each for each, (its, _) in zip(found, pairs, strict=True) if its is task]
+        _require_same_examples(task, kept, [model.name for its, model in pairs if its is task])
         sizes[task.name] = kept[0].size
         weights = list(resamples(kept[0].size, num_resamples, seed=seed + 1 + number))
         for metric in wanted[task.name]:
-            found = torch.stack([_replicates(metric.statistic(each), weights) for each in kept], 1)
+            scores = torch.stack([_replicates(metric.statistic(each), weights) for each in kept], 1)
             cell = task.name, metric.name
-            values[cell], replicates[cell] = found[0, : len(opened)], found[1:, : len(opened)]
+            values[cell], replicates[cell] = scores[0, : len(opened)], scores[1:, : len(opened)]
             if task.name in own:
-                divisors[cell] = found[:, -1]
+                divisors[cell] = scores[:, -1]
     return ModelScores(tuple(models), sizes, values, replicates, divisors, reference, confidence)
 
 
@@ -278,20 +280,24 @@ def _replicates(statistic: Statistic, weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([statistic(each) for each in (whole, *weights)])
 
 
-def _kept(model: OpenModel, task: Task, kind: str, before: Sequence[Kept]) -> Kept:
+def _kept(model: OpenModel, task: Task, kind: str) -> Kept:
     """Predictions of a model on a task; errors name both."""
     try:
-        found = model.classes(task) if kind == "classes" else model.values(task)
-        if before and not torch.equal(found.examples, before[0].examples):
-            raise ValueError(
-                "its predictions are of other examples than those of the model before it. Turn shuffling off."
-            )
+        return model.classes(task) if kind == "classes" else model.values(task)
     except ValueError as error:
         text = str(error)
         for start in ("predict(...)", "predict(loader=...)", "predict_values(...)"):
             text = text.removeprefix(f"`{start}`: ")
         raise ValueError(f"`evaluate(...)`: {model.name!r} on task {task.name!r}: {text}") from error
-    return found
+
+
+def _require_same_examples(task: Task, kept: Sequence[Kept], names: Sequence[str]) -> None:
+    for name, each in zip(names, kept, strict=True):
+        if not torch.equal(each.examples, kept[0].examples):
+            raise ValueError(
+                f"`evaluate(...)`: {name!r} on task {task.name!r}: its predictions are of other examples than those of "
+                "the model before it. Turn shuffling off."
+            )
 
 
 def _wanted(

@@ -32,6 +32,7 @@ from inference.models.prediction import (
     scored,
 )
 from inference.models.predictor import Read, Reduce, Runner
+from inference.models.ranks import ALONE, Ranks
 from inference.models.staging import Staging
 from inference.scores import label_log_likelihood
 from poe_models.weights.task_vectors import Source, TaskVectors
@@ -317,6 +318,7 @@ class MergedEnsemble:
         resume: bool = False,
         progress: Progress | None = None,
         extras: Callable[[Staging], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Path:
         """Write all members into a new folder, a few tensors in memory at a time.
 
@@ -332,6 +334,7 @@ class MergedEnsemble:
             progress: Told how far it is.
             extras: Writes further files of the output through its methods, for instance the draws. Called before the
                 first member is made, again when an interrupted save goes on.
+            ranks: The processes that share the work; each has drawn the same and calls this with the same arguments.
 
         Returns:
             The folder.
@@ -340,4 +343,4 @@ class MergedEnsemble:
             OutputError: If the folder exists, the disk is full, or an interrupted save is there and ``resume`` is
             false. ValueError: If ``format`` is unknown.
         """
-        return save_members(self._tensors, Path(out), format, resume, progress, extras)
+        return save_members(self._tensors, Path(out), format, resume, progress, extras, ranks)

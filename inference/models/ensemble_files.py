@@ -14,11 +14,12 @@ from torch import Tensor
 from inference.models.artifacts import versions
 from inference.models.design import design_text
 from inference.models.digest import Progress, Silent, check_unchanged, digest_inputs, files_of
-from inference.models.disk import check_space
+from inference.models.disk import check_space, real_path
 from inference.models.folder import weight_files, write_companions
 from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import MethodDesign
 from inference.models.model_draws import ModelDraws
+from inference.models.ranks import Ranks, require_same_files
 from inference.models.staging import Finished, Headers, Staging, check_output
 from inference.models.tensor_batches import rounding_of_tensor
 from poe_models.weights.loading import Checkpoint, open_checkpoint
@@ -35,39 +36,63 @@ def save_members(
     resume: bool,
     progress: Progress | None,
     extras: Callable[[Staging], None] | None,
+    ranks: Ranks,
 ) -> Path:
     """Write all members; see ``MergedEnsemble.save``.
 
     Raises:
-        ValueError: If the kind is neither "checkpoints" nor "deltas".
+        ValueError: If the kind is neither "checkpoints" nor "deltas", or processes have drawn other members.
     """
     if kind not in ("checkpoints", "deltas"):
         raise ValueError(f"`save(format={kind!r})`: unknown. Give 'checkpoints' or 'deltas'.")
     checkpoints = tensors.inputs
     inputs = [file for checkpoint in checkpoints.values() for file in files_of(checkpoint)]
-    staging = Staging(check_output(out, inputs, resume=resume))
-    staging.check(resume)
+    if ranks.first:
+        staging = Staging(check_output(out, inputs, resume=resume))
+        staging.check(resume)
+    else:
+        staging = Staging(real_path(out.expanduser()))
     progress = progress or Silent()
-    writer = _Writer(tensors, staging, kind, progress, digest_inputs(checkpoints, (), progress))
-    if not staging.published:
+    digests = ranks.gather(digest_inputs(checkpoints, (), progress) if ranks.first else {})[0]
+    writer = _Writer(tensors, staging, kind, progress, digests, ranks)
+    if ranks.first and not staging.published:
         check_space(staging.folder, writer.needed() - staging.nbytes())
-    with staging.begin(writer.state, partial(check_unchanged, checkpoints.values())):
-        if not staging.published:
-            if extras is not None:
+    with staging.shared(ranks, writer.state, partial(check_unchanged, checkpoints.values())):
+        require_same_files(ranks, checkpoints.values())
+        _require_same_draws(ranks, tensors)
+        if not ranks.gather(staging.published)[0]:
+            if ranks.first and extras is not None:
                 extras(staging)
             writer.write()
-        staging.publish()
+        ranks.wait()
+        if ranks.first:
+            staging.publish()
     return staging.out
+
+
+def _require_same_draws(ranks: Ranks, tensors: MemberTensors) -> None:
+    """Refuse processes that have drawn other members, on other processors or with other numbers of threads."""
+    if len(set(ranks.gather(tensors.draws.digest()))) > 1:
+        raise ValueError(
+            "`Ranks`: the processes have drawn different members: their processors, devices or numbers of threads "
+            "(OMP_NUM_THREADS) differ. Make these the same, or run in one process."
+        )
 
 
 class _Writer:
     """Writer of all members of an ensemble into one output."""
 
     def __init__(
-        self, tensors: MemberTensors, staging: Staging, kind: str, progress: Progress, inputs: Mapping[str, Any]
+        self,
+        tensors: MemberTensors,
+        staging: Staging,
+        kind: str,
+        progress: Progress,
+        inputs: Mapping[str, Any],
+        ranks: Ranks,
     ) -> None:
         self.tensors, self.staging, self.kind, self.progress = tensors, staging, kind, progress
-        self.inputs = inputs
+        self.inputs, self.ranks = inputs, ranks
         self.base, self.sampled, self.layout = tensors.base, tensors.sampled, weight_files(tensors.base)
         treatments = tensors.task_vectors.treatments
         self.changed = [
@@ -99,20 +124,31 @@ class _Writer:
         }
 
     def write(self) -> None:
-        """Write all members, those that are finished excepted."""
+        """Write this process's members, those that are finished excepted; what all share is the first one's."""
         draws, nbytes = self.tensors.draws, sum(self.base.tensors[name].nbytes for name in self.sampled)
-        self.progress.begin("members", len(draws) * len(draws.modules), len(draws) * nbytes)
-        if self.kind == "deltas" and self.changed:
-            self._weight_file(f"shared/{_DELTA}", self.changed, {}, partial(self._delta, None))
-        for index, draw in enumerate(draws):
-            member = f"member-{index:03d}"
-            if self.kind == "deltas":
-                self._weight_file(f"{member}/{_DELTA}", self.sampled, {}, partial(self._delta, draw))
-            else:
-                self._checkpoint(member, draw, first=index == 0)
-            self.progress.advance(len(draws.modules), nbytes)
-        names = {"sampled_tensors": list(self.sampled), "tied": dict(self.base.aliases)}
-        self.staging.write_record("ensemble.json", {**self.state, **names}, list(names))
+        own = sorted(self.ranks.share([1.0] * len(draws)))  # member 0 is the first process's
+        self.progress.begin("members", len(own) * len(draws.modules), len(own) * nbytes)
+        if self.ranks.first:
+            if self.kind == "deltas" and self.changed:
+                self._weight_file(f"shared/{_DELTA}", self.changed, {}, partial(self._delta, None))
+            self._member(own.pop(0))
+        self.ranks.wait()
+        for index in own:
+            self._member(index)
+        if self.ranks.first:
+            names = {"sampled_tensors": list(self.sampled), "tied": dict(self.base.aliases)}
+            self.staging.write_record("ensemble.json", {**self.state, **names}, list(names))
+
+    def _member(self, index: int) -> None:
+        """Write one member; checkpoints read what all share back from the first."""
+        draws, member = self.tensors.draws, f"member-{index:03d}"
+        draw = draws[index]
+        if self.kind == "deltas":
+            self._weight_file(f"{member}/{_DELTA}", self.sampled, {}, partial(self._delta, draw))
+        else:
+            self._checkpoint(member, draw, first=index == 0)
+        nbytes = sum(self.base.tensors[name].nbytes for name in self.sampled)
+        self.progress.advance(len(draws.modules), nbytes)
 
     def needed(self) -> int:
         """Bytes on the disk, the parts of one folder included."""

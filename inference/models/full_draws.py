@@ -19,6 +19,7 @@ from inference.models.design import Design, Designs, as_function, design_text
 from inference.models.digest import Progress, Silent
 from inference.models.model_draws import FullDraws
 from inference.models.modules import Module, feed, merged_update, module_names, read_modules
+from inference.models.ranks import ALONE, Ranks
 from inference.models.surrounding import distance_of_module, gibbs_distance
 from poe_models.module_names import not_drawn, with_names
 from poe_models.sums import sum_of_squares
@@ -45,8 +46,12 @@ def sample_full(
     thin: int = 1,
     pattern: str = "",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> FullDraws:
     """Draw merged updates themselves, one module in memory at a time.
+
+    The noise of a module is its own: it depends on the generator and on the module's place in the model alone, and not
+    on what else is drawn.
 
     Args:
         task_vectors: Base and experts.
@@ -59,6 +64,7 @@ def sample_full(
         thin: Its steps per kept draw.
         pattern: Regular expression; only modules whose names it finds are drawn.
         progress: Told how far it is.
+        ranks: The processes that divide the modules between them; all get all draws.
 
     Returns:
         The draws, as small as a few numbers per module and expert. Modules that no update changes are left out, with a
@@ -69,33 +75,45 @@ def sample_full(
             mixture (Gibbs), a mode has a Hessian that is not positive definite (Laplace), or a posterior is improper.
     """
     progress, for_tensor = progress or Silent(), as_function(design)
-    wanted = _wanted(task_vectors, pattern)
-    nbytes = {tensor: task_vectors.base.tensors[tensor].nbytes for tensor in wanted}
-    progress.begin("sampling", sum(map(len, wanted.values())), sum(nbytes.values()))
-    parts: list[FullDraws] = []
+    wanted, seeds = _wanted(task_vectors, pattern), _seeds(task_vectors, generator)
+    nbytes = [task_vectors.base.tensors[tensor].nbytes for tensor in wanted]
+    own = ranks.share(nbytes)
+    progress.begin("sampling", sum(map(len, wanted.values())), sum(nbytes))
+    parts: dict[str, FullDraws] = {}
     silent: list[str] = []
     digest = hashlib.sha256()
     where = environment(task_vectors.device, task_vectors.dtype)
-    for tensor, names in wanted.items():
+    for place, (tensor, names) in enumerate(wanted.items()):
         here = for_tensor(tensor)
         modules = [each for each in read_modules(task_vectors, tensor, here) if each.name in names]
         for module in modules:
             if not bool(module.updates.any()) and bool(module.posterior.undetermined):
                 silent.append(module.name)
                 continue
+            feed(digest, module.name, module.updates, module.center)
+            if place not in own:
+                continue
+            its = torch.Generator(generator.device).manual_seed(seeds[module.name])
             try:
-                drawn = _draw(module, num_samples, generator, sampler, chains, warmup, thin)
+                drawn = _draw(module, num_samples, its, sampler, chains, warmup, thin)
                 away = _from_mode(module, drawn, sampler)
             except ValueError as error:
                 raise with_names(error, [module.name]) from error
-            parts.append(_named(module, drawn, away, sampler, here, where))
-            feed(digest, module.name, module.updates, module.center)
-        progress.advance(len(modules), nbytes[tensor])
+            parts[module.name] = _named(module, drawn, away, sampler, here, where)
+        progress.advance(len(modules), nbytes[place])
     if silent:
         warnings.warn(not_drawn(silent), stacklevel=2)
-    if not parts:
+    everyones = {name: part for each in ranks.gather(parts) for name, part in each.items()}
+    if not everyones:
         raise ValueError("`sample_full(...)`: nothing changes any of these modules. Draw others.")
-    return FullDraws.joined(parts, digest.hexdigest())
+    return FullDraws.joined([everyones[name] for name in seeds if name in everyones], digest.hexdigest())
+
+
+def _seeds(task_vectors: TaskVectors, generator: torch.Generator) -> dict[str, int]:
+    """A seed for every merged module, in the order of the model."""
+    names = [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+    seeds = torch.randint(2**62, (len(names),), generator=generator, device=generator.device).tolist()
+    return dict(zip(names, seeds, strict=True))
 
 
 def _wanted(task_vectors: TaskVectors, pattern: str) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ frozenset({1, 2, 3})
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +90,25 @@ class Ranks:
                     "stays; go on with --resume (`resume=True`), with as many processes as you like."
                 ) from error
         return found
+
+    def results(self, calls: Sequence[Callable[[], T]], progress: Callable[[int, int], None] | None = None) -> list[T]:
+        """Results of calls that the ranks divide between them, in their order, in every rank.
+
+        Args:
+            calls: Give plain data and CPU tensors.
+            progress: Called with the number of this rank's calls that are done, and of all of its.
+
+        Raises:
+            OutputError: If a rank has ended.
+        """
+        own = sorted(self.share([1.0] * len(calls)))
+        made: dict[int, T] = {}
+        for done, place in enumerate(own, 1):
+            made[place] = calls[place]()
+            if progress is not None:
+                progress(done, len(own))
+        every = {place: result for each in self.gather(made) for place, result in each.items()}
+        return [every[place] for place in range(len(calls))]
 
     def device(self, device: torch.device) -> torch.device:
         """A device of this rank's own: ``cuda`` becomes the one of its number on this machine."""
