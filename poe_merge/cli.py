@@ -169,6 +169,7 @@ def search(
     from inference.models.ranks import launched_ranks
     from inference.models.staging import Staging, check_output
     from poe_merge import search as searching
+    from poe_merge.scoring import scoring
 
     out = required(out, "search")
     space = searching.read_space(*read(config, flags), allow_code=allow_code)
@@ -181,7 +182,7 @@ def search(
     with launched_ranks() as ranks:
         if ranks.first:
             Staging(check_output(out, inputs, resume=resume), "merge").check(resume)
-        by = searching.scoring(score, tasks, settings, space.folders, fraction, submodule)
+        by = scoring(score, tasks, settings, space.folders, fraction, submodule)
         budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
         kept = "Nothing was written." if storage is None else f"The same command goes on with the study in {storage}."
         with shown_bars(out, kept) as bars:

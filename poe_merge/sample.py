@@ -128,7 +128,6 @@ def sample(
     staging = Staging(out)
     if ranks.first:
         staging.check(resume)
-    ranks.wait()
     folder_of_merge = None if merged is None else str(merged.absolute())
     asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
     span = _span(settings, task_vectors, what, merged)

@@ -16,7 +16,6 @@ tensors share one value. ``as: Mixed(activations, share=$)`` writes a number int
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from inference.models.digest import Progress
     from inference.models.merge import MergeReport
     from inference.search import Choice, DesignSpace, Range, SearchResult
-    from inference.search.study import Score
+    from poe_merge.scoring import Scoring
     from poe_models.weights.task_vectors import TaskVectors
 
 
@@ -201,77 +200,6 @@ def read_space(document: Document, folders: tuple[Path, ...], *, allow_code: boo
     return Space(document, ranges, folders, allow_code)
 
 
-@dataclass(frozen=True, eq=False)
-class Scoring:
-    """Objective of a search.
-
-    Attributes:
-        score: Maps a state dict to a number.
-        minimize: Whether smaller is better.
-        about: What it is, in words.
-    """
-
-    score: Score
-    minimize: bool
-    about: str
-
-
-def scoring(
-    text: str,
-    tasks: str | None,
-    config: MergeConfig,
-    folders: tuple[Path, ...],
-    fraction: float = 1.0,
-    submodule: str = "",
-) -> Scoring:
-    """The score of a search, from what was typed.
-
-    Args:
-        text: A metric of ``poe-merge evaluate``, ``functional``, or a function ``FILE.py:NAME`` of a state dict.
-        tasks: The user's module of tasks, for the former two.
-        config: The merge, for the base and the experts.
-        folders: Where the user's modules are looked for.
-        fraction: Share of the batches of each task.
-        submodule: Where in the module's network the checkpoints are.
-
-    Raises:
-        ValueError: If the module or the function does not fit, or the metric is unknown.
-    """
-    from diagnostics.predictions.task_score import TaskScore
-    from poe_merge.specs import names_code
-    from poe_merge.user_tasks import read_function, read_tasks
-
-    if names_code(text):
-        if tasks is not None or submodule or fraction != 1.0:
-            raise ValueError(
-                f"--score {text}: a function of a state dict has no use for --tasks, --submodule or --fraction. Leave "
-                "them out."
-            )
-        function = read_function(f"score `{text}`", text, folders)
-        return Scoring(lambda state: float(function.call(state)), False, f"{text} ({_digest(function.source)})")
-    if tasks is None:
-        raise ValueError(f"--score {text}: judged on what? Give --tasks FILE.py, a module with `network` and `tasks`.")
-    user = read_tasks(tasks, folders)
-    made = TaskScore(
-        user.tasks,
-        user.network(config.base_model).to(config.device),
-        text,
-        experts={entry.label: entry.model for entry in config.models},
-        base=config.base_model,
-        submodule=submodule,
-        fraction=fraction,
-    )
-    names = ", ".join(task.name for task in user.tasks)
-    where = f" in {submodule}" if submodule else ""
-    about = f"{text} of {names}{where}, {fraction:g} of the batches ({_digest(user.source)})"
-    return Scoring(made, made.minimize, about)
-
-
-def _digest(source: Path) -> str:
-    """Checksum of a user's file, so that a study is not gone on with after an edit."""
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-
-
 @dataclass(frozen=True)
 class Budget:
     """Number of trials, their proposals, and the study that they belong to.
@@ -323,8 +251,6 @@ def search(
             share, which takes a database.
     """
     from inference.models.merge import merge_checkpoint
-    from inference.search import ModelMerges
-    from inference.search import search as search_designs
     from poe_merge.build import batch_bytes_of, custom_sources, designs_of
 
     if ranks.size > 1 and budget.storage is None:
@@ -333,24 +259,7 @@ def search(
             "search as `poe-merge`, in one process."
         )
     designs = space.designs(task_vectors)
-    searched = partial(
-        search_designs,
-        designs,
-        by.score,
-        ModelMerges(task_vectors),
-        trials=budget.trials,
-        seed=budget.seed,
-        sampler=budget.sampler,  # type: ignore[arg-type]  # refused there if unknown
-        minimize=by.minimize,
-        storage=budget.storage,
-        name=budget.study,
-        worker=budget.worker * ranks.size + ranks.rank,
-        scored_by=by.about,
-    )
-    found = searched(progress=progress)
-    if ranks.size > 1:  # the same trials for all, those that ended behind this process's last one included
-        ranks.wait()
-        found = replace(searched(), overhead_seconds=found.overhead_seconds)
+    found = _searched(designs, task_vectors, by, budget, progress, ranks)
     config = space.best(designs, found.values, task_vectors)
     best = designs_of(config, task_vectors.base)
     report = merge_checkpoint(
@@ -371,6 +280,33 @@ def search(
         ranks=ranks,
     )
     return found, report
+
+
+def _searched(
+    designs: DesignSpace, task_vectors: TaskVectors, by: Scoring, budget: Budget, progress: Progress, ranks: Ranks
+) -> SearchResult:
+    """The study with the trials of all processes."""
+    from inference.search import ModelMerges, search
+
+    run = partial(
+        search,
+        designs,
+        by.score,
+        ModelMerges(task_vectors),
+        trials=budget.trials,
+        seed=budget.seed,
+        sampler=budget.sampler,  # type: ignore[arg-type]  # refused there if unknown
+        minimize=by.minimize,
+        storage=budget.storage,
+        name=budget.study,
+        worker=budget.worker * ranks.size + ranks.rank,
+        scored_by=by.about,
+    )
+    found = run(progress=progress)
+    if ranks.size == 1:
+        return found
+    ranks.wait()  # trials may end behind this process's last one
+    return replace(run(), overhead_seconds=found.overhead_seconds)
 
 
 def _values(each: RangeSection) -> Range | Choice:

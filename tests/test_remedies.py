@@ -227,6 +227,7 @@ NOT_EXECUTED = {
     "the merge of adapters is not of their rank": "a whole model, which `no adapters` writes",
     "One set of statistics has one kind of expert": "advice for a configuration, not a command",
     "is of another §": "another database, or another name in it, is the user's own",
+    "processes share a study by a database": "several processes, run so in `test_ranks_tasks.py`",
     "is too large for": "a merge again, of files that no test can hold: 1e38",
     "no such property": "names the properties, of which one is to be picked",
     "a search writes whole models": "two commands in a row, each with tests of its own",
