@@ -14,6 +14,8 @@ from torch import Tensor
 
 from poe_models import DEFAULT_RULES, CheckpointError, TaskVectors
 from poe_models.weights.loading import open_checkpoint
+from poe_models.weights.rule import Rule
+from poe_models.weights.views import View
 
 State = dict[str, Tensor]
 
@@ -55,6 +57,12 @@ def test_a_rule_about_tensors_that_cannot_change_is_warned_about(
         TaskVectors(base, {"x": expert}, rules)
     TaskVectors(base, {"x": expert}, DEFAULT_RULES.extended([{"match": "rotary", "action": "base"}]))  # true: silent
     TaskVectors(base, {"x": expert}, DEFAULT_RULES.extended([{"match": "rotary|mlp", "action": action}]))
+
+
+def test_rules_of_lists_are_rules(base: State) -> None:
+    rule = Rule("head", "merge", View(rows=[1, 2]), model_types=["gpt2"])  # type: ignore[arg-type]
+    found = TaskVectors(base, {"x": moved(base)}, DEFAULT_RULES.extended([rule]))
+    assert [module.name for module in found if module.name.startswith("head")] == ["head.weight[0]", "head.weight[1]"]
 
 
 def test_rules_that_keep_everything_are_warned_about(base: State) -> None:

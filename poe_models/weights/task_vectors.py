@@ -275,7 +275,7 @@ class TaskVectors:
     def unused_rules(self) -> tuple[Rule, ...]:
         """Rules of the user that fit no tensor of the base, in all likelihood misspelt."""
         fitted = fitted_by(self.rules, self.base, self.model_type)
-        return tuple(rule for rule, tensors in fitted.items() if not tensors)
+        return tuple(rule for rule, tensors in fitted if not tensors)
 
     def _treat_all(self) -> dict[str, Treatment]:
         adapters = [self._adapter(name) for name in self.names]

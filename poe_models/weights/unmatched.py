@@ -26,25 +26,27 @@ def nearest_part(word: str, names: Iterable[str]) -> str:
     return ""
 
 
-def fitted_by(rules: RuleTable, base: Checkpoint, model_type: str | None) -> dict[Rule, list[TensorInfo]]:
-    """The user's rules of a table, each to the tensors of the base that it fits."""
+Fitted = Sequence[tuple[Rule, Sequence[TensorInfo]]]
+"""Rules, each with the tensors that it fits."""
+
+
+def fitted_by(rules: RuleTable, base: Checkpoint, model_type: str | None) -> Fitted:
+    """The user's rules of a table, each with the tensors of the base that it fits."""
     own = [rule for rule in rules.rules if rule not in (*DEFAULT_RULES.rules, *ALL_TENSORS.rules)]
     named = [(base.tied_names(name), info) for name, info in base.tensors.items() if own]
-    return {rule: [info for names, info in named if rule.applies(names, info, model_type)] for rule in own}
+    return [(rule, [info for names, info in named if rule.applies(names, info, model_type)]) for rule in own]
 
 
-def warn_of_rules(
-    base: Checkpoint, fitted: Mapping[Rule, Sequence[TensorInfo]], treatments: Mapping[str, Treatment]
-) -> None:
+def warn_of_rules(base: Checkpoint, fitted: Fitted, treatments: Mapping[str, Treatment]) -> None:
     """Warn of rules that change nothing, and of ones that keep all tensors.
 
     Args:
         base: The base.
-        fitted: The user's rules to the tensors that they fit.
+        fitted: The user's rules with the tensors that they fit.
         treatments: The treatment of each tensor.
     """
     every = [name for tensor in base.tensors for name in base.tied_names(tensor)]
-    for rule, tensors in fitted.items():
+    for rule, tensors in fitted:
         text = f"the rule {{match: {rule.match}, action: {rule.action}}}"
         if not tensors:
             warnings.warn(
