@@ -78,6 +78,7 @@ class Rule:
             pattern(self.match)
         except PatternError as error:
             raise ValueError(f"`Rule(match=...)`: {error} Escape special characters with a backslash.") from error
+        object.__setattr__(self, "model_types", tuple(self.model_types))  # a list would have no hash
         _one_of("action", self.action, get_args(Action))
         _one_of("shape", self.shape, get_args(Shape))
         if self.view is not None and self.action != "merge":

@@ -57,6 +57,7 @@ class View:
     vector: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))  # a list would have no hash
         others = [each.name for each in dataclasses.fields(self) if each.name != "vector"]
         if self.vector and any(getattr(self, name) != getattr(View, name) for name in others):
             raise ValueError("`View(vector=True)`: one row is neither turned nor cut. Leave the other arguments out.")
