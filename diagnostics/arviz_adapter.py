@@ -69,7 +69,9 @@ def to_inference_data(
 
     Groups:
         ``posterior``: ``coefficients`` (module, basis) in Span coordinates; in any ``residual`` ``q_i / s_i^2``
-        (module, expert) and ``distance`` ``|Z - Z_0|`` (module), on which chains of Full draws can be judged.
+        (module, expert) and ``distance`` ``|Z - Z_0|`` (module), on which chains of Full draws can be judged. Where
+        modules share coefficients, ``module`` has their groups, and ``expert`` the experts of their first modules, such
+        as ``a``, of their second ones, ``a/1``, and so on; nan where a group has fewer modules.
         ``sample_stats``: statistics that the sampler reports (module).
         ``log_likelihood``: ``updates`` (module, expert), ``-E_i / T - log Z_i`` in nats, the density of an expert's
         update under its operator, normalised as in :func:`inference.evidence.estimate.log_normalizers`. Full posteriors

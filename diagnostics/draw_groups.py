@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -130,8 +131,7 @@ def _variables(draws: Draws, posterior: Posterior, include_update: bool) -> tupl
         if span is not None or include_update:
             parts["latents"].append(z)
     stacked = {name: _by_chain(values, draws) for name, values in parts.items() if values}
-    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
-    variables = {"residual": stacked["residuals"] / scales, "distance": stacked["distance"]}
+    variables = {"residual": stacked["residuals"] / _scales(posterior), "distance": stacked["distance"]}
     if span is not None:
         coefficients = span.coefficients(stacked["latents"])
         variables = {"coefficients": coefficients[..., _varying(span.statistics)], **variables}
@@ -168,7 +168,7 @@ def _log_likelihood(posterior: Posterior, residuals: Tensor) -> dict[str, np.nda
 
 def _constants(posterior: Posterior, statistics: SpanStatistics | None) -> dict[str, np.ndarray]:
     constants = {
-        "scale_squared": torch.stack([expert.scale_squared for expert in posterior.experts], -1),
+        "scale_squared": _scales(posterior),
         "importance": torch.tensor([expert.importance for expert in posterior.experts], dtype=torch.float64),
         "anchor_precision": posterior.anchor_precision,
     }
@@ -181,6 +181,14 @@ def _constants(posterior: Posterior, statistics: SpanStatistics | None) -> dict[
         constants["forms"] = statistics.forms[..., kept, :][..., kept]
         constants["mean_curvature"] = statistics.mean_curvature
     return {name: _array(value) for name, value in constants.items()}
+
+
+def _scales(posterior: Posterior) -> Tensor:
+    """``s_i^2``, ``(M, E)``; nan for experts that a group of fewer modules than others does not have."""
+    scales = torch.stack([expert.scale_squared for expert in posterior.experts], -1)
+    if posterior.span is None:
+        return scales
+    return scales.where(~posterior.span.statistics.mean_curvature.isnan(), math.nan)
 
 
 def _varying(statistics: SpanStatistics) -> list[int]:

@@ -156,7 +156,9 @@ def search(
         str | None, typer.Option(help="Database of the study, sqlite:///study.db; memory if not given.")
     ] = None,
     study: Annotated[str, typer.Option(help="Name of the study in the database.")] = "poe-merge",
-    worker: Annotated[int, typer.Option(min=0, help="Number of this worker, if several share the study.")] = 0,
+    worker: Annotated[
+        int, typer.Option(min=0, help="Number of this worker, or group of as many processes, on the study.")
+    ] = 0,
     fraction: Annotated[float, typer.Option(help="Share of each task's batches that are used.")] = 1.0,
     submodule: Annotated[str, typer.Option(help="Where in the network the checkpoints are.")] = "",
     csv: Csv = None,
@@ -182,7 +184,9 @@ def search(
     with launched_ranks() as ranks:
         if ranks.first:
             Staging(check_output(out, inputs, resume=resume), "merge").check(resume)
-        by = scoring(score, tasks, settings, space.folders, fraction, submodule)
+        ranks.wait()
+        task_vectors.device = ranks.device(task_vectors.device)
+        by = scoring(score, tasks, settings, space.folders, fraction, submodule, task_vectors.device)
         budget = searching.Budget(trials, sampler, storage, study, worker, search_seed)
         kept = "Nothing was written." if storage is None else f"The same command goes on with the study in {storage}."
         with shown_bars(out, kept) as bars:

@@ -128,13 +128,12 @@ def sample(
     staging = Staging(out)
     if ranks.first:
         staging.check(resume)
-    folder_of_merge = None if merged is None else str(merged.absolute())
-    asked = json.loads(json.dumps({"sampling": asdict(what), "config": settings.resolved(), "merge": folder_of_merge}))
+    asked = _asked(settings, what, merged)
     span = _span(settings, task_vectors, what, merged)
     designs = designs if span is None else span.unscaled
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if resume and staging.has(_DRAWN):
+        if ranks.gather(resume and staging.has(_DRAWN))[0]:
             drawn = _drawn_before(staging, asked)
         else:
             task_vectors.refuse_copies()
@@ -161,7 +160,16 @@ def sample(
             extras=lambda place: _write(place, drawn, record),
             ranks=ranks,
         )
-    return _report(out, what, drawn, ensemble, task_vectors, [str(each.message) for each in caught], began)
+    told = [text for each in ranks.gather([str(each.message) for each in caught]) for text in each]
+    return _report(out, what, drawn, ensemble, task_vectors, told, began)
+
+
+def _asked(settings: MergeConfig, what: Sampling | Seeds, merged: Path | None) -> dict[str, Any]:
+    """Settings of the draws as plain data: a resumed run must have the same."""
+    folder = None if merged is None else str(merged.absolute())
+    plain: dict[str, Any] = {"sampling": asdict(what), "config": settings.resolved(), "merge": folder}
+    asked: dict[str, Any] = json.loads(json.dumps(plain))
+    return asked
 
 
 def _report(
@@ -224,9 +232,8 @@ def _near(span: Span, merged: Path | None, what: Sampling | Seeds, bars: Bars) -
     found, mode = laplace_draws(span, merged, what.members, what.seed, bars.steps("Gauss-Newton matrix"))
     draws, (data, _) = span.model.draws(found, mode), arviz_data(found, span.posterior, what.seed)
     if what.pattern:
-        whole, draws = draws, draws.restrict(what.pattern)
-        left = set(whole.modules).difference(draws.modules)
-        data = data.sel(module=[name for name in span.posterior.modules if name not in left])
+        draws = draws.restrict(what.pattern)
+        data = data.sel(module=span.model.groups_of(draws.modules))
     return Drawn(draws, (data,), (), ())
 
 
@@ -256,9 +263,10 @@ def _around(
         draws = replace(draws, from_merge=distance_from_merge(draws, task_vectors, products, merged))
     for data in drawn.data:
         if draws.from_merge is not None:
-            names = [str(name) for name in data.posterior["module"].values if name in draws.modules]
-            of_these = draws.from_merge.select([draws.index(name) for name in names]) if names else draws.from_merge
-            data.attrs |= merge_attributes(of_these)
+            names = [str(name) for name in data.posterior["module"].values]
+            apart = set(names) <= set(draws.modules)  # and no groups of them
+            here = draws.from_merge.select([draws.index(name) for name in names]) if apart else draws.from_merge
+            data.attrs |= merge_attributes(here)
     experts = drawn.experts if merged is None else totals_of(read_record(merged))
     far = () if draws.far_from_merge is None else (draws.far_from_merge,)
     return replace(drawn, draws=draws, experts=experts, warnings=(*drawn.warnings, *far, *concerns(experts)))

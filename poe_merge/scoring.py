@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from poe_merge.config import MergeConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from inference.search.study import Score
 
 
@@ -35,6 +37,7 @@ def scoring(
     folders: tuple[Path, ...],
     fraction: float = 1.0,
     submodule: str = "",
+    device: torch.device | None = None,
 ) -> Scoring:
     """The score of a search, from what was typed.
 
@@ -45,6 +48,7 @@ def scoring(
         folders: Where the user's modules are looked for.
         fraction: Share of the batches of each task.
         submodule: Where in the module's network the checkpoints are.
+        device: Device of the network; the configuration's by default.
 
     Raises:
         ValueError: If the module or the function does not fit, or the metric is unknown.
@@ -66,7 +70,7 @@ def scoring(
     user = read_tasks(tasks, folders)
     made = TaskScore(
         user.tasks,
-        user.network(config.base_model).to(config.device),
+        user.network(config.base_model).to(device or config.device),
         text,
         experts={entry.label: entry.model for entry in config.models},
         base=config.base_model,

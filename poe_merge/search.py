@@ -288,11 +288,12 @@ def _searched(
     """The study with the trials of all processes."""
     from inference.search import ModelMerges, search
 
+    merges = ModelMerges(task_vectors)
     run = partial(
         search,
         designs,
         by.score,
-        ModelMerges(task_vectors),
+        merges,
         trials=budget.trials,
         seed=budget.seed,
         sampler=budget.sampler,  # type: ignore[arg-type]  # refused there if unknown
@@ -305,8 +306,10 @@ def _searched(
     found = run(progress=progress)
     if ranks.size == 1:
         return found
-    ranks.wait()  # trials may end behind this process's last one
-    return replace(run(), overhead_seconds=found.overhead_seconds)
+    ranks.wait()
+    last = run() if ranks.first else found  # the trials that ended behind its last one, as one process sees them
+    values, score, trials = ranks.gather((last.values, last.score, last.trials))[0]
+    return replace(found, values=values, score=score, trials=trials, designs=merges.complete(designs.designs(values)))
 
 
 def _values(each: RangeSection) -> Range | Choice:

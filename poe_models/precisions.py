@@ -296,7 +296,7 @@ class LowRankUpdate(Precision):
 def _stacked(vectors: Iterable[Tensor], count: int) -> Tensor:
     """So many tensors ``(..., a, b)`` as one, ``(..., E, a, b)``, filled as they come."""
     stacked = None
-    for place, each in enumerate(vectors):
+    for place, each in zip(range(count), vectors, strict=True):
         if stacked is None:
             stacked = each.new_empty(*each.shape[:-2], count, *each.shape[-2:])
         stacked[..., place, :, :] = each

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from torch import Tensor
+from torch import Tensor, nn
 
 from diagnostics.arviz_adapter import to_inference_data
 from inference.draws import Draws
@@ -15,7 +17,7 @@ from inference.functional import Residual, SpanModel, fit, functional, functiona
 from inference.functional.tied import Groups
 from inference.minimize import minimize
 from inference.models.ensemble import MergedEnsemble
-from poe_models import Cauchy, Energy, InputGram, NormScaled, ProductOfExperts, StudentT
+from poe_models import Cauchy, Energy, InputGram, NormScaled, ProductOfExperts, StudentT, TaskVectors
 from poe_models.program import log_constant, log_density
 from tests.seeds import seeded
 from tests.test_functional_draws import NAMES, called, network_of, vectors_of
@@ -89,24 +91,34 @@ def test_fit_laplace_and_draws_are_those_of_groups() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::diagnostics.arviz_adapter.TooFewDraws")
-@pytest.mark.parametrize(("tied", "groups"), [("", [[0, 1]]), (r"^(\d)", [[0], [1]])])
+@pytest.mark.parametrize(("tied", "groups"), [("", [[0, 1, 2]]), (r"^(\d)", [[0], [1], [2]]), ("^[02]", [[0, 1], [2]])])
 def test_arviz_gets_the_experts_of_every_module_of_a_group(tied: str, groups: list[list[int]]) -> None:
-    model, free = models_of(tied, StudentT(4.0, exponent="multivariate"))
+    network = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    own = {name: value.detach() for name, value in network.state_dict().items()}
+    noise = {
+        n: {k: v + 0.2 * torch.randn(v.shape, generator=seeded(i)).double() for k, v in own.items()}
+        for i, n in enumerate(NAMES)
+    }
+    vectors = TaskVectors(own, noise, dtype=torch.float64)
+    poe = ProductOfExperts.of(NAMES, InputGram(), StudentT(4.0, exponent="multivariate"), NormScaled(0.7))
+    model, free = SpanModel(network, vectors, poe, tied=tied), SpanModel(network, vectors, poe)
     one, other = (m.posterior(*(functional(n, m, inputs_of(9), called) for n in NAMES)) for m in (model, free))
     coefficients = torch.randn(1, 3, len(groups), len(model.basis), generator=seeded(1), dtype=torch.float64)
-    every = coefficients[:, :, [0, 0] if tied == "" else [0, 1]]
+    every = coefficients[:, :, [next(g for g, members in enumerate(groups) if m in members) for m in range(3)]]
     data, apart = (
         to_inference_data(Draws(m.span.latents(c)), p) for m, c, p in ((model, coefficients, one), (free, every, other))
     )
     assert data.posterior["module"].values.tolist() == list(model.modules)
+    assert model.groups_of([free.modules[members[-1]] for members in groups]) == list(model.modules)
+    assert model.groups_of(free.modules[:1]) == list(model.modules[:1])
+    parts = [("posterior", "residual"), *(("constant_data", each) for each in ("forms", "dimension", "scale_squared"))]
     for group, members in enumerate(groups):
-        for slot, member in enumerate(members):
-            for name in NAMES:
-                here = {"module": model.modules[group], "expert": f"{name}/{slot}" if slot else name}
-                there = {"module": free.modules[member], "expert": name}
-                for part, key in (
-                    *(("posterior", "residual"), ("constant_data", "forms"), ("constant_data", "dimension")),
-                    *(("constant_data", "mean_curvature"), ("constant_data", "scale_squared")),
-                ):
-                    found, known = data[part][key].sel(here), apart[part][key].sel(there)
-                    assert_allclose(found.values, known.values, rtol=1e-8, err_msg=f"{part}/{key}")
+        for slot, name in product(range(max(map(len, groups))), NAMES):
+            here = {"module": model.modules[group], "expert": f"{name}/{slot}" if slot else name}
+            for part, key in (*parts, ("constant_data", "mean_curvature")):
+                found = data[part][key].sel(here).values
+                if slot >= len(members):
+                    assert bool(np.isnan(found).all())
+                    continue
+                known = apart[part][key].sel({"module": free.modules[members[slot]], "expert": name}).values
+                assert_allclose(found, known, rtol=1e-8, err_msg=f"{part}/{key}")

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inference.models.ranks import ALONE, Ranks
+from inference.models import ensemble_files
+from inference.models.disk import OutputError
+from inference.models.ranks import ALONE, Ranks, require_same_state
 from poe_merge.cli import run
 from poe_merge.search import Budget, search
 from tests.seeds import seeded
@@ -118,3 +120,43 @@ def test_results_come_in_order_and_are_told() -> None:
     assert told == [(1, 2), (2, 2)]
     assert ALONE.results([]) == []
     assert Ranks(1, 3).share([1.0] * 7) == {1, 4}
+
+
+def test_more_processes_go_on_with_an_interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = [
+        "--coordinates",
+        "full",
+        "--warmup",
+        "2",
+        "--chains",
+        "1",
+        "--draws",
+        "2",
+        "-n",
+        "2",
+        "--temperature",
+        "0.01",
+    ]
+    assert run(command("sample", *how, "--out", "alone")) == 0
+    write = ensemble_files._Writer._member
+
+    def interrupted(writer: Any, index: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write(writer, index)
+
+    monkeypatch.setattr(ensemble_files._Writer, "_member", interrupted)
+    assert run(command("sample", *how, "--out", "shared")) == 130
+    done = together(3, command("sample", *how, "--out", "shared", "--resume"))  # one of them has no member to write
+    assert done.returncode == 0, done.stderr
+    assert contents(folder / "shared") == contents(folder / "alone")
+
+
+def test_processes_that_would_write_different_things_are_refused() -> None:
+    class Two(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [{**value, "seed": 1}, value]
+
+    with pytest.raises(OutputError, match="`seed` is not the same in all"):
+        require_same_state(Two(1, 2), {"seed": 2, "inputs": {}})
+    require_same_state(Two(1, 2), {"seed": 1, "inputs": {"base": 1}})

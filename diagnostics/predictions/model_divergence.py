@@ -46,7 +46,7 @@ def divergence_of_models(
         submodule: Where in the network the checkpoints are, if a head was put on them.
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
-        progress: Called with the number of pairs of model and task that are done, and of all.
+        progress: Called with the number of pairs of model and task that are done, and of all that are this process's.
         ranks: The processes that divide these pairs between them; all get the same score.
 
     Raises:

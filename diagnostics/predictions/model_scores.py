@@ -244,7 +244,7 @@ def evaluate(
         submodule: Where in the network the checkpoints are, if a head was put on them.
         num_resamples: Number of resamples.
         confidence: Level of the intervals.
-        progress: Called with the number of pairs of model and task that are done, and of all.
+        progress: Called with the number of pairs of model and task that are done, and of all that are this process's.
         ranks: The processes that divide these pairs between them; all get the same scores.
 
     Raises:
@@ -257,12 +257,14 @@ def evaluate(
     opened = [open_model(name, model, network, origin, submodule) for name, model in models.items()]
     own = {t: open_model(f"expert of {t}", m, network, origin, submodule) for t, m in (experts or {}).items()}
     pairs = [(task, m) for task in tasks for m in [*opened, *([own[task.name]] if task.name in own else [])]]
-    calls = [partial(_kept, model, task, wanted[task.name][0].kind) for task, model in pairs]
+    seen: dict[str, Tensor] = {}
+    calls = [partial(_kept, model, task, wanted[task.name][0].kind, seen) for task, model in pairs]
     found = ranks.results(calls, progress)
+    for (task, model), each in zip(pairs, found, strict=True):  # of all processes
+        _require_same_examples(model, task, each, seen)
     values, replicates, divisors, sizes = {}, {}, {}, {}
     for number, task in enumerate(tasks):
         kept = [each for each, (its, _) in zip(found, pairs, strict=True) if its is task]
-        _require_same_examples(task, kept, [model.name for its, model in pairs if its is task])
         sizes[task.name] = kept[0].size
         weights = list(resamples(kept[0].size, num_resamples, seed=seed + 1 + number))
         for metric in wanted[task.name]:
@@ -280,24 +282,26 @@ def _replicates(statistic: Statistic, weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([statistic(each) for each in (whole, *weights)])
 
 
-def _kept(model: OpenModel, task: Task, kind: str) -> Kept:
+def _kept(model: OpenModel, task: Task, kind: str, seen: dict[str, Tensor]) -> Kept:
     """Predictions of a model on a task; errors name both."""
     try:
-        return model.classes(task) if kind == "classes" else model.values(task)
+        found = model.classes(task) if kind == "classes" else model.values(task)
     except ValueError as error:
         text = str(error)
         for start in ("predict(...)", "predict(loader=...)", "predict_values(...)"):
             text = text.removeprefix(f"`{start}`: ")
         raise ValueError(f"`evaluate(...)`: {model.name!r} on task {task.name!r}: {text}") from error
+    _require_same_examples(model, task, found, seen)
+    return found
 
 
-def _require_same_examples(task: Task, kept: Sequence[Kept], names: Sequence[str]) -> None:
-    for name, each in zip(names, kept, strict=True):
-        if not torch.equal(each.examples, kept[0].examples):
-            raise ValueError(
-                f"`evaluate(...)`: {name!r} on task {task.name!r}: its predictions are of other examples than those of "
-                "the model before it. Turn shuffling off."
-            )
+def _require_same_examples(model: OpenModel, task: Task, found: Kept, seen: dict[str, Tensor]) -> None:
+    """Refuse predictions of other examples than the first ones of the task, which are noted by its name."""
+    if not torch.equal(found.examples, seen.setdefault(task.name, found.examples)):
+        raise ValueError(
+            f"`evaluate(...)`: {model.name!r} on task {task.name!r}: its predictions are of other examples than those "
+            "of the model before it. Turn shuffling off."
+        )
 
 
 def _wanted(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
@@ -185,6 +185,11 @@ class SpanModel:
     def modules(self) -> tuple[str, ...]:
         """Names of the ``M`` merged modules, or of their groups if they are tied."""
         return self._untied.modules if self._groups is None else self._groups.names
+
+    def groups_of(self, modules: Iterable[str]) -> list[str]:
+        """Those of ``modules`` whose coefficients some merged modules have: themselves, or their groups if tied."""
+        places = {self._places[name] for name in modules}
+        return [name for place, name in enumerate(self.modules) if place in places]
 
     @property
     def merges(self) -> dict[str, Tensor]:

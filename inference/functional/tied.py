@@ -8,6 +8,7 @@ with ``eta_g = sum_m eta_m`` and ``G_g = sum_m eta_m G_m / eta_g``, so that the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -118,8 +119,8 @@ def _statistics(own: SpanStatistics, eta: Tensor, groups: Groups) -> SpanStatist
         return torch.stack([values[places].sum(0) for places in members])
 
     def apart(values: Tensor) -> Tensor:
-        """Values ``(M, E, ...)`` to ``(G, slots E, ...)``, zero where a group has fewer modules."""
-        found = values.new_zeros(len(members), slots, *values.shape[1:])
+        """Values ``(M, E, ...)`` to ``(G, slots E, ...)``, nan where a group has fewer modules."""
+        found = values.new_full((len(members), slots, *values.shape[1:]), math.nan)
         for group, places in enumerate(members):
             found[group, : len(places)] = values[places]
         return found.flatten(1, 2)

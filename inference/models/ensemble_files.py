@@ -19,7 +19,7 @@ from inference.models.folder import weight_files, write_companions
 from inference.models.member_tensors import MemberTensors
 from inference.models.method_design import MethodDesign
 from inference.models.model_draws import ModelDraws
-from inference.models.ranks import Ranks, require_same_files
+from inference.models.ranks import Ranks, require_same_files, require_same_state
 from inference.models.staging import Finished, Headers, Staging, check_output
 from inference.models.tensor_batches import rounding_of_tensor
 from poe_models.weights.loading import Checkpoint, open_checkpoint
@@ -41,7 +41,8 @@ def save_members(
     """Write all members; see ``MergedEnsemble.save``.
 
     Raises:
-        ValueError: If the kind is neither "checkpoints" nor "deltas", or processes have drawn other members.
+        ValueError: If the kind is neither "checkpoints" nor "deltas".
+        OutputError: If the processes have drawn other members.
     """
     if kind not in ("checkpoints", "deltas"):
         raise ValueError(f"`save(format={kind!r})`: unknown. Give 'checkpoints' or 'deltas'.")
@@ -59,24 +60,17 @@ def save_members(
         check_space(staging.folder, writer.needed() - staging.nbytes())
     with staging.shared(ranks, writer.state, partial(check_unchanged, checkpoints.values())):
         require_same_files(ranks, checkpoints.values())
-        _require_same_draws(ranks, tensors)
+        require_same_state(ranks, writer.state)
         if not ranks.gather(staging.published)[0]:
             if ranks.first and extras is not None:
                 extras(staging)
             writer.write()
+            if not ranks.first:  # the first one does as it publishes
+                staging.read_back()
         ranks.wait()
         if ranks.first:
             staging.publish()
     return staging.out
-
-
-def _require_same_draws(ranks: Ranks, tensors: MemberTensors) -> None:
-    """Refuse processes that have drawn other members, on other processors or with other numbers of threads."""
-    if len(set(ranks.gather(tensors.draws.digest()))) > 1:
-        raise ValueError(
-            "`Ranks`: the processes have drawn different members: their processors, devices or numbers of threads "
-            "(OMP_NUM_THREADS) differ. Make these the same, or run in one process."
-        )
 
 
 class _Writer:
@@ -132,7 +126,8 @@ class _Writer:
             if self.kind == "deltas" and self.changed:
                 self._weight_file(f"shared/{_DELTA}", self.changed, {}, partial(self._delta, None))
             self._member(own.pop(0))
-        self.ranks.wait()
+        if self.kind == "checkpoints":
+            self.ranks.wait()  # for what the others read back
         for index in own:
             self._member(index)
         if self.ranks.first:

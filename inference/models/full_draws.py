@@ -137,11 +137,11 @@ def _named(
         squared_norms=module.squared_norms.unsqueeze(0),
         source="",
         designs=(design_text(design, solver=sampler != "gibbs"),),
-        stats=drawn.stats,
+        stats={name: values.cpu() for name, values in drawn.stats.items()},
         sampler=sampler,
         temperature=torch.tensor([module.poe.temperature], dtype=torch.float64),
         from_merge=away,
-        weights=drawn.weights,
+        weights=drawn.weights.cpu(),
         seeds=drawn.seeds,
         environment=where,
     )

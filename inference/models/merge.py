@@ -28,7 +28,7 @@ from inference.models.method_design import AnyDesigns, MethodDesign, as_any_func
 from inference.models.model_card import model_card
 from inference.models.plan import BATCH_BYTES, Plan, TensorBatch, inputs_of, plan
 from inference.models.preparing import prepare_designs
-from inference.models.ranks import ALONE, Ranks, require_same_files
+from inference.models.ranks import ALONE, Ranks, require_same_files, require_same_state
 from inference.models.staging import Finished, Staging, check_output
 from inference.models.tensor_batches import merge_batch
 from inference.retention import ExpertRetention, totals
@@ -151,6 +151,7 @@ def merge_checkpoint(
     resumed, written = len(planned.batches), None
     with staging.shared(ranks, state, partial(check_unchanged, checkpoints.values())):
         require_same_files(ranks, checkpoints.values())
+        require_same_state(ranks, state)
         if not ranks.gather(staging.published)[0]:
             try:
                 if any(each.method is not None and not each.method.ready for each in planned.designs):

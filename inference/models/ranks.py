@@ -11,11 +11,11 @@ frozenset({1, 2, 3})
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -86,8 +86,8 @@ class Ranks:
                 dist.all_gather_object(found, value)
             except RuntimeError as error:
                 raise OutputError(
-                    "another process has ended before the work was done: its message says why. What is finished "
-                    "stays; go on with --resume (`resume=True`), with as many processes as you like."
+                    "another process has ended before the work was done: its message says why. Run the same command "
+                    "again, with --resume (`resume=True`) if it has that option, in as many processes as you like."
                 ) from error
         return found
 
@@ -96,7 +96,7 @@ class Ranks:
 
         Args:
             calls: Give plain data and CPU tensors.
-            progress: Called with the number of this rank's calls that are done, and of all of its.
+            progress: Called with the number of this rank's calls that are done, and of all of its own.
 
         Raises:
             OutputError: If a rank has ended.
@@ -148,4 +148,24 @@ def require_same_files(ranks: Ranks, checkpoints: Iterable[Checkpoint]) -> None:
         raise CheckpointError(
             "`Ranks`: the processes have opened different files, or one was written to as they "
             "began. Give all of them the same inputs, on a disk that each of them sees, and run again."
+        )
+
+
+def require_same_state(ranks: Ranks, state: Mapping[str, Any]) -> None:
+    """Refuse ranks that are about to write something else than the first.
+
+    Args:
+        ranks: The processes.
+        state: What this one is about to write, as plain data; ``inputs`` are the first one's to tell.
+
+    Raises:
+        OutputError: If they differ; names what does.
+    """
+    told = ranks.gather({key: value for key, value in state.items() if key != "inputs"})
+    differing = sorted({key for each in told for key in {**told[0], **each} if told[0].get(key) != each.get(key)})
+    if differing:
+        raise OutputError(
+            f"`Ranks`: the processes are about to write different things: `{differing[0]}` is not the same in all. "
+            "Give all the same arguments, checkpoints and code, and one kind of processor and one number of threads "
+            "(OMP_NUM_THREADS), or run in one process."
         )

@@ -331,7 +331,7 @@ class Staging:
             raise OutputError(f"{self.out}: two files would be called {name}. Rename one of them in the base's folder.")
         self._expected[name] = headers
 
-    def _read_back(self) -> None:
+    def read_back(self) -> None:
         """Compare the headers of everything that this run has written or found finished with what they must be."""
         for name, expected in self._expected.items():
             file = self.folder / OUTPUT / name
@@ -353,7 +353,7 @@ class Staging:
         """
         if not self.published:
             self._check_inputs()
-            self._read_back()
+            self.read_back()
             if self.out.exists():
                 raise OutputError(
                     f"{self.out} has appeared in the meantime. The {self.what} is complete in {self.folder / OUTPUT}: "

@@ -78,7 +78,7 @@ class Rule:
             pattern(self.match)
         except PatternError as error:
             raise ValueError(f"`Rule(match=...)`: {error} Escape special characters with a backslash.") from error
-        object.__setattr__(self, "model_types", tuple(self.model_types))  # a list would have no hash
+        object.__setattr__(self, "model_types", _typed_tuple("model_types", self.model_types, str))  # hashable
         _one_of("action", self.action, get_args(Action))
         _one_of("shape", self.shape, get_args(Shape))
         if self.view is not None and self.action != "merge":
@@ -124,8 +124,6 @@ class Rule:
                     f"rule {dict(values)}: `{key}` is missing. Write for instance {{match: lm_head, action: base}}."
                 )
         known = dict(values)
-        if "model_types" in known:
-            known["model_types"] = _typed_tuple("model_types", known["model_types"], str)
         if known.get("view") is not None:
             known["view"] = _view_from_dict(known["view"])
         return cls(**known)

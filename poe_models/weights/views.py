@@ -57,6 +57,8 @@ class View:
     vector: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rows, (list, tuple)):
+            raise ValueError(f"`View(rows={self.rows!r})`: not a list. Give the heights of the blocks, top first.")
         object.__setattr__(self, "rows", tuple(self.rows))  # a list would have no hash
         others = [each.name for each in dataclasses.fields(self) if each.name != "vector"]
         if self.vector and any(getattr(self, name) != getattr(View, name) for name in others):
