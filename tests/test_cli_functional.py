@@ -181,7 +181,7 @@ def test_members_surround_the_fit(folder: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("tied", [[], ["--tied", ""]])
 def test_arviz_gets_the_draws_of_a_fit(tied: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["merge", "config.yaml", "--out", "merged", "--allow-code", *tied]) == 0, capsys.readouterr().err
-    command = ["sample", "--merge", "merged", "--allow-code", "-n", "6", "--format", "deltas", "--seed", "3"]
+    command = ["sample", "--merge", "merged", "--allow-code", "-n", "20", "--format", "deltas", "--seed", "3"]
     for pattern, out in (([], "all"), (["--pattern", "^2"], "some")):
         assert run([*command, *pattern, "--out", out]) == 0, capsys.readouterr().err
         data, draws = az.from_netcdf(str(folder / out / "draws.nc")), load_draws(folder / out / "draws")
@@ -194,7 +194,7 @@ def test_arviz_gets_the_draws_of_a_fit(tied: list[str], folder: Path, capsys: py
         torch.testing.assert_close(found, draws.coefficients[..., [draws.basis.index(name) for name in known]])
         told = json.loads((folder / out / "sample.json").read_text())["around"]
         assert data.attrs["seed"] == 3
-        assert data.attrs["merge_distance"] == pytest.approx(told["merge_distance"])
+        assert data.attrs["merge_distance"] == pytest.approx(told["merge_distance"])  # ten draws and more can tell
 
 
 @pytest.mark.parametrize(

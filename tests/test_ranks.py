@@ -67,7 +67,7 @@ def command(models: Path, *words: str) -> list[str]:
 def together(processes: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command by torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
     return subprocess.run(
         [*torchrun, "-m", "poe_merge", *arguments], env=own, capture_output=True, text=True, timeout=300, check=False
     )

@@ -46,6 +46,8 @@ class Batch(NamedTuple):
 class Decoder(LlamaForCausalLM):
     """Llama whose output is its features; the tensors have the names of the checkpoint of a causal LM."""
 
+    is_gradient_checkpointing = False  # peft asks by this name, of which transformers warns
+
     @override
     def forward(self, batch: Batch) -> Tensor:
         """Features (n, hidden): the last layer at the last token of each prompt."""

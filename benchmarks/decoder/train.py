@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,9 +72,7 @@ class Recipe(training.Recipe):
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             layers_to_transform=None if self.blocks is None else list(range(total - self.blocks, total)),
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
-            return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
 
     @override
     def loss(self, model: Any, head: Head, task: Any, features: Tensor, labels: Tensor) -> Tensor:
