@@ -20,7 +20,7 @@ CONFIG = LlamaConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True,
 )  # fmt: skip
-RECIPE = Recipe(epochs=6, learning_rate=2e-2, rank=2, blocks=1)
+RECIPE = Recipe(epochs=20, learning_rate=2e-2, rank=2, blocks=1)
 
 
 def decoder_task(name: str, seed: int) -> Task:
