@@ -82,9 +82,8 @@ def test_activations_are_those_of_one_process(folder: Path) -> None:
     assert run(command("activations", "--tasks", "mine.py", "--out", "shared", "--resume")) == 0  # all are known again
 
 
-@pytest.mark.parametrize("judged", ["evaluate", "score"])
-def test_scores_are_those_of_one_process(judged: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [judged, "scores.yaml", "--tasks", "mine.py", "--json"]
+def test_scores_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "scores.yaml", "--tasks", "mine.py", "--json"]
     assert run([*arguments, "--csv", "alone.csv"]) == 0
     alone = json.loads(capsys.readouterr().out)
     done = together(2, [*arguments, "--csv", "shared.csv"])
