@@ -54,7 +54,8 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # rich before 15 ends even bars that never showed with an empty line
+            self._progress.stop()
 
     def begin(self, stage: str, modules: int, nbytes: int) -> None:
         """Add the bar of a stage; the first one makes them appear."""
