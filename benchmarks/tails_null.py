@@ -27,11 +27,11 @@ from inference.map import fixed_point
 from poe_models import (
     Anchor,
     Average,
+    Balanced,
     Cauchy,
     InputGram,
     ModuleUpdates,
     ProductOfExperts,
-    Relative,
     RelativePrecision,
     TaskVectors,
 )
@@ -85,7 +85,7 @@ class Simulated:
 
 
 PRODUCT = ProductOfExperts.of(
-    ["e0", "e1", "e2"], InputGram(), Cauchy(), Relative(1.0), anchor=Anchor(precision=RelativePrecision(0.1))
+    ["e0", "e1", "e2"], InputGram(), Cauchy(), Balanced(1.0), anchor=Anchor(precision=RelativePrecision(0.1))
 )
 SIMULATIONS = (
     Simulated("rows of equal size", spread=0.0),
@@ -93,6 +93,7 @@ SIMULATIONS = (
     Simulated("log row sizes of sd 0.6", spread=0.6),
     Simulated("the same, every expert's own", spread=0.6, own_rows=True),
     Simulated("sd 0.3, merged by InputGram and Cauchy", merge=PRODUCT),
+    Simulated("sd 0.6, every expert's own, InputGram and Cauchy", spread=0.6, own_rows=True, merge=PRODUCT),
     Simulated("sd 0.3, experts correlated by 0.5", correlation=0.5),
     Simulated("sd 0.3, identical experts (up to their size)", correlation=1.0),
     Simulated("Student-t(4) entries, rows of equal size", null=False, spread=0.0, degrees=4.0),
@@ -124,7 +125,7 @@ def p_values(case: Simulated, seeds: int, num_surrogates: int = 19) -> Array:
 def merge_once(merge: Merge, module: ModuleUpdates) -> torch.Tensor:
     """The merged update of the real module."""
     if isinstance(merge, ProductOfExperts):
-        return fixed_point(merge.bind(module)).value
+        return fixed_point(merge.bind(module)).value[0]
     assert isinstance(merge, Average)
     return merge(module.updates)
 

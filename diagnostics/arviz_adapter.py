@@ -37,6 +37,8 @@ with warnings.catch_warnings():
 FEWEST_CHAINS, FEWEST_DRAWS = 4, 100
 TREES = not az.__version__.startswith("0.")
 """Whether this ArviZ is 1.x, which has DataTrees."""
+_ORDER = ("posterior", "log_likelihood", "sample_stats", "constant_data")
+"""Groups in the order that ArviZ 0.x gives them."""
 ArvizData: TypeAlias = Any
 """An ``arviz.InferenceData`` (0.x) or an ``xarray.DataTree`` (1.x)."""
 
@@ -159,8 +161,8 @@ def _compressed(dataset: Any) -> dict[str, dict[str, bool]]:
 
 def _made(groups: Mapping[str, Any], attributes: Mapping[str, str | float], seed: int | None) -> ArvizData:
     """ArviZ's data of groups of arrays, with ``coords`` and ``dims`` among them as ArviZ 0.x has it."""
-    known = {name: values for name, values in groups.items() if values is not None}
-    coords, dims = known.pop("coords"), known.pop("dims")
+    coords, dims = groups["coords"], groups["dims"]
+    known = {name: groups[name] for name in _ORDER if groups.get(name) is not None}
     data = az.from_dict(known, coords=coords, dims=dims) if TREES else az.from_dict(**known, coords=coords, dims=dims)
     data.attrs |= dict(attributes) | ({} if seed is None else {"seed": seed})
     return data

@@ -15,17 +15,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inference.curvature import NEGATIVE, least_curvature
 from inference.retention import retention
 from inference.solution import MinimizeInfo, Solution, Status
 from inference.units import own_units
 from poe_models.posterior import Posterior
 from poe_models.program import log_density
 
+ESCAPES = 3
+"""Times that the descent goes on from a saddle."""
+STEPS_OFF = (0.3, 0.1, 0.03, 0.01)
+"""Lengths of the steps off a saddle that are tried, in units of the longest update."""
+
 
 def minimize(
     posterior: Posterior, start: Tensor | None = None, max_steps: int = 1000, tolerance: float = 1e-6
 ) -> Solution[MinimizeInfo]:
     """MAP in the posterior's own coordinates, all modules together, from the program's log density.
+
+    Where the descent ends at a saddle, as it does between opposed updates, it goes on along the direction in which the
+    energy curves down the most.
 
     Args:
         posterior: Usually in Span coordinates; with factor experts always.
@@ -44,38 +53,104 @@ def minimize(
         start = torch.stack([expert.update for expert in posterior.experts]).mean(0)
     else:
         start = own.latents(start)
-    density, temperature = log_density(posterior, joint=True), posterior.fixed_temperature
-    x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
-    _require_gradients(posterior, x)
-    optimizer = torch.optim.LBFGS(
-        [x],
-        lr=1.0,
-        max_iter=max_steps,
-        max_eval=max_steps,
-        history_size=20,
-        tolerance_grad=0.1 * tolerance * float(_scales(posterior, x).min()) / x.numel() ** 0.5,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
+    descent = _Descent(posterior, start, max_steps)
+    _require_gradients(posterior, descent.x)
+    descent.run(tolerance)
+    for _ in range(ESCAPES):
+        if descent.steps >= max_steps or not descent.left_saddles(tolerance):
+            break
+        descent.run(tolerance)
+    gradient, value = descent.balance(), descent.x.detach()
+    ends = zip((gradient <= tolerance).tolist(), descent.saddles(tolerance)[0].tolist(), strict=True)
+    status = tuple(
+        Status.MAX_STEPS if not still else Status.CONVERGED if not flat else Status.SADDLE for still, flat in ends
     )
-
-    def closure() -> Tensor:
-        value = -temperature * density(x)
-        x.grad = _gradient(value, x)
-        return value
-
-    optimizer.step(closure)
-    norm = _gradient(-temperature * density(x), x).flatten(1).norm(dim=1).double()
-    gradient = torch.where(norm > 0, norm / _scales(posterior, x), norm)
-    status = tuple(Status.CONVERGED if value <= tolerance else Status.MAX_STEPS for value in gradient.tolist())
-    value = x.detach()
     info = MinimizeInfo(
         joint_energy=posterior.joint_energy(value),
         energy=posterior.energy(value),
         gradient_norm=gradient,
         retention=retention(posterior, value, posterior.residuals(value)),
-        steps=int(optimizer.state[x]["func_evals"]),
+        steps=descent.steps,
     )
     return own.solution(Solution(value, status, info))
+
+
+class _Descent:
+    """L-BFGS on the joint energy, and steps off the saddles where it ends.
+
+    Args:
+        posterior: Whose energy is minimised.
+        start: The first point, ``(M, *event)``.
+        max_steps: Evaluations of the energy, at most.
+    """
+
+    def __init__(self, posterior: Posterior, start: Tensor, max_steps: int) -> None:
+        self.posterior, self.max_steps, self.steps = posterior, max_steps, 0
+        self.density = log_density(posterior, joint=True)
+        self.x = start.detach().to(posterior.dtype).clone().requires_grad_(True)
+        updates = torch.stack([expert.update.flatten(1) for expert in posterior.experts])
+        longest = updates.norm(dim=-1).amax(0)
+        self.size = torch.where(longest > 0, longest, 1.0)  # (M,)
+
+    def energy(self, z: Tensor) -> Tensor:
+        return -self.posterior.fixed_temperature * self.density(z)
+
+    def gradient(self, z: Tensor) -> Tensor:
+        point = z.detach().requires_grad_(True)
+        return _gradient(self.energy(point), point)
+
+    def run(self, tolerance: float) -> None:
+        """Descend from where it is."""
+        left = self.max_steps - self.steps
+        optimizer = torch.optim.LBFGS(
+            [self.x],
+            lr=1.0,
+            max_iter=left,
+            max_eval=left,
+            history_size=20,
+            tolerance_grad=0.1 * tolerance * float(_scales(self.posterior, self.x).min()) / self.x.numel() ** 0.5,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            value = self.energy(self.x)
+            self.x.grad = _gradient(value, self.x)
+            return value
+
+        optimizer.step(closure)
+        self.steps += int(optimizer.state[self.x]["func_evals"])
+
+    def balance(self) -> Tensor:
+        """Each module's gradient, relative to the summed norms of the gradients of its terms, ``(M,)``."""
+        norm = self.gradient(self.x).flatten(1).norm(dim=1).double()
+        return torch.where(norm > 0, norm / _scales(self.posterior, self.x), norm)
+
+    def saddles(self, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Mask of stationary points that curve down, ``(M,)``, and where to; factors have all modules in common."""
+        x, size = self.x.detach(), self.size
+        if self.posterior.factors:
+            x, size = x.unsqueeze(0), size.mean().unsqueeze(0)
+        found, direction = least_curvature(lambda z: self.gradient(z.reshape(self.x.shape)).reshape(z.shape), x, size)
+        still = self.balance() <= tolerance
+        if self.posterior.factors:
+            still = still & still.all()
+        return still & (found < -NEGATIVE[x.dtype]), direction.reshape(self.x.shape)
+
+    def left_saddles(self, tolerance: float) -> bool:
+        """Step off the saddles to where the energy is lower; whether there was such a step."""
+        saddles, direction = self.saddles(tolerance)
+        if not bool(saddles.any()):
+            return False
+        along = direction * (saddles * self.size).to(direction).reshape(-1, *(1,) * (direction.ndim - 1))
+        with torch.no_grad():
+            here = self.energy(self.x)
+            for step in STEPS_OFF:
+                for there in (self.x + step * along, self.x - step * along):
+                    if bool(self.energy(there) < here):
+                        self.x.copy_(there)
+                        return True
+        return False
 
 
 def _require_gradients(posterior: Posterior, x: Tensor) -> None:

@@ -29,19 +29,23 @@ MOST_GROWN = 2.0
 LEAST_KEPT = 0.1
 """Share kept, relative to the best kept expert's, below which the merge is said to have passed an expert by."""
 
-LEAST_SHARE = 1 / 3
-"""Share kept, relative to that of an expert that holds the merge, below which another is said to be held back."""
+LEAST_SHARE = 0.5
+"""Share kept, relative to that of a shorter expert that holds the merge, below which another is said to be held
+back."""
 
-MOST_HELD = 0.4
+MOST_HELD = 0.2
 """Share of an expert's squared residual that is left, from which it may be said to be held back."""
 
-HELD = 20.0
+HELD = 10.0
 """Times as much of the squared residual is left of an expert that is held back as of the one that holds the merge."""
 
 LEAST_LENGTH = 0.1
 """Length of the merged update, relative to the experts' median, below which it is little more than the base."""
 
-WAYS_OUT = "Look at λ, the anchor's precision (eta) and the scale: Balanced lets no expert's length decide."
+WAYS_OUT = (
+    "Look at λ and the experts' weights and, in a product of experts, at the anchor's precision (eta) and the scale."
+)
+SHORTER = "The shortest expert decides under Relative scales and not under Balanced: look at the scale."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,14 +252,16 @@ def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
     found = [*_held_back(known, passed_by), *(_passed_by(each) for each in passed_by)]
     if len(passed_by) == len(known) - 1 > 0:
         (kept,) = (each for each in known if each not in passed_by)
-        found.insert(0, f"the merge is little more than the expert {kept.name!r}. " + WAYS_OUT)
+        shorter = kept.length > max(each.length for each in passed_by)
+        way_out = SHORTER if shorter else WAYS_OUT
+        found.insert(0, f"the merge is little more than the expert {kept.name!r}. {way_out}")
     return found
 
 
 def _held_back(known: Sequence[ExpertRetention], passed_by: Sequence[ExpertRetention]) -> list[str]:
-    """Warning, or none, that the merge follows one expert while others, not passed by, kept a small share.
+    """Warning, or none, that the merge follows one expert while longer ones, not passed by, kept a small share.
 
-    An expert that is merely shorter than a merge near the others has a residual left that is large beside its update.
+    A shorter one that kept less is merely near to the others, whose sum leaves it a residual large beside its update.
     """
     measured = [each for each in known if not math.isnan(each.residual_left)]
     if not measured:
@@ -267,12 +273,13 @@ def _held_back(known: Sequence[ExpertRetention], passed_by: Sequence[ExpertReten
         if each not in passed_by
         and each.residual_left >= max(MOST_HELD, HELD * holder.residual_left)
         and each.kept < LEAST_SHARE * holder.kept
+        and each.length < holder.length  # of the merge in units of the expert: of a longer expert
     ]
     if not held:
         return []
     shares = ", ".join(f"{each.name!r} {each.kept_percent}" for each in held).replace("%", " %")
     own = holder.kept_percent.replace("%", " %")
-    return [f"the expert {holder.name!r} holds the merge: {own} of its update kept, of {shares}. " + WAYS_OUT]
+    return [f"the expert {holder.name!r} holds the merge: {own} of its update kept, of {shares}. " + SHORTER]
 
 
 def _pale(known: Sequence[ExpertRetention], length: float) -> str:
@@ -280,7 +287,7 @@ def _pale(known: Sequence[ExpertRetention], length: float) -> str:
     beside = f", as long as {nearest.name!r} is" if nearest.length > 5 * LEAST_LENGTH else ""
     return (
         f"the merge is little more than the base: its update has {length:.1%} of the experts' median length{beside}. "
-        + WAYS_OUT
+        + (SHORTER if beside else WAYS_OUT)
     ).replace("%", " %", 1)
 
 

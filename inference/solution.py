@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from typing_extensions import override
 
-from inference.retention import Retention
+from inference.retention import ExpertRetention, Retention, concerns, totals
 from poe_models.printing import Brief
 
 
@@ -206,6 +206,23 @@ class Solution(Brief, Generic[InfoT]):
     def converged(self) -> bool:
         """Whether every module converged."""
         return all(status.converged for status in self.status)
+
+    @property
+    def experts(self) -> tuple[ExpertRetention, ...]:
+        """Retention of every expert by all modules together."""
+        kept = self.info.retention
+        return totals(kept.record(module) for module in range(len(self.status)))
+
+    @property
+    def concerns(self) -> list[str]:
+        """Warnings about a merge that is little more than the centre, or than one of its experts."""
+        return concerns(self.experts)
+
+    @override
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{expert.name} {expert.kept_percent}" for expert in self.experts)
+        lines = [super().__repr__(), *([f"  kept of the updates: {kept}"] if kept else [])]
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.concerns)])
 
     def record(self, module: int = 0) -> dict[str, Any]:
         """One module's convergence as plain numbers and strings, ready for JSON."""

@@ -129,8 +129,6 @@ def batch_norm(done: BatchNormReport) -> None:
 
 def report(done: MergeReport) -> None:
     """Print what a merge did, and what did not converge."""
-    from inference.retention import concerns
-
     console = console_for()
     counts = ", ".join(
         f"{n} {word}" for word, n in zip(("merged", "averaged", "kept"), done.tensors.values(), strict=True)
@@ -149,10 +147,7 @@ def report(done: MergeReport) -> None:
     if done.updated:
         share = done.rounded_back / done.updated
         console.print(f"Rounding left {share:.1%} of the changed weights at the base's value.")
-    if done.experts:
-        console.print(shown(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}."), soft_wrap=True)
-    for text in concerns(done.experts):
-        warning(text)
+    _experts(done)
     changed = done.tensors["merge"] + done.tensors["average"]
     if done.equal_to_base and done.equal_to_base == changed:
         warning("the merge is equal to the base: every tensor that was merged or averaged came out as it was.")
@@ -196,7 +191,16 @@ def adapter(done: AdapterReport) -> None:
         f"in {done.seconds:.1f} s."
     )
     line(f"Relative Frobenius error of all merged updates from the rank: {done.error:.3g}.")
+    _experts(done)
     _not_converged(done.status)
+
+
+def _experts(done: MergeReport | AdapterReport) -> None:
+    """Print what was kept of every expert."""
+    if done.experts:
+        line(f"Kept of the experts' updates: {', '.join(map(_kept, done.experts))}.")
+    for text in done.concerns:
+        warning(text)
 
 
 def _not_converged(statuses: Mapping[str, int]) -> None:
@@ -302,7 +306,9 @@ def scores(found: ModelScores, csv: Path | None) -> None:
 
 def divergences(found: FunctionalScore, csv: Path | None) -> None:
     """Print the functional scores of models, the nearest to the experts first, and where they were written."""
-    table = Table("model", "KL", *map(shown, found.tasks), box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in ("model", "KL", *map(shown, found.tasks)):
+        table.add_column(head, overflow="fold")
     for model in found.ranking:
         table.add_row(shown(model), str(found.mean(model)), *(str(found.on_task(model, task)) for task in found.tasks))
     console = console_for()

@@ -25,7 +25,7 @@ WITHOUT_USE = {
     "slices": "experts share the base's layers",
     "modules": "one merge handles one checkpoint",
     "tokenizer": "the base's tokenizer is copied",
-    "tokenizer_source": "the base's tokenizer is copied, as `tokenizer_source: base` says",
+    "tokenizer_source": "the base's tokenizer is copied, which is `base`, and vocabularies are not united",
     "chat_template": "the base's chat template is copied",
     "int8_mask": "masks are made as they are used",
     "lambda": "the factor of the merged update is `scaling`",
@@ -35,7 +35,8 @@ WITHOUT_USE = {
 """Keys of mergekit that have no use here, and why."""
 _OWN = ("linear", "dare_linear")
 _KEYS = ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")
-_LINEAR = ("weight", "normalize")
+_WITHOUT = {"linear": ("density", "rescale", "lambda", "int8_mask"), "task_arithmetic": ("density",)}
+"""Keys that mergekit's method does nothing with; read here, they would change the merge."""
 
 
 def is_mergekit(data: Any) -> bool:
@@ -149,12 +150,10 @@ def _moved(document: Document, old: Place, new: Place) -> None:
 
 def _refuse_foreign(document: Document, method: str) -> None:
     """Refuse parameters that mergekit's method has not."""
-    if method != "linear":
-        return
     for place, section in _placed(document.data):
-        for key in [key for key in section if key in _KEYS and key not in _LINEAR]:
+        for key in [key for key in section if key in _WITHOUT.get(method, ())]:
             del section[key]
-            _problem(document, (*place, key), f"mergekit's linear has no `{key}`. Leave it out")
+            _problem(document, (*place, key), f"mergekit's {method} has no `{key}`. Leave it out")
 
 
 def _switches(document: Document, method: str) -> dict[str, bool]:

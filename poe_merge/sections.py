@@ -112,5 +112,6 @@ def _one_line(
 
 
 def _unknown_key(key: str, valid: list[str], foreign: Mapping[str, str]) -> str:
-    why = f"mergekit's key has no use here: {foreign[key]}. " if key in foreign else nearest(key, valid)
-    return f"unknown key `{key}`; {why}Valid keys: {', '.join(valid)}"
+    if key in foreign:
+        return f"mergekit's `{key}` is refused: {foreign[key]}. Leave it out"
+    return f"unknown key `{key}`; {nearest(key, valid)}Valid keys: {', '.join(valid)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diagnostics.verdicts import Level
 from inference import Design, fixed_point, merge_checkpoint, sample_full
-from inference.retention import ExpertRetention, concerns, totals
+from inference.retention import SHORTER, ExpertRetention, concerns, totals
 from poe_merge.beside import beside_verdict
 from poe_merge.record import read_record
 from poe_models import (
@@ -22,9 +22,11 @@ from poe_models import (
     Energy,
     Gaussian,
     InputGram,
+    OutputGram,
     ProductOfExperts,
     Relative,
     RelativePrecision,
+    ResidualMap,
     Scale,
     TaskVectors,
 )
@@ -32,6 +34,7 @@ from poe_models.weights.loading import open_checkpoint
 from tests.seeds import seeded
 
 NAMES = ["a", "b", "c", "d"]
+SIZES = (64, 12), (12, 96), (64, 96)
 
 
 def said_of(lengths: list[float], scale: Scale, energy: Energy, scaling: float = 1.0) -> list[str]:
@@ -54,7 +57,7 @@ def test_an_expert_a_tenth_as_long_that_holds_the_merge_is_named(energy: Energy,
     (said,) = said_of(lengths, Relative(1.0), energy, scaling)
     assert said.startswith("the expert 'd' holds the merge: ")
     assert all(f"{name!r} " in said for name in "abc")
-    assert "Balanced lets no expert's length decide" in said
+    assert said.endswith(SHORTER)
     assert not any("holds the merge" in each for each in said_of(lengths, Balanced(1.0), energy, scaling))
 
 
@@ -65,22 +68,54 @@ def test_equal_experts_hold_nothing(scale: Scale, scaling: float) -> None:
     assert said_of([1.0, 1.0, 1.0, 0.3], Balanced(1.0), Cauchy(), scaling) == []
 
 
-def of(kept: float, left: float, name: str = "a") -> ExpertRetention:
-    return ExpertRetention(name, kept, left, 1.0)
+@pytest.mark.parametrize(
+    ("length", "eta", "energy", "residual_map"),
+    [
+        (0.1, 0.05, Gaussian(), InputGram()),
+        (0.05, 0.01, Gaussian(), InputGram()),
+        (0.1, 0.05, Gaussian(), OutputGram()),
+        (0.05, 0.1, Cauchy(), OutputGram()),
+    ],
+)
+def test_a_short_expert_that_halves_the_others_is_named(
+    length: float, eta: float, energy: Energy, residual_map: ResidualMap
+) -> None:
+    """The updates of the report of this fault: others kept two fifths, and nothing was said."""
+    g = seeded(0)
+    left, right, rest = (torch.randn(4, *size, generator=g, dtype=torch.float64) for size in SIZES)
+    updates = left @ right + 0.1 * rest
+    updates[3] *= length
+    anchor = Anchor(precision=RelativePrecision(eta))
+    relative, balanced = (
+        fixed_point(ProductOfExperts.of(NAMES, residual_map, energy, scale, anchor=anchor).bind(updates))
+        for scale in (Relative(1.0), Balanced(1.0))
+    )
+    kept = {each.name: each.kept for each in relative.experts}
+    assert all(kept[name] < 0.5 * kept["d"] for name in "abc")
+    (said,) = relative.concerns
+    assert "the expert 'd' holds the merge: " in said or "as long as 'd' is" in said
+    assert said.endswith(SHORTER)
+    assert said in repr(relative)
+    assert not any("holds the merge" in text for text in balanced.concerns)
+
+
+def of(kept: float, left: float, name: str = "a", length: float = 1.0) -> ExpertRetention:
+    return ExpertRetention(name, kept, left, length)
 
 
 def test_where_being_held_back_begins() -> None:
-    """At a third of the share, two fifths of the residual and twenty times what is left of the other's."""
-    holder = of(0.9, 0.02, "d")
+    """At half of the share, a fifth of the residual and ten times what is left of the shorter one's."""
+    holder = of(0.9, 0.02, "d", 2.0)
     for other, told in (
-        (of(0.299, 0.4), True),
-        (of(0.301, 0.4), False),
-        (of(0.299, 0.399), False),
+        (of(0.449, 0.2), True),
+        (of(0.451, 0.2), False),
+        (of(0.449, 0.199), False),
+        (of(0.449, 0.2, length=2.1), False),
     ):
         assert bool(concerns([holder, other])) is told
-    assert not concerns([of(0.9, 0.03, "d"), of(0.299, 0.59)])
-    assert concerns([of(0.9, 0.03, "d"), of(0.299, 0.61)])
-    assert not concerns([of(0.9, math.nan, "d"), of(0.299, math.nan)])  # methods have no residuals
+    assert not concerns([of(0.9, 0.03, "d", 2.0), of(0.299, 0.29)])
+    assert concerns([of(0.9, 0.03, "d", 2.0), of(0.299, 0.31)])
+    assert not concerns([of(0.9, math.nan, "d", 2.0), of(0.299, math.nan)])  # methods have no residuals
     # Passed by, it has a sentence of its own.
     assert len(concerns([holder, of(0.29, 0.95), of(0.5, 0.3, "b")])) == 1
 

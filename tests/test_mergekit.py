@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def of_family(method: str, **shared: Any) -> dict[str, Any]:
         {"model": name, "parameters": {"weight": [{"filter": "mlp", "value": 0.4}, {"value": WEIGHTS[name]}]}}
         for name in NAMES
     ]
-    for entry in models:
-        entry["parameters"]["density"] = 1.0 if method == "task_arithmetic" else DENSITIES[entry["model"]]
+    for entry in models if method != "task_arithmetic" else ():
+        entry["parameters"]["density"] = DENSITIES[entry["model"]]
     return {
         "merge_method": method,
         "base_model": "base",
@@ -219,7 +220,7 @@ def test_all_mistakes_at_once_with_their_places(folder: Path) -> None:
         "7:14": "would weigh the base",
         "7:32": "mergekit's linear has no `lambda`",
         "7:45": "unknown key `t`",
-        "8:1": "the base's tokenizer is copied",
+        "8:1": "`tokenizer_source` is refused: the base's tokenizer is copied",
         "9:1": "experts share the base's layers",
     }
     for place, text in expected.items():
@@ -236,6 +237,10 @@ def test_all_mistakes_at_once_with_their_places(folder: Path) -> None:
         ),
         ({"models": [{"model": "a", "parameters": {"density": 20}}]}, "20 is more than 1. For 20 % write 0.2."),
         ({"parameters": {"eta": 0.1}}, "`eta` belongs to a product of experts, and `merge_method` is Weighted"),
+        (
+            {"merge_method": "task_arithmetic", "models": [{"model": "a", "parameters": {"density": 0.5}}]},
+            "models[0].parameters.density: mergekit's task_arithmetic has no `density`. Leave it out",
+        ),
         ({"merge_method": "linear", "base_model": "base"}, "counts the base among the models, and base has no weight"),
     ],
 )
@@ -246,7 +251,7 @@ def test_what_does_not_belong_is_refused(change: dict[str, Any], message: str, f
     (folder / "mergekit.yaml").write_text(
         yaml.safe_dump({"merge_method": "ties", "base_model": "base", "models": models, **change})
     )
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(folder / "mergekit.yaml")
 
 

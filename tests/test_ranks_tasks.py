@@ -92,6 +92,16 @@ def test_scores_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFix
     assert (folder / "shared.csv").read_bytes() == (folder / "alone.csv").read_bytes()
 
 
+def test_functional_scores_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["score", "scores.yaml", "--tasks", "mine.py", "--json"]
+    assert run([*arguments, "--csv", "alone.csv"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    done = together(3, [*arguments, "--csv", "shared.csv"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == alone
+    assert (folder / "shared.csv").read_bytes() == (folder / "alone.csv").read_bytes()
+
+
 def test_a_search_is_shared_by_as_many_workers(folder: Path) -> None:
     (folder / "space.yaml").write_text("parameters: {energy: Gaussian, eta: {low: 0.001, high: 10, log: true}}\n")
     arguments = command("search", "space.yaml", "--tasks", "mine.py", "--score", "nll", "--trials", "9")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inference import Status, fixed_point
+from inference import Status, fixed_point, minimize
+from inference.curvature import least_curvature
 from inference.models.merge import Design, merge_checkpoint
 from inference.reweighting import SolverOptions
 from poe_merge.cli import run
@@ -21,6 +24,9 @@ from poe_models import (
     Anchor,
     Cauchy,
     Directional,
+    Expert,
+    FactorExpert,
+    Gaussian,
     Identity,
     InputGram,
     OutputGram,
@@ -150,3 +156,61 @@ def test_the_command_line_warns_of_a_saddle_and_says_what_to_do(
     assert "warning: 1 of 1 matrices stopped at a saddle" in err
     assert "add starts" in err
     assert "warning: not converged: mlp.weight" in err
+
+
+@pytest.mark.parametrize("coordinates", ["full", "span"])
+@pytest.mark.parametrize("energy", [Cauchy, Welsch])
+@pytest.mark.parametrize("residual_map", [Identity(), InputGram(), Directional()], ids=name_of)
+def test_the_generic_map_leaves_the_saddle_where_it_starts(
+    residual_map: ResidualMap,
+    energy: type[Cauchy],
+    coordinates: Any,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The average of opposed updates, the default start, has no gradient at all."""
+    posterior = product(residual_map, energy=energy).bind(opposed(generator), coordinates=coordinates)
+    found, best = minimize(posterior, tolerance=1e-5), fixed_point(posterior)
+    assert found.status == (Status.CONVERGED,) * 3
+    torch.testing.assert_close(found.info.energy, best.info.energy, rtol=1e-6, atol=0.0)
+    monkeypatch.setattr(sys.modules["inference.minimize"], "STEPS_OFF", ())
+    stuck = minimize(posterior, tolerance=1e-5)
+    assert stuck.status == (Status.SADDLE,) * 3
+    assert bool((stuck.info.energy > found.info.energy + 1e-3).all())
+
+
+def test_factors_that_join_modules_are_left_together(generator: torch.Generator) -> None:
+    """At zero no module curves down by itself, but the product of two coefficients does."""
+    well = FactorExpert("well", lambda c: (c[..., 0, 0] * c[..., 1, 0] - 1).square(), "span", "model")
+    pair = [Expert(name, Identity(), Gaussian(), Absolute(1.0), importance=1e-3) for name in NAMES]
+    poe = ProductOfExperts(tuple(pair), anchor=Anchor(precision=AbsolutePrecision(1e-4))) * well
+    posterior = poe.bind(opposed(generator)[:2], coordinates="span")
+    zero = torch.zeros_like(posterior.experts[0].update)
+    at_zero = float(posterior.joint_energy(zero))
+    found = minimize(posterior, zero)
+    assert found.converged
+    assert float(found.info.joint_energy) < at_zero - 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_least_curvature_is_the_hessians(dtype: torch.dtype, generator: torch.Generator) -> None:
+    root = torch.randn(3, 12, 12, generator=generator, dtype=dtype)
+    hessian = root + root.mT
+
+    def gradient(x: Tensor) -> Tensor:
+        return (hessian @ x.flatten(1).unsqueeze(-1)).reshape(x.shape)
+
+    x = torch.randn(3, 3, 4, generator=generator, dtype=dtype)
+    ratio, direction = least_curvature(gradient, x, torch.ones(3))
+    values, vectors = torch.linalg.eigh(hessian.double())
+    tolerance = 1e-7 if dtype == torch.float64 else 5e-3
+    torch.testing.assert_close(ratio, values[:, 0] / values.abs().amax(-1), rtol=tolerance, atol=tolerance)
+    along = (direction.flatten(1).double() * vectors[..., 0]).sum(-1).abs()
+    torch.testing.assert_close(along, torch.ones(3, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def test_a_curvature_that_one_vector_shows_is_enough() -> None:
+    """Where the first direction is an eigenvector, as all are of a multiple of the identity, the next is drawn anew."""
+    ratio, direction = least_curvature(lambda x: -2 * x, torch.zeros(2, 5, dtype=torch.float64), torch.ones(2))
+    torch.testing.assert_close(ratio, -torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(direction.norm(dim=1), torch.ones(2, dtype=torch.float64), rtol=1e-9, atol=0.0)

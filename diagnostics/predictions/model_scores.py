@@ -156,7 +156,9 @@ class ModelScores(Brief):
         compared = {} if self.reference is None else {"difference": f"less {self.reference}"}
         columns = {"value": "score", **({"normalised": "over expert"} if self.experts else {}), **compared}
         heads = [escape(visible(head)) for head in ("task", "metric", "model", *columns.values())]
-        table = Table(*heads, box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for head in heads:
+            table.add_column(head, overflow="fold")  # names that are cut off could not be told apart
         last = ("", "")
         for (model, task, metric), found in self._entries():
             same = (task, metric) == last

@@ -25,6 +25,7 @@ from inference.models.method_design import AnyDesigns
 from inference.models.plan import Plan, TensorBatch, TensorPlan, inputs_of, plan
 from inference.models.staging import Staging, check_output
 from inference.models.tensor_batches import merge_batch
+from inference.retention import ExpertRetention, concerns, totals_of
 from poe_models.weights.checkpoint import CheckpointError, read_json
 from poe_models.weights.factors import cut
 from poe_models.weights.lora import AdapterPlace, LoraCheckpoint
@@ -47,6 +48,7 @@ class AdapterReport:
         replaced: Names of the tensors that the adapter replaces whole, such as heads.
         error: Relative Frobenius error of all merged updates together from cutting them to the rank; 0 if none was.
         status: Number of matrices per status of the solver.
+        experts: How much the merge kept of every expert, over all matrices, before they were cut to a rank.
         nbytes: Bytes of weights written.
         seconds: Wall time.
     """
@@ -57,6 +59,7 @@ class AdapterReport:
     replaced: tuple[str, ...]
     error: float
     status: Mapping[str, int]
+    experts: tuple[ExpertRetention, ...]
     nbytes: int
     seconds: float
 
@@ -68,6 +71,11 @@ class AdapterReport:
             f"AdapterReport({self.out}: {self.modules} modules of {spread}, {len(self.replaced)} tensors replaced; "
             f"relative error {self.error:.3g}; {self.nbytes / 1e6:.3g} MB)"
         )
+
+    @property
+    def concerns(self) -> list[str]:
+        """Warnings about a merge that is little more than the base, or than one of its experts."""
+        return concerns(self.experts)
 
 
 @dataclass(frozen=True)
@@ -347,6 +355,7 @@ def _report(out: Path, seconds: float) -> AdapterReport:
         replaced=tuple(record["whole"]),
         error=record["error"],
         status=dict(Counter(module["status"] for module in modules)),
+        experts=totals_of(record),
         nbytes=(out / _WEIGHTS).stat().st_size,
         seconds=seconds,
     )

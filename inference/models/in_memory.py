@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from inference.models.method_design import AnyDesigns, as_any_function
 from inference.models.plan import BATCH_BYTES, plan
 from inference.models.preparing import prepare_designs
 from inference.models.tensor_batches import merge_batch
+from inference.retention import concerns, totals_of
 from poe_models.weights.task_vectors import TaskVectors
 
 
@@ -34,6 +38,9 @@ def merge(
         The merged tensors by name on the CPU, in the order of the base, for ``load_state_dict``; the names of a tied
         tensor have the same one.
 
+    Warns:
+        UserWarning: If the merge is little more than the base, or than one of its experts.
+
     Raises:
         CheckpointError: If an input cannot be read, has values that are not finite, or is a copy of the base.
         ValueError: If the design cannot be solved.
@@ -50,9 +57,13 @@ def merge(
         ready = prepare_designs(task_vectors, as_any_function(design), Silent())
         planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
     made: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
     for batch in planned.batches:
         kept = batch.tensors[0].treatment.action == "base"  # these may be the caller's own memory
-        tensors, _ = merge_batch(task_vectors, batch, planned.designs, seed)
+        tensors, done = merge_batch(task_vectors, batch, planned.designs, seed)
         made |= {name: tensor.clone() if kept else tensor for name, tensor in tensors.items()}
+        records += done
+    for text in concerns(totals_of({"tensors": records})):
+        warnings.warn(text, stacklevel=2)
     names = [(name, tensor) for tensor in task_vectors.base.tensors for name in task_vectors.base.tied_names(tensor)]
     return {name: made[tensor] for name, tensor in names}

@@ -31,7 +31,7 @@ from inference.models.preparing import prepare_designs
 from inference.models.ranks import ALONE, Ranks, require_same_files, require_same_state
 from inference.models.staging import Finished, Staging, check_output
 from inference.models.tensor_batches import merge_batch
-from inference.retention import ExpertRetention, totals
+from inference.retention import ExpertRetention, concerns, totals
 from inference.solution import Status
 from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
@@ -83,8 +83,14 @@ class MergeReport:
             f"MergeReport({self.out}: {sum(self.tensors.values())} tensors ({kinds}), {self.nbytes / 1e6:.3g} MB",
             f"  {self.modules} matrices: {', '.join(f'{n} {status}' for status, n in self.status.items()) or 'none'}",
             *(f"  {expert.name}: {expert.kept_percent} kept" for expert in self.experts),
+            *(f"  warning: {text}" for text in self.concerns),
         ]
         return "\n".join(lines) + f"; {self.seconds:.3g} s)"
+
+    @property
+    def concerns(self) -> list[str]:
+        """Warnings about a merge that is little more than the base, or than one of its experts."""
+        return concerns(self.experts)
 
 
 def merge_checkpoint(

@@ -57,7 +57,7 @@ from tests.config.toys import config, designs, write
         ),
         (
             "base_model: base\nmodels: [{model: one}]\nslices: []\n",
-            "mergekit's key has no use here: experts share the base's",
+            "slices: mergekit's `slices` is refused: experts share the base's layers. Leave it out.",
         ),
         (
             "base_model: base\nbase_model: two\nmodels: [{model: one}]\n",
