@@ -81,7 +81,8 @@ def to_inference_data(
         expert whose update is zero adds a zero. ``az.loo`` and ``az.compare`` on it do not work: leaving out one expert
         of a few moves the posterior so far that Pareto shapes are above 0.7 nearly everywhere.
         :func:`inference.evidence.estimate.leave_one_expert_out` has the exact answer, and
-        :func:`inference.evidence.designs.compare_designs` compares designs.
+        :func:`inference.evidence.designs.compare_designs` answers another question than ``az.compare``: how probable
+        all updates were under each design, not how well each is predicted from the others.
         ``constant_data``: ``scale_squared``, ``dimension``, ``importance``, ``anchor_precision``, ``temperature``, and
         in Span coordinates ``gram``, ``forms`` and ``mean_curvature``.
 

@@ -220,8 +220,8 @@ class Solution(Brief, Generic[InfoT]):
 
     @override
     def __repr__(self) -> str:
-        kept = ", ".join(f"{expert.name} {expert.kept_percent}" for expert in self.experts)
-        lines = [super().__repr__(), *([f"  kept of the updates: {kept}"] if kept else [])]
+        kept: str = ", ".join(f"{expert.name} {expert.kept_percent}" for expert in self.experts)
+        lines: list[str] = [super().__repr__(), *([f"  kept of the updates: {kept}"] if kept else [])]
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.concerns)])
 
     def record(self, module: int = 0) -> dict[str, Any]:

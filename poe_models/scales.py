@@ -86,13 +86,18 @@ class NormScaled(GammaScale):
 
 @dataclass(frozen=True)
 class Balanced(GammaScale):
-    """``s_i^2 = gamma^2 t_i median_j(q_j(0) / t_j)``: free of units, and an expert's length gives it no say.
+    """``s_i^2 = gamma^2 t_i median_j(q_j(0) / t_j)``: free of units, and no weight that an expert's length gives it.
 
     ``t_i`` is ``tr(P_i) / d`` for maps made from the update itself (Directional and the Grams), so that every expert
     has the same mean precision ``tr(P_i) / (d s_i^2)`` however long its update is; for maps in units that all experts
     share (Identity, Fisher, Activation, Mixed) it is 1, since there a smaller ``P_i`` is information. The median is
     over the module's experts of the same map and weighted by their importance: an expert given twice is an expert of
     importance 2. For experts of equal length it is :class:`Relative`.
+
+    Weights at rest are meant. A heavy tail then weighs what is near to the merge, and under Identity a short update is
+    near to the base, as the merge of few experts is: :class:`~poe_models.Welsch` and
+    :class:`~poe_models.GeneralizedGaussian` of a power of 1 or less may follow it, of two experts altogether. The Gram
+    maps and Directional measure an update in its own directions and do not.
     """
 
     gamma: float = 1.0
@@ -205,11 +210,13 @@ class RidgePrecision(AnchorPrecision):
 class RelativePrecision(EtaPrecision):
     """``eta`` times the summed mean curvature of the experts' Gaussian twins.
 
-    One number then suits modules of every size and shrinks identical experts alike whatever their energy. It is
-    computed once from the updates and not from the current weights: the posterior is one fixed density. With
-    :class:`Balanced` or :class:`Relative` scales the merge of ``c U_i`` is ``c`` times the merge of ``U_i``. With
-    ``Balanced`` every expert counts alike in the sum; with ``Relative`` an expert counts as one over its squared
-    length, and one that hardly changed a module strengthens the anchor there and draws the others' merge to the centre.
+    One number then suits modules of every size and shrinks identical experts alike whatever their energy, but for
+    :class:`~poe_models.GeneralizedGaussian`: its weight at rest has no bound, its weight at ``q = s^2`` counts, and
+    identical experts are not shrunk. It is computed once from the updates and not from the current weights: the
+    posterior is one fixed density. With :class:`Balanced` or :class:`Relative` scales the merge of ``c U_i`` is ``c``
+    times the merge of ``U_i``. With ``Balanced`` every expert counts alike in the sum; with ``Relative`` an expert
+    counts as one over its squared length, and one that hardly changed a module strengthens the anchor there and draws
+    the others' merge to the centre.
     """
 
     eta: float = 0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from inference.models.adapters import merge_adapters
 from poe_merge.cli import run
@@ -58,6 +58,22 @@ def test_a_rank_and_its_error_are_said(folder: Path, capsys: pytest.CaptureFixtu
     assert record["settings"]["config"]["output"] == "adapter(rank=2)"
     dtypes = {str(tensor.dtype) for tensor in load_file(folder / "merged" / "adapter_model.safetensors").values()}
     assert dtypes == {"torch.bfloat16"}
+
+
+def test_what_was_kept_of_each_adapter_is_said_and_warned_about(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "expert1" / "adapter_model.safetensors"
+    state = load_file(path)
+    save_file({name: 0.003 * value if ".lora_B." in name else value for name, value in state.items()}, path)
+    whole = asked(capsys, "merge", "--scale", "Relative(1.0)", "--out", "whole")
+    adapter = asked(capsys, "merge", "--scale", "Relative(1.0)", "--output", "adapter", "--out", "adapter")
+    for text in (whole, adapter):
+        assert "Kept of the experts' updates: expert0 " in text
+        assert "The shortest expert decides under Relative scales" in " ".join(text.split())
+    vectors = TaskVectors(folder / "base", {f"expert{i}": folder / f"expert{i}" for i in range(2)})
+    done = merge_adapters(vectors, ProductOfExperts.of(vectors.names), folder / "other")
+    assert [expert.name for expert in done.experts] == ["expert0", "expert1"]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def recovered(size: int, nu: float) -> HierarchicalDraws:
 
 
 @pytest.mark.parametrize("nu", [3.0, 10.0, math.inf])
-@pytest.mark.parametrize("size", [4, 1024])
+@pytest.mark.parametrize("size", [4, 64, 1024])
 def test_scale_and_tail_are_recovered_whatever_the_size(size: int, nu: float) -> None:
     draws = recovered(size, nu)
     assert draws.nu is not None
@@ -165,7 +165,7 @@ def module_wise(size: int) -> tuple[Tensor, Tensor, HierarchicalDraws]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [4, 1024])
+@pytest.mark.parametrize("size", [4, 64, 1024])
 def test_intervals_cover_as_often_as_they_say(size: int) -> None:
     # Over models drawn from the prior, 90 % intervals cover in 90 % of them: bounds at one in a million.
     gamma, nu, draws = module_wise(size)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import poe_merge as pm
+from poe_models import Relative
 
 
 @pytest.fixture
@@ -58,3 +59,27 @@ def test_a_copy_of_the_base_is_refused(states: Any) -> None:
     copy = {name: value.clone() for name, value in base.items()}
     with pytest.raises(ValueError, match="copy"):
         pm.merge(pm.TaskVectors(base, {"copy": copy}), pm.Ties())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [("ties", "'ties'"), (None, "None"), (pm.InputGram(), r"InputGram\("), (pm.Ties, "the class Ties")],
+)
+def test_what_is_no_design_is_refused_with_what_is(wrong: Any, told: str, states: Any) -> None:
+    vectors = pm.TaskVectors(states.pop("base"), states)
+    with pytest.raises(TypeError, match=told + r".* says nothing about how to merge. Give a product of experts"):
+        pm.merge(vectors, wrong)
+
+
+def test_a_merge_that_one_expert_holds_is_a_warning(states: Any) -> None:
+    base = states.pop("base")
+    near = {
+        name: torch.lerp(base[name].float(), value.float(), 0.003).to(value) for name, value in states["emoji"].items()
+    }
+    vectors = pm.TaskVectors(base, {"mnist": states["mnist"], "emoji": near})
+    poe = pm.ProductOfExperts.of(vectors.names, scale=Relative(1.0))
+    with pytest.warns(UserWarning, match="expert") as found:
+        pm.merge(vectors, poe)
+    first, second = (str(each.message) for each in found)
+    assert first.startswith("the merge is little more than the expert 'emoji'. The shortest expert decides")
+    assert second.startswith("expert 'mnist': ")

@@ -84,9 +84,23 @@ def test_wheel_and_sdist_have_every_file_of_the_packages_and_nothing_else(dist: 
     assert inside >= shipped() | {"pyproject.toml", "README.md", "LICENSE"}
 
 
+@pytest.fixture
+def built_from_sdist(dist: Path, tmp_path: Path) -> Path:
+    """The wheel that pip makes of the sdist."""
+    with tarfile.open(dist / f"poe_merge-{VERSION}.tar.gz") as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    make = "import sys; from setuptools import build_meta as b; b.build_wheel(sys.argv[1])"
+    run(tmp_path / "sdist" / f"poe_merge-{VERSION}", sys.executable, "-c", make, tmp_path)
+    return tmp_path / f"poe_merge-{VERSION}-py3-none-any.whl"
+
+
 @pytest.mark.slow
-def test_the_wheel_runs_in_an_environment_without_the_project(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("archive", ["wheel", "built_from_sdist"])
+def test_what_is_published_runs_in_an_environment_without_the_project(
+    archive: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """The libraries are those of this environment; its own link to the sources is not followed from a `.pth`."""
+    wheel = request.getfixturevalue(archive)
     venv.create(tmp_path / "empty", symlinks=True)
     python = tmp_path / "empty" / "bin" / "python"
     site = Path(run(tmp_path, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
