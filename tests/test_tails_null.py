@@ -361,8 +361,8 @@ def test_heavy_tails_are_called_so_far_more_often_than_the_level(case: Simulated
 
 @pytest.mark.parametrize("case", [case for case in SIMULATIONS if case.merge != Average()], ids=lambda case: case.name)
 def test_products_of_experts_are_simulated_too(case: Simulated) -> None:
-    (p,) = p_values(case, 1, num_surrogates=3)
-    assert p in (0.25, 0.5, 0.75, 1.0)
+    (p,) = p_values(case, 1)
+    assert round(20 * float(p), 9) in range(1, 21)  # a rank among 19 surrogates
 
 
 # The benchmarks' pages
