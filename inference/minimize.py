@@ -24,6 +24,8 @@ from poe_models.program import log_density
 
 ESCAPES = 3
 """Times that the descent goes on from a saddle."""
+ROUNDING = 10.0
+"""Error of a gradient by rounding, in units of the dtype's and of the gradients of its terms."""
 STEPS_OFF = (0.3, 0.1, 0.03, 0.01)
 """Lengths of the steps off a saddle that are tried, in units of the longest update."""
 
@@ -39,7 +41,8 @@ def minimize(
     Args:
         posterior: Usually in Span coordinates; with factor experts always.
         start: Where to start, ``(M, *event)``; by default the average of the experts' updates.
-        max_steps: Evaluations of the energy.
+        max_steps: Evaluations of the energy while it descends; where it ends some 34 gradients more tell a minimum from
+            a saddle.
         tolerance: On each module's gradient, relative to the summed norms of the gradients of its experts, anchor and
             factors, which balance each other at a minimum.
 
@@ -128,21 +131,27 @@ class _Descent:
 
     def saddles(self, tolerance: float) -> tuple[Tensor, Tensor]:
         """Mask of stationary points that curve down, ``(M,)``, and where to; factors have all modules in common."""
-        x, size = self.x.detach(), self.size
-        if self.posterior.factors:
-            x, size = x.unsqueeze(0), size.mean().unsqueeze(0)
-        found, direction = least_curvature(lambda z: self.gradient(z.reshape(self.x.shape)).reshape(z.shape), x, size)
-        still = self.balance() <= tolerance
-        if self.posterior.factors:
-            still = still & still.all()
-        return still & (found < -NEGATIVE[x.dtype]), direction.reshape(self.x.shape)
+        still, joined = self.balance() <= tolerance, bool(self.posterior.factors)
+        if not bool(still.all() if joined else still.any()):
+            return torch.zeros_like(still), torch.zeros_like(self.x)
+        unit = self.size.to(self.x).reshape(-1, *(1,) * (self.x.ndim - 1))  # of every module, whatever the others'
+
+        def gradient(y: Tensor) -> Tensor:
+            return (unit * self.gradient(unit * y.reshape(self.x.shape))).reshape(y.shape)
+
+        y = self.x.detach() / unit
+        noise = ROUNDING * torch.finfo(y.dtype).eps * self.size.double() * _scales(self.posterior, self.x)
+        if joined:
+            y, noise = y.unsqueeze(0), noise.sum().unsqueeze(0)
+        found, direction = least_curvature(gradient, y, noise)
+        return still & (found < -NEGATIVE[y.dtype]), unit * direction.reshape(self.x.shape)
 
     def left_saddles(self, tolerance: float) -> bool:
         """Step off the saddles to where the energy is lower; whether there was such a step."""
         saddles, direction = self.saddles(tolerance)
         if not bool(saddles.any()):
             return False
-        along = direction * (saddles * self.size).to(direction).reshape(-1, *(1,) * (direction.ndim - 1))
+        along = direction * saddles.to(direction).reshape(-1, *(1,) * (direction.ndim - 1))
         with torch.no_grad():
             here = self.energy(self.x)
             for step in STEPS_OFF:

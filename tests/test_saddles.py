@@ -22,16 +22,19 @@ from poe_models import (
     Absolute,
     AbsolutePrecision,
     Anchor,
+    Balanced,
     Cauchy,
     Directional,
     Expert,
     FactorExpert,
     Gaussian,
+    Huber,
     Identity,
     InputGram,
     OutputGram,
     ProductOfExperts,
     Relative,
+    RelativePrecision,
     ResidualMap,
     TaskVectors,
     Welsch,
@@ -201,7 +204,7 @@ def test_the_least_curvature_is_the_hessians(dtype: torch.dtype, generator: torc
         return (hessian @ x.flatten(1).unsqueeze(-1)).reshape(x.shape)
 
     x = torch.randn(3, 3, 4, generator=generator, dtype=dtype)
-    ratio, direction = least_curvature(gradient, x, torch.ones(3))
+    ratio, direction = least_curvature(gradient, x)
     values, vectors = torch.linalg.eigh(hessian.double())
     tolerance = 1e-7 if dtype == torch.float64 else 5e-3
     torch.testing.assert_close(ratio, values[:, 0] / values.abs().amax(-1), rtol=tolerance, atol=tolerance)
@@ -211,6 +214,32 @@ def test_the_least_curvature_is_the_hessians(dtype: torch.dtype, generator: torc
 
 def test_a_curvature_that_one_vector_shows_is_enough() -> None:
     """Where the first direction is an eigenvector, as all are of a multiple of the identity, the next is drawn anew."""
-    ratio, direction = least_curvature(lambda x: -2 * x, torch.zeros(2, 5, dtype=torch.float64), torch.ones(2))
+    ratio, direction = least_curvature(lambda x: -2 * x, torch.zeros(2, 5, dtype=torch.float64))
     torch.testing.assert_close(ratio, -torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(direction.norm(dim=1), torch.ones(2, dtype=torch.float64), rtol=1e-9, atol=0.0)
+
+
+def test_modules_of_unequal_size_leave_their_saddles_under_a_factor(generator: torch.Generator) -> None:
+    """A factor that hardly counts joins the modules, one of which is a thousand times as large."""
+    factor = FactorExpert("tiny", lambda c: 1e-9 * c[..., 0, 0].sum(-1).square(), "span", "model")
+    updates = opposed(generator)[:2] * torch.tensor([1.0, 1000.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    anchor = Anchor(precision=RelativePrecision(0.01))
+    poe = ProductOfExperts.of(NAMES, Identity(), Cauchy(), Balanced(0.3), anchor=anchor)
+    found, best = minimize((poe * factor).bind(updates, coordinates="span")), fixed_point(poe.bind(updates))
+    torch.testing.assert_close(found.info.energy, best.info.energy, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("eta", [1e-7, 1e-6])
+@pytest.mark.parametrize("delta", [0.01, 0.05, 0.1])
+def test_a_flat_minimum_of_a_convex_energy_is_no_saddle(delta: float, eta: float, generator: torch.Generator) -> None:
+    update = random_updates(generator, 1, 1, 4, 5)
+    anchor = Anchor(precision=AbsolutePrecision(eta))
+    poe = ProductOfExperts.of(NAMES, Identity(), Huber(delta), Absolute(1.0), anchor=anchor)
+    found = minimize(poe.bind(torch.cat([update, 3 * update], 1), coordinates="span"))
+    assert Status.SADDLE not in found.status
+
+
+def test_a_curvature_that_is_not_finite_is_unknown() -> None:
+    ratio, direction = least_curvature(lambda x: x * torch.nan, torch.ones(1, 3, dtype=torch.float64))
+    assert float(ratio) == 0.0
+    assert bool(direction.isfinite().all())
