@@ -39,13 +39,18 @@ MOST_HELD = 0.2
 HELD = 10.0
 """Times as much of the squared residual is left of an expert that is held back as of the one that holds the merge."""
 
+MUCH = 1.5
+"""Times as long as another that an expert is called longer."""
+
 LEAST_LENGTH = 0.1
 """Length of the merged update, relative to the experts' median, below which it is little more than the base."""
 
 WAYS_OUT = (
     "Look at λ and the experts' weights and, in a product of experts, at the anchor's precision (eta) and the scale."
 )
-SHORTER = "The shortest expert decides under Relative scales and not under Balanced: look at the scale."
+SHORTER = (
+    "Under Relative scales the shortest expert decides, use Balanced; under Balanced look at eta and the importances."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -252,8 +257,8 @@ def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
     found = [*_held_back(known, passed_by), *(_passed_by(each) for each in passed_by)]
     if len(passed_by) == len(known) - 1 > 0:
         (kept,) = (each for each in known if each not in passed_by)
-        shorter = kept.length > max(each.length for each in passed_by)
-        way_out = SHORTER if shorter else WAYS_OUT
+        shorter = kept.length > MUCH * max(each.length for each in passed_by)
+        way_out = SHORTER if shorter and not math.isnan(kept.residual_left) else WAYS_OUT
         found.insert(0, f"the merge is little more than the expert {kept.name!r}. {way_out}")
     return found
 
@@ -287,7 +292,7 @@ def _pale(known: Sequence[ExpertRetention], length: float) -> str:
     beside = f", as long as {nearest.name!r} is" if nearest.length > 5 * LEAST_LENGTH else ""
     return (
         f"the merge is little more than the base: its update has {length:.1%} of the experts' median length{beside}. "
-        + (SHORTER if beside else WAYS_OUT)
+        + (SHORTER if beside and not math.isnan(nearest.residual_left) else WAYS_OUT)
     ).replace("%", " %", 1)
 
 

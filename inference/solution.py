@@ -27,8 +27,9 @@ class Status(Enum):
         "float64, or raise the anchor's precision or the tolerance"
     )
     SADDLE = (
-        "stopped at a saddle, or at a point too flat to be told from one, where no start led lower: add starts "
-        "('twin' and 'experts' are the default), or raise the scale or the anchor's precision"
+        "stopped at a saddle, or at a point too flat to be told from one, where no start led lower: add starts (of "
+        "`fixed_point`, 'twin' and 'experts' are the default; `minimize` takes one), or raise the scale or the anchor's "
+        "precision"
     )
     NO_MINIMUM = (
         "not a minimum: the energy's own gradient, taken in float64, does not vanish there: lower the tolerance, "
@@ -215,12 +216,13 @@ class Solution(Brief, Generic[InfoT]):
 
     @property
     def concerns(self) -> list[str]:
-        """Warnings about a merge that is little more than the centre, or than one of its experts."""
+        """Warnings about a merge that is little more than the base, or than one of its experts."""
         return concerns(self.experts)
 
     @override
     def __repr__(self) -> str:
-        kept: str = ", ".join(f"{expert.name} {expert.kept_percent}" for expert in self.experts)
+        known = [expert for expert in self.experts if not math.isnan(expert.kept)]
+        kept: str = ", ".join(f"{expert.name} {expert.kept_percent}" for expert in known)
         lines: list[str] = [super().__repr__(), *([f"  kept of the updates: {kept}"] if kept else [])]
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.concerns)])
 

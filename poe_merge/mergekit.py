@@ -153,7 +153,7 @@ def _refuse_foreign(document: Document, method: str) -> None:
     for place, section in _placed(document.data):
         for key in [key for key in section if key in _WITHOUT.get(method, ())]:
             del section[key]
-            _problem(document, (*place, key), f"mergekit's {method} has no `{key}`. Leave it out")
+            _problem(document, (*place, key), f"mergekit's {method} does nothing with `{key}`. Leave it out")
 
 
 def _switches(document: Document, method: str) -> dict[str, bool]:

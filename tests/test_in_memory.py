@@ -81,5 +81,7 @@ def test_a_merge_that_one_expert_holds_is_a_warning(states: Any) -> None:
     with pytest.warns(UserWarning, match="expert") as found:
         pm.merge(vectors, poe)
     first, second = (str(each.message) for each in found)
-    assert first.startswith("the merge is little more than the expert 'emoji'. The shortest expert decides")
+    assert first.startswith(
+        "the merge is little more than the expert 'emoji'. Under Relative scales the shortest expert decides"
+    )
     assert second.startswith("expert 'mnist': ")

@@ -214,11 +214,11 @@ def test_all_mistakes_at_once_with_their_places(folder: Path) -> None:
     first, *lines = str(raised.value).splitlines()
     assert first == "8 mistakes in the configuration:"
     expected = {
-        "4:31": "models[0].parameters.density: mergekit's linear has no `density`",
+        "4:31": "models[0].parameters.density: mergekit's linear does nothing with `density`",
         "6:18": "[] is not a finite number; only weights",
         "6:30": "`normalize` is of all models",
         "7:14": "would weigh the base",
-        "7:32": "mergekit's linear has no `lambda`",
+        "7:32": "mergekit's linear does nothing with `lambda`",
         "7:45": "unknown key `t`",
         "8:1": "`tokenizer_source` is refused: the base's tokenizer is copied",
         "9:1": "experts share the base's layers",
@@ -239,7 +239,7 @@ def test_all_mistakes_at_once_with_their_places(folder: Path) -> None:
         ({"parameters": {"eta": 0.1}}, "`eta` belongs to a product of experts, and `merge_method` is Weighted"),
         (
             {"merge_method": "task_arithmetic", "models": [{"model": "a", "parameters": {"density": 0.5}}]},
-            "models[0].parameters.density: mergekit's task_arithmetic has no `density`. Leave it out",
+            "models[0].parameters.density: mergekit's task_arithmetic does nothing with `density`. Leave it out",
         ),
         ({"merge_method": "linear", "base_model": "base"}, "counts the base among the models, and base has no weight"),
     ],
