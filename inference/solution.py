@@ -28,8 +28,8 @@ class Status(Enum):
     )
     SADDLE = (
         "stopped at a saddle, or at a point too flat to be told from one, where no start led lower: add starts (of "
-        "`fixed_point`, 'twin' and 'experts' are the default; `minimize` takes one), or raise the scale or the anchor's "
-        "precision"
+        "`fixed_point`, 'twin' and 'experts' are the default; `minimize` takes one), or raise the scale or the "
+        "anchor's precision"
     )
     NO_MINIMUM = (
         "not a minimum: the energy's own gradient, taken in float64, does not vanish there: lower the tolerance, "
