@@ -32,10 +32,9 @@ def main() -> None:
     """Run those that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
-    known = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(FOLDER.parent), *([known] if known else [])]
-    )  # the kernel imports `benchmarks`
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    # Notebooks import `benchmarks`, which is no part of the installed package.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), *filter(None, known)])
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm's, about widgets that a page cannot show
     for path in parser.parse_args().notebooks:
         run(path)

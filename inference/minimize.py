@@ -59,14 +59,16 @@ def minimize(
     descent = _Descent(posterior, start, max_steps)
     _require_gradients(posterior, descent.x)
     descent.run(tolerance)
+    saddles, direction = descent.saddles(tolerance)
     for _ in range(ESCAPES):
-        if descent.steps >= max_steps or not descent.left_saddles(tolerance):
+        if descent.steps >= max_steps or not descent.step_off(saddles, direction):
             break
         descent.run(tolerance)
+        saddles, direction = descent.saddles(tolerance)
     gradient, value = descent.balance(), descent.x.detach()
-    ends = zip((gradient <= tolerance).tolist(), descent.saddles(tolerance)[0].tolist(), strict=True)
+    ends = zip((gradient <= tolerance).tolist(), saddles.tolist(), strict=True)
     status = tuple(
-        Status.MAX_STEPS if not still else Status.CONVERGED if not flat else Status.SADDLE for still, flat in ends
+        Status.MAX_STEPS if not still else Status.SADDLE if saddle else Status.CONVERGED for still, saddle in ends
     )
     info = MinimizeInfo(
         joint_energy=posterior.joint_energy(value),
@@ -146,20 +148,23 @@ class _Descent:
         found, direction = least_curvature(gradient, y, noise)
         return still & (found < -NEGATIVE[y.dtype]), unit * direction.reshape(self.x.shape)
 
-    def left_saddles(self, tolerance: float) -> bool:
-        """Step off the saddles to where the energy is lower; whether there was such a step."""
-        saddles, direction = self.saddles(tolerance)
-        if not bool(saddles.any()):
-            return False
-        along = direction * saddles.to(direction).reshape(-1, *(1,) * (direction.ndim - 1))
+    def step_off(self, saddles: Tensor, direction: Tensor) -> bool:
+        """Step off saddles to where the energy is lower; whether there was such a step."""
+        left = saddles.clone()
         with torch.no_grad():
-            here = self.energy(self.x)
-            for step in STEPS_OFF:
-                for there in (self.x + step * along, self.x - step * along):
-                    if bool(self.energy(there) < here):
-                        self.x.copy_(there)
-                        return True
-        return False
+            here = self.energies(self.x)
+            for step in (sign * length for length in STEPS_OFF for sign in (1, -1)):
+                mask = left.reshape(-1, *(1,) * (self.x.ndim - 1))
+                there = torch.where(mask, self.x + step * direction, self.x)
+                lower = left & (self.energies(there) < here)
+                self.x.copy_(torch.where(lower.reshape(mask.shape), there, self.x))
+                left &= ~lower
+        return bool((left != saddles).any())
+
+    def energies(self, z: Tensor) -> Tensor:
+        """The energy of each module, ``(M,)``; where factors have modules in common, that of all, for each."""
+        joint = self.posterior.factors
+        return self.energy(z).expand(len(z)) if joint else self.posterior.energy(z)
 
 
 def _require_gradients(posterior: Posterior, x: Tensor) -> None:

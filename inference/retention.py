@@ -29,15 +29,25 @@ MOST_GROWN = 2.0
 LEAST_KEPT = 0.1
 """Share kept, relative to the best kept expert's, below which the merge is said to have passed an expert by."""
 
-LEAST_SHARE = 0.5
-"""Share kept, relative to that of a shorter expert that holds the merge, below which another is said to be held
-back."""
 
-MOST_HELD = 0.2
-"""Share of an expert's squared residual that is left, from which it may be said to be held back."""
+@dataclass(frozen=True)
+class HeldBack:
+    """Bounds from which an expert is said to be held back by another that holds the merge.
 
-HELD = 10.0
-"""Times as much of the squared residual is left of an expert that is held back as of the one that holds the merge."""
+    Attributes:
+        share: Of its update kept, relative to the other's share, at most.
+        left: Of its squared residual left, at least.
+        times: As much of the squared residual left as of the other's, at least.
+    """
+
+    share: float
+    left: float
+    times: float
+
+
+HELD_BACK = HeldBack(share=1 / 3, left=0.4, times=20.0)
+BY_A_SHORTER = HeldBack(share=0.5, left=0.2, times=10.0)
+"""By an expert so much shorter that it should have no such say."""
 
 MUCH = 1.5
 """Times as long as another that an expert is called longer."""
@@ -257,34 +267,39 @@ def _concerns_of_known(known: Sequence[ExpertRetention]) -> list[str]:
     found = [*_held_back(known, passed_by), *(_passed_by(each) for each in passed_by)]
     if len(passed_by) == len(known) - 1 > 0:
         (kept,) = (each for each in known if each not in passed_by)
-        shorter = kept.length > MUCH * max(each.length for each in passed_by)
-        way_out = SHORTER if shorter and not math.isnan(kept.residual_left) else WAYS_OUT
+        shorter = all(_is_shorter(kept, each) for each in passed_by) and not math.isnan(kept.residual_left)
+        way_out = SHORTER if shorter else WAYS_OUT
         found.insert(0, f"the merge is little more than the expert {kept.name!r}. {way_out}")
     return found
 
 
 def _held_back(known: Sequence[ExpertRetention], passed_by: Sequence[ExpertRetention]) -> list[str]:
-    """Warning, or none, that the merge follows one expert while longer ones, not passed by, kept a small share.
+    """Warning, or none, that the merge follows one expert while others, not passed by, kept a small share.
 
-    A shorter one that kept less is merely near to the others, whose sum leaves it a residual large beside its update.
+    An expert that is merely shorter than a merge near the others has a residual left that is large beside its update.
     """
     measured = [each for each in known if not math.isnan(each.residual_left)]
     if not measured:
         return []
     holder = min(measured, key=lambda each: each.residual_left)
-    held = [
-        each
-        for each in measured
-        if each not in passed_by
-        and each.residual_left >= max(MOST_HELD, HELD * holder.residual_left)
-        and each.kept < LEAST_SHARE * holder.kept
-        and each.length < holder.length  # of the merge in units of the expert: of a longer expert
-    ]
+    held = [each for each in measured if each not in passed_by and _is_held_back(each, holder)]
     if not held:
         return []
     shares = ", ".join(f"{each.name!r} {each.kept_percent}" for each in held).replace("%", " %")
     own = holder.kept_percent.replace("%", " %")
-    return [f"the expert {holder.name!r} holds the merge: {own} of its update kept, of {shares}. " + SHORTER]
+    way_out = SHORTER if all(_is_shorter(holder, each) for each in held) else WAYS_OUT
+    return [f"the expert {holder.name!r} holds the merge: {own} of its update kept, of {shares}. {way_out}"]
+
+
+def _is_held_back(expert: ExpertRetention, holder: ExpertRetention) -> bool:
+    bounds = BY_A_SHORTER if _is_shorter(holder, expert) else HELD_BACK
+    left = max(bounds.left, bounds.times * holder.residual_left)
+    return expert.residual_left >= left and expert.kept < bounds.share * holder.kept
+
+
+def _is_shorter(one: ExpertRetention, other: ExpertRetention) -> bool:
+    """Whether one expert's update is much shorter; ``length`` is the merge's in units of the expert's."""
+    return one.length > MUCH * other.length
 
 
 def _pale(known: Sequence[ExpertRetention], length: float) -> str:

@@ -97,7 +97,8 @@ class Balanced(GammaScale):
     Weights at rest are meant. A heavy tail then weighs what is near to the merge, and under Identity a short update is
     near to the base, as the merge of few experts is: :class:`~poe_models.Welsch` and
     :class:`~poe_models.GeneralizedGaussian` of a power of 1 or less may follow it, of two experts altogether. The Gram
-    maps and Directional measure an update in its own directions and do not.
+    maps and Directional measure an update in its own directions, and others keep at least .85 of their shares there
+    (powers below 1 apart).
     """
 
     gamma: float = 1.0

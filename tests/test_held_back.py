@@ -104,7 +104,12 @@ def of(kept: float, left: float, name: str = "a", length: float = 1.0) -> Expert
 
 
 def test_where_being_held_back_begins() -> None:
-    """At half of the share, a fifth of the residual and ten times what is left of the shorter one's."""
+    """At a third of the share, two fifths of the residual and twenty times what is left; sooner by a shorter one."""
+    equal = of(0.9, 0.02, "d", 1.5)
+    for other, told in ((of(0.299, 0.4), True), (of(0.301, 0.4), False), (of(0.299, 0.399), False)):
+        assert bool(concerns([equal, other])) is told
+    assert not concerns([of(0.9, 0.03, "d"), of(0.299, 0.59)])
+    assert concerns([of(0.9, 0.03, "d"), of(0.299, 0.61)])
     holder = of(0.9, 0.02, "d", 2.0)
     for other, told in (
         (of(0.449, 0.2), True),

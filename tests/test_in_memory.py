@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import poe_merge as pm
+from inference import collect_statistics
 from poe_models import Relative
 
 
@@ -67,8 +68,16 @@ def test_a_copy_of_the_base_is_refused(states: Any) -> None:
 )
 def test_what_is_no_design_is_refused_with_what_is(wrong: Any, told: str, states: Any) -> None:
     vectors = pm.TaskVectors(states.pop("base"), states)
-    with pytest.raises(TypeError, match=told + r".* says nothing about how to merge. Give a product of experts"):
+    with pytest.raises(TypeError, match=told + r".* is no design here\. Give a product of experts"):
         pm.merge(vectors, wrong)
+    with pytest.raises(TypeError, match="is no design here"):
+        collect_statistics(vectors, wrong)
+
+
+def test_a_method_has_no_statistics(states: Any) -> None:
+    vectors = pm.TaskVectors(states.pop("base"), states)
+    with pytest.raises(TypeError, match=r"Ties\(.* is no design here"):
+        collect_statistics(vectors, pm.Ties())
 
 
 def test_a_merge_that_one_expert_holds_is_a_warning(states: Any) -> None:

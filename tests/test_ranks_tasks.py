@@ -82,21 +82,14 @@ def test_activations_are_those_of_one_process(folder: Path) -> None:
     assert run(command("activations", "--tasks", "mine.py", "--out", "shared", "--resume")) == 0  # all are known again
 
 
-def test_scores_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["evaluate", "scores.yaml", "--tasks", "mine.py", "--json"]
+@pytest.mark.parametrize(("scoring", "processes"), [("evaluate", 2), ("score", 3)])
+def test_scores_are_those_of_one_process(
+    scoring: str, processes: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [scoring, "scores.yaml", "--tasks", "mine.py", "--json"]
     assert run([*arguments, "--csv", "alone.csv"]) == 0
     alone = json.loads(capsys.readouterr().out)
-    done = together(2, [*arguments, "--csv", "shared.csv"])
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == alone
-    assert (folder / "shared.csv").read_bytes() == (folder / "alone.csv").read_bytes()
-
-
-def test_functional_scores_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["score", "scores.yaml", "--tasks", "mine.py", "--json"]
-    assert run([*arguments, "--csv", "alone.csv"]) == 0
-    alone = json.loads(capsys.readouterr().out)
-    done = together(3, [*arguments, "--csv", "shared.csv"])
+    done = together(processes, [*arguments, "--csv", "shared.csv"])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == alone
     assert (folder / "shared.csv").read_bytes() == (folder / "alone.csv").read_bytes()

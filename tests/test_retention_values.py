@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from inference.retention import (
-    LEAST_SHARE,
+    BY_A_SHORTER,
+    HELD_BACK,
     SHORTER,
+    WAYS_OUT,
     ExpertRetention,
     Retention,
     concerns,
@@ -158,9 +160,13 @@ def test_a_residual_grew_from_twice_on(left: float, said: str) -> None:
 
 def test_an_expert_at_its_least_share_is_not_held_back() -> None:
     holder = of(0.9, 0.01, 3.0, name="d")
-    share = LEAST_SHARE * 0.9
+    share = BY_A_SHORTER.share * 0.9
     assert concerns([holder, of(share, 0.5)]) == []
     (said,) = concerns([holder, of(share - 1e-9, 0.5), of(0.2, 0.41, name="b"), of(0.5, 0.5, name="c")])
     assert said == f"the expert 'd' holds the merge: 90 % of its update kept, of 'a' 45 %, 'b' 20 %. {SHORTER}"
+    equal = of(0.9, 0.01, name="d")
+    assert concerns([equal, of(share - 1e-9, 0.5)]) == []
+    (said,) = concerns([equal, of(HELD_BACK.share * 0.9 - 1e-9, 0.5)])
+    assert said == f"the expert 'd' holds the merge: 90 % of its update kept, of 'a' 30 %. {WAYS_OUT}"
     # Not measured (a merging method), nobody is known to be held back.
     assert concerns([of(0.9, math.nan), of(0.2, 0.5)]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -269,11 +270,22 @@ Designs = ProductOfExperts | Design | Callable[[str], Design]
 
 
 def as_function(designs: Designs) -> Callable[[str], Design]:
-    """Designs as a function from the tensor's name, the same object for every tensor if there is one design."""
-    if callable(designs):
+    """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
+
+    Raises:
+        TypeError: If it is no design.
+    """
+    if isinstance(designs, ProductOfExperts | Design):
+        design = designs if isinstance(designs, Design) else Design(designs)
+        return lambda tensor: design
+    if callable(designs) and not isinstance(designs, type | MergingMethod):
         return designs
-    design = designs if isinstance(designs, Design) else Design(designs)
-    return lambda tensor: design
+    what = f"the class {designs.__name__}" if isinstance(designs, type) else textwrap.shorten(repr(designs), 60)
+    raise TypeError(
+        f"`design`: {what} is no design here. Give a product of experts (`ProductOfExperts.of(vectors.names, "
+        "InputGram())`), a `Design`, or a function from the name of a tensor to one of them; a merge also takes a "
+        "merging method, such as `Ties()`."
+    )
 
 
 def require_alike(checkpoint: Checkpoint, role: str, base: Checkpoint, tensor: str) -> None:

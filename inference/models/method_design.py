@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from inference.models.design import Design, Designs, as_function, require_usable
 from inference.retention import retention_of_updates
 from inference.solution import MethodInfo, Solution, Status
-from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod, ModuleBatch
 
 
@@ -94,16 +93,8 @@ def as_any_function(designs: AnyDesigns) -> Callable[[str], AnyDesign]:
     """Designs as a function from the tensor's name, the same object for every tensor if there is one design.
 
     Raises:
-        TypeError: If it is none of them.
+        TypeError: If it is no design.
     """
-    known = isinstance(designs, ProductOfExperts | MergingMethod | Design | MethodDesign)
-    if not known and (isinstance(designs, type) or not callable(designs)):
-        what = f"the class {designs.__name__}" if isinstance(designs, type) else repr(designs)
-        raise TypeError(
-            f"`design`: {what} says nothing about how to merge. Give a product of experts "
-            "(`ProductOfExperts.of(vectors.names, InputGram())`), a merging method (`Ties()`), a `Design`, or a "
-            "function from the name of a tensor to one of them."
-        )
     design = MethodDesign(designs) if isinstance(designs, MergingMethod) else designs
     if isinstance(design, MethodDesign):
         return lambda tensor: design
