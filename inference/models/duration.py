@@ -33,6 +33,8 @@ compared with the base's. From the rows of averages in ``benchmarks/results/spee
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 AGAIN = 0.5
 """Share of them for each look of a method at the whole model before it merges: nothing is compared or written."""
+START = 0.025
+"""Seconds of every merge, however small: opening, the plan, the records of the folder."""
 PER_TENSOR = 4e-4
 """Seconds for each tensor of the output: its record, and calls of the system."""
 
@@ -98,7 +100,7 @@ def predicted_seconds(task_vectors: TaskVectors, planned: Plan, rates: Rates) ->
         The time; None where a design needs data or works on modules of given shapes only.
     """
     inputs = sum(nbytes_of(each) for each in inputs_of(task_vectors, planned.designs).values())
-    total = inputs / rates.hashed + PER_TENSOR * len(planned.tensors)
+    total = START + inputs / rates.hashed + PER_TENSOR * len(planned.tensors)
     trials, reads = _Trials(task_vectors), 1.0
     for batch in planned.batches:
         for shape, count in Counter(shape for tensor in batch.tensors for shape in tensor.matrices).items():
