@@ -15,6 +15,7 @@ import csv
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,30 +119,35 @@ def merged_state(poe: ProductOfExperts, vectors: TaskVectors) -> dict[str, Tenso
     return solve(Method("MAP", "MAP", DesignMap(poe)), vectors, 0.0).state(1.0)
 
 
-def candidates(suite: Suite, seed: int, samples: int, progress: Callable[[str], None]) -> list[Candidate]:
-    """Evidence and test scores of every design, the best evidence of each map first.
+def candidates(
+    suite: Suite, seed: int, map_name: str, samples: int, progress: Callable[[str], None]
+) -> list[Candidate]:
+    """Evidence and test scores of every design with one residual map, the best evidence first.
 
     Args:
         suite: What to merge and to judge by.
         seed: Of the importance samples.
+        map_name: Which of `MAPS`.
         samples: How many.
-        progress: Called with the name of each design before it is judged.
+        progress: Called with a line of text before each step.
 
     Returns:
-        All designs, map by map.
+        All designs with the map.
     """
     vectors = suite.vectors()
-    exact = suite.vectors(torch.float64)
+    poes = designs(vectors.names, MAPS[map_name])
+    table = compare_designs(
+        poes,
+        suite.vectors(torch.float64),
+        generator=torch.Generator(suite.device).manual_seed(seed),
+        samples=samples,
+        progress=lambda module: progress(f"{map_name}, evidence at {module}"),
+    )
     found = []
-    for map_name, residual_map in MAPS.items():
-        progress(f"evidence of all designs with {map_name}")
-        poes = designs(vectors.names, residual_map)
-        generator = torch.Generator(suite.device).manual_seed(seed)
-        for row in compare_designs(poes, exact, generator=generator, samples=samples).rows:
-            progress(f"{map_name}, {row.name}")
-            state = merged_state(poes[row.name], vectors)
-            scores = mean_scores(evaluate(suite, state, "test"))
-            found.append(Candidate(map_name, row.name, row.evidence.total, row.evidence.total_error, scores))
+    for row in table.rows:
+        progress(f"{map_name}, scores of {row.name}")
+        scores = mean_scores(evaluate(suite, merged_state(poes[row.name], vectors), "test"))
+        found.append(Candidate(map_name, row.name, row.evidence.total, row.evidence.total_error, scores))
     return found
 
 
@@ -206,7 +212,7 @@ def write_table(path: Path, runs: Mapping[Run, Sequence[Candidate]]) -> None:
 
 
 def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[Candidate]:
-    """Designs of one suite and training seed, from what is kept if it is there.
+    """Designs of one suite and training seed, map by map, from what is kept if it is there.
 
     Args:
         run: Suite and training seed.
@@ -219,14 +225,17 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
     name, seed = run
     suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
 
-    def make() -> dict[str, object]:
-        found = candidates(suite, seed, arguments.samples, lambda text: console.print(text, highlight=False))
+    def make(map_name: str) -> dict[str, object]:
+        found = candidates(suite, seed, map_name, arguments.samples, lambda text: console.print(text, highlight=False))
         return {"machine": machine(suite.device), "designs": [asdict(each) for each in found]}
 
-    key = key_of(suite.key, arguments.samples, list(MAPS), list(ENERGIES), GAMMAS, ETAS)
-    saved = kept(arguments.kept / f"{name}-{seed}-{key}.json", make)
-    arguments.machines.append(saved["machine"])
-    return [Candidate(**{**each, "scores": Scores(**each["scores"])}) for each in saved["designs"]]
+    all_found = []
+    for map_name in MAPS:
+        key = key_of(suite.key, arguments.samples, map_name, list(ENERGIES), GAMMAS, ETAS)
+        saved = kept(arguments.kept / f"{name}-{seed}-{map_name}-{key}.json", partial(make, map_name))
+        arguments.machines.append(saved["machine"])
+        all_found += [Candidate(**{**each, "scores": Scores(**each["scores"])}) for each in saved["designs"]]
+    return all_found
 
 
 def main() -> None:

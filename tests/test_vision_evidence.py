@@ -38,10 +38,15 @@ def test_designs_are_ordered_by_evidence_within_each_map(tmp_path: Path, monkeyp
     monkeypatch.setattr(evidence, "ENERGIES", {"Gaussian": Gaussian()})
     told: list[str] = []
     suite = toy_suite(tmp_path)
-    found = candidates(suite, 0, 100, told.append)
-    assert [name for name in told if "evidence" not in name] == [f"{e.residual_map}, {e.name}" for e in found]
+    found = [
+        *candidates(suite, 0, "InputGram", 100, told.append),
+        *candidates(suite, 0, "OutputGram", 100, told.append),
+    ]
+    assert [line for line in told if "scores" in line] == [f"{e.residual_map}, scores of {e.name}" for e in found]
     assert [each.residual_map for each in found] == ["InputGram"] * 2 + ["OutputGram"] * 2
     vectors = suite.vectors(torch.float64)
+    asked = [line for line in told if "evidence" in line]
+    assert sorted(asked) == sorted(f"{name}, evidence at {each.name}" for name in evidence.MAPS for each in vectors)
     for one, other in (found[:2], found[2:]):
         assert one.evidence > other.evidence
     poe = designs(vectors.names, evidence.MAPS["InputGram"])[found[0].name]
@@ -79,3 +84,31 @@ def test_page(tmp_path: Path) -> None:
     rows = (tmp_path / "table.csv").read_text().splitlines()
     assert len(rows) == 11
     assert rows[10] == "toy,3,OutputGram,4,-13,0.1,0.9,1.6"
+
+
+def test_what_one_map_has_is_kept_where_the_next_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, asked = toy_suite(tmp_path / "suite"), list[str]()
+
+    def interrupted(_: object, seed: int, map_name: str, samples: int, progress: object) -> list[Candidate]:
+        asked.append(map_name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [each for each in grid() if each.residual_map == map_name]
+
+    monkeypatch.setattr(evidence, "load", lambda *_: suite)
+    monkeypatch.setattr(evidence, "recipe_of", lambda *_: None)
+    monkeypatch.setattr(evidence, "candidates", interrupted)
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(
+        "sys.argv",
+        ["evidence", "--out", str(page), "--kept", str(tmp_path / "kept"), "--suites", "vision", "--seeds", "3"],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        evidence.main()
+    assert not page.exists()
+    evidence.main()
+    assert asked == ["InputGram", "OutputGram", "OutputGram"]
+    assert "| vision | 3 | OutputGram |" in page.read_text()
+    assert "highest evidence" in capsys.readouterr().out
