@@ -2,7 +2,8 @@
 
 `python -m benchmarks.evidence` takes designs that differ in energy, scale and anchor precision, under two residual
 maps; merges the experts of each suite and training seed by the MAP of each (λ = 1) and compares. Evidence and MAP are
-in Full coordinates. Keeps what is done under `out/evidence` and writes `benchmarks/results/evidence.md` and a CSV.
+in Full coordinates. Keeps every evidence on its own under `out/evidence`, so that an interrupted run goes on, and
+writes `benchmarks/results/evidence.md` and a CSV.
 
 Evidences of one residual map are densities of the same numbers. OutputGram and InputGram see other directions of an
 update unless it has full rank on both sides, so that they are ranked apart.
@@ -15,7 +16,6 @@ import csv
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -119,36 +119,69 @@ def merged_state(poe: ProductOfExperts, vectors: TaskVectors) -> dict[str, Tenso
     return solve(Method("MAP", "MAP", DesignMap(poe)), vectors, 0.0).state(1.0)
 
 
-def candidates(
-    suite: Suite, seed: int, map_name: str, samples: int, progress: Callable[[str], None]
-) -> list[Candidate]:
+@dataclass(frozen=True)
+class Known:
+    """Log evidence of a design on a suite.
+
+    Args:
+        total: In nats, summed over modules.
+        error: Its standard error.
+        machine: Where it was computed, in words.
+    """
+
+    total: float
+    error: float
+    machine: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Evidences of one suite and training seed, each computed once and kept in a file of its own.
+
+    Args:
+        suite: Whose experts.
+        seed: Of the importance samples.
+        samples: How many per module.
+        folder: Where evidences of all suites are kept.
+        tell: Called with a line of text before each.
+    """
+
+    suite: Suite
+    seed: int
+    samples: int
+    folder: Path
+    tell: Callable[[str], None]
+
+    def evidence(self, map_name: str, name: str) -> Known:
+        """Of the design of a map with a name."""
+
+        def make() -> dict[str, object]:
+            self.tell(f"evidence of {map_name}, {name}")
+            vectors = self.suite.vectors(torch.float64)
+            poe = designs(vectors.names, MAPS[map_name])[name]
+            generator = torch.Generator(self.suite.device).manual_seed(self.seed)
+            (row,) = compare_designs({name: poe}, vectors, generator=generator, samples=self.samples).rows
+            return asdict(Known(row.evidence.total, row.evidence.total_error, machine(self.suite.device)))
+
+        settings = key_of(self.suite.key, self.seed, map_name, name, self.samples)
+        return Known(**kept(self.folder / f"{settings}.json", make))
+
+
+def candidates(asked: Asked, map_name: str) -> list[Candidate]:
     """Evidence and test scores of every design with one residual map, the best evidence first.
 
     Args:
-        suite: What to merge and to judge by.
-        seed: Of the importance samples.
+        asked: For the evidences.
         map_name: Which of `MAPS`.
-        samples: How many.
-        progress: Called with a line of text before each step.
-
-    Returns:
-        All designs with the map.
     """
-    vectors = suite.vectors()
-    poes = designs(vectors.names, MAPS[map_name])
-    table = compare_designs(
-        poes,
-        suite.vectors(torch.float64),
-        generator=torch.Generator(suite.device).manual_seed(seed),
-        samples=samples,
-        progress=lambda module: progress(f"{map_name}, evidence at {module}"),
-    )
+    vectors = asked.suite.vectors()
     found = []
-    for row in table.rows:
-        progress(f"{map_name}, scores of {row.name}")
-        scores = mean_scores(evaluate(suite, merged_state(poes[row.name], vectors), "test"))
-        found.append(Candidate(map_name, row.name, row.evidence.total, row.evidence.total_error, scores))
-    return found
+    for name, poe in designs(vectors.names, MAPS[map_name]).items():
+        known = asked.evidence(map_name, name)
+        asked.tell(f"scores of {map_name}, {name}")
+        scores = mean_scores(evaluate(asked.suite, merged_state(poe, vectors), "test"))
+        found.append(Candidate(map_name, name, known.total, known.error, scores))
+    return sorted(found, key=lambda each: each.evidence, reverse=True)
 
 
 def agreements(found: Sequence[Candidate]) -> Mapping[tuple[str, str], Estimate]:
@@ -224,18 +257,19 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
     """
     name, seed = run
     suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
+    settings = key_of(suite.key, seed, list(MAPS), list(ENERGIES), GAMMAS, ETAS, arguments.samples)
 
-    def make(map_name: str) -> dict[str, object]:
-        found = candidates(suite, seed, map_name, arguments.samples, lambda text: console.print(text, highlight=False))
-        return {"machine": machine(suite.device), "designs": [asdict(each) for each in found]}
+    def tell(text: str) -> None:
+        console.print(f"{name}, seed {seed}: {text}", highlight=False)
 
-    all_found = []
-    for map_name in MAPS:
-        key = key_of(suite.key, arguments.samples, map_name, list(ENERGIES), GAMMAS, ETAS)
-        saved = kept(arguments.kept / f"{name}-{seed}-{map_name}-{key}.json", partial(make, map_name))
-        arguments.machines.append(saved["machine"])
-        all_found += [Candidate(**{**each, "scores": Scores(**each["scores"])}) for each in saved["designs"]]
-    return all_found
+    def make() -> dict[str, object]:
+        asked = Asked(suite, seed, arguments.samples, arguments.kept, tell)
+        found = [asdict(each) for map_name in MAPS for each in candidates(asked, map_name)]
+        return {"machine": machine(suite.device), "designs": found}
+
+    saved = kept(arguments.kept / f"{name}-{seed}-{settings}.json", make)
+    arguments.machines.append(saved["machine"])
+    return [Candidate(**{**each, "scores": Scores(**each["scores"])}) for each in saved["designs"]]
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 `python -m benchmarks.ranking` merges the experts of each suite and training seed by designs of two residual maps and by
 the rules of the literature, each at several λ, and judges every merge by the mean divergence of its predictions from
 the own experts' on validation inputs (no labels), by the design's log evidence (no labels, no inputs), and by accuracy
-on 8, 32 and 128 validation labels a task. Test scores say who ranks best. Every merge and every evidence is kept on its
-own under `out/ranking`, so that an interrupted run goes on, and one with `--samples 0`, which leaves the evidence out,
-gives its merges to one with it; writes `benchmarks/results/ranking.md` and a CSV.
+on 8, 32 and 128 validation labels a task. Test scores say who ranks best. Every merge is kept on its own under
+`out/ranking`, and every evidence where `benchmarks.evidence` keeps it, so that an interrupted run goes on, and one with
+`--samples 0`, which leaves the evidence out, gives its merges to one with it; writes `benchmarks/results/ranking.md`
+and a CSV.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.evidence import MAPS, SAMPLES, DesignMap, designs
+from benchmarks.evidence import MAPS, SAMPLES, Asked, DesignMap, designs
 from benchmarks.folders import kept, key_of
 from benchmarks.harness.evaluate import mean_scores, score, task_logits
 from benchmarks.harness.methods import BASELINES, RULES, Loaded, Merge, Method, solve
@@ -31,8 +32,6 @@ from benchmarks.harness.suite import Suite
 from benchmarks.registry import command_line, load, recipe_of, suite_parser
 from diagnostics import functional_score
 from diagnostics.predictions.agreement import rank_agreement
-from inference.evidence.designs import compare_designs
-from poe_models import ProductOfExperts
 
 SCALINGS = (0.3, 0.6, 1.0, 2.0)
 LABELS = (8, 32, 128)
@@ -93,33 +92,24 @@ class Judged:
 
 
 def rows_of(
-    suite: Suite, seed: int, folder: Path, scalings: Sequence[float], samples: int, tell: Callable[[str], None]
+    suite: Suite, seed: int, folder: Path, scalings: Sequence[float], asked: Asked | None, tell: Callable[[str], None]
 ) -> list[Row]:
     """All merges of a suite, those that are not in the folder made.
 
     Args:
         suite: What to merge and to judge by.
-        seed: Of importance samples and of subsets.
+        seed: Of subsets.
         folder: Where merges are kept, one file each.
         scalings: Each λ.
-        samples: Importance samples of the evidence; 0 leaves it out.
+        asked: For the evidences; None leaves them out.
         tell: Called with each merge before it is judged.
     """
-    loaded, exact = Loaded(suite.vectors()), suite.vectors(torch.float64)
+    loaded = Loaded(suite.vectors())
     own = {task: task_logits(suite, place, "validation")[task] for task, place in suite.experts.items()}
     found = []
     for map_name, residual_map in MAPS.items():
-        poes = designs(loaded.vectors.names, residual_map)
-        for name, poe in poes.items():
-
-            def evidence(name: str = name, poe: ProductOfExperts = poe, map_name: str = map_name) -> float:
-                tell(f"evidence of {map_name}, {name}")
-                generator = torch.Generator(suite.device).manual_seed(seed)
-                (row,) = compare_designs({name: poe}, exact, generator=generator, samples=samples).rows
-                return row.evidence.total
-
-            place = folder / f"evidence-{key_of(map_name, name, samples)}.json"
-            known = kept(place, evidence) if samples else math.nan
+        for name, poe in designs(loaded.vectors.names, residual_map).items():
+            known = math.nan if asked is None else asked.evidence(map_name, name).total
             method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
             for row in _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell):
                 found.append(replace(row, residual_map=map_name, evidence=known if row.scaling == 1.0 else math.nan))
@@ -193,10 +183,10 @@ def _subset(total: int, count: int, seed: int) -> Tensor:
 
 def judged(rows: Sequence[Row]) -> list[Judged]:
     """How every judge ranks the merges of one run."""
-    found = [
-        ranking_of("functional score, all inputs", rows, [-row.divergence for row in rows]),
-        ranking_of(f"functional score, {INPUTS} inputs", rows, [-row.divergence_few for row in rows]),
-    ]
+    found = [ranking_of("functional score, all inputs", rows, [-row.divergence for row in rows])]
+    if not all(math.isclose(row.divergence_few, row.divergence, rel_tol=1e-9) for row in rows):  # there are no more
+        few = [-row.divergence_few for row in rows]
+        found.append(ranking_of(f"functional score, {INPUTS} inputs", rows, few))
     for name in MAPS:
         own = [row for row in rows if row.residual_map == name and not math.isnan(row.evidence)]
         if not own:  # λ = 1 or the evidence was not asked for
@@ -308,6 +298,7 @@ def main() -> None:
     parser = suite_parser(__doc__, "ranking", "subsets and samples", (0,))
     parser.add_argument("--scalings", type=float, nargs="+", default=list(SCALINGS), help="each λ")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples of the evidence; 0 for none")
+    parser.add_argument("--evidence", type=Path, default=Path("out/evidence"), help="where `benchmarks.evidence` keeps")
     parser.add_argument("--validation", type=int, default=None, help="most validation examples of a task")
     parser.add_argument("--test", type=int, default=None, help="most test examples of a task")
     arguments = parser.parse_args()
@@ -327,7 +318,8 @@ def main() -> None:
             def measured(suite: Suite = suite) -> str:
                 return machine(suite.device)
 
-            runs[name, seed] = rows_of(suite, seed, folder, arguments.scalings, arguments.samples, tell)
+            asked = Asked(suite, seed, arguments.samples, arguments.evidence, tell) if arguments.samples else None
+            runs[name, seed] = rows_of(suite, seed, folder, arguments.scalings, asked, tell)
             machines.append(kept(folder / "machine.json", measured))
     command = command_line("benchmarks.ranking", parser, arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

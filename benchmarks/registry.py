@@ -95,7 +95,7 @@ def suite_parser(
     return parser
 
 
-PLACES = ("out", "kept", "cache", "device", "report", "machines")
+PLACES = ("out", "kept", "evidence", "cache", "device", "report", "machines")
 """Arguments that say where something is, and do not decide what comes out."""
 
 

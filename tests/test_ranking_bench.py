@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence, ranking
+from benchmarks.evidence import Asked
 from benchmarks.harness.suite import Suite
 from benchmarks.ranking import Row, judged, report, rows_of, write_table
 from poe_models import InputGram
@@ -19,6 +20,16 @@ from tests.toy_suites import toy_language, toy_suite
 def row(name: str, said: float, accuracy: float) -> Row:
     few = {str(count): [accuracy] * ranking.SUBSETS for count in ranking.LABELS}
     return Row(name, 1.0, said, "InputGram", -said, -said, few, accuracy, 1 - accuracy)
+
+
+def test_a_score_on_few_inputs_is_one_of_its_own_only_where_there_are_more() -> None:
+    rows = [row("one", 1.0, 0.7), row("two", 3.0, 0.8), row("three", 2.0, 0.9)]
+    few = f"functional score, {ranking.INPUTS} inputs"
+    assert few not in {each.judge for each in judged(rows)}
+    fewer = [replace(rows[0], divergence_few=rows[0].divergence_few - 3), *rows[1:]]  # now the second-best
+    found = {each.judge: each for each in judged(fewer)}
+    assert found["functional score, all inputs"].regret == pytest.approx(10.0)
+    assert found[few].regret == pytest.approx(20.0)
 
 
 def test_judges_are_ranked_by_hand() -> None:
@@ -57,14 +68,16 @@ def test_merges_are_judged_once_and_kept(
     monkeypatch.setattr(evidence, "ETAS", (0.1,))
     suite = make(tmp_path / "suite")
     told: list[str] = []
-    rows = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), 200, told.append)
+    asked = Asked(suite, 0, 200, tmp_path / "evidence", told.append)
+    rows = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), asked, told.append)
     assert len(rows) == 2 * (len(evidence.ENERGIES) + len(ranking.BASELINES))
     assert [math.isnan(each.evidence) for each in rows[:4]] == [True, False, True, False]
     assert all(each.divergence > 0 and 0 <= each.accuracy <= 1 for each in rows)
     again: list[str] = []
-    same = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), 200, again.append)
+    asked = Asked(suite, 0, 200, tmp_path / "evidence", again.append)
+    same = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), asked, again.append)
     assert again == []
-    bare = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), 0, again.append)
+    bare = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), None, again.append)
     assert again == []
     assert [replace(each, evidence=0.0) for each in bare] == [replace(each, evidence=0.0) for each in rows]
     assert all(math.isnan(each.evidence) for each in bare)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from benchmarks import evidence
-from benchmarks.evidence import Candidate, agreements, candidates, designs, merged_state, report
+from benchmarks.evidence import Asked, Candidate, agreements, candidates, designs, merged_state, report
 from benchmarks.harness.evaluate import Scores
 from inference import fixed_point
 from inference.evidence.estimate import log_evidence
@@ -37,16 +38,12 @@ def test_designs_are_ordered_by_evidence_within_each_map(tmp_path: Path, monkeyp
     monkeypatch.setattr(evidence, "ETAS", (1.0, 10.0))
     monkeypatch.setattr(evidence, "ENERGIES", {"Gaussian": Gaussian()})
     told: list[str] = []
-    suite = toy_suite(tmp_path)
-    found = [
-        *candidates(suite, 0, "InputGram", 100, told.append),
-        *candidates(suite, 0, "OutputGram", 100, told.append),
-    ]
-    assert [line for line in told if "scores" in line] == [f"{e.residual_map}, scores of {e.name}" for e in found]
+    suite = toy_suite(tmp_path / "suite")
+    asked = Asked(suite, 0, 100, tmp_path / "kept", told.append)
+    found = [*candidates(asked, "InputGram"), *candidates(asked, "OutputGram")]
+    assert len([line for line in told if line.startswith("evidence of InputGram, Gaussian")]) == 2
     assert [each.residual_map for each in found] == ["InputGram"] * 2 + ["OutputGram"] * 2
     vectors = suite.vectors(torch.float64)
-    asked = [line for line in told if "evidence" in line]
-    assert sorted(asked) == sorted(f"{name}, evidence at {each.name}" for name in evidence.MAPS for each in vectors)
     for one, other in (found[:2], found[2:]):
         assert one.evidence > other.evidence
     poe = designs(vectors.names, evidence.MAPS["InputGram"])[found[0].name]
@@ -86,29 +83,38 @@ def test_page(tmp_path: Path) -> None:
     assert rows[10] == "toy,3,OutputGram,4,-13,0.1,0.9,1.6"
 
 
-def test_what_one_map_has_is_kept_where_the_next_is_interrupted(
+def test_an_evidence_is_computed_once(tmp_path: Path) -> None:
+    suite = toy_suite(tmp_path / "suite")
+    told: list[str] = []
+    names = ("Gaussian, γ = 0.3, η = 1", "Gaussian, γ = 1, η = 1")
+    first, other, *again = (
+        Asked(suite, seed, 100, tmp_path / "kept", told.append).evidence("OutputGram", name)
+        for seed, name in ((0, names[0]), (0, names[1]), (0, names[0]), (0, names[1]))
+    )
+    assert told == [f"evidence of OutputGram, {name}" for name in names]
+    assert again == [first, other]
+    assert first.total != other.total
+    assert Asked(suite, 1, 100, tmp_path / "kept", told.append).evidence("OutputGram", names[0]).total == first.total
+    assert len(told) == 3  # another seed's is another evidence, though exact for Gaussians
+
+
+def test_an_interrupted_run_keeps_its_evidences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    suite, asked = toy_suite(tmp_path / "suite"), list[str]()
-
-    def interrupted(_: object, seed: int, map_name: str, samples: int, progress: object) -> list[Candidate]:
-        asked.append(map_name)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return [each for each in grid() if each.residual_map == map_name]
-
+    monkeypatch.setattr(evidence, "GAMMAS", (1.0,))
+    monkeypatch.setattr(evidence, "ETAS", (0.1, 1.0, 10.0))
+    monkeypatch.setattr(evidence, "ENERGIES", {"Gaussian": Gaussian()})
+    suite, page = toy_suite(tmp_path / "suite"), tmp_path / "page.md"
     monkeypatch.setattr(evidence, "load", lambda *_: suite)
     monkeypatch.setattr(evidence, "recipe_of", lambda *_: None)
-    monkeypatch.setattr(evidence, "candidates", interrupted)
-    page = tmp_path / "page.md"
-    monkeypatch.setattr(
-        "sys.argv",
-        ["evidence", "--out", str(page), "--kept", str(tmp_path / "kept"), "--suites", "vision", "--seeds", "3"],
-    )
-    with pytest.raises(KeyboardInterrupt):
-        evidence.main()
+    settings = ["--kept", str(tmp_path / "kept"), "--suites", "vision", "--seeds", "3", "--samples", "100"]
+    monkeypatch.setattr("sys.argv", ["evidence", "--out", str(page), *settings])
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(evidence, "merged_state", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evidence.main()
     assert not page.exists()
+    assert capsys.readouterr().out.count("evidence of") == 1
     evidence.main()
-    assert asked == ["InputGram", "OutputGram", "OutputGram"]
+    assert capsys.readouterr().out.count("evidence of") == 5
     assert "| vision | 3 | OutputGram |" in page.read_text()
-    assert "highest evidence" in capsys.readouterr().out
