@@ -184,6 +184,11 @@ def candidates(asked: Asked, map_name: str) -> list[Candidate]:
     return sorted(found, key=lambda each: each.evidence, reverse=True)
 
 
+def maps_of(found: Sequence[Candidate]) -> list[str]:
+    """Names of the residual maps, in order of appearance."""
+    return list(dict.fromkeys(each.residual_map for each in found))
+
+
 def agreements(found: Sequence[Candidate]) -> Mapping[tuple[str, str], Estimate]:
     """Spearman's correlation of evidence with accuracy and with minus NLL, within each map."""
     return {
@@ -192,7 +197,7 @@ def agreements(found: Sequence[Candidate]) -> Mapping[tuple[str, str], Estimate]
             torch.tensor([sign * getattr(each.scores, score) for each in found if each.residual_map == name]),
         )
         for score, sign in (("accuracy", 1), ("nll", -1))
-        for name in MAPS
+        for name in maps_of(found)
     }
 
 
@@ -215,7 +220,7 @@ def report(runs: Mapping[Run, Sequence[Candidate]], machine: str, command: str) 
     """
     body = []
     for (suite, seed), found in runs.items():
-        for name in MAPS:
+        for name in maps_of(found):
             chosen, best = chosen_and_best(found, name)
             ranks = [str(agreements(found)[score, name]) for score in ("accuracy", "nll")]
             chosen_cells = (chosen.name, f"{chosen.scores.accuracy:.3f}", f"{chosen.scores.nll:.3f}")
@@ -257,14 +262,14 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
     """
     name, seed = run
     suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
-    settings = key_of(suite.key, seed, list(MAPS), list(ENERGIES), GAMMAS, ETAS, arguments.samples)
+    settings = key_of(suite.key, seed, arguments.maps, list(ENERGIES), GAMMAS, ETAS, arguments.samples)
 
     def tell(text: str) -> None:
         console.print(f"{name}, seed {seed}: {text}", highlight=False)
 
     def make() -> dict[str, object]:
         asked = Asked(suite, seed, arguments.samples, arguments.kept, tell)
-        found = [asdict(each) for map_name in MAPS for each in candidates(asked, map_name)]
+        found = [asdict(each) for map_name in arguments.maps for each in candidates(asked, map_name)]
         return {"machine": machine(suite.device), "designs": found}
 
     saved = kept(arguments.kept / f"{name}-{seed}-{settings}.json", make)
@@ -276,6 +281,9 @@ def main() -> None:
     """Compare and write."""
     parser = suite_parser(__doc__, "evidence", "and of the samples")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples per module and design")
+    parser.add_argument(
+        "--maps", nargs="+", choices=list(MAPS), default=list(MAPS), help="residual maps of the designs"
+    )
     arguments = parser.parse_args()
     arguments.machines = []
     torch.set_num_threads(1)  # see `parallel`
