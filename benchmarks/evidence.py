@@ -99,15 +99,18 @@ class Candidate:
     scores: Scores
 
 
-def designs(names: tuple[str, ...], residual_map: ResidualMap) -> dict[str, ProductOfExperts]:
+def designs(
+    names: tuple[str, ...], residual_map: ResidualMap, gammas: Sequence[float] | None = None
+) -> dict[str, ProductOfExperts]:
     """Every design with a residual map, by the name of its other settings.
 
     Args:
         names: Of the task vectors.
         residual_map: The map.
+        gammas: Of the scales; `GAMMAS` by default.
     """
     found = {}
-    for (name, energy), gamma, eta in itertools.product(ENERGIES.items(), GAMMAS, ETAS):
+    for (name, energy), gamma, eta in itertools.product(ENERGIES.items(), gammas or GAMMAS, ETAS):
         anchor = Anchor(precision=RelativePrecision(eta))
         poe = ProductOfExperts.of(names, residual_map, energy, Balanced(gamma), anchor=anchor)
         found[f"{name}, γ = {gamma:g}, η = {eta:g}"] = poe
@@ -167,16 +170,17 @@ class Asked:
         return Known(**kept(self.folder / f"{settings}.json", make))
 
 
-def candidates(asked: Asked, map_name: str) -> list[Candidate]:
+def candidates(asked: Asked, map_name: str, gammas: Sequence[float] | None = None) -> list[Candidate]:
     """Evidence and test scores of every design with one residual map, the best evidence first.
 
     Args:
         asked: For the evidences.
         map_name: Which of `MAPS`.
+        gammas: Of the scales; `GAMMAS` by default.
     """
     vectors = asked.suite.vectors()
     found = []
-    for name, poe in designs(vectors.names, MAPS[map_name]).items():
+    for name, poe in designs(vectors.names, MAPS[map_name], gammas).items():
         known = asked.evidence(map_name, name)
         asked.tell(f"scores of {map_name}, {name}")
         scores = mean_scores(evaluate(asked.suite, merged_state(poe, vectors), "test"))
@@ -207,13 +211,16 @@ def chosen_and_best(found: Sequence[Candidate], name: str) -> tuple[Candidate, C
     return max(own, key=lambda each: each.evidence), max(own, key=lambda each: each.scores.accuracy)
 
 
-def report(runs: Mapping[Run, Sequence[Candidate]], machine: str, command: str) -> str:
+def report(
+    runs: Mapping[Run, Sequence[Candidate]], machine: str, command: str, gammas: Sequence[float] | None = None
+) -> str:
     """The page.
 
     Args:
         runs: Suite and training seed to the designs.
         machine: Where it was measured, in words.
         command: What made it.
+        gammas: Of the scales; `GAMMAS` by default.
 
     Returns:
         Markdown.
@@ -228,7 +235,7 @@ def report(runs: Mapping[Run, Sequence[Candidate]], machine: str, command: str) 
     header = ["suite", "seed", "map", "with accuracy", "with minus NLL", "highest evidence", "its accuracy", "its NLL"]
     return "\n\n".join([
         f"Does log evidence rank designs as the test scores of their MAP (λ = 1) do? {len(ENERGIES)} energies x scales "
-        f"Balanced({' and '.join(f'{gamma:g}' for gamma in GAMMAS)}) x relative anchor precisions "
+        f"Balanced({' and '.join(f'{gamma:g}' for gamma in gammas or GAMMAS)}) x relative anchor precisions "
         f"{', '.join(f'{eta:g}' for eta in ETAS)}; T = 1, normalised (multivariate) Student-t and Cauchy experts; "
         f"evidence and MAP in Full coordinates. Made by `{command}` on {machine}. Every design is in the CSV.",
         "Spearman's rank correlations over the designs of one map (95 % interval as if they were drawn at random; "
@@ -262,14 +269,14 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
     """
     name, seed = run
     suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
-    settings = key_of(suite.key, seed, arguments.maps, list(ENERGIES), GAMMAS, ETAS, arguments.samples)
+    settings = key_of(suite.key, seed, arguments.maps, list(ENERGIES), arguments.gammas, ETAS, arguments.samples)
 
     def tell(text: str) -> None:
         console.print(f"{name}, seed {seed}: {text}", highlight=False)
 
     def make() -> dict[str, object]:
         asked = Asked(suite, seed, arguments.samples, arguments.kept, tell)
-        found = [asdict(each) for map_name in arguments.maps for each in candidates(asked, map_name)]
+        found = [asdict(each) for map_name in arguments.maps for each in candidates(asked, map_name, arguments.gammas)]
         return {"machine": machine(suite.device), "designs": found}
 
     saved = kept(arguments.kept / f"{name}-{seed}-{settings}.json", make)
@@ -294,7 +301,7 @@ def main() -> None:
         for seed in arguments.seeds
     }
     command = command_line("benchmarks.evidence", parser, arguments)
-    text = report(runs, " and ".join(dict.fromkeys(arguments.machines)), command)
+    text = report(runs, " and ".join(dict.fromkeys(arguments.machines)), command, arguments.gammas)
     write_page(arguments.out, text)
     write_table(arguments.out.with_suffix(".csv"), runs)
     console.print(text, markup=False)
