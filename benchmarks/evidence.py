@@ -155,13 +155,12 @@ class Asked:
     folder: Path
     tell: Callable[[str], None]
 
-    def evidence(self, map_name: str, name: str) -> Known:
-        """Of the design of a map with a name."""
+    def evidence(self, map_name: str, name: str, poe: ProductOfExperts) -> Known:
+        """Of a design with the name of its map and of its other settings, which tell it from the others."""
 
         def make() -> dict[str, object]:
             self.tell(f"evidence of {map_name}, {name}")
             vectors = self.suite.vectors(torch.float64)
-            poe = designs(vectors.names, MAPS[map_name])[name]
             generator = torch.Generator(self.suite.device).manual_seed(self.seed)
             (row,) = compare_designs({name: poe}, vectors, generator=generator, samples=self.samples).rows
             return asdict(Known(row.evidence.total, row.evidence.total_error, machine(self.suite.device)))
@@ -181,7 +180,7 @@ def candidates(asked: Asked, map_name: str, gammas: Sequence[float] | None = Non
     vectors = asked.suite.vectors()
     found = []
     for name, poe in designs(vectors.names, MAPS[map_name], gammas).items():
-        known = asked.evidence(map_name, name)
+        known = asked.evidence(map_name, name, poe)
         asked.tell(f"scores of {map_name}, {name}")
         scores = mean_scores(evaluate(asked.suite, merged_state(poe, vectors), "test"))
         found.append(Candidate(map_name, name, known.total, known.error, scores))
@@ -288,6 +287,7 @@ def main() -> None:
     """Compare and write."""
     parser = suite_parser(__doc__, "evidence", "and of the samples")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="importance samples per module and design")
+    parser.add_argument("--gammas", type=float, nargs="+", default=list(GAMMAS), help="of the scales")
     parser.add_argument(
         "--maps", nargs="+", choices=list(MAPS), default=list(MAPS), help="residual maps of the designs"
     )

@@ -109,7 +109,7 @@ def rows_of(
     found = []
     for map_name, residual_map in MAPS.items():
         for name, poe in designs(loaded.vectors.names, residual_map).items():
-            known = math.nan if asked is None else asked.evidence(map_name, name).total
+            known = math.nan if asked is None else asked.evidence(map_name, name, poe).total
             method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
             for row in _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell):
                 found.append(replace(row, residual_map=map_name, evidence=known if row.scaling == 1.0 else math.nan))

@@ -85,29 +85,42 @@ def test_page(tmp_path: Path) -> None:
 
 def test_an_evidence_is_computed_once(tmp_path: Path) -> None:
     suite = toy_suite(tmp_path / "suite")
+    poes = designs(suite.vectors().names, OutputGram(), (2.0, 3.0))
     told: list[str] = []
-    names = ("Gaussian, γ = 0.3, η = 1", "Gaussian, γ = 1, η = 1")
-    first, other, *again = (
-        Asked(suite, seed, 100, tmp_path / "kept", told.append).evidence("OutputGram", name)
-        for seed, name in ((0, names[0]), (0, names[1]), (0, names[0]), (0, names[1]))
-    )
-    assert told == [f"evidence of OutputGram, {name}" for name in names]
-    assert again == [first, other]
+    names = ("Gaussian, γ = 2, η = 1", "Gaussian, γ = 3, η = 1")
+
+    def known(name: str, seed: int = 0) -> evidence.Known:
+        return Asked(suite, seed, 100, tmp_path / "kept", told.append).evidence("OutputGram", name, poes[name])
+
+    first, other = known(names[0]), known(names[1])
     assert first.total != other.total
-    assert Asked(suite, 1, 100, tmp_path / "kept", told.append).evidence("OutputGram", names[0]).total == first.total
+    assert told == [f"evidence of OutputGram, {name}" for name in names]
+    assert [known(name) for name in names] == [first, other]
+    assert len(told) == 2
+    assert known(names[0], seed=1).total == first.total
     assert len(told) == 3  # another seed's is another evidence, though exact for Gaussians
 
 
 def test_an_interrupted_run_keeps_its_evidences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evidence, "GAMMAS", (1.0,))
     monkeypatch.setattr(evidence, "ETAS", (0.1, 1.0, 10.0))
     monkeypatch.setattr(evidence, "ENERGIES", {"Gaussian": Gaussian()})
     suite, page = toy_suite(tmp_path / "suite"), tmp_path / "page.md"
     monkeypatch.setattr(evidence, "load", lambda *_: suite)
     monkeypatch.setattr(evidence, "recipe_of", lambda *_: None)
-    settings = ["--kept", str(tmp_path / "kept"), "--suites", "vision", "--seeds", "3", "--samples", "100"]
+    settings = [
+        "--kept",
+        str(tmp_path / "kept"),
+        "--suites",
+        "vision",
+        "--seeds",
+        "3",
+        "--samples",
+        "100",
+        "--gammas",
+        "2",
+    ]
     monkeypatch.setattr("sys.argv", ["evidence", "--out", str(page), *settings])
     with monkeypatch.context() as interrupted:
         interrupted.setattr(evidence, "merged_state", Mock(side_effect=KeyboardInterrupt))
@@ -118,3 +131,4 @@ def test_an_interrupted_run_keeps_its_evidences(
     evidence.main()
     assert capsys.readouterr().out.count("evidence of") == 5
     assert "| vision | 3 | OutputGram |" in page.read_text()
+    assert "x scales Balanced(2) x" in page.read_text()
