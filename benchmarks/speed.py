@@ -118,7 +118,7 @@ Merges include checksums, reading, the record and writing; the copy is of all ch
 merge by input Grams cannot do without: reading, a Gram matrix and a right-hand side for each expert, one Cholesky
 factorisation and one solve for each matrix. Rows at about that ratio are bound by arithmetic, rows near the average by
 checksums, memory and disk. MAP and draws are of Cauchy experts of every merged matrix, written nowhere; ten Gibbs draws
-come after 20 sweeps. Memory is anonymous memory with the interpreter and its libraries (about 190 MiB); bytes read are
+come after 20 sweeps. Memory is anonymous memory with the interpreter and its libraries (about 170 MiB); bytes read are
 those that calls of the system gave, from the disk or its cache.
 
 Where the time of the solver goes, for each matrix and N experts: N Gram matrices, of which a little more than half is

@@ -146,7 +146,8 @@ def main() -> None:
         )
     finally:
         known = [with_stored(result, OUT, False) for result in every]
-        options = f"--per-file {arguments.per_file} --seed {arguments.seed} --seconds {arguments.seconds:g}"
+        numbers = f"--per-file {arguments.per_file} --seed {arguments.seed} --seconds {arguments.seconds:g}"
+        options = " ".join([*arguments.files, numbers])
         judged = [r for r in known if r.count("killed", "timed out", "survived", "not reached")]
         arguments.out.write_text(markdown(judged, options), encoding="utf-8")
 
