@@ -272,7 +272,8 @@ def report(runs: Mapping[Run, Sequence[Row]], machines: Sequence[str], command: 
         f"{' and '.join(dict.fromkeys(machines))}.",
         "Spearman's rank correlations over the merges, and the regret: the best test accuracy less that of the merge "
         "that the judge puts first, in points; *of λ*: where only λ is chosen, for each design and rule, in the mean. "
-        "The merges are a grid, not a sample.",
+        "The merges are a grid, not a sample, and some are the same: with Gaussian experts and a relative anchor "
+        "γ changes the evidence alone.",
         markdown_table(header, body, left=3),
     ]) + "\n"  # fmt: skip
 
