@@ -138,7 +138,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Evidences:
     """Evidences of one suite and training seed, each computed once and kept in a file of its own.
 
     Args:
@@ -155,7 +155,7 @@ class Asked:
     folder: Path
     tell: Callable[[str], None]
 
-    def evidence(self, map_name: str, name: str, poe: ProductOfExperts) -> Known:
+    def of(self, map_name: str, name: str, poe: ProductOfExperts) -> Known:
         """Of a design with the name of its map and of its other settings, which tell it from the others."""
 
         def make() -> dict[str, object]:
@@ -169,20 +169,20 @@ class Asked:
         return Known(**kept(self.folder / f"{settings}.json", make))
 
 
-def candidates(asked: Asked, map_name: str, gammas: Sequence[float] | None = None) -> list[Candidate]:
+def candidates(evidences: Evidences, map_name: str, gammas: Sequence[float] | None = None) -> list[Candidate]:
     """Evidence and test scores of every design with one residual map, the best evidence first.
 
     Args:
-        asked: For the evidences.
+        evidences: Of the designs, computed or kept.
         map_name: Which of `MAPS`.
         gammas: Of the scales; `GAMMAS` by default.
     """
-    vectors = asked.suite.vectors()
+    vectors = evidences.suite.vectors()
     found = []
     for name, poe in designs(vectors.names, MAPS[map_name], gammas).items():
-        known = asked.evidence(map_name, name, poe)
-        asked.tell(f"scores of {map_name}, {name}")
-        scores = mean_scores(evaluate(asked.suite, merged_state(poe, vectors), "test"))
+        known = evidences.of(map_name, name, poe)
+        evidences.tell(f"scores of {map_name}, {name}")
+        scores = mean_scores(evaluate(evidences.suite, merged_state(poe, vectors), "test"))
         found.append(Candidate(map_name, name, known.total, known.error, scores))
     return sorted(found, key=lambda each: each.evidence, reverse=True)
 
@@ -274,8 +274,10 @@ def measured(run: Run, arguments: argparse.Namespace, console: Console) -> list[
         console.print(f"{name}, seed {seed}: {text}", highlight=False)
 
     def make() -> dict[str, object]:
-        asked = Asked(suite, seed, arguments.samples, arguments.kept, tell)
-        found = [asdict(each) for map_name in arguments.maps for each in candidates(asked, map_name, arguments.gammas)]
+        evidences = Evidences(suite, seed, arguments.samples, arguments.kept, tell)
+        found = [
+            asdict(each) for map_name in arguments.maps for each in candidates(evidences, map_name, arguments.gammas)
+        ]
         return {"machine": machine(suite.device), "designs": found}
 
     saved = kept(arguments.kept / f"{name}-{seed}-{settings}.json", make)

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.evidence import MAPS, SAMPLES, Asked, DesignMap, designs
+from benchmarks.evidence import MAPS, SAMPLES, DesignMap, Evidences, designs
 from benchmarks.folders import kept, key_of
 from benchmarks.harness.evaluate import mean_scores, score, task_logits
 from benchmarks.harness.methods import BASELINES, RULES, Loaded, Merge, Method, solve
@@ -92,7 +92,12 @@ class Judged:
 
 
 def rows_of(
-    suite: Suite, seed: int, folder: Path, scalings: Sequence[float], asked: Asked | None, tell: Callable[[str], None]
+    suite: Suite,
+    seed: int,
+    folder: Path,
+    scalings: Sequence[float],
+    evidences: Evidences | None,
+    tell: Callable[[str], None],
 ) -> list[Row]:
     """All merges of a suite, those that are not in the folder made.
 
@@ -101,7 +106,7 @@ def rows_of(
         seed: Of subsets.
         folder: Where merges are kept, one file each.
         scalings: Each λ.
-        asked: For the evidences; None leaves them out.
+        evidences: Of the designs, computed or kept; None leaves them out.
         tell: Called with each merge before it is judged.
     """
     loaded = Loaded(suite.vectors())
@@ -109,7 +114,7 @@ def rows_of(
     found = []
     for map_name, residual_map in MAPS.items():
         for name, poe in designs(loaded.vectors.names, residual_map).items():
-            known = math.nan if asked is None else asked.evidence(map_name, name, poe).total
+            known = math.nan if evidences is None else evidences.of(map_name, name, poe).total
             method = Method(f"{map_name}, {name}", map_name, DesignMap(poe))
             for row in _at_scalings(suite, loaded, method, own, seed, folder, scalings, tell):
                 found.append(replace(row, residual_map=map_name, evidence=known if row.scaling == 1.0 else math.nan))
@@ -319,8 +324,10 @@ def main() -> None:
             def measured(suite: Suite = suite) -> str:
                 return machine(suite.device)
 
-            asked = Asked(suite, seed, arguments.samples, arguments.evidence, tell) if arguments.samples else None
-            runs[name, seed] = rows_of(suite, seed, folder, arguments.scalings, asked, tell)
+            evidences = (
+                Evidences(suite, seed, arguments.samples, arguments.evidence, tell) if arguments.samples else None
+            )
+            runs[name, seed] = rows_of(suite, seed, folder, arguments.scalings, evidences, tell)
             machines.append(kept(folder / "machine.json", measured))
     command = command_line("benchmarks.ranking", parser, arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

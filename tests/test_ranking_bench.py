@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence, ranking
-from benchmarks.evidence import Asked
+from benchmarks.evidence import Evidences
 from benchmarks.harness.suite import Suite
 from benchmarks.ranking import Row, judged, report, rows_of, write_table
 from poe_models import InputGram
@@ -68,14 +68,14 @@ def test_merges_are_judged_once_and_kept(
     monkeypatch.setattr(evidence, "ETAS", (0.1,))
     suite = make(tmp_path / "suite")
     told: list[str] = []
-    asked = Asked(suite, 0, 200, tmp_path / "evidence", told.append)
-    rows = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), asked, told.append)
+    evidences = Evidences(suite, 0, 200, tmp_path / "evidence", told.append)
+    rows = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), evidences, told.append)
     assert len(rows) == 2 * (len(evidence.ENERGIES) + len(ranking.BASELINES))
     assert [math.isnan(each.evidence) for each in rows[:4]] == [True, False, True, False]
     assert all(each.divergence > 0 and 0 <= each.accuracy <= 1 for each in rows)
     again: list[str] = []
-    asked = Asked(suite, 0, 200, tmp_path / "evidence", again.append)
-    same = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), asked, again.append)
+    evidences = Evidences(suite, 0, 200, tmp_path / "evidence", again.append)
+    same = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), evidences, again.append)
     assert again == []
     bare = rows_of(suite, 0, tmp_path / "kept", (0.5, 1.0), None, again.append)
     assert again == []

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import evidence
-from benchmarks.evidence import Asked, Candidate, agreements, candidates, designs, merged_state, report
+from benchmarks.evidence import Candidate, Evidences, agreements, candidates, designs, merged_state, report
 from benchmarks.harness.evaluate import Scores
 from inference import fixed_point
 from inference.evidence.estimate import log_evidence
@@ -39,8 +39,8 @@ def test_designs_are_ordered_by_evidence_within_each_map(tmp_path: Path, monkeyp
     monkeypatch.setattr(evidence, "ENERGIES", {"Gaussian": Gaussian()})
     told: list[str] = []
     suite = toy_suite(tmp_path / "suite")
-    asked = Asked(suite, 0, 100, tmp_path / "kept", told.append)
-    found = [*candidates(asked, "InputGram"), *candidates(asked, "OutputGram")]
+    evidences = Evidences(suite, 0, 100, tmp_path / "kept", told.append)
+    found = [*candidates(evidences, "InputGram"), *candidates(evidences, "OutputGram")]
     assert len([line for line in told if line.startswith("evidence of InputGram, Gaussian")]) == 2
     assert [each.residual_map for each in found] == ["InputGram"] * 2 + ["OutputGram"] * 2
     vectors = suite.vectors(torch.float64)
@@ -90,7 +90,7 @@ def test_an_evidence_is_computed_once(tmp_path: Path) -> None:
     names = ("Gaussian, γ = 2, η = 1", "Gaussian, γ = 3, η = 1")
 
     def known(name: str, seed: int = 0) -> evidence.Known:
-        return Asked(suite, seed, 100, tmp_path / "kept", told.append).evidence("OutputGram", name, poes[name])
+        return Evidences(suite, seed, 100, tmp_path / "kept", told.append).of("OutputGram", name, poes[name])
 
     first, other = known(names[0]), known(names[1])
     assert first.total != other.total

@@ -53,7 +53,7 @@ def fit(
         patience: Looks without improvement after which it ends.
         tolerance: Norm of the whole energy's gradient at the end, relative to that at the start, that counts as
             converged; held-out inputs stop before the minimum, and such a stop is ``STOPPED``. Curvature is not
-            looked at, so that a saddle counts, too; noise of mini-batches leads away from one.
+            looked at, so that a saddle counts, too.
         progress: Called with the steps done and their number.
         state: A file that an interrupted fit goes on from, with the same values as if it had not been interrupted;
             written every ``every`` steps. It belongs to one fit.

@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 AGAIN = 0.5
 """Share of them for each look of a method at the whole model before it merges: nothing is compared or written."""
 START = 0.025
-"""Seconds of every merge, however small: opening, the plan, the records of the folder."""
+"""Seconds of every merge, however small, on one machine: opening, the plan, the records of the folder."""
 PER_TENSOR = 4e-4
 """Seconds for each tensor of the output: its record, and calls of the system."""
 
