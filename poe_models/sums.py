@@ -6,9 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 BLOCK = {"cpu": 2**16, "cuda": 2**22}
 """Entries that are multiplied at once in float64: what stays in a processor's cache; what fills a GPU."""
+
+UNDERFLOW = 1e-30
+"""Size of a float32 sum, for each entry, above which products that underflow (1e-38) are below its rounding."""
 
 BANDS = 8
 """Bands of rows in which a Gram matrix is made, each up to its diagonal."""
@@ -27,10 +31,9 @@ def row_blocks(*tensors: Tensor) -> Iterator[slice]:
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products over the last two dimensions, summed in float64, shape ``(...,)``.
-
-    Some rows at a time, so that what is made in float64 stays in a processor's cache.
-    """
+    """Inner products over the last two dimensions, summed in float64, shape ``(...,)``; see :func:`inner_each`."""
+    if (found := _by_dot_products(left, [right])) is not None:
+        return found[..., 0]
     parts = []
     for rows in row_blocks(left, right):
         wide = left[..., rows, :].double().flatten(-2)
@@ -42,10 +45,14 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Inner products of a tensor with ``N`` of its shape over the last two dimensions, ``(..., N)`` float64.
 
-    As :func:`inner` of each, and faster: rows are widened in one place again and again, unless a gradient is asked for.
+    Some rows at a time, so that what is made in float64 stays in a processor's cache, and is made in one place again
+    and again, unless a gradient is asked for. Of large float32 matrices on a processor, products are summed up in
+    float32 within a block and in float64 over blocks: that rounds less than the entries, and nothing is widened.
     """
     if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *others)):
         return torch.stack([inner(x, each) for each in others], -1)
+    if (found := _by_dot_products(x, others)) is not None:
+        return found
     parts, (own, room) = [], (_room(x) for _ in range(2))
     for rows in row_blocks(x):
         wide, row = _widened(x, rows, own), []
@@ -53,6 +60,32 @@ def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
             row.append((wide if other is x else _widened(other, rows, room)).unsqueeze(-2) @ wide.unsqueeze(-1))
         parts.append(torch.cat(row, -1).squeeze(-2))
     return torch.stack(parts).sum(0)
+
+
+def _by_dot_products(x: Tensor, others: Sequence[Tensor]) -> Tensor | None:
+    """:func:`inner_each` by float32 dot products of blocks; None where that is no way, or leaves float32's range."""
+    tensors = (x, *others) if x.stride(-1) == 1 else (x.mT, *(each.mT for each in others))  # as it lies in memory
+    plain = all(each.dtype == torch.float32 and each.is_cpu and each.shape == tensors[0].shape for each in tensors)
+    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    a, b = tensors[0].shape[-2:]
+    if not plain or a * b <= BLOCK["cpu"] or differentiated or peek_interpreter_stack() is not None:
+        return None
+    height = max(1, BLOCK["cpu"] // b)  # whatever else is in the batch: sums do not depend on that
+    modules = zip(*(each.reshape(-1, a, b).unbind() for each in tensors), strict=True)
+    found = torch.tensor([_dot_products(own, rest, height) for own, *rest in modules], dtype=torch.float64)
+    if not bool((found.isfinite() & (found.abs() >= UNDERFLOW * a * b)).all()):
+        return None
+    return found.reshape(*x.shape[:-2], len(others))
+
+
+def _dot_products(x: Tensor, others: Sequence[Tensor], height: int) -> list[float]:
+    """Inner products of matrices, each block of rows in their own dtype."""
+    totals = [0.0] * len(others)
+    for first in range(0, len(x), height):
+        rows = slice(first, first + height)
+        own = x[rows].reshape(-1)
+        totals = [total + torch.dot(own, y[rows].reshape(-1)).item() for total, y in zip(totals, others, strict=True)]
+    return totals
 
 
 def inner_by_blocks(vectors: Tensor, x: Tensor) -> Tensor:

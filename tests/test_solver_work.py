@@ -217,9 +217,8 @@ def test_a_product_takes_the_cheaper_of_two_ways(generator: torch.Generator) -> 
 
 
 def test_sums_over_blocks_are_sums(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right = (torch.randn(3, 50, 7, generator=generator) for _ in range(2))
-    expected = (left.double() * right.double()).sum((-2, -1))
-    squares = left.double().square().sum((-2, -1))
+    left, right = (torch.randn(3, 50, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected, squares = (left * right).sum((-2, -1)), left.square().sum((-2, -1))
     for block in (1, 100, 2**17):
         monkeypatch.setitem(sums.BLOCK, "cpu", block)
         assert_close(inner(left, right), expected, 1e-13)
@@ -227,6 +226,33 @@ def test_sums_over_blocks_are_sums(generator: torch.Generator, monkeypatch: pyte
         assert_close(inner_each(left, [right, left]), torch.stack([expected, squares], -1), 1e-13)
         assert_close(inner_each(left.mT, [right.mT])[..., 0], expected, 1e-13)
         assert_close(inner_products([left, right])[:, 0], torch.stack([squares, expected], -1), 1e-13)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("block", [1, 100, 2**17])
+def test_sums_in_float32_round_within_a_block_only(
+    block: int, turned: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sums.BLOCK, "cpu", block)
+    left, right = (torch.randn(3, 50, 7, generator=generator) for _ in range(2))
+    products = left.double() * right.double()
+    expected = torch.stack([products.sum((-2, -1)), left.double().square().sum((-2, -1))], -1)
+    size = torch.stack([products.abs().sum((-2, -1)), expected[:, 1]], -1)
+    found = inner_each(left.mT, [right.mT, left.mT]) if turned else inner_each(left, [right, left])
+    rounded = 0 if block > left[0].numel() else max(block, 50) + 1  # additions and a product (Higham, 2002, section 3.1)
+    bound = (rounded * torch.finfo(torch.float32).eps / 2 + 1e-13) * size
+    assert bool(((found - expected).abs() <= bound).all())
+    for each in (left, left.mT) if turned else (left,):
+        assert torch.equal(inner(each, each), found[:, 1]) or block > left[0].numel()
+    assert torch.equal(found[:1], inner_each(left[:1], [right[:1], left[:1]])) or turned  # alone as in a batch
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e30])
+def test_sums_of_float32_entries_of_any_size(size: float, generator: torch.Generator) -> None:
+    x = torch.randn(300, 300, generator=generator)
+    scaled = x * size
+    assert_close(inner(scaled, scaled), scaled.double().square().sum(), 1e-7)
+    assert float(inner_each(scaled, [torch.zeros_like(x)])) == 0
 
 
 @pytest.mark.parametrize("side", [1, 7, 8, 50, 67])
