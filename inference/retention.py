@@ -59,7 +59,8 @@ WAYS_OUT = (
     "Look at λ and the experts' weights and, in a product of experts, at the anchor's precision (eta) and the scale."
 )
 SHORTER = (
-    "Under Relative scales the shortest expert decides, use Balanced; under Balanced look at eta and the importances."
+    "Under Relative scales the shortest expert decides, use Balanced; under Balanced take a larger gamma or Gaussian "
+    "experts, and look at eta and the importances."
 )
 
 

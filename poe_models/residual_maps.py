@@ -127,7 +127,8 @@ class Directional(ResidualMap):
     """``q = <Z - U, U>^2``: only the length along the update itself ([PoE] Eq. 17-24 as printed).
 
     With independent updates and a vanishing anchor every residual can be zero at once, so the MAP hardly
-    depends on the energy: tails matter for the Gram maps.
+    depends on the energy: tails matter for the Gram maps. A relative anchor counts the directions of the product's
+    updates: exact copies are one, copies that differ by a millionth of their length or more are several.
     """
 
     @override

@@ -84,21 +84,26 @@ class NormScaled(GammaScale):
         return self.gamma * sizes.norm_squared
 
 
+LARGEST = 4.0
+"""Times the unit of :class:`Balanced` that no expert's own squared residual is larger."""
+
+
 @dataclass(frozen=True)
 class Balanced(GammaScale):
-    """``s_i^2 = gamma^2 t_i median_j(q_j(0) / t_j)``: free of units, and no weight that an expert's length gives it.
+    """``s_i^2 = gamma^2 t_i m``: free of units, and no weight that an expert's length gives it.
 
     ``t_i`` is ``tr(P_i) / d`` for maps made from the update itself (Directional and the Grams), so that every expert
     has the same mean precision ``tr(P_i) / (d s_i^2)`` however long its update is; for maps in units that all experts
-    share (Identity, Fisher, Activation, Mixed) it is 1, since there a smaller ``P_i`` is information. The median is
-    over the module's experts of the same map and weighted by their importance: an expert given twice is an expert of
-    importance 2. For experts of equal length it is :class:`Relative`.
+    share (Identity, Fisher, Activation, Mixed) it is 1, since there a smaller ``P_i`` is information. ``m`` is the
+    median of ``q_j(0) / t_j`` over the module's experts of the same map, weighted by their importance (an expert given
+    twice is one of importance 2), and a quarter of the largest at least: a quarter in squares, so that an expert more
+    than twice as long as most is no outlier by its length. For experts of equal length it is :class:`Relative`.
 
     Weights at rest are meant. A heavy tail then weighs what is near to the merge, and under Identity a short update is
-    near to the base, as the merge of few experts is: :class:`~poe_models.Welsch` and
-    :class:`~poe_models.GeneralizedGaussian` of a power of 1 or less may follow it, of two experts altogether. The Gram
-    maps and Directional measure an update in its own directions, and others keep at least .85 of their shares there
-    (powers below 1 apart).
+    near to the base, as the merge of few experts is: heavy tails, and :class:`~poe_models.Huber` below 1, may follow it
+    there. The Gram maps and Directional measure an update in its own directions: beside one shorter expert others keep
+    at least .85 of their shares (powers below 1 and Huber far below 1 apart), also where the shorter ones are most of
+    four. Where most of many are much shorter, a heavy tail may follow them; a larger ``gamma`` makes it less heavy.
     """
 
     gamma: float = 1.0
@@ -108,7 +113,8 @@ class Balanced(GammaScale):
         strength = torch.ones_like(sizes.mean_curvature) if sizes.common_units else sizes.mean_curvature
         known = sizes.active & (sizes.residual_at_zero > 0)
         ratio = torch.where(known, sizes.residual_at_zero / torch.where(known, strength, 1.0), torch.inf)
-        typical = weighted_median(ratio, torch.where(known, sizes.importance.to(ratio), 0.0))
+        median = weighted_median(ratio, torch.where(known, sizes.importance.to(ratio), 0.0))
+        typical = torch.maximum(median, torch.where(known, ratio, 0.0).amax(-1) / LARGEST)
         return self.gamma**2 * strength * typical.unsqueeze(-1)
 
 

@@ -239,7 +239,9 @@ def test_sums_in_float32_round_within_a_block_only(
     expected = torch.stack([products.sum((-2, -1)), left.double().square().sum((-2, -1))], -1)
     size = torch.stack([products.abs().sum((-2, -1)), expected[:, 1]], -1)
     found = inner_each(left.mT, [right.mT, left.mT]) if turned else inner_each(left, [right, left])
-    rounded = 0 if block > left[0].numel() else max(block, 50) + 1  # additions and a product (Higham, 2002, section 3.1)
+    rounded = (
+        0 if block > left[0].numel() else max(block, 50) + 1
+    )  # additions and a product (Higham, 2002, section 3.1)
     bound = (rounded * torch.finfo(torch.float32).eps / 2 + 1e-13) * size
     assert bool(((found - expected).abs() <= bound).all())
     for each in (left, left.mT) if turned else (left,):
