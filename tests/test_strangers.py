@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from diagnostics.predictions.evaluation import evaluate_predictions
 from diagnostics.predictions.files import predictions_of
 from diagnostics.report.report import report
+from inference.search import pattern_groups
 from poe_merge.cli import run
 from poe_merge.csv_tables import write_csv
 from poe_merge.yaml_text import YamlError, read
@@ -76,6 +77,41 @@ def test_a_pattern_has_a_budget(find: str) -> None:
 def test_ordinary_patterns_never_run_out() -> None:
     pattern = Pattern(r"(^|\.)layers\.\d+\.(mlp|attn)\.\w+\.weight$")
     assert all(pattern.search(f"model.layers.{n}.mlp.fc.weight") for n in range(20_000))
+
+
+HUGE = [
+    "a{8000000}",
+    "a{1000000000,}",
+    "[ab]{" + "9" * 5000 + "}",
+    "(?:(?:(?:a{30}){30}){30}){30}",
+    "(?:" * 40 + "a" + "){2}" * 40,
+    "(?=(?=a){1000}){1000}",
+    "(?x)a{1 0#0\n00 00000}",
+    "(?x)(?:(?:a{300}) # a comment\n {300} ) {300}",
+    "(?V1)[[a][b]]{1000000}",
+]
+
+
+@pytest.mark.parametrize("text", HUGE)
+def test_repeats_that_would_fill_the_memory_are_refused_before_they_are_compiled(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regex.compile", lambda text: pytest.fail("compiled"))
+    with pytest.raises(PatternError, match=r"more than 10,000 characters with its repeats"):
+        Pattern(text)
+
+
+def test_ordinary_repeats_are_compiled() -> None:
+    assert Pattern(r"(?:\.\d{1,3}){2}$").search("layers.10.2")
+    assert Pattern(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").match("00000000-0000-0000-0000-00000000000a")
+    assert Pattern(r"(?x) ^ (?= .{5} $ ) [^{}]{2} \{ \d{,100000} }").match("ab{1}")
+
+
+def test_groups_of_a_search_do_not_hang() -> None:
+    with pytest.raises(ValueError, match="group 'g': the regular expression .* takes too long"):
+        pattern_groups(["a" * 60 + "b"], {"g": CATASTROPHE})
+    with pytest.raises(ValueError, match=r"group 'g': '\(': not a regular expression"):
+        pattern_groups(["a"], {"g": "("})
 
 
 def test_rules_of_a_stranger_do_not_hang() -> None:

@@ -18,6 +18,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
+from poe_models.weights.patterns import PatternError
+from poe_models.weights.patterns import pattern as regular
+
 Role = Literal["attention-in", "attention-out", "mlp-in", "mlp-out"]
 Groups = Mapping[str, tuple[str, ...]]
 """Name of a group to the names of its tensors; every searched tensor is in one group."""
@@ -121,7 +124,7 @@ def pattern_groups(tensors: Iterable[str], patterns: Mapping[str, str]) -> dict[
         The groups; tensors that no pattern fits are the group ``"other"``.
 
     Raises:
-        ValueError: If a pattern is no regular expression or fits no tensor, or two fit one tensor.
+        ValueError: If a pattern is no regular expression, takes too long or fits no tensor, or two fit one tensor.
 
     >>> pattern_groups(["a.attn", "a.mlp"], {"attention": "attn"})
     {'attention': ('a.attn',), 'other': ('a.mlp',)}
@@ -129,9 +132,9 @@ def pattern_groups(tensors: Iterable[str], patterns: Mapping[str, str]) -> dict[
     names, owners = list(tensors), dict[str, str]()
     for group, pattern in patterns.items():
         try:
-            fitting = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            raise ValueError(f"group {group!r}: {pattern!r} is no regular expression: {error}.") from error
+            fitting = [name for name in names if regular(pattern).search(name)]
+        except PatternError as error:
+            raise ValueError(f"group {group!r}: {error}") from error
         if not fitting:
             raise ValueError(f"group {group!r}: {pattern!r} fits no tensor. They are {_few(names)}.")
         taken = next((name for name in fitting if name in owners), None)
