@@ -131,7 +131,7 @@ def test_an_adapters_rank_pattern_does_not_hang(cli: Cli) -> None:
     Path("adapter/adapter_config.json").write_text(json.dumps(config))
     status, _, err = cli("plan", "--base-model", "base", "--model", "adapter")
     assert status == 2
-    assert "takes too long" in err
+    assert f"adapter/adapter_config.json: `rank_pattern`: the regular expression '{CATASTROPHE}' takes too long" in err
 
 
 # --- YAML and JSON ---

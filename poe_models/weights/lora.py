@@ -2,8 +2,8 @@
 
 The path of an adapter, in the order in which it is walked:
 
-1. *Config*: :class:`LoraSettings` reads ``adapter_config.json``, rank and scaling of every module. A field is used, has
-   no effect on the merged weights, or is refused by name.
+1. *Config*: :mod:`poe_models.weights.lora_config` reads ``adapter_config.json``, rank and scaling of every module. A
+   field is used, has no effect on the merged weights, or is refused by name.
 2. *Names*: :mod:`poe_models.weights.lora_names` sorts the keys of the weight file into factors and whole tensors, and
    finds the one change of prefix that makes them names of the base.
 3. *Factors*: :class:`LoraCheckpoint` is a checkpoint like any other: ``read`` adds ``scaling * B A`` to the base's
@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,168 +35,13 @@ from poe_models.weights.checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
-    read_json,
     refuse_quantised,
     stamp_of,
 )
+from poe_models.weights.lora_config import LoraSettings
 from poe_models.weights.lora_names import Renaming, find_renaming, refuse_untied, sort_keys
-from poe_models.weights.patterns import PatternError, pattern
 from poe_models.weights.rules import CONV1D_TYPES, DEFAULT_RULES, model_type_of
-from poe_models.weights.unmatched import nearest_part
 from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile
-
-T = TypeVar("T")
-
-_USED = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
-    "init_lora_weights",
-}
-
-# Where the layers were, how they were trained and started, and how they are run: none of it changes scaling * B @ A.
-# The settings of one initialisation only matter with that `init_lora_weights`, which is judged itself. Trained biases
-# and `modules_to_save` show in the weights. `qalora_group_size` and `megatron_core` matter with refused fields only.
-_WITHOUT_EFFECT = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
-    *("lora_dropout", "runtime_config", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
-    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
-}
-
-_REFUSED = {
-    "use_dora": "DoRA",
-    "velora_config": "VeLoRA",
-    "alora_invocation_tokens": "Activated LoRA (aLoRA), which changes some tokens only",
-    "use_qalora": "QALoRA",
-    "monteclora_config": "MonteCLoRA",
-    "layer_replication": "layer replication",
-    "lora_bias": "LoRA with a bias on B (`lora_bias`)",
-    "target_parameters": "LoRA on parameters (`target_parameters`)",
-    "trainable_token_indices": "trainable tokens (`trainable_token_indices`)",
-    "use_bdlora": "block-diagonal LoRA (BD-LoRA)",
-    "arrow_config": "Arrow routing, which chooses adapters for each token",
-    "kasa_config": "KaSA, which truncates the base",
-    "megatron_config": "Megatron's parallel layers",
-}
-
-# Initialisations that leave the base as it was, so that the update is scaling * B @ A; orthogonal and MiCA differ from
-# the default only in where B and A start.
-_PLAIN_INITS = {"True", "False", "gaussian", "eva", "orthogonal", "mica"}
-_BASE_CHANGING_INITS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Settings of an adapter's config that its updates depend on.
-
-    Args:
-        rank: Rank ``r``, unless ``rank_pattern`` has the module.
-        alpha: Value of ``lora_alpha``, unless ``alpha_pattern`` has the module.
-        rank_stabilised: Divide alpha by sqrt(r) instead of r.
-        rank_pattern: Module name or regular expression to rank.
-        alpha_pattern: Module name or regular expression to alpha.
-        fan_in_fan_out: The layers store their weight (in, out).
-    """
-
-    rank: int
-    alpha: float
-    rank_stabilised: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    fan_in_fan_out: bool
-
-    @classmethod
-    def read(cls, path: Path) -> LoraSettings:
-        """Read ``adapter_config.json``.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The settings.
-
-        Raises:
-            CheckpointError: If it has an unsupported variant or field, which is named, or a value that makes no sense.
-        """
-        config = read_json(path)
-        for reason in _unsupported(config):
-            raise CheckpointError(
-                f"{path}: {reason} is not supported. Merge the adapter with PEFT and give that folder."
-            )
-        for field in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(config.get(field) or {}, dict):
-                raise CheckpointError(f"{path}: {field!r} is {config[field]!r}, not a mapping. Correct the config.")
-        settings = cls(
-            rank=config.get("r", 8),
-            alpha=config.get("lora_alpha", 8),
-            rank_stabilised=bool(config.get("use_rslora")),
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        )
-        ranks = {"r": settings.rank, **settings.rank_pattern}
-        alphas = {"lora_alpha": settings.alpha, **settings.alpha_pattern}
-        _check(path, ranks, lambda value: type(value) is int and value > 0, "a whole number above 0")
-        _check(path, alphas, lambda value: type(value) in {int, float} and math.isfinite(value), "a finite number")
-        return settings
-
-    def rank_of(self, module: str) -> int:
-        """Rank that the factors of a module, named as in the model that was trained, must have."""
-        return _from_pattern(self.rank_pattern, module, self.rank)
-
-    def warn_of_unmatched(self, path: Path, modules: Collection[str]) -> None:
-        """Warn of patterns for ranks and alphas that fit none of the adapter's modules."""
-        for table in ("rank_pattern", "alpha_pattern"):
-            unused = [key for key in getattr(self, table) if not any(_fits(key, module) for module in modules)]
-            for key in unused:
-                warnings.warn(
-                    f"{path}: {key!r} of `{table}` fits none of the adapter's {len(modules)} modules, so that it "
-                    f"changes nothing. {nearest_part(key, modules)}Correct the config, or remove the entry.",
-                    stacklevel=5,
-                )
-
-    def scaling_of(self, module: str) -> float:
-        """Factor on B @ A of a module: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
-        rank = self.rank_of(module)
-        alpha = _from_pattern(self.alpha_pattern, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-
-def _fits(key: str, module: str) -> bool:
-    """Whether PEFT takes a key of a pattern for a module: the end of its name is one, as a regular expression."""
-    try:
-        return pattern(rf"(.*\.)?({key})$").match(module)
-    except PatternError as error:
-        raise CheckpointError(f"adapter_config.json: {error}") from error
-
-
-def _from_pattern(table: Mapping[str, T], module: str, default: T) -> T:
-    """Look a module up as PEFT does: the first key that fits it."""
-    return next((value for key, value in table.items() if _fits(key, module)), default)
-
-
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return [f"an adapter of type {kind}" if kind else "a config without `peft_type`"]
-    init = str(config.get("init_lora_weights", True))
-    changing = [name for prefix, name in _BASE_CHANGING_INITS.items() if init.lower().startswith(prefix)]
-    if changing:
-        return [
-            f"LoRA with {changing[0]} initialisation (`init_lora_weights` {init!r}), which changed the base weights,"
-        ]
-    if init not in _PLAIN_INITS:
-        return [f"LoRA with the unknown initialisation {init!r}"]
-    set_fields = [field for field, value in config.items() if value not in (None, False, [], {}, "")]
-    named = [f"{_REFUSED[field]}" for field in set_fields if field in _REFUSED]
-    unknown = [f"the unknown field `{f}` ({config[f]!r})" for f in set_fields if f not in _USED | _WITHOUT_EFFECT]
-    return named + unknown
-
-
-def _check(path: Path, values: Mapping[str, Any], valid: Callable[[Any], bool], wanted: str) -> None:
-    for key, value in values.items():
-        if not valid(value):
-            raise CheckpointError(f"{path}: {key!r} is {value!r}, not {wanted}. Correct the config.")
-
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -295,7 +138,7 @@ class LoraCheckpoint(Checkpoint):
         pairs = [self._pair(module, sides, renaming, settings) for module, sides in factors.items()]
         self._pairs = {pair.tensor: pair for pair in pairs}
         self._full = {renaming.tensor(name, base): key for name, key in full.items()}
-        settings.warn_of_unmatched(config, factors)
+        settings.warn_of_unmatched(factors)
         refuse_untied(path, {pair.tensor: pair.a.name for pair in pairs}, self._full, base)
         replaced = {name: replace(self._file.info(key), name=name) for name, key in self._full.items()}
         self.tensors = {**base.tensors, **replaced}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from poe_models.weights import lora as _lora_config
+from poe_models.weights import lora_config as _lora_config
 from poe_models.weights.loading import Checkpoint, CheckpointError, open_checkpoint
 from tests.adapters.toys import change_config
 
@@ -43,8 +43,20 @@ REFUSED = {
     "unknown field `use_newlora`": {"use_newlora": True},
     "unknown field `depth`": {"depth": 3},
     "'r' is 0, not a whole number": {"r": 0},
-    "'query' is 2.5, not a whole number": {"rank_pattern": {"query": 2.5}},
+    "'query' of `rank_pattern` is 2.5, not a whole number": {"rank_pattern": {"query": 2.5}},
+    "'query' of `alpha_pattern` is None, not a finite number": {"alpha_pattern": {"query": None}},
     "'lora_alpha' is '16', not a finite number": {"lora_alpha": "16"},
+    "'lora_alpha' is 10{400}, not a finite number": {"lora_alpha": 10**400},
+    "'rank_pattern' is 3, not a mapping": {"rank_pattern": 3},
+    "'use_rslora' is 'false', not true or false": {"use_rslora": "false"},
+    r"'fan_in_fan_out' is \[0\], not true or false": {"fan_in_fan_out": [0]},
+    "'use_dora' is 'false', not true or false": {"use_dora": "false"},
+    "'init_lora_weights' is 1, not true, false or": {"init_lora_weights": 1},
+    "'base_model_name_or_path' is 3, not the name": {"base_model_name_or_path": 3},
+    r"'modules_to_save' is 'head', not a list of names": {"modules_to_save": "head"},
+    r"'bias' is None, not 'none', 'all' or 'lora_only'": {"bias": None},
+    r"`rank_pattern`: '\(': not a regular expression": {"rank_pattern": {"(": 4}},
+    "`alpha_pattern`: the regular expression 'a.99999.' has more than": {"alpha_pattern": {"a{99999}": 4}},
 }
 
 
