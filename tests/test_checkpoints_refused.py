@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -102,10 +103,11 @@ def test_broken_indexes_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 tensors.*'ghost\.weight' \(in model-00001"):
         open_checkpoint(tmp_path)
 
-    content["weight_map"] = {"w": "../model-00001-of-00002.safetensors"}
-    index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"not in the folder"):
-        open_checkpoint(tmp_path)
+    for place in ("../model-00001-of-00002.safetensors", "sub/m.safetensors", str(tmp_path / "away"), ".."):
+        content["weight_map"] = {"w": place}
+        index.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=rf"'{re.escape(place)}'; subfolders and `\.\.` are not followed"):
+            open_checkpoint(tmp_path)
     for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 3}}'):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json"):

@@ -267,12 +267,33 @@ def test_two_saves_in_one_folder(tmp_path: Path) -> None:
     path = folder(tmp_path / "base", {"old.weight": torch.ones(2, 2)})
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights(), "model-00001-of-00001.safetensors")}))
-    assert list(open_checkpoint(path).tensors) == ["old.weight"]  # the shards are not there: a leftover
+    with pytest.raises(CheckpointError, match=r"not in the folder: model-00001.*if that is the model, move model"):
+        open_checkpoint(path)
+    index.rename(tmp_path / "away")
+    assert list(open_checkpoint(path).tensors) == ["old.weight"]
+    (tmp_path / "away").rename(index)
     save_file(weights(), path / "model-00001-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"shards of another save.*Move model\.safetensors out"):
         open_checkpoint(path)
     (path / "model.safetensors").rename(tmp_path / "model.safetensors")
     assert open_checkpoint(path).tensors.keys() == weights().keys()
+
+
+def test_two_saves_of_one_models_tensors(tmp_path: Path) -> None:
+    path, shard = folder(tmp_path / "base", weights()), "model-00001-of-00001.safetensors"
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights(), "model.safetensors")}))
+    open_checkpoint(path)  # of this very file
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights(), shard)}))
+    save_file(moved(weights()), path / shard)
+    with pytest.warns(UserWarning, match=r"of the same names and shapes.*model\.safetensors is read"):
+        found = open_checkpoint(path)
+    assert all(torch.equal(found.read(name), value) for name, value in weights().items())
+    for other in (torch.zeros(1, 7), torch.zeros(1, 7, dtype=torch.float16)):
+        name = next(iter(weights()))
+        save_file({**weights(), name: other}, path / shard)
+        with pytest.raises(CheckpointError, match=rf"1 tensors are in one of them only, or of another.*'{name}'"):
+            open_checkpoint(path)
 
 
 def test_adapters_given_by_their_file_or_their_parent(tmp_path: Path) -> None:

@@ -38,14 +38,14 @@ from poe_models.weights.checkpoint import (
     refuse_quantised,
     stamp_of,
 )
+from poe_models.weights.shards import open_shards, open_single, weight_file
 from poe_models.weights.tied import tied_copies, untied_names
-from poe_models.weights.weight_files import SafetensorsFile, TorchFile, WeightFile, check_plain
+from poe_models.weights.weight_files import WeightFile, check_plain
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _KNOWN = (*_WEIGHTS, "config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def open_checkpoint(
@@ -85,7 +85,7 @@ def open_checkpoint(
     if not path.exists():
         path = _download(str(source))
     if path.is_file():
-        return FileCheckpoint(path, [_weight_file(path)])
+        return FileCheckpoint(path, [weight_file(path)])
     return _open_folder(path, base)
 
 
@@ -265,10 +265,7 @@ def _open_folder(folder: Path, base: Checkpoint | None) -> Checkpoint:
             "itself if it has another name."
         )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if weights.suffix == ".json":
-        return FileCheckpoint(folder, _open_shards(weights), config)
-    _refuse_two_saves(folder, weights)
-    return FileCheckpoint(folder, [_weight_file(weights)], config)
+    return FileCheckpoint(folder, open_shards(weights) if weights.suffix == ".json" else open_single(weights), config)
 
 
 def _refuse_broken_links(folder: Path) -> None:
@@ -279,73 +276,6 @@ def _refuse_broken_links(folder: Path) -> None:
                 f"{path}: a link to {os.readlink(path)}, which is not there. Download the file again, or remove the "
                 "link if the folder is complete without it."
             )
-
-
-def _refuse_two_saves(folder: Path, weights: Path) -> None:
-    """Refuse a single file beside a whole set of shards with other tensors: nothing says which of them is the model."""
-    index = weights.with_name(f"{weights.name}.index.json")
-    if not index.is_file():
-        return
-    weight_map = _weight_map(index)
-    file = _weight_file(weights)
-    if _missing(index, weight_map) or set(weight_map) <= {*file.tensors, *file.aliases}:
-        return  # the index is what another save left behind, or of this very file
-    raise CheckpointError(
-        f"{folder}: holds {weights.name} and, with {index.name}, shards of another save; programs differ in which they "
-        f"read. Move {weights.name} out of the folder if the shards are the model, or {index.name} if they are not."
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{index}: has no `weight_map` of tensor names to shard files. Copy the file anew.")
-    return weight_map
-
-
-def _missing(index: Path, weight_map: Mapping[str, str]) -> list[str]:
-    names = sorted(set(weight_map.values()))
-    return [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
-
-
-def _open_shards(index: Path) -> list[WeightFile]:
-    weight_map = _weight_map(index)
-    shards = sorted(set(weight_map.values()))
-    missing = _missing(index, weight_map)
-    if missing:
-        raise CheckpointError(
-            f"{index}: lists {len(missing)} of {len(shards)} shards that are not in the folder: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download the missing files."
-        )
-    parts = {name: _weight_file(index.parent / name) for name in shards}
-    absent = [
-        f"{name!r} (in {shard})"
-        for name, shard in weight_map.items()
-        if name not in parts[shard].tensors and name not in parts[shard].aliases
-    ]
-    if absent:
-        raise CheckpointError(
-            f"{index}: lists {len(absent)} tensors that their shard does not hold: {', '.join(absent[:5])}"
-            f"{', ...' if len(absent) > 5 else ''}. Index and shards are from different saves: copy the folder anew."
-        )
-    listed: dict[str, set[str]] = {shard: set() for shard in parts}
-    for name, shard in weight_map.items():
-        listed[shard].add(parts[shard].aliases.get(name, name))
-    for shard, part in parts.items():
-        part.keep(listed[shard])  # what the index does not list there is left over from another save
-    return list(parts.values())
-
-
-def _weight_file(path: Path) -> WeightFile:
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix in _TORCH_SUFFIXES:
-        return TorchFile(path)
-    kind = "GGUF files hold quantised weights" if path.suffix == ".gguf" else f"unknown suffix {path.suffix!r}"
-    raise CheckpointError(
-        f"`open_checkpoint({str(path)!r})`: {kind}. Supported are .safetensors and {', '.join(_TORCH_SUFFIXES)} files, "
-        "and folders of them."
-    )
 
 
 def _download(source: str) -> Path:
