@@ -168,9 +168,16 @@ def test_an_adapter_needs_a_base_and_a_folder_of_its_own(tmp_path: Path) -> None
         ([torch.zeros(2)], r"holds a list"),
         ({}, r"it is empty"),
         ({"w": torch.zeros(2), "epoch": 3}, r"'epoch' \(int\)"),
-        ({"state_dict": {"w": torch.zeros(2), "step": 3}}, r"'state_dict' \(dict\).*every leaf is a tensor"),
-        ({"state_dict": {"a": {"w": torch.zeros(2)}}}, r"every leaf is a tensor"),
-        ({"weights": {"w": torch.zeros(2)}}, r"'weights' \(dict\)"),
+        (
+            {"state_dict": {"w": torch.zeros(2), "step": 3}},
+            r"'state_dict' \(dict\) with 'step' \(int\) in it.*every leaf is a tensor",
+        ),
+        ({"state_dict": {"a": {"w": torch.zeros(2)}}}, r"with 'a' \(dict\) in it.*every leaf is a tensor"),
+        (
+            {**{str(n): n for n in range(6)}, "model": {"w": torch.zeros(2), "x": None}},
+            r"not a state dict: 'model' \(dict\) with 'x' \(NoneType\) in it, '0'",
+        ),
+        ({"moments": {"w": torch.zeros(2)}}, r"'moments' \(dict\)\. "),
         (
             {"model": {"w": torch.zeros(2)}, "ema": {"w": torch.zeros(2)}},
             r"more than one state dict \('model', 'ema'\)",
@@ -215,6 +222,14 @@ QUANTISED = {
     "fp8 e5m2": ({"fc.weight": torch.zeros(4, 4).to(torch.float8_e5m2)}, "fp8"),
     "block fp8": ({"fc.weight": torch.zeros(4, 4), "fc.weight_scale_inv": torch.zeros(1)}, "block-scaled fp8"),
     "compressed": ({"fc.weight_packed": torch.zeros(4, 4, dtype=torch.int32)}, "compressed-tensors"),
+    "scaled int32": (
+        {"fc.w": torch.zeros(4, 1, dtype=torch.int32), "fc.w_scale": torch.zeros(4)},
+        "packed integer",
+    ),
+    "quanto": (
+        {"fc.weight._data": torch.zeros(4, 4, dtype=torch.int8), "fc.weight._scale": torch.zeros(4, 1)},
+        "packed integer",
+    ),
     "mxfp4": ({"experts.gate_up_proj_blocks": torch.zeros(2, 4, 4, dtype=torch.uint8)}, "packed integer"),
 }
 
@@ -245,5 +260,9 @@ def test_integer_buffers_are_no_quantised_weights() -> None:
         "relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
         "steps": torch.zeros(3, dtype=torch.int8),
         "weight": torch.tensor([3], dtype=torch.int32),
+        "pos.weight": torch.zeros(4, 4, dtype=torch.int64),
+        "codebook.weight": torch.zeros(4, 4, dtype=torch.int32),
+        "vq.w": torch.zeros(4, 4, dtype=torch.int16),
+        "table.data": torch.zeros(2, 2, dtype=torch.int8),
     }
     assert set(open_checkpoint(buffers).tensors) == set(buffers)

@@ -87,7 +87,7 @@ def test_names_that_draws_take_are_refused_early(name: str) -> None:
         TaskVectors(weights(), {name: moved(weights())})
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "module", "net"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "module", "net", "weights", "ema", "model_ema"])
 def test_state_dicts_one_level_down(wrapper: str, tmp_path: Path) -> None:
     torch.save({wrapper: weights(), "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "m.pt")
     assert open_checkpoint(tmp_path / "m.pt").tensors.keys() == weights().keys()

@@ -252,9 +252,16 @@ _MARKERS = {
 }
 _QUANT_STATE = ".quant_state."  # and whatever follows, of bitsandbytes 4-bit
 _SUB_BYTE = re.compile(r"\.(u?int[1-7]$|qu?int|bits)")
-# Integer tensors with two or more axes are packed weights only under the names of weights; others are tables and masks.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WEIGHT = re.compile(r"(^|_)(weight|kernel|proj|packed|blocks|data|w\d?)$", re.IGNORECASE)
+# Integer tensors with two or more axes are packed weights under the names of weights, if they are of one byte or have
+# scales beside them; others are tables, codes and masks. Nothing packs into eight bytes.
+_WEIGHT = re.compile(r"(^|_)(weight|kernel|proj|packed|blocks)$", re.IGNORECASE)
+_SCALED = re.compile(r"(^|_)(weight|kernel|proj|packed|blocks|data|w\d?)$", re.IGNORECASE)
+_SCALES = [
+    f"{start}{end}"
+    for start in ("", "_", "q", "weight_", "w_")
+    for end in ("scale", "scales", "zero", "zeros", "zero_point", "zero_points", "scale_and_zero", "absmax", "SCB")
+]
 _FACTOR = re.compile(r"lora_|\.lora\.|modules_to_save|\.alpha$|_alpha$")
 
 
@@ -289,21 +296,29 @@ def refuse_quantised(source: str, tensors: Iterable[TensorInfo], config: dict[st
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
         raise error(f"config.json has `quantization_config` (method {method!r})")
-    for info in tensors:
-        kind = quantisation_of(info)
+    own = list(tensors)
+    names = {info.name for info in own}
+    for info in own:
+        kind = quantisation_of(info, names)
         if kind is not None:
             raise error(f"tensor {info.name!r} ({str(info.dtype).removeprefix('torch.')}) is {kind}")
 
 
-def quantisation_of(info: TensorInfo) -> str | None:
+def quantisation_of(info: TensorInfo, names: Collection[str] = ()) -> str | None:
     """Kind of quantisation that a tensor belongs to; None for ordinary weights and for integer buffers.
+
+    Args:
+        info: The tensor.
+        names: Names of the tensors beside it: scales and zeros tell packed weights from tables of integers.
 
     >>> quantisation_of(TensorInfo("fc.weight", (4, 4), torch.int8))
     'packed integer weights'
-    >>> quantisation_of(TensorInfo("position_ids", (1, 512), torch.int64)) is None
+    >>> quantisation_of(TensorInfo("fc.weight", (4, 4), torch.int32)) is None
     True
+    >>> quantisation_of(TensorInfo("fc.weight", (4, 4), torch.int32), {"fc.weight", "fc.scales"})
+    'packed integer weights'
     """
-    _, dot, end = info.name.rpartition(".")
+    stem, dot, end = info.name.rpartition(".")
     if f"{dot}{end}" in _MARKERS or _QUANT_STATE in info.name:
         return _MARKERS.get(f"{dot}{end}", "bitsandbytes 4-bit")
     if info.dtype in _PLAIN:
@@ -314,6 +329,11 @@ def quantisation_of(info: TensorInfo) -> str | None:
     if _SUB_BYTE.search(dtype):
         return "packed integer weights"
     integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool)
-    if integer and len(info.shape) >= 2 and 0 not in info.shape and _WEIGHT.search(info.name.rpartition(".")[2]):
-        return "packed integer weights"
-    return None
+    if not integer or info.dtype.itemsize > 4 or len(info.shape) < 2 or 0 in info.shape:
+        return None
+    places = (f"{stem}{dot}", f"{info.name}.", f"{info.name}_")
+    if any(f"{place}{scale}" in names for place in places for scale in _SCALES):
+        packed = _SCALED.search(end) is not None
+    else:
+        packed = info.dtype.itemsize == 1 and _WEIGHT.search(end) is not None
+    return "packed integer weights" if packed else None

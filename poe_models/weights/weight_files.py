@@ -30,7 +30,10 @@ from typing_extensions import override
 
 from poe_models.weights.checkpoint import CheckpointError, TensorInfo, check_stamp, find_aliases, stamp_of
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "module", "net", "network", "params")
+WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "model_state", "module", "net", "network", "params", "weights"),
+    *("ema", "ema_state_dict", "model_ema", "state_dict_ema"),
+)
 """Entries of a training checkpoint that hold the state dict."""
 _BLOCK = re.compile(r"\[\d+\]$")
 
@@ -56,7 +59,8 @@ def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
             f"{source}: holds more than one state dict ({', '.join(map(repr, inner))}). Save the one to merge by "
             "itself."
         )
-    odd = [f"{key!r} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
+    others = sorted(_others(loaded), key=lambda key: key not in WRAPPERS)  # the likely state dict first
+    odd = [_kind(key, loaded[key]) for key in others]
     raise CheckpointError(
         f"{source}: not a state dict: {', '.join(odd[:5]) or 'it is empty'}{', ...' if len(odd) > 5 else ''}. Expected "
         f"a dict of tensors, or one under {', '.join(map(repr, WRAPPERS[:-1]))} or {WRAPPERS[-1]!r} whose every leaf "
@@ -65,7 +69,19 @@ def state_dict_of(loaded: Any, source: str) -> dict[str, Tensor]:
 
 
 def _is_state_dict(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
+    return isinstance(value, Mapping) and bool(value) and not _others(value)
+
+
+def _others(mapping: Mapping[Any, Any]) -> list[Any]:
+    """Keys of what is no tensor."""
+    return [key for key, value in mapping.items() if not isinstance(value, Tensor)]
+
+
+def _kind(key: Any, value: Any) -> str:
+    """An entry that is no tensor; of one that could be a state dict, the leaf that makes it none."""
+    text = f"{key!r} ({type(value).__name__})"
+    leaves = _others(value) if key in WRAPPERS and isinstance(value, Mapping) else []
+    return text + (f" with {leaves[0]!r} ({type(value[leaves[0]]).__name__}) in it" if leaves else "")
 
 
 def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]:
