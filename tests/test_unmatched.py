@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poe_models import DEFAULT_RULES, CheckpointError, TaskVectors
+from inference.models.design import Design
+from inference.models.plan import plan
+from poe_models import DEFAULT_RULES, CheckpointError, ProductOfExperts, TaskVectors
 from poe_models.weights.loading import open_checkpoint
 from poe_models.weights.rule import Rule
 from poe_models.weights.views import View
@@ -91,6 +93,11 @@ WRAPPED: list[Callable[[State], State]] = [
     lambda state: {name if "head" in name else f"transformer.{name}": value for name, value in state.items()},
     lambda state: {name.replace("body.", "body._checkpoint_wrapped_module."): value for name, value in state.items()},
     lambda state: {name.replace("attn", "_orig_mod.attn"): value for name, value in state.items()},
+    lambda state: {name.replace("weight", "gamma"): value for name, value in state.items()},
+    lambda state: {name.replace("weight", "parametrizations.weight.original"): v for name, v in state.items()},
+    lambda state: {name.replace("body", "h"): value for name, value in state.items()},
+    lambda state: {name.replace("attn", "att").replace("mlp", "ffn"): value for name, value in state.items()},
+    lambda state: {name.replace("body", "h").replace("weight", "w"): value for name, value in state.items()},
 ]
 
 
@@ -100,10 +107,52 @@ def test_names_of_wrapped_models_are_renamed_as_the_error_says(
     which: str, wrapped: Callable[[State], State], base: State
 ) -> None:
     ours, theirs = (base, wrapped(moved(base))) if which == "expert" else (wrapped(base), moved(base))
-    with pytest.raises(CheckpointError, match="in them, which the base's") as told:
+    for state in (ours, theirs):
+        state["norm.bias"] = torch.ones(3)  # a name in common
+    with pytest.raises(CheckpointError, match=r"its names have .* the base's (have|lack)") as told:
         TaskVectors(ours, {"x": theirs})
+    assert "action: base" not in str(told.value)
     text = str(told.value)
     remedy = text[text.index("state dict: {") + len("state dict: ") : text.rindex("}") + 1]
     renamed = eval(remedy, {"state_dict": theirs, "base": ours})
     assert renamed.keys() == ours.keys()
-    assert [treatment.action for treatment in TaskVectors(ours, {"x": renamed}).treatments.values()] == ["merge"] * 5
+    assert [treatment.action for treatment in TaskVectors(ours, {"x": renamed}).treatments.values()] == [
+        *["merge"] * 5,
+        "average",
+    ]
+
+
+def test_an_anchors_names_are_told_as_an_experts(base: State) -> None:
+    vectors = TaskVectors(base, {"x": moved(base)})
+    center = open_checkpoint({f"module.{name}": value for name, value in base.items()})
+    with pytest.raises(CheckpointError, match=r"anchor <memory>: tensor .* is missing\. .*'module\.' in them.*replace"):
+        plan(vectors, Design(ProductOfExperts.of(vectors.names), center=center))
+
+
+def test_a_layer_of_another_name_is_not_renamed(base: State) -> None:
+    expert = {**moved(base), "score.weight": torch.ones(3, 3), "norm.weight": torch.ones(3)}
+    del expert["head.weight"]
+    with pytest.raises(CheckpointError, match="add a rule"):
+        TaskVectors(base, {"x": expert})
+
+
+def test_no_rule_is_offered_that_leaves_no_matrix() -> None:
+    base = {"fc.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}
+    expert = {"fc.weight": torch.ones(4, 3), "fc.bias": torch.ones(3)}
+    with pytest.raises(CheckpointError, match=r"4 rows against 3.*\n.*No rule helps") as told:
+        TaskVectors(base, {"x": expert})
+    assert "{match" not in str(told.value)
+
+
+def test_packed_weights_are_not_taken_for_another_vocabulary() -> None:
+    base = {name: torch.zeros(8, 3) for name in ("fc.weight", "head.weight")}
+    expert = {"fc.weight": torch.ones(2, 3, dtype=torch.int32), "head.weight": torch.ones(8, 3)}
+    with pytest.raises(CheckpointError, match="'fc.weight' is torch.int32, .*: packed weights"):
+        TaskVectors(base, {"x": expert})
+
+
+def test_a_merge_without_a_matrix_is_warned_about(base: State) -> None:
+    base["norm.bias"] = torch.ones(3)
+    rules = DEFAULT_RULES.extended([{"match": "weight", "action": "base"}])
+    with pytest.warns(UserWarning, match=r"no matrix is merged: 1 tensors are averaged, .*, and 5 kept"):
+        TaskVectors(base, {"x": moved(base)}, rules)

@@ -25,6 +25,7 @@ from poe_models.span_labels import stored_center
 from poe_models.sums import largest_entry
 from poe_models.updates import over_units
 from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.renamed import other_names
 
 _LARGEST_SPREAD = 1e60
 
@@ -297,9 +298,9 @@ def require_alike(checkpoint: Checkpoint, role: str, base: Checkpoint, tensor: s
     found = checkpoint.tensors.get(checkpoint.aliases.get(tensor, tensor))
     if found is None or found.shape != base.tensors[tensor].shape:
         what = "is missing" if found is None else f"is {found.shape}, the base's {base.tensors[tensor].shape}"
-        raise CheckpointError(
-            f"{role} {checkpoint.source}: tensor {tensor!r} {what}. Give a checkpoint of the base's architecture."
-        )
+        others = other_names(base, checkpoint) if found is None else None
+        way = "Give a checkpoint of the base's architecture." if others is None else f"In all, {others}"
+        raise CheckpointError(f"{role} {checkpoint.source}: tensor {tensor!r} {what}. {way}")
 
 
 def shown(value: Any) -> Any:

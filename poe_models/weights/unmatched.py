@@ -38,7 +38,7 @@ def fitted_by(rules: RuleTable, base: Checkpoint, model_type: str | None) -> Fit
 
 
 def warn_of_rules(base: Checkpoint, fitted: Fitted, treatments: Mapping[str, Treatment]) -> None:
-    """Warn of rules that change nothing, and of ones that keep all tensors.
+    """Warn of rules that change nothing, and where no matrix is merged.
 
     Args:
         base: The base.
@@ -61,10 +61,18 @@ def warn_of_rules(base: Checkpoint, fitted: Fitted, treatments: Mapping[str, Tre
                 stacklevel=4,
             )
     weights = [name for name, info in base.tensors.items() if info.dtype.is_floating_point]
-    kept = [treatments[name] for name in weights if treatments[name].reason not in NO_WEIGHTS]
-    if kept and all(treatment.action == "base" for treatment in kept):
-        warnings.warn(
-            f"the rules keep all {len(kept)} tensors of the base, the first by '{kept[0].reason}', so that the merge "
-            "is the base. Make them more specific.",
-            stacklevel=4,
+    about = [treatments[name] for name in weights if treatments[name].reason not in NO_WEIGHTS]
+    averaged = [treatment for treatment in about if treatment.action == "average"]
+    if not about or any(treatment.action == "merge" for treatment in about):
+        return
+    if averaged:
+        text = (
+            f"no matrix is merged: {len(averaged)} tensors are averaged, the first by '{averaged[0].reason}', and "
+            f"{len(about) - len(averaged)} kept. `poe-merge plan` lists why."
         )
+    else:
+        text = (
+            f"the rules keep all {len(about)} tensors of the base, the first by '{about[0].reason}', so that the merge "
+            "is the base. Make them more specific."
+        )
+    warnings.warn(text, stacklevel=4)
