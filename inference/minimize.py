@@ -18,7 +18,7 @@ from torch import Tensor
 from inference.curvature import NEGATIVE, least_curvature
 from inference.retention import retention
 from inference.solution import MinimizeInfo, Solution, Status
-from inference.units import own_units
+from inference.units import COMFORTABLE, own_units, powers_of_two
 from poe_models.posterior import Posterior
 from poe_models.program import log_density
 
@@ -105,21 +105,23 @@ class _Descent:
         return _gradient(self.energy(point), point)
 
     def run(self, tolerance: float) -> None:
-        """Descend from where it is."""
-        left = self.max_steps - self.steps
+        """Descend from where it is, on an energy in units in which its gradient is not far from one."""
+        left, scales = self.max_steps - self.steps, _scales(self.posterior, self.x)
+        largest = scales.amax()
+        unit = float(powers_of_two(largest, (largest > 0) & ((largest < 1 / COMFORTABLE) | (largest > COMFORTABLE))))
         optimizer = torch.optim.LBFGS(
             [self.x],
             lr=1.0,
             max_iter=left,
             max_eval=left,
             history_size=20,
-            tolerance_grad=0.1 * tolerance * float(_scales(self.posterior, self.x).min()) / self.x.numel() ** 0.5,
+            tolerance_grad=0.1 * tolerance * float(scales.min()) / unit / self.x.numel() ** 0.5,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
-            value = self.energy(self.x)
+            value = self.energy(self.x) / unit
             self.x.grad = _gradient(value, self.x)
             return value
 

@@ -17,9 +17,12 @@ from torch import Tensor
 from inference.draws import Draws
 from inference.solution import FixedPointInfo, InfoT, Solution
 from poe_models.posterior import BoundExpert, Posterior
+from poe_models.records import with_tensors
 from poe_models.sums import largest_entry
 from poe_models.updates import over_units
 
+ROOM = 2.0**100
+"""Weights and precisions within this factor of one leave single precision room for the sizes of modules."""
 COMFORTABLE = 2.0**20
 """Updates whose largest entry is within this factor of one are near it."""
 _FACTOR = 8.0
@@ -31,11 +34,12 @@ class OwnUnits:
     """A posterior whose numbers are in the range of its dtype, and the way back from its coordinates.
 
     Attributes:
-        posterior: Of ``Z / c``.
+        posterior: Of ``Z / c``, in float64 where its weights leave the range of single precision.
         changed: Whether these are other units than the updates'.
         units: ``c``, ``(M,)`` float64; 1 in modules of ordinary size.
         weights: Factors of the experts' weights, ``(M, E)``: how they depend on ``c``.
         precision: That of the anchor's precision, ``(M,)``.
+        dtype: Of latents in the units of the updates.
     """
 
     posterior: Posterior
@@ -43,29 +47,35 @@ class OwnUnits:
     units: Tensor
     weights: Tensor
     precision: Tensor
+    dtype: torch.dtype
 
     def latents(self, z: Tensor) -> Tensor:
         """Latents ``(*S, M, *event)`` in own units."""
+        z = z.to(self.posterior.dtype)
         return over_units(z.movedim(-3, 0), self.units).movedim(0, -3) if self.changed else z
 
     def back(self, z: Tensor) -> Tensor:
         """Latents ``(*S, M, *event)`` in own units in those of the updates."""
-        return (z.double() * self.units[:, None, None].to(z.device)).to(z.dtype) if self.changed else z
+        return (z.double() * self.units[:, None, None].to(z.device) if self.changed else z).to(self.dtype)
 
     def solution(self, found: Solution[InfoT]) -> Solution[InfoT]:
         """A solution in the units of the updates."""
         if not self.changed:
-            return found
+            return replace(found, value=self.back(found.value))
         return in_given_units(replace(found, value=self.back(found.value)), self.units, self.weights, self.precision)
 
     def draws(self, found: Draws) -> Draws:
         """Draws in the units of the updates."""
         make, units = found.regenerate, self.units.tolist()
-        if not self.changed:
+        if not self.changed and self.posterior.dtype == self.dtype:
             return found
         if make is None:
             return replace(found, numbers=self.back(found.numbers))
-        return replace(found, regenerate=lambda module, weights, seed: units[module] * make(module, weights, seed))
+
+        def again(module: int, weights: Tensor, seed: int) -> Tensor:
+            return (units[module] * make(module, weights, seed)).to(self.dtype)
+
+        return replace(found, regenerate=again)
 
 
 def in_given_units(found: Solution[InfoT], units: Tensor, weights: Tensor, precision: Tensor) -> Solution[InfoT]:
@@ -86,12 +96,14 @@ def in_given_units(found: Solution[InfoT], units: Tensor, weights: Tensor, preci
 
 
 def powers_of_two(sizes: Tensor, odd: Tensor) -> Tensor:
-    """Units that bring sizes ``(M,)`` to about one where they are odd, and 1 elsewhere; ``(M,)`` float64."""
+    """Units that bring sizes to about one where they are odd, and 1 elsewhere; float64, of the same shape."""
     return torch.where(odd, torch.where(odd, sizes.double(), 1.0).log2().round().exp2(), 1.0)
 
 
 def own_units(posterior: Posterior, function: str, *, equivariant: bool = True, near: bool = False) -> OwnUnits:
     """A posterior as it is where its numbers are in range, and in units of its modules' own elsewhere.
+
+    Weights and precisions of settings far from one need float64, in whatever units.
 
     Args:
         posterior: Any posterior.
@@ -108,12 +120,39 @@ def own_units(posterior: Posterior, function: str, *, equivariant: bool = True, 
         largest = torch.where(_speak(posterior), sizes, 0.0).amax(-1)
         found = _rebound(posterior, powers_of_two(largest, odd.any(-1))) if equivariant else None
         if found is not None and not bool(_odd(found.posterior, False)[1].any()):
-            return found
+            return replace(found, posterior=_wide_enough(found.posterior))
         if bool(lost.any()):
             module, expert = lost.nonzero()[0].tolist()
             raise ValueError(_refusal(posterior, function, module, expert, float(sizes[module, expert])))
     ones = torch.ones_like(posterior.anchor_precision)
-    return OwnUnits(posterior, False, ones, torch.ones_like(odd, dtype=torch.float64), ones)
+    factors = torch.ones_like(odd, dtype=torch.float64)
+    return OwnUnits(_wide_enough(posterior), False, ones, factors, ones, posterior.dtype)
+
+
+def _wide_enough(posterior: Posterior) -> Posterior:
+    """The posterior in float64 if precisions ``sum_i w_i P_i + eta I`` may leave the range of single precision.
+
+    The largest of the weights and the anchor's precision counts, at rest and where nothing is merged.
+    """
+    if posterior.dtype != torch.float32 or posterior.span is not None:
+        return posterior
+    at_zero = [expert.residual_at_zero for expert in posterior.experts]
+    columns = [posterior.weights(torch.stack(q, -1)) for q in ([0 * each for each in at_zero], at_zero) if q]
+    columns = [torch.where(each.isfinite(), each, 0.0).amax(-1) for each in columns] or [posterior.anchor_precision]
+    largest = torch.maximum(torch.stack(columns), posterior.anchor_precision)
+    sizes = torch.stack([largest, largest / float(posterior.temperature)])  # of a MAP, and of draws
+    if not bool(((sizes > 0) & ((sizes < 1 / ROOM) | (sizes > ROOM))).any()):
+        return posterior
+    center = None if posterior.center is None else posterior.center.double()
+    return replace(posterior, experts=tuple(map(_wide, posterior.experts)), center=center)
+
+
+def _wide(expert: BoundExpert) -> BoundExpert:
+    """An expert in float64, without the products that were rounded to less."""
+    wide = with_tensors(lambda value: value.double() if value.is_floating_point() else value, expert)
+    factors = None if expert.low_rank is None else (expert.low_rank[0].double(), expert.low_rank[1].double())
+    operator = expert.operator.to(torch.float64)
+    return replace(wide, operator=operator, low_rank=factors, pull=None, pull_squared=None)
 
 
 def _odd(posterior: Posterior, near: bool) -> tuple[Tensor, Tensor]:
@@ -134,20 +173,21 @@ def _speak(posterior: Posterior) -> Tensor:
 def _odd_and_lost(expert: BoundExpert, near: bool) -> tuple[Tensor, Tensor]:
     """Whether fourth powers of the update, squared by curvatures, leave the range, and so its residual; ``(M,)``.
 
-    Curvatures are divided by the square of a squared scale, which is of the residual's size and always float64.
+    Curvatures are divided by the square of a squared scale, which is always float64.
     """
     limits, widest = torch.finfo(expert.update.dtype), torch.finfo(torch.float64)
     low, high = max(limits.tiny**0.25, widest.tiny**0.125), min(limits.max**0.25, widest.max**0.125)
     smallest, largest = (max(low, 1 / COMFORTABLE), min(high, COMFORTABLE)) if near else (low, high)
-    norm = expert.norm_squared.sqrt()
-    if bool(((norm >= smallest * expert.update[0].numel() ** 0.5) & (norm <= largest)).all()):
+    norm, scale = expert.norm_squared.sqrt(), expert.scale_squared
+    squared = (scale == 0) | ((scale >= widest.tiny**0.5) & (scale <= widest.max**0.5))
+    if bool((squared & (norm >= smallest * expert.update[0].numel() ** 0.5) & (norm <= largest)).all()):
         none = torch.zeros_like(norm, dtype=torch.bool)  # so is the largest entry in range, and need not be looked for
         return none, none
     size, residual = largest_entry(expert.update), expert.residual_at_zero.double()
     held = (residual >= max(limits.tiny, widest.tiny**0.5)) & (residual <= min(limits.max, widest.max**0.5))
-    odd = (size > 0) & ((size < low) | (size > high))
-    far = (size > 0) & ((size < smallest) | (size > largest))
-    return far if near else odd, odd & ~held
+    odd = (size > 0) & ((size < low) | (size > high) | ~squared)
+    far = (size > 0) & ((size < smallest) | (size > largest) | ~squared)
+    return far if near else odd, odd & ~(held & squared)
 
 
 def _refusal(posterior: Posterior, function: str, module: int, expert: int, size: float) -> str:
@@ -178,6 +218,7 @@ def _rebound(posterior: Posterior, units: Tensor) -> OwnUnits | None:
         units,
         torch.where(column == 1, 1.0, column.pow(-_degree(*scales))),
         torch.where(units == 1, 1.0, units.pow(_degree(one.anchor_precision, other.anchor_precision))),
+        posterior.dtype,
     )
 
 

@@ -38,8 +38,9 @@ from poe_models.weights.task_vectors import TaskVectors
 from poe_models.weights.unmatched import nearest_part
 
 Steps = Callable[[str], Callable[[int, int], None]]
-_COLDEST = 1e-12  # temperature below which errors within a sampler are put down to it
 """A stage's name to a function that is told the finished steps and their total."""
+_COLDEST = 1e-12
+"""Temperature, in units of the highest, below which errors within a sampler are put down to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,11 +226,13 @@ def _draw_group(
     except ValueError as error:
         raise with_names(error, posterior.modules) from error
     except (RuntimeError, ArithmeticError) as error:
-        if what.temperature > _COLDEST:
+        coldest = _COLDEST * temperature_range(posterior)[1]
+        if what.temperature > coldest:
             raise
         raise ValueError(
-            f"--temperature {what.temperature:g}: too low for the sampler {what.sampler}, whose steps become nothing "
-            f"({str(error).splitlines()[0]}). Ask for {_COLDEST:g} or more, or for --sampler gibbs."
+            f"--temperature {what.temperature:g}: too low for the sampler {what.sampler} at these scales: its "
+            f"steps become nothing ({str(error).splitlines()[0]}). Ask for {coldest:.1g} or more, or for "
+            "--sampler gibbs."
         ) from error
     data, notes = arviz_data(chains, posterior, what.seed)
     notes = [] if what.independent else notes

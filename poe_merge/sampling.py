@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from inference.samplers import SAMPLERS
 from poe_merge.config import MergeConfig
 from poe_merge.settings import POE
 from poe_merge.specs import METHOD, names_method, nearest, parse_spec, same_name
+from poe_models.limits import LARGEST, SMALLEST
 from poe_models.methods import METHODS
 from poe_models.weights.patterns import PatternError, pattern
 
@@ -153,8 +153,11 @@ def _sampling(settings: MergeConfig, options: Options) -> Sampling:
         )
     sampler = _choice("sampler", sampler, SAMPLERS)
     coordinates = _choice("coordinates", coordinates, get_args(Coordinates))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"--temperature {temperature:g}: must be positive and finite; small ones draw near the MAP.")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(
+            f"--temperature {temperature:g}: must be a positive finite number, from {SMALLEST:g} to {LARGEST:g}; small "
+            "ones draw near the MAP."
+        )
     _check_merge(settings, coordinates)
     if coordinates not in SAMPLERS[sampler].coordinates:
         others = one_of(name for name, each in SAMPLERS.items() if coordinates in each.coordinates)

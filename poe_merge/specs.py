@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _CALL = r"[A-Za-z_]\w*\s*(?:\(.*\))?"
 _SPEC = re.compile(rf"^(?:(?P<where>.+?\.py|[A-Za-z_][\w.]*):)?(?P<call>{_CALL})$", re.DOTALL)
-_LARGEST = 1e30
 _FILE_MODULE = "_poe_merge_file_"
 
 
@@ -135,9 +134,10 @@ def parse_spec(text: str, kind: Kind[T], folders: Sequence[Path] = ()) -> T:
     found: type[T] = kind.registry[name] if where is None else _own_class(what, where, name, kind.base, folders)
     if _takes_moments(found):
         args, kwargs = _with_folder(what, found, args, kwargs, folders)
-    for number in (*args, *kwargs.values()):
-        if isinstance(number, int | float) and not abs(number) <= _LARGEST:
-            raise SpecError(f"{what}: an argument is out of range. Give a finite number of at most {_LARGEST:g}.")
+    from poe_models.limits import LARGEST
+
+    if any(isinstance(each, int | float) and not abs(each) <= LARGEST for each in (*args, *kwargs.values())):
+        raise SpecError(f"{what}: an argument is out of range. Give a finite number of at most {LARGEST:g}.")
     _check_arguments(what, found, args, kwargs)
     try:
         value = found(*args, **kwargs)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from poe_models.limits import Parameter
+
 POINTS = 4001
 """Nodes of the trapezoid rule."""
-Parameter = float | Tensor
-"""A setting of an energy: a number, or a tensor that broadcasts against ``q`` (a sampled hyperparameter)."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,6 @@ class ScaleMixture:
 def float64(value: Parameter) -> Tensor:
     """A setting as a tensor."""
     return torch.as_tensor(value, dtype=torch.float64)
-
-
-def require_positive(owner: str, **values: Parameter | None) -> None:
-    """Refuse settings of an energy that are not positive and finite.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    for name, value in values.items():
-        number = value if isinstance(value, int | float) else None
-        if isinstance(value, Tensor) and not bool((good := (value > 0) & value.isfinite()).all()):
-            number = float(value.detach()[~good][0])
-        if number is not None and not (0 < number < math.inf):
-            raise ValueError(f"`{owner}({name}={number})`: must be a positive finite number.")
 
 
 def log_sphere(dim: Tensor) -> Tensor:

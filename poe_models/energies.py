@@ -25,16 +25,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.densities import (
-    Parameter,
     ScaleMixture,
     float64,
     huber_radial_integral,
     log_sphere,
     radial_log_integral,
-    require_positive,
     student_log_normalizer,
 )
 from poe_models.energy import Energy, Gaussian
+from poe_models.limits import Parameter, require_positive
 
 __all__ = [
     "ENERGIES",
@@ -69,7 +68,7 @@ class StudentT(Energy):
         name, exponent = type(self).__name__, self.exponent
         if isinstance(exponent, str) and exponent != "multivariate":
             raise ValueError(f"`{name}(exponent={exponent!r})`: the only named exponent is 'multivariate'.")
-        require_positive(name, df=self.df, exponent=None if isinstance(exponent, str) else exponent)
+        require_positive(f"{name}(", df=self.df, exponent=None if isinstance(exponent, str) else exponent)
 
     @property
     @override
@@ -161,7 +160,7 @@ class Huber(Energy):
     delta: float
 
     def __post_init__(self) -> None:
-        require_positive("Huber", delta=self.delta)
+        require_positive("Huber(", delta=self.delta)
 
     @override
     def rho(self, q: Tensor) -> Tensor:
@@ -199,7 +198,7 @@ class GeneralizedGaussian(Energy):
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        require_positive("GeneralizedGaussian", power=self.power, epsilon=self.epsilon)
+        require_positive("GeneralizedGaussian(", power=self.power, epsilon=self.epsilon)
 
     @property
     @override

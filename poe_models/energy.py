@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from poe_models.densities import Parameter, ScaleMixture, derivative, float64, require_positive
+from poe_models.densities import ScaleMixture, derivative, float64
+from poe_models.limits import Parameter, require_positive
 from poe_models.records import with_tensors
 
 
@@ -173,7 +174,7 @@ class Gaussian(Energy):
     precision: Parameter = 1.0
 
     def __post_init__(self) -> None:
-        require_positive("Gaussian", precision=self.precision)
+        require_positive("Gaussian(", precision=self.precision)
 
     @override
     def rho(self, q: Tensor) -> Tensor:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 from poe_models.energies import Cauchy, Energy
 from poe_models.energy import require_slope
+from poe_models.limits import require_positive
 from poe_models.residual_maps import InputGram, ResidualMap
 from poe_models.scales import AnchorPrecision, Balanced, RelativePrecision, Scale
 
@@ -74,11 +74,8 @@ class Expert:
         for name, kind in (("residual_map", ResidualMap), ("energy", Energy), ("scale", Scale)):
             _require_kind("Expert", name, getattr(self, name), kind)
         _require_slope(self.name, self.energy)
-        if not 0 < self.importance < math.inf:
-            raise ValueError(
-                f"`Expert({self.name!r}, importance={self.importance})`: importance must be positive and finite; "
-                "leave the expert out of the product to ignore it."
-            )
+        leave = "Leave the expert out of the product to ignore it."
+        require_positive(f"Expert({self.name!r}, ", leave, importance=self.importance)
 
     @property
     def update_name(self) -> str:
@@ -219,8 +216,7 @@ class ProductOfExperts:
             )
         if not names:
             raise ValueError("`ProductOfExperts(())`: no experts. Give at least one `Expert`.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"`ProductOfExperts(temperature={self.temperature})`: must be positive and finite.")
+        require_positive("ProductOfExperts(", temperature=self.temperature)
 
     @override
     def __repr__(self) -> str:

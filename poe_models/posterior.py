@@ -14,7 +14,6 @@ Posterior(1 module: 0; full, latents (1, 2), torch.float64; experts a, b; T = 1)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from poe_models.energies import Energy
+from poe_models.limits import require_positive
 from poe_models.module_names import module_label
 from poe_models.operators import Operator
 from poe_models.printing import Brief
@@ -159,8 +159,8 @@ class Posterior:
                 f"`Posterior(temperature=...)`: a tensor of shape {tuple(self.temperature.shape)}. All modules share "
                 "one temperature: give a number, or a scalar tensor."
             )
-        if not isinstance(self.temperature, Tensor) and not 0 < self.temperature < math.inf:
-            raise ValueError(f"`Posterior(temperature={self.temperature})`: must be positive and finite.")
+        if not isinstance(self.temperature, Tensor):
+            require_positive("Posterior(", temperature=self.temperature)
 
     @property
     def fixed_temperature(self) -> float:

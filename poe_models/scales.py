@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.limits import require_not_negative, require_positive
 from poe_models.records import with_tensors
 
 
@@ -58,8 +58,7 @@ class GammaScale(Scale):
     gamma: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(f"`{type(self).__name__}(gamma={self.gamma})`: a scale must be a positive finite number.")
+        require_positive(f"{type(self).__name__}(", gamma=self.gamma)
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,7 @@ class EtaPrecision(AnchorPrecision):
     eta: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(
-                f"`{type(self).__name__}(eta={self.eta})`: a precision must be a finite number, zero or above."
-            )
+        require_not_negative(f"{type(self).__name__}(", eta=self.eta)
 
 
 @dataclass(frozen=True)
@@ -205,8 +201,7 @@ class RidgePrecision(AnchorPrecision):
     ridge: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ridge < math.inf:
-            raise ValueError(f"`RidgePrecision(ridge={self.ridge})`: a ridge must be a finite number, zero or above.")
+        require_not_negative("RidgePrecision(", ridge=self.ridge)
 
     @override
     def value(self, mean_curvature: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_classes_without_probability_cost_nothing() -> None:
 
 def test_what_is_refused() -> None:
     for scale in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"give a positive finite number"):
+        with pytest.raises(ValueError, match=r"must be a positive finite number"):
             Residual(scale=scale)
     Residual(scale=1e-9)
     with pytest.raises(ValueError, match="depends on the dimension"):

@@ -260,7 +260,7 @@ def test_products_compose_and_refuse_what_is_ambiguous() -> None:
         ProductOfExperts(())
     with pytest.raises(ValueError, match="temperature=0"):
         ProductOfExperts((a,), temperature=0)
-    with pytest.raises(ValueError, match="importance must be positive"):
+    with pytest.raises(ValueError, match="must be a positive finite number"):
         Expert("a", importance=-1.0)
     with pytest.raises(ValueError, match="Relative\\(gamma=-1"):
         Relative(-1.0)
@@ -355,5 +355,5 @@ def test_the_twin_of_a_multivariate_energy_waits_for_the_dimension(generator: to
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_a_temperature_that_is_none_is_refused(temperature: float, generator: torch.Generator) -> None:
     posterior = ProductOfExperts.of(["a", "b"]).bind(random_updates(generator, 1, 2, 2, 2))
-    with pytest.raises(ValueError, match=f"temperature={temperature}.*positive and finite"):
+    with pytest.raises(ValueError, match=f"temperature={temperature}.*positive finite"):
         replace(posterior, temperature=temperature)

@@ -108,7 +108,7 @@ def test_a_spread_beyond_the_latents_precision_is_outside_too(temperature: float
         if dtype is torch.float32:
             assert found == -math.inf
         else:
-            expected = log_constant(replace(posterior, temperature=temperature)) - posterior.energy(z) / temperature
+            expected = log_constant(tempered) - posterior.energy(z) / temperature
             assert found == pytest.approx(float(expected.sum()), rel=1e-12)
 
 
@@ -189,7 +189,7 @@ def test_nuts_survives_the_temperatures_that_it_proposes(step_size: float, gener
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_a_number_that_is_no_temperature_is_refused(temperature: float, generator: torch.Generator) -> None:
-    with pytest.raises(ValueError, match="must be positive and finite"):
+    with pytest.raises(ValueError, match="must be a positive finite number"):
         replace(posterior_of(generator), temperature=temperature)
     with pytest.raises(ValueError, match=r"tensor of shape \(2,\).*scalar tensor"):
         replace(posterior_of(generator), temperature=torch.full((2,), temperature))

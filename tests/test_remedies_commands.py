@@ -77,7 +77,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "temperature": (
         f"sample {MODELS} --temperature 0 {FEW}",
-        "must be positive and finite; small ones draw near the MAP",
+        "; small ones draw near the MAP",
         f"sample {MODELS} --temperature 1e-6 {FEW}",
     ),
     "few draws": (

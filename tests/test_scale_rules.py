@@ -108,10 +108,10 @@ def test_precisions_by_hand() -> None:
 
 @pytest.mark.parametrize("build", SCALES.values())
 def test_a_scale_is_positive_and_finite(build: Callable[[float], Scale]) -> None:
-    build(1e-300)
+    build(1e-30)
     build(0.5)
     for value in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="a scale must be a positive finite number"):
+        with pytest.raises(ValueError, match="must be a positive finite number"):
             build(value)
 
 

@@ -149,7 +149,7 @@ def test_only_names_with_literals_are_read(text: str, tmp_path: Path, monkeypatc
         ("studen_t(4)", ENERGY, "did you mean `StudentT`?"),
         ("Inputgrm", RESIDUAL_MAP, "did you mean `InputGram`? Known: Identity, Directional, OutputGram, InputGram"),
         ("xyz", SCALE, "unknown name `xyz`. Known: Balanced, Absolute, NormScaled, Relative"),
-        ("Relative(-1.0)", SCALE, "scale `Relative(-1.0)`: `Relative(gamma=-1.0)`: a scale must be a positive"),
+        ("Relative(-1.0)", SCALE, "scale `Relative(-1.0)`: `Relative(gamma=-1.0)`: must be a positive"),
         ("StudentT", ENERGY, "missing a required argument: 'df'. Write it as `StudentT(df, exponent=None)`."),
         ("StudentT(1, 2, 3)", ENERGY, "too many positional arguments. Write it as `StudentT(df, exponent=None)`."),
         ("Cauchy(k=3)", ENERGY, "there is no argument `k`. Write it as `Cauchy("),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from poe_models.energies import Energy, Gaussian
+from poe_models.limits import require_positive
 from poe_models.printing import Brief
 
 Divergence = Callable[[Tensor, Any], Tensor]
@@ -85,8 +86,7 @@ class Residual:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < torch.inf:
-            raise ValueError(f"`Residual(scale={self.scale})`: give a positive finite number, in units of the outputs.")
+        require_positive("Residual(", "It is in units of the outputs.", scale=self.scale)
         if self.energy.needs_dimension:
             raise ValueError(
                 f"`Residual({self.energy!r})`: its exponent depends on the dimension of the residual. Give one."

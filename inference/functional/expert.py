@@ -16,6 +16,7 @@ from torch import Tensor
 from inference.functional.divergences import Divergence, KullbackLeibler, Targets
 from inference.functional.span_model import Forward, SpanModel
 from poe_models.experts import FactorExpert
+from poe_models.limits import require_positive
 from poe_models.printing import Brief
 from poe_models.weights.batches import mapped, tensors_of
 
@@ -107,8 +108,7 @@ def prediction_expert(
         raise ValueError(
             f"`prediction_expert({name!r})`: {count_of(targets)} targets for {count} inputs. Give as many."
         )
-    if not 0 < importance < torch.inf:
-        raise ValueError(f"`prediction_expert({name!r}, importance={importance})`: give a positive finite number.")
+    require_positive(f"prediction_expert({name!r}, ", importance=importance)
     energy = OutputEnergy(model, forward, inputs, divergence, targets, importance)
     limit = None if batch_size is None else min(batch_size, count)
     return FactorExpert(name, energy, "span", "examples", count, subsample_size, limit)

@@ -20,7 +20,6 @@ from inference.solution import FixedPointInfo, Solution
 from inference.units import COMFORTABLE, in_given_units, powers_of_two
 from poe_models.experts import ProductOfExperts
 from poe_models.methods import MergingMethod
-from poe_models.precisions import NotPositiveDefiniteError
 from poe_models.span_labels import stored_center
 from poe_models.sums import largest_entry
 from poe_models.updates import over_units
@@ -217,9 +216,11 @@ class Design:
             require_usable(self.method, len(names))
         try:
             self._probe(1.0, self.center is not None)
-        except NotPositiveDefiniteError as error:
+        except ValueError as error:
             where = "a module of random updates, on which the design was tried,"
-            raise NotPositiveDefiniteError(str(error).replace("module 0 of the batch", where)) from error
+            if "module 0 of the batch" not in str(error):
+                raise
+            raise type(error)(str(error).replace("module 0 of the batch", where)) from error
 
 
 def _spread(sizes: Tensor) -> Tensor:

@@ -19,8 +19,14 @@ from tests.cli_sample.toys import CONFIG
         (("--out", "o", "--sampler", "gibs"), "--sampler gibs: did you mean `gibbs`?"),
         (("--out", "o", "--format", "delta"), "--format delta: did you mean `deltas`?"),
         (("--out", "o", "--tempreature", "1"), "no option `--tempreature`; did you mean `--temperature`?"),
-        (("--out", "o", "--temperature", "0"), "--temperature 0: must be positive and finite"),
-        (("--out", "o", "--temperature", "nan"), "--temperature nan: must be positive and finite"),
+        (
+            ("--out", "o", "--temperature", "0"),
+            "--temperature 0: must be a positive finite number, from 1e-30",
+        ),
+        (
+            ("--out", "o", "--temperature", "nan"),
+            "--temperature nan: must be a positive finite number, from 1e-30",
+        ),
         (("--out", "o", "--pattern", "("), r"--pattern '(': not a regular expression"),
         (
             ("--out", "o", "--pattern", "lm_head"),
