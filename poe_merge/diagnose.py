@@ -109,6 +109,9 @@ def diagnose(
         solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
         if solved:
             found.fixed_point = fixed_point_convergence(solved)
+        if not modules:
+            text = "no matrix was merged: every tensor was averaged or kept, and there is nothing to judge."
+            found.verdicts.append(Verdict("merge", Level.UNKNOWN, text))
         if draws is not None:
             _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
         if tails and modules:

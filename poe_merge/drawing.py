@@ -20,7 +20,7 @@ from inference.models.digest import Progress
 from inference.models.full_draws import sample_full
 from inference.models.method_draws import MethodDraws
 from inference.models.model_draws import FullDraws, SpanDraws
-from inference.models.modules import module_names
+from inference.models.modules import merged_tensors, module_names
 from inference.models.ranks import ALONE, Ranks
 from inference.models.statistics_files import statistics_digest
 from inference.retention import ExpertRetention, without_update
@@ -167,7 +167,7 @@ def draw_full(
 
 
 def _modules(task_vectors: TaskVectors) -> list[str]:
-    return [name for tensor in task_vectors.treatments for name in module_names(task_vectors, tensor)]
+    return [name for tensor in merged_tensors(task_vectors) for name in module_names(task_vectors, tensor)]
 
 
 def _serving(energy: Energy, coordinates: str) -> str:
@@ -230,9 +230,8 @@ def _draw_group(
         if what.temperature > coldest:
             raise
         raise ValueError(
-            f"--temperature {what.temperature:g}: too low for the sampler {what.sampler} at these scales: its "
-            f"steps become nothing ({str(error).splitlines()[0]}). Ask for {coldest:.1g} or more, or for "
-            "--sampler gibbs."
+            f"--temperature {what.temperature:g}: too low for the sampler {what.sampler}, whose steps become nothing "
+            f"at these scales ({str(error).splitlines()[0]}). Ask for {coldest:.1g} or more, or for --sampler gibbs."
         ) from error
     data, notes = arviz_data(chains, posterior, what.seed)
     notes = [] if what.independent else notes

@@ -229,7 +229,8 @@ def _model(text: str) -> dict[str, Any]:
 
 def _read(text: Any, flag: Flag) -> Any:
     """A value as YAML would have it: lists and mappings are read, paths are relative to the current folder."""
-    if flag.switches or not text.lstrip().startswith(("[", "{")):
+    named = flag.value.path and Path(text).expanduser().exists()
+    if flag.switches or named or not text.lstrip().startswith(("[", "{")):
         here = located(text, (Path.cwd(),)) if flag.value.path else text
         return here if flag.value.kind is None or Path(here).exists() else text  # an anchor may be no path
     try:

@@ -357,7 +357,7 @@ def module_of(what: str, where: str, folders: Sequence[Path]) -> ModuleType:
     if file is not None:
         return _module_of_file(what, file)
     if is_file:
-        raise SpecError(f"{what}: there is no file {' or '.join(map(str, candidates))}.")
+        raise SpecError(f"{what}: there is no file {' or '.join(dict.fromkeys(map(str, candidates)))}.")
     with _importing(what, Path(where), folders):
         importlib.invalidate_caches()
         return importlib.import_module(where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from typing_extensions import override
 
 LARGEST, DEEPEST = 20_000, 32
 """Most values, aliases written out, and most levels of nesting; a text has at most 50 characters per value."""
@@ -35,7 +36,7 @@ def read(text: str, source: str = "") -> tuple[yaml.Node | None, Any]:
     """
     try:
         _require_small(text)
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             return node, None if node is None else loader.construct_document(node)
@@ -46,8 +47,19 @@ def read(text: str, source: str = "") -> tuple[yaml.Node | None, Any]:
         where = f"{source}:{mark.line + 1}:{mark.column + 1}: " if mark and source else f"{source}: " if source else ""
         raise YamlError(f"{where}not valid YAML: {getattr(error, 'problem', None) or error}.") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        # PyYAML lets Python's own through, for instance of the date 2020-13-41
+        # PyYAML lets Python's own through
         raise YamlError(f"{source}{': ' if source else ''}not valid YAML: {error}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, with the place of a value that Python refuses, such as the date 2020-13-41."""
+
+    @override
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 
 
 def _require_small(text: str) -> None:

@@ -163,6 +163,12 @@ def test_odd_yaml_is_one_error(text: str) -> None:
         read(text, "c.yaml")
 
 
+@pytest.mark.parametrize("value", ["2020-13-41", "9" * 5000, "!!int abc"])
+def test_a_value_that_python_refuses_has_its_line(value: str) -> None:
+    with pytest.raises(YamlError, match=r"^c\.yaml:2:6: not valid YAML"):
+        read(f"first: 1\nkey:  {value}\n".replace("  ", " "), "c.yaml")
+
+
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"a":' * 100 + "1" + "}" * 100, "[]", "\xff", "{", '{"a": ' + "9" * 9999 + "}"]
 )

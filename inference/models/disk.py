@@ -31,6 +31,7 @@ _REFUSALS = {
         "{file} would be larger than files may be here (`ulimit -f`, or the disk's own limit)",
         "Raise the limit or choose another disk, and {again}.",
     ),
+    errno.ENAMETOOLONG: ("the name {file} is too long for this disk", "Choose a shorter one."),
     errno.EROFS: ("{folder} is on a disk that can only be read", _ELSEWHERE),
     errno.EACCES: _CLOSED,
     errno.EPERM: _CLOSED,

@@ -18,7 +18,7 @@ from inference.models.artifacts import matmul_precision
 from inference.models.design import Design, Designs, as_function, design_text
 from inference.models.digest import Progress, Silent
 from inference.models.model_draws import FullDraws
-from inference.models.modules import Module, feed, merged_update, module_names, read_modules
+from inference.models.modules import Module, feed, merged_tensors, merged_update, module_names, read_modules
 from inference.models.ranks import ALONE, Ranks
 from inference.models.surrounding import distance_of_module, gibbs_distance
 from poe_models.module_names import not_drawn, with_names
@@ -118,10 +118,9 @@ def _seeds(task_vectors: TaskVectors, generator: torch.Generator) -> dict[str, i
 
 def _wanted(task_vectors: TaskVectors, pattern: str) -> dict[str, list[str]]:
     """Merged tensors with the names of their modules that a pattern finds."""
-    merged = [tensor for tensor, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
     found = {
         tensor: [name for name in module_names(task_vectors, tensor) if regular(pattern).search(name)]
-        for tensor in merged
+        for tensor in merged_tensors(task_vectors)
     }
     if not any(found.values()):
         raise ValueError(f"`sample_full(pattern={pattern!r})`: fits none of the merged modules; `plan` lists them.")

@@ -160,6 +160,21 @@ def module_names(task_vectors: TaskVectors, tensor: str) -> list[str]:
     return block_names(tensor, len(view.block_shapes(task_vectors.base.tensors[tensor].shape)))
 
 
+def merged_tensors(task_vectors: TaskVectors) -> list[str]:
+    """Names of the tensors that are merged, not averaged or kept.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    merged = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
+    if not merged:
+        raise ValueError(
+            "no tensor of the base is merged, so there is no module. `poe-merge plan` (or `TaskVectors.treatments`) "
+            "says what happens to each and why; a rule can merge it."
+        )
+    return merged
+
+
 def feed(digest: Any, name: str, *tensors: Tensor | None) -> None:
     """Add a module's name and tensors to a checksum."""
     for tensor in tensors:

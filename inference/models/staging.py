@@ -64,7 +64,10 @@ def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> 
         if source.is_dir() and source in resolved.parents:
             raise OutputError(f"the output folder {out} lies inside the input {source}. Choose another folder.")
     staging = Staging(resolved)
-    if (out.exists() or out.is_symlink()) and not (resume and staging.published):
+    with disk_errors(resolved):
+        taken = out.exists() or out.is_symlink()
+        staging.folder.exists()  # whose name is longer
+    if taken and not (resume and staging.published):
         staging.tidy()
         raise OutputError(f"the output folder {out} exists. Choose another name, or remove it first.")
     return resolved

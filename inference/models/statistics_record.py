@@ -8,7 +8,7 @@ from typing import Any
 
 from inference.models.design import Design, Designs, as_function, design_text
 from inference.models.digest import difference
-from inference.models.modules import checked_names
+from inference.models.modules import checked_names, merged_tensors
 from poe_models.span_labels import center_label
 from poe_models.weights.loading import CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
@@ -106,14 +106,8 @@ def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
 
 def _designs(task_vectors: TaskVectors, designs: Designs) -> dict[str, Design]:
     """The design of each merged tensor."""
-    tensors = [name for name, treatment in task_vectors.treatments.items() if treatment.action == "merge"]
-    if not tensors:
-        raise ValueError(
-            "`collect_statistics(...)`: no tensor of the base is merged, so there is no module. `poe-merge plan` (or "
-            "`TaskVectors.treatments`) says what happens to each and why; a rule can merge it."
-        )
     for_tensor = as_function(designs)
-    return {name: for_tensor(name) for name in tensors}
+    return {name: for_tensor(name) for name in merged_tensors(task_vectors)}
 
 
 def _kinds(task_vectors: TaskVectors, designs: Mapping[str, Design]) -> dict[str, _Kind]:

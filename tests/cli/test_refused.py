@@ -192,3 +192,21 @@ def test_errors_of_the_program_have_status_1_and_a_traceback_on_demand(cli: Cli,
         cli("merge", "config.yaml", "--out", "out", "--debug")
     with pytest.raises(ValueError, match="unknown name `Couchy`"):
         cli("plan", "config.yaml", "--energy", "Couchy", "--debug")
+
+
+def test_a_name_that_is_too_long_for_the_disk(fails: Callable[..., str]) -> None:
+    for name in ("x" * 300, "x" * 250):  # the folder's, and that of its files on the way
+        message = fails("merge", "config.yaml", "--out", name)
+        assert message.endswith(f"{name} is too long for this disk. Choose a shorter one.")
+
+
+@pytest.mark.parametrize("name", ["[base", "{base"])
+def test_a_folder_is_no_yaml_whatever_its_name(name: str, cli: Cli, here: Path) -> None:
+    (here / "base").rename(here / name)
+    status, _, err = cli("merge", "config.yaml", "--base-model", name, "--out", "out")
+    assert status == 0, err
+
+
+def test_a_file_that_is_not_there_is_named_once(fails: Callable[..., str], here: Path) -> None:
+    message = fails("merge", "config.yaml", "--energy", "mine.py:Mine", "--out", "o")
+    assert message.count(str(here / "mine.py")) == 1

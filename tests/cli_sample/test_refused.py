@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from tests.cli_sample.toys import CONFIG
 
@@ -60,3 +62,13 @@ def test_coordinates_of_one_kind(fails: Callable[..., str], here: Path) -> None:
     mixed = [{"filter": "attn", "value": "full"}, {"value": "span"}]
     (here / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "parameters": {"coordinates": mixed}}))
     assert "`coordinates` differ between tensors" in fails("sample", "config.yaml", "--out", "o")
+
+
+def test_where_no_matrix_is_merged_it_says_so(fails: Callable[..., str], here: Path) -> None:
+    """No flag was given, and none is named."""
+    for name in ("base", "mnist", "emoji"):
+        state = {"norm.bias": torch.full((4,), float(len(name)))}
+        save_file(state, here / name / "model.safetensors")
+    for coordinates in ("span", "full"):
+        message = fails("sample", "config.yaml", "--coordinates", coordinates, "--out", "o")
+        assert message.startswith("no tensor of the base is merged, so there is no module. `poe-merge plan`")
