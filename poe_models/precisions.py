@@ -77,8 +77,8 @@ class GramPrecision(Precision):
         if bool(failed.any()):
             raise NotPositiveDefiniteError(
                 f"the precision of module {failed.nonzero()[0].tolist()[-1]} of the batch is not positive definite in "
-                f"{matrix.dtype}: the experts leave some direction undetermined. Raise the anchor's precision, or "
-                "compute in float64."
+                f"{matrix.dtype}: the experts leave some direction undetermined. Raise the anchor's precision"
+                f"{', or compute in float64' if matrix.dtype != torch.float64 else ''}."
             )
 
     @override

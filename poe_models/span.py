@@ -29,7 +29,7 @@ from poe_models.operators import RANK_TOLERANCE, mean_curvatures, vector_lengths
 from poe_models.printing import Brief
 from poe_models.records import joined, with_tensors
 from poe_models.span_labels import basis_names, center_label, merge_label
-from poe_models.sums import inner_products
+from poe_models.sums import inner_products, largest_entry
 from poe_models.updates import NamedUpdates, above_rounding, batch_of, center_of
 
 
@@ -165,13 +165,18 @@ def statistics_of(
 ) -> SpanStatistics:
     """Statistics of updates ``(M, N, d_out, d_in)`` and their basis ``(M, K, d_out, d_in)``.
 
-    ``through`` says that the last member of the basis is the design's merge.
+    ``through`` says that the last member of the basis is the design's merge. Updates whose fourth power leaves the
+    range of their dtype are seen in float64, as their statistics are.
     """
+    dtype, sizes = updates.dtype, largest_entry(updates)
+    low, high = torch.finfo(dtype).tiny ** 0.25, torch.finfo(dtype).max ** 0.25
+    if bool(((sizes > 0) & ((sizes < low) | (sizes > high))).any()):
+        updates, basis = updates.double(), basis.double()
     operators = [
         e.residual_map.checked_operator(updates[:, poe.update_names.index(e.update_name)]) for e in poe.experts
     ]
     members = basis.unbind(1)
-    curvature = torch.stack(above_rounding(poe.experts, mean_curvatures(operators), updates.dtype), 1)
+    curvature = torch.stack(above_rounding(poe.experts, mean_curvatures(operators), dtype), 1)
     return SpanStatistics(
         modules=modules,
         updates=poe.update_names,

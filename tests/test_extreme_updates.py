@@ -44,3 +44,13 @@ def test_a_design_of_absolute_sizes_refuses_them_and_the_remedies_help(
     divided = ProductOfExperts.of(vectors.names, scale=Absolute(1.0)).bind(module.updates / size)
     wanted = fixed_point(ProductOfExperts.of(vectors.names, scale=Absolute(1.0)).bind(updates)).value
     torch.testing.assert_close(fixed_point(divided).value, wanted, rtol=1e-4, atol=1e-5)  # and the other
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_statistics_of_single_precision_are_those_of_double(size: float, generator: torch.Generator) -> None:
+    """They are kept in float64, which holds what float32 does not."""
+    updates = size * torch.randn(1, 2, 4, 4, generator=generator)
+    poe = ProductOfExperts.of(["a", "b"])
+    found, wanted = (fixed_point(poe.bind(each, "span")) for each in (updates, updates.double()))
+    assert found.converged
+    torch.testing.assert_close(found.value / size, wanted.value / size, rtol=1e-5, atol=1e-6)
