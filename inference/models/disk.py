@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -86,6 +87,33 @@ def disk_errors(file: Path, again: str = RESUME) -> Iterator[None]:
         reason, way_out = _REFUSALS.get(code, ("{file} cannot be written ({text})", "Remove the cause and {again}."))
         text = f"{reason}. {way_out}".format(file=file, folder=file.parent, text=os.strerror(code), again=again)
         raise OutputError(text) from error
+
+
+@contextmanager
+def only_process(folder: Path, again: str = RESUME) -> Iterator[None]:
+    """Keep other processes out of a folder within the block.
+
+    Args:
+        folder: The folder.
+        again: What to do once the disk is mended.
+
+    Yields:
+        Nothing; the folder is this process's own until the block ends.
+
+    Raises:
+        OutputError: If another process is in it.
+    """
+    with disk_errors(folder, again):
+        opened = os.open(folder, os.O_RDONLY)  # the folder itself: nothing to clean up, follows a rename
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise OutputError(f"another process is writing into {folder}. Wait for it, or end it.") from None
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def _errno(error: BaseException) -> int | None:

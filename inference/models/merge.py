@@ -33,7 +33,7 @@ from inference.models.staging import Finished, Staging, check_output
 from inference.models.tensor_batches import merge_batch
 from inference.retention import ExpertRetention, concerns, totals
 from inference.solution import Status
-from poe_models.weights.loading import Checkpoint, CheckpointError
+from poe_models.weights.loading import Checkpoint
 from poe_models.weights.task_vectors import TaskVectors
 from poe_models.weights.transfer import ReadAhead
 
@@ -159,16 +159,12 @@ def merge_checkpoint(
         require_same_files(ranks, checkpoints.values())
         require_same_state(ranks, state)
         if not ranks.gather(staging.published)[0]:
-            try:
-                if any(each.method is not None and not each.method.ready for each in planned.designs):
-                    ready = prepare_designs(task_vectors, as_any_function(design), progress)
-                    planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
-                resumed = _write_shards(task_vectors, planned, staging, seed, progress, ranks)
-                if ranks.first:
-                    written = _write_rest(task_vectors.base, planned, staging, out_dtype, state)
-            except CheckpointError:
-                staging.abandon()
-                raise
+            if any(each.method is not None and not each.method.ready for each in planned.designs):
+                ready = prepare_designs(task_vectors, as_any_function(design), progress)
+                planned = plan(task_vectors, ready, out_dtype=out_dtype, batch_bytes=batch_bytes)
+            resumed = _write_shards(task_vectors, planned, staging, seed, progress, ranks)
+            if ranks.first:
+                written = _write_rest(task_vectors.base, planned, staging, out_dtype, state)
         if ranks.first:
             staging.publish()
     written = written or json.loads((staging.out / RECORD).read_text(encoding="utf-8"))

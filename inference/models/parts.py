@@ -53,6 +53,15 @@ def _read(place: Path) -> list[str]:
     return place.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
+def finished(file: Path, parts: Path) -> bool:
+    """True for a file of an interrupted run that is progress; a part of the folder is, once its records are beside it.
+
+    >>> finished(Path("out/parts/model/00000.safetensors"), Path("out/parts"))
+    False
+    """
+    return file.suffix != ".tmp" and (not file.is_relative_to(parts) or file.with_suffix(".json").exists())
+
+
 def intact(file: Path, place: Path) -> bool:
     """True if a file has the digest that was recorded when it was written."""
     try:

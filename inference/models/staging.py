@@ -11,9 +11,7 @@ the disk and renamed, so that a file that is there is whole. Progress is removed
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +23,8 @@ import torch
 from torch import Tensor
 
 from inference.models.digest import difference
-from inference.models.disk import RESUME, OutputError, disk_errors, real_path, replace_file
-from inference.models.parts import Records, intact, once, whole
+from inference.models.disk import RESUME, OutputError, disk_errors, only_process, real_path, replace_file
+from inference.models.parts import Records, finished, intact, once, whole
 from inference.models.places import portable
 from inference.models.plain_json import Encoded, finite, json_text
 from inference.models.ranks import ALONE, Ranks
@@ -103,6 +101,11 @@ class Staging:
         """The folder that finished files are in."""
         return self.out if self.published else self.folder / OUTPUT
 
+    @property
+    def _nothing_finished(self) -> bool:
+        files = (path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / STATE)
+        return not self.published and not any(finished(path, self.folder / PARTS) for path in files)
+
     def check(self, resume: bool) -> None:
         """Refuse to run over an interrupted run unless it is to be resumed.
 
@@ -116,8 +119,8 @@ class Staging:
                 f"{self.folder} has no {STATE}: it is not an interrupted {self.what}. Look at what it is, and move it "
                 "or choose another output folder."
             )
-        with self._lock():
-            if not resume:
+        with only_process(self.folder, self.again):
+            if not resume and not self._nothing_finished:
                 raise OutputError(
                     f"{self.folder} is left from an interrupted {self.what}. Go on with it (`resume=True`, or "
                     "`--resume` on the command line), or remove that folder to start again."
@@ -126,6 +129,8 @@ class Staging:
     @contextmanager
     def begin(self, state: Mapping[str, Any], check_inputs: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Start ``OUT.partial``, or go on with the one that is there, and keep other processes out of it.
+
+        One in which nothing is finished is started anew, and removed if an input or a setting is refused.
 
         Args:
             state: What is written: settings, digests of the inputs, versions; plain data.
@@ -141,8 +146,8 @@ class Staging:
         self._check_inputs = check_inputs
         with disk_errors(self.folder, self.again):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock():
-            self._fresh = not (self.folder / STATE).exists()
+        with only_process(self.folder, self.again):
+            self._fresh = self._nothing_finished
             if not self._fresh:
                 self._check_same(self._begun_with(), state)
             with disk_errors(self.folder, self.again):
@@ -152,7 +157,12 @@ class Staging:
                 self._write_json(self.folder / STATE, state)
                 with disk_errors(self.folder, self.again):
                     (self.folder / OUTPUT).mkdir(exist_ok=True)
-            yield
+            try:
+                yield
+            except ValueError:
+                if self._nothing_finished:
+                    self._remove()
+                raise
 
     @contextmanager
     def shared(
@@ -177,20 +187,6 @@ class Staging:
             self._check_inputs = check_inputs
             yield
         ranks.wait()
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with disk_errors(self.folder, self.again):
-            folder = os.open(self.folder, os.O_RDONLY)  # the folder itself: nothing to clean up, follows a rename
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise OutputError(f"another process is writing into {self.folder}. Wait for it, or end it.") from None
-        try:
-            yield
-        finally:
-            os.close(folder)
 
     def _begun_with(self) -> Any:
         try:
@@ -367,8 +363,8 @@ class Staging:
         self._remove()
 
     def abandon(self) -> None:
-        """Remove ``OUT.partial`` if this run began it and no part of it is finished."""
-        if self._fresh and not any((self.folder / name).exists() for name in (PARTS, RECORDS)):
+        """Remove ``OUT.partial`` of a folder that is written at once, if this run began it."""
+        if self._fresh:
             self._remove()
 
     def tidy(self) -> None:

@@ -73,7 +73,7 @@ def die(*args):
     count += 1
 if where == "before a rename":
     plain = os.fsync
-    staging.os.fsync = lambda file: (die(), plain(file))
+    os.fsync = lambda file: (die(), plain(file))
 else:
     plain = staging.Staging.finish_shard
     def finish_shard(self, *args):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from inference.models.folder import weight_files
 from inference.models.merge import Design, OutputError, merge_checkpoint
-from poe_models import CheckpointError, TaskVectors, open_checkpoint
+from inference.models.parts import Records
+from poe_models import Absolute, CheckpointError, ProductOfExperts, TaskVectors, open_checkpoint
 from tests.streaming.toys import Ticks, contents, poe, save_folder, states
 
 
@@ -140,3 +141,31 @@ def test_a_copy_of_the_base_is_no_expert(models: Any, tmp_path: Path, out: Path)
     with pytest.raises(CheckpointError, match=r"expert copy: .*copy holds the same weights as the base"):
         merge_checkpoint(vectors, poe(vectors), out)
     assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_is_refused_before_anything_is_finished_does_not_block_the_remedy(
+    resume: bool, out: Path, generator: torch.Generator
+) -> None:
+    made = [{"head.weight": each["head.weight"]} for each in states(generator).values()]
+    vectors = TaskVectors(made[0], {"mnist": made[1], "emoji": made[2]})
+    hopeless = ProductOfExperts.of(vectors.names, scale=Absolute(1e30))
+    with pytest.raises(ValueError, match="Raise the anchor's precision"):
+        merge_checkpoint(vectors, hopeless, out)
+    assert not out.with_name("out.partial").exists()
+    assert merge_checkpoint(vectors, poe(vectors), out, resume=resume).out == out
+
+
+def test_a_folder_in_which_nothing_is_finished_does_not_block(models: Any, out: Path, monkeypatch: Any) -> None:
+    """Also one whose process died: its parts count once their records are beside them."""
+    vectors = models()
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(vectors, poe(vectors), out, seed=1)
+    assert list(out.with_name("out.partial").rglob("*.safetensors"))
+    assert merge_checkpoint(vectors, poe(vectors), out, seed=2).resumed_batches == 0
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
