@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from poe_models.weights.batches import require_classes
+
 LOGIT_TEMPERATURES = (0.01, 100.0)
 """Range in which a logit temperature is looked for."""
 _LOWEST = torch.finfo(torch.float64).min
@@ -44,7 +46,7 @@ def fit_logit_temperature(logits: PerTask, labels: PerTask) -> float:
         less than nothing); 1 if every example's logits are equal, which no temperature changes.
 
     Raises:
-        ValueError: If shapes or tasks do not fit, a logit is NaN or +inf, or one of a label is -inf.
+        ValueError: If shapes, labels or tasks do not fit, a logit is NaN or +inf, or one of a label is -inf.
     """
     tables = _labelled_logits(by_task(logits), by_task(labels))
     if all(_says_nothing(z) for z, _ in tables):
@@ -145,6 +147,7 @@ def _labelled_logits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor])
                 f"`fit_logit_temperature(...)`: logits {tuple(table.shape)} and labels {tuple(own.shape)} of {task}; "
                 "give (n, classes) and (n,) of validation examples."
             )
+        require_classes(own, table.shape[1], f"`fit_logit_temperature(labels=...)`, {task}")
         z = table.detach().double().cpu()
         of_label = z.gather(1, own.detach().cpu().long().unsqueeze(1)).squeeze(1)
         if not bool((z.isfinite() | z.isneginf()).all() and of_label.isfinite().all()):

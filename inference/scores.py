@@ -17,12 +17,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from poe_models.weights.batches import require_classes
+
 ECE_BINS = 20
 """As in [BMM] Eq. 34 (Li et al., arXiv 2605.12843)."""
 
 
 def nll_each(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each label, ``(n,)`` in nats, of ``(n, classes)`` and ``(n,)``."""
+    """Negative log-likelihood of each label, ``(n,)`` in nats, of ``(n, classes)`` and ``(n,)``.
+
+    Raises:
+        ValueError: If a label names no class.
+    """
+    require_classes(labels, log_probabilities.shape[1], "`nll_each(labels=...)`")
     return -log_probabilities.double().gather(1, labels.long().unsqueeze(1)).squeeze(1)
 
 
@@ -30,7 +37,7 @@ def label_log_likelihood(log_probabilities: Tensor, labels: Tensor | None) -> Te
     """Log-likelihood of each label, ``(n,)`` in nats, of ``(n, classes)`` and ``(n,)``.
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If there are no labels, or one names no class.
     """
     if labels is None:
         raise ValueError(
@@ -41,14 +48,24 @@ def label_log_likelihood(log_probabilities: Tensor, labels: Tensor | None) -> Te
 
 
 def brier_each(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Squared distance of each row of probabilities from its one-hot label, ``(n,)``, summed over classes: 0 to 2."""
+    """Squared distance of each row of probabilities from its one-hot label, ``(n,)``, summed over classes: 0 to 2.
+
+    Raises:
+        ValueError: If a label names no class.
+    """
+    require_classes(labels, probabilities.shape[1], "`brier_each(labels=...)`")
     values = probabilities.double()
     own = values.gather(1, labels.long().unsqueeze(1)).squeeze(1)
     return values.square().sum(1) - 2 * own + 1
 
 
 def top_label(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest probability of each example, ``(n,)``, and whether its class is the label, ``(n,)`` of 0.0 and 1.0."""
+    """Largest probability of each example, ``(n,)``, and whether its class is the label, ``(n,)`` of 0.0 and 1.0.
+
+    Raises:
+        ValueError: If a label names no class.
+    """
+    require_classes(labels, probabilities.shape[1], "`top_label(labels=...)`")
     confidence, predicted = probabilities.double().max(1)
     return confidence, (predicted == labels).double()
 

@@ -29,6 +29,7 @@ from poe_models.energies import StudentT
 from poe_models.least_squares import quadratic_of
 from poe_models.posterior import Posterior
 from poe_models.printing import Brief
+from poe_models.weights.batches import require_classes
 
 COLDEST = 1e-3
 """The lowest temperature of a search as a share of the highest."""
@@ -320,6 +321,8 @@ def _checked(log_probabilities: Tensor, labels: Mapping[str, Tensor], task: str)
             f"`temper(predict=...)`: expected log probabilities ({count}, classes) whose exponentials sum to 1 in each "
             f"row, got {tuple(values.shape)}. Return `logits.log_softmax(-1)`."
         )
+    if task in labels:
+        require_classes(labels[task], values.shape[1], f"`temper(labels=...)`, {task}")
     return values
 
 

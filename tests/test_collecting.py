@@ -262,6 +262,9 @@ def test_wrong_batches_logits_and_labels_are_refused(generator: torch.Generator)
         collect_fisher(model, [x], lambda m, b: m(b)[0], views)
     with pytest.raises(ValueError, match=r"`labels\(batch\)` gave \(2,\)"):
         collect_fisher(model, [x], call, views, labels=lambda batch: torch.zeros(2, dtype=torch.long))
+    for label in (-1, 2):
+        with pytest.raises(ValueError, match=rf"`labels\(batch\)`: label {label} with 2 classes. Give 0 to 1"):
+            collect_fisher(model, [x], call, views, labels=lambda batch, y=label: torch.full((1,), y))
     with pytest.raises(ValueError, match="Give the `prefix`"):
         collect_fisher(model, [x], call, views, prefix="encoder.")
 

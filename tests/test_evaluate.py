@@ -254,7 +254,7 @@ def nan_in(batch: int) -> list[tuple[Tensor, Tensor]]:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no batches": ({"tasks": [Task("t", [])]}, r"'m' on task 't': the loader has no batches"),
     "NaN": ({"tasks": [Task("t", nan_in(1))]}, r"'m' on task 't': batch 1: .*NaN"),
-    "labels": ({"tasks": [Task("t", batches(0, classes=9))]}, r"batch 0 has the label \d with 3 classes"),
+    "labels": ({"tasks": [Task("t", batches(0, classes=9))]}, r"batch 0: label \d with 3 classes"),
     "no labels": ({"tasks": [Task("t", [torch.zeros(2, 4).double()])]}, "batch 0 has no integer labels"),
     "metric": ({"metrics": ["acuracy"]}, "unknown metric 'acuracy'; did you mean 'accuracy'?"),
     "kinds": ({"metrics": ["accuracy", "spearman"]}, "metrics of class predictions or of values"),

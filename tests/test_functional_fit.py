@@ -151,6 +151,9 @@ def test_entropy_and_a_few_labels_as_experts() -> None:
     found = fit(posterior, model.start(), generator=seeded(0), steps=150, batch_size=20)
     before, after = (model.call(posterior.coefficients(z), called, x) for z in (model.start(), found.value))
     assert F.cross_entropy(after, labels) < F.cross_entropy(before, labels)
+    impossible = prediction_expert("labels", model, x, called, loss, labels + 1)
+    with pytest.raises(ValueError, match=r"outputs \(20, 4\) with its targets: Target 4 .* Give labels of 0 to 3"):
+        impossible.function(model.coefficients({"merge": 1.0}), torch.arange(20))
 
 
 def test_inputs_may_be_mappings_and_batches() -> None:

@@ -195,6 +195,11 @@ def test_tokens_are_scored_without_keeping_the_vocabulary() -> None:
         ensemble.score(model, [batch], reduce=lambda log_probabilities, labels: log_probabilities.sum())
     with pytest.raises(ValueError, match="the batches have no integer labels"):
         ensemble.score(model, [encoded()])
+    for label in (-1, VOCABULARY):
+        with pytest.raises(
+            ValueError, match=rf"^batch 1: .* label {label} with {VOCABULARY} classes. Give 0 to .*-100"
+        ):
+            ensemble.score(model, [batch, encoded(torch.full_like(ids, label))])
 
 
 def test_encoder_decoders_get_their_labels() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diagnostics.predictions.calibration import calibration, calibration_difference, scale_logits
 from diagnostics.predictions.reliability import reliability
-from inference import scores
+from inference import scores, temper
+from inference.logit_temperature import fit_ensemble_temperature, fit_logit_temperature
 from tests.helpers import assert_close
 
 P = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.25, 0.25, 0.5], [0.9, 0.05, 0.05]], dtype=torch.float64)
@@ -32,6 +33,22 @@ def test_scores_by_hand() -> None:
     assert scores.ece(P, Y, 4) == pytest.approx((0.0 + 0.7) / 4)
     assert scores.ece(P, Y) == pytest.approx((0.0 + 0.2 + 0.9) / 4)
     assert scores.ECE_BINS == 20
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_of_no_class_are_refused(label: int) -> None:
+    labels = torch.tensor([0, label, 1, 2])
+    told = f"label {label} with 3 classes. Give 0 to 2"
+    for score, table in (
+        (scores.nll, P.log()),
+        *((score, P) for score in (scores.brier, scores.accuracy, scores.ece)),
+        (fit_logit_temperature, P.log()),
+        (fit_ensemble_temperature, P.log().unsqueeze(0)),
+    ):
+        with pytest.raises(ValueError, match=told):
+            score(table, labels)
+    with pytest.raises(ValueError, match=told):
+        temper(lambda t: torch.ones(2), lambda draw: P.log(), labels, (0.1, 1.0), num_temperatures=3)
 
 
 def test_bins_are_closed_on_the_left_and_one_is_in_the_last() -> None:

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from poe_models.weights.batches import require_classes
+
 Array = Tensor | NDArray[Any]
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
 """Largest distance of the sum of a row from one; the second for 16-bit floats, whose rounding adds up over classes."""
@@ -91,14 +93,9 @@ def checked_labels(labels: Array, shape: tuple[int, int], called: str) -> Tensor
             f"`{called}(labels=...)`: {values.dtype} of shape {tuple(values.shape)} for {size} rows of probabilities. "
             "Give one integer for each row."
         )
-    values = values.long()  # torch compares no unsigned integers above 8 bits
-    outside = (values < 0) | (values >= classes)
-    if bool(outside.any()):
-        raise ValueError(
-            f"`{called}(labels=...)`: label {int(values[outside][0])} with {classes} classes. Give 0 to {classes - 1}; "
-            "leave out examples without a label."
-        )
-    return values.long()
+    values = values.long()
+    require_classes(values, classes, f"`{called}(labels=...)`")
+    return values
 
 
 def _tensor(values: Array, where: str, wanted: str) -> Tensor:

@@ -16,6 +16,7 @@ from inference.models.outputs import Rows, class_rows, value_rows
 from inference.models.prediction import predicted_classes
 from inference.models.predictor import Runner
 from inference.models.tasks import Task
+from poe_models.weights.batches import require_classes
 from poe_models.weights.loading import Checkpoint, CheckpointError, nearest, open_checkpoint
 from poe_models.weights.task_vectors import Source
 
@@ -193,12 +194,7 @@ def _valid(labels: Tensor | None, table: Tensor, where: str) -> Tensor:
             f"{where} has no integer labels, one for each row of logits. Give them as `labels` of a mapping, or as the "
             "second of a pair."
         )
-    outside = (labels < 0) | (labels >= table.shape[1])
-    if bool(outside.any()):
-        raise ValueError(
-            f"{where} has the label {int(labels[outside][0])} with {table.shape[1]} classes. Give 0 to "
-            f"{table.shape[1] - 1}, or -100 for what does not count."
-        )
+    require_classes(labels, table.shape[1], where)
     return labels
 
 

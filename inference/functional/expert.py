@@ -55,7 +55,13 @@ class OutputEnergy(Brief):
     def cost(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """Nats per example ``(b,)`` of outputs, the importance included."""
         targets = None if self.targets is None else rows_of(self.targets, rows, outputs.device)
-        found = self.importance * self.divergence(outputs, targets)
+        try:
+            found = self.importance * self.divergence(outputs, targets)
+        except IndexError as error:  # as of a cross-entropy
+            raise ValueError(
+                f"the divergence cannot compare outputs {tuple(outputs.shape)} with its targets: {error} Give labels "
+                f"of 0 to {outputs.shape[-1] - 1}."
+            ) from error
         if found.shape != rows.shape:
             raise ValueError(
                 f"the divergence gave {tuple(found.shape)} for {len(rows)} examples. Sum over all but the first "

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poe_models.weights.batches import IGNORED
+
 Forward = Callable[[nn.Module, Any], Any]
 """From a model and a batch of the loader to a tensor, or a model output with ``logits``."""
-IGNORED = -100
-"""The label of what does not count."""
 _CAUSAL = re.compile(r"ForCausalLM|LMHeadModel")
 _FORWARD = "`forward=lambda model, batch: ...`"
 

@@ -127,7 +127,7 @@ class Runner:
                 self._labels.append(rows.labels)
                 self._examples.append(rows.examples + count)
                 count += rows.num_examples
-                results.append(self._kept(rows))
+                results.append(self._kept(rows, index))
         if self._fingerprint is not None and len(seen) != len(self._fingerprint):
             raise _other_batches(len(seen))
         self._fingerprint = seen
@@ -136,11 +136,14 @@ class Runner:
             raise ValueError("`predict(loader=...)`: the loader has no batches. Give it some data.")
         return torch.cat(results)
 
-    def _kept(self, rows: Rows) -> Tensor:
-        """The rows of a batch reduced, one entry each."""
+    def _kept(self, rows: Rows, index: int) -> Tensor:
+        """The rows of a batch reduced, one entry each; what is refused is that batch's."""
         if self._reduce is None:
             return rows.values
-        found: Any = self._reduce(rows.values, rows.labels)
+        try:
+            found: Any = self._reduce(rows.values, rows.labels)
+        except ValueError as error:
+            raise ValueError(f"batch {index}: {error}") from error
         if not isinstance(found, Tensor) or found.shape[:1] != rows.values.shape[:1]:
             got = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(

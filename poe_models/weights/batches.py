@@ -18,6 +18,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 DEEPEST = 50
 """Most levels of containers in a batch."""
+IGNORED = -100
+"""The label of what does not count, in batches."""
 
 
 def tensors_of(batch: Any, depth: int = DEEPEST) -> Iterator[Tensor]:
@@ -92,6 +94,23 @@ def fingerprint(batch: Any) -> str:
             "of them: tuples, lists, mappings, dataclasses."
         )
     return digest.hexdigest()
+
+
+def require_classes(labels: Tensor, classes: int, where: str) -> None:
+    """Refuse integer labels that name no class.
+
+    >>> require_classes(torch.tensor([0, 2]), 3, "batch 0")
+
+    Raises:
+        ValueError: If one is negative, or not below the number of classes; says where it is.
+    """
+    values = labels.long()  # torch compares no unsigned integers above 8 bits
+    outside = (values < 0) | (values >= classes)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{where}: label {int(values[outside][0])} with {classes} classes. Give 0 to {classes - 1}, and leave out "
+            f"what has no label (in batches it is {IGNORED})."
+        )
 
 
 def _items(batch: Any) -> dict[Any, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poe_models.weights.batches import mapped, tensors_of
+from poe_models.weights.batches import mapped, require_classes, tensors_of
 from poe_models.weights.checkpoint import nearest
 from poe_models.weights.module_inputs import recorder_of
 from poe_models.weights.task_vectors import block_names
@@ -180,6 +180,7 @@ def _terms(logits: Any, labels: Tensor | None) -> Iterator[tuple[float, Tensor]]
             f"`labels(batch)` gave {tuple(labels.shape)} for one example with logits {tuple(logits.shape)}. Return one "
             "class for each row."
         )
+    require_classes(labels, logits.shape[1], "`labels(batch)`")
     yield from ((1.0, row[label]) for row, label in zip(log_probabilities, labels.tolist(), strict=True))
 
 
