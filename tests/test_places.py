@@ -58,6 +58,34 @@ def test_no_record_has_a_path_of_this_machine(here: Path) -> None:
     assert record["settings"]["config"]["models"][0]["model"] == "../../models/a"
 
 
+ENERGY = "from poe_models import Energy\n\nclass Mine(Energy):\n    def rho(self, q):\n        return q / (1 + q)\n"
+
+
+def test_code_of_ones_own_has_no_path_of_this_machine_and_is_found_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("code").mkdir()
+    Path("code/mine.py").write_text(ENERGY)
+    own, words = ["--energy", "code/mine.py:Mine"], ["-n", "1", "--draws", "9", "--warmup", "2", "--sampler", "slice"]
+    assert run(["merge", *MODELS, *own, "--out", "out/merged"]) == 0
+    assert run(["sample", *MODELS, *own, *words, "--out", "out/drawn"]) == 0
+    for file in [*(here / "out").rglob("*.json"), *(here / "out").rglob("*.md")]:
+        assert str(here.parent) not in file.read_text(), file
+    record = json.loads((here / "out/merged/poe_merge.json").read_text())
+    assert record["settings"]["config"]["parameters"]["energy"] == "../../code/mine.py:Mine()"
+    digest = hashlib.sha256(ENERGY.encode()).hexdigest()
+    assert record["inputs"]["code"]["sha256"] == {"../../code/mine.py": digest}
+    moved = here.parent / "elsewhere"
+    here.rename(moved)
+    monkeypatch.chdir(here.parent)
+    again = ["--allow-code", *words, "--out", "again"]
+    assert run(["sample", "--merge", "elsewhere/out/merged", *again]) == 0
+    assert run(["diagnose", "elsewhere/out/merged", "--allow-code", "--surrogates", "1", "--out", "r.html"]) == 0
+    (moved / "code/mine.py").write_text(ENERGY + "\n")
+    assert run(["diagnose", "elsewhere/out/merged", "--allow-code", "--surrogates", "1", "--out", "r.html"]) == 0
+    assert "is not the code that the merge was made with" in Path("r.html").read_text()
+
+
 def test_inputs_are_found_again_where_the_folders_go_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(["merge", *MODELS, "--anchor", "models/anchor", "--out", "merged"]) == 0
     moved = here.parent / "elsewhere"

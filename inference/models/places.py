@@ -22,6 +22,8 @@ _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]+)$")
 _REVISION = re.compile(r"([\w.-]+)/([\w.-]+)@([0-9a-f]+)")
 _QUOTED = re.compile(r"(?<=')\.{0,2}/[^']*(?=')|(?<=\")\.{0,2}/[^\"]*(?=\")")
 _ON = re.compile(r"\+(?=\.{0,2}/|[\w.-]+/[\w.-]+@[0-9a-f]+$)")  # of MODEL+ADAPTER
+_CODE = re.compile(r"(.+\.py)(:[A-Za-z_]\w*(?:\(.*\))?)", re.DOTALL)
+"""A class or function of the user's own: its file, and how it is called."""
 _ROLE = re.compile(r"(?:model under )*anchor ")
 
 
@@ -29,8 +31,8 @@ def portable(data: Any, folder: Path, *, foreign: bool = True) -> Any:
     """Plain data with the absolute paths of things that are there written as seen from a folder.
 
     Args:
-        data: Plain data; paths are whole strings or keys, several in ``MODEL+ADAPTER``, follow ``anchor``, or stand in
-            quotes.
+        data: Plain data; paths are whole strings or keys, several in ``MODEL+ADAPTER``, follow ``anchor``, stand in
+            quotes, or are files of code as in ``FILE.py:Name(1.0)``.
         folder: The folder that the record is in.
         foreign: Write ``../NAME`` for what shares no folder with it; left absolute otherwise, so that it is found.
 
@@ -102,6 +104,8 @@ def _text(text: str, change: Callable[[str], str | None]) -> str:
     role = _ROLE.match(text)
     prefix = role[0] if role else ""
     rest = text.removeprefix(prefix)
+    if (code := _CODE.fullmatch(rest)) is not None:
+        return f"{prefix}{change(code[1]) or code[1]}{_QUOTED.sub(lambda found: change(found[0]) or found[0], code[2])}"
     parts = _parts(rest)
     found = [change(part) for part in parts]
     if any(each is not None for each in found):
