@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diagnostics.verdicts import Level, Verdict
+from inference.models.record_shapes import SolvedModule, require_shape
 from inference.solution import FixedPointInfo, Solution, Status
 from poe_models.printing import Brief
 
@@ -144,12 +145,13 @@ def fixed_point_convergence(records: Iterable[Mapping[str, Any]]) -> FixedPointC
             "it out."
         )
     try:
-        return _collected(found)
-    except (KeyError, TypeError, AttributeError) as error:
+        for number, record in enumerate(found):
+            require_shape(SolvedModule, record, "`fixed_point_convergence(...)`: a record is incomplete", f"{number}.")
+    except ValueError as error:
         raise ValueError(
-            f"`fixed_point_convergence(...)`: a record is incomplete ({type(error).__name__}: {error}). Give "
-            "records of `solution_records`, or a `poe_merge.json` of this version."
+            f"{error} Give records of `solution_records`, or a `poe_merge.json` of this version."
         ) from error
+    return _collected(found)
 
 
 def solution_records(solution: Solution[FixedPointInfo], modules: Sequence[str]) -> list[dict[str, Any]]:

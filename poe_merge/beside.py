@@ -126,7 +126,7 @@ def _same(draws: PosteriorDraws, index: int, design: Mapping[str, Any], module: 
 def _same_norms(squared: Tensor, design: Mapping[str, Any], module: Mapping[str, Any]) -> bool:
     """Whether updates and centre of a module have the lengths that the merge recorded, in the order of the draws."""
     lengths = {each["update"] or each["name"]: each["name"] for each in design["experts"]}
-    updates = module["retention"]["update_norms"]
+    updates = module.get("retention", {}).get("update_norms", {})
     recorded = [updates.get(expert) for expert in lengths.values()] + [module.get("center_norm")]
     found = squared.sqrt().tolist()
     pairs = zip(found, recorded, strict=False)  # behind them is the merge, or zeros

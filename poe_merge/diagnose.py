@@ -22,7 +22,6 @@ from inference.models.design import Design
 from inference.models.digest import Progress, Silent, file_digest
 from inference.models.disk import real_path, replace_file
 from inference.models.draw_files import load_draws
-from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign
 from inference.models.model_draws import PosteriorDraws, SpanDraws
 from poe_merge.beside import beside_verdict
@@ -35,7 +34,6 @@ from poe_merge.record import (
     merge_of,
     read_record,
     task_vectors_of,
-    understood,
     unprepared,
 )
 from poe_merge.settings import Document
@@ -103,21 +101,20 @@ def diagnose(
     """
     record = read_record(run)
     found = Findings()
-    with understood(run / RECORD):
-        merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
-        modules = [module for tensor in merged for module in tensor["modules"]]
-        solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
-        if solved:
-            found.fixed_point = fixed_point_convergence(solved)
-        if not modules:
-            text = "no matrix was merged: every tensor was averaged or kept, and there is nothing to judge."
-            found.verdicts.append(Verdict("merge", Level.UNKNOWN, text))
-        if draws is not None:
-            _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
-        if tails and modules:
-            _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
-        if activations is not None:
-            found.alignment = gram_alignment(task_vectors_of(record), MomentsFolder(activations), seed=seed)
+    merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
+    modules = [module for tensor in merged for module in tensor["modules"]]
+    solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
+    if solved:
+        found.fixed_point = fixed_point_convergence(solved)
+    if not modules:
+        text = "no matrix was merged: every tensor was averaged or kept, and there is nothing to judge."
+        found.verdicts.append(Verdict("merge", Level.UNKNOWN, text))
+    if draws is not None:
+        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
+    if tails and modules:
+        _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
+    if activations is not None:
+        found.alignment = gram_alignment(task_vectors_of(record), MomentsFolder(activations), seed=seed)
     if predictions is not None:
         found.predictions = evaluate_predictions(load_predictions(predictions), seed=seed)
     return report(

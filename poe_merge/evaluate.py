@@ -17,7 +17,6 @@ Tasks may have metrics of their own. The module may be typed as a flag, ``--task
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -222,11 +221,12 @@ def _refuse_seen(entry: EvaluatedModel, tasks: Sequence[Task]) -> None:
 
 def _members(source: str) -> str | list[Path]:
     """A checkpoint, or the folders of an ensemble's members."""
+    from poe_models.weights.json_files import read_object
+
     record = Path(source) / MEMBERS
     if not record.is_file():
         return source
-    about: Any = json.loads(record.read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or about.get("format") != "checkpoints":
+    if read_object(record).get("format") != "checkpoints":
         raise ValueError(
             f"{source}: an ensemble of deltas, which are no models of their own. Write it with `--format checkpoints`."
         )

@@ -5,15 +5,12 @@ Only what ships with the toolkit is built: a file that says so imports nothing.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inference.models.artifacts import renamed
 from inference.models.design import Design
@@ -21,6 +18,7 @@ from inference.models.digest import UNDER, Progress, Silent, digest_inputs
 from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.places import resolved
+from inference.models.record_shapes import require_merge
 from inference.models.statistics_record import changed_input
 from inference.reweighting import SolverOptions
 from poe_merge.config import MergeConfig, parse_config
@@ -34,94 +32,6 @@ from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import Checkpoint, CheckpointError, model_and_adapter, open_checkpoint
 from poe_models.weights.rules import RuleTable
 from poe_models.weights.task_vectors import TaskVectors
-
-LARGEST = 1e30
-"""Largest number that a record may hold: none that a merge writes comes near."""
-Count = Annotated[int, Field(ge=0, le=2**53)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Module(_Part):
-    module: str
-    status: str
-
-
-class _Tensor(_Part):
-    tensor: str
-    aliases: list[str]
-    action: Literal["merge", "average", "base"]
-    view: str | None
-    reason: str
-    shape: list[Count]
-    dtype: str
-    numel: Count
-    design: Count = 0
-    modules: list[_Module] = []
-
-
-class _Input(_Part):
-    sha256: dict[str, str]
-
-
-class _Record(_Part):
-    tensors: list[_Tensor]
-    inputs: dict[str, _Input]
-    designs: list[dict[str, Any]]
-    versions: dict[str, str]
-    rules: list[dict[str, Any]]
-    compute_dtype: Literal["float32", "float64"]
-    settings: dict[str, Any] = {}
-
-
-def require_shape(path: Path, record: dict[str, Any]) -> None:
-    """Refuse a record of another shape.
-
-    Raises:
-        ValueError: If a field has another type than a merge writes, or a number no merge can have; names it.
-    """
-    try:
-        _Record.model_validate(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path}: `{place}`: {first['msg']}. Merge again.") from error
-    used = [tensor.get("design", 0) for tensor in record["tensors"] if "modules" in tensor]
-    if any(index >= len(record["designs"]) for index in used):
-        raise ValueError(
-            f"{path}: `designs` has {len(record['designs'])} entries, fewer than tensors use. Merge again."
-        )
-    if any(not abs(number) <= LARGEST for number in _numbers(record["tensors"])):
-        raise ValueError(f"{path}: `tensors` has a number beyond {LARGEST:g}. Merge again.")
-
-
-@contextmanager
-def understood(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while a malformed record is read into one error that names the record.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: If a field is missing or of another type.
-    """
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: a part of it is not as a merge writes it ({told}). Merge again.") from error
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    # Every number in nested data; NaN, which a merge writes where something is not known, is none.
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(item)
-    elif isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
-        yield value
-
 
 KEYS = {"tensors", "inputs", "designs", "versions", "rules", "compute_dtype"}
 FREE = ("seed", "device", "out_dtype")
@@ -158,7 +68,10 @@ def read_record(run: Path) -> dict[str, Any]:
         )
     if not set(record) >= KEYS or not isinstance(record["tensors"], list):
         raise ValueError(f"{path}: not the record of a merge. Give a folder that `poe-merge merge` made.")
-    require_shape(path, record)
+    try:
+        require_merge(record, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error} Merge again.") from error
     tensors = record.pop("tensors")
     return {**resolved(renamed(record), run), "tensors": tensors}
 
@@ -218,11 +131,11 @@ def task_vectors_of(record: Mapping[str, Any]) -> TaskVectors:
 
 def _require_models_under(record: Mapping[str, Any]) -> None:
     """Refuse a record of before the models under adapters were inputs, if it needs one: nothing says which it was."""
-    config = record.get("settings", {}).get("config", {})
+    config = (record.get("settings") or {}).get("config") or {}
     for entry in config.get("models", ()):
-        parts = model_and_adapter(str(entry["model"]))
-        role = EXPERT + str(entry["name"])
-        if parts is not None and parts[0] != config["base_model"] and UNDER + role not in record["inputs"]:
+        parts = model_and_adapter(entry["model"])
+        role = EXPERT + entry["name"]
+        if parts is not None and parts[0] != config.get("base_model") and UNDER + role not in record["inputs"]:
             raise CheckpointError(
                 f"{role} is an adapter on a model of its own ({parts[0]}), of which this record of an earlier version "
                 "has no digest. Merge again."
@@ -318,6 +231,9 @@ def _design(design: Mapping[str, Any], inputs: Mapping[str, Any], base: Checkpoi
     given = [start for start in solver["starts"] if start not in ("ones", "twin", "experts", "center")]
     if given:
         raise ValueError(f"the solver started from {given[0]}, which a record does not hold.")
+    unknown = next((key for key in solver if key not in {each.name for each in fields(SolverOptions)}), None)
+    if unknown is not None:
+        raise ValueError(f"the solver had the setting {unknown!r}, which this version does not have.")
     return Design(
         ProductOfExperts(experts_of(design).experts, anchor, float(design["temperature"])),
         scaling=float(design["scaling"]),

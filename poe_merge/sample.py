@@ -37,6 +37,7 @@ from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
 from inference.models.modules import module_names
 from inference.models.places import portable
 from inference.models.ranks import ALONE, Ranks
+from inference.models.record_shapes import SampleRecord, require_shape
 from inference.models.staging import Staging
 from inference.models.statistics_files import collect_statistics
 from inference.models.statistics_record import families
@@ -48,6 +49,7 @@ from poe_merge.functional import Span, laplace_draws
 from poe_merge.record import check_inputs, read_record
 from poe_merge.sampling import Sampling, Seeds
 from poe_merge.stats import Table, check_apart, checked_statistics, checkpoints_of
+from poe_models.weights.json_files import read_object
 from poe_models.weights.patterns import pattern
 from poe_models.weights.task_vectors import TaskVectors
 
@@ -298,13 +300,23 @@ def _products(designs: AnyTable) -> Table:
     return product
 
 
+def read_sample(folder: Path) -> dict[str, Any]:
+    """Read ``sample.json`` of a folder; a ``ValueError`` says what of it is not as it was written."""
+    record = read_object(folder / RECORD)
+    require_shape(SampleRecord, record, str(folder / RECORD))
+    return record
+
+
 def _drawn_before(staging: Staging, asked: Mapping[str, Any]) -> Drawn:
     """The draws of an interrupted run, if they are what is asked for now."""
     if (changed := changed_beside(staging.content, DRAWS)) is not None:
         raise OutputError(
             f"{changed}: not the file that was written with the draws. Remove {staging.folder} to start again."
         )
-    record = json.loads((staging.content / RECORD).read_text(encoding="utf-8"))
+    try:
+        record = read_sample(staging.content)
+    except ValueError as error:
+        raise OutputError(f"{error} Remove {staging.folder} to start again.") from error
     if found := difference({key: record[key] for key in asked}, portable(asked, staging.out)):
         place, before, now = found[0]
         raise OutputError(

@@ -228,9 +228,18 @@ def record(**changes: Any) -> dict[str, Any]:
         "temperature": 1.0,
         "scaling": 0.5,
         "coordinates": "full",
+        "solver": {
+            "starts": ["twin"],
+            "max_steps": 9,
+            "tolerance": None,
+            "step_tolerance": None,
+            "acceleration": True,
+        },
     }
     tensor = {
         "tensor": "a.weight",
+        "aliases": [],
+        "dtype": "bfloat16",
         "action": "merge",
         "view": None,
         "reason": "matrix",
@@ -246,6 +255,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "designs": [design],
         "tensors": [tensor],
         "versions": {"torch": "2.13"},
+        "rules": [],
         "seed": 3,
         "compute_dtype": "float32",
         "device": "cpu",

@@ -12,6 +12,7 @@ from diagnostics.report.page import Block, Details, Facts, Section, Table
 from diagnostics.verdicts import Level, Verdict
 from inference.models.folder import rounding_of
 from inference.models.places import short_source
+from inference.models.record_shapes import require_merge
 from inference.retention import ExpertRetention, concerns, totals_of
 
 __all__ = ["merge_section"]
@@ -32,15 +33,9 @@ def merge_section(record: Mapping[str, Any]) -> Section:
         ValueError: If the record is not one of a merge.
     """
     try:
-        return _merge_section(record)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"`merge_section(...)`: not the record of a merge ({type(error).__name__}: {error}). Give the contents of "
-            "a `poe_merge.json`."
-        ) from error
-
-
-def _merge_section(record: Mapping[str, Any]) -> Section:
+        require_merge(record, "`merge_section(...)`: not the record of a merge")
+    except ValueError as error:
+        raise ValueError(f"{error} Give the contents of a `poe_merge.json`.") from error
     tensors, inputs = record["tensors"], record["inputs"]
     experts = {role.removeprefix(EXPERT): entry for role, entry in inputs.items() if role.startswith(EXPERT)}
     actions = Counter(ACTIONS[tensor["action"]] for tensor in tensors)

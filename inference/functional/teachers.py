@@ -106,7 +106,7 @@ def load_predictions(path: str | Path, expert: str, model: SpanModel, inputs: An
     """
     record, file = read_record(path, _KIND), Path(path).expanduser() / _FILE
     try:
-        if file_digest(file) != record.get("sha256"):
+        if file_digest(file) != record["sha256"]:
             raise ValueError("it is not the file that was saved with its JSON")
         tensors = load_file(file)
         targets = Targets(tensors["outputs"], tensors.get("counted"))
@@ -114,13 +114,13 @@ def load_predictions(path: str | Path, expert: str, model: SpanModel, inputs: An
         raise CheckpointError(f"{file}: cannot be read: {error}. Save the predictions again.") from error
     now = {"expert": expert, "weights": model.fingerprint(expert), "inputs": fingerprint(inputs)}
     words = {"expert": "another expert", "weights": "other weights of the expert", "inputs": "other inputs"}
-    different = [words[key] for key, value in now.items() if record.get(key) != value]
+    different = [words[key] for key, value in now.items() if record[key] != value]
     if not different and not _again(targets, expert, model, inputs, forward):
         different = ["another forward function or head"]
     if different:
         raise CheckpointError(
             f"{path}: these predictions are of {' and '.join(different)}. Save them again with `save_predictions`, or "
-            f"give what they were made with (expert {record.get('expert')!r}, {record.get('examples')} examples)."
+            f"give what they were made with (expert {record['expert']!r}, {record['examples']} examples)."
         )
     return targets
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inference.models.digest import file_digest
 from inference.models.places import resolved
+from inference.models.record_shapes import require_artifact
 from inference.models.staging import Staging, check_output
 from poe_models.weights.json_files import read_object
 from poe_models.weights.loading import CheckpointError
@@ -101,6 +102,10 @@ def read_record(path: str | Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{error} Make the {kind} again.") from error
     if record.get("kind") != kind:
         raise CheckpointError(f"{file}: not the {kind} of a merge. Give the folder that was saved.")
+    try:
+        require_artifact(kind, record, f"{file}: incomplete {kind}")
+    except ValueError as error:
+        raise CheckpointError(f"{error} Make the {kind} again.") from error
     names = {key: value for key, value in record.items() if key in _NO_PATHS}
     return {**resolved(renamed(record), file.parent), **names}
 

@@ -175,16 +175,15 @@ def load_statistics(path: str | Path) -> SpanStatistics:
             modules=tuple(record["modules"]),
             updates=tuple(record["updates"]),
             residual_maps=tuple(record["residual_maps"]),
-            center=str(record["center"]),
+            center=record["center"],
             through=None if record["through"] is None else tuple(record["through"]),
             **{name: tensors[name] for name in _TENSORS},
         )
         _check(statistics)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: incomplete statistics ({type(error).__name__}: {error}). Make them again."
-        ) from error
-    if not is_digest_of(record.get("digest"), statistics):
+    except (KeyError, ValueError) as error:
+        lacks = f"the tensor {error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path}: incomplete statistics: {lacks}. Make them again.") from error
+    if not is_digest_of(record["digest"], statistics):
         raise CheckpointError(f"{path}: statistics.json is not about these numbers. Make the statistics again.")
     return statistics
 

@@ -78,7 +78,7 @@ def require_same(path: object, record: Mapping[str, Any], about: Mapping[str, An
     Raises:
         CheckpointError: If something differs, or nothing was recorded; names it.
     """
-    if not isinstance(record.get("about"), Mapping) or not isinstance(record.get("inputs"), Mapping):
+    if record.get("about") is None or record.get("inputs") is None:
         raise CheckpointError(
             f"{path}: nothing is recorded about what these statistics were made from. Make them with `poe-merge stats`."
         )

@@ -29,5 +29,5 @@ def test_full_draws_without_a_sampler_are_refused(vectors: TaskVectors, tmp_path
     draws = sample_full(vectors, poe_of(vectors), 2, generator=seeded(5), sampler="laplace")
     save_draws(draws, tmp_path / "draws")
     edit_json(tmp_path / "draws" / "draws.json", lambda record: record.pop("sampler"))
-    with pytest.raises(CheckpointError, match="incomplete draws .*sampler is no text"):
+    with pytest.raises(CheckpointError, match="incomplete draws: `sampler`: Field required"):
         load_draws(tmp_path / "draws")
