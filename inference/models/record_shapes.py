@@ -162,7 +162,7 @@ class _Fit(Part):
     steps: Count
     best_step: Count
     gradient_norm: Number
-    held_out: list[tuple[Number, Number]]
+    held_out: list[Annotated[list[Number], Field(min_length=2, max_length=2)]]
 
 
 class _Settings(Part):

@@ -131,12 +131,8 @@ def test_nothing_to_merge_is_said(generator: torch.Generator) -> None:
 def test_statistics_come_back_bit_for_bit_and_give_the_same_posterior(vectors: TaskVectors, tmp_path: Path) -> None:
     poe = poe_of(vectors, residual_map=(InputGram(), OutputGram()), anchor=Anchor(average))
     statistics = collect_statistics(vectors, poe)
-    folder = save_statistics(
-        statistics,
-        tmp_path / "stats",
-        inputs={"base": {"source": "../base", "sha256": {"f": "0"}}},
-        settings={"eta": 0.1},
-    )
+    inputs = {"base": {"source": "../base", "sha256": {"model.safetensors": "0"}}}
+    folder = save_statistics(statistics, tmp_path / "stats", inputs=inputs, settings={"eta": 0.1})
     loaded = load_statistics(tmp_path / "stats")
     assert folder == tmp_path / "stats"
     for name in statistics.__dataclass_fields__:
@@ -145,7 +141,7 @@ def test_statistics_come_back_bit_for_bit_and_give_the_same_posterior(vectors: T
     draws = [gibbs(poe.bind(each), 3, generator=seeded(1)).values for each in (statistics, loaded)]
     assert torch.equal(*draws)
     record = json.loads((folder / "statistics.json").read_text())
-    assert record["inputs"] == {"base": {"sha256": "0"}}
+    assert record["inputs"] == inputs
     assert record["settings"] == {"eta": 0.1}
     assert record["versions"]["torch"] == torch.__version__
 
