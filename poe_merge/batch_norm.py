@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inference.models.artifacts import versions
 from inference.models.batch_norm import reestimate_batch_norm
-from inference.models.digest import Silent, digest_inputs
+from inference.models.digest import Silent, digest_inputs, file_digest
 from inference.models.folder import RECORD
 from inference.models.staging import Staging, check_output
 from inference.models.tasks import Task
@@ -153,6 +153,9 @@ def write(staging: Staging, run: Path, statistics: Mapping[str, Tensor], record:
     for tensor in record["tensors"]:
         if tensor["tensor"] in statistics:
             tensor["reason"] = REASON
+    for name, was in record.get("written", {}).items():
+        if (run / name).is_file() and file_digest(run / name) == was:  # what was changed before stays told
+            record["written"][name] = file_digest(staging.content / name)
     staging.write_record(RECORD, record, ["tensors"])
     note = f"Running statistics of BatchNorm: re-estimated on inputs of {', '.join(record['batch_norm']['tasks'])}."
     card = (run / CARD).read_text(encoding="utf-8").rstrip() if (run / CARD).is_file() else ""

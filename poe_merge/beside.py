@@ -14,14 +14,19 @@ from diagnostics.chains import ABOUT, surround_verdict
 from diagnostics.verdicts import Level, Verdict
 from inference.merge_distance import RESOLUTION
 from inference.models.design import Design
-from inference.models.model_draws import FullDraws, PosteriorDraws, SpanDraws
+from inference.models.method_design import AnyDesign
+from inference.models.model_draws import FullDraws, PosteriorDraws
 from inference.models.surrounding import distance_from_merge
-from poe_merge.record import design_of, merge_of
+from poe_merge.record import design_of
 from poe_models.methods import METHODS
-from poe_models.weights.loading import CheckpointError
+from poe_models.weights.loading import Checkpoint, CheckpointError
 from poe_models.weights.task_vectors import TaskVectors
 
 DRAW_AROUND_IT = "Draw around it: `poe-merge sample --merge`."
+_UNDER_OTHERS = (
+    "were drawn under other experts, scales or anchor than this merge was made with, or from other updates, and are "
+    "around another merge. Draw around this one: `poe-merge sample --merge`."
+)
 
 
 def beside_verdict(
@@ -29,6 +34,9 @@ def beside_verdict(
     run: Path,
     record: Mapping[str, Any],
     task_vectors: Callable[[], TaskVectors],
+    designs: Callable[[Checkpoint], Mapping[str, AnyDesign]],
+    *,
+    as_written: bool,
 ) -> Verdict:
     """Judge draws beside a merge.
 
@@ -37,55 +45,32 @@ def beside_verdict(
         run: The merged folder.
         record: Its ``poe_merge.json``.
         task_vectors: Opens base and experts as they were merged.
+        designs: The design of each merged tensor, with which the merge can be done again, from the open base.
+        as_written: Whether the folder's weights are known to be those that the merge wrote. Otherwise the distance that
+            draws keep from then says nothing of them, and is measured again, which takes about as long as the merge.
 
     Returns:
         The distance of their centre; a caution if they are around something else.
     """
-    designs = {str(m["module"]): design_of(record, t) for t in record["tensors"] for m in t.get("modules", ())}
+    recorded = {str(m["module"]): design_of(record, t) for t in record["tensors"] for m in t.get("modules", ())}
     modules = {str(m["module"]): m for t in record["tensors"] for m in t.get("modules", ())}
-    lengths = {name: float(module["norm"]) for name, module in modules.items()}
-    foreign = next((name for name in draws.modules if "experts" not in designs[name]), None)
+    foreign = next((name for name in draws.modules if "experts" not in recorded[name]), None)
     if foreign is not None:
         return _caution(draws, f"{foreign!r} was merged by a method, and has no posterior.")
-    others = sorted({str(designs[name]["coordinates"]) for name in draws.modules} - {draws.surrounds})
+    others = sorted({str(recorded[name]["coordinates"]) for name in draws.modules} - {draws.surrounds})
     where = others[0].capitalize() if others else ""
     what = f"the merge was solved in {where} coordinates, and these draws are around another point" if where else ""
-    if isinstance(draws, SpanDraws) and not draws.through_merge:
-        return _around_the_span(draws, lengths, what, lambda: _measured(draws, run, record, task_vectors()))
-    if what:
-        return _caution(draws, f"{what}. {DRAW_AROUND_IT}")
-    for index, name in enumerate(draws.modules):
-        if not _same(draws, index, designs[name], modules[name]):
-            return _caution(
-                draws,
-                f"those of {name!r} were drawn under other experts, scales or anchor than this merge was made with, or "
-                "from other updates, and are around another merge. Draw around this one: `poe-merge sample --merge`.",
-            )
-    return surround_verdict(draws)
-
-
-def _caution(draws: PosteriorDraws, text: str) -> Verdict:
-    return Verdict(ABOUT, Level.CAUTION, f"{draws.about}: {text}")
-
-
-def _around_the_span(
-    draws: SpanDraws, lengths: Mapping[str, float], what: str, measured: Callable[[], SpanDraws]
-) -> Verdict:
-    """Judge draws around the MAP of the updates' span by the merged weights: such draws do not name their design.
-
-    Args:
-        draws: The draws.
-        lengths: Of the merged update of each module.
-        what: What the merge is instead, if it was not solved in the span.
-        measured: The draws with their distance from the merged weights, which takes reading them.
-    """
-    known = draws.from_merge
-    if not what and known is not None:
-        pairs = zip(known.length.tolist(), (lengths[name] for name in known.modules), strict=True)
-        if all(_as_long(drawn, merged) for drawn, merged in pairs):
-            return surround_verdict(draws)
+    if isinstance(draws, FullDraws) or draws.through_merge:  # those around the MAP of the span do not name their design
+        if what:
+            return _caution(draws, f"{what}. {DRAW_AROUND_IT}")
+        strange = _strange(draws, recorded, modules)
+        if strange is not None:
+            return _caution(draws, f"those of {strange!r} {_UNDER_OTHERS}")
+    lengths = all(_around_as_long(draws, index, modules[name]) for index, name in enumerate(draws.modules))
+    if as_written and lengths and draws.from_merge is not None and not what:
+        return surround_verdict(draws)
     try:
-        away = measured()
+        away = _measured(draws, run, task_vectors(), designs)
     except (ValueError, CheckpointError, OSError) as error:
         if what:
             return _caution(draws, f"{what} ({error}). {DRAW_AROUND_IT}")
@@ -97,9 +82,18 @@ def _around_the_span(
     return Verdict(ABOUT, level, f"{what}. {surround_verdict(away).text}")
 
 
-def _measured(draws: SpanDraws, run: Path, record: Mapping[str, Any], task_vectors: TaskVectors) -> SpanDraws:
+def _caution(draws: PosteriorDraws, text: str) -> Verdict:
+    return Verdict(ABOUT, Level.CAUTION, f"{draws.about}: {text}")
+
+
+def _measured(
+    draws: PosteriorDraws,
+    run: Path,
+    task_vectors: TaskVectors,
+    designs: Callable[[Checkpoint], Mapping[str, AnyDesign]],
+) -> PosteriorDraws:
     """The draws with their distance from the merged weights."""
-    made = merge_of(record, task_vectors.base)
+    made = designs(task_vectors.base)
 
     def design(tensor: str) -> Design:
         found = made[tensor]
@@ -107,6 +101,14 @@ def _measured(draws: SpanDraws, run: Path, record: Mapping[str, Any], task_vecto
         return found
 
     return replace(draws, from_merge=distance_from_merge(draws, task_vectors, design, run))
+
+
+def _strange(
+    draws: PosteriorDraws, designs: Mapping[str, Mapping[str, Any]], modules: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """Name of the first module that was not drawn around the merge of its design."""
+    names = enumerate(draws.modules)
+    return next((name for place, name in names if not _same(draws, place, designs[name], modules[name])), None)
 
 
 def _same(draws: PosteriorDraws, index: int, design: Mapping[str, Any], module: Mapping[str, Any]) -> bool:

@@ -33,6 +33,7 @@ from poe_merge.record import (
     experts_of,
     merge_of,
     read_record,
+    rewritten,
     task_vectors_of,
     unprepared,
 )
@@ -44,6 +45,10 @@ from poe_models.weights.task_vectors import TaskVectors
 
 NUM_SURROGATES = 19
 LEVEL = 0.05
+_REWRITTEN = (
+    "is not what the merge wrote: how the solver ended and what was kept of each expert are the merge's, and not of "
+    "these weights, of which residuals and tails are. Merge again."
+)
 METHODS_MAP = InputGram()
 """Measures the residuals of a method's merge unless told otherwise."""
 
@@ -100,7 +105,10 @@ def diagnose(
         ValueError: If something that was given cannot be read.
     """
     record = read_record(run)
-    found = Findings()
+    found, progress = Findings(), progress or Silent()
+    changed = rewritten(run, record, progress)
+    if changed is not None:
+        found.verdicts.append(Verdict("weights", Level.CAUTION, f"{changed} {_REWRITTEN}"))
     merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
     modules = [module for tensor in merged for module in tensor["modules"]]
     solved = [module for tensor in merged if "experts" in design_of(record, tensor) for module in tensor["modules"]]
@@ -110,9 +118,10 @@ def diagnose(
         text = "no matrix was merged: every tensor was averaged or kept, and there is nothing to judge."
         found.verdicts.append(Verdict("merge", Level.UNKNOWN, text))
     if draws is not None:
-        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found)
+        as_written = changed is None and "written" in record
+        _judge_draws(draws, run, record, [str(module["module"]) for module in modules], found, allow_code, as_written)
     if tails and modules:
-        _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress or Silent())
+        _fit_tails(run, record, found, seed, residual_map, num_surrogates, allow_code, progress)
     if activations is not None:
         found.alignment = gram_alignment(task_vectors_of(record), MomentsFolder(activations), seed=seed)
     if predictions is not None:
@@ -148,7 +157,15 @@ def write_page(text: str, out: Path) -> Path:
     return target
 
 
-def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list[str], found: Findings) -> None:
+def _judge_draws(
+    path: Path,
+    run: Path,
+    record: Mapping[str, Any],
+    modules: list[str],
+    found: Findings,
+    allow_code: bool,
+    as_written: bool,
+) -> None:
     draws = load_draws(path)
     strange = sorted(set(draws.modules) - set(modules))
     if strange:
@@ -156,7 +173,9 @@ def _judge_draws(path: Path, run: Path, record: Mapping[str, Any], modules: list
             f"{path}: draws of {strange[0]!r}, which this merge does not have. Give draws of the same base and experts."
         )
     if isinstance(draws, PosteriorDraws):
-        found.around = beside_verdict(draws, run, record, lambda: task_vectors_of(record))
+        designs = partial(recorded_designs, run, record, allow_code=allow_code)
+        vectors = partial(task_vectors_of, record)
+        found.around = beside_verdict(draws, run, record, vectors, designs, as_written=as_written)
     if isinstance(draws, SpanDraws):
         found.coefficients = coefficient_intervals(draws)
     if draws.independent:

@@ -14,7 +14,7 @@ import torch
 
 from inference.models.artifacts import renamed
 from inference.models.design import Design
-from inference.models.digest import UNDER, Progress, Silent, digest_inputs
+from inference.models.digest import UNDER, Progress, Silent, digest_inputs, file_digest
 from inference.models.folder import RECORD
 from inference.models.method_design import AnyDesign, MethodDesign
 from inference.models.places import resolved
@@ -161,6 +161,23 @@ def design_of(record: Mapping[str, Any], tensor: Mapping[str, Any]) -> Mapping[s
     """Design of a recorded tensor, as the record has it."""
     design: Mapping[str, Any] = record["designs"][tensor["design"]]
     return design
+
+
+def rewritten(run: Path, record: Mapping[str, Any], progress: Progress) -> str | None:
+    """Name of a weight file of a merged folder that is not what the merge wrote.
+
+    Args:
+        run: The merged folder.
+        record: Contents of its ``poe_merge.json``.
+        progress: Told about the bytes.
+
+    Returns:
+        The first such file; None if all are as they were written, or a record of an earlier version does not say.
+    """
+    files = {run / name: digest for name, digest in record.get("written", {}).items()}
+    progress.begin("checksums", 0, sum(path.stat().st_size for path in files if path.is_file()))
+    changed = (path for path, was in files.items() if not path.is_file() or file_digest(path, progress) != was)
+    return next((path.relative_to(run).as_posix() for path in changed), None)
 
 
 def merge_of(record: Mapping[str, Any], base: Checkpoint) -> dict[str, AnyDesign]:

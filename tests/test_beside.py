@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from inference import Design, SpanDraws, fixed_point, gibbs, merge_checkpoint, s
 from inference.merge_distance import span_distance
 from inference.models.model_draws import PosteriorDraws
 from poe_merge.beside import beside_verdict
-from poe_merge.record import read_record
+from poe_merge.record import merge_of, read_record
 from poe_models import (
     Absolute,
     Anchor,
@@ -48,7 +49,8 @@ def vectors(generator: torch.Generator) -> TaskVectors:
 
 def judged(draws: PosteriorDraws, design: Design, vectors: TaskVectors, out: Path) -> Verdict:
     merge_checkpoint(vectors, design, out)
-    return beside_verdict(draws, out, read_record(out), lambda: vectors)
+    record = read_record(out)
+    return beside_verdict(draws, out, record, lambda: vectors, partial(merge_of, record), as_written=True)
 
 
 def span_draws(poe: ProductOfExperts, vectors: TaskVectors, through: bool) -> SpanDraws:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inference import reestimate_batch_norm
+from inference.models.digest import file_digest
 from poe_merge.cli import run
 from tests.seeds import seeded
 
@@ -98,6 +99,8 @@ def test_only_running_statistics_change_and_the_record_says_so(
     old, new = (json.loads((folder / name / "poe_merge.json").read_text()) for name in ("merged", "again"))
     assert new["batch_norm"] == {"merged": "../merged", "tasks": {"one": 3, "two": 3}, "tensors": 3}
     assert new["inputs"] == old["inputs"]
+    for name, record in (("merged", old), ("again", new)):
+        assert record["written"] == {"model.safetensors": file_digest(folder / name / "model.safetensors")}
     reasons = {each["tensor"]: each["reason"] for each in new["tensors"]}
     assert "re-estimated" in reasons["1.running_mean"]
     assert reasons["1.weight"] == next(each["reason"] for each in old["tensors"] if each["tensor"] == "1.weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from diagnostics.verdicts import Level
 from inference import Design, fixed_point, merge_checkpoint, sample_full
 from inference.retention import SHORTER, ExpertRetention, concerns, totals
 from poe_merge.beside import beside_verdict
-from poe_merge.record import read_record
+from poe_merge.record import merge_of, read_record
 from poe_models import (
     Anchor,
     Balanced,
@@ -147,6 +148,8 @@ def test_two_centres_of_one_length_are_told_apart(
 
     draws = sample_full(vectors, around(-center if moved else center), 50, generator=seeded(0), warmup=20)
     merge_checkpoint(vectors, around(center), tmp_path / "merged")
-    found = beside_verdict(draws, tmp_path / "merged", read_record(tmp_path / "merged"), lambda: vectors)
+    record = read_record(tmp_path / "merged")
+    designs = partial(merge_of, record)
+    found = beside_verdict(draws, tmp_path / "merged", record, lambda: vectors, designs, as_written=True)
     assert ("are around another merge" in found.text) is moved
     assert found.level is (Level.CAUTION if moved else Level.GOOD) or not moved

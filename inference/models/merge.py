@@ -110,9 +110,9 @@ def merge_checkpoint(
     """Merge a checkpoint into a new folder.
 
     The folder has the base's shards, config and tokenizer files, a model card, and ``poe_merge.json`` with the digests
-    of all inputs, versions, settings, and what happened to each tensor. Merged tensors are ``W_0 + λ Z``, averaged ones
-    ``W_0 + λ Σ ω_i U_i / Σ ω_i`` with the experts' importances ω. The work is done in ``OUT.partial`` beside it, which
-    an interrupted merge leaves behind.
+    of all inputs and of the weights that were written, versions, settings, and what happened to each tensor. Merged
+    tensors are ``W_0 + λ Z``, averaged ones ``W_0 + λ Σ ω_i U_i / Σ ω_i`` with the experts' importances ω. The work is
+    done in ``OUT.partial`` beside it, which an interrupted merge leaves behind.
 
     On a GPU stored tensors of the next batch are read into pinned memory while one is solved. Products of float32
     matrices are full float32 unless ``torch.set_float32_matmul_precision`` was told otherwise, which is recorded too.
@@ -250,6 +250,7 @@ def _write_rest(
         "tensors": records,
     }
     files = {shard.file: list(shard.headers) for shard in planned.shards}
+    record["written"] = staging.digests(list(files))
     record["copied"] = write_companions(staging, base, files, planned.write_bytes, dtype, record)
     staging.write("README.md", lambda path: path.write_text(str(model_card(base, record)), encoding="utf-8"))
     return record

@@ -65,10 +65,16 @@ def finished(file: Path, parts: Path) -> bool:
 def intact(file: Path, place: Path) -> bool:
     """True if a file has the digest that was recorded when it was written."""
     try:
-        with place.open(encoding="utf-8") as lines:
-            return bool(json.loads(lines.readline()) == {"sha256": file_digest(file)})  # records beside it: of 0.1
-    except (OSError, ValueError):
+        return digest_beside(place) == file_digest(file)
+    except (OSError, ValueError, KeyError):
         return False
+
+
+def digest_beside(place: Path) -> str:
+    """The digest of a part or weight file in its records' file."""
+    with place.open(encoding="utf-8") as lines:
+        found = json.loads(lines.readline())
+    return str(found["sha256"]) if set(found) == {"sha256"} else ""  # records beside it: of 0.1
 
 
 def once(aliases: Mapping[str, str], held: Container[str]) -> dict[str, str]:

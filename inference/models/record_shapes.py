@@ -189,6 +189,7 @@ class MergeRecord(Part):
     device: str
     seed: int
     settings: _Settings | None = None
+    written: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

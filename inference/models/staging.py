@@ -24,7 +24,7 @@ from torch import Tensor
 
 from inference.models.digest import difference
 from inference.models.disk import RESUME, OutputError, disk_errors, only_process, real_path, replace_file
-from inference.models.parts import Records, finished, intact, once, whole
+from inference.models.parts import Records, digest_beside, finished, intact, once, whole
 from inference.models.places import portable
 from inference.models.plain_json import Encoded, finite, json_text
 from inference.models.ranks import ALONE, Ranks
@@ -134,8 +134,8 @@ class Staging:
 
         Args:
             state: What is written: settings, digests of the inputs, versions; plain data.
-            check_inputs: Raises if an input is not what its digest says any more. Called once a batch of tensors is
-                written and before it counts as finished, and before the output is moved into place.
+            check_inputs: Raises if an input is not what its digest says any more. Called before a batch that is written
+                counts as finished, and before the output is moved into place.
 
         Yields:
             Nothing; the folder is this process's own until the block ends.
@@ -227,8 +227,7 @@ class Staging:
             name: Path of the file in the output.
             batches: Descriptions of its batches of tensors.
             make: Makes the tensors and records of a batch.
-            aliases: Further names of tied tensors to the names they are saved under; those that are not in ``headers``
-                go into the file's metadata.
+            aliases: Further names of tied tensors to saved ones; those not in ``headers`` go into the file's metadata.
             headers: What the file must hold in the end.
             done: Called with every batch of this rank's once it is saved.
             ranks: The processes that write the output.
@@ -284,6 +283,10 @@ class Staging:
     def records(self, names: Sequence[str]) -> Encoded:
         """Records of finished weight files, in order."""
         return Encoded.joined(self._records.of(self._record(name)) for name in names)
+
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """Sha256 of finished weight files by name, from when each was written."""
+        return {name: digest_beside(self._record(name)) for name in names}
 
     def has(self, name: str) -> bool:
         """Return whether a file of the output is finished."""

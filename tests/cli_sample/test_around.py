@@ -94,6 +94,58 @@ def test_a_report_says_where_draws_are(coordinates: str, done: Cli, here: Path) 
     assert "under other experts, scales or anchor than this merge was made with" in err
 
 
+def edited(here: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A copy of `merged` in which the update of one module is another."""
+    shutil.copytree(here / "merged", here / "edited")
+    base, state = weights(here / "base"), weights(here / "merged")
+    state["1.mlp.weight"] = base["1.mlp.weight"] + change(state["1.mlp.weight"] - base["1.mlp.weight"])
+    save_file(state, here / "edited" / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", [lambda update: 1.5 * update, torch.neg], ids=["longer", "as long"])
+@pytest.mark.parametrize(
+    ("coordinates", "options"),
+    [
+        ("full", QUICK),
+        ("span", QUICK),
+        ("full", ("--coordinates", "full", *QUICK)),
+        ("full", ("--coordinates", "full", "--sampler", "laplace")),
+    ],
+)
+def test_draws_beside_an_edited_merge_are_measured_from_its_weights(
+    coordinates: str,
+    options: tuple[str, ...],
+    change: Callable[[torch.Tensor], torch.Tensor],
+    done: Cli,
+    here: Path,
+) -> None:
+    done("merge", "config.yaml", "--out", "merged", "--coordinates", coordinates)
+    done("sample", "--merge", "merged", "-n", 20, "--out", "around", "--temperature", "1e-4", *options)
+    edited(here, change)
+    more = ("--draws", "around/draws", "--no-tails", "--out", "page.html")
+    _, _, err = done("diagnose", "merged", *more)
+    assert "standard deviations" not in err
+    assert "weights:" not in err
+    _, _, err = done("diagnose", "edited", *more)
+    assert re.search(r"mean of the draws: .*standard deviations of the draws from the merge in 1.mlp.weight", err)
+    assert "weights: model.safetensors is not what the merge wrote" in err
+    shutil.rmtree(here / "mnist")  # what cannot be measured is not called good
+    _, _, err = done("diagnose", "edited", *more)
+    assert "it is not known whether they are around this merge" in (here / "page.html").read_text()
+    done("diagnose", "merged", *more)
+    assert "it is not known" not in (here / "page.html").read_text()
+
+
+def test_a_record_without_digests_has_its_draws_measured(done: Cli, here: Path) -> None:
+    done("merge", "config.yaml", "--out", "merged")
+    done("sample", "--merge", "merged", "-n", 1, "--out", "around", "--temperature", "1e-4", *QUICK)
+    edited(here, torch.neg)
+    path = here / "edited" / "poe_merge.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "written"}))
+    _, _, err = done("diagnose", "edited", "--draws", "around/draws", "--no-tails", "--out", "page.html")
+    assert re.search(r"mean of the draws: .*standard deviations of the draws from the merge in 1.mlp.weight", err)
+
+
 def test_an_expert_that_is_passed_by_is_a_warning(done: Cli, here: Path, generator: torch.Generator) -> None:
     base = weights(here / "base")
     for name, length in (("mnist", 1e-3), ("emoji", 1.0)):
