@@ -18,6 +18,8 @@ import numpy as np
 from xarray.backends import H5NetCDFStore
 
 from diagnostics.draw_groups import (
+    full_attributes,
+    full_groups,
     hierarchical_attributes,
     hierarchical_groups,
     posterior_attributes,
@@ -25,6 +27,7 @@ from diagnostics.draw_groups import (
 )
 from inference.draws import Draws
 from inference.hierarchical.sampler import HierarchicalDraws
+from inference.models.model_draws import FullDraws
 from poe_models.posterior import Posterior
 from poe_models.printing import Brief
 
@@ -61,7 +64,7 @@ class TooFewDraws(UserWarning):
 
 
 def to_inference_data(
-    draws: Draws | HierarchicalDraws,
+    draws: Draws | HierarchicalDraws | FullDraws,
     posterior: Posterior | None = None,
     *,
     include_update: bool = False,
@@ -91,8 +94,9 @@ def to_inference_data(
     from it (``merge_distance``, in standard deviations of the draws).
 
     Args:
-        draws: Draws by any sampler, or by :func:`inference.hierarchical`, which are taken alone: ``posterior`` then has
-            ``gamma``, ``nu`` and ``weights``.
+        draws: Draws by any sampler; by :func:`inference.hierarchical`, whose ``posterior`` has ``gamma``, ``nu`` and
+            ``weights``; or Full draws of a whole model, whose ``posterior`` has ``log_weight`` (module, expert), the
+            log mixture weights that they are kept as and their chains are judged by. The latter two are taken alone.
         posterior: The posterior they were drawn from.
         include_update: True to put every entry of Full draws into ``posterior``, as ``update`` (module, row, column).
         seed: Seed of the generator that they were drawn with, to be kept beside them.
@@ -101,7 +105,8 @@ def to_inference_data(
         An ``xarray.DataTree``; with ArviZ 0.x an ``arviz.InferenceData``.
 
     Raises:
-        ValueError: If the posterior is missing, or given beside hierarchical draws.
+        ValueError: If the posterior is missing, or given beside draws that are taken alone, or Full draws of a whole
+            model have no mixture weights (Laplace, noise).
 
     >>> import torch
     >>> from inference import gibbs
@@ -116,21 +121,29 @@ def to_inference_data(
     >>> az.summary(data, var_names="coefficients").index.tolist()
     ['coefficients[fc.weight, a]', 'coefficients[fc.weight, b]']
     """
+    if not isinstance(draws, Draws) and (include_update or posterior is not None):
+        raise ValueError(
+            f"`to_inference_data({type(draws).__name__}, ...)`: these draws know their modules and the numbers that "
+            "are kept of them. Give them alone; `draws.update(...)` makes a merged update."
+        )
     if isinstance(draws, HierarchicalDraws):
-        if include_update or posterior is not None:
-            raise ValueError(
-                "`to_inference_data(draws, ...)`: hierarchical draws are of scales, tails and weights, and know their "
-                "modules. Give them alone; `draws.update(module, chain, draw)` makes a merged update."
-            )
         return _made(hierarchical_groups(draws), hierarchical_attributes(draws), seed)
+    if isinstance(draws, FullDraws):
+        groups, attributes = full_groups(draws), full_attributes(draws)
+        _warn_of_few(draws)
+        return _made(groups, attributes, seed)
     if posterior is None:
         raise ValueError("`to_inference_data(draws)`: give the posterior that they are draws of.")
-    if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
-        warnings.warn(TooFewDraws(draws.num_chains, draws.num_draws), stacklevel=2)
+    _warn_of_few(draws)
     groups = posterior_groups(draws, posterior, include_update)
     data = _made(groups, posterior_attributes(draws, posterior), seed)
     data.constant_data["temperature"] = posterior.fixed_temperature  # `from_dict` of 0.x makes an array of a number
     return data
+
+
+def _warn_of_few(draws: Draws | FullDraws) -> None:
+    if draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS:
+        warnings.warn(TooFewDraws(draws.num_chains, draws.num_draws), stacklevel=3)
 
 
 def group_names(data: ArvizData) -> list[str]:

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.arviz_adapter import ChainSummary, chain_summary
+from diagnostics.draw_groups import log_weights
 from diagnostics.verdicts import Level, Verdict
 from inference.models.model_draws import FullDraws, ModelDraws, PosteriorDraws, SpanDraws
 from poe_models.printing import Brief
@@ -298,9 +298,7 @@ def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     if isinstance(draws, SpanDraws):
         return _coefficients(draws)
     assert isinstance(draws, FullDraws)
-    names, weights = _weights_by_expert(draws)
-    silent = (weights == 0).all(0).all(0)  # the module has no such expert, or its update is zero
-    logs = torch.where(silent, torch.nan, weights.double().log())
+    names, logs, silent = log_weights(draws)
     values = torch.cat([draws.stats["lp"].double().unsqueeze(-1), logs], -1)
     silent = torch.nn.functional.pad(silent, (1, 0))
     return values, silent, ("log density", *(f"log weight of {name}" for name in names))
@@ -309,13 +307,3 @@ def _quantities(draws: ModelDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 def _coefficients(draws: SpanDraws) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     values, names = draws.coefficients[..., draws.varying], tuple(draws.basis[place] for place in draws.varying)
     return values, torch.zeros(values.shape[2:], dtype=torch.bool), names
-
-
-def _weights_by_expert(draws: FullDraws) -> tuple[list[str], Tensor]:
-    """Names of all experts, and their mixture weights ``(C, S, M, E)``; zero where a module has no such expert."""
-    by_module = [[each["name"] for each in json.loads(text)["experts"]] for text in draws.designs]
-    names = list(dict.fromkeys(name for own in by_module for name in own))
-    weights = draws.weights.new_zeros(*draws.weights.shape[:3], len(names))
-    for module, own in enumerate(by_module):
-        weights[:, :, module, [names.index(name) for name in own]] = draws.weights[:, :, module, : len(own)]
-    return names, weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from inference.draws import Draws
 from inference.evidence.estimate import log_normalizers
 from inference.hierarchical.sampler import HierarchicalDraws
 from inference.merge_distance import MergeDistance
-from inference.models.model_draws import SpanDraws
+from inference.models.model_draws import FullDraws, SpanDraws
 from inference.models.statistics_files import statistics_digest
 from poe_models.posterior import BoundExpert, Posterior
 from poe_models.span import SpanStatistics
@@ -26,6 +27,7 @@ DIMS = {
     "coefficients": ["module", "basis"],
     "update": ["module", "row", "column"],
     "residual": ["module", "expert"],
+    "log_weight": ["module", "expert"],
     "distance": ["module"],
     "updates": ["module", "expert"],
     "scale_squared": ["module", "expert"],
@@ -54,6 +56,59 @@ def hierarchical_groups(draws: HierarchicalDraws) -> dict[str, Any]:
         "coords": {"module": list(draws.modules), "expert": list(draws.experts)},
         "dims": {"gamma": own, "nu": own, "weights": ["module", "expert"], "anchor_precision": ["module"]},
     }
+
+
+def full_groups(draws: FullDraws) -> dict[str, Any]:
+    """Groups, coordinates and dimensions of Full draws of a whole model, of the numbers that they are kept as.
+
+    Returns:
+        ``posterior``: ``log_weight`` (module, expert), nan where a module has no such expert, or its update is zero.
+        ``sample_stats``: what the sampler reports (module).
+
+    Raises:
+        ValueError: If they have no mixture weights, as Laplace's and noise, of which a seed is kept.
+    """
+    if draws.independent:
+        raise ValueError(
+            f"`to_inference_data(FullDraws)`: {draws.sampler} draws are kept as their seeds, and have no numbers for "
+            "ArviZ. Draw by Gibbs sampling, or in Span coordinates."
+        )
+    names, logs, _ = log_weights(draws)
+    return {
+        "posterior": {"log_weight": _array(logs)},
+        "sample_stats": {name: _array(value) for name, value in draws.stats.items()},
+        "coords": {"module": list(draws.modules), "expert": names},
+        "dims": DIMS | {name: ["module"] for name in draws.stats},
+    }
+
+
+def full_attributes(draws: FullDraws) -> dict[str, str | float]:
+    """Version, designs, sampler, coordinates, temperature and distance from the merge, for netCDF."""
+    texts = dict.fromkeys(_recorded_text(json.loads(text)["experts"]) for text in draws.designs)
+    attributes: dict[str, str | float] = {
+        "poe_merge_version": version("poe-merge"),
+        "draws_of": "log mixture weights (Full)",
+        "coordinates_of_draws": draws.kind,
+        "sampler": draws.sampler or "unknown",
+        "design": " | ".join(texts),
+        "around": "the merge",
+    }
+    attributes |= {"temperature": draws.temperatures[0]} if len(draws.temperatures) == 1 else {}
+    return attributes | ({} if draws.from_merge is None else merge_attributes(draws.from_merge))
+
+
+def log_weights(draws: FullDraws) -> tuple[list[str], Tensor, Tensor]:
+    """Names of all experts, the logs of their mixture weights ``(C, S, M, E)``, and the mask ``(M, E)`` of the nan.
+
+    These are the experts that a module does not have, or whose update is zero.
+    """
+    by_module = [[each["name"] for each in json.loads(text)["experts"]] for text in draws.designs]
+    names = list(dict.fromkeys(name for own in by_module for name in own))
+    weights = draws.weights.new_zeros(*draws.weights.shape[:3], len(names))
+    for module, own in enumerate(by_module):
+        weights[:, :, module, [names.index(name) for name in own]] = draws.weights[:, :, module, : len(own)]
+    silent = (weights == 0).all(0).all(0)
+    return names, torch.where(silent, math.nan, weights.double().log()), silent
 
 
 def posterior_groups(draws: Draws, posterior: Posterior, include_update: bool) -> dict[str, Any]:
@@ -205,6 +260,12 @@ def _design_text(posterior: Posterior) -> str:
     maps = maps if posterior.span is None else list(posterior.span.statistics.residual_maps)
     told = zip(experts, maps, strict=True)
     return "; ".join(f"{e.name}: {kind}, {_energy_text(e)}, importance {e.importance:g}" for e, kind in told)
+
+
+def _recorded_text(experts: Iterable[dict[str, Any]]) -> str:
+    """Residual map, energy and importance of each expert of a design as draws have it."""
+    told = [(each["name"], each["residual_map"], each["energy"], each["importance"]) for each in experts]
+    return "; ".join(f"{name}: {kind}, {energy}, importance {weight:g}" for name, kind, energy, weight in told)
 
 
 def _energy_text(expert: BoundExpert) -> str:

@@ -263,6 +263,8 @@ def _chains(done: SampleReport, console: Console) -> None:
     found, draws = done.drawn.convergence, done.drawn.draws
     if found is None:
         console.print("Independent draws: there are no chains to judge.")
+        if draws.kind == "full":
+            console.print("No draws.nc: of these draws seeds are kept, and no numbers for ArviZ.")
         return
     r_hat, ess = (
         "unknown" if value is None else f"{value:{form}}"

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from diagnostics.arviz_adapter import FEWEST_CHAINS, FEWEST_DRAWS, ArvizData, TooFewDraws, to_inference_data
+from diagnostics.arviz_adapter import ArvizData, TooFewDraws, to_inference_data
 from inference.draws import Draws
 from inference.merge_distance import span_distance
 from inference.models.design import Design
@@ -49,7 +49,7 @@ class Drawn:
 
     Attributes:
         draws: Of all modules.
-        data: For ArviZ, one for each distinct design; Span only.
+        data: For ArviZ: of Span draws one for each distinct design, of Full ones one; none of draws without numbers.
         experts: What the merge that they surround kept of each expert; none for a method's seeds.
         warnings: What a reader should know.
         convergence: R-hat, effective sample size and verdicts as plain data; None for independent draws.
@@ -159,11 +159,13 @@ def draw_full(
         ranks=ranks,
     )
     left = [modules[place] for _, places in groups for place in places if modules[place] not in draws.modules]
-    notes = [not_drawn(left)] if left else []
-    if not what.independent and (draws.num_chains < FEWEST_CHAINS or draws.num_draws < FEWEST_DRAWS):
-        notes.append(str(TooFewDraws(draws.num_chains, draws.num_draws)))
+    notes, data = [not_drawn(left)] if left else [], []
+    if not draws.independent:  # others have no numbers of their own
+        made, few = arviz_data(draws, None, what.seed)
+        data.append(made)
+        notes += few
     experts, highest = kept_when_solved(task_vectors, designs, draws.modules, ranks)
-    return Drawn(draws, (), experts, tuple(notes + _too_hot(what.temperature, highest)))
+    return Drawn(draws, tuple(data), experts, tuple(notes + _too_hot(what.temperature, highest)))
 
 
 def _modules(task_vectors: TaskVectors) -> list[str]:
@@ -242,7 +244,7 @@ def _draw_group(
     return dataclasses.replace(named, from_merge=away), data, notes
 
 
-def arviz_data(draws: Draws, posterior: Posterior, seed: int) -> tuple[ArvizData, list[str]]:
+def arviz_data(draws: Draws | FullDraws, posterior: Posterior | None, seed: int) -> tuple[ArvizData, list[str]]:
     """Draws for ArviZ, and what it says about the number of draws."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -3,7 +3,8 @@
 OUT/member-000, ...    the members, OUT/shared their common part (deltas only), OUT/ensemble.json what everything is
 OUT/sample.json        settings, and whether the chains agree, if there are any
 OUT/draws              every draw, not only the members': ``inference.models.draw_files.load_draws``
-OUT/draws.nc           the same for ArviZ (Span); draws-0.nc and so on where designs differ between tensors
+OUT/draws.nc           the same for ArviZ: coefficients (Span; draws-0.nc, ... where designs differ between tensors)
+                       or log mixture weights (Full; none of Laplace's draws, of which seeds are kept)
 """
 
 from __future__ import annotations

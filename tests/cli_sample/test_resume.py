@@ -21,10 +21,11 @@ from tests.cli.toys import Cli, listing
 from tests.cli_sample.toys import CONFIG, QUICK, weights
 
 
+@pytest.mark.parametrize("coordinates", ["span", "full"])
 def test_resume_goes_on_with_the_draws_there_are(
-    cli: Cli, done: Cli, fails: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+    coordinates: str, cli: Cli, done: Cli, fails: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("sample", "config.yaml", "-n", "3", *QUICK)
+    arguments = ("sample", "config.yaml", "-n", "3", "--coordinates", coordinates, *QUICK)
     done(*arguments, "--out", "whole")
     real = _sample.MergedEnsemble.save
 
@@ -51,12 +52,11 @@ def test_resume_goes_on_with_the_draws_there_are(
     assert "was begun with sampling.temperature = 1.0, now it is 0.5" in message
     message = fails(*arguments, "--out", "out", "--resume", "--eta", "0.3")
     assert "config.parameters.eta" in message
-    monkeypatch.setattr(_sample, "draw_span", None)  # nothing is drawn again
+    monkeypatch.setattr(_sample, f"draw_{coordinates}", None)  # nothing is drawn again
     _, out, _ = done(*arguments, "--out", "out", "--resume")
     assert "largest R-hat" in out
     assert listing(here / "out") == listing(here / "whole")
-    for number in range(3):
-        name = f"member-{number:03d}/model.safetensors"
+    for name in ("draws.nc", *(f"member-{number:03d}/model.safetensors" for number in range(3))):
         assert (here / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()
 
 

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diagnostics.arviz_adapter import group_names, to_inference_data
 from inference.draws import Draws
 from inference.models.draw_files import load_draws
 from inference.models.model_draws import FullDraws, SpanDraws
@@ -121,7 +122,6 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     energies = [{"filter": "attn", "value": "Gaussian"}, {"value": "StudentT(4.0)"}]
     config = {**CONFIG, "parameters": {"energy": energies, "eta": [{"filter": "attn", "value": 0.5}, {"value": 0.1}]}}
     (here / "config.yaml").write_text(yaml.safe_dump(config))
-    coordinates = "full" if "full" in method else "span"
     done("merge", "config.yaml", "--out", "merged")
     # Trajectories from starts at the task vectors take longer, the colder it is.
     temperature, tolerance = (1e-2, 0.5) if method == "nuts" else (1e-9, 2e-3)
@@ -135,7 +135,7 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     draws = load_draws(here / "out" / "draws")
     assert draws.modules == MERGED
     files = {path.name for path in (here / "out").glob("*.nc")}
-    assert files == (set() if coordinates == "full" else {"draws-0.nc", "draws-1.nc"})
+    assert files == {"full-gibbs": {"draws.nc"}, "full-laplace": set()}.get(method, {"draws-0.nc", "draws-1.nc"})
     if isinstance(draws, SpanDraws):
         for number in range(2):
             data = az.from_netcdf(str(here / "out" / f"draws-{number}.nc"))
@@ -145,6 +145,43 @@ def test_cold_draws_of_any_method_are_the_map(method: str, arguments: tuple[str,
     else:
         assert isinstance(draws, FullDraws)
         assert draws.temperature.tolist() == [1e-9] * 3
+
+
+def test_arviz_gets_the_log_weights_of_full_draws(done: Cli, here: Path) -> None:
+    energies = [{"filter": "attn", "value": "Cauchy"}, {"value": "StudentT(4.0)"}]
+    (here / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "parameters": {"energy": energies, "eta": 0.2}}))
+    settings = ("--coordinates", "full", "--temperature", "0.5", "--draws", "120", "--seed", "3")
+    _, out, _ = done("sample", "config.yaml", "-n", "1", "--out", "out", *settings)
+    data, draws = az.from_netcdf(str(here / "out" / "draws.nc")), load_draws(here / "out" / "draws")
+    assert isinstance(draws, FullDraws)
+    assert group_names(data) == ["posterior", "sample_stats"]
+    logs, lp = data.posterior["log_weight"], data.sample_stats["lp"]
+    assert (logs.dims, lp.dims) == (("chain", "draw", "module", "expert"), ("chain", "draw", "module"))
+    assert (logs["module"].values.tolist(), logs["expert"].values.tolist()) == (list(MERGED), ["mnist", "emoji"])
+    assert np.array_equal(logs.values, draws.weights.log().numpy())
+    assert np.array_equal(lp.values, draws.stats["lp"].numpy())
+    told = {key: data.attrs[key] for key in ("coordinates_of_draws", "sampler", "temperature", "around", "seed")}
+    assert told == {
+        "coordinates_of_draws": "full",
+        "sampler": "gibbs",
+        "temperature": 0.5,
+        "around": "the merge",
+        "seed": 3,
+    }
+    assert draws.from_merge is not None
+    assert data.attrs["merge_distance"] == pytest.approx(draws.from_merge.worst)
+    kinds = ("Cauchy(exponent=1.0)", "StudentT(df=4.0, exponent=None)")
+    texts = [f"mnist: InputGram(), {kind}, importance 1; emoji: InputGram(), {kind}, importance 1" for kind in kinds]
+    assert sorted(data.attrs["design"].split(" | ")) == texts
+    shown = re.search(r"largest R-hat (\d\.\d{3})", out)
+    assert shown is not None
+    found = max(float(az.rhat(each.to_dataset()).to_array().max()) for each in (logs, lp))
+    assert float(shown[1]) == pytest.approx(found, abs=6e-4)
+    _, out, _ = done("sample", "config.yaml", "-n", "2", "--out", "seeds", *settings[:4], "--sampler", "laplace")
+    assert "No draws.nc: of these draws seeds are kept" in out
+    assert not list((here / "seeds").glob("*.nc"))
+    with pytest.raises(ValueError, match="laplace draws are kept as their seeds, and have no numbers for ArviZ"):
+        to_inference_data(load_draws(here / "seeds" / "draws"))
 
 
 def test_a_sampler_of_ones_own_is_one_entry(
