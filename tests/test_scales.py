@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from inference import fixed_point
 from poe_models import (
     Absolute,
+    AbsolutePrecision,
     Anchor,
     Balanced,
     Cauchy,
@@ -35,6 +39,7 @@ from poe_models import (
     span_statistics,
 )
 from poe_models.scales import weighted_median
+from tests.helpers import ENERGIES as EVERY_ENERGY
 from tests.helpers import assert_close, merged, name_of, random_updates
 from tests.seeds import seeded_numpy
 
@@ -218,6 +223,48 @@ def test_one_relative_precision_shrinks_identical_experts_alike(energy: Energy, 
         assert length == pytest.approx(1.0, abs=1e-3)
     else:  # 1 / (1 + 2 * 0.1) at the weights of rest, and q = 0.03 here
         assert length == pytest.approx(1 / 1.2, rel=0.02)
+
+
+SLOPES: list[tuple[Energy, float]] = [
+    *((energy, math.nan) for energy in EVERY_ENERGY),
+    (Cauchy("multivariate"), math.nan),
+    (StudentT(4.0, "multivariate"), math.nan),
+    (Huber(0.3), 1.0),
+    (Welsch(), 1.0),
+    (Cauchy(), 2.0),
+    (Cauchy(3.0), 6.0),
+    (StudentT(4.0), 5 / 4),
+    (StudentT(4.0, 3.0), 6 / 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("residual_map", "size"), [(Identity(), 20), (Directional(), 1), (OutputGram(), 20), (InputGram(), 16)]
+)
+@pytest.mark.parametrize(("energy", "ratio"), SLOPES, ids=name_of)
+def test_a_relative_precision_is_the_gaussians_times_twice_the_slope_at_rest(
+    energy: Energy, ratio: float, residual_map: ResidualMap, size: int, generator: torch.Generator
+) -> None:
+    """So that of Gaussian experts of the same design is what precisions were before energies had a say in them.
+
+    Dimensions are of updates of rank 4 with 4 rows and 5 columns. The slope of a GeneralizedGaussian has no bound at
+    rest, and is taken at `q = s^2`.
+    """
+    module = random_updates(generator, 1, 4, 4, 5)
+    bound, old = (product(residual_map, each).bind(module) for each in (energy, Gaussian()))
+    for expert, twin in zip(bound.experts, old.experts, strict=True):
+        assert_close(expert.scale_squared, twin.scale_squared, 1e-14)
+    dimension = torch.tensor(float(size), dtype=torch.float64)
+    q = torch.tensor(1.0 if isinstance(energy, GeneralizedGaussian) else 0.0, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(energy.for_dimension(dimension).rho(q), q)
+    assert math.isnan(ratio) or float(2 * slope) == pytest.approx(ratio, rel=1e-12)
+    assert_close(bound.anchor_precision, 2 * slope * old.anchor_precision, 1e-12)
+    anchor = Anchor(precision=AbsolutePrecision(float(old.anchor_precision)))
+    before = replace(product(residual_map, energy), anchor=anchor).bind(module)
+    assert_close(before.anchor_precision, old.anchor_precision, 1e-14)
+    if residual_map == Identity():  # as it was defined: eta times the sum of tr(P) / (d s^2)
+        shares = torch.stack([1 / expert.scale_squared for expert in bound.experts], -1)
+        assert_close(old.anchor_precision, 0.1 * shares.sum(-1), 1e-12)
 
 
 def test_weighted_median_is_numpys_of_repeated_values() -> None:
