@@ -106,7 +106,7 @@ def diagnose(
     """
     record = read_record(run)
     found, progress = Findings(), progress or Silent()
-    changed = rewritten(run, record, progress)
+    changed = rewritten(run, record, progress) if tails or draws is not None else None  # otherwise not looked at
     if changed is not None:
         found.verdicts.append(Verdict("weights", Level.CAUTION, f"{changed} {_REWRITTEN}"))
     merged = [tensor for tensor in record["tensors"] if "modules" in tensor]
