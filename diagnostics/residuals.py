@@ -336,6 +336,11 @@ def _of_expert(expert: BoundExpert, z: Tensor, module: ModuleUpdates) -> ExpertR
     along, axis = _parts(expert.operator)
     lengths, own_lengths = root.square().sum(axis).sqrt(), own.square().sum(axis).sqrt()
     signed = torch.where(own_lengths > 0, (root * own).sum(axis) / own_lengths, math.nan)
+    if not all(bool(each.isfinite().all()) for each in (lengths, own_lengths, expert.scale_squared)):
+        raise ValueError(
+            f"the residual of expert {expert.name!r} at {module.name!r} is beyond float64: its update is too large to be "
+            "measured. Divide base, experts and merge by one number before."
+        )
     q = expert.residual(z)
     relative = expert.weight(q) / expert.weight(torch.zeros_like(q))
     return ExpertResiduals(

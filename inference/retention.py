@@ -202,9 +202,11 @@ def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
             of = sums.setdefault(name, dict.fromkeys(("inner", "squared", "merged", "left", "zero"), 0.0))
             if name not in record["kept"]:  # a zero update
                 continue
-            of["inner"] += record["kept"][name] * length**2
-            of["squared"] += length**2
-            of["merged"] += record["norm"] ** 2
+            of["inner"] += record["kept"][name] * (
+                length * length
+            )  # infinite, not an error, where that is out of range
+            of["squared"] += length * length
+            of["merged"] += record["norm"] * record["norm"]
             if name in record.get("residuals_at_zero", {}):
                 of["left"] += record["residuals"][name]
                 of["zero"] += record["residuals_at_zero"][name]

@@ -169,8 +169,9 @@ def test_what_would_be_ignored_or_lost_is_refused_before_the_search(
     told = asked(capsys, *arguments, "--tasks", "mine.py", "--out", "m", status=2)
     assert "has no use for --tasks" in told
     left = folder / "m.partial"
-    left.mkdir()
-    (left / "state.json").write_text("{}")
+    (left / "output").mkdir(parents=True)
+    for name in ("state.json", "output/config.json"):
+        (left / name).write_text("{}")
     assert "--resume" in asked(capsys, *arguments, "--out", "m", "--storage", "sqlite:///study.db", status=2)
     assert not (folder / "study.db").exists()
 

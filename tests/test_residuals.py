@@ -345,3 +345,10 @@ def test_nothing_given_is_changed(generator: torch.Generator) -> None:
     module_residuals(z, given, InputGram())
     assert torch.equal(given.updates, before[0])
     assert torch.equal(z, before[1])
+
+
+def test_updates_beyond_what_can_be_measured_are_refused_by_name(generator: torch.Generator) -> None:
+    updates = module(generator)
+    huge = replace(updates, updates=1e140 * updates.updates)
+    with pytest.raises(ValueError, match=r"expert 'mnist' at 'fc.weight' is beyond float64.*Divide"):
+        module_residuals(huge.updates[0], huge, InputGram())

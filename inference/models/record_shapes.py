@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_
 from inference.solution import Status
 from poe_models.weights.rules import RuleTable
 
-LARGEST = 1e30
-"""Largest number that a record may hold: none that a merge writes comes near."""
+LARGEST = 1e300
+"""Largest number that a record may hold: with more, sums over a model would leave float64."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[float, Field(allow_inf_nan=False, ge=0)]
