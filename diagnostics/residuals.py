@@ -338,8 +338,8 @@ def _of_expert(expert: BoundExpert, z: Tensor, module: ModuleUpdates) -> ExpertR
     signed = torch.where(own_lengths > 0, (root * own).sum(axis) / own_lengths, math.nan)
     if not all(bool(each.isfinite().all()) for each in (lengths, own_lengths, expert.scale_squared)):
         raise ValueError(
-            f"the residual of expert {expert.name!r} at {module.name!r} is beyond float64: its update is too large to be "
-            "measured. Divide base, experts and merge by one number before."
+            f"the residual of expert {expert.name!r} at {module.name!r} is beyond float64: its update is too large to "
+            "be measured. Divide base, experts and merge by one number before."
         )
     q = expert.residual(z)
     relative = expert.weight(q) / expert.weight(torch.zeros_like(q))
