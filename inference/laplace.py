@@ -109,7 +109,8 @@ class Laplace:
         white = self.quadratic.compression.compress(noise)
         spread = anchor_spread(self._posterior.anchor_precision)
         z = self.quadratic.lift_draws(self.hessian.sample(white), noise, white, spread)
-        return self._own.back(torch.add(self._mode, z, alpha=self._posterior.fixed_temperature**0.5)).squeeze(0)
+        torch.add(self._mode, z, alpha=self._posterior.fixed_temperature**0.5, out=z)
+        return self._own.back(z).squeeze(0)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Normalised log density of the approximation in nats, ``(*S, M, *event)`` to ``(*S, M)``."""

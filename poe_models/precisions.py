@@ -287,9 +287,10 @@ class LowRankUpdate(Precision):
         """``(I + W K (values^power - 1) (W K)^T) x``: the symmetric power of the middle factor."""
         middle = (self.mixing * (self.values**power - 1).unsqueeze(-2)) @ self.mixing.mT
         factors = (middle @ inner_by_blocks(self.white, x).unsqueeze(-1)).squeeze(-1).to(x.dtype)
-        result = x.clone()
-        for v, factor in zip(self.white.unbind(-3), factors.unbind(-1), strict=True):
-            result.addcmul_(v, factor[..., None, None])
+        terms = zip(self.white.unbind(-3), factors[..., None, None].unbind(-3), strict=True)
+        result = torch.addcmul(x, *next(terms))
+        for v, factor in terms:
+            result.addcmul_(v, factor)
         return result
 
 
