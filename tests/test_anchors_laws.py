@@ -204,7 +204,8 @@ def test_what_is_global_must_be_prepared(method: MergingMethod, generator: torch
         ValueError, match=r"`\w+.prepare\(modules\)`: there are no modules. Give those of the whole model"
     ):
         method.prepare([])
-    only_biases = TaskVectors({"bias": torch.ones(3)}, {"a": {"bias": torch.zeros(3)}})
+    with pytest.warns(UserWarning, match="no matrix is merged"):
+        only_biases = TaskVectors({"bias": torch.ones(3)}, {"a": {"bias": torch.zeros(3)}})
     with pytest.raises(ValueError, match="there are no modules"):
         method.prepare(only_biases)
 

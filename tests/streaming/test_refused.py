@@ -13,7 +13,15 @@ from torch import Tensor
 from inference.models.folder import weight_files
 from inference.models.merge import Design, OutputError, merge_checkpoint
 from inference.models.parts import Records
-from poe_models import Absolute, CheckpointError, ProductOfExperts, TaskVectors, open_checkpoint
+from poe_models import (
+    Absolute,
+    AbsolutePrecision,
+    Anchor,
+    CheckpointError,
+    ProductOfExperts,
+    TaskVectors,
+    open_checkpoint,
+)
 from tests.streaming.toys import Ticks, contents, poe, save_folder, states
 
 
@@ -149,7 +157,8 @@ def test_what_is_refused_before_anything_is_finished_does_not_block_the_remedy(
 ) -> None:
     made = [{"head.weight": each["head.weight"]} for each in states(generator).values()]
     vectors = TaskVectors(made[0], {"mnist": made[1], "emoji": made[2]})
-    hopeless = ProductOfExperts.of(vectors.names, scale=Absolute(1e30))
+    free = Anchor(precision=AbsolutePrecision(0.0))
+    hopeless = ProductOfExperts.of(vectors.names, scale=Absolute(1e-30), anchor=free)
     with pytest.raises(ValueError, match="Raise the anchor's precision"):
         merge_checkpoint(vectors, hopeless, out)
     assert not out.with_name("out.partial").exists()
