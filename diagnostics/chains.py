@@ -75,9 +75,9 @@ class ChainConvergence(Brief):
     def verdicts(self) -> tuple[Verdict, ...]:
         """Verdicts on R-hat and effective sample sizes, and on divergences where the sampler reports them.
 
-        Draws that are not finite come first: nothing else that is said of their quantities counts.
+        Where draws are not finite, that is all that is said of their quantities.
         """
-        found = [*self._broken(), self._r_hat(), self._sample_size()]
+        found = self._broken() or [self._r_hat(), self._sample_size()]
         if self.divergences is not None:
             found.append(self._divergences(self.divergences))
         return tuple(found)

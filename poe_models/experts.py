@@ -207,6 +207,11 @@ class ProductOfExperts:
     factors: tuple[FactorExpert, ...] = ()
 
     def __post_init__(self) -> None:
+        stray = next((each for each in self.experts if not isinstance(each, Expert)), None)
+        if stray is not None:
+            raise ValueError(
+                f"`ProductOfExperts(experts=...)`: {stray!r:.200} is no `Expert`. Give a `FactorExpert` as `factors=`."
+            )
         names = [expert.name for expert in self.experts] + [factor.name for factor in self.factors]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:

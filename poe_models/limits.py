@@ -27,13 +27,16 @@ def require_positive(call: str, hint: str = "", **values: Parameter | None) -> N
     ValueError: `Balanced(gamma=1e-170)`: must be a positive finite number, from 1e-30 to 1e+30.
     """
     for name, value in values.items():
-        number = value if isinstance(value, int | float) else None
-        good = number is None or SMALLEST <= number <= LARGEST
-        if isinstance(value, Tensor) and not bool((right := (value > 0) & value.isfinite()).all()):
-            number, good = float(value.detach()[~right][0]), False
+        shown: object = value
+        if isinstance(value, Tensor):
+            right = (value > 0) & value.isfinite()
+            good = bool(right.all())
+            shown = value if good else float(value.detach()[~right][0])
+        else:
+            good = value is None or (isinstance(value, int | float) and SMALLEST <= value <= LARGEST)
         if not good:
             raise ValueError(
-                f"`{call}{name}={number})`: must be a positive finite number, from {SMALLEST:g} to {LARGEST:g}."
+                f"`{call}{name}={shown!r:.100})`: must be a positive finite number, from {SMALLEST:g} to {LARGEST:g}."
                 f"{hint and ' ' + hint}"
             )
 
@@ -41,8 +44,8 @@ def require_positive(call: str, hint: str = "", **values: Parameter | None) -> N
 def require_not_negative(call: str, **values: float) -> None:
     """Refuse settings that are neither zero nor within the range; a ``ValueError`` names the first."""
     for name, value in values.items():
-        if value != 0 and not SMALLEST <= value <= LARGEST:
+        if not isinstance(value, int | float) or (value != 0 and not SMALLEST <= value <= LARGEST):
             raise ValueError(
-                f"`{call}{name}={value})`: must be a finite number, zero or above: 0, or from {SMALLEST:g} to "
+                f"`{call}{name}={value!r:.100})`: must be a finite number, zero or above: 0, or from {SMALLEST:g} to "
                 f"{LARGEST:g}."
             )

@@ -32,7 +32,7 @@ def row_blocks(*tensors: Tensor) -> Iterator[slice]:
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products over the last two dimensions, summed in float64, shape ``(...,)``; see :func:`inner_each`."""
-    if (found := _by_dot_products(left, [right])) is not None:
+    if (found := _in_float32(left, [right])) is not None:
         return found[..., 0]
     parts = []
     for rows in row_blocks(left, right):
@@ -51,7 +51,7 @@ def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     """
     if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *others)):
         return torch.stack([inner(x, each) for each in others], -1)
-    if (found := _by_dot_products(x, others)) is not None:
+    if (found := _in_float32(x, others)) is not None:
         return found
     parts, (own, room) = [], (_room(x) for _ in range(2))
     for rows in row_blocks(x):
@@ -62,8 +62,8 @@ def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _by_dot_products(x: Tensor, others: Sequence[Tensor]) -> Tensor | None:
-    """:func:`inner_each` by float32 dot products of blocks; None where that is no way, or leaves float32's range."""
+def _in_float32(x: Tensor, others: Sequence[Tensor]) -> Tensor | None:
+    """:func:`inner_each` in float32 within blocks; None where that is no way, or leaves the range of float32."""
     tensors = (x, *others) if x.stride(-1) == 1 else (x.mT, *(each.mT for each in others))  # as it lies in memory
     plain = all(each.dtype == torch.float32 and each.is_cpu and each.shape == tensors[0].shape for each in tensors)
     differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
@@ -72,19 +72,20 @@ def _by_dot_products(x: Tensor, others: Sequence[Tensor]) -> Tensor | None:
         return None
     height = max(1, BLOCK["cpu"] // b)  # whatever else is in the batch: sums do not depend on that
     modules = zip(*(each.reshape(-1, a, b).unbind() for each in tensors), strict=True)
-    found = torch.tensor([_dot_products(own, rest, height) for own, *rest in modules], dtype=torch.float64)
+    found = torch.tensor([_block_sums(own, rest, height) for own, *rest in modules], dtype=torch.float64)
     if not bool((found.isfinite() & (found.abs() >= UNDERFLOW * a * b)).all()):
         return None
     return found.reshape(*x.shape[:-2], len(others))
 
 
-def _dot_products(x: Tensor, others: Sequence[Tensor], height: int) -> list[float]:
-    """Inner products of matrices, each block of rows in their own dtype."""
-    totals = [0.0] * len(others)
+def _block_sums(x: Tensor, others: Sequence[Tensor], height: int) -> list[float]:
+    """Inner products of matrices, each block of rows in their own dtype, where :func:`torch.sum` adds up in pairs."""
+    totals, room = [0.0] * len(others), x.new_empty(x[:height].numel())
     for first in range(0, len(x), height):
         rows = slice(first, first + height)
         own = x[rows].reshape(-1)
-        totals = [total + torch.dot(own, y[rows].reshape(-1)).item() for total, y in zip(totals, others, strict=True)]
+        for place, y in enumerate(others):
+            totals[place] += torch.mul(own, y[rows].reshape(-1), out=room[: len(own)]).sum().item()
     return totals
 
 

@@ -7,6 +7,7 @@ import torch
 
 from poe_models.weights.loading import MemoryCheckpoint, TensorInfo
 from poe_models.weights.rules import DEFAULT_RULES, View, first_convolution
+from poe_models.weights.task_vectors import TaskVectors
 
 VIEWS: list[tuple[View, tuple[int, ...], list[tuple[int, int]], str]] = [
     (View(), (5, 3), [(5, 3)], "as it is"),
@@ -159,6 +160,28 @@ DEFAULTS: list[tuple[str, tuple[int, ...], str | None, str, str | None]] = [
     ("transformer.h.0.crossattention.c_attn.weight", (8, 16), "gpt2", "merge", "transposed"),
     ("transformer.h.0.crossattention.q_attn.weight", (8, 8), "gpt2", "merge", "transposed"),
     ("lm_head.weight", (50, 8), "gpt2", "merge", "as it is"),
+    ("h.0.attn.bias", (1, 1, 16, 16), "gpt2", "base", None),
+    ("transformer.h.0.attn.attention.bias", (1, 1, 16, 16), "gpt_neo", "base", None),
+    ("h.0.attn.bias", (1, 2, 16, 16), None, "average", None),
+    # fused, stacked, state-space parameters and embeddings by other names
+    ("encoder.layer.0.mlp.weights_in.weight", (32, 8), "dinov2", "merge", HALVES),
+    ("encoder.layer.0.mlp.up_gate_proj.weight", (32, 8), "new", "merge", HALVES),
+    ("model.transformer.blocks.0.ff_proj.weight", (32, 8), "olmo", "merge", HALVES),
+    ("model.transformer.blocks.0.att_proj.weight", (24, 8), "olmo", "merge", THIRDS),
+    ("transformer.blocks.0.ffn.experts.mlp.w1", (32, 8), "dbrx", "merge", "as it is"),
+    (
+        "layers.0.temporal_block.rg_lru.input_gate_weight",
+        (2, 4, 4),
+        "recurrent_gemma",
+        "merge",
+        "stacked: a batch of matrices, transposed",
+    ),
+    ("encoder.query.kernel", (8, 2, 4), None, "merge", "heads flattened (head*dim, in)"),
+    ("layers.0.log_A_real", (8, 4), None, "average", None),
+    ("layers.0.A_imag", (8, 4), None, "average", None),
+    ("w.weight", (50, 8), "ctrl", "average", None),
+    ("w.weight", (50, 8), None, "merge", "as it is"),
+    ("word_emb.emb_layers.0.weight", (50, 8), "transfo-xl", "average", None),
     ("transformer.h.0.attn.c_attn.weight", (10, 8), "gpt_bigcode", "merge", "as it is"),
     ("transformer.h.0.attn.c_attn.weight", (24, 8), "gpt_bigcode", "merge", "as it is"),
     ("transformer.h.0.attn.c_proj.weight", (8, 8), "gpt_bigcode", "merge", "as it is"),
@@ -260,7 +283,6 @@ DEFAULTS: list[tuple[str, tuple[int, ...], str | None, str, str | None]] = [
     ("layers.0.attn.relative_position_bias_table", (169, 4), "swin", "average", None),
     ("fc.bias", (8,), None, "average", None),
     ("attn.in_proj_bias", (24,), None, "average", None),
-    ("h.0.attn.bias", (1, 1, 4, 4), "gpt2", "average", None),
     ("ln_1.weight", (8,), None, "average", None),
     ("q_norm.weight", (4, 8), None, "average", None),
     ("ln_pre.weight", (8,), None, "average", None),
@@ -298,3 +320,13 @@ def test_reasons_are_printed() -> None:
     assert "d_out is not 3*d_in: merged whole; give the heights" in text("qkv_proj.weight", (12, 8))
     assert text("h.0.mlp.c_fc.weight", (8, 32), "gpt2") == "merge, transposed (Conv1D, stored (in, out))"
     assert text("wte.weight", (8, 32)) == "average (embedding)"
+
+
+def test_a_mask_that_only_the_base_has_is_the_bases(generator: torch.Generator) -> None:
+    """Old files of GPT-2 have the causal mask, fine-tunes that are saved today do not."""
+    mask = torch.tril(torch.ones(6, 6)).view(1, 1, 6, 6)
+    base = {"h.0.mlp.c_fc.weight": torch.zeros(4, 8), "h.0.attn.bias": mask}
+    expert = {"h.0.mlp.c_fc.weight": torch.randn(4, 8, generator=generator)}
+    for given in (expert, {**expert, "h.0.attn.bias": mask.bool()}, {**expert, "h.0.attn.bias": mask[..., :3, :3]}):
+        vectors = TaskVectors(base, {"a": given})
+        assert vectors.treatments["h.0.attn.bias"].reason == "mask: no weights"

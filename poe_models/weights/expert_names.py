@@ -1,4 +1,4 @@
-"""Names of experts: distinct, and none that draws use for something else."""
+"""Names of experts: distinct, and none that draws or records use for something else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def unique_names(experts: Mapping[str, S] | Sequence[tuple[str, S]]) -> dict[str
     """Experts by their names.
 
     Raises:
-        ValueError: If there are none, or a name is no name, that of two, or one that draws use for something else.
+        ValueError: If there are none, or a name is no name, that of two, or one that draws or records use for something
+            else.
     """
     pairs = list(experts.items()) if isinstance(experts, Mapping) else list(experts)
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
@@ -32,6 +33,12 @@ def unique_names(experts: Mapping[str, S] | Sequence[tuple[str, S]]) -> dict[str
             f"merge in the span {MERGE!r}. Give it another name, such as '{taken}_model'."
         )
     bad = [name for name in names if not isinstance(name, str) or not name]
+    path = next((name for name in names if name not in bad and name.startswith(("./", "../"))), None)
+    if path is not None:
+        raise ValueError(
+            f"`TaskVectors(experts=...)`: an expert called {path!r}: records take what begins like that for a path. "
+            f"Give it another name, such as {path.strip('./') or 'mine'!r}."
+        )
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if bad or twice:
         what = f"{twice[0]!r} is the name of several experts" if twice else f"{bad[0]!r} is no name"

@@ -21,6 +21,7 @@ Shape = Literal[
     "stack",
     "kernel",
     "depthwise",
+    "square_mask",
     "three_in_rows",
     "three_in_columns",
     "even_rows",
@@ -34,6 +35,7 @@ SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
     "stack": lambda shape: len(shape) == 3,
     "kernel": lambda shape: 3 <= len(shape) <= 5,
     "depthwise": lambda shape: 3 <= len(shape) <= 5 and shape[1] == 1 and shape[0] > 1,
+    "square_mask": lambda shape: len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3],
     "three_in_rows": lambda shape: len(shape) == 2 and shape[0] == 3 * shape[1],
     "three_in_columns": lambda shape: len(shape) == 2 and shape[1] == 3 * shape[0],
     "even_rows": lambda shape: len(shape) == 2 and shape[0] % 2 == 0,
@@ -54,8 +56,9 @@ class Rule:
         model_types: Values of ``model_type``; empty for any. A model without a config fits too, unless ``known``.
         shape: Condition on the shape. ``"vector"`` has fewer than two axes (or all but one of length 1, from three axes
             on); ``"matrix"`` two axes; ``"stack"`` three; ``"kernel"`` three to five; ``"depthwise"`` is a kernel with
-            one input channel and several outputs; ``"three_in_rows"`` d_out = 3 d_in; ``"three_in_columns"`` the
-            transpose of it; ``"even_rows"`` an even d_out; ``"even_stack"`` the same of a stack.
+            one input channel and several outputs; ``"square_mask"`` (1, 1, n, n); ``"three_in_rows"`` d_out = 3 d_in;
+            ``"three_in_columns"`` the transpose of it; ``"even_rows"`` an even d_out; ``"even_stack"`` the same of a
+            stack.
         known: The model type must be known to be one of ``model_types``.
         note: Description of the tensors, for the reason that ``plan`` prints.
 

@@ -36,39 +36,63 @@ _CONV1D = r"(^|\.)(h|layers)\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_p
 # Model types whose stacked experts are stored (expert, in, out).
 _IN_OUT_EXPERTS = ("llama4", "llama4_text", "gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 _CONV1D_FUSED = r"(^|\.)h\.\d+\.attn\.c_attn\.weight$"
-_FUSED = r"(^|\.)(in_proj_weight|((c_attn|qkv|qkv_proj|Wqkv|to_qkv)\.weight))$"
+_FUSED = r"(^|\.)(in_proj_weight|((c_attn|qkv|qkv_proj|Wqkv|to_qkv|att_proj)\.weight))$"
 _EMBEDDING = (
     r"(^|\.)(wte|wpe|shared|embs?|embed|embed_in|\w*embed_tokens|\w*embed_positions|relative_attention_bias|\w*pos_emb"
     r"|\w*(tokens|positions|pos|query|level|class|cls|label|seg|segment|mask|char|codec|point|tgt|freq)_emb(ed)?"
-    r"|(?!\w*patch)\w*embeddings?)(\.weight)?$"
+    r"|emb_layers\.\d+|(?!\w*patch)\w*embeddings?)(\.weight)?$"
 )
 # Input and output features of these gated projections are one tensor, gate above up (or up above gate).
-_GATE_UP = r"(^|\.)(gate_up_proj|gate_and_up_proj|w1w3|w13|fused_gate_up)(\.weight)?$"
-_GATE_UP_BY_TYPE = r"(^|\.)(mlp\.Wi|shared_mlp\.input_linear|block_sparse_moe\.input_linear|dense_h_to_4h)\.weight$"
+_GATE_UP = r"(^|\.)(gate_up_proj|gate_and_up_proj|up_gate_proj|w1w3|w13|fused_gate_up)(\.weight)?$"
+_GATE_UP_BY_TYPE = (
+    r"(^|\.)(mlp\.Wi|shared_mlp\.input_linear|block_sparse_moe\.input_linear|dense_h_to_4h|mlp\.weights_in"
+    r"|ff_proj)\.weight$"
+)
 _GATE_UP_TYPES = (
     *("modernbert", "modernbert-decoder", "granitemoe", "granitemoeshared", "granitemoehybrid", "jetmoe", "chatglm"),
-    *("granitemoe_swa",),
+    *("granitemoe_swa", "dinov2", "dinov2_with_registers", "olmo", "hf_olmo"),
 )
 # Masks and position tables that a model computes; learned ones (mask_token, mask_emb) are parameters.
 _MASK = r"(^|\.)(\w*_mask|mask|masked_bias|IGNORE|causal|tril|triu)$"
+_ATTENTION_MASK = r"(^|\.)(attn|attention)\.bias$"
 _MASK_NOTE = "mask: no weights"
-_STATE_SPACE = r"(^|\.)(A_logs?|dt_bias|time_(decay|first|faaaa|mix\w*|maa\w*)|conv_state|ssm_state)$"
+_STATE_SPACE = (
+    r"(^|\.)(A_logs?|log_A\w*|A_(real|imag)|dt_bias|time_(decay|first|faaaa|mix\w*|maa\w*)|conv_state|ssm_state)$"
+)
 
 _DEFAULTS: tuple[Rule, ...] = (
     Rule(_MASK, "base", note=_MASK_NOTE),
+    Rule(_ATTENTION_MASK, "base", shape="square_mask", note=_MASK_NOTE),
     Rule(action="average", shape="vector", note="bias, norm, running statistic or scalar: fewer than two axes"),
     Rule(r"(^|[._])bias$", "average", note="bias"),
     Rule(_EMBEDDING, "average", note="embedding"),
+    Rule(r"(^|\.)w\.weight$", "average", model_types=("ctrl",), known=True, note="embedding"),
     Rule(r"(^|\.)\w+_tokens?$", "average", note="learned token"),
     Rule(r"(^|\.)relative_position_bias_table$", "average", note="position bias"),
     Rule(_STATE_SPACE, "average", note="state-space parameter, entry by entry"),
     Rule(r"(^|\.)rel(_attn|ative_attention)?\.r_\w_bias$|(^|\.)r_[wrs]_bias$", "average", note="bias"),
     Rule(
-        r"(^|\.)rel_attn\.[qkvr]$|(^|\.)r_kernel$",
+        r"(^|\.)rel_attn\.[qkvr]$|(^|\.)r_kernel$|(^|\.)(query|key|value)\.kernel$",
         "merge",
         View(heads=True),
         shape="stack",
         note="projection to heads, stored (in, head, dim)",
+    ),
+    Rule(
+        r"(^|\.)(input|recurrent)_gate_weight$",
+        "merge",
+        View(stacked=True, transpose=True),
+        shape="stack",
+        note="block-diagonal projection, stored (head, in, out)",
+    ),
+    Rule(
+        r"(^|\.)experts\.mlp\.(w1|v1|w2)$",
+        "merge",
+        View(),
+        model_types=("dbrx",),
+        shape="matrix",
+        known=True,
+        note="experts stacked in the rows: merged whole; cut them with `view: {blocks: NUMBER_OF_EXPERTS}`",
     ),
     Rule(r"(^|\.)(\w*norm\w*|ln(_\w+)?|\w+_ln)\.weight$", "average", note="norm"),
     Rule(
