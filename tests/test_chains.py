@@ -101,7 +101,7 @@ def test_a_constant_does_not_hide_the_others() -> None:
 def test_draws_that_are_not_finite_are_bad_whatever_the_others(value: float) -> None:
     values = independent((4, 500, 1, 2))
     values[1, 7:9, 0, 1] = value
-    verdict = chains(values).verdicts[0]
+    (verdict,) = chains(values).verdicts  # and nothing good is said of the rest
     assert (verdict.about, verdict.level) == ("draws", Level.BAD)
     assert "2 of 2000 draws are NaN or infinite, the most in b in m" in verdict.text
     values[..., 1] = value

@@ -87,6 +87,13 @@ def test_names_that_draws_take_are_refused_early(name: str) -> None:
         TaskVectors(weights(), {name: moved(weights())})
 
 
+@pytest.mark.parametrize(("name", "other"), [("../q", "q"), ("./q", "q"), ("../../", "mine")])
+def test_names_that_records_take_for_paths_are_refused_early(name: str, other: str) -> None:
+    with pytest.raises(ValueError, match=f"Give it another name, such as '{other}'"):
+        TaskVectors(weights(), {name: moved(weights())})
+    assert TaskVectors(weights(), {"..": moved(weights()), "a/b": moved(weights(), 2.0)}).names == ("..", "a/b")
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "module", "net", "weights", "ema", "model_ema"])
 def test_state_dicts_one_level_down(wrapper: str, tmp_path: Path) -> None:
     torch.save({wrapper: weights(), "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "m.pt")
