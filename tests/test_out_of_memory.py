@@ -1,4 +1,4 @@
-"""Too little memory, and files that are cut while a merge has them mapped: one error, and what is finished is kept."""
+"""Too little memory, and files that are cut while a merge reads them: one error, and what is finished is kept."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ CUT = """
 import os, sys
 from inference.models import merge as module
 from poe_merge.cli import run
-whole, count = module.merge_batch, []
+from poe_models.weights import weight_files
+whole, look, count, late = module.merge_batch, weight_files.check_stamp, [], sys.argv[1] == "after a look at it"
 def held(*arguments):
     count.append(1)
-    if len(count) == 3:
-        os.truncate(sys.argv[1], 100)
+    if len(count) == 3 and not late:
+        os.truncate(sys.argv[2], 100)
     return whole(*arguments)
-module.merge_batch = held
-sys.exit(run(["merge", *sys.argv[2:]]))
+def looked(path, *arguments):
+    look(path, *arguments)
+    if len(count) == 3 and late and sys.argv[2].endswith(str(path)):
+        os.truncate(path, 100)
+module.merge_batch, weight_files.check_stamp = held, looked
+sys.exit(run(["merge", *sys.argv[3:]]))
 """
 
 
@@ -81,16 +86,17 @@ def test_out_of_memory_says_for_what_and_what_helps(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("when", ["between batches", "after a look at it"])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_a_source_that_is_cut_is_one_error_and_progress_stays(
-    suffix: str, tmp_path: Path, generator: torch.Generator
+    suffix: str, when: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
     words = [*models(tmp_path / "models", [40, 44, 48, 52], suffix, generator), "--batch-bytes", "1"]
     whole = program(PLAIN, "merge", *words, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     source = tmp_path / "models" / f"b.{suffix}"
     before = source.read_bytes()
-    done = program(CUT, str(source), *words, "--out", "merged", cwd=tmp_path)
+    done = program(CUT, when, str(source), *words, "--out", "merged", cwd=tmp_path)
     assert done.returncode == 2, (done.returncode, done.stderr)  # no signal
     assert f"b.{suffix}" in done.stderr
     assert "changed while it was in use" in done.stderr

@@ -167,7 +167,7 @@ class FileCheckpoint(Checkpoint):
         tensors = []
         for part, run in groupby(names, self._parts.__getitem__):
             if self._last is not None and self._last is not part:
-                self._last.release()  # one open map at a time
+                self._last.release()  # one open file at a time
             self._last = part
             tensors += part.read_each(list(run))
         return tensors

@@ -1,9 +1,8 @@
 """Weight files: one safetensors file, or one PyTorch state dict, opened by its header and read a tensor at a time.
 
-Every tensor is copied out of the file at once: who truncates a file that is mapped ends the process that touches its
-pages. Safetensors files are not mapped at all. PyTorch files are, and pages that were read stay resident for as long as
-the map lives; it is therefore dropped and made anew after ``RESIDENT_BYTES``. A file that is not what it was when its
-header was read is refused after each tensor, or each run of them, and before each that is mapped.
+Every tensor is read out of the file by its place in it, never through a map: who truncates a file that is mapped ends
+the process that touches its pages. A file that is not what it was when its header was read is refused after each
+tensor, or each run of them.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from poe_models.weights.archive import address_of_file
 from poe_models.weights.checkpoint import CheckpointError, TensorInfo, check_stamp, find_aliases, stamp_of
 
 WRAPPERS = (
@@ -103,8 +103,6 @@ def check_plain(tensors: Mapping[Any, Tensor], source: str) -> dict[str, Tensor]
 
 
 _TIES, _EVERY = "poe-merge.ties", "every entry that names a tensor"
-RESIDENT_BYTES = 16 * 2**20
-"""Bytes read from an open file before it is opened anew."""
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -139,24 +137,11 @@ class WeightFile(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path, self.stamp = path, stamp_of(path)
-        self._opened: Any = None
-        self._resident = 0
         self._ahead: dict[str, Future[Tensor]] = {}
-
-    @abstractmethod
-    def _open(self) -> Any:
-        """Open the file."""
 
     @abstractmethod
     def _get(self, info: TensorInfo) -> Tensor:
         """Copy one tensor out of the file."""
-
-    @property
-    def _file(self) -> Any:
-        """The open file."""
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
 
     def info(self, name: str) -> TensorInfo:
         """Header of a tensor, whose name is in ``tensors`` or ``aliases``, under its canonical name."""
@@ -184,20 +169,27 @@ class WeightFile(ABC):
         return tensors
 
     def _read(self, info: TensorInfo) -> Tensor:
-        if self._resident > RESIDENT_BYTES:
-            self.release()
         ahead = self._ahead.get(info.name)
         try:
             if ahead is not None:
                 return ahead.result()
-            tensor = self._get(info)
+            return self._get(info)
         except (SafetensorError, KeyError, OSError) as error:
             check_stamp(self.path, self.stamp, info.name)
             raise CheckpointError(
                 f"{self.path}: tensor {info.name!r} cannot be read: {error}. Copy the file anew."
             ) from error
-        self._resident += info.nbytes
-        return tensor
+
+    def _fill(self, room: Tensor, start: int) -> None:
+        """Read bytes of the file, from an offset on, into memory: an ``OSError`` if it ends before."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            rest = memoryview(room.numpy())  # type: ignore[arg-type]
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise OSError("the file ends before it does")
+                rest = rest[count:]
 
     def read_ahead(self, name: str, pool: Executor) -> None:  # noqa: B027 (nothing, by itself)
         """Begin to read a tensor, by its canonical name, for ``read`` to give until it is forgotten."""
@@ -212,10 +204,8 @@ class WeightFile(ABC):
             self.tensors = {name: info for name, info in self.tensors.items() if name in names}
             self.aliases = {name: target for name, target in self.aliases.items() if target in names}
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 (nothing, by itself)
         """Close the file; the next read opens it again."""
-        self._opened = None
-        self._resident = 0
 
 
 class SafetensorsFile(WeightFile):
@@ -230,6 +220,7 @@ class SafetensorsFile(WeightFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self._opened: Any = None
         handle = self._open()
         names = map(sys.intern, handle.keys())  # found in the mappings of other models at once
         self.tensors = {name: self._info(handle, name) for name in names}
@@ -238,6 +229,9 @@ class SafetensorsFile(WeightFile):
         self.aliases = {k: v for k, v in self.metadata.items() if k not in self.tensors and _names_a_tie(k, v, self)}
 
     @override
+    def release(self) -> None:
+        self._opened = None
+
     def _open(self) -> Any:
         try:
             return safe_open(self.path, framework="pt", device="cpu", backend="pread")
@@ -258,7 +252,9 @@ class SafetensorsFile(WeightFile):
 
     @override
     def _get(self, info: TensorInfo) -> Tensor:
-        return self._file.get_tensor(info.name)
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened.get_tensor(info.name)
 
     @override
     def read_ahead(self, name: str, pool: Executor) -> None:
@@ -269,14 +265,7 @@ class SafetensorsFile(WeightFile):
         """Read one tensor, without Python's lock, into memory that a GPU copies from by itself."""
         check_stamp(self.path, self.stamp, info.name)  # its header may be another now
         room = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._starts[info.name])
-            rest = memoryview(room.numpy())  # type: ignore[arg-type]
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise OSError("the file ends before it does")
-                rest = rest[count:]
+        self._fill(room, self._starts[info.name])
         return room.view(info.dtype).view(info.shape)
 
     @cached_property
@@ -309,7 +298,8 @@ class TorchFile(WeightFile):
     """One PyTorch state dict: a flat dict of tensors, or one nested under one of ``WRAPPERS``.
 
     Loaded with ``weights_only=True``, so that no code in the file ever runs. Files of the zip format (torch 1.6 and
-    later) are memory-mapped; older ones have no index and are read whole.
+    later) are memory-mapped while it is found where their tensors lie; older ones have no index and are read whole, as
+    are those whose bytes are not the tensors' own.
 
     Args:
         path: The file.
@@ -320,39 +310,50 @@ class TorchFile(WeightFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._legacy = not zipfile.is_zipfile(path)
-        state = self._open()
+        zipped = zipfile.is_zipfile(path)
+        loaded, first = _load(path, mmap=zipped)
+        state = state_dict_of(loaded, str(path))
+        if zipped and (first is None or any(tensor.is_conj() or tensor.is_neg() for tensor in state.values())):
+            first, state = None, state_dict_of(_load(path, mmap=False)[0], str(path))
         self.aliases = find_aliases(state)
-        self.tensors = {
-            name: TensorInfo(name, tuple(tensor.shape), tensor.dtype, path)
-            for name, tensor in state.items()
-            if name not in self.aliases
-        }
+        own = {name: tensor for name, tensor in state.items() if name not in self.aliases}
+        self.tensors = {name: TensorInfo(name, tuple(each.shape), each.dtype, path) for name, each in own.items()}
         self.metadata = {}
-        self._opened = state if self._legacy else None
-
-    @override
-    def release(self) -> None:
-        if not self._legacy:  # a legacy file would have to be read whole again
-            super().release()
-
-    @override
-    def _open(self) -> Any:
-        return state_dict_of(_load(self.path, mmap=not self._legacy), str(self.path))
+        self._whole = own if first is None else {}
+        self._places = {} if first is None else {name: (t.data_ptr() - first, t.stride()) for name, t in own.items()}
 
     @override
     def _get(self, info: TensorInfo) -> Tensor:
-        check_stamp(self.path, self.stamp, info.name)  # a page that a shorter file lacks would end the process
-        # In memory from numpy: torch's is aligned, and glibc never gives an aligned block the place of one as large.
-        room = torch.from_numpy(np.empty(info.nbytes, np.uint8))
-        return room.view(info.dtype).view(info.shape).copy_(self._file[info.name].detach())
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if self._whole:
+            return _room(info.nbytes).view(info.dtype).view(info.shape).copy_(self._whole[info.name].detach())
+        start, stride = self._places[info.name]
+        last = sum((size - 1) * step for size, step in zip(info.shape, stride, strict=True))
+        room = _room((last + 1) * info.dtype.itemsize)
+        self._fill(room, start)
+        return room.view(info.dtype).as_strided(info.shape, stride).contiguous()
 
 
-def _load(path: Path, mmap: bool) -> Any:
+def _room(nbytes: int) -> Tensor:
+    """Memory from numpy: torch's is aligned, and glibc never gives an aligned block the place of one as large."""
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
+
+
+def _load(path: Path, mmap: bool) -> tuple[Any, int | None]:
+    """What a file holds, and the address at which it is mapped; None if that does not tell where its tensors lie."""
+    storages: list[tuple[int, int]] = []
+
+    def seen(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        storages.append((storage.data_ptr(), storage.nbytes()))
+        return storage
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused just below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            where: Any = seen if mmap else "cpu"
+            loaded = torch.load(path, map_location=where, weights_only=True, mmap=mmap)
+        return loaded, address_of_file(path, storages) if mmap else None
     except Exception as error:  # a corrupt pickle can fail in any way
         text = str(error)
         if "TorchScript" in text:
