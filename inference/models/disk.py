@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from poe_models.printing import size_text
+from poe_models.weights.checkpoint import InputChanged
 
 RESUME = "go on with `--resume` (`resume=True`); nothing finished so far is lost"
 """Advice where a run can be resumed once the disk is mended."""
@@ -87,6 +88,32 @@ def disk_errors(file: Path, again: str = RESUME) -> Iterator[None]:
         reason, way_out = _REFUSALS.get(code, ("{file} cannot be written ({text})", "Remove the cause and {again}."))
         text = f"{reason}. {way_out}".format(file=file, folder=file.parent, text=os.strerror(code), again=again)
         raise OutputError(text) from error
+
+
+@contextmanager
+def changed(folder: Path, progress: Callable[[], bool], again: str = RESUME) -> Iterator[None]:
+    """Within the block the error of an input that changed says what to do with what is finished, if anything is.
+
+    Args:
+        folder: What is finished lies here.
+        progress: Tells whether anything is finished.
+        again: What to do once the file is as it was.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputChanged: If an input changed.
+    """
+    try:
+        yield
+    except InputChanged as error:
+        if not progress():
+            raise
+        raise InputChanged(
+            f"{error} To keep what is finished, put the file back as it was and {again}. To start with it as it is "
+            f"now, remove {folder}."
+        ) from error
 
 
 @contextmanager

@@ -5,8 +5,8 @@
     OUT.partial/records/SHARD.json           digest and records of a finished weight file, whose parts are gone
     OUT.partial/output/                      finished files: what becomes OUT
 
-Merges, ensembles, statistics and draws are all written like this. Every file is written under another name, flushed to
-the disk and renamed, so that a file that is there is whole. Progress is removed on request only: by its owner.
+Merges, ensembles, statistics and draws are written so. Every file is written under another name, flushed to the disk
+and renamed, so that a file that is there is whole. Progress is removed on request only: by its owner.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from inference.models.digest import difference
-from inference.models.disk import RESUME, OutputError, disk_errors, only_process, real_path, replace_file
+from inference.models.disk import RESUME, OutputError, changed, disk_errors, only_process, real_path, replace_file
 from inference.models.parts import Records, digest_beside, finished, intact, once, whole
 from inference.models.places import portable
 from inference.models.plain_json import Encoded, finite, json_text
 from inference.models.ranks import ALONE, Ranks
-from poe_models.weights.loading import CheckpointError
+from poe_models.weights.checkpoint import CheckpointError
 from poe_models.weights.saving import save_file
 from poe_models.weights.weight_files import SafetensorsFile, tie_metadata
 
@@ -158,7 +158,8 @@ class Staging:
                 with disk_errors(self.folder, self.again):
                     (self.folder / OUTPUT).mkdir(exist_ok=True)
             try:
-                yield
+                with changed(self.folder, lambda: not self._nothing_finished, self.again):
+                    yield
             except ValueError:
                 if self._nothing_finished:
                     self._remove()
@@ -185,7 +186,8 @@ class Staging:
         else:
             ranks.wait()
             self._check_inputs = check_inputs
-            yield
+            with changed(self.folder, lambda: not self._nothing_finished, self.again):
+                yield
         ranks.wait()
 
     def _begun_with(self) -> Any:
@@ -236,9 +238,8 @@ class Staging:
         Returns:
             How many of this rank's batches were there already.
         """
-        assembler = len(self._expected) % ranks.size  # the next rank's turn, while the others go on
+        assembler, whole, there = len(self._expected) % ranks.size, self.has_shard(name), 0  # each rank has its turn
         self._expect(name, headers)
-        whole, there = self.has_shard(name), 0
         for number in sorted(ranks.share(costs or [1.0] * len(batches))):
             if whole or self.has_part(name, number):
                 there += 1

@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """An error in an input file, its tensors, or how two of them fit together."""
 
 
+class InputChanged(CheckpointError):
+    """An input file is not what it was when it was opened."""
+
+
 Stamp = tuple[int, int, int, int]
 
 
@@ -32,15 +36,12 @@ def stamp_of(path: Path) -> Stamp:
     """Inode, size and times of a file, which stay equal until it is written to, truncated or replaced.
 
     Raises:
-        CheckpointError: If the file is not there.
+        InputChanged: If the file is not there.
     """
     try:
         found = os.stat(path)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: not there any more ({error.strerror}). Put it back and run again; what is finished is kept, "
-            "`--resume` (`resume=True`) goes on with it."
-        ) from error
+        raise InputChanged(f"{path}: not there any more ({error.strerror}). Put it back and run again.") from error
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -48,14 +49,11 @@ def check_stamp(path: Path, stamp: Stamp, tensor: str | None = None) -> None:
     """Refuse a file that is not what it was when its stamp was taken; the tensor, if one is read, is named.
 
     Raises:
-        CheckpointError: If it was written to, replaced or removed.
+        InputChanged: If it was written to, replaced or removed.
     """
     if stamp_of(path) != stamp:
         where = f"{path}: " if tensor is None else f"{path}: tensor {tensor!r}: "
-        raise CheckpointError(
-            f"{where}the file changed while it was in use. Put it back as it was and run again (what is finished is "
-            "kept, `--resume` goes on with it), or remove the unfinished output to start with the file as it is now."
-        )
+        raise InputChanged(f"{where}the file changed while it was in use. Run again once nothing writes to it.")
 
 
 @dataclass(frozen=True)

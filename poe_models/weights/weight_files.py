@@ -341,7 +341,7 @@ def _room(nbytes: int) -> Tensor:
 
 
 def _load(path: Path, mmap: bool) -> tuple[Any, int | None]:
-    """What a file holds, and the address at which it is mapped; None if that does not tell where its tensors lie."""
+    """Load a file, with the address it is mapped at, if that tells where its tensors lie."""
     storages: list[tuple[int, int]] = []
 
     def seen(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:

@@ -65,8 +65,9 @@ def test_an_input_that_changes_under_a_merge(change: str, suffix: str, here: Pat
     old.write_bytes(before)
     if suffix == "bin" and change in ("rewritten", "replaced"):
         change = "in place"
-    with pytest.raises(CheckpointError, match="the file changed while it was in use|not there any more"):
+    with pytest.raises(CheckpointError, match=r"the file changed while it was in use|not there any more") as error:
         merge("out", Ticks(0, lambda: CHANGES[change](file)))
+    assert f"To start with it as it is now, remove {here / 'out.partial'}" in str(error.value)
     parts = list((here / "out.partial" / "parts").rglob("*.json"))
     assert len(parts) == 1
     with suppress(FileNotFoundError):
@@ -74,6 +75,24 @@ def test_an_input_that_changes_under_a_merge(change: str, suffix: str, here: Pat
     file.write_bytes(before)  # the remedy that the message names
     merge("out", resume=True)
     assert contents(here / "out") == contents(here / "whole")
+
+
+@pytest.mark.parametrize("command", ["merge", "stats"])
+def test_where_nothing_is_finished_an_input_that_changes_is_no_reason_to_resume(
+    command: str, cli: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TaskVectors.refuse_copies
+
+    def changed(self: TaskVectors) -> None:
+        plain(self)
+        in_place(here / "x" / "model.safetensors")
+
+    monkeypatch.setattr(TaskVectors, "refuse_copies", changed)
+    status, err = cli(command, *INPUTS, "--out", "out")
+    assert status == 2
+    assert "the file changed while it was in use. Run again once nothing writes to it." in " ".join(err.split())
+    assert "resume" not in err
+    assert not (here / "out.partial").exists()
 
 
 @pytest.mark.parametrize("factor", [-1.0, 1.0003])
