@@ -51,12 +51,17 @@ class OwnUnits:
 
     def latents(self, z: Tensor) -> Tensor:
         """Latents ``(*S, M, *event)`` in own units."""
-        z = z.to(self.posterior.dtype)
+        z = z.to(self.posterior.dtype) if self._wider else z
         return over_units(z.movedim(-3, 0), self.units).movedim(0, -3) if self.changed else z
 
     def back(self, z: Tensor) -> Tensor:
         """Latents ``(*S, M, *event)`` in own units in those of the updates."""
-        return (z.double() * self.units[:, None, None].to(z.device) if self.changed else z).to(self.dtype)
+        given = z.double() * self.units[:, None, None].to(z.device) if self.changed else z
+        return given.to(self.dtype if self._wider else z.dtype)
+
+    @property
+    def _wider(self) -> bool:
+        return self.posterior.dtype != self.dtype
 
     def solution(self, found: Solution[InfoT]) -> Solution[InfoT]:
         """A solution in the units of the updates."""
@@ -67,13 +72,14 @@ class OwnUnits:
     def draws(self, found: Draws) -> Draws:
         """Draws in the units of the updates."""
         make, units = found.regenerate, self.units.tolist()
-        if not self.changed and self.posterior.dtype == self.dtype:
+        if not self.changed and not self._wider:
             return found
         if make is None:
             return replace(found, numbers=self.back(found.numbers))
 
         def again(module: int, weights: Tensor, seed: int) -> Tensor:
-            return (units[module] * make(module, weights, seed)).to(self.dtype)
+            made = units[module] * make(module, weights, seed)
+            return made.to(self.dtype) if self._wider else made
 
         return replace(found, regenerate=again)
 
