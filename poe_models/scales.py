@@ -101,8 +101,9 @@ class Balanced(GammaScale):
     Weights at rest are meant. A heavy tail then weighs what is near to the merge, and under Identity a short update is
     near to the base, as the merge of few experts is: heavy tails, and :class:`~poe_models.Huber` below 1, may follow it
     there. The Gram maps and Directional measure an update in its own directions: beside one shorter expert others keep
-    at least .85 of their shares (powers below 1 and Huber far below 1 apart), also where the shorter ones are most of
-    four. Where most of many are much shorter, a heavy tail may follow them; a larger ``gamma`` makes it less heavy.
+    at least .85 of their shares (powers below 1 and Huber far below 1 apart), and .7 where the shorter ones are two of
+    three or three of four. Where most of many are much shorter, a heavy tail may follow them; a larger ``gamma`` makes
+    it less heavy.
     """
 
     gamma: float = 1.0

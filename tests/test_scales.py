@@ -102,7 +102,7 @@ def test_a_shorter_expert_never_takes_more_than_its_share(
     if residual_map == Identity() and isinstance(energy, Welsch | GeneralizedGaussian):
         pytest.skip("the exception that Balanced names, which has a test of its own")
     # Under Identity a short update lies near to the base, as the merge of few does, and tails weigh what is near.
-    least = 0.7 if residual_map == Identity() and energy == Cauchy() else 0.85
+    least = 0.6 if residual_map == Identity() and energy == Cauchy() else 0.85
     for length in (0.3, 0.1, 0.01):
         shorter = updates.clone()
         shorter[-1] *= length
@@ -116,13 +116,14 @@ def test_a_shorter_expert_never_takes_more_than_its_share(
 def test_shorter_experts_take_no_more_than_their_share_where_they_are_most(
     experts: int, residual_map: ResidualMap, energy: Energy, generator: torch.Generator
 ) -> None:
+    """The least over 40 seeds was .78 of the share among equally long ones, of Huber(0.5); it was .01 by the median."""
     updates = fine_tunes(generator, experts)
     poe = product(residual_map, energy, names=[f"e{n}" for n in range(experts)])
     longest = kept(poe, updates)[0]
     for length in (0.5, 0.3, 0.1, 0.01):
         shorter = updates.clone()
         shorter[1:] *= length
-        assert float(kept(poe, shorter)[0]) > 0.85 * float(longest), length
+        assert float(kept(poe, shorter)[0]) > 0.7 * float(longest), length
 
 
 def test_lengths_that_differ_by_less_than_two_leave_the_median(generator: torch.Generator) -> None:
