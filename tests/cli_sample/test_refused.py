@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from tests.cli.toys import Cli
 from tests.cli_sample.toys import CONFIG
 
 
@@ -64,11 +65,15 @@ def test_coordinates_of_one_kind(fails: Callable[..., str], here: Path) -> None:
     assert "`coordinates` differ between tensors" in fails("sample", "config.yaml", "--out", "o")
 
 
-def test_where_no_matrix_is_merged_it_says_so(fails: Callable[..., str], here: Path) -> None:
-    """No flag was given, and none is named."""
+def test_where_no_matrix_is_merged_it_says_so(cli: Cli, here: Path) -> None:
+    """No flag was given, and none is named; first the warning of every command."""
     for name in ("base", "mnist", "emoji"):
         state = {"norm.bias": torch.full((4,), float(len(name)))}
         save_file(state, here / name / "model.safetensors")
     for coordinates in ("span", "full"):
-        message = fails("sample", "config.yaml", "--coordinates", coordinates, "--out", "o")
-        assert message.startswith("no tensor of the base is merged, so there is no module. `poe-merge plan`")
+        status, out, err = cli("sample", "config.yaml", "--coordinates", coordinates, "--out", "o")
+        warning, error = err.splitlines()
+        assert (status, out) == (2, "")
+        assert warning.startswith("warning: no matrix is merged: 1 tensors are averaged")
+        assert error.startswith("error: no tensor of the base is merged, so there is no module. `poe-merge plan`")
+        assert not Path("o").exists()
