@@ -202,10 +202,9 @@ def totals(records: Iterable[Mapping[str, Any]]) -> tuple[ExpertRetention, ...]:
             of = sums.setdefault(name, dict.fromkeys(("inner", "squared", "merged", "left", "zero"), 0.0))
             if name not in record["kept"]:  # a zero update
                 continue
-            of["inner"] += record["kept"][name] * (
-                length * length
-            )  # infinite, not an error, where that is out of range
-            of["squared"] += length * length
+            squared = length * length  # a power that leaves float64 is an error, a product is infinite
+            of["inner"] += record["kept"][name] * squared
+            of["squared"] += squared
             of["merged"] += record["norm"] * record["norm"]
             if name in record.get("residuals_at_zero", {}):
                 of["left"] += record["residuals"][name]

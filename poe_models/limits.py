@@ -1,4 +1,4 @@
-"""The range of settings that are positive numbers: in it no product of them leaves float64, and outside nothing is."""
+"""Range of positive settings: products of settings within it stay in the range of float64, others are refused."""
 
 from __future__ import annotations
 

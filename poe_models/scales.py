@@ -83,8 +83,8 @@ class NormScaled(GammaScale):
         return self.gamma * sizes.norm_squared
 
 
-LARGEST = 4.0
-"""Times the unit of :class:`Balanced` that no expert's own squared residual is larger."""
+LONGEST = 4.0
+"""Largest ``q_j(0) / t_j`` in units of the ``m`` of :class:`Balanced`: the square of twice the typical length."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Balanced(GammaScale):
         known = sizes.active & (sizes.residual_at_zero > 0)
         ratio = torch.where(known, sizes.residual_at_zero / torch.where(known, strength, 1.0), torch.inf)
         median = weighted_median(ratio, torch.where(known, sizes.importance.to(ratio), 0.0))
-        typical = torch.maximum(median, torch.where(known, ratio, 0.0).amax(-1) / LARGEST)
+        typical = torch.maximum(median, torch.where(known, ratio, 0.0).amax(-1) / LONGEST)
         return self.gamma**2 * strength * typical.unsqueeze(-1)
 
 
