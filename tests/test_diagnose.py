@@ -363,6 +363,15 @@ def test_a_record_that_is_none(content: str, message: str, tmp_path: Path) -> No
         diagnosis.read_record(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../base/model.safetensors", "/dev/zero", "deep/../../x"])
+def test_a_record_names_no_files_outside_its_folder(name: str, merged: Path, tmp_path: Path) -> None:
+    """Nothing of somebody else's is read for a stranger's record, and no device."""
+    record = diagnosis.read_record(merged)
+    (tmp_path / "poe_merge.json").write_text(json.dumps(record | {"written": {name: "0"}}))
+    with pytest.raises(ValueError, match=r"poe_merge.json: `written` has .*no file of the folder. Merge again"):
+        diagnosis.read_record(tmp_path)
+
+
 def test_a_record_of_an_older_version(merged: Path, tmp_path: Path) -> None:
     record: dict[str, Any] = json.loads((merged / "poe_merge.json").read_text())
     for tensor in record["tensors"]:

@@ -6,6 +6,7 @@ Fields beyond these are allowed, for versions add some; every number of a record
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
@@ -196,6 +197,9 @@ class MergeRecord(Part):
         if "base" not in self.inputs:
             raise ValueError("`inputs` has no base")
         _complete(self.inputs)
+        outside = next((name for name in self.written if Path(name).is_absolute() or ".." in Path(name).parts), None)
+        if outside is not None:
+            raise ValueError(f"`written` has {outside!r}, which is no file of the folder")
         RuleTable.from_dicts(self.rules)
         used = max((each.design for each in self.tensors if "design" in each.model_fields_set), default=-1)
         if used >= len(self.designs):
