@@ -5,8 +5,7 @@
     OUT.partial/records/SHARD.json           digest and records of a finished weight file, whose parts are gone
     OUT.partial/output/                      finished files: what becomes OUT
 
-Merges, ensembles, statistics and draws are written so. Every file is written under another name, flushed to the disk
-and renamed, so that a file that is there is whole. Progress is removed on request only: by its owner.
+Files are written under other names, flushed and renamed: what is there is whole. Its owner alone removes progress.
 """
 
 from __future__ import annotations
@@ -238,8 +237,9 @@ class Staging:
         Returns:
             How many of this rank's batches were there already.
         """
-        assembler, whole, there = len(self._expected) % ranks.size, self.has_shard(name), 0  # each rank has its turn
+        assembler = len(self._expected) % ranks.size  # the next rank's turn, while the others go on
         self._expect(name, headers)
+        whole, there = self.has_shard(name), 0
         for number in sorted(ranks.share(costs or [1.0] * len(batches))):
             if whole or self.has_part(name, number):
                 there += 1
