@@ -101,8 +101,8 @@ def tensor_of(output: Any) -> Tensor:
     hidden = "last_hidden_state" in has
     head = " The model has no head: a hidden state is no prediction. Give the model with its head, or" if hidden else ""
     raise ValueError(
-        f"`predict(...)`: a batch gave {type(output).__name__}{has}, expected logits.{head or ' Give'} {_FORWARD} that "
-        "returns one tensor; for embeddings or regressions, to `predict_values`."
+        f"`predict(...)`: a batch gave {type(output).__name__}{has}, in which no logits are found.{head or ' Give'} "
+        f"{_FORWARD} that returns one tensor: logits, or to `predict_values` embeddings or regressions."
     )
 
 

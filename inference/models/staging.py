@@ -66,7 +66,8 @@ def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> 
         staging.folder.exists()  # whose name is longer
     if taken and not (resume and staging.published):
         staging.tidy()
-        raise OutputError(f"the output folder {out} exists. Choose another name, or remove it first.")
+        done = ", and no interrupted run of it is left to go on with" if resume else ""
+        raise OutputError(f"the output folder {out} exists{done}. Choose another name, or remove it first.")
     return resolved
 
 
@@ -358,10 +359,8 @@ class Staging:
             self._check_inputs()
             self.read_back()
             if self.out.exists():
-                raise OutputError(
-                    f"{self.out} has appeared in the meantime. The {self.what} is complete in {self.folder / OUTPUT}: "
-                    "move it."
-                )
+                made = self.folder / OUTPUT
+                raise OutputError(f"{self.out} has appeared in the meantime. The {self.what} is complete: move {made}.")
             with disk_errors(self.out, self.again):
                 (self.folder / OUTPUT).rename(self.out)
         self._remove()

@@ -106,7 +106,8 @@ def test_no_experts(fails: Any, here: Path) -> None:
 def test_an_output_that_exists(cli: Cli, fails: Any, here: Path) -> None:
     assert cli("merge", "config.yaml", "--out", "out")[0] == 0
     assert "the output folder out exists. Choose another name" in fails("merge", "config.yaml", "--out", "out")
-    assert "the output folder out exists." in fails("merge", "config.yaml", "--out", "out", "--resume")
+    again = fails("merge", "config.yaml", "--out", "out", "--resume")
+    assert "the output folder out exists, and no interrupted run of it is left to go on with. Choose" in again
 
 
 def damaged(state: State, damage: str, folder: Path) -> None:

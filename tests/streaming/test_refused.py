@@ -99,7 +99,7 @@ def test_a_foreign_partial_folder_is_left_alone(models: Any, out: Path) -> None:
 
 def test_an_output_that_appears_in_the_meantime_is_kept(models: Any, out: Path) -> None:
     vectors = models()
-    with pytest.raises(OutputError, match="has appeared in the meantime. The merge is complete in .*partial/output"):
+    with pytest.raises(OutputError, match="has appeared in the meantime. The merge is complete: move .*partial/output"):
         merge_checkpoint(vectors, poe(vectors), out, progress=Ticks(1, out.mkdir))
     assert contents(out) == {}
     assert (out.with_name("out.partial") / "output" / "model.safetensors").exists()
