@@ -52,7 +52,7 @@ demo-language: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo --suite language --out out/demo-language
 
 # Every table in benchmarks/results. Where CPU seconds are compared, all libraries have one thread.
-bench: $(STAMP) out/demo/temperatures.csv
+bench: $(STAMP) out/demo/temperatures.csv out/demo-language/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.solver
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.sampling
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.merging
@@ -62,6 +62,7 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.tails_suites
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.row_blocks
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules --suite language
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
@@ -70,7 +71,8 @@ bench: $(STAMP) out/demo/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_few
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bmm_sampling
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.vision.shift
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.shift
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.shift --suite language
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoder
 
 # On a machine with a GPU: the tests that need one, then benchmarks/results/gpu.md. Where the
@@ -104,9 +106,12 @@ docs: .venv-docs/.installed
 		| .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
 	touch $@
 
-# The benchmark of shift looks at the demo's merge.
+# The benchmark of shift looks at the demos' merges.
 out/demo/temperatures.csv: | $(STAMP)
 	$(MAKE) demo
+
+out/demo-language/temperatures.csv: | $(STAMP)
+	$(MAKE) demo-language
 
 clean:
 	rm -rf $(VENV) .venv-3.* .venv-lowest .venv-docs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks import rules
 from benchmarks.harness import rule_bench, rule_report
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, mean_scores, task_logits
@@ -211,7 +210,7 @@ class TestReport:
     bounds = (table((200, 90)), table((190, 70)))
 
     def test_accuracies_and_differences(self) -> None:
-        text, found = rule_report.report(self.lines, self.bounds, LABELS, "the command", 120.0)
+        text, found = rule_report.report(self.lines, self.bounds, LABELS, "vision suite", "the command", 120.0)
         body = text.splitlines()
         ties = next(line for line in body if line.startswith("| TIES |"))
         alone, after, difference = (cell.strip() for cell in ties.split("|")[3:6])
@@ -229,7 +228,7 @@ class TestReport:
 
     def test_verdict_counts(self) -> None:
         """TIES gains and RegMean loses 0.1 against itself; beside the base's 0.7 they are 0.15 and 0.1 above."""
-        text, _ = rule_report.report(self.lines, self.bounds, LABELS, "", 0.0)
+        text, _ = rule_report.report(self.lines, self.bounds, LABELS, "vision suite", "", 0.0)
         (line,) = (each for each in text.splitlines() if each.startswith("- InputGram"))
         assert "above (in 1 of 2 cases), below (1) or not told from the rule alone" in line
         assert "above (in 2 of 2 cases), below (0) or not told from InputGram anchored at the base" in line
@@ -237,7 +236,7 @@ class TestReport:
         assert "all pairs of the column together it is above 2 of the other 2." in line
 
     def test_calibration_settings_and_seeds(self) -> None:
-        text, _ = rule_report.report(self.lines, self.bounds, LABELS, "", 0.0)
+        text, _ = rule_report.report(self.lines, self.bounds, LABELS, "vision suite", "", 0.0)
         nll = -(0.6 * torch.tensor(0.9).log() + 0.4 * torch.tensor(0.1).log())
         assert f"| TIES | {float(nll):.3f} |" in text
         assert "| 0.300 | 0.050 |" in text  # ECE of 0.9 where 0.6 are right; where 0.9 and 0.8 are
@@ -253,7 +252,9 @@ class TestReport:
         assert [float(cell) for cell in row.split("|")[2:-1]] == pytest.approx(expected, abs=6e-4)
 
     def test_csv(self, tmp_path: Path) -> None:
-        text = rule_report.write_report(tmp_path / "a" / "rules.md", self.lines, self.bounds, LABELS, "", 0.0)
+        text = rule_report.write_report(
+            tmp_path / "a" / "rules.md", self.lines, self.bounds, LABELS, "vision suite", "", 0.0
+        )
         assert (tmp_path / "a" / "rules.md").read_text() == text
         with (tmp_path / "a" / "rules.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -262,8 +263,3 @@ class TestReport:
         assert (float(found["accuracy"]), found["scaling"], found["eta"], found["own"]) == (0.8, "0.9", "1.0", "")
         assert rows[-1]["task"] == "mean"
         assert float(rows[-1]["accuracy"]) == pytest.approx(0.825)
-
-
-def test_command_says_what_makes_the_table_again() -> None:
-    assert rules.command(8, 128, 0, list(RULES)) == "python -m benchmarks.rules --trials 8 --images 128 --seed 0"
-    assert rules.command(2, 4, 1, ["Ties"]).endswith("--trials 2 --images 4 --seed 1 --methods Ties")

@@ -143,7 +143,7 @@ class Ensembles:
         """
         low, high = self.temperatures(scope)
         tried: dict[float, list[Tensor]] = {}
-        members = Members(self._runner(scope, kind, self.validation), lambda draws: self.states(draws, kind))
+        members = Members(self.runner(scope, kind, self.validation), lambda draws: self.states(draws, kind))
 
         def predict(draw: ModelDraws) -> dict[str, Tensor]:
             whole = self.draw(scope, kind, draw.temperatures[0], self.budget.members)
@@ -165,7 +165,7 @@ class Ensembles:
         plain = chosen(start=start)
         scaled = chosen(start=start if start is None else plain.temperature, scale_logits=True)
         means = {point.temperature: torch.stack(tried[point.temperature]).mean(0) for point in plain.path}
-        return Search(plain, scaled, {t: self._own(self.validation.by_task(mean)) for t, mean in means.items()})
+        return Search(plain, scaled, {t: self.own(self.validation.by_task(mean)) for t, mean in means.items()})
 
     def ensemble(self, scope: str, kind: str, temperature: float, members: int) -> MergedEnsemble:
         """An ensemble of one kind; the same seed at every temperature.
@@ -226,14 +226,20 @@ class Ensembles:
         Returns:
             Task to ``(n, classes)``.
         """
-        runner = self._runner(scope, kind, self.test)
+        runner = self.runner(scope, kind, self.test)
         tables = torch.stack(
             [runner(state) for state in self.states(self.draw(scope, kind, temperature, members), kind)]
         )
-        return self._own(self.test.by_task(scaled_mean(tables, 1.0).exp()))
+        return self.own(self.test.by_task(scaled_mean(tables, 1.0).exp()))
 
-    def _runner(self, scope: str, kind: str, examples: Examples) -> Runner:
-        """Log probabilities of all examples under the merge with some of its tensors replaced."""
+    def runner(self, scope: str, kind: str, examples: Examples) -> Runner:
+        """Log probabilities of all examples under the merge with some of its tensors replaced.
+
+        Args:
+            scope: Which layers are replaced, one of `SCOPES`.
+            kind: What the members are.
+            examples: Of all tasks.
+        """
         cut = f"backbone.{self.suite.network.cut}" if scope == LAST else None
         model = SuiteModel(self.suite, self.merged)
         modules = set(self.draw(scope, kind, self.temperatures(scope)[1], 1).modules)
@@ -282,7 +288,7 @@ class Ensembles:
 
     def _judge(self, scope: str, kind: str, search: Search) -> tuple[Outcome, Outcome]:
         """The members that the searches chose, on the test examples: as they are, and with scaled logits."""
-        runner, tables = self._runner(scope, kind, self.test), dict[float, Tensor]()
+        runner, tables = self.runner(scope, kind, self.test), dict[float, Tensor]()
         outcomes = []
         for tempering, name in ((search.plain, kind), (search.scaled, kind + SCALED)):
             draws, divisor = tempering.draws, tempering.best.logit_temperature
@@ -311,12 +317,12 @@ class Ensembles:
         return self._outcome(MAP, point), replace(self._outcome(SCALED_MAP, scaled), logit_temperature=divisor)
 
     def _outcome(self, name: str, probabilities: Mapping[str, Tensor]) -> Outcome:
-        own = self._own(probabilities)
+        own = self.own(probabilities)
         return Outcome(name, own, {task: score(table.log(), self.test.labels[task]) for task, table in own.items()})
 
-    def _own(self, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without the classes that a task does not have."""
-        return {task: table[:, : len(self.suite.heads[task].bias)] for task, table in probabilities.items()}
+    def own(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tables (..., classes) without the classes that a task does not have."""
+        return {task: table[..., : len(self.suite.heads[task].bias)] for task, table in tables.items()}
 
     def temperatures(self, scope: str) -> tuple[float, float]:
         """From the lowest to the highest temperature that any sampled module's energies imply; updates are read once.

@@ -19,14 +19,20 @@ OWN, AVERAGE = "own experts", "average of all experts' predictions"
 
 
 def report(
-    lines: Sequence[Line], bounds: tuple[Tables, Tables], labels: Mapping[str, Tensor], command: str, seconds: float
+    lines: Sequence[Line],
+    bounds: tuple[Tables, Tables],
+    labels: Mapping[str, Tensor],
+    suite: str,
+    command: str,
+    seconds: float,
 ) -> tuple[str, Comparison]:
     """The page, and the comparison that it is made from.
 
     Args:
         lines: The base first, then the rules.
         bounds: Test probabilities of every expert on its own task, and of the mean over experts.
-        labels: Of the test images by task.
+        labels: Of the test examples by task.
+        suite: The suite in words.
         command: What made them.
         seconds: How long it took.
 
@@ -38,13 +44,12 @@ def report(
     found = compare_methods({**tables, OWN: own, AVERAGE: mean}, labels, seed=0, experts=own)
     maps = list(lines[0].posteriors)
     parts = [
-        f"Merging rules on the vision suite ({', '.join(labels)}; SqueezeNet v1.1), alone and as the centre of the "
-        f"anchor of Cauchy experts. Made by `{command}` in {seconds / 60:.0f} minutes on {machine()}.",
-        "Mean test accuracy over tasks; brackets are 95 % bootstrap intervals over test images, paired in differences. "
-        "Those of differences hold for all rows of a column together. They do not cover the choice of settings on "
-        "validation, nor another training of the experts: this is one run, of one seed. λ, η and the one parameter of "
-        "a rule's own were "
-        "chosen there, by one budget of trials for each search. A posterior's centre is the rule as chosen, so that "
+        f"Merging rules on the {suite}, alone and as the centre of the anchor of Cauchy experts. Made by `{command}` "
+        f"in {seconds / 60:.0f} minutes on {machine()}.",
+        "Mean test accuracy over tasks; brackets are 95 % bootstrap intervals over test examples, paired in "
+        "differences. Those of differences hold for all rows of a column together. They do not cover the choice of "
+        "settings on validation, nor another training of the experts: this is one run, of one seed. λ, η and the one "
+        "parameter of a rule's own were chosen there, by one budget of trials for each search. A posterior's centre is the rule as chosen, so that "
         "posterior and rule together had two; its η may be so large that hardly more than the centre is left, and one "
         "trial is there. Few trials miss settings: rows may differ by what their searches happened to find.",
         accuracy_table(lines, found, maps),
@@ -67,11 +72,12 @@ def write_report(
     lines: Sequence[Line],
     bounds: tuple[Tables, Tables],
     labels: Mapping[str, Tensor],
+    suite: str,
     command: str,
     seconds: float,
 ) -> str:
     """Write the page and, beside it, a CSV with every task; arguments as in `report`."""
-    text, found = report(lines, bounds, labels, command, seconds)
+    text, found = report(lines, bounds, labels, suite, command, seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     rows: list[tuple[str, tuple[object, ...]]] = [
@@ -180,13 +186,13 @@ def verdict(lines: Sequence[Line], found: Comparison, name: str) -> str:
 
 
 def _most_accurate(rules: Sequence[str], found: Comparison, name: str) -> str:
-    """The highest number of a column, and how many others it can be told from although these images made it that."""
+    """The highest number of a column, and how many others it can be told from although these examples made it that."""
     column = found.of([label(rule, name) for rule in rules])
     best = column.best()
     told = sum(gap.low > 0 for gap in column.against_best().values())
     centre = next(rule for rule in rules if label(rule, name) == best)
     return (
-        f"The most accurate on these test images is anchored at {centre}: {interval(found.mean(best))}. By intervals "
+        f"The most accurate on these test examples is anchored at {centre}: {interval(found.mean(best))}. By intervals "
         f"that hold for all pairs of the column together it is above {told} of the other {len(rules) - 1}."
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.harness.evaluate import BATCH
-from benchmarks.harness.suite import Suite
+from benchmarks.harness.suite import Split, Suite
 
 NO_CLASS = -1e4
 """Logit of classes that a task does not have."""
@@ -59,7 +60,7 @@ class Examples:
     places: dict[str, Tensor]
 
     @classmethod
-    def of(cls, suite: Suite, split: str, batch_size: int | None = None) -> Examples:
+    def of(cls, suite: Suite, split: str, batch_size: int | None = None) -> Self:
         """Examples of a suite.
 
         Args:
@@ -67,13 +68,26 @@ class Examples:
             split: Name of the split.
             batch_size: Examples at a time; default `BATCH` of the suite's device.
         """
+        return cls.shown(suite, {name: [task.splits[split]] for name, task in suite.tasks.items()}, batch_size)
+
+    @classmethod
+    def shown(cls, suite: Suite, splits: Mapping[str, Sequence[Split]], batch_size: int | None = None) -> Self:
+        """What each head of a suite is shown, be it of its own task or not.
+
+        Args:
+            suite: Whose heads and network.
+            splits: Task of each head -> its examples, one split after another.
+            batch_size: Examples at a time; default `BATCH` of the suite's device.
+        """
         size, batches, places = batch_size or BATCH[suite.device.type], [], {}
-        for position, (name, task) in enumerate(suite.tasks.items()):
-            order = suite.network.order(task.splits[split])
-            places[name] = torch.argsort(order)
-            for rows in order.split(size):
-                batches.append((suite.network.inputs(task.splits[split], rows, suite.device), position))
-        return cls(batches, suite.labels(split), places)
+        for position, name in enumerate(suite.tasks):
+            orders = [suite.network.order(split) for split in splits[name]]
+            starts = itertools.accumulate([0, *(len(order) for order in orders[:-1])])
+            places[name] = torch.cat([start + torch.argsort(each) for start, each in zip(starts, orders, strict=True)])
+            for split, order in zip(splits[name], orders, strict=True):
+                batches += [(suite.network.inputs(split, rows, suite.device), position) for rows in order.split(size)]
+        labels = {name: torch.cat([split.labels for split in splits[name]]) for name in suite.tasks}
+        return cls(batches, labels, places)
 
     def by_task(self, values: Tensor) -> dict[str, Tensor]:
         """Rows of all examples (n, ...) by task, in the split's own order."""

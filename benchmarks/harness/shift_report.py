@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness.outcomes import GIBBS, MAP, SCALED_MAP
+from benchmarks.harness.corruptions import SEVERITIES, Corruptions
+from benchmarks.harness.outcomes import GIBBS, MAP, SCALED, SCALED_MAP
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import interval, markdown_table, signed
-from benchmarks.vision.shift_bench import CLEAN, CONDITIONS, ENSEMBLES, OTHERS, Condition, Predictions
+from benchmarks.harness.shift_bench import CLEAN, ENSEMBLES, OTHERS, Condition, Predictions, conditions
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
-from diagnostics.predictions.corruptions import CORRUPTIONS, SEVERITIES
 from diagnostics.predictions.shift import ShiftComparison, compare_detection
 
-SEVERITY = dict(zip((0, *SEVERITIES), ("clean", "1", "3", "5"), strict=True))
-"""In the numbers of Hendrycks and Dietterich."""
 WORST = max(SEVERITIES)
 SHOWN = ("accuracy", "nll", "ece")
 
@@ -30,6 +28,7 @@ def write_report(
     found: Mapping[str, Predictions],
     labels: Mapping[str, Tensor],
     what: str,
+    corruptions: Corruptions,
     command: str,
     seed: int,
     seconds: float,
@@ -39,8 +38,9 @@ def write_report(
     Args:
         path: Of the Markdown.
         found: Name of members or point estimate -> its predictions; the MAP comes first.
-        labels: Task -> labels of the test images.
-        what: The merge in words.
+        labels: Task -> labels of the test examples.
+        what: The merge in words, and the suite.
+        corruptions: Of the test examples.
         command: What made the page.
         seed: Of the resamples.
         seconds: How long the predictions took.
@@ -48,21 +48,24 @@ def write_report(
     Returns:
         The Markdown.
     """
-    scored = {condition: compared(found, condition, labels, seed) for condition in CONDITIONS if condition != OTHERS}
+    shown = conditions(corruptions)
+    scored = {condition: compared(found, condition, labels, seed) for condition in shown if condition != OTHERS}
     detected = {name: detections(found[MAP], found[name], seed) for name in ENSEMBLES}
     members = found[GIBBS][CLEAN][next(iter(labels))].num_members
+    kinds, levels = ", ".join(map(_words, corruptions.kinds)), corruptions.levels
     text = "\n\n".join([
-        f"{what}, on the vision suite ({', '.join(labels)}): the MAP, the MAP with its logits divided by one "
-        f"temperature fitted on clean validation images, and ensembles of {members} draws of the last layer. Made by "
-        f"`{command}` in {seconds:.0f} seconds on {machine()}, after `make demo`.",
-        f"Test images as they are and under {len(CORRUPTIONS)} corruptions ({', '.join(CORRUPTIONS)}), at severities "
-        "1, 3 and 5 of Hendrycks and Dietterich (2019); means over tasks and corruptions, NLL in nats, ECE in 20 bins. "
-        "Brackets are 95 % intervals of the difference to the MAP, paired over test images, each by itself.",
-        severity_table(scored),
-        corruption_verdict(scored),
-        "By corruption, at severity 5:",
+        f"{what} ({', '.join(labels)}): the MAP, and ensembles of {members} draws of the last layer; each as it is, "
+        "and with logits, those of all members of an ensemble, divided by one temperature that is fitted on clean "
+        f"validation examples. Made by `{command}` in {seconds:.0f} seconds on {machine()}, after the suite's demo. "
+        "*One training seed and one seed of draws.*",
+        f"Test examples as they are and under {len(corruptions.kinds)} corruptions ({kinds}), at "
+        f"{corruptions.about}; means over tasks and corruptions, NLL in nats, ECE in 20 bins. Brackets are 95 % "
+        "intervals of the difference to the MAP, paired over test examples, each by itself.",
+        severity_table(scored, levels),
+        corruption_verdict(scored, levels),
+        f"By corruption, at severity {levels[-1]}:",
         corruption_table(scored),
-        "Every task's head is shown its own test images and those of the other tasks. AUROC of the entropy of the "
+        "Every task's head is shown its own test examples and those of the other tasks. AUROC of the entropy of the "
         "(mean) probabilities, and of the mutual information between class and member; differences are to the MAP's "
         "entropy.",
         detection_table(detected),
@@ -70,14 +73,14 @@ def write_report(
     ]) + "\n"  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    write_csv(path.with_suffix(".csv"), scored, detected)
+    write_csv(path.with_suffix(".csv"), scored, detected, levels)
     return text
 
 
 def compared(
     found: Mapping[str, Predictions], condition: Condition, labels: Mapping[str, Tensor], seed: int
 ) -> Comparison:
-    """All ways to predict under one condition; the same resamples of test images under every condition."""
+    """All ways to predict under one condition; the same resamples of test examples under every condition."""
     tables = {name: {task: each.probabilities for task, each in by[condition].items()} for name, by in found.items()}
     return compare_methods(tables, labels, seed=seed)
 
@@ -97,11 +100,11 @@ def at_severity(scored: Mapping[Condition, Comparison], severity: int) -> Compar
     return pooled([found for (_, level), found in scored.items() if level == severity])
 
 
-def severity_table(scored: Mapping[Condition, Comparison]) -> str:
-    """Scores by severity."""
+def severity_table(scored: Mapping[Condition, Comparison], levels: Sequence[str]) -> str:
+    """Scores by severity, whose levels have these names."""
     header = ["severity", "members", *(cell for score in SHOWN for cell in (_title(score), "minus MAP"))]
     body = []
-    for severity, text in SEVERITY.items():
+    for severity, text in enumerate((CLEAN[0], *levels)):
         found = at_severity(scored, severity)
         for name in found.methods:
             cells = [text, name]
@@ -114,19 +117,19 @@ def severity_table(scored: Mapping[Condition, Comparison]) -> str:
 
 def corruption_table(scored: Mapping[Condition, Comparison]) -> str:
     """Every corruption at its worst: the MAP, and what scaling its logits and Gibbs draws change."""
-    changes = [(score, name) for score in ("nll", "ece") for name in (SCALED_MAP, GIBBS)]
+    changes = [(score, name) for score in ("nll", "ece") for name in (SCALED_MAP, GIBBS, GIBBS + SCALED)]
     header = ["corruption", "accuracy, MAP", "NLL, MAP", "ECE, MAP"]
     header += [f"{_title(score)}, {name} minus MAP" for score, name in changes]
     body = []
-    for kind in CORRUPTIONS:
+    for kind in dict.fromkeys(kind for kind, severity in scored if severity == WORST):
         found = scored[kind, WORST]
-        cells = [kind.replace("_", " "), *(f"{found.mean(MAP, score).value:.3f}" for score in SHOWN)]
+        cells = [_words(kind), *(f"{found.mean(MAP, score).value:.3f}" for score in SHOWN)]
         body.append([*cells, *(signed(found.difference(name, MAP, score)) for score, name in changes)])
     return markdown_table(header, body)
 
 
 def detections(point: Predictions, ensemble: Predictions, seed: int) -> dict[str, ShiftComparison]:
-    """Task of the head -> how well it tells its own images from the other tasks'."""
+    """Task of the head -> how well it tells its own examples from the other tasks'."""
     return {
         task: compare_detection(
             (point[CLEAN][task], point[OTHERS][task]), (ensemble[CLEAN][task], ensemble[OTHERS][task]), seed=seed
@@ -147,12 +150,12 @@ def detection_table(detected: Mapping[str, Mapping[str, ShiftComparison]]) -> st
     return markdown_table(header, body)
 
 
-def corruption_verdict(scored: Mapping[Condition, Comparison]) -> str:
-    """What the intervals say about clean images and the worst corruption."""
+def corruption_verdict(scored: Mapping[Condition, Comparison], levels: Sequence[str]) -> str:
+    """What the intervals say about clean examples and the worst corruption."""
     sentences = []
     for severity in (0, WORST):
         found = at_severity(scored, severity)
-        where = "On clean images" if severity == 0 else f"At severity {SEVERITY[severity]}"
+        where = "On clean examples" if severity == 0 else f"At severity {levels[-1]}"
         parts = [f"that of {name} {_against(found.difference(name, MAP, 'nll'))}" for name in found.methods[1:]]
         sentences.append(f"{where} the MAP's NLL is {found.mean(MAP, 'nll').value:.3f}; {', '.join(parts)}.")
     return " ".join(sentences)
@@ -183,6 +186,7 @@ def write_csv(
     path: Path,
     scored: Mapping[Condition, Comparison],
     detected: Mapping[str, Mapping[str, ShiftComparison]],
+    levels: Sequence[str],
 ) -> None:
     """One line for each number: value and interval.
 
@@ -190,6 +194,7 @@ def write_csv(
         path: The file to write.
         scored: Comparisons by condition.
         detected: Ensemble -> head -> detection.
+        levels: Names of the severities.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -199,7 +204,7 @@ def write_csv(
                 for task in found.tasks:
                     for score in SCORES:
                         each = found.on_task(name, task, score)
-                        writer.writerow((kind, SEVERITY[severity], name, task, score, *_rounded(each)))
+                        writer.writerow((kind, (CLEAN[0], *levels)[severity], name, task, score, *_rounded(each)))
         for name, by_task in detected.items():
             for task, pair in by_task.items():
                 areas = {"entropy": pair.ensemble.entropy, "mutual information": pair.ensemble.mutual_information}
@@ -209,6 +214,10 @@ def write_csv(
 
 def _rounded(estimate: Estimate) -> tuple[str, ...]:
     return tuple(f"{number:.6g}" for number in (estimate.value, estimate.low, estimate.high))
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _title(score: str) -> str:
