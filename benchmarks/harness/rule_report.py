@@ -49,9 +49,10 @@ def report(
         "Mean test accuracy over tasks; brackets are 95 % bootstrap intervals over test examples, paired in "
         "differences. Those of differences hold for all rows of a column together. They do not cover the choice of "
         "settings on validation, nor another training of the experts: this is one run, of one seed. λ, η and the one "
-        "parameter of a rule's own were chosen there, by one budget of trials for each search. A posterior's centre is the rule as chosen, so that "
-        "posterior and rule together had two; its η may be so large that hardly more than the centre is left, and one "
-        "trial is there. Few trials miss settings: rows may differ by what their searches happened to find.",
+        "parameter of a rule's own were chosen there, by one budget of trials for each search. A posterior's centre is "
+        "the rule as chosen, so that posterior and rule together had two; its η may be so large that hardly more than "
+        "the centre is left, and one trial is there. Few trials miss settings: rows may differ by what their searches "
+        "happened to find.",
         accuracy_table(lines, found, maps),
         "\n".join(verdict(lines, found, name) for name in maps),
         "How well calibrated they are: NLL in nats, and ECE in 20 bins.",
