@@ -340,8 +340,12 @@ def read_yaml(path: Path) -> Document:
     """Read a YAML file; keys that are given twice are among the problems of the result.
 
     Raises:
-        ConfigError: If there is no such file, it is no YAML, or it is not a mapping.
+        ConfigError: If there is no such file, it is a folder or no YAML, or it is not a mapping.
     """
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder, expected a YAML file. A merged folder to draw around goes to `--merge`."
+        )
     try:
         text = path.read_text(encoding="utf-8")
         node, data = yaml_text.read(text, str(path))

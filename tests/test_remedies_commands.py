@@ -121,6 +121,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "has its own configuration. Give one of the two",
         f"sample --merge merged {FEW}",
     ),
+    "a folder as a configuration": (
+        f"sample merged {FEW}",
+        "merged is a folder, expected a YAML file. A merged folder to draw around goes to `--merge`",
+        f"sample --merge merged {FEW}",
+    ),
     "no adapters": (
         f"merge {MODELS} --output adapter --out out",
         "Write a whole model \\(`output: model`\\)",

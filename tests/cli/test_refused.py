@@ -48,6 +48,10 @@ def fails(cli: Cli, here: Path) -> Callable[..., str]:
         (["merge", "config.yaml", "--out"], "requires an argument"),
         (["merge", "none.yaml", "--out", "out"], "none.yaml: cannot be read: No such file or directory."),
         (
+            ["sample", "base", "--out", "out"],
+            "base is a folder, expected a YAML file. A merged folder to draw around goes",
+        ),
+        (
             ["merge", "--model", "mnist", "--out", "o"],
             "`base_model` is missing: write it in the YAML file, or give --base-model.",
         ),
