@@ -64,6 +64,7 @@ bench: $(STAMP) out/demo/temperatures.csv out/demo-language/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules --suite language
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.calibration
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking
