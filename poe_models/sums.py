@@ -32,14 +32,22 @@ def row_blocks(*tensors: Tensor) -> Iterator[slice]:
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products over the last two dimensions, summed in float64, shape ``(...,)``; see :func:`inner_each`."""
+    if max(left.numel(), right.numel()) <= BLOCK["cpu"]:  # one block: nothing to cut or to add up
+        return _product(left, right)
     if (found := _in_float32(left, [right])) is not None:
         return found[..., 0]
     parts = []
     for rows in row_blocks(left, right):
-        wide = left[..., rows, :].double().flatten(-2)
-        other = wide if left is right else right[..., rows, :].double().flatten(-2)
-        parts.append((wide.unsqueeze(-2) @ other.unsqueeze(-1)).squeeze((-2, -1)))
+        own = left[..., rows, :]
+        parts.append(_product(own, own if left is right else right[..., rows, :]))
     return torch.stack(parts).sum(0)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products over the last two dimensions, by one product of rows with columns in float64."""
+    wide = left.double().flatten(-2)
+    other = wide if left is right else right.double().flatten(-2)
+    return (wide.unsqueeze(-2) @ other.unsqueeze(-1)).squeeze((-2, -1))
 
 
 def inner_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:

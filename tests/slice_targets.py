@@ -46,9 +46,11 @@ def agree(posterior: Posterior, draws: Draws | Tensor, truth: Draws | Tensor | d
     assert_same_mean(posterior, draws, truth, max_rhat=1.04)
 
 
-def chain(posterior: Posterior, reference: Reference, generator: torch.Generator, num_samples: int = 1000) -> Tensor:
-    """Draws of 16 chains of single steps with a reference that stays as it is."""
-    state = init(torch.randn(16, 1, 3, generator=generator, dtype=torch.float64), posterior)
+def chain(
+    posterior: Posterior, reference: Reference, generator: torch.Generator, num_samples: int = 1000, chains: int = 16
+) -> Tensor:
+    """Draws of chains of single steps with a reference that stays as it is."""
+    state = init(torch.randn(chains, 1, 3, generator=generator, dtype=torch.float64), posterior)
     positions = []
     for _ in range(num_samples + 100):
         state, _ = step(state, posterior, reference, generator)

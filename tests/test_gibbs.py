@@ -105,9 +105,9 @@ def test_gaussian_draws_are_the_exact_normal(
         NAMES, residual_map, Gaussian(), Relative(1.0), [1.0, 0.5, 2.0], Anchor(average, AbsolutePrecision(0.3)), 0.5
     )  # type: ignore[arg-type]
     posterior = poe.bind(updates)
-    draws = gibbs(poe.bind(updates), 3000, generator=generator, chains=2, warmup=0)
-    for module in range(2):
-        z = torch.stack([draws.latents(c, s)[module].flatten() for c in range(2) for s in range(1500)])
+    draws = gibbs(poe.bind(updates), 1500, generator=generator, chains=2, warmup=0)
+    latents = torch.stack([draws.latents(c, s).flatten(1) for c in range(2) for s in range(1500)], 1)
+    for module, z in enumerate(latents):
 
         def energy(flat: Tensor, module: int = module) -> Tensor:
             whole = torch.zeros(2, *shape, dtype=torch.float64)
@@ -234,8 +234,8 @@ def test_directional_experts_that_span_everything_need_no_anchor(generator: torc
     )
     posterior = poe.bind(updates)
     vectors = updates[0].flatten(1)
-    draws = gibbs(poe.bind(updates), 5000, generator=generator)
-    z = torch.stack([torch.stack([draws.latents(c, s).flatten() for s in range(5000)]) for c in range(4)])
+    draws = gibbs(poe.bind(updates), 1200, generator=generator)
+    z = torch.stack([torch.stack([draws.latents(c, s).flatten() for s in range(1200)]) for c in range(4)])
     along = z @ vectors.mT - vectors.square().sum(-1)
     assert bool((along.mean((0, 1)).abs() < 5 * standard_error(along)).all())
     assert bool(((along.square().mean((0, 1)) - 0.49 / 3).abs() < 5 * standard_error(along.square())).all())
