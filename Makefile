@@ -64,7 +64,9 @@ bench: $(STAMP) out/demo/temperatures.csv out/demo-language/temperatures.csv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rules --suite language
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.suites
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.calibration
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.calibration --suites vision --out benchmarks/results/calibration_vision.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.calibration --suites language --out benchmarks/results/calibration_language.md \
+		--validation 80 --test 200 --members 8
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.functional
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evidence
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking

@@ -2,10 +2,11 @@
 
 `python -m benchmarks.calibration` merges the experts of each suite and training seed (`InputGram`, Cauchy, λ chosen
 on validation) and draws ensembles of the last layer around the merge with several seeds: exact Gibbs draws, Laplace's
-approximation, the Gaussian twin, and white noise of the same size as the control. Each has the temperature that
-validation NLL chooses, as it is and together with a number that divides the members' logits; the MAP is shown as it is
-and with its logits so divided. Keeps test predictions under `out/calibration` and writes
-`benchmarks/results/calibration.md` and a CSV beside it.
+approximation, the Gaussian twin, and white noise as the control, as far from the merge as Gibbs draws at the same
+temperature. Each has the temperature that validation NLL chooses, as it is and together with a number that divides the
+members' logits; the MAP is shown as it is and with its logits so divided. Keeps test predictions under
+`out/calibration`, tables where `benchmarks.runs` keeps plain data, and writes `benchmarks/results/calibration.md` and a
+CSV beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,13 +30,13 @@ from benchmarks.harness.demo import save_merge
 from benchmarks.harness.ensembles import Ensembles
 from benchmarks.harness.evaluate import evaluate, mean_scores
 from benchmarks.harness.methods import METHODS, Loaded, solve
-from benchmarks.harness.outcomes import KINDS, MAP, SCALED, SCALED_MAP, Budget
+from benchmarks.harness.outcomes import KINDS, LAST, MAP, SCALED, SCALED_MAP, Budget
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import interval, markdown_table, signed
 from benchmarks.harness.search import Settings
-from benchmarks.harness.shift_report import pooled
 from benchmarks.harness.suite import Suite
 from benchmarks.registry import command_line, load, recipe_of, suite_parser
+from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
 from poe_models.weights.saving import save_file
 
@@ -50,7 +51,8 @@ class Run:
 
     Args:
         predictions: Way to predict -> task -> probabilities (n, classes); the MAP comes first.
-        facts: λ, the machine, and the temperature and logit temperature of each way, as plain data.
+        facts: λ, the machine, the lowest temperature that was tried, and the temperature and logit temperature of each
+            way, as plain data.
         labels: Task -> (n,).
     """
 
@@ -99,11 +101,12 @@ def runs(suite: Suite, seeds: Sequence[int], budget: Budget) -> Iterator[Run]:
         merged = Path(folder) / "merged"
         design = save_merge(METHOD, Settings(scaling, ETA), suite, merged)
         for seed in seeds:
-            outcomes = Ensembles(suite, design, merged, seed, budget).compare(lambda done, total: None)
+            ensembles = Ensembles(suite, design, merged, seed, budget)
+            outcomes = ensembles.compare(lambda done, total: None)
             found = {each.name: each.probabilities for each in outcomes}
             heat = {each.name: (each.temperature, each.logit_temperature) for each in outcomes}
             facts = {"λ": scaling, "machine": machine(suite.device), "members": budget.members, "temperatures": heat}
-            yield Run(found, facts, suite.labels("test"))
+            yield Run(found, facts | {"coldest": ensembles.temperatures(LAST)[0]}, suite.labels("test"))
 
 
 def compared(runs: Sequence[Sequence[Run]]) -> Comparison:
@@ -121,31 +124,60 @@ def compared(runs: Sequence[Sequence[Run]]) -> Comparison:
         }
         return compare_methods(tables, first.labels, seed=0)
 
-    return pooled([of_draw(number) for number in range(len(runs[0]))])
+    return over_draws([of_draw(number) for number in range(len(runs[0]))])
 
 
-def table(runs: Sequence[Sequence[Run]], found: Comparison) -> str:
-    """Scores of every way, its differences from the scaled MAP, and the spread of its NLL over seeds of draws."""
+def over_draws(found: Sequence[Comparison]) -> Comparison:
+    """The mean over seeds of draws, which are resampled, too.
+
+    Args:
+        found: One for each seed of draws, of the same resamples of everything else.
+    """
+    first, several = found[0], len(found)
+    picks = torch.randint(several, (len(first.replicates["nll"]), several), generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(len(picks)).unsqueeze(1)
+    return replace(
+        first,
+        values={score: torch.stack([each.values[score] for each in found]).mean(0) for score in SCORES},
+        replicates={
+            score: torch.stack([each.replicates[score] for each in found], 1)[rows, picks].mean(1) for score in SCORES
+        },
+    )
+
+
+Gaps = Mapping[str, Mapping[tuple[str, str], Estimate]]
+"""Score -> pair of ways -> difference, with intervals that hold for all pairs of the score."""
+BASES = (("accuracy", MAP), ("nll", SCALED_MAP), ("ece", SCALED_MAP))
+"""Scores, and the way that the others are held against."""
+
+
+def gaps_of(found: Comparison) -> Gaps:
+    """Every way less the one it is held against."""
+    return {score: found.differences([(w, base) for w in found.methods if w != base], score) for score, base in BASES}
+
+
+def table(runs: Sequence[Sequence[Run]], found: Comparison, gaps: Gaps) -> str:
+    """Scores of every way, its differences, and what was chosen for it."""
     header = ["members", "accuracy", "minus MAP", "NLL", "minus MAP, scaled", "ECE", "minus MAP, scaled", "T"]
-    header += ["NLL over draws"]
-    gaps = {
-        score: found.differences([(way, base) for way in found.methods if way != base], score)
-        for score, base in (("accuracy", MAP), ("nll", SCALED_MAP), ("ece", SCALED_MAP))
-    }
+    header += ["the MAP again", "NLL over draws"]
     body = []
     for way in found.methods:
         cells = [way]
-        for score, base in (("accuracy", MAP), ("nll", SCALED_MAP), ("ece", SCALED_MAP)):
+        for score, base in BASES:
             gap = "" if way == base else signed(gaps[score][way, base])
             cells += [interval(found.mean(way, score)), gap]
-        body.append([*cells, heat(runs, way), spread(runs, way)])
+        body.append([*cells, *heat(runs, way), spread(runs, way)])
     return markdown_table(header, body)
 
 
-def heat(runs: Sequence[Sequence[Run]], way: str) -> str:
-    """Least and largest temperature that was chosen."""
-    chosen = [each.facts["temperatures"][way][0] for by_draw in runs for each in by_draw]  # type: ignore[index]
-    return "" if None in chosen else f"{min(chosen):.1e} to {max(chosen):.1e}"
+def heat(runs: Sequence[Sequence[Run]], way: str) -> tuple[str, str]:
+    """Least and largest temperature that was chosen, and how often it was the lowest, where members are the MAP."""
+    every = [each.facts for by_draw in runs for each in by_draw]
+    chosen = [facts["temperatures"][way][0] for facts in every]  # type: ignore[index]
+    if None in chosen:
+        return "", ""
+    lowest = sum(heat <= facts["coldest"] * (1 + 1e-9) for heat, facts in zip(chosen, every, strict=True))
+    return f"{min(chosen):.1e} to {max(chosen):.1e}", f"{lowest} of {len(chosen)}"
 
 
 def spread(runs: Sequence[Sequence[Run]], way: str) -> str:
@@ -163,16 +195,14 @@ def spread(runs: Sequence[Sequence[Run]], way: str) -> str:
     return f"{min(means):.3f} to {max(means):.3f}"
 
 
-def verdict(found: Comparison) -> str:
-    """What the intervals say about every kind of ensemble, on equal terms and otherwise."""
-    kinds = [kind for kind in KINDS if kind in found.methods]
-    pairs = [(way, SCALED_MAP) for kind in kinds for way in (kind, kind + SCALED)]
-    gaps, parts = found.differences(pairs, "nll"), []
-    for first, second in pairs:
-        gap = gaps[first, second]
+def verdict(found: Comparison, gaps: Gaps) -> str:
+    """What the intervals say about every kind of ensemble, and what is doubtful about them."""
+    parts = []
+    for way in (way for kind in KINDS for way in (kind, kind + SCALED) if way in found.methods):
+        gap = gaps["nll"][way, SCALED_MAP]
         words = "lower" if gap.high < 0 else "higher" if gap.low > 0 else "not told apart"
-        parts.append(f"{first}: {words} ({signed(gap)})")
-    return f"NLL against the MAP with scaled logits: {'; '.join(parts)}."
+        parts.append(f"{way}: {words} ({signed(gap)})")
+    return " ".join([f"NLL against the MAP with scaled logits: {'; '.join(parts)}.", *found.warnings])
 
 
 def page(found: Mapping[str, Sequence[Sequence[Run]]], seeds: Sequence[int], draws: Sequence[int], command: str) -> str:
@@ -193,16 +223,18 @@ def page(found: Mapping[str, Sequence[Sequence[Run]]], seeds: Sequence[int], dra
         f"on {machines}.",
         "*Scaled*: all logits divided by one number that minimises validation NLL, of an ensemble chosen together with "
         "its temperature. Means over tasks, training seeds and seeds of draws; NLL in nats, ECE in 20 bins. Brackets "
-        "are 95 % bootstrap intervals over test examples and training seeds, of differences paired and for all rows of "
-        "a column together. *T*: least and largest of the temperatures chosen. *NLL over draws*: least and largest "
-        "mean over seeds of draws.",
+        "are 95 % bootstrap intervals over test examples, training seeds and seeds of draws, of differences paired and "
+        "for all rows of a column together. *T*: least and largest of the temperatures chosen. *The MAP again*: how "
+        "often that was the lowest tried, at which members are the MAP. *NLL over draws*: least and largest mean over "
+        "seeds of draws.",
     ]
     for suite, runs in found.items():
         scalings = ", ".join(f"{by_draw[0].facts['λ']:g}" for by_draw in runs)
         sizes = ", ".join(f"{task} ({len(labels)})" for task, labels in runs[0][0].labels.items())
         comparison = compared(runs)
-        parts += [f"## {suite}", f"Test examples: {sizes}. λ by training seed: {scalings}.", table(runs, comparison)]
-        parts.append(verdict(comparison))
+        gaps = gaps_of(comparison)
+        parts += [f"## {suite}", f"Test examples: {sizes}. λ by training seed: {scalings}."]
+        parts += [table(runs, comparison, gaps), verdict(comparison, gaps)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,8 +270,7 @@ def main() -> None:
         for seed in arguments.seeds:
             suite = load(name, recipe_of(name, seed, arguments.full), arguments.cache, console, arguments.device)
             suite = suite.limited(arguments.validation, arguments.test)
-            limits = (arguments.validation, arguments.test, arguments.members, SCALINGS, ETA)
-            key = key_of(suite.key, limits)
+            key = key_of(suite.key, arguments.validation, arguments.test, METHOD.name, SCALINGS, ETA, asdict(budget))
             files = {draw: arguments.kept / f"{name}-{seed}-{draw}-{key}.safetensors" for draw in arguments.draws}
             missing = [draw for draw, file in files.items() if not file.exists()]
             if missing:

@@ -3,7 +3,7 @@
 `python -m benchmarks.shift --suite vision` takes the best merge of `make demo`, `--suite language` that of
 `make demo-language`, and compares the MAP with exact Gibbs draws of the last layer, draws of the Gaussian twin, and
 white noise, each as many and at the temperature as the demo chose for it on validation; each as it is, and with the
-logits of all members divided by one number that is fitted on validation. Test examples are shown under the suite's
+logits divided by one number, for which the demo chose another temperature. Test examples are shown under the suite's
 corruptions at three severities; and every task's head is shown the other tasks' examples, which uncertainty should tell
 from its own. Writes a page and a CSV beside it.
 """
@@ -51,7 +51,7 @@ def main() -> None:
     with Progress(console=console) as progress:
         bar = progress.add_task("predicting", total=None)
         found = shift.predictions(lambda done, total: progress.update(bar, completed=done, total=total))
-    heat = ", ".join(f"{kind} at T = {temperature:.1e}" for kind, temperature in best.temperatures.items())
+    heat = ", ".join(f"{way} at T = {temperature:.1e}" for way, (temperature, _) in best.heat.items())
     text = write_report(
         arguments.out or Path("benchmarks/results") / PAGES[name],
         found,

@@ -344,7 +344,7 @@ def read_yaml(path: Path) -> Document:
     """
     if path.is_dir():
         raise ConfigError(
-            f"{path} is a folder, expected a YAML file. A merged folder to draw around goes to `--merge`."
+            f"{path} is a folder, expected a YAML file. To draw around a merged one: `poe-merge sample --merge FOLDER`."
         )
     try:
         text = path.read_text(encoding="utf-8")

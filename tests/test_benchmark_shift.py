@@ -25,13 +25,19 @@ from benchmarks.harness.suite_model import SuiteModel
 from benchmarks.language.corruptions import EDITS, TEXTS, corrupted
 from benchmarks.language.tasks import Split
 from benchmarks.vision.corruptions import IMAGES
-from inference.logit_temperature import fit_ensemble_temperature, fit_logit_temperature, scaled_mean
+from inference.logit_temperature import fit_logit_temperature, scaled_mean
 from inference.models.ensemble import Prediction
 from tests.toy_suites import toy_language, toy_suite
 
 INPUT = next(method for method in METHODS if method.name == "InputGram, Cauchy")
 BUDGET = Budget(warmup=1, thin=1)
-OTHER_TEMPERATURES = {TWIN: 2e-4, NOISE: 5e-5}
+OTHERS_HEAT = {
+    GIBBS + SCALED: (5e-3, 1.25),
+    TWIN: (2e-3, 1.0),
+    TWIN + SCALED: (1e-3, 0.8),
+    NOISE: (5e-4, 1.0),
+    NOISE + SCALED: (1e-4, 1.5),
+}
 
 # How far ensembles are from the merge is a column of the demo's table.
 pytestmark = pytest.mark.filterwarnings("ignore:.*standard deviations of the draws from the merge")
@@ -43,9 +49,10 @@ def write_demo(folder: Path, suite: Suite, rows: Mapping[str, float], path: Mapp
     lines = ["method,task,scaling,eta,validation_accuracy"]
     lines += [f'"{name}",mean,0.8,0.1,{value}\n"{name}",one,0.8,0.1,' for name, value in rows.items()]
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
-    lines = ["members,sampled,temperature,nll,num_members", "Gibbs,all layers,1e-9,0,5", "Laplace,last layer,1e-9,0,5"]
-    lines += [f"Gibbs,last layer,{temperature},{nll},2" for temperature, nll in path.items()]
-    lines += [f'"{kind}",last layer,{temperature},1,2' for kind, temperature in OTHER_TEMPERATURES.items()]
+    lines = ["members,sampled,temperature,nll,num_members,logit_temperature"]
+    lines += ["Gibbs,all layers,1e-9,0,5,1", "Laplace,last layer,1e-9,0,5,1"]
+    lines += [f"Gibbs,last layer,{temperature},{nll},2,1" for temperature, nll in path.items()]
+    lines += [f'"{way}",last layer,{temperature},1,2,{divisor}' for way, (temperature, divisor) in OTHERS_HEAT.items()]
     (folder / "temperatures.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -67,7 +74,7 @@ def best(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Best:
     """A merge of it, as the demo leaves it."""
     folder = tmp_path_factory.mktemp("demo")
     accuracies = {"task arithmetic": 0.9, "InputGram, Cauchy": 0.7, "OutputGram, Cauchy": 0.6}
-    write_demo(folder, suite, accuracies, {1e-5: 1.0, 1e-4: 0.5, 1e-3: 0.7})
+    write_demo(folder, suite, accuracies, {1e-4: 1.0, 1e-3: 0.5, 1e-2: 0.7})
     return read_demo(folder, tuple(suite.experts))
 
 
@@ -91,7 +98,7 @@ def found(suite: Suite, best: Best, corruptions: Corruptions) -> dict[str, Predi
 class TestReadDemo:
     def test_best_product_of_experts_and_its_temperature(self, best: Best) -> None:
         assert (best.name, best.members, best.design.scaling) == ("InputGram, Cauchy", 2, 0.8)
-        assert best.temperatures == {GIBBS: 1e-4, **OTHER_TEMPERATURES}
+        assert best.heat == {GIBBS: (1e-3, 1.0), **OTHERS_HEAT}
         assert best.design.poe == INPUT.design(("one", "two"), 0.1)
 
     def test_another_folder_is_refused(self, tmp_path: Path) -> None:
@@ -113,7 +120,7 @@ class TestPredictions:
     ) -> None:
         """By `MergedEnsemble.predict` on corrupted examples."""
         ensembles = Ensembles(suite, best.design, best.merged, 3, BUDGET)
-        ensemble, corruption = ensembles.ensemble("last layer", kind, best.temperatures[kind], 2), SUITES[suite.name][2]
+        ensemble, corruption = ensembles.ensemble("last layer", kind, best.heat[kind][0], 2), SUITES[suite.name][2]
         changed = corruptions.corrupted(suite.tasks["two"].splits["test"], corruption, 2, 3)
         inputs = suite.network.inputs(changed, torch.arange(len(changed)), suite.device)
         expected = ensemble.predict(
@@ -128,7 +135,7 @@ class TestPredictions:
         torch.testing.assert_close(got.mutual_information, expected.mutual_information, rtol=1e-2, atol=1e-6)
         assert got.num_members == 2
         others = [found[each][corruption, 2]["two"] for each in (MAP, GIBBS, TWIN, NOISE) if each != kind]
-        assert min(float((got.probabilities - other.probabilities).abs().max()) for other in others) > 1e-5
+        assert min(float((got.probabilities - other.probabilities).abs().max()) for other in others) > 1e-3
 
     def test_other_tasks_examples(
         self, suite: Suite, best: Best, found: dict[str, Predictions], corruptions: Corruptions
@@ -144,19 +151,19 @@ class TestPredictions:
         logits = {split: task_logits(suite, best.merged, split) for split in ("validation", "test")}
         divisor = fit_logit_temperature(logits["validation"], suite.labels("validation"))
         expected = (logits["test"]["one"].double() / divisor).softmax(1)
-        torch.testing.assert_close(found[SCALED_MAP][CLEAN]["one"].probabilities, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[SCALED_MAP][CLEAN]["one"].probabilities, expected, rtol=1e-4, atol=1e-5)
+        assert float((expected - found[MAP][CLEAN]["one"].probabilities).abs().max()) > 1e-3
 
-    def test_scaled_members(self, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
-        ensemble = Ensembles(suite, best.design, best.merged, 3, BUDGET).ensemble(
-            "last layer", GIBBS, best.temperatures[GIBBS], 2
-        )
-        members = [task_logits(suite, state, "validation") for state in ensemble.members()]
-        tables = {task: torch.stack([each[task] for each in members]) for task in suite.tasks}
-        divisor = fit_ensemble_temperature(tables, suite.labels("validation"))
-        test = torch.stack([task_logits(suite, state, "test")["two"] for state in ensemble.members()])
-        expected, got = scaled_mean(test, divisor).exp(), found[GIBBS + SCALED][CLEAN]["two"].probabilities
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
-        assert abs(divisor - 1) > 0.01
+    @pytest.mark.parametrize("kind", [GIBBS, TWIN, NOISE])
+    def test_scaled_members(self, kind: str, suite: Suite, best: Best, found: dict[str, Predictions]) -> None:
+        """At the temperature that belongs to the divisor, which is that of every member's logits."""
+        temperature, divisor = best.heat[kind + SCALED]
+        ensembles = Ensembles(suite, best.design, best.merged, 3, BUDGET)
+        members = ensembles.ensemble("last layer", kind, temperature, 2).members()
+        logits = torch.stack([task_logits(suite, state, "test")["two"] for state in members])
+        got = found[kind + SCALED][CLEAN]["two"].probabilities
+        torch.testing.assert_close(got, scaled_mean(logits, divisor).exp(), rtol=1e-4, atol=1e-5)
+        assert float((got - scaled_mean(logits, 1.0).exp()).abs().max()) > 1e-3
 
     def test_mixture_of_members_that_disagree(self) -> None:
         pair = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]], dtype=torch.float64)
@@ -193,7 +200,9 @@ class TestReport:
         GIBBS: synthetic(0.9, 0.6),
         GIBBS + SCALED: synthetic(0.8, 0.6),
         TWIN: synthetic(0.6, 0.9),
+        TWIN + SCALED: synthetic(0.7, 0.9),
         NOISE: synthetic(0.7, 0.7),
+        NOISE + SCALED: synthetic(0.8, 0.8),
     }
 
     def test_page_and_csv(self, tmp_path: Path) -> None:
@@ -218,7 +227,7 @@ class TestReport:
         assert "Gibbs: the entropy is better in 2, worse in 0, not told apart in 0" in text
         with (tmp_path / "shift.csv").open(newline="") as file:
             lines = list(csv.DictReader(file))
-        assert len(lines) == 19 * 6 * 2 * 4 + 3 * 2 * 3
+        assert len(lines) == 19 * 8 * 2 * 4 + 3 * 2 * 3
         (area,) = (x for x in lines if (x["members"], x["task"], x["score"]) == (GIBBS, "t", "AUROC, entropy"))
         assert float(area["value"]) == 1.0
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import benchmarks.registry
 from benchmarks import calibration
-from benchmarks.calibration import Run, compared, page, runs, write_csv
+from benchmarks.calibration import Run, compared, gaps_of, page, runs, verdict, write_csv
 from benchmarks.harness.evaluate import task_logits
 from benchmarks.harness.outcomes import GIBBS, MAP, NOISE, SCALED, SCALED_MAP, Budget
 from benchmarks.harness.suite import Suite
@@ -66,7 +67,8 @@ def made(draw: int, wrong: int) -> Run:
     facts = {way: (None if way in WAYS[:2] else 1e-4 * (1 + draw), 1.0) for way in WAYS}
     tables = {MAP: sure(0.99, wrong), SCALED_MAP: sure(0.9, wrong), GIBBS: sure(0.9 - 0.1 * draw, wrong)}
     tables[GIBBS + SCALED] = sure(0.8, wrong)
-    return Run(tables, {"λ": 1.5, "machine": "a machine", "members": 2, "temperatures": facts}, LABELS)
+    whole = {"λ": 1.5, "machine": "a machine", "members": 2, "temperatures": facts, "coldest": 1e-4}
+    return Run(tables, whole, LABELS)
 
 
 FOUND = {"toy": [[made(draw, wrong) for draw in (0, 1)] for wrong in (0, 3, 6)]}
@@ -85,7 +87,29 @@ def test_means_are_over_tasks_training_seeds_and_draws() -> None:
     assert found.mean(GIBBS).value == pytest.approx(found.mean(MAP).value)
     gap = found.difference(GIBBS + SCALED, SCALED_MAP, "nll")
     assert gap.value == pytest.approx(nll(0.8) - nll(0.9))
-    assert gap.error > 0
+    assert "3 seeds" in " ".join(found.warnings)
+
+
+def test_seeds_of_draws_are_resampled() -> None:
+    """Of two seeds that differ by a constant a resample has one, both or the other: the error is that of their mean."""
+    runs = [[made(draw, 0) for draw in (0, 1)] for _ in range(2)]  # nothing else varies
+    found = compared(runs)
+    assert found.difference(MAP, SCALED_MAP, "nll").error == pytest.approx(0, abs=1e-12)
+    apart = math.log(0.9 / 0.8)
+    assert found.difference(GIBBS, SCALED_MAP, "nll").value == pytest.approx(apart / 2)
+    assert found.difference(GIBBS, SCALED_MAP, "nll").error == pytest.approx(apart / 2 / math.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "words"),
+    [(0.9, "not told apart"), (0.97, "lower"), (0.6, "higher")],
+    ids=["same", "surer", "unsure"],
+)
+def test_verdicts(confidence: float, words: str) -> None:
+    run = made(0, 0)
+    tables = {**run.predictions, GIBBS: sure(confidence, 0)}
+    found = compared([[dataclasses.replace(run, predictions=tables)]])
+    assert verdict(found, gaps_of(found)).startswith(f"NLL against the MAP with scaled logits: Gibbs: {words} (")
 
 
 def test_page_and_csv(tmp_path: Path) -> None:
@@ -99,13 +123,37 @@ def test_page_and_csv(tmp_path: Path) -> None:
     }
     assert rows[MAP][2].startswith(f"{nll(0.99):.3f} [")
     assert rows[MAP][1] == rows[SCALED_MAP][3] == rows[MAP][6] == rows[MAP][7] == ""
-    assert rows[GIBBS][6:] == ["1.0e-04 to 2.0e-04", f"{nll(0.9):.3f} to {nll(0.8):.3f}"]
+    assert rows[GIBBS][6:] == ["1.0e-04 to 2.0e-04", "3 of 6", f"{nll(0.9):.3f} to {nll(0.8):.3f}"]
     expected = f"{nll(0.8) - nll(0.9):+.3f} ["
     assert rows[GIBBS + SCALED][3].startswith(expected)
-    assert f"{GIBBS + SCALED}: " in text.splitlines()[-1]
+    assert text.splitlines()[-1].endswith("3 seeds: intervals are too narrow over seeds")
     write_csv(tmp_path / "calibration.csv", FOUND)
     with (tmp_path / "calibration.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 4 * 2 * 4
     (one,) = (x for x in lines if (x["members"], x["task"], x["score"]) == (MAP, "t", "accuracy"))
     assert float(one["value"]) == pytest.approx(1 - 3 / 30, rel=1e-5)
+
+
+def test_what_is_kept_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite, drawn = toy_language(tmp_path), []
+    monkeypatch.setitem(benchmarks.registry.SUITES, "language", lambda *_: suite)
+
+    def recorded(suite: Suite, seeds: Sequence[int], budget: Budget) -> Iterator[Run]:
+        drawn.append(list(seeds))
+        yield from (made(seed, 3) for seed in seeds)
+
+    monkeypatch.setattr(calibration, "runs", recorded)
+    out, folder = tmp_path / "page.md", tmp_path / "kept"
+    arguments = ["--suites", "language", "--seeds", "0", "--draws", "0", "1", "--kept", str(folder), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["calibration", *arguments])
+    calibration.main()
+    first = out.read_text()
+    next(folder.glob("language-0-1-*.safetensors")).unlink()
+    calibration.main()
+    assert drawn == [[0, 1], [1]]
+    assert out.read_text() == first
+    assert out.with_suffix(".csv").is_file()
+    monkeypatch.setattr("sys.argv", ["calibration", *arguments, "--members", "3"])
+    calibration.main()
+    assert drawn[2:] == [[0, 1]]

@@ -244,6 +244,10 @@ def test_every_dotted_name_of_a_page_is_there(page: Path) -> None:
 def test_all_pages_are_in_the_navigation() -> None:
     text = json.dumps(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(re.findall(r'"([\w-]+\.md)"', text)) == [page.name for page in PAGES]
+    stories = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert sorted(re.findall(r'"notebooks/(\w+)\.md"', text)) == stories
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\(notebooks/(\w+)\.md\)", index)) == stories
 
 
 def test_docstrings_become_markdown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ EXECUTED: dict[str, str | tuple[str, str]] = {
     "no parameter is a range": "a search without a range",
     "Give a name that ends in .html": "a page",
     "has its own configuration. Give one of the two": "two configurations",
-    "A merged folder to draw around goes to `--merge`": "a folder as a configuration",
+    "To draw around a merged one: `poe-merge sample --merge FOLDER`": "a folder as a configuration",
     "is no adapter, and the merge of one with others is none": "no adapters",
     "For float64 ask for": "tensors that are rounded",
     "has the name of a matrix of": "one name for two",

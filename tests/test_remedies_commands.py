@@ -123,7 +123,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "a folder as a configuration": (
         f"sample merged {FEW}",
-        "merged is a folder, expected a YAML file. A merged folder to draw around goes to `--merge`",
+        "merged is a folder, expected a YAML file. To draw around a merged one: `poe-merge sample --merge FOLDER`",
         f"sample --merge merged {FEW}",
     ),
     "no adapters": (

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+import benchmarks.registry
+from benchmarks import rules
 from benchmarks.harness import rule_bench, rule_report
 from benchmarks.harness.calibration import Calibration
 from benchmarks.harness.evaluate import Scores, mean_scores, task_logits
@@ -22,7 +24,7 @@ from benchmarks.harness.search import Settings
 from benchmarks.harness.suite import Suite
 from benchmarks.vision.model import preprocess
 from poe_models.methods import METHODS, AdaMerging, Average
-from tests.toy_suites import toy_suite
+from tests.toy_suites import toy_language, toy_suite
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +265,17 @@ class TestReport:
         assert (float(found["accuracy"]), found["scaling"], found["eta"], found["own"]) == (0.8, "0.9", "1.0", "")
         assert rows[-1]["task"] == "mean"
         assert float(rows[-1]["accuracy"]) == pytest.approx(0.825)
+
+
+def test_the_table_of_the_language_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmarks.registry.SUITES, "language", lambda *_: toy_language(tmp_path))
+    page = tmp_path / "page.md"
+    words = f"rules --suite language --methods TaskArithmetic --trials 2 --scalings 0.5 3 --out {page}"
+    monkeypatch.setattr("sys.argv", words.split())
+    rules.main()
+    text = page.read_text()
+    assert "Merging rules on the language suite (one, two; tiny BERT)" in text
+    assert (
+        "`python -m benchmarks.rules --suite language --trials 2 --scalings 0.5 3.0 --methods TaskArithmetic`" in text
+    )
+    assert "| task arithmetic |" in text

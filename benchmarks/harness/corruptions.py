@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-SEVERITIES = (1, 2, 3)
-
 
 @dataclass(frozen=True)
 class Corruptions:

@@ -95,15 +95,16 @@ def search(
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         for settings in start:
-            study.enqueue_trial(_proposal(settings, tuned))
+            study.enqueue_trial(_proposal(settings, tuned, scalings))
         study.optimize(objective, n_trials=trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
     return max(done, key=lambda trial: trial.rank), done
 
 
-def _proposal(settings: Settings, tuned: tuple[str, ...]) -> dict[str, float | None]:
-    """Settings by the names that the search gives to what is tuned."""
+def _proposal(settings: Settings, tuned: tuple[str, ...], scalings: tuple[float, float]) -> dict[str, float | None]:
+    """Settings by the names that the search gives to what is tuned, with the nearest scaling that it may try."""
     half_decade = {"eta_half_decade": round(2 * math.log10(settings.eta))} if "eta" in tuned else {}
-    plain = {"scaling": settings.scaling, "own": settings.own}
+    least, most = scalings
+    plain = {"scaling": min(max(settings.scaling, least), most), "own": settings.own}
     return {name: value for name, value in plain.items() if name in tuned} | half_decade

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -12,28 +12,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.harness.corruptions import SEVERITIES, Corruptions
+from benchmarks.harness.corruptions import Corruptions
 from benchmarks.harness.demo import MERGED
 from benchmarks.harness.ensembles import PREFIX, Ensembles
 from benchmarks.harness.methods import METHODS
-from benchmarks.harness.outcomes import GIBBS, LAST, MAP, NOISE, SCALED, TWIN, Budget
+from benchmarks.harness.outcomes import GIBBS, LAST, MAP, NOISE, SCALED, SCALED_MAP, TWIN, Budget
 from benchmarks.harness.parallel import run_all
 from benchmarks.harness.report import MEAN
 from benchmarks.harness.suite import Split, Suite
 from benchmarks.harness.suite_model import Examples
-from inference.logit_temperature import fit_ensemble_temperature
+from diagnostics.predictions.corruptions import SEVERITIES
+from inference.logit_temperature import fit_logit_temperature
 from inference.models.design import Design
 from inference.models.ensemble import Prediction
 
 ENSEMBLES = (GIBBS, TWIN, NOISE)
-KINDS = (MAP, *ENSEMBLES)
 CLEAN, OTHERS = ("clean", 0), ("other tasks", 0)
 Condition = tuple[str, int]
 """Kind and severity of a corruption, `CLEAN`, or `OTHERS`."""
 Predictions = Mapping[Condition, Mapping[str, Prediction]]
 """Condition -> task of the head -> prediction."""
 Tables = Mapping[str, Mapping[str, Tensor]]
-"""What the members are -> task of the head -> log probabilities of each member, (S, n, classes)."""
+"""Way to predict -> task of the head -> log probabilities of each member, (S, n, classes)."""
 
 
 def conditions(corruptions: Corruptions) -> tuple[Condition, ...]:
@@ -48,20 +48,21 @@ class Best:
     Args:
         name: Of the method.
         design: With λ and η.
-        temperatures: Of the last layer's ensembles, by kind.
+        heat: Temperature of the last layer's ensembles and what divides their members' logits, by kind, as they are and
+            scaled.
         members: Of each, with which its temperature was chosen.
         merged: The MAP as a checkpoint folder.
     """
 
     name: str
     design: Design
-    temperatures: Mapping[str, float]
+    heat: Mapping[str, tuple[float, float]]
     members: int
     merged: Path
 
 
 def read_demo(folder: Path, names: Sequence[str]) -> Best:
-    """The demo's best product of experts on validation, and each ensemble's temperature with the lowest NLL there.
+    """The demo's best product of experts on validation, and what has the lowest NLL there of each kind of ensemble.
 
     Args:
         folder: The demo's output folder.
@@ -83,10 +84,11 @@ def read_demo(folder: Path, names: Sequence[str]) -> Best:
     best = max(rows, key=lambda row: float(row["validation_accuracy"]))
     with files[1].open(newline="", encoding="utf-8") as file:
         tried = [row for row in csv.DictReader(file) if row["sampled"] == LAST]
-    chosen = {kind: _coldest_best([row for row in tried if row["members"] == kind]) for kind in ENSEMBLES}
-    temperatures = {kind: float(row["temperature"]) for kind, row in chosen.items()}
+    ways = [way for kind in ENSEMBLES for way in (kind, kind + SCALED)]
+    chosen = {way: _coldest_best([row for row in tried if row["members"] == way]) for way in ways}
+    heat = {way: (float(row["temperature"]), float(row["logit_temperature"])) for way, row in chosen.items()}
     design = Design(methods[best["method"]].design(names, float(best["eta"])), float(best["scaling"]))
-    return Best(best["method"], design, temperatures, int(chosen[GIBBS]["num_members"]), folder / MERGED)
+    return Best(best["method"], design, heat, int(chosen[GIBBS]["num_members"]), folder / MERGED)
 
 
 def _coldest_best(path: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
@@ -119,68 +121,62 @@ class Shift:
             All predictions.
         """
         states, everything, done = self.members(), conditions(self.corruptions), count(1)
-        validation = self.tables(states, self._splits("validation"))
-        labels = self.suite.labels("validation")
-        divisors = {kind: fit_ensemble_temperature(validation[kind], labels) for kind in KINDS}
+        validation = self.tables({MAP: states[MAP]}, self._ensembles.validation)[MAP]
+        point = {task: table[0] for task, table in validation.items()}
+        divisors = {way: divisor for way, (_, divisor) in self.best.heat.items()}
+        divisors |= {MAP: 1.0, SCALED_MAP: fit_logit_temperature(point, self._ensembles.validation.labels)}
 
         def under(condition: Condition) -> Tables:
-            found = self.tables(states, self.shown(condition))
+            found = self.tables(states, Examples.shown(self.suite, self.shown(condition)))
             progress(next(done), len(everything))
             return found
 
         tables = dict(zip(everything, run_all(under, everything), strict=True))
-        found: dict[str, Predictions] = {}
-        for kind in KINDS:
-            for name, divisor in ((kind, 1.0), (kind + SCALED, divisors[kind])):
-                found[name] = {
-                    condition: {task: mixture(each, divisor) for task, each in by[kind].items()}
-                    for condition, by in tables.items()
-                }
-        return found
+        return {
+            way: {
+                condition: {task: self.mixture(each, divisors[way]) for task, each in by[way].items()}
+                for condition, by in tables.items()
+            }
+            for way in states
+        }
 
     def members(self) -> dict[str, list[dict[str, Tensor]]]:
         """Tensors of the last layer of every member, by the names in the suite's model; the MAP is its own one."""
-
-        def drawn(kind: str) -> list[dict[str, Tensor]]:
-            draws = self._ensembles.draw(LAST, kind, self.best.temperatures[kind], self.best.members)
-            return self._ensembles.states(draws, kind)
-
-        states = {kind: drawn(kind) for kind in ENSEMBLES}  # noise is as far away as the first, which are made once
+        states: dict[str, list[dict[str, Tensor]]] = {}
+        for way, (temperature, _) in self.best.heat.items():  # noise asks for Gibbs draws, which are made once
+            kind = way.removesuffix(SCALED)
+            draws = self._ensembles.draw(LAST, kind, temperature, self.best.members)
+            states[way] = self._ensembles.states(draws, kind)
         merged = load_file(self.best.merged / "model.safetensors")
-        return {MAP: [{name: merged[name.removeprefix(PREFIX)] for name in states[GIBBS][0]}], **states}
+        point = [{name: merged[name.removeprefix(PREFIX)] for name in states[GIBBS][0]}]
+        return {MAP: point, SCALED_MAP: point, **states}
 
     def shown(self, condition: Condition) -> dict[str, list[Split]]:
         """Task of the head -> what it is shown."""
-        if condition == CLEAN:
-            return self._splits("test")
+        test = {name: task.splits["test"] for name, task in self.suite.tasks.items()}
         if condition == OTHERS:
-            test = {name: task.splits["test"] for name, task in self.suite.tasks.items()}
             return {name: [split for other, split in test.items() if other != name] for name in test}
-        kind, severity = condition
-        corrupted = self.corruptions.corrupted
-        return {
-            n: [corrupted(each, kind, severity, self.seed) for each in all_] for n, all_ in self._splits("test").items()
-        }
+        if condition != CLEAN:
+            kind, severity = condition
+            test = {n: self.corruptions.corrupted(each, kind, severity, self.seed) for n, each in test.items()}
+        return {name: [split] for name, split in test.items()}
 
-    def tables(
-        self, states: Mapping[str, Sequence[Mapping[str, Tensor]]], shown: Mapping[str, Sequence[Split]]
-    ) -> Tables:
+    def tables(self, states: Mapping[str, Sequence[Mapping[str, Tensor]]], examples: Examples) -> Tables:
         """Log probabilities of all members; what comes before the last layer is computed once.
 
         Args:
-            states: What the members are -> the tensors of each.
-            shown: Task of the head -> its examples.
+            states: Way to predict -> the tensors of each member.
+            examples: What the heads are shown.
         """
-        examples = Examples.shown(self.suite, shown)
-        runner = self._ensembles.runner(LAST, GIBBS, examples)
-        found = {}
-        for kind, members in states.items():
+        runner, found = self._ensembles.runner(LAST, GIBBS, examples), {}
+        for way, members in states.items():
             by_task = examples.by_task(torch.stack([runner(state) for state in members], 1))
-            found[kind] = self._ensembles.own({task: table.transpose(0, 1) for task, table in by_task.items()})
+            found[way] = self._ensembles.own({task: table.transpose(0, 1) for task, table in by_task.items()})
         return found
 
-    def _splits(self, name: str) -> dict[str, list[Split]]:
-        return {each: [task.splits[name]] for each, task in self.suite.tasks.items()}
+    def mixture(self, log_probabilities: Tensor, divisor: float) -> Prediction:
+        """The prediction of members (S, n, classes) whose logits are divided."""
+        return replace(mixture(log_probabilities, divisor), reused=self.suite.network.cut)
 
 
 def mixture(log_probabilities: Tensor, divisor: float = 1.0) -> Prediction:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness.corruptions import SEVERITIES, Corruptions
+from benchmarks.harness.corruptions import Corruptions
 from benchmarks.harness.outcomes import GIBBS, MAP, SCALED, SCALED_MAP
 from benchmarks.harness.parallel import machine
 from benchmarks.harness.rule_report import interval, markdown_table, signed
 from benchmarks.harness.shift_bench import CLEAN, ENSEMBLES, OTHERS, Condition, Predictions, conditions
 from diagnostics.estimates import Estimate
 from diagnostics.predictions.comparison import SCORES, Comparison, compare_methods
+from diagnostics.predictions.corruptions import SEVERITIES
 from diagnostics.predictions.shift import ShiftComparison, compare_detection
 
 WORST = max(SEVERITIES)
@@ -55,7 +56,7 @@ def write_report(
     kinds, levels = ", ".join(map(_words, corruptions.kinds)), corruptions.levels
     text = "\n\n".join([
         f"{what} ({', '.join(labels)}): the MAP, and ensembles of {members} draws of the last layer; each as it is, "
-        "and with logits, those of all members of an ensemble, divided by one temperature that is fitted on clean "
+        "and with logits divided by one number, of an ensemble chosen together with its temperature, on clean "
         f"validation examples. Made by `{command}` in {seconds:.0f} seconds on {machine()}, after the suite's demo. "
         "*One training seed and one seed of draws.*",
         f"Test examples as they are and under {len(corruptions.kinds)} corruptions ({kinds}), at "

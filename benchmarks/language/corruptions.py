@@ -1,8 +1,9 @@
 """Corruptions of the language suite's texts: random edits of their tokens, after Wei and Zou, 2019 (arXiv 1901.11196).
 
-Each inner token of a text is edited with a probability of .1, .25 or .5; the marks at its ends stay. Swaps, deletions
-and insertions are theirs; a token is inserted, or put in the place of another, as often as the split's texts have it,
-where they take synonyms; *unknown* puts the tokenizer's mark of an unknown word there.
+Each inner token of a text is edited with a probability of .1, .25 or .5; the marks at its ends stay. Deletions are
+theirs; a swap is of neighbours; a token is inserted behind another, or put in its place, as often as the split's texts
+have it, where they take synonyms, and what no longer fits into `MOST_TOKENS` is cut; *unknown* puts the tokenizer's
+mark of an unknown word there.
 
 >>> split = Split(torch.tensor([[7, 1, 2, 3, 8, 0]]).short(), torch.tensor([5]), *torch.zeros(3, 1).long())
 >>> corrupted(split, "unknown", 3, seed=1).tokens

@@ -66,7 +66,7 @@ def check_output(out: Path, inputs: Sequence[Path], *, resume: bool = False) -> 
         staging.folder.exists()  # whose name is longer
     if taken and not (resume and staging.published):
         staging.tidy()
-        done = ", and no interrupted run of it is left to go on with" if resume else ""
+        done = ", and no interrupted run of it is left to go on with" if resume and not staging.folder.exists() else ""
         raise OutputError(f"the output folder {out} exists{done}. Choose another name, or remove it first.")
     return resolved
 

@@ -49,7 +49,7 @@ def fails(cli: Cli, here: Path) -> Callable[..., str]:
         (["merge", "none.yaml", "--out", "out"], "none.yaml: cannot be read: No such file or directory."),
         (
             ["sample", "base", "--out", "out"],
-            "base is a folder, expected a YAML file. A merged folder to draw around goes",
+            "base is a folder, expected a YAML file. To draw around a merged one: `poe-merge",
         ),
         (
             ["merge", "--model", "mnist", "--out", "o"],

@@ -103,6 +103,9 @@ def test_an_output_that_appears_in_the_meantime_is_kept(models: Any, out: Path) 
         merge_checkpoint(vectors, poe(vectors), out, progress=Ticks(1, out.mkdir))
     assert contents(out) == {}
     assert (out.with_name("out.partial") / "output" / "model.safetensors").exists()
+    with pytest.raises(OutputError, match=r"out exists\. Choose another name") as error:  # there is one to go on with
+        merge_checkpoint(vectors, poe(vectors), out, resume=True)
+    assert "no interrupted run" not in str(error.value)
 
 
 def test_values_that_are_not_finite_leave_no_output(tmp_path: Path, out: Path, generator: torch.Generator) -> None:
