@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,7 +58,7 @@ class Run:
     """
 
     predictions: Mapping[str, Mapping[str, Tensor]]
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
     labels: Mapping[str, Tensor]
 
     def save(self, path: Path) -> None:
@@ -173,7 +174,7 @@ def table(runs: Sequence[Sequence[Run]], found: Comparison, gaps: Gaps) -> str:
 def heat(runs: Sequence[Sequence[Run]], way: str) -> tuple[str, str]:
     """Least and largest temperature that was chosen, and how often it was the lowest, where members are the MAP."""
     every = [each.facts for by_draw in runs for each in by_draw]
-    chosen = [facts["temperatures"][way][0] for facts in every]  # type: ignore[index]
+    chosen = [facts["temperatures"][way][0] for facts in every]
     if None in chosen:
         return "", ""
     lowest = sum(heat <= facts["coldest"] * (1 + 1e-9) for heat, facts in zip(chosen, every, strict=True))
